@@ -1,0 +1,49 @@
+# The one task runner: people, pre-commit and CI call these targets and nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.edgeseg-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test unit lint typecheck check format coverage bench clean
+
+help:            ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+venv: $(STAMP)   ## Make the virtual environment from the project's own files
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: venv       ## Build the demo FPN in INT8, run it on sample images, show the result
+	$(BIN)/edgeseg build --arch fpn --precision int8 --force
+	$(BIN)/edgeseg run engines/fpn-demo-int8 calibration/demo/val/images --output demo-output --overlay --limit 8 --force
+
+test: venv       ## Lint, type-check and run the whole test suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+unit: venv       ## Run the fast tests only (seconds)
+	$(BIN)/pytest tests/unit
+
+lint: venv       ## ruff check and format check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: venv  ## mypy --strict
+	$(BIN)/mypy
+
+check: lint typecheck ## Everything but the tests
+
+format: venv     ## Let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+coverage: venv   ## Run the tests and show what they do not reach
+	$(BIN)/pytest --cov=edgeseg --cov-report=term-missing:skip-covered
+
+clean:           ## Remove caches and outputs, not the virtual environment
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov demo-output dist build

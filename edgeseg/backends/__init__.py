@@ -1,0 +1,44 @@
+"""The backends, by the name ``--target`` takes. A backend is one module with a ``backend()`` function."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from edgeseg.backends.base import Backend, BackendStatus, BuiltEngine, Session
+from edgeseg.errors import BuildError
+from edgeseg.spec import one_of
+
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "edgeseg.backends.onnxruntime",
+    "openvino": "edgeseg.backends.openvino",
+}
+
+AUTO_TARGETS: tuple[str, ...] = ("onnxruntime", "openvino")
+"""Backends ``--target auto`` builds for and measures against each other, where they are installed; default first."""
+
+__all__ = [
+    "AUTO_TARGETS",
+    "BACKENDS",
+    "Backend",
+    "BackendStatus",
+    "BuiltEngine",
+    "Session",
+    "get_backend",
+    "require_backend",
+]
+
+
+def get_backend(name: str) -> Backend:
+    """Import and return a backend. Raises ``SpecError`` for an unknown name."""
+    one_of("target", name, tuple(BACKENDS))
+    return cast("Backend", importlib.import_module(BACKENDS[name]).backend())
+
+
+def require_backend(name: str) -> Backend:
+    """Like :func:`get_backend`, and the backend works on this machine. Raises ``BuildError`` saying what to do."""
+    backend = get_backend(name)
+    status = backend.status()
+    if not status.available:
+        raise BuildError(f"target {name} cannot be used here: {status.detail}")
+    return backend

@@ -1,0 +1,215 @@
+"""ONNX Runtime on the CPU: the embedded default.
+
+``build`` lets ONNX Runtime optimize the portable graph once, on this machine, and saves the result: loading it again
+with optimizations off takes a fraction of the time and runs the same kernels. The saved graph holds layouts and fusions
+chosen for this CPU, so ``load`` refuses one made for another instruction set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.artifacts import Engine, OnnxGraph
+from edgeseg.backends.base import BackendStatus, BuiltEngine
+from edgeseg.backends.cpu import Cpu, this_cpu
+from edgeseg.backends.precision import executed_precision
+from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, SpecError, did_you_mean
+
+ENGINE_NAME = "engine.onnx"
+
+_SESSION_ENTRIES = {
+    # Denormals cost hundreds of cycles each; a segmentation logit that small decides nothing.
+    "session.set_denormal_as_zero": "1",
+    # One caller thread is the common case on an edge device: do not let pool threads burn a core between frames.
+    "session.force_spinning_stop": "1",
+}
+
+
+@dataclass(frozen=True)
+class OrtOptions:
+    """Session settings that ``--option`` can change.
+
+    Attributes:
+        threads: threads of one inference; 0 means one per core this process may use.
+        spinning: pool threads spin a little before they sleep: lower latency for more power.
+    """
+
+    threads: int = 0
+    spinning: bool = True
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> OrtOptions:
+        """Check user options. Raises ``SpecError`` for an unknown name or a value out of range."""
+        allowed = ("threads", "spinning")
+        for key in options:
+            if key not in allowed:
+                near = did_you_mean(key, allowed)
+                raise SpecError(f"onnxruntime has no build option {key!r}{near} (allowed: {', '.join(allowed)})")
+        threads, spinning = options.get("threads", 0), options.get("spinning", True)
+        if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= 1024:
+            raise SpecError(f"threads is {threads!r}; give a number from 0 (one per core) to 1024")
+        if not isinstance(spinning, bool):
+            raise SpecError(f"spinning is {spinning!r}; give true or false")
+        return cls(threads, spinning)
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeBackend:
+    """Builds and loads engines for ONNX Runtime's CPU execution provider."""
+
+    cpu: Cpu
+    name: str = "onnxruntime"
+
+    @property
+    def scheme(self) -> str:
+        """The Q/DQ scheme that is fast with ONNX Runtime on this CPU."""
+        if self.cpu.arch == "arm":
+            return "onnxruntime-arm"
+        return "onnxruntime-vnni" if self.cpu.has_vnni else "onnxruntime-avx2"
+
+    def status(self) -> BackendStatus:
+        """Say whether ONNX Runtime works here and what is fast on this CPU."""
+        try:
+            ort = _import_ort()
+        except MissingDependencyError as exc:
+            return BackendStatus(False, None, str(exc))
+        return BackendStatus(True, str(ort.__version__), f"{self.cpu.name}: {_advice(self.cpu)}")
+
+    def build(self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any]) -> BuiltEngine:
+        """Optimize the graph for this CPU and save it in ``folder``."""
+        chosen = OrtOptions.parse(options)
+        ort = _import_ort()
+        path = folder / ENGINE_NAME
+        settings = _session_options(ort, chosen, self.cpu)
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        settings.optimized_model_filepath = str(path)
+        _open(ort, graph.path, settings, BuildError)
+        return BuiltEngine(
+            path=path,
+            precision=executed_precision(path, graph.precision),
+            options={"threads": chosen.threads, "spinning": chosen.spinning, **_SESSION_ENTRIES},
+            versions={"onnxruntime": str(ort.__version__)},
+            device={"cpu": self.cpu.name, "isa": self.cpu.isa},
+        )
+
+    def load(self, engine: Engine) -> OnnxRuntimeSession:
+        """Load an engine folder built by :meth:`build` on a CPU with the same instruction set."""
+        ort = _import_ort()
+        manifest = engine.manifest
+        built_for = manifest.device.get("isa")
+        if built_for != self.cpu.isa:
+            raise ArtifactError(
+                f"{engine.folder} was built for a CPU with [{built_for}], this one has [{self.cpu.isa}]; "
+                f"run: edgeseg compile {engine.folder}"
+            )
+        built_with = manifest.versions.get("onnxruntime")
+        if built_with != ort.__version__:
+            raise ArtifactError(
+                f"{engine.folder} was built with onnxruntime {built_with}, this is {ort.__version__}; "
+                f"run: edgeseg compile {engine.folder}"
+            )
+        chosen = OrtOptions.parse({k: manifest.options[k] for k in ("threads", "spinning") if k in manifest.options})
+        settings = _session_options(ort, chosen, self.cpu)
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return OnnxRuntimeSession(_open(ort, engine.engine_path, settings, ArtifactError))
+
+
+class OnnxRuntimeSession:
+    """A loaded engine; ``run`` may be called from several threads at once."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        (image,) = session.get_inputs()
+        self._input = image.name
+        self._shape = tuple(image.shape)
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Run one batch: uint8 ``(N, H, W, C)`` in, arrays by output name out.
+
+        Raises:
+            InputError: dtype or shape the engine does not take, or a closed session.
+        """
+        if self._session is None:
+            raise InputError("this session is closed; load the engine again")
+        try:
+            return dict(zip(self._outputs, self._session.run(self._outputs, {self._input: images}), strict=True))
+        except Exception as exc:
+            # ONNX Runtime derives nothing useful from its exceptions; the shape is the one thing a caller gets wrong.
+            if images.dtype != np.uint8 or not _fits(images.shape, self._shape):
+                raise InputError(
+                    f"images are {images.dtype} {images.shape}, this engine takes uint8 {_shape_text(self._shape)}"
+                ) from exc
+            raise BuildError(f"ONNX Runtime failed to run the engine: {_one_line(exc)}") from exc
+
+    def close(self) -> None:
+        """Free the session's memory and threads."""
+        self._session = None
+
+    def __enter__(self) -> OnnxRuntimeSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def backend() -> OnnxRuntimeBackend:
+    """Return the backend for the CPU at hand."""
+    return OnnxRuntimeBackend(this_cpu())
+
+
+def _import_ort() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        raise MissingDependencyError("onnxruntime", "onnxruntime", "run engines on this CPU") from exc
+    return onnxruntime
+
+
+def _session_options(ort: Any, options: OrtOptions, cpu: Cpu) -> Any:
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads or cpu.cores
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.log_severity_level = 3  # errors only: each is raised anyway
+    for key, value in _SESSION_ENTRIES.items():
+        settings.add_session_config_entry(key, value)
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
+    return settings
+
+
+def _open(ort: Any, path: Path, settings: Any, error: type[BuildError] | type[ArtifactError]) -> Any:
+    try:
+        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception
+        raise error(f"ONNX Runtime {ort.__version__} cannot load {path}: {_one_line(exc)}") from exc
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[Any, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        not isinstance(w, int) or s == w for s, w in zip(shape, wanted, strict=True)
+    )
+
+
+def _shape_text(shape: tuple[Any, ...]) -> str:
+    return "(" + ", ".join(str(n) for n in shape) + ")"
+
+
+def _one_line(exc: BaseException) -> str:
+    return " ".join(str(exc).split())[:400]
+
+
+def _advice(cpu: Cpu) -> str:
+    if cpu.arch == "arm":
+        return "INT8 (S8S8) is fast" if "asimddp" in cpu.flags or not cpu.flags else "no dot-product instructions; INT8 gains little"
+    if cpu.has_vnni:
+        return "INT8 (U8 activations, S8 weights) is fast with VNNI"
+    return "INT8 without VNNI: weights use 7 bits to avoid saturation"

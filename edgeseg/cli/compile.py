@@ -1,0 +1,40 @@
+"""``edgeseg compile``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgeseg.backends import BACKENDS
+from edgeseg.cli.parameters import ANY_PATH, parse_key_values
+
+
+@click.command("compile", short_help="Build this machine's engine from a folder's portable graph.")
+@click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
+@click.option("--target", type=click.Choice(tuple(BACKENDS)), help="[default: the folder's own]")
+@click.option(
+    "--backend-option",
+    "backend_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Setting of the backend, such as threads=2; repeatable.",
+)
+@click.option("--output", type=ANY_PATH, help="Write a new folder instead of replacing the engine in ENGINE_DIR.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def command(
+    folder: Path, target: str | None, backend_options: tuple[str, ...], output: Path | None, as_json: bool
+) -> None:
+    """Build this machine's engine from the portable graph in ENGINE_DIR. Needs no PyTorch."""
+    from edgeseg.cli.output import print_json
+    from edgeseg.recompile import compile_folder
+
+    engine = compile_folder(
+        folder, target=target, options=parse_key_values("--backend-option", backend_options), output=output
+    )
+    if as_json:
+        print_json(engine.manifest)
+    else:
+        report = engine.manifest.precision
+        share = report.mac_share.get(report.requested, 0.0)
+        click.echo(f"engine: {engine.folder} ({engine.manifest.target}, {share:.1%} of MACs in {report.requested})")

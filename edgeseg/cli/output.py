@@ -1,0 +1,28 @@
+"""Where the verbs print: results to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+import msgspec
+
+from edgeseg.progress import ConsoleReporter
+
+
+def print_json(value: object) -> None:
+    """Print a dataclass as indented JSON on standard output."""
+    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+@contextmanager
+def console_reporter() -> Iterator[ConsoleReporter]:
+    """Yield a reporter on standard error whose progress bar is gone when the block ends, well or not."""
+    from rich.console import Console
+
+    reporter = ConsoleReporter(Console(stderr=True))
+    try:
+        yield reporter
+    finally:
+        reporter.close()

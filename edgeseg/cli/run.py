@@ -1,0 +1,46 @@
+"""``edgeseg run``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from edgeseg.cli.parameters import ANY_PATH
+
+
+@click.command("run", short_help="Segment images, folders, videos or a camera.")
+@click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--output", type=ANY_PATH, required=True, help="Folder for masks, overlays and videos.")
+@click.option("--overlay", is_flag=True, help="Also write colour overlays with a legend.")
+@click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Opacity of the overlay.")
+@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many images or frames.")
+@click.option("--force", is_flag=True, help="Replace files that exist in --output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    folder: Path,
+    inputs: tuple[str, ...],
+    output: Path,
+    overlay: bool,
+    alpha: float,
+    limit: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Segment images, folders, globs, video files or a camera (its index) with ENGINE_DIR."""
+    from edgeseg.runtime.run import run_inputs
+    from edgeseg.runtime.segmenter import load
+
+    with load(folder) as segmenter:
+        summary = run_inputs(segmenter, inputs, output, overlay=overlay, alpha=alpha, limit=limit, overwrite=force)
+    if as_json:
+        from edgeseg.cli.output import print_json
+
+        print_json(summary)
+    else:
+        for path in summary.written:
+            click.echo(path)
+    if summary.failed:
+        sys.exit(1)

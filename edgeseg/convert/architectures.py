@@ -1,0 +1,279 @@
+"""Which SMP architectures and encoders there are, what each accepts, and how to build one.
+
+SMP and timm are imported inside functions: the import takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean
+from edgeseg.spec import ARCHITECTURES, ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_ENCODER = "resnet34"
+DEFAULT_DPT_ENCODER = "tu-vit_tiny_patch16_224"
+
+# The constructor arguments that have a field of their own in ModelSpec.
+SPEC_ARGUMENTS = ("encoder_name", "encoder_weights", "in_channels", "classes", "activation")
+
+# Spellings SMP accepted until 0.4 and still forwards: {old: (new, architectures)}.
+_RENAMED_ARGUMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "decoder_use_batchnorm": ("decoder_use_norm", ("unet", "unetplusplus", "linknet", "manet")),
+    "psp_use_batchnorm": ("decoder_use_norm", ("pspnet",)),
+    "upscale_mode": ("decoder_interpolation", ("pan",)),
+}
+
+# nn.Softmax() without a dimension warns; these are the ones a mask can be made from.
+ACTIVATIONS = ("identity", "sigmoid", "softmax", "softmax2d", "logsoftmax", "tanh")
+
+# Downsampling by pooling cannot be replaced by dilation (SMP 0.6.0: each of these raises in make_dilated).
+_NOT_DILATABLE = ("vgg", "densenet", "inceptionresnetv2", "inceptionv4", "xception")
+
+
+def import_smp() -> ModuleType:
+    """Import segmentation_models_pytorch, or raise :class:`MissingDependencyError`."""
+    return import_for_conversion("segmentation_models_pytorch")
+
+
+def import_for_conversion(package: str) -> ModuleType:
+    """Import a package of the ``convert`` extra, or raise :class:`MissingDependencyError`."""
+    try:
+        with quiet_libraries():
+            return importlib.import_module(package)
+    except ImportError as exc:
+        raise MissingDependencyError(exc.name or package, "convert", "convert a model") from exc
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence the deprecation chatter of SMP, timm and torch; errors still come through."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning, UserWarning):
+            warnings.simplefilter("ignore", category)
+        yield
+
+
+def resolve_arch(name: str) -> str:
+    """Return edgeseg's spelling of an architecture: ``"DeepLabV3+"`` and ``"DeepLabV3Plus"`` are ``deeplabv3plus``.
+
+    Raises:
+        SpecError: there is no such architecture; names the nearest.
+    """
+    plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "plus"))
+    if plain in ARCHITECTURES:
+        return plain
+    raise SpecError(
+        f"unknown architecture {name!r}{did_you_mean(plain, ARCHITECTURES)} (allowed: {', '.join(ARCHITECTURES)})"
+    )
+
+
+def require_arch(name: str | None) -> str:
+    """Return the architecture's name; raise :class:`SpecError` when there is none, or none of that name."""
+    if name is None:
+        raise SpecError(f"no architecture given; give --arch, one of {', '.join(ARCHITECTURES)}")
+    return resolve_arch(name)
+
+
+def default_encoder(arch: str) -> str:
+    """Return the encoder taken when none is given: SMP's default, or for dpt a small vision transformer."""
+    return DEFAULT_DPT_ENCODER if arch == "dpt" else DEFAULT_ENCODER
+
+
+def model_class(arch: str) -> type[torch.nn.Module]:
+    """Return SMP's class of an architecture."""
+    found: type[torch.nn.Module] = import_smp().MODEL_ARCHITECTURES_MAPPING[arch]
+    return found
+
+
+def resolve_encoder(name: str, arch: str, model_args: Mapping[str, Any]) -> str:
+    """Return the encoder's exact name, checked to exist and to be one ``arch`` can take.
+
+    Raises:
+        SpecError: unknown (names the nearest) or impossible with ``arch`` (names what works).
+    """
+    smp = import_smp()
+    timm = import_for_conversion("timm")
+    own: dict[str, str] = {n.lower(): n for n in smp.encoders.encoders}
+    found = own.get(name.lower())
+    if found is None and name.lower().startswith("tu-"):
+        base = name[3:].split(".", 1)[0]
+        if timm.is_model(base):
+            found = f"tu-{name[3:]}"
+        elif timm.is_model(base.lower()):
+            found = f"tu-{name[3:].lower()}"
+    elif found is None and name.lower().startswith("timm-") and _is_renamed_timm(name.lower()):
+        # SMP itself forwards timm-regnet..., timm-res2..., ... to its timm encoder.
+        found = name.lower()
+    if found is None:
+        raise SpecError(_unknown_encoder(name, own, timm))
+    _check_pair(arch, found, model_args)
+    return found
+
+
+def _is_renamed_timm(name: str) -> bool:
+    from segmentation_models_pytorch.encoders import is_equivalent_to_timm_universal
+
+    timm = import_for_conversion("timm")
+    base = name.removeprefix("timm-")
+    if "mobilenetv3" in base:
+        base = f"tf_{base}"
+    return bool(is_equivalent_to_timm_universal(name)) and bool(timm.is_model(base))
+
+
+def _unknown_encoder(name: str, own: Mapping[str, str], timm: ModuleType) -> str:
+    base = name.lower().removeprefix("tu-").removeprefix("timm-").split(".", 1)[0]
+    if timm.is_model(base):
+        return f"unknown encoder {name!r}; for timm's model write 'tu-{base}'"
+    near = [f"tu-{n}" for n in timm.list_models(f"*{base}*")[:200]] if len(base) > 2 else []
+    # SMP writes efficientnet-b4 where timm writes efficientnet_b4: compare without the separators.
+    candidates = [*own.values(), *near] if not name.lower().startswith("tu-") else [*near, *_timm_names(timm)]
+    return f"unknown encoder {name!r}{did_you_mean(name, candidates)} (SMP's encoders, or 'tu-' plus a timm model name)"
+
+
+def _timm_names(timm: ModuleType) -> list[str]:
+    return [f"tu-{n}" for n in timm.list_models()]
+
+
+def _check_pair(arch: str, encoder: str, model_args: Mapping[str, Any]) -> None:
+    if arch == "dpt" and not encoder.startswith("tu-"):
+        raise SpecError(
+            f"dpt needs a vision transformer of timm as encoder, got {encoder!r}; such as {DEFAULT_DPT_ENCODER} or "
+            "tu-vit_base_patch16_224.augreg_in21k"
+        )
+    if arch in ("unetplusplus", "linknet") and encoder.startswith("mit_b"):
+        raise SpecError(
+            f"{arch} cannot take {encoder} (it has no features at half size); use unet, manet, fpn, segformer or "
+            f"upernet with {encoder}, or {arch} with a convolutional encoder such as resnet34"
+        )
+    dilated = arch in ("deeplabv3", "deeplabv3plus") or (arch == "pan" and model_args.get("encoder_output_stride") != 32)
+    if dilated and encoder.startswith(_NOT_DILATABLE):
+        more = " (or --model-arg encoder_output_stride=32)" if arch == "pan" else ""
+        raise SpecError(
+            f"{arch} needs an encoder that can be dilated, {encoder} downsamples by pooling; use a resnet, resnext, "
+            f"mobilenet_v2 or efficientnet encoder{more}, or {encoder} with fpn, unet or pspnet"
+        )
+
+
+def accepted_arguments(arch: str) -> tuple[str, ...]:
+    """Return the names ``model_args`` may hold for an architecture: SMP's constructor's, and ``psp_sizes`` of pspnet."""
+    parameters = inspect.signature(model_class(arch).__init__).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"]
+    own = ("psp_sizes",) if arch == "pspnet" else ()
+    return (*(n for n in names if n not in SPEC_ARGUMENTS), *own)
+
+
+def check_arguments(arch: str, encoder: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return ``model_args`` in today's spelling, and notes on what was translated.
+
+    Arguments the constructor does not know go to timm for ``tu-`` encoders; SMP ignores them silently for its own
+    encoders, which is refused here.
+
+    Raises:
+        SpecError: an unknown argument; lists the accepted ones.
+    """
+    accepted = accepted_arguments(arch)
+    checked: dict[str, Any] = {}
+    notes: list[str] = []
+    for name, value in arguments.items():
+        new, archs = _RENAMED_ARGUMENTS.get(name, ("", ()))
+        if name in SPEC_ARGUMENTS:
+            option = {"encoder_name": "--encoder", "encoder_weights": "--weights"}.get(name, f"--{name.replace('_', '-')}")
+            raise SpecError(f"model argument {name!r} has an option of its own; use {option}")
+        if arch in archs:
+            checked[new] = value
+            notes.append(f"model argument {name} is called {new} now")
+        elif name in accepted or encoder.startswith("tu-"):
+            checked[name] = value
+        else:
+            raise SpecError(
+                f"{arch} has no argument {name!r}{did_you_mean(name, accepted)} (accepted: {', '.join(accepted)})"
+            )
+    return checked, tuple(notes)
+
+
+def build_model(
+    spec: ModelSpec, encoder_weights: str | None, loading_args: Mapping[str, Any]
+) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    """Build an SMP model, randomly initialized unless ``encoder_weights`` is given, and say what was added.
+
+    Args:
+        loading_args: constructor arguments beside those of the spec that only serve to load.
+
+    Raises:
+        SpecError: the constructor rejects the arguments.
+    """
+    arguments: dict[str, Any] = {
+        "encoder_name": spec.encoder,
+        "encoder_weights": encoder_weights,
+        "in_channels": spec.in_channels,
+        "classes": spec.classes,
+        "activation": spec.activation,
+        **spec.model_args,
+        **loading_args,
+    }
+    sizes = arguments.pop("psp_sizes", None)
+    if spec.arch == "dpt" and "dynamic_img_size" not in arguments:
+        # Without it a vision transformer takes the one size of its name; the weights are the same either way.
+        with contextlib.suppress(SpecError):
+            module = _construct(spec, {**arguments, "dynamic_img_size": True})
+            return module, (f"{spec.encoder}: position embedding resized to the image (dynamic_img_size=True)",)
+    module = _construct(spec, arguments)
+    if sizes is not None:
+        _replace_pyramid(module, spec, sizes)
+    return module, ()
+
+
+def _construct(spec: ModelSpec, arguments: Mapping[str, Any]) -> torch.nn.Module:
+    try:
+        with quiet_libraries():
+            return model_class(spec.arch)(**arguments)
+    except (ValueError, TypeError, KeyError, NotImplementedError, AssertionError, IndexError, RuntimeError) as exc:
+        given = f" and {dict(spec.model_args)}" if spec.model_args else ""
+        reason = " ".join(str(exc).split())[:200]
+        raise SpecError(f"SMP cannot build {spec.arch} with encoder {spec.encoder}{given}: {reason}") from exc
+
+
+def _replace_pyramid(module: torch.nn.Module, spec: ModelSpec, sizes: object) -> None:
+    """Give PSPNet another pooling pyramid; SMP 0.6.0 fixes it at 1, 2, 3, 6."""
+    from segmentation_models_pytorch.base import modules
+    from segmentation_models_pytorch.base.initialization import initialize_decoder
+    from segmentation_models_pytorch.decoders.pspnet.decoder import PSPModule
+
+    if not isinstance(sizes, (list, tuple)) or not sizes or not all(type(s) is int and s > 0 for s in sizes):
+        raise SpecError(f"psp_sizes is {sizes!r}; give positive whole numbers, such as 1,2,3,6")
+    encoder: Any = module.encoder
+    channels = int(encoder.out_channels[-1])
+    if len(sizes) > channels:
+        raise SpecError(f"psp_sizes has {len(sizes)} levels, more than the encoder's {channels} channels")
+    norm = spec.model_args.get("decoder_use_norm", "batchnorm")
+    decoder: Any = module.decoder
+    decoder.psp = PSPModule(channels, tuple(sizes), use_norm=norm)
+    decoder.conv = modules.Conv2dReLU(
+        in_channels=channels + channels // len(sizes) * len(sizes),
+        out_channels=spec.model_args.get("psp_out_channels", 512),
+        kernel_size=1,
+        use_norm=norm,
+    )
+    initialize_decoder(decoder)
+
+
+def name_softmax_axis(module: torch.nn.Module) -> None:
+    """Set the axis of ``nn.Softmax()`` built without one, as SMP's ``activation="softmax"`` is.
+
+    torch then takes axis 1 for four dimensions, with a warning at every call: the values are the same.
+    """
+    import torch
+
+    for part in module.modules():
+        if isinstance(part, (torch.nn.Softmax, torch.nn.LogSoftmax)) and part.dim is None:
+            part.dim = 1

@@ -1,0 +1,180 @@
+"""From a request whose every field is settled to a built SMP model, its spec and its geometry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgeseg.convert import architectures
+from edgeseg.convert.geometry import default_size, run_once, smp_fixed_size, smp_size_multiple
+from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.spec import ModelRequest, ModelSpec, Task
+
+if TYPE_CHECKING:
+    import torch
+
+# Weights of random models must be the same in every build, or no cache and no report could be compared.
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A built SMP model and what is known about it before its weights arrive."""
+
+    module: torch.nn.Module
+    model: ModelSpec
+    depth: int
+    notes: tuple[str, ...]
+
+
+def assemble(
+    request: ModelRequest,
+    *,
+    encoder_weights: str | None = None,
+    loading_args: Mapping[str, Any] | None = None,
+) -> Assembly:
+    """Build the SMP model a request describes; fields left open get SMP's defaults, with a note each.
+
+    Args:
+        encoder_weights: SMP's argument of that name; ``None`` initializes at random, from a fixed seed.
+        loading_args: constructor arguments that only serve to load (not recorded in the spec).
+
+    Raises:
+        SpecError: unknown names, impossible combinations or contradicting options.
+    """
+    import torch
+
+    arch = architectures.require_arch(request.arch)
+    notes: list[str] = []
+    default = architectures.default_encoder(arch)
+    if request.encoder is None:
+        notes.append(f"encoder not given: {default}")
+    encoder = architectures.resolve_encoder(request.encoder or default, arch, request.model_args)
+    model_args, renamed = architectures.check_arguments(arch, encoder, request.model_args)
+    notes.extend(renamed)
+    classes = request.classes if request.classes is not None else len(request.class_names) or None
+    if classes is None:
+        classes = 1
+        notes.append("classes not given: 1, as SMP's default")
+    activation = resolve_activation(request.activation)
+    task, task_notes = resolve_task(request.task, classes, activation)
+    notes.extend(task_notes)
+    model_args, aux_notes = _settle_auxiliary_head(model_args, request.keep_aux)
+    notes.extend(aux_notes)
+    spec = ModelSpec(
+        arch=arch,
+        encoder=encoder,
+        classes=classes,
+        class_names=request.class_names,
+        task=task,
+        in_channels=request.in_channels if request.in_channels is not None else 3,
+        activation=activation,
+        model_args=model_args,
+    )
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(SEED)
+        module, flexible = architectures.build_model(spec, encoder_weights, loading_args or {})
+    notes.extend(flexible)
+    return Assembly(module, spec, int(model_args.get("encoder_depth", _depth(module))), tuple(notes))
+
+
+def _depth(module: torch.nn.Module) -> int:
+    return int(getattr(module.encoder, "_depth", 5))
+
+
+def resolve_activation(name: str | None) -> str | None:
+    """Return SMP's name of an activation, ``None`` for none.
+
+    Raises:
+        SpecError: unknown, or one from which no mask or probability can be made.
+    """
+    plain = (name or "none").lower()
+    if plain in ("none", "identity", "linear"):
+        return None
+    if plain in architectures.ACTIVATIONS:
+        return plain
+    if plain.startswith("argmax"):
+        raise SpecError(f"activation {name!r} is what the mask output does; leave it out")
+    allowed = ("none", *architectures.ACTIVATIONS)
+    raise SpecError(f"unknown activation {name!r}{did_you_mean(plain, allowed)} (allowed: {', '.join(allowed)})")
+
+
+def resolve_task(task: Task | None, classes: int, activation: str | None) -> tuple[Task, tuple[str, ...]]:
+    """Return what the classes mean: given, else binary for one, multilabel for several under a sigmoid, else multiclass."""
+    if task is not None:
+        return task, ()
+    if classes == 1:
+        return "binary", ()
+    if activation == "sigmoid":
+        return "multilabel", (
+            f"{classes} classes under a sigmoid: taken as multilabel (a mask per class); give --task multiclass otherwise",
+        )
+    return "multiclass", ()
+
+
+def _settle_auxiliary_head(model_args: dict[str, Any], keep: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    if keep:
+        if not model_args.get("aux_params"):
+            raise SpecError(
+                "keeping the auxiliary head needs its arguments: give --model-arg aux_params='{\"classes\": N, ...}' as in training"
+            )
+        return model_args, ()
+    dropped = model_args.get("aux_params")
+    rest = {k: v for k, v in model_args.items() if k != "aux_params"}
+    return rest, ("auxiliary classification head dropped; keep it with --keep-aux",) if dropped else ()
+
+
+def settle_output_size(module: torch.nn.Module, spec: ModelSpec, size: tuple[int, int]) -> tuple[str, ...]:
+    """Make the output as large as the input where constructor arguments left it smaller.
+
+    SMP's final upsampling factor is an argument of its own: PSPNet with ``encoder_depth=4``, say, returns half the
+    size. The missing factor is added to the head, by the resize SMP itself uses there.
+
+    Raises:
+        SpecError: the model does not run, or its output is no whole fraction of its input.
+    """
+    import torch
+
+    output = run_once(module, spec.in_channels, *size)
+    what = f"{spec.display_name} with {spec.model_args}"
+    if output is None or output.dim() != 4 or output.shape[1] != spec.classes:
+        raise SpecError(f"{what} does not run at {size[0]}x{size[1]}; check --model-arg")
+    height, width = output.shape[2:]
+    if (height, width) == size:
+        return ()
+    factor = size[0] // height if height else 0
+    if factor < 1 or (height * factor, width * factor) != size or not isinstance(module.segmentation_head, torch.nn.Sequential):
+        raise SpecError(f"{what} returns {height}x{width} for {size[0]}x{size[1]}; the output must have the input's size")
+    upsample = torch.nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=True)
+    module.segmentation_head[1] = torch.nn.Sequential(module.segmentation_head[1], upsample)
+    return (f"the network's output is 1/{factor} of its input's size; enlarged bilinearly, as SMP's head does",)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Image sizes a model takes, pixels.
+
+    Attributes:
+        stride: height and width must be multiples of this.
+        size: height and width to build with unless told otherwise.
+        fixed: the only height and width, or ``None``.
+        notes: what was found or changed.
+    """
+
+    stride: int
+    size: tuple[int, int]
+    fixed: tuple[int, int] | None
+    notes: tuple[str, ...]
+
+
+def settle_geometry(module: torch.nn.Module, spec: ModelSpec, *, check_output: bool) -> Geometry:
+    """Find out which sizes an SMP model takes; see :func:`settle_output_size` for ``check_output``."""
+    stride = smp_size_multiple(module, spec.in_channels)
+    fixed = smp_fixed_size(module, spec.in_channels, stride)
+    size = default_size(stride, fixed)
+    notes = settle_output_size(module, spec, size) if check_output else ()
+    if fixed is not None:
+        only = f"{fixed[0]}x{fixed[1]}"
+        notes = (*notes, f"{spec.encoder} takes {only} only; for another size give --model-arg img_size=N")
+    return Geometry(stride, size, fixed, notes)

@@ -1,0 +1,258 @@
+"""Read tensors from checkpoint files that may be truncated, foreign or hostile.
+
+Nothing here runs code from a file: pickles are read with ``torch.load(weights_only=True)``, zip archives are measured
+before they are opened, and every tensor is checked to be backed by the bytes it claims.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeseg.convert.architectures import import_for_conversion
+from edgeseg.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_FILE_BYTES = 16 << 30
+MAX_CONFIG_BYTES = 1 << 20
+
+# Keys under which trainers nest the state dict, in the order they are looked for.
+_NESTED_UNDER = ("state_dict", "model_state_dict", "model", "net", "module", "model_state", "weights")
+
+_RESAVE = 'in Python, torch.save(model.state_dict(), "weights.pt") and give that file (or .safetensors)'
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors of a file, and what came with them.
+
+    Attributes:
+        path: the file they were read from.
+        tensors: by the key in the file; dense, on the CPU, any dtype.
+        config: ``config.json`` of a ``save_pretrained`` folder, or empty.
+        hyper_parameters: of a Lightning checkpoint, or empty.
+        notes: what was chosen while reading, for the user.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    hyper_parameters: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_checkpoint(source: str | Path) -> Checkpoint:
+    """Read a ``save_pretrained`` folder, ``.safetensors``, or a state dict in a ``.pt``/``.pth``/``.ckpt``/``.bin``.
+
+    The content decides the format, not the file's name.
+
+    Raises:
+        CheckpointError: missing, empty, truncated, too large, foreign, or it would need to run code.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"no such file or folder: {path}; give --weights PATH (save_pretrained folder, .safetensors, .pt, .pth, .ckpt), "
+            "imagenet or random"
+        )
+    config = _config_beside(path)
+    notes = (f"architecture and arguments read from config.json beside {path.name}",) if config else ()
+    return _read_file(path, config, notes)
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    config_path = folder / "config.json"
+    names = ("model.safetensors", "pytorch_model.bin")
+    weights = next((folder / n for n in names if (folder / n).is_file()), None)
+    if not config_path.is_file() or weights is None:
+        lacks = " and ".join([] if config_path.is_file() else ["config.json"]) or " or ".join(names)
+        raise CheckpointError(
+            f"{folder} is not a save_pretrained folder (no {lacks}); make one with model.save_pretrained({str(folder)!r}), "
+            "or give the weights file itself"
+        )
+    return _read_file(weights, _read_config(config_path), ())
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    config_path = path.parent / "config.json"
+    if path.name not in ("model.safetensors", "pytorch_model.bin") or not config_path.is_file():
+        return {}
+    config = _read_config(config_path)
+    return config if "_model_class" in config else {}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a model's config.json has a few hundred")
+        config = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {path}: {exc.strerror}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path} is damaged or not JSON; save the model again with save_pretrained") from exc
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}, not the arguments of a model")
+    return config
+
+
+def _read_file(path: Path, config: dict[str, Any], notes: tuple[str, ...]) -> Checkpoint:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            head = f.read(16)
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {path}: {exc.strerror}") from exc
+    if size == 0:
+        raise CheckpointError(f"{path} is empty; copy or download it again")
+    if size > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path} has {size >> 30} GiB, more than the {MAX_FILE_BYTES >> 30} GiB read here")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run: git lfs pull")
+    hyper: dict[str, Any] = {}
+    if _looks_like_safetensors(head, size, path):
+        tensors = _read_safetensors(path)
+    else:
+        tensors, hyper = _read_pickle(path, head, size)
+    _check_backing(path, tensors, size)
+    return Checkpoint(path, tensors, config, hyper, notes)
+
+
+def _looks_like_safetensors(head: bytes, size: int, path: Path) -> bool:
+    # Format: u64 little-endian length of a JSON header, then the header, which starts with "{".
+    if path.suffix.lower() == ".safetensors":
+        return True
+    return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    safetensors = import_for_conversion("safetensors")
+    loader = import_for_conversion("safetensors.torch")
+    try:
+        tensors: dict[str, torch.Tensor] = loader.load_file(str(path), device="cpu")
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as exc:
+        raise CheckpointError(
+            f"{path} is truncated, damaged or no safetensors file ({_brief(exc)}); copy or download it again"
+        ) from exc
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors")
+    return tensors
+
+
+def _read_pickle(path: Path, head: bytes, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    torch = import_for_conversion("torch")
+    if head.startswith(b"PK"):
+        _check_archive(path, size)
+    elif not head.startswith((b"\x80", b"]", b"(", b"}")):
+        raise CheckpointError(
+            f"{path} is no PyTorch checkpoint (starts with {head[:8]!r}): truncated, or another format; give a "
+            "save_pretrained folder, .safetensors, or a state dict (.pt, .pth, .ckpt)"
+        )
+    try:
+        with torch.serialization.safe_globals(_harmless_types()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as exc:  # a broken pickle can raise nearly anything; all of it means "cannot be read"
+        raise _pickle_error(path, exc) from exc
+    tensors = _find_state_dict(path, content)
+    hyper = content.get("hyper_parameters") if isinstance(content, Mapping) else None
+    return tensors, dict(hyper) if isinstance(hyper, Mapping) else {}
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Refuse archives torch.save does not write: compressed members (bombs), TorchScript, cut-off files."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as exc:
+        raise CheckpointError(f"{path} is truncated or damaged ({_brief(exc)}); copy or download it again") from exc
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+        raise CheckpointError(f"{path} is a compressed archive, which torch.save never writes; {_RESAVE}")
+    names = [m.filename for m in members]
+    if any(n.endswith("/constants.pkl") for n in names):
+        raise CheckpointError(f"{path} is a TorchScript archive; {_RESAVE}, from the model it was scripted from")
+    if not any(n.endswith("/data.pkl") or n == "data.pkl" for n in names):
+        raise CheckpointError(f"{path} is a zip archive, but no PyTorch checkpoint; {_RESAVE}")
+
+
+def _harmless_types() -> list[Any]:
+    """Return the types trainers leave in a checkpoint that hold data only: paths, argparse results, numpy scalars."""
+    import numpy as np
+
+    numeric = {type(np.dtype(t)) for t in "?bBhHiIlLqQefd"}
+    multiarray = getattr(np, "_core", None) or np.core
+    return [
+        argparse.Namespace,
+        pathlib.PosixPath,
+        pathlib.PurePosixPath,
+        (pathlib.PosixPath, "pathlib._local.PosixPath"),
+        np.dtype,
+        *numeric,
+        (multiarray.multiarray.scalar, "numpy.core.multiarray.scalar"),
+        (multiarray.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    ]
+
+
+def _pickle_error(path: Path, exc: Exception) -> CheckpointError:
+    text = str(exc)
+    needed = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"Trying to (?:call|load|instantiate)[^`]*`?([\w.]+)", text)
+    if needed is None and re.search(r"weights_only|Unsupported (global|class|operand)", text):
+        needed = re.search(r"([A-Za-z_]\w*(?:\.\w+)+)", text)
+    if needed is None:
+        return CheckpointError(f"{path} is truncated or damaged ({_brief(exc)}); copy or download it again")
+    name = needed.group(1)
+    whole = name.startswith(("segmentation_models_pytorch.", "torch.nn.modules.", "timm.", "torchvision.models."))
+    what = f"a whole pickled model ({name})" if whole else f"a pickle that would run code to open ({name})"
+    return CheckpointError(f"{path} is {what}, which is refused; where you trust it, {_RESAVE}")
+
+
+def _find_state_dict(path: Path, content: object) -> dict[str, torch.Tensor]:
+    """Return the mapping of names to tensors inside what torch.load returned, at most two levels deep."""
+    torch = import_for_conversion("torch")
+    for candidate in _candidates(content):
+        tensors = {k: v for k, v in candidate.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        if tensors:
+            return {k: v.detach() for k, v in tensors.items()}
+    if isinstance(content, Mapping):
+        keys = ", ".join(repr(k) for k in list(content)[:6]) or "nothing"
+        raise CheckpointError(f"{path} holds no state dict (it has {keys[:120]}); {_RESAVE}")
+    raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict; {_RESAVE}")
+
+
+def _candidates(content: object) -> Iterator[Mapping[Any, Any]]:
+    if not isinstance(content, Mapping):
+        return
+    nested = [content[k] for k in _NESTED_UNDER if isinstance(content.get(k), Mapping)]
+    yield from nested
+    for inner in nested:
+        yield from (inner[k] for k in _NESTED_UNDER if isinstance(inner.get(k), Mapping))
+    yield content
+
+
+def _check_backing(path: Path, tensors: Mapping[str, torch.Tensor], size: int) -> None:
+    """Refuse tensors that are not plain CPU data, or claim more values than the file has bytes for.
+
+    A pickle can describe a tensor of 10**12 elements over a storage of one (stride 0): reading it would fill memory.
+    """
+    torch = import_for_conversion("torch")
+    total = 0
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
+            raise CheckpointError(f"{path}: {name} is no plain float or integer tensor (quantized, sparse or empty); {_RESAVE}")
+        total += tensor.numel() * tensor.element_size()
+    # Tied weights appear twice over one storage, so a little more than the file is honest.
+    if total > 4 * size + (1 << 20):
+        raise CheckpointError(f"{path} claims {total} bytes of tensors in {size} bytes of file: damaged or hostile; do not use it")
+
+
+def _brief(exc: BaseException) -> str:
+    return " ".join(str(exc).split())[:100] or type(exc).__name__

@@ -1,0 +1,145 @@
+"""The most likely reason why a checkpoint does not fit a model, as advice."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from edgeseg.convert.architectures import accepted_arguments, import_for_conversion, quiet_libraries
+from edgeseg.convert.fit import Shapes, guess_arch
+
+if TYPE_CHECKING:
+    import torch
+
+# Enough to tell a family apart without building all of timm's 1300 models for an error message.
+_TIMM_SAMPLE = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv3_small_100",
+    "efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnetv2_s", "convnext_tiny", "regnety_008",
+)  # fmt: skip
+_MAX_BUILDS = 14
+
+
+def likely_cause(given: Mapping[str, torch.Tensor], own: Shapes, arch: str, encoder: str, depth: int) -> str:
+    """Return advice such as ``"its encoder is that of resnet50: give --encoder resnet50"``, or ``""``.
+
+    Args:
+        given: the checkpoint's tensors, under the model's names.
+        own: the model's shapes.
+        depth: the model's ``encoder_depth``.
+    """
+    theirs: Shapes = {k: tuple(t.shape) for k, t in given.items() if not k.endswith("num_batches_tracked")}
+    found = guess_arch(theirs)
+    if found is not None and found != arch:
+        return f"its decoder is that of {found}: give --arch {found}"
+    wrong = {k for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k)}
+    inside = {k for k in wrong if k.startswith("encoder.")}
+    if inside:
+        return _input_cause(inside, own, theirs) or _encoder_cause(theirs, encoder, depth)
+    return _decoder_cause(wrong, own, theirs, arch)
+
+
+def _input_cause(wrong: set[str], own: Shapes, theirs: Shapes) -> str:
+    both = [k for k in wrong if k in own and k in theirs]
+    if len(both) != len(wrong):
+        return ""
+    if len(wrong) == 1 and len(own[both[0]]) == len(theirs[both[0]]) == 4:
+        mine, stored = own[both[0]], theirs[both[0]]
+        if (mine[0], *mine[2:]) == (stored[0], *stored[2:]):
+            return f"it takes {stored[1]} input channels: give --in-channels {stored[1]}"
+    tables = [k for k in both if k.endswith("pos_embed")]
+    if tables and len(wrong) == len(tables):
+        return _image_size_cause(theirs[tables[0]])
+    return ""
+
+
+def _image_size_cause(shape: tuple[int, ...]) -> str:
+    # (1, tokens + 0..5 prefix tokens, width): trained at another image size.
+    for prefix in (1, 0, 2, 5):
+        side = math.isqrt(max(shape[1] - prefix, 0))
+        if side > 0 and side * side == shape[1] - prefix:
+            return f"its position embedding is for {side}x{side} patches: give --model-arg img_size={side} times the patch size"
+    return "its position embedding is for another image size: give --model-arg img_size=..."
+
+
+def _encoder_cause(theirs: Shapes, encoder: str, depth: int) -> str:
+    stored = {k.removeprefix("encoder."): v for k, v in theirs.items() if k.startswith("encoder.")}
+    if not stored:
+        return "it holds no encoder"
+    candidates = _timm_candidates(encoder) if any(k.startswith("model.") for k in stored) else _smp_candidates(stored)
+    scores = {name: _similarity(shapes, stored) for name, shapes in _built(candidates, depth)}
+    if not scores:
+        return f"its encoder is not {encoder}"
+    best = max(scores, key=lambda name: scores[name])
+    if scores[best] == 1.0:
+        return f"its encoder is that of {best}: give --encoder {best}"
+    if scores[best] > 0.6 and best != encoder:
+        return f"its encoder is not {encoder}; the nearest known is {best}"
+    return f"its encoder is not {encoder}: give --encoder as in training"
+
+
+def _smp_candidates(stored: Shapes) -> list[str]:
+    """The encoders of the family (SMP's encoder class) whose smallest member is most like the stored one."""
+    encoders: Mapping[str, Mapping[str, Any]] = import_for_conversion("segmentation_models_pytorch").encoders.encoders
+    families: dict[type, list[str]] = {}
+    for name, entry in encoders.items():
+        families.setdefault(entry["encoder"], []).append(name)
+    overlap = {
+        names[0]: len(shapes.keys() & stored.keys()) / len(shapes.keys() | stored.keys())
+        for names in families.values()
+        for _, shapes in _built(names[:1], 5)
+    }
+    nearest = max(overlap, key=lambda name: overlap[name])
+    return next(names for names in families.values() if names[0] == nearest) if overlap[nearest] else []
+
+
+def _timm_candidates(encoder: str) -> list[str]:
+    timm = import_for_conversion("timm")
+    base = encoder.removeprefix("tu-").split(".")[0]
+    stem = re.split(r"[\d_]", base)[0]
+    relatives = timm.list_models(f"{stem}*")[:_MAX_BUILDS] if encoder.startswith("tu-") and len(stem) > 2 else []
+    return [f"tu-{n}" for n in dict.fromkeys([*_TIMM_SAMPLE, *relatives])][: 2 * _MAX_BUILDS]
+
+
+def _built(names: list[str], depth: int) -> Iterator[tuple[str, Shapes]]:
+    """Names and tensor shapes of encoders, built without memory where their constructors allow."""
+    torch = import_for_conversion("torch")
+    smp = import_for_conversion("segmentation_models_pytorch")
+    for name in names:
+        for device in ("meta", "cpu"):
+            try:
+                with torch.device(device), quiet_libraries():
+                    module = smp.encoders.get_encoder(name, in_channels=3, depth=depth, weights=None)
+            except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError):
+                continue  # mit encoders compute on values while they are built, which meta tensors have not
+            yield name, {
+                k: tuple(t.shape) for k, t in module.state_dict().items() if not k.endswith("num_batches_tracked")
+            }
+            break
+
+
+def _similarity(candidate: Shapes, stored: Shapes) -> float:
+    """Share of tensors with the same name and shape; another number of input channels counts as the same."""
+    keys = candidate.keys() | stored.keys()
+    alike = sum(1 for k in keys if candidate.get(k) == stored.get(k) or _first_convolution(candidate.get(k), stored.get(k)))
+    return alike / len(keys)
+
+
+def _first_convolution(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:
+    return a is not None and b is not None and len(a) == len(b) == 4 and a[1] == 3 and (a[0], *a[2:]) == (b[0], *b[2:])
+
+
+def _decoder_cause(wrong: set[str], own: Shapes, theirs: Shapes, arch: str) -> str:
+    extra = wrong - own.keys()
+    if any(".attention" in k for k in extra):
+        return "it has attention blocks: give --model-arg decoder_attention_type=scse"
+    blocks = sorted((int(m.group(1)), shape[0]) for k, shape in theirs.items() if (m := _BLOCK_OUTPUT.match(k)))
+    mine = sorted((int(m.group(1)), shape[0]) for k, shape in own.items() if (m := _BLOCK_OUTPUT.match(k)))
+    if arch in ("unet", "manet") and blocks and blocks != mine:
+        return f"its decoder is wider or narrower: give --model-arg decoder_channels={','.join(str(c) for _, c in blocks)}"
+    decoder = [a for a in accepted_arguments(arch) if a.startswith(("decoder_", "psp_"))]
+    return f"its decoder was built with other arguments: give them with --model-arg ({', '.join(decoder)})" if decoder else ""
+
+
+_BLOCK_OUTPUT = re.compile(r"^decoder\.blocks\.(\d+)\.conv2\.0\.weight$")

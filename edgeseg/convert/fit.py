@@ -1,0 +1,218 @@
+"""Bring a checkpoint's tensors into a model: strip prefixes, load, and explain what does not fit."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from edgeseg.convert.architectures import quiet_libraries
+from edgeseg.convert.checkpoint import Checkpoint
+from edgeseg.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+
+# The last convolution before the mask: its first dimension is the number of classes.
+_CLASS_LAYERS = ("segmentation_head.0.weight", "segmentation_head.head.4.weight")
+
+# A key that only one architecture's decoder has, in the spelling of SMP 0.6.0 (and, second, of 0.2 to 0.4).
+ARCH_MARKERS: tuple[tuple[str, str], ...] = (
+    ("unetplusplus", r"^decoder\.blocks\.x_0_0\."),
+    ("manet", r"^decoder\.center\.query_conv\.|^decoder\.center\.top_conv\."),
+    ("linknet", r"^decoder\.blocks\.0\.block\."),
+    ("fpn", r"^decoder\.seg_blocks\."),
+    ("pan", r"^decoder\.fpa\."),
+    ("upernet", r"^decoder\.fpn_lateral_blocks\."),
+    ("pspnet", r"^decoder\.psp\."),
+    ("deeplabv3plus", r"^decoder\.block2\."),
+    ("deeplabv3", r"^decoder\.aspp\.convs\.|^decoder\.0\.convs\."),
+    ("segformer", r"^decoder\.mlp_stage\."),
+    ("dpt", r"^decoder\.projection_blocks\.|^decoder\.reassemble_blocks\.|^decoder\.fusion_blocks\."),
+    ("unet", r"^decoder\.blocks\.0\.conv1\."),
+)
+
+
+@dataclass(frozen=True)
+class NamedTensors:
+    """A checkpoint's tensors under the names an SMP model uses.
+
+    Attributes:
+        tensors: keys as in ``model.state_dict()``.
+        outside: tensors of the file that belong to something else (losses, metrics, a second copy).
+        notes: what was stripped and dropped.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    outside: dict[str, torch.Tensor]
+    notes: tuple[str, ...]
+
+
+def strip_prefixes(checkpoint: Checkpoint) -> NamedTensors:
+    """Find the SMP model among the keys, whatever wrapped it: ``model.``, ``module.``, ``net.``, ``_orig_mod.``, ...
+
+    Raises:
+        CheckpointError: there is no segmentation model among the keys, or several that cannot be told apart.
+    """
+    notes: list[str] = []
+    tensors = {key.replace("_orig_mod.", ""): value for key, value in checkpoint.tensors.items()}
+    if any("_orig_mod." in key for key in checkpoint.tensors):
+        notes.append("stripped '_orig_mod.' (torch.compile) from the checkpoint's keys")
+    found = _model_prefixes(tensors)
+    if not found:
+        raise CheckpointError(_no_head(checkpoint, tensors))
+    prefix = _preferred(found)
+    others = [p for p in found if p != prefix]
+    if others:
+        notes.append(
+            f"the checkpoint holds {len(found)} models; {prefix or 'the one without a prefix'} is used, "
+            f"{', '.join(o or 'the one without a prefix' for o in others)} dropped"
+        )
+    inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    outside = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+    if prefix:
+        notes.append(f"stripped {prefix!r} from the checkpoint's keys")
+    else:
+        # Without a prefix, what belongs to something else can only be told by name.
+        outside = {k: v for k, v in inside.items() if not k.startswith(("encoder.", "decoder.", "segmentation_head.", "classification_head."))}
+        inside = {k: v for k, v in inside.items() if k not in outside}
+    rest = [k for k in outside if not any(o and k.startswith(o) for o in others)]
+    if rest:
+        notes.append(f"dropped {_count(len(rest), 'tensor')} that are not part of the model ({', '.join(sorted(rest)[:3])})")
+    return NamedTensors(inside, outside, tuple(notes))
+
+
+def _model_prefixes(tensors: Mapping[str, object]) -> list[str]:
+    found = []
+    for key in tensors:
+        for layer in _CLASS_LAYERS:
+            if key == layer or key.endswith(f".{layer}"):
+                found.append(key.removesuffix(layer))
+    return found
+
+
+def _preferred(prefixes: list[str]) -> str:
+    """The trained model rather than a teacher or an average kept beside it: the plainest name, then the shortest."""
+    plain = ["", "model.", "module.", "net.", "network.", "module.model.", "model.module.", "model.model."]
+    return min(prefixes, key=lambda p: (plain.index(p) if p in plain else len(plain), len(p), p))
+
+
+def _no_head(checkpoint: Checkpoint, tensors: Mapping[str, object]) -> str:
+    shown = ", ".join(list(tensors)[:3])
+    if any("classifier" in k or k.startswith(("fc.", "head.")) for k in tensors):
+        what = "looks like a classifier or another library's model"
+    elif all(not k.startswith("decoder.") for k in tensors):
+        what = "looks like an encoder only"
+    else:
+        what = "has no segmentation head"
+    return (
+        f"{checkpoint.path} holds {_count(len(tensors), 'tensor')} but no SMP segmentation model: it {what} ({shown[:120]}); "
+        "give the state dict of the whole model"
+    )
+
+
+def checkpoint_classes(tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """Return the number of classes its segmentation head has."""
+    for layer in _CLASS_LAYERS:
+        if layer in tensors and tensors[layer].dim() == 4:
+            return int(tensors[layer].shape[0])
+    return None
+
+
+def guess_arch(keys: Iterable[str]) -> str | None:
+    """Return the architecture whose decoder has these keys, ``None`` when no marker is found."""
+    listed = list(keys)
+    for arch, marker in ARCH_MARKERS:
+        if any(re.search(marker, key) for key in listed):
+            return arch
+    return None
+
+
+def load_tensors(
+    module: torch.nn.Module,
+    named: NamedTensors,
+    checkpoint: Checkpoint,
+    what: str,
+    guess: Callable[[Mapping[str, torch.Tensor], Shapes], str],
+) -> tuple[str, ...]:
+    """Copy the tensors into the model, in its float32, and check that every value is finite.
+
+    Args:
+        what: the model in words, for messages.
+        guess: called with the tensors and the model's shapes when they do not fit; returns the likely cause, or "".
+
+    Returns:
+        notes.
+
+    Raises:
+        CheckpointError: missing, unexpected or mismatched tensors, or NaN and Inf among the values.
+    """
+    own = module.state_dict()
+    # SMP translates keys of older versions in place, in load_state_dict: what it leaves is what gets compared.
+    translated: dict[str, torch.Tensor] = dict(named.tensors)
+    integers = [k for k, t in translated.items() if k in own and own[k].is_floating_point() and not t.is_floating_point()]
+    if integers:
+        raise CheckpointError(
+            f"{checkpoint.path}: {_names(integers)} hold integers where {what} has floats: quantized weights? give the float ones"
+        )
+    try:
+        with quiet_libraries():
+            module.load_state_dict(translated, strict=True)
+    except (RuntimeError, KeyError, AttributeError) as exc:
+        raise CheckpointError(_explain(translated, module, checkpoint, what, guess)) from exc
+    require_finite(module, str(checkpoint.path))
+    kinds = {str(t.dtype).removeprefix("torch.") for t in named.tensors.values() if t.is_floating_point()} - {"float32"}
+    return (f"weights cast from {' and '.join(sorted(kinds))} to float32",) if kinds else ()
+
+
+def require_finite(module: torch.nn.Module, what: str) -> None:
+    """Raise :class:`CheckpointError` when a parameter or buffer holds NaN or Inf, naming the tensors."""
+    import torch
+
+    bad = [k for k, t in module.state_dict().items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if bad:
+        raise CheckpointError(
+            f"{what} has NaN or Inf in {_count(len(bad), 'tensor')} ({_names(bad)}): training diverged, or an overflow in "
+            "float16; give an earlier checkpoint"
+        )
+
+
+def _explain(
+    given: Mapping[str, torch.Tensor],
+    module: torch.nn.Module,
+    checkpoint: Checkpoint,
+    what: str,
+    guess: Callable[[Mapping[str, torch.Tensor], Shapes], str],
+) -> str:
+    own: Shapes = {k: tuple(t.shape) for k, t in module.state_dict().items() if not k.endswith("num_batches_tracked")}
+    theirs: Shapes = {k: tuple(t.shape) for k, t in given.items() if not k.endswith("num_batches_tracked")}
+    missing = own.keys() - theirs.keys()
+    unexpected = theirs.keys() - own.keys()
+    mismatched = {k for k in own.keys() & theirs.keys() if own[k] != theirs[k]}
+    parts = [
+        f"{_count(len(keys), '')}{word} ({_by_module(keys)})"
+        for keys, word in ((missing, " missing"), (unexpected, " unexpected"), (mismatched, " of another shape"))
+        if keys
+    ]
+    cause = guess(given, own)
+    return f"{checkpoint.path.name} does not fit {what}: {', '.join(parts)}" + (f"; {cause}" if cause else "")
+
+
+def _by_module(keys: Iterable[str]) -> str:
+    """``encoder.layer3: 12, decoder.blocks: 4``: tensors per module, the most affected first."""
+    counts = Counter(".".join(k.split(".")[:2]) if k.count(".") > 1 else k for k in keys)
+    common = counts.most_common(3)
+    more = len(counts) - len(common)
+    return ", ".join(f"{name}: {n}" for name, n in common) + (f", {more} more" if more else "")
+
+
+def _names(keys: list[str]) -> str:
+    return ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' if n != 1 and noun else ''}".strip()

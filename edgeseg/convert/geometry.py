@@ -1,0 +1,124 @@
+"""Which image sizes a model can take: found by its own rule, then by running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from edgeseg.convert.architectures import quiet_libraries
+from edgeseg.errors import SpecError
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_PIXELS = 256
+_CUSTOM_STRIDES = (1, 2, 4, 8, 16, 32, 64)
+PROBE_SIZES = (64, 128, 224, 256, 384, 512)
+
+
+def run_raw(module: Callable[..., Any], channels: int, height: int, width: int) -> tuple[Any, str]:
+    """Run a model on one random image, float32 ``(1, channels, height, width)`` in [0, 1].
+
+    Returns:
+        whatever it returned and "", or ``None`` and the reason in a few words.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, channels, height, width, generator=generator)
+    try:
+        with torch.no_grad(), quiet_libraries():
+            return module(image), ""
+    except Exception as exc:  # a user's forward may raise anything; all of it means "does not take this image"
+        return None, " ".join(str(exc).split())[:120] or type(exc).__name__
+
+
+def run_once(module: Callable[..., Any], channels: int, height: int, width: int) -> torch.Tensor | None:
+    """Return the first output tensor for a random image, ``None`` when the model cannot take the size."""
+    import torch
+
+    output, _ = run_raw(module, channels, height, width)
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, torch.Tensor) else None
+
+
+def accepts(module: torch.nn.Module, channels: int, height: int, width: int) -> bool:
+    """Whether the model runs at a size and returns a map of that size."""
+    output = run_once(module, channels, height, width)
+    return output is not None and output.dim() == 4 and tuple(output.shape[2:]) == (height, width)
+
+
+def smp_size_multiple(module: torch.nn.Module, channels: int) -> int:
+    """Return what height and width must be multiples of, for an SMP model.
+
+    SMP checks its rule (the encoder's output stride) itself, but not while a model is traced. The rule is not the whole
+    truth for two architectures, so there it is tried on a small image: Unet has none, since its decoder resizes to
+    the skip connections; DPT's decoder halves the patch grid, so the grid must be even.
+    """
+    encoder: Any = module.encoder
+    rule = int(encoder.output_stride)
+    if not getattr(module, "requires_divisible_input_shape", True):
+        return 1 if accepts(module, channels, 2 * rule + 1, 3 * rule - 5) else rule
+    if type(encoder).__name__ == "TimmViTEncoder" and not accepts(module, channels, 3 * rule, 5 * rule):
+        return 2 * rule
+    return rule
+
+
+def smp_fixed_size(module: torch.nn.Module, channels: int, stride: int) -> tuple[int, int] | None:
+    """Return the only size a timm encoder takes, ``None`` when there is no such limit.
+
+    timm marks encoders whose *weights* are for one size; whether the built module insists on it (windows, position
+    embeddings) depends on its arguments, so a marked encoder is tried at another size.
+    """
+    encoder: Any = module.encoder
+    network = getattr(encoder, "model", None)
+    settings = getattr(network, "pretrained_cfg", None) or {}
+    if not settings or not settings.get("fixed_input_size", False):
+        return None
+    native = _native_size(encoder.modules()) or tuple(int(v) for v in settings["input_size"][-2:])
+    # Small, so that trying costs little; 5 and 7 are no factors of the window counts in use.
+    other = (5 * stride, 7 * stride)
+    if accepts(module, channels, *other):
+        return None
+    return native[0], native[1]
+
+
+def _native_size(modules: Iterable[torch.nn.Module]) -> tuple[int, int] | None:
+    for part in modules:
+        size = getattr(part, "img_size", None)
+        if isinstance(size, (tuple, list)) and len(size) == 2:
+            return int(size[0]), int(size[1])
+    return None
+
+
+def default_size(stride: int, fixed: tuple[int, int] | None) -> tuple[int, int]:
+    """Return 256x256, or the nearest size the model takes."""
+    if fixed is not None:
+        return fixed
+    side = max(stride, round(DEFAULT_PIXELS / stride) * stride)
+    return side, side
+
+
+def custom_geometry(module: torch.nn.Module, channels: int) -> tuple[int, tuple[int, int], int]:
+    """Find out by running it what sizes a module takes.
+
+    Returns:
+        the size multiple, a size it takes, and its number of output channels.
+
+    Raises:
+        SpecError: it runs at no size tried, or does not return ``(N, C, H, W)`` of the input's size.
+    """
+    base = next((b for b in PROBE_SIZES if accepts(module, channels, b, b)), None)
+    if base is None:
+        output = run_once(module, channels, DEFAULT_PIXELS, DEFAULT_PIXELS)
+        got = "does not run at 256x256" if output is None else f"returns {tuple(output.shape)} for 256x256"
+        raise SpecError(f"the module {got}; it must return (N, classes, H, W) of the height and width of its input")
+    output = run_once(module, channels, base, base)
+    assert output is not None  # accepts() has just seen it
+    classes = int(output.shape[1])
+    for stride in _CUSTOM_STRIDES:
+        # Odd multiples: an even one would also be a multiple of the next stride.
+        if accepts(module, channels, base + stride, base + 3 * stride):
+            return stride, default_size(stride, None), classes
+    return base, (base, base), classes

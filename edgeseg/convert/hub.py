@@ -1,0 +1,126 @@
+"""Pretrained encoder weights, which SMP and timm fetch from the Hugging Face hub.
+
+Without a network the hub's client retries for half a minute and more. So it is asked only for files that are
+cached, or after the hub has answered a small request within a few seconds.
+"""
+
+from __future__ import annotations
+
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from edgeseg.convert.architectures import import_for_conversion
+from edgeseg.errors import CheckpointError, SpecError
+
+PROBE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class HubWeights:
+    """Where an encoder's pretrained weights come from.
+
+    Attributes:
+        encoder_weights: SMP's constructor argument.
+        model_args: further constructor arguments the loading needs (a cached file for timm).
+        repository: name on the hub, for the user.
+    """
+
+    encoder_weights: str
+    model_args: dict[str, Any]
+    repository: str
+
+
+def hub_weights_names(encoder: str) -> tuple[str, ...]:
+    """Return the names of the pretrained weights an encoder has; for timm's, whose name tells, ``imagenet``."""
+    smp = import_for_conversion("segmentation_models_pytorch")
+    if encoder in smp.encoders.encoders:
+        return tuple(smp.encoders.encoders[encoder]["pretrained_settings"])
+    timm = import_for_conversion("timm")
+    return ("imagenet",) if timm.models.is_model_pretrained(_timm_name(encoder)) else ()
+
+
+def prepare_hub_weights(encoder: str, name: str) -> HubWeights:
+    """Make sure that building with these weights will not hang.
+
+    Raises:
+        SpecError: the encoder has no such weights; names those it has.
+        CheckpointError: they are neither cached nor reachable; raised within about ``PROBE_SECONDS``.
+    """
+    names = hub_weights_names(encoder)
+    if name not in names:
+        have = ", ".join(names) or "none"
+        raise SpecError(f"{encoder} has no pretrained weights called {name!r} (it has: {have}); give --weights PATH|random")
+    smp = import_for_conversion("segmentation_models_pytorch")
+    if encoder in smp.encoders.encoders:
+        settings = smp.encoders.encoders[encoder]["pretrained_settings"][name]
+        repository, revision = settings["repo_id"], settings["revision"]
+        cached = all(_cached(repository, f, revision) for f in ("config.json", "model.safetensors"))
+        if not cached:
+            _require_hub(encoder, repository, revision)
+        return HubWeights(name, {}, repository)
+    timm = import_for_conversion("timm")
+    config = timm.get_pretrained_cfg(_timm_name(encoder))
+    repository = config.hf_hub_id or ""
+    cached_file = _cached(repository, config.hf_hub_filename or "model.safetensors", None) if repository else None
+    if cached_file:
+        # Named by file: by repository, timm would ask the hub whether the cached one is still the newest.
+        return HubWeights(name, {"pretrained_cfg_overlay": {"file": cached_file}}, repository)
+    _require_hub(encoder, repository, "main")
+    return HubWeights(name, {}, repository)
+
+
+def _timm_name(encoder: str) -> str:
+    if encoder.startswith("tu-"):
+        return encoder.removeprefix("tu-")
+    base = encoder.removeprefix("timm-")
+    return f"tf_{base}" if "mobilenetv3" in base else base
+
+
+def _cached(repository: str, filename: str, revision: str | None) -> str | None:
+    hub = import_for_conversion("huggingface_hub")
+    found = hub.try_to_load_from_cache(repository, filename, revision=revision)
+    return found if isinstance(found, str) else None
+
+
+def _require_hub(encoder: str, repository: str, revision: str) -> None:
+    advice = (
+        "give --weights PATH of a trained checkpoint (which includes the encoder), or copy the Hugging Face cache of a "
+        "machine that has it"
+    )
+    constants = import_for_conversion("huggingface_hub.constants")
+    if constants.HF_HUB_OFFLINE:
+        raise CheckpointError(
+            f"pretrained weights of {encoder} ({repository}) are not cached and HF_HUB_OFFLINE is set; unset it, or {advice}"
+        )
+    url = f"{constants.ENDPOINT}/{repository}/resolve/{revision}/config.json"
+    problem = _probe(url)
+    if problem is not None:
+        raise CheckpointError(
+            f"pretrained weights of {encoder} ({repository}) are not cached and {constants.ENDPOINT} does not answer "
+            f"({problem}); {advice}"
+        )
+
+
+def _probe(url: str) -> str | None:
+    """Return ``None`` when the URL answers in time, else the reason in a few words."""
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "edgeseg"})
+            with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
+                answers.append(None)
+        except urllib.error.HTTPError as exc:
+            answers.append(f"HTTP {exc.code}")
+        except (OSError, ValueError) as exc:
+            reason = getattr(exc, "reason", exc)
+            answers.append(" ".join(str(reason).split())[:80] or type(exc).__name__)
+
+    # Name resolution knows no timeout, so the whole question gets one: the thread is left behind when it hangs.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS + 0.5)
+    return answers[0] if answers else f"no answer within {PROBE_SECONDS:.0f} s"

@@ -1,0 +1,190 @@
+"""Load a model with its weights and everything that is known about it.
+
+The user's words win; what they left open is read from the checkpoint, else defaulted, and every assumption becomes
+a note. Nothing asked for is silently changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from edgeseg.convert import architectures
+from edgeseg.convert.assemble import Assembly, assemble, settle_geometry
+from edgeseg.convert.checkpoint import Checkpoint, read_checkpoint
+from edgeseg.convert.demo import read_demo
+from edgeseg.convert.diagnosis import likely_cause
+from edgeseg.convert.fit import NamedTensors, checkpoint_classes, guess_arch, load_tensors, strip_prefixes
+from edgeseg.convert.hub import hub_weights_names, prepare_hub_weights
+from edgeseg.convert.loaded import LoadedModel, freeze, hash_weights
+from edgeseg.convert.preprocessing import recorded_preprocess, resolve_preprocess
+from edgeseg.convert.recorded import merge, recorded_model
+from edgeseg.convert.wrap import wrap_module
+from edgeseg.errors import CheckpointError, EdgesegError, SpecError
+from edgeseg.spec import ModelRequest, Preprocess
+
+__all__ = ["LoadedModel", "hash_weights", "load_model", "wrap_module"]
+
+
+def load_model(request: ModelRequest) -> LoadedModel:
+    """Load the model a request describes.
+
+    Raises:
+        SpecError: unknown or impossible architecture, encoder or arguments; options that contradict the checkpoint.
+        CheckpointError: weights that cannot be read, do not fit, are not finite, or cannot be fetched.
+        MissingDependencyError: torch or SMP is not installed.
+    """
+    architectures.import_for_conversion("torch")
+    architectures.import_smp()
+    weights = request.weights
+    if weights is None:
+        return _load_demo(request)
+    if weights == "random":
+        return _load_random(request)
+    if not Path(weights).expanduser().exists() and _is_hub_name(request, weights):
+        return _load_pretrained_encoder(request, weights)
+    return _load_checkpoint(request, read_checkpoint(weights))
+
+
+def _is_hub_name(request: ModelRequest, weights: str) -> bool:
+    if weights == "imagenet":
+        return True
+    if request.encoder is None or request.arch is None:
+        return False
+    arch = architectures.resolve_arch(request.arch)
+    encoder = architectures.resolve_encoder(request.encoder, arch, request.model_args)
+    return weights in hub_weights_names(encoder)
+
+
+def _load_demo(request: ModelRequest) -> LoadedModel:
+    demo, checkpoint = read_demo(request, architectures.require_arch(request.arch))
+    described = ModelRequest(
+        arch=demo.arch,
+        encoder=demo.encoder,
+        classes=demo.classes,
+        class_names=demo.class_names,
+        task=demo.task,
+        model_args=demo.model_args,
+    )
+    assembly = assemble(described)
+    _fill(assembly, checkpoint, strip_prefixes(checkpoint))
+    loaded = _finish(assembly, demo.normalization, "demo weights (trained on generated street scenes)", ())
+    return replace(loaded, size=demo.size, is_demo=True)
+
+
+def _load_random(request: ModelRequest) -> LoadedModel:
+    assembly = assemble(request)
+    preprocess, notes = resolve_preprocess(
+        request,
+        encoder=assembly.model.encoder,
+        encoder_weights=None,
+        in_channels=assembly.model.in_channels,
+        recorded=None,
+        untrained=True,
+    )
+    loud = "RANDOM WEIGHTS: the masks mean nothing; for measuring speed and trying out the conversion only"
+    return _finish(assembly, preprocess, "random weights (untrained)", (loud, *assembly.notes, *notes))
+
+
+def _load_pretrained_encoder(request: ModelRequest, name: str) -> LoadedModel:
+    arch = architectures.require_arch(request.arch)
+    encoder = request.encoder or architectures.default_encoder(arch)
+    encoder = architectures.resolve_encoder(encoder, arch, request.model_args)
+    found = prepare_hub_weights(encoder, name)
+    try:
+        assembly = assemble(request, encoder_weights=found.encoder_weights, loading_args=found.model_args)
+    except EdgesegError:
+        raise
+    except Exception as exc:  # the hub's client raises errors of several HTTP libraries
+        reason = " ".join(str(exc).split())[:150]
+        raise CheckpointError(f"fetching the weights of {encoder} ({found.repository}) failed: {reason}; try again") from exc
+    preprocess, notes = resolve_preprocess(
+        request,
+        encoder=encoder,
+        encoder_weights=name,
+        in_channels=assembly.model.in_channels,
+        recorded=None,
+        untrained=False,
+    )
+    loud = f"the encoder has {name} weights, the DECODER IS RANDOM: the masks mean nothing until it is trained"
+    words = f"{name} encoder weights ({found.repository}), random decoder"
+    return _finish(assembly, preprocess, words, (loud, *assembly.notes, *notes))
+
+
+def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint) -> LoadedModel:
+    recorded = recorded_model(checkpoint)
+    named = strip_prefixes(checkpoint)
+    settled, notes = _settle(merge(request, recorded), checkpoint, named)
+    assembly = assemble(settled)
+    fit_notes = _fill(assembly, checkpoint, named)
+    preprocess, preprocess_notes = resolve_preprocess(
+        request,
+        encoder=assembly.model.encoder,
+        encoder_weights=recorded.encoder_weights,
+        in_channels=assembly.model.in_channels,
+        recorded=recorded_preprocess(checkpoint.config, named.outside),
+        untrained=False,
+    )
+    every = (*checkpoint.notes, *recorded.notes, *named.notes, *notes, *assembly.notes, *fit_notes, *preprocess_notes)
+    return _finish(assembly, preprocess, f"weights of {checkpoint.path}", every)
+
+
+def _settle(
+    request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors
+) -> tuple[ModelRequest, tuple[str, ...]]:
+    """Fill architecture and classes from the tensors themselves where nobody said them."""
+    notes: list[str] = []
+    if request.arch is None:
+        arch = guess_arch(named.tensors)
+        if arch is None:
+            raise SpecError(f"{checkpoint.path} does not say its architecture, nor do its tensors; give --arch")
+        notes.append(f"architecture not given: {arch}, by the names of the decoder's tensors")
+        request = replace(request, arch=arch)
+    found = checkpoint_classes(named.tensors)
+    asked = request.classes if request.classes is not None else len(request.class_names) or None
+    if asked is None and found is not None:
+        notes.append(f"classes not given: {found}, by the shape of the checkpoint's segmentation head")
+        request = replace(request, classes=found)
+    elif asked is not None and found is not None and asked != found:
+        raise CheckpointError(
+            f"{checkpoint.path.name} has {found} classes, {asked} were asked for; give --classes {found} or other weights"
+        )
+    return request, tuple(notes)
+
+
+def _fill(assembly: Assembly, checkpoint: Checkpoint, named: NamedTensors) -> tuple[str, ...]:
+    """Load the tensors; an auxiliary head's are left out when the model was built without one."""
+    notes: tuple[str, ...] = ()
+    spec = assembly.model
+    head = [k for k in named.tensors if k.startswith("classification_head.")]
+    if head and assembly.module.classification_head is None:
+        named = replace(named, tensors={k: v for k, v in named.tensors.items() if k not in head})
+        notes = ("auxiliary classification head of the checkpoint dropped",)
+    what = f"{spec.arch} with encoder {spec.encoder} and {spec.classes} classes"
+    return *notes, *load_tensors(
+        assembly.module,
+        named,
+        checkpoint,
+        what,
+        lambda given, own: likely_cause(given, own, spec.arch, spec.encoder, assembly.depth),
+    )
+
+
+def _finish(
+    assembly: Assembly, preprocess: Preprocess, weights: str, notes: tuple[str, ...]
+) -> LoadedModel:
+    module, model = assembly.module, assembly.model
+    freeze(module)
+    sha256 = hash_weights(module)
+    geometry = settle_geometry(module, model, check_output=bool(model.model_args))
+    return LoadedModel(
+        module=module,
+        model=model,
+        preprocess=preprocess,
+        weights=weights,
+        weights_sha256=sha256,
+        stride=geometry.stride,
+        size=geometry.size,
+        notes=tuple(dict.fromkeys((*notes, *geometry.notes))),
+        fixed_size=geometry.fixed,
+    )

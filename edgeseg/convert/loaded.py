@@ -1,0 +1,80 @@
+"""The result of loading: a model ready for export, and everything that is known about it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgeseg.convert.architectures import name_softmax_axis
+from edgeseg.convert.assemble import Geometry
+from edgeseg.errors import SpecError
+from edgeseg.spec import ModelSpec, Preprocess
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for export: evaluation mode, float32, no gradients.
+
+    Attributes:
+        module: forward takes normalized float32 ``(N, C, H, W)`` and returns the network's raw output
+            ``(N, classes, H, W)``, SMP's activation included; with a kept auxiliary head, a tuple with ``(N, K)`` second.
+        model: what it is.
+        preprocess: how its input is normalized.
+        weights: where the weights came from, in words.
+        weights_sha256: of the values, whatever file they came in; see :func:`hash_weights`.
+        stride: height and width must be multiples of this.
+        size: height and width it was made for, pixels; a default to build with.
+        notes: everything assumed, stripped or dropped, a sentence each, for the user.
+        is_demo: these are the shipped demo weights.
+        fixed_size: the only height and width its encoder takes, or ``None``.
+    """
+
+    module: torch.nn.Module
+    model: ModelSpec
+    preprocess: Preprocess
+    weights: str
+    weights_sha256: str
+    stride: int
+    size: tuple[int, int]
+    notes: tuple[str, ...] = ()
+    is_demo: bool = False
+    fixed_size: tuple[int, int] | None = None
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise :class:`SpecError` unless the model takes images of this size, naming one that fits."""
+        if self.fixed_size is not None and (height, width) != self.fixed_size:
+            only = f"{self.fixed_size[0]}x{self.fixed_size[1]}"
+            raise SpecError(
+                f"{self.model.encoder} takes {only} only, got {height}x{width}; give --size {only}, or --model-arg img_size=N"
+            )
+        if height % self.stride or width % self.stride:
+            near = [max(self.stride, round(v / self.stride) * self.stride) for v in (height, width)]
+            raise SpecError(
+                f"size {height}x{width} does not fit {self.model.display_name}: multiples of {self.stride} do; "
+                f"nearest is {near[0]}x{near[1]}"
+            )
+
+
+def hash_weights(module: torch.nn.Module) -> str:
+    """SHA-256 over the sorted (name, dtype, shape, bytes) of a state dict.
+
+    The counters ``num_batches_tracked`` are left out: they take no part in inference, and not every format keeps them.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if name.endswith("num_batches_tracked"):
+            continue
+        values = tensor.detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {values.dtype.str} {values.shape}\n".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def freeze(module: torch.nn.Module) -> None:
+    """Bring a filled model into the state :class:`LoadedModel` promises, in place."""
+    module.float().eval().requires_grad_(False)
+    name_softmax_axis(module)

@@ -1,0 +1,109 @@
+"""Deterministic names: a node is called after the SMP module it came from, a value after the node that makes it.
+
+``encoder.layer3.0.conv1/Conv`` makes ``encoder.layer3.0.conv1/Conv_output_0``. Equal exports give equal bytes, and a
+vendor's message about a node leads back to a line of the model.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+import onnx
+import onnx_ir as ir
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_NETWORK = "model"
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+def name_by_scope(model: ir.Model) -> None:
+    """Name every node after its torch module path, from the exporter's metadata.
+
+    Done before anything rewrites the graph: node names survive onnxsim, metadata does not.
+    """
+    taken: dict[str, int] = {}
+    for node in model.graph.all_nodes():
+        stem = f"{_module_path(node)}/{node.op_type}".lstrip("/")
+        node.name = _unique(stem, taken)
+
+
+def _module_path(node: ir.Node) -> str:
+    # A convolution into which a batch normalization was folded carries the latter's scopes; its weight knows better.
+    if node.op_type in _WEIGHTED:
+        for value in node.inputs:
+            if value is not None and value.is_initializer() and value.name and value.name.endswith(".weight"):
+                return _strip(value.name.removesuffix(".weight"))
+    scopes = node.metadata_props.get(_SCOPES)
+    path = ""
+    if scopes:
+        # name_scopes is the repr of a list: "", each module path outside in, and last the operator's own name
+        path = next((s for s in reversed(ast.literal_eval(scopes)[:-1]) if s), "")
+    return _strip(path)
+
+
+def _strip(path: str) -> str:
+    return path.removeprefix(_NETWORK).removeprefix(".") if (path + ".").startswith(_NETWORK + ".") else path
+
+
+def _unique(stem: str, taken: dict[str, int]) -> str:
+    count = taken.get(stem, 0)
+    taken[stem] = count + 1
+    name = stem if count == 0 else f"{stem}_{count}"
+    return name if count == 0 or name not in taken else _unique(stem, taken)
+
+
+def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make names unique and deterministic, drop metadata and unused entries; graph inputs and outputs keep theirs.
+
+    Returns a changed copy; node order is kept.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    fixed = {v.name for v in (*graph.input, *graph.output)}
+    taken: dict[str, int] = dict.fromkeys(fixed, 1)
+    for node in graph.node:
+        node.name = _unique(node.name or f"edgeseg/{node.op_type}", taken)
+    renamed = {name: name for name in fixed}
+    weights = {t.name for t in graph.initializer}
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name in weights and name not in renamed:
+                renamed[name] = _unique(_weight_name(name, node, index), taken)
+        for index, name in enumerate(node.output):
+            if name and name not in renamed:
+                renamed[name] = _unique(f"{node.name}_output_{index}", taken)
+    _rename(graph, renamed)
+    for item in (result, graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+    graph.name = "edgeseg"
+    result.producer_name, result.producer_version = "edgeseg", ""
+    return result
+
+
+def _weight_name(name: str, node: onnx.NodeProto, index: int) -> str:
+    # Parameters keep their state-dict name; constants made on the way are called after their first reader.
+    if "." in name and not name.startswith(("val_", "onnx::")):
+        return _strip(name)
+    return f"{node.name}_input_{index}"
+
+
+def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+    for node in graph.node:
+        node.input[:] = [renamed.get(n, n) for n in node.input]
+        node.output[:] = [renamed.get(n, n) for n in node.output]
+    for item in _named(graph):
+        item.name = renamed.get(item.name, item.name)
+    kept = [t for t in graph.initializer if t.name in set(renamed.values())]
+    del graph.initializer[:]
+    graph.initializer.extend(sorted(kept, key=lambda t: t.name))
+    infos = sorted((v for v in graph.value_info if v.name in set(renamed.values())), key=lambda v: v.name)
+    del graph.value_info[:]
+    graph.value_info.extend(infos)
+
+
+def _named(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto | onnx.ValueInfoProto]:
+    yield from graph.initializer
+    yield from graph.value_info

@@ -1,0 +1,153 @@
+"""What a checkpoint says about its own architecture, and how that meets what the user says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgeseg.convert import architectures
+from edgeseg.convert.checkpoint import Checkpoint
+from edgeseg.errors import CheckpointError, SpecError
+from edgeseg.spec import ModelRequest
+
+_MASK_FREE = ("argmax", "argmax2d")
+
+
+@dataclass(frozen=True)
+class RecordedModel:
+    """Architecture and constructor arguments as recorded; ``None`` and empty where nothing was."""
+
+    arch: str | None = None
+    encoder: str | None = None
+    encoder_weights: str | None = None
+    classes: int | None = None
+    in_channels: int | None = None
+    activation: str | None = None
+    class_names: tuple[str, ...] = ()
+    task: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def recorded_model(checkpoint: Checkpoint) -> RecordedModel:
+    """Read ``config.json`` of a ``save_pretrained`` folder, or the hyper-parameters of a Lightning checkpoint.
+
+    Raises:
+        CheckpointError: the config is not one of an SMP model.
+    """
+    if checkpoint.config:
+        return _from_config(checkpoint)
+    return _from_hyper_parameters(checkpoint.hyper_parameters)
+
+
+def _from_config(checkpoint: Checkpoint) -> RecordedModel:
+    config = dict(checkpoint.config)
+    name = config.pop("_model_class", None)
+    if not isinstance(name, str):
+        raise CheckpointError(
+            f"config.json beside {checkpoint.path} names no SMP model (no _model_class); give the weights file itself, with --arch"
+        )
+    try:
+        arch = architectures.resolve_arch(name)
+    except SpecError as exc:
+        raise CheckpointError(
+            f"config.json beside {checkpoint.path} is of the class {name!r}, which is not SMP's; hand the module to "
+            "edgeseg.build(model=...) or give the weights file itself, with --arch"
+        ) from exc
+    config.pop("preprocess", None)
+    arguments = {k: v for k, v in config.items() if not k.startswith("_")}
+    taken = {key: arguments.pop(key, None) for key in architectures.SPEC_ARGUMENTS}
+    activation, notes = _read_activation(taken["activation"])
+    return RecordedModel(
+        arch=arch,
+        encoder=_typed(checkpoint, "encoder_name", taken["encoder_name"], str),
+        encoder_weights=taken["encoder_weights"] if isinstance(taken["encoder_weights"], str) else None,
+        classes=_typed(checkpoint, "classes", taken["classes"], int),
+        in_channels=_typed(checkpoint, "in_channels", taken["in_channels"], int),
+        activation=activation,
+        model_args=arguments,
+        complete=True,
+        notes=notes,
+    )
+
+
+def _read_activation(value: object) -> tuple[str | None, tuple[str, ...]]:
+    if value is None:
+        return None, ()
+    if value in _MASK_FREE:
+        return None, (f"activation {value} dropped: the mask output is the argmax",)
+    return str(value), ()
+
+
+def _typed(checkpoint: Checkpoint, key: str, value: object, kind: type) -> Any:
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        raise CheckpointError(f"config.json beside {checkpoint.path}: {key} is {value!r}, not {kind.__name__}")
+    return value
+
+
+def _from_hyper_parameters(hyper: Mapping[str, Any]) -> RecordedModel:
+    """Training scripts save their arguments under a few usual names; a value that means nothing here is left alone."""
+    arch = next((hyper[k] for k in ("arch", "architecture", "model_name") if isinstance(hyper.get(k), str)), None)
+    encoder = next((hyper[k] for k in ("encoder_name", "encoder", "backbone") if isinstance(hyper.get(k), str)), None)
+    try:
+        arch = architectures.resolve_arch(arch) if arch else None
+        encoder = architectures.resolve_encoder(encoder, arch or "unet", {}) if encoder else None
+    except SpecError:
+        return RecordedModel()
+    if arch is None and encoder is None:
+        return RecordedModel()
+    note = f"read from the checkpoint's hyper_parameters: {', '.join(v for v in (arch, encoder) if v)}"
+    return RecordedModel(arch=arch, encoder=encoder, notes=(note,))
+
+
+def merge(request: ModelRequest, recorded: RecordedModel) -> ModelRequest:
+    """Fill what the user left open with what is recorded.
+
+    Raises:
+        SpecError: the user contradicts a ``save_pretrained`` config, which describes the very model of the weights.
+    """
+    fields: dict[str, Any] = {
+        "arch": architectures.resolve_arch(request.arch) if request.arch else None,
+        "encoder": request.encoder,
+        "classes": request.classes,
+        "in_channels": request.in_channels,
+        "activation": request.activation,
+    }
+    options = {"arch": "--arch", "encoder": "--encoder", "classes": "--classes", "in_channels": "--in-channels"}
+    merged: dict[str, Any] = {}
+    for name, said in fields.items():
+        known = getattr(recorded, name)
+        if recorded.complete and said is not None and known is not None and not _same(said, known):
+            raise SpecError(
+                f"{options.get(name, '--activation')} {said} contradicts the checkpoint's config.json, which says {known}; "
+                "leave the option out"
+            )
+        merged[name] = said if said is not None else known
+    model_args = dict(recorded.model_args)
+    for name, value in request.model_args.items():
+        if recorded.complete and name in model_args and not _same(value, model_args[name]):
+            raise SpecError(
+                f"--model-arg {name}={value} contradicts the checkpoint's config.json, which says {model_args[name]}; leave it out"
+            )
+        model_args[name] = value
+    return ModelRequest(
+        **merged,
+        weights=request.weights,
+        class_names=request.class_names or recorded.class_names,
+        task=request.task or recorded.task,  # type: ignore[arg-type]
+        model_args=model_args,
+        keep_aux=request.keep_aux,
+        mean=request.mean,
+        std=request.std,
+        channel_order=request.channel_order,
+    )
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, str) and isinstance(b, str):
+        return a.lower() == b.lower()
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return list(a) == list(b)
+    return a == b

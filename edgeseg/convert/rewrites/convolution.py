@@ -1,0 +1,63 @@
+"""Convolutions as the linear maps they are: shared by the rewrites that move, split and compose them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeseg.convert.rewrites.graph import constant, emit, ints, integer, weight, word
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A Conv node with constant weight ``(O, I/group, kH, kW)`` and bias ``(O,)`` (zeros when it has none)."""
+
+    node: ir.Node
+    weight: NDArray[Any]
+    bias: NDArray[Any]
+
+    @property
+    def has_bias(self) -> bool:
+        return bool(self.bias.any())
+
+    @property
+    def stem(self) -> str:
+        """Name of its weight without ``.weight``, for the weights made from it."""
+        value = self.node.inputs[1]
+        return ((value.name if value is not None else None) or "conv").removesuffix(".weight")
+
+
+def convolution(node: ir.Node | None) -> Convolution | None:
+    """Read a 2-d Conv with constant weights."""
+    if node is None or node.op_type != "Conv" or word(node, "auto_pad", "NOTSET") != "NOTSET":
+        return None
+    kernel = constant(node.inputs[1])
+    bias_value = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = constant(bias_value)
+    if kernel is None or kernel.ndim != 4 or kernel.dtype != np.float32 or (bias_value is not None and bias is None):
+        return None
+    return Convolution(node, kernel, np.zeros(kernel.shape[0], kernel.dtype) if bias is None else bias)
+
+
+def pointwise(node: ir.Node | None) -> Convolution | None:
+    """Read a Conv that mixes channels pixel by pixel: 1x1, stride 1, no padding, one group."""
+    conv = convolution(node)
+    if conv is None or conv.weight.shape[2:] != (1, 1) or integer(conv.node, "group", 1) != 1:
+        return None
+    plain = not any(ints(conv.node, "pads")) and set(ints(conv.node, "strides", (1, 1))) == {1}
+    return conv if plain else None
+
+
+def emit_pointwise(
+    before: ir.Node, x: ir.Value, matrix: NDArray[Any], bias: NDArray[Any] | None, stem: str
+) -> ir.Value:
+    """Insert a 1x1 Conv of ``matrix`` ``(O, I)``; a bias of zeros is left out."""
+    inputs = [x, weight(before, matrix[:, :, None, None], f"{stem}.weight")]
+    if bias is not None and bias.any():
+        inputs.append(weight(before, bias, f"{stem}.bias"))
+    shape = None if x.shape is None else [x.shape[0], matrix.shape[0], *x.shape[2:]]
+    return emit(before, "Conv", inputs, {"kernel_shape": [1, 1]}, shape=shape)

@@ -1,0 +1,138 @@
+"""Looking at a graph and changing it: what every rewrite needs, and nothing about any one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+Dims = tuple[int | None, ...]
+
+
+def nodes(model: ir.Model, op_type: str) -> Iterator[ir.Node]:
+    """The nodes of one type, in order; safe against changes made while iterating."""
+    for node in list(model.graph):
+        if node.op_type == op_type and node.domain in ("", "ai.onnx") and node.graph is not None:
+            yield node
+
+
+def constant(value: ir.Value | None) -> NDArray[Any] | None:
+    """The array of an initializer or Constant, else ``None``."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None or (value is not None and value.is_graph_input()) else tensor.numpy()
+
+
+def maker(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that makes ``value``, if it is of one of these types."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type in op_types and node.domain in ("", "ai.onnx") else None
+
+
+def sole_maker(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """As :func:`maker`, if nothing else reads ``value``: a node that disappears when its reader is rewritten."""
+    return maker(value, *op_types) if value is not None and reads(value) == 1 else None
+
+
+def reads(value: ir.Value) -> int:
+    """How often ``value`` is read; a graph output counts as a read."""
+    return len(value.uses()) + int(value.is_graph_output())
+
+
+def sole_reader(value: ir.Value, *op_types: str) -> ir.Node | None:
+    """The only node that reads ``value``, if it is of one of these types."""
+    if reads(value) != 1 or not value.uses():
+        return None
+    node = value.uses()[0].node
+    return node if node.op_type in op_types else None
+
+
+def dims(value: ir.Value | None) -> Dims | None:
+    """Shape with ``None`` for what is not known before run time, or ``None`` when not even the rank is."""
+    if value is None or value.shape is None:
+        return None
+    return tuple(d if isinstance(d, int) else None for d in value.shape)
+
+
+def static(value: ir.Value | None) -> tuple[int, ...] | None:
+    """Shape when all of it is known, else ``None``."""
+    known = dims(value)
+    return None if known is None or None in known else tuple(d for d in known if d is not None)
+
+
+def elements(value: ir.Value | None) -> int | None:
+    """Number of elements of a static value."""
+    shape = static(value)
+    return None if shape is None else math.prod(shape)
+
+
+def emit(
+    before: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    shape: Sequence[int | str | None] | None = None,
+    outputs: int = 1,
+) -> ir.Value:
+    """Insert a node before ``before``, in its module, and return its (first) output, of the data type of ``inputs[0]``."""
+    assert before.graph is not None
+    node = ir.node(op_type, list(inputs), attributes=dict(attributes or {}), num_outputs=outputs)
+    node.name = f"{(before.name or '').rpartition('/')[0]}/{op_type}"
+    first = next(v for v in inputs if v is not None)
+    for output in node.outputs:
+        output.dtype = first.dtype
+    if shape is not None:
+        node.outputs[0].shape = ir.Shape(shape)
+    before.graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def weight(near: ir.Node, array: NDArray[Any], name: str) -> ir.Value:
+    """Register a new initializer; its name is made unique by a number if taken."""
+    graph = near.graph
+    assert isinstance(graph, ir.Graph)
+    unique, count = name, 0
+    while unique in graph.initializers:
+        count += 1
+        unique = f"{name}_{count}"
+    value = ir.Value(name=unique, const_value=ir.tensor(np.ascontiguousarray(array), name=unique))
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(value)
+    return value
+
+
+def replace(old: ir.Value, new: ir.Value) -> None:
+    """Let ``new`` take the place of ``old`` everywhere; a graph output keeps its name."""
+    if new.shape is None:
+        new.shape = old.shape
+    if old.is_graph_output():
+        name, old.name = old.name, f"{old.name}_before"
+        new.name = name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def tidy(model: ir.Model) -> None:
+    """Remove nodes and initializers nothing reads, and infer the shapes of new values."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+
+    RemoveUnusedNodesPass()(model)
+    ShapeInferencePass(strict_mode=True)(model)
+
+
+def ints(node: ir.Node, name: str, default: Sequence[int] = ()) -> tuple[int, ...]:
+    """An integer-list attribute."""
+    return tuple(node.attributes.get_ints(name, list(default)))
+
+
+def integer(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute."""
+    return int(node.attributes.get_int(name, default))
+
+
+def word(node: ir.Node, name: str, default: str) -> str:
+    """A string attribute."""
+    return str(node.attributes.get_string(name, default))

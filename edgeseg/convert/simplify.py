@@ -1,0 +1,52 @@
+"""Exported graph -> the portable graph: onnxsim, then the segmentation-aware rewrites, then final names."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+from edgeseg.convert.naming import normalize
+from edgeseg.convert.rewrites import REWRITES, apply_rewrites
+from edgeseg.convert.silence import silenced
+from edgeseg.errors import ExportError
+from edgeseg.onnx_file import first_line
+
+
+def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:
+    """Simplify and rewrite ``model``.
+
+    Returns:
+        the new model, shapes inferred and names final; and how many times each rewrite applied.
+
+    Raises:
+        ExportError: onnxsim failed, or a rewrite broke its own postcondition.
+    """
+    rewritable = ir.serde.deserialize_model(infer_shapes(run_onnxsim(model)))
+    applied = apply_rewrites(rewritable, REWRITES)
+    result = normalize(infer_shapes(normalize(ir.serde.serialize_model(rewritable))))
+    return result, applied
+
+
+def run_onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Run onnxsim. Raises :class:`ExportError`."""
+    import onnxsim
+
+    try:
+        with silenced():
+            # Equality is checked by the caller, on images: onnxsim's own check feeds uniform noise to every input.
+            simplified, _ = onnxsim.simplify(model, check_n=0, include_subgraph=True)
+    except Exception as exc:
+        raise ExportError(f"onnxsim could not simplify the exported graph: {first_line(exc)}") from exc
+    assert isinstance(simplified, onnx.ModelProto)
+    return simplified
+
+
+def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return ``model`` with every value's shape that ONNX can infer, old annotations dropped."""
+    clean = onnx.ModelProto()
+    clean.CopyFrom(model)
+    del clean.graph.value_info[:]
+    try:
+        return onnx.shape_inference.infer_shapes(clean, strict_mode=True, data_prop=True)
+    except Exception as exc:
+        raise ExportError(f"the graph has inconsistent shapes: {first_line(exc)}") from exc

@@ -1,0 +1,84 @@
+"""Every error edgeseg raises on purpose.
+
+Each message is one line a user can act on: what we got, what is allowed, what to do.
+The command line prints it without a traceback (``--debug`` shows one).
+
+EdgesegError                                        exit 1
+ ├─ SpecError (ValueError)                          exit 2: a request that cannot be met: architecture, size, classes
+ ├─ InputError (ValueError)                         an image, mask, folder or array that cannot be used
+ ├─ CheckpointError                                 weights that cannot be read, or do not fit the model
+ ├─ MissingDependencyError (ImportError)            an extra that is not installed; names the pip line
+ ├─ ArtifactError                                   an engine folder, graph, table or manifest that is damaged, stale or foreign
+ ├─ ExportError                                     PyTorch -> ONNX, simplification or a rewrite failed or changed the result
+ ├─ QuantizationError                               calibration or Q/DQ insertion failed, or the written graph breaks its scheme
+ ├─ BuildError                                      a backend could not build or load its engine
+ └─ GateError                                       exit 3: the engine works, a limit the user set is not met
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EdgesegError(Exception):
+    """Base of all errors edgeseg raises on purpose."""
+
+    exit_code = 1
+
+
+class SpecError(EdgesegError, ValueError):
+    """A request that cannot be met: unknown architecture, impossible size, contradicting options."""
+
+    exit_code = 2
+
+
+class InputError(EdgesegError, ValueError):
+    """An image, mask, folder or array that cannot be used."""
+
+
+class CheckpointError(EdgesegError):
+    """Weights that cannot be read, or that do not fit the model."""
+
+
+class MissingDependencyError(EdgesegError, ImportError):
+    """A package that belongs to an extra is not installed.
+
+    Args:
+        package: the import name that failed.
+        extra: the edgeseg extra that brings it.
+        purpose: what needed it, as the rest of "... is needed to <purpose>".
+    """
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{package} is needed to {purpose}: pip install 'edgeseg[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+
+class ArtifactError(EdgesegError):
+    """An engine folder, graph, calibration table or manifest that is damaged, stale or foreign."""
+
+
+class ExportError(EdgesegError):
+    """PyTorch to ONNX, simplification or a rewrite failed or changed the result."""
+
+
+class QuantizationError(EdgesegError):
+    """Calibration or Q/DQ insertion failed, or the written graph breaks the rules of its scheme."""
+
+
+class BuildError(EdgesegError):
+    """A backend could not build or load its engine."""
+
+
+class GateError(EdgesegError):
+    """The engine works, but a limit the user set (``--max-drop``, ``--min-agreement``) is not met."""
+
+    exit_code = 3
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Return ``"; did you mean 'a' or 'b'?"`` for the allowed words nearest to ``word``, or ``""``."""
+    near = difflib.get_close_matches(word, list(allowed), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -1,0 +1,209 @@
+"""An engine against the PyTorch model it came from: the same uint8 images into both, and what came out of each."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.artifacts import AccuracyFigures, LatencyFigures, Verification
+from edgeseg.backends.base import Session
+from edgeseg.errors import GateError, InputError
+from edgeseg.evaluate.accuracy import AccuracyMeter, AgreementMeter
+from edgeseg.evaluate.dataset import IGNORED, Pair
+from edgeseg.evaluate.latency import SHORT, LatencyProtocol, measure_interleaved
+from edgeseg.runtime.placement import fit_windows
+from edgeseg.runtime.scores import ScoreRule
+from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.spec import PipelineSpec
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare_masks` counted.
+
+    Attributes:
+        agreement: engine against PyTorch, pixel by pixel, on the masks as they leave the engine.
+        fidelity: the same class by class, PyTorch's masks taken as truth.
+        reference, engine: PyTorch and the engine against the ground truth, at the size of the source images, as a user
+            of :class:`~edgeseg.runtime.segmenter.Segmenter` gets the masks. Empty without ground truth.
+        images: how many were compared.
+        sample: one image (or as many as the smallest batch) at the engine's size, uint8 ``(N, H, W, C)``, to time with.
+        unlabelled: what was not judged, in words, or ``""``.
+    """
+
+    agreement: AgreementMeter
+    fidelity: AccuracyMeter
+    reference: AccuracyMeter
+    engine: AccuracyMeter
+    images: int
+    sample: NDArray[np.uint8]
+    unlabelled: str
+
+
+def verify(
+    reference: Session,
+    engine: Session,
+    spec: PipelineSpec,
+    pairs: Iterable[Pair],
+    *,
+    data: str,
+    reference_size_bytes: int,
+    engine_size_bytes: int,
+    protocol: LatencyProtocol | None = SHORT,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare an engine with the model it came from, and time both in turns.
+
+    Args:
+        reference: the PyTorch model as a session; see :class:`edgeseg.backends.pytorch.PyTorchSession`.
+        engine: the engine's session. Both stay open.
+        spec: the contract both fulfil.
+        pairs: held-out images, with or without masks; read one at a time.
+        data: where they came from, in words.
+        reference_size_bytes: of the model's parameters.
+        engine_size_bytes: of the engine file.
+        protocol: how long to time both; ``None`` not to.
+        progress: called with (images done, images in all or 0 when unknown).
+
+    Raises:
+        InputError: no images, or one that cannot be used.
+    """
+    found = compare_masks(reference, engine, spec, pairs, progress)
+    agreement = found.agreement.agreement
+    assert agreement is not None  # compare_masks saw at least one image
+    latency = latency_figures(reference, engine, spec, found.sample, protocol) if protocol else (None, None)
+    return Verification(
+        agreement=agreement,
+        boundary_agreement=found.agreement.boundary_agreement,
+        miou_vs_pytorch=found.fidelity.figures().miou,
+        images=found.images,
+        data=data + found.unlabelled,
+        pytorch_accuracy=_figures(found.reference),
+        engine_accuracy=_figures(found.engine),
+        pytorch_latency=latency[0],
+        engine_latency=latency[1],
+        pytorch_size_bytes=reference_size_bytes,
+        engine_size_bytes=engine_size_bytes,
+    )
+
+
+def compare_masks(
+    reference: Session, engine: Session, spec: PipelineSpec, pairs: Iterable[Pair], progress: Progress | None = None
+) -> Comparison:
+    """Run all images through both and count; memory does not grow with the number of images.
+
+    Raises:
+        InputError: no images, or one that cannot be used.
+    """
+    task, classes = spec.model.task, spec.model.classes
+    agreement, fidelity = AgreementMeter(), AccuracyMeter(classes, task)
+    truth_reference, truth_engine = (AccuracyMeter(classes, task, ignore_index=IGNORED) for _ in range(2))
+    recorders = (_Recorder(reference, spec), _Recorder(engine, spec))
+    expected, by_engine = (Segmenter(recorder, spec) for recorder in recorders)
+    total, done, ignored = operator.length_hint(pairs), 0, 0
+    sample: NDArray[np.uint8] | None = None
+    ignore_index: int | None = None
+    for pair in pairs:
+        true_to, answer = expected(pair.image), by_engine(pair.image)
+        for wanted, got in zip(recorders[0].take(), recorders[1].take(), strict=True):
+            agreement.update(got, wanted, pair.name)
+            fidelity.update(got, wanted, pair.name)
+        if pair.mask is not None:
+            truth_reference.update(true_to, pair.mask, pair.name)
+            truth_engine.update(answer, pair.mask, pair.name)
+            ignored += int(np.count_nonzero(pair.mask == IGNORED))
+            ignore_index = pair.ignore_index
+        if sample is None:
+            sample = np.repeat(fit_windows(pair.image, spec.input)[0][None], spec.input.batch.minimum, axis=0)
+        done += 1
+        if progress is not None:
+            progress(done, total)
+    if sample is None:
+        raise InputError("no images to verify on; give a folder with images")
+    pixels = ignored + truth_engine.pixels
+    unlabelled = f"; mask value {ignore_index} not judged ({ignored / pixels:.1%} of pixels)" if ignored else ""
+    return Comparison(agreement, fidelity, truth_reference, truth_engine, done, sample, unlabelled)
+
+
+def latency_figures(
+    reference: Session, engine: Session, spec: PipelineSpec, sample: NDArray[np.uint8], protocol: LatencyProtocol
+) -> tuple[LatencyFigures, LatencyFigures]:
+    """Time both in turns, uint8 image to mask, through the runtime's :class:`Segmenter`: (reference, engine)."""
+    first, second = Segmenter(reference, spec), Segmenter(engine, spec)
+    image = sample[0] if len(sample) == 1 else sample
+    measured = measure_interleaved({"reference": lambda: first(image), "engine": lambda: second(image)}, protocol)
+    return measured["reference"].figures(), measured["engine"].figures()
+
+
+def check_gates(
+    verification: Verification, *, max_drop: float | None = None, min_agreement: float | None = None
+) -> None:
+    """Raise unless the engine keeps the limits that were set. A limit that could not be checked is not kept.
+
+    Args:
+        verification: what was measured.
+        max_drop: most mIoU that may be lost against PyTorch (0.01 = one point).
+        min_agreement: least share of pixels that must agree with PyTorch.
+
+    Raises:
+        GateError: a limit is not met, or was not measured; names all that failed.
+    """
+    failed = []
+    if max_drop is not None:
+        drop = verification.miou_drop
+        if drop is None:
+            failed.append(
+                "the mIoU drop was not measured, because there are no masks (give --validation DIR with masks/)"
+            )
+        elif not drop <= max_drop:
+            failed.append(f"the engine loses {drop:.4f} mIoU, --max-drop allows {max_drop:g}")
+    if min_agreement is not None and not verification.agreement >= min_agreement:
+        failed.append(
+            f"{verification.agreement:.4f} of pixels agree with PyTorch, --min-agreement wants {min_agreement:g}"
+        )
+    if failed:
+        remedy = "more or better calibration images, another --calibration-method, or --precision fp16"
+        raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}")
+
+
+class _Recorder:
+    """A session that keeps the masks, at the engine's size, of what it ran since they were last taken."""
+
+    def __init__(self, session: Session, spec: PipelineSpec) -> None:
+        self._session = session
+        self._kind = spec.output.kind
+        self._rule = None if self._kind == "mask" else ScoreRule.of(spec)
+        self._masks: list[NDArray[Any]] = []
+
+    def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+        outputs = self._session.run(images)
+        found = outputs[self._kind]
+        self._masks.extend(found if self._rule is None else [self._rule.mask(scores) for scores in found])
+        return outputs
+
+    def take(self) -> list[NDArray[Any]]:
+        masks, self._masks = self._masks, []
+        return masks
+
+    def close(self) -> None:
+        """The session belongs to the caller of :func:`verify`."""
+
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _figures(meter: AccuracyMeter) -> AccuracyFigures:
+    return meter.figures() if meter.images else AccuracyFigures()

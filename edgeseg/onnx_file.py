@@ -1,0 +1,104 @@
+"""ONNX files read with suspicion and written atomically. Needs ``onnx``; never imports torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import tempfile
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import external_data_helper
+
+from edgeseg.errors import ArtifactError
+
+MAX_PROTOBUF_BYTES = 2**31 - 1
+"""Largest serialized message protobuf reads back; also the largest single-file graph."""
+
+
+def read_onnx(path: Path) -> onnx.ModelProto:
+    """Read and check an ONNX file that may come from anywhere.
+
+    External data is read only from plain relative names below the file's own folder: a tensor that points elsewhere
+    (absolute, ``..``, a symbolic link) could make a conversion leak or read arbitrary files.
+
+    Raises:
+        ArtifactError: not readable, not ONNX, structurally invalid, or with external data outside its folder.
+    """
+    path = Path(path)
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except OSError as exc:
+        raise ArtifactError(f"cannot read {path}: {exc.strerror or exc}; give the path of an .onnx file") from exc
+    except (DecodeError, ValueError) as exc:
+        raise ArtifactError(f"{path} is not an ONNX file or is truncated; export it again") from exc
+    if not model.graph.node:
+        raise ArtifactError(f"{path} holds no ONNX graph; export it again")
+    _check_external_data(model, path)
+    try:
+        # Checked by path, so that external data is validated against the file's folder too.
+        onnx.checker.check_model(os.path.abspath(path))
+        external_data_helper.load_external_data_for_model(model, os.path.dirname(os.path.abspath(path)))
+    except (onnx.checker.ValidationError, ValueError, OSError, RuntimeError) as exc:
+        raise ArtifactError(f"{path} is not a valid ONNX graph: {first_line(exc)}; export it again") from exc
+    return model
+
+
+def _check_external_data(model: onnx.ModelProto, path: Path) -> None:
+    folder = Path(os.path.realpath(path.parent))
+    # onnx offers the traversal of every tensor (nested graphs, attributes and functions too) under a private name only.
+    for tensor in external_data_helper._get_all_tensors(model):
+        if not external_data_helper.uses_external_data(tensor):
+            continue
+        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
+        posix, windows = PurePosixPath(location), PureWindowsPath(location)
+        outside = posix.is_absolute() or windows.is_absolute() or bool(windows.drive) or ".." in windows.parts
+        if not location or outside or not Path(os.path.realpath(folder / location)).is_relative_to(folder):
+            raise ArtifactError(
+                f"{path} keeps tensor {tensor.name!r} in {location!r}, outside its folder; "
+                "only external data beside the file is read: save the model again as one file"
+            )
+
+
+def write_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Write ``model`` as one self-contained file, atomically and deterministically.
+
+    Raises:
+        ArtifactError: larger than 2 GB (protobuf's limit), or the disk is full or read-only.
+    """
+    path = Path(path)
+    size = model.ByteSize()
+    if size > MAX_PROTOBUF_BYTES:
+        raise ArtifactError(f"the graph has {size / 2**30:.1f} GiB; one ONNX file holds at most 2: use a smaller encoder")
+    data = model.SerializeToString(deterministic=True)
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException as exc:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(exc, OSError) and exc.errno is not None:
+            word = os.strerror(exc.errno)
+            hint = "free space" if exc.errno in {errno.ENOSPC, errno.EDQUOT} else "give a folder that can be written"
+            raise ArtifactError(f"cannot write {path}: {word}; {hint}") from exc
+        raise
+
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the exception at the bottom of ``error``'s chain, for our one-line errors.
+
+    Exporters wrap the real cause in general words ("failed to convert"); the cause is what a user can act on.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

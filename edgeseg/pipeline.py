@@ -1,0 +1,375 @@
+"""The stages in order: load, export, calibrate, quantize, build, verify, write the manifest.
+
+Every stage is a function of its own room; this module only joins them, keeps what can be reused and makes the engine
+folder appear at the end or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import edgeseg
+from edgeseg.artifacts import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Engine,
+    FileRef,
+    Manifest,
+    OnnxGraph,
+    Verification,
+    atomic_folder,
+    open_engine,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+from edgeseg.backends import AUTO_TARGETS, Backend, BuiltEngine, get_backend, require_backend
+from edgeseg.cache import cached_folder, package_versions, source_sha256
+from edgeseg.errors import InputError, QuantizationError, SpecError
+from edgeseg.progress import Reporter, stage
+from edgeseg.spec import InputSpec, PipelineSpec, one_of
+from edgeseg.verification_data import VerificationData, calibration_and_held_out
+
+if TYPE_CHECKING:
+    import torch  # noqa: TID251  # the type only
+
+    from edgeseg.api import BuildRequest
+    from edgeseg.convert.export import ConversionReport
+    from edgeseg.convert.load import LoadedModel
+    from edgeseg.quantize.table import CalibrationTable
+
+GRAPH_NAME = "model.onnx"
+TABLE_NAME = "calibration.json"
+CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One backend's engine, built in a scratch folder of its own.
+
+    ``median_ms`` is measured only when several candidates compete.
+    """
+
+    backend: Backend
+    folder: Path
+    graph: OnnxGraph
+    built: BuiltEngine
+    median_ms: float | None = None
+
+
+def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter: Reporter) -> Engine:
+    """Run every stage of ``request`` and return the finished engine folder. See :func:`edgeseg.build`."""
+    targets = choose_targets(request.target)
+    for target in targets:
+        # A backend that is not installed should say so before minutes of work, not after.
+        require_backend(target)
+
+    loaded = load_stage(request, model, reporter)
+    spec = pipeline_spec(request, loaded)
+    folder = request.folder or Path("engines") / default_name(request, loaded)
+    with atomic_folder(folder, force=request.force) as scratch:
+        samples, held_out = calibration_and_held_out(request, loaded)
+        graph, conversion = export_stage(loaded, spec, reporter)
+        table = calibration_stage(request, graph, samples, reporter) if request.precision == "int8" else None
+
+        candidates = []
+        for target in targets:
+            backend = get_backend(target)
+            with stage(reporter, "quantize" if request.precision != "fp32" else "compile") as said:
+                candidate = build_candidate(request, backend, graph, table, scratch / f"target-{target}")
+                share = candidate.built.precision.mac_share.get(request.precision, 0.0)
+                said.append(f"{target}: {share:.1%} of MACs in {request.precision}")
+            require_precision(candidate, request.min_int8_share)
+            candidates.append(candidate)
+
+        make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name)
+        best, medians = choose_fastest(candidates, make, table, reporter)
+        engine = make.write(best, medians, table, scratch, None)
+        verification = verify_stage(request, loaded, engine, held_out, reporter)
+        make.write(best, medians, table, scratch, verification)
+        for candidate in candidates:
+            shutil.rmtree(candidate.folder, ignore_errors=True)
+    return open_engine(folder)
+
+
+def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> LoadedModel:
+    """Load the model and tell the user all that was assumed on the way."""
+    with stage(reporter, "load") as said:
+        if model is None:
+            from edgeseg.convert.load import load_model
+
+            loaded = load_model(request.model)
+        else:
+            from edgeseg.convert.load import wrap_module
+
+            loaded = wrap_module(model, request.model)
+        said.append(f"{loaded.model.display_name}, {loaded.model.classes} classes, {loaded.weights}")
+    for note in loaded.notes:
+        reporter.note(note)
+    return loaded
+
+
+def choose_targets(target: str) -> tuple[str, ...]:
+    """The backends to build for: the one named, or for ``auto`` every one that can run here, to be measured."""
+    if target != "auto":
+        return (target,)
+    usable = tuple(name for name in AUTO_TARGETS if get_backend(name).status().available)
+    if not usable:
+        # Raises, naming the pip line of the default backend.
+        require_backend(AUTO_TARGETS[0])
+    return usable
+
+
+def pipeline_spec(request: BuildRequest, loaded: LoadedModel) -> PipelineSpec:
+    """Join what was asked for and what the model needs into the one contract."""
+    height, width = request.size or loaded.size
+    return PipelineSpec(
+        model=loaded.model,
+        input=InputSpec(
+            height=height,
+            width=width,
+            channels=loaded.model.in_channels,
+            batch=request.batch,
+            stride=loaded.stride,
+            dynamic_size=request.dynamic_size,
+            fit=request.fit,
+        ),
+        preprocess=loaded.preprocess,
+        output=request.output,
+    )
+
+
+def default_name(request: BuildRequest, loaded: LoadedModel) -> str:
+    """``<arch>-<encoder>-<precision>``, or ``<arch>-demo-<precision>`` for a demo model."""
+    encoder = "demo" if loaded.is_demo else loaded.model.encoder
+    name = f"{loaded.model.arch}-{encoder}-{request.precision}".lower()
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
+def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) -> tuple[OnnxGraph, ConversionReport]:
+    """Export, simplify and check the fp32 graph, or find it in the cache."""
+    from edgeseg.convert.export import ConversionReport, export_onnx
+
+    inputs = {
+        "weights": loaded.weights_sha256,
+        "spec": spec,
+        "versions": package_versions(*CONVERT_PACKAGES),
+        "source": source_sha256("convert"),
+    }
+
+    def make(folder: Path) -> None:
+        _, report = export_onnx(loaded, spec, folder / GRAPH_NAME)
+        write_json(folder / "report.json", report)
+
+    with stage(reporter, "export") as said:
+        folder, reused = cached_folder("export", inputs, make)
+        report = read_json(folder / "report.json", ConversionReport, "conversion report")
+        graph = OnnxGraph(folder / GRAPH_NAME, sha256_file(folder / GRAPH_NAME), "fp32", spec, loaded.weights_sha256)
+        said.append(
+            f"{report.nodes_exported} -> {report.nodes} nodes, {report.macs_exported / 1e9:.2f} -> "
+            f"{report.macs / 1e9:.2f} GMAC, mask agreement with PyTorch {report.mask_agreement:.6f}"
+        )
+        if reused:
+            said.append("reused")
+    return graph, report
+
+
+def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, reporter: Reporter) -> CalibrationTable:
+    """Take the table that was given, find one in the cache, or calibrate."""
+    from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
+    from edgeseg.quantize.table import CalibrationTable, check_fresh, load_table
+
+    if isinstance(samples, (CalibrationTable, Path)):
+        table = load_table(samples) if isinstance(samples, Path) else samples
+        with stage(reporter, "calibrate") as said:
+            check_fresh(table, table_key(graph, None, table.method, table.options))
+            said.append(f"table given: {table.method} over {table.images} images")
+        return table
+
+    if samples.skipped:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in samples.skipped[:5])
+        more = f"; and {len(samples.skipped) - 5} more" if len(samples.skipped) > 5 else ""
+        reporter.note(f"{len(samples.skipped)} calibration images were skipped: {listed}{more}")
+    method = method_or_default(request.calibration_method)
+    inputs = {"key": table_key(graph, samples, method, {}), "source": source_sha256("quantize")}
+
+    def make(folder: Path) -> None:
+        calibrate(graph, samples, method=method, progress=reporter.progress).save(folder / TABLE_NAME)
+
+    with stage(reporter, "calibrate") as said:
+        folder, reused = cached_folder("calibration", inputs, make)
+        table = load_table(folder / TABLE_NAME)
+        said.append(f"{table.method} over {table.images} images")
+        if reused:
+            said.append("reused")
+    return table
+
+
+def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> CalibrationTable:
+    """Load, export and calibrate, and write the table to ``path``: ``edgeseg calibrate``."""
+    from edgeseg.verification_data import calibration_source
+
+    loaded = load_stage(request, None, reporter)
+    spec = pipeline_spec(request, loaded)
+    samples = calibration_source(request, loaded)
+    graph, _ = export_stage(loaded, spec, reporter)
+    table = calibration_stage(request, graph, samples, reporter)
+    table.save(path)
+    return table
+
+
+def build_candidate(
+    request: BuildRequest, backend: Backend, graph: OnnxGraph, table: CalibrationTable | None, folder: Path
+) -> Candidate:
+    """Write the typed graph in the backend's scheme and build the backend's engine from it."""
+    folder.mkdir()
+    typed = folder / GRAPH_NAME
+    if request.precision == "int8":
+        from edgeseg.quantize.qdq import write_qdq
+        from edgeseg.quantize.schemes import SCHEMES
+
+        assert table is not None  # run_build calibrates before an int8 graph is written
+        scheme = request.scheme or backend.scheme
+        one_of("scheme", scheme, tuple(SCHEMES))
+        graph = write_qdq(graph, table, SCHEMES[scheme], typed)
+    elif request.precision == "fp16":
+        from edgeseg.quantize.fp16 import write_fp16
+
+        graph = write_fp16(graph, table, typed)
+    else:
+        shutil.copyfile(graph.path, typed)
+        graph = dataclasses.replace(graph, path=typed)
+    return Candidate(backend, folder, graph, backend.build(graph, folder, request.backend_options))
+
+
+def require_precision(candidate: Candidate, min_int8_share: float) -> None:
+    """Raise :class:`QuantizationError` when int8 was asked for and something else was delivered."""
+    report = candidate.built.precision
+    share = report.mac_share.get("int8", 0.0)
+    if report.requested != "int8" or share >= min_int8_share:
+        return
+    listed = "; ".join(f"{layer} ({reason})" for layer, reason in list(report.float_layers.items())[:8])
+    more = f" and {len(report.float_layers) - 8} more" if len(report.float_layers) > 8 else ""
+    raise QuantizationError(
+        f"int8 was asked for, but {candidate.backend.name} executes {share:.1%} of the multiply-accumulates in int8 "
+        f"(at least {min_int8_share:.0%} wanted; --min-int8-share changes that). Float: {listed}{more}"
+    )
+
+
+def choose_fastest(
+    candidates: list[Candidate], make: _ManifestMaker, table: CalibrationTable | None, reporter: Reporter
+) -> tuple[Candidate, dict[str, float]]:
+    """With several candidates, measure them in turn on one image and return the fastest and all medians."""
+    if len(candidates) == 1:
+        return candidates[0], {}
+    from edgeseg.evaluate.latency import median_ms_interleaved
+
+    with stage(reporter, "measure") as said:
+        sessions = {}
+        for candidate in candidates:
+            engine = make.write(candidate, {}, table, candidate.folder, None)
+            sessions[candidate.backend.name] = candidate.backend.load(engine)
+        medians = median_ms_interleaved(sessions, make.spec.input)
+        for session in sessions.values():
+            session.close()
+        said.append(", ".join(f"{name} {ms:.1f} ms" for name, ms in medians.items()))
+    best = min(candidates, key=lambda c: medians[c.backend.name])
+    said_choice = f"target auto: {best.backend.name} is the fastest here; name one with --target"
+    reporter.note(said_choice)
+    return best, medians
+
+
+def verify_stage(
+    request: BuildRequest, loaded: LoadedModel, engine: Engine, data: VerificationData | None, reporter: Reporter
+) -> Verification | None:
+    """Compare the engine with the PyTorch model on held-out images and apply the gates."""
+    if data is None:
+        if request.max_drop is not None or request.min_agreement is not None:
+            raise SpecError("--max-drop and --min-agreement need images to verify on; give --validation DIR")
+        reporter.note("not verified: no images were given; --validation DIR compares the engine with PyTorch")
+        return None
+    if request.max_drop is not None and not data.has_masks:
+        raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
+    from edgeseg.backends.pytorch import PyTorchSession
+    from edgeseg.evaluate.verify import check_gates, verify
+
+    spec = engine.manifest.spec
+    with stage(reporter, "verify") as said:
+        backend = get_backend(engine.manifest.target)
+        with PyTorchSession(loaded, spec) as reference, backend.load(engine) as session:
+            verification = verify(
+                reference,
+                session,
+                spec,
+                data.pairs,
+                data=data.description,
+                reference_size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
+                engine_size_bytes=engine.engine_path.stat().st_size,
+                progress=reporter.progress,
+            )
+        said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
+    check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
+    return verification
+
+
+@dataclass(frozen=True)
+class _ManifestMaker:
+    """What all manifests of one build have in common."""
+
+    request: BuildRequest
+    loaded: LoadedModel
+    spec: PipelineSpec
+    conversion: ConversionReport
+    table: CalibrationTable | None
+    notes: tuple[str, ...]
+    name: str
+
+    def write(
+        self,
+        candidate: Candidate,
+        medians: dict[str, float],
+        table: CalibrationTable | None,
+        folder: Path,
+        verification: Verification | None,
+    ) -> Engine:
+        """Put the candidate's files and the manifest into ``folder``."""
+        for source in (candidate.graph.path, candidate.built.path, *candidate.built.extra_files):
+            if source.parent != folder:
+                shutil.copyfile(source, folder / source.name)
+        calibration = None
+        if table is not None:
+            table.save(folder / TABLE_NAME)
+            calibration = FileRef.of(folder / TABLE_NAME)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            edgeseg_version=edgeseg.__version__,
+            name=self.name,
+            spec=self.spec,
+            precision=candidate.built.precision,
+            target=candidate.backend.name,
+            scheme=candidate.graph.scheme,
+            graph=FileRef.of(folder / candidate.graph.path.name),
+            engine=FileRef.of(folder / candidate.built.path.name),
+            calibration=calibration,
+            extra_files=tuple(FileRef.of(folder / path.name) for path in candidate.built.extra_files),
+            weights=self.loaded.weights,
+            inputs_sha256={
+                "weights": self.loaded.weights_sha256,
+                "spec": sha256_json(self.spec),
+                **({f"calibration_{cause}": value for cause, value in table.key.items()} if table else {}),
+            },
+            options=dict(candidate.built.options),
+            versions={**package_versions(*CONVERT_PACKAGES), **candidate.built.versions},
+            device=dict(candidate.built.device),
+            candidates=medians,
+            conversion=dataclasses.asdict(self.conversion),
+            notes=self.notes,
+            verification=verification,
+        )
+        write_json(folder / MANIFEST_NAME, manifest)
+        return Engine(folder, manifest)

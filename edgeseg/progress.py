@@ -1,0 +1,114 @@
+"""How long work tells whoever waits for it: stages, progress within a stage, and notes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+
+class Reporter(Protocol):
+    """Receives what happens during a build."""
+
+    def start(self, stage: str) -> None:
+        """A stage begins; ``stage`` is what a person reads, such as ``"calibrate"``."""
+        ...
+
+    def progress(self, done: int, total: int) -> None:
+        """``done`` of ``total`` items of the current stage are finished."""
+        ...
+
+    def finish(self, detail: str, seconds: float) -> None:
+        """The current stage ended well."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something was assumed, stripped or dropped; one line."""
+        ...
+
+
+class SilentReporter:
+    """Keeps the durations of the stages, says nothing: the default of :func:`edgeseg.build`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stage = ""
+
+    def start(self, stage: str) -> None:
+        self._stage = stage
+
+    def progress(self, done: int, total: int) -> None:
+        pass
+
+    def finish(self, detail: str, seconds: float) -> None:
+        self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + seconds
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class ConsoleReporter:
+    """One line a stage on standard error, with a progress bar and an estimate while it lasts."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._stage = ""
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def start(self, stage: str) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._stage = stage
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._task = self._bar.add_task(stage, total=None)
+        self._bar.start()
+
+    def progress(self, done: int, total: int) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+
+    def finish(self, detail: str, seconds: float) -> None:
+        self.close()
+        self._console.print(f"  {self._stage:<10} {seconds:6.1f} s  {detail}", highlight=False, markup=False)
+
+    def note(self, text: str) -> None:
+        console = self._bar.console if self._bar is not None else self._console
+        console.print(f"  note: {text}", highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Take the progress bar off the terminal; called when a stage ends, well or not."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+@contextmanager
+def stage(reporter: Reporter, name: str) -> Iterator[list[str]]:
+    """Report a stage around a block, which appends what it has to say to the yielded list."""
+    detail: list[str] = []
+    begin = time.perf_counter()
+    reporter.start(name)
+    yield detail
+    reporter.finish("; ".join(detail), time.perf_counter() - begin)

@@ -1,0 +1,246 @@
+"""Which activations of a graph have to be watched, and running the graph with them as outputs.
+
+The graph runs in ONNX Runtime in fp32 with every watched tensor fetched. Two kinds of tensor cost nothing:
+
+- one that only rearranges another (Reshape, Transpose, ...) has that one's values, so it has its range;
+- the input of a Relu or Clip that nothing else reads, made by a Conv, ConvTranspose, Gemm or Add: integer kernels
+  of every target clip in the accumulator, nothing is ever quantized between the two, so it is left out of the
+  table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, shape_inference
+
+from edgeseg.errors import MissingDependencyError, QuantizationError
+from edgeseg.onnx_file import first_line
+from edgeseg.spec import InputSpec
+
+_REARRANGING = frozenset(
+    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout", "DepthToSpace", "SpaceToDepth"}
+)
+_CLIPPED_IN_PLACE = frozenset({"Conv", "ConvTranspose", "Gemm", "Add"})
+_SHAPE_READERS = frozenset({"Shape", "Size"})
+_CHANNEL_AXIS = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": -1}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A float activation tensor of the graph.
+
+    Attributes:
+        name: of the tensor.
+        values_of: the tensor whose values this one rearranges; its own name if none.
+        elements: how many values it has at batch 1, an estimate where the shape is not known before running.
+        channel_axis: the axis a multiplying layer contracts it over, ``None`` if none reads it.
+    """
+
+    name: str
+    values_of: str
+    elements: int
+    channel_axis: int | None
+
+    @property
+    def is_fetched(self) -> bool:
+        return self.values_of == self.name or self.channel_axis is not None
+
+
+def find_activations(model: onnx.ModelProto, spec: InputSpec) -> list[Activation]:
+    """List the float tensors of ``model`` that depend on its input, in the graph's order.
+
+    Args:
+        model: the fp32 graph, input ``image`` uint8 ``(N, H, W, C)``.
+        spec: the size to count elements at.
+
+    Raises:
+        QuantizationError: the type of a tensor cannot be told, or there is no float activation.
+    """
+    shapes = _float_shapes(model, spec)
+    consumers, producers = _edges(model.graph)
+    outputs = {value.name for value in model.graph.output}
+    sizes = {name: _size(shape) for name, shape in shapes.items()}
+    largest = max((size for size in sizes.values() if size is not None), default=0)
+    root: dict[str, str] = {}
+    found = []
+    for name in _computed_from_input(model.graph):
+        if name not in shapes:
+            continue
+        producer = producers.get(name)
+        if producer is not None and producer.op_type in _REARRANGING:
+            root[name] = root.get(producer.input[0], producer.input[0])
+        elif producer is not None and name not in outputs and _is_clipped_in_place(producer, consumers.get(name, [])):
+            continue
+        size = sizes[name]
+        axis = _channel_axis(name, shapes[name], consumers.get(name, []))
+        found.append(Activation(name, root.get(name, name), largest if size is None else size, axis))
+    if not found:
+        raise QuantizationError("the graph has no float activation to calibrate; export the model again")
+    known = {activation.name for activation in found}
+    # What rearranges an unwatched tensor (an integer, a constant) has to be watched itself.
+    return [a if a.values_of in known else Activation(a.name, a.name, a.elements, a.channel_axis) for a in found]
+
+
+def group_by_size(activations: Sequence[Activation], budget_bytes: int) -> list[list[Activation]]:
+    """Split what has to be fetched, in order, into runs whose float32 outputs stay within ``budget_bytes`` if they
+    can."""
+    groups: list[list[Activation]] = []
+    used = 0
+    for activation in activations:
+        if not activation.is_fetched:
+            continue
+        size = 4 * activation.elements
+        if not groups or used + size > budget_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(activation)
+        used += size
+    return groups
+
+
+class ActivationSession:
+    """The graph in ONNX Runtime on the CPU, with some of its tensors as its outputs.
+
+    Args:
+        model: the fp32 graph.
+        names: tensors to fetch, in the order :meth:`run` returns them.
+        threads: of one inference.
+
+    Raises:
+        QuantizationError: ONNX Runtime refuses the graph.
+        MissingDependencyError: it is not installed.
+    """
+
+    def __init__(self, model: onnx.ModelProto, names: Sequence[str], threads: int) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as exc:
+            raise MissingDependencyError("onnxruntime", "onnxruntime", "calibrate") from exc
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # The statistics of one image are taken on the same cores while the pool waits for the next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._names = list(names)
+        self._input = model.graph.input[0].name
+        try:
+            self._session = ort.InferenceSession(
+                _with_outputs(model, names).SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception
+            raise QuantizationError(f"ONNX Runtime cannot load the graph to calibrate: {first_line(exc)}") from exc
+
+    def run(self, images: NDArray[np.uint8], what: str) -> list[NDArray[np.float32]]:
+        """Run uint8 ``(N, H, W, C)`` and return the tensors, C-contiguous float32.
+
+        Args:
+            images: the batch.
+            what: names it in an error.
+
+        Raises:
+            QuantizationError: ONNX Runtime failed.
+        """
+        try:
+            outputs: list[Any] = self._session.run(self._names, {self._input: images})
+        except Exception as exc:  # as above
+            raise QuantizationError(
+                f"ONNX Runtime failed on {what} of shape {images.shape} while calibrating: {first_line(exc)}"
+            ) from exc
+        return outputs
+
+
+def _with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    del watched.graph.output[:]
+    watched.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    return watched
+
+
+def _float_shapes(model: onnx.ModelProto, spec: InputSpec) -> dict[str, tuple[int | None, ...] | None]:
+    """Shapes of all float32 tensors with the input at batch 1 and the size of ``spec``."""
+    sized = onnx.ModelProto()
+    sized.CopyFrom(model)
+    del sized.graph.value_info[:]
+    batch = spec.batch.minimum
+    for dim, value in zip(
+        sized.graph.input[0].type.tensor_type.shape.dim, (batch, spec.height, spec.width, spec.channels), strict=False
+    ):
+        dim.dim_value = value
+    for output in sized.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    try:
+        inferred = shape_inference.infer_shapes(sized, data_prop=True)
+    except Exception as exc:  # a C++ error with no Python class of its own
+        raise QuantizationError(f"the shapes of the graph cannot be inferred: {first_line(exc)}") from exc
+    values = [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]
+    types = {value.name: value.type.tensor_type for value in values if value.type.HasField("tensor_type")}
+    for node in model.graph.node:
+        for name in node.output:
+            if name and name not in types:
+                raise QuantizationError(
+                    f"cannot tell the type of tensor {name!r} (operator {node.domain or 'onnx'}::{node.op_type}); "
+                    "calibration takes graphs of standard ONNX operators"
+                )
+    return {name: _dims(t) for name, t in types.items() if t.elem_type == TensorProto.FLOAT}
+
+
+def _dims(tensor_type: onnx.TypeProto.Tensor) -> tuple[int | None, ...] | None:
+    if not tensor_type.HasField("shape"):
+        return None
+    return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor_type.shape.dim)
+
+
+def _size(shape: tuple[int | None, ...] | None) -> int | None:
+    if shape is None:
+        return None
+    known = [size for size in shape if size is not None]
+    return math.prod(known) if len(known) == len(shape) else None
+
+
+def _edges(graph: onnx.GraphProto) -> tuple[dict[str, list[onnx.NodeProto]], dict[str, onnx.NodeProto]]:
+    consumers: dict[str, list[onnx.NodeProto]] = {}
+    producers: dict[str, onnx.NodeProto] = {}
+    for node in graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+        for name in node.output:
+            producers[name] = node
+    return consumers, producers
+
+
+def _computed_from_input(graph: onnx.GraphProto) -> list[str]:
+    """Names of the tensors whose values depend on the input's values, graph inputs first, then in node order."""
+    constants = {tensor.name for tensor in graph.initializer}
+    names = [value.name for value in graph.input if value.name not in constants]
+    known = set(names)
+    for node in graph.node:
+        if node.op_type not in _SHAPE_READERS and known.intersection(node.input):
+            outputs = [name for name in node.output if name]
+            names.extend(outputs)
+            known.update(outputs)
+    return names
+
+
+def _is_clipped_in_place(producer: onnx.NodeProto, consumers: list[onnx.NodeProto]) -> bool:
+    return producer.op_type in _CLIPPED_IN_PLACE and len(consumers) == 1 and consumers[0].op_type in {"Relu", "Clip"}
+
+
+def _channel_axis(name: str, shape: tuple[int | None, ...] | None, consumers: list[onnx.NodeProto]) -> int | None:
+    """Axis the first multiplying layer that reads ``name`` as its data sums over."""
+    for node in consumers:
+        if node.op_type in _CHANNEL_AXIS and node.input[0] == name and shape is not None:
+            axis = 0 if node.op_type == "Gemm" and _transposed(node) else _CHANNEL_AXIS[node.op_type]
+            return axis % len(shape)
+    return None
+
+
+def _transposed(gemm: onnx.NodeProto) -> bool:
+    return any(attribute.name == "transA" and attribute.i for attribute in gemm.attribute)

@@ -1,0 +1,278 @@
+"""Collect the ranges of a graph's activations over calibration images: one pass, memory independent of their number.
+
+Each image runs through the fp32 graph once, with its activations fetched; their extremes, channel means and a
+sample for the histogram are taken and the activations dropped before the next image. The extremes are exact. The
+histogram counts at most :data:`SAMPLE` values of a tensor per image, at a stride that shares no factor with the
+tensor's dimensions and so visits all rows, columns and channels alike: over 64 images that is up to a million
+values, of which 99.99 % leaves 52 beyond either end.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.artifacts import OnnxGraph, sha256_json
+from edgeseg.errors import QuantizationError
+from edgeseg.onnx_file import read_onnx
+from edgeseg.quantize.activations import Activation, ActivationSession, find_activations, group_by_size
+from edgeseg.quantize.ranges import Histogram, RangeMethod, RangeStatistics, range_method
+from edgeseg.quantize.samples import CalibrationSet
+from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
+from edgeseg.spec import InputSpec
+
+__all__ = ["DEFAULT_METHOD", "CalibrationSet", "calibrate", "method_or_default", "table_key"]
+
+DEFAULT_METHOD = "minmax"
+
+DEFAULT_PERCENTILE = 99.99
+
+SAMPLE = 16384
+"""Most values of one tensor that one image adds to its histogram."""
+
+ACTIVATION_BUDGET_BYTES = 1 << 30
+"""Activations fetched at once; a model with more (large images) takes several passes over the images."""
+
+_STATISTICS_VERSION = 1
+
+
+def method_or_default(name: str | None) -> str:
+    """Return ``name`` if it is a calibration method, the default for ``None``. Raises ``SpecError`` for another."""
+    return range_method(name or DEFAULT_METHOD).name
+
+
+def table_key(
+    graph: OnnxGraph, samples: CalibrationSet | None, method: str, options: Mapping[str, float] | None = None
+) -> dict[str, str]:
+    """Hash everything a calibration table depends on, one hash per cause (:data:`edgeseg.quantize.table.KEY_CAUSES`).
+
+    Args:
+        graph: the fp32 graph.
+        samples: the images; ``None`` leaves their hash out, for a table whose images are not at hand.
+        method: a calibration method.
+        options: its options, as in :attr:`CalibrationTable.options`; those left out have their defaults.
+
+    Raises:
+        SpecError: unknown method or bad option.
+    """
+    rule = range_method(method, (options or {}).get("percentile", DEFAULT_PERCENTILE))
+    key = {
+        "weights": graph.weights_sha256,
+        "graph": graph.sha256,
+        # Where mean and std came from is words; only their values count.
+        "preprocess": sha256_json([replace(graph.spec.preprocess, source=""), graph.spec.input]),
+        "method": sha256_json([rule.name, rule.options, SAMPLE, _STATISTICS_VERSION]),
+    }
+    return key if samples is None else {**key, "images": samples.digest}
+
+
+def calibrate(
+    graph: OnnxGraph,
+    samples: CalibrationSet,
+    *,
+    method: str = DEFAULT_METHOD,
+    percentile: float = DEFAULT_PERCENTILE,
+    progress: Callable[[int, int], None] | None = None,
+    activation_budget_bytes: int = ACTIVATION_BUDGET_BYTES,
+) -> CalibrationTable:
+    """Run the images through the fp32 graph and choose a range for each of its float activations.
+
+    Args:
+        graph: the fp32 graph, input uint8 ``(N, H, W, C)``.
+        samples: the images; brought to the engine's size as at run time.
+        method: a key of :data:`edgeseg.quantize.ranges.METHODS`.
+        percentile: for method ``percentile``.
+        progress: called with images done and images in all (times the passes, if one is not enough).
+        activation_budget_bytes: most activations to fetch at once.
+
+    Returns:
+        a table of all float activations but those clipped in place (see :mod:`edgeseg.quantize.activations`).
+
+    Raises:
+        SpecError: unknown method or bad percentile.
+        QuantizationError: not an fp32 graph, ONNX Runtime fails on it, or an activation is NaN or infinite.
+        InputError: an image changed or vanished since the set was opened.
+    """
+    rule = range_method(method, percentile)
+    if graph.precision != "fp32":
+        raise QuantizationError(f"{graph.path} is {graph.precision}; calibration needs the fp32 graph it was made from")
+    model = read_onnx(graph.path)
+    activations = find_activations(model, graph.spec.input)
+    groups = group_by_size(activations, activation_budget_bytes)
+    watches = {a.name: _Watch.of(a, rule) for a in activations if a.is_fetched}
+    threads = _cores()
+    with ThreadPoolExecutor(threads, "calibrate") as pool:
+        for number, group in enumerate(groups):
+            session = ActivationSession(model, [a.name for a in group], threads)
+            shares = _shares([a.elements for a in group], threads)
+            watched = [watches[a.name] for a in group]
+            for batch in _one_ahead(pool, _batches(samples, graph.spec.input)):
+                _observe(pool, watched, shares, session.run(batch.images, batch.name), batch.name)
+                if progress is not None:
+                    progress(number * len(samples) + batch.done, len(groups) * len(samples))
+    return CalibrationTable(
+        schema_version=TABLE_SCHEMA_VERSION,
+        method=rule.name,
+        options=rule.options,
+        key=table_key(graph, samples, rule.name, rule.options),
+        images=len(samples),
+        ranges=_ranges(activations, watches, rule),
+    )
+
+
+@dataclass
+class _Watch:
+    """What is kept of one fetched tensor."""
+
+    activation: Activation
+    statistics: RangeStatistics | None
+    channel_sum: NDArray[np.float64] | None = None
+    per_channel: int = 0
+
+    @classmethod
+    def of(cls, activation: Activation, rule: RangeMethod) -> _Watch:
+        if activation.values_of != activation.name:
+            return cls(activation, None)
+        return cls(activation, RangeStatistics(histogram=Histogram() if rule.needs_histogram else None))
+
+    def add(self, values: NDArray[np.float32]) -> bool:
+        """Take in the tensor of one image; ``False``, and nothing is counted, when a value is NaN or infinite."""
+        if self.statistics is not None:
+            # NaN spreads through minimum and maximum, so these two tell about every value.
+            low, high = float(values.min()), float(values.max())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                return False
+            sample = values.reshape(-1)[:: sample_stride(values.shape)] if self.statistics.histogram else None
+            self.statistics.add(low, high, sample)
+        axis = self.activation.channel_axis
+        if axis is not None:
+            others = tuple(k for k in range(values.ndim) if k != axis)
+            total = values.sum(axis=others).astype(np.float64)
+            self.channel_sum = total if self.channel_sum is None else self.channel_sum + total
+            self.per_channel += values.size // values.shape[axis]
+        return True
+
+    @property
+    def channel_mean(self) -> tuple[float, ...] | None:
+        return None if self.channel_sum is None else tuple((self.channel_sum / self.per_channel).tolist())
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Images to run at once: their names, uint8 ``(N, H, W, C)``, and how many images of the set are then done."""
+
+    name: str
+    images: NDArray[np.uint8]
+    done: int
+
+
+@dataclass
+class _Pending:
+    names: list[str] = field(default_factory=list)
+    windows: list[NDArray[np.uint8]] = field(default_factory=list)
+
+    def batch(self, size: int, done: int) -> _Batch:
+        """Make a batch of ``size``, repeating windows when there are fewer."""
+        count = len(self.windows)
+        images = self.windows[0] if size == 1 else np.concatenate([self.windows[k % count] for k in range(size)])
+        return _Batch(", ".join(dict.fromkeys(self.names)), images, done)
+
+
+def _batches(samples: CalibrationSet, spec: InputSpec) -> Iterator[_Batch]:
+    """Group windows into the smallest batches the graph takes; a last one that is not full repeats its own windows."""
+    size, pending, done = spec.batch.minimum, _Pending(), 0
+    for name, windows in samples.named_windows(spec):
+        for window in windows:
+            if pending.windows and pending.windows[0].shape != window.shape:
+                yield pending.batch(size, done)
+                pending = _Pending()
+            pending.names.append(name)
+            pending.windows.append(window)
+            if len(pending.windows) == size:
+                yield pending.batch(size, done + (window is windows[-1]))
+                pending = _Pending()
+        done += 1
+    if pending.windows:
+        yield pending.batch(size, done)
+
+
+def _one_ahead(pool: ThreadPoolExecutor, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    """Decode the next image while the current one runs."""
+    following = pool.submit(next, batches, None)
+    while (batch := following.result()) is not None:
+        following = pool.submit(next, batches, None)
+        yield batch
+
+
+def _observe(
+    pool: ThreadPoolExecutor,
+    watches: Sequence[_Watch],
+    shares: Sequence[Sequence[int]],
+    outputs: Sequence[NDArray[np.float32]],
+    what: str,
+) -> None:
+    def add(share: Sequence[int]) -> list[int]:
+        return [k for k in share if not watches[k].add(outputs[k])]
+
+    # Reductions of large arrays release the interpreter's lock, so threads share the work.
+    bad = sorted(k for part in pool.map(add, shares) for k in part)
+    if bad:
+        word = "NaN" if np.isnan(outputs[bad[0]]).any() else "infinite"
+        raise QuantizationError(
+            f"activation {watches[bad[0]].activation.name!r} has {word} values on {what}; "
+            "check that the weights are finite and that mean and std are those of training"
+        )
+
+
+def _shares(sizes: Sequence[int], parts: int) -> list[list[int]]:
+    """Deal tensors into ``parts`` of about equal size, largest first."""
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    load = [0] * parts
+    for index in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
+        least = load.index(min(load))
+        shares[least].append(index)
+        load[least] += sizes[index]
+    return shares
+
+
+@lru_cache(maxsize=4096)
+def sample_stride(shape: tuple[int, ...]) -> int:
+    """Smallest stride over the flat tensor that takes at most :data:`SAMPLE` values and shares no factor with a
+    dimension.
+
+    With a common factor some rows, columns or channels would never be looked at.
+    """
+    stride = max(1, -(-math.prod(shape) // SAMPLE))
+    while stride > 1 and any(math.gcd(stride, size) > 1 for size in shape):
+        stride += 1
+    return stride
+
+
+def _ranges(
+    activations: Sequence[Activation], watches: Mapping[str, _Watch], rule: RangeMethod
+) -> dict[str, TensorRange]:
+    chosen: dict[str, tuple[float, float]] = {}
+    ranges = {}
+    for activation in activations:
+        statistics = watches[activation.values_of].statistics
+        if statistics is None or not statistics.images:
+            raise QuantizationError(f"activation {activation.name!r} was never computed; export the model again")
+        if activation.values_of not in chosen:
+            chosen[activation.values_of] = rule.choose(statistics)
+        low, high = chosen[activation.values_of]
+        mean = watches[activation.name].channel_mean if activation.is_fetched else None
+        axis = activation.channel_axis if mean is not None else None
+        ranges[activation.name] = TensorRange(low, high, statistics.minimum, statistics.maximum, mean, axis)
+    return ranges
+
+
+def _cores() -> int:
+    # The cores this process may use: a container's share, not the machine's.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

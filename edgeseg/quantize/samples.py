@@ -1,0 +1,251 @@
+"""The images a model is calibrated on: where they come from, which are taken, and what identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.artifacts import sha256_file
+from edgeseg.errors import EdgesegError, InputError
+from edgeseg.runtime.images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, fit_windows, list_images, read_image
+from edgeseg.spec import InputSpec
+
+MINIMUM_IMAGES = 8
+"""Fewest images a calibration is made from, unless fewer are asked for."""
+
+SMALLEST_SIDE = 16
+"""Images with a side of fewer pixels are thumbnails or accidents, and are skipped."""
+
+CalibrationSource: TypeAlias = "str | Path | Iterable[NDArray[np.uint8]]"
+
+
+class _Image(Protocol):
+    """One candidate image."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self, channels: int) -> NDArray[np.uint8]:
+        """Return uint8 ``(H, W, channels)``. Raises ``InputError``."""
+        ...
+
+    def digest(self) -> str:
+        """SHA-256 of the stored content, hex. Raises ``InputError``."""
+        ...
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def read(self, channels: int) -> NDArray[np.uint8]:
+        return read_image(self.path, channels)
+
+    def digest(self) -> str:
+        try:
+            return sha256_file(self.path)
+        except OSError as exc:
+            raise InputError(f"cannot read {self.path}: {exc.strerror}") from exc
+
+
+@dataclass(frozen=True)
+class _Array:
+    name: str
+    pixels: NDArray[np.uint8]
+
+    def read(self, channels: int) -> NDArray[np.uint8]:
+        if self.pixels.shape[2] != channels:
+            raise InputError(f"{self.name} has {self.pixels.shape[2]} channels, the model takes {channels}")
+        return np.ascontiguousarray(self.pixels)
+
+    def digest(self) -> str:
+        header = f"{self.pixels.shape}".encode()
+        return hashlib.sha256(header + np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Images to calibrate on, checked and in a fixed order. Made by :meth:`open`; holds no pixels of files.
+
+    Attributes:
+        source: where they came from, in words.
+        content: SHA-256 of each image taken, in order: of the file's bytes, or of an array's pixels.
+        skipped: name and reason of every image that could not be used.
+        candidates: how many images were found, usable or not, taken or not.
+    """
+
+    source: str
+    content: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    candidates: int
+    _images: tuple[_Image, ...]
+
+    @classmethod
+    def open(
+        cls,
+        source: CalibrationSource,
+        *,
+        limit: int | None = None,
+        seed: int = 0,
+        channels: int = 3,
+        minimum: int = MINIMUM_IMAGES,
+    ) -> CalibrationSet:
+        """Find the images, take a subset, and make sure that each can be decoded.
+
+        Args:
+            source: a folder of images (or one with them in ``images/``), a glob pattern, a ``.txt`` list with one
+                path a line relative to the list, a ``.npy`` or ``.npz`` of uint8 ``(N, H, W, C)``, or an iterable
+                of uint8 ``(H, W, C)``, ``(H, W)`` or ``(N, H, W, C)`` arrays (kept in memory). RGB for three
+                channels.
+            limit: take at most this many, chosen by ``seed``; an image that cannot be used is replaced by another.
+            seed: of the choice; the same images and seed give the same subset.
+            channels: of the model's input.
+            minimum: refuse to calibrate on fewer; a smaller ``limit`` lowers it.
+
+        Raises:
+            InputError: nothing there, not readable, or too few usable images; says which were skipped and why.
+        """
+        if limit is not None and limit < 1:
+            raise InputError(f"calibration limit is {limit}; give at least 1 image, or none for all of them")
+        words, found = _find(source)
+        order = list(range(len(found)))
+        if limit is not None and limit < len(found):
+            random.Random(seed).shuffle(order)
+        taken: list[tuple[int, str]] = []
+        skipped: list[tuple[str, str]] = []
+        for index in order:
+            if len(taken) == limit:
+                break
+            try:
+                taken.append((index, _check(found[index], channels)))
+            except EdgesegError as exc:
+                skipped.append((found[index].name, str(exc)))
+        needed = min(minimum, limit) if limit is not None else minimum
+        if len(taken) < max(needed, 1):
+            raise InputError(_too_few(words, len(taken), len(found), needed, skipped))
+        taken.sort()
+        content = tuple(sha for _, sha in taken)
+        return cls(words, content, tuple(sorted(skipped)), len(found), tuple(found[index] for index, _ in taken))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the content of the images taken; neither their names nor their order change it."""
+        return hashlib.sha256("\n".join(sorted(self.content)).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def hold_out(self, every: int) -> tuple[CalibrationSet, CalibrationSet]:
+        """Split into a set to calibrate on and one of every ``every``-th image, kept to verify on."""
+        numbers = range(len(self))
+        kept = self._part([k for k in numbers if (k + 1) % every])
+        return kept, self._part([k for k in numbers if not (k + 1) % every])
+
+    def _part(self, indices: list[int]) -> CalibrationSet:
+        content, images = (tuple(values[k] for k in indices) for values in (self.content, self._images))
+        return replace(self, content=content, _images=images)
+
+    def named_images(self, channels: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        """Yield each image's name and pixels, uint8 ``(H, W, channels)``, at its own size."""
+        for image in self._images:
+            yield image.name, image.read(channels)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the images taken, in order."""
+        return tuple(image.name for image in self._images)
+
+    def images(self, spec: InputSpec) -> Iterator[NDArray[np.uint8]]:
+        """Yield what the engine would see, uint8 ``(1, H, W, C)``: one array an image, or several with fit policy
+        ``tile``.
+
+        Raises:
+            InputError: an image changed or vanished since :meth:`open`.
+        """
+        for _, windows in self.named_windows(spec):
+            yield from windows
+
+    def named_windows(self, spec: InputSpec) -> Iterator[tuple[str, list[NDArray[np.uint8]]]]:
+        """Yield each image's name with all that the engine sees of it; see :meth:`images`."""
+        for image in self._images:
+            pixels = image.read(spec.channels)
+            yield image.name, [np.ascontiguousarray(window[None]) for window in fit_windows(pixels, spec)]
+
+
+def _check(image: _Image, channels: int) -> str:
+    height, width = image.read(channels).shape[:2]
+    if min(height, width) < SMALLEST_SIDE:
+        raise InputError(f"{height}x{width} pixels, at least {SMALLEST_SIDE}x{SMALLEST_SIDE} are needed")
+    return image.digest()
+
+
+def _too_few(words: str, taken: int, found: int, needed: int, skipped: Sequence[tuple[str, str]]) -> str:
+    if not found:
+        return f"{words} holds no images; give a folder with at least {needed} images like those the model will see"
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+    reasons += f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+    why = f" ({len(skipped)} skipped: {reasons})" if skipped else ""
+    return f"only {taken} of {found} images in {words} can be used{why}; calibration needs at least {needed}: add some"
+
+
+def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:
+    """What ``source`` is called in messages, and its candidates in a fixed order."""
+    if not isinstance(source, (str, Path)):
+        return "the given arrays", _from_arrays(source)
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES:
+        return str(path), _from_array_file(path)
+    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(
+            f"{path} is one image; calibration takes a folder, a glob, a .txt list, or a .npy or .npz of many"
+        )
+    inner = path / "images"
+    files = list_images(inner if inner.is_dir() else path)
+    # An image named twice would count twice in every statistic.
+    return str(path), [_File(p) for p in dict.fromkeys(files)]
+
+
+def _from_array_file(path: Path) -> list[_Image]:
+    try:
+        # A pickle inside an array file can run code; it is never loaded. Mapped, so that a .npy stays on disk.
+        loaded = np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            arrays = {path.name: loaded}
+        else:
+            with loaded:
+                arrays = {f"{path.name}:{name}": loaded[name] for name in sorted(loaded.files)}
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as exc:
+        raise InputError(f"cannot read {path}: {exc}; save uint8 (N, H, W, C) arrays, without pickled objects") from exc
+    return [image for name, array in arrays.items() for image in _split(name, array)]
+
+
+def _from_arrays(source: Iterable[NDArray[np.uint8]]) -> list[_Image]:
+    images: list[_Image] = []
+    for index, array in enumerate(source):
+        images.extend(_split(f"array {index}", np.asarray(array)))
+    return images
+
+
+def _split(name: str, array: NDArray[np.generic]) -> list[_Image]:
+    """One candidate per image of uint8 ``(H, W)``, ``(H, W, C)`` or ``(N, H, W, C)``; views, not copies."""
+    if array.dtype != np.uint8 or array.ndim not in (2, 3, 4) or 0 in array.shape:
+        raise InputError(
+            f"{name} is {array.dtype} of shape {array.shape}; calibration arrays are uint8, (H, W, C) or (N, H, W, C), "
+            "as decoded and before any normalization"
+        )
+    pixels = array.astype(np.uint8, copy=False)
+    if array.ndim == 4:
+        return [_Array(f"{name}[{index}]", image) for index, image in enumerate(pixels)]
+    return [_Array(name, pixels if array.ndim == 3 else pixels[..., None])]

@@ -1,0 +1,80 @@
+"""``edgeseg compile``: a device's own engine from the portable graph, without PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgeseg.artifacts import (
+    MANIFEST_NAME,
+    Engine,
+    FileRef,
+    OnnxGraph,
+    atomic_folder,
+    check_file,
+    open_engine,
+    read_manifest,
+    write_json,
+)
+from edgeseg.backends import require_backend
+from edgeseg.errors import BuildError
+
+
+def compile_folder(
+    folder: Path, *, target: str | None = None, options: Mapping[str, Any] | None = None, output: Path | None = None
+) -> Engine:
+    """Build an engine for this machine from the portable graph of ``folder``.
+
+    Args:
+        folder: an engine folder; only its graph and calibration table need to be intact.
+        target: backend; default the one the folder was built for.
+        options: backend settings.
+        output: folder to write; default ``folder`` itself, replaced when the new engine is complete.
+
+    Raises:
+        ArtifactError: the folder's manifest or graph is damaged.
+        BuildError: the graph's scheme is not one this backend runs fast here, or the build failed.
+    """
+    old = read_manifest(folder)
+    check_file(folder, old.graph)
+    backend = require_backend(target or old.target)
+    if old.scheme == "onnxruntime-vnni" and backend.scheme == "onnxruntime-avx2":
+        # Without VNNI, sums of u8 x s8 products saturate 16 bits: the masks would be wrong, not just slow.
+        raise BuildError(
+            f"{folder} is quantized for onnxruntime-vnni, which gives wrong results on this CPU without VNNI; "
+            "build it with: edgeseg build ... --scheme onnxruntime-avx2"
+        )
+    graph = OnnxGraph(
+        path=folder / old.graph.name,
+        sha256=old.graph.sha256,
+        precision=old.precision.requested,
+        spec=old.spec,
+        weights_sha256=old.inputs_sha256["weights"],
+        scheme=old.scheme,
+    )
+    target_folder = output or folder
+    with atomic_folder(target_folder, force=output is None) as scratch:
+        shutil.copyfile(graph.path, scratch / old.graph.name)
+        if old.calibration is not None:
+            check_file(folder, old.calibration)
+            shutil.copyfile(folder / old.calibration.name, scratch / old.calibration.name)
+        built = backend.build(dataclasses.replace(graph, path=scratch / old.graph.name), scratch, options or {})
+        manifest = dataclasses.replace(
+            old,
+            name=target_folder.name,
+            target=backend.name,
+            precision=built.precision,
+            engine=FileRef.of(built.path),
+            extra_files=tuple(FileRef.of(path) for path in built.extra_files),
+            options=dict(built.options),
+            versions={**old.versions, **built.versions},
+            device=dict(built.device),
+            candidates={},
+            # The figures were measured on the machine that built the first engine; they are not this engine's.
+            verification=None if built.device != old.device else old.verification,
+        )
+        write_json(scratch / MANIFEST_NAME, manifest)
+    return open_engine(target_folder)

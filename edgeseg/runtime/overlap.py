@@ -1,0 +1,183 @@
+"""Reading, working and consuming at the same time, in order, with bounded memory and no thread left behind."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Generic, TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+# How long closing waits for a thread that is inside someone else's code (a camera driver, a user's generator).
+JOIN_TIMEOUT_S = 5.0
+
+
+class Pipe(Generic[A]):
+    """A bounded queue between two threads that either side can end.
+
+    Args:
+        capacity: items held at most.
+        newest_wins: a full pipe drops its oldest item instead of making the producer wait.
+    """
+
+    def __init__(self, capacity: int, *, newest_wins: bool = False) -> None:
+        self._items: deque[A] = deque()
+        self._capacity = capacity
+        self._newest_wins = newest_wins
+        self._changed = threading.Condition()
+        self._finished = False
+        self._closed = False
+        self._error: BaseException | None = None
+        self.dropped = 0
+
+    def put(self, item: A) -> bool:
+        """Add an item, waiting for room; false when nobody will take it any more."""
+        with self._changed:
+            if self._newest_wins and len(self._items) >= self._capacity:
+                self._items.popleft()
+                self.dropped += 1
+            while len(self._items) >= self._capacity and not self._closed:
+                self._changed.wait()
+            if not self._closed:
+                self._items.append(item)
+                self._changed.notify_all()
+            return not self._closed
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Say that no item follows; ``error`` is raised at the taker after the last item."""
+        with self._changed:
+            self._finished, self._error = True, error
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Say that no item will be taken; wakes both sides."""
+        with self._changed:
+            self._closed = True
+            self._items.clear()
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[A]:
+        while True:
+            with self._changed:
+                while not self._items and not self._finished and not self._closed:
+                    self._changed.wait()
+                if not self._items:
+                    error, self._error = self._error, None
+                    if error is not None and not self._closed:
+                        raise error
+                    return
+                item = self._items.popleft()
+                self._changed.notify_all()
+            yield item
+
+
+class Overlapped(Generic[B]):
+    """Iterate over ``work(item)`` for each of ``items``, in order, one step ahead of the consumer.
+
+    One thread draws from ``items``, another calls ``work``, and the consumer's own thread uses the results, so the three overlap.
+    Nothing starts before the first result is asked for. An exception in either thread is raised at the consumer, after
+    the results that came before it. Breaking off, an exception at the consumer (Ctrl-C too) or dropping the object ends
+    both threads; :meth:`close` or a ``with`` block says when.
+
+    Args:
+        items: drawn from in a thread of its own, and closed there if it has a ``close``.
+        work: called in one thread, one item at a time.
+        ahead: items waiting at each of the two hand-overs.
+        newest_wins: when ``work`` cannot keep up, drop older items instead of making the source wait.
+    """
+
+    def __init__(
+        self, items: Iterable[A], work: Callable[[A], B], *, ahead: int = 2, newest_wins: bool = False
+    ) -> None:
+        inbox: Pipe[A] = Pipe(1 if newest_wins else ahead, newest_wins=newest_wins)
+        outbox: Pipe[B] = Pipe(ahead)
+        # The threads know the pipes but not this object: when the consumer drops it, they can be ended.
+        self._threads = (
+            threading.Thread(target=_draw, args=(items, inbox), name="edgeseg-read", daemon=True),
+            threading.Thread(target=_work, args=(inbox, work, outbox), name="edgeseg-work", daemon=True),
+        )
+        self._inbox = inbox
+        self._results = iter(outbox)
+        self._started = False
+        self._end = weakref.finalize(self, _end, items, (inbox, outbox), self._threads)
+
+    @property
+    def dropped(self) -> int:
+        """Items dropped so far because newer ones came in."""
+        return self._inbox.dropped
+
+    def __iter__(self) -> Overlapped[B]:
+        return self
+
+    def __next__(self) -> B:
+        if not self._started and self._end.alive:
+            self._started = True
+            for thread in self._threads:
+                thread.start()
+        try:
+            return next(self._results)
+        except BaseException:  # the end, an error of a thread, or Ctrl-C while waiting
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End both threads and close the source; harmless when done already."""
+        self._end()
+
+    def __enter__(self) -> Overlapped[B]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _draw(items: Iterable[A], inbox: Pipe[A]) -> None:
+    error: BaseException | None = None
+    try:
+        for item in items:
+            if not inbox.put(item):
+                break
+    except BaseException as exc:
+        error = exc
+    finally:
+        try:
+            _close(items)
+        except BaseException as exc:
+            error = error or exc
+        inbox.finish(error)
+
+
+def _work(inbox: Pipe[A], work: Callable[[A], B], outbox: Pipe[B]) -> None:
+    try:
+        for item in inbox:
+            if not outbox.put(work(item)):
+                break
+    except BaseException as exc:
+        outbox.finish(exc)
+    else:
+        outbox.finish()
+    finally:
+        # Only matters after an error or a break: the reader must not wait for room for ever.
+        inbox.close()
+
+
+def _end(items: Iterable[A], pipes: tuple[Pipe[A], Pipe[B]], threads: tuple[threading.Thread, ...]) -> None:
+    for pipe in pipes:
+        pipe.close()
+    if threads[0].ident is None:  # never started, so nobody else closes the source
+        _close(items)
+    for thread in threads:
+        if thread.ident is not None and thread is not threading.current_thread():
+            thread.join(JOIN_TIMEOUT_S)
+
+
+def _close(items: object) -> None:
+    close = getattr(items, "close", None)
+    if close is not None:
+        close()

@@ -1,0 +1,91 @@
+"""The one resize of edgeseg: bilinear between the two nearest pixels of each axis, half-pixel centres, no antialiasing.
+
+It is what ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`` computes, and what ``cv2.resize`` with its
+default does to 8-bit images up to one grey level: the resize most segmentation models were trained with. It is written
+in numpy, images in integers, so that results depend neither on which extras a machine has nor on their versions.
+
+Chosen on measurement: its time does not grow with the source (2160x3840 to 352x480 takes 4 ms of one core, Pillow's
+antialiased filter 51 ms), and antialiasing did not improve accuracy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Rows computed at a time: intermediate results stay in the cache.
+BAND_ROWS = 16
+# Weights of image pixels are in 1/256: the largest horizontal sum, 255 * 256, just fits 16 bits.
+ONE = 256
+
+
+def linear_taps(length: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+    """Say which pixels of ``length`` each of ``target`` pixels lies between.
+
+    Pixel ``i`` has its centre at ``(i + 0.5) * length / target - 0.5``, held within the image.
+
+    Returns:
+        the index of the pixel before, of the one after, and the share of the one after (0 to 1); ``(target,)`` each.
+    """
+    centre = np.clip((np.arange(target) + 0.5) * (length / target) - 0.5, 0.0, length - 1.0)
+    before = centre.astype(np.intp)
+    return before, np.minimum(before + 1, length - 1), centre - before
+
+
+def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize uint8 ``(H, W, C)`` to ``size`` ``(height, width)``; the image itself when it has that size."""
+    if image.shape[:2] == size:
+        return image
+    height, width, channels = image.shape
+    top, bottom, down = linear_taps(height, size[0])
+    left, right, across = linear_taps(width, size[1])
+    # Single bytes are gathered several times as fast as three-byte pixels.
+    channel = np.arange(channels)
+    near, far = ((index[:, None] * channels + channel).ravel() for index in (left, right))
+    far_share = np.repeat((across * ONE + 0.5).astype(np.uint16), channels)
+    near_share = ONE - far_share
+    low_share = (down * ONE + 0.5).astype(np.uint32)[:, None]
+    flat = image.reshape(height, width * channels)
+    resized = np.empty((size[0], size[1] * channels), np.uint8)
+    for start in range(0, size[0], BAND_ROWS):
+        band = slice(start, start + BAND_ROWS)
+        count = len(top[band])
+        rows = flat.take(np.concatenate((top[band], bottom[band])), axis=0)
+        blend = rows.take(near, axis=1) * near_share
+        blend += rows.take(far, axis=1) * far_share
+        total = blend[:count] * (ONE - low_share[band])
+        total += blend[count:] * low_share[band]
+        total += ONE * ONE // 2
+        total >>= 16
+        resized[band] = total
+    return resized.reshape(*size, channels)
+
+
+def resize_scores(scores: NDArray[np.floating[Any]], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize float ``(..., H, W)`` to ``size`` ``(height, width)``, in float32."""
+    height, width = scores.shape[-2:]
+    top, bottom, down = linear_taps(height, size[0])
+    left, right, across = linear_taps(width, size[1])
+    v, u = down.astype(np.float32)[:, None], across.astype(np.float32)
+    planes = scores.reshape(-1, height, width).astype(np.float32, copy=False)
+    resized = np.empty((len(planes), *size), np.float32)
+    for plane, target in zip(planes, resized, strict=True):
+        wide = plane.take(left, axis=1) * (1 - u)
+        wide += plane.take(right, axis=1) * u
+        np.multiply(wide.take(top, axis=0), 1 - v, out=target)
+        target += wide.take(bottom, axis=0) * v
+    return resized.reshape(*scores.shape[:-2], *size)
+
+
+def resize_nearest(values: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """Resize ``(..., H, W)`` to ``size`` ``(height, width)`` by nearest neighbour with half-pixel centres."""
+    rows = nearest_index(values.shape[-2], size[0])
+    columns = nearest_index(values.shape[-1], size[1])
+    return values.take(columns, axis=-1).take(rows, axis=-2)
+
+
+def nearest_index(length: int, target: int) -> NDArray[np.intp]:
+    """For each of ``target`` pixels, the one of ``length`` pixels that holds its centre: ``floor((i + 0.5) * n / N)``."""
+    return (2 * np.arange(target, dtype=np.intp) + 1) * length // (2 * target)

@@ -1,0 +1,356 @@
+"""What ``edgeseg run`` does: images, folders, globs, videos and cameras in; masks, overlays and videos out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.errors import InputError
+from edgeseg.runtime.images import IMAGE_SUFFIXES, list_images, read_image
+from edgeseg.runtime.outputs import VideoFile, refuse_existing, unique_names, write_mask, write_picture
+from edgeseg.runtime.overlap import Overlapped
+from edgeseg.runtime.overlay import add_legend, colorize, legend_entries, overlay as lay_over
+from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
+from edgeseg.runtime.stream import Stream
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+# A camera that does not say how fast it is.
+USUAL_FPS = 25.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An input that could not be used, and why, in one line."""
+
+    input: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What :func:`run_inputs` did.
+
+    Attributes:
+        images: image files segmented.
+        frames: frames of videos and cameras segmented.
+        dropped: camera frames skipped because a newer one had come.
+        seconds: from the first input to the last output written.
+        written: files, in order.
+        failed: inputs that could not be used.
+        interrupted: a camera was stopped with Ctrl-C.
+    """
+
+    images: int
+    frames: int
+    dropped: int
+    seconds: float
+    written: tuple[str, ...]
+    failed: tuple[Failure, ...]
+    interrupted: bool = False
+
+    @property
+    def frames_per_second(self) -> float:
+        """Images and frames over seconds, reading and writing included."""
+        return (self.images + self.frames) / self.seconds if self.seconds > 0 else 0.0
+
+
+def run_inputs(
+    segmenter: Segmenter,
+    inputs: Iterable[str | Path | int],
+    output: str | Path,
+    *,
+    overlay: bool = False,
+    alpha: float = 0.5,
+    frame_masks: bool = False,
+    limit: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> RunSummary:
+    """Segment everything named and write the results, reading, inference and writing overlapped.
+
+    Written below ``output``:
+
+    - ``masks/NAME.png`` for each image: class indices as pixel values, with the palette (16-bit grey above 256 classes). For a multilabel
+      model ``masks/NAME.0-road.png`` and so on, one plane of 0 and 1 per class.
+    - ``overlays/NAME.png`` with ``overlay``: the classes' colours over the image, and a legend with their shares.
+    - ``videos/NAME.mp4`` for each video or camera: the colours alone, or over the frames with ``overlay``, and a legend. With
+      ``frame_masks`` also ``masks/NAME/000000.png`` and so on.
+
+    NAME is the input's stem, made unique where inputs share one. Images that cannot be read are listed in the summary,
+    and the others are processed. A camera runs until Ctrl-C or ``limit``.
+
+    Args:
+        segmenter: from :func:`edgeseg.load`.
+        inputs: image and video files, folders (their own files), globs, ``.txt`` lists of images, camera indices.
+        output: folder, made if it does not exist.
+        overlay: see above.
+        alpha: opacity of overlays, from 0 to 1.
+        frame_masks: see above.
+        limit: stop after so many images and frames.
+        overwrite: replace files that exist.
+        progress: show a progress bar with frames per second, and failures, on standard error.
+
+    Raises:
+        InputError: an input that is not there at all, an output that exists or cannot be written.
+        MissingDependencyError: OpenCV is not installed, and there is a video or camera.
+        BuildError: the engine failed.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise InputError(f"alpha is {alpha}; give an opacity from 0 to 1")
+    tasks = _plan(inputs)
+    run = _Run(segmenter, Path(output), overlay, alpha, frame_masks, limit, overwrite)
+    refuse_existing([path for task in tasks for path in run.outputs(task)], overwrite)
+    begin = time.perf_counter()
+    with _Bar(len(tasks)) if progress else nullcontext(_Silent()) as bar:
+        interrupted = run.all(tasks, bar)
+    return RunSummary(
+        run.images, run.frames, run.dropped, time.perf_counter() - begin,
+        tuple(str(path) for path in run.written), tuple(run.failed), interrupted,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Task:
+    source: Path | int
+    name: str
+
+    @property
+    def is_video(self) -> bool:
+        return isinstance(self.source, int) or self.source.suffix.lower() in VIDEO_SUFFIXES
+
+    @property
+    def label(self) -> str:
+        return f"camera {self.source}" if isinstance(self.source, int) else str(self.source)
+
+
+def _plan(inputs: Iterable[str | Path | int]) -> list[_Task]:
+    """Expand folders, globs and lists; each file once, in the order given."""
+    found: dict[str, Path | int] = {}
+    for item in inputs:
+        camera = camera_index(item)
+        if camera is not None:
+            found.setdefault(f"camera {camera}", camera)
+            continue
+        for path in list_images(str(item), suffixes=IMAGE_SUFFIXES | VIDEO_SUFFIXES):
+            found.setdefault(str(path.resolve()), path)
+    if not found:
+        raise InputError("no input; give images, folders, globs, videos or a camera index")
+    sources = list(found.values())
+    names = unique_names([Path(f"camera{s}") if isinstance(s, int) else s for s in sources])
+    return [_Task(source, name) for source, name in zip(sources, names, strict=True)]
+
+
+@dataclass(eq=False)
+class _Run:
+    segmenter: Segmenter
+    output: Path
+    overlay: bool
+    alpha: float
+    frame_masks: bool
+    limit: int | None
+    overwrite: bool
+    images: int = 0
+    frames: int = 0
+    dropped: int = 0
+    written: list[Path] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+
+    def outputs(self, task: _Task) -> list[Path]:
+        """The files (or the folder of frames) a task will write."""
+        if task.is_video:
+            paths = [self.output / "videos" / f"{task.name}.mp4"]
+            return paths + ([self.output / "masks" / task.name] if self.frame_masks else [])
+        paths = self._mask_paths(self.output / "masks" / task.name)
+        return paths + ([self.output / "overlays" / f"{task.name}.png"] if self.overlay else [])
+
+    def all(self, tasks: Sequence[_Task], bar: _Silent) -> bool:
+        """Process every task; true if a camera was stopped by Ctrl-C."""
+        position = 0
+        while position < len(tasks) and not self._finished():
+            task = tasks[position]
+            if task.is_video:
+                position += 1
+                if self._video(task, bar):
+                    return True
+                continue
+            end = next((i for i in range(position, len(tasks)) if tasks[i].is_video), len(tasks))
+            self._images(tasks[position:end], bar)
+            position = end
+        return False
+
+    def _finished(self) -> bool:
+        return self.limit is not None and self.images + self.frames >= self.limit
+
+    def _images(self, tasks: Sequence[_Task], bar: _Silent) -> None:
+        channels = self.segmenter.spec.input.channels
+
+        def read() -> Iterator[tuple[_Task, NDArray[np.uint8] | InputError]]:
+            for task in tasks:
+                assert isinstance(task.source, Path)
+                try:
+                    yield task, read_image(task.source, channels)
+                except InputError as exc:
+                    yield task, exc
+
+        def segment(
+            item: tuple[_Task, NDArray[np.uint8] | InputError],
+        ) -> tuple[_Task, NDArray[np.uint8] | InputError, NDArray[Any] | None]:
+            task, image = item
+            if isinstance(image, InputError):
+                return task, image, None
+            return task, image, self.segmenter(image, channel_order="rgb" if channels == 3 else None)
+
+        with Overlapped(read(), segment) as results:
+            for task, image, mask in results:
+                if isinstance(image, InputError) or mask is None:
+                    self._fail(task, str(image), bar)
+                else:
+                    self._write_image(task, image, mask)
+                    self.images += 1
+                bar.advance()
+                if self._finished():
+                    break
+
+    def _write_image(self, task: _Task, image: NDArray[np.uint8], mask: NDArray[Any]) -> None:
+        self._write_masks(self.output / "masks" / task.name, mask)
+        if self.overlay:
+            picture = lay_over(image, mask, alpha=self.alpha, palette=self.segmenter.palette)
+            path = self.output / "overlays" / f"{task.name}.png"
+            write_picture(path, add_legend(picture, self._legend(mask)), overwrite=self.overwrite)
+            self.written.append(path)
+
+    def _write_masks(self, base: Path, mask: NDArray[Any]) -> None:
+        palette = self.segmenter.palette
+        paths = self._mask_paths(base)
+        planes = mask if mask.ndim == 3 else mask[None]
+        for index, (path, plane) in enumerate(zip(paths, planes, strict=True)):
+            colours = palette if mask.ndim == 2 else np.stack((np.zeros(3, np.uint8), palette[index]))
+            write_mask(path, plane, colours, overwrite=self.overwrite)
+            self.written.append(path)
+
+    def _mask_paths(self, base: Path) -> list[Path]:
+        if self.segmenter.spec.model.task != "multilabel":
+            return [base.with_name(f"{base.name}.png")]
+        names = ("".join(c if c.isalnum() else "_" for c in name) for name in self.segmenter.class_names)
+        return [base.with_name(f"{base.name}.{index}-{name}.png") for index, name in enumerate(names)]
+
+    def _legend(self, mask: NDArray[Any] | None) -> Any:
+        binary = self.segmenter.spec.model.task == "binary"
+        return legend_entries(mask, self.segmenter.class_names, self.segmenter.palette, binary=binary)
+
+    def _video(self, task: _Task, bar: _Silent) -> bool:
+        """Process one video or camera; true if a camera was stopped by Ctrl-C."""
+        before = len(self.written), self.frames
+        try:
+            video = Video(task.source, self.segmenter.spec.input.channels)
+            bar.expect(video.frames)
+            path = self.output / "videos" / f"{task.name}.mp4"
+            with (
+                Stream(video, self.segmenter, 2, None) as frames,
+                VideoFile(path, video.fps or USUAL_FPS, overwrite=self.overwrite) as file,
+            ):
+                interrupted = self._write_frames(task, video, frames, file, bar)
+                self.dropped += frames.dropped
+            self.written.append(path)
+        except InputError as exc:
+            del self.written[before[0] :]
+            self.frames = before[1]
+            self._fail(task, str(exc), bar)
+            return False
+        return interrupted
+
+    def _write_frames(self, task: _Task, video: Video, frames: Stream, file: VideoFile, bar: _Silent) -> bool:
+        palette, legend = self.segmenter.palette, self._legend(None)
+        fps = video.fps or USUAL_FPS
+        try:
+            for frame in frames:
+                if self.overlay:
+                    picture = lay_over(frame.image, frame.mask, alpha=self.alpha, palette=palette)
+                else:
+                    picture = colorize(frame.mask, palette)
+                picture = add_legend(picture, legend)
+                # Dropped camera frames leave gaps; repeating the frame keeps the video at the speed of the scene.
+                due = int((frame.timestamp_s or 0.0) * fps) + 1 if video.live else 0
+                for _ in range(max(1, due - file.frames)):
+                    file.write(picture)
+                if self.frame_masks:
+                    self._write_masks(self.output / "masks" / task.name / f"{frame.index:06d}", frame.mask)
+                self.frames += 1
+                bar.advance()
+                if self._finished():
+                    break
+        except KeyboardInterrupt:
+            if not video.live or not file.frames:
+                raise
+            return True
+        return False
+
+    def _fail(self, task: _Task, reason: str, bar: _Silent) -> None:
+        self.failed.append(Failure(task.label, reason))
+        bar.say(f"skipped: {reason}")
+
+
+class _Silent:
+    """Takes progress and says nothing."""
+
+    def expect(self, frames: int | None) -> None:
+        """The next input, counted as one so far, has ``frames`` frames (``None``: nobody knows)."""
+
+    def advance(self) -> None:
+        """One more image or frame is done."""
+
+    def say(self, text: str) -> None:
+        """Something a person should read."""
+
+
+class _Bar(_Silent):
+    """A progress bar with frames per second on standard error."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("segment"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[fps]:.1f} frames/s"),
+            TimeRemainingColumn(),
+        )
+        self._bar: Progress = Progress(*columns, console=Console(stderr=True))
+        self._task: TaskID = self._bar.add_task("segment", total=total, fps=0.0)
+        self._total: int | None = total
+        self._done = 0
+        self._begin = time.perf_counter()
+
+    def expect(self, frames: int | None) -> None:
+        self._total = None if frames is None or self._total is None else self._total - 1 + frames
+        self._bar.update(self._task, total=self._total)
+
+    def advance(self) -> None:
+        self._done += 1
+        seconds = time.perf_counter() - self._begin
+        self._bar.update(self._task, completed=self._done, fps=self._done / seconds)
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()

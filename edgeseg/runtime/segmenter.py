@@ -1,0 +1,323 @@
+"""An engine that takes any image and answers with a mask of the image's size. Needs numpy, Pillow and one backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.artifacts import Engine, open_engine
+from edgeseg.backends import Session, get_backend
+from edgeseg.errors import InputError, SpecError
+from edgeseg.runtime.placement import Placement, Tiling, plan_fit
+from edgeseg.runtime.scores import ScoreRule
+from edgeseg.runtime.tiling import blended_rows, stitched
+from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec, one_of
+
+Outputs = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Everything an engine says about an image; ``None`` for what it was not built to return.
+
+    For a batch every array has a leading axis N. Sizes are those of the image.
+
+    Attributes:
+        mask: ``(H, W)`` uint8 (uint16 above 256 classes) class indices, 0/1 for binary; ``(C, H, W)`` uint8 0/1 for
+            multilabel.
+        confidence: float32, shaped like ``mask``: the probability of the chosen class.
+        probabilities: float32 ``(C, H, W)``, of an engine with output kind ``probabilities``.
+        logits: float32 ``(C, H, W)``, of an engine with output kind ``logits``.
+        aux_logits: float32 ``(K,)`` of a kept auxiliary head; over tiles, their mean.
+    """
+
+    mask: NDArray[Any]
+    confidence: NDArray[np.float32] | None = None
+    probabilities: NDArray[np.float32] | None = None
+    logits: NDArray[np.float32] | None = None
+    aux_logits: NDArray[np.float32] | None = None
+
+
+class Segmenter:
+    """Images in, masks out. Safe to call from several threads: all of them share the one engine.
+
+    Args:
+        session: a loaded engine; the segmenter closes it.
+        spec: the contract the engine fulfils.
+        channel_order: order of the channels in the images given, ``rgb`` or ``bgr`` (OpenCV's).
+        fit: how images of another size are brought to the engine's; ``None`` as the engine was calibrated and verified.
+        tile_overlap: share of a tile that it has in common with its neighbour, from 0 to 0.9 (fit policy ``tile``).
+        palette: uint8 ``(classes, 3)`` RGB colours for pictures; ``None`` for edgeseg's own.
+
+    Raises:
+        SpecError: an option out of range.
+        InputError: a palette of another shape.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        spec: PipelineSpec,
+        *,
+        channel_order: ChannelOrder = "rgb",
+        fit: FitPolicy | None = None,
+        tile_overlap: float = 0.25,
+        palette: NDArray[np.uint8] | None = None,
+    ) -> None:
+        one_of("channel order", channel_order, get_args(ChannelOrder))
+        if not 0.0 <= tile_overlap <= 0.9:
+            raise SpecError(f"tile overlap is {tile_overlap}; give a share of the tile from 0 to 0.9")
+        self.spec = spec
+        self.channel_order = channel_order
+        self._session: Session | None = session
+        self._input = spec.input if fit is None else replace(spec.input, fit=fit)
+        self._overlap = tile_overlap
+        self._rule = None if spec.output.kind == "mask" else ScoreRule.of(spec)
+        self._palette = None if palette is None else _checked_palette(palette, spec)
+        single = spec.input.batch.minimum == 1 and not spec.input.dynamic_size and channel_order == "rgb"
+        size = (spec.input.height, spec.input.width, spec.input.channels)
+        # The shape that goes to the engine untouched.
+        self._exact = size if single and self._rule is None else None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One name per class; ``class 0``, ``class 1``, ... when the model has none."""
+        model = self.spec.model
+        return model.class_names or tuple(f"class {index}" for index in range(model.classes))
+
+    @property
+    def palette(self) -> NDArray[np.uint8]:
+        """Uint8 ``(values, 3)`` RGB: a colour for each value of the mask (multilabel: for each class)."""
+        if self._palette is None:
+            from edgeseg.runtime.overlay import spec_palette
+
+            self._palette = spec_palette(self.spec)
+        return self._palette
+
+    def __call__(self, images: NDArray[np.uint8], *, channel_order: ChannelOrder | None = None) -> NDArray[Any]:
+        """Segment one image or a batch.
+
+        Args:
+            images: uint8 ``(H, W, C)`` or ``(N, H, W, C)`` of any size; ``(H, W)`` too for a model with one channel.
+            channel_order: of these images; ``None`` for the segmenter's.
+
+        Returns:
+            ``(H, W)`` or ``(N, H, W)`` class indices at the size of the images, uint8 (uint16 above 256 classes);
+            binary: 0/1; multilabel: ``(C, H, W)`` or ``(N, C, H, W)`` of 0/1. The caller owns the array.
+
+        Raises:
+            InputError: another dtype, shape or channel count; a closed segmenter.
+        """
+        if (
+            channel_order is None
+            and isinstance(images, np.ndarray)
+            and images.shape == self._exact
+            and images.dtype == np.uint8
+            and images.flags.c_contiguous
+        ):
+            mask: NDArray[Any] = self._open().run(images[None])["mask"][0]
+            return mask
+        batch, single = self._batch(images)
+        masks = [p.mask for p in self._predictions(batch, channel_order, mask_only=True)]
+        return masks[0] if single else np.stack(masks)
+
+    def predict(self, images: NDArray[np.uint8], *, channel_order: ChannelOrder | None = None) -> Prediction:
+        """Segment one image or a batch and return everything the engine was built to say.
+
+        Args and errors as for calling the segmenter. Scores are resized bilinearly; the mask and the confidence are made of
+        the resized scores. The confidence of a mask engine follows its mask, by nearest neighbour.
+        """
+        batch, single = self._batch(images)
+        found = list(self._predictions(batch, channel_order, mask_only=False))
+        return found[0] if single else _stacked(found)
+
+    def close(self) -> None:
+        """Free the engine. Calling the segmenter afterwards is an :class:`InputError`."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self) -> Session:
+        if self._session is None:
+            raise InputError("this Segmenter is closed; load the engine again")
+        return self._session
+
+    def _batch(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], bool]:
+        """Check ``images`` and return them as ``(N, H, W, C)``, and whether it was one image."""
+        channels = self.spec.input.channels
+        wanted = f"uint8 (H, W, {channels}) or (N, H, W, {channels})"
+        if not isinstance(images, np.ndarray):
+            raise InputError(f"images are a {type(images).__name__}; give a numpy array, {wanted}")
+        if images.dtype != np.uint8:
+            raise InputError(f"images are {images.dtype}; give {wanted}: {_conversion(images.dtype)}")
+        if channels == 1 and images.ndim == 2:
+            images = images[..., None]
+        if images.ndim not in (3, 4) or 0 in images.shape:
+            raise InputError(f"images have shape {images.shape}; give {wanted}")
+        if images.shape[-1] != channels:
+            raise InputError(
+                f"images have shape {images.shape}, so {images.shape[-1]} channels; this model takes {channels}: give {wanted}"
+            )
+        return (images[None], True) if images.ndim == 3 else (images, False)
+
+    def _predictions(
+        self, batch: NDArray[np.uint8], channel_order: ChannelOrder | None, *, mask_only: bool
+    ) -> Iterator[Prediction]:
+        order = self.channel_order if channel_order is None else channel_order
+        one_of("channel order", order, get_args(ChannelOrder))
+        if order == "bgr" and batch.shape[-1] != 3:
+            raise SpecError(f"channel order bgr means 3 channels, this model takes {batch.shape[-1]}; leave it out")
+        swap = order == "bgr"
+        plan = plan_fit(batch.shape[1], batch.shape[2], self._input, self._overlap)
+        if isinstance(plan, Tiling):
+            for image in batch:
+                yield self._tiled(image, plan, swap, mask_only)
+            return
+        step = self.spec.input.batch.maximum
+        for start in range(0, len(batch), step):
+            chunk = batch[start : start + step]
+            fitted = chunk if plan.is_identity else np.stack([plan.apply(image) for image in chunk])
+            for outputs in self._run(fitted, swap):
+                yield self._placed(outputs, plan, mask_only)
+
+    def _run(self, images: NDArray[np.uint8], swap: bool) -> Iterator[Outputs]:
+        """Run images of the engine's size, in batches it accepts; yield the outputs of each without a batch axis."""
+        session, limits = self._open(), self.spec.input.batch
+        for start in range(0, len(images), limits.maximum):
+            chunk = images[start : start + limits.maximum]
+            count = len(chunk)
+            if swap:
+                chunk = chunk[..., ::-1]
+            if count < limits.minimum:
+                # The last image again: as likely as any to keep the engine on its usual path.
+                chunk = np.concatenate((chunk, np.repeat(chunk[-1:], limits.minimum - count, axis=0)))
+            outputs = session.run(np.ascontiguousarray(chunk))
+            for index in range(count):
+                yield {name: array[index] for name, array in outputs.items()}
+
+    def _placed(self, outputs: Outputs, place: Placement, mask_only: bool) -> Prediction:
+        aux = outputs.get("aux_logits")
+        if self._rule is None:
+            confidence = None if mask_only else outputs.get("confidence")
+            return Prediction(
+                mask=place.restore(outputs["mask"]),
+                confidence=None if confidence is None else place.restore(confidence, nearest=True),
+                aux_logits=aux,
+            )
+        scores = outputs[self.spec.output.kind]
+        if mask_only:
+            return Prediction(self._rule.mask_at_source(scores, place))
+        restored = place.restore(scores)
+        return self._scored(self._rule, restored, self._rule.mask(restored), aux)
+
+    def _tiled(self, image: NDArray[np.uint8], tiling: Tiling, swap: bool, mask_only: bool) -> Prediction:
+        aux: list[NDArray[np.float32]] = []
+
+        def run(windows: NDArray[np.uint8]) -> Iterator[Outputs]:
+            for outputs in self._run(windows, swap):
+                if "aux_logits" in outputs:
+                    aux.append(outputs["aux_logits"])
+                yield outputs
+
+        if self._rule is None:
+            names = ("mask", "confidence") if self.spec.output.confidence and not mask_only else ("mask",)
+            whole = stitched(image, tiling, run, names)
+            return Prediction(whole["mask"], confidence=whole.get("confidence"), aux_logits=_mean(aux))
+        kind = self.spec.output.kind
+        masks, kept = [], []
+        for _, bands in blended_rows(image, tiling, run, (kind,)):
+            masks.append(self._rule.mask(bands[kind]))
+            kept += [] if mask_only else [bands[kind]]
+        mask = np.concatenate(masks, axis=-2)
+        if mask_only:
+            return Prediction(mask)
+        return self._scored(self._rule, np.concatenate(kept, axis=-2), mask, _mean(aux))
+
+    def _scored(
+        self, rule: ScoreRule, scores: NDArray[np.float32], mask: NDArray[Any], aux: NDArray[np.float32] | None
+    ) -> Prediction:
+        kind, confident = self.spec.output.kind, self.spec.output.confidence
+        return Prediction(
+            mask=mask,
+            confidence=rule.confidence(scores, mask) if confident else None,
+            probabilities=scores if kind == "probabilities" else None,
+            logits=scores if kind == "logits" else None,
+            aux_logits=aux,
+        )
+
+
+def load(
+    folder: str | Path | Engine,
+    *,
+    channel_order: ChannelOrder = "rgb",
+    fit: FitPolicy | None = None,
+    tile_overlap: float = 0.25,
+    palette: NDArray[np.uint8] | None = None,
+) -> Segmenter:
+    """Load an engine folder. torch, onnx and SMP are not imported.
+
+    Args:
+        folder: made by ``edgeseg build`` or ``edgeseg compile``; its hashes are checked.
+        channel_order, fit, tile_overlap, palette: see :class:`Segmenter`.
+
+    Raises:
+        ArtifactError: no engine folder, or a damaged, stale or foreign one.
+        BuildError: the backend cannot load the engine.
+        MissingDependencyError: the backend is not installed.
+        SpecError, InputError: see :class:`Segmenter`.
+    """
+    engine = folder if isinstance(folder, Engine) else open_engine(Path(folder))
+    session = get_backend(engine.manifest.target).load(engine)
+    try:
+        return Segmenter(
+            session,
+            engine.manifest.spec,
+            channel_order=channel_order,
+            fit=fit,
+            tile_overlap=tile_overlap,
+            palette=palette,
+        )
+    except BaseException:
+        session.close()
+        raise
+
+
+def _mean(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32] | None:
+    return np.mean(arrays, axis=0, dtype=np.float32) if arrays else None
+
+
+def _stacked(found: list[Prediction]) -> Prediction:
+    def stack(name: str) -> Any:
+        arrays = [getattr(prediction, name) for prediction in found]
+        return None if arrays[0] is None else np.stack(arrays)
+
+    return Prediction(*(stack(name) for name in ("mask", "confidence", "probabilities", "logits", "aux_logits")))
+
+
+def _conversion(dtype: np.dtype[Any]) -> str:
+    if dtype.kind == "f":
+        return "(x * 255).round().clip(0, 255).astype(np.uint8) for values in [0, 1]"
+    if dtype == np.uint16:
+        return "(x >> 8).astype(np.uint8) for the full 16-bit range"
+    return "scale to 0..255, then .astype(np.uint8)"
+
+
+def _checked_palette(palette: NDArray[np.uint8], spec: PipelineSpec) -> NDArray[np.uint8]:
+    needed = 2 if spec.model.task == "binary" else spec.model.classes
+    if palette.dtype != np.uint8 or palette.ndim != 2 or palette.shape[1] != 3 or len(palette) < needed:
+        raise InputError(f"palette is {palette.dtype} {palette.shape}; give uint8 ({needed}, 3), a colour per mask value")
+    return np.ascontiguousarray(palette)

@@ -1,0 +1,161 @@
+"""Where frames come from: video files, cameras, image files, arrays. Frames are RGB whatever their source."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.errors import InputError, MissingDependencyError
+from edgeseg.runtime.images import list_images, read_image
+from edgeseg.spec import ChannelOrder
+
+VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One frame before segmentation.
+
+    Attributes:
+        index: position in the source, from 0, dropped frames counted.
+        timestamp_s: seconds since the start of a video, or since the first frame of a camera; else ``None``.
+        image: uint8 ``(H, W, C)``.
+        path: the image file it was read from, if any.
+        channel_order: of ``image``; ``None``: as the segmenter expects.
+    """
+
+    index: int
+    timestamp_s: float | None
+    image: NDArray[np.uint8]
+    path: Path | None = None
+    channel_order: ChannelOrder | None = None
+
+
+def camera_index(source: object) -> int | None:
+    """Return the camera number that ``source`` means (``0`` or ``"0"``), unless it is something else."""
+    if isinstance(source, int) and not isinstance(source, bool):
+        return source
+    if isinstance(source, str) and source.isascii() and source.isdigit() and not Path(source).exists():
+        return int(source)
+    return None
+
+
+class Video:
+    """Frames of a video file or a camera, decoded by OpenCV, as :class:`Picture` in RGB.
+
+    Args:
+        source: path of a video file, or a camera's index.
+        channels: 3, or 1 for grey.
+
+    Attributes:
+        fps: frames per second the source says it has; ``None`` when it does not.
+        frames: how many frames a file says it has, which need not be true; ``None`` for a camera.
+        live: whether frames are lost unless taken in time.
+
+    Raises:
+        MissingDependencyError: OpenCV is not installed.
+        InputError: no such file or camera, not a video, or a model of other than 1 or 3 channels.
+    """
+
+    def __init__(self, source: Path | int, channels: int = 3) -> None:
+        if channels not in (1, 3):
+            raise InputError(f"videos and cameras have 3 channels, this model takes {channels}; give images or arrays")
+        self.source = source
+        self.live = isinstance(source, int)
+        self._name = f"camera {source}" if isinstance(source, int) else str(source)
+        if isinstance(source, Path) and (not source.is_file() or source.stat().st_size == 0):
+            what = "the file is empty (0 bytes)" if source.is_file() else "no such file"
+            raise InputError(f"cannot read video {source}: {what}")
+        self._cv2 = import_cv2()
+        with _quiet(self._cv2):
+            self._capture = self._cv2.VideoCapture(source if isinstance(source, int) else str(source))
+        if not self._capture.isOpened():
+            what = "no such camera, or it is in use" if self.live else "not a video, damaged, or of an unknown codec"
+            raise InputError(f"cannot open {self._name}: {what}")
+        fps = float(self._capture.get(self._cv2.CAP_PROP_FPS))
+        count = int(self._capture.get(self._cv2.CAP_PROP_FRAME_COUNT))
+        self.fps = fps if 0.0 < fps < 1000.0 else None
+        self.frames = count if count > 0 and not self.live else None
+        self._code = self._cv2.COLOR_BGR2RGB if channels == 3 else self._cv2.COLOR_BGR2GRAY
+
+    def __iter__(self) -> Iterator[Picture]:
+        """Decode frame after frame. Raises ``InputError`` when not even one can be decoded."""
+        index, begin = 0, 0.0
+        while True:
+            found, frame = self._capture.read()
+            if not found:
+                break
+            now = time.monotonic()
+            begin = begin or now
+            milliseconds = float(self._capture.get(self._cv2.CAP_PROP_POS_MSEC))
+            seconds = now - begin if self.live else milliseconds / 1000.0
+            image = self._cv2.cvtColor(frame, self._code)
+            yield Picture(index, seconds, image if image.ndim == 3 else image[..., None], channel_order="rgb")
+            index += 1
+        if index == 0:
+            raise InputError(f"cannot read {self._name}: no frame could be decoded")
+
+    def close(self) -> None:
+        """Give the file or camera back."""
+        self._capture.release()
+
+
+def open_source(source: object, channels: int) -> Video | Iterable[Picture]:
+    """Open what :func:`edgeseg.stream` takes. Raises ``InputError`` for what is not there."""
+    index = camera_index(source)
+    if index is not None:
+        return Video(index, channels)
+    if isinstance(source, (str, Path)):
+        if Path(source).suffix.lower() in VIDEO_SUFFIXES:
+            return Video(Path(source), channels)
+        return _read_files(list_images(source), channels)
+    if isinstance(source, np.ndarray) and source.ndim == 3:
+        raise InputError(f"a stream of arrays is an iterable of images, got one array of shape {source.shape}; give [image]")
+    if isinstance(source, Iterable):
+        return _number_arrays(source)
+    raise InputError(
+        f"cannot stream from a {type(source).__name__}; give a video file, camera index, image folder, glob or arrays"
+    )
+
+
+def import_cv2() -> Any:
+    """Import OpenCV. Raises ``MissingDependencyError``."""
+    try:
+        import cv2
+    except ImportError as exc:
+        raise MissingDependencyError("cv2", "video", "read and write videos and cameras") from exc
+    return cv2
+
+
+def _read_files(paths: list[Path], channels: int) -> Iterator[Picture]:
+    for index, path in enumerate(paths):
+        image = read_image(path, channels)
+        yield Picture(index, None, image, path, "rgb" if channels == 3 else None)
+
+
+def _number_arrays(arrays: Iterable[Any]) -> Iterator[Picture]:
+    try:
+        for index, image in enumerate(arrays):
+            yield Picture(index, None, image)
+    finally:
+        close = getattr(arrays, "close", None)
+        if close is not None:
+            close()
+
+
+@contextmanager
+def _quiet(cv2: Any) -> Iterator[None]:
+    """Keep OpenCV from printing several lines where one error of ours follows."""
+    level = cv2.getLogLevel()
+    cv2.setLogLevel(0)
+    try:
+        yield
+    finally:
+        cv2.setLogLevel(level)

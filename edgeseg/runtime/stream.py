@@ -1,0 +1,106 @@
+"""Segment frame after frame while the next is being read and the last is being used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.errors import SpecError
+from edgeseg.runtime.overlap import Overlapped
+from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.runtime.sources import Picture, Video, open_source
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """An image and its mask.
+
+    Attributes:
+        index: position in the source, from 0; gaps where a live source's frames were dropped.
+        timestamp_s: seconds since the start of a video or the first frame of a camera; ``None`` for images and arrays.
+        image: uint8 ``(H, W, C)``; RGB, or as given for a source of arrays.
+        mask: as the segmenter returns it for one image.
+        path: the image file, for a folder, glob or list.
+    """
+
+    index: int
+    timestamp_s: float | None
+    image: NDArray[np.uint8]
+    mask: NDArray[Any]
+    path: Path | None = None
+
+
+class Stream:
+    """An iterator of :class:`Frame`; see :func:`stream`. Close it, or use ``with``, to stop early at a certain moment."""
+
+    def __init__(self, pictures: Video | Iterable[Picture], segmenter: Segmenter, ahead: int, drop: bool | None) -> None:
+        live = isinstance(pictures, Video) and pictures.live
+        self._frames: Overlapped[Frame] = Overlapped(
+            pictures, _segment_with(segmenter), ahead=ahead, newest_wins=live if drop is None else drop
+        )
+
+    @property
+    def dropped(self) -> int:
+        """Frames skipped so far because the engine was busy and a newer one had come."""
+        return self._frames.dropped
+
+    def __iter__(self) -> Iterator[Frame]:
+        return self
+
+    def __next__(self) -> Frame:
+        return next(self._frames)
+
+    def close(self) -> None:
+        """End the threads and give back the file or camera. The segmenter stays open."""
+        self._frames.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def stream(
+    source: str | Path | int | Iterable[NDArray[np.uint8]],
+    segmenter: Segmenter,
+    *,
+    ahead: int = 2,
+    drop: bool | None = None,
+) -> Stream:
+    """Yield frames and their masks, in order, with reading, inference and the caller's own work overlapped.
+
+    Args:
+        source: a video file; a camera's index (``0`` or ``"0"``); a folder, glob or ``.txt`` list of images; or any iterable of uint8
+            arrays (drawn from in another thread), in the segmenter's channel order.
+        segmenter: from :func:`edgeseg.load`.
+        ahead: frames read ahead, and masks waiting for the caller, at most.
+        drop: skip older frames when the engine cannot keep up, so that the newest is always next; ``None``: for
+            cameras only. :attr:`Stream.dropped` counts them.
+
+    Returns:
+        an iterator of :class:`Frame` that ends its threads when exhausted, closed or dropped.
+
+    Raises:
+        InputError: nothing there, not readable, or not of the model's channels; also while iterating.
+        MissingDependencyError: OpenCV is not installed, and the source is a video or camera.
+    """
+    if ahead < 1:
+        raise SpecError(f"ahead is {ahead}; at least 1 frame has to wait for another")
+    return Stream(open_source(source, segmenter.spec.input.channels), segmenter, ahead, drop)
+
+
+def _segment_with(segmenter: Segmenter) -> Any:
+    def segment(picture: Picture) -> Frame:
+        mask = segmenter(picture.image, channel_order=picture.channel_order)
+        return Frame(picture.index, picture.timestamp_s, picture.image, mask, picture.path)
+
+    return segment

@@ -1,0 +1,263 @@
+"""What is asked for: the model, its input, its preprocessing, its output and the target.
+
+Frozen dataclasses that travel through every stage and into the engine's manifest. They validate themselves:
+an instance that exists is consistent. Nothing here imports torch, onnx or a backend.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+from edgeseg.errors import SpecError, did_you_mean
+
+Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+Task: TypeAlias = Literal["multiclass", "binary", "multilabel"]
+OutputKind: TypeAlias = Literal["mask", "logits", "probabilities"]
+ChannelOrder: TypeAlias = Literal["rgb", "bgr"]
+FitPolicy: TypeAlias = Literal["resize", "letterbox", "tile"]
+
+ARCHITECTURES: tuple[str, ...] = (
+    "unet",
+    "unetplusplus",
+    "manet",
+    "linknet",
+    "fpn",
+    "pspnet",
+    "deeplabv3",
+    "deeplabv3plus",
+    "pan",
+    "upernet",
+    "segformer",
+    "dpt",
+)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise :class:`SpecError`, naming the nearest words, unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise SpecError(f"unknown {what} {value!r}{did_you_mean(value, allowed)} (allowed: {', '.join(allowed)})")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a uint8 image becomes the network's float input: ``(x * scale - mean) / std`` per channel.
+
+    Attributes:
+        mean: per channel, in the units after ``scale`` (0..1 for the usual 1/255), in ``channel_order``.
+        std: per channel, > 0, same units.
+        scale: factor applied to the uint8 value first; 1/255 for models trained on [0, 1].
+        channel_order: order the *network* was trained with. The engine's input is always RGB;
+            the swap, if any, is inside the graph.
+        source: where the values came from, for the manifest and the log.
+    """
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    scale: float = 1.0 / 255.0
+    channel_order: ChannelOrder = "rgb"
+    source: str = "ImageNet default"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std):
+            raise SpecError(f"mean has {len(self.mean)} values, std {len(self.std)}; give one of each per channel")
+        if not all(math.isfinite(v) for v in (*self.mean, *self.std, self.scale)):
+            raise SpecError(f"mean, std and scale must be finite, got {self.mean}, {self.std} and {self.scale}")
+        if not all(s > 0 for s in self.std) or self.scale <= 0:
+            raise SpecError(f"std and scale must be > 0, got std={self.std} scale={self.scale}")
+        one_of("channel order", self.channel_order, get_args(ChannelOrder))
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """Batch sizes an engine accepts. ``minimum == maximum`` means a static batch."""
+
+    minimum: int = 1
+    optimum: int = 1
+    maximum: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise SpecError(
+                f"batch {self.minimum}:{self.optimum}:{self.maximum} is not 1 <= MIN <= OPT <= MAX; "
+                "give N or MIN:OPT:MAX, such as 1 or 1:4:8"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> BatchRange:
+        """Read ``"N"`` or ``"MIN:OPT:MAX"``. Raises :class:`SpecError`."""
+        parts = text.split(":")
+        try:
+            numbers = [int(p) for p in parts]
+        except ValueError:
+            numbers = []
+        if len(numbers) == 1:
+            return cls(numbers[0], numbers[0], numbers[0])
+        if len(numbers) == 3:
+            return cls(*numbers)
+        raise SpecError(f"batch {text!r} is neither N nor MIN:OPT:MAX, such as 1 or 1:4:8")
+
+    @property
+    def is_dynamic(self) -> bool:
+        return self.minimum != self.maximum
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The engine's image input: uint8 ``(N, height, width, channels)``, RGB for three channels.
+
+    Attributes:
+        height, width: pixels; the optimum when ``dynamic_size``.
+        stride: height and width must be multiples of this (what the network demands).
+        dynamic_size: any multiple of ``stride`` is accepted at run time, not just ``height`` x ``width``.
+        min_size, max_size: pixels, bounds ``(height, width)`` when ``dynamic_size`` (profiles need them).
+        fit: how an image of another size is brought to the engine's: ``resize`` (bilinear, aspect ratio not kept),
+            ``letterbox`` (aspect ratio kept, padded), ``tile`` (sliding window with overlap). Used alike by
+            calibration, runtime and evaluation.
+    """
+
+    height: int = 256
+    width: int = 256
+    channels: int = 3
+    batch: BatchRange = field(default_factory=BatchRange)
+    stride: int = 32
+    dynamic_size: bool = False
+    min_size: tuple[int, int] | None = None
+    max_size: tuple[int, int] | None = None
+    fit: FitPolicy = "resize"
+
+    def __post_init__(self) -> None:
+        one_of("fit policy", self.fit, get_args(FitPolicy))
+        if self.height < 1 or self.width < 1 or self.channels < 1 or self.stride < 1:
+            raise SpecError(f"size {self.height}x{self.width} with {self.channels} channels is not positive")
+        if self.height % self.stride or self.width % self.stride:
+            near_h, near_w = (max(self.stride, round(v / self.stride) * self.stride) for v in (self.height, self.width))
+            raise SpecError(
+                f"size {self.height}x{self.width} does not fit: this model needs multiples of {self.stride}; "
+                f"nearest is {near_h}x{near_w}"
+            )
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """What the engine returns.
+
+    Attributes:
+        kind: ``mask``: class index per pixel, uint8 ``(N, H, W)`` (uint16 above 256 classes; for ``binary`` 0 or 1;
+            for ``multilabel`` one 0/1 plane per class, ``(N, C, H, W)``). ``logits`` / ``probabilities``:
+            float32 ``(N, C, H, W)``.
+        confidence: also return float32 ``(N, H, W)``: the probability of the chosen class at each pixel.
+        threshold: probability above which ``binary`` and ``multilabel`` pixels are 1.
+    """
+
+    kind: OutputKind = "mask"
+    confidence: bool = False
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        one_of("output kind", self.kind, get_args(OutputKind))
+        if not 0.0 < self.threshold < 1.0:
+            raise SpecError(f"threshold {self.threshold} is not between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which network, built how.
+
+    Attributes:
+        arch: one of :data:`ARCHITECTURES`, or ``custom`` for a module object handed to :func:`edgeseg.build`.
+        encoder: SMP encoder name (``tu-`` names are timm's).
+        classes: output channels.
+        class_names: one per class, or empty.
+        activation: SMP's ``activation`` argument as trained (``None``, ``"softmax"``, ``"sigmoid"``, ...). Masks never
+            depend on softmax; it is removed from the graph where it does not change the mask.
+        model_args: further keyword arguments of the SMP constructor, JSON values.
+    """
+
+    arch: str
+    encoder: str = "resnet34"
+    classes: int = 1
+    class_names: tuple[str, ...] = ()
+    task: Task = "multiclass"
+    in_channels: int = 3
+    activation: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of("architecture", self.arch, (*ARCHITECTURES, "custom"))
+        one_of("task", self.task, get_args(Task))
+        if self.classes < 1:
+            raise SpecError(f"classes is {self.classes}; a segmentation model has at least 1")
+        if self.task == "binary" and self.classes != 1:
+            raise SpecError(f"task binary has 1 class, got {self.classes}; use --task multiclass or multilabel")
+        if self.task == "multiclass" and self.classes < 2:
+            raise SpecError("task multiclass needs at least 2 classes; use --task binary for 1")
+        if self.task == "multiclass" and self.classes > 65536:
+            raise SpecError(f"{self.classes} classes do not fit a uint16 mask (at most 65536)")
+        if self.class_names and len(self.class_names) != self.classes:
+            raise SpecError(f"{len(self.class_names)} class names for {self.classes} classes")
+        if self.in_channels < 1:
+            raise SpecError(f"in_channels is {self.in_channels}; at least 1")
+
+    @property
+    def display_name(self) -> str:
+        return f"{self.arch}-{self.encoder}"
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """The one contract shared by conversion, calibration, runtime and evaluation."""
+
+    model: ModelSpec
+    input: InputSpec = field(default_factory=InputSpec)
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    output: OutputSpec = field(default_factory=OutputSpec)
+
+    def __post_init__(self) -> None:
+        if self.model.in_channels != self.input.channels:
+            raise SpecError(f"the model takes {self.model.in_channels} channels, the input has {self.input.channels}")
+        if len(self.preprocess.mean) != self.input.channels:
+            raise SpecError(
+                f"mean/std have {len(self.preprocess.mean)} values for {self.input.channels} input channels; "
+                "give --mean and --std with one value per channel"
+            )
+
+    @property
+    def mask_dtype(self) -> str:
+        """numpy name of the mask's dtype: ``uint8`` up to 256 classes, else ``uint16``."""
+        return "uint16" if self.model.task == "multiclass" and self.model.classes > 256 else "uint8"
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What the user said about the model; ``None`` means "not said": the checkpoint or a default decides.
+
+    Attributes:
+        weights: path of a checkpoint or ``save_pretrained`` folder, ``"imagenet"`` (encoder only), ``"random"``, or
+            ``None`` for the demo model of ``arch``.
+        keep_aux: keep an auxiliary classification head as a second output (dropped by default).
+        mean, std, channel_order: preprocessing overrides.
+    """
+
+    arch: str | None = None
+    encoder: str | None = None
+    weights: str | None = None
+    classes: int | None = None
+    class_names: tuple[str, ...] = ()
+    task: Task | None = None
+    in_channels: int | None = None
+    activation: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    keep_aux: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    channel_order: ChannelOrder | None = None

@@ -1,0 +1,238 @@
+"""``edgeseg build`` from the outside: demo models, own models, gates, bad input, interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import edgeseg
+from edgeseg.artifacts import open_engine
+from edgeseg.demo import demo_models, sample_folder
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["EDGESEG_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def demo_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines") / "fpn"
+    edgeseg.build(arch="fpn", precision="int8", target="onnxruntime", output=folder)
+    return folder
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "edgeseg", *map(str, arguments)]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_demo_engine_is_int8_and_verified(demo_engine: Path) -> None:
+    manifest = open_engine(demo_engine).manifest
+    assert manifest.precision.mac_share["int8"] >= 0.8
+    verification = manifest.verification
+    assert verification is not None
+    assert verification.images == 48
+    assert verification.agreement > 0.95
+    assert verification.miou_drop is not None
+    assert verification.miou_drop <= 0.01
+    assert verification.pytorch_latency is not None
+    assert set(manifest.inputs_sha256) >= {"weights", "spec", "calibration_images", "calibration_graph"}
+
+
+def test_reported_accuracy_is_what_the_runtime_gives(demo_engine: Path) -> None:
+    """An independent count over the committed masks gives the manifest's mIoU."""
+    verification = open_engine(demo_engine).manifest.verification
+    assert verification is not None
+    folder = sample_folder() / "val"
+    confusion = np.zeros((8, 8), np.int64)
+    with edgeseg.load(demo_engine) as segmenter:
+        for path in sorted((folder / "images").iterdir()):
+            truth = np.asarray(Image.open(folder / "masks" / f"{path.stem}.png"))
+            mask = segmenter(np.asarray(Image.open(path).convert("RGB")))
+            np.add.at(confusion, (truth.ravel(), mask.ravel()), 1)
+    hit = np.diag(confusion)
+    iou = hit / (confusion.sum(0) + confusion.sum(1) - hit)
+    assert iou.mean() == pytest.approx(verification.engine_accuracy.miou, abs=1e-9)
+
+
+def test_second_build_reuses_what_is_unchanged(demo_engine: Path, tmp_path: Path) -> None:
+    done = run("build", "--arch", "fpn", "--target", "onnxruntime", "--output", tmp_path / "e", "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("reused") == 2
+    assert "demo" in done.stderr.splitlines()[0]
+    first, second = open_engine(demo_engine).manifest, json.loads(done.stdout)
+    assert second["graph"]["sha256"] == first.graph.sha256
+    assert second["verification"]["agreement"] == first.verification.agreement  # type: ignore[union-attr]
+
+
+def test_gate_not_met_exits_3_and_leaves_nothing(tmp_path: Path) -> None:
+    done = run(
+        "build", "--arch", "fpn", "--target", "onnxruntime", "--min-agreement", "1.0", "--output", tmp_path / "e"
+    )
+    assert done.returncode == 3, done.stderr
+    assert "--min-agreement" in done.stderr.splitlines()[-1]
+    assert os.listdir(tmp_path) == []
+
+
+def test_own_checkpoint_with_held_out_calibration_images(tmp_path: Path) -> None:
+    """A checkpoint, a folder of photos, nothing else: the common first try."""
+    import segmentation_models_pytorch as smp  # noqa: TID251
+    import torch  # noqa: TID251
+
+    torch.manual_seed(0)
+    model = smp.create_model("linknet", encoder_name="resnet18", encoder_weights=None, classes=3)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for path in sorted((sample_folder() / "calib" / "images").iterdir())[:25]:
+        shutil.copy(path, photos)
+    engine = edgeseg.build(
+        arch="linknet",
+        encoder="resnet18",
+        weights=tmp_path / "model.pth",
+        calibration=photos,
+        size=(64, 96),
+        target="onnxruntime",
+        output=tmp_path / "e",
+    )
+    manifest = engine.manifest
+    assert manifest.spec.model.classes == 3
+    assert manifest.verification is not None
+    assert manifest.verification.images == 5
+    assert "held out" in manifest.verification.data
+    assert manifest.verification.pytorch_accuracy.miou is None
+
+
+def test_model_object_and_arrays(tmp_path: Path) -> None:
+    import segmentation_models_pytorch as smp  # noqa: TID251
+
+    model = smp.Unet("resnet18", encoder_weights=None, classes=2)
+    model.train()
+    photos = [np.asarray(Image.open(p)) for p in sorted((sample_folder() / "calib" / "images").iterdir())[:8]]
+    engine = edgeseg.build(model=model, calibration=photos, size=(64, 64), target="onnxruntime", output=tmp_path / "e")
+    assert engine.manifest.spec.model.arch == "unet"
+    assert model.training, "the user's module must not be changed"
+    with edgeseg.load(engine.folder) as segmenter:
+        assert segmenter(photos[0]).shape == photos[0].shape[:2]
+
+
+def test_int8_without_images_says_how_to_give_some(tmp_path: Path) -> None:
+    done = run("build", "--arch", "linknet", "--weights", "random", "--classes", "2", "--output", tmp_path / "e")
+    assert done.returncode == 1, done.stderr
+    assert "--calibration DIR" in done.stderr.splitlines()[-1]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_other_precisions(tmp_path: Path, precision: str) -> None:
+    done = run(
+        "build",
+        "--arch",
+        "fpn",
+        "--precision",
+        precision,
+        "--target",
+        "onnxruntime",
+        "--output",
+        tmp_path / "e",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(done.stdout)
+    assert manifest["precision"]["requested"] == precision
+    assert manifest["verification"]["agreement"] > 0.999
+    assert manifest["calibration"] is None
+
+
+def test_calibrate_then_build_and_stale_table(tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    images = sample_folder() / "calib"
+    done = run("calibrate", images, "--arch", "fpn", "--limit", "16", "--output", table)
+    assert done.returncode == 0, done.stderr
+    arguments = ["--target", "onnxruntime", "--calibration", table, "--output", tmp_path / "e"]
+    done = run("build", "--arch", "fpn", *arguments)
+    assert done.returncode == 0, done.stderr
+    done = run("build", "--arch", "fpn", "--size", "128x128", "--force", *arguments)
+    assert done.returncode == 1
+    assert "stale" in done.stderr
+    assert "input size" in done.stderr
+    open_engine(tmp_path / "e")
+
+
+def test_compile_makes_the_engine_again(demo_engine: Path, tmp_path: Path) -> None:
+    done = run("compile", demo_engine, "--output", tmp_path / "e", "--backend-option", "threads=1")
+    assert done.returncode == 0, done.stderr
+    manifest = open_engine(tmp_path / "e").manifest
+    assert manifest.options["threads"] == 1
+    assert manifest.graph == open_engine(demo_engine).manifest.graph
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_build_leaves_no_folder(tmp_path: Path, number: signal.Signals) -> None:
+    target = tmp_path / "engines" / "e"
+    arguments = command("build", "--arch", "fpn", "--target", "onnxruntime", "--output", target)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("engines/.e.partial-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGKILL: -9}.get(number, 130), errors
+    assert not target.exists()
+    if number != signal.SIGKILL:
+        assert "Traceback" not in errors
+        assert list(target.parent.iterdir()) == []
+
+
+def test_every_demo_model_is_there() -> None:
+    assert demo_models() == ("deeplabv3plus", "fpn", "pspnet", "unet")
+
+
+@pytest.mark.parametrize("arch", ["unet", "pspnet", "deeplabv3plus"])
+def test_demo_models_lose_at_most_one_point(tmp_path: Path, arch: str) -> None:
+    engine = edgeseg.build(arch=arch, target="onnxruntime", output=tmp_path / arch, max_drop=0.01)
+    assert engine.manifest.verification is not None
+
+
+def test_runtime_without_torch_onnx_and_smp(demo_engine: Path) -> None:
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {{'torch', 'onnx', 'segmentation_models_pytorch', 'timm', 'cv2'}}:
+            raise ImportError(name + ' must not be imported by the runtime')
+sys.meta_path.insert(0, Refuse())
+import numpy as np, edgeseg
+with edgeseg.load({str(demo_engine)!r}) as segmenter:
+    mask = segmenter(np.zeros((100, 150, 3), np.uint8))
+assert mask.shape == (100, 150) and mask.dtype == np.uint8
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_run_writes_masks_and_overlays(demo_engine: Path, tmp_path: Path) -> None:
+    images = sample_folder() / "val" / "images"
+    done = run("run", demo_engine, images, "--output", tmp_path / "out", "--overlay", "--limit", "3")
+    assert done.returncode == 0, done.stderr
+    paths = [Path(line) for line in done.stdout.splitlines()]
+    assert len(paths) == 6
+    assert all(path.is_file() for path in paths)
+    with Image.open(next(p for p in paths if p.suffix == ".png")) as mask:
+        assert mask.size == (256, 256)

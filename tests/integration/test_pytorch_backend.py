@@ -1,0 +1,194 @@
+"""The PyTorch session against the model called by hand, for every task, output kind and activation."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeseg.errors import BuildError, InputError
+from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
+
+torch = pytest.importorskip("torch")
+smp = pytest.importorskip("segmentation_models_pytorch")
+from edgeseg.backends.pytorch import PyTorchSession  # noqa: E402  needs torch, which may be missing
+
+pytestmark = pytest.mark.integration
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+class SmallNet(torch.nn.Module):  # type: ignore[misc, name-defined]
+    """Two convolutions and SMP's own segmentation head: what matters here is what surrounds a network."""
+
+    def __init__(self, classes: int, activation: str | None, labels: int) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 8, 5, stride=2, padding=2), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, padding=1)
+        )
+        self.segmentation_head = smp.base.SegmentationHead(8, classes, activation=activation, upsampling=2)
+        self.label = torch.nn.Linear(8, labels) if labels else None
+
+    def forward(self, x: Any) -> Any:
+        features = self.body(x)
+        mask = self.segmentation_head(features)
+        return mask if self.label is None else (mask, self.label(features.mean((2, 3))))
+
+
+def model(classes: int, activation: str | None, *, labels: int = 0) -> Any:
+    torch.manual_seed(0)
+    return SmallNet(classes, activation, labels).eval().requires_grad_(False)
+
+
+def session(module: Any, task: str, classes: int, activation: str | None, **options: Any) -> PyTorchSession:
+    preprocess = options.pop("preprocess", Preprocess(mean=MEAN, std=STD))
+    flags = {k: options.pop(k) for k in ("channels_last", "compiled") if k in options}
+    spec = PipelineSpec(
+        model=ModelSpec("fpn", "resnet18", classes=classes, task=task, activation=activation),  # type: ignore[arg-type]
+        input=InputSpec(64, 96),
+        preprocess=preprocess,
+        output=OutputSpec(**options),
+    )
+    return PyTorchSession(SimpleNamespace(module=module), spec, **flags)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def images() -> NDArray[np.uint8]:
+    coarse = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3), dtype=np.uint8)
+    return coarse.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def by_hand(module: Any, images: NDArray[np.uint8], *, bgr: bool = False, scale: float = 1 / 255) -> Any:
+    x = images.astype(np.float64)[..., ::-1] if bgr else images.astype(np.float64)
+    x = (x * scale - np.array(MEAN)) / np.array(STD)
+    with torch.no_grad():
+        return module(torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).float())
+
+
+def share_equal(a: NDArray[Any], b: NDArray[Any]) -> float:
+    assert a.shape == b.shape
+    return float((a == b).mean())
+
+
+@pytest.mark.parametrize("activation", [None, "softmax", "logsoftmax", "sigmoid"])
+def test_multiclass_mask_is_the_argmax_of_the_model(images: NDArray[np.uint8], activation: str | None) -> None:
+    got = session(model(5, activation), "multiclass", 5, activation).run(images)["mask"]
+    # All of these are increasing, so the winner is the winner of the logits.
+    expected = by_hand(model(5, None), images).argmax(1).numpy()
+    assert got.dtype == np.uint8
+    assert len(np.unique(expected)) > 1
+    assert share_equal(got, expected) >= 0.9999  # the input is normalized in float32 here, in float64 by hand
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_channel_order_and_scale_are_the_models(images: NDArray[np.uint8], order: str) -> None:
+    module = model(5, None)
+    preprocess = Preprocess(mean=MEAN, std=STD, scale=1 / 127.5, channel_order=order)  # type: ignore[arg-type]
+    got = session(module, "multiclass", 5, None, preprocess=preprocess, kind="logits").run(images)["logits"]
+    expected = by_hand(module, images, bgr=order == "bgr", scale=1 / 127.5).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", [None, "sigmoid"])
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
+def test_binary_mask_is_probability_above_the_threshold(
+    images: NDArray[np.uint8], activation: str | None, threshold: float
+) -> None:
+    module = model(1, activation)
+    got = session(module, "binary", 1, activation, threshold=threshold, confidence=True).run(images)
+    raw = by_hand(module, images)
+    p = (raw if activation else raw.sigmoid())[:, 0].numpy()
+    threshold_is_crossed = 0 < (p > threshold).mean() < 1
+    assert threshold_is_crossed or threshold != 0.5
+    assert share_equal(got["mask"], p > threshold) >= 0.9999
+    expected = np.where(got["mask"] == 1, p, 1 - p)
+    np.testing.assert_allclose(got["confidence"], expected, atol=1e-4)
+
+
+def test_multilabel_mask_is_one_plane_a_class(images: NDArray[np.uint8]) -> None:
+    module = model(3, None)
+    got = session(module, "multilabel", 3, None).run(images)["mask"]
+    assert got.dtype == np.uint8
+    assert share_equal(got, by_hand(module, images).sigmoid().numpy() > 0.5) >= 0.9999
+
+
+@pytest.mark.parametrize("activation", [None, "softmax", "logsoftmax"])
+def test_logits_and_probabilities(images: NDArray[np.uint8], activation: str | None) -> None:
+    plain, activated = model(4, None), model(4, activation)
+    logits = by_hand(plain, images)
+    got = session(activated, "multiclass", 4, activation, kind="logits", confidence=True).run(images)
+    np.testing.assert_allclose(got["logits"], logits.numpy(), atol=1e-4)
+    np.testing.assert_allclose(got["confidence"], logits.softmax(1).amax(1).numpy(), atol=1e-4)
+    got = session(activated, "multiclass", 4, activation, kind="probabilities").run(images)
+    np.testing.assert_allclose(got["probabilities"], logits.softmax(1).numpy(), atol=1e-4)
+
+
+def test_a_kept_auxiliary_head_is_a_second_output(images: NDArray[np.uint8]) -> None:
+    module = model(4, None, labels=6)
+    got = session(module, "multiclass", 4, None).run(images)
+    mask, label = by_hand(module, images)
+    assert share_equal(got["mask"], mask.argmax(1).numpy()) >= 0.9999
+    np.testing.assert_allclose(got["aux_logits"], label.numpy(), atol=1e-4)
+
+
+def test_more_than_256_classes_need_uint16(images: NDArray[np.uint8]) -> None:
+    module = model(300, None)
+    got = session(module, "multiclass", 300, None).run(images)["mask"]
+    assert got.dtype == np.uint16
+    assert share_equal(got, by_hand(module, images).argmax(1).numpy()) >= 0.9999
+
+
+def test_channels_last_gives_the_same_mask_and_leaves_the_callers_model_alone(images: NDArray[np.uint8]) -> None:
+    module = model(5, None)
+    expected = session(module, "multiclass", 5, None).run(images)["mask"]
+    fast = session(module, "multiclass", 5, None, channels_last=True)
+    assert share_equal(fast.run(images)["mask"], expected) >= 0.9999
+    assert fast.options["channels_last"] is True
+    weight = module.body[0].weight
+    assert weight.is_contiguous()
+
+
+def test_read_only_images_and_views_are_taken_without_a_warning(images: NDArray[np.uint8]) -> None:
+    run = session(model(5, None), "multiclass", 5, None).run
+    expected = run(images)["mask"]
+    frozen = images.copy()
+    frozen.flags.writeable = False
+    np.testing.assert_array_equal(run(frozen)["mask"], expected)
+    np.testing.assert_array_equal(run(np.asfortranarray(images))["mask"], expected)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros((1, 64, 96, 4), np.uint8), np.zeros((64, 96, 3), np.uint8), np.zeros((1, 64, 96, 3))]
+)
+def test_what_is_no_image_is_refused(bad: NDArray[Any]) -> None:
+    with pytest.raises(InputError, match=r"takes uint8 \(N, H, W, 3\)"):
+        session(model(5, None), "multiclass", 5, None).run(bad)
+
+
+def test_a_closed_session_says_so(images: NDArray[np.uint8]) -> None:
+    with session(model(5, None), "multiclass", 5, None) as opened:
+        opened.run(images)
+    with pytest.raises(BuildError, match="closed"):
+        opened.run(images)
+
+
+def test_it_serves_a_segmenter_from_several_threads(images: NDArray[np.uint8]) -> None:
+    opened = session(model(5, None), "multiclass", 5, None)
+    segmenter = Segmenter(opened, opened.spec)
+    big = images[0].repeat(2, axis=0)
+    expected = segmenter(big)
+    assert expected.shape == big.shape[:2]
+    results: list[NDArray[Any]] = []
+    threads = [threading.Thread(target=lambda: results.append(segmenter(big))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    for result in results:
+        np.testing.assert_array_equal(result, expected)

@@ -1,0 +1,267 @@
+"""Meters against plain loops over pixels, and their conventions."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from edgeseg.errors import InputError
+from edgeseg.evaluate.accuracy import MATRIX_CLASSES_LIMIT, AccuracyMeter, AgreementMeter, mean_of
+from edgeseg.evaluate.boundary import boundary_band
+
+CLASSES = 4
+IGNORE = 9
+
+
+def labels(rng: np.random.Generator, classes: int, shape: tuple[int, ...] = (13, 17)) -> NDArray[np.uint8]:
+    """Blocky masks, so that there are both boundaries and interiors."""
+    coarse = rng.integers(0, classes, (*shape[:-2], -(-shape[-2] // 4), -(-shape[-1] // 4)), dtype=np.uint8)
+    return np.repeat(np.repeat(coarse, 4, axis=-2), 4, axis=-1)[..., : shape[-2], : shape[-1]].copy()
+
+
+def naive_band(
+    mask: NDArray[np.integer], width: int, image_border: bool, ignore: int | None = None
+) -> NDArray[np.bool_]:
+    height, columns = mask.shape
+    band = np.zeros(mask.shape, dtype=bool)
+    for y, x in itertools.product(range(height), range(columns)):
+        if mask[y, x] == ignore:
+            continue
+        for dy, dx in itertools.product(range(-width, width + 1), repeat=2):
+            inside = 0 <= y + dy < height and 0 <= x + dx < columns
+            if not inside:
+                band[y, x] |= image_border
+            elif mask[y + dy, x + dx] not in (mask[y, x], ignore):
+                band[y, x] = True
+    return band
+
+
+def naive_counts(pairs: list[tuple[NDArray, NDArray]], classes: int, ignore: int | None) -> NDArray[np.int64]:
+    """True positives, false positives, false negatives, boundary intersection, boundary union; a loop over pixels."""
+    counts = np.zeros((classes, 5), dtype=np.int64)
+    for prediction, truth in pairs:
+        near_p, near_t = naive_band(prediction, 2, True), naive_band(truth, 2, True, ignore)
+        for y, x in np.ndindex(truth.shape):
+            p, t = prediction[y, x], truth[y, x]
+            if t == ignore:
+                continue
+            if p == t:
+                counts[p, 0] += 1
+            else:
+                counts[p, 1] += 1
+                counts[t, 2] += 1
+            for c in range(classes):
+                in_p, in_t = p == c and near_p[y, x], t == c and near_t[y, x]
+                counts[c, 3] += in_p and in_t
+                counts[c, 4] += in_p or in_t
+    return counts
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("image_border", [False, True])
+@pytest.mark.parametrize("ignore", [None, 2])
+def test_band_equals_a_loop_over_windows(width: int, image_border: bool, ignore: int | None) -> None:
+    mask = np.repeat(np.repeat(labels(np.random.default_rng(width), 3), 2, axis=0), 2, axis=1)
+    expected = naive_band(mask, width, image_border, ignore)
+    assert expected.any()
+    assert not expected.all()
+    np.testing.assert_array_equal(boundary_band(mask, width, image_border=image_border, ignore_index=ignore), expected)
+
+
+def test_band_of_a_stack_is_the_stack_of_bands() -> None:
+    stack = labels(np.random.default_rng(0), 3, (5, 9, 11))
+    np.testing.assert_array_equal(boundary_band(stack), np.stack([boundary_band(m) for m in stack]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    mask=hnp.arrays(np.int32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=7), elements=st.integers(-1, 2)),
+    width=st.integers(1, 4),
+    border=st.booleans(),
+)
+def test_band_holds_for_any_small_mask(mask: NDArray[np.int32], width: int, border: bool) -> None:
+    """Images smaller than the window, signed masks with -1 as "unlabelled"."""
+    expected = naive_band(mask, width, border, -1)
+    np.testing.assert_array_equal(boundary_band(mask, width, image_border=border, ignore_index=-1), expected)
+
+
+@pytest.mark.parametrize("ignore", [None, IGNORE])
+def test_multiclass_counts_equal_a_loop_over_pixels(ignore: int | None) -> None:
+    rng = np.random.default_rng(1)
+    pairs = []
+    for _ in range(3):
+        truth = labels(rng, CLASSES)
+        prediction = np.where(rng.random(truth.shape) < 0.2, labels(rng, CLASSES), truth)
+        if ignore is not None:
+            truth[rng.random(truth.shape) < 0.1] = ignore
+        pairs.append((prediction, truth))
+    meter = AccuracyMeter(CLASSES, ignore_index=ignore)
+    for k, (prediction, truth) in enumerate(pairs):
+        meter.update(prediction, truth, f"{k}.png")
+
+    expected = naive_counts(pairs, CLASSES, ignore)
+    np.testing.assert_array_equal(meter.counts, expected)
+    hits, extra, missed, edge_hits, edge_union = expected.T
+    assert meter.iou() == pytest.approx(tuple(hits / (hits + extra + missed)))
+    assert meter.dice() == pytest.approx(tuple(2 * hits / (2 * hits + extra + missed)))
+    assert meter.boundary_iou() == pytest.approx(tuple(edge_hits / edge_union))
+    labelled = sum(int((t != ignore).sum()) if ignore is not None else t.size for _, t in pairs)
+    assert meter.pixel_accuracy() == pytest.approx(hits.sum() / labelled)
+    figures = meter.figures()
+    assert figures.miou == pytest.approx(np.mean(hits / (hits + extra + missed)))
+    assert figures.per_class_iou == meter.iou()
+
+
+def test_confusion_matrix_has_truth_in_rows() -> None:
+    meter = AccuracyMeter(3, ignore_index=255)
+    meter.update(np.array([[0, 1, 1, 2]], np.uint8), np.array([[0, 0, 1, 255]], np.uint8))
+    assert meter.matrix is not None
+    np.testing.assert_array_equal(meter.matrix, [[1, 1, 0], [0, 1, 0], [0, 0, 0]])
+
+
+def test_per_image_counts_add_up_to_the_totals() -> None:
+    """What a bootstrap over images needs is kept, for the classes an image shows only."""
+    rng = np.random.default_rng(2)
+    meter = AccuracyMeter(CLASSES)
+    for k in range(4):
+        truth = labels(rng, 2)  # classes 2 and 3 never occur
+        meter.update(labels(rng, 2), truth, f"{k}.png")
+    total = np.zeros((CLASSES, 5), dtype=np.int64)
+    for image in meter.images:
+        assert set(image.classes) <= {0, 1}
+        total[image.classes] += image.counts
+    np.testing.assert_array_equal(total, meter.counts)
+    assert sum(i.right for i in meter.images) == meter.right
+    assert [i.name for i in meter.images] == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_a_class_in_neither_mask_has_no_score_and_no_part_in_the_mean() -> None:
+    meter = AccuracyMeter(4)
+    meter.update(np.array([[0, 0, 1, 1]], np.uint8), np.array([[0, 0, 0, 1]], np.uint8))
+    assert meter.iou() == (2 / 3, 0.5, None, None)
+    assert meter.figures().miou == pytest.approx((2 / 3 + 0.5) / 2)
+    assert meter.figures().dice == pytest.approx((4 / 5 + 2 / 3) / 2)
+
+
+def test_a_class_only_predicted_scores_zero() -> None:
+    """Absent from the truth but predicted: a false alarm counts against the model."""
+    meter = AccuracyMeter(2)
+    meter.update(np.array([[0, 1]], np.uint8), np.array([[0, 0]], np.uint8))
+    assert meter.iou() == (0.5, 0.0)
+
+
+def test_binary_judges_the_foreground() -> None:
+    meter = AccuracyMeter(1, "binary", ignore_index=-1)
+    meter.update(np.array([[1, 1, 0, 0, 1]], np.uint8), np.array([[1, 0, 1, 0, -1]], np.int32))
+    assert meter.iou() == (1 / 3,)
+    assert meter.dice() == (1 / 2,)
+    assert meter.pixel_accuracy() == 0.5
+    assert meter.matrix is None
+
+
+def test_binary_without_any_foreground_has_no_iou_but_an_accuracy() -> None:
+    meter = AccuracyMeter(1, "binary")
+    meter.update(np.zeros((3, 3), np.uint8), np.zeros((3, 3), np.uint8))
+    assert meter.figures().miou is None
+    assert meter.figures().pixel_accuracy == 1.0
+
+
+def test_multilabel_is_one_binary_problem_per_plane() -> None:
+    rng = np.random.default_rng(3)
+    meter = AccuracyMeter(3, "multilabel", ignore_index=9)
+    single = [AccuracyMeter(1, "binary", ignore_index=9) for _ in range(3)]
+    for _ in range(2):
+        prediction, truth = labels(rng, 2, (3, 11, 9)), labels(rng, 2, (3, 11, 9))
+        truth[:, rng.random((11, 9)) < 0.1] = 9
+        meter.update(prediction, truth)
+        for plane, one in enumerate(single):
+            one.update(prediction[plane], truth[plane])
+    assert meter.iou() == tuple(one.iou()[0] for one in single)
+    assert meter.boundary_iou() == tuple(one.boundary_iou()[0] for one in single)
+    assert meter.pixel_accuracy() == pytest.approx(np.mean([one.pixel_accuracy() for one in single]))
+
+
+def test_more_classes_than_a_byte_holds() -> None:
+    classes = MATRIX_CLASSES_LIMIT + 1
+    meter = AccuracyMeter(classes)
+    truth = np.array([[300, 1024, 7]], np.uint16)
+    meter.update(np.array([[300, 1024, 300]], np.uint16), truth)
+    assert meter.matrix is None
+    assert (meter.iou()[300], meter.iou()[1024], meter.iou()[7]) == (0.5, 1.0, 0.0)
+    assert meter.figures().miou == 0.5
+
+
+@pytest.mark.parametrize(
+    ("prediction", "truth", "message"),
+    [
+        (np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8), r"shape \(3, 2\) and the prediction \(2, 3\)"),
+        (np.full((2, 2), 4, np.uint8), np.zeros((2, 2), np.uint8), r"prediction of a.png holds \[4\]"),
+        (np.zeros((2, 2), np.uint8), np.full((2, 2), 7, np.uint8), r"mask of a.png holds \[7\]"),
+        (np.zeros((2, 2), np.int32), np.full((2, 2), -1, np.int32), r"mask of a.png holds \[-1\]"),
+        (np.zeros((1, 2, 2), np.uint8), np.zeros((1, 2, 2), np.uint8), "a multiclass mask is"),
+    ],
+)
+def test_what_is_no_mask_is_refused(prediction: NDArray, truth: NDArray, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        AccuracyMeter(CLASSES, ignore_index=IGNORE).update(prediction, truth, "a.png")
+
+
+def test_agreement_is_split_at_the_boundaries_of_the_reference() -> None:
+    rng = np.random.default_rng(4)
+    meter = AgreementMeter()
+    expected = np.zeros(4, dtype=int)
+    for k in range(3):
+        reference = labels(rng, 3, (20, 30))
+        prediction = np.where(rng.random(reference.shape) < 0.1, 1, reference).astype(np.uint8)
+        band, equal = naive_band(reference, 2, False), prediction == reference
+        expected += [equal.sum(), equal.size, (equal & band).sum(), band.sum()]
+        assert meter.update(prediction, reference, str(k)) == equal.mean()
+    same, pixels, same_near, near = expected
+    assert meter.agreement == pytest.approx(same / pixels)
+    assert meter.boundary_agreement == pytest.approx(same_near / near)
+    assert meter.interior_agreement == pytest.approx((same - same_near) / (pixels - near))
+
+
+def test_exactly_k_wrong_pixels_are_found() -> None:
+    reference = np.zeros((10, 10), np.uint8)
+    reference[:, 5:] = 1
+    prediction = reference.copy()
+    prediction[0, 0] = prediction[9, 9] = 1 - prediction[0, 0]  # one interior pixel wrong, one right
+    prediction[4, 5] = 0  # one boundary pixel wrong
+    meter = AgreementMeter()
+    meter.update(prediction, reference)
+    assert meter.agreement == 0.98
+    assert meter.boundary_agreement == 1 - 1 / 40  # columns 3..6
+    assert meter.interior_agreement == 1 - 1 / 60
+
+
+def test_agreement_without_images_or_boundaries_is_not_a_number_of_any_kind() -> None:
+    meter = AgreementMeter()
+    assert meter.agreement is None
+    meter.update(np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8))
+    assert (meter.agreement, meter.boundary_agreement, meter.interior_agreement) == (1.0, None, 1.0)
+
+
+def test_worst_images_come_first() -> None:
+    meter = AgreementMeter()
+    for name, wrong in (("good", 0), ("bad", 3), ("middling", 1)):
+        prediction = np.zeros((2, 4), np.uint8)
+        prediction[0, :wrong] = 1
+        meter.update(prediction, np.zeros((2, 4), np.uint8), name)
+    assert [name for name, _ in meter.worst(2)] == ["bad", "middling"]
+
+
+def test_masks_of_different_sizes_do_not_compare() -> None:
+    with pytest.raises(InputError, match="one size"):
+        AgreementMeter().update(np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8))
+
+
+def test_mean_leaves_out_what_has_no_score() -> None:
+    assert mean_of([0.5, None, 1.0]) == 0.75
+    assert mean_of([None]) is None

@@ -1,0 +1,209 @@
+"""Engine folders: manifests round-trip, hashes are checked, folders appear whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from edgeseg.artifacts import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    FileRef,
+    Manifest,
+    PrecisionReport,
+    atomic_folder,
+    open_engine,
+    read_manifest,
+    sha256_json,
+    write_json,
+)
+from edgeseg.errors import ArtifactError
+from edgeseg.spec import ModelSpec, PipelineSpec
+
+
+def make_engine(folder: Path, **changes: object) -> Manifest:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.onnx").write_bytes(b"graph")
+    (folder / "engine.onnx").write_bytes(b"engine")
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        edgeseg_version="0.1.0",
+        name=folder.name,
+        spec=PipelineSpec(ModelSpec("fpn", classes=3, model_args={"decoder_merge_policy": "add"})),
+        precision=PrecisionReport("fp32", {"fp32": 1.0}, {"fp32": 1.0}, 10),
+        target="onnxruntime",
+        scheme=None,
+        graph=FileRef.of(folder / "model.onnx"),
+        engine=FileRef.of(folder / "engine.onnx"),
+        calibration=None,
+        weights="random",
+        inputs_sha256={"weights": "0" * 64},
+        options={"threads": 2},
+        versions={},
+        device={},
+    )
+    manifest = dataclasses.replace(manifest, **changes)
+    write_json(folder / MANIFEST_NAME, manifest)
+    return manifest
+
+
+def test_manifest_round_trips(tmp_path: Path) -> None:
+    manifest = make_engine(tmp_path / "e")
+    assert open_engine(tmp_path / "e").manifest == manifest
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "engine.onnx").unlink(), "lacks engine.onnx"),
+        (lambda f: (f / "engine.onnx").write_bytes(b"engin"), "truncated or edited"),
+        (lambda f: (f / "engine.onnx").write_bytes(b"enginE"), "edited or damaged"),
+        (lambda f: (f / MANIFEST_NAME).unlink(), "no manifest.json"),
+        (lambda f: (f / MANIFEST_NAME).write_text("{"), "damaged"),
+        (lambda f: (f / MANIFEST_NAME).write_bytes(b"\xff\xfe\x00"), "damaged"),
+        (lambda f: edit(f, schema_version=SCHEMA_VERSION + 1), "upgrade edgeseg"),
+        (lambda f: edit(f, schema_version=0), "build the engine again"),
+        (lambda f: edit(f, target=7), r"target"),
+        (lambda f: edit(f, graph={"name": "../x", "sha256": "", "size_bytes": 0}), "outside the folder"),
+        (lambda f: edit(f, graph={"name": "/etc/passwd", "sha256": "", "size_bytes": 0}), "outside the folder"),
+    ],
+)
+def test_damaged_folder_is_refused_in_one_line(tmp_path: Path, damage: object, message: str) -> None:
+    folder = tmp_path / "e"
+    make_engine(folder)
+    damage(folder)  # type: ignore[operator]
+    with pytest.raises(ArtifactError, match=message) as caught:
+        open_engine(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_symlink_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "e"
+    make_engine(folder)
+    (tmp_path / "elsewhere").write_bytes(b"engine")
+    (folder / "engine.onnx").unlink()
+    (folder / "engine.onnx").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match=r"lacks engine\.onnx"):
+        open_engine(folder)
+
+
+def test_missing_folder_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such folder.*edgeseg build"):
+        read_manifest(tmp_path / "nothing")
+
+
+def test_atomic_folder_appears_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "engines" / "a"
+    with atomic_folder(target, force=False) as scratch:
+        (scratch / "x").write_text("1")
+        assert not target.exists()
+    assert (target / "x").read_text() == "1"
+    assert os.listdir(target.parent) == ["a"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_atomic_folder_leaves_nothing_behind(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), atomic_folder(tmp_path / "a", force=False) as scratch:
+        (scratch / "x").write_text("1")
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_existing_folder_needs_force_and_survives_failure(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    make_engine(folder)
+    with pytest.raises(ArtifactError, match="--force"), atomic_folder(folder, force=False):
+        pass
+    with pytest.raises(RuntimeError), atomic_folder(folder, force=True):
+        raise RuntimeError
+    open_engine(folder)
+    with atomic_folder(folder, force=True) as scratch:
+        (scratch / "new").write_text("1")
+    assert os.listdir(folder) == ["new"]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_force_does_not_delete_what_is_no_engine(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ArtifactError, match="not an engine folder"), atomic_folder(tmp_path / "thesis", force=True):
+        pass
+    assert (tmp_path / "thesis" / "thesis.tex").exists()
+
+
+def test_two_builds_of_one_folder(tmp_path: Path) -> None:
+    with (
+        atomic_folder(tmp_path / "a", force=False),
+        pytest.raises(ArtifactError, match="another build"),
+        atomic_folder(tmp_path / "a", force=False),
+    ):
+        pass
+
+
+def test_killed_build_leaves_no_folder_and_the_next_one_works(tmp_path: Path) -> None:
+    code = textwrap.dedent(
+        f"""
+        import time
+        from pathlib import Path
+        from edgeseg.artifacts import atomic_folder
+        with atomic_folder(Path({str(tmp_path / "a")!r}), force=False) as scratch:
+            (scratch / "half").write_text("half")
+            print("ready", flush=True)
+            time.sleep(60)
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "a").exists()
+    with atomic_folder(tmp_path / "a", force=False) as scratch:
+        (scratch / "whole").write_text("1")
+    assert os.listdir(tmp_path) == ["a"]
+    assert os.listdir(tmp_path / "a") == ["whole"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ArtifactError, match="No space left"),
+        atomic_folder(tmp_path / "a", force=False),
+        open("/dev/full", "wb") as f,
+    ):
+        f.write(b"x" * 100_000)
+    assert os.listdir(tmp_path) == []
+
+
+def test_read_only_parent_is_one_clear_error(tmp_path: Path) -> None:
+    # As root, permissions do not stop anybody; a file where a folder should be stops everybody.
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="cannot write"), atomic_folder(tmp_path / "file" / "a", force=False):
+        pass
+
+
+def test_sha256_json_does_not_depend_on_key_order() -> None:
+    assert sha256_json({"a": 1, "b": 2}) == sha256_json({"b": 2, "a": 1})
+    assert sha256_json({"a": 1}) != sha256_json({"a": 2})
+
+
+def test_write_json_replaces_whole_files(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": 1})
+    write_json(tmp_path / "x.json", {"b": time.strftime("%Y")})
+    assert list(json.loads((tmp_path / "x.json").read_text())) == ["b"]
+    assert os.listdir(tmp_path) == ["x.json"]

@@ -1,0 +1,200 @@
+"""Inspecting an engine folder made by hand: hashes, layers, precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from rich.console import Console
+
+from edgeseg.artifacts import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    AccuracyFigures,
+    FileRef,
+    LatencyFigures,
+    Manifest,
+    PrecisionReport,
+    Verification,
+    write_json,
+)
+from edgeseg.errors import ArtifactError
+from edgeseg.inspect_engine import inspect_engine, module_of, render
+from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
+
+onnx = pytest.importorskip("onnx")
+
+LATENCY = LatencyFigures(10.0, 11.0, 12.0, 20)
+
+
+def write_graph(path: Path) -> None:
+    """A quantized convolution between a float one and an argmax, named as edgeseg's export names them."""
+    helper, types = onnx.helper, onnx.TensorProto
+    constants = {
+        "w": np.ones((4, 3, 3, 3), np.float32),
+        "wq": np.ones((2, 4, 1, 1), np.int8),
+        "s": np.array(0.1, np.float32),
+        "z": np.array(0, np.uint8),
+        "zw": np.array(0, np.int8),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], "encoder.layer1.0.conv1/Conv", pads=[1, 1, 1, 1]),
+        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["aq"], "encoder.layer1.0.conv1/Quantize"),
+        helper.make_node(
+            "QLinearConv", ["aq", "s", "z", "wq", "s", "zw", "s", "z"], ["bq"], "segmentation_head.0/Conv"
+        ),
+        helper.make_node("DequantizeLinear", ["bq", "s", "z"], ["b"], "segmentation_head.0/Dequantize"),
+        helper.make_node("ArgMax", ["b"], ["mask"], "edgeseg/ArgMax", axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", types.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("mask", types.INT64, [1, 1, 8, 8])],
+        [onnx.numpy_helper.from_array(v, k) for k, v in constants.items()],
+        value_info=[
+            helper.make_tensor_value_info("a", types.FLOAT, [1, 4, 8, 8]),
+            helper.make_tensor_value_info("bq", types.UINT8, [1, 2, 8, 8]),
+            helper.make_tensor_value_info("b", types.FLOAT, [1, 2, 8, 8]),
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), str(path))
+
+
+def verification() -> Verification:
+    figures = AccuracyFigures(0.7, 0.8, 0.9, (0.9, 0.5))
+    return Verification(0.99, 0.95, 0.97, 12, "twelve scenes", figures, figures, LATENCY, LATENCY, 1000, 500)
+
+
+def manifest_of(folder: Path, *, verified: bool = True, names: tuple[str, ...] = ("road", "car")) -> Manifest:
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        edgeseg_version="0.1.0",
+        name="fpn-small",
+        spec=PipelineSpec(ModelSpec("fpn", "resnet18", classes=2, class_names=names), InputSpec(64, 96)),
+        precision=PrecisionReport(
+            "int8", {"int8": 0.9, "fp32": 0.1}, {"int8": 0.5, "fp32": 0.5}, 7424, {"x/Conv": "first layer"}
+        ),
+        target="onnxruntime",
+        scheme="onnxruntime-vnni",
+        graph=FileRef.of(folder / "model.onnx"),
+        engine=FileRef.of(folder / "engine.onnx"),
+        calibration=None,
+        weights="test weights",
+        inputs_sha256={},
+        options={"threads": 2},
+        versions={"onnxruntime": "1.31.1"},
+        device={"cpu": "Some CPU"},
+        notes=("the auxiliary head was dropped",),
+        verification=verification() if verified else None,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_graph(tmp_path / "model.onnx")
+    write_graph(tmp_path / "engine.onnx")
+    write_json(tmp_path / MANIFEST_NAME, manifest_of(tmp_path))
+    return tmp_path
+
+
+def text_of(folder: Path, *, layers: bool = False, width: int = 150) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(render(inspect_engine(folder), layers=layers))
+    return capture.get()
+
+
+def test_layers_carry_module_precision_and_macs(folder: Path) -> None:
+    report = inspect_engine(folder)
+    assert report.layers is not None
+    found = [(layer.module, layer.op, layer.dtype, layer.macs) for layer in report.layers]
+    assert found == [
+        ("encoder.layer1.0.conv1", "Conv", "fp32", 4 * 64 * 27),
+        ("encoder.layer1.0.conv1", "QuantizeLinear", "fp32", 0),
+        ("segmentation_head.0", "QLinearConv", "int8", 2 * 64 * 4),
+        ("segmentation_head.0", "DequantizeLinear", "int8", 0),
+        ("", "ArgMax", "fp32", 0),
+    ]
+    assert report.layers_of == "engine.onnx, the graph onnxruntime executes"
+
+
+def test_files_are_listed_with_what_they_are(folder: Path) -> None:
+    report = inspect_engine(folder)
+    assert [(f.role, f.name) for f in report.files] == [("engine", "engine.onnx"), ("portable graph", "model.onnx")]
+    assert all(len(f.sha256) == 64 for f in report.files)
+
+
+def test_the_text_shows_spec_precision_verification_and_modules(folder: Path) -> None:
+    text = text_of(folder)
+    for expected in (
+        "fpn-resnet18, 2 classes, multiclass",
+        "uint8 (1, 64x96, 3)",
+        "90.0% in int8",
+        "float: x/Conv: first layer",
+        "twelve scenes",
+        "road",
+        "encoder.layer1",
+        "segmentation_head.0",
+        "(around the network)",
+        "note: the auxiliary head was dropped",
+    ):
+        assert expected in text
+
+
+def test_every_layer_can_be_listed(folder: Path) -> None:
+    text = text_of(folder, layers=True)
+    assert "encoder.layer1.0.conv1/Conv" in text
+    assert "edgeseg/ArgMax" in text
+
+
+def test_it_fits_a_narrow_terminal(folder: Path) -> None:
+    lines = text_of(folder, layers=True, width=70).splitlines()
+    assert all(len(line) <= 70 for line in lines)
+
+
+def test_it_is_one_json_object(folder: Path) -> None:
+    found = json.loads(msgspec.json.encode(inspect_engine(folder)))
+    assert found["manifest"]["name"] == "fpn-small"
+    assert found["layers"][2]["dtype"] == "int8"
+
+
+def test_an_edited_file_is_named(folder: Path) -> None:
+    data = bytearray((folder / "engine.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "engine.onnx").write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match=r"engine.onnx does not have the hash"):
+        inspect_engine(folder)
+
+
+def test_an_engine_that_is_no_onnx_file_lists_the_portable_graph(folder: Path) -> None:
+    (folder / "engine.xml").write_text("<net/>")
+    manifest = dataclasses.replace(manifest_of(folder), engine=FileRef.of(folder / "engine.xml"), target="openvino")
+    write_json(folder / MANIFEST_NAME, manifest)
+    report = inspect_engine(folder)
+    assert report.layers is not None
+    assert "portable graph (openvino fuses it further)" in report.layers_of
+
+
+def test_a_file_that_calls_itself_onnx_and_is_not_is_an_error(folder: Path) -> None:
+    (folder / "engine.onnx").write_bytes(b"\xff\xfe not protobuf")
+    write_json(folder / MANIFEST_NAME, manifest_of(folder))
+    with pytest.raises(ArtifactError, match="is not an ONNX file"):
+        inspect_engine(folder)
+
+
+def test_an_unverified_engine_says_so(folder: Path) -> None:
+    write_json(folder / MANIFEST_NAME, manifest_of(folder, verified=False, names=()))
+    assert "not verified against PyTorch" in text_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("encoder.layer3.0.conv1/Conv", "encoder.layer3.0.conv1"), ("Transpose_7", ""), ("edgeseg/ArgMax", ""), ("", "")],
+)
+def test_module_of_a_node(name: str, module: str) -> None:
+    assert module_of(name) == module

@@ -1,0 +1,54 @@
+"""The project's own promises: layout rules, changelog, packaging."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import edgeseg
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "edgeseg").rglob("*.py"))
+
+
+def test_changelog_has_the_version() -> None:
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert headings[1] == edgeseg.__version__
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_modules_stay_small_and_named_for_what_they_hold(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 420
+    assert path.stem not in {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
+
+
+def imported(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "edgeseg" / "runtime").glob("*.py")), ids=lambda p: p.name)
+def test_runtime_imports_neither_torch_nor_onnx(path: Path) -> None:
+    assert not imported(path) & {"torch", "onnx", "onnxruntime", "segmentation_models_pytorch"}
+
+
+def test_importing_edgeseg_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, edgeseg; "
+        "assert not {'torch', 'onnx', 'numpy', 'PIL', 'click', 'rich'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_lazy_names_are_what_they_say() -> None:
+    assert set(edgeseg.__all__) <= set(dir(edgeseg))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = edgeseg.no_such_name

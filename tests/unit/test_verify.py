@@ -1,0 +1,311 @@
+"""Verification against sessions whose masks and mistakes are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from rich.console import Console
+
+from edgeseg.artifacts import AccuracyFigures, LatencyFigures, Verification
+from edgeseg.errors import GateError, InputError
+from edgeseg.evaluate.dataset import IGNORED, Pair
+from edgeseg.evaluate.latency import LatencyProtocol, median_ms_interleaved
+from edgeseg.evaluate.summary import class_table, speed_up, verification_table
+from edgeseg.evaluate.verify import check_gates, compare_masks, verify
+from edgeseg.runtime.placement import fit, fit_windows
+from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
+
+QUICK = LatencyProtocol(warmup_ms=0, min_iterations=2, min_duration_ms=0, max_iterations=2, block=1)
+CLASSES = 5
+Decide = Callable[[NDArray[np.uint8]], NDArray[Any]]
+
+
+class FakeSession:
+    """Decides each pixel from its own red value; counts its calls."""
+
+    def __init__(self, spec: PipelineSpec, decide: Decide) -> None:
+        self.spec = spec
+        self.decide = decide
+        self.shapes: list[tuple[int, ...]] = []
+        self.closed = False
+
+    def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+        self.shapes.append(images.shape)
+        mask = self.decide(images[..., 0])
+        if self.spec.output.kind == "mask":
+            return {"mask": mask.astype(np.uint8)}
+        scores = np.stack([(mask == c).astype(np.float32) for c in range(self.spec.model.classes)], axis=1)
+        return {self.spec.output.kind: scores * 9.0}
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __enter__(self) -> FakeSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def pipeline(*, kind: str = "mask", size: tuple[int, int] = (32, 64), **changes: Any) -> PipelineSpec:
+    return PipelineSpec(
+        model=ModelSpec("fpn", "resnet18", classes=CLASSES),
+        input=InputSpec(height=size[0], width=size[1], **changes),
+        output=OutputSpec(kind=kind),  # type: ignore[arg-type]
+    )
+
+
+def right(red: NDArray[np.uint8]) -> NDArray[Any]:
+    return red // 51 % CLASSES
+
+
+def wrong_in_the_corner(red: NDArray[np.uint8]) -> NDArray[Any]:
+    """Another class in the first 3 x 4 pixels of every image."""
+    mask = right(red).copy()
+    mask[..., :3, :4] = (mask[..., :3, :4] + 1) % CLASSES
+    return mask
+
+
+def scenes(count: int = 3, size: tuple[int, int] = (32, 64), masks: bool = True) -> list[Pair]:
+    rng = np.random.default_rng(0)
+    found = []
+    for k in range(count):
+        coarse = rng.integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
+        image = coarse.repeat(8, axis=0).repeat(8, axis=1)
+        mask = right(image[..., 0]).astype(np.int32)
+        mask[:, -2:] = IGNORED
+        found.append(Pair(f"{k}.png", image, mask if masks else None, ignore_index=255))
+    return found
+
+
+def run(spec: PipelineSpec, engine: Decide, pairs: list[Pair], **options: Any) -> Verification:
+    options = {"data": "test scenes", "reference_size_bytes": 40, "engine_size_bytes": 10, "protocol": QUICK, **options}
+    return verify(FakeSession(spec, right), FakeSession(spec, engine), spec, pairs, **options)
+
+
+def test_a_perfect_engine_agrees_in_everything() -> None:
+    found = run(pipeline(), right, scenes())
+    assert (found.agreement, found.boundary_agreement, found.miou_vs_pytorch) == (1.0, 1.0, 1.0)
+    assert found.pytorch_accuracy == found.engine_accuracy
+    assert found.pytorch_accuracy.miou == found.pytorch_accuracy.pixel_accuracy == 1.0
+    assert found.miou_drop == 0.0
+    assert found.images == 3
+    assert (found.pytorch_size_bytes, found.engine_size_bytes) == (40, 10)
+    assert found.data == "test scenes; mask value 255 not judged (3.1% of pixels)"
+    assert found.engine_latency is not None
+    assert found.engine_latency.iterations == 2
+
+
+@pytest.mark.parametrize("kind", ["mask", "logits", "probabilities"])
+def test_exactly_the_wrong_pixels_are_counted(kind: str) -> None:
+    spec = pipeline(kind=kind)
+    found = run(spec, wrong_in_the_corner, scenes())
+    assert found.agreement == 1 - 12 / (32 * 64)
+    judged = 32 * 62
+    assert found.pytorch_accuracy.pixel_accuracy == 1.0
+    assert found.engine_accuracy.pixel_accuracy == pytest.approx(1 - 12 / judged)
+    assert found.miou_drop is not None
+    assert found.miou_drop > 0
+    # By hand: per class over all scenes, truth taken from PyTorch's masks.
+    hits, unions = np.zeros(CLASSES), np.zeros(CLASSES)
+    for pair in scenes():
+        a, b = right(pair.image[..., 0]), wrong_in_the_corner(pair.image[..., 0])
+        hits += [np.sum((a == c) & (b == c)) for c in range(CLASSES)]
+        unions += [np.sum((a == c) | (b == c)) for c in range(CLASSES)]
+    assert found.miou_vs_pytorch == pytest.approx(np.mean(hits / unions))
+
+
+def test_without_masks_accuracy_is_not_measured_rather_than_zero() -> None:
+    found = run(pipeline(), wrong_in_the_corner, scenes(masks=False))
+    assert found.engine_accuracy == AccuracyFigures()
+    assert found.miou_drop is None
+    assert found.data == "test scenes"
+
+
+def test_both_models_see_the_same_fitted_bytes() -> None:
+    """Images of another size go through the runtime's own fit, for both, and accuracy is judged at source size."""
+    spec = pipeline()
+    pairs = scenes(size=(48, 48))
+    reference, engine = FakeSession(spec, right), FakeSession(spec, right)
+    found = compare_masks(reference, engine, spec, pairs)
+    assert set(reference.shapes) == set(engine.shapes) == {(1, 32, 64, 3)}
+    assert found.engine.pixels == sum(int((p.mask != IGNORED).sum()) for p in pairs if p.mask is not None)
+    expected = []
+    for pair in pairs:
+        fitted, placement = fit(pair.image, spec.input)
+        assert pair.mask is not None
+        expected.append((placement.restore(right(fitted[..., 0]).astype(np.uint8)) == pair.mask).sum())
+    assert found.engine.right == sum(expected)
+    np.testing.assert_array_equal(found.sample[0], fit(pairs[0].image, spec.input)[0])
+
+
+def test_tiles_are_compared_one_by_one_and_judged_as_the_runtime_stitches_them() -> None:
+    spec = pipeline(fit="tile")
+    pairs = scenes(1, size=(64, 96))
+    found = compare_masks(FakeSession(spec, right), FakeSession(spec, wrong_in_the_corner), spec, pairs)
+    windows = fit_windows(pairs[0].image, spec.input)
+    assert len(windows) > 1
+    assert found.agreement.agreement == 1 - 12 / (32 * 64)
+    stitched = Segmenter(FakeSession(spec, wrong_in_the_corner), spec)(pairs[0].image)
+    assert pairs[0].mask is not None
+    judged = pairs[0].mask != IGNORED
+    assert found.engine.right == int((stitched == pairs[0].mask)[judged].sum())
+
+
+def test_an_engine_with_a_smallest_batch_gets_it() -> None:
+    spec = pipeline(batch=BatchRange(2, 2, 4))
+    found = run(spec, wrong_in_the_corner, scenes())
+    assert found.agreement == 1 - 12 / (32 * 64)
+    assert found.engine_latency is not None
+
+
+def test_sessions_stay_open() -> None:
+    spec = pipeline()
+    reference, engine = FakeSession(spec, right), FakeSession(spec, right)
+    verify(reference, engine, spec, scenes(1), data="", reference_size_bytes=1, engine_size_bytes=1, protocol=None)
+    assert not reference.closed
+    assert not engine.closed
+
+
+def test_progress_counts_the_images() -> None:
+    seen: list[tuple[int, int]] = []
+    run(pipeline(), right, scenes(2), progress=lambda *p: seen.append(p))
+    assert seen == [(1, 2), (2, 2)]
+
+
+def test_pairs_are_read_one_at_a_time() -> None:
+    alive = 0
+
+    def stream() -> Iterator[Pair]:
+        nonlocal alive
+        for pair in scenes(3):
+            alive += 1
+            yield pair
+
+    seen = []
+    compare_masks(
+        FakeSession(pipeline(), right),
+        FakeSession(pipeline(), right),
+        pipeline(),
+        stream(),
+        lambda d, t: seen.append((d, t, alive)),
+    )
+    assert seen == [(1, 0, 1), (2, 0, 2), (3, 0, 3)]
+
+
+def test_no_images_is_an_error() -> None:
+    with pytest.raises(InputError, match="no images to verify on"):
+        run(pipeline(), right, [])
+
+
+def test_binary_without_foreground_anywhere_has_no_iou_against_pytorch() -> None:
+    spec = PipelineSpec(ModelSpec("fpn", "resnet18", classes=1, task="binary"), InputSpec(32, 32))
+    found = run(spec, np.zeros_like, [Pair("a", np.zeros((32, 32, 3), np.uint8), None)])
+    assert found.agreement == 1.0
+    assert found.miou_vs_pytorch is None
+    assert found.boundary_agreement is None
+
+
+FIGURES = LatencyFigures(10.0, 12.0, 15.0, 100)
+GOOD = Verification(
+    agreement=0.99,
+    boundary_agreement=0.9,
+    miou_vs_pytorch=0.95,
+    images=10,
+    data="ten scenes",
+    pytorch_accuracy=AccuracyFigures(0.70, 0.8, 0.9, (0.9, 0.5, None)),
+    engine_accuracy=AccuracyFigures(0.69, 0.79, 0.89, (0.9, 0.48, None)),
+    pytorch_latency=dataclasses.replace(FIGURES, median_ms=50.0),
+    engine_latency=FIGURES,
+    pytorch_size_bytes=20_000_000,
+    engine_size_bytes=5_500_000,
+)
+
+
+@pytest.mark.parametrize(("max_drop", "min_agreement"), [(None, None), (0.011, None), (None, 0.99), (0.02, 0.9)])
+def test_limits_that_are_met_pass(max_drop: float | None, min_agreement: float | None) -> None:
+    check_gates(GOOD, max_drop=max_drop, min_agreement=min_agreement)
+
+
+@pytest.mark.parametrize(
+    ("max_drop", "min_agreement", "message"),
+    [
+        (0.005, None, r"loses 0.0100 mIoU, --max-drop allows 0.005"),
+        (None, 0.995, r"0.9900 of pixels agree with PyTorch, --min-agreement wants 0.995"),
+        (0.005, 0.995, r"loses 0.0100 mIoU.*; 0.9900 of pixels"),
+    ],
+)
+def test_limits_that_are_not_met_are_named(max_drop: float | None, min_agreement: float | None, message: str) -> None:
+    with pytest.raises(GateError, match=message) as caught:
+        check_gates(GOOD, max_drop=max_drop, min_agreement=min_agreement)
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gain_passes_a_limit_of_zero() -> None:
+    better = dataclasses.replace(GOOD, engine_accuracy=AccuracyFigures(0.71))
+    check_gates(better, max_drop=0.0)
+
+
+def test_a_limit_that_was_not_measured_is_not_met() -> None:
+    unmeasured = dataclasses.replace(GOOD, engine_accuracy=AccuracyFigures())
+    with pytest.raises(GateError, match="not measured, because there are no masks"):
+        check_gates(unmeasured, max_drop=0.5)
+    with pytest.raises(GateError, match="mIoU"):
+        check_gates(dataclasses.replace(GOOD, engine_accuracy=AccuracyFigures(math.nan)), max_drop=0.5)
+
+
+def shown(renderable: Any) -> str:
+    console = Console(width=140, record=True, file=None)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+def test_the_table_shows_both_and_their_difference() -> None:
+    text = shown(verification_table(GOOD, "fpn-int8"))
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
+    assert rows["PyTorch"][1:] == ["0.7000", "0.8000", "0.9000", "-", "-", "50.0", "1.0x", "20.0", "MB"]
+    assert rows["fpn-int8"][1:] == ["0.6900", "0.7900", "0.8900", "0.9900", "0.9000", "10.0", "5.0x", "5.5", "MB"]
+    assert rows["difference"][1:4] == ["-0.0100", "-0.0100", "-0.0100"]
+
+
+def test_what_was_not_measured_is_a_dash() -> None:
+    bare = dataclasses.replace(
+        GOOD,
+        boundary_agreement=None,
+        pytorch_accuracy=AccuracyFigures(),
+        engine_accuracy=AccuracyFigures(),
+        pytorch_latency=None,
+        engine_latency=None,
+    )
+    text = shown(verification_table(bare, "fpn-int8"))
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
+    assert rows["PyTorch"][1:] == ["-"] * 7 + ["20.0", "MB"]
+    assert rows["fpn-int8"][1:] == ["-", "-", "-", "0.9900", "-", "-", "-", "5.5", "MB"]
+    assert "difference" not in rows
+    assert speed_up(bare) is None
+    assert class_table(bare, ()) is None
+
+
+def test_classes_are_listed_by_name_and_an_absent_one_has_no_score() -> None:
+    table = class_table(GOOD, ("road", "car", "pole"))
+    rows = [line.split() for line in shown(table).splitlines()]
+    assert ["car", "0.5000", "0.4800", "-0.0200"] in rows
+    assert ["pole", "-", "-", "-"] in rows
+
+
+def test_medians_of_sessions_in_turns() -> None:
+    spec = pipeline(batch=BatchRange(2, 2, 4))
+    sessions = {"a": FakeSession(spec, right), "b": FakeSession(spec, right)}
+    medians = median_ms_interleaved(sessions, spec.input, QUICK)
+    assert list(medians) == ["a", "b"]
+    assert all(ms > 0 for ms in medians.values())
+    assert set(sessions["a"].shapes) == {(2, 32, 64, 3)}

@@ -1,0 +1,244 @@
+"""Finding pairs of images and masks, and what mask files may hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from edgeseg.errors import InputError
+from edgeseg.evaluate.dataset import IGNORED, LabelReader, ValidationSet, file_digest, read_label_file
+from edgeseg.spec import ModelSpec
+
+MODEL = ModelSpec("fpn", "resnet18", classes=11)
+BINARY = ModelSpec("fpn", "resnet18", classes=1, task="binary")
+MULTILABEL = ModelSpec("fpn", "resnet18", classes=3, task="multilabel")
+
+
+def write_image(path: Path, size: tuple[int, int] = (6, 8), value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.full((*size, 3), value, np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_mask(path: Path, values: Any, dtype: type = np.uint8) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values, dtype)).save(path)
+
+
+def mask_of(*values: int) -> NDArray[np.uint8]:
+    """A 6x8 mask that holds these values and class 0."""
+    mask = np.zeros((6, 8), np.uint8)
+    mask.ravel()[: len(values)] = values
+    return mask
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    for name, values in (("img10", (3,)), ("img2", (10, 11)), ("img1", (0, 1))):
+        write_image(tmp_path / "images" / f"{name}.jpg", value=len(name))
+        write_mask(tmp_path / "masks" / f"{name}.png", mask_of(*values))
+    return tmp_path
+
+
+def test_pairs_come_in_natural_order_with_their_masks(pairs: Path) -> None:
+    data = ValidationSet.open(pairs, MODEL)
+    found = list(data)
+    assert [p.name for p in found] == ["img1.jpg", "img2.jpg", "img10.jpg"]
+    assert len(data) == 3
+    assert data.has_masks
+    assert found[0].image.shape == (6, 8, 3)
+    assert found[0].digest == file_digest(pairs / "images" / "img1.jpg")
+    second = found[1].mask
+    assert second is not None
+    assert second.dtype == np.int32
+    assert second.ravel()[:3].tolist() == [10, IGNORED, 0]
+    assert [p.ignore_index for p in found] == [None, 11, 11]
+
+
+@pytest.mark.parametrize("folder", ["masks", "labels", "annotations"])
+@pytest.mark.parametrize("suffix", ["", "_mask", "_gt"])
+def test_mask_folders_and_suffixes_people_use(tmp_path: Path, folder: str, suffix: str) -> None:
+    write_image(tmp_path / "images" / "a.png")
+    write_mask(tmp_path / folder / f"a{suffix}.png", mask_of(5))
+    (pair,) = ValidationSet.open(tmp_path, MODEL)
+    assert pair.mask is not None
+    assert pair.mask[0, 0] == 5
+
+
+@pytest.mark.parametrize("mask", ["a_mask.png", "a.png", "a_label.png"])
+def test_one_folder_with_photos_and_masks(tmp_path: Path, mask: str) -> None:
+    write_image(tmp_path / "a.jpg")
+    write_image(tmp_path / "b.jpg")
+    write_mask(tmp_path / mask, mask_of(5))
+    write_mask(tmp_path / mask.replace("a", "b", 1), mask_of(6))
+    found = list(ValidationSet.open(tmp_path, MODEL))
+    assert [p.name for p in found] == ["a.jpg", "b.jpg"]
+    assert [int(p.mask[0, 0]) for p in found if p.mask is not None] == [5, 6]
+
+
+@pytest.mark.parametrize("folder", [".", "images"])
+def test_images_alone_have_no_masks(tmp_path: Path, folder: str) -> None:
+    write_image(tmp_path / folder / "a.png")
+    data = ValidationSet.open(tmp_path, MODEL)
+    assert not data.has_masks
+    assert [p.mask for p in data] == [None]
+
+
+def test_an_image_without_its_mask_is_left_out_and_named(pairs: Path) -> None:
+    write_image(pairs / "images" / "extra.jpg")
+    data = ValidationSet.open(pairs, MODEL)
+    assert len(data) == 3
+    assert data.unpaired == ("extra.jpg",)
+
+
+def test_a_limit_spreads_over_the_set(tmp_path: Path) -> None:
+    for k in range(10):
+        write_image(tmp_path / f"{k}.png")
+    assert [p.name for p in ValidationSet.open(tmp_path, MODEL, limit=3).images] == ["0.png", "3.png", "6.png"]
+    assert len(ValidationSet.open(tmp_path, MODEL, limit=99)) == 10
+
+
+def test_images_used_for_calibration_are_left_out_by_content(pairs: Path) -> None:
+    write_image(pairs / "images" / "img3.jpg", value=77)
+    write_mask(pairs / "masks" / "img3.png", mask_of(2))
+    data = ValidationSet.open(pairs, MODEL)
+    copied_to_calibration = {file_digest(pairs / "images" / "img3.jpg")}
+    assert [p.name for p in data.without(copied_to_calibration).images] == ["img1.jpg", "img2.jpg", "img10.jpg"]
+    assert len(list(data.without(copied_to_calibration))) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "is not a folder"),
+        (lambda p: p.mkdir(), "no images in"),
+        (lambda p: (p / "images").mkdir(parents=True), "no images in"),
+        (
+            lambda p: (write_image(p / "images" / "a.png"), write_mask(p / "masks" / "b.png", mask_of(1))),
+            "no file in .*masks belongs to an image",
+        ),
+    ],
+)
+def test_a_folder_that_holds_nothing_usable_is_refused(tmp_path: Path, make: Any, message: str) -> None:
+    make(tmp_path / "data")
+    with pytest.raises(InputError, match=message):
+        ValidationSet.open(tmp_path / "data", MODEL)
+
+
+def test_a_mask_of_another_size_is_refused_with_both_sizes(pairs: Path) -> None:
+    write_mask(pairs / "masks" / "img2.png", np.zeros((8, 6)))
+    with pytest.raises(InputError, match=r"img2.png is 6x8 and its image img2.jpg 8x6 pixels"):
+        list(ValidationSet.open(pairs, MODEL))
+
+
+def read(tmp_path: Path, *masks: NDArray[Any], model: ModelSpec = MODEL, ignore_index: int | None = None) -> list[Any]:
+    reader = LabelReader(model, ignore_index)
+    found = []
+    for index, values in enumerate(masks):
+        path = tmp_path / f"{index}.png"
+        write_mask(path, values, values.dtype.type)
+        found.append(reader.read(path).ravel()[:4].tolist())
+    return found
+
+
+@pytest.mark.parametrize("value", [11, 255])
+def test_one_unlabelled_value_is_recognized(tmp_path: Path, value: int) -> None:
+    """The number of classes (CamVid's way) or 255 (everyone else's)."""
+    assert read(tmp_path, mask_of(1, value, 10), mask_of(value)) == [[1, IGNORED, 10, 0], [IGNORED, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((12,), r"0.png holds 12; this model's masks hold 0..10: correct"),
+        ((200, 201), r"0.png holds 200, 201;"),
+        ((11, 255), r"0.png holds 11, 255;"),
+        (tuple(range(11, 25)), r"0.png holds 11, 12, 13, 14, 15, 16, 17, 18, ...;"),
+    ],
+)
+def test_other_values_are_an_error_that_names_file_and_values(
+    tmp_path: Path, values: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, mask_of(*values))
+
+
+def test_the_unlabelled_value_is_one_for_the_whole_set(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"1.png holds 255; .* 0..10 and 11 \(ignored\)"):
+        read(tmp_path, mask_of(11), mask_of(255))
+
+
+def test_a_given_ignore_index_is_the_only_one(tmp_path: Path) -> None:
+    assert read(tmp_path, mask_of(200, 3), ignore_index=200) == [[IGNORED, 3, 0, 0]]
+    with pytest.raises(InputError, match="holds 11"):
+        read(tmp_path, mask_of(11), ignore_index=200)
+
+
+def test_a_class_can_be_ignored_on_request(tmp_path: Path) -> None:
+    assert read(tmp_path, mask_of(4, 0, 5, 0), ignore_index=0) == [[4, IGNORED, 5, IGNORED]]
+
+
+def test_binary_masks_may_be_black_and_white(tmp_path: Path) -> None:
+    assert read(tmp_path, mask_of(255, 0, 255), mask_of(), model=BINARY) == [[1, 0, 1, 0], [0, 0, 0, 0]]
+    assert read(tmp_path, mask_of(1, 0, 1), model=BINARY) == [[1, 0, 1, 0]]
+
+
+def test_binary_masks_that_use_both_1_and_255_are_ambiguous(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="both 1 and 255"):
+        read(tmp_path, mask_of(1, 255), model=BINARY)
+    with pytest.raises(InputError, match="both 1 and 255"):
+        read(tmp_path, mask_of(255), mask_of(1), model=BINARY)
+    assert read(tmp_path, mask_of(1, 255), model=BINARY, ignore_index=255) == [[1, IGNORED, 0, 0]]
+
+
+def test_16_bit_1_bit_and_palette_masks_are_read_as_indices(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 300, 65535]], np.uint16)).save(tmp_path / "wide.png")
+    wide = LabelReader(ModelSpec("fpn", classes=301)).read(tmp_path / "wide.png")
+    assert wide.tolist() == [[0, 300, IGNORED]]
+
+    Image.fromarray(np.array([[0, 1, 1]], np.uint8) > 0).save(tmp_path / "bits.png")
+    assert LabelReader(BINARY).read(tmp_path / "bits.png").tolist() == [[0, 1, 1]]
+
+    palette = Image.fromarray(np.array([[0, 2, 1]], np.uint8), mode=None).convert("P")
+    palette.putdata([0, 2, 1])
+    palette.putpalette([128, 0, 0, 0, 128, 0, 0, 0, 128])
+    palette.save(tmp_path / "palette.png")
+    assert LabelReader(MODEL).read(tmp_path / "palette.png").tolist() == [[0, 2, 1]]
+
+
+def test_multilabel_masks_are_planes_in_npy(tmp_path: Path) -> None:
+    planes = np.zeros((3, 6, 8), np.uint8)
+    planes[1, 0, 0], planes[:, 5, 7] = 255, 0
+    write_image(tmp_path / "images" / "a.png")
+    (tmp_path / "masks").mkdir()
+    np.save(tmp_path / "masks" / "a.npy", planes)
+    (pair,) = ValidationSet.open(tmp_path, MULTILABEL)
+    assert pair.mask is not None
+    assert pair.mask.shape == (3, 6, 8)
+    assert pair.mask[:, 0, 0].tolist() == [0, 1, 0]
+    np.save(tmp_path / "masks" / "a.npy", planes[:2])
+    with pytest.raises(InputError, match=r"shape \(2, 6, 8\); a multilabel mask"):
+        list(ValidationSet.open(tmp_path, MULTILABEL))
+
+
+def test_files_that_are_no_masks_are_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "colour.png")
+    with pytest.raises(InputError, match="colour image"):
+        read_label_file(tmp_path / "colour.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(InputError, match="cannot read mask"):
+        read_label_file(tmp_path / "broken.png")
+    np.save(tmp_path / "float.npy", np.zeros((2, 2), np.float32))
+    with pytest.raises(InputError, match="float32; a mask holds integers"):
+        read_label_file(tmp_path / "float.npy")
+    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="cannot read mask"):
+        read_label_file(tmp_path / "pickled.npy")
+    np.save(tmp_path / "flat.npy", np.zeros(7, np.uint8))
+    with pytest.raises(InputError, match=r"one class index per pixel"):
+        LabelReader(MODEL).read(tmp_path / "flat.npy")
