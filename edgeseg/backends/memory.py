@@ -49,16 +49,17 @@ ENGINE_NAME = "engine.json"
 def brightness_logits(classes: int) -> LogitsFunction:
     """Return a function whose class at each pixel is the brightness band it falls in: ``mean * classes // 256``.
 
-    The logit of a class is minus the distance of the pixel's brightness from the middle of that class's band, in
-    bands. With one class: how far the brightness lies above 127.5, in units of 32.
+    The logit of a class is minus the distance of the pixel's brightness from the middle of that class's band, in bands
+    (a ten-thousandth below the middle, so that a brightness between two bands counts to the upper one). With one class:
+    how far the brightness lies above 127.5, in units of 32.
     """
 
     def logits(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        brightness = images.mean(axis=-1, dtype=np.float32)
+        brightness: NDArray[np.float32] = images.mean(axis=-1, dtype=np.float32)
         if classes == 1:
-            return ((brightness - np.float32(127.5)) / np.float32(32.0))[:, None]
-        band = np.arange(classes, dtype=np.float32).reshape(1, -1, 1, 1) + np.float32(0.5)
-        return -np.abs(brightness[:, None] * np.float32(classes / 256.0) - band)
+            return np.asarray((brightness - np.float32(127.5)) / np.float32(32.0))[:, None]
+        band = np.arange(classes, dtype=np.float32).reshape(1, -1, 1, 1) + np.float32(0.4999)
+        return np.asarray(-np.abs(brightness[:, None] * np.float32(classes / 256.0) - band))
 
     return logits
 
@@ -130,7 +131,9 @@ class MemorySession:
         if self.closed:
             raise InputError("this session is closed; load the engine again")
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != spec.channels:
-            raise InputError(f"images are {images.dtype} {images.shape}, this engine takes uint8 (N, H, W, {spec.channels})")
+            raise InputError(
+                f"images are {images.dtype} {images.shape}, this engine takes uint8 (N, H, W, {spec.channels})"
+            )
         if not images.flags.c_contiguous:
             raise InputError("images are not C-contiguous; use np.ascontiguousarray")
         if not spec.batch.minimum <= len(images) <= spec.batch.maximum:

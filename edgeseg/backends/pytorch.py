@@ -57,7 +57,7 @@ class PyTorchSession:
             "channels_last": channels_last,
             "compiled": compiled,
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         }
         self._channels_last = channels_last
         self._compiled = compiled

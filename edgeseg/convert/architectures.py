@@ -36,6 +36,8 @@ _RENAMED_ARGUMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
 # nn.Softmax() without a dimension warns; these are the ones a mask can be made from.
 ACTIVATIONS = ("identity", "sigmoid", "softmax", "softmax2d", "logsoftmax", "tanh")
 
+_DILATING = ("deeplabv3", "deeplabv3plus", "pan")
+
 # Downsampling by pooling cannot be replaced by dilation (SMP 0.6.0: each of these raises in make_dilated).
 _NOT_DILATABLE = ("vgg", "densenet", "inceptionresnetv2", "inceptionv4", "xception")
 
@@ -133,9 +135,10 @@ def _is_renamed_timm(name: str) -> bool:
 def _unknown_encoder(name: str, own: Mapping[str, str], timm: ModuleType) -> str:
     base = name.lower().removeprefix("tu-").removeprefix("timm-").split(".", 1)[0]
     if timm.is_model(base):
-        return f"unknown encoder {name!r}; for timm's model write 'tu-{base}'"
+        # efficientnet-b4 is SMP's, efficientnet_b4 is timm's.
+        twin = own.get(base.replace("_", "-"))
+        return f"unknown encoder {name!r}; for timm's write 'tu-{base}'" + (f", for SMP's {twin!r}" if twin else "")
     near = [f"tu-{n}" for n in timm.list_models(f"*{base}*")[:200]] if len(base) > 2 else []
-    # SMP writes efficientnet-b4 where timm writes efficientnet_b4: compare without the separators.
     candidates = [*own.values(), *near] if not name.lower().startswith("tu-") else [*near, *_timm_names(timm)]
     return f"unknown encoder {name!r}{did_you_mean(name, candidates)} (SMP's encoders, or 'tu-' plus a timm model name)"
 
@@ -147,7 +150,7 @@ def _timm_names(timm: ModuleType) -> list[str]:
 def _check_pair(arch: str, encoder: str, model_args: Mapping[str, Any]) -> None:
     if arch == "dpt" and not encoder.startswith("tu-"):
         raise SpecError(
-            f"dpt needs a vision transformer of timm as encoder, got {encoder!r}; such as {DEFAULT_DPT_ENCODER} or "
+            f"dpt takes timm's encoders only, got {encoder!r}; give a vision transformer such as {DEFAULT_DPT_ENCODER} or "
             "tu-vit_base_patch16_224.augreg_in21k"
         )
     if arch in ("unetplusplus", "linknet") and encoder.startswith("mit_b"):
@@ -155,21 +158,35 @@ def _check_pair(arch: str, encoder: str, model_args: Mapping[str, Any]) -> None:
             f"{arch} cannot take {encoder} (it has no features at half size); use unet, manet, fpn, segformer or "
             f"upernet with {encoder}, or {arch} with a convolutional encoder such as resnet34"
         )
-    dilated = arch in ("deeplabv3", "deeplabv3plus") or (arch == "pan" and model_args.get("encoder_output_stride") != 32)
-    if dilated and encoder.startswith(_NOT_DILATABLE):
-        more = " (or --model-arg encoder_output_stride=32)" if arch == "pan" else ""
-        raise SpecError(
-            f"{arch} needs an encoder that can be dilated, {encoder} downsamples by pooling; use a resnet, resnext, "
-            f"mobilenet_v2 or efficientnet encoder{more}, or {encoder} with fpn, unet or pspnet"
-        )
+    undilated_pan = arch == "pan" and model_args.get("encoder_output_stride") == 32
+    if arch in _DILATING and not undilated_pan and encoder.startswith(_NOT_DILATABLE):
+        raise SpecError(_cannot_dilate(arch, encoder))
+
+
+def _cannot_dilate(arch: str, encoder: str) -> str:
+    more = " (or --model-arg encoder_output_stride=32)" if arch == "pan" else ""
+    return (
+        f"{arch} needs an encoder that can be dilated, {encoder} cannot; use a resnet, resnext, mobilenet_v2 or "
+        f"efficientnet encoder{more}, or {encoder} with fpn, unet or pspnet"
+    )
 
 
 def accepted_arguments(arch: str) -> tuple[str, ...]:
-    """Return the names ``model_args`` may hold for an architecture: SMP's constructor's, and ``psp_sizes`` of pspnet."""
+    """Return the names ``model_args`` may hold: those of SMP's constructor, and ``psp_sizes`` for pspnet."""
     parameters = inspect.signature(model_class(arch).__init__).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"]
     own = ("psp_sizes",) if arch == "pspnet" else ()
     return (*(n for n in names if n not in SPEC_ARGUMENTS), *own)
+
+
+def without_defaults(arch: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that differ from the constructor's defaults; lists and tuples count as the same."""
+    defaults = {n: p.default for n, p in inspect.signature(model_class(arch).__init__).parameters.items()}
+    return {k: v for k, v in arguments.items() if _plain(defaults.get(k, ...)) != _plain(v)}
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def check_arguments(arch: str, encoder: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -187,8 +204,9 @@ def check_arguments(arch: str, encoder: str, arguments: Mapping[str, Any]) -> tu
     for name, value in arguments.items():
         new, archs = _RENAMED_ARGUMENTS.get(name, ("", ()))
         if name in SPEC_ARGUMENTS:
-            option = {"encoder_name": "--encoder", "encoder_weights": "--weights"}.get(name, f"--{name.replace('_', '-')}")
-            raise SpecError(f"model argument {name!r} has an option of its own; use {option}")
+            option = name.removeprefix("encoder_") if name == "encoder_weights" else name.removesuffix("_name")
+            option = option.replace("_", "-")
+            raise SpecError(f"model argument {name!r} has an option of its own; use --{option}")
         if arch in archs:
             checked[new] = value
             notes.append(f"model argument {name} is called {new} now")
@@ -207,6 +225,8 @@ def build_model(
     """Build an SMP model, randomly initialized unless ``encoder_weights`` is given, and say what was added.
 
     Args:
+        spec: the model; its names are resolved and its ``model_args`` checked.
+        encoder_weights: SMP's argument of that name.
         loading_args: constructor arguments beside those of the spec that only serve to load.
 
     Raises:
@@ -238,9 +258,21 @@ def _construct(spec: ModelSpec, arguments: Mapping[str, Any]) -> torch.nn.Module
         with quiet_libraries():
             return model_class(spec.arch)(**arguments)
     except (ValueError, TypeError, KeyError, NotImplementedError, AssertionError, IndexError, RuntimeError) as exc:
-        given = f" and {dict(spec.model_args)}" if spec.model_args else ""
-        reason = " ".join(str(exc).split())[:200]
-        raise SpecError(f"SMP cannot build {spec.arch} with encoder {spec.encoder}{given}: {reason}") from exc
+        raise SpecError(_rejection(spec, exc)) from exc
+
+
+def _rejection(spec: ModelSpec, exc: Exception) -> str:
+    """Say why a constructor raised; timm's own words are often an empty assertion."""
+    reason = " ".join(str(exc).split())[:200]
+    if spec.arch in _DILATING and (isinstance(exc, AssertionError) or "output_stride" in reason):
+        return _cannot_dilate(spec.arch, spec.encoder)
+    if "downsampling pattern" in reason:
+        return (
+            f"{spec.arch} needs an encoder that halves its features stage by stage, {spec.encoder} does not; vision "
+            "transformers go with dpt"
+        )
+    given = f" and {spec.model_args}" if spec.model_args else ""
+    return f"SMP cannot build {spec.arch} with encoder {spec.encoder}{given}: {reason or type(exc).__name__}"
 
 
 def _replace_pyramid(module: torch.nn.Module, spec: ModelSpec, sizes: object) -> None:

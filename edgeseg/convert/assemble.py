@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert import architectures
-from edgeseg.convert.geometry import default_size, run_once, smp_fixed_size, smp_size_multiple
+from edgeseg.convert.geometry import default_size, run_raw, smp_fixed_size, smp_size_multiple
 from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.spec import ModelRequest, ModelSpec, Task
 
@@ -37,6 +37,7 @@ def assemble(
     """Build the SMP model a request describes; fields left open get SMP's defaults, with a note each.
 
     Args:
+        request: with every field that a checkpoint could tell filled in.
         encoder_weights: SMP's argument of that name; ``None`` initializes at random, from a fixed seed.
         loading_args: constructor arguments that only serve to load (not recorded in the spec).
 
@@ -60,6 +61,7 @@ def assemble(
     activation = resolve_activation(request.activation)
     task, task_notes = resolve_task(request.task, classes, activation)
     notes.extend(task_notes)
+    model_args = architectures.without_defaults(arch, model_args)
     model_args, aux_notes = _settle_auxiliary_head(model_args, request.keep_aux)
     notes.extend(aux_notes)
     spec = ModelSpec(
@@ -101,14 +103,14 @@ def resolve_activation(name: str | None) -> str | None:
 
 
 def resolve_task(task: Task | None, classes: int, activation: str | None) -> tuple[Task, tuple[str, ...]]:
-    """Return what the classes mean: given, else binary for one, multilabel for several under a sigmoid, else multiclass."""
+    """Return what the classes mean, and notes: one is binary, several under a sigmoid multilabel, else multiclass."""
     if task is not None:
         return task, ()
     if classes == 1:
         return "binary", ()
     if activation == "sigmoid":
         return "multilabel", (
-            f"{classes} classes under a sigmoid: taken as multilabel (a mask per class); give --task multiclass otherwise",
+            f"{classes} classes under a sigmoid: multilabel (a mask per class) assumed; else give --task multiclass",
         )
     return "multiclass", ()
 
@@ -117,7 +119,8 @@ def _settle_auxiliary_head(model_args: dict[str, Any], keep: bool) -> tuple[dict
     if keep:
         if not model_args.get("aux_params"):
             raise SpecError(
-                "keeping the auxiliary head needs its arguments: give --model-arg aux_params='{\"classes\": N, ...}' as in training"
+                "there is no auxiliary head to keep; describe it as in training, such as "
+                "--model-arg aux_params='{\"classes\": 4}', or leave --keep-aux out"
             )
         return model_args, ()
     dropped = model_args.get("aux_params")
@@ -136,18 +139,20 @@ def settle_output_size(module: torch.nn.Module, spec: ModelSpec, size: tuple[int
     """
     import torch
 
-    output = run_once(module, spec.in_channels, *size)
+    output, reason = run_raw(module, spec.in_channels, *size)
     what = f"{spec.display_name} with {spec.model_args}"
-    if output is None or output.dim() != 4 or output.shape[1] != spec.classes:
-        raise SpecError(f"{what} does not run at {size[0]}x{size[1]}; check --model-arg")
+    if output is None:
+        raise SpecError(f"{what} does not run at {size[0]}x{size[1]} ({reason}); check --model-arg")
+    output = output[0] if isinstance(output, tuple) else output
     height, width = output.shape[2:]
     if (height, width) == size:
         return ()
     factor = size[0] // height if height else 0
-    if factor < 1 or (height * factor, width * factor) != size or not isinstance(module.segmentation_head, torch.nn.Sequential):
-        raise SpecError(f"{what} returns {height}x{width} for {size[0]}x{size[1]}; the output must have the input's size")
-    upsample = torch.nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=True)
-    module.segmentation_head[1] = torch.nn.Sequential(module.segmentation_head[1], upsample)
+    head = module.segmentation_head
+    if factor < 1 or (height * factor, width * factor) != size or not isinstance(head, torch.nn.Sequential):
+        sizes = f"{height}x{width} for {size[0]}x{size[1]}"
+        raise SpecError(f"{what} returns {sizes}; the output must have the input's size, check --model-arg")
+    head[1] = torch.nn.Sequential(head[1], torch.nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=True))
     return (f"the network's output is 1/{factor} of its input's size; enlarged bilinearly, as SMP's head does",)
 
 
@@ -171,7 +176,7 @@ class Geometry:
 def settle_geometry(module: torch.nn.Module, spec: ModelSpec, *, check_output: bool) -> Geometry:
     """Find out which sizes an SMP model takes; see :func:`settle_output_size` for ``check_output``."""
     stride = smp_size_multiple(module, spec.in_channels)
-    fixed = smp_fixed_size(module, spec.in_channels, stride)
+    fixed = smp_fixed_size(module, spec.in_channels, stride, spec.model_args.get("img_size"))
     size = default_size(stride, fixed)
     notes = settle_output_size(module, spec, size) if check_output else ()
     if fixed is not None:

@@ -63,8 +63,8 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         return _read_folder(path)
     if not path.exists():
         raise CheckpointError(
-            f"no such file or folder: {path}; give --weights PATH (save_pretrained folder, .safetensors, .pt, .pth, .ckpt), "
-            "imagenet or random"
+            f"no such file or folder: {path}; give --weights PATH (save_pretrained folder, .safetensors, .pt, .pth or "
+            ".ckpt), imagenet or random"
         )
     config = _config_beside(path)
     notes = (f"architecture and arguments read from config.json beside {path.name}",) if config else ()
@@ -78,8 +78,8 @@ def _read_folder(folder: Path) -> Checkpoint:
     if not config_path.is_file() or weights is None:
         lacks = " and ".join([] if config_path.is_file() else ["config.json"]) or " or ".join(names)
         raise CheckpointError(
-            f"{folder} is not a save_pretrained folder (no {lacks}); make one with model.save_pretrained({str(folder)!r}), "
-            "or give the weights file itself"
+            f"{folder} is not a save_pretrained folder (no {lacks}); make one with model.save_pretrained(folder), or "
+            "give the weights file itself"
         )
     return _read_file(weights, _read_config(config_path), ())
 
@@ -204,9 +204,7 @@ def _harmless_types() -> list[Any]:
 
 def _pickle_error(path: Path, exc: Exception) -> CheckpointError:
     text = str(exc)
-    needed = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"Trying to (?:call|load|instantiate)[^`]*`?([\w.]+)", text)
-    if needed is None and re.search(r"weights_only|Unsupported (global|class|operand)", text):
-        needed = re.search(r"([A-Za-z_]\w*(?:\.\w+)+)", text)
+    needed = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"(?:call|load|instantiate)\w* [^`]*`?([\w.]+)", text)
     if needed is None:
         return CheckpointError(f"{path} is truncated or damaged ({_brief(exc)}); copy or download it again")
     name = needed.group(1)
@@ -247,11 +245,13 @@ def _check_backing(path: Path, tensors: Mapping[str, torch.Tensor], size: int) -
     total = 0
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
-            raise CheckpointError(f"{path}: {name} is no plain float or integer tensor (quantized, sparse or empty); {_RESAVE}")
+            raise CheckpointError(f"{path}: {name} is no plain tensor (quantized, sparse or without data); {_RESAVE}")
         total += tensor.numel() * tensor.element_size()
     # Tied weights appear twice over one storage, so a little more than the file is honest.
     if total > 4 * size + (1 << 20):
-        raise CheckpointError(f"{path} claims {total} bytes of tensors in {size} bytes of file: damaged or hostile; do not use it")
+        raise CheckpointError(
+            f"{path} claims {total} bytes of tensors in {size} bytes of file: damaged or hostile; do not use it"
+        )
 
 
 def _brief(exc: BaseException) -> str:

@@ -37,9 +37,8 @@ class DemoModel:
     @property
     def normalization(self) -> Preprocess:
         """The demo model's preprocessing."""
-        return Preprocess(
-            self.preprocess.mean, self.preprocess.std, 1.0 / 255.0, self.preprocess.channel_order, "the demo model's description"
-        )
+        values = self.preprocess
+        return Preprocess(values.mean, values.std, 1.0 / 255.0, values.channel_order, "the demo model's description")
 
 
 def read_demo(request: ModelRequest, arch: str) -> tuple[DemoModel, Checkpoint]:
@@ -55,9 +54,9 @@ def read_demo(request: ModelRequest, arch: str) -> tuple[DemoModel, Checkpoint]:
         raise SpecError(f"no weights given, and {arch} has no demo model (there are: {have}); {instead}")
     description, weights = demo_files(arch)
     demo = read_json(description, DemoModel, "demo model")
-    conflicts = _conflicts(request, demo)
+    conflicts = ", ".join(_conflicts(request, demo)[:3])
     if conflicts:
-        raise SpecError(f"no weights given, and the demo {arch} is another model ({', '.join(conflicts[:3])}); {instead}")
+        raise SpecError(f"no weights given, and the demo {arch} is another model ({conflicts}); {instead}")
     return demo, read_checkpoint(weights)
 
 

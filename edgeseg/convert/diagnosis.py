@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 # Enough to tell a family apart without building all of timm's 1300 models for an error message.
 _TIMM_SAMPLE = (
-    "resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv3_small_100",
-    "efficientnet_b0", "tf_efficientnet_lite0", "tf_efficientnetv2_s", "convnext_tiny", "regnety_008",
-)  # fmt: skip
+    *("resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2_100", "mobilenetv3_large_100"),
+    *("mobilenetv3_small_100", "efficientnet_b0", "tf_efficientnet_lite0", "convnext_tiny", "regnety_008"),
+)
 _MAX_BUILDS = 14
 
 
@@ -25,6 +25,8 @@ def likely_cause(given: Mapping[str, torch.Tensor], own: Shapes, arch: str, enco
     """Return advice such as ``"its encoder is that of resnet50: give --encoder resnet50"``, or ``""``.
 
     Args:
+        arch: the architecture the model was built as.
+        encoder: and its encoder.
         given: the checkpoint's tensors, under the model's names.
         own: the model's shapes.
         depth: the model's ``encoder_depth``.
@@ -59,7 +61,7 @@ def _image_size_cause(shape: tuple[int, ...]) -> str:
     for prefix in (1, 0, 2, 5):
         side = math.isqrt(max(shape[1] - prefix, 0))
         if side > 0 and side * side == shape[1] - prefix:
-            return f"its position embedding is for {side}x{side} patches: give --model-arg img_size={side} times the patch size"
+            return f"its position embedding is for {side}x{side} patches: give --model-arg img_size={side}*patch size"
     return "its position embedding is for another image size: give --model-arg img_size=..."
 
 
@@ -113,17 +115,18 @@ def _built(names: list[str], depth: int) -> Iterator[tuple[str, Shapes]]:
                     module = smp.encoders.get_encoder(name, in_channels=3, depth=depth, weights=None)
             except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError):
                 continue  # mit encoders compute on values while they are built, which meta tensors have not
-            yield name, {
-                k: tuple(t.shape) for k, t in module.state_dict().items() if not k.endswith("num_batches_tracked")
-            }
+            yield (
+                name,
+                {k: tuple(t.shape) for k, t in module.state_dict().items() if not k.endswith("num_batches_tracked")},
+            )
             break
 
 
 def _similarity(candidate: Shapes, stored: Shapes) -> float:
     """Share of tensors with the same name and shape; another number of input channels counts as the same."""
     keys = candidate.keys() | stored.keys()
-    alike = sum(1 for k in keys if candidate.get(k) == stored.get(k) or _first_convolution(candidate.get(k), stored.get(k)))
-    return alike / len(keys)
+    pairs = [(candidate.get(k), stored.get(k)) for k in keys]
+    return sum(1 for mine, other in pairs if mine == other or _first_convolution(mine, other)) / len(keys)
 
 
 def _first_convolution(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:
@@ -137,9 +140,10 @@ def _decoder_cause(wrong: set[str], own: Shapes, theirs: Shapes, arch: str) -> s
     blocks = sorted((int(m.group(1)), shape[0]) for k, shape in theirs.items() if (m := _BLOCK_OUTPUT.match(k)))
     mine = sorted((int(m.group(1)), shape[0]) for k, shape in own.items() if (m := _BLOCK_OUTPUT.match(k)))
     if arch in ("unet", "manet") and blocks and blocks != mine:
-        return f"its decoder is wider or narrower: give --model-arg decoder_channels={','.join(str(c) for _, c in blocks)}"
-    decoder = [a for a in accepted_arguments(arch) if a.startswith(("decoder_", "psp_"))]
-    return f"its decoder was built with other arguments: give them with --model-arg ({', '.join(decoder)})" if decoder else ""
+        channels = ",".join(str(c) for _, c in blocks)
+        return f"its decoder has other widths: give --model-arg decoder_channels={channels}"
+    decoder = ", ".join(a for a in accepted_arguments(arch) if a.startswith(("decoder_", "psp_")))
+    return f"its decoder was built with other arguments: give them with --model-arg ({decoder})" if decoder else ""
 
 
 _BLOCK_OUTPUT = re.compile(r"^decoder\.blocks\.(\d+)\.conv2\.0\.weight$")

@@ -20,6 +20,8 @@ Shapes: TypeAlias = dict[str, tuple[int, ...]]
 # The last convolution before the mask: its first dimension is the number of classes.
 _CLASS_LAYERS = ("segmentation_head.0.weight", "segmentation_head.head.4.weight")
 
+_MODEL_PARTS = ("encoder.", "decoder.", "segmentation_head.", "classification_head.")
+
 # A key that only one architecture's decoder has, in the spelling of SMP 0.6.0 (and, second, of 0.2 to 0.4).
 ARCH_MARKERS: tuple[tuple[str, str], ...] = (
     ("unetplusplus", r"^decoder\.blocks\.x_0_0\."),
@@ -78,21 +80,21 @@ def strip_prefixes(checkpoint: Checkpoint) -> NamedTensors:
         notes.append(f"stripped {prefix!r} from the checkpoint's keys")
     else:
         # Without a prefix, what belongs to something else can only be told by name.
-        outside = {k: v for k, v in inside.items() if not k.startswith(("encoder.", "decoder.", "segmentation_head.", "classification_head."))}
+        outside = {k: v for k, v in inside.items() if not k.startswith(_MODEL_PARTS)}
         inside = {k: v for k, v in inside.items() if k not in outside}
     rest = [k for k in outside if not any(o and k.startswith(o) for o in others)]
     if rest:
-        notes.append(f"dropped {_count(len(rest), 'tensor')} that are not part of the model ({', '.join(sorted(rest)[:3])})")
+        notes.append(f"dropped {_count(len(rest), 'tensor')} outside the model ({', '.join(sorted(rest)[:3])})")
     return NamedTensors(inside, outside, tuple(notes))
 
 
 def _model_prefixes(tensors: Mapping[str, object]) -> list[str]:
-    found = []
-    for key in tensors:
-        for layer in _CLASS_LAYERS:
-            if key == layer or key.endswith(f".{layer}"):
-                found.append(key.removesuffix(layer))
-    return found
+    return [
+        key.removesuffix(layer)
+        for key in tensors
+        for layer in _CLASS_LAYERS
+        if key == layer or key.endswith(f".{layer}")
+    ]
 
 
 def _preferred(prefixes: list[str]) -> str:
@@ -110,8 +112,8 @@ def _no_head(checkpoint: Checkpoint, tensors: Mapping[str, object]) -> str:
     else:
         what = "has no segmentation head"
     return (
-        f"{checkpoint.path} holds {_count(len(tensors), 'tensor')} but no SMP segmentation model: it {what} ({shown[:120]}); "
-        "give the state dict of the whole model"
+        f"{checkpoint.path} holds {_count(len(tensors), 'tensor')} but no SMP segmentation model: it {what} "
+        f"({shown[:120]}); give the state dict of the whole model"
     )
 
 
@@ -142,6 +144,9 @@ def load_tensors(
     """Copy the tensors into the model, in its float32, and check that every value is finite.
 
     Args:
+        module: filled in place.
+        named: from :func:`strip_prefixes`.
+        checkpoint: where they came from.
         what: the model in words, for messages.
         guess: called with the tensors and the model's shapes when they do not fit; returns the likely cause, or "".
 
@@ -154,10 +159,11 @@ def load_tensors(
     own = module.state_dict()
     # SMP translates keys of older versions in place, in load_state_dict: what it leaves is what gets compared.
     translated: dict[str, torch.Tensor] = dict(named.tensors)
-    integers = [k for k, t in translated.items() if k in own and own[k].is_floating_point() and not t.is_floating_point()]
+    floats = {k for k, t in own.items() if t.is_floating_point()}
+    integers = [k for k, t in translated.items() if k in floats and not t.is_floating_point()]
     if integers:
         raise CheckpointError(
-            f"{checkpoint.path}: {_names(integers)} hold integers where {what} has floats: quantized weights? give the float ones"
+            f"{checkpoint.path}: {_names(integers)} hold integers, {what} has floats: quantized? give the float ones"
         )
     try:
         with quiet_libraries():
@@ -176,8 +182,8 @@ def require_finite(module: torch.nn.Module, what: str) -> None:
     bad = [k for k, t in module.state_dict().items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise CheckpointError(
-            f"{what} has NaN or Inf in {_count(len(bad), 'tensor')} ({_names(bad)}): training diverged, or an overflow in "
-            "float16; give an earlier checkpoint"
+            f"{what} has NaN or Inf in {_count(len(bad), 'tensor')} ({_names(bad)}): training diverged, or an overflow "
+            "in float16; give an earlier checkpoint"
         )
 
 

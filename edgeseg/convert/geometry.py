@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert.architectures import quiet_libraries
@@ -65,23 +65,30 @@ def smp_size_multiple(module: torch.nn.Module, channels: int) -> int:
     return rule
 
 
-def smp_fixed_size(module: torch.nn.Module, channels: int, stride: int) -> tuple[int, int] | None:
+def smp_fixed_size(
+    module: torch.nn.Module, channels: int, stride: int, img_size: int | Sequence[int] | None
+) -> tuple[int, int] | None:
     """Return the only size a timm encoder takes, ``None`` when there is no such limit.
 
     timm marks encoders whose *weights* are for one size; whether the built module insists on it (windows, position
     embeddings) depends on its arguments, so a marked encoder is tried at another size.
+
+    Args:
+        module: in evaluation mode.
+        channels: of its input image.
+        stride: its size multiple.
+        img_size: timm's constructor argument, a number or a pair; ``None`` when not given.
     """
     encoder: Any = module.encoder
     network = getattr(encoder, "model", None)
     settings = getattr(network, "pretrained_cfg", None) or {}
     if not settings or not settings.get("fixed_input_size", False):
         return None
-    native = _native_size(encoder.modules()) or tuple(int(v) for v in settings["input_size"][-2:])
-    # Small, so that trying costs little; 5 and 7 are no factors of the window counts in use.
-    other = (5 * stride, 7 * stride)
-    if accepts(module, channels, *other):
-        return None
-    return native[0], native[1]
+    given = (img_size, img_size) if isinstance(img_size, int) else img_size
+    native = _native_size(encoder.modules()) or tuple(int(v) for v in given or settings["input_size"][-2:])
+    # A small size first, since it costs little; PAN needs more than 128 pixels, so one failure is no proof.
+    others = ((5 * stride, 7 * stride), (native[0] + 2 * stride, native[1] + 4 * stride))
+    return None if any(accepts(module, channels, *other) for other in others) else (native[0], native[1])
 
 
 def _native_size(modules: Iterable[torch.nn.Module]) -> tuple[int, int] | None:

@@ -52,7 +52,7 @@ def prepare_hub_weights(encoder: str, name: str) -> HubWeights:
     names = hub_weights_names(encoder)
     if name not in names:
         have = ", ".join(names) or "none"
-        raise SpecError(f"{encoder} has no pretrained weights called {name!r} (it has: {have}); give --weights PATH|random")
+        raise SpecError(f"{encoder} has no pretrained weights {name!r} (it has: {have}); give --weights PATH or random")
     smp = import_for_conversion("segmentation_models_pytorch")
     if encoder in smp.encoders.encoders:
         settings = smp.encoders.encoders[encoder]["pretrained_settings"][name]
@@ -91,17 +91,13 @@ def _require_hub(encoder: str, repository: str, revision: str) -> None:
         "machine that has it"
     )
     constants = import_for_conversion("huggingface_hub.constants")
+    what = f"pretrained weights of {encoder} ({repository})"
     if constants.HF_HUB_OFFLINE:
-        raise CheckpointError(
-            f"pretrained weights of {encoder} ({repository}) are not cached and HF_HUB_OFFLINE is set; unset it, or {advice}"
-        )
+        raise CheckpointError(f"{what} are not cached and HF_HUB_OFFLINE is set; unset it, or {advice}")
     url = f"{constants.ENDPOINT}/{repository}/resolve/{revision}/config.json"
     problem = _probe(url)
     if problem is not None:
-        raise CheckpointError(
-            f"pretrained weights of {encoder} ({repository}) are not cached and {constants.ENDPOINT} does not answer "
-            f"({problem}); {advice}"
-        )
+        raise CheckpointError(f"{what} are not cached and {constants.ENDPOINT} does not answer ({problem}); {advice}")
 
 
 def _probe(url: str) -> str | None:

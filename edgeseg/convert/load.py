@@ -68,7 +68,9 @@ def _load_demo(request: ModelRequest) -> LoadedModel:
     )
     assembly = assemble(described)
     _fill(assembly, checkpoint, strip_prefixes(checkpoint))
-    loaded = _finish(assembly, demo.normalization, "demo weights (trained on generated street scenes)", ())
+    words = "demo weights (trained on generated street scenes)"
+    note = f"no weights given: the demo model is used ({demo.encoder}, {demo.classes} classes: {', '.join(demo.class_names)})"
+    loaded = _finish(assembly, demo.normalization, words, (note,))
     return replace(loaded, size=demo.size, is_demo=True)
 
 
@@ -97,7 +99,8 @@ def _load_pretrained_encoder(request: ModelRequest, name: str) -> LoadedModel:
         raise
     except Exception as exc:  # the hub's client raises errors of several HTTP libraries
         reason = " ".join(str(exc).split())[:150]
-        raise CheckpointError(f"fetching the weights of {encoder} ({found.repository}) failed: {reason}; try again") from exc
+        what = f"the weights of {encoder} ({found.repository})"
+        raise CheckpointError(f"fetching {what} failed: {reason}; try again, or give --weights PATH") from exc
     preprocess, notes = resolve_preprocess(
         request,
         encoder=encoder,
@@ -129,9 +132,7 @@ def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint) -> LoadedMod
     return _finish(assembly, preprocess, f"weights of {checkpoint.path}", every)
 
 
-def _settle(
-    request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors
-) -> tuple[ModelRequest, tuple[str, ...]]:
+def _settle(request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors) -> tuple[ModelRequest, tuple[str, ...]]:
     """Fill architecture and classes from the tensors themselves where nobody said them."""
     notes: list[str] = []
     if request.arch is None:
@@ -147,7 +148,7 @@ def _settle(
         request = replace(request, classes=found)
     elif asked is not None and found is not None and asked != found:
         raise CheckpointError(
-            f"{checkpoint.path.name} has {found} classes, {asked} were asked for; give --classes {found} or other weights"
+            f"{checkpoint.path.name} has {found} classes, {asked} were asked for; give --classes {found}"
         )
     return request, tuple(notes)
 
@@ -170,9 +171,7 @@ def _fill(assembly: Assembly, checkpoint: Checkpoint, named: NamedTensors) -> tu
     )
 
 
-def _finish(
-    assembly: Assembly, preprocess: Preprocess, weights: str, notes: tuple[str, ...]
-) -> LoadedModel:
+def _finish(assembly: Assembly, preprocess: Preprocess, weights: str, notes: tuple[str, ...]) -> LoadedModel:
     module, model = assembly.module, assembly.model
     freeze(module)
     sha256 = hash_weights(module)

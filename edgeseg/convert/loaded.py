@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgeseg.convert.architectures import name_softmax_axis
-from edgeseg.convert.assemble import Geometry
 from edgeseg.errors import SpecError
 from edgeseg.spec import ModelSpec, Preprocess
 
@@ -21,7 +20,8 @@ class LoadedModel:
 
     Attributes:
         module: forward takes normalized float32 ``(N, C, H, W)`` and returns the network's raw output
-            ``(N, classes, H, W)``, SMP's activation included; with a kept auxiliary head, a tuple with ``(N, K)`` second.
+            ``(N, classes, H, W)``, SMP's activation included; with a kept auxiliary head, a tuple with ``(N, K)``
+            second.
         model: what it is.
         preprocess: how its input is normalized.
         weights: where the weights came from, in words.
@@ -48,9 +48,8 @@ class LoadedModel:
         """Raise :class:`SpecError` unless the model takes images of this size, naming one that fits."""
         if self.fixed_size is not None and (height, width) != self.fixed_size:
             only = f"{self.fixed_size[0]}x{self.fixed_size[1]}"
-            raise SpecError(
-                f"{self.model.encoder} takes {only} only, got {height}x{width}; give --size {only}, or --model-arg img_size=N"
-            )
+            what = f"{self.model.encoder} takes {only} only, got {height}x{width}"
+            raise SpecError(f"{what}; give --size {only}, or --model-arg img_size=N")
         if height % self.stride or width % self.stride:
             near = [max(self.stride, round(v / self.stride) * self.stride) for v in (height, width)]
             raise SpecError(

@@ -50,7 +50,7 @@ def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> 
         auxiliary = len(output) == 2 and isinstance(output[1], torch.Tensor) and output[1].dim() == 2
         if keep_aux and auxiliary:
             return module, ()
-        return _choose(module, 0), (f"the first of the module's {len(output)} outputs is converted, the others are dropped",)
+        return _choose(module, 0), (f"the first of the module's {len(output)} outputs is converted, the rest dropped",)
     raise SpecError(f"the {type(module).__name__} returns a {type(output).__name__}; it must return (N, classes, H, W)")
 
 
@@ -59,7 +59,7 @@ def _checked(module: torch.nn.Module, output: Any) -> tuple[str, ...]:
     if not hasattr(output, "is_floating_point") or output.dim() != 4 or not output.is_floating_point():
         kind = str(getattr(output, "dtype", "")).removeprefix("torch.")
         raise SpecError(
-            f"the {type(module).__name__} returns {kind} {shape}; it must return floats (N, classes, H, W), before any argmax"
+            f"{type(module).__name__} returns {kind} {shape}; it must return floats (N, classes, H, W), before argmax"
         )
     return ()
 

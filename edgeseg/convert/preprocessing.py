@@ -47,11 +47,10 @@ def encoder_statistics(encoder: str, encoder_weights: str | None) -> KnownStatis
         if encoder.startswith(prefix) and weights in ("", encoder_weights):
             return KnownStatistics(mean, std, f"SMP's settings for {encoder}")
     smp = import_for_conversion("segmentation_models_pytorch")
-    if encoder in smp.encoders.encoders:
+    # SMP 0.6 forwards five timm- families to timm, which has other values for some; when they were SMP's own (until
+    # 0.4), and models were trained with them, SMP gave ImageNet's for all five.
+    if encoder in smp.encoders.encoders or encoder.startswith("timm-"):
         return KnownStatistics(IMAGENET_MEAN, IMAGENET_STD, f"SMP's settings for {encoder}")
-    if encoder.startswith("timm-"):
-        base = encoder.removeprefix("timm-")
-        return _timm_statistics(f"tf_{base}" if "mobilenetv3" in base else base)
     return None
 
 
@@ -75,6 +74,10 @@ def resolve_preprocess(
     """Decide on the normalization: the user's, else the checkpoint's, else the encoder's, else ImageNet's.
 
     Args:
+        request: the user's mean, std and channel order count before all else.
+        encoder: its name.
+        encoder_weights: SMP's name of the pretrained weights training started from, where recorded.
+        in_channels: of the model.
         recorded: what the checkpoint's own config or buffers say.
         untrained: random weights, for which any choice is as good.
 
@@ -102,11 +105,10 @@ def resolve_preprocess(
             f"nothing is known about the normalization of {encoder}: ImageNet's mean and std assumed; "
             "give --mean and --std if the model was trained with others"
         )
-    mean, std = known.mean, known.std
-    if in_channels != len(mean):
-        mean, std, note = _adapt(known, in_channels, untrained)
+    if in_channels != len(known.mean):
+        known, note = _adapt(known, in_channels, untrained)
         notes.append(note)
-    found = Preprocess(mean, std, 1.0 / 255.0, "rgb", known.source)
+    found = Preprocess(known.mean, known.std, 1.0 / 255.0, "rgb", known.source)
     return _with_order(found, order), tuple(notes)
 
 
@@ -141,30 +143,28 @@ def _per_channel(what: str, values: Sequence[float], in_channels: int) -> tuple[
     if len(values) == 1:
         return tuple(values) * in_channels
     if len(values) != in_channels:
-        raise SpecError(f"--{what} has {len(values)} values, the model takes {in_channels} channels; give one per channel")
+        raise SpecError(f"--{what} has {len(values)} values, the model takes {in_channels} channels; give one for each")
     return tuple(values)
 
 
-def _adapt(
-    known: KnownStatistics, in_channels: int, untrained: bool
-) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """Statistics for another number of channels than the encoder's three."""
-    count = len(known.mean)
+def _adapt(known: KnownStatistics, in_channels: int, untrained: bool) -> tuple[KnownStatistics, str]:
+    """Statistics for another number of channels than the encoder's three, and a note."""
     if in_channels == 1:
-        mean, std = (sum(known.mean) / count,), (sum(known.std) / count,)
-        return mean, std, (
-            f"1 input channel: mean {mean[0]:.4g} and std {std[0]:.4g} assumed, the average of RGB's ({known.source}); "
-            "give --mean and --std if the model was trained with others"
+        # SMP adapts pretrained weights to one channel by summing over RGB: the counterpart is the average image.
+        mean, std = (sum(v) / len(v) for v in (known.mean, known.std))
+        note = (
+            f"1 input channel: mean {mean:.4g} and std {std:.4g} assumed, the average of RGB's; give --mean and --std "
+            "if the model was trained with others"
         )
+        return KnownStatistics((mean,), (std,), f"average of {known.source}"), note
     if not untrained:
         raise SpecError(
             f"nobody can guess the normalization of {in_channels} input channels; give --mean and --std with "
             f"{in_channels} values as in training (0 and 1 if images were only divided by 255)"
         )
-    cycle = [i % count for i in range(in_channels)]
-    return tuple(known.mean[i] for i in cycle), tuple(known.std[i] for i in cycle), (
-        f"{in_channels} input channels: mean and std of RGB repeated; the weights are random, so it does not matter"
-    )
+    repeated = [tuple(v[i % len(v)] for i in range(in_channels)) for v in (known.mean, known.std)]
+    note = f"{in_channels} input channels: mean and std of RGB repeated; the weights are random, so it does not matter"
+    return KnownStatistics(repeated[0], repeated[1], known.source), note
 
 
 def recorded_preprocess(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Preprocess | None:
@@ -182,12 +182,12 @@ def recorded_preprocess(config: Mapping[str, Any], tensors: Mapping[str, Any]) -
             top = float((settings.get("input_range") or (0, 1))[-1])
             order = str(settings.get("channel_order") or settings.get("input_space") or "rgb").lower()
         except (TypeError, ValueError, IndexError) as exc:
-            raise SpecError("the checkpoint's config.json has a preprocess entry without numbers; give --mean and --std") from exc
+            raise SpecError("preprocess in the checkpoint's config.json is not numbers; give --mean and --std") from exc
         return Preprocess(mean, std, top / 255.0, "bgr" if order == "bgr" else "rgb", "the checkpoint's config")
     buffers = [tensors.get("mean"), tensors.get("std")]
     if any(b is None or not 1 <= b.numel() <= 64 for b in buffers):
         return None
     values = [tuple(float(v) for v in b.flatten().tolist()) for b in buffers if b is not None]
     scale = 1.0 if max(*values[0], *values[1]) > 1.0 else 1.0 / 255.0
-    words = "buffers mean and std of the checkpoint, " + ("for 0..255" if scale == 1.0 else "for images divided by 255")
+    words = "buffers mean and std, " + ("for 0..255" if scale == 1.0 else "for images divided by 255")
     return Preprocess(values[0], values[1], scale, "rgb", words)

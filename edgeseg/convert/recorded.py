@@ -47,7 +47,8 @@ def _from_config(checkpoint: Checkpoint) -> RecordedModel:
     name = config.pop("_model_class", None)
     if not isinstance(name, str):
         raise CheckpointError(
-            f"config.json beside {checkpoint.path} names no SMP model (no _model_class); give the weights file itself, with --arch"
+            f"config.json beside {checkpoint.path} names no SMP model (no _model_class); give a copy of the weights "
+            "in a folder of its own, with --arch"
         )
     try:
         arch = architectures.resolve_arch(name)
@@ -121,15 +122,16 @@ def merge(request: ModelRequest, recorded: RecordedModel) -> ModelRequest:
         known = getattr(recorded, name)
         if recorded.complete and said is not None and known is not None and not _same(said, known):
             raise SpecError(
-                f"{options.get(name, '--activation')} {said} contradicts the checkpoint's config.json, which says {known}; "
-                "leave the option out"
+                f"{options.get(name, '--activation')} {said} contradicts the checkpoint's config.json, which says "
+                f"{known}; leave the option out"
             )
         merged[name] = said if said is not None else known
     model_args = dict(recorded.model_args)
     for name, value in request.model_args.items():
         if recorded.complete and name in model_args and not _same(value, model_args[name]):
             raise SpecError(
-                f"--model-arg {name}={value} contradicts the checkpoint's config.json, which says {model_args[name]}; leave it out"
+                f"--model-arg {name}={value} contradicts the checkpoint's config.json, which says {model_args[name]}; "
+                "leave it out"
             )
         model_args[name] = value
     return ModelRequest(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass
 
 from edgeseg.convert.naming import normalize
 from edgeseg.convert.rewrites import REWRITES, apply_rewrites
+from edgeseg.convert.rewrites.graph import tidy
 from edgeseg.convert.silence import silenced
 from edgeseg.errors import ExportError
 from edgeseg.onnx_file import first_line
@@ -23,6 +25,10 @@ def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:
     """
     rewritable = ir.serde.deserialize_model(infer_shapes(run_onnxsim(model)))
     applied = apply_rewrites(rewritable, REWRITES)
+    # rewrites make parameters anew: equal ones become one, and so do nodes that then compute the same
+    DeduplicateInitializersPass()(rewritable)
+    CommonSubexpressionEliminationPass()(rewritable)
+    tidy(rewritable)
     result = normalize(infer_shapes(normalize(ir.serde.serialize_model(rewritable))))
     return result, applied
 

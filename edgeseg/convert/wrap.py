@@ -6,7 +6,6 @@ The user's object is copied, never changed.
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +53,7 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest) -> LoadedModel:
     nn = architectures.import_for_conversion("torch.nn")
     architectures.import_smp()
     if not isinstance(module, nn.Module):
-        raise SpecError(f"model is a {type(module).__name__}; give a torch.nn.Module, or a checkpoint with weights=PATH")
+        raise SpecError(f"model is a {type(module).__name__}; give a torch.nn.Module, or weights=PATH of a checkpoint")
     if request.weights is not None or request.model_args:
         raise SpecError("weights and model_args are for models edgeseg builds; load the weights into the module first")
     name = type(_unwrapped(module)).__name__
@@ -112,8 +111,8 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
         twin = copy.deepcopy(module)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as exc:
         raise SpecError(
-            f"the {type(module).__name__} cannot be copied ({' '.join(str(exc).split())[:100]}); give the network inside it, "
-            "such as module.model"
+            f"{type(module).__name__} cannot be copied ({' '.join(str(exc).split())[:100]}); give the network inside "
+            "it, such as module.model"
         ) from exc
     return twin.cpu().float().eval().requires_grad_(False)
 
@@ -140,9 +139,8 @@ def _find_network(module: torch.nn.Module, request: ModelRequest) -> _Network:
     if agreement == "same":
         return _Network(inner, smp=True, inner=inner, notes=(note,))
     buffers = {"mean": module.mean, "std": module.std}
-    return _Network(
-        inner, smp=True, inner=inner, recorded=recorded_preprocess({}, buffers), notes=(f"{note} but the normalization",)
-    )
+    recorded = recorded_preprocess({}, buffers)
+    return _Network(inner, smp=True, inner=inner, recorded=recorded, notes=(f"{note} but the normalization",))
 
 
 def _same_work(wrapper: torch.nn.Module, inner: torch.nn.Module, channels: int) -> str | None:
@@ -203,12 +201,9 @@ def _recorded_args(module: torch.nn.Module) -> dict[str, Any]:
     known = architectures.import_smp().MODEL_ARCHITECTURES_MAPPING.get(type(module).__name__.lower())
     if not isinstance(config, dict) or known is not type(module):
         return {}
-    defaults = {p.name: p.default for p in inspect.signature(known.__init__).parameters.values()}
-    return {
-        k: v
-        for k, v in config.items()
-        if not k.startswith("_") and k not in (*architectures.SPEC_ARGUMENTS, "aux_params") and defaults.get(k, ...) != v
-    }
+    elsewhere = (*architectures.SPEC_ARGUMENTS, "aux_params")
+    given = {k: v for k, v in config.items() if not k.startswith("_") and k not in elsewhere}
+    return architectures.without_defaults(_arch_of(module), given)
 
 
 def _input_channels(network: _Network, request: ModelRequest) -> int:
@@ -261,7 +256,7 @@ def _describe(
     if request.activation is None and activation is None:
         activation = observed_activation(module, channels, probe)
         if activation is not None:
-            notes.append(f"the module returns probabilities: activation {activation}; give activation 'none' if it does not")
+            notes.append(f"the module returns probabilities: activation {activation}; else give activation 'none'")
     task, task_notes = resolve_task(request.task, classes, activation)
     notes.extend(task_notes)
     spec = ModelSpec(

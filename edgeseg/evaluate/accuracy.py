@@ -125,13 +125,17 @@ class AccuracyMeter:
 
     def _count_classes(self, prediction: Mask, truth: Mask) -> tuple[NDArray[np.int64], int, int]:
         valid = None if self.ignore_index is None else truth != self.ignore_index
-        predicted, true = (prediction.ravel(), truth.ravel()) if valid is None else (prediction[valid], truth[valid])
-        equal = predicted == true
-        hits = self._histogram(true[equal])
-        in_prediction, in_truth = self._histogram(predicted), self._histogram(true)
-        if self._matrix is not None:
-            cells = true.astype(np.int64) * self.classes + predicted
-            self._matrix += np.bincount(cells, minlength=self.classes**2).reshape(self._matrix.shape)
+        if self._matrix is None:
+            predicted, true = (prediction, truth) if valid is None else (prediction[valid], truth[valid])
+            hits, in_prediction, in_truth = map(self._histogram, (true[predicted == true], predicted, true))
+        else:
+            # One histogram of (truth, prediction) pairs holds all others; pixels not judged go to a bin of their own.
+            cells = truth.astype(np.intp) * self.classes + prediction
+            if valid is not None:
+                cells[~valid] = self.classes**2
+            pairs = np.bincount(cells.ravel(), minlength=self.classes**2 + 1)[:-1].reshape(self._matrix.shape)
+            self._matrix += pairs
+            hits, in_prediction, in_truth = pairs.diagonal(), pairs.sum(axis=0), pairs.sum(axis=1)
         band_p = boundary_band(prediction, self.boundary_px, image_border=True)
         band_t = boundary_band(truth, self.boundary_px, image_border=True, ignore_index=self.ignore_index)
         if valid is not None:
@@ -139,10 +143,10 @@ class AccuracyMeter:
         edge_hits = self._histogram(truth[band_p & band_t & (prediction == truth)])
         edge_union = self._histogram(prediction[band_p]) + self._histogram(truth[band_t]) - edge_hits
         counts = np.stack([hits, in_prediction - hits, in_truth - hits, edge_hits, edge_union], axis=1)
-        return counts, int(np.count_nonzero(equal)), int(true.size)
+        return counts.astype(np.int64), int(hits.sum()), int(in_truth.sum())
 
     def _histogram(self, values: Mask) -> NDArray[np.int64]:
-        return np.asarray(np.bincount(values, minlength=self.classes), dtype=np.int64)
+        return np.asarray(np.bincount(values.ravel(), minlength=self.classes), dtype=np.int64)
 
     def _count_planes(self, prediction: Mask, truth: Mask) -> tuple[NDArray[np.int64], int, int]:
         valid = np.ones(truth.shape, dtype=bool) if self.ignore_index is None else truth != self.ignore_index

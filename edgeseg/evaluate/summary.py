@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgeseg.artifacts import AccuracyFigures, Engine, LatencyFigures, PrecisionReport, Verification
+from edgeseg.artifacts import Engine, PrecisionReport, Verification
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -35,36 +35,32 @@ def build_summary(engine: Engine) -> Group:
 
 
 def verification_table(verification: Verification, engine_name: str) -> Table:
-    """One row for PyTorch, one for the engine; figures that were not measured are ``-``."""
+    """A line per figure, PyTorch beside the engine; what was not measured is ``-``. Fits 80 columns."""
     from rich import box
     from rich.table import Table
 
+    v = verification
+    before, after = v.pytorch_accuracy, v.engine_accuracy
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for name in ("mIoU", "Dice", "pixel acc.", "agreement", "at boundaries", "median ms", "speed-up", "size"):
-        table.add_column(name, justify="right", no_wrap=True)
-    v = verification
+    table.add_column("PyTorch", justify="right", no_wrap=True)
+    table.add_column(engine_name, justify="right", overflow="fold", style="bold")
+    table.add_column("difference", justify="right", no_wrap=True)
+    for name, first, second in (
+        ("mIoU", before.miou, after.miou),
+        ("Dice", before.dice, after.dice),
+        ("pixel accuracy", before.pixel_accuracy, after.pixel_accuracy),
+    ):
+        table.add_row(name, share(first), share(second), _points(first, second))
+    table.add_row("agreement with PyTorch", MISSING, share(v.agreement), "")
+    table.add_row("  near class boundaries", MISSING, share(v.boundary_agreement), "")
+    table.add_row("mIoU, PyTorch's as truth", MISSING, share(v.miou_vs_pytorch), "")
+    table.add_row("median ms", *_milliseconds(v, "median_ms"), _speed_up(speed_up(v)))
+    table.add_row("p99 ms", *_milliseconds(v, "p99_ms"), "")
+    sizes = v.pytorch_size_bytes, v.engine_size_bytes
     table.add_row(
-        "PyTorch",
-        *_accuracy_cells(v.pytorch_accuracy),
-        MISSING,
-        MISSING,
-        _ms(v.pytorch_latency),
-        _speed_up(1.0 if v.pytorch_latency else None),
-        _size(v.pytorch_size_bytes),
+        "size", *(f"{size / 1e6:.1f} MB" for size in sizes), f"{sizes[1] / sizes[0]:.2f}x" if sizes[0] else MISSING
     )
-    table.add_row(
-        engine_name,
-        *_accuracy_cells(v.engine_accuracy),
-        share(v.agreement),
-        share(v.boundary_agreement),
-        _ms(v.engine_latency),
-        _speed_up(speed_up(v)),
-        _size(v.engine_size_bytes),
-        style="bold",
-    )
-    if v.miou_drop is not None:
-        table.add_row("difference", *_differences(v.pytorch_accuracy, v.engine_accuracy), *[""] * 5, style="dim")
     return table
 
 
@@ -110,26 +106,16 @@ def share(value: float | None) -> str:
     return MISSING if value is None else f"{value:.4f}"
 
 
-def _accuracy_cells(figures: AccuracyFigures) -> tuple[str, str, str]:
-    return share(figures.miou), share(figures.dice), share(figures.pixel_accuracy)
-
-
-def _differences(before: AccuracyFigures, after: AccuracyFigures) -> list[str]:
-    pairs = ((before.miou, after.miou), (before.dice, after.dice), (before.pixel_accuracy, after.pixel_accuracy))
-    return [_points(first, second) for first, second in pairs]
-
-
 def _points(before: float | None, after: float | None) -> str:
     return MISSING if before is None or after is None else f"{after - before:+.4f}"
 
 
-def _ms(figures: LatencyFigures | None) -> str:
-    return MISSING if figures is None else f"{figures.median_ms:.1f}"
+def _milliseconds(verification: Verification, figure: str) -> list[str]:
+    both = (verification.pytorch_latency, verification.engine_latency)
+    return [MISSING if latency is None else f"{getattr(latency, figure):.1f}" for latency in both]
 
 
 def _speed_up(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1f}x"
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e6:.1f} MB"
+    if value is None:
+        return MISSING
+    return f"{value:.1f}x faster" if value >= 1 else f"{1 / value:.1f}x slower"

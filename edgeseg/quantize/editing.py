@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 
 class Editor:
-    """Inserts nodes in front of ``anchor``, with names that start with ``stem``."""
+    """Inserts nodes next to ``anchor``, in the order they are made, with names that start with ``stem``."""
 
-    def __init__(self, graph: ir.Graph, anchor: ir.Node, stem: str) -> None:
+    def __init__(self, graph: ir.Graph, anchor: ir.Node, stem: str | None, *, after: bool = False) -> None:
         self._graph = graph
         self._anchor = anchor
-        self._stem = stem
+        self._stem = stem or anchor.op_type
+        self._after = after
 
     def op(
         self,
@@ -34,7 +35,11 @@ class Editor:
         output = node.outputs[0]
         output.name, output.type = node.name, ir.TensorType(dtype)
         output.shape = None if shape is None else ir.Shape(list(shape))
-        self._graph.insert_before(self._anchor, node)
+        if self._after:
+            self._graph.insert_after(self._anchor, node)
+            self._anchor = node
+        else:
+            self._graph.insert_before(self._anchor, node)
         return output
 
     def constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:

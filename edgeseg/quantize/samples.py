@@ -24,7 +24,7 @@ MINIMUM_IMAGES = 8
 SMALLEST_SIDE = 16
 """Images with a side of fewer pixels are thumbnails or accidents, and are skipped."""
 
-CalibrationSource: TypeAlias = "str | Path | Iterable[NDArray[np.uint8]]"
+CalibrationSource: TypeAlias = "str | Path | Iterable[NDArray[np.uint8] | str | Path]"
 
 
 class _Image(Protocol):
@@ -83,13 +83,11 @@ class CalibrationSet:
         source: where they came from, in words.
         content: SHA-256 of each image taken, in order: of the file's bytes, or of an array's pixels.
         skipped: name and reason of every image that could not be used.
-        candidates: how many images were found, usable or not, taken or not.
     """
 
     source: str
     content: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
-    candidates: int
     _images: tuple[_Image, ...]
 
     @classmethod
@@ -107,8 +105,8 @@ class CalibrationSet:
         Args:
             source: a folder of images (or one with them in ``images/``), a glob pattern, a ``.txt`` list with one
                 path a line relative to the list, a ``.npy`` or ``.npz`` of uint8 ``(N, H, W, C)``, or an iterable
-                of uint8 ``(H, W, C)``, ``(H, W)`` or ``(N, H, W, C)`` arrays (kept in memory). RGB for three
-                channels.
+                of paths and of uint8 ``(H, W, C)``, ``(H, W)`` or ``(N, H, W, C)`` arrays (kept in memory). RGB for
+                three channels.
             limit: take at most this many, chosen by ``seed``; an image that cannot be used is replaced by another.
             seed: of the choice; the same images and seed give the same subset.
             channels: of the model's input.
@@ -137,7 +135,7 @@ class CalibrationSet:
             raise InputError(_too_few(words, len(taken), len(found), needed, skipped))
         taken.sort()
         content = tuple(sha for _, sha in taken)
-        return cls(words, content, tuple(sorted(skipped)), len(found), tuple(found[index] for index, _ in taken))
+        return cls(words, content, tuple(sorted(skipped)), tuple(found[index] for index, _ in taken))
 
     @property
     def digest(self) -> str:
@@ -154,11 +152,15 @@ class CalibrationSet:
         return kept, self._part([k for k in numbers if not (k + 1) % every])
 
     def _part(self, indices: list[int]) -> CalibrationSet:
-        content, images = (tuple(values[k] for k in indices) for values in (self.content, self._images))
-        return replace(self, content=content, _images=images)
+        content = tuple(self.content[k] for k in indices)
+        return replace(self, content=content, _images=tuple(self._images[k] for k in indices))
 
     def named_images(self, channels: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-        """Yield each image's name and pixels, uint8 ``(H, W, channels)``, at its own size."""
+        """Yield each image's name and pixels, uint8 ``(H, W, channels)``, at its own size.
+
+        Raises:
+            InputError: an image changed or vanished since :meth:`open`.
+        """
         for image in self._images:
             yield image.name, image.read(channels)
 
@@ -179,9 +181,8 @@ class CalibrationSet:
 
     def named_windows(self, spec: InputSpec) -> Iterator[tuple[str, list[NDArray[np.uint8]]]]:
         """Yield each image's name with all that the engine sees of it; see :meth:`images`."""
-        for image in self._images:
-            pixels = image.read(spec.channels)
-            yield image.name, [np.ascontiguousarray(window[None]) for window in fit_windows(pixels, spec)]
+        for name, pixels in self.named_images(spec.channels):
+            yield name, [np.ascontiguousarray(window[None]) for window in fit_windows(pixels, spec)]
 
 
 def _check(image: _Image, channels: int) -> str:
@@ -203,7 +204,7 @@ def _too_few(words: str, taken: int, found: int, needed: int, skipped: Sequence[
 def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:
     """What ``source`` is called in messages, and its candidates in a fixed order."""
     if not isinstance(source, (str, Path)):
-        return "the given arrays", _from_arrays(source)
+        return "the given images", _from_items(source)
     path = Path(source).expanduser()
     if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES:
         return str(path), _from_array_file(path)
@@ -219,22 +220,25 @@ def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:
 
 def _from_array_file(path: Path) -> list[_Image]:
     try:
-        # A pickle inside an array file can run code; it is never loaded. Mapped, so that a .npy stays on disk.
-        loaded = np.load(path, mmap_mode="r" if path.suffix.lower() == ".npy" else None, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            arrays = {path.name: loaded}
+        # A pickle inside an array file can run code; it is never loaded.
+        if path.suffix.lower() == ".npy":
+            arrays = {path.name: np.load(path, mmap_mode="r", allow_pickle=False)}
         else:
-            with loaded:
-                arrays = {f"{path.name}:{name}": loaded[name] for name in sorted(loaded.files)}
+            # numpy leaves a damaged archive open when it is given a path.
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+                arrays = {f"{path.name}:{name}": archive[name] for name in sorted(archive.files)}
     except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as exc:
         raise InputError(f"cannot read {path}: {exc}; save uint8 (N, H, W, C) arrays, without pickled objects") from exc
     return [image for name, array in arrays.items() for image in _split(name, array)]
 
 
-def _from_arrays(source: Iterable[NDArray[np.uint8]]) -> list[_Image]:
+def _from_items(source: Iterable[NDArray[np.uint8] | str | Path]) -> list[_Image]:
     images: list[_Image] = []
-    for index, array in enumerate(source):
-        images.extend(_split(f"array {index}", np.asarray(array)))
+    for index, item in enumerate(source):
+        if isinstance(item, (str, Path)):
+            images.append(_File(Path(item)))
+        else:
+            images.extend(_split(f"array {index}", np.asarray(item)))
     return images
 
 

@@ -4,10 +4,10 @@ What :func:`read_image` makes of unusual files, so that a mask does not depend o
 
 - Orientation noted by a camera (EXIF) is applied.
 - Grey becomes three equal channels; colour becomes grey by ITU-R 601 luma where the model has one channel.
-- Palettes are looked up. Transparency is dropped, the colours under it stay: that is what ``convert("RGB")`` and OpenCV
-  give at training time.
-- 16-bit samples keep their high byte, so 65535 becomes 255 and nothing is clipped. The range is that of the container: a
-  12-bit sensor stored in 16 bits comes out dark, scale it first.
+- Palettes are looked up. Transparency is dropped, the colours under it stay: that is what ``convert("RGB")`` and
+  OpenCV give at training time.
+- 16-bit samples keep their high byte, so 65535 becomes 255 and nothing is clipped. The range is that of the container:
+  a 12-bit sensor stored in 16 bits comes out dark, scale it first.
 - CMYK, YCbCr and HSV are converted without colour profiles. Of an animation or a stack the first frame is read.
 - 32-bit integers, floats and CIELAB have no one meaning as 0..255 and are refused.
 - Four and more channels: RGBA or CMYK files (raw), TIFF stacks with a page per channel, ``.npy``, ``.npz``.
@@ -47,8 +47,8 @@ def read_image(path: str | Path, channels: int = 3) -> NDArray[np.uint8]:
     """Read an image file; see the module for how unusual ones are handled.
 
     Args:
-        path: PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, JPEG 2000, or ``.npy``/``.npz`` holding one ``(H, W)`` or ``(H, W, C)``
-            uint8 or uint16 array (never unpickled).
+        path: PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, JPEG 2000, or ``.npy``/``.npz`` holding one ``(H, W)`` or
+            ``(H, W, C)`` uint8 or uint16 array (never unpickled).
         channels: what the model takes.
 
     Returns:
@@ -68,14 +68,13 @@ def read_image(path: str | Path, channels: int = 3) -> NDArray[np.uint8]:
     return _read_with_pillow(path, channels)
 
 
-def list_images(
-    source: str | Path | Iterable[str | Path], *, suffixes: frozenset[str] = IMAGE_SUFFIXES
-) -> list[Path]:
+def list_images(source: str | Path | Iterable[str | Path], *, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path]:
     """Find image files, in an order that is the same on every machine: ``img2`` before ``img10``.
 
     Args:
-        source: a folder (its own images, not those of folders within), a glob (``**`` descends), a list file (``.txt``: a path per line,
-            relative to the file, blank lines and ``#`` comments skipped), one image file, or paths. Lists keep their order.
+        source: a folder (its own images, not those of folders within), a glob (``**`` descends), a list file (``.txt``:
+            a path per line, relative to the file, blank lines and ``#`` comments skipped), one image file, or paths.
+            Lists keep their order.
         suffixes: what counts as an image in a folder, lower case.
 
     Raises:
@@ -160,7 +159,9 @@ def _load_array(path: Path) -> NDArray[Any]:
 
 def _check_bytes(path: Path, size_bytes: int) -> None:
     if size_bytes > MAX_ARRAY_BYTES:
-        raise InputError(f"cannot read image {path}: {size_bytes} bytes decoded, more than the {MAX_ARRAY_BYTES} allowed")
+        raise InputError(
+            f"cannot read image {path}: {size_bytes} bytes decoded, more than the {MAX_ARRAY_BYTES} allowed"
+        )
 
 
 def _from_array(path: Path, array: NDArray[Any], channels: int) -> NDArray[np.uint8]:
@@ -192,7 +193,7 @@ def _read_with_pillow(path: Path, channels: int) -> NDArray[np.uint8]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise InputError(f"cannot read image {path}: {_reason(exc)}; cut it into parts") from exc
     except Exception as exc:
-        # Decoders meet damaged files with whatever their parsing trips over: OSError, SyntaxError, struct.error, KeyError, ...
+        # Decoders raise whatever their parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ...
         raise InputError(f"cannot read image {path}: {_reason(exc)}") from exc
 
 
@@ -236,13 +237,13 @@ def _bands(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
     pages = getattr(image, "n_frames", 1)
     if pages == channels:
         planes = [np.asarray(_eight_bit(path, page).convert("L")) for page in ImageSequence.Iterator(image)]
-        if any(plane.ndim != 2 or plane.shape != planes[0].shape for plane in planes):
-            raise InputError(f"the {pages} pages of {path} are not grey pictures of one size; one page per channel is expected")
-        return np.stack(planes, axis=-1).astype(np.uint8, copy=False)
+        if any(plane.shape != planes[0].shape for plane in planes):
+            raise InputError(f"the {pages} pages of {path} differ in size; a page per channel is expected")
+        return np.stack(planes, axis=-1)
     if len(image.getbands()) != channels or image.mode in {"P", "PA"}:
         raise InputError(
-            f"{path} has {len(image.getbands())} channels (mode {image.mode}, {pages} pages); this model takes {channels}: "
-            f"store them as a .npy of shape (H, W, {channels}) or a TIFF with a page per channel"
+            f"{path} has {len(image.getbands())} channels (mode {image.mode}, {pages} pages); this model takes "
+            f"{channels}: store them as a .npy of shape (H, W, {channels}) or a TIFF with a page per channel"
         )
     return np.array(ImageOps.exif_transpose(image), np.uint8)
 

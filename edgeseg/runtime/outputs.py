@@ -106,8 +106,8 @@ class VideoFile:
 def unique_names(paths: Sequence[Path]) -> list[str]:
     """Return an output name (without suffix) for each input path, no two alike even where case is ignored.
 
-    A stem that is alone keeps its name. Inputs that share one get their suffix (``a_jpg``, ``a_png``), their folder (``left_a``,
-    ``right_a``) or both, whichever tells them apart first, else a number.
+    A stem that is alone keeps its name. Inputs that share one get their suffix (``a_jpg``, ``a_png``), their folder
+    (``left_a``, ``right_a``) or both, whichever tells them apart first, else a number.
     """
     names = [path.stem for path in paths]
     by_name: dict[str, list[int]] = {}

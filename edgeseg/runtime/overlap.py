@@ -78,10 +78,10 @@ class Pipe(Generic[A]):
 class Overlapped(Generic[B]):
     """Iterate over ``work(item)`` for each of ``items``, in order, one step ahead of the consumer.
 
-    One thread draws from ``items``, another calls ``work``, and the consumer's own thread uses the results, so the three overlap.
-    Nothing starts before the first result is asked for. An exception in either thread is raised at the consumer, after
-    the results that came before it. Breaking off, an exception at the consumer (Ctrl-C too) or dropping the object ends
-    both threads; :meth:`close` or a ``with`` block says when.
+    One thread draws from ``items``, another calls ``work``, and the consumer's own thread uses the results, so the
+    three overlap. Nothing starts before the first result is asked for. An exception in either thread is raised at the
+    consumer, after the results that came before it. Breaking off, an exception at the consumer (Ctrl-C too) or dropping
+    the object ends both threads; :meth:`close` or a ``with`` block says when.
 
     Args:
         items: drawn from in a thread of its own, and closed there if it has a ``close``.
@@ -102,8 +102,8 @@ class Overlapped(Generic[B]):
         )
         self._inbox = inbox
         self._results = iter(outbox)
-        self._started = False
-        self._end = weakref.finalize(self, _end, items, (inbox, outbox), self._threads)
+        self._started = threading.Event()
+        self._end = weakref.finalize(self, _end, items, (inbox, outbox), self._threads, self._started)
 
     @property
     def dropped(self) -> int:
@@ -114,11 +114,11 @@ class Overlapped(Generic[B]):
         return self
 
     def __next__(self) -> B:
-        if not self._started and self._end.alive:
-            self._started = True
-            for thread in self._threads:
-                thread.start()
         try:
+            if not self._started.is_set() and self._end.alive:
+                self._started.set()
+                for thread in self._threads:
+                    thread.start()
             return next(self._results)
         except BaseException:  # the end, an error of a thread, or Ctrl-C while waiting
             self.close()
@@ -167,10 +167,15 @@ def _work(inbox: Pipe[A], work: Callable[[A], B], outbox: Pipe[B]) -> None:
         inbox.close()
 
 
-def _end(items: Iterable[A], pipes: tuple[Pipe[A], Pipe[B]], threads: tuple[threading.Thread, ...]) -> None:
+def _end(
+    items: Iterable[A],
+    pipes: tuple[Pipe[A], Pipe[B]],
+    threads: tuple[threading.Thread, ...],
+    started: threading.Event,
+) -> None:
     for pipe in pipes:
         pipe.close()
-    if threads[0].ident is None:  # never started, so nobody else closes the source
+    if not started.is_set():  # nobody else closes the source
         _close(items)
     for thread in threads:
         if thread.ident is not None and thread is not threading.current_thread():

@@ -78,9 +78,10 @@ def colorize(mask: NDArray[Any], palette: NDArray[np.uint8] | None = None) -> ND
     """Paint a mask.
 
     Args:
-        mask: integers ``(H, W)``, class indices; or ``(C, H, W)``, 0/1 planes of a multilabel model, which are painted in the mean
-            colour of the classes present, black where there is none.
-        palette: uint8 ``(classes, 3)`` RGB; ``None`` for :func:`class_palette`. Values beyond it (an "ignore" label) turn grey.
+        mask: integers ``(H, W)``, class indices; or ``(C, H, W)``, 0/1 planes of a multilabel model, which are painted
+            in the mean colour of the classes present, black where there is none.
+        palette: uint8 ``(classes, 3)`` RGB; ``None`` for :func:`class_palette`. Values beyond it (an "ignore" label)
+            turn grey.
 
     Returns:
         uint8 ``(H, W, 3)`` RGB.
@@ -105,7 +106,7 @@ def colorize(mask: NDArray[Any], palette: NDArray[np.uint8] | None = None) -> ND
         picture = Image.fromarray(np.ascontiguousarray(mask))
         picture.putpalette(colours.tobytes())
         return np.array(picture.convert("RGB"))
-    return colours[mask]
+    return np.asarray(colours[mask])
 
 
 def overlay(
@@ -130,7 +131,8 @@ def overlay(
     if image.dtype != np.uint8 or image.ndim != 3:
         raise InputError(f"an image is uint8 (H, W, C), got {image.dtype} {image.shape}")
     if image.shape[:2] != mask.shape[-2:]:
-        raise InputError(f"the image has {image.shape[0]}x{image.shape[1]} pixels and the mask {mask.shape[-2]}x{mask.shape[-1]}")
+        (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[-2:]
+        raise InputError(f"the image has {height}x{width} pixels and the mask {mask_height}x{mask_width}")
     from PIL import Image
 
     colours = colorize(mask, palette)
@@ -167,7 +169,7 @@ def legend_entries(
 
 
 def add_legend(picture: NDArray[np.uint8], entries: Sequence[LegendEntry]) -> NDArray[np.uint8]:
-    """Return ``picture``, uint8 ``(H, W, 3)``, with a legend to its right (higher than the picture if that is very small)."""
+    """Return ``picture``, uint8 ``(H, W, 3)``, with a legend to its right, on a higher canvas if it is very small."""
     panel = legend_panel(picture.shape[0], tuple(entries))
     height = max(picture.shape[0], panel.shape[0])
     canvas = np.full((height, picture.shape[1] + panel.shape[1], 3), 255, np.uint8)

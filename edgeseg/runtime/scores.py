@@ -92,9 +92,9 @@ class ScoreRule:
 
     def _above(self, scores: NDArray[np.float32]) -> NDArray[np.bool_]:
         if self.activation in {"none", "clamp", "softmax"}:
-            return self.probabilities(scores) > np.float32(self.threshold)
+            return np.asarray(self.probabilities(scores) > np.float32(self.threshold))
         limit = math.log(self.threshold / (1.0 - self.threshold))
-        return scores > np.float32(limit / 2.0 if self.activation == "tanh" else limit)
+        return np.asarray(scores > np.float32(limit / 2.0 if self.activation == "tanh" else limit))
 
 
 def argmax_planes(scores: NDArray[np.float32]) -> NDArray[Any]:
@@ -134,13 +134,16 @@ def argmax_resized(scores: NDArray[np.float32], size: tuple[int, int]) -> NDArra
     for start in range(0, len(rows), CHUNK_PIXELS):
         y, x = rows[start : start + CHUNK_PIXELS], columns[start : start + CHUNK_PIXELS]
         v, u = down[y].astype(np.float32), across[x].astype(np.float32)
-        corners = (
-            (top[y] * width + left[x], (1 - v) * (1 - u)),
-            (top[y] * width + right[x], (1 - v) * u),
-            (bottom[y] * width + left[x], v * (1 - u)),
-            (bottom[y] * width + right[x], v * u),
-        )
-        blended = np.stack([sum(plane.take(index) * share for index, share in corners) for plane in flat])
+        first, second = top[y] * width, bottom[y] * width
+        blended = np.empty((len(scores), len(y)), np.float32)
+        for plane, target in zip(flat, blended, strict=True):
+            # Step by step as in resize_scores, so that rounding is the same.
+            above = plane.take(first + left[x]) * (1 - u)
+            above += plane.take(first + right[x]) * u
+            below = plane.take(second + left[x]) * (1 - u)
+            below += plane.take(second + right[x]) * u
+            np.multiply(above, 1 - v, out=target)
+            target += below * v
         mask[y, x] = argmax_planes(blended[:, None])[0]
     return mask
 

@@ -130,8 +130,9 @@ class Segmenter:
     def predict(self, images: NDArray[np.uint8], *, channel_order: ChannelOrder | None = None) -> Prediction:
         """Segment one image or a batch and return everything the engine was built to say.
 
-        Args and errors as for calling the segmenter. Scores are resized bilinearly; the mask and the confidence are made of
-        the resized scores. The confidence of a mask engine follows its mask, by nearest neighbour.
+        Arguments and errors are those of calling the segmenter. Scores are resized bilinearly; the mask and the
+        confidence are made of the resized scores. The confidence of a mask engine follows its mask, by nearest
+        neighbour.
         """
         batch, single = self._batch(images)
         found = list(self._predictions(batch, channel_order, mask_only=False))
@@ -170,7 +171,8 @@ class Segmenter:
             raise InputError(f"images have shape {images.shape}; give {wanted}")
         if images.shape[-1] != channels:
             raise InputError(
-                f"images have shape {images.shape}, so {images.shape[-1]} channels; this model takes {channels}: give {wanted}"
+                f"images have shape {images.shape}, so {images.shape[-1]} channels; this model takes {channels}: "
+                f"give {wanted}"
             )
         return (images[None], True) if images.ndim == 3 else (images, False)
 
@@ -219,10 +221,10 @@ class Segmenter:
                 aux_logits=aux,
             )
         scores = outputs[self.spec.output.kind]
+        mask = self._rule.mask_at_source(scores, place)
         if mask_only:
-            return Prediction(self._rule.mask_at_source(scores, place))
-        restored = place.restore(scores)
-        return self._scored(self._rule, restored, self._rule.mask(restored), aux)
+            return Prediction(mask)
+        return self._scored(self._rule, place.restore(scores), mask, aux)
 
     def _tiled(self, image: NDArray[np.uint8], tiling: Tiling, swap: bool, mask_only: bool) -> Prediction:
         aux: list[NDArray[np.float32]] = []
@@ -272,7 +274,10 @@ def load(
 
     Args:
         folder: made by ``edgeseg build`` or ``edgeseg compile``; its hashes are checked.
-        channel_order, fit, tile_overlap, palette: see :class:`Segmenter`.
+        channel_order: see :class:`Segmenter`.
+        fit: see :class:`Segmenter`.
+        tile_overlap: see :class:`Segmenter`.
+        palette: see :class:`Segmenter`.
 
     Raises:
         ArtifactError: no engine folder, or a damaged, stale or foreign one.
@@ -319,5 +324,5 @@ def _conversion(dtype: np.dtype[Any]) -> str:
 def _checked_palette(palette: NDArray[np.uint8], spec: PipelineSpec) -> NDArray[np.uint8]:
     needed = 2 if spec.model.task == "binary" else spec.model.classes
     if palette.dtype != np.uint8 or palette.ndim != 2 or palette.shape[1] != 3 or len(palette) < needed:
-        raise InputError(f"palette is {palette.dtype} {palette.shape}; give uint8 ({needed}, 3), a colour per mask value")
+        raise InputError(f"palette is {palette.dtype} {palette.shape}; give uint8 ({needed}, 3), RGB per mask value")
     return np.ascontiguousarray(palette)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ def open_source(source: object, channels: int) -> Video | Iterable[Picture]:
             return Video(Path(source), channels)
         return _read_files(list_images(source), channels)
     if isinstance(source, np.ndarray) and source.ndim == 3:
-        raise InputError(f"a stream of arrays is an iterable of images, got one array of shape {source.shape}; give [image]")
+        raise InputError(f"one array of shape {source.shape} is no stream; give an iterable of images, such as [image]")
     if isinstance(source, Iterable):
         return _number_arrays(source)
     raise InputError(
@@ -152,10 +153,13 @@ def _number_arrays(arrays: Iterable[Any]) -> Iterator[Picture]:
 
 @contextmanager
 def _quiet(cv2: Any) -> Iterator[None]:
-    """Keep OpenCV from printing several lines where one error of ours follows."""
-    level = cv2.getLogLevel()
-    cv2.setLogLevel(0)
+    """Keep OpenCV and FFmpeg from printing several lines where one error of ours follows."""
+    # FFmpeg's level is read from here when OpenCV first uses it; whoever set it before knows better.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "8")
+    logging = cv2.utils.logging
+    level = logging.getLogLevel()
+    logging.setLogLevel(logging.LOG_LEVEL_SILENT)
     try:
         yield
     finally:
-        cv2.setLogLevel(level)
+        logging.setLogLevel(level)

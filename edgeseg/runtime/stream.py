@@ -37,9 +37,11 @@ class Frame:
 
 
 class Stream:
-    """An iterator of :class:`Frame`; see :func:`stream`. Close it, or use ``with``, to stop early at a certain moment."""
+    """An iterator of :class:`Frame`; see :func:`stream`. Close it, or use ``with``, to stop at a certain moment."""
 
-    def __init__(self, pictures: Video | Iterable[Picture], segmenter: Segmenter, ahead: int, drop: bool | None) -> None:
+    def __init__(
+        self, pictures: Video | Iterable[Picture], segmenter: Segmenter, ahead: int, drop: bool | None
+    ) -> None:
         live = isinstance(pictures, Video) and pictures.live
         self._frames: Overlapped[Frame] = Overlapped(
             pictures, _segment_with(segmenter), ahead=ahead, newest_wins=live if drop is None else drop
@@ -79,8 +81,8 @@ def stream(
     """Yield frames and their masks, in order, with reading, inference and the caller's own work overlapped.
 
     Args:
-        source: a video file; a camera's index (``0`` or ``"0"``); a folder, glob or ``.txt`` list of images; or any iterable of uint8
-            arrays (drawn from in another thread), in the segmenter's channel order.
+        source: a video file; a camera's index (``0`` or ``"0"``); a folder, glob or ``.txt`` list of images; or any
+            iterable of uint8 arrays (drawn from in another thread), in the segmenter's channel order.
         segmenter: from :func:`edgeseg.load`.
         ahead: frames read ahead, and masks waiting for the caller, at most.
         drop: skip older frames when the engine cannot keep up, so that the newest is always next; ``None``: for

@@ -9,10 +9,11 @@ along each axis (the upper, the left one of two equally near), which cuts every 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from typing import Any
 
 from edgeseg.runtime.placement import Tiling
 
@@ -35,7 +36,7 @@ def cuts(starts: tuple[int, ...], window: int, length: int) -> tuple[int, ...]:
 
     Pixel ``p`` is nearer to the centre of window ``i + 1`` than of window ``i`` from the middle of their overlap on.
     """
-    middles = ((first + second + window + 1) // 2 for first, second in zip(starts, starts[1:], strict=False))
+    middles = ((first + second + window + 1) // 2 for first, second in pairwise(starts))
     return (0, *middles, length)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,19 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from edgeseg.artifacts import AccuracyFigures, LatencyFigures, Verification
+from edgeseg.artifacts import (
+    AccuracyFigures,
+    Engine,
+    FileRef,
+    LatencyFigures,
+    Manifest,
+    PrecisionReport,
+    Verification,
+)
 from edgeseg.errors import GateError, InputError
 from edgeseg.evaluate.dataset import IGNORED, Pair
 from edgeseg.evaluate.latency import LatencyProtocol, median_ms_interleaved
-from edgeseg.evaluate.summary import class_table, speed_up, verification_table
+from edgeseg.evaluate.summary import build_summary, class_table, speed_up, verification_table
 from edgeseg.evaluate.verify import check_gates, compare_masks, verify
 from edgeseg.runtime.placement import fit, fit_windows
 from edgeseg.runtime.segmenter import Segmenter
@@ -262,37 +272,60 @@ def test_a_limit_that_was_not_measured_is_not_met() -> None:
         check_gates(dataclasses.replace(GOOD, engine_accuracy=AccuracyFigures(math.nan)), max_drop=0.5)
 
 
-def shown(renderable: Any) -> str:
-    console = Console(width=140, record=True, file=None)
+def shown(renderable: Any, width: int = 80) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(renderable)
     return capture.get()
 
 
+def rows(renderable: Any, width: int = 80) -> dict[str, list[str]]:
+    """The table's lines by their first cell; cells are at least two spaces apart."""
+    lines = [re.split(r"\s{2,}", line.strip()) for line in shown(renderable, width).splitlines() if line.strip()]
+    return {line[0]: line[1:] for line in lines}
+
+
 def test_the_table_shows_both_and_their_difference() -> None:
-    text = shown(verification_table(GOOD, "fpn-int8"))
-    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
-    assert rows["PyTorch"][1:] == ["0.7000", "0.8000", "0.9000", "-", "-", "50.0", "1.0x", "20.0", "MB"]
-    assert rows["fpn-int8"][1:] == ["0.6900", "0.7900", "0.8900", "0.9900", "0.9000", "10.0", "5.0x", "5.5", "MB"]
-    assert rows["difference"][1:4] == ["-0.0100", "-0.0100", "-0.0100"]
+    found = rows(verification_table(GOOD, "fpn-int8"))
+    assert found["PyTorch"] == ["fpn-int8", "difference"]
+    assert found["mIoU"] == ["0.7000", "0.6900", "-0.0100"]
+    assert found["Dice"] == ["0.8000", "0.7900", "-0.0100"]
+    assert found["pixel accuracy"] == ["0.9000", "0.8900", "-0.0100"]
+    assert found["agreement with PyTorch"] == ["-", "0.9900"]
+    assert found["near class boundaries"] == ["-", "0.9000"]
+    assert found["mIoU, PyTorch's as truth"] == ["-", "0.9500"]
+    assert found["median ms"] == ["50.0", "10.0", "5.0x faster"]
+    assert found["size"] == ["20.0 MB", "5.5 MB", "0.28x"]
+
+
+def test_a_slower_engine_is_called_slower() -> None:
+    slow = dataclasses.replace(GOOD, engine_latency=dataclasses.replace(FIGURES, median_ms=100.0))
+    assert rows(verification_table(slow, "e"))["median ms"] == ["50.0", "100.0", "2.0x slower"]
 
 
 def test_what_was_not_measured_is_a_dash() -> None:
     bare = dataclasses.replace(
         GOOD,
         boundary_agreement=None,
+        miou_vs_pytorch=None,
         pytorch_accuracy=AccuracyFigures(),
         engine_accuracy=AccuracyFigures(),
         pytorch_latency=None,
         engine_latency=None,
     )
-    text = shown(verification_table(bare, "fpn-int8"))
-    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.split()}
-    assert rows["PyTorch"][1:] == ["-"] * 7 + ["20.0", "MB"]
-    assert rows["fpn-int8"][1:] == ["-", "-", "-", "0.9900", "-", "-", "-", "5.5", "MB"]
-    assert "difference" not in rows
+    found = rows(verification_table(bare, "fpn-int8"))
+    for name in ("mIoU", "Dice", "pixel accuracy", "median ms"):
+        assert found[name] == ["-", "-", "-"]
+    for name in ("near class boundaries", "mIoU, PyTorch's as truth", "p99 ms"):
+        assert found[name] == ["-", "-"]
     assert speed_up(bare) is None
     assert class_table(bare, ()) is None
+
+
+def test_long_names_do_not_break_an_80_column_terminal() -> None:
+    text = shown(verification_table(GOOD, "deeplabv3plus-tu-tf_efficientnet_lite0-int8 (onnxruntime)"), 80)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "0.6900" in text
 
 
 def test_classes_are_listed_by_name_and_an_absent_one_has_no_score() -> None:
@@ -300,6 +333,48 @@ def test_classes_are_listed_by_name_and_an_absent_one_has_no_score() -> None:
     rows = [line.split() for line in shown(table).splitlines()]
     assert ["car", "0.5000", "0.4800", "-0.0200"] in rows
     assert ["pole", "-", "-", "-"] in rows
+
+
+def engine_with(verification: Verification | None, **changes: Any) -> Engine:
+    graph = FileRef("model.onnx", "0" * 64, 10)
+    manifest = Manifest(
+        schema_version=1,
+        edgeseg_version="0.1.0",
+        name="fpn-int8",
+        spec=pipeline(),
+        precision=PrecisionReport(
+            "int8",
+            {"fp32": 0.025, "int8": 0.975},
+            {"int8": 1.0},
+            6_380_000_000,
+            {f"head.{k}/Conv": "float" for k in range(5)},
+        ),
+        target="onnxruntime",
+        scheme="onnxruntime-vnni",
+        graph=graph,
+        engine=graph,
+        calibration=None,
+        weights="",
+        inputs_sha256={},
+        options={},
+        versions={},
+        device={},
+        verification=verification,
+    )
+    return Engine(Path("engines/fpn-int8"), dataclasses.replace(manifest, **changes))
+
+
+def test_the_summary_of_a_build_says_what_ran_and_on_what() -> None:
+    text = " ".join(
+        shown(build_summary(engine_with(GOOD, candidates={"onnxruntime": 28.04, "openvino": 31.0}))).split()
+    )
+    assert "measured on ten scenes" in text
+    assert "6.38 GMAC, 97.5% in int8, 2.5% in fp32; float: head.0/Conv, head.1/Conv, head.2/Conv and 2 more" in text
+    assert "target auto measured onnxruntime 28.0 ms, openvino 31.0 ms and took onnxruntime" in text
+
+
+def test_the_summary_of_an_unverified_build_says_so() -> None:
+    assert "not verified" in shown(build_summary(engine_with(None)))
 
 
 def test_medians_of_sessions_in_turns() -> None:

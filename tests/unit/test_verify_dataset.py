@@ -110,6 +110,10 @@ def test_images_used_for_calibration_are_left_out_by_content(pairs: Path) -> Non
     copied_to_calibration = {file_digest(pairs / "images" / "img3.jpg")}
     assert [p.name for p in data.without(copied_to_calibration).images] == ["img1.jpg", "img2.jpg", "img10.jpg"]
     assert len(list(data.without(copied_to_calibration))) == 3
+    (held_out,) = data.only(copied_to_calibration)
+    assert held_out.name == "img3.jpg"
+    assert held_out.mask is not None
+    assert held_out.mask[0, 0] == 2
 
 
 @pytest.mark.parametrize(

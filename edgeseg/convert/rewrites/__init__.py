@@ -1,4 +1,8 @@
-"""Segmentation-aware graph rewrites, one a file, in the order they run."""
+"""Segmentation-aware graph rewrites, one a file, in the order they run.
+
+Each keeps every output equal, for every input, up to float32 rounding; each states what it needs and what it leaves. They
+come after onnxsim, which has folded constants and batch normalization by then.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +11,91 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from edgeseg.convert.rewrites import (
+    attention_scale,
+    channel_swap,
+    compose_concat,
+    compose_conv,
+    conv_concat,
+    conv_resize,
+    global_pool,
+    layout,
+    linear_conv,
+    qkv,
+    readout,
+    resize_scales,
+    slices,
+    stacked_sum,
+    tokens,
+)
+from edgeseg.convert.rewrites.graph import tidy
 from edgeseg.errors import ExportError
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A graph rewrite that keeps every output equal.
+    """A graph rewrite.
 
     Attributes:
-        name: for the report.
-        apply: changes the graph in place, returns how many times it applied.
-        leaves: postcondition: number of places where the pattern still stands although the rewrite handles it.
+        name: its file's name, for the report.
+        apply: changes the model in place and returns how often it applied.
+        left: postcondition: how many of its patterns stand; 0 after ``apply``.
     """
 
     name: str
     apply: Callable[[ir.Model], int]
-    leaves: Callable[[ir.Model], int]
+    left: Callable[[ir.Model], int]
 
 
-REWRITES: tuple[Rewrite, ...] = ()
+REWRITES: tuple[Rewrite, ...] = (
+    Rewrite("channel_swap", channel_swap.apply, channel_swap.left),
+    Rewrite("global_pool", global_pool.apply, global_pool.left),
+    Rewrite("stacked_sum", stacked_sum.apply, stacked_sum.left),
+    Rewrite("slices", slices.apply, slices.left),
+    Rewrite("qkv", qkv.apply, qkv.left),
+    Rewrite("readout", readout.apply, readout.left),
+    Rewrite("linear_conv", linear_conv.apply, linear_conv.left),
+    Rewrite("attention_scale", attention_scale.apply, attention_scale.left),
+    Rewrite("tokens", tokens.apply, tokens.left),
+    Rewrite("layout", layout.apply, layout.left),
+    Rewrite("resize_scales", resize_scales.apply, resize_scales.left),
+    Rewrite("conv_resize", conv_resize.apply, conv_resize.left),
+    Rewrite("conv_concat", conv_concat.apply, conv_concat.left),
+    Rewrite("compose_concat", compose_concat.apply, compose_concat.left),
+    Rewrite("compose_conv", compose_conv.apply, compose_conv.left),
+)
+"""The rewrites and their order: what uncovers a pattern comes before what looks for it."""
+
+Check = Callable[[ir.Model, ir.Model, Rewrite], None]
 
 
-def apply_rewrites(model: ir.Model, rewrites: Sequence[Rewrite]) -> dict[str, int]:
-    """Run ``rewrites`` in order on ``model`` in place; return the times each applied, those at 0 left out."""
+def apply_rewrites(
+    model: ir.Model, rewrites: Sequence[Rewrite] = REWRITES, check: Check | None = None
+) -> dict[str, int]:
+    """Run ``rewrites`` in order on ``model``, in place.
+
+    Args:
+        model: shapes inferred.
+        rewrites: which, in order.
+        check: called with a copy from before, the model after and the rewrite, for each that applied; raises if they
+            differ.
+
+    Returns:
+        how often each applied, those at 0 left out.
+
+    Raises:
+        ExportError: a rewrite left one of its own patterns behind.
+    """
     applied: dict[str, int] = {}
     for rewrite in rewrites:
+        before = model.clone() if check is not None else None
         count = rewrite.apply(model)
-        if left := rewrite.leaves(model):
-            raise ExportError(f"rewrite {rewrite.name} left {left} of its patterns behind; please report the model")
-        if count:
-            applied[rewrite.name] = count
+        if not count:
+            continue
+        tidy(model)
+        applied[rewrite.name] = count
+        if remaining := rewrite.left(model):
+            raise ExportError(f"rewrite {rewrite.name} left {remaining} of its patterns behind; please report the model")
+        if check is not None and before is not None:
+            check(before, model, rewrite)
     return applied

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 Dims = tuple[int | None, ...]
 
@@ -116,10 +117,16 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def tidy(model: ir.Model) -> None:
-    """Remove nodes and initializers nothing reads, and infer the shapes of new values."""
-    from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
-
+    """Remove nodes and initializers nothing reads, make node names unique, and infer the shapes of new values."""
     RemoveUnusedNodesPass()(model)
+    seen: dict[str, int] = {}
+    for node in model.graph:
+        name = node.name or node.op_type
+        while name in seen:
+            seen[name] += 1
+            name = f"{node.name or node.op_type}_{seen[name]}"
+        seen[name] = 0
+        node.name = name
     ShapeInferencePass(strict_mode=True)(model)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, ints, word
+from edgeseg.convert.rewrites.graph import constant, dims, emit, ints, weight, word
 
 
 @dataclass(frozen=True)
@@ -30,56 +30,59 @@ class Resizing:
         return self.node.outputs[0]
 
     @property
-    def grows(self) -> bool | None:
-        """True when the output has more pixels, ``None`` when not known before run time."""
-        before, after = dims(self.source), dims(self.output)
+    def scales(self) -> tuple[float, ...] | None:
+        """The constant scales, when it is given by scales."""
         scales = constant(self.node.inputs[2]) if len(self.node.inputs) > 2 else None
-        if scales is not None and scales.size:
-            return bool(scales.prod() > 1)
-        if before is None or after is None or None in (*before[2:], *after[2:]):
+        return tuple(float(s) for s in scales) if scales is not None and scales.size else None
+
+    @property
+    def growth(self) -> float | None:
+        """Output pixels per input pixel, ``None`` when not known before run time."""
+        if self.scales is not None:
+            return self.scales[2] * self.scales[3]
+        before, after = dims(self.source), dims(self.output)
+        if before is None or after is None:
             return None
-        return (after[2] or 0) * (after[3] or 0) > (before[2] or 0) * (before[3] or 0)
+        old_h, old_w, new_h, new_w = *before[2:], *after[2:]
+        if old_h is None or old_w is None or new_h is None or new_w is None:
+            return None
+        return new_h * new_w / (old_h * old_w)
+
+    @property
+    def can_move(self) -> bool:
+        """It can be written again for a value of other channels: its target does not come from a computed shape."""
+        after = dims(self.output)
+        return self.scales is not None or (after is not None and None not in after)
 
 
 def resizing(node: ir.Node | None) -> Resizing | None:
     """Read a spatial Resize; ``None`` if it touches batch or channels, extrapolates, or is no Resize."""
     if node is None or node.op_type != "Resize" or ints(node, "axes"):
         return None
-    if word(node, "mode", "nearest") not in ("nearest", "linear", "cubic"):
-        return None
     if word(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
         return None
     before, after = dims(node.inputs[0]), dims(node.outputs[0])
     if before is None or after is None or len(before) != 4 or before[1] is None or before[1] != after[1]:
         return None
-    scales = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    if scales is not None and scales.size and (scales[:2] != 1).any():
+    found = Resizing(node)
+    if found.scales is not None and found.scales[:2] != (1.0, 1.0):
         return None
-    return Resizing(node)
+    return found
 
 
-def emit_resize(before: ir.Node, x: ir.Value, like: Resizing, channels: int) -> ir.Value | None:
-    """Insert ``like``'s Resize on ``x``, which has ``channels`` channels; ``None`` when its target size is not constant."""
+def emit_resize(before: ir.Node, x: ir.Value, like: Resizing) -> ir.Value:
+    """Insert ``like``'s Resize, which ``can_move``, on ``x`` of the same plane and its own channels."""
     node = like.node
+    channels = (dims(x) or ())[1]
     inputs: list[ir.Value | None] = [x, None]
-    scales = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    if scales is not None and scales.size:
+    after = dims(like.output)
+    if like.scales is not None:
         inputs.append(node.inputs[2])
     else:
-        after = dims(like.output)
-        if after is None or None in after:
-            return None
-        inputs += [None, _sizes(before, [after[0] or 0, channels, after[2] or 0, after[3] or 0])]
-    attributes: dict[str, Any] = {name: attribute.value for name, attribute in node.attributes.items()}
+        assert after is not None
+        sizes = [d if d is not None else 0 for d in (after[0], channels, *after[2:])]
+        inputs += [None, weight(before, np.array(sizes, np.int64), "resize_sizes")]
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     old = like.output.shape
     shape = None if old is None else [old[0], channels, old[2], old[3]]
-    assert integer(node, "antialias", 0) in (0, 1)
     return emit(before, "Resize", inputs, attributes, shape=shape)
-
-
-def _sizes(before: ir.Node, sizes: list[int]) -> ir.Value:
-    import numpy as np
-
-    from edgeseg.convert.rewrites.graph import weight
-
-    return weight(before, np.array(sizes, np.int64), "resize_sizes")

@@ -1,0 +1,128 @@
+"""What edgeseg adds around the runtime: a call, an import, a load, a whole build.
+
+- ``Segmenter`` against a bare ``session.run`` of the very same session, in turns, 352x480.
+- ``import edgeseg``, ``edgeseg.load`` and ``edgeseg --help`` in fresh processes.
+- A full INT8 build of the demo fpn at 256x256 with 64 calibration images, nothing cached: where the time goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+import edgeseg
+from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
+from edgeseg.artifacts import Engine
+from edgeseg.evaluate.latency import LatencyProtocol, LatencySamples, measure_interleaved, median
+from edgeseg.progress import SilentReporter
+
+TIMED_IMPORT = "import time; t = time.perf_counter(); import edgeseg; print(time.perf_counter() - t)"
+TIMED_LOAD = """
+import sys, time
+import edgeseg
+start = time.perf_counter()
+edgeseg.load(sys.argv[1])
+print(time.perf_counter() - start)
+"""
+
+
+def main() -> None:
+    options = arguments()
+    console, machine = Console(), this_machine()
+    protocol = LatencyProtocol(
+        warmup_ms=500.0, min_duration_ms=options.duration_ms, min_iterations=options.iterations, block=1, settle=0
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["EDGESEG_CACHE"] = str(Path(scratch) / "cache")
+        stages, total = timed_build(Path(scratch) / "small")
+        large = edgeseg.build(
+            arch="fpn", precision="int8", size=(352, 480), target="onnxruntime", output=Path(scratch) / "large"
+        )
+        samples = call_overhead(large, protocol)
+        seconds = {
+            "import edgeseg": fresh_process(TIMED_IMPORT, options.processes),
+            "edgeseg.load": fresh_process(TIMED_LOAD, options.processes, str(large.folder)),
+            "edgeseg --help": [timed_help() for _ in range(options.processes)],
+        }
+    speed = ratios(samples, ("session.run",))
+    overhead = 1.0 / speed["session.run"]["Segmenter"]["median"] - 1.0
+    rows: list[dict[str, Any]] = [
+        {"name": name, "median_ms": s.median_ms, "samples_ms": [round(ms, 4) for ms in s.samples_ms]}
+        for name, s in samples.items()
+    ]
+    rows.append({"name": "Segmenter overhead", "share": overhead})
+    rows += [{"name": name, "median_s": median(s), "samples_s": s} for name, s in seconds.items()]
+    rows.append({"name": "int8 build of fpn 256x256, 64 calibration images", "total_s": total, "stages_s": stages})
+    record = Record(
+        benchmark="overhead",
+        workload="demo fpn, int8, onnxruntime",
+        machine=machine,
+        versions=versions(),
+        settings={"protocol": dataclasses.asdict(protocol), "processes": options.processes},
+        rows=rows,
+        ratios=speed,
+    )
+    record.write(options.output)
+    console.print(f"Segmenter over session.run, 352x480: {overhead:+.2%}")
+    for name, values in seconds.items():
+        console.print(f"{name}: {median(values) * 1000:.0f} ms")
+    listed = ", ".join(f"{stage} {s:.1f}" for stage, s in stages.items())
+    console.print(f"int8 build of fpn 256x256 with 64 calibration images: {total:.1f} s ({listed})")
+    console.print(f"raw samples: {options.output}")
+
+
+def timed_build(folder: Path) -> tuple[dict[str, float], float]:
+    reporter = SilentReporter()
+    started = time.perf_counter()
+    edgeseg.build(arch="fpn", precision="int8", size=(256, 256), target="onnxruntime", output=folder, reporter=reporter)
+    return reporter.seconds, time.perf_counter() - started
+
+
+def call_overhead(engine: Engine, protocol: LatencyProtocol) -> dict[str, LatencySamples]:
+    """Time the same ONNX Runtime session, called bare and through the Segmenter."""
+    segmenter = edgeseg.load(engine)
+    # The very session the Segmenter uses: another one would have other memory and other threads.
+    bare = segmenter._session._session  # type: ignore[union-attr]
+    spec = engine.manifest.spec.input
+    image = np.random.default_rng(0).integers(0, 256, (spec.height, spec.width, spec.channels), dtype=np.uint8)
+    batch, name = image[None], bare.get_inputs()[0].name
+    calls = {"session.run": lambda: bare.run(None, {name: batch}), "Segmenter": lambda: segmenter(image)}
+    return measure_interleaved(calls, protocol)
+
+
+def fresh_process(code: str, count: int, *arguments: str) -> list[float]:
+    """Seconds that ``code`` prints, from ``count`` fresh processes."""
+    found = []
+    for _ in range(count):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        found.append(float(done.stdout))
+    return found
+
+
+def timed_help() -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "edgeseg", "--help"], capture_output=True, check=True)
+    return time.perf_counter() - started
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--duration-ms", type=float, default=10000.0, help="mean counted time of a contender")
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=11, help="fresh processes for each start-up time")
+    parser.add_argument("--output", type=Path, default=RESULTS / "overhead.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

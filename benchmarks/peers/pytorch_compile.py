@@ -1,0 +1,13 @@
+"""torch.compile (inductor) of everything from the uint8 image to the mask, channels_last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.peers import Contender
+from benchmarks.peers.pytorch_eager import contender
+from benchmarks.workload import Workload
+
+
+def prepare(work: Workload, folder: Path) -> Contender:
+    return contender(work, channels_last=True, compiled=True)

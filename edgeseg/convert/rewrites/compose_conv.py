@@ -1,0 +1,138 @@
+"""Two linear convolutions in a row, the first 1x1 -> one.
+
+A convolution (or transposed convolution) after a 1x1 convolution without activation between is one convolution whose kernel
+is the product of the two. The first's bias passes through the second: where that pads with zeros or strides, the contribution
+differs from pixel to pixel, so it is added as a constant map (planes of static size only).
+
+Precondition: nothing else reads the value between, and the result is cheaper. Postcondition: no such pair is left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeseg.convert.rewrites.convolution import Convolution, convolution, pointwise
+from edgeseg.convert.rewrites.cost import ADDED_ELEMENT, pays
+from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, ints, nodes, replace, sole_maker, weight, word
+
+
+def apply(model: ir.Model) -> int:
+    """Rewrite until no pair is left; return how often."""
+    count = 0
+    for op_type, compose in (("Conv", _compose), ("ConvTranspose", _compose_transposed)):
+        for node in nodes(model, op_type):
+            first = _first(node)
+            while first is not None:
+                node = compose(first, node)
+                count += 1
+                first = _first(node)
+    return count
+
+
+def left(model: ir.Model) -> int:
+    """How many are left."""
+    both = (*nodes(model, "Conv"), *nodes(model, "ConvTranspose"))
+    return sum(_first(node) is not None for node in both)
+
+
+def _first(node: ir.Node) -> Convolution | None:
+    """The 1x1 convolution before ``node``, if composing the two is possible and pays."""
+    first = pointwise(sole_maker(node.inputs[0], "Conv"))
+    kernel = constant(node.inputs[1])
+    if first is None or kernel is None or kernel.ndim != 4 or integer(node, "group", 1) != 1:
+        return None
+    if word(node, "auto_pad", "NOTSET") != "NOTSET" or ints(node, "output_shape") or not node.outputs[0].uses():
+        return None
+    if len(node.inputs) > 2 and node.inputs[2] is not None and constant(node.inputs[2]) is None:
+        return None
+    planes = dims(node.inputs[0]), dims(node.outputs[0])
+    needs_map = first.has_bias and not _uniform(node, kernel)
+    if None in planes or (needs_map and any(p is None or None in p[2:] for p in planes)):
+        return None
+    middle, inputs = first.weight.shape[:2]
+    transposed = node.op_type == "ConvTranspose"
+    outputs = kernel.shape[1] if transposed else kernel.shape[0]
+    taps, strides = int(np.prod(kernel.shape[2:])), int(np.prod(ints(node, "strides", (1, 1))))
+    # per pixel of the plane the 1x1 convolution works on
+    times = taps if transposed else taps / strides
+    added = outputs * (strides if transposed else 1 / strides) * ADDED_ELEMENT if needs_map else 0
+    old = middle * inputs + times * outputs * middle
+    return first if pays(times * outputs * inputs + added, old) else None
+
+
+def _uniform(node: ir.Node, kernel: NDArray[Any]) -> bool:
+    """Every output pixel sees the same taps: no zero padding; for a transposed one, a single tap."""
+    if node.op_type == "ConvTranspose":
+        return kernel.shape[2:] == (1, 1) and set(ints(node, "strides", (1, 1))) == {1}
+    return not any(ints(node, "pads"))
+
+
+def _compose(first: Convolution, node: ir.Node) -> ir.Node:
+    second = convolution(node)
+    assert second is not None
+    outer = np.moveaxis(second.weight, 1, -1).astype(np.float64)  # (O, kH, kW, M)
+    kernel = np.moveaxis(outer @ first.weight[:, :, 0, 0].astype(np.float64), -1, 1)
+    return _replace_pair(first, node, kernel, outer @ first.bias.astype(np.float64), second.bias)
+
+
+def _compose_transposed(first: Convolution, node: ir.Node) -> ir.Node:
+    old = constant(node.inputs[1])
+    assert old is not None
+    outer = np.moveaxis(old, 0, -1).astype(np.float64)  # (O, kH, kW, M)
+    kernel = np.moveaxis(outer @ first.weight[:, :, 0, 0].astype(np.float64), -1, 0)
+    bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    bias = np.zeros(old.shape[1], np.float32) if bias is None else bias
+    return _replace_pair(first, node, kernel, outer @ first.bias.astype(np.float64), bias)
+
+
+def _replace_pair(
+    first: Convolution, node: ir.Node, kernel: NDArray[np.float64], taps: NDArray[np.float64], bias: NDArray[Any]
+) -> ir.Node:
+    """Emit the composed convolution; ``taps`` ``(O, kH, kW)`` is what the first's bias gives at each kernel position."""
+    source = first.node.inputs[0]
+    assert source is not None
+    value = node.inputs[1]
+    stem = ((value.name if value is not None else None) or "conv").removesuffix(".weight")
+    uniform = _uniform(node, kernel)
+    if uniform:
+        bias = (bias + taps.sum(axis=(1, 2))).astype(np.float32)
+    inputs = [source, weight(node, kernel.astype(np.float32), f"{stem}.weight")]
+    if bias.any():
+        inputs.append(weight(node, bias.astype(np.float32), f"{stem}.bias"))
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    shape = None if node.outputs[0].shape is None else list(node.outputs[0].shape)
+    result = emit(node, node.op_type, inputs, attributes, shape=shape)
+    composed = result.producer()
+    assert composed is not None
+    if not uniform and taps.any():
+        constant_map = _bias_map(node, taps)[None].astype(np.float32)
+        result = emit(node, "Add", [result, weight(node, constant_map, f"{stem}.bias_map")], shape=shape)
+    replace(node.outputs[0], result)
+    return composed
+
+
+def _bias_map(node: ir.Node, taps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a plane of ones times ``taps`` becomes: float64 ``(O, H, W)`` of ``node``'s output plane."""
+    small, large = dims(node.inputs[0]), dims(node.outputs[0])
+    assert small is not None and large is not None
+    if node.op_type == "Conv":
+        small, large = large, small  # a convolution gathers what a transposed one scatters
+    planes = [(s or 0, b or 0) for s, b in zip(small[2:], large[2:], strict=True)]
+    strides, dilations = ints(node, "strides", (1, 1)), ints(node, "dilations", (1, 1))
+    pads = ints(node, "pads", (0, 0, 0, 0))
+    target = [b if node.op_type == "ConvTranspose" else s for s, b in planes]
+    result = np.zeros((taps.shape[0], *target))
+    for row in range(taps.shape[1]):
+        for column in range(taps.shape[2]):
+            touched = []
+            for axis, offset in enumerate((row, column)):
+                cells = np.arange(planes[axis][0])
+                reached = cells * strides[axis] + offset * dilations[axis] - pads[axis]
+                inside = (reached >= 0) & (reached < planes[axis][1])
+                touched.append(reached[inside] if node.op_type == "ConvTranspose" else cells[inside])
+            result[:, touched[0][:, None], touched[1][None, :]] += taps[:, row, column, None, None]
+    return result

@@ -1,0 +1,107 @@
+"""1x1 convolution of a Concat with upsampled parts -> upsampled convolutions of the parts, added.
+
+conv(concat(resize(a), b)) = resize(conv_a(a)) + conv_b(b): a 1x1 convolution is linear in its input channels and commutes with
+a Resize (see conv_resize). Where ``a`` is one pixel (image pooling in ASPP) the Resize is a broadcast and the Add does it.
+
+Precondition: the Concat is along channels and read by this convolution only; at least one part is an upsampling Resize for
+which the new form is cheaper, counting the elements resized, copied and added. Postcondition: no such part is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
+from edgeseg.convert.rewrites.cost import ADDED_ELEMENT, COPIED_ELEMENT, RESIZED_ELEMENT, pays
+from edgeseg.convert.rewrites.graph import dims, emit, integer, nodes, replace, sole_maker
+from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
+
+
+@dataclass(frozen=True)
+class _Part:
+    value: ir.Value
+    start: int
+    end: int
+    resize: Resizing | None
+
+    @property
+    def channels(self) -> int:
+        return self.end - self.start
+
+
+def apply(model: ir.Model) -> int:
+    """Rewrite; return how many convolutions were split."""
+    count = 0
+    for node in nodes(model, "Conv"):
+        match = _match(node)
+        if match is not None:
+            _rewrite(*match)
+            count += 1
+    return count
+
+
+def left(model: ir.Model) -> int:
+    """How many are left."""
+    return sum(_match(node) is not None for node in nodes(model, "Conv"))
+
+
+def _match(node: ir.Node) -> tuple[Convolution, list[_Part], list[_Part]] | None:
+    conv, concat = pointwise(node), sole_maker(node.inputs[0], "Concat")
+    if conv is None or concat is None or integer(concat, "axis", 0) % 4 != 1 or not node.outputs[0].uses():
+        return None
+    moved: list[_Part] = []
+    kept: list[_Part] = []
+    start = 0
+    for value in concat.inputs:
+        shape = dims(value)
+        if value is None or shape is None or shape[1] is None:
+            return None
+        resize = resizing(sole_maker(value, "Resize"))
+        part = _Part(value, start, start + shape[1], resize)
+        start = part.end
+        (moved if _gains(part, conv.weight.shape[0]) else kept).append(part)
+    return (conv, moved, kept) if moved else None
+
+
+def _gains(part: _Part, outputs: int) -> bool:
+    resize = part.resize
+    if resize is None or not resize.can_move or resize.growth is None or resize.growth <= 1:
+        return False
+    pixels = resize.growth  # prices per pixel of the small plane
+    old = pixels * part.channels * (RESIZED_ELEMENT + COPIED_ELEMENT + outputs)
+    resized = 0 if _is_one_pixel(resize) else pixels * outputs * RESIZED_ELEMENT
+    return pays(resized + pixels * outputs * ADDED_ELEMENT + part.channels * outputs, old)
+
+
+def _is_one_pixel(resize: Resizing) -> bool:
+    shape = dims(resize.source)
+    return shape is not None and shape[2:] == (1, 1)
+
+
+def _rewrite(conv: Convolution, moved: list[_Part], kept: list[_Part]) -> None:
+    node, matrix = conv.node, conv.weight[:, :, 0, 0]
+    bias = conv.bias
+    terms = []
+    if kept:
+        whole = kept[0].value
+        if len(kept) > 1:
+            shape = whole.shape
+            total = sum(p.channels for p in kept)
+            new_shape = None if shape is None else [shape[0], total, *shape[2:]]
+            whole = emit(node, "Concat", [p.value for p in kept], {"axis": 1}, shape=new_shape)
+        columns = [c for p in kept for c in range(p.start, p.end)]
+        terms.append(emit_pointwise(node, whole, matrix[:, columns], bias, conv.stem))
+    for index, part in enumerate(moved):
+        resize = part.resize
+        assert resize is not None
+        own_bias = bias if not kept and index == 0 else None
+        small = emit_pointwise(node, resize.source, matrix[:, part.start : part.end], own_bias, conv.stem)
+        # a one-pixel plane is broadcast by the Add, unless nothing of full size would remain
+        broadcast = _is_one_pixel(resize) and (kept or any(not _is_one_pixel(p.resize) for p in moved if p.resize))
+        terms.append(small if broadcast else emit_resize(node, small, resize))
+    total_value = terms[0]
+    for term in terms[1:]:
+        total_value = emit(node, "Add", [total_value, term])
+    replace(node.outputs[0], total_value)

@@ -1,0 +1,86 @@
+"""A linear layer on flattened pixels -> 1x1 convolution.
+
+``x.flatten(2).transpose(1, 2)`` -> MatMul (+ Add) -> ``transpose(1, 2).reshape(N, C, H, W)`` is a 1x1 convolution of x. That
+is faster than two transpositions around a product everywhere, and other rewrites can then move and compose it.
+
+Precondition: Reshape(N,C,HW) + Transpose(0,2,1) before, Transpose(0,2,1) + Reshape to the same H and W after, constant
+weight and bias, nothing else reads the values between. Postcondition: no such MatMul is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeseg.convert.rewrites.convolution import emit_pointwise
+from edgeseg.convert.rewrites.graph import constant, dims, ints, maker, nodes, replace, sole_maker, sole_reader
+
+
+@dataclass(frozen=True)
+class _Match:
+    source: ir.Value
+    matrix: NDArray[Any]
+    bias: NDArray[Any] | None
+    last: ir.Node
+
+
+def apply(model: ir.Model) -> int:
+    """Rewrite; return how often."""
+    count = 0
+    for node in nodes(model, "MatMul"):
+        match = _match(node)
+        if match is None:
+            continue
+        value = node.inputs[1]
+        stem = ((value.name if value is not None else None) or "linear").removesuffix(".weight")
+        if stem.startswith("val_") or not stem:
+            stem = (node.name or "linear").rpartition("/")[0]
+        replace(match.last.outputs[0], emit_pointwise(node, match.source, match.matrix.T, match.bias, stem))
+        count += 1
+    return count
+
+
+def left(model: ir.Model) -> int:
+    """How many are left."""
+    return sum(_match(node) is not None for node in nodes(model, "MatMul"))
+
+
+def _match(node: ir.Node) -> _Match | None:
+    matrix = constant(node.inputs[1])
+    source = _flattened(node.inputs[0])
+    if source is None or matrix is None or matrix.ndim != 2:
+        return None
+    output, bias = node.outputs[0], None
+    add = sole_reader(output, "Add")
+    if add is not None:
+        bias = constant(next(v for v in add.inputs if v is not output))
+        if bias is None or bias.size != matrix.shape[1] or bias.shape[-1] != bias.size:
+            return None
+        output, bias = add.outputs[0], bias.reshape(-1)
+    transpose = sole_reader(output, "Transpose")
+    reshape = sole_reader(transpose.outputs[0], "Reshape") if transpose is not None else None
+    if transpose is None or reshape is None or ints(transpose, "perm") != (0, 2, 1):
+        return None
+    before, after = dims(source), dims(reshape.outputs[0])
+    if before is None or after is None or len(after) != 4 or None in after[2:] or before[2:] != after[2:]:
+        return None
+    if before[0] != after[0] or after[1] != matrix.shape[1] or matrix.dtype != np.float32:
+        return None
+    return _Match(source, matrix, bias, reshape)
+
+
+def _flattened(value: ir.Value | None) -> ir.Value | None:
+    transpose = sole_maker(value, "Transpose")
+    if transpose is None or ints(transpose, "perm") != (0, 2, 1):
+        return None
+    reshape = maker(transpose.inputs[0], "Reshape")
+    if reshape is None:
+        return None
+    before, after = dims(reshape.inputs[0]), dims(reshape.outputs[0])
+    if before is None or after is None or len(before) != 4 or len(after) != 3 or before[:2] != after[:2]:
+        return None
+    return reshape.inputs[0]

@@ -1,0 +1,80 @@
+"""Attention's ``qkv.reshape(B, N, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)`` -> split first, reshape each part.
+
+Reshape + Transpose + Split + three Squeezes become Split + three times (Reshape + Transpose); the key's own transposition
+then joins its Transpose. The values are the same, moved only.
+
+Precondition: Squeeze(Split(Transpose(Reshape(x)))) where the split axis has as many parts as its size and is, before the
+Transpose, the first factor of x's last axis. Postcondition: no such Split is left.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, ints, nodes, replace, sole_maker, sole_reader, weight
+
+
+def apply(model: ir.Model) -> int:
+    """Rewrite; return how often."""
+    count = 0
+    for split in nodes(model, "Split"):
+        match = _match(split)
+        if match is None:
+            continue
+        _rewrite(split, *match)
+        count += 1
+    return count
+
+
+def left(model: ir.Model) -> int:
+    """How many are left."""
+    return sum(_match(split) is not None for split in nodes(model, "Split"))
+
+
+def _match(split: ir.Node) -> tuple[ir.Node, ir.Node, list[ir.Node]] | None:
+    transpose = sole_maker(split.inputs[0], "Transpose")
+    reshape = sole_maker(transpose.inputs[0], "Reshape") if transpose is not None else None
+    if transpose is None or reshape is None or reshape.inputs[0] is None:
+        return None
+    before, after = dims(reshape.inputs[0]), dims(reshape.outputs[0])
+    axis = integer(split, "axis", 0)
+    if before is None or after is None or constant(reshape.inputs[1]) is None:
+        return None
+    factor = len(before) - 1  # x's last axis becomes axes factor, factor + 1, ...: leading axes must be kept as they are
+    source = ints(transpose, "perm")[axis % len(after)]
+    if len(after) <= len(before) or source != factor or after[factor] != len(split.outputs):
+        return None
+    if before[:factor] != after[:factor] or None in after[factor:] or None in (*before[1:], *after[1:]):
+        return None
+    squeezes = []
+    for part in split.outputs:
+        squeeze = sole_reader(part, "Squeeze")
+        axes = constant(squeeze.inputs[1]) if squeeze is not None else None
+        if squeeze is None or axes is None or [int(a) % len(after) for a in axes] != [axis % len(after)]:
+            return None
+        squeezes.append(squeeze)
+    return reshape, transpose, squeezes
+
+
+def _rewrite(split: ir.Node, reshape: ir.Node, transpose: ir.Node, squeezes: list[ir.Node]) -> None:
+    value, after = reshape.inputs[0], dims(reshape.outputs[0])
+    assert value is not None and after is not None
+    before = dims(value)
+    assert before is not None
+    factor, parts = len(before) - 1, len(split.outputs)
+    inner = [d or 0 for d in after[factor + 1 :]]
+    size = int(np.prod(inner))
+    sizes = weight(split, np.full(parts, size, np.int64), "split_sizes")
+    head = emit(split, "Split", [value, sizes], {"axis": factor}, outputs=parts)
+    node = head.producer()
+    assert node is not None and value.shape is not None
+    # 0 copies a leading dimension (a dynamic batch too)
+    target = weight(split, np.array([0] * factor + inner, np.int64), "head_shape")
+    perm = [p - (p > factor) for p in ints(transpose, "perm") if p != factor]
+    shape = [*value.shape[:factor], *inner]
+    for part, squeeze in zip(node.outputs, squeezes, strict=True):
+        part.shape = ir.Shape([*value.shape[:factor], size])
+        part.dtype = value.dtype
+        heads = emit(split, "Reshape", [part, target], shape=shape)
+        replace(squeeze.outputs[0], emit(split, "Transpose", [heads], {"perm": perm}, shape=[shape[p] for p in perm]))

@@ -1,0 +1,72 @@
+"""A linear layer of ``concat(x, expand(token))`` -> linear(x) + linear(token), the token's part computed once.
+
+DPT's readout glues the class token to every patch before a linear layer. The token's half of that product is the same for
+every patch: half the multiply-accumulates, the Expand and the Concat go away.
+
+Precondition: MatMul by a constant matrix of a Concat, along the last axis, of values of which one is an Expand along
+another axis only. Postcondition: no such MatMul is left.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, nodes, replace, sole_maker, weight
+
+
+def apply(model: ir.Model) -> int:
+    """Rewrite; return how often."""
+    count = 0
+    for node in nodes(model, "MatMul"):
+        concat = _concat(node)
+        matrix = constant(node.inputs[1])
+        if concat is None or matrix is None:
+            continue
+        total: ir.Value | None = None
+        row = 0
+        for value in concat.inputs:
+            expand = sole_maker(value, "Expand")
+            source = expand.inputs[0] if expand is not None and _broadcasts(expand) else value
+            width = (dims(value) or (0,))[-1] or 0
+            part = weight(node, matrix[row : row + width], f"{_stem(node)}.weight")
+            row += width
+            product = emit(node, "MatMul", [source, part])
+            total = product if total is None else emit(node, "Add", [total, product])
+        assert total is not None
+        replace(node.outputs[0], total)
+        count += 1
+    return count
+
+
+def left(model: ir.Model) -> int:
+    """How many are left."""
+    return sum(_concat(node) is not None and bool(node.outputs[0].uses()) for node in nodes(model, "MatMul"))
+
+
+def _concat(node: ir.Node) -> ir.Node | None:
+    concat = sole_maker(node.inputs[0], "Concat")
+    matrix = constant(node.inputs[1])
+    if concat is None or matrix is None or matrix.ndim != 2:
+        return None
+    shapes = [dims(v) for v in concat.inputs]
+    if any(s is None or s[-1] is None for s in shapes):
+        return None
+    rank = len(shapes[0] or ())
+    if integer(concat, "axis", 0) % rank != rank - 1:
+        return None
+    expands = [sole_maker(v, "Expand") for v in concat.inputs]
+    found = any(e is not None and _broadcasts(e) for e in expands)
+    # one plain value must carry the full shape, or broadcasting would lose the expanded axis
+    plain = any(e is None or not _broadcasts(e) for e in expands)
+    return concat if found and plain else None
+
+
+def _broadcasts(expand: ir.Node) -> bool:
+    before, after = dims(expand.inputs[0]), dims(expand.outputs[0])
+    if before is None or after is None or len(before) != len(after) or before[-1] is None:
+        return False
+    return before[-1] == after[-1] and 1 in before[:-1]
+
+
+def _stem(node: ir.Node) -> str:
+    return (node.name or "linear").rpartition("/")[0] or "linear"

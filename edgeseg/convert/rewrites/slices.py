@@ -1,0 +1,86 @@
+"""Slices that partition an axis -> one Split.
+
+``x[:, :1]`` and ``x[:, 1:]`` read the same value twice; TensorRT's parser makes 27 layers (shape arithmetic) of each Slice and
+one of each output of a Split.
+
+Precondition: two or more Slices of one value, each along one and the same axis of static size, step 1, constant bounds,
+that cover the axis without gap or overlap. Postcondition: no such set is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeseg.convert.rewrites.graph import constant, dims, emit, nodes, replace, weight
+
+
+@dataclass(frozen=True)
+class _Piece:
+    node: ir.Node
+    axis: int
+    start: int
+    end: int
+
+
+def apply(model: ir.Model) -> int:
+    """Rewrite; return how many Slices became a Split's output."""
+    count = 0
+    for pieces in _partitions(model):
+        first = pieces[0].node
+        sizes = [p.end - p.start for p in pieces]
+        value = first.inputs[0]
+        assert value is not None
+        # the earliest node of the set may not be the first piece
+        order = {node: i for i, node in enumerate(model.graph)}
+        before = min((p.node for p in pieces), key=lambda n: order[n])
+        head = emit(
+            before,
+            "Split",
+            [value, weight(before, np.array(sizes, np.int64), "split_sizes")],
+            {"axis": pieces[0].axis},
+            outputs=len(pieces),
+        )
+        split = head.producer()
+        assert split is not None
+        for piece, output in zip(pieces, split.outputs, strict=True):
+            replace(piece.node.outputs[0], output)
+        count += len(pieces)
+    return count
+
+
+def left(model: ir.Model) -> int:
+    """How many are left."""
+    return sum(len(p) for p in _partitions(model))
+
+
+def _partitions(model: ir.Model) -> list[list[_Piece]]:
+    groups: dict[tuple[ir.Value, int], dict[tuple[int, int], _Piece]] = {}
+    for node in nodes(model, "Slice"):
+        piece = _piece(node)
+        if piece is not None and node.inputs[0] is not None and node.outputs[0].uses():
+            groups.setdefault((node.inputs[0], piece.axis), {}).setdefault((piece.start, piece.end), piece)
+    result = []
+    for (value, axis), by_bounds in groups.items():
+        pieces = [by_bounds[bounds] for bounds in sorted(by_bounds)]
+        size = (dims(value) or ())[axis]
+        edges = [0, *(p.end for p in pieces)]
+        if len(pieces) > 1 and edges[-1] == size and all(p.start == e for p, e in zip(pieces, edges, strict=False)):
+            result.append(pieces)
+    return result
+
+
+def _piece(node: ir.Node) -> _Piece | None:
+    shape = dims(node.inputs[0])
+    values = [constant(v) for v in node.inputs[1:]]
+    if shape is None or len(values) < 3 or any(v is None or v.size != 1 for v in values):
+        return None
+    start, end, axis, *steps = (int(v.item()) for v in values if v is not None)
+    axis %= len(shape)
+    size = shape[axis]
+    if size is None or (steps and steps[0] != 1):
+        return None
+    start, end = (min(max(v + size if v < 0 else v, 0), size) for v in (start, end))
+    return _Piece(node, axis, start, end) if end > start else None

@@ -1,0 +1,56 @@
+"""``torch.stack(x).sum(dim)``: Unsqueeze + Concat + ReduceSum -> a chain of Add.
+
+The stack copies every input and reads the copy back; Adds do neither, fuse with what follows in TensorRT, and have an INT8
+kernel in ONNX Runtime. The order of summation is the same.
+
+Precondition: every Concat input is an Unsqueeze along the concatenated axis, which is the axis summed and dropped.
+Postcondition: no such ReduceSum is left.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from edgeseg.convert.rewrites.graph import constant, emit, integer, maker, nodes, replace, sole_maker
+
+
+def apply(model: ir.Model) -> int:
+    """Rewrite; return how often."""
+    count = 0
+    for node in nodes(model, "ReduceSum"):
+        terms = _terms(node)
+        if terms is None:
+            continue
+        total = terms[0]
+        for term in terms[1:]:
+            total = emit(node, "Add", [total, term], shape=term.shape)
+        replace(node.outputs[0], total)
+        count += 1
+    return count
+
+
+def left(model: ir.Model) -> int:
+    """How many are left."""
+    return sum(_terms(node) is not None and bool(node.outputs[0].uses()) for node in nodes(model, "ReduceSum"))
+
+
+def _terms(node: ir.Node) -> list[ir.Value] | None:
+    concat = sole_maker(node.inputs[0], "Concat")
+    axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if concat is None or axes is None or axes.size != 1 or integer(node, "keepdims", 1) != 0:
+        return None
+    axis = integer(concat, "axis", 0)
+    terms = []
+    for value in concat.inputs:
+        stacked = maker(value, "Unsqueeze")
+        if stacked is None or stacked.inputs[0] is None:
+            return None
+        where = constant(stacked.inputs[1])
+        rank = stacked.inputs[0].shape.rank() + 1 if stacked.inputs[0].shape is not None else 0
+        if rank == 0 or where is None or where.size != 1:
+            return None
+        if len({int(where.item()) % rank, axis % rank, int(axes.item()) % rank}) != 1:
+            return None
+        terms.append(stacked.inputs[0])
+    shapes = {tuple(t.shape) if t.shape is not None else None for t in terms}
+    return terms if len(shapes) == 1 and None not in shapes else None

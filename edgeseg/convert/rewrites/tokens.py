@@ -1,0 +1,147 @@
+"""Transformer tokens ``(B, N, C)`` -> ``(B * N, C)`` through linear layers, norms, residual sums and GELU.
+
+None of these looks at batch and position. With two axes a linear layer is one GEMM in every runtime, and TensorRT's parser
+adds no layer per weight, bias, norm scale and norm shift to bring it to three.
+
+Precondition: a connected set of such nodes on three-axis values of one B and N, with at least two linear layers; parameters
+constant along the last axis. Postcondition: no such set is left.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, replace, weight
+
+_POINTWISE = frozenset({"Add", "Mul", "Sub", "Div", "Gelu", "Erf", "Relu", "Sigmoid", "Tanh", "HardSwish"})
+
+
+def apply(model: ir.Model) -> int:
+    """Rewrite; return how many linear layers now work on two axes."""
+    count = 0
+    for region in _regions(model):
+        _flatten(region)
+        count += sum(node.op_type == "MatMul" for node in region)
+    return count
+
+
+def left(model: ir.Model) -> int:
+    """How many linear layers are left."""
+    return sum(node.op_type == "MatMul" for region in _regions(model) for node in region)
+
+
+def _regions(model: ir.Model) -> list[list[ir.Node]]:
+    """Connected sets, each in graph order."""
+    order = [node for node in model.graph if _rank_agnostic(node)]
+    label = {node: i for i, node in enumerate(order)}
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    parent = list(range(len(order)))
+    for node in order:
+        for value in node.inputs:
+            before = value.producer() if value is not None else None
+            if before is not None and before in label:
+                parent[root(label[node])] = root(label[before])
+    regions: dict[int, list[ir.Node]] = {}
+    for node in order:
+        regions.setdefault(root(label[node]), []).append(node)
+    return [r for r in regions.values() if sum(n.op_type == "MatMul" for n in r) > 1]
+
+
+def _rank_agnostic(node: ir.Node) -> bool:
+    leads = set()
+    for value in node.inputs:
+        if value is None or constant(value) is not None:
+            continue
+        shape = dims(value)
+        if shape is None or len(shape) != 3 or shape[2] is None or shape[1] is None:
+            return False
+        leads.add(shape[:2])
+    if len(leads) != 1 or node.domain not in ("", "ai.onnx"):
+        return False
+    if any((dims(v) or ())[:2] not in leads or len(dims(v) or ()) != 3 for v in node.outputs):
+        return False
+    parameters = [(i, constant(v)) for i, v in enumerate(node.inputs) if v is not None and constant(v) is not None]
+    if node.op_type == "MatMul":
+        return len(parameters) == 1 and parameters[0][0] == 1 and parameters[0][1].ndim == 2  # type: ignore[union-attr]
+    if node.op_type == "LayerNormalization":
+        return integer(node, "axis", -1) in (-1, 2) and all(i > 0 for i, _ in parameters) and len(node.outputs) == 1
+    if node.op_type == "Split":
+        return integer(node, "axis", 0) in (-1, 2)
+    last_axis_only = all(a is not None and a.size == (a.shape[-1] if a.ndim else 1) for _, a in parameters)
+    return node.op_type in _POINTWISE and last_axis_only
+
+
+def _flatten(region: list[ir.Node]) -> None:
+    inside = set(region)
+    flat: dict[ir.Value, ir.Value] = {}
+
+    def flattened(value: ir.Value, near: ir.Node) -> ir.Value:
+        if value not in flat:
+            channels = (dims(value) or ())[-1] or 0
+            target = weight(near, np.array([-1, channels], np.int64), "tokens_shape")
+            flat[value] = emit(near, "Reshape", [value, target], shape=_flat_shape(value))
+        return flat[value]
+
+    for node in region:
+        inputs = []
+        for value in node.inputs:
+            array = constant(value)
+            if value is None or node.op_type == "Split" and array is not None:
+                inputs.append(value)
+            elif array is None:
+                inputs.append(flattened(value, node))
+            elif node.op_type == "MatMul" or array.ndim == 0:
+                inputs.append(value)
+            else:
+                inputs.append(weight(node, array.reshape(1, -1), value.name or "parameter"))
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        if "axis" in attributes:
+            attributes["axis"] = 1
+        first = emit(node, node.op_type, inputs, attributes, outputs=len(node.outputs))
+        new = first.producer()
+        assert new is not None
+        for old_output, output in zip(node.outputs, new.outputs, strict=True):
+            output.dtype, output.shape = old_output.dtype, ir.Shape(_flat_shape(old_output))
+            flat[old_output] = output
+    for node in region:
+        for output in node.outputs:
+            _restore(output, flat[output], inside)
+
+
+def _flat_shape(value: ir.Value) -> list[int | None]:
+    batch, tokens, channels = dims(value) or (None, None, None)
+    return [None if batch is None or tokens is None else batch * tokens, channels]
+
+
+def _restore(old: ir.Value, new: ir.Value, inside: set[ir.Node]) -> None:
+    """Give readers outside the region the value with three axes."""
+    outside = [use for use in old.uses() if use.node not in inside]
+    if not outside and not old.is_graph_output():
+        return
+    target = [-1 if d is None else d for d in dims(old) or ()]
+    near = outside[0].node if outside else new.producer()
+    assert near is not None
+    # right after its producer: readers may stand in any order
+    producer = new.producer()
+    assert producer is not None and producer.graph is not None
+    anchor = _next(producer)
+    shaped = emit(anchor, "Reshape", [new, weight(anchor, np.array(target, np.int64), "tokens_shape")])
+    shaped.shape = old.shape
+    replace(old, shaped)
+
+
+def _next(node: ir.Node) -> ir.Node:
+    graph = node.graph
+    assert graph is not None
+    found = False
+    for other in graph:
+        if found:
+            return other
+        found = other is node
+    raise AssertionError("a node that is read has a successor")

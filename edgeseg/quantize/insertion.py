@@ -1,0 +1,211 @@
+"""Insert the Q/DQ pairs a placement asks for into a float graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeseg.errors import QuantizationError
+from edgeseg.quantize.editing import Editor, constant_array, remove_unread
+from edgeseg.quantize.parameters import (
+    ActivationParameters,
+    QuantizedWeight,
+    activation_parameters,
+    quantize_bias,
+    quantize_weight,
+    weight_axis,
+    widen_for_bias,
+)
+from edgeseg.quantize.placement import Placement, Range, Role
+from edgeseg.quantize.schemes import QuantScheme
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """Parameters of one group of values, and the constants that hold them in the graph."""
+
+    parameters: ActivationParameters
+    scale: ir.Value
+    zero_point: ir.Value
+
+
+def insert_pairs(graph: ir.Graph, ranges: Mapping[str, Range], placement: Placement, scheme: QuantScheme) -> None:
+    """Change ``graph`` in place.
+
+    Raises:
+        QuantizationError: a value that has to be quantized has no range, or one that is not finite.
+    """
+    _Inserter(graph, ranges, placement, scheme).run()
+
+
+class _Inserter:
+    """Walks the graph once in order. A value that was quantized has its integers in ``_integers``; its float readers
+    get one shared DQ of them, made when the first is met."""
+
+    def __init__(
+        self, graph: ir.Graph, ranges: Mapping[str, Range], placement: Placement, scheme: QuantScheme
+    ) -> None:
+        self._graph = graph
+        self._ranges = ranges
+        self._placement = placement
+        self._scheme = scheme
+        self._dtype: Any = np.uint8 if scheme.activations == "u8" else np.int8
+        self._integers: dict[ir.Value, ir.Value] = {}
+        self._floats: dict[ir.Value, ir.Value] = {}
+        self._affines: dict[ir.Value, _Affine] = {}
+
+    def run(self) -> None:
+        nodes = list(self._graph)
+        for node in nodes:
+            role = self._placement.roles.get(node)
+            if role is Role.MOVES:
+                self._move(node)
+            elif role is not Role.CLAMP:
+                self._read(node, role)
+                self._write(node, role)
+        self._finish_outputs()
+        remove_unread(self._graph, [n for n, role in self._placement.roles.items() if role is Role.CLAMP])
+
+    def _read(self, node: ir.Node, role: Role | None) -> None:
+        """Let ``node`` read dequantized values where it is integer, or where no float value is computed any more."""
+        for index, value in enumerate(list(node.inputs)):
+            if value is None:
+                continue
+            takes_integers = role is Role.FUSED or (role is Role.WEIGHTED and index == 0)
+            if value in self._integers and (takes_integers or not self._is_computed_in_float(value)):
+                node.replace_input_with(index, self._dequantized(value, node))
+            elif role is Role.FUSED and value.const_value is not None:
+                node.replace_input_with(index, self._operand(value, node))
+        if role is Role.WEIGHTED:
+            self._quantize_weight(node)
+
+    def _is_computed_in_float(self, value: ir.Value) -> bool:
+        producer = value.producer()
+        if self._scheme.placement == "inputs" or producer is None:
+            return False
+        return producer not in self._placement.roles
+
+    def _write(self, node: ir.Node, role: Role | None) -> None:
+        for output in node.outputs:
+            target = output
+            reader = next(iter(output.consumers()), None)
+            if role is not None and reader is not None and self._placement.roles.get(reader) is Role.CLAMP:
+                target = reader.outputs[0]  # the Q put here saturates where the clamp clips
+            if target in self._placement.quantized:
+                affine = self._affine(target)
+                self._integers[target] = Editor(self._graph, node, target.name, after=True).op(
+                    "Q",
+                    "QuantizeLinear",
+                    [output, affine.scale, affine.zero_point],
+                    dtype=ir.DataType.from_numpy(np.dtype(self._dtype)),
+                    shape=target.shape,
+                )
+
+    def _move(self, node: ir.Node) -> None:
+        """Let a data movement run on integers."""
+        for index, value in enumerate(list(node.inputs)):
+            if value in self._integers:
+                node.replace_input_with(index, self._integers[value])  # type: ignore[index]
+        for output in node.outputs:
+            self._integers[output] = output
+            output.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(self._dtype)))
+
+    def _dequantized(self, value: ir.Value, reader: ir.Node) -> ir.Value:
+        if value not in self._floats:
+            affine = self._affine(value)
+            inputs = [self._integers[value], affine.scale, affine.zero_point]
+            editor = Editor(self._graph, reader, value.name)
+            self._floats[value] = editor.op("DQ", "DequantizeLinear", inputs, shape=value.shape)
+        return self._floats[value]
+
+    def _affine(self, value: ir.Value) -> _Affine:
+        leader = self._placement.representative(value)
+        if leader not in self._affines:
+            limits = [self._ranges[m.name] for m in self._placement.members(leader) if m.name in self._ranges]
+            if not limits:
+                raise QuantizationError(f"the calibration table has no range for {value.name}; calibrate this graph again")
+            low, high = min(lo for lo, _ in limits), max(hi for _, hi in limits)
+            parameters = activation_parameters(str(leader.name), low, high, self._scheme)
+            editor = Editor(self._graph, self._graph[0], leader.name)
+            self._affines[leader] = _Affine(
+                parameters,
+                editor.constant("scale", np.array(parameters.scale, np.float32)),
+                editor.constant("zero_point", np.array(parameters.zero_point, self._dtype)),
+            )
+        return self._affines[leader]
+
+    def _operand(self, value: ir.Value, node: ir.Node) -> ir.Value:
+        """A constant that an integer operator adds or multiplies with, quantized like an activation."""
+        array = constant_array(value)
+        assert array is not None
+        parameters = activation_parameters(str(value.name), float(array.min()), float(array.max()), self._scheme)
+        smallest, largest = self._scheme.quantized_limits
+        integers = np.clip(np.rint(array / parameters.scale) + parameters.zero_point, smallest, largest)
+        return self._constant_pair(
+            Editor(self._graph, node, f"{node.name}/operand"),
+            integers.astype(self._dtype),
+            np.array(parameters.scale, np.float32),
+            np.array(parameters.zero_point, self._dtype),
+        )
+
+    def _quantize_weight(self, node: ir.Node) -> None:
+        """Replace the float weight, and the bias if the scheme wants, by DQ of integer constants."""
+        weight = constant_array(node.inputs[1])
+        assert weight is not None
+        bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+        transposed = bool(node.attributes.get_int("transB", 0))
+        axis = weight_axis(node.op_type, groups=node.attributes.get_int("group", 1), transposed=transposed)
+        quantized = quantize_weight(weight, axis, self._scheme)
+        integer_bias = bias is not None and self._scheme.integer_bias and node.attributes.get_float("beta", 1.0) == 1.0
+        if integer_bias:
+            assert bias is not None
+            input_scale = self._input_scale(node)
+            quantized = widen_for_bias(quantized, input_scale, bias)
+            scale = (quantized.scale.astype(np.float64) * input_scale).astype(np.float32)
+            node.replace_input_with(2, self._bias(node, quantize_bias(bias, scale), scale))
+        node.replace_input_with(1, self._weight(node, quantized))
+
+    def _weight(self, node: ir.Node, weight: QuantizedWeight) -> ir.Value:
+        zeros = np.zeros(weight.scale.shape, np.int8)
+        editor = Editor(self._graph, node, f"{node.name}/weight")
+        return self._constant_pair(editor, weight.values, weight.scale, zeros, axis=weight.axis)
+
+    def _bias(self, node: ir.Node, integers: NDArray[np.int32], scale: NDArray[np.float32]) -> ir.Value:
+        zeros = np.zeros(scale.shape, np.int32)
+        return self._constant_pair(Editor(self._graph, node, f"{node.name}/bias"), integers, scale, zeros, axis=0)
+
+    def _constant_pair(
+        self, editor: Editor, integers: NDArray[Any], scale: NDArray[Any], zero_point: NDArray[Any], **attributes: int
+    ) -> ir.Value:
+        inputs = [
+            editor.constant("integers", integers),
+            editor.constant("scale", scale),
+            editor.constant("zero_point", zero_point),
+        ]
+        return editor.op("DQ", "DequantizeLinear", inputs, shape=integers.shape, **attributes)
+
+    def _input_scale(self, node: ir.Node) -> float:
+        source = node.inputs[0]
+        dequantize = source.producer() if source is not None else None
+        scale = constant_array(dequantize.inputs[1]) if dequantize is not None else None
+        assert scale is not None, f"{node.name} reads a value that was not quantized"
+        return float(scale)
+
+    def _finish_outputs(self) -> None:
+        """Graph outputs keep their float type: dequantize those that ended as integers."""
+        for index, value in enumerate(list(self._graph.outputs)):
+            if value in self._integers and not self._is_computed_in_float(value):
+                name = value.name
+                value.name = f"{name}/quantized_output"
+                affine = self._affine(value)
+                last = self._graph[len(self._graph) - 1]
+                result = Editor(self._graph, last, name, after=True).op(
+                    "DQ", "DequantizeLinear", [self._integers[value], affine.scale, affine.zero_point], shape=value.shape
+                )
+                result.name = name
+                self._graph.outputs[index] = result

@@ -1,0 +1,108 @@
+"""Scales and zero points from ranges, and quantized weights. Plain numpy; ``real = scale * (quantized - zero_point)``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.errors import QuantizationError
+from edgeseg.quantize.schemes import QuantScheme
+
+SMALLEST_SCALE = 1e-8
+"""Of an activation that is zero on every calibration image."""
+
+
+@dataclass(frozen=True)
+class ActivationParameters:
+    """How one activation tensor is quantized.
+
+    Attributes:
+        scale: > 0, real units per step; exactly a float32.
+        zero_point: the integer that means 0.
+    """
+
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight per output channel.
+
+    Attributes:
+        values: int8, shaped like the float weight.
+        scale: float32, one per channel.
+        axis: of the channels.
+    """
+
+    values: NDArray[np.int8]
+    scale: NDArray[np.float32]
+    axis: int
+
+    def dequantized(self) -> NDArray[np.float32]:
+        """The float weight the integers stand for."""
+        shape = [1] * self.values.ndim
+        shape[self.axis] = -1
+        return self.values.astype(np.float32) * self.scale.reshape(shape)
+
+
+def activation_parameters(name: str, low: float, high: float, scheme: QuantScheme) -> ActivationParameters:
+    """Scale and zero point for values in ``[low, high]``, 0 exactly representable.
+
+    Raises:
+        QuantizationError: the range is not finite.
+    """
+    if not np.isfinite([low, high]).all():
+        raise QuantizationError(f"the range of {name} is [{low}, {high}]; calibrate on images on which it stays finite")
+    low, high = min(low, 0.0), max(high, 0.0)
+    smallest, largest = scheme.quantized_limits
+    if scheme.symmetric:
+        scale = max(-low, high) / largest
+        return ActivationParameters(float(np.float32(max(scale, SMALLEST_SCALE))), 0)
+    scale = float(np.float32(max((high - low) / (largest - smallest), SMALLEST_SCALE)))
+    zero_point = int(np.clip(np.rint(smallest - low / scale), smallest, largest))
+    return ActivationParameters(scale, zero_point)
+
+
+def quantize_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme) -> QuantizedWeight:
+    """Quantize symmetrically per channel along ``axis``, rounding to nearest even."""
+    rest = tuple(i for i in range(weight.ndim) if i != axis)
+    largest = np.abs(weight).max(axis=rest) if weight.size else np.zeros(weight.shape[axis], np.float32)
+    # A channel of zeros gets scale 1: its integers are zero whatever the scale, and a tiny one would overflow the bias.
+    scale = np.where(largest > 0, largest / scheme.weight_limit, 1.0).astype(np.float32)
+    scale = np.maximum(scale, np.float32(np.finfo(np.float32).tiny))
+    shape = [1] * weight.ndim
+    shape[axis] = -1
+    limit = scheme.weight_limit
+    values = np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
+    return QuantizedWeight(values, scale, axis)
+
+
+def weight_axis(op_type: str, *, groups: int = 1, transposed: bool = False) -> int:
+    """The output-channel axis of a weight: Conv 0, ConvTranspose 1, Gemm 0 or 1 by ``transB``, MatMul 1."""
+    if op_type == "ConvTranspose":
+        if groups != 1:
+            raise QuantizationError(f"ConvTranspose with {groups} groups has no per-channel weight axis; leave it float")
+        return 1
+    return {"Conv": 0, "MatMul": 1, "Gemm": 0 if transposed else 1}[op_type]
+
+
+def quantize_bias(bias: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Quantize a bias to int32 with the accumulator's scale (input scale times weight scale, per channel)."""
+    info = np.iinfo(np.int32)
+    return np.clip(np.rint(bias.astype(np.float64) / scale.astype(np.float64)), info.min, info.max).astype(np.int32)
+
+
+def widen_for_bias(weight: QuantizedWeight, input_scale: float, bias: NDArray[Any]) -> QuantizedWeight:
+    """Raise the weight scale of channels whose bias would leave int32 (weights a billion times smaller than the bias)."""
+    needed = np.abs(bias.astype(np.float64)) / (input_scale * 2.0**30)
+    if not np.any(needed > weight.scale):
+        return weight
+    shape = [1] * weight.values.ndim
+    shape[weight.axis] = -1
+    scale = np.maximum(weight.scale, needed).astype(np.float32)
+    values = np.rint(weight.dequantized() / scale.reshape(shape)).astype(np.int8)
+    return QuantizedWeight(values, scale, weight.axis)

@@ -1,0 +1,35 @@
+"""Graph passes that prepare a float graph for one target's kernels, one a file.
+
+Unlike the rewrites of :mod:`edgeseg.convert.rewrites`, which help everywhere and run before calibration, these know
+what a runtime is fast at, run on the calibrated graph, and say which range a value they make has. Each keeps the
+graph's float results equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from edgeseg.quantize.passes.depth_to_space import depth_to_space
+from edgeseg.quantize.passes.fold_preprocessing import fold_preprocessing
+from edgeseg.quantize.passes.group_norm import group_norm
+from edgeseg.quantize.passes.linear_resize import linear_resize
+from edgeseg.quantize.passes.nearest_resize import nearest_resize
+from edgeseg.quantize.passes.pixel_groups import pixel_groups
+from edgeseg.quantize.passes.pointwise_head import pointwise_head
+from edgeseg.quantize.placement import Range
+from edgeseg.spec import PipelineSpec
+
+Pass = Callable[[ir.Model, dict[str, Range], PipelineSpec], int]
+"""Changes the model in place, adds ranges of values it makes; returns how often it applied."""
+
+PASSES: Mapping[str, Pass] = {
+    "depth_to_space": depth_to_space,
+    "fold_preprocessing": fold_preprocessing,
+    "group_norm": group_norm,
+    "linear_resize": linear_resize,
+    "nearest_resize": nearest_resize,
+    "pixel_groups": pixel_groups,
+    "pointwise_head": pointwise_head,
+}

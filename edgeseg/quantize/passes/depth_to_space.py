@@ -1,0 +1,67 @@
+"""DepthToSpace as block copies in NHWC: ONNX Runtime has no integer kernel for it, and a slow float one.
+
+With the channels of a pixel side by side, interleaving columns is a Concat along the channels and interleaving rows a
+Concat of whole rows. Precondition: DCR mode, static height, width and channels; best when the input is a Concat of the
+phases (as the subpixel rewrite makes it), which is taken apart.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeseg.quantize.editing import Editor, replace_value, sole_reader, static_shape
+from edgeseg.quantize.placement import Range
+from edgeseg.spec import PipelineSpec
+
+
+def depth_to_space(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec) -> int:
+    """Apply the pass; returns how many nodes it replaced."""
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "DepthToSpace" or node.attributes.get_string("mode", "DCR") != "DCR":
+            continue
+        shape = static_shape(node.inputs[0])
+        if shape is not None:
+            _replace(model.graph, node, shape)
+            count += 1
+    return count
+
+
+def _replace(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...]) -> None:
+    block = node.attributes.get_int("blocksize", 1)
+    channels, (height, width) = shape[1] // block**2, shape[2:]
+    editor = Editor(graph, node, node.name)
+    phases = _phases(editor, node, block, channels)
+    row = editor.constant("row_shape", np.array([-1, height, 1, width * block * channels], np.int64))
+    rows = []
+    for index in range(block):
+        pixels = [
+            editor.op(f"nhwc{index}{j}", "Transpose", [p], perm=[0, 2, 3, 1])
+            for j, p in enumerate(phases[index * block : (index + 1) * block])
+        ]
+        columns = editor.op(f"columns{index}", "Concat", pixels, axis=3)
+        rows.append(editor.op(f"row{index}", "Reshape", [columns, row]))
+    image = editor.op("rows", "Concat", rows, axis=2)
+    full = editor.constant("shape", np.array([-1, height * block, width * block, channels], np.int64))
+    result = editor.op("pixels", "Reshape", [image, full])
+    replace_value(graph, node.outputs[0], editor.op("nchw", "Transpose", [result], perm=[0, 3, 1, 2]))
+
+
+def _phases(editor: Editor, node: ir.Node, block: int, channels: int) -> list[ir.Value]:
+    source = node.inputs[0]
+    assert source is not None
+    maker = source.producer()
+    if maker is not None and maker.op_type == "Concat" and len(maker.inputs) == block**2 and sole_reader(source) is node:
+        parts = [v for v in maker.inputs if v is not None]
+        if all((static_shape(v) or (0, 0))[1] == channels for v in parts):
+            return parts
+    sizes = editor.constant("sizes", np.full(block**2, channels, np.int64))
+    split = editor.op("phases", "Split", [source, sizes], axis=1)
+    split_node = split.producer()
+    assert split_node is not None
+    split_node.resize_outputs(block**2)
+    for index, value in enumerate(split_node.outputs):
+        value.name = f"{node.name}/phase{index}"
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    return list(split_node.outputs)

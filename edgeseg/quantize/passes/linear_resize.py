@@ -1,0 +1,46 @@
+"""Bilinear Resize in NHWC: ONNX Runtime's float kernel works on whole channel vectors there, four to six times faster.
+
+Precondition: linear Resize of a 4-d value over height and width only, no antialiasing, constant scales or sizes. The
+Transposes around it meet those that integer convolutions (NHWC as well) bring, and cancel.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from edgeseg.quantize.editing import Editor, constant_array, replace_value
+from edgeseg.quantize.placement import Range
+from edgeseg.spec import PipelineSpec
+
+
+def linear_resize(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec) -> int:
+    """Apply the pass; returns how many Resize nodes it moved."""
+    found = [node for node in model.graph if _matches(node)]
+    for node in found:
+        source, output = node.inputs[0], node.outputs[0]
+        assert source is not None
+        editor = Editor(model.graph, node, node.name)
+        inputs: list[ir.Value | None] = [editor.op("nhwc", "Transpose", [source], perm=[0, 2, 3, 1]), None]
+        for index, value in enumerate(node.inputs[2:]):
+            array = constant_array(value)
+            permuted = array is not None and array.size == 4
+            inputs.append(editor.constant(f"extent{index}", array[[0, 2, 3, 1]]) if permuted else value)  # type: ignore[index]
+        resized = editor.op("Resize", "Resize", inputs)
+        resized.producer().attributes.update(node.attributes)  # type: ignore[union-attr]
+        if str(output.name) in ranges:
+            ranges[str(resized.name)] = ranges[str(output.name)]
+        replace_value(model.graph, output, editor.op("nchw", "Transpose", [resized], perm=[0, 3, 1, 2]))
+    return len(found)
+
+
+def _matches(node: ir.Node) -> bool:
+    if node.op_type != "Resize" or node.attributes.get_string("mode", "nearest") != "linear":
+        return False
+    if node.attributes.get_int("antialias", 0) or "axes" in node.attributes:
+        return False
+    if len(node.inputs) > 1 and node.inputs[1] is not None and constant_array(node.inputs[1]) is not None:
+        roi = constant_array(node.inputs[1])
+        if roi is not None and roi.size:
+            return False
+    extents = [constant_array(v) for v in node.inputs[2:] if v is not None]
+    return bool(extents) and all(e is not None and e.size in {0, 4} for e in extents)

@@ -1,0 +1,280 @@
+"""Decide what runs on integers: which values get a Q/DQ pair, which operators sit between them, which share a scale.
+
+Two policies, chosen by the scheme. ``operators`` (ONNX Runtime): an operator runs on integers when it has an integer
+kernel, its inputs are integers anyway, and somebody wants its output as integers. Float islands between integer layers
+are what costs time, and a needless Q/DQ pair is what costs accuracy, so integers neither stop early nor are forced on.
+``inputs`` (TensorRT, OpenVINO): the inputs of multiplying layers are quantized, and one side of a residual addition;
+the target's compiler fuses the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import onnx_ir as ir
+
+from edgeseg.quantize.editing import constant_array, sole_reader
+from edgeseg.quantize.schemes import QuantScheme
+
+Range = tuple[float, float]
+
+_FUSED = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
+_MOVES = frozenset(
+    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Expand", "Tile", "MaxPool"}
+)  # fmt: skip
+_CLAMPS = frozenset({"Relu", "Clip"})
+_INTEGER = _FUSED | _MOVES | _CLAMPS | {"Concat"}
+
+SHARED_SCALE_RATIO = 3.0
+"""Concat inputs share one scale while none gives up more than this factor of its resolution."""
+
+
+class Role(Enum):
+    """How a node takes part in the integer graph."""
+
+    WEIGHTED = "weighted"
+    """Multiplies by a constant weight: reads DQ of its input and of its weight."""
+    FUSED = "fused"
+    """Has an integer kernel: reads DQ, writes Q."""
+    MOVES = "moves"
+    """Only moves or selects values: runs on the integers themselves, input and output share a scale."""
+    CLAMP = "clamp"
+    """Relu or Clip that the saturation of the producer's Q does already: removed."""
+
+
+@dataclass
+class Placement:
+    """The decision.
+
+    Attributes:
+        roles: of the nodes that take part; all others stay float.
+        quantized: values that get a Q/DQ pair (outputs of ``MOVES`` nodes excepted: they are integers already).
+        shared: representative of each value's group of values with one scale.
+    """
+
+    roles: dict[ir.Node, Role] = field(default_factory=dict)
+    quantized: set[ir.Value] = field(default_factory=set)
+    shared: dict[ir.Value, ir.Value] = field(default_factory=dict)
+
+    def representative(self, value: ir.Value) -> ir.Value:
+        """The value that stands for all values that share ``value``'s scale."""
+        while self.shared.get(value, value) is not value:
+            value = self.shared[value]
+        return value
+
+    def share(self, values: Iterable[ir.Value]) -> None:
+        """Let ``values`` have one scale."""
+        first, *rest = (self.representative(v) for v in values)
+        for other in rest:
+            self.shared[other] = first
+
+    def members(self, value: ir.Value) -> list[ir.Value]:
+        """All values that share ``value``'s scale."""
+        target = self.representative(value)
+        return [v for v in {*self.shared, target} if self.representative(v) is target]
+
+
+def place(graph: ir.Graph, ranges: Mapping[str, Range], scheme: QuantScheme) -> Placement:
+    """Decide the placement of ``scheme`` for a float graph with calibrated ``ranges``."""
+    if scheme.placement == "inputs":
+        return _place_inputs(graph, ranges)
+    return _OperatorPlacement(graph, ranges).run()
+
+
+def propagate_ranges(graph: ir.Graph, ranges: dict[str, Range]) -> None:
+    """Give values that only move others' values their range, where the table has none."""
+    for node in graph:
+        if node.op_type not in _MOVES | {"Concat"}:
+            continue
+        sources = [ranges.get(str(v.name)) for v in _activations(node)]
+        known = [limits for limits in sources if limits is not None]
+        if known and len(known) == len(sources):
+            for output in node.outputs:
+                ranges.setdefault(str(output.name), _union(known))
+
+
+def is_weighted(node: ir.Node) -> bool:
+    """Whether ``node`` multiplies its first input by a constant weight matrix or kernel."""
+    if node.op_type not in {"Conv", "Gemm", "MatMul"} or node.domain or len(node.inputs) < 2:
+        return False
+    weight = constant_array(node.inputs[1])
+    return weight is not None and weight.ndim >= 2 and (node.op_type != "MatMul" or weight.ndim == 2)
+
+
+def clamp_limits(node: ir.Node) -> Range:
+    """Smallest and largest output of a Relu or of a Clip with constant bounds."""
+    if node.op_type == "Relu":
+        return 0.0, math.inf
+    bounds = [constant_array(v) for v in node.inputs[1:]] + [None, None]
+    low, high = bounds[:2]
+    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+
+
+def tail(graph: ir.Graph) -> set[ir.Node]:
+    """Nodes with no weighted layer behind them: their rounding goes straight into the result."""
+    followed: set[ir.Node] = set()
+    for node in reversed(list(graph)):
+        readers = [reader for output in node.outputs for reader in output.consumers()]
+        if any(reader in followed or is_weighted(reader) for reader in readers):
+            followed.add(node)
+    return set(graph) - followed
+
+
+class _OperatorPlacement:
+    """The ``operators`` policy: one backward pass over who wants integers, one forward pass over who has them."""
+
+    def __init__(self, graph: ir.Graph, ranges: Mapping[str, Range]) -> None:
+        self._nodes = list(graph)
+        self._ranges = ranges
+        self._wanted: set[ir.Value] = set()
+        self._demanded: set[ir.Value] = set()
+        self._tail = tail(graph)
+        self._natural: set[ir.Value] = set()
+        self._clamped: dict[ir.Value, Range] = {}
+        self._result = Placement()
+
+    def run(self) -> Placement:
+        for node in reversed(self._nodes):
+            self._want(node)
+        for node in self._nodes:
+            role = self._role(node)
+            if role is not None:
+                self._result.roles[node] = role
+        self._quantize_remaining_inputs()
+        return self._result
+
+    def _want(self, node: ir.Node) -> None:
+        """Note who wants ``node``'s inputs as integers, and who would quantize them in any case (``demanded``)."""
+        if is_weighted(node):
+            self._wanted.update(v for v in node.inputs[:1] if v is not None)
+            self._demanded.update(v for v in node.inputs[:1] if v is not None)
+        if node.op_type in _MOVES | {"Concat"} and self._demanded.intersection(node.outputs):
+            self._demanded.update(_activations(node))
+        if node.op_type in _INTEGER and self._wanted.intersection(node.outputs):
+            self._wanted.update(_activations(node))
+
+    def _role(self, node: ir.Node) -> Role | None:
+        if node.domain:
+            return None
+        inputs = _activations(node)
+        if is_weighted(node):
+            return self._weighted(node)
+        if node.op_type in _CLAMPS:
+            return self._clamp(node, inputs[0])
+        if not inputs or not all(v.name in self._ranges for v in inputs):
+            return None
+        demanded = bool(self._demanded.intersection(node.outputs))
+        natural = all(v in self._natural for v in inputs)
+        if node.op_type == "Concat":
+            return self._concat(node, inputs) if demanded or natural else None
+        if node.op_type in _MOVES and (natural or (demanded and sole_reader(inputs[0]) is node)):
+            return self._moves(node, inputs)
+        if node.op_type in _FUSED and natural and node not in self._tail:
+            self._emit(node.outputs)
+            return Role.FUSED
+        return None
+
+    def _weighted(self, node: ir.Node) -> Role | None:
+        if node.inputs[0] is None or node.inputs[0].name not in self._ranges:
+            return None
+        output = node.outputs[0]
+        # A convolution has no integer kernel with a float result; a matrix product has, so its result stays float
+        # unless every reader takes integers.
+        if node.op_type == "Conv" or (output in self._wanted and all(map(self._takes_integers, output.consumers()))):
+            self._emit([output])
+        return Role.WEIGHTED
+
+    def _takes_integers(self, node: ir.Node) -> bool:
+        return is_weighted(node) or (node.op_type in _INTEGER and bool(self._wanted.intersection(node.outputs)))
+
+    def _clamp(self, node: ir.Node, source: ir.Value) -> Role | None:
+        # Its output was marked when the producer was visited.
+        return Role.CLAMP if node.outputs[0] in self._clamped else None
+
+    def _moves(self, node: ir.Node, inputs: list[ir.Value]) -> Role:
+        self._natural.update(node.outputs)
+        self._result.share([inputs[0], *node.outputs])
+        return Role.MOVES
+
+    def _concat(self, node: ir.Node, inputs: list[ir.Value]) -> Role | None:
+        members = [m for v in inputs for m in self._result.members(v)]
+        spans = [_span(self._ranges[m.name]) for m in members if m.name in self._ranges]
+        low, high = _union(self._ranges[m.name] for m in members if m.name in self._ranges)
+        saturates = all(low >= self._clamped[m][0] and high <= self._clamped[m][1] for m in members if m in self._clamped)
+        if saturates and high - low <= SHARED_SCALE_RATIO * min(spans):
+            self._natural.update(node.outputs)
+            self._result.share([*inputs, *node.outputs])
+            return Role.MOVES
+        self._emit(node.outputs)
+        return Role.FUSED
+
+    def _emit(self, values: Iterable[ir.Value]) -> None:
+        """Values an integer kernel writes: quantized, and integers for whoever reads them.
+
+        A Relu or Clip behind it costs nothing: the Q that follows saturates where it clips.
+        """
+        for value in values:
+            reader = sole_reader(value)
+            if reader is not None and reader.op_type in _CLAMPS and reader.outputs[0].name in self._ranges:
+                value = reader.outputs[0]
+                self._clamped[value] = clamp_limits(reader)
+            self._natural.add(value)
+            self._result.quantized.add(value)
+
+    def _quantize_remaining_inputs(self) -> None:
+        """Give a Q/DQ pair to float values that integer nodes read."""
+        for node, role in self._result.roles.items():
+            if role is Role.CLAMP:
+                continue
+            inputs = list(node.inputs[:1]) if role is Role.WEIGHTED else _activations(node)
+            for value in inputs:
+                producer = value.producer() if value is not None else None
+                made_of_integers = producer is not None and self._result.roles.get(producer) is Role.MOVES
+                if value is not None and not made_of_integers and not _is_dequantized(producer):
+                    self._result.quantized.add(value)
+
+
+def _place_inputs(graph: ir.Graph, ranges: Mapping[str, Range]) -> Placement:
+    result = Placement()
+    for node in graph:
+        weighted = is_weighted(node) or (node.op_type == "ConvTranspose" and constant_array(node.inputs[1]) is not None)
+        if weighted and node.inputs[0] is not None and node.inputs[0].name in ranges:
+            result.roles[node] = Role.WEIGHTED
+            result.quantized.add(node.inputs[0])
+    for node in graph:
+        if node.op_type == "Concat":
+            _share_concat(node, ranges, result)
+    return result
+
+
+def _share_concat(node: ir.Node, ranges: Mapping[str, Range], result: Placement) -> None:
+    """Concat fuses only when all its inputs and its output have one scale."""
+    if node.outputs[0] not in result.quantized:
+        return
+    inputs = [v for v in node.inputs if v is not None and v.name in ranges]
+    if len(inputs) == len(node.inputs):
+        result.quantized.update(inputs)
+        result.share([*inputs, node.outputs[0]])
+
+
+def _activations(node: ir.Node) -> list[ir.Value]:
+    """Inputs that carry an image's values; shapes, indices and constants left out."""
+    candidates = node.inputs if node.op_type in {"Add", "Mul", "Concat"} else node.inputs[:1]
+    return [v for v in candidates if v is not None and v.const_value is None]
+
+
+def _span(limits: Range) -> float:
+    return limits[1] - limits[0]
+
+
+def _union(limits: Iterable[Range]) -> Range:
+    lows, highs = zip(*limits, strict=True)
+    return min(lows), max(highs)
+
+
+def _is_dequantized(producer: ir.Node | None) -> bool:
+    """Whether a pass has quantized the value already."""
+    return producer is not None and producer.op_type == "DequantizeLinear"

@@ -1,0 +1,430 @@
+"""Calibration of small hand-made graphs in ONNX Runtime, against plain numpy on all activations of all images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from edgeseg.artifacts import OnnxGraph, sha256_file
+from edgeseg.errors import ArtifactError, InputError, QuantizationError, SpecError
+from edgeseg.quantize import calibration
+from edgeseg.quantize.activations import find_activations, group_by_size
+from edgeseg.quantize.calibration import CalibrationSet, calibrate, method_or_default, sample_stride, table_key
+from edgeseg.quantize.ranges import METHODS
+from edgeseg.quantize.table import check_fresh
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec, Preprocess
+
+pytestmark = pytest.mark.integration
+
+Images = list[NDArray[np.uint8]]
+INPUT = InputSpec(24, 32, stride=8)
+
+
+def images(count: int = 9, height: int = 24, width: int = 32) -> Images:
+    rng = np.random.default_rng(11)
+    return [rng.integers(0, 20 * (k + 2), (height, width, 3), dtype=np.uint8) for k in range(count)]
+
+
+def node(op: str, inputs: Sequence[str], output: str, **attributes: object) -> onnx.NodeProto:
+    return helper.make_node(op, list(inputs), [output], name=f"{output}/{op}", **attributes)
+
+
+def constant(name: str, value: object, dtype: type = np.float32) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.asarray(value, dtype), name)
+
+
+def save(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    constants: list[onnx.TensorProto],
+    output: tuple[str, int, int],
+    spec: InputSpec = INPUT,
+    shape: Sequence[int | str] | None = None,
+) -> OnnxGraph:
+    name, kind, rank = output
+    dims = shape or (spec.batch.minimum, spec.height, spec.width, spec.channels)
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, dims)],
+        [helper.make_tensor_value_info(name, kind, [None] * rank)],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, path)
+    pipeline = PipelineSpec(ModelSpec("custom", classes=2), spec)
+    return OnnxGraph(path, sha256_file(path), "fp32", pipeline, "weights")
+
+
+def network(
+    path: Path, spec: InputSpec = INPUT, shape: Sequence[int | str] | None = None, *, tokens: bool = True
+) -> OnnxGraph:
+    """Preprocessing, a clipped convolution, a residual add, tokens through a MatMul (static sizes), and an ArgMax."""
+    rng = np.random.default_rng(5)
+    weights = [
+        constant("mean", [[[[80.0]], [[90.0]], [[100.0]]]]),
+        constant("w1", rng.standard_normal((4, 3, 3, 3)) / 50),
+        constant("w2", rng.standard_normal((4, 4, 1, 1))),
+        constant("w3", rng.standard_normal((4, 2))),
+        constant("zero", 0.0),
+        constant("six", 6.0),
+        constant("flat", [spec.batch.minimum, 4, -1], np.int64),
+    ]
+    nodes = [
+        node("Transpose", ["image"], "planes", perm=[0, 3, 1, 2]),
+        node("Cast", ["planes"], "float", to=TensorProto.FLOAT),
+        node("Sub", ["float", "mean"], "normal"),
+        node("Conv", ["normal", "w1"], "conv1", pads=[1, 1, 1, 1]),
+        node("Clip", ["conv1", "zero", "six"], "relu6"),
+        node("Conv", ["relu6", "w2"], "conv2"),
+        node("Add", ["conv2", "relu6"], "sum"),
+        node("Mul", ["six", "six"], "from_constants"),
+    ]
+    if tokens:
+        nodes += [
+            node("Reshape", ["sum", "flat"], "reshaped"),
+            node("Transpose", ["reshaped"], "tokens", perm=[0, 2, 1]),
+            node("MatMul", ["tokens", "w3"], "logits"),
+            node("ArgMax", ["logits"], "mask", axis=2, keepdims=0),
+        ]
+    else:
+        nodes += [node("ArgMax", ["sum"], "mask", axis=1, keepdims=0)]
+    used = {name for n in nodes for name in n.input}
+    return save(
+        path, nodes, [w for w in weights if w.name in used], ("mask", TensorProto.INT64, 2 + (not tokens)), spec, shape
+    )
+
+
+WATCHED = ("float", "normal", "relu6", "conv2", "sum", "reshaped", "tokens", "logits")
+
+
+def fetched(graph: OnnxGraph, batches: Images, names: Sequence[str] = WATCHED) -> dict[str, list[NDArray[np.float32]]]:
+    """The oracle: every tensor of every image, from a session without optimizations."""
+    model = onnx.load(graph.path)
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options)
+    runs = [session.run(list(names), {"image": batch}) for batch in batches]
+    return {name: [run[k] for run in runs] for k, name in enumerate(names)}
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> OnnxGraph:
+    return network(tmp_path / "small.onnx")
+
+
+def test_table_lists_every_float_activation_but_those_clipped_in_place(graph: OnnxGraph) -> None:
+    table = calibrate(graph, CalibrationSet.open(images()), method="minmax")
+    assert tuple(table.ranges) == WATCHED
+
+
+def test_extremes_are_exact(graph: OnnxGraph) -> None:
+    table = calibrate(graph, CalibrationSet.open(images()), method="minmax")
+    for name, values in fetched(graph, [image[None] for image in images()]).items():
+        found = table.ranges[name]
+        assert found.minimum == pytest.approx(min(float(v.min()) for v in values), rel=1e-5, abs=1e-5), name
+        assert found.maximum == pytest.approx(max(float(v.max()) for v in values), rel=1e-5, abs=1e-5), name
+        assert (found.low, found.high) == (min(found.minimum, 0), max(found.maximum, 0))
+
+
+def test_percentile_is_that_of_all_values_of_all_images(graph: OnnxGraph) -> None:
+    table = calibrate(graph, CalibrationSet.open(images()), method="percentile", percentile=99.0)
+    for name, values in fetched(graph, [image[None] for image in images()]).items():
+        flat = np.concatenate([v.ravel() for v in values]).astype(np.float64)
+        # All values are counted here (tensors below the sample size); a bin is at most 1/4096 of the range.
+        assert max(v.size for v in values) <= calibration.SAMPLE
+        slack = np.ptp(flat) / 2048
+        found = table.ranges[name]
+        for got, side, ordered in ((-found.low, "low", -flat), (found.high, "high", flat)):
+            below, above = (float(np.percentile(ordered, 99.5, method=m)) for m in ("lower", "higher"))
+            assert max(below, 0.0) - slack <= got <= max(above, 0.0) + slack, (name, side)
+
+
+def test_channel_means_are_those_of_all_images(graph: OnnxGraph) -> None:
+    table = calibrate(graph, CalibrationSet.open(images()), method="minmax")
+    runs = fetched(graph, [image[None] for image in images()])
+    expected = {
+        "normal": np.mean([v.mean(axis=(0, 2, 3), dtype=np.float64) for v in runs["normal"]], axis=0),
+        "relu6": np.mean([v.mean(axis=(0, 2, 3), dtype=np.float64) for v in runs["relu6"]], axis=0),
+        "tokens": np.mean([v.mean(axis=(0, 1), dtype=np.float64) for v in runs["tokens"]], axis=0),
+    }
+    for name, found in table.ranges.items():
+        if name in expected:
+            assert found.channel_mean == pytest.approx(expected[name].tolist(), rel=1e-4, abs=1e-5)
+            assert found.channel_axis == (2 if name == "tokens" else 1)
+        else:
+            assert (found.channel_mean, found.channel_axis) == (None, None)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_rearranged_tensors_share_a_range(graph: OnnxGraph, method: str) -> None:
+    ranges = calibrate(graph, CalibrationSet.open(images()), method=method).ranges
+    assert len({(ranges[n].low, ranges[n].high, ranges[n].minimum) for n in ("sum", "reshaped", "tokens")}) == 1
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(order=st.permutations(images()), method=st.sampled_from(["minmax", "percentile", "entropy", "mse"]))
+def test_order_of_the_images_does_not_matter(graph: OnnxGraph, order: Images, method: str) -> None:
+    first = calibrate(graph, CalibrationSet.open(images()), method=method)
+    second = calibrate(graph, CalibrationSet.open(order), method=method)
+    assert first.key == second.key
+    for name, expected in first.ranges.items():
+        found = second.ranges[name]
+        assert (found.low, found.high, found.minimum, found.maximum) == (
+            expected.low,
+            expected.high,
+            expected.minimum,
+            expected.maximum,
+        )
+        assert found.channel_mean == (
+            None if expected.channel_mean is None else pytest.approx(expected.channel_mean, rel=1e-9, abs=1e-9)
+        )
+
+
+def test_large_tensors_are_sampled_evenly_and_extremes_stay_exact(
+    graph: OnnxGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = calibrate(graph, CalibrationSet.open(images()), method="percentile", percentile=98.0)
+    monkeypatch.setattr(calibration, "SAMPLE", 300)
+    calibration.sample_stride.cache_clear()
+    sampled = calibrate(graph, CalibrationSet.open(images()), method="percentile", percentile=98.0)
+    calibration.sample_stride.cache_clear()
+    assert sampled.key["method"] != whole.key["method"]
+    for name, full in whole.ranges.items():
+        part = sampled.ranges[name]
+        assert (part.minimum, part.maximum) == (full.minimum, full.maximum)
+        assert part.channel_mean == full.channel_mean
+        width = full.maximum - full.minimum
+        assert part.low == pytest.approx(full.low, abs=0.1 * width)
+        assert part.high == pytest.approx(full.high, abs=0.1 * width)
+
+
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=4).map(tuple))
+def test_sample_stride_visits_every_row_column_and_channel(shape: tuple[int, ...]) -> None:
+    stride = sample_stride(shape)
+    size = math.prod(shape)
+    assert -(-size // stride) <= calibration.SAMPLE
+    assert stride == 1 or all(math.gcd(stride, length) == 1 for length in shape)
+    if stride > 1 and size < 5_000_000:
+        taken = np.unravel_index(np.arange(0, size, stride), shape)
+        for axis, length in enumerate(shape):
+            # An axis longer than the sample's steps along it cannot be seen whole.
+            if -(-size // stride) >= 4 * length:
+                assert np.unique(taken[axis]).size >= 0.9 * length
+
+
+def test_several_passes_give_the_table_of_one(graph: OnnxGraph) -> None:
+    seen: list[tuple[int, int]] = []
+    samples = CalibrationSet.open(images())
+    one = calibrate(graph, samples, method="percentile")
+    several = calibrate(
+        graph,
+        samples,
+        method="percentile",
+        activation_budget_bytes=4 * 24 * 32 * 4,
+        progress=lambda a, b: seen.append((a, b)),
+    )
+    assert several.key == one.key
+    assert list(several.ranges) == list(one.ranges)
+    for name, found in several.ranges.items():
+        # Each pass runs another graph, which ONNX Runtime may fuse otherwise.
+        assert dataclasses.astuple(found)[:4] == pytest.approx(dataclasses.astuple(one.ranges[name])[:4], rel=1e-4)
+    total = seen[-1][1]
+    assert total > 2 * len(samples)
+    assert seen == [(k + 1, total) for k in range(total)]
+
+
+def test_groups_keep_within_the_budget(graph: OnnxGraph) -> None:
+    activations = find_activations(onnx.load(graph.path), INPUT)
+    budget = 4 * 24 * 32 * 8
+    groups = group_by_size(activations, budget)
+    assert [a.name for group in groups for a in group] == [
+        "float",
+        "normal",
+        "relu6",
+        "conv2",
+        "sum",
+        "tokens",
+        "logits",
+    ]
+    assert all(sum(4 * a.elements for a in group) <= budget for group in groups)
+    assert len(groups) > 1
+
+
+def test_progress_counts_images(graph: OnnxGraph) -> None:
+    seen: list[tuple[int, int]] = []
+    calibrate(graph, CalibrationSet.open(images()), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(k + 1, 9) for k in range(9)]
+
+
+@pytest.mark.parametrize("batch", [BatchRange(4, 4, 4), BatchRange(1, 2, 4), BatchRange(2, 2, 4)])
+def test_batches_see_every_image(tmp_path: Path, batch: BatchRange) -> None:
+    single = calibrate(network(tmp_path / "one.onnx", tokens=False), CalibrationSet.open(images()), method="minmax")
+    spec = dataclasses.replace(INPUT, batch=batch)
+    shape = ("N", 24, 32, 3) if batch.is_dynamic else None
+    seen: list[int] = []
+    batched = calibrate(
+        network(tmp_path / "n.onnx", spec, shape, tokens=False),
+        CalibrationSet.open(images()),
+        method="minmax",
+        progress=lambda done, total: seen.append(done),
+    )
+    assert seen[-1] == 9
+    for name, found in batched.ranges.items():
+        assert found.minimum == pytest.approx(single.ranges[name].minimum, rel=1e-5)
+        assert found.maximum == pytest.approx(single.ranges[name].maximum, rel=1e-5)
+
+
+def test_dynamic_size_takes_images_of_any_size(tmp_path: Path) -> None:
+    spec = InputSpec(24, 32, stride=8, dynamic_size=True, max_size=(48, 64))
+    graph = network(tmp_path / "any.onnx", spec, (1, "H", "W", 3), tokens=False)
+    mixed = images(5) + images(4, 40, 64)
+    table = calibrate(graph, CalibrationSet.open(mixed), method="minmax")
+    runs = fetched(graph, [image[None] for image in mixed], ("float", "sum"))
+    for name, values in runs.items():
+        assert table.ranges[name].maximum == pytest.approx(max(float(v.max()) for v in values), rel=1e-5)
+
+
+def test_tiles_are_all_seen(tmp_path: Path) -> None:
+    graph = network(tmp_path / "tile.onnx", dataclasses.replace(INPUT, fit="tile"), tokens=False)
+    large = images(8, 48, 32)
+    for image in large:
+        image[:24] //= 2
+        image[47, 31] = 255
+    seen: list[int] = []
+    table = calibrate(
+        graph, CalibrationSet.open(large), method="minmax", progress=lambda done, total: seen.append(done)
+    )
+    assert table.ranges["float"].maximum == 255.0
+    assert seen[-1] == 8
+    assert seen == sorted(seen)
+
+
+def broken(op: str, **attributes: object) -> Callable[[Path], OnnxGraph]:
+    """A graph that is fine up to ``x`` (0..255 minus 30) and does ``op`` to it."""
+
+    def make(path: Path) -> OnnxGraph:
+        nodes = [
+            node("Cast", ["image"], "float", to=TensorProto.FLOAT),
+            node("Sub", ["float", "thirty"], "x"),
+            node(op, ["x"], "bad", **attributes),
+            node("Neg", ["bad"], "after"),
+        ]
+        return save(path, nodes, [constant("thirty", 30.0)], ("after", TensorProto.FLOAT, 4))
+
+    return make
+
+
+@pytest.mark.parametrize(("op", "word"), [("Log", "NaN"), ("Sqrt", "NaN"), ("Exp", "infinite")])
+def test_first_bad_activation_and_its_image_are_named(tmp_path: Path, op: str, word: str) -> None:
+    good = np.full((24, 32, 3), 40, np.uint8)
+    worse = good.copy()
+    worse[3, 5, 1] = 255 if op == "Exp" else 7
+    graph = broken(op)(tmp_path / "bad.onnx")
+    with pytest.raises(QuantizationError, match=rf"'bad' has {word} values on array 6;") as caught:
+        calibrate(graph, CalibrationSet.open([good] * 6 + [worse] + [good] * 2))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_constant_and_zero_activations_have_a_range(tmp_path: Path, method: str) -> None:
+    nodes = [
+        node("Cast", ["image"], "float", to=TensorProto.FLOAT),
+        node("Mul", ["float", "zero"], "zeros"),
+        node("Add", ["zeros", "three"], "threes"),
+    ]
+    constants = [constant("zero", 0.0), constant("three", 3.0)]
+    graph = save(tmp_path / "constant.onnx", nodes, constants, ("threes", TensorProto.FLOAT, 4))
+    ranges = calibrate(graph, CalibrationSet.open(images()), method=method).ranges
+    assert (ranges["zeros"].minimum, ranges["zeros"].maximum) == (0.0, 0.0)
+    assert 0 < ranges["zeros"].high - ranges["zeros"].low < 1e-3
+    assert (ranges["threes"].low, ranges["threes"].high) == (0.0, pytest.approx(3.0))
+
+
+def test_failure_of_onnxruntime_is_translated(tmp_path: Path) -> None:
+    nodes = [
+        node("Cast", ["image"], "float", to=TensorProto.FLOAT),
+        node("Cast", ["image"], "whole", to=TensorProto.INT64),
+        node("ReduceMax", ["whole"], "number", keepdims=0),
+        node("Gather", ["float", "number"], "gathered", axis=1),
+    ]
+    graph = save(tmp_path / "gather.onnx", nodes, [], ("gathered", TensorProto.FLOAT, 3))
+    with pytest.raises(QuantizationError, match="ONNX Runtime failed on array 0 of shape") as caught:
+        calibrate(graph, CalibrationSet.open(images()))
+    assert "\n" not in str(caught.value)
+
+
+def test_graph_without_float_activations_is_refused(tmp_path: Path) -> None:
+    graph = save(tmp_path / "copy.onnx", [node("Identity", ["image"], "same")], [], ("same", TensorProto.UINT8, 4))
+    with pytest.raises(QuantizationError, match="no float activation"):
+        calibrate(graph, CalibrationSet.open(images()))
+
+
+def test_unknown_operator_is_named(tmp_path: Path) -> None:
+    nodes = [
+        node("Cast", ["image"], "float", to=TensorProto.FLOAT),
+        helper.make_node("Mystery", ["float"], ["odd"], domain="com.example"),
+        node("Neg", ["odd"], "after"),
+    ]
+    graph = save(tmp_path / "odd.onnx", nodes, [], ("after", TensorProto.FLOAT, 4))
+    model = onnx.load(graph.path)
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+    onnx.save(model, graph.path)
+    with pytest.raises(QuantizationError, match=r"com\.example::Mystery"):
+        calibrate(graph, CalibrationSet.open(images()))
+
+
+def test_wrong_requests_are_refused(graph: OnnxGraph, tmp_path: Path) -> None:
+    samples = CalibrationSet.open(images())
+    with pytest.raises(SpecError, match="calibration method 'kl'"):
+        calibrate(graph, samples, method="kl")
+    with pytest.raises(SpecError, match="percentile 101"):
+        calibrate(graph, samples, method="percentile", percentile=101)
+    with pytest.raises(QuantizationError, match="is int8; calibration needs the fp32 graph"):
+        calibrate(dataclasses.replace(graph, precision="int8"), samples)
+    with pytest.raises(ArtifactError, match="not an ONNX file"):
+        (tmp_path / "text.onnx").write_text("text")
+        calibrate(dataclasses.replace(graph, path=tmp_path / "text.onnx"), samples)
+    with pytest.raises(InputError, match="array 0 has 3 channels, the model takes 4"):
+        CalibrationSet.open(images(), channels=4)
+    with pytest.raises(SpecError, match="calibration method"):
+        method_or_default("random")
+    assert method_or_default(None) in METHODS
+
+
+def test_key_names_what_changed(graph: OnnxGraph) -> None:
+    samples = CalibrationSet.open(images())
+    table = calibrate(graph, samples, method="percentile", percentile=99.9)
+    options = table.options
+    check_fresh(table, table_key(graph, samples, "percentile", options))
+    check_fresh(table, table_key(graph, None, "percentile", options))
+    spec = graph.spec
+    said_otherwise = dataclasses.replace(spec, preprocess=dataclasses.replace(spec.preprocess, source="other words"))
+    check_fresh(table, table_key(dataclasses.replace(graph, spec=said_otherwise), samples, "percentile", options))
+    other_mean = dataclasses.replace(spec, preprocess=Preprocess(mean=(0.0, 0.0, 0.0)))
+    letterbox = dataclasses.replace(spec, input=dataclasses.replace(INPUT, fit="letterbox"))
+    stale = {
+        "the model weights": table_key(dataclasses.replace(graph, weights_sha256="x"), samples, "percentile", options),
+        "the fp32 graph": table_key(dataclasses.replace(graph, sha256="x"), samples, "percentile", options),
+        "the calibration images": table_key(graph, CalibrationSet.open(images(8)), "percentile", options),
+        "the preprocessing": table_key(dataclasses.replace(graph, spec=other_mean), samples, "percentile", options),
+        "or input size": table_key(dataclasses.replace(graph, spec=letterbox), samples, "percentile", options),
+        "the calibration method": table_key(graph, samples, "percentile", {"percentile": 99.0}),
+        "method or its options": table_key(graph, samples, "mse"),
+    }
+    for words, key in stale.items():
+        with pytest.raises(ArtifactError, match=f"stale: [^,]*{words}"):
+            check_fresh(table, key)

@@ -1,0 +1,505 @@
+"""Checkpoints in every container, and files that are damaged, foreign or hostile.
+
+Oracle: the model that wrote the file. A hostile file must end in a ``CheckpointError``, in one line, without running
+what it carries and without filling memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import pickle
+import random
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeseg.errors import CheckpointError, SpecError
+from edgeseg.spec import ModelRequest
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import save_file  # noqa: E402  these need torch
+
+from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E402
+from edgeseg.convert.checkpoint import read_checkpoint  # noqa: E402
+from edgeseg.convert.fit import ARCH_MARKERS, guess_arch  # noqa: E402
+from edgeseg.convert.load import load_model  # noqa: E402
+
+smp = import_smp()
+pytestmark = pytest.mark.integration
+
+ENCODER = "mobilenet_v2"
+ARGS = {"decoder_pyramid_channels": 16, "decoder_segmentation_channels": 8}
+REQUEST = ModelRequest(arch="fpn", encoder=ENCODER, model_args=ARGS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The models are tiny: threads would wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A small FPN whose batch norms have statistics of their own."""
+    torch.manual_seed(3)
+    made = smp.FPN(ENCODER, encoder_weights=None, classes=4, **ARGS)
+    made.train()
+    with torch.no_grad():
+        made(torch.rand(2, 3, 64, 64))
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def state(model: Any) -> dict[str, Any]:
+    """Its state dict."""
+    return dict(model.state_dict())
+
+
+def asked(path: Path, **fields: Any) -> ModelRequest:
+    """The right request for ``model``'s weights in ``path``."""
+    return ModelRequest(**{"arch": "fpn", "encoder": ENCODER, "model_args": ARGS, "weights": str(path), **fields})
+
+
+def assert_same(model: Any, request: ModelRequest) -> Any:
+    """The loaded module computes what the model that wrote the file computes."""
+    loaded = load_model(request)
+    image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(loaded.module(image), model(image))
+    return loaded
+
+
+def prefixed(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {prefix + k: v for k, v in state.items()}
+
+
+CONTAINERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "plain": lambda s: s,
+    "state_dict": lambda s: {"state_dict": s, "epoch": 3},
+    "model_state_dict": lambda s: {"model_state_dict": s, "optimizer": {"lr": 0.1}},
+    "model": lambda s: {"model": s},
+    "model. prefix": lambda s: prefixed(s, "model."),
+    "module. prefix": lambda s: prefixed(s, "module."),
+    "net. prefix": lambda s: prefixed(s, "net."),
+    "odd prefix": lambda s: prefixed(s, "trainer.student."),
+    "compiled": lambda s: prefixed(s, "_orig_mod."),
+    "compiled within": lambda s: prefixed(s, "model._orig_mod."),
+    "lightning": lambda s: {
+        "state_dict": {**prefixed(s, "model."), "loss_fn.weight": torch.ones(2)},
+        "hyper_parameters": {"arch": "FPN", "encoder_name": ENCODER, "lr": 1e-3},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.7)}},
+    },
+    "trainer leftovers": lambda s: {
+        "state_dict": s,
+        "args": argparse.Namespace(lr=0.1, data=pathlib.PosixPath("/data")),
+        "best_iou": np.float64(0.7),
+        "best_loss": np.float32(0.1),
+    },
+    "teacher and student": lambda s: {
+        **prefixed({k: v * 0 for k, v in s.items()}, "ema_model."),
+        **prefixed(s, "model."),
+    },
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_weights_are_the_same_from_every_container(
+    container: str, model: Any, state: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(CONTAINERS[container](state), path)
+    loaded = assert_same(model, asked(path))
+    assert loaded.model.classes == 4
+    assert "classes not given: 4, by the shape of the checkpoint's segmentation head" in loaded.notes
+    stripped = [n for n in loaded.notes if n.startswith("stripped")]
+    assert bool(stripped) == (
+        "prefix" in container or container in ("compiled", "compiled within", "lightning", "teacher and student")
+    )
+    assert loaded.weights == f"weights of {path}"
+
+
+def test_the_hash_is_of_the_weights_not_of_the_file(model: Any, state: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "a.pt")
+    torch.save({"state_dict": prefixed(state, "model.")}, tmp_path / "b.ckpt", _use_new_zipfile_serialization=False)
+    save_file({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, tmp_path / "c.safetensors")
+    model.save_pretrained(tmp_path / "d")
+    hashes = {
+        assert_same(model, asked(tmp_path / name)).weights_sha256 for name in ("a.pt", "b.ckpt", "c.safetensors", "d")
+    }
+    assert len(hashes) == 1
+    changed = {**state, "segmentation_head.0.bias": state["segmentation_head.0.bias"] + 1e-6}
+    torch.save(changed, tmp_path / "e.pt")
+    assert load_model(asked(tmp_path / "e.pt")).weights_sha256 not in hashes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types_are_cast_with_a_note(dtype: Any, state: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, path)
+    loaded = load_model(asked(path))
+    name = str(dtype).removeprefix("torch.")
+    assert f"weights cast from {name} to float32" in loaded.notes
+    for key, value in loaded.module.state_dict().items():
+        expected = state[key].to(dtype).float() if value.is_floating_point() else state[key]
+        assert torch.equal(value, expected)
+
+
+def test_a_save_pretrained_folder_says_everything_itself(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "saved")
+    loaded = assert_same(model, ModelRequest(weights=str(tmp_path / "saved")))
+    assert (loaded.model.arch, loaded.model.encoder, loaded.model.classes) == ("fpn", ENCODER, 4)
+    assert loaded.model.model_args == ARGS
+    beside = assert_same(model, ModelRequest(weights=str(tmp_path / "saved" / "model.safetensors")))
+    assert "read from config.json beside model.safetensors" in beside.notes[0]
+    with pytest.raises(SpecError, match="--classes 9 contradicts the checkpoint's config.json, which says 4"):
+        load_model(ModelRequest(weights=str(tmp_path / "saved"), classes=9))
+    (tmp_path / "saved" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "saved" / "pytorch_model.bin")
+    assert_same(model, ModelRequest(weights=str(tmp_path / "saved")))
+
+
+def test_a_folder_with_activation_aux_head_and_preprocessing(tmp_path: Path) -> None:
+    made = smp.Unet(
+        ENCODER,
+        encoder_weights=None,
+        classes=3,
+        activation="softmax",
+        in_channels=4,
+        aux_params={"classes": 2, "dropout": 0.1},
+    ).eval()
+    made.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["preprocess"] = {"mean": [0.1, 0.2, 0.3, 0.4], "std": [1, 1, 1, 1]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_model(ModelRequest(weights=str(tmp_path)))
+    assert (loaded.model.in_channels, loaded.model.activation) == (4, "softmax")
+    assert loaded.preprocess.mean == (0.1, 0.2, 0.3, 0.4)
+    assert any("auxiliary classification head" in n and "dropped" in n for n in loaded.notes)
+    kept = load_model(ModelRequest(weights=str(tmp_path), keep_aux=True))
+    image = torch.rand(1, 4, 64, 64)
+    with torch.no_grad(), quiet_libraries():
+        masks, labels = made(image)
+    assert torch.allclose(loaded.module(image), masks, atol=1e-6)
+    assert torch.allclose(kept.module(image)[1], labels, atol=1e-6)
+
+
+def test_the_config_of_the_encoder_weights_decides_the_preprocessing(tmp_path: Path) -> None:
+    smp.Unet("efficientnet-b0", encoder_weights=None).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for weights, mean in (("imagenet", (0.485, 0.456, 0.406)), ("advprop", (0.5, 0.5, 0.5))):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "encoder_weights": weights}))
+        assert load_model(ModelRequest(weights=str(tmp_path))).preprocess.mean == mean
+
+
+def test_four_channels_without_normalization_are_not_guessed(tmp_path: Path) -> None:
+    torch.save(smp.Unet(ENCODER, encoder_weights=None, in_channels=4).state_dict(), tmp_path / "four.pt")
+    request = ModelRequest(arch="unet", encoder=ENCODER, in_channels=4, weights=str(tmp_path / "four.pt"))
+    with pytest.raises(SpecError, match="normalization of 4 input channels; give --mean and --std with 4 values"):
+        load_model(request)
+
+
+def test_a_lightning_checkpoint_carries_its_architecture_and_normalization(
+    model: Any, state: dict[str, Any], tmp_path: Path
+) -> None:
+    buffers = {"mean": torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1), "std": torch.full((1, 3, 1, 1), 0.2)}
+    content = {
+        "state_dict": {**prefixed(state, "model."), **buffers},
+        "hyper_parameters": {"arch": "FPN", "encoder_name": ENCODER},
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    loaded = assert_same(model, ModelRequest(weights=str(tmp_path / "last.ckpt"), model_args=ARGS))
+    assert loaded.preprocess.mean == pytest.approx((0.4, 0.5, 0.6))
+    assert "stripped 'model.' from the checkpoint's keys" in loaded.notes
+    assert any("hyper_parameters: fpn, mobilenet_v2" in n for n in loaded.notes)
+    assert any("normalization: buffers mean and std" in n for n in loaded.notes)
+
+
+@pytest.mark.parametrize("arch", smp.MODEL_ARCHITECTURES_MAPPING)
+def test_the_architecture_is_recognized_by_its_tensors(arch: str) -> None:
+    encoder = "tu-vit_tiny_patch16_224" if arch == "dpt" else ENCODER
+    with torch.device("meta"), quiet_libraries():
+        keys = list(smp.create_model(arch, encoder, encoder_weights=None).state_dict())
+    assert guess_arch(keys) == arch
+    assert {name for name, _ in ARCH_MARKERS} == set(smp.MODEL_ARCHITECTURES_MAPPING)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"classes": 7}, r"weights\.pt has 4 classes, 7 were asked for; give --classes 4"),
+        ({"class_names": ("a", "b")}, r"has 4 classes, 2 were asked for"),
+        (
+            {"encoder": "resnet18"},
+            r"missing \(encoder\..*its encoder is that of mobilenet_v2: give --encoder mobilenet_v2",
+        ),
+        ({"encoder": "tu-mobilenetv3_small_050"}, r"its encoder is that of mobilenet_v2"),
+        (
+            {"arch": "unet", "model_args": {}},
+            r"missing \(decoder\.blocks: \d+\).*its decoder is that of fpn: give --arch fpn",
+        ),
+        ({"in_channels": 4}, r"it takes 3 input channels: give --in-channels 3"),
+        ({"model_args": {}}, r"of another shape \(decoder\..*--model-arg \(decoder_pyramid_channels,"),
+        ({"model_args": {**ARGS, "aux_params": {"classes": 2}}, "keep_aux": True}, r"2 missing \(classification_head"),
+    ],
+)
+def test_weights_that_do_not_fit_say_why(
+    fields: dict[str, Any], message: str, state: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_model(asked(path, **fields))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("built", "asked_args", "message"),
+    [
+        ({"decoder_attention_type": "scse"}, {}, "decoder_attention_type=scse"),
+        ({"decoder_channels": (64, 32, 16, 16, 16)}, {}, "decoder_channels=64,32,16,16,16"),
+    ],
+)
+def test_other_decoder_arguments_are_read_off_the_tensors(
+    built: dict[str, Any], asked_args: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    torch.save(smp.Unet(ENCODER, encoder_weights=None, **built).state_dict(), tmp_path / "u.pt")
+    with pytest.raises(CheckpointError, match=f"give --model-arg {message}"):
+        load_model(ModelRequest(arch="unet", encoder=ENCODER, weights=str(tmp_path / "u.pt"), model_args=asked_args))
+    load_model(ModelRequest(arch="unet", encoder=ENCODER, weights=str(tmp_path / "u.pt"), model_args=built))
+
+
+def test_a_timm_encoder_is_recognized(tmp_path: Path) -> None:
+    torch.save(smp.FPN("tu-resnet18", encoder_weights=None).state_dict(), tmp_path / "u.pt")
+    with pytest.raises(CheckpointError, match="its encoder is that of tu-resnet18: give --encoder tu-resnet18"):
+        load_model(ModelRequest(arch="fpn", encoder="tu-resnet34", weights=str(tmp_path / "u.pt")))
+
+
+def test_keys_of_older_smp_versions_still_load(tmp_path: Path) -> None:
+    made = smp.DeepLabV3(ENCODER, encoder_weights=None, classes=2).eval()
+    new_to_old = {"decoder.aspp.": "decoder.0.", "decoder.conv.": "decoder.1.", "decoder.bn.": "decoder.2."}
+    old = {}
+    for key, value in made.state_dict().items():
+        for new, before in new_to_old.items():
+            key = key.replace(new, before) if key.startswith(new) else key
+        old[key] = value
+    torch.save(old, tmp_path / "old.pt")
+    loaded = load_model(ModelRequest(encoder=ENCODER, weights=str(tmp_path / "old.pt")))
+    assert loaded.model.arch == "deeplabv3"
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded.module(image), made(image))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float, state: dict[str, Any], tmp_path: Path) -> None:
+    bad = {k: v.clone() for k, v in state.items()}
+    bad["decoder.p5.weight"][0, 0] = value
+    bad["encoder.features.1.conv.0.1.running_var"][3] = value
+    torch.save(bad, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match=r"NaN or Inf in 2 tensors \(decoder\.p5\.weight, encoder\.features\.1\."):
+        load_model(asked(tmp_path / "bad.pt"))
+
+
+# Hostile and damaged files.
+
+
+class Payload:
+    """A pickle that creates a file when it is opened with full powers."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def refuse(path: Path, message: str) -> None:
+    """Reading must fail with one readable line."""
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_model(asked(path))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400 + len(str(path))
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle", "inside hyper_parameters"])
+def test_code_in_a_pickle_is_not_run(form: str, state: dict[str, Any], tmp_path: Path) -> None:
+    marker, path = tmp_path / "was here", tmp_path / "evil.pt"
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps(Payload(marker)))
+    elif form == "inside hyper_parameters":
+        torch.save({"state_dict": state, "hyper_parameters": {"x": Payload(marker)}}, path)
+    else:
+        torch.save({"w": Payload(marker)}, path, _use_new_zipfile_serialization=form == "zip")
+    refuse(
+        path,
+        r"a pickle that would run code to open \(.*system\), which is refused; .*torch\.save\(model\.state_dict\(\)",
+    )
+    assert not marker.exists()
+
+
+def test_a_whole_pickled_model_is_refused(model: Any, tmp_path: Path) -> None:
+    torch.save(model, tmp_path / "whole.pt")
+    refuse(tmp_path / "whole.pt", r"a whole pickled model \(segmentation_models_pytorch\.decoders\.fpn\.model\.FPN\)")
+
+
+def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "script.pt"
+    with quiet_libraries():
+        torch.jit.save(torch.jit.trace(torch.nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 8, 8)), str(path))
+    refuse(path, "is a TorchScript archive")
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", b"\x80\x02}.")
+        archive.writestr("bomb/data/0", bytes(50_000_000))
+    assert bomb.stat().st_size < 100_000
+    refuse(bomb, "is a compressed archive, which torch.save never writes")
+
+
+def test_tensors_without_bytes_behind_them_are_refused(tmp_path: Path) -> None:
+    torch.save({"segmentation_head.0.weight": torch.zeros(1).expand(10**12)}, tmp_path / "stride0.pt")
+    refuse(tmp_path / "stride0.pt", "claims 4000000000000 bytes of tensors in")
+    torch.save({"segmentation_head.0.weight": torch.empty(10**12, device="meta")}, tmp_path / "meta.pt")
+    refuse(tmp_path / "meta.pt", "is no plain tensor")
+    torch.save({"segmentation_head.0.weight": torch.eye(3).to_sparse()}, tmp_path / "sparse.pt")
+    refuse(tmp_path / "sparse.pt", "is no plain tensor")
+
+
+def test_integer_weights_are_refused(state: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({**state, "decoder.p5.weight": (state["decoder.p5.weight"] * 127).char()}, tmp_path / "int.pt")
+    refuse(tmp_path / "int.pt", r"decoder\.p5\.weight hold integers, fpn .* has floats: quantized")
+
+
+SAFETENSORS: dict[str, bytes] = {
+    "a header of a terabyte": struct.pack("<Q", 1 << 40) + b"{}",
+    "a header of 90 MB that is not there": struct.pack("<Q", 90_000_000) + b"{",
+    "no JSON": struct.pack("<Q", 8) + b"{" + b"x" * 7,
+    "offsets outside the file": struct.pack("<Q", 66)
+    + b'{"a":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4000000]}}'.ljust(66),
+    "shape and offsets disagree": struct.pack("<Q", 56) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}'.ljust(56) + b"1234",
+    "an unknown type": struct.pack("<Q", 56) + b'{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}'.ljust(56) + b"1234",
+    "nothing but a length": struct.pack("<Q", 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAFETENSORS)
+def test_hostile_safetensors(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(SAFETENSORS[case])
+    refuse(path, "is truncated, damaged or no safetensors file")
+
+
+def test_safetensors_without_tensors(tmp_path: Path) -> None:
+    (tmp_path / "none.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    refuse(tmp_path / "none.safetensors", "holds no tensors")
+
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is empty; copy or download it again"),
+    "text": (b"hello, this is not a checkpoint\n" * 9, r"is no PyTorch checkpoint \(starts with b'hello, t'\)"),
+    "a web page": (b"<!DOCTYPE html><html></html>", "is no PyTorch checkpoint"),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "run: git lfs pull"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(64), "is no PyTorch checkpoint"),
+    "another zip": (b"PK\x05\x06" + bytes(18), "is a zip archive, but no PyTorch checkpoint"),
+    "a cut zip": (b"PK\x03\x04" + bytes(200), "is truncated or damaged"),
+    "a cut pickle": (b"\x80\x02}q\x00X\x05", "is truncated or damaged"),
+    "a list": (pickle.dumps([1, 2, 3], protocol=2), "is truncated or damaged|holds a list"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_of_another_kind(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    path.write_bytes(FILES[case][0])
+    refuse(path, FILES[case][1])
+
+
+def test_checkpoints_without_a_model(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "loss": 0.1}, tmp_path / "a.pt")
+    refuse(tmp_path / "a.pt", r"holds no state dict \(it has 'epoch', 'loss'\)")
+    torch.save([torch.ones(1)], tmp_path / "b.pt")
+    refuse(tmp_path / "b.pt", "holds a list, not a state dict")
+    torch.save({"layer1.0.conv1.weight": torch.ones(1), "fc.weight": torch.ones(1)}, tmp_path / "c.pt")
+    refuse(tmp_path / "c.pt", "no SMP segmentation model: it looks like a classifier")
+    torch.save({"encoder.conv1.weight": torch.ones(1)}, tmp_path / "d.pt")
+    refuse(tmp_path / "d.pt", "it looks like an encoder only")
+
+
+def test_paths_that_are_not_there(tmp_path: Path) -> None:
+    refuse(tmp_path / "imagnet", "no such file or folder: .*imagenet or random")
+    refuse(tmp_path, r"is not a save_pretrained folder \(no config.json\)")
+
+
+CONFIGS: dict[str, tuple[bytes, str]] = {
+    "no JSON": (b"{", "is damaged or not JSON"),
+    "deep": (b"[" * 200_000, "is damaged or not JSON|holds a list"),
+    "a list": (b"[]", "holds a list, not the arguments"),
+    "huge": (b'{"a":"' + b"x" * (2 << 20) + b'"}', "has 2097160 bytes"),
+    "no class": (b'{"encoder_name": "resnet18"}', "names no SMP model"),
+    "another class": (b'{"_model_class": "MyNet"}', "of the class 'MyNet', which is not SMP's"),
+    "wrong types": (b'{"_model_class": "FPN", "classes": "four"}', "classes is 'four', not int"),
+    "unknown encoder": (b'{"_model_class": "FPN", "encoder_name": "../../etc"}', "unknown encoder"),
+    "unknown argument": (
+        b'{"_model_class": "FPN", "encoder_name": "mobilenet_v2", "shell": "rm"}',
+        "no argument 'shell'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_hostile_configs(case: str, state: dict[str, Any], tmp_path: Path) -> None:
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes(CONFIGS[case][0])
+    with pytest.raises((CheckpointError, SpecError), match=CONFIGS[case][1]):
+        load_model(ModelRequest(weights=str(tmp_path)))
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_truncated_files_never_load(form: str, state: dict[str, Any], tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut.pt"
+    if form == "safetensors":
+        save_file(state, whole)
+    else:
+        torch.save(state, whole, _use_new_zipfile_serialization=form == "zip")
+    content = whole.read_bytes()
+    for length in (1, 7, 9, 100, 1000, len(content) // 2, len(content) - 100, len(content) - 1):
+        cut.write_bytes(content[:length])
+        refuse(cut, "truncated|damaged|is no PyTorch")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_damaged_files_load_or_are_refused(form: str, tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole", tmp_path / "damaged.pt"
+    tensors = {"segmentation_head.0.weight": torch.ones(4, 8, 3, 3), "decoder.p5.weight": torch.ones(8, 8, 1, 1)}
+    if form == "safetensors":
+        save_file(tensors, whole)
+    else:
+        torch.save(tensors, whole, _use_new_zipfile_serialization=form == "zip")
+    content = whole.read_bytes()
+    dice = random.Random(5)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        for _ in range(dice.choice((1, 3, 20))):
+            damaged[dice.randrange(len(damaged))] = dice.randrange(256)
+        path.write_bytes(bytes(damaged))
+        try:
+            read_checkpoint(path)
+        except CheckpointError as exc:
+            refused += 1
+            assert "\n" not in str(exc)
+    assert refused > 0

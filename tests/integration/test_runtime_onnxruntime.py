@@ -1,0 +1,194 @@
+"""The runtime around a real engine: ONNX Runtime executing a small convolution made here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgeseg
+from edgeseg.artifacts import MANIFEST_NAME, SCHEMA_VERSION, FileRef, Manifest, OnnxGraph, sha256_file, write_json
+from edgeseg.runtime.placement import fit
+from edgeseg.runtime.resize import resize_scores
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+pytestmark = pytest.mark.integration
+
+CLASSES, HEIGHT, WIDTH = 5, 64, 96
+RNG = np.random.default_rng(2)
+WEIGHT = RNG.normal(size=(CLASSES, 3, 3, 3)).astype(np.float32) / 64
+
+
+def network(images: np.ndarray) -> np.ndarray:
+    """The same convolution in numpy: uint8 ``(N, H, W, 3)`` -> logits ``(N, classes, H, W)``."""
+    padded = np.pad(images.astype(np.float64).transpose(0, 3, 1, 2), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    height, width = images.shape[1:3]
+    logits = np.zeros((len(images), CLASSES, height, width))
+    for dy in range(3):
+        for dx in range(3):
+            part = padded[:, :, dy : dy + height, dx : dx + width]
+            logits += np.einsum("oc,nchw->nohw", WEIGHT[:, :, dy, dx].astype(np.float64), part)
+    return logits
+
+
+def save_graph(path: Path, kind: str, batch: int | str, size: tuple[int | str, int | str]) -> None:
+    make = onnx.helper
+    nodes = [
+        make.make_node("Cast", ["image"], ["float"], to=onnx.TensorProto.FLOAT),
+        make.make_node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
+        make.make_node("Conv", ["planes", "weight"], ["logits"], pads=[1, 1, 1, 1]),
+    ]
+    output = make.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [batch, CLASSES, *size])
+    if kind == "mask":
+        nodes += [
+            make.make_node("ArgMax", ["logits"], ["index"], axis=1, keepdims=0),
+            make.make_node("Cast", ["index"], ["mask"], to=onnx.TensorProto.UINT8),
+        ]
+        output = make.make_tensor_value_info("mask", onnx.TensorProto.UINT8, [batch, *size])
+    image = make.make_tensor_value_info("image", onnx.TensorProto.UINT8, [batch, *size, 3])
+    graph = make.make_graph(nodes, "small", [image], [output], [onnx.numpy_helper.from_array(WEIGHT, "weight")])
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 20)], ir_version=9)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+def build(folder: Path, kind: str = "mask", batch: BatchRange | None = None, **options: object) -> Path:
+    """Make an engine folder with the onnxruntime backend, as ``edgeseg build`` does, without a torch model."""
+    from edgeseg.backends import get_backend
+
+    folder.mkdir()
+    spec = PipelineSpec(
+        ModelSpec("custom", classes=CLASSES),
+        InputSpec(HEIGHT, WIDTH, batch=batch or BatchRange(), **options),
+        output=OutputSpec(kind),
+    )
+    dynamic = spec.input.batch.is_dynamic
+    size = ("H", "W") if spec.input.dynamic_size else (HEIGHT, WIDTH)
+    save_graph(folder / "model.onnx", kind, "N" if dynamic else spec.input.batch.maximum, size)
+    graph = OnnxGraph(folder / "model.onnx", sha256_file(folder / "model.onnx"), "fp32", spec, "0" * 64)
+    built = get_backend("onnxruntime").build(graph, folder, {})
+    manifest = Manifest(
+        SCHEMA_VERSION, edgeseg.__version__, folder.name, spec, built.precision, "onnxruntime", None,
+        FileRef.of(graph.path), FileRef.of(built.path), None, "a small convolution", {}, dict(built.options),
+        dict(built.versions), dict(built.device), tuple(FileRef.of(path) for path in built.extra_files),
+    )  # fmt: skip
+    write_json(folder / MANIFEST_NAME, manifest)
+    return folder
+
+
+def photo(*shape: int) -> np.ndarray:
+    return RNG.integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["mask", "logits"])
+def test_masks_are_those_of_the_network(tmp_path: Path, kind: str) -> None:
+    with edgeseg.load(build(tmp_path / "engine", kind)) as segmenter:
+        image = photo(HEIGHT, WIDTH, 3)
+        np.testing.assert_array_equal(segmenter(image), network(image[None])[0].argmax(axis=0))
+        larger = photo(150, 200, 3)
+        fitted, _ = fit(larger, segmenter.spec.input)
+        logits = network(fitted[None])[0]
+        mask = segmenter(larger)
+        if kind == "logits":
+            whole = resize_scores(logits, (150, 200))
+            ranked = np.sort(whole, axis=0)
+            clear = ranked[-1] - ranked[-2] > 1e-4
+            assert clear.mean() > 0.99
+            np.testing.assert_array_equal(mask[clear], whole.argmax(axis=0)[clear])
+        else:
+            rows, columns = ((2 * np.arange(n) + 1) * m // (2 * n) for n, m in ((150, HEIGHT), (200, WIDTH)))
+            np.testing.assert_array_equal(mask, logits.argmax(axis=0)[np.ix_(rows, columns)])
+
+
+@pytest.mark.parametrize("batch", [BatchRange(3, 3, 3), BatchRange(1, 2, 4)])
+def test_batches(tmp_path: Path, batch: BatchRange) -> None:
+    with edgeseg.load(build(tmp_path / "engine", batch=batch)) as segmenter:
+        images = photo(7, HEIGHT, WIDTH, 3)
+        np.testing.assert_array_equal(segmenter(images), network(images).argmax(axis=1))
+        np.testing.assert_array_equal(segmenter(images[0]), network(images[:1])[0].argmax(axis=0))
+
+
+def test_dynamic_size_is_padded_and_cropped(tmp_path: Path) -> None:
+    with edgeseg.load(build(tmp_path / "engine", dynamic_size=True)) as segmenter:
+        for size in ((64, 96), (33, 70), (1, 1), (130, 31)):
+            image = photo(*size, 3)
+            padded = np.pad(image, ((0, -size[0] % 32), (0, -size[1] % 32), (0, 0)), mode="edge")
+            expected = network(padded[None])[0].argmax(axis=0)[: size[0], : size[1]]
+            np.testing.assert_array_equal(segmenter(image), expected)
+
+
+def test_tiles_of_a_mask_engine_equal_the_whole_away_from_the_cuts(tmp_path: Path) -> None:
+    """A 3x3 convolution needs one pixel of context, so only the padding at the image's own border can differ."""
+    with edgeseg.load(build(tmp_path / "engine", fit="tile")) as segmenter:
+        image = photo(200, 250, 3)
+        np.testing.assert_array_equal(segmenter(image), network(image[None])[0].argmax(axis=0))
+
+
+def test_eight_threads_get_what_one_gets(tmp_path: Path) -> None:
+    with edgeseg.load(build(tmp_path / "engine", "logits", BatchRange(1, 2, 2), fit="tile")) as segmenter:
+        sizes = [(HEIGHT, WIDTH), (100, 130), (20, 200), (7, 9)]
+        images = [photo(*sizes[i % 4], 3) for i in range(64)]
+        serial = [segmenter(image) for image in images]
+        with ThreadPoolExecutor(8) as pool:
+            for mask, expected in zip(pool.map(segmenter, images), serial, strict=True):
+                np.testing.assert_array_equal(mask, expected)
+
+
+def test_stream_and_segmenter_agree(tmp_path: Path) -> None:
+    with edgeseg.load(build(tmp_path / "engine")) as segmenter:
+        images = [photo(80, 80, 3) for _ in range(12)]
+        for frame in edgeseg.stream(images, segmenter):
+            np.testing.assert_array_equal(frame.mask, segmenter(images[frame.index]))
+
+
+BARE_MACHINE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "torchvision", "onnx", "segmentation_models_pytorch", "cv2", "timm"}:
+            raise ImportError(name + " is not on this machine")
+
+sys.meta_path.insert(0, Absent())
+import numpy as np
+import edgeseg
+with edgeseg.load(sys.argv[1]) as segmenter:
+    for size in ((64, 96), (100, 100), (5, 7)):
+        print(segmenter(np.full((*size, 3), 130, np.uint8)).shape)
+"""
+
+
+def test_torch_onnx_smp_and_opencv_are_not_needed(tmp_path: Path) -> None:
+    folder = build(tmp_path / "engine", "logits")
+    command = [sys.executable, "-c", BARE_MACHINE, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["(64, 96)", "(100, 100)", "(5, 7)"]
+
+
+def test_opencv_resizes_alike(tmp_path: Path) -> None:
+    """The peer that models were trained with: never more than one grey level away."""
+    cv2 = pytest.importorskip("cv2")
+    from edgeseg.runtime.resize import resize_image
+
+    for source, target in (((90, 120), (64, 96)), ((40, 30), (64, 96)), ((301, 203), (64, 96))):
+        image = photo(*source, 3)
+        ours, theirs = resize_image(image, target), cv2.resize(image, target[::-1])
+        assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+def test_torch_resizes_alike() -> None:
+    torch = pytest.importorskip("torch")
+
+    for source, target in (((9, 12), (64, 96)), ((64, 96), (30, 41)), ((5, 7), (5, 20)), ((1, 1), (8, 3))):
+        scores = RNG.normal(size=(4, *source)).astype(np.float32)
+        theirs = torch.nn.functional.interpolate(torch.from_numpy(scores)[None], target, mode="bilinear")[0].numpy()
+        # torch computes positions in float32.
+        np.testing.assert_allclose(resize_scores(scores, target), theirs, atol=1e-4)

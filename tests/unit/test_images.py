@@ -1,0 +1,346 @@
+"""Reading unusual image files, and finding files in a fixed order. Every file is made here."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from edgeseg.errors import InputError
+from edgeseg.runtime import images
+from edgeseg.runtime.images import list_images, natural_key, read_image
+
+RNG = np.random.default_rng(7)
+PHOTO = RNG.integers(0, 256, (5, 8, 3), dtype=np.uint8)
+
+
+def saved(path: Path, image: Image.Image, *args: object, **options: object) -> Path:
+    image.save(path, *args, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm", "webp"])
+def test_rgb_is_read_exactly(tmp_path: Path, suffix: str) -> None:
+    path = saved(tmp_path / f"a.{suffix}", Image.fromarray(PHOTO), **({"lossless": True} if suffix == "webp" else {}))
+    array = read_image(path)
+    assert array.dtype == np.uint8
+    assert array.flags.c_contiguous
+    assert array.flags.writeable
+    np.testing.assert_array_equal(array, PHOTO)
+
+
+def test_grey_becomes_three_equal_channels_or_stays_one(tmp_path: Path) -> None:
+    path = saved(tmp_path / "grey.png", Image.fromarray(PHOTO[..., 0]))
+    np.testing.assert_array_equal(read_image(path), np.repeat(PHOTO[..., :1], 3, axis=2))
+    np.testing.assert_array_equal(read_image(path, channels=1), PHOTO[..., :1])
+
+
+def test_colour_becomes_grey_by_luma(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", Image.fromarray(PHOTO))
+    luma = PHOTO.astype(float) @ (0.299, 0.587, 0.114)
+    assert np.abs(read_image(path, channels=1)[..., 0] - luma).max() <= 1
+
+
+def test_alpha_is_dropped_and_the_colours_below_it_stay(tmp_path: Path) -> None:
+    alpha = RNG.integers(0, 256, (5, 8, 1), dtype=np.uint8)
+    rgba = saved(tmp_path / "rgba.png", Image.fromarray(np.concatenate((PHOTO, alpha), axis=2)))
+    np.testing.assert_array_equal(read_image(rgba), PHOTO)
+    grey = np.concatenate((PHOTO[..., :1], alpha), axis=2)
+    la = saved(tmp_path / "la.png", Image.fromarray(grey))
+    np.testing.assert_array_equal(read_image(la), np.repeat(PHOTO[..., :1], 3, axis=2))
+
+
+@pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255, 3])])
+def test_palettes_are_looked_up_transparent_entries_too(tmp_path: Path, transparency: int | bytes | None) -> None:
+    colours = np.array([(10, 20, 30), (200, 0, 7), (0, 255, 0), (90, 91, 92)], np.uint8)
+    indices = RNG.integers(0, 4, (5, 8), dtype=np.uint8)
+    image = Image.fromarray(indices)
+    image.putpalette(colours.tobytes())
+    path = saved(tmp_path / "p.png", image, **({} if transparency is None else {"transparency": transparency}))
+    np.testing.assert_array_equal(read_image(path), colours[indices])
+
+
+def test_one_bit_becomes_0_and_255(tmp_path: Path) -> None:
+    bits = PHOTO[..., 0] > 127
+    path = saved(tmp_path / "bits.png", Image.fromarray(bits))
+    np.testing.assert_array_equal(read_image(path, channels=1)[..., 0], np.where(bits, 255, 0))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_16_bit_grey_is_scaled_by_its_range_not_clipped(tmp_path: Path, suffix: str) -> None:
+    wide = np.array([[0, 255, 256, 32768], [65535, 65280, 1000, 40000]], np.uint16)
+    path = saved(tmp_path / f"wide.{suffix}", Image.fromarray(wide))
+    np.testing.assert_array_equal(read_image(path, channels=1)[..., 0], wide // 256)
+
+
+def test_16_bit_colour_is_scaled_like_16_bit_grey(tmp_path: Path) -> None:
+    wide = RNG.integers(0, 65536, (3, 4, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 4, 3, 16, 2, 0, 0, 0)
+    path = tmp_path / "wide.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    np.testing.assert_array_equal(read_image(path), wide // 256)
+
+
+def test_cmyk_is_converted(tmp_path: Path) -> None:
+    # Full cyan without black ink is (0, 255, 255); JPEG loses a little.
+    ink = np.zeros((16, 16, 4), np.uint8)
+    ink[..., 0] = 255
+    path = saved(tmp_path / "ink.jpg", Image.fromarray(ink, "CMYK"), quality=95)
+    assert np.abs(read_image(path).astype(int) - (0, 255, 255)).max() <= 3
+
+
+def oriented(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo EXIF orientation by the standard's table: where row 0 and column 0 of the stored picture belong."""
+    return {
+        1: array,
+        2: array[:, ::-1],
+        3: array[::-1, ::-1],
+        4: array[::-1],
+        5: array.transpose(1, 0, 2),
+        6: array.transpose(1, 0, 2)[:, ::-1],
+        7: array.transpose(1, 0, 2)[::-1, ::-1],
+        8: array.transpose(1, 0, 2)[::-1],
+    }[orientation]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = saved(tmp_path / f"turned.{suffix}", Image.fromarray(PHOTO), exif=exif, **options)
+    np.testing.assert_array_equal(read_image(path), oriented(PHOTO, orientation))
+
+
+def test_exif_orientation_of_16_bit_grey(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide = RNG.integers(0, 65536, (3, 4), dtype=np.uint16)
+    path = saved(tmp_path / "turned.png", Image.fromarray(wide), exif=exif)
+    np.testing.assert_array_equal(read_image(path, channels=1), oriented((wide // 256)[..., None], 6))
+
+
+def test_first_frame_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.fromarray(np.full((4, 4, 3), value, np.uint8)) for value in (10, 200)]
+    path = saved(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
+    assert np.unique(read_image(path)).tolist() == [10]
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_arrays_of_any_channel_count(tmp_path: Path, suffix: str, channels: int) -> None:
+    array = RNG.integers(0, 256, (4, 6, channels), dtype=np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    np.save(path, array) if suffix == "npy" else np.savez_compressed(path, array)
+    np.testing.assert_array_equal(read_image(path, channels), array)
+    np.save(tmp_path / "wide.npy", array.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(read_image(tmp_path / "wide.npy", channels), array)
+
+
+def test_array_of_grey_for_three_channels(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", PHOTO[..., 0])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.npy"), np.repeat(PHOTO[..., :1], 3, axis=2))
+
+
+def test_four_channels_from_rgba_and_from_a_stack_of_pages(tmp_path: Path) -> None:
+    four = RNG.integers(0, 256, (5, 8, 4), dtype=np.uint8)
+    np.testing.assert_array_equal(read_image(saved(tmp_path / "a.png", Image.fromarray(four)), 4), four)
+    pages = [Image.fromarray(four[..., band]) for band in range(4)]
+    path = saved(tmp_path / "b.tif", pages[0], save_all=True, append_images=pages[1:])
+    np.testing.assert_array_equal(read_image(path, 4), four)
+
+
+def bomb() -> bytes:
+    """A PNG header that promises 40000 x 40000 pixels."""
+    header = struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
+    body = b"IHDR" + header
+    data = zlib.compress(b"\0" * 100)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">I", zlib.crc32(body))
+        + struct.pack(">I", len(data))
+        + b"IDAT"
+        + data
+        + struct.pack(">I", zlib.crc32(b"IDAT" + data))
+    )
+
+
+def npy_bomb() -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": (100000, 100000, 3)})
+    return stream.getvalue()
+
+
+def pickle_npy() -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+def half(suffix: str) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(stream, suffix)
+    return stream.getvalue()[: len(stream.getvalue()) // 2]
+
+
+BAD_FILES = {
+    "empty.png": b"",
+    "empty.npy": b"",
+    "text.png": b"this is no picture at all",
+    "text.npy": b"nor is this an array",
+    "text.npz": b"nor an archive",
+    "half.png": half("PNG"),
+    "half.jpg": half("JPEG"),
+    "half.webp": half("WEBP"),
+    "half.tif": half("TIFF"),
+    "header.png": half("PNG")[:20],
+    "bomb.png": bomb(),
+    "bomb.npy": npy_bomb(),
+    "pickle.npy": pickle_npy(),
+    "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_one_line_naming_the_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(BAD_FILES[name])
+    with pytest.raises(InputError) as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_arrays_that_would_fill_the_memory_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bomb.npy").write_bytes(npy_bomb())
+    with pytest.raises(InputError, match="30000000000 bytes decoded, more than"):
+        read_image(tmp_path / "bomb.npy")
+    np.savez_compressed(tmp_path / "bomb.npz", np.zeros((100, 100, 3), np.uint8))
+    monkeypatch.setattr(images, "MAX_ARRAY_BYTES", 10_000)
+    with pytest.raises(InputError, match="bytes decoded, more than"):
+        read_image(tmp_path / "bomb.npz")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damaged_files_raise_input_errors_only(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    suffix = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "npy"]))
+    stream = io.BytesIO()
+    if suffix == "npy":
+        np.save(stream, PHOTO)
+    else:
+        Image.fromarray(PHOTO).save(stream, suffix)
+    content = bytearray(stream.getvalue())
+    for position, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(content) - 1), st.integers(0, 255)), max_size=6)
+    ):
+        content[position] = value
+    path = tmp_path_factory.mktemp("damaged") / f"a.{suffix.lower()}"
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+    with contextlib.suppress(InputError):  # any other exception fails the test
+        array = read_image(path)
+        assert array.dtype == np.uint8
+        assert array.ndim == 3
+        assert array.shape[2] == 3
+
+
+def test_what_cannot_be_an_image_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        read_image(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        read_image(tmp_path / "missing.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match="not a file"):
+        read_image(tmp_path / "pipe.png")
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.zeros((4, 4, 3), np.int64), "int64"),
+        (np.zeros((4, 4, 5), np.uint8), "5 channels"),
+        (np.zeros((2, 4, 4, 3), np.uint8), "shape"),
+        (np.zeros((0, 4, 3), np.uint8), "shape"),
+    ],
+)
+def test_arrays_that_are_no_image(tmp_path: Path, array: np.ndarray, words: str) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(InputError, match=words):
+        read_image(tmp_path / "a.npy")
+
+
+def test_samples_without_a_range_are_refused(tmp_path: Path) -> None:
+    for name, dtype, words in (("f.tif", np.float32, "floating-point"), ("i.tif", np.int32, "32-bit")):
+        path = saved(tmp_path / name, Image.fromarray(np.ones((3, 3), dtype)))
+        with pytest.raises(InputError, match=words):
+            read_image(path)
+
+
+def test_wrong_band_count_says_what_to_do(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.png", Image.fromarray(PHOTO))
+    with pytest.raises(InputError, match=r"takes 5: store them as a \.npy of shape \(H, W, 5\)"):
+        read_image(path, channels=5)
+
+
+def test_folder_is_listed_in_natural_order_without_folders_and_others(tmp_path: Path) -> None:
+    for name in ("img10.png", "img2.png", "IMG1.PNG", "a.npy", "notes.txt", ".hidden.png", "video.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "within").mkdir()
+    (tmp_path / "within" / "deep.png").write_bytes(b"x")
+    assert [p.name for p in list_images(tmp_path)] == ["a.npy", "IMG1.PNG", "img2.png", "img10.png"]
+    assert [p.name for p in list_images(str(tmp_path / "**" / "*.png"))] == ["img2.png", "img10.png", "deep.png"]
+    assert [p.name for p in list_images(tmp_path / "img2.png")] == ["img2.png"]
+
+
+def test_list_file_keeps_its_order(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png"):
+        (tmp_path / name).write_bytes(b"x")
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"# chosen\nb.png\n\n{tmp_path / 'a.png'}\n")
+    assert list_images(listing) == [tmp_path / "b.png", tmp_path / "a.png"]
+    listing.write_text("b.png\nmissing.png\n")
+    with pytest.raises(InputError, match=r"line 2: missing\.png"):
+        list_images(listing)
+    listing.write_text("# nothing\n")
+    with pytest.raises(InputError, match="names no images"):
+        list_images(listing)
+
+
+def test_a_file_with_glob_characters_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a[1].png").write_bytes(b"x")
+    assert list_images(str(tmp_path / "a[1].png")) == [tmp_path / "a[1].png"]
+
+
+def test_nothing_to_list(tmp_path: Path) -> None:
+    for source in (tmp_path, tmp_path / "missing", str(tmp_path / "*.png")):
+        with pytest.raises(InputError):
+            list_images(source)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text("aB019", max_size=4), max_size=12, unique=True), st.randoms(use_true_random=False))
+def test_order_does_not_depend_on_the_order_found(names: list[str], random: object) -> None:
+    paths = [Path(f"x{name}.png") for name in names]
+    shuffled = list(paths)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert sorted(shuffled, key=natural_key) == sorted(paths, key=natural_key)

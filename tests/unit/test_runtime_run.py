@@ -1,0 +1,351 @@
+"""What ``edgeseg run`` writes, under which names, and what it does when inputs or the disk are bad."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from edgeseg.backends.memory import MemorySession
+from edgeseg.errors import BuildError, InputError
+from edgeseg.runtime import outputs, sources
+from edgeseg.runtime.outputs import VideoFile, unique_names, write_mask, write_picture
+from edgeseg.runtime.overlay import class_palette, colorize
+from edgeseg.runtime.run import run_inputs
+from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
+
+RNG = np.random.default_rng(9)
+NAMES = ("sky", "road/lane", "car", "tree")
+SPEC = PipelineSpec(ModelSpec("custom", classes=4, class_names=NAMES), InputSpec(16, 16, stride=1, fit="tile"))
+
+
+def segmenter(spec: PipelineSpec = SPEC) -> Segmenter:
+    return Segmenter(MemorySession(spec), spec)
+
+
+def photo(path: Path, size: tuple[int, int] = (20, 30)) -> np.ndarray:
+    image = RNG.integers(0, 256, (*size, 3), dtype=np.uint8)
+    path.parent.mkdir(exist_ok=True, parents=True)
+    Image.fromarray(image).save(path)
+    return image
+
+
+def expected_mask(image: np.ndarray, classes: int = 4) -> np.ndarray:
+    return image.astype(np.int64).sum(axis=2) * classes // 768
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_masks_are_palette_pngs_of_class_indices(tmp_path: Path) -> None:
+    image = photo(tmp_path / "in" / "a.png")
+    summary = run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", progress=False)
+    assert files(tmp_path / "out") == ["masks/a.png"]
+    assert summary.written == (str(tmp_path / "out/masks/a.png"),)
+    assert (summary.images, summary.frames, summary.failed) == (1, 0, ())
+    assert summary.seconds > 0
+    assert summary.frames_per_second == pytest.approx(1 / summary.seconds)
+    with Image.open(tmp_path / "out/masks/a.png") as png:
+        assert png.mode == "P"
+        np.testing.assert_array_equal(np.asarray(png), expected_mask(image))
+        np.testing.assert_array_equal(np.asarray(png.convert("RGB")), class_palette(4)[expected_mask(image)])
+
+
+def test_overlays_have_the_image_and_a_legend(tmp_path: Path) -> None:
+    image = photo(tmp_path / "a.jpg", (40, 60))
+    with Image.open(tmp_path / "a.jpg") as stored:
+        image = np.asarray(stored.convert("RGB"))
+    run_inputs(segmenter(), [str(tmp_path / "a.jpg")], tmp_path / "out", overlay=True, alpha=0.25, progress=False)
+    assert files(tmp_path / "out") == ["masks/a.png", "overlays/a.png"]
+    with Image.open(tmp_path / "out/overlays/a.png") as png:
+        picture = np.asarray(png)
+    blend = image * 0.75 + colorize(expected_mask(image)) * 0.25
+    assert np.abs(picture[:40, :60] - blend).max() <= 1
+    assert picture.shape[1] > 60
+
+
+def test_more_than_256_classes_are_16_bit(tmp_path: Path) -> None:
+    spec = PipelineSpec(ModelSpec("custom", classes=400), InputSpec(16, 16, stride=1, fit="tile"))
+    image = photo(tmp_path / "a.png")
+    run_inputs(segmenter(spec), [tmp_path / "a.png"], tmp_path / "out", overlay=True, progress=False)
+    with Image.open(tmp_path / "out/masks/a.png") as png:
+        assert png.mode == "I;16"
+        np.testing.assert_array_equal(np.asarray(png), expected_mask(image, 400))
+
+
+def test_multilabel_is_a_file_per_class(tmp_path: Path) -> None:
+    model = ModelSpec("custom", classes=4, class_names=NAMES, task="multilabel")
+    spec = PipelineSpec(model, InputSpec(16, 16, stride=1, fit="tile"))
+    photo(tmp_path / "a.png")
+    summary = run_inputs(segmenter(spec), [tmp_path / "a.png"], tmp_path / "out", overlay=True, progress=False)
+    assert files(tmp_path / "out") == [
+        "masks/a.0-sky.png", "masks/a.1-road_lane.png", "masks/a.2-car.png", "masks/a.3-tree.png", "overlays/a.png",
+    ]  # fmt: skip
+    assert len(summary.written) == 5
+    with Image.open(tmp_path / "a.png") as source, Image.open(tmp_path / "out/masks/a.2-car.png") as png:
+        planes = segmenter(spec)(np.asarray(source))
+        np.testing.assert_array_equal(np.asarray(png), planes[2])
+        assert png.convert("RGB").getcolors() is not None
+
+
+def test_bad_images_are_named_and_the_rest_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in (1, 3):
+        photo(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"broken")
+    (tmp_path / "4.png").write_bytes(b"")
+    summary = run_inputs(segmenter(), [tmp_path], tmp_path / "out")
+    assert files(tmp_path / "out") == ["masks/1.png", "masks/3.png"]
+    assert summary.images == 2
+    assert [failure.input for failure in summary.failed] == [str(tmp_path / "2.png"), str(tmp_path / "4.png")]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "2.png" in captured.err
+    assert "4/4" in captured.err
+
+
+def test_a_broken_engine_is_not_a_bad_image(tmp_path: Path) -> None:
+    def broken(images: np.ndarray) -> np.ndarray:
+        raise BuildError("the engine failed")
+
+    photo(tmp_path / "a.png")
+    with pytest.raises(BuildError):
+        run_inputs(Segmenter(MemorySession(SPEC, broken), SPEC), [tmp_path / "a.png"], tmp_path / "out", progress=False)
+    assert files(tmp_path / "out") == [] if (tmp_path / "out").exists() else True
+
+
+def test_inputs_that_share_a_stem_get_names_of_their_own(tmp_path: Path) -> None:
+    photos = {name: photo(tmp_path / name) for name in ("left/a.png", "right/a.png", "b.png", "b.bmp", "c.png")}
+    inputs = [tmp_path / name for name in photos]
+    run_inputs(segmenter(), [*inputs, inputs[0], str(tmp_path / "left")], tmp_path / "out", progress=False)
+    names = {"left/a.png": "left_a", "right/a.png": "right_a", "b.png": "b_png", "b.bmp": "b_bmp", "c.png": "c"}
+    assert files(tmp_path / "out") == sorted(f"masks/{name}.png" for name in names.values())
+    for source, name in names.items():
+        with Image.open(tmp_path / "out/masks" / f"{name}.png") as png:
+            np.testing.assert_array_equal(np.asarray(png), expected_mask(photos[source]))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.builds(
+            lambda folders, stem, suffix: Path("/", *folders, stem + suffix),
+            st.lists(st.sampled_from("xyX"), max_size=3),
+            st.sampled_from(["a", "A", "b", "a_png", "x_a", "a-2"]),
+            st.sampled_from([".png", ".jpg", ".PNG"]),
+        ),
+        max_size=12,
+    )
+)
+def test_names_are_never_alike(paths: list[Path]) -> None:
+    names = unique_names(paths)
+    assert len(names) == len(paths)
+    assert len({name.casefold() for name in names}) == len(paths)
+    for path, name in zip(paths, names, strict=True):
+        assert path.stem in name
+        assert "/" not in name
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
+    photo(tmp_path / "a.png")
+    photo(tmp_path / "b.png")
+    (tmp_path / "out/masks").mkdir(parents=True)
+    (tmp_path / "out/masks/b.png").write_text("mine")
+    inputs = [tmp_path / "a.png", tmp_path / "b.png"]
+    with pytest.raises(InputError, match=r"b\.png exists; give --force"):
+        run_inputs(segmenter(), inputs, tmp_path / "out", progress=False)
+    assert files(tmp_path / "out") == ["masks/b.png"]
+    assert (tmp_path / "out/masks/b.png").read_text() == "mine"
+    run_inputs(segmenter(), inputs, tmp_path / "out", overwrite=True, progress=False)
+    with Image.open(tmp_path / "out/masks/b.png") as png:
+        assert png.size == (30, 20)
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+
+    def write(part: Path) -> None:
+        part.write_text("ours")
+        path.write_text("theirs")
+
+    with pytest.raises(InputError, match="exists"):
+        outputs._write_whole(path, write, overwrite=False)
+    assert files(tmp_path) == ["a.png"]
+    assert path.read_text() == "theirs"
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(self: Image.Image, part: Path, *args: object, **options: object) -> None:
+        Path(part).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    for write in (lambda p: write_mask(p, np.zeros((2, 2), np.uint8), class_palette(2)),
+                  lambda p: write_picture(p, np.zeros((2, 2, 3), np.uint8))):  # fmt: skip
+        with pytest.raises(InputError, match=r"cannot write .*a\.png: No space left on device"):
+            write(tmp_path / "a.png")
+    assert files(tmp_path) == []
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    photo(tmp_path / "a.png")
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(InputError, match="cannot make the folder"):
+        run_inputs(segmenter(), [tmp_path / "a.png"], tmp_path / "out", progress=False)
+
+
+def test_limit(tmp_path: Path) -> None:
+    for i in range(6):
+        photo(tmp_path / "in" / f"{i}.png")
+    summary = run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", limit=4, progress=False)
+    assert summary.images == 4
+    assert files(tmp_path / "out") == [f"masks/{i}.png" for i in range(4)]
+
+
+def test_inputs_that_are_not_there(tmp_path: Path) -> None:
+    for inputs in ([], ["missing.png"], [tmp_path], [str(tmp_path / "*.png")]):
+        with pytest.raises(InputError):
+            run_inputs(segmenter(), inputs, tmp_path / "out", progress=False)
+    with pytest.raises(InputError, match="alpha"):
+        run_inputs(segmenter(), [tmp_path], tmp_path / "out", alpha=2.0, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+# Videos
+
+
+def make_video(path: Path, frames: int = 6, size: tuple[int, int] = (33, 47)) -> Path:
+    cv2 = pytest.importorskip("cv2")
+    path.parent.mkdir(exist_ok=True, parents=True)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, size[::-1])
+    for i in range(frames):
+        writer.write(np.full((*size, 3), 20 + i * 40, np.uint8))
+    writer.release()
+    return path
+
+
+def read_video(path: Path) -> tuple[list[np.ndarray], float]:
+    import cv2
+
+    capture = cv2.VideoCapture(str(path))
+    frames = []
+    while True:
+        found, frame = capture.read()
+        if not found:
+            break
+        frames.append(frame[..., ::-1])
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    capture.release()
+    return frames, fps
+
+
+@pytest.mark.parametrize("overlay", [True, False])
+def test_a_video_becomes_a_video(tmp_path: Path, overlay: bool) -> None:
+    video = make_video(tmp_path / "drive.avi")
+    summary = run_inputs(segmenter(), [video], tmp_path / "out", overlay=overlay, frame_masks=True, progress=False)
+    assert (summary.images, summary.frames, summary.failed) == (0, 6, ())
+    assert files(tmp_path / "out") == [*(f"masks/drive/{i:06d}.png" for i in range(6)), "videos/drive.mp4"]
+    frames, fps = read_video(tmp_path / "out/videos/drive.mp4")
+    assert fps == pytest.approx(10.0)
+    assert len(frames) == 6
+    assert {frame.shape[0] % 2 + frame.shape[1] % 2 for frame in frames} == {0}
+    palette = class_palette(4)
+    for i, frame in enumerate(frames):
+        grey = 20 + i * 40
+        colour = palette[grey * 4 // 256].astype(float)
+        wanted = colour / 2 + grey / 2 if overlay else colour
+        # mp4 stores colours coarsely: look at the middle of the plain area.
+        assert np.abs(frame[8:24, 8:40].mean(axis=(0, 1)) - wanted).max() < 12
+        with Image.open(tmp_path / f"out/masks/drive/{i:06d}.png") as png:
+            assert np.unique(np.asarray(png)).tolist() == [grey * 4 // 256]
+
+
+def test_images_and_videos_together_and_a_broken_video(tmp_path: Path) -> None:
+    make_video(tmp_path / "in/b.avi", 3)
+    photo(tmp_path / "in/a.png")
+    photo(tmp_path / "in/c.png")
+    (tmp_path / "in/broken.mp4").write_bytes(b"this is no video")
+    summary = run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", progress=False)
+    assert files(tmp_path / "out") == ["masks/a.png", "masks/c.png", "videos/b.mp4"]
+    assert (summary.images, summary.frames) == (2, 3)
+    assert [failure.input for failure in summary.failed] == [str(tmp_path / "in/broken.mp4")]
+
+
+def test_an_exception_in_a_video_leaves_no_file(tmp_path: Path) -> None:
+    pytest.importorskip("cv2")
+    with pytest.raises(ZeroDivisionError), VideoFile(tmp_path / "a.mp4", 10.0) as video:
+        video.write(np.zeros((16, 16, 3), np.uint8))
+        raise ZeroDivisionError
+    assert files(tmp_path) == []
+    (tmp_path / "a.mp4").write_text("mine")
+    with pytest.raises(InputError, match="exists"):
+        VideoFile(tmp_path / "a.mp4", 10.0)
+
+
+class FakeCamera:
+    """A camera that takes a picture every eighth of a second by its own clock, when the engine has seen the last."""
+
+    def __init__(self, seen: list[tuple[int, ...]]) -> None:
+        self.seconds = 0.0
+        self.seen = seen
+
+    def isOpened(self) -> bool:  # noqa: N802
+        return True
+
+    def get(self, what: int) -> float:
+        return 0.0
+
+    def read(self) -> tuple[bool, np.ndarray]:
+        while len(self.seen) < min(self.seconds / 0.125, 6):
+            time.sleep(0.001)
+        self.seconds += 0.125
+        return True, np.full((16, 16, 3), 100, np.uint8)
+
+    def release(self) -> None:
+        pass
+
+
+def test_ctrl_c_ends_a_camera_well_and_its_video_runs_at_the_speed_of_the_scene(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C is raised where an error of the engine would be: as an exception out of waiting for the next frame."""
+    cv2 = pytest.importorskip("cv2")
+    calls = []
+
+    def interrupted_after_five(images: np.ndarray) -> np.ndarray:
+        calls.append(images.shape)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return np.zeros((1, 4, 16, 16), np.float32)
+
+    camera = FakeCamera(calls)
+    monkeypatch.setattr(cv2, "VideoCapture", lambda source: camera)
+    monkeypatch.setattr(sources, "time", SimpleNamespace(monotonic=lambda: camera.seconds))
+    engine = Segmenter(MemorySession(SPEC, interrupted_after_five), SPEC)
+    summary = run_inputs(engine, ["0"], tmp_path / "out", frame_masks=True, progress=False)
+    assert summary.interrupted
+    assert summary.frames == 5
+    assert files(tmp_path / "out") == [*(f"masks/camera0/{i:06d}.png" for i in range(5)), "videos/camera0.mp4"]
+    monkeypatch.undo()
+    # 25 frames per second where the camera does not say: the fifth picture, taken at 0.5 s, is frame 12 of 13.
+    assert len(read_video(tmp_path / "out/videos/camera0.mp4")[0]) == 13
+
+
+def test_ctrl_c_in_a_video_file_leaves_nothing_half(tmp_path: Path) -> None:
+    video = make_video(tmp_path / "drive.avi")
+
+    def interrupted(images: np.ndarray) -> np.ndarray:
+        if images.max() > 100:
+            raise KeyboardInterrupt
+        return np.zeros((1, 4, 16, 16), np.float32)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_inputs(Segmenter(MemorySession(SPEC, interrupted), SPEC), [video], tmp_path / "out", progress=False)
+    assert files(tmp_path / "out") == []
