@@ -73,6 +73,9 @@ class ConsoleReporter:
         )
 
         self._stage = stage
+        if not self._console.is_terminal:
+            # Into a file or a log, a bar is noise: the line at the end of the stage says it all.
+            return
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description:<10}"),
@@ -91,11 +94,11 @@ class ConsoleReporter:
 
     def finish(self, detail: str, seconds: float) -> None:
         self.close()
-        self._console.print(f"  {self._stage:<10} {seconds:6.1f} s  {detail}", highlight=False, markup=False)
+        self._console.print(f"  {self._stage:<10} {seconds:6.1f} s  {detail}", highlight=False, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         console = self._bar.console if self._bar is not None else self._console
-        console.print(f"  note: {text}", highlight=False, markup=False)
+        console.print(f"  note: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Take the progress bar off the terminal; called when a stage ends, well or not."""

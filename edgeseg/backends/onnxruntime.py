@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edgeseg.artifacts import Engine, OnnxGraph
 from edgeseg.backends.base import BackendStatus, BuiltEngine
 from edgeseg.backends.cpu import Cpu, this_cpu
-from edgeseg.backends.precision import executed_precision
+from edgeseg.backends.precision import executed_precision, run_profiled
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, SpecError, did_you_mean
 
 ENGINE_NAME = "engine.onnx"
@@ -91,9 +91,12 @@ class OnnxRuntimeBackend:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         settings.optimized_model_filepath = str(path)
         _open(ort, graph.path, settings, BuildError)
+        settings = _session_options(ort, chosen, self.cpu)
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        executed = run_profiled(ort, path, settings, graph.spec.input)
         return BuiltEngine(
             path=path,
-            precision=executed_precision(path, graph.precision),
+            precision=executed_precision(path, graph.precision, executed, graph.spec.input.batch.minimum),
             options={"threads": chosen.threads, "spinning": chosen.spinning, **_SESSION_ENTRIES},
             versions={"onnxruntime": str(ort.__version__)},
             device={"cpu": self.cpu.name, "isa": self.cpu.isa},

@@ -1,51 +1,136 @@
-"""Which precision a graph really executes in: shares of multiply-accumulates and of nodes per dtype."""
+"""Which precision an engine really executes in: shares of multiply-accumulates and of nodes per dtype.
+
+ONNX Runtime chooses kernels, layouts and fusions when it loads a graph, and the file it saves knows no shapes for its own
+operators. So the optimized graph is run once with ONNX Runtime's profiler on, and what the profiler says of each executed
+node (its input types and output shapes) is counted.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import onnx
+import numpy as np
 
 from edgeseg.artifacts import PrecisionReport
-from edgeseg.spec import Precision
+from edgeseg.errors import BuildError
+from edgeseg.spec import InputSpec, Precision
 
-_DTYPE_NAMES = {
-    onnx.TensorProto.FLOAT: "fp32",
-    onnx.TensorProto.FLOAT16: "fp16",
-    onnx.TensorProto.BFLOAT16: "bf16",
-    onnx.TensorProto.INT8: "int8",
-    onnx.TensorProto.UINT8: "int8",
+DTYPE_NAMES = {
+    "float": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "uint8": "int8",
+    "int8": "int8",
+    "double": "fp64",
 }
+# Take float inputs, quantize them on the fly and multiply in integers.
+_QUANTIZING = frozenset({"DynamicQuantizeMatMul", "DynamicQuantizeLSTM"})
 
 
-def executed_precision(path: Path, requested: Precision) -> PrecisionReport:
-    """Report on the optimized ONNX file that ONNX Runtime executes."""
+@dataclass(frozen=True)
+class ExecutedNode:
+    """A node as ONNX Runtime ran it.
+
+    Attributes:
+        index: in the optimized file's node list.
+        op_type: of the kernel.
+        dtype: ``int8``, ``fp16``, ``fp32``, ...: type of its first input, or ``other`` for index arithmetic.
+        output_shapes: of its outputs.
+    """
+
+    index: int
+    op_type: str
+    dtype: str
+    output_shapes: tuple[tuple[int, ...], ...]
+
+
+def run_profiled(ort: Any, path: Path, settings: Any, spec: InputSpec) -> list[ExecutedNode]:
+    """Run the graph once on a grey image and return what was executed.
+
+    Args:
+        ort: the onnxruntime module.
+        path: an optimized graph.
+        settings: session options to run it with; its profiling fields are overwritten.
+        spec: input size.
+
+    Raises:
+        BuildError: ONNX Runtime wrote no profile.
+    """
+    image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, np.uint8)
+    with tempfile.TemporaryDirectory(prefix="edgeseg-profile-") as folder:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(folder) / "run")
+        session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        session.run(None, {session.get_inputs()[0].name: image})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    nodes = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            node = _executed(event["args"])
+            nodes[node.index] = node
+    if not nodes:
+        raise BuildError(f"ONNX Runtime {ort.__version__} profiled no node of {path}; report its version")
+    return [nodes[index] for index in sorted(nodes)]
+
+
+def executed_precision(path: Path, requested: Precision, executed: list[ExecutedNode], batch: int) -> PrecisionReport:
+    """Count what was executed.
+
+    Args:
+        path: the optimized ONNX file that was run.
+        requested: the precision asked for.
+        executed: from :func:`run_profiled` on that file.
+        batch: the batch size it was run with; MACs are reported for one image.
+    """
+    import onnx
+
     from edgeseg.convert.macs import count_macs
 
     model = onnx.load(str(path))
-    macs = count_macs(model)
-    nodes = {node.name: node for node in model.graph.node}
-    mac_totals: dict[str, int] = {}
+    nodes = model.graph.node
+    shapes = {}
+    for node in executed:
+        for name, shape in zip(nodes[node.index].output, node.output_shapes, strict=False):
+            shapes[name] = shape
+    names = [node.name or f"node {index}" for index, node in enumerate(nodes)]
+    for node, name in zip(nodes, names, strict=True):
+        node.name = name
+    macs = count_macs(model, shapes=shapes)
+    dtype_of = {names[node.index]: node.dtype for node in executed}
+    mac_totals: Counter[str] = Counter()
     float_layers: dict[str, str] = {}
-    for name, count in macs.items():
-        dtype = _node_dtype(nodes[name])
-        mac_totals[dtype] = mac_totals.get(dtype, 0) + count
-        if requested == "int8" and dtype != "int8":
-            float_layers[name] = f"{nodes[name].op_type} runs in {dtype}"
+    for node, name in zip(nodes, names, strict=True):
+        if name not in macs:
+            continue
+        dtype = dtype_of[name]
+        mac_totals[dtype] += macs[name] // batch
+        if dtype != requested:
+            float_layers[name] = f"{node.op_type} runs in {dtype}"
+    node_totals = Counter(node.dtype for node in executed)
     total = sum(mac_totals.values())
-    node_totals: dict[str, int] = {}
-    for node in model.graph.node:
-        dtype = _node_dtype(node)
-        node_totals[dtype] = node_totals.get(dtype, 0) + 1
     return PrecisionReport(
         requested=requested,
-        mac_share={k: v / total for k, v in sorted(mac_totals.items())},
-        node_share={k: v / len(model.graph.node) for k, v in sorted(node_totals.items())},
+        mac_share={k: v / total for k, v in sorted(mac_totals.items())} if total else {},
+        node_share={k: v / len(executed) for k, v in sorted(node_totals.items())},
         macs=total,
         float_layers=float_layers,
     )
 
 
-def _node_dtype(node: onnx.NodeProto) -> str:
-    integer = node.op_type.startswith(("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantize", "QAttention"))
-    return "int8" if integer else "fp32"
+def _executed(args: dict[str, Any]) -> ExecutedNode:
+    inputs = [next(iter(entry.items())) for entry in args.get("input_type_shape", [])]
+    outputs = [next(iter(entry.items())) for entry in args.get("output_type_shape", [])]
+    op_type = str(args["op_name"])
+    dtype = DTYPE_NAMES.get(inputs[0][0], "other") if inputs else "other"
+    return ExecutedNode(
+        index=int(args["node_index"]),
+        op_type=op_type,
+        dtype="int8" if op_type in _QUANTIZING else dtype,
+        output_shapes=tuple(tuple(int(d) for d in shape) for _, shape in outputs if math.prod(shape) >= 0),
+    )

@@ -150,7 +150,7 @@ def _timm_names(timm: ModuleType) -> list[str]:
 def _check_pair(arch: str, encoder: str, model_args: Mapping[str, Any]) -> None:
     if arch == "dpt" and not encoder.startswith("tu-"):
         raise SpecError(
-            f"dpt takes timm's encoders only, got {encoder!r}; give a vision transformer such as {DEFAULT_DPT_ENCODER} or "
+            f"dpt takes timm's encoders only, got {encoder!r}; give a vision transformer: {DEFAULT_DPT_ENCODER} or "
             "tu-vit_base_patch16_224.augreg_in21k"
         )
     if arch in ("unetplusplus", "linknet") and encoder.startswith("mit_b"):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.convert.architectures import import_for_conversion
+from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
 from edgeseg.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _read_file(path: Path, config: dict[str, Any], notes: tuple[str, ...]) -> Ch
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
-            head = f.read(16)
+            head = f.read(64)
     except OSError as exc:
         raise CheckpointError(f"cannot read {path}: {exc.strerror}") from exc
     if size == 0:
@@ -159,7 +159,7 @@ def _read_pickle(path: Path, head: bytes, size: int) -> tuple[dict[str, torch.Te
             "save_pretrained folder, .safetensors, or a state dict (.pt, .pth, .ckpt)"
         )
     try:
-        with torch.serialization.safe_globals(_harmless_types()):
+        with quiet_libraries(), torch.serialization.safe_globals(_harmless_types()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as exc:  # a broken pickle can raise nearly anything; all of it means "cannot be read"
         raise _pickle_error(path, exc) from exc
@@ -175,11 +175,11 @@ def _check_archive(path: Path, size: int) -> None:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as exc:
         raise CheckpointError(f"{path} is truncated or damaged ({_brief(exc)}); copy or download it again") from exc
-    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
-        raise CheckpointError(f"{path} is a compressed archive, which torch.save never writes; {_RESAVE}")
     names = [m.filename for m in members]
     if any(n.endswith("/constants.pkl") for n in names):
-        raise CheckpointError(f"{path} is a TorchScript archive; {_RESAVE}, from the model it was scripted from")
+        raise CheckpointError(f"{path} is a TorchScript archive; from the model it was made of, {_RESAVE}")
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+        raise CheckpointError(f"{path} is a compressed archive, which torch.save never writes; {_RESAVE}")
     if not any(n.endswith("/data.pkl") or n == "data.pkl" for n in names):
         raise CheckpointError(f"{path} is a zip archive, but no PyTorch checkpoint; {_RESAVE}")
 
@@ -203,14 +203,22 @@ def _harmless_types() -> list[Any]:
 
 
 def _pickle_error(path: Path, exc: Exception) -> CheckpointError:
+    """Say what torch.load objected to, without its own advice, which is to load with full powers."""
     text = str(exc)
-    needed = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"(?:call|load|instantiate)\w* [^`]*`?([\w.]+)", text)
-    if needed is None:
-        return CheckpointError(f"{path} is truncated or damaged ({_brief(exc)}); copy or download it again")
-    name = needed.group(1)
-    whole = name.startswith(("segmentation_models_pytorch.", "torch.nn.modules.", "timm.", "torchvision.models."))
-    what = f"a whole pickled model ({name})" if whole else f"a pickle that would run code to open ({name})"
-    return CheckpointError(f"{path} is {what}, which is refused; where you trust it, {_RESAVE}")
+    needed = re.search(r"GLOBAL ([\w.]+)", text)
+    if needed is not None:
+        name = needed.group(1)
+        whole = name.startswith(("segmentation_models_pytorch.", "torch.nn.modules.", "timm.", "torchvision.models."))
+        what = f"a whole pickled model ({name})" if whole else f"a pickle that would run code to open ({name})"
+        return CheckpointError(f"{path} is {what}, which is refused; where you trust it, {_RESAVE}")
+    if "Unsupported operand" in text or "Unsupported class" in text:
+        return CheckpointError(
+            f"{path} is a pickle that torch.save did not write, which is refused; where you trust it, {_RESAVE}"
+        )
+    detail = text.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0]
+    return CheckpointError(
+        f"{path} is truncated or damaged ({_brief(detail) or type(exc).__name__}); copy or download it again"
+    )
 
 
 def _find_state_dict(path: Path, content: object) -> dict[str, torch.Tensor]:
@@ -254,5 +262,5 @@ def _check_backing(path: Path, tensors: Mapping[str, torch.Tensor], size: int) -
         )
 
 
-def _brief(exc: BaseException) -> str:
-    return " ".join(str(exc).split())[:100] or type(exc).__name__
+def _brief(reason: BaseException | str) -> str:
+    return " ".join(str(reason).split())[:100]

@@ -70,13 +70,14 @@ def _encoder_cause(theirs: Shapes, encoder: str, depth: int) -> str:
     if not stored:
         return "it holds no encoder"
     candidates = _timm_candidates(encoder) if any(k.startswith("model.") for k in stored) else _smp_candidates(stored)
-    scores = {name: _similarity(shapes, stored) for name, shapes in _built(candidates, depth)}
-    if not scores:
-        return f"its encoder is not {encoder}"
-    best = max(scores, key=lambda name: scores[name])
-    if scores[best] == 1.0:
-        return f"its encoder is that of {best}: give --encoder {best}"
-    if scores[best] > 0.6 and best != encoder:
+    best, score = "", 0.0
+    for name, shapes in _built(candidates, depth):
+        alike = _similarity(shapes, stored)
+        if alike == 1.0:
+            return f"its encoder is that of {name}: give --encoder {name}"
+        if alike > score:
+            best, score = name, alike
+    if score > 0.6 and best != encoder:
         return f"its encoder is not {encoder}; the nearest known is {best}"
     return f"its encoder is not {encoder}: give --encoder as in training"
 

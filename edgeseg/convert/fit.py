@@ -169,7 +169,11 @@ def load_tensors(
         with quiet_libraries():
             module.load_state_dict(translated, strict=True)
     except (RuntimeError, KeyError, AttributeError) as exc:
-        raise CheckpointError(_explain(translated, module, checkpoint, what, guess)) from exc
+        problem = _differences(translated, module)
+        own_shapes = {k: tuple(t.shape) for k, t in own.items() if not k.endswith("num_batches_tracked")}
+        cause = guess(named.tensors, own_shapes)
+        message = f"{checkpoint.path.name} does not fit {what}: {problem}" + (f"; {cause}" if cause else "")
+        raise CheckpointError(message) from exc
     require_finite(module, str(checkpoint.path))
     kinds = {str(t.dtype).removeprefix("torch.") for t in named.tensors.values() if t.is_floating_point()} - {"float32"}
     return (f"weights cast from {' and '.join(sorted(kinds))} to float32",) if kinds else ()
@@ -187,25 +191,15 @@ def require_finite(module: torch.nn.Module, what: str) -> None:
         )
 
 
-def _explain(
-    given: Mapping[str, torch.Tensor],
-    module: torch.nn.Module,
-    checkpoint: Checkpoint,
-    what: str,
-    guess: Callable[[Mapping[str, torch.Tensor], Shapes], str],
-) -> str:
-    own: Shapes = {k: tuple(t.shape) for k, t in module.state_dict().items() if not k.endswith("num_batches_tracked")}
-    theirs: Shapes = {k: tuple(t.shape) for k, t in given.items() if not k.endswith("num_batches_tracked")}
-    missing = own.keys() - theirs.keys()
-    unexpected = theirs.keys() - own.keys()
-    mismatched = {k for k in own.keys() & theirs.keys() if own[k] != theirs[k]}
-    parts = [
-        f"{_count(len(keys), '')}{word} ({_by_module(keys)})"
-        for keys, word in ((missing, " missing"), (unexpected, " unexpected"), (mismatched, " of another shape"))
-        if keys
-    ]
-    cause = guess(given, own)
-    return f"{checkpoint.path.name} does not fit {what}: {', '.join(parts)}" + (f"; {cause}" if cause else "")
+def _differences(given: Mapping[str, torch.Tensor], module: torch.nn.Module) -> str:
+    own = {k: tuple(t.shape) for k, t in module.state_dict().items() if not k.endswith("num_batches_tracked")}
+    theirs = {k: tuple(t.shape) for k, t in given.items() if not k.endswith("num_batches_tracked")}
+    groups = {
+        "missing": own.keys() - theirs.keys(),
+        "unexpected": theirs.keys() - own.keys(),
+        "of another shape": {k for k in own.keys() & theirs.keys() if own[k] != theirs[k]},
+    }
+    return ", ".join(f"{len(keys)} {word} ({_by_module(keys)})" for word, keys in groups.items() if keys)
 
 
 def _by_module(keys: Iterable[str]) -> str:

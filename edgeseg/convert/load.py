@@ -69,7 +69,7 @@ def _load_demo(request: ModelRequest) -> LoadedModel:
     assembly = assemble(described)
     _fill(assembly, checkpoint, strip_prefixes(checkpoint))
     words = "demo weights (trained on generated street scenes)"
-    note = f"no weights given: the demo model is used ({demo.encoder}, {demo.classes} classes: {', '.join(demo.class_names)})"
+    note = f"no weights given: the demo model is used ({demo.encoder}, {demo.classes} classes of street scenes)"
     loaded = _finish(assembly, demo.normalization, words, (note,))
     return replace(loaded, size=demo.size, is_demo=True)
 

@@ -38,18 +38,24 @@ MATMUL_OPERANDS: Mapping[str, tuple[int, int]] = {
 """Operators counted as matrix products and the inputs that hold their operands."""
 
 
-def count_macs(model: onnx.ModelProto, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+def count_macs(
+    model: onnx.ModelProto, sizes: Mapping[str, int] | None = None, shapes: Mapping[str, Shape] | None = None
+) -> dict[str, int]:
     """Multiply-accumulates of every node that has any, by node name.
 
     Args:
         model: any ONNX model, one saved by ONNX Runtime after optimization too.
         sizes: values of symbolic dimensions of the graph inputs (``{"batch": 1, "height": 256, "width": 256}``);
             a ``batch`` not given counts as 1.
+        shapes: of the tensors, as they were seen at run time; without them they are inferred.
 
     Raises:
         ArtifactError: a shape that neither the file nor shape inference knows, or a symbolic dimension without a size.
     """
-    shapes = _known_shapes(model, {"batch": 1, **(sizes or {})})
+    if shapes is None:
+        shapes = _known_shapes(model, {"batch": 1, **(sizes or {})})
+    else:
+        shapes = {**{t.name: tuple(t.dims) for t in model.graph.initializer}, **shapes}
     macs: dict[str, int] = {}
     for index, node in enumerate(model.graph.node):
         count = _node_macs(node, shapes)

@@ -151,9 +151,10 @@ def _load_array(path: Path) -> NDArray[Any]:
             shape, _, dtype = header(stream)
             _check_bytes(path, int(np.prod(shape, dtype=object)) * dtype.itemsize)
         return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError) as exc:
-        if isinstance(exc, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as exc:
+        # A damaged header raises what numpy's parser trips over: ValueError, EOFError, tokenize.TokenError, SyntaxError, ...
         raise InputError(f"cannot read image {path}: {_reason(exc)}") from exc
 
 

@@ -216,6 +216,7 @@ BAD_FILES = {
     "bomb.png": bomb(),
     "bomb.npy": npy_bomb(),
     "pickle.npy": pickle_npy(),
+    "unbalanced.npy": npy_bomb().replace(b"}", b" "),
     "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
 }
 

@@ -56,6 +56,12 @@ def test_images_are_resized_bilinearly(
     assert np.abs(resized - expected).max() <= 255 / 512 * 2 + 0.5
 
 
+def test_images_are_rounded_not_cut() -> None:
+    image = RNG.integers(0, 256, (60, 60, 1), dtype=np.uint8)
+    off = resize_image(image, (47, 83))[..., 0] - bilinear(image[..., 0], (47, 83))
+    assert abs(off.mean()) < 0.1
+
+
 @settings(deadline=None)
 @given(value=st.integers(0, 255), source=SIZES, target=SIZES)
 def test_a_plain_image_stays_plain(value: int, source: tuple[int, int], target: tuple[int, int]) -> None:

@@ -18,14 +18,17 @@ from edgeseg.convert.rewrites import (
     compose_conv,
     conv_concat,
     conv_resize,
+    conv_sum,
     global_pool,
     layout,
     linear_conv,
     qkv,
     readout,
     resize_scales,
+    resize_sum,
     slices,
     stacked_sum,
+    subpixel,
     tokens,
 )
 from edgeseg.convert.rewrites.graph import tidy
@@ -39,30 +42,33 @@ class Rewrite:
     Attributes:
         name: its file's name, for the report.
         apply: changes the model in place and returns how often it applied.
-        left: postcondition: how many of its patterns stand; 0 after ``apply``.
+        leaves: postcondition: how many of its patterns stand; 0 after ``apply``.
     """
 
     name: str
     apply: Callable[[ir.Model], int]
-    left: Callable[[ir.Model], int]
+    leaves: Callable[[ir.Model], int]
 
 
 REWRITES: tuple[Rewrite, ...] = (
-    Rewrite("channel_swap", channel_swap.apply, channel_swap.left),
-    Rewrite("global_pool", global_pool.apply, global_pool.left),
-    Rewrite("stacked_sum", stacked_sum.apply, stacked_sum.left),
-    Rewrite("slices", slices.apply, slices.left),
-    Rewrite("qkv", qkv.apply, qkv.left),
-    Rewrite("readout", readout.apply, readout.left),
-    Rewrite("linear_conv", linear_conv.apply, linear_conv.left),
-    Rewrite("attention_scale", attention_scale.apply, attention_scale.left),
-    Rewrite("tokens", tokens.apply, tokens.left),
-    Rewrite("layout", layout.apply, layout.left),
-    Rewrite("resize_scales", resize_scales.apply, resize_scales.left),
-    Rewrite("conv_resize", conv_resize.apply, conv_resize.left),
-    Rewrite("conv_concat", conv_concat.apply, conv_concat.left),
-    Rewrite("compose_concat", compose_concat.apply, compose_concat.left),
-    Rewrite("compose_conv", compose_conv.apply, compose_conv.left),
+    Rewrite("channel_swap", channel_swap.apply, channel_swap.leaves),
+    Rewrite("global_pool", global_pool.apply, global_pool.leaves),
+    Rewrite("stacked_sum", stacked_sum.apply, stacked_sum.leaves),
+    Rewrite("slices", slices.apply, slices.leaves),
+    Rewrite("qkv", qkv.apply, qkv.leaves),
+    Rewrite("readout", readout.apply, readout.leaves),
+    Rewrite("linear_conv", linear_conv.apply, linear_conv.leaves),
+    Rewrite("attention_scale", attention_scale.apply, attention_scale.leaves),
+    Rewrite("tokens", tokens.apply, tokens.leaves),
+    Rewrite("layout", layout.apply, layout.leaves),
+    Rewrite("resize_scales", resize_scales.apply, resize_scales.leaves),
+    Rewrite("resize_sum", resize_sum.apply, resize_sum.leaves),
+    Rewrite("conv_sum", conv_sum.apply, conv_sum.leaves),
+    Rewrite("conv_resize", conv_resize.apply, conv_resize.leaves),
+    Rewrite("conv_concat", conv_concat.apply, conv_concat.leaves),
+    Rewrite("compose_concat", compose_concat.apply, compose_concat.leaves),
+    Rewrite("compose_conv", compose_conv.apply, compose_conv.leaves),
+    Rewrite("subpixel", subpixel.apply, subpixel.leaves),
 )
 """The rewrites and their order: what uncovers a pattern comes before what looks for it."""
 
@@ -94,7 +100,7 @@ def apply_rewrites(
             continue
         tidy(model)
         applied[rewrite.name] = count
-        if remaining := rewrite.left(model):
+        if remaining := rewrite.leaves(model):
             raise ExportError(f"rewrite {rewrite.name} left {remaining} of its patterns behind; please report the model")
         if check is not None and before is not None:
             check(before, model, rewrite)

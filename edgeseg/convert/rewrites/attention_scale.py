@@ -41,14 +41,14 @@ def apply(model: ir.Model) -> int:
     return count
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
     return sum(_match(node) is not None for node in nodes(model, "Mul"))
 
 
 def _match(node: ir.Node) -> _Match | None:
     moved, scale = node.inputs[0], constant(node.inputs[1])
-    if moved is None or scale is None or scale.size != 1 or not node.outputs[0].uses() or reads(moved) != 1:
+    if moved is None or scale is None or scale.size != 1 or not reads(node.outputs[0]) or reads(moved) != 1:
         return None
     value: ir.Value | None = moved
     while (move := sole_maker(value, "Reshape", "Transpose")) is not None:

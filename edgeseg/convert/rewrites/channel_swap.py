@@ -28,7 +28,7 @@ def apply(model: ir.Model) -> int:
     return len(found)
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
     return len(_matches(model))
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.cost import pays
-from edgeseg.convert.rewrites.graph import dims, emit, integer, nodes, replace, sole_maker
+from edgeseg.convert.rewrites.graph import dims, emit, integer, nodes, reads, replace, sole_maker
 
 
 def apply(model: ir.Model) -> int:
@@ -46,7 +46,7 @@ def apply(model: ir.Model) -> int:
     return count
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
     return sum(_match(node)[0] is not None for node in nodes(model, "Conv"))
 
@@ -54,7 +54,7 @@ def left(model: ir.Model) -> int:
 def _match(node: ir.Node) -> tuple[Convolution | None, ir.Node | None, list[Convolution | None]]:
     nothing: tuple[None, None, list[Convolution | None]] = (None, None, [])
     conv, concat = pointwise(node), sole_maker(node.inputs[0], "Concat")
-    if conv is None or concat is None or integer(concat, "axis", 0) % 4 != 1 or not node.outputs[0].uses():
+    if conv is None or concat is None or integer(concat, "axis", 0) % 4 != 1 or not reads(node.outputs[0]):
         return nothing
     if any((dims(v) or (None, None))[1] is None for v in concat.inputs):
         return nothing

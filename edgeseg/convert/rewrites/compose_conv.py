@@ -17,7 +17,19 @@ from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.convolution import Convolution, convolution, pointwise
 from edgeseg.convert.rewrites.cost import ADDED_ELEMENT, pays
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, ints, nodes, replace, sole_maker, weight, word
+from edgeseg.convert.rewrites.graph import (
+    constant,
+    dims,
+    emit,
+    integer,
+    ints,
+    nodes,
+    reads,
+    replace,
+    sole_maker,
+    weight,
+    word,
+)
 
 
 def apply(model: ir.Model) -> int:
@@ -33,7 +45,7 @@ def apply(model: ir.Model) -> int:
     return count
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
     both = (*nodes(model, "Conv"), *nodes(model, "ConvTranspose"))
     return sum(_first(node) is not None for node in both)
@@ -45,7 +57,7 @@ def _first(node: ir.Node) -> Convolution | None:
     kernel = constant(node.inputs[1])
     if first is None or kernel is None or kernel.ndim != 4 or integer(node, "group", 1) != 1:
         return None
-    if word(node, "auto_pad", "NOTSET") != "NOTSET" or ints(node, "output_shape") or not node.outputs[0].uses():
+    if word(node, "auto_pad", "NOTSET") != "NOTSET" or ints(node, "output_shape") or not reads(node.outputs[0]):
         return None
     if len(node.inputs) > 2 and node.inputs[2] is not None and constant(node.inputs[2]) is None:
         return None

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.cost import ADDED_ELEMENT, COPIED_ELEMENT, RESIZED_ELEMENT, pays
-from edgeseg.convert.rewrites.graph import dims, emit, integer, nodes, replace, sole_maker
+from edgeseg.convert.rewrites.graph import dims, emit, integer, nodes, reads, replace, sole_maker
 from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
 
 
@@ -42,14 +42,14 @@ def apply(model: ir.Model) -> int:
     return count
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
     return sum(_match(node) is not None for node in nodes(model, "Conv"))
 
 
 def _match(node: ir.Node) -> tuple[Convolution, list[_Part], list[_Part]] | None:
     conv, concat = pointwise(node), sole_maker(node.inputs[0], "Concat")
-    if conv is None or concat is None or integer(concat, "axis", 0) % 4 != 1 or not node.outputs[0].uses():
+    if conv is None or concat is None or integer(concat, "axis", 0) % 4 != 1 or not reads(node.outputs[0]):
         return None
     moved: list[_Part] = []
     kept: list[_Part] = []

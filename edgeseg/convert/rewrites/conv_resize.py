@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.cost import RESIZED_ELEMENT, pays
-from edgeseg.convert.rewrites.graph import nodes, replace, sole_maker
+from edgeseg.convert.rewrites.graph import reads, replace, sole_maker
 from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
 
 
@@ -27,7 +27,7 @@ def apply(model: ir.Model) -> int:
     return count
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
     return len(_matches(model))
 
@@ -46,7 +46,7 @@ def _matches(model: ir.Model) -> list[tuple[Convolution, Resizing]]:
 def _conv_after(node: ir.Node) -> tuple[Convolution, Resizing] | None:
     """conv(resize(x)) whose Resize grows the plane."""
     conv, resize = pointwise(node), resizing(sole_maker(node.inputs[0], "Resize"))
-    if conv is None or resize is None or not resize.can_move or not conv.node.outputs[0].uses():
+    if conv is None or resize is None or not resize.can_move or not reads(conv.node.outputs[0]):
         return None
     outputs, channels = conv.weight.shape[:2]
     growth = resize.growth
@@ -61,7 +61,7 @@ def _conv_before(node: ir.Node) -> tuple[Convolution, Resizing] | None:
     """resize(conv(x)) whose Resize shrinks the plane."""
     resize = resizing(node)
     conv = pointwise(sole_maker(node.inputs[0], "Conv")) if resize is not None else None
-    if conv is None or resize is None or not resize.can_move:
+    if conv is None or resize is None or not resize.can_move or not reads(resize.output):
         return None
     outputs, channels = conv.weight.shape[:2]
     growth = resize.growth

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.convert.rewrites.graph import constant, emit, ints, integer, weight, word
+from edgeseg.convert.rewrites.graph import constant, emit, integer, ints, weight, word
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, nodes, replace
+from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, nodes, reads, replace
 
 
 def apply(model: ir.Model) -> int:
@@ -21,7 +21,7 @@ def apply(model: ir.Model) -> int:
     return len(found)
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
     return len(_matches(model))
 
@@ -32,6 +32,6 @@ def _matches(model: ir.Model) -> list[ir.Node]:
 
 def _averages_the_plane(node: ir.Node) -> bool:
     shape, axes = dims(node.inputs[0]), constant(node.inputs[1]) if len(node.inputs) > 1 else None
-    if shape is None or len(shape) != 4 or axes is None or not node.outputs[0].uses():
+    if shape is None or len(shape) != 4 or axes is None or not reads(node.outputs[0]):
         return False
     return {int(a) % 4 for a in axes} == {2, 3} and integer(node, "keepdims", 1) == 1

@@ -44,7 +44,7 @@ def apply(model: ir.Model) -> int:
     return count
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
     return sum(_match(node) is not None for node in nodes(model, "MatMul"))
 

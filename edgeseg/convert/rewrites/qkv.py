@@ -12,7 +12,18 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, ints, nodes, replace, sole_maker, sole_reader, weight
+from edgeseg.convert.rewrites.graph import (
+    constant,
+    dims,
+    emit,
+    integer,
+    ints,
+    nodes,
+    replace,
+    sole_maker,
+    sole_reader,
+    weight,
+)
 
 
 def apply(model: ir.Model) -> int:
@@ -27,7 +38,7 @@ def apply(model: ir.Model) -> int:
     return count
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
     return sum(_match(split) is not None for split in nodes(model, "Split"))
 

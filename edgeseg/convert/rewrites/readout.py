@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, nodes, replace, sole_maker, weight
+from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, nodes, reads, replace, sole_maker, weight
 
 
 def apply(model: ir.Model) -> int:
@@ -38,9 +38,9 @@ def apply(model: ir.Model) -> int:
     return count
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
-    return sum(_concat(node) is not None and bool(node.outputs[0].uses()) for node in nodes(model, "MatMul"))
+    return sum(_concat(node) is not None and bool(reads(node.outputs[0])) for node in nodes(model, "MatMul"))
 
 
 def _concat(node: ir.Node) -> ir.Node | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import dims, nodes, replace, weight
+from edgeseg.convert.rewrites.graph import dims, nodes, reads, replace, weight
 from edgeseg.convert.rewrites.resize import Resizing, resizing
 
 
@@ -34,9 +34,9 @@ def apply(model: ir.Model) -> int:
     return count
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
-    return sum(_ratios(node) is not None and bool(node.outputs[0].uses()) for node in nodes(model, "Resize"))
+    return sum(_ratios(node) is not None and bool(reads(node.outputs[0])) for node in nodes(model, "Resize"))
 
 
 def _source(node: ir.Node) -> ir.Value:

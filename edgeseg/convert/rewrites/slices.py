@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, nodes, replace, weight
+from edgeseg.convert.rewrites.graph import constant, dims, emit, nodes, reads, replace, weight
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def apply(model: ir.Model) -> int:
     return count
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
     return sum(len(p) for p in _partitions(model))
 
@@ -60,7 +60,7 @@ def _partitions(model: ir.Model) -> list[list[_Piece]]:
     groups: dict[tuple[ir.Value, int], dict[tuple[int, int], _Piece]] = {}
     for node in nodes(model, "Slice"):
         piece = _piece(node)
-        if piece is not None and node.inputs[0] is not None and node.outputs[0].uses():
+        if piece is not None and node.inputs[0] is not None and reads(node.outputs[0]):
             groups.setdefault((node.inputs[0], piece.axis), {}).setdefault((piece.start, piece.end), piece)
     result = []
     for (value, axis), by_bounds in groups.items():

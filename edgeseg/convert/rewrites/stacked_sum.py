@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, emit, integer, maker, nodes, replace, sole_maker
+from edgeseg.convert.rewrites.graph import constant, emit, integer, maker, nodes, reads, replace, sole_maker
 
 
 def apply(model: ir.Model) -> int:
@@ -29,9 +29,9 @@ def apply(model: ir.Model) -> int:
     return count
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many are left."""
-    return sum(_terms(node) is not None and bool(node.outputs[0].uses()) for node in nodes(model, "ReduceSum"))
+    return sum(_terms(node) is not None and bool(reads(node.outputs[0])) for node in nodes(model, "ReduceSum"))
 
 
 def _terms(node: ir.Node) -> list[ir.Value] | None:

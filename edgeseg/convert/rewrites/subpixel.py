@@ -6,23 +6,24 @@ multiply-accumulates per input channel become 4, and the upsampled tensor is nev
 deconvolution layer the same as a convolutional layer?", 2016, in reverse).
 
 Decoders upsample right before they merge, so the rewrite looks through the merge: convolution is linear, and
-``conv(concat(up(a), b)) = conv_a(up(a)) + conv_b(b)``, ``conv(up(a) + b) = conv(up(a)) + conv(b)``. A 1x1 convolution that
-made ``b`` is then composed into the 3x3 (FPN's lateral convolutions: 24 input channels instead of 256).
+conv(concat(up(a), b)) = conv_a(up(a)) + conv_b(b), conv(up(a) + b) = conv(up(a)) + conv(b). A 1x1 convolution that made b
+is then composed into the 3x3 (FPN's lateral convolutions: 24 input channels instead of 256).
 
-Precondition: float Conv, 3x3, stride, dilation and group 1, padding 1, constant weight, whose input is made by nearest 2x
-Resize, directly or below Add and channel Concat nodes; and it saves a quarter of the convolution.
-Postcondition: no such Conv is left.
+Precondition: 3x3 Conv of stride, dilation and group 1, padding 1, constant weight, whose input is made by nearest 2x Resize,
+directly or below Add and channel Concat nodes; and it saves a quarter of the convolution. Postcondition: none is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
+from edgeseg.convert.rewrites.convolution import Convolution, convolution, pointwise
+from edgeseg.convert.rewrites.graph import dims, emit, integer, ints, maker, nodes, reads, replace, weight, word
+from edgeseg.convert.rewrites.resize import resizing
 
 FloatArray = NDArray[np.float32]
 
@@ -36,230 +37,161 @@ class _Terms:
 
     low: list[tuple[ir.Value, FloatArray]] = field(default_factory=list)
     full: list[tuple[ir.Value, FloatArray]] = field(default_factory=list)
-    constant: FloatArray | None = None
-    """Bias of composed 1x1 convolutions, per channel of the 3x3 kernel's input. Zero padding keeps it away from the
-    border, so it is no bias of the result: it is added to the first low-resolution value, which is padded alike."""
+    shift: FloatArray | None = None
+    """Bias of a composed 1x1 convolution, per channel of the first low-resolution value. Zero padding keeps it away from
+    the border, so it is no bias of the result: it is added to that value, which is padded alike."""
 
     def macs_per_pixel(self) -> int:
         return sum(4 * w.shape[0] * w.shape[1] for _, w in self.low) + sum(w.size for _, w in self.full)
 
 
 def apply(model: ir.Model) -> int:
-    """Rewrite every convolution that matches; return how many."""
-    found = list(_matches(model.graph))
-    for index, (node, terms) in enumerate(found):
-        _replace(model.graph, node, terms, f"subpixel_{index}")
+    """Rewrite; return how often."""
+    found = _matches(model)
+    for conv, terms in found:
+        _rewrite(conv, terms)
     return len(found)
 
 
 def leaves(model: ir.Model) -> int:
-    """Count the convolutions that still match."""
-    return sum(1 for _ in _matches(model.graph))
+    """How many are left."""
+    return len(_matches(model))
 
 
-def _matches(graph: ir.Graph) -> Iterator[tuple[ir.Node, _Terms]]:
-    for node in graph:
-        weight = _constant(node.inputs[1]) if node.op_type == "Conv" and len(node.inputs) > 1 else None
-        if weight is None or weight.dtype != np.float32 or not _is_plain_3x3(node, weight):
+def _matches(model: ir.Model) -> list[tuple[Convolution, _Terms]]:
+    found = []
+    for node in nodes(model, "Conv"):
+        conv = convolution(node)
+        if conv is None or not _is_plain_3x3(conv) or not reads(node.outputs[0]):
             continue
         terms = _Terms()
-        _decompose(node.inputs[0], weight, terms)
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if terms.low and (bias is None or _constant(bias) is not None):
-            if terms.macs_per_pixel() <= (1.0 - MINIMUM_SAVING) * weight.size:
-                yield node, terms
+        _decompose(node.inputs[0], conv.weight, terms)
+        if terms.low and terms.macs_per_pixel() <= (1.0 - MINIMUM_SAVING) * conv.weight.size:
+            found.append((conv, terms))
+    return found
 
 
-def _is_plain_3x3(node: ir.Node, weight: FloatArray) -> bool:
+def _is_plain_3x3(conv: Convolution) -> bool:
+    node = conv.node
     return (
-        weight.shape[2:] == (3, 3)
-        and _ints(node, "pads", (0, 0, 0, 0)) == (1, 1, 1, 1)
-        and _ints(node, "strides", (1, 1)) == (1, 1)
-        and _ints(node, "dilations", (1, 1)) == (1, 1)
-        and node.attributes.get_int("group", 1) == 1
-        and node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
+        conv.weight.shape[2:] == (3, 3)
+        and ints(node, "pads", (0, 0, 0, 0)) == (1, 1, 1, 1)
+        and set(ints(node, "strides", (1, 1))) == {1}
+        and set(ints(node, "dilations", (1, 1))) == {1}
+        and integer(node, "group", 1) == 1
     )
 
 
-def _decompose(value: ir.Value | None, weight: FloatArray, terms: _Terms, *, added: bool = False) -> None:
-    """Split ``conv(value, weight)`` into terms; ``added`` says that ``value`` is a term of a sum."""
+def _decompose(value: ir.Value | None, kernel: FloatArray, terms: _Terms, *, added: bool = False) -> None:
+    """Split ``conv(value, kernel)`` into terms; ``added`` says that ``value`` is a term of a sum."""
     assert value is not None
-    node = value.producer()
-    if node is not None and _is_nearest_2x(node):
-        assert node.inputs[0] is not None
-        terms.low.append((node.inputs[0], weight))
-    elif node is not None and node.op_type == "Add" and _same_shapes(node):
-        for side in node.inputs:
-            _decompose(side, weight, terms, added=True)
-    elif node is not None and node.op_type == "Concat" and _concat_channels(node) is not None:
-        starts = np.cumsum([0, *(_concat_channels(node) or ())])
-        for part, start, stop in zip(node.inputs, starts, starts[1:], strict=False):
-            _decompose(part, weight[:, start:stop], terms)
-    elif node is not None and added and terms.constant is None and _is_pointwise(node):
-        _compose_pointwise(node, weight, terms)
+    low, total, concat = _before_nearest_2x(value), maker(value, "Add"), maker(value, "Concat")
+    lateral = pointwise(maker(value, "Conv")) if added and terms.shift is None else None
+    if low is not None:
+        terms.low.append((low, kernel))
+    elif total is not None and all(dims(v) == dims(value) is not None for v in total.inputs):
+        for side in total.inputs:
+            _decompose(side, kernel, terms, added=True)
+    elif concat is not None and (channels := _channels(concat)) is not None:
+        starts = np.cumsum([0, *channels])
+        for part, start, stop in zip(concat.inputs, starts[:-1], starts[1:], strict=True):
+            _decompose(part, kernel[:, start:stop], terms)
+    elif lateral is not None and lateral.node.inputs[0] is not None:
+        composed = np.einsum("omhw,mi->oihw", kernel.astype(np.float64), lateral.weight[:, :, 0, 0])
+        terms.full.append((lateral.node.inputs[0], composed.astype(np.float32)))
+        terms.shift = lateral.bias
     else:
-        terms.full.append((value, weight))
+        terms.full.append((value, kernel))
 
 
-def _compose_pointwise(node: ir.Node, weight: FloatArray, terms: _Terms) -> None:
-    pointwise = _constant(node.inputs[1])
-    assert pointwise is not None and node.inputs[0] is not None
-    composed = np.einsum("oihw,ic->ochw", weight.astype(np.float64), pointwise[:, :, 0, 0]).astype(np.float32)
-    terms.full.append((node.inputs[0], composed))
-    if len(node.inputs) > 2:
-        terms.constant = _constant(node.inputs[2])
+def _before_nearest_2x(value: ir.Value) -> ir.Value | None:
+    """What ``value`` repeats twice in both directions."""
+    found = resizing(maker(value, "Resize"))
+    if found is None or word(found.node, "mode", "nearest") != "nearest":
+        return None
+    rule = (
+        word(found.node, "coordinate_transformation_mode", "half_pixel"),
+        word(found.node, "nearest_mode", "round_prefer_floor"),
+    )
+    # Both rules repeat each pixel twice at factor 2; others shift the image.
+    if rule not in {("asymmetric", "floor"), ("half_pixel", "round_prefer_floor")}:
+        return None
+    before, after = dims(found.source), dims(found.output)
+    doubled = before is not None and after is not None and None not in (*before[2:], *after[2:])
+    doubled = doubled and [2 * (n or 0) for n in (before or ())[2:]] == list((after or ())[2:])
+    return found.source if doubled or found.scales == (1.0, 1.0, 2.0, 2.0) else None
 
 
-def phase_kernels(weight: FloatArray) -> dict[tuple[int, int], FloatArray]:
+def _channels(concat: ir.Node) -> list[int] | None:
+    """Channels of each input of a channel Concat of images."""
+    shapes = [dims(v) for v in concat.inputs]
+    channels = [s[1] for s in shapes if s is not None and len(s) == 4 and s[1] is not None]
+    return channels if len(channels) == len(shapes) and integer(concat, "axis", 0) in {1, -3} else None
+
+
+def phase_kernels(kernel: FloatArray) -> dict[tuple[int, int], FloatArray]:
     """Kernels ``(O, I, 2, 2)`` by output phase (row, column), for a 3x3 kernel over a nearest-2x upsampled tensor.
 
     Phase 0 reads the low-resolution rows i-1 and i, phase 1 the rows i and i+1; columns alike.
     """
 
-    def halve(kernel: NDArray[np.float64], axis: int, phase: int) -> NDArray[np.float64]:
-        first, middle, last = (np.take(kernel, k, axis) for k in range(3))
-        pair = (first, middle + last) if phase == 0 else (first + middle, last)
-        return np.stack(pair, axis)
+    def halve(taps: NDArray[np.float64], axis: int, phase: int) -> NDArray[np.float64]:
+        first, middle, last = (np.take(taps, k, axis) for k in range(3))
+        return np.stack((first, middle + last) if phase == 0 else (first + middle, last), axis)
 
-    wide = weight.astype(np.float64)
-    return {
-        (row, column): np.ascontiguousarray(halve(halve(wide, 2, row), 3, column).astype(np.float32))
-        for row in (0, 1)
-        for column in (0, 1)
-    }
+    wide = kernel.astype(np.float64)
+    phases = ((row, column) for row in (0, 1) for column in (0, 1))
+    return {p: halve(halve(wide, 2, p[0]), 3, p[1]).astype(np.float32) for p in phases}
 
 
-def _replace(graph: ir.Graph, node: ir.Node, terms: _Terms, prefix: str) -> None:
-    tape = _Emitter(graph, node, prefix)
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    low, kernels = _joined(tape, terms.low, "low", terms.constant)
+def _rewrite(conv: Convolution, terms: _Terms) -> None:
+    node, after = conv.node, conv.node.outputs[0].shape
+    low, kernel = _joined(node, _shifted(conv, terms), conv.stem)
+    plane = None if low.shape is None else [low.shape[0], kernel.shape[0], *low.shape[2:]]
     phases = []
-    for (row, column), kernel in phase_kernels(kernels).items():
+    for (row, column), taps in phase_kernels(kernel).items():
+        bias = None if terms.full else conv.bias
         pads = [1 - row, 1 - column, row, column]
-        inputs = [low, tape.constant(f"weight_{row}{column}", kernel)]
-        if bias is not None and not terms.full:
-            inputs.append(bias)
-        phases.append(tape.op(f"Conv_{row}{column}", "Conv", inputs, kernel_shape=[2, 2], pads=pads))
-    stacked = tape.op("phases", "Concat", phases, axis=1)
-    result = tape.op("interleave", "DepthToSpace", [stacked], blocksize=2, mode="DCR")
+        phases.append(_conv(node, low, taps, bias, pads, f"{conv.stem}.phase{row}{column}", plane))
+    stacked = emit(node, "Concat", phases, {"axis": 1})
+    result = emit(node, "DepthToSpace", [stacked], {"blocksize": 2, "mode": "DCR"}, shape=after)
     if terms.full:
-        full, kernel = _joined(tape, terms.full, "full", None)
-        inputs = [full, tape.constant("weight", kernel)]
-        if bias is not None:
-            inputs.append(bias)
-        skip = tape.op("Conv", "Conv", inputs, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
-        result = tape.op("merge", "Add", [result, skip])
-    output = node.outputs[0]
-    result.shape, result.type, name = output.shape, output.type, output.name
-    output.replace_all_uses_with(result, replace_graph_outputs=True)
-    _remove_dead(graph, node)
-    result.name = name
+        full, kernel = _joined(node, terms.full, conv.stem)
+        skip = _conv(node, full, kernel, conv.bias, [1, 1, 1, 1], f"{conv.stem}.skip", after)
+        result = emit(node, "Add", [result, skip], shape=after)
+    replace(node.outputs[0], result)
 
 
-def _joined(
-    tape: _Emitter, parts: list[tuple[ir.Value, FloatArray]], name: str, constant: FloatArray | None
-) -> tuple[ir.Value, FloatArray]:
-    """One value and one kernel for a sum of convolutions: same value -> kernels added, different values -> concat."""
+def _shifted(conv: Convolution, terms: _Terms) -> list[tuple[ir.Value, FloatArray]]:
+    """The low-resolution terms, the composed bias added to the first."""
+    if terms.shift is None or not terms.shift.any():
+        return terms.low
+    (value, kernel), *others = terms.low
+    shift = weight(conv.node, terms.shift.reshape(1, -1, 1, 1), f"{conv.stem}.shift")
+    return [(emit(conv.node, "Add", [value, shift], shape=value.shape), kernel), *others]
+
+
+def _joined(node: ir.Node, parts: list[tuple[ir.Value, FloatArray]], stem: str) -> tuple[ir.Value, FloatArray]:
+    """One value and one kernel for a sum of convolutions: same value, kernels added; different values, a Concat."""
     merged: dict[ir.Value, FloatArray] = {}
-    for value, weight in parts:
-        merged[value] = merged[value] + weight if value in merged else weight
+    for value, kernel in parts:
+        merged[value] = merged[value] + kernel if value in merged else kernel
     values = list(merged)
-    if constant is not None:
-        # Channels of the constant follow the 3x3 kernel's input, which is what the first low-resolution value has.
-        shifted = tape.op("shift", "Add", [values[0], tape.constant("shift", constant.reshape(1, -1, 1, 1))])
-        shifted.shape, shifted.type = values[0].shape, values[0].type
-        merged = {shifted: merged.pop(values[0]), **merged}
-        values = list(merged)
-    kernel = np.concatenate(list(merged.values()), axis=1)
-    return (values[0] if len(values) == 1 else tape.op(f"{name}_concat", "Concat", values, axis=1)), kernel
+    joined = values[0] if len(values) == 1 else emit(node, "Concat", values, {"axis": 1})
+    return joined, np.concatenate(list(merged.values()), axis=1)
 
 
-class _Emitter:
-    """Puts new nodes in front of the node being replaced, named after it."""
-
-    def __init__(self, graph: ir.Graph, anchor: ir.Node, prefix: str) -> None:
-        self._graph = graph
-        self._anchor = anchor
-        self._stem = anchor.name.removesuffix("/Conv") if anchor.name else prefix
-
-    def op(self, name: str, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
-        full_name = f"{self._stem}/subpixel/{name}"
-        node = ir.node(op_type, inputs, attributes, name=full_name)
-        node.outputs[0].name = full_name
-        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        self._graph.insert_before(self._anchor, node)
-        return node.outputs[0]
-
-    def constant(self, name: str, array: FloatArray) -> ir.Value:
-        full_name = f"{self._stem}/subpixel/{name}.value"
-        value = ir.Value(name=full_name, const_value=ir.tensor(array, name=full_name))
-        self._graph.register_initializer(value)
-        return value
-
-
-def _remove_dead(graph: ir.Graph, node: ir.Node) -> None:
-    """Remove ``node`` and whatever only it needed."""
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if any(o.uses() or o.is_graph_output() for o in current.outputs):
-            continue
-        makers = [v.producer() for v in current.inputs if v is not None]
-        constants = [v for v in current.inputs if v is not None and v.is_initializer()]
-        graph.remove(current, safe=True)
-        for constant in constants:
-            if not constant.uses() and constant.name in graph.initializers:
-                graph.initializers.pop(constant.name)
-        pending.extend(m for m in dict.fromkeys(makers) if m is not None)
-
-
-def _is_nearest_2x(node: ir.Node) -> bool:
-    if node.op_type != "Resize" or node.attributes.get_string("mode", "nearest") != "nearest":
-        return False
-    transform = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
-    rounding = node.attributes.get_string("nearest_mode", "round_prefer_floor")
-    # Both rules repeat each pixel twice at factor 2; others shift the image by one.
-    if (transform, rounding) not in {("asymmetric", "floor"), ("half_pixel", "round_prefer_floor")}:
-        return False
-    scales = _constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    if scales is not None and scales.size:
-        return scales.tolist() == [1.0, 1.0, 2.0, 2.0]
-    source, target = node.inputs[0], node.outputs[0]
-    if source is None or source.shape is None or target.shape is None:
-        return False
-    a, b = list(source.shape), list(target.shape)
-    return all(isinstance(n, int) for n in (*a, *b)) and b == [a[0], a[1], 2 * a[2], 2 * a[3]]  # type: ignore[operator]
-
-
-def _is_pointwise(node: ir.Node) -> bool:
-    weight = _constant(node.inputs[1]) if node.op_type == "Conv" and len(node.inputs) > 1 else None
-    return (
-        weight is not None
-        and weight.shape[2:] == (1, 1)
-        and _ints(node, "strides", (1, 1)) == (1, 1)
-        and not any(_ints(node, "pads", (0, 0, 0, 0)))
-        and node.attributes.get_int("group", 1) == 1
-        and (len(node.inputs) < 3 or _constant(node.inputs[2]) is not None)
-    )
-
-
-def _same_shapes(node: ir.Node) -> bool:
-    shapes = [v.shape if v is not None else None for v in (*node.inputs, *node.outputs)]
-    return None not in shapes and all(s == shapes[0] and len(s or ()) == 4 for s in shapes)
-
-
-def _concat_channels(node: ir.Node) -> list[int] | None:
-    """Channels of each input of a channel Concat of images; ``None`` for any other Concat or unknown channels."""
-    if node.attributes.get_int("axis", 0) not in {1, -3}:
-        return None
-    shapes = [v.shape if v is not None else None for v in node.inputs]
-    channels = [s[1] if s is not None and len(s) == 4 else None for s in shapes]
-    return [c for c in channels if isinstance(c, int)] if all(isinstance(c, int) for c in channels) else None
-
-
-def _constant(value: ir.Value | None) -> NDArray[Any] | None:
-    return None if value is None or value.const_value is None else value.const_value.numpy()
-
-
-def _ints(node: ir.Node, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(node.attributes.get_ints(name, default))
+def _conv(
+    node: ir.Node,
+    value: ir.Value,
+    kernel: FloatArray,
+    bias: FloatArray | None,
+    pads: list[int],
+    stem: str,
+    shape: ir.Shape | list[int | ir.SymbolicDim] | None,
+) -> ir.Value:
+    inputs = [value, weight(node, kernel, f"{stem}.weight")]
+    if bias is not None and bias.any():
+        inputs.append(weight(node, bias, f"{stem}.bias"))
+    attributes = {"kernel_shape": list(kernel.shape[2:]), "pads": pads}
+    return emit(node, "Conv", inputs, attributes, shape=None if shape is None else list(shape))  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ def apply(model: ir.Model) -> int:
     return count
 
 
-def left(model: ir.Model) -> int:
+def leaves(model: ir.Model) -> int:
     """How many linear layers are left."""
     return sum(node.op_type == "MatMul" for region in _regions(model) for node in region)
 

@@ -6,9 +6,10 @@ Transposes around it meet those that integer convolutions (NHWC as well) bring, 
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
-from edgeseg.quantize.editing import Editor, constant_array, replace_value
+from edgeseg.quantize.editing import Editor, constant_array, replace_value, static_shape
 from edgeseg.quantize.placement import Range
 from edgeseg.spec import PipelineSpec
 
@@ -20,7 +21,7 @@ def linear_resize(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec)
         source, output = node.inputs[0], node.outputs[0]
         assert source is not None
         editor = Editor(model.graph, node, node.name)
-        inputs: list[ir.Value | None] = [editor.op("nhwc", "Transpose", [source], perm=[0, 2, 3, 1]), None]
+        inputs: list[ir.Value | None] = [_channels_last(editor, source), None]
         for index, value in enumerate(node.inputs[2:]):
             array = constant_array(value)
             permuted = array is not None and array.size == 4
@@ -31,6 +32,27 @@ def linear_resize(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec)
             ranges[str(resized.name)] = ranges[str(output.name)]
         replace_value(model.graph, output, editor.op("nchw", "Transpose", [resized], perm=[0, 3, 1, 2]))
     return len(found)
+
+
+def _channels_last(editor: Editor, source: ir.Value) -> ir.Value:
+    shape = static_shape(source)
+    if shape is None or not _is_channels_first_island(source):
+        return editor.op("nhwc", "Transpose", [source], perm=[0, 2, 3, 1])
+    # A Transpose of images would be pushed behind the Resize by ONNX Runtime, which joins it with the next one and runs
+    # the slow kernel; it does not push one of matrices.
+    batch, channels, height, width = shape
+    planes = editor.constant("planes_shape", np.array([batch, channels, height * width], np.int64))
+    pixels = editor.op("pixels", "Transpose", [editor.op("planes", "Reshape", [source, planes])], perm=[0, 2, 1])
+    size = editor.constant("nhwc_shape", np.array([batch, height, width, channels], np.int64))
+    return editor.op("nhwc", "Reshape", [pixels, size])
+
+
+def _is_channels_first_island(value: ir.Value) -> bool:
+    """Whether ``value`` is made by normalization over planes, which runs in NCHW, and elementwise operators behind it."""
+    node = value.producer()
+    while node is not None and node.op_type in {"Relu", "Clip", "Add", "Mul", "BatchNormalization", "Reshape"}:
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node is not None and node.op_type == "InstanceNormalization"
 
 
 def _matches(node: ir.Node) -> bool:

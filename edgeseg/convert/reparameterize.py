@@ -1,0 +1,59 @@
+"""Merge the parallel branches that MobileOne, RepVGG, FastViT and their like train with into one convolution each.
+
+Method: convolutions and batch norms side by side are linear in the same input, so their kernels add up (Ding et al.,
+"RepVGG: Making VGG-style ConvNets Great Again", 2021). SMP's and timm's blocks know how; no graph simplifier does it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+
+# Relative to the largest output: float32 sums in another order.
+_TOLERANCE = 1e-4
+
+
+def merge_branches(module: torch.nn.Module, channels: int, side: int) -> tuple[torch.nn.Module, int]:
+    """Return a copy of an SMP model with its encoder's training branches merged, and how many layers that saved.
+
+    The copy is tried against the original on a random image; when the results differ, or there is nothing to merge,
+    the original is returned with 0.
+
+    Args:
+        module: an SMP model in evaluation mode; not changed.
+        channels: of its input image.
+        side: pixels, a size it takes.
+    """
+    encoder: Any = getattr(module, "encoder", None)
+    if encoder is None or not any(_is_mergeable(part) for part in encoder.modules()):
+        return module, 0
+    torch = import_for_conversion("torch")
+    manipulate = import_for_conversion("timm.models")
+    merged: Any = copy.deepcopy(module)
+    with torch.no_grad(), quiet_libraries():
+        merged.encoder = manipulate.reparameterize_model(merged.encoder, inplace=True)
+        merged.eval().requires_grad_(False)
+        image = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0))
+        before, after = _first(module(image)), _first(merged(image))
+    if not bool((before - after).abs().max() <= _TOLERANCE * before.abs().max().clamp(min=1.0)):
+        return module, 0
+    saved = _layers(module) - _layers(merged)
+    return (merged, saved) if saved > 0 else (module, 0)
+
+
+def _is_mergeable(part: torch.nn.Module) -> bool:
+    # timm's own criterion; it is asked of the encoder only, where these names mean this.
+    return any(callable(getattr(part, name, None)) for name in ("fuse", "reparameterize", "switch_to_deploy"))
+
+
+def _layers(module: torch.nn.Module) -> int:
+    return sum(1 for part in module.modules() if not list(part.children()) and list(part.parameters(recurse=False)))
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, (tuple, list)) else output

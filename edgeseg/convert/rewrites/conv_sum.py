@@ -1,0 +1,63 @@
+"""1x1 convolution of a sum with a Resize in it -> sum of convolutions, the resized one on the smaller plane.
+
+conv(resize(a) + b) = resize(conv(a)) + conv(b): the Resize then moves the convolution's output channels (a head's few
+classes) instead of its inputs'.
+
+Precondition: nothing else reads the sum and the resized value, and the new order is cheaper. Postcondition: no such
+convolution is left.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
+from edgeseg.convert.rewrites.cost import ADDED_ELEMENT, RESIZED_ELEMENT, pays
+from edgeseg.convert.rewrites.graph import dims, emit, nodes, reads, replace, sole_maker
+from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
+
+Match = tuple[Convolution, Resizing, ir.Value]
+
+
+def apply(model: ir.Model) -> int:
+    """Rewrite until none is left; return how often."""
+    count = 0
+    while found := _matches(model):
+        for match in found:
+            _rewrite(*match)
+        count += len(found)
+    return count
+
+
+def leaves(model: ir.Model) -> int:
+    """How many are left."""
+    return len(_matches(model))
+
+
+def _matches(model: ir.Model) -> list[Match]:
+    return [match for node in nodes(model, "Conv") if (match := _match(node)) is not None]
+
+
+def _match(node: ir.Node) -> Match | None:
+    conv, total = pointwise(node), sole_maker(node.inputs[0], "Add")
+    if conv is None or total is None or not reads(node.outputs[0]):
+        return None
+    for value, other in (total.inputs, reversed(total.inputs)):
+        resize = resizing(sole_maker(value, "Resize"))
+        if resize is None or other is None or not resize.can_move or (resize.growth or 0) <= 1:
+            continue
+        outputs, channels = conv.weight.shape[:2]
+        growth = resize.growth or 1.0
+        old = growth * (channels * (RESIZED_ELEMENT + ADDED_ELEMENT) + outputs * channels)
+        new = growth * (outputs * (RESIZED_ELEMENT + ADDED_ELEMENT) + outputs * channels) + outputs * channels
+        if dims(value) == dims(other) == dims(total.outputs[0]) and pays(new, old):
+            return conv, resize, other
+    return None
+
+
+def _rewrite(conv: Convolution, resize: Resizing, other: ir.Value) -> None:
+    matrix = conv.weight[:, :, 0, 0]
+    small = emit_pointwise(conv.node, resize.source, matrix, None, f"{conv.stem}.resized")
+    large = emit_pointwise(conv.node, other, matrix, conv.bias, conv.stem)
+    grown = emit_resize(conv.node, small, resize)
+    replace(conv.node.outputs[0], emit(conv.node, "Add", [grown, large], shape=conv.node.outputs[0].shape))

@@ -1,0 +1,81 @@
+"""A sum of equal Resizes -> one Resize of the sum: FPN's merge of three pyramid levels.
+
+Resize is linear, so resize(a) + resize(b) = resize(a + b): one Resize is left, and the Adds work on the smaller plane.
+
+Precondition: nothing else reads the resized values, which grow by the same rule from planes of the same shape.
+Postcondition: no sum holds two such Resizes.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from edgeseg.convert.rewrites.graph import constant, dims, emit, maker, nodes, reads, replace, sole_maker
+from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
+
+
+def apply(model: ir.Model) -> int:
+    """Rewrite; return how often."""
+    found = _matches(model)
+    for node, terms in found:
+        _rewrite(node, terms)
+    return len(found)
+
+
+def leaves(model: ir.Model) -> int:
+    """How many are left."""
+    return len(_matches(model))
+
+
+def _matches(model: ir.Model) -> list[tuple[ir.Node, list[ir.Value]]]:
+    found = []
+    for node in nodes(model, "Add"):
+        terms = _terms(node.outputs[0])
+        readers = list(node.outputs[0].consumers())
+        is_inner = len(readers) == 1 and readers[0].op_type == "Add" and len(_terms(readers[0].outputs[0])) > 2
+        if not is_inner and any(len(group) > 1 for group in _groups(terms)):
+            found.append((node, terms))
+    return found
+
+
+def _terms(total: ir.Value) -> list[ir.Value]:
+    """The values a chain of Adds of one shape adds up."""
+    node = maker(total, "Add")
+    if node is None or any(v is None or dims(v) is None or dims(v) != dims(total) for v in node.inputs):
+        return [total]
+    terms: list[ir.Value] = []
+    for value in node.inputs:
+        assert value is not None
+        terms += _terms(value) if sole_maker(value, "Add") is not None else [value]
+    return terms
+
+
+def _groups(terms: list[ir.Value]) -> list[list[Resizing]]:
+    groups: dict[object, list[Resizing]] = {}
+    for term in terms:
+        found = resizing(sole_maker(term, "Resize"))
+        if found is not None and found.can_move and (found.growth or 0) > 1 and reads(found.output) == 1:
+            groups.setdefault(_rule(found), []).append(found)
+    return list(groups.values())
+
+
+def _rule(found: Resizing) -> object:
+    attributes = tuple(sorted((name, str(a.value)) for name, a in found.node.attributes.items()))
+    extents = tuple(None if a is None else tuple(a.tolist()) for a in map(constant, found.node.inputs[1:]))
+    return attributes, extents, dims(found.source)
+
+
+def _rewrite(node: ir.Node, terms: list[ir.Value]) -> None:
+    rest = list(terms)
+    sums = []
+    for group in _groups(terms):
+        if len(group) > 1:
+            total = group[0].source
+            for other in group[1:]:
+                total = emit(node, "Add", [total, other.source], shape=total.shape)
+            sums.append(emit_resize(node, total, group[0]))
+            rest = [v for v in rest if all(v is not g.output for g in group)]
+    first, *others = [*sums, *rest]
+    for other in others:
+        first = emit(node, "Add", [first, other], shape=node.outputs[0].shape)
+    replace(node.outputs[0], first)

@@ -1,0 +1,278 @@
+"""Modules a user has in Python: SMP models, subclasses, wrappers, networks of their own. Oracle: the module itself."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from edgeseg.errors import CheckpointError, SpecError
+from edgeseg.spec import IMAGENET_MEAN, ModelRequest
+
+torch = pytest.importorskip("torch")
+from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E402  these need torch
+from edgeseg.convert.load import load_model, wrap_module  # noqa: E402
+
+smp = import_smp()
+nn = torch.nn
+pytestmark = pytest.mark.integration
+
+ENCODER = "mobilenet_v2"
+NOTHING = ModelRequest()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The models are tiny: threads would wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def fpn(**fields: Any) -> Any:
+    torch.manual_seed(0)
+    return smp.FPN(ENCODER, encoder_weights=None, **{"classes": 4, **fields}).eval()
+
+
+def output(module: Any, channels: int = 3, height: int = 64, width: int = 96) -> Any:
+    image = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), quiet_libraries():
+        return module(image)
+
+
+class Wrapper(nn.Module):  # type: ignore[misc, name-defined]
+    """What people write around a model to train it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.full((1, 3, 1, 1), 0.25))
+
+    def forward(self, image: Any) -> Any:
+        return self.model(image)
+
+
+class Normalizing(Wrapper):
+    def forward(self, image: Any) -> Any:
+        return self.model((image - self.mean) / self.std)
+
+
+class Squashing(Wrapper):
+    def forward(self, image: Any) -> Any:
+        return torch.sigmoid(self.model(image))
+
+
+class Sub(smp.FPN):  # type: ignore[misc, name-defined]
+    """A subclass whose constructor hides SMP's arguments and whose forward adds something."""
+
+    def __init__(self, colours: int) -> None:
+        super().__init__(ENCODER, encoder_weights=None, classes=colours)
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) * 2.0
+
+
+class Labelled(nn.Module):  # type: ignore[misc, name-defined]
+    """A network that is not SMP's, with a second output."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 5, 4, stride=4)
+        self.head = nn.ConvTranspose2d(5, 5, 4, stride=4)
+        self.form = form
+
+    def forward(self, x: Any) -> Any:
+        features = self.body(x)
+        masks, labels = self.head(features), features.mean((2, 3))
+        if self.form == "tuple":
+            return masks, labels
+        return OrderedDict(aux=labels, out=masks)
+
+
+@pytest.mark.parametrize("arch", ["unet", "pan", "dpt", "pspnet"])
+def test_an_smp_model_describes_itself(arch: str) -> None:
+    small = {"decoder_intermediate_channels": (16, 16, 16, 16), "decoder_fusion_channels": 16, "dynamic_img_size": True}
+    with quiet_libraries():
+        model = smp.create_model(
+            arch,
+            "tu-vit_tiny_patch16_224" if arch == "dpt" else ENCODER,
+            encoder_weights=None,
+            classes=4,
+            activation="softmax",
+            **(small if arch == "dpt" else {}),
+        ).eval()
+    wrapped = wrap_module(model, NOTHING)
+    built = load_model(
+        ModelRequest(
+            arch=arch,
+            encoder=wrapped.model.encoder,
+            classes=4,
+            activation="softmax",
+            weights="random",
+            model_args=wrapped.model.model_args,
+        )
+    )
+    assert wrapped.model == built.model
+    assert (wrapped.stride, wrapped.size, wrapped.fixed_size) == (built.stride, built.size, built.fixed_size)
+    assert wrapped.preprocess == built.preprocess
+    side = 160 if arch == "pan" else 64
+    assert torch.allclose(output(wrapped.module, 3, side, side), output(model, 3, side, side), atol=1e-6)
+
+
+def test_the_users_module_is_left_as_it_was() -> None:
+    model = fpn(aux_params={"classes": 2}).train()
+    twin = copy.deepcopy(model.state_dict())
+    wrapped = wrap_module(model, NOTHING)
+    assert model.training
+    assert model.classification_head is not None
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(v, twin[k]) for k, v in model.state_dict().items())
+    assert not wrapped.module.training
+    assert wrapped.module is not model
+
+
+def test_an_auxiliary_head_is_dropped_unless_kept() -> None:
+    model = fpn(aux_params={"classes": 2})
+    dropped = wrap_module(model, NOTHING)
+    assert torch.equal(output(dropped.module), output(model)[0])
+    assert any("auxiliary classification head dropped" in n for n in dropped.notes)
+    kept = output(wrap_module(model, ModelRequest(keep_aux=True)).module)
+    assert torch.equal(kept[1], output(model)[1])
+    with pytest.raises(SpecError, match="no auxiliary head to keep"):
+        wrap_module(fpn(), ModelRequest(keep_aux=True))
+
+
+def test_a_wrapper_that_adds_nothing_is_looked_through() -> None:
+    model = fpn()
+    wrapped = wrap_module(Wrapper(model), NOTHING)
+    assert (wrapped.model.arch, wrapped.model.encoder, wrapped.stride) == ("fpn", ENCODER, 32)
+    assert wrapped.preprocess.mean == IMAGENET_MEAN
+    assert torch.equal(output(wrapped.module), output(model))
+    assert wrapped.weights_sha256 == wrap_module(model, NOTHING).weights_sha256
+
+
+def test_normalization_inside_a_wrapper_becomes_preprocessing() -> None:
+    wrapper = Normalizing(fpn()).eval()
+    wrapped = wrap_module(wrapper, NOTHING)
+    assert wrapped.model.arch == "fpn"
+    assert wrapped.preprocess.mean == pytest.approx((0.4, 0.5, 0.6))
+    assert wrapped.preprocess.std == (0.25, 0.25, 0.25)
+    pixels = torch.randint(0, 256, (1, 3, 64, 96), generator=torch.Generator().manual_seed(2)).float()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (wrapped.preprocess.mean, wrapped.preprocess.std))
+    with torch.no_grad():
+        mine = wrapped.module((pixels * wrapped.preprocess.scale - mean) / std)
+        assert torch.allclose(mine, wrapper(pixels / 255), atol=1e-4)
+
+
+def test_a_wrapper_that_does_more_is_converted_as_a_whole() -> None:
+    wrapper = Squashing(fpn()).eval()
+    wrapped = wrap_module(wrapper, ModelRequest(task="multilabel"))
+    assert (wrapped.model.arch, wrapped.model.encoder) == ("custom", ENCODER)
+    assert (wrapped.model.activation, wrapped.model.task, wrapped.stride) == ("sigmoid", "multilabel", 32)
+    assert torch.equal(output(wrapped.module), output(wrapper))
+    assert any("Squashing does more than its network .model" in n for n in wrapped.notes)
+    assert wrap_module(wrapper, ModelRequest(activation="none")).model.activation is None
+
+
+def test_a_subclass_keeps_its_forward() -> None:
+    model = Sub(3).eval()
+    wrapped = wrap_module(model, NOTHING)
+    assert (wrapped.model.arch, wrapped.model.encoder, wrapped.model.classes) == ("fpn", ENCODER, 3)
+    assert torch.equal(output(wrapped.module), output(model))
+
+
+def test_parallel_and_compiled_modules_are_looked_through() -> None:
+    model = fpn()
+    assert wrap_module(nn.DataParallel(model), NOTHING).model.arch == "fpn"
+    compiled = torch.compile(model, backend="eager")
+    assert wrap_module(compiled, NOTHING).model.arch == "fpn"
+
+
+@pytest.mark.parametrize("form", ["tuple", "mapping"])
+def test_the_map_is_found_among_several_outputs(form: str) -> None:
+    module = Labelled(form).eval()
+    expected = output(module)
+    expected = expected[0] if form == "tuple" else expected["out"]
+    wrapped = wrap_module(module, NOTHING)
+    assert torch.equal(output(wrapped.module), expected)
+    assert (wrapped.model.arch, wrapped.model.encoder, wrapped.model.classes) == ("custom", "Labelled", 5)
+    assert wrapped.stride == 4
+    assert any("dropped" in n for n in wrapped.notes)
+    if form == "tuple":
+        both = output(wrap_module(module, ModelRequest(keep_aux=True)).module)
+        assert torch.equal(both[1], output(module)[1])
+
+
+@pytest.mark.parametrize("stride", [1, 2, 8, 32])
+def test_the_size_multiple_of_any_network_is_found(stride: int) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, stride, stride), nn.ConvTranspose2d(4, 2, stride, stride))
+    wrapped = wrap_module(module, NOTHING)
+    assert wrapped.stride == stride
+    assert wrapped.model.classes == 2
+    assert any("nothing is known about the normalization" in n for n in wrapped.notes)
+
+
+def test_input_channels_and_softmax_are_found() -> None:
+    module = nn.Sequential(nn.Conv2d(5, 3, 1), nn.Softmax(dim=1))
+    wrapped = wrap_module(module, ModelRequest(mean=(0.5,), std=(0.5,)))
+    assert (wrapped.model.in_channels, wrapped.model.activation, wrapped.model.task) == (5, "softmax", "multiclass")
+    assert len(wrapped.preprocess.mean) == 5
+
+
+def test_half_precision_modules_become_float() -> None:
+    wrapped = wrap_module(fpn().half(), NOTHING)
+    assert all(p.dtype == torch.float32 for p in wrapped.module.parameters())
+
+
+class Argmax(nn.Module):  # type: ignore[misc, name-defined]
+    def forward(self, x: Any) -> Any:
+        return x.argmax(1, keepdim=True)
+
+
+class Locked(nn.Module):  # type: ignore[misc, name-defined]
+    """Holds something that cannot be copied, as trainers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 2, 1)
+        self.lock = threading.Lock()
+
+
+def nan_model() -> Any:
+    module = nn.Conv2d(3, 2, 1)
+    module.weight.data[0] = float("nan")
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "request_", "message"),
+    [
+        (lambda: "model.pt", NOTHING, r"model is a str; give a torch\.nn\.Module"),
+        (fpn, ModelRequest(weights="x.pt"), "load the weights into the module first"),
+        (fpn, ModelRequest(model_args={"a": 1}), "load the weights into the module first"),
+        (fpn, ModelRequest(arch="unet"), "arch 'unet' was given, but the module is a fpn; leave arch out"),
+        (fpn, ModelRequest(encoder="resnet18"), "the module's is mobilenet_v2; leave encoder out"),
+        (fpn, ModelRequest(classes=9), "9 classes were asked for, the module returns 4"),
+        (fpn, ModelRequest(in_channels=1), "in_channels 1 was given, the module takes 3"),
+        (lambda: nn.Conv2d(3, 2, 1), ModelRequest(arch="fpn"), "but the module is no SMP model; leave arch out"),
+        (Argmax, NOTHING, r"returns int64 \(1, 1, .*before argmax"),
+        (lambda: nn.Conv2d(3, 2, 3, stride=2), NOTHING, r"returns \(1, 2, 127, 127\) for 256x256"),
+        (lambda: nn.Linear(7, 3), NOTHING, "Linear does not run on images of 3 channels"),
+        (Locked, NOTHING, r"Locked cannot be copied .* such as module\.model"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(make: Any, request_: ModelRequest, message: str) -> None:
+    with pytest.raises(SpecError, match=message) as caught:
+        wrap_module(make(), request_)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"the Conv2d module has NaN or Inf in 1 tensor \(weight\)"):
+        wrap_module(nan_model(), NOTHING)
