@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import segmentation_models_pytorch as smp  # noqa: TID251 - a development script, no part of the package
-import torch  # noqa: TID251
+import segmentation_models_pytorch as smp
+import torch
 from demo_canvas import CLASS_NAMES
 from generate_demo import TRAINING_SEEDS, encode_image, render_scene
 from numpy.typing import NDArray

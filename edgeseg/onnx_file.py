@@ -71,7 +71,7 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
     path = Path(path)
     size = model.ByteSize()
     if size > MAX_PROTOBUF_BYTES:
-        raise ArtifactError(f"the graph has {size / 2**30:.1f} GiB; one ONNX file holds at most 2: use a smaller encoder")
+        raise ArtifactError(f"the graph has {size / 2**30:.1f} GiB, an ONNX file holds 2; use a smaller encoder")
     data = model.SerializeToString(deterministic=True)
     temporary: str | None = None
     try:

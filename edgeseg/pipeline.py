@@ -128,6 +128,7 @@ def choose_targets(target: str) -> tuple[str, ...]:
 def pipeline_spec(request: BuildRequest, loaded: LoadedModel) -> PipelineSpec:
     """Join what was asked for and what the model needs into the one contract."""
     height, width = request.size or loaded.size
+    loaded.check_size(height, width)
     return PipelineSpec(
         model=loaded.model,
         input=InputSpec(
@@ -154,6 +155,7 @@ def default_name(request: BuildRequest, loaded: LoadedModel) -> str:
 def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) -> tuple[OnnxGraph, ConversionReport]:
     """Export, simplify and check the fp32 graph, or find it in the cache."""
     from edgeseg.convert.export import ConversionReport, export_onnx
+    from edgeseg.convert.reparameterize import merge_branches
 
     inputs = {
         "weights": loaded.weights_sha256,
@@ -163,7 +165,12 @@ def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) ->
     }
 
     def make(folder: Path) -> None:
-        _, report = export_onnx(loaded, spec, folder / GRAPH_NAME)
+        # The merged module is only what is exported; the verification compares with the one that was loaded.
+        side = loaded.fixed_size[0] if loaded.fixed_size else max(spec.input.height, spec.input.width)
+        module, saved = merge_branches(loaded.module, spec.input.channels, side)
+        if saved:
+            reporter.note(f"the encoder's training branches were merged: {saved} layers fewer, same results")
+        _, report = export_onnx(dataclasses.replace(loaded, module=module), spec, folder / GRAPH_NAME)
         write_json(folder / "report.json", report)
 
     with stage(reporter, "export") as said:

@@ -94,7 +94,9 @@ class ConsoleReporter:
 
     def finish(self, detail: str, seconds: float) -> None:
         self.close()
-        self._console.print(f"  {self._stage:<10} {seconds:6.1f} s  {detail}", highlight=False, markup=False, soft_wrap=True)
+        self._console.print(
+            f"  {self._stage:<10} {seconds:6.1f} s  {detail}", highlight=False, markup=False, soft_wrap=True
+        )
 
     def note(self, text: str) -> None:
         console = self._bar.console if self._bar is not None else self._console

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 import onnxsim
-import torch  # noqa: TID251  a peer's own road from PyTorch to ONNX
+import torch
 
 from benchmarks.workload import Workload
 

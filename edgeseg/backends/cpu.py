@@ -45,7 +45,9 @@ class Cpu:
 def this_cpu() -> Cpu:
     """Describe the CPU at hand (read once)."""
     machine = platform.machine().lower()
-    arch = "x86" if machine in {"x86_64", "amd64", "i686"} else "arm" if machine.startswith(("arm", "aarch")) else "other"
+    arch = (
+        "x86" if machine in {"x86_64", "amd64", "i686"} else "arm" if machine.startswith(("arm", "aarch")) else "other"
+    )
     text = _cpuinfo_text()
     name, flags = parse_cpuinfo(text, arch)
     return Cpu(name or platform.processor() or machine, arch, flags, _usable_cores())

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from edgeseg.artifacts import Engine, OnnxGraph
 from edgeseg.backends.base import BackendStatus, BuiltEngine
 from edgeseg.backends.cpu import Cpu, this_cpu
+from edgeseg.backends.options import check_built_for, cpu_options
 from edgeseg.backends.precision import executed_precision, run_profiled
-from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, SpecError, did_you_mean
+from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 
 ENGINE_NAME = "engine.onnx"
+_OPTION_NAMES = ("threads", "spinning")
 
 _SESSION_ENTRIES = {
     # Denormals cost hundreds of cycles each; a segmentation logit that small decides nothing.
@@ -30,34 +32,6 @@ _SESSION_ENTRIES = {
     # One caller thread is the common case on an edge device: do not let pool threads burn a core between frames.
     "session.force_spinning_stop": "1",
 }
-
-
-@dataclass(frozen=True)
-class OrtOptions:
-    """Session settings that ``--option`` can change.
-
-    Attributes:
-        threads: threads of one inference; 0 means one per core this process may use.
-        spinning: pool threads spin a little before they sleep: lower latency for more power.
-    """
-
-    threads: int = 0
-    spinning: bool = True
-
-    @classmethod
-    def parse(cls, options: Mapping[str, Any]) -> OrtOptions:
-        """Check user options. Raises ``SpecError`` for an unknown name or a value out of range."""
-        allowed = ("threads", "spinning")
-        for key in options:
-            if key not in allowed:
-                near = did_you_mean(key, allowed)
-                raise SpecError(f"onnxruntime has no build option {key!r}{near} (allowed: {', '.join(allowed)})")
-        threads, spinning = options.get("threads", 0), options.get("spinning", True)
-        if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= 1024:
-            raise SpecError(f"threads is {threads!r}; give a number from 0 (one per core) to 1024")
-        if not isinstance(spinning, bool):
-            raise SpecError(f"spinning is {spinning!r}; give true or false")
-        return cls(threads, spinning)
 
 
 @dataclass(frozen=True)
@@ -84,7 +58,7 @@ class OnnxRuntimeBackend:
 
     def build(self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any]) -> BuiltEngine:
         """Optimize the graph for this CPU and save it in ``folder``."""
-        chosen = OrtOptions.parse(options)
+        chosen = cpu_options(self.name, options, _OPTION_NAMES)
         ort = _import_ort()
         path = folder / ENGINE_NAME
         settings = _session_options(ort, chosen, self.cpu)
@@ -97,7 +71,7 @@ class OnnxRuntimeBackend:
         return BuiltEngine(
             path=path,
             precision=executed_precision(path, graph.precision, executed, graph.spec.input.batch.minimum),
-            options={"threads": chosen.threads, "spinning": chosen.spinning, **_SESSION_ENTRIES},
+            options={**chosen, **_SESSION_ENTRIES},
             versions={"onnxruntime": str(ort.__version__)},
             device={"cpu": self.cpu.name, "isa": self.cpu.isa},
         )
@@ -105,21 +79,9 @@ class OnnxRuntimeBackend:
     def load(self, engine: Engine) -> OnnxRuntimeSession:
         """Load an engine folder built by :meth:`build` on a CPU with the same instruction set."""
         ort = _import_ort()
-        manifest = engine.manifest
-        built_for = manifest.device.get("isa")
-        if built_for != self.cpu.isa:
-            raise ArtifactError(
-                f"{engine.folder} was built for a CPU with [{built_for}], this one has [{self.cpu.isa}]; "
-                f"run: edgeseg compile {engine.folder}"
-            )
-        built_with = manifest.versions.get("onnxruntime")
-        if built_with != ort.__version__:
-            raise ArtifactError(
-                f"{engine.folder} was built with onnxruntime {built_with}, this is {ort.__version__}; "
-                f"run: edgeseg compile {engine.folder}"
-            )
-        chosen = OrtOptions.parse({k: manifest.options[k] for k in ("threads", "spinning") if k in manifest.options})
-        settings = _session_options(ort, chosen, self.cpu)
+        check_built_for(engine, self.cpu, "onnxruntime", str(ort.__version__))
+        saved = {name: engine.manifest.options[name] for name in _OPTION_NAMES if name in engine.manifest.options}
+        settings = _session_options(ort, cpu_options(self.name, saved, _OPTION_NAMES), self.cpu)
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         return OnnxRuntimeSession(_open(ort, engine.engine_path, settings, ArtifactError))
 
@@ -178,14 +140,14 @@ def _import_ort() -> Any:
     return onnxruntime
 
 
-def _session_options(ort: Any, options: OrtOptions, cpu: Cpu) -> Any:
+def _session_options(ort: Any, options: Mapping[str, Any], cpu: Cpu) -> Any:
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options.threads or cpu.cores
+    settings.intra_op_num_threads = options["threads"] or cpu.cores
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.log_severity_level = 3  # errors only: each is raised anyway
     for key, value in _SESSION_ENTRIES.items():
         settings.add_session_config_entry(key, value)
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options["spinning"] else "0")
     return settings
 
 
@@ -212,7 +174,11 @@ def _one_line(exc: BaseException) -> str:
 
 def _advice(cpu: Cpu) -> str:
     if cpu.arch == "arm":
-        return "INT8 (S8S8) is fast" if "asimddp" in cpu.flags or not cpu.flags else "no dot-product instructions; INT8 gains little"
+        return (
+            "INT8 (S8S8) is fast"
+            if "asimddp" in cpu.flags or not cpu.flags
+            else "no dot-product instructions; INT8 gains little"
+        )
     if cpu.has_vnni:
         return "INT8 (U8 activations, S8 weights) is fast with VNNI"
     return "INT8 without VNNI: weights use 7 bits to avoid saturation"

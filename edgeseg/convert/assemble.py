@@ -103,7 +103,13 @@ def resolve_activation(name: str | None) -> str | None:
 
 
 def resolve_task(task: Task | None, classes: int, activation: str | None) -> tuple[Task, tuple[str, ...]]:
-    """Return what the classes mean, and notes: one is binary, several under a sigmoid multilabel, else multiclass."""
+    """Return what the classes mean, and notes: one is binary, several under a sigmoid multilabel, else multiclass.
+
+    Raises:
+        SpecError: a softmax over one class, which says nothing.
+    """
+    if classes == 1 and activation in ("softmax", "softmax2d", "logsoftmax"):
+        raise SpecError(f"activation {activation} over 1 class is always 1; give --activation sigmoid, or --classes")
     if task is not None:
         return task, ()
     if classes == 1:

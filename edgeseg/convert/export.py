@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from edgeseg.artifacts import OnnxGraph, sha256_file
 from edgeseg.convert.heads import LOGITS, Pipeline
 from edgeseg.convert.macs import count_macs
-from edgeseg.convert.naming import name_by_scope
+from edgeseg.convert.naming import name_by_scope, name_dynamic_axes
 from edgeseg.convert.parity import Parity, compare, make_probe_images, ort_session, run_session, torch_outputs
 from edgeseg.convert.silence import silenced
 from edgeseg.convert.simplify import simplify
 from edgeseg.convert.translations import TRANSLATIONS
-from edgeseg.errors import EdgesegError, ExportError, SpecError
+from edgeseg.errors import ExportError, SpecError
 from edgeseg.onnx_file import first_line, write_onnx
 from edgeseg.spec import InputSpec, PipelineSpec
 
@@ -36,9 +36,9 @@ class ConversionReport:
     """What conversion did.
 
     Attributes:
-        nodes_exported, macs_exported: of the graph as torch exported it (multiply-accumulates of one image).
+        nodes_exported, macs_exported: of the graph as torch exported it; multiply-accumulates of one image.
         nodes, macs: of the portable graph.
-        rewrites: times each rewrite applied.
+        rewrites: how often each rewrite applied.
         max_abs_error: largest difference of a logit from PyTorch's, on the probe images.
         mask_agreement: share of mask pixels equal to PyTorch's, ties aside.
         seconds: wall time of the whole conversion.
@@ -59,53 +59,79 @@ def export_onnx(
 ) -> tuple[OnnxGraph, ConversionReport]:
     """Export ``loaded`` as one self-contained ONNX file that fulfils ``spec``, and check it against PyTorch.
 
+    The same model and spec give the same bytes.
+
     Args:
-        loaded: the model, eval, float32.
+        loaded: the model, evaluation mode, float32.
         spec: its input, preprocessing and output contract.
-        path: file to write, atomically; nothing is left there on failure.
-        probe_images: uint8 ``(N, H, W, C)`` images to compare on; ``None`` for generated ones.
+        path: file to write, atomically; nothing appears there on failure.
+        probe_images: uint8 ``(N, H, W, C)`` images of the spec's size to compare on; ``None`` for generated ones.
 
     Raises:
         SpecError: a size, activation or output the model cannot have.
         ExportError: torch could not export it, or the graph does not compute what the model computes.
+        ArtifactError: the file cannot be written.
     """
     start = time.monotonic()
     pipeline = Pipeline(loaded.module, spec).eval()
-    images = make_probe_images(spec.input) if probe_images is None else probe_images
-    reference = _reference(pipeline, images, spec)
+    probes = _probes(spec.input, probe_images)
+    reference = [_reference(pipeline, image, spec) for image in probes]
     exported = export_graph(pipeline, spec)
     model, applied = simplify(exported)
-    parity = check(model, spec, images, reference)
+    parity = check(model, spec, probes, reference)
     delivered = without_extra_logits(model, spec)
     write_onnx(delivered, path)
-    size = {"batch": 1, "height": spec.input.height, "width": spec.input.width}
     report = ConversionReport(
         nodes_exported=len(exported.graph.node),
         nodes=len(delivered.graph.node),
-        macs_exported=sum(count_macs(exported, size).values()),
-        macs=sum(count_macs(delivered, size).values()),
+        macs_exported=_macs_per_image(exported, spec.input),
+        macs=_macs_per_image(delivered, spec.input),
         rewrites=applied,
         max_abs_error=parity.max_abs_error,
         mask_agreement=parity.mask_agreement,
         seconds=time.monotonic() - start,
     )
-    graph = OnnxGraph(path, sha256_file(path), "fp32", spec, loaded.weights_sha256)
-    return graph, report
+    return OnnxGraph(path, sha256_file(path), "fp32", spec, loaded.weights_sha256), report
 
 
-def _reference(pipeline: Pipeline, images: NDArray[np.uint8], spec: PipelineSpec) -> list[dict[str, NDArray[Any]]]:
-    # Eagerly first: SMP checks the size only when not tracing, and an exported graph of a wrong size is silently wrong.
+def _probes(spec: InputSpec, given: NDArray[np.uint8] | None) -> list[NDArray[np.uint8]]:
+    """Batches to compare on: each image alone; then what is dynamic, put to the test."""
+    images = make_probe_images(spec.height, spec.width, spec.channels) if given is None else given
+    static = 1 if spec.batch.is_dynamic else spec.batch.optimum
+    probes = [np.repeat(images[i : i + 1], static, axis=0) for i in range(len(images))]
+    if spec.batch.is_dynamic:
+        probes.append(np.concatenate([images[:1], images[-1:]])[: spec.batch.maximum])
+    if spec.dynamic_size:
+        height, width = (_another(v, spec, i) for i, v in enumerate((spec.height, spec.width)))
+        other = make_probe_images(height, width, spec.channels, count=1, seed=1)
+        probes.append(np.repeat(other, static, axis=0))
+    return probes
+
+
+def _another(value: int, spec: InputSpec, axis: int) -> int:
+    """A second size along ``axis`` that a dynamic graph must take; grown by unequal steps for height and width."""
+    larger = value + (axis + 1) * spec.stride
+    fits = spec.max_size is None or larger <= spec.max_size[axis]
+    return larger if fits else max(spec.stride, spec.min_size[axis] if spec.min_size else value - spec.stride)
+
+
+def _reference(pipeline: Pipeline, images: NDArray[np.uint8], spec: PipelineSpec) -> dict[str, NDArray[Any]]:
+    # Eagerly, before tracing: SMP checks sizes only when not tracing, and the graph of a wrong size is silently wrong.
     try:
-        return [torch_outputs(pipeline, images[i : i + 1]) for i in range(len(images))]
+        return torch_outputs(pipeline, images)
     except Exception as exc:
-        size = f"{spec.input.height}x{spec.input.width}"
-        raise SpecError(f"the model does not take a {size} image of {spec.input.channels} channels: {first_line(exc)}") from exc
+        size = f"{images.shape[1]}x{images.shape[2]}"
+        raise SpecError(
+            f"{spec.model.display_name} does not take {size} images of {images.shape[3]} channels: {first_line(exc)}"
+        ) from exc
 
 
 def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
     """Export with torch's dynamo exporter; nodes named after their modules. Raises :class:`ExportError`."""
+    shapes = _dynamic_shapes(spec.input)
+    # torch.export takes a dimension of size 1 for a constant
     batch = max(spec.input.batch.optimum, 2) if spec.input.batch.is_dynamic else spec.input.batch.optimum
-    image = torch.from_numpy(make_probe_images(spec.input, count=batch))
+    image = torch.zeros((batch, spec.input.height, spec.input.width, spec.input.channels), dtype=torch.uint8)
     try:
         with silenced(), torch.inference_mode():
             names = list(pipeline(image))
@@ -116,18 +142,17 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
                 opset_version=OPSET,
                 input_names=["image"],
                 output_names=names,
-                dynamic_shapes=_dynamic_shapes(spec.input),
+                dynamic_shapes=shapes,
                 custom_translation_table=dict(TRANSLATIONS),
                 verbose=False,
             )
-        assert program is not None
+            assert program is not None
         name_by_scope(program.model)
+        name_dynamic_axes(program.model)
         return ir.serde.serialize_model(program.model)
-    except EdgesegError:
-        raise
     except Exception as exc:
-        dynamic = " with dynamic shapes; try static ones" if _dynamic_shapes(spec.input) else ""
-        raise ExportError(f"torch cannot export {spec.model.display_name}{dynamic}: {first_line(exc)}") from exc
+        hint = " with dynamic shapes; try static ones" if shapes else ""
+        raise ExportError(f"torch cannot export {spec.model.display_name}{hint}: {first_line(exc)}") from exc
 
 
 def _dynamic_shapes(spec: InputSpec) -> dict[str, dict[int, Any]] | None:
@@ -135,22 +160,20 @@ def _dynamic_shapes(spec: InputSpec) -> dict[str, dict[int, Any]] | None:
     if spec.batch.is_dynamic:
         axes[0] = torch.export.Dim("batch", min=1, max=max(spec.batch.maximum, 2))
     if spec.dynamic_size:
-        axes[1] = spec.stride * torch.export.Dim("height_strides")
-        axes[2] = spec.stride * torch.export.Dim("width_strides")
+        axes[1] = spec.stride * torch.export.Dim("height_strides", min=1, max=4096)
+        axes[2] = spec.stride * torch.export.Dim("width_strides", min=1, max=4096)
     return {"image": axes} if axes else None
 
 
 def check(
-    model: onnx.ModelProto, spec: PipelineSpec, images: NDArray[np.uint8], reference: list[dict[str, NDArray[Any]]]
+    model: onnx.ModelProto,
+    spec: PipelineSpec,
+    probes: list[NDArray[np.uint8]],
+    reference: list[dict[str, NDArray[Any]]],
 ) -> Parity:
-    """Compare ``model`` (``logits`` among its outputs) with PyTorch's outputs. Raises :class:`ExportError`."""
+    """Compare ``model``, ``logits`` among its outputs, with PyTorch's outputs. Raises :class:`ExportError`."""
     session = ort_session(model)
-    batch = 1 if spec.input.batch.is_dynamic else spec.input.batch.optimum
-    actual = []
-    for i in range(len(images)):
-        outputs = run_session(session, np.repeat(images[i : i + 1], batch, axis=0))
-        actual.append({name: value[:1] for name, value in outputs.items()})
-    return compare(spec, reference, actual)
+    return compare(reference, [run_session(session, images) for images in probes])
 
 
 def without_extra_logits(model: onnx.ModelProto, spec: PipelineSpec) -> onnx.ModelProto:
@@ -159,9 +182,14 @@ def without_extra_logits(model: onnx.ModelProto, spec: PipelineSpec) -> onnx.Mod
         return model
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    kept = [o for o in result.graph.output if o.name != LOGITS]
     logits = next(o for o in result.graph.output if o.name == LOGITS)
     result.graph.value_info.append(logits)
+    kept = [o for o in result.graph.output if o.name != LOGITS]
     del result.graph.output[:]
     result.graph.output.extend(kept)
     return result
+
+
+def _macs_per_image(model: onnx.ModelProto, spec: InputSpec) -> int:
+    total = sum(count_macs(model, {"batch": 1, "height": spec.height, "width": spec.width}).values())
+    return total if spec.batch.is_dynamic else total // spec.batch.optimum

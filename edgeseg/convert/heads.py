@@ -1,6 +1,6 @@
 """What surrounds the network inside the graph: preprocessing of the uint8 image, and the outputs made of its logits.
 
-One torch module, :class:`Pipeline`, is both what is exported and the PyTorch reference a graph is compared with.
+One torch module, :class:`Pipeline`, is what is exported and what the graph is then compared with.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import nn
 from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.spec import PipelineSpec, Preprocess
 
-ActivationKind = Literal["none", "sigmoid", "softmax", "tanh", "clamp"]
+Meaning = Literal["logits", "tanh", "clamp", "probability", "log probability", "tanh of logits"]
+"""What the tensor that :class:`Outputs` gets stands for; the last three where an activation could not be taken off."""
 
-ACTIVATIONS: Mapping[str | None, ActivationKind] = {
+ACTIVATIONS: Mapping[str | None, Literal["none", "sigmoid", "softmax", "logsoftmax", "tanh", "clamp"]] = {
     None: "none",
     "identity": "none",
+    "argmax": "none",
+    "argmax2d": "none",
     "sigmoid": "sigmoid",
     "softmax": "softmax",
     "softmax2d": "softmax",
-    "logsoftmax": "softmax",
+    "logsoftmax": "logsoftmax",
     "tanh": "tanh",
     "clamp": "clamp",
-    "argmax": "none",
-    "argmax2d": "none",
 }
-"""SMP's ``activation`` names and the probabilities they stand for. ``logsoftmax`` is softmax's logarithm, and an
-``argmax`` was put on raw logits."""
+"""SMP's names of activations and what they do to logits; an ``argmax`` was put on raw logits."""
 
 LOGITS = "logits"
 
@@ -40,8 +40,9 @@ LOGITS = "logits"
 class Normalize(nn.Module):
     """uint8 ``(N, H, W, C)`` RGB -> float32 ``(N, C, H, W)`` in the network's channel order and range.
 
-    ``(x * scale - mean) / std`` as one multiply-add. The mean is not folded into the first convolution: that
-    convolution pads with zeros, so folding is exact everywhere but at the image border.
+    ``(x * scale - mean) / std`` as one multiply-add. The mean is not folded into the first convolution: that pads with
+    zeros, so folding is exact everywhere but at the image border. Cast comes first because TensorRT takes uint8 at a
+    network's input only to cast it.
     """
 
     weight: torch.Tensor
@@ -53,102 +54,121 @@ class Normalize(nn.Module):
         std = torch.tensor(preprocess.std, dtype=torch.float64)
         weight, bias = preprocess.scale / std, -mean / std
         self.swap = preprocess.channel_order == "bgr"
-        if self.swap:  # normalized in the image's order first, so that the swap stands right before the network
+        if self.swap:  # normalized in the image's order, so that the swap stands right before the network
             weight, bias = weight.flip(0), bias.flip(0)
         self.register_buffer("weight", weight.float().reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("bias", bias.float().reshape(1, -1, 1, 1), persistent=False)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Normalize one batch."""
         x = image.to(torch.float32).permute(0, 3, 1, 2)
         x = x * self.weight + self.bias
         return x.flip(1) if self.swap else x
 
 
 class Outputs(nn.Module):
-    """Float32 logits ``(N, C, H, W)`` -> the outputs asked for, by name.
+    """The network's float32 map ``(N, C, H, W)`` -> the outputs asked for, by name.
 
-    Masks come from logits: softmax, sigmoid and tanh are strictly increasing, so a class wins or a threshold is passed
-    by the logits exactly where it is by the probabilities, without their rounding.
+    Masks come from logits: softmax, sigmoid and tanh are strictly increasing, so a class wins, or a threshold is
+    passed, by the logits exactly where it is by the probabilities, without their rounding.
     """
 
-    def __init__(self, spec: PipelineSpec, kind: ActivationKind) -> None:
+    def __init__(self, spec: PipelineSpec, removed: bool) -> None:
         super().__init__()
         self.task = spec.model.task
         self.kind = spec.output.kind
         self.confidence = spec.output.confidence
         self.threshold = spec.output.threshold
         self.mask_dtype = torch.uint16 if spec.mask_dtype == "uint16" else torch.uint8
-        self.activation = self._probability(kind, spec)
+        name = ACTIVATIONS[spec.model.activation]
+        self.softmax = name in ("softmax", "logsoftmax") or (name == "none" and self.task == "multiclass")
+        self.meaning = _meaning(name, removed)
 
-    def _probability(self, kind: ActivationKind, spec: PipelineSpec) -> ActivationKind:
-        if kind == "softmax" and spec.model.classes == 1:
-            raise SpecError("softmax over 1 class is 1 everywhere; give --activation sigmoid or none, or more classes")
-        if kind == "none":
-            return "softmax" if self.task == "multiclass" else "sigmoid"
-        return kind
-
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+    def probabilities(self, x: torch.Tensor) -> torch.Tensor:
         """Float32 ``(N, C, H, W)`` in [0, 1]; tanh is read as ``2 p - 1``."""
-        if self.activation == "softmax":
-            return torch.softmax(logits, dim=1)
-        if self.activation == "sigmoid":
-            return torch.sigmoid(logits)
-        if self.activation == "tanh":
-            return torch.sigmoid(2.0 * logits)
-        return torch.clamp(logits, 0.0, 1.0)
+        if self.meaning == "logits":
+            return torch.softmax(x, dim=1) if self.softmax else torch.sigmoid(x)
+        if self.meaning == "tanh":
+            return torch.sigmoid(2.0 * x)
+        if self.meaning == "clamp":
+            return torch.clamp(x, 0.0, 1.0)
+        if self.meaning == "log probability":
+            return torch.exp(x)
+        return (x + 1.0) / 2.0 if self.meaning == "tanh of logits" else x
 
-    def mask(self, logits: torch.Tensor) -> torch.Tensor:
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """What decides: the highest of a pixel's wins (multiclass), or those above 0 are set."""
+        if self.task == "multiclass":
+            return self.probabilities(x) if self.meaning == "clamp" else x
+        odds = math.log(self.threshold / (1.0 - self.threshold))
+        if self.meaning == "logits" and not self.softmax:
+            return x - odds
+        if self.meaning == "tanh":
+            return x - odds / 2.0
+        return (x if self.meaning == "clamp" else self.probabilities(x)) - self.threshold
+
+    def mask(self, x: torch.Tensor) -> torch.Tensor:
         """``(N, H, W)`` class indices, or 0/1 for binary; ``(N, C, H, W)`` 0/1 for multilabel."""
         if self.task == "multiclass":
-            scores = self.probabilities(logits) if self.activation == "clamp" else logits
-            return torch.argmax(scores, dim=1).to(self.mask_dtype)
-        above = self.above(logits).to(torch.uint8)
+            return torch.argmax(self.scores(x), dim=1).to(self.mask_dtype)
+        above = (self.scores(x) > 0).to(torch.uint8)
         return above.squeeze(1) if self.task == "binary" else above
 
-    def above(self, logits: torch.Tensor) -> torch.Tensor:
-        """Bool ``(N, C, H, W)``: where the probability passes the threshold."""
-        if self.activation == "softmax":
-            return self.probabilities(logits) > self.threshold
-        if self.activation == "clamp":
-            return logits > self.threshold
-        limit = math.log(self.threshold / (1.0 - self.threshold))
-        return logits > (limit / 2.0 if self.activation == "tanh" else limit)
+    def margin(self, x: torch.Tensor) -> torch.Tensor:
+        """How far each mask pixel is from another value, in ``scores``; shaped like the mask."""
+        scores = self.scores(x)
+        if self.task == "multiclass":
+            top = scores.topk(2, dim=1).values
+            return top[:, 0] - top[:, 1]
+        return scores.abs().squeeze(1) if self.task == "binary" else scores.abs()
 
-    def chosen(self, logits: torch.Tensor) -> torch.Tensor:
+    def chosen(self, x: torch.Tensor) -> torch.Tensor:
         """Float32 probability of the chosen class, shaped like the mask."""
-        p = self.probabilities(logits)
+        p = self.probabilities(x)
         if self.task == "multiclass":
             return p.amax(dim=1)
-        p = torch.where(self.above(logits), p, 1.0 - p)
+        p = torch.where(self.scores(x) > 0, p, 1.0 - p)
         return p.squeeze(1) if self.task == "binary" else p
 
-    def forward(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        make = {"mask": self.mask, "probabilities": self.probabilities, "logits": lambda x: x}
-        outputs = {self.kind: make[self.kind](logits)}
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The outputs asked for."""
+        if self.kind == "mask":
+            outputs = {"mask": self.mask(x)}
+        else:
+            outputs = {LOGITS: x} if self.kind == LOGITS else {"probabilities": self.probabilities(x)}
         if self.confidence:
-            outputs["confidence"] = self.chosen(logits)
+            outputs["confidence"] = self.chosen(x)
         return outputs
 
 
+def _meaning(activation: str, removed: bool) -> Meaning:
+    if removed or activation == "none":
+        return "tanh" if activation == "tanh" else "clamp" if activation == "clamp" else "logits"
+    names: Mapping[str, Meaning] = {"tanh": "tanh of logits", "logsoftmax": "log probability"}
+    return names.get(activation, "probability")
+
+
 class Pipeline(nn.Module):
-    """uint8 image in, the outputs of ``spec`` out, plus always ``logits`` (and ``aux_logits`` of a kept head).
+    """uint8 image in; the outputs of ``spec`` out, and always ``logits``: the network's map without its activation.
 
     Args:
-        module: float32 normalized ``(N, C, H, W)`` -> raw output; an SMP model or anything that behaves like one.
-            It is not changed; parameters are shared.
+        module: float32 normalized ``(N, C, H, W)`` -> map ``(N, classes, H, W)``, or a tuple of that and an auxiliary
+            ``(N, K)``. An SMP model, or anything that behaves like one. Not changed; parameters are shared.
         spec: input, preprocessing and output contract.
 
     Raises:
-        SpecError: an activation that no mask or no logits can be made of.
+        SpecError: an activation that the outputs asked for cannot be made of.
     """
 
     def __init__(self, module: nn.Module, spec: PipelineSpec) -> None:
         super().__init__()
         self.preprocess = Normalize(spec.preprocess)
-        self.model, found = without_activation(module)
-        self.postprocess = Outputs(spec, _activation_kind(spec, found))
+        self.model, removed = without_activation(module)
+        _check_activation(spec, removed)
+        self.postprocess = Outputs(spec, removed)
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Run uint8 ``(N, H, W, C)``; outputs by name, those of the contract first."""
         raw = self.model(self.preprocess(image))
         logits, *aux = raw if isinstance(raw, (tuple, list)) else (raw,)
         outputs = dict(self.postprocess(logits))
@@ -158,26 +178,27 @@ class Pipeline(nn.Module):
         return outputs
 
 
-def _activation_kind(spec: PipelineSpec, found: bool) -> ActivationKind:
-    name = spec.model.activation
+def _check_activation(spec: PipelineSpec, removed: bool) -> None:
+    name, task = spec.model.activation, spec.model.task
     if name not in ACTIVATIONS:
         allowed = [a for a in ACTIVATIONS if a]
-        raise SpecError(f"unknown activation {name!r}{did_you_mean(str(name), allowed)} (allowed: {', '.join(allowed)})")
-    kind = ACTIVATIONS[name]
-    if not found and name not in (None, "identity"):
+        near = did_you_mean(str(name), allowed)
+        raise SpecError(f"unknown activation {name!r}{near} (allowed: {', '.join(allowed)})")
+    if ACTIVATIONS[name] in ("softmax", "logsoftmax") and spec.model.classes == 1:
+        raise SpecError(f"{name} over 1 class is 1 everywhere; give activation sigmoid or none, or more classes")
+    if name in ("argmax", "argmax2d") and task != "multiclass":
+        raise SpecError(f"activation {name} gives class indices, which task {task} has none of; give sigmoid or none")
+    if spec.output.kind == LOGITS and not removed and ACTIVATIONS[name] != "none":
         raise SpecError(
-            f"activation {name} was named, but the module has no SMP Activation layer that could be taken out; "
-            "hand over the module that returns logits, with activation none"
+            f"logits were asked for, but the module returns the result of {name} and has no SMP Activation layer that "
+            "could be taken off; give output kind probabilities, or a module that returns logits"
         )
-    if name in ("argmax", "argmax2d") and spec.model.task != "multiclass":
-        raise SpecError(f"activation {name} gives class indices, which task {spec.model.task} has none of; use sigmoid")
-    return kind
 
 
 def without_activation(module: nn.Module) -> tuple[nn.Module, bool]:
-    """Return ``module`` with the segmentation head's SMP ``Activation`` replaced by identity, and whether there was one.
+    """Return ``module`` with its segmentation head's SMP ``Activation`` replaced by identity, and whether it had one.
 
-    Works on a copy of the modules on the way to it; the module given is not changed, parameters are shared.
+    Works on a copy of the modules on the way to it: the module given is not changed, parameters are shared.
     """
     paths = [
         name

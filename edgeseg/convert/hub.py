@@ -10,6 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from edgeseg.convert.architectures import import_for_conversion
@@ -42,6 +43,19 @@ def hub_weights_names(encoder: str) -> tuple[str, ...]:
     return ("imagenet",) if timm.models.is_model_pretrained(_timm_name(encoder)) else ()
 
 
+def refuse_early(encoder: str) -> None:
+    """Raise before anything slow is imported when an encoder's weights can be neither in the cache nor fetched.
+
+    Raises:
+        CheckpointError: no file of the encoder is cached, and the hub does not answer.
+    """
+    constants = import_for_conversion("huggingface_hub.constants")
+    cache = Path(constants.HF_HUB_CACHE)
+    base = encoder.lower().removeprefix("tu-").removeprefix("timm-").split(".")[0]
+    if not cache.is_dir() or not any(base in folder.name.lower() for folder in cache.iterdir()):
+        _require_hub(f"pretrained weights of {encoder}", constants.ENDPOINT, any_answer=True)
+
+
 def prepare_hub_weights(encoder: str, name: str) -> HubWeights:
     """Make sure that building with these weights will not hang.
 
@@ -59,7 +73,7 @@ def prepare_hub_weights(encoder: str, name: str) -> HubWeights:
         repository, revision = settings["repo_id"], settings["revision"]
         cached = all(_cached(repository, f, revision) for f in ("config.json", "model.safetensors"))
         if not cached:
-            _require_hub(encoder, repository, revision)
+            _require_hub(f"pretrained weights of {encoder} ({repository})", _url(repository, revision))
         return HubWeights(name, {}, repository)
     timm = import_for_conversion("timm")
     config = timm.get_pretrained_cfg(_timm_name(encoder))
@@ -68,7 +82,7 @@ def prepare_hub_weights(encoder: str, name: str) -> HubWeights:
     if cached_file:
         # Named by file: by repository, timm would ask the hub whether the cached one is still the newest.
         return HubWeights(name, {"pretrained_cfg_overlay": {"file": cached_file}}, repository)
-    _require_hub(encoder, repository, "main")
+    _require_hub(f"pretrained weights of {encoder} ({repository})", _url(repository, "main"))
     return HubWeights(name, {}, repository)
 
 
@@ -85,18 +99,21 @@ def _cached(repository: str, filename: str, revision: str | None) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _require_hub(encoder: str, repository: str, revision: str) -> None:
+def _url(repository: str, revision: str) -> str:
+    endpoint = import_for_conversion("huggingface_hub.constants").ENDPOINT
+    return f"{endpoint}/{repository}/resolve/{revision}/config.json"
+
+
+def _require_hub(what: str, url: str, *, any_answer: bool = False) -> None:
+    """Raise unless the URL answers; with ``any_answer``, an HTTP error is an answer too."""
     advice = (
-        "give --weights PATH of a trained checkpoint (which includes the encoder), or copy the Hugging Face cache of a "
-        "machine that has it"
+        "give --weights PATH of a whole trained checkpoint, or copy the Hugging Face cache of a machine that has them"
     )
     constants = import_for_conversion("huggingface_hub.constants")
-    what = f"pretrained weights of {encoder} ({repository})"
     if constants.HF_HUB_OFFLINE:
         raise CheckpointError(f"{what} are not cached and HF_HUB_OFFLINE is set; unset it, or {advice}")
-    url = f"{constants.ENDPOINT}/{repository}/resolve/{revision}/config.json"
     problem = _probe(url)
-    if problem is not None:
+    if problem is not None and not (any_answer and problem.startswith("HTTP ")):
         raise CheckpointError(f"{what} are not cached and {constants.ENDPOINT} does not answer ({problem}); {advice}")
 
 

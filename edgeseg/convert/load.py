@@ -15,7 +15,7 @@ from edgeseg.convert.checkpoint import Checkpoint, read_checkpoint
 from edgeseg.convert.demo import read_demo
 from edgeseg.convert.diagnosis import likely_cause
 from edgeseg.convert.fit import NamedTensors, checkpoint_classes, guess_arch, load_tensors, strip_prefixes
-from edgeseg.convert.hub import hub_weights_names, prepare_hub_weights
+from edgeseg.convert.hub import hub_weights_names, prepare_hub_weights, refuse_early
 from edgeseg.convert.loaded import LoadedModel, freeze, hash_weights
 from edgeseg.convert.preprocessing import recorded_preprocess, resolve_preprocess
 from edgeseg.convert.recorded import merge, recorded_model
@@ -34,9 +34,12 @@ def load_model(request: ModelRequest) -> LoadedModel:
         CheckpointError: weights that cannot be read, do not fit, are not finite, or cannot be fetched.
         MissingDependencyError: torch or SMP is not installed.
     """
+    weights = request.weights
+    if weights == "imagenet" and not Path(weights).exists():
+        arch = architectures.require_arch(request.arch)
+        refuse_early(request.encoder or architectures.default_encoder(arch))
     architectures.import_for_conversion("torch")
     architectures.import_smp()
-    weights = request.weights
     if weights is None:
         return _load_demo(request)
     if weights == "random":

@@ -103,7 +103,7 @@ def _fix_inputs(graph: onnx.GraphProto, sizes: Mapping[str, int]) -> bool:
 def _node_macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
     def shape(name: str) -> Shape:
         if name not in shapes:
-            raise ArtifactError(f"the shape of {name!r} at {node.op_type} {node.name!r} is unknown; export the graph again")
+            raise ArtifactError(f"the shape of {name!r} at node {node.name!r} is unknown; export the graph again")
         return shapes[name]
 
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}

@@ -28,6 +28,20 @@ def name_by_scope(model: ir.Model) -> None:
         node.name = _unique(stem, taken)
 
 
+def name_dynamic_axes(model: ir.Model) -> None:
+    """Call the image's dynamic dimensions ``batch``, ``height`` and ``width``, in the outputs too.
+
+    torch names them by expressions (``32*height_strides``); sizes are given by these names.
+    """
+    image = model.graph.inputs[0]
+    assert image.shape is not None
+    axes = zip(image.shape, ("batch", "height", "width"), strict=False)
+    names = {str(d): name for d, name in axes if not isinstance(d, int)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([names.get(str(d), d) for d in value.shape])
+
+
 def _module_path(node: ir.Node) -> str:
     # A convolution into which a batch normalization was folded carries the latter's scopes; its weight knows better.
     if node.op_type in _WEIGHTED:
@@ -85,8 +99,10 @@ def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _weight_name(name: str, node: onnx.NodeProto, index: int) -> str:
     # Parameters keep their state-dict name; constants made on the way are called after their first reader.
-    if "." in name and not name.startswith(("val_", "onnx::")):
+    if "." in name and not name.endswith("_bias") and not name.startswith(("val_", "onnx::")):
         return _strip(name)
+    if node.op_type in ("Conv", "ConvTranspose", "Gemm") and index == 2:
+        return f"{node.name.rpartition('/')[0]}.bias"
     return f"{node.name}_input_{index}"
 
 

@@ -2,11 +2,13 @@
 
 Given to ``torch.onnx.export(custom_translation_table=...)``. Each is compared with torch in the tests.
 
-- ``adaptive_avg_pool2d``: the exporter writes sizes that are no factor of the input as hundreds of Gather and Add nodes,
-  and size 1 as a mean, a reshape and a gather. Here: a pooling operator, or one small matrix per axis (the pooled value is
-  linear in the input; see :func:`pooling_matrix`).
-- ``scaled_dot_product_attention``: no Reshape round trip around the key's transposition, and one scale instead of two.
-- ``unbind``: Split instead of one Slice per part (TensorRT's parser makes 27 layers of a Slice, and one of a Split's output).
+- ``adaptive_avg_pool2d``: the exporter writes sizes that are no factor of the input as hundreds of Gather and
+  Add nodes, and size 1 as a mean, a reshape and a gather. Here: a pooling operator, or one small matrix per
+  axis (the pooled value is linear in the input; see :func:`pooling_matrix`).
+- ``scaled_dot_product_attention``: no Reshape round trip around the key's transposition, and one scale instead
+  of two.
+- ``unbind``: Split instead of one Slice per part (TensorRT's parser makes 27 layers of a Slice, and one of a
+  Split's output).
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ def _symbolic_pooling_matrix(x: Any, axis: int, output: int) -> Any:
     zero, one = _constant(np.array(0, np.int64)), _constant(np.array(1, np.int64))
     cells = op.Range(zero, op.Squeeze(size, _constant(np.array([0], np.int64))), one)
     inside = op.And(op.GreaterOrEqual(cells, start), op.Less(cells, end))
-    return op.Div(op.Cast(inside, to=ir.DataType.FLOAT), op.Cast(op.Sub(end, start), to=ir.DataType.FLOAT))
+    cells_in_window: Any = op.Cast(op.Sub(end, start), to=ir.DataType.FLOAT)
+    return op.Div(op.Cast(inside, to=ir.DataType.FLOAT), cells_in_window)
 
 
 def _scaled_dot_product_attention(
@@ -100,7 +103,8 @@ def _unbind(x: Any, dim: int = 0) -> Any:
 
 
 def _constant(array: NDArray[Any] | np.generic) -> Any:
-    return op.Constant(value=ir.tensor(np.asarray(array)))
+    tensor: Any = ir.tensor(np.asarray(array))
+    return op.Constant(value=tensor)
 
 
 TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {

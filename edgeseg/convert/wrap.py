@@ -76,7 +76,7 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest) -> LoadedModel:
     preprocess, more = resolve_preprocess(
         request,
         encoder=encoder,
-        encoder_weights=None,
+        encoder_weights=_config_of(found).get("encoder_weights"),
         in_channels=channels,
         recorded=network.recorded,
         untrained=False,
@@ -183,11 +183,17 @@ def _arch_of(module: torch.nn.Module) -> str:
     return next((c.__name__.lower() for c in type(module).__mro__ if known.get(c.__name__.lower()) is c), "custom")
 
 
+def _config_of(module: torch.nn.Module | None) -> dict[str, Any]:
+    """Return the constructor arguments SMP's models keep; those of a subclass are its own."""
+    config = getattr(module, "config", None)
+    return config if isinstance(config, dict) else {}
+
+
 def _encoder_of(module: torch.nn.Module) -> str | None:
     """Read the encoder's name from the arguments SMP keeps, else from the model's ``name`` (``"u-resnet34"``)."""
-    config = getattr(module, "config", None)
-    if isinstance(config, dict) and isinstance(config.get("encoder_name"), str):
-        return str(config["encoder_name"])
+    recorded = _config_of(module).get("encoder_name")
+    if isinstance(recorded, str):
+        return recorded
     name = getattr(module, "name", None)
     if not isinstance(name, str) or "-" not in name:
         return None
@@ -197,9 +203,9 @@ def _encoder_of(module: torch.nn.Module) -> str | None:
 
 def _recorded_args(module: torch.nn.Module) -> dict[str, Any]:
     """Return the constructor arguments of an SMP model that differ from the defaults."""
-    config = getattr(module, "config", None)
+    config = _config_of(module)
     known = architectures.import_smp().MODEL_ARCHITECTURES_MAPPING.get(type(module).__name__.lower())
-    if not isinstance(config, dict) or known is not type(module):
+    if known is not type(module):
         return {}
     elsewhere = (*architectures.SPEC_ARGUMENTS, "aux_params")
     given = {k: v for k, v in config.items() if not k.startswith("_") and k not in elsewhere}

@@ -23,6 +23,7 @@ from edgeseg.quantize.parameters import (
 )
 from edgeseg.quantize.placement import Placement, Range, Role
 from edgeseg.quantize.schemes import QuantScheme
+from edgeseg.quantize.weights import bias_correction
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,26 @@ class _Affine:
     zero_point: ir.Value
 
 
-def insert_pairs(graph: ir.Graph, ranges: Mapping[str, Range], placement: Placement, scheme: QuantScheme) -> None:
+def insert_pairs(
+    graph: ir.Graph,
+    ranges: Mapping[str, Range],
+    channel_means: Mapping[str, NDArray[np.float64]],
+    placement: Placement,
+    scheme: QuantScheme,
+) -> None:
     """Change ``graph`` in place.
+
+    Args:
+        graph: float, as ``placement`` was decided on.
+        ranges: by value name, for every value the placement quantizes.
+        channel_means: of layer inputs, where known: biases are corrected with them.
+        placement: what to insert where.
+        scheme: types and limits.
 
     Raises:
         QuantizationError: a value that has to be quantized has no range, or one that is not finite.
     """
-    _Inserter(graph, ranges, placement, scheme).run()
+    _Inserter(graph, ranges, channel_means, placement, scheme).run()
 
 
 class _Inserter:
@@ -48,10 +62,16 @@ class _Inserter:
     get one shared DQ of them, made when the first is met."""
 
     def __init__(
-        self, graph: ir.Graph, ranges: Mapping[str, Range], placement: Placement, scheme: QuantScheme
+        self,
+        graph: ir.Graph,
+        ranges: Mapping[str, Range],
+        channel_means: Mapping[str, NDArray[np.float64]],
+        placement: Placement,
+        scheme: QuantScheme,
     ) -> None:
         self._graph = graph
         self._ranges = ranges
+        self._channel_means = channel_means
         self._placement = placement
         self._scheme = scheme
         self._dtype: Any = np.uint8 if scheme.activations == "u8" else np.int8
@@ -73,6 +93,7 @@ class _Inserter:
 
     def _read(self, node: ir.Node, role: Role | None) -> None:
         """Let ``node`` read dequantized values where it is integer, or where no float value is computed any more."""
+        source = str(node.inputs[0].name) if node.inputs and node.inputs[0] is not None else ""
         for index, value in enumerate(list(node.inputs)):
             if value is None:
                 continue
@@ -82,7 +103,7 @@ class _Inserter:
             elif role is Role.FUSED and value.const_value is not None:
                 node.replace_input_with(index, self._operand(value, node))
         if role is Role.WEIGHTED:
-            self._quantize_weight(node)
+            self._quantize_weight(node, self._channel_means.get(source))
 
     def _is_computed_in_float(self, value: ir.Value) -> bool:
         producer = value.producer()
@@ -128,7 +149,9 @@ class _Inserter:
         if leader not in self._affines:
             limits = [self._ranges[m.name] for m in self._placement.members(leader) if m.name in self._ranges]
             if not limits:
-                raise QuantizationError(f"the calibration table has no range for {value.name}; calibrate this graph again")
+                raise QuantizationError(
+                    f"the calibration table has no range for {value.name}; calibrate this graph again"
+                )
             low, high = min(lo for lo, _ in limits), max(hi for _, hi in limits)
             parameters = activation_parameters(str(leader.name), low, high, self._scheme)
             editor = Editor(self._graph, self._graph[0], leader.name)
@@ -153,22 +176,38 @@ class _Inserter:
             np.array(parameters.zero_point, self._dtype),
         )
 
-    def _quantize_weight(self, node: ir.Node) -> None:
-        """Replace the float weight, and the bias if the scheme wants, by DQ of integer constants."""
+    def _quantize_weight(self, node: ir.Node, channel_mean: NDArray[np.float64] | None) -> None:
+        """Replace the float weight by DQ of integers, and the bias too if the scheme wants it."""
         weight = constant_array(node.inputs[1])
         assert weight is not None
         bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
-        transposed = bool(node.attributes.get_int("transB", 0))
-        axis = weight_axis(node.op_type, groups=node.attributes.get_int("group", 1), transposed=transposed)
+        groups, transposed = node.attributes.get_int("group", 1), bool(node.attributes.get_int("transB", 0))
+        axis = weight_axis(node.op_type, groups=groups, transposed=transposed)
         quantized = quantize_weight(weight, axis, self._scheme)
-        integer_bias = bias is not None and self._scheme.integer_bias and node.attributes.get_float("beta", 1.0) == 1.0
-        if integer_bias:
-            assert bias is not None
-            input_scale = self._input_scale(node)
-            quantized = widen_for_bias(quantized, input_scale, bias)
-            scale = (quantized.scale.astype(np.float64) * input_scale).astype(np.float32)
-            node.replace_input_with(2, self._bias(node, quantize_bias(bias, scale), scale))
+        takes_bias = node.op_type != "MatMul" and node.attributes.get_float("beta", 1.0) == 1.0
+        if takes_bias and channel_mean is not None and channel_mean.size == self._input_channels(node, weight, axis):
+            correction = bias_correction(weight, quantized, channel_mean, groups=groups)
+            bias = (correction + (0.0 if bias is None else bias)).astype(np.float32)
+        if takes_bias and bias is not None:
+            quantized = self._quantize_bias(node, quantized, bias)
         node.replace_input_with(1, self._weight(node, quantized))
+
+    @staticmethod
+    def _input_channels(node: ir.Node, weight: NDArray[np.float32], axis: int) -> int:
+        return int(weight.shape[1 - axis]) * (node.attributes.get_int("group", 1) if axis == 0 else 1)
+
+    def _quantize_bias(self, node: ir.Node, weight: QuantizedWeight, bias: NDArray[np.float32]) -> QuantizedWeight:
+        """Give ``node`` its bias; returns the weight, with wider scales where the bias needs them."""
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        if not self._scheme.integer_bias:
+            node.replace_input_with(2, Editor(self._graph, node, f"{node.name}/bias").constant("corrected", bias))
+            return weight
+        input_scale = self._input_scale(node)
+        weight = widen_for_bias(weight, input_scale, bias)
+        scale = (weight.scale.astype(np.float64) * input_scale).astype(np.float32)
+        node.replace_input_with(2, self._bias(node, quantize_bias(bias, scale), scale))
+        return weight
 
     def _weight(self, node: ir.Node, weight: QuantizedWeight) -> ir.Value:
         zeros = np.zeros(weight.scale.shape, np.int8)
@@ -205,7 +244,10 @@ class _Inserter:
                 affine = self._affine(value)
                 last = self._graph[len(self._graph) - 1]
                 result = Editor(self._graph, last, name, after=True).op(
-                    "DQ", "DequantizeLinear", [self._integers[value], affine.scale, affine.zero_point], shape=value.shape
+                    "DQ",
+                    "DequantizeLinear",
+                    [self._integers[value], affine.scale, affine.zero_point],
+                    shape=value.shape,
                 )
                 result.name = name
                 self._graph.outputs[index] = result

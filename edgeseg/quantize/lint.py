@@ -1,12 +1,250 @@
-"""Check a written Q/DQ graph against the rules of its scheme."""
+"""Check a written Q/DQ graph against the rules of its scheme, independently of the code that wrote it.
+
+Compilers rarely refuse a badly placed Q/DQ pair: they run the layer in float, or slower than float, or saturate. So each
+rule a target documents, and each that was measured, is checked here on the file's own nodes and numbers.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 
 from edgeseg.quantize.schemes import QuantScheme
+
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_CLAMPS = frozenset({"Relu", "Clip"})
+_INTEGER_MOVES = frozenset(
+    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Expand", "Tile", "MaxPool"}
+    | {"Concat"}
+)
+_LOWEST_OPSET = 13  # the first with per-channel DequantizeLinear
 
 
 def lint(model: onnx.ModelProto, scheme: QuantScheme) -> list[str]:
     """Return one line per broken rule; an empty list means the graph fulfils its scheme."""
-    return []
+    graph = _Graph(model)
+    return [problem for rule in RULES for problem in rule(graph, scheme)]
+
+
+class _Graph:
+    """A graph's nodes by what they make and read, and its constants as arrays."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.nodes = list(model.graph.node)
+        self.inputs = {value.name for value in model.graph.input}
+        self.outputs = {value.name for value in model.graph.output}
+        self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+        self._tensors = {t.name: t for t in model.graph.initializer}
+        self.maker = {name: node for node in self.nodes for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.nodes:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def constant(self, name: str) -> NDArray[Any] | None:
+        tensor = self._tensors.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
+
+    def each(self, *op_types: str) -> Iterator[onnx.NodeProto]:
+        return (node for node in self.nodes if node.op_type in op_types)
+
+    def dequantizer(self, name: str) -> onnx.NodeProto | None:
+        """The DequantizeLinear that makes ``name``."""
+        node = self.maker.get(name)
+        return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+    def is_constant_pair(self, node: onnx.NodeProto) -> bool:
+        """Whether a DequantizeLinear reads a constant (a weight, a bias, an operand)."""
+        return node.input[0] in self._tensors
+
+    def parameters(self, node: onnx.NodeProto) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """Scale and zero point of a Q or DQ node, ``None`` if one of them is missing or not constant."""
+        values = [self.constant(name) for name in node.input[1:3]]
+        return (values[0], values[1]) if len(values) == 2 and values[0] is not None and values[1] is not None else None
+
+    def quantizers(self, name: str) -> Iterator[onnx.NodeProto]:
+        """The QuantizeLinear nodes whose integers reach ``name`` through nodes that move them."""
+        node = self.maker.get(name)
+        if node is None:
+            return
+        if node.op_type == "QuantizeLinear":
+            yield node
+        elif node.op_type in _INTEGER_MOVES:
+            for source in node.input if node.op_type == "Concat" else node.input[:1]:
+                yield from self.quantizers(source)
+
+
+Rule = Callable[[_Graph, QuantScheme], Iterator[str]]
+
+
+def _opset(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    if graph.opset < _LOWEST_OPSET:
+        yield f"opset {graph.opset} has no per-channel DequantizeLinear; at least {_LOWEST_OPSET}"
+
+
+def _parameters_are_sound(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    for node in graph.each("QuantizeLinear", "DequantizeLinear"):
+        found = graph.parameters(node)
+        if found is None:
+            yield f"{node.name} has no constant scale and zero point"
+            continue
+        scale, zero_point = found
+        if not np.all(np.isfinite(scale)) or not np.all(scale > 0):
+            yield f"{node.name} has a scale that is not positive and finite"
+        if scale.shape != zero_point.shape:
+            yield f"{node.name} has scales of shape {scale.shape} and zero points of shape {zero_point.shape}"
+        if scheme.symmetric and np.any(zero_point):
+            yield f"{node.name} has a zero point other than 0; {scheme.name} is symmetric"
+
+
+def _activation_types(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    dtype = np.uint8 if scheme.activations == "u8" else np.int8
+    for node in graph.each("QuantizeLinear", "DequantizeLinear"):
+        found = graph.parameters(node)
+        if found is None or graph.is_constant_pair(node):
+            continue
+        if found[0].size != 1:
+            yield f"{node.name} has a scale per channel; activations are quantized per tensor"
+        if found[1].dtype != dtype:
+            yield f"{node.name} has integers of type {found[1].dtype}; {scheme.name} takes {np.dtype(dtype)}"
+
+
+def _weights(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    for node in graph.each(*_WEIGHTED):
+        pair = graph.dequantizer(node.input[1])
+        if pair is None or not graph.is_constant_pair(pair):
+            continue
+        values, found = graph.constant(pair.input[0]), graph.parameters(pair)
+        if values is None or found is None:
+            continue
+        if values.dtype != np.int8 or np.any(found[1]):
+            yield f"{node.name}: weight is not symmetric int8"
+        elif np.abs(values.astype(np.int16)).max(initial=0) > 2 ** (scheme.weight_bits - 1) - 1:
+            yield f"{node.name}: weight leaves {scheme.weight_bits} bits"
+        axis, wanted = _attribute(pair, "axis", 1), _channel_axis(node, values)
+        if found[0].ndim != 1 or axis != wanted or found[0].size != values.shape[wanted]:
+            yield f"{node.name}: weight is not quantized per output channel (axis {wanted})"
+
+
+def _biases(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    for node in graph.each("Conv", "ConvTranspose", "Gemm"):
+        weight, source = graph.dequantizer(node.input[1]), graph.dequantizer(node.input[0])
+        if weight is None or source is None or len(node.input) < 3:
+            continue
+        bias = graph.dequantizer(node.input[2])
+        if not scheme.integer_bias:
+            if bias is not None:
+                yield f"{node.name}: bias is quantized; {scheme.name} wants it float"
+            continue
+        values = graph.constant(bias.input[0]) if bias is not None else None
+        if bias is None or values is None or values.dtype != np.int32:
+            yield f"{node.name}: bias is not int32"
+            continue
+        found, of_weight, of_source = (graph.parameters(pair) for pair in (bias, weight, source))
+        if found is not None and of_weight is not None and of_source is not None:
+            product = of_weight[0].astype(np.float64) * of_source[0]
+            if found[0].shape != of_weight[0].shape or not np.allclose(found[0], product, rtol=1e-5, atol=0):
+                yield f"{node.name}: bias scale is not input scale times weight scale"
+
+
+def _layers_are_whole(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    """A layer runs on integers with both operands quantized, and in ONNX Runtime a Conv with its output as well."""
+    for node in graph.each(*_WEIGHTED):
+        operands = [graph.dequantizer(name) is not None for name in node.input[:2]]
+        weight = graph.constant(node.input[1])
+        if operands == [True, False] and weight is not None and weight.ndim >= 2:
+            yield f"{node.name} reads integers but its weight is float: it runs in float"
+        if operands == [False, True]:
+            yield f"{node.name} has an integer weight but reads a float value: it runs in float"
+        if all(operands) and scheme.placement == "operators" and node.op_type == "Conv":
+            readers = graph.readers.get(node.output[0], [])
+            if not readers or any(r.op_type != "QuantizeLinear" for r in readers) or node.output[0] in graph.outputs:
+                yield f"{node.name} has a float reader: ONNX Runtime has no integer Conv with a float result"
+
+
+def _pairs_agree(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    """Integers are dequantized with the numbers they were quantized with, however they were moved in between."""
+    for node in graph.each("DequantizeLinear"):
+        if graph.is_constant_pair(node):
+            continue
+        for quantizer in graph.quantizers(node.input[0]):
+            ours, theirs = graph.parameters(node), graph.parameters(quantizer)
+            if ours is None or theirs is None:
+                continue
+            if not all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)):
+                yield f"{node.name} dequantizes with other numbers than {quantizer.name} quantized with"
+
+
+def _integers_are_read_right(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    allowed = _INTEGER_MOVES | {"DequantizeLinear"} if scheme.placement == "operators" else {"DequantizeLinear"}
+    integers = {node.output[0] for node in graph.each("QuantizeLinear")}
+    for node in graph.nodes:
+        taken = [name for name in node.input if name in integers]
+        if taken and node.op_type == "Concat" and len(taken) < len(node.input):
+            yield f"{node.name} joins integers with float values"
+        if taken and node.op_type in _INTEGER_MOVES & allowed:
+            integers.update(node.output)
+        elif taken and node.op_type not in allowed:
+            yield f"{node.name} ({node.op_type}) reads integers of {taken[0]}; only {', '.join(sorted(allowed))} may"
+    for name in sorted(integers):
+        if name not in graph.readers:
+            yield f"{name} is quantized, and nothing reads it"
+
+
+def _nothing_before_a_clamp(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    """A pair between a layer and its Relu keeps them from being fused, and costs the negative half of the range."""
+    for node in graph.each(*_CLAMPS):
+        pair = graph.dequantizer(node.input[0])
+        quantizer = graph.maker.get(pair.input[0]) if pair is not None else None
+        layer = graph.maker.get(quantizer.input[0]) if quantizer is not None and quantizer.input else None
+        only_reader = quantizer is not None and len(graph.readers.get(quantizer.output[0], [])) == 1
+        if layer is not None and layer.op_type in _WEIGHTED and only_reader and len(graph.readers[pair.output[0]]) == 1:  # type: ignore[union-attr]
+            yield f"{node.name} reads a Q/DQ pair behind {layer.name}; the pair belongs behind the {node.op_type}"
+
+
+def _concats_share_a_scale(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    """TensorRT and OpenVINO fuse a Concat only if all its inputs and its output have one scale."""
+    if scheme.placement != "inputs":
+        return
+    for node in graph.each("Concat"):
+        readers = [r for r in graph.readers.get(node.output[0], []) if r.op_type == "QuantizeLinear"]
+        if not readers:
+            continue
+        pairs = [graph.dequantizer(name) for name in node.input]
+        found = [graph.parameters(pair) if pair is not None else None for pair in (*pairs, readers[0])]
+        if (
+            any(f is None for f in found)
+            or len({(f[0].tobytes(), f[1].tobytes()) for f in found if f is not None}) != 1
+        ):
+            yield f"{node.name}: inputs and output of a Concat do not share one scale"
+
+
+RULES: tuple[Rule, ...] = (
+    _opset,
+    _parameters_are_sound,
+    _activation_types,
+    _weights,
+    _biases,
+    _layers_are_whole,
+    _pairs_agree,
+    _integers_are_read_right,
+    _nothing_before_a_clamp,
+    _concats_share_a_scale,
+)
+"""Every rule; each can fail (``tests/unit/test_lint.py`` breaks a good graph once per rule)."""
+
+
+def _channel_axis(node: onnx.NodeProto, weight: NDArray[Any]) -> int:
+    if node.op_type == "Gemm":
+        return 0 if _attribute(node, "transB", 0) else 1
+    return {"Conv": 0, "ConvTranspose": 1, "MatMul": weight.ndim - 1}[node.op_type]
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    found = next((a for a in node.attribute if a.name == name), None)
+    return default if found is None else int(helper.get_attribute_value(found))

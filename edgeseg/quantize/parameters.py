@@ -85,7 +85,9 @@ def weight_axis(op_type: str, *, groups: int = 1, transposed: bool = False) -> i
     """The output-channel axis of a weight: Conv 0, ConvTranspose 1, Gemm 0 or 1 by ``transB``, MatMul 1."""
     if op_type == "ConvTranspose":
         if groups != 1:
-            raise QuantizationError(f"ConvTranspose with {groups} groups has no per-channel weight axis; leave it float")
+            raise QuantizationError(
+                f"ConvTranspose with {groups} groups has no per-channel weight axis; leave it float"
+            )
         return 1
     return {"Conv": 0, "MatMul": 1, "Gemm": 0 if transposed else 1}[op_type]
 

@@ -169,7 +169,8 @@ class _OperatorPlacement:
         demanded = bool(self._demanded.intersection(node.outputs))
         natural = all(v in self._natural for v in inputs)
         if node.op_type == "Concat":
-            return self._concat(node, inputs) if demanded or natural else None
+            whole = len(inputs) == len(node.inputs)  # a constant among the inputs has no integers
+            return self._concat(node, inputs) if whole and (demanded or natural) else None
         if node.op_type in _MOVES and (natural or (demanded and sole_reader(inputs[0]) is node)):
             return self._moves(node, inputs)
         if node.op_type in _FUSED and natural and node not in self._tail:
@@ -203,7 +204,9 @@ class _OperatorPlacement:
         members = [m for v in inputs for m in self._result.members(v)]
         spans = [_span(self._ranges[m.name]) for m in members if m.name in self._ranges]
         low, high = _union(self._ranges[m.name] for m in members if m.name in self._ranges)
-        saturates = all(low >= self._clamped[m][0] and high <= self._clamped[m][1] for m in members if m in self._clamped)
+        saturates = all(
+            low >= self._clamped[m][0] and high <= self._clamped[m][1] for m in members if m in self._clamped
+        )
         if saturates and high - low <= SHARED_SCALE_RATIO * min(spans):
             self._natural.update(node.outputs)
             self._result.share([*inputs, *node.outputs])

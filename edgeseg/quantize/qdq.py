@@ -6,12 +6,13 @@ over the result. Everything is decided by operator types, shapes and ranges, not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from edgeseg.artifacts import OnnxGraph, sha256_file
@@ -20,7 +21,7 @@ from edgeseg.onnx_file import read_onnx
 from edgeseg.quantize.insertion import insert_pairs
 from edgeseg.quantize.lint import lint
 from edgeseg.quantize.passes import PASSES
-from edgeseg.quantize.placement import Range, Role, place, propagate_ranges
+from edgeseg.quantize.placement import Role, place, propagate_ranges
 from edgeseg.quantize.schemes import QuantScheme
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import PipelineSpec
@@ -43,7 +44,7 @@ def write_qdq(graph: OnnxGraph, table: CalibrationTable, scheme: QuantScheme, pa
         ArtifactError: ``graph`` cannot be read.
     """
     model = ir.serde.deserialize_model(read_onnx(graph.path))
-    quantize_model(model, {name: (r.low, r.high) for name, r in table.ranges.items()}, graph.spec, scheme)
+    quantize_model(model, table, graph.spec, scheme)
     proto = ir.serde.serialize_model(model)
     if problems := lint(proto, scheme):
         raise QuantizationError(
@@ -54,14 +55,14 @@ def write_qdq(graph: OnnxGraph, table: CalibrationTable, scheme: QuantScheme, pa
     return replace(graph, path=path, sha256=sha256_file(path), precision="int8", scheme=scheme.name)
 
 
-def quantize_model(model: ir.Model, ranges: Mapping[str, Range], spec: PipelineSpec, scheme: QuantScheme) -> None:
+def quantize_model(model: ir.Model, table: CalibrationTable, spec: PipelineSpec, scheme: QuantScheme) -> None:
     """Run the scheme's passes on ``model`` in place and insert its Q/DQ pairs.
 
     Raises:
         QuantizationError: see :func:`write_qdq`.
     """
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    known = dict(ranges)
+    known = {name: (limits.low, limits.high) for name, limits in table.ranges.items()}
     for name in scheme.passes:
         PASSES[name](model, known, spec)
     propagate_ranges(model.graph, known)
@@ -71,4 +72,13 @@ def quantize_model(model: ir.Model, ranges: Mapping[str, Range], spec: PipelineS
             "no convolution or matrix product of the graph can be quantized: the calibration table covers none of their "
             "inputs; calibrate this graph again"
         )
-    insert_pairs(model.graph, known, placement, scheme)
+    insert_pairs(model.graph, known, channel_means(table), placement, scheme)
+
+
+def channel_means(table: CalibrationTable) -> dict[str, NDArray[np.float64]]:
+    """Mean per input channel of the layers whose inputs the table describes, by value name."""
+    return {
+        name: np.asarray(limits.channel_mean, np.float64)
+        for name, limits in table.ranges.items()
+        if limits.channel_mean is not None
+    }

@@ -47,8 +47,8 @@ class QuantScheme:
         return int(2 ** (self.weight_bits - 1) - 1)
 
 
+_IMAGE_PASSES = ("fold_preprocessing", "pixel_groups")  # the uint8 image is an activation as it is: u8 schemes only
 _ONNXRUNTIME_PASSES = (
-    "fold_preprocessing",
     "transposed_convolution",
     "nearest_resize",
     "depth_to_space",
@@ -60,8 +60,8 @@ _ONNXRUNTIME_PASSES = (
 SCHEMES: dict[str, QuantScheme] = {
     scheme.name: scheme
     for scheme in (
-        QuantScheme("onnxruntime-vnni", "u8", False, 8, True, "operators", _ONNXRUNTIME_PASSES),
-        QuantScheme("onnxruntime-avx2", "u8", False, 7, True, "operators", _ONNXRUNTIME_PASSES),
+        QuantScheme("onnxruntime-vnni", "u8", False, 8, True, "operators", _IMAGE_PASSES + _ONNXRUNTIME_PASSES),
+        QuantScheme("onnxruntime-avx2", "u8", False, 7, True, "operators", _IMAGE_PASSES + _ONNXRUNTIME_PASSES),
         QuantScheme("onnxruntime-arm", "s8", False, 8, True, "operators", _ONNXRUNTIME_PASSES),
         QuantScheme("openvino", "u8", False, 8, False, "inputs", ("fold_preprocessing",)),
         QuantScheme("tensorrt", "s8", True, 8, False, "inputs"),

@@ -154,7 +154,7 @@ def _load_array(path: Path) -> NDArray[Any]:
     except InputError:
         raise
     except Exception as exc:
-        # A damaged header raises what numpy's parser trips over: ValueError, EOFError, tokenize.TokenError, SyntaxError, ...
+        # numpy raises whatever its parsing of a damaged header trips over: ValueError, tokenize.TokenError, ...
         raise InputError(f"cannot read image {path}: {_reason(exc)}") from exc
 
 

@@ -162,9 +162,6 @@ def _work(inbox: Pipe[A], work: Callable[[A], B], outbox: Pipe[B]) -> None:
         outbox.finish(exc)
     else:
         outbox.finish()
-    finally:
-        # Only matters after an error or a break: the reader must not wait for room for ever.
-        inbox.close()
 
 
 def _end(

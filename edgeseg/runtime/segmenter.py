@@ -203,7 +203,7 @@ class Segmenter:
             chunk = images[start : start + limits.maximum]
             count = len(chunk)
             if swap:
-                chunk = chunk[..., ::-1]
+                chunk = _reversed_channels(chunk)
             if count < limits.minimum:
                 # The last image again: as likely as any to keep the engine on its usual path.
                 chunk = np.concatenate((chunk, np.repeat(chunk[-1:], limits.minimum - count, axis=0)))
@@ -299,6 +299,14 @@ def load(
     except BaseException:
         session.close()
         raise
+
+
+def _reversed_channels(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    # Channel by channel takes a third of the time of copying a view with a negative stride.
+    swapped = np.empty(images.shape, np.uint8)
+    for channel in range(3):
+        swapped[..., channel] = images[..., 2 - channel]
+    return swapped
 
 
 def _mean(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32] | None:

@@ -92,8 +92,8 @@ def test_gate_not_met_exits_3_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_own_checkpoint_with_held_out_calibration_images(tmp_path: Path) -> None:
     """A checkpoint, a folder of photos, nothing else: the common first try."""
-    import segmentation_models_pytorch as smp  # noqa: TID251
-    import torch  # noqa: TID251
+    import segmentation_models_pytorch as smp
+    import torch
 
     torch.manual_seed(0)
     model = smp.create_model("linknet", encoder_name="resnet18", encoder_weights=None, classes=3)
@@ -120,7 +120,7 @@ def test_own_checkpoint_with_held_out_calibration_images(tmp_path: Path) -> None
 
 
 def test_model_object_and_arrays(tmp_path: Path) -> None:
-    import segmentation_models_pytorch as smp  # noqa: TID251
+    import segmentation_models_pytorch as smp
 
     model = smp.Unet("resnet18", encoder_weights=None, classes=2)
     model.train()

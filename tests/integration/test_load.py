@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import http.server
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +21,7 @@ from edgeseg.spec import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, ModelReques
 torch = pytest.importorskip("torch")
 from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E402  these need torch
 from edgeseg.convert.load import LoadedModel, load_model  # noqa: E402
+from edgeseg.convert.reparameterize import merge_branches  # noqa: E402
 
 smp = import_smp()
 pytestmark = pytest.mark.integration
@@ -400,6 +404,52 @@ def test_pretrained_weights_out_of_reach_say_what_to_do(
         load_model(request)
 
 
-def test_an_encoder_without_pretrained_weights_says_which_it_has() -> None:
+def test_without_a_network_nothing_slow_is_imported_first(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from edgeseg.convert.load import load_model\n"
+        "from edgeseg.spec import ModelRequest\n"
+        "try: load_model(ModelRequest(arch='fpn', weights='imagenet'))\n"
+        "except Exception as exc: print(type(exc).__name__, exc)\n"
+        "print([m for m in ('torch', 'segmentation_models_pytorch') if m in sys.modules])\n"
+    )
+    offline = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=offline)
+    message, imported = done.stdout.splitlines()
+    assert message.startswith(
+        "CheckpointError pretrained weights of resnet34 are not cached and http://127.0.0.1:9 does"
+    )
+    assert "give --weights PATH" in message
+    assert imported == "[]"
+
+
+@pytest.mark.parametrize("encoder", ["mobileone_s0", "tu-repvgg_a0"])
+def test_training_branches_are_merged_without_changing_the_result(encoder: str) -> None:
+    module = load_model(tiny_request("fpn", encoder=encoder)).module.train()
+    with torch.no_grad():
+        module(torch.rand(2, 3, 64, 64))
+    module.eval()
+    merged, saved = merge_branches(module, 3, 64)
+    image = torch.rand(1, 3, 96, 64)
+    assert saved > 20
+    assert torch.allclose(merged(image), module(image), atol=1e-4)
+    plain = load_model(tiny_request("fpn")).module
+    assert merge_branches(plain, 3, 64) == (plain, 0)
+
+
+def test_a_merge_that_changes_the_result_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_model(tiny_request("fpn", encoder="mobileone_s0")).module
+    block = type(next(m for m in module.modules() if hasattr(m, "rbr_conv")))
+    right = block.reparameterize
+
+    def wrong(self: Any) -> None:
+        right(self)
+        self.reparam_conv.weight.data.mul_(1.1)
+
+    monkeypatch.setattr(block, "reparameterize", wrong)
+    assert merge_branches(module, 3, 64) == (module, 0)
+
+
+def test_an_encoder_without_pretrained_weights_says_which_it_has(hub: http.server.ThreadingHTTPServer) -> None:
     with pytest.raises(SpecError, match=r"dpn92 has no pretrained weights 'imagenet' \(it has: imagenet\+5k\)"):
         load_model(ModelRequest(arch="unet", encoder="dpn92", weights="imagenet"))

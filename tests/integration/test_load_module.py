@@ -180,6 +180,13 @@ def test_a_wrapper_that_does_more_is_converted_as_a_whole() -> None:
     assert wrap_module(wrapper, ModelRequest(activation="none")).model.activation is None
 
 
+def test_the_encoder_weights_training_started_from_decide_the_preprocessing() -> None:
+    model = smp.Unet("efficientnet-b0", encoder_weights=None)
+    assert wrap_module(model, NOTHING).preprocess.mean == IMAGENET_MEAN
+    model.config["encoder_weights"] = "advprop"
+    assert wrap_module(model, NOTHING).preprocess.mean == (0.5, 0.5, 0.5)
+
+
 def test_a_subclass_keeps_its_forward() -> None:
     model = Sub(3).eval()
     wrapped = wrap_module(model, NOTHING)

@@ -8,6 +8,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_cmyk_is_converted(tmp_path: Path) -> None:
     # Full cyan without black ink is (0, 255, 255); JPEG loses a little.
     ink = np.zeros((16, 16, 4), np.uint8)
     ink[..., 0] = 255
-    path = saved(tmp_path / "ink.jpg", Image.fromarray(ink, "CMYK"), quality=95)
+    path = saved(tmp_path / "ink.jpg", Image.frombytes("CMYK", (16, 16), ink.tobytes()), quality=95)
     assert np.abs(read_image(path).astype(int) - (0, 255, 255)).max() <= 3
 
 
@@ -262,6 +263,24 @@ def test_damaged_files_raise_input_errors_only(tmp_path_factory: pytest.TempPath
         assert array.dtype == np.uint8
         assert array.ndim == 3
         assert array.shape[2] == 3
+
+
+class Payload:
+    """What a hostile file would run when unpickled."""
+
+    ran: ClassVar[list[str]] = []
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Payload.ran.append, ("unpickled",)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+def test_pickles_are_never_loaded(tmp_path: Path, suffix: str) -> None:
+    array, path = np.array([Payload()], dtype=object), tmp_path / f"a.{suffix}"
+    np.save(path, array) if suffix == "npy" else np.savez(path, array)
+    with pytest.raises(InputError, match="allow_pickle=False"):
+        read_image(path)
+    assert Payload.ran == []
 
 
 def test_what_cannot_be_an_image_is_refused(tmp_path: Path) -> None:

@@ -130,6 +130,11 @@ def test_the_task_follows_from_classes_and_activation(classes: int, activation: 
     assert resolve_task("multiclass", classes, activation) == ("multiclass", ())
 
 
+def test_a_softmax_over_one_class_is_refused() -> None:
+    with pytest.raises(SpecError, match="activation softmax over 1 class is always 1"):
+        resolve_task(None, 1, "softmax")
+
+
 def test_activations() -> None:
     assert [resolve_activation(n) for n in (None, "none", "identity", "Sigmoid", "softmax2d")] == [
         None,

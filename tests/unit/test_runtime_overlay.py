@@ -141,7 +141,7 @@ def test_legend_lists_the_classes_present_by_share() -> None:
     assert [(e.name, e.share) for e in two] == [("crack", 0.75), ("background", 0.25)]
 
 
-@pytest.mark.parametrize("size", [(1, 1), (64, 48), (352, 480), (1080, 1920)])
+@pytest.mark.parametrize("size", [(1, 1), (64, 48), (352, 480)])
 @pytest.mark.parametrize("count", [0, 1, 11, 150])
 def test_legend_stands_beside_the_picture(size: tuple[int, int], count: int) -> None:
     colours = class_palette(count)
@@ -151,8 +151,8 @@ def test_legend_stands_beside_the_picture(size: tuple[int, int], count: int) -> 
     np.testing.assert_array_equal(result[: size[0], : size[1]], picture)
     panel = result[:, size[1] :]
     assert panel.shape[1] > 0
-    present = {tuple(c) for c in np.unique(panel.reshape(-1, 3), axis=0).tolist()}
-    assert {tuple(c) for c in colours.tolist()} <= present
+    as_number = np.array([65536, 256, 1])
+    assert np.isin(colours @ as_number, panel @ as_number).all()
 
 
 def test_names_in_any_script_are_drawn() -> None:

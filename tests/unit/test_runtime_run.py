@@ -132,7 +132,7 @@ def test_inputs_that_share_a_stem_get_names_of_their_own(tmp_path: Path) -> None
             np.testing.assert_array_equal(np.asarray(png), expected_mask(photos[source]))
 
 
-@settings(deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(
         st.builds(

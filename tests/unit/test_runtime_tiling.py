@@ -24,7 +24,7 @@ def tiling_of(size: tuple[int, int], window: tuple[int, int], overlap: float) ->
     return Tiling(size, window, (0,), (0,))
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(size=SIZES, window=WINDOWS, overlap=OVERLAPS)
 def test_windows_cover_the_image_with_the_overlap_asked_for(
     size: tuple[int, int], window: tuple[int, int], overlap: float
@@ -41,7 +41,7 @@ def test_windows_cover_the_image_with_the_overlap_asked_for(
         assert steps.max() <= max(1, int(extent * (1 - overlap)))
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(size=SIZES, window=WINDOWS, overlap=OVERLAPS)
 def test_weights_add_up_to_one_and_are_positive(size: tuple[int, int], window: tuple[int, int], overlap: float) -> None:
     tiling = tiling_of(size, window, overlap)
@@ -53,7 +53,7 @@ def test_weights_add_up_to_one_and_are_positive(size: tuple[int, int], window: t
     assert (weights > 0).all()
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(size=SIZES, window=WINDOWS, overlap=OVERLAPS)
 def test_each_pixel_comes_from_the_window_with_the_nearest_centre(
     size: tuple[int, int], window: tuple[int, int], overlap: float
@@ -77,7 +77,7 @@ def each(windows: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
         }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(size=SIZES, window=WINDOWS, overlap=OVERLAPS, seed=st.integers(0, 9))
 def test_tiles_of_a_per_pixel_engine_equal_the_whole(
     size: tuple[int, int], window: tuple[int, int], overlap: float, seed: int

@@ -58,7 +58,7 @@ def bands(images: np.ndarray, classes: int = 5) -> np.ndarray:
 # Any image in, a mask of its size out
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     size=st.tuples(st.integers(1, 300), st.integers(1, 300)),
     policy=st.sampled_from(POLICIES),

@@ -1,7 +1,7 @@
 """Segmentation-aware graph rewrites, one a file, in the order they run.
 
-Each keeps every output equal, for every input, up to float32 rounding; each states what it needs and what it leaves. They
-come after onnxsim, which has folded constants and batch normalization by then.
+Each keeps every output equal, for every input, up to float32 rounding; each states what it needs and what it
+leaves. They come after onnxsim, which has folded constants and batch normalization by then.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def apply_rewrites(
         tidy(model)
         applied[rewrite.name] = count
         if remaining := rewrite.leaves(model):
-            raise ExportError(f"rewrite {rewrite.name} left {remaining} of its patterns behind; please report the model")
+            raise ExportError(f"rewrite {rewrite.name} left {remaining} of its patterns; please report the model")
         if check is not None and before is not None:
             check(before, model, rewrite)
     return applied

@@ -1,9 +1,11 @@
 """Attention's ``q * scale`` -> into the columns of the linear layer that makes q.
 
-One multiplication of the query per attention block goes away; exact where the scale is a power of two (a head of 64).
+One multiplication of the query per attention block goes away; exact where the scale is a power of two (a head of
+64).
 
-Precondition: a product with a constant scalar of one part of a Split of a linear layer (MatMul by a constant matrix, with or
-without a constant bias), only moved in between; nothing else reads the values. Postcondition: no such product is left.
+Precondition: a product with a constant scalar of one part of a Split of a linear layer (MatMul by a constant
+matrix, with or without a constant bias), only moved in between; nothing else reads the values. Postcondition: no
+such product is left.
 """
 
 from __future__ import annotations

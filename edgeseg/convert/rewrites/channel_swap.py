@@ -34,7 +34,8 @@ def leaves(model: ir.Model) -> int:
 
 
 def _matches(model: ir.Model) -> list[ir.Node]:
-    return [n for n in (*nodes(model, "Gather"), *nodes(model, "Slice")) if _reverses(n) and _all_read_by_convolutions(n)]
+    candidates = (*nodes(model, "Gather"), *nodes(model, "Slice"))
+    return [node for node in candidates if _reverses(node) and _all_read_by_convolutions(node)]
 
 
 def _reverses(node: ir.Node) -> bool:

@@ -2,8 +2,8 @@
 
 Part by part, the product of the two matrices; biases add up (see compose_conv for the plain chain).
 
-Precondition: the Concat is along channels and read by this convolution only, nothing else reads the part, and the part's
-product needs fewer multiply-accumulates. Postcondition: no such part is left.
+Precondition: the Concat is along channels and read by this convolution only, nothing else reads the part, and the
+part's product needs fewer multiply-accumulates. Postcondition: no such part is left.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Two linear convolutions in a row, the first 1x1 -> one.
 
-A convolution (or transposed convolution) after a 1x1 convolution without activation between is one convolution whose kernel
-is the product of the two. The first's bias passes through the second: where that pads with zeros or strides, the contribution
-differs from pixel to pixel, so it is added as a constant map (planes of static size only).
+A convolution (or transposed convolution) after a 1x1 convolution without activation between is one convolution
+whose kernel is the product of the two. The first's bias passes through the second: where that pads with zeros or
+strides, the contribution differs from pixel to pixel, so it is added as a constant map (planes of static size
+only).
 
-Precondition: nothing else reads the value between, and the result is cheaper. Postcondition: no such pair is left.
+Precondition: nothing else reads the value between, and the result is cheaper. Postcondition: no such pair is
+left.
 """
 
 from __future__ import annotations
@@ -104,7 +106,7 @@ def _compose_transposed(first: Convolution, node: ir.Node) -> ir.Node:
 def _replace_pair(
     first: Convolution, node: ir.Node, kernel: NDArray[np.float64], taps: NDArray[np.float64], bias: NDArray[Any]
 ) -> ir.Node:
-    """Emit the composed convolution; ``taps`` ``(O, kH, kW)`` is what the first's bias gives at each kernel position."""
+    """Emit the composed convolution; ``taps`` ``(O, kH, kW)``: what the first's bias gives at each kernel position."""
     source = first.node.inputs[0]
     assert source is not None
     value = node.inputs[1]
@@ -130,7 +132,8 @@ def _replace_pair(
 def _bias_map(node: ir.Node, taps: NDArray[np.float64]) -> NDArray[np.float64]:
     """What a plane of ones times ``taps`` becomes: float64 ``(O, H, W)`` of ``node``'s output plane."""
     small, large = dims(node.inputs[0]), dims(node.outputs[0])
-    assert small is not None and large is not None
+    assert small is not None
+    assert large is not None
     if node.op_type == "Conv":
         small, large = large, small  # a convolution gathers what a transposed one scatters
     planes = [(s or 0, b or 0) for s, b in zip(small[2:], large[2:], strict=True)]

@@ -1,10 +1,12 @@
 """1x1 convolution of a Concat with upsampled parts -> upsampled convolutions of the parts, added.
 
-conv(concat(resize(a), b)) = resize(conv_a(a)) + conv_b(b): a 1x1 convolution is linear in its input channels and commutes with
-a Resize (see conv_resize). Where ``a`` is one pixel (image pooling in ASPP) the Resize is a broadcast and the Add does it.
+conv(concat(resize(a), b)) = resize(conv_a(a)) + conv_b(b): a 1x1 convolution is linear in its input channels and
+commutes with a Resize (see conv_resize). Where ``a`` is one pixel (image pooling in ASPP) the Resize is a
+broadcast and the Add does it.
 
-Precondition: the Concat is along channels and read by this convolution only; at least one part is an upsampling Resize for
-which the new form is cheaper, counting the elements resized, copied and added. Postcondition: no such part is left.
+Precondition: the Concat is along channels and read by this convolution only; at least one part is an upsampling
+Resize for which the new form is cheaper, counting the elements resized, copied and added. Postcondition: no such
+part is left.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """1x1 convolution and Resize change places, so that the convolution works on the smaller plane.
 
-A 1x1 convolution mixes channels pixel by pixel; a Resize mixes pixels channel by channel with weights that sum to 1. They
-commute, bias included: conv(resize(x)) = resize(conv(x)).
+A 1x1 convolution mixes channels pixel by pixel; a Resize mixes pixels channel by channel with weights that sum to
+1. They commute, bias included: conv(resize(x)) = resize(conv(x)).
 
-Precondition: nothing else reads the value between the two, and the new order is cheaper (fewer multiply-accumulates, not
-outweighed by more channels to resize). Postcondition: no such pair is left.
+Precondition: nothing else reads the value between the two, and the new order is cheaper (fewer
+multiply-accumulates, not outweighed by more channels to resize). Postcondition: no such pair is left.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def leaves(model: ir.Model) -> int:
 
 
 def _matches(model: ir.Model) -> list[tuple[Convolution, Resizing]]:
-    found, taken = [], set()
+    found: list[tuple[Convolution, Resizing]] = []
+    taken: set[ir.Node] = set()
     for node in list(model.graph):
         pair = _conv_after(node) if node.op_type == "Conv" else _conv_before(node) if node.op_type == "Resize" else None
         # a Resize between two convolutions belongs to one pair at a time

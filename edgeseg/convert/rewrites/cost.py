@@ -1,8 +1,8 @@
 """When moving linear work pays: a rough price list, in multiply-accumulates.
 
-Prices of touching one tensor element instead of doing arithmetic, measured as orders of magnitude in ONNX Runtime (float and
-INT8) and the same side of every decision on a GPU, where memory is dearer still. They only have to rank two forms of the
-same computation; a close call is left alone.
+Prices of touching one tensor element instead of doing arithmetic, measured as orders of magnitude in ONNX Runtime
+(float and INT8) and the same side of every decision on a GPU, where memory is dearer still. They only have to
+rank two forms of the same computation; a close call is left alone.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def sole_reader(value: ir.Value, *op_types: str) -> ir.Node | None:
     """The only node that reads ``value``, if it is of one of these types."""
     if reads(value) != 1 or not value.uses():
         return None
-    node = value.uses()[0].node
+    node = next(iter(value.uses())).node
     return node if node.op_type in op_types else None
 
 
@@ -76,20 +76,29 @@ def emit(
     inputs: Sequence[ir.Value | None],
     attributes: Mapping[str, Any] | None = None,
     *,
-    shape: Sequence[int | str | None] | None = None,
+    shape: Iterable[Any] | None = None,
     outputs: int = 1,
 ) -> ir.Value:
-    """Insert a node before ``before``, in its module, and return its (first) output, of the data type of ``inputs[0]``."""
+    """Insert a node before ``before``, named after its module; return its first output, of the type of its first input.
+
+    ``shape`` is that of the output, where the caller knows it before shapes are inferred again.
+    """
     assert before.graph is not None
     node = ir.node(op_type, list(inputs), attributes=dict(attributes or {}), num_outputs=outputs)
     node.name = f"{(before.name or '').rpartition('/')[0]}/{op_type}"
     first = next(v for v in inputs if v is not None)
     for output in node.outputs:
-        output.dtype = first.dtype
+        set_type(output, first)
     if shape is not None:
         node.outputs[0].shape = ir.Shape(shape)
     before.graph.insert_before(before, node)
     return node.outputs[0]
+
+
+def set_type(value: ir.Value, like: ir.Value) -> None:
+    """Give ``value`` the data type of ``like``, if that is known."""
+    if like.dtype is not None:
+        value.dtype = like.dtype
 
 
 def weight(near: ir.Node, array: NDArray[Any], name: str) -> ir.Value:

@@ -1,10 +1,12 @@
 """Chains of Reshape, Transpose, Squeeze and Unsqueeze that a shorter chain equals.
 
-Encoders hand out (N, C, H, W) and decoders flatten it again (dpt), so chains often undo themselves. They only move elements:
-a chain is run on the indices of a value of its input's shape, and compared with identity, one Reshape and one Transpose.
+Encoders hand out (N, C, H, W) and decoders flatten it again (dpt), so chains often undo themselves. They only
+move elements: a chain is run on the indices of a value of its input's shape, and compared with identity, one
+Reshape and one Transpose.
 
 Precondition: constant targets; shapes static, but for a batch on axis 0; nothing else reads the values between.
-Postcondition: no chain is left that one node fewer equals (nor a Transpose that a Reshape equals: that moves nothing).
+Postcondition: no chain is left that one node fewer equals (nor a Transpose that a Reshape equals: that moves
+nothing).
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ def _simpler(chain: Sequence[ir.Node]) -> _Simpler | None:
 def _as(option: _Simpler, start: NDArray[np.int64], shape: tuple[int, ...]) -> NDArray[np.int64]:
     kind, numbers = option
     if kind == "Transpose":
-        return start.transpose(numbers)
+        return np.transpose(start, numbers)
     return start.reshape(shape) if kind == "Reshape" else start
 
 
@@ -106,7 +108,7 @@ def _run(chain: Sequence[ir.Node], batch: int) -> tuple[NDArray[np.int64], NDArr
     moved = indices
     for node in chain:
         if node.op_type == "Transpose":
-            moved = moved.transpose(ints(node, "perm") or tuple(range(moved.ndim))[::-1])
+            moved = np.transpose(moved, ints(node, "perm") or None)
         else:
             # what is unknown (batch, or batch times tokens) follows from the number of elements
             moved = moved.reshape([-1 if d is None else d for d in dims(node.outputs[0]) or ()])

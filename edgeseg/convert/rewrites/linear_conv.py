@@ -1,10 +1,11 @@
 """A linear layer on flattened pixels -> 1x1 convolution.
 
-``x.flatten(2).transpose(1, 2)`` -> MatMul (+ Add) -> ``transpose(1, 2).reshape(N, C, H, W)`` is a 1x1 convolution of x. That
-is faster than two transpositions around a product everywhere, and other rewrites can then move and compose it.
+``x.flatten(2).transpose(1, 2)`` -> MatMul (+ Add) -> ``transpose(1, 2).reshape(N, C, H, W)`` is a 1x1 convolution
+of x. That is faster than two transpositions around a product everywhere, and other rewrites can then move and
+compose it.
 
-Precondition: Reshape(N,C,HW) + Transpose(0,2,1) before, Transpose(0,2,1) + Reshape to the same H and W after, constant
-weight and bias, nothing else reads the values between. Postcondition: no such MatMul is left.
+Precondition: Reshape(N,C,HW) + Transpose(0,2,1) before, Transpose(0,2,1) + Reshape to the same H and W after,
+constant weight and bias, nothing else reads the values between. Postcondition: no such MatMul is left.
 """
 
 from __future__ import annotations

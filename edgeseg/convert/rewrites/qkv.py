@@ -1,13 +1,15 @@
 """Attention's ``qkv.reshape(B, N, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)`` -> split first, reshape each part.
 
-Reshape + Transpose + Split + three Squeezes become Split + three times (Reshape + Transpose); the key's own transposition
-then joins its Transpose. The values are the same, moved only.
+Reshape + Transpose + Split + three Squeezes become Split + three times (Reshape + Transpose); the key's own
+transposition then joins its Transpose. The values are the same, moved only.
 
-Precondition: Squeeze(Split(Transpose(Reshape(x)))) where the split axis has as many parts as its size and is, before the
-Transpose, the first factor of x's last axis. Postcondition: no such Split is left.
+Precondition: Squeeze(Split(Transpose(Reshape(x)))) where the split axis has as many parts as its size and is,
+before the Transpose, the first factor of x's last axis. Postcondition: no such Split is left.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +22,7 @@ from edgeseg.convert.rewrites.graph import (
     ints,
     nodes,
     replace,
+    set_type,
     sole_maker,
     sole_reader,
     weight,
@@ -52,7 +55,8 @@ def _match(split: ir.Node) -> tuple[ir.Node, ir.Node, list[ir.Node]] | None:
     axis = integer(split, "axis", 0)
     if before is None or after is None or constant(reshape.inputs[1]) is None:
         return None
-    factor = len(before) - 1  # x's last axis becomes axes factor, factor + 1, ...: leading axes must be kept as they are
+    # x's last axis becomes axes factor, factor + 1, ...; those before it must be kept as they are
+    factor = len(before) - 1
     source = ints(transpose, "perm")[axis % len(after)]
     if len(after) <= len(before) or source != factor or after[factor] != len(split.outputs):
         return None
@@ -70,7 +74,8 @@ def _match(split: ir.Node) -> tuple[ir.Node, ir.Node, list[ir.Node]] | None:
 
 def _rewrite(split: ir.Node, reshape: ir.Node, transpose: ir.Node, squeezes: list[ir.Node]) -> None:
     value, after = reshape.inputs[0], dims(reshape.outputs[0])
-    assert value is not None and after is not None
+    assert value is not None
+    assert after is not None
     before = dims(value)
     assert before is not None
     factor, parts = len(before) - 1, len(split.outputs)
@@ -79,13 +84,14 @@ def _rewrite(split: ir.Node, reshape: ir.Node, transpose: ir.Node, squeezes: lis
     sizes = weight(split, np.full(parts, size, np.int64), "split_sizes")
     head = emit(split, "Split", [value, sizes], {"axis": factor}, outputs=parts)
     node = head.producer()
-    assert node is not None and value.shape is not None
+    assert node is not None
+    assert value.shape is not None
     # 0 copies a leading dimension (a dynamic batch too)
     target = weight(split, np.array([0] * factor + inner, np.int64), "head_shape")
     perm = [p - (p > factor) for p in ints(transpose, "perm") if p != factor]
-    shape = [*value.shape[:factor], *inner]
+    shape: list[Any] = [*value.shape[:factor], *inner]
     for part, squeeze in zip(node.outputs, squeezes, strict=True):
         part.shape = ir.Shape([*value.shape[:factor], size])
-        part.dtype = value.dtype
+        set_type(part, value)
         heads = emit(split, "Reshape", [part, target], shape=shape)
         replace(squeeze.outputs[0], emit(split, "Transpose", [heads], {"perm": perm}, shape=[shape[p] for p in perm]))

@@ -1,10 +1,10 @@
 """A linear layer of ``concat(x, expand(token))`` -> linear(x) + linear(token), the token's part computed once.
 
-DPT's readout glues the class token to every patch before a linear layer. The token's half of that product is the same for
-every patch: half the multiply-accumulates, the Expand and the Concat go away.
+DPT's readout glues the class token to every patch before a linear layer. The token's half of that product is the
+same for every patch: half the multiply-accumulates, the Expand and the Concat go away.
 
-Precondition: MatMul by a constant matrix of a Concat, along the last axis, of values of which one is an Expand along
-another axis only. Postcondition: no such MatMul is left.
+Precondition: MatMul by a constant matrix of a Concat, along the last axis, of values of which one is an Expand
+along another axis only. Postcondition: no such MatMul is left.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Resize to a constant size -> Resize by an exact scale; a Resize to its own size goes away.
 
-A size carries batch and channels, so with a dynamic batch it is computed from Shape nodes at run time, and a Resize moved to
-other channels would need another. A scale does neither. The value is the same where the ratio is exact.
+A size carries batch and channels, so with a dynamic batch it is computed from Shape nodes at run time, and a
+Resize moved to other channels would need another. A scale does neither. The value is the same where the ratio is
+exact.
 
-Precondition: spatial Resize given by sizes, planes static, ratios whole numbers or their inverse.
-Postcondition: no such Resize is left.
+Precondition: spatial Resize given by sizes, planes static, ratios whole numbers or their inverse. Postcondition:
+no such Resize is left.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Slices that partition an axis -> one Split.
 
-``x[:, :1]`` and ``x[:, 1:]`` read the same value twice; TensorRT's parser makes 27 layers (shape arithmetic) of each Slice and
-one of each output of a Split.
+``x[:, :1]`` and ``x[:, 1:]`` read the same value twice; TensorRT's parser makes 27 layers (shape arithmetic) of
+each Slice and one of each output of a Split.
 
-Precondition: two or more Slices of one value, each along one and the same axis of static size, step 1, constant bounds,
-that cover the axis without gap or overlap. Postcondition: no such set is left.
+Precondition: two or more Slices of one value, each along one and the same axis of static size, step 1, constant
+bounds, that cover the axis without gap or overlap. Postcondition: no such set is left.
 """
 
 from __future__ import annotations

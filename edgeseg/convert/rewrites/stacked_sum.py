@@ -1,10 +1,10 @@
 """``torch.stack(x).sum(dim)``: Unsqueeze + Concat + ReduceSum -> a chain of Add.
 
-The stack copies every input and reads the copy back; Adds do neither, fuse with what follows in TensorRT, and have an INT8
-kernel in ONNX Runtime. The order of summation is the same.
+The stack copies every input and reads the copy back; Adds do neither, fuse with what follows in TensorRT, and
+have an INT8 kernel in ONNX Runtime. The order of summation is the same.
 
-Precondition: every Concat input is an Unsqueeze along the concatenated axis, which is the axis summed and dropped.
-Postcondition: no such ReduceSum is left.
+Precondition: every Concat input is an Unsqueeze along the concatenated axis, which is the axis summed and
+dropped. Postcondition: no such ReduceSum is left.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Transformer tokens ``(B, N, C)`` -> ``(B * N, C)`` through linear layers, norms, residual sums and GELU.
 
-None of these looks at batch and position. With two axes a linear layer is one GEMM in every runtime, and TensorRT's parser
-adds no layer per weight, bias, norm scale and norm shift to bring it to three.
+None of these looks at batch and position. With two axes a linear layer is one GEMM in every runtime, and
+TensorRT's parser adds no layer per weight, bias, norm scale and norm shift to bring it to three.
 
-Precondition: a connected set of such nodes on three-axis values of one B and N, with at least two linear layers; parameters
-constant along the last axis. Postcondition: no such set is left.
+Precondition: a connected set of such nodes on three-axis values of one B and N, with at least two linear layers;
+parameters constant along the last axis. Postcondition: no such set is left.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, replace, weight
+from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, replace, set_type, weight
 
 _POINTWISE = frozenset({"Add", "Mul", "Sub", "Div", "Gelu", "Erf", "Relu", "Sigmoid", "Tanh", "HardSwish"})
 
@@ -92,7 +92,7 @@ def _flatten(region: list[ir.Node]) -> None:
         inputs = []
         for value in node.inputs:
             array = constant(value)
-            if value is None or node.op_type == "Split" and array is not None:
+            if value is None or (node.op_type == "Split" and array is not None):
                 inputs.append(value)
             elif array is None:
                 inputs.append(flattened(value, node))
@@ -107,7 +107,8 @@ def _flatten(region: list[ir.Node]) -> None:
         new = first.producer()
         assert new is not None
         for old_output, output in zip(node.outputs, new.outputs, strict=True):
-            output.dtype, output.shape = old_output.dtype, ir.Shape(_flat_shape(old_output))
+            set_type(output, old_output)
+            output.shape = ir.Shape(_flat_shape(old_output))
             flat[old_output] = output
     for node in region:
         for output in node.outputs:
@@ -125,11 +126,9 @@ def _restore(old: ir.Value, new: ir.Value, inside: set[ir.Node]) -> None:
     if not outside and not old.is_graph_output():
         return
     target = [-1 if d is None else d for d in dims(old) or ()]
-    near = outside[0].node if outside else new.producer()
-    assert near is not None
     # right after its producer: readers may stand in any order
     producer = new.producer()
-    assert producer is not None and producer.graph is not None
+    assert producer is not None
     anchor = _next(producer)
     shaped = emit(anchor, "Reshape", [new, weight(anchor, np.array(target, np.int64), "tokens_shape")])
     shaped.shape = old.shape

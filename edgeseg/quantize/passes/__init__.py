@@ -18,6 +18,7 @@ from edgeseg.quantize.passes.linear_resize import linear_resize
 from edgeseg.quantize.passes.nearest_resize import nearest_resize
 from edgeseg.quantize.passes.pixel_groups import pixel_groups
 from edgeseg.quantize.passes.pointwise_head import pointwise_head
+from edgeseg.quantize.passes.transposed_convolution import transposed_convolution
 from edgeseg.quantize.placement import Range
 from edgeseg.spec import PipelineSpec
 
@@ -32,4 +33,5 @@ PASSES: Mapping[str, Pass] = {
     "nearest_resize": nearest_resize,
     "pixel_groups": pixel_groups,
     "pointwise_head": pointwise_head,
+    "transposed_convolution": transposed_convolution,
 }

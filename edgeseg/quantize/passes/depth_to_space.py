@@ -52,7 +52,12 @@ def _phases(editor: Editor, node: ir.Node, block: int, channels: int) -> list[ir
     source = node.inputs[0]
     assert source is not None
     maker = source.producer()
-    if maker is not None and maker.op_type == "Concat" and len(maker.inputs) == block**2 and sole_reader(source) is node:
+    if (
+        maker is not None
+        and maker.op_type == "Concat"
+        and len(maker.inputs) == block**2
+        and sole_reader(source) is node
+    ):
         parts = [v for v in maker.inputs if v is not None]
         if all((static_shape(v) or (0, 0))[1] == channels for v in parts):
             return parts

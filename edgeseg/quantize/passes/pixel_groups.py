@@ -82,7 +82,11 @@ def _replace(graph: ir.Graph, node: ir.Node, planes: ir.Node, grouping: _Groupin
     assert weight is not None and image is not None and output is not None
     outputs, channels, kernel_height, kernel_width = weight.shape
     stride_down, stride = node.attributes.get_ints("strides", (1, 1))
-    batch, height, width = output[0], (output[2] - 1) * stride_down + kernel_height, (output[3] - 1) * stride + kernel_width
+    batch, height, width = (
+        output[0],
+        (output[2] - 1) * stride_down + kernel_height,
+        (output[3] - 1) * stride + kernel_width,
+    )
     full_width = grouping.group * (grouping.groups_out - 1 + grouping.blocks)
     editor = Editor(graph, planes, f"{node.name}/pixel_groups")
     if full_width > width:  # only zeros of the kernel meet these pixels

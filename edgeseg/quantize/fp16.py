@@ -1,0 +1,200 @@
+"""Write a typed FP16 graph: half precision everywhere it is safe, float32 islands where it is not.
+
+TensorRT 11 has no precision flags: what a layer computes in is what the graph's types say. So the types are written here,
+with a Cast wherever two regions meet. The contract of the graph does not change: uint8 image in, the same outputs.
+
+An island is a node that
+
+- makes or reads a value whose calibrated range leaves FP16's (65504, IEEE 754 binary16), with a margin for images the
+  calibration did not see;
+- has a weight that FP16 cannot hold, other than a bound of Clip, which saturates;
+- is fed integers (the preprocessing's first multiplication works on 0..255 in float32 and costs one layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper, shape_inference
+
+from edgeseg.artifacts import OnnxGraph, sha256_file
+from edgeseg.errors import QuantizationError
+from edgeseg.onnx_file import read_onnx, write_onnx
+from edgeseg.quantize.table import CalibrationTable
+
+FP16_MAX = float(np.finfo(np.float16).max)
+
+RANGE_MARGIN = 4.0
+"""A calibrated value must fit this many times over: other images reach further than the calibration's."""
+
+_FLOAT32_INPUTS: Mapping[str, frozenset[int]] = {"Resize": frozenset({1, 2}), "Upsample": frozenset({1})}
+"""Inputs that ONNX types as float32 whatever the data is: regions of interest and scales."""
+
+_SATURATING = frozenset({"Clip"})
+
+
+def write_fp16(graph: OnnxGraph, table: CalibrationTable | None, path: Path) -> OnnxGraph:
+    """Write ``graph`` with FP16 types.
+
+    Args:
+        graph: the fp32 graph.
+        table: calibrated ranges that decide the islands; without one only the weights do.
+        path: the ONNX file to write, atomically.
+
+    Returns:
+        the written graph, precision ``fp16``.
+
+    Raises:
+        QuantizationError: no layer can run in FP16, or the result is not valid ONNX.
+        ArtifactError: ``graph`` cannot be read.
+    """
+    model = read_onnx(graph.path)
+    magnitudes = {} if table is None else {n: max(-r.minimum, r.maximum) for n, r in table.ranges.items()}
+    typed = fp16_model(model, magnitudes)
+    try:
+        onnx.checker.check_model(typed, full_check=True)
+    except (onnx.checker.ValidationError, shape_inference.InferenceError) as exc:
+        first = str(exc).strip().splitlines()[0]
+        raise QuantizationError(f"the FP16 graph of {graph.path.name} is not valid: {first}; please report it") from exc
+    write_onnx(typed, path)
+    return replace(graph, path=path, sha256=sha256_file(path), precision="fp16")
+
+
+def fp16_model(model: onnx.ModelProto, magnitudes: Mapping[str, float]) -> onnx.ModelProto:
+    """Return a typed FP16 copy of a float32 ``model``.
+
+    Args:
+        model: ONNX, float32.
+        magnitudes: largest absolute value seen per tensor; absent ones are taken to fit.
+
+    Raises:
+        QuantizationError: nothing is left to run in FP16.
+    """
+    typed = onnx.ModelProto()
+    typed.CopyFrom(model)
+    inferred = shape_inference.infer_shapes(typed).graph
+    floats = {
+        value.name
+        for value in (*inferred.input, *inferred.value_info, *inferred.output)
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT
+    }
+    weights = {t.name: t for t in typed.graph.initializer if t.data_type == TensorProto.FLOAT}
+    writer = _Writer(typed.graph, floats, weights, magnitudes)
+    writer.run()
+    # The types noted for the float32 graph no longer hold; every reader infers them anew.
+    del typed.graph.value_info[:]
+    return typed
+
+
+class _Writer:
+    """Walks the nodes in order, keeping for each float value the names it has in either type."""
+
+    def __init__(
+        self,
+        graph: onnx.GraphProto,
+        floats: set[str],
+        weights: Mapping[str, TensorProto],
+        magnitudes: Mapping[str, float],
+    ) -> None:
+        self._graph = graph
+        self._floats = floats | set(weights)
+        self._weights = weights
+        self._too_large = {n for n, magnitude in magnitudes.items() if magnitude * RANGE_MARGIN > FP16_MAX}
+        self._half: dict[str, str] = {}
+        self._full: dict[str, str] = {value.name: value.name for value in graph.input if value.name in floats}
+        self._nodes: list[onnx.NodeProto] = []
+        self._outputs = {value.name for value in graph.output if value.name in floats}
+
+    def run(self) -> None:
+        converted = 0
+        for node in self._graph.node:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            island = self._is_island(node)
+            converted += not island and any(name in self._floats for name in node.output)
+            for index, name in enumerate(node.input):
+                if name in self._floats:
+                    full = island or index in _FLOAT32_INPUTS.get(node.op_type, ())
+                    copy.input[index] = self._as_full(name) if full else self._as_half(name)
+            self._nodes.append(copy)
+            if not island:
+                self._retype(copy)
+            for index, name in enumerate(node.output):
+                if name in self._floats:
+                    self._made(copy, index, name, island)
+        if not converted:
+            raise QuantizationError("no layer can run in FP16: every range or weight leaves it; build fp32 or int8")
+        del self._graph.node[:]
+        self._graph.node.extend(self._nodes)
+        self._drop_unused_weights()
+
+    def _is_island(self, node: onnx.NodeProto) -> bool:
+        if self._too_large.intersection((*node.input, *node.output)):
+            return True
+        if node.op_type == "Cast":
+            # An image's 0..255 becomes float32 and is normalized there.
+            return node.input[0] not in self._floats
+        if any(self._full.get(name) == name and name in self._fresh for name in node.input):
+            return True
+        held = [self._weights[n] for n in node.input if n in self._weights]
+        return node.op_type not in _SATURATING and any(
+            np.abs(numpy_helper.to_array(w)).max(initial=0.0) > FP16_MAX for w in held
+        )
+
+    @property
+    def _fresh(self) -> set[str]:
+        """Values straight from integers."""
+        return {
+            n.output[0] for n in self._nodes if n.op_type == "Cast" and n.input[0] not in self._floats
+        }
+
+    def _retype(self, node: onnx.NodeProto) -> None:
+        """Change what the node's attributes say about float32."""
+        for attribute in node.attribute:
+            if attribute.name in {"to", "dtype"} and attribute.i == TensorProto.FLOAT:
+                attribute.i = TensorProto.FLOAT16
+            elif attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
+                attribute.t.CopyFrom(_half_tensor(attribute.t, attribute.t.name))
+
+    def _made(self, node: onnx.NodeProto, index: int, name: str, island: bool) -> None:
+        if island:
+            self._full[name] = name
+        elif name in self._outputs:
+            # The graph's float outputs stay float32 under their own names.
+            node.output[index] = self._half[name] = f"{name}_fp16"
+            self._full[name] = name
+            self._nodes.append(helper.make_node("Cast", [f"{name}_fp16"], [name], f"{name}/to_fp32", to=TensorProto.FLOAT))
+        else:
+            self._half[name] = name
+
+    def _as_half(self, name: str) -> str:
+        if name not in self._half:
+            self._half[name] = half = f"{name}_fp16"
+            if name in self._weights:
+                self._graph.initializer.append(_half_tensor(self._weights[name], half))
+            else:
+                self._nodes.append(helper.make_node("Cast", [name], [half], f"{name}/to_fp16", to=TensorProto.FLOAT16))
+        return self._half[name]
+
+    def _as_full(self, name: str) -> str:
+        if name in self._weights:
+            return name
+        if name not in self._full:
+            self._full[name] = full = f"{name}_fp32"
+            self._nodes.append(helper.make_node("Cast", [self._half[name]], [full], f"{name}/to_fp32", to=TensorProto.FLOAT))
+        return self._full[name]
+
+    def _drop_unused_weights(self) -> None:
+        used = {name for node in self._graph.node for name in node.input} | {v.name for v in self._graph.output}
+        kept = [t for t in self._graph.initializer if t.name in used]
+        del self._graph.initializer[:]
+        self._graph.initializer.extend(kept)
+
+
+def _half_tensor(tensor: TensorProto, name: str) -> TensorProto:
+    values = np.clip(numpy_helper.to_array(tensor).astype(np.float64), -FP16_MAX, FP16_MAX)
+    return numpy_helper.from_array(values.astype(np.float16), name)

@@ -1,0 +1,115 @@
+"""ONNX files: hostile ones are refused, ours appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from edgeseg.errors import ArtifactError  # noqa: E402
+from edgeseg.onnx_file import first_line, read_onnx, write_onnx  # noqa: E402
+
+
+def small_model() -> Any:
+    weight = numpy_helper.from_array(np.arange(6, dtype=np.float32).reshape(2, 3), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="m")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 2))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 3))],
+        [weight],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+
+
+def with_external_weight(location: str) -> bytes:
+    model = small_model()
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    tensor.external_data.add(key="length", value="24")
+    return model.SerializeToString()
+
+
+def test_a_model_comes_back_as_written(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    write_onnx(small_model(), path)
+    assert read_onnx(path) == small_model()
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.parametrize("location", ["/etc/hostname", "../secret.bin", "a/../../secret.bin", "C:\\secret.bin", ""])
+def test_external_data_elsewhere_is_refused(tmp_path: Path, location: str) -> None:
+    (tmp_path / "secret.bin").write_bytes(bytes(24))
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    (folder / "m.onnx").write_bytes(with_external_weight(location))
+    with pytest.raises(ArtifactError, match="outside its folder"):
+        read_onnx(folder / "m.onnx")
+
+
+def test_external_data_behind_a_symbolic_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret.bin").write_bytes(bytes(24))
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    os.symlink(tmp_path / "secret.bin", folder / "w.bin")
+    (folder / "m.onnx").write_bytes(with_external_weight("w.bin"))
+    with pytest.raises(ArtifactError, match="outside its folder"):
+        read_onnx(folder / "m.onnx")
+
+
+def test_external_data_in_the_folder_is_read(tmp_path: Path) -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    (tmp_path / "w.bin").write_bytes(values.tobytes())
+    (tmp_path / "m.onnx").write_bytes(with_external_weight("w.bin"))
+    read = numpy_helper.to_array(read_onnx(tmp_path / "m.onnx").graph.initializer[0])
+    np.testing.assert_array_equal(read, values)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", small_model().SerializeToString()[:-20]])
+def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.onnx").write_bytes(content)
+    with pytest.raises(ArtifactError) as caught:
+        read_onnx(tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_graph_that_breaks_onnx_rules_is_refused(tmp_path: Path) -> None:
+    model = small_model()
+    model.graph.node[0].input[1] = "nowhere"
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="not a valid ONNX graph"):
+        read_onnx(tmp_path / "m.onnx")
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"cannot read .*m\.onnx"):
+        read_onnx(tmp_path / "m.onnx")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot write"):
+        write_onnx(small_model(), tmp_path / "no folder" / "m.onnx")
+    target = tmp_path / "m.onnx"
+    target.mkdir()  # os.replace of a file over a folder fails after the scratch file was written
+    with pytest.raises(ArtifactError, match="cannot write"):
+        write_onnx(small_model(), target)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_first_line_is_that_of_the_root_cause() -> None:
+    try:
+        try:
+            raise ValueError("\x1b[96mthe cause.\x1b[0m\nwith details")
+        except ValueError as exc:
+            raise RuntimeError("in general words") from exc
+    except RuntimeError as error:
+        assert first_line(error) == "the cause"
+    assert first_line(KeyError()) == "KeyError"

@@ -1,0 +1,63 @@
+"""Every `edgeseg` command in the documentation is one the command line accepts, every file it links to exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from edgeseg.cli.app import cli
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("*/README.md")),
+]
+
+
+def commands(page: Path) -> list[str]:
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    return [line.split("#")[0].strip() for line in text.splitlines() if re.match(r" {4}edgeseg [a-z]+ ", line)]
+
+
+CASES = [pytest.param(line, id=f"{page.relative_to(ROOT)}: {line[:60]}") for page in PAGES for line in commands(page)]
+
+
+def parse(line: str) -> None:
+    arguments = shlex.split(line)[1:]
+    context = click.Context(cli)
+    command = cli.get_command(context, arguments[0])
+    assert command is not None, f"no verb {arguments[0]}"
+    command.make_context(arguments[0], arguments[1:], parent=context)
+
+
+@pytest.mark.parametrize("line", CASES)
+def test_documented_command_parses(line: str) -> None:
+    parse(line)
+
+
+def test_there_are_commands_to_check_and_a_wrong_one_fails() -> None:
+    assert len(CASES) >= 5
+    with pytest.raises(click.UsageError):
+        parse("edgeseg build --arch fpn --no-such-option")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_make_demo_runs_what_the_readme_says() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for line in commands(ROOT / "README.md")[:2]:
+        words = shlex.split(line)
+        recipe = next(r for r in makefile.splitlines() if f"edgeseg {words[1]} " in r)
+        missing = [w for w in words[1:] if w not in shlex.split(recipe)]
+        assert not missing, missing
