@@ -30,7 +30,7 @@ from edgeseg.artifacts import (
 )
 from edgeseg.backends import AUTO_TARGETS, Backend, BuiltEngine, get_backend, require_backend
 from edgeseg.cache import cached_folder, package_versions, source_sha256
-from edgeseg.errors import InputError, QuantizationError, SpecError
+from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
 from edgeseg.progress import Reporter, stage
 from edgeseg.spec import InputSpec, PipelineSpec, one_of
 from edgeseg.verification_data import VerificationData, calibration_and_held_out
@@ -77,23 +77,23 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         graph, conversion = export_stage(loaded, spec, reporter)
         table = calibration_stage(request, graph, samples, reporter) if request.precision == "int8" else None
 
-        candidates = []
+        candidates: list[Candidate] = []
         for target in targets:
-            backend = get_backend(target)
-            with stage(reporter, "quantize" if request.precision != "fp32" else "compile") as said:
-                candidate = build_candidate(request, backend, graph, table, scratch / f"target-{target}")
-                share = candidate.built.precision.mac_share.get(request.precision, 0.0)
-                said.append(f"{target}: {share:.1%} of MACs in {request.precision}")
-            require_precision(candidate, request.min_int8_share)
-            candidates.append(candidate)
+            try:
+                candidates.append(candidate_stage(request, target, graph, table, scratch, reporter))
+            except BuildError as exc:
+                # With --target auto the others may still do; the one asked for by name may not fail.
+                if target == targets[-1] and not candidates:
+                    raise
+                reporter.note(f"{target} is left out: {exc}")
 
         make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
         verification = verify_stage(request, loaded, engine, held_out, reporter)
         make.write(best, medians, table, scratch, verification)
-        for candidate in candidates:
-            shutil.rmtree(candidate.folder, ignore_errors=True)
+        for target in targets:
+            shutil.rmtree(scratch / f"target-{target}", ignore_errors=True)
     return open_engine(folder)
 
 
@@ -228,6 +228,23 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     table = calibration_stage(request, graph, samples, reporter)
     table.save(path)
     return table
+
+
+def candidate_stage(
+    request: BuildRequest,
+    target: str,
+    graph: OnnxGraph,
+    table: CalibrationTable | None,
+    scratch: Path,
+    reporter: Reporter,
+) -> Candidate:
+    """Quantize and build for one backend, and check that the precision asked for is delivered."""
+    with stage(reporter, "compile" if request.precision == "fp32" else "quantize") as said:
+        candidate = build_candidate(request, get_backend(target), graph, table, scratch / f"target-{target}")
+        share = candidate.built.precision.mac_share.get(request.precision, 0.0)
+        said.append(f"{target}: {share:.1%} of MACs in {request.precision}")
+    require_precision(candidate, request.min_int8_share)
+    return candidate
 
 
 def build_candidate(

@@ -7,7 +7,7 @@ vendor's message about a node leads back to a line of the model.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import onnx
 import onnx_ir as ir
@@ -65,6 +65,17 @@ def _unique(stem: str, taken: dict[str, int]) -> str:
     taken[stem] = count + 1
     name = stem if count == 0 else f"{stem}_{count}"
     return name if count == 0 or name not in taken else _unique(stem, taken)
+
+
+def adopt_names(model: onnx.ModelProto, known: Container[str]) -> None:
+    """Call nodes whose name is not among ``known`` after the module of the node before or behind them, in place."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    readers = {value: node for node in reversed(model.graph.node) for value in node.input}
+    for node in model.graph.node:
+        if node.name not in known:
+            around = [makers.get(v) for v in node.input] + [readers.get(v) for v in node.output]
+            names = [n.name for n in around if n is not None and "/" in n.name]
+            node.name = f"{names[0].rpartition('/')[0] if names else 'edgeseg'}/{node.op_type}"
 
 
 def normalize(model: onnx.ModelProto) -> onnx.ModelProto:

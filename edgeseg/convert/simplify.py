@@ -6,7 +6,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass
 
-from edgeseg.convert.naming import normalize
+from edgeseg.convert.naming import adopt_names, normalize
 from edgeseg.convert.rewrites import REWRITES, apply_rewrites
 from edgeseg.convert.rewrites.graph import tidy
 from edgeseg.convert.silence import silenced
@@ -33,17 +33,24 @@ def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:
     return result, applied
 
 
+_SKIPPED = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched")
+"""onnxsim's passes that hide linear layers of three axes between Reshapes; the ``tokens`` rewrite serves them better."""
+
+
 def run_onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Run onnxsim. Raises :class:`ExportError`."""
+    """Run onnxsim; nodes it made anew are called after their neighbours. Raises :class:`ExportError`."""
     import onnxsim
 
     try:
         with silenced():
             # Equality is checked by the caller, on images: onnxsim's own check feeds uniform noise to every input.
-            simplified, _ = onnxsim.simplify(model, check_n=0, include_subgraph=True)
+            simplified, _ = onnxsim.simplify(
+                model, check_n=0, include_subgraph=True, skipped_optimizers=list(_SKIPPED)
+            )
     except Exception as exc:
         raise ExportError(f"onnxsim could not simplify the exported graph: {first_line(exc)}") from exc
     assert isinstance(simplified, onnx.ModelProto)
+    adopt_names(simplified, {node.name for node in model.graph.node})
     return simplified
 
 

@@ -39,7 +39,7 @@ class Activation:
     Attributes:
         name: of the tensor.
         values_of: the tensor whose values this one rearranges; its own name if none.
-        elements: how many values it has at batch 1, an estimate where the shape is not known before running.
+        elements: how many values it has in the smallest batch; an estimate where the shape is known only when it runs.
         channel_axis: the axis a multiplying layer contracts it over, ``None`` if none reads it.
     """
 
@@ -89,8 +89,7 @@ def find_activations(model: onnx.ModelProto, spec: InputSpec) -> list[Activation
 
 
 def group_by_size(activations: Sequence[Activation], budget_bytes: int) -> list[list[Activation]]:
-    """Split what has to be fetched, in order, into runs whose float32 outputs stay within ``budget_bytes`` if they
-    can."""
+    """Split what has to be fetched, in order, into groups of at most ``budget_bytes`` (or one tensor that is larger)."""
     groups: list[list[Activation]] = []
     used = 0
     for activation in activations:
@@ -165,7 +164,7 @@ def _with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelPro
 
 
 def _float_shapes(model: onnx.ModelProto, spec: InputSpec) -> dict[str, tuple[int | None, ...] | None]:
-    """Shapes of all float32 tensors with the input at batch 1 and the size of ``spec``."""
+    """Shapes of all float32 tensors with the input at the smallest batch and the size of ``spec``."""
     sized = onnx.ModelProto()
     sized.CopyFrom(model)
     del sized.graph.value_info[:]
@@ -230,7 +229,9 @@ def _computed_from_input(graph: onnx.GraphProto) -> list[str]:
 
 
 def _is_clipped_in_place(producer: onnx.NodeProto, consumers: list[onnx.NodeProto]) -> bool:
-    return producer.op_type in _CLIPPED_IN_PLACE and len(consumers) == 1 and consumers[0].op_type in {"Relu", "Clip"}
+    if producer.op_type not in _CLIPPED_IN_PLACE or len(consumers) != 1:
+        return False
+    return consumers[0].op_type in {"Relu", "Clip"} and consumers[0].input[0] == producer.output[0]
 
 
 def _channel_axis(name: str, shape: tuple[int | None, ...] | None, consumers: list[onnx.NodeProto]) -> int | None:

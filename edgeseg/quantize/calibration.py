@@ -10,7 +10,6 @@ values, of which 99.99 % leaves 52 beyond either end.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.artifacts import OnnxGraph, sha256_json
+from edgeseg.backends.cpu import this_cpu
 from edgeseg.errors import QuantizationError
 from edgeseg.onnx_file import read_onnx
 from edgeseg.quantize.activations import Activation, ActivationSession, find_activations, group_by_size
@@ -107,7 +107,7 @@ def calibrate(
     activations = find_activations(model, graph.spec.input)
     groups = group_by_size(activations, activation_budget_bytes)
     watches = {a.name: _Watch.of(a, rule) for a in activations if a.is_fetched}
-    threads = _cores()
+    threads = this_cpu().cores
     with ThreadPoolExecutor(threads, "calibrate") as pool:
         for number, group in enumerate(groups):
             session = ActivationSession(model, [a.name for a in group], threads)
@@ -271,8 +271,3 @@ def _ranges(
         axis = activation.channel_axis if mean is not None else None
         ranges[activation.name] = TensorRange(low, high, statistics.minimum, statistics.maximum, mean, axis)
     return ranges
-
-
-def _cores() -> int:
-    # The cores this process may use: a container's share, not the machine's.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

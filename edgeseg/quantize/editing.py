@@ -45,8 +45,10 @@ class Editor:
     def constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
         """Add an initializer named ``<stem>/<name>``."""
         full_name = self._fresh(name)
-        value = ir.Value(name=full_name, const_value=ir.tensor(np.asarray(array), name=full_name))
-        value.type, value.shape = ir.TensorType(value.const_value.dtype), value.const_value.shape  # type: ignore[union-attr]
+        tensor = ir.tensor(np.asarray(array), name=full_name)
+        value = ir.Value(
+            name=full_name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(np.shape(array)))
+        )
         self._graph.register_initializer(value)
         return value
 
@@ -84,8 +86,8 @@ def remove_unread(graph: ir.Graph, nodes: Iterable[ir.Node]) -> None:
             maker = value.producer()
             if maker is not None:
                 pending.append(maker)
-            elif value.is_initializer() and not value.uses() and value.name in graph.initializers:
-                graph.initializers.pop(value.name)
+            elif value.is_initializer() and not value.uses():
+                graph.initializers.pop(str(value.name), None)
 
 
 def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
@@ -99,9 +101,9 @@ def sole_reader(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
-    """Shape of ``value`` when every dimension is a known number."""
-    if value is None or value.shape is None:
+def image_shape(value: ir.Value | None) -> tuple[int, int, int] | None:
+    """The last three dimensions of a 4-d value when they are known numbers; the batch may be dynamic."""
+    if value is None or value.shape is None or len(value.shape) != 4:
         return None
-    dims = list(value.shape)
-    return tuple(dims) if all(isinstance(d, int) for d in dims) else None  # type: ignore[arg-type]
+    dims = list(value.shape)[1:]
+    return tuple(dims) if all(isinstance(d, int) for d in dims) else None  # type: ignore[return-value]

@@ -148,9 +148,7 @@ class _Writer:
     @property
     def _fresh(self) -> set[str]:
         """Values straight from integers."""
-        return {
-            n.output[0] for n in self._nodes if n.op_type == "Cast" and n.input[0] not in self._floats
-        }
+        return {n.output[0] for n in self._nodes if n.op_type == "Cast" and n.input[0] not in self._floats}
 
     def _retype(self, node: onnx.NodeProto) -> None:
         """Change what the node's attributes say about float32."""
@@ -167,7 +165,9 @@ class _Writer:
             # The graph's float outputs stay float32 under their own names.
             node.output[index] = self._half[name] = f"{name}_fp16"
             self._full[name] = name
-            self._nodes.append(helper.make_node("Cast", [f"{name}_fp16"], [name], f"{name}/to_fp32", to=TensorProto.FLOAT))
+            self._nodes.append(
+                helper.make_node("Cast", [f"{name}_fp16"], [name], f"{name}/to_fp32", to=TensorProto.FLOAT)
+            )
         else:
             self._half[name] = name
 
@@ -185,7 +185,9 @@ class _Writer:
             return name
         if name not in self._full:
             self._full[name] = full = f"{name}_fp32"
-            self._nodes.append(helper.make_node("Cast", [self._half[name]], [full], f"{name}/to_fp32", to=TensorProto.FLOAT))
+            self._nodes.append(
+                helper.make_node("Cast", [self._half[name]], [full], f"{name}/to_fp32", to=TensorProto.FLOAT)
+            )
         return self._full[name]
 
     def _drop_unused_weights(self) -> None:

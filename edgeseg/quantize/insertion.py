@@ -131,7 +131,7 @@ class _Inserter:
         """Let a data movement run on integers."""
         for index, value in enumerate(list(node.inputs)):
             if value in self._integers:
-                node.replace_input_with(index, self._integers[value])  # type: ignore[index]
+                node.replace_input_with(index, self._integers[value])
         for output in node.outputs:
             self._integers[output] = output
             output.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(self._dtype)))
@@ -147,7 +147,8 @@ class _Inserter:
     def _affine(self, value: ir.Value) -> _Affine:
         leader = self._placement.representative(value)
         if leader not in self._affines:
-            limits = [self._ranges[m.name] for m in self._placement.members(leader) if m.name in self._ranges]
+            names = (str(member.name) for member in self._placement.members(leader))
+            limits = [self._ranges[name] for name in names if name in self._ranges]
             if not limits:
                 raise QuantizationError(
                     f"the calibration table has no range for {value.name}; calibrate this graph again"
@@ -212,21 +213,21 @@ class _Inserter:
     def _weight(self, node: ir.Node, weight: QuantizedWeight) -> ir.Value:
         zeros = np.zeros(weight.scale.shape, np.int8)
         editor = Editor(self._graph, node, f"{node.name}/weight")
-        return self._constant_pair(editor, weight.values, weight.scale, zeros, axis=weight.axis)
+        return self._constant_pair(editor, weight.values, weight.scale, zeros, weight.axis)
 
     def _bias(self, node: ir.Node, integers: NDArray[np.int32], scale: NDArray[np.float32]) -> ir.Value:
         zeros = np.zeros(scale.shape, np.int32)
-        return self._constant_pair(Editor(self._graph, node, f"{node.name}/bias"), integers, scale, zeros, axis=0)
+        return self._constant_pair(Editor(self._graph, node, f"{node.name}/bias"), integers, scale, zeros, 0)
 
     def _constant_pair(
-        self, editor: Editor, integers: NDArray[Any], scale: NDArray[Any], zero_point: NDArray[Any], **attributes: int
+        self, editor: Editor, integers: NDArray[Any], scale: NDArray[Any], zero_point: NDArray[Any], axis: int = 1
     ) -> ir.Value:
         inputs = [
             editor.constant("integers", integers),
             editor.constant("scale", scale),
             editor.constant("zero_point", zero_point),
         ]
-        return editor.op("DQ", "DequantizeLinear", inputs, shape=integers.shape, **attributes)
+        return editor.op("DQ", "DequantizeLinear", inputs, shape=integers.shape, axis=axis)
 
     def _input_scale(self, node: ir.Node) -> float:
         source = node.inputs[0]

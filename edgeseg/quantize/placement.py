@@ -202,12 +202,12 @@ class _OperatorPlacement:
 
     def _concat(self, node: ir.Node, inputs: list[ir.Value]) -> Role | None:
         members = [m for v in inputs for m in self._result.members(v)]
-        spans = [_span(self._ranges[m.name]) for m in members if m.name in self._ranges]
-        low, high = _union(self._ranges[m.name] for m in members if m.name in self._ranges)
+        limits = [self._ranges[str(m.name)] for m in members if m.name in self._ranges]
+        low, high = _union(limits)
         saturates = all(
             low >= self._clamped[m][0] and high <= self._clamped[m][1] for m in members if m in self._clamped
         )
-        if saturates and high - low <= SHARED_SCALE_RATIO * min(spans):
+        if saturates and high - low <= SHARED_SCALE_RATIO * min(b - a for a, b in limits):
             self._natural.update(node.outputs)
             self._result.share([*inputs, *node.outputs])
             return Role.MOVES
@@ -248,14 +248,34 @@ def _place_inputs(graph: ir.Graph, ranges: Mapping[str, Range]) -> Placement:
             result.roles[node] = Role.WEIGHTED
             result.quantized.add(node.inputs[0])
     for node in graph:
-        if node.op_type == "Concat":
+        if node.op_type == "Add":
+            _quantize_identity(node, ranges, result)
+        elif node.op_type == "Concat":
             _share_concat(node, ranges, result)
     return result
 
 
+def _quantize_identity(node: ir.Node, ranges: Mapping[str, Range], result: Placement) -> None:
+    """A layer fuses with the residual addition behind it when the other side is integer: quantize the earlier side."""
+    inputs, reader = _activations(node), sole_reader(node.outputs[0])
+    clamped = reader.outputs[0] if reader is not None and reader.op_type in _CLAMPS else node.outputs[0]
+    if len(inputs) != 2 or clamped not in result.quantized or result.quantized.intersection(inputs):
+        return
+    makers = [value.producer() for value in inputs]
+    if any(maker in result.roles for maker in makers) and all(value.name in ranges for value in inputs):
+        first = inputs[0] if makers[1] in result.roles else inputs[1]
+        result.quantized.add(first)
+
+
+def _is_interleaved(node: ir.Node) -> bool:
+    """Whether a Concat only feeds a DepthToSpace: the phases of one image, which move a quarter of the bytes as integers."""
+    reader = sole_reader(node.outputs[0])
+    return reader is not None and reader.op_type == "DepthToSpace"
+
+
 def _share_concat(node: ir.Node, ranges: Mapping[str, Range], result: Placement) -> None:
     """Concat fuses only when all its inputs and its output have one scale."""
-    if node.outputs[0] not in result.quantized:
+    if node.outputs[0] not in result.quantized and not _is_interleaved(node):
         return
     inputs = [v for v in node.inputs if v is not None and v.name in ranges]
     if len(inputs) == len(node.inputs):
@@ -267,10 +287,6 @@ def _activations(node: ir.Node) -> list[ir.Value]:
     """Inputs that carry an image's values; shapes, indices and constants left out."""
     candidates = node.inputs if node.op_type in {"Add", "Mul", "Concat"} else node.inputs[:1]
     return [v for v in candidates if v is not None and v.const_value is None]
-
-
-def _span(limits: Range) -> float:
-    return limits[1] - limits[0]
 
 
 def _union(limits: Iterable[Range]) -> Range:

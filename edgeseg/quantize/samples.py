@@ -170,8 +170,7 @@ class CalibrationSet:
         return tuple(image.name for image in self._images)
 
     def images(self, spec: InputSpec) -> Iterator[NDArray[np.uint8]]:
-        """Yield what the engine would see, uint8 ``(1, H, W, C)``: one array an image, or several with fit policy
-        ``tile``.
+        """Yield what the engine would see, uint8 ``(1, H, W, C)``: one array an image, several with policy ``tile``.
 
         Raises:
             InputError: an image changed or vanished since :meth:`open`.

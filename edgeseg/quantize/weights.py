@@ -29,10 +29,10 @@ def bias_correction(
     """
     error = weight.astype(np.float64) - quantized.dequantized().astype(np.float64)
     if error.ndim == 2:
-        return channel_mean @ error if quantized.axis == 1 else error @ channel_mean
+        return np.asarray(channel_mean @ error if quantized.axis == 1 else error @ channel_mean, np.float64)
     per_tap = error.reshape(*error.shape[:2], -1).sum(axis=2)
     if quantized.axis == 1:
-        return channel_mean @ per_tap
+        return np.asarray(channel_mean @ per_tap, np.float64)
     means = channel_mean.reshape(groups, -1)
     blocks = per_tap.reshape(groups, -1, per_tap.shape[1])
-    return np.einsum("goi,gi->go", blocks, means).reshape(-1)
+    return np.asarray(np.einsum("goi,gi->go", blocks, means).reshape(-1), np.float64)

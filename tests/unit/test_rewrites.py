@@ -286,6 +286,20 @@ def test_layout(body: str, expected: dict[str, int]) -> None:
         np.testing.assert_array_equal(run(proto)[0], run(model)[0])
 
 
+def test_layout_of_tokens_with_a_dynamic_batch() -> None:
+    body = """a = Reshape(x, three)
+        b = Reshape(a, two)
+        c = Reshape(b, three)
+        y = Transpose <perm = [0, 2, 1]> (c)"""
+    model = graph("(float[n, 8] x) => (float[a] y)", body, two=ints(-1, 8), three=ints(-1, 5, 8))
+    after = ir.serde.deserialize_model(model)
+    assert layout.apply(after) > 0
+    tidy(after)
+    proto = ir.serde.serialize_model(after)
+    assert Counter(n.op_type for n in proto.graph.node) == {"Reshape": 1, "Transpose": 1}
+    np.testing.assert_array_equal(run(proto, batch=10)[0], run(model, batch=10)[0])
+
+
 def test_resize_scales() -> None:
     body = f"y = Resize <{LINEAR}> (x, , , sizes)"
 

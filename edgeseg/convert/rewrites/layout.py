@@ -11,6 +11,7 @@ nothing).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -78,7 +79,10 @@ def _simpler(chain: Sequence[ir.Node]) -> _Simpler | None:
     if (source[:1] == (None,)) != (result[:1] == (None,)):
         return None
     dynamic = source[:1] == (None,)
-    moved = [_run(chain, b) for b in (_PROBED_BATCHES if dynamic else (0,))]
+    # axis 0 may be batch here and batch times tokens there: probe multiples that divide evenly everywhere
+    known = [math.prod(d for d in s if d is not None) for s in shapes if s is not None]
+    unit = math.lcm(*known) // known[0]
+    moved = [_run(chain, b * unit) for b in (_PROBED_BATCHES if dynamic else (0,))]
     options: list[_Simpler] = [("Identity", ())]
     if len(chain) > 1 or chain[0].op_type == "Transpose":
         options.append(("Reshape", tuple(-1 if d is None else d for d in result)))

@@ -75,7 +75,8 @@ def _rewrite(node: ir.Node, terms: list[ir.Value]) -> None:
                 total = emit(node, "Add", [total, other.source], shape=total.shape)
             sums.append(emit_resize(node, total, group[0]))
             rest = [v for v in rest if all(v is not g.output for g in group)]
-    first, *others = [*sums, *rest]
-    for other in others:
-        first = emit(node, "Add", [first, other], shape=node.outputs[0].shape)
-    replace(node.outputs[0], first)
+    values = [*sums, *rest]
+    result = values[0]
+    for value in values[1:]:
+        result = emit(node, "Add", [result, value], shape=node.outputs[0].shape)
+    replace(node.outputs[0], result)

@@ -15,7 +15,9 @@ directly or below Add and channel Concat nodes; and it saves a quarter of the co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -42,7 +44,7 @@ class _Terms:
     the border, so it is no bias of the result: it is added to that value, which is padded alike."""
 
     def macs_per_pixel(self) -> int:
-        return sum(4 * w.shape[0] * w.shape[1] for _, w in self.low) + sum(w.size for _, w in self.full)
+        return sum(4 * int(w.shape[0] * w.shape[1]) for _, w in self.low) + sum(int(w.size) for _, w in self.full)
 
 
 def apply(model: ir.Model) -> int:
@@ -145,7 +147,8 @@ def phase_kernels(kernel: FloatArray) -> dict[tuple[int, int], FloatArray]:
 
 
 def _rewrite(conv: Convolution, terms: _Terms) -> None:
-    node, after = conv.node, conv.node.outputs[0].shape
+    node, output = conv.node, conv.node.outputs[0]
+    after = None if output.shape is None else list(output.shape)
     low, kernel = _joined(node, _shifted(conv, terms), conv.stem)
     plane = None if low.shape is None else [low.shape[0], kernel.shape[0], *low.shape[2:]]
     phases = []
@@ -159,7 +162,7 @@ def _rewrite(conv: Convolution, terms: _Terms) -> None:
         full, kernel = _joined(node, terms.full, conv.stem)
         skip = _conv(node, full, kernel, conv.bias, [1, 1, 1, 1], f"{conv.stem}.skip", after)
         result = emit(node, "Add", [result, skip], shape=after)
-    replace(node.outputs[0], result)
+    replace(output, result)
 
 
 def _shifted(conv: Convolution, terms: _Terms) -> list[tuple[ir.Value, FloatArray]]:
@@ -188,10 +191,10 @@ def _conv(
     bias: FloatArray | None,
     pads: list[int],
     stem: str,
-    shape: ir.Shape | list[int | ir.SymbolicDim] | None,
+    shape: Sequence[Any] | None,
 ) -> ir.Value:
     inputs = [value, weight(node, kernel, f"{stem}.weight")]
     if bias is not None and bias.any():
         inputs.append(weight(node, bias, f"{stem}.bias"))
     attributes = {"kernel_shape": list(kernel.shape[2:]), "pads": pads}
-    return emit(node, "Conv", inputs, attributes, shape=None if shape is None else list(shape))  # type: ignore[arg-type]
+    return emit(node, "Conv", inputs, attributes, shape=None if shape is None else list(shape))

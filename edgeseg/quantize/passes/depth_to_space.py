@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.quantize.editing import Editor, replace_value, sole_reader, static_shape
+from edgeseg.quantize.editing import Editor, image_shape, replace_value, sole_reader
 from edgeseg.quantize.placement import Range
 from edgeseg.spec import PipelineSpec
 
@@ -21,16 +21,16 @@ def depth_to_space(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec
     for node in list(model.graph):
         if node.op_type != "DepthToSpace" or node.attributes.get_string("mode", "DCR") != "DCR":
             continue
-        shape = static_shape(node.inputs[0])
+        shape = image_shape(node.inputs[0])
         if shape is not None:
             _replace(model.graph, node, shape)
             count += 1
     return count
 
 
-def _replace(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...]) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, shape: tuple[int, int, int]) -> None:
     block = node.attributes.get_int("blocksize", 1)
-    channels, (height, width) = shape[1] // block**2, shape[2:]
+    channels, height, width = shape[0] // block**2, *shape[1:]
     editor = Editor(graph, node, node.name)
     phases = _phases(editor, node, block, channels)
     row = editor.constant("row_shape", np.array([-1, height, 1, width * block * channels], np.int64))
@@ -59,7 +59,7 @@ def _phases(editor: Editor, node: ir.Node, block: int, channels: int) -> list[ir
         and sole_reader(source) is node
     ):
         parts = [v for v in maker.inputs if v is not None]
-        if all((static_shape(v) or (0, 0))[1] == channels for v in parts):
+        if all((image_shape(v) or (0,))[0] == channels for v in parts):
             return parts
     sizes = editor.constant("sizes", np.full(block**2, channels, np.int64))
     split = editor.op("phases", "Split", [source, sizes], axis=1)

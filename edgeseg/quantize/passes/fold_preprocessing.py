@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from edgeseg.quantize.editing import Editor, constant_array, remove_unread, sole_reader, static_shape
+from edgeseg.quantize.editing import Editor, constant_array, image_shape, remove_unread, sole_reader
 from edgeseg.quantize.placement import Range
 from edgeseg.spec import PipelineSpec
 
@@ -29,7 +29,7 @@ def fold_preprocessing(model: ir.Model, ranges: dict[str, Range], spec: Pipeline
     """Apply the pass; returns the number of convolutions that read the image directly afterwards."""
     graph = model.graph
     image = graph.inputs[0]
-    shape = static_shape(image)
+    shape = image_shape(image)
     chain = _chain(image)
     if shape is None or image.dtype != ir.DataType.UINT8 or not chain:
         return 0
@@ -37,7 +37,7 @@ def fold_preprocessing(model: ir.Model, ranges: dict[str, Range], spec: Pipeline
     convolutions = list(normalized.consumers())
     if not convolutions or not all(_is_foldable(node) for node in convolutions):
         return 0
-    factor, offset = _channel_affine(chain, shape[3])
+    factor, offset = _channel_affine(chain, shape[2])
     # Column c of `factor` says what image channel c adds to each network channel; swapped channels are off the diagonal.
     gain = factor.sum(axis=1)
     border = np.rint(np.linalg.solve(factor, -offset))
@@ -92,21 +92,36 @@ def _channel_affine(chain: list[ir.Node], channels: int) -> tuple[NDArray[np.flo
 
 def _bordered(graph: ir.Graph, node: ir.Node, image: ir.Value, colour: NDArray[np.uint8]) -> ir.Value:
     """The image with the mean colour around it, in place of the convolution's zero padding."""
-    batch, height, width, channels = static_shape(image) or (0, 0, 0, 0)
+    height, width, channels = image_shape(image) or (0, 0, 0)
+    batch = image.shape[0] if image.shape is not None else None
     top, left, bottom, right = _read_padding(node, height, width)
-    editor = Editor(graph, node, f"{node.name}/border")
+    editor, source = Editor(graph, node, f"{node.name}/border"), image
 
     def strip(name: str, size: tuple[int, int]) -> ir.Value:
-        return editor.constant(name, np.broadcast_to(colour, (batch, *size, channels)).copy())
+        pixels = editor.constant(name, np.broadcast_to(colour, (1, *size, channels)).copy())
+        return for_each_image(editor, pixels, source)
 
     rows = [strip("top", (top, width))] * (top > 0) + [image] + [strip("bottom", (bottom, width))] * (bottom > 0)
     if len(rows) > 1:
-        image = editor.op("rows", "Concat", rows, dtype=ir.DataType.UINT8, axis=1)
+        shape = (batch, height + top + bottom, width, channels)
+        image = editor.op("rows", "Concat", rows, dtype=ir.DataType.UINT8, shape=shape, axis=1)
     height += top + bottom
     columns = [strip("left", (height, left))] * (left > 0) + [image] + [strip("right", (height, right))] * (right > 0)
     if len(columns) > 1:
-        image = editor.op("columns", "Concat", columns, dtype=ir.DataType.UINT8, axis=2)
+        shape = (batch, height, width + left + right, channels)
+        image = editor.op("columns", "Concat", columns, dtype=ir.DataType.UINT8, shape=shape, axis=2)
     return image
+
+
+def for_each_image(editor: Editor, pixels: ir.Value, image: ir.Value) -> ir.Value:
+    """Constant ``pixels`` ``(1, H, W, C)``, once for each image of the batch."""
+    batch = image.shape[0] if image.shape is not None else None
+    if batch == 1:
+        return pixels
+    count = editor.op("batch", "Shape", [image], dtype=ir.DataType.INT64, start=0, end=1)
+    rest = editor.constant("ones", np.ones(3, np.int64))
+    shape = editor.op("strip_shape", "Concat", [count, rest], dtype=ir.DataType.INT64, axis=0)
+    return editor.op("strip", "Expand", [pixels, shape], dtype=ir.DataType.UINT8)
 
 
 def _read_padding(node: ir.Node, height: int, width: int) -> tuple[int, int, int, int]:

@@ -6,7 +6,7 @@ is both in one walk. The channels-first float island this makes ends in a Transp
 does not push further into the island, where Resize would pay for it.
 
 Precondition: InstanceNormalization with constant gain and shift between two Reshapes, then Mul and Add with one constant
-per channel; static shape.
+per channel; static height, width and channels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.quantize.editing import Editor, constant_array, replace_value, sole_reader, static_shape
+from edgeseg.quantize.editing import Editor, constant_array, image_shape, replace_value, sole_reader
 from edgeseg.quantize.placement import Range
 from edgeseg.spec import PipelineSpec
 
@@ -55,12 +55,12 @@ def _match(node: ir.Node) -> _GroupNorm | None:
     if before is None or before.op_type != "Reshape" or after is None or after.op_type != "Reshape":
         return None
     source = before.inputs[0]
-    shape = static_shape(source)
-    if source is None or shape is None or len(shape) != 4 or static_shape(after.outputs[0]) != shape:
+    shape = image_shape(source)
+    if source is None or shape is None or image_shape(after.outputs[0]) != shape:
         return None
     if gain is None or shift is None or np.ptp(gain) or np.ptp(shift):
         return None
-    channels, last = shape[1], after
+    channels, last = shape[0], after
     per_channel = {"Mul": np.full(channels, gain[0], np.float32), "Add": np.full(channels, shift[0], np.float32)}
     for op_type in ("Mul", "Add"):
         reader = sole_reader(last.outputs[0])
@@ -78,10 +78,10 @@ def _match(node: ir.Node) -> _GroupNorm | None:
 
 
 def _match_single(node: ir.Node) -> _GroupNorm | None:
-    source, shape = node.inputs[0], static_shape(node.inputs[0])
+    source, shape = node.inputs[0], image_shape(node.inputs[0])
     gain, shift = constant_array(node.inputs[1]), constant_array(node.inputs[2])
     groups = node.attributes.get_int("num_groups", 1)
-    if source is None or shape is None or len(shape) != 4 or gain is None or shift is None or gain.size != shape[1]:
+    if source is None or shape is None or gain is None or shift is None or gain.size != shape[0]:
         return None
     return _GroupNorm(source, groups, gain, shift, node.attributes.get_float("epsilon", 1e-5), node)
 
@@ -97,14 +97,14 @@ def _channel_constant(node: ir.Node, channels: int) -> NDArray[np.float32] | Non
 
 
 def _replace(graph: ir.Graph, match: _GroupNorm) -> None:
-    batch, channels, height, width = static_shape(match.source) or (0, 0, 0, 0)
+    channels, height, width = image_shape(match.source) or (0, 0, 0)
     editor = Editor(graph, match.last, f"{match.last.name}/group_norm")
     ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)
-    grouped_shape = editor.constant("grouped_shape", np.array([batch, match.groups, -1], np.int64))
+    grouped_shape = editor.constant("grouped_shape", np.array([0, match.groups, -1], np.int64))
     grouped = editor.op("grouped", "Reshape", [match.source, grouped_shape])
     unit = [editor.constant("unit_gain", ones[: match.groups]), editor.constant("no_shift", zeros[: match.groups])]
     normal = editor.op("normal", "InstanceNormalization", [grouped, *unit], epsilon=match.epsilon)
-    shape = editor.constant("shape", np.array([batch, channels, height, width], np.int64))
+    shape = editor.constant("shape", np.array([0, channels, height, width], np.int64))
     image = editor.op("image", "Reshape", [normal, shape])
     statistics = [
         editor.constant(name, array)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.quantize.editing import Editor, constant_array, replace_value, static_shape
+from edgeseg.quantize.editing import Editor, constant_array, image_shape, replace_value
 from edgeseg.quantize.placement import Range
 from edgeseg.spec import PipelineSpec
 
@@ -35,15 +35,15 @@ def linear_resize(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec)
 
 
 def _channels_last(editor: Editor, source: ir.Value) -> ir.Value:
-    shape = static_shape(source)
+    shape = image_shape(source)
     if shape is None or not _is_channels_first_island(source):
         return editor.op("nhwc", "Transpose", [source], perm=[0, 2, 3, 1])
     # A Transpose of images would be pushed behind the Resize by ONNX Runtime, which joins it with the next one and runs
     # the slow kernel; it does not push one of matrices.
-    batch, channels, height, width = shape
-    planes = editor.constant("planes_shape", np.array([batch, channels, height * width], np.int64))
+    channels, height, width = shape
+    planes = editor.constant("planes_shape", np.array([0, channels, height * width], np.int64))
     pixels = editor.op("pixels", "Transpose", [editor.op("planes", "Reshape", [source, planes])], perm=[0, 2, 1])
-    size = editor.constant("nhwc_shape", np.array([batch, height, width, channels], np.int64))
+    size = editor.constant("nhwc_shape", np.array([0, height, width, channels], np.int64))
     return editor.op("nhwc", "Reshape", [pixels, size])
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.quantize.editing import Editor, constant_array, replace_value, static_shape
+from edgeseg.quantize.editing import Editor, image_shape, replace_value
 from edgeseg.quantize.placement import Range
 from edgeseg.spec import PipelineSpec
 
@@ -34,17 +34,17 @@ def _factors(node: ir.Node) -> tuple[int, int] | None:
         node.attributes.get_string("coordinate_transformation_mode", "half_pixel"),
         node.attributes.get_string("nearest_mode", "round_prefer_floor"),
     )
-    source, target = static_shape(node.inputs[0]), static_shape(node.outputs[0])
+    source, target = image_shape(node.inputs[0]), image_shape(node.outputs[0])
     if rule not in {("asymmetric", "floor"), ("half_pixel", "round_prefer_floor")} or source is None or target is None:
         return None
-    if len(source) != 4 or source[:2] != target[:2] or any(t % s for s, t in zip(source, target, strict=True)):
+    if source[0] != target[0] or any(t % s for s, t in zip(source, target, strict=True)):
         return None
-    factors = (target[2] // source[2], target[3] // source[3])
+    factors = (target[1] // source[1], target[2] // source[2])
     return factors if max(factors) > 1 else None
 
 
 def _replace(graph: ir.Graph, node: ir.Node, factors: tuple[int, int]) -> None:
-    _, channels, height, width = static_shape(node.inputs[0]) or (0, 0, 0, 0)
+    channels, height, width = image_shape(node.inputs[0]) or (0, 0, 0)
     down, right = factors
     editor = Editor(graph, node, node.name)
     pixels = editor.op("nhwc", "Transpose", [node.inputs[0]], perm=[0, 2, 3, 1])
@@ -57,9 +57,3 @@ def _replace(graph: ir.Graph, node: ir.Node, factors: tuple[int, int]) -> None:
     shape = editor.constant("shape", np.array([-1, height * down, width * right, channels], np.int64))
     pixels = editor.op("pixels", "Reshape", [pixels, shape])
     replace_value(graph, node.outputs[0], editor.op("nchw", "Transpose", [pixels], perm=[0, 3, 1, 2]))
-
-
-def constant_factors(node: ir.Node) -> tuple[float, ...] | None:
-    """Scales of a Resize node when they are constant."""
-    scales = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
-    return tuple(scales.tolist()) if scales is not None and scales.size else None

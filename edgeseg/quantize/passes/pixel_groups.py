@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.quantize.editing import Editor, constant_array, sole_reader, static_shape
+from edgeseg.quantize.editing import Editor, constant_array, image_shape, sole_reader
+from edgeseg.quantize.passes.fold_preprocessing import for_each_image
 from edgeseg.quantize.placement import Range
 from edgeseg.spec import PipelineSpec
 
@@ -38,13 +39,18 @@ class _Grouping:
     blocks: int
     groups_out: int
 
+    @property
+    def width(self) -> int:
+        """Input pixels in a row."""
+        return self.group * (self.groups_out - 1 + self.blocks)
+
 
 def pixel_groups(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec) -> int:
     """Apply the pass; returns how many convolutions it changed."""
     count = 0
     for node in list(model.graph):
         planes = _image_planes(node)
-        grouping = _grouping(node) if planes is not None else None
+        grouping = _grouping(node, planes) if planes is not None else None
         if planes is not None and grouping is not None:
             _replace(model.graph, node, planes, grouping, ranges)
             count += 1
@@ -61,10 +67,17 @@ def _image_planes(node: ir.Node) -> ir.Node | None:
     return planes if planes is not None and planes.op_type == "Transpose" and sole_reader(source) is node else None  # type: ignore[arg-type]
 
 
-def _grouping(node: ir.Node) -> _Grouping | None:
-    weight, output = constant_array(node.inputs[1]), static_shape(node.outputs[0])
+def _grouping(node: ir.Node, planes: ir.Node) -> _Grouping | None:
+    weight, output = constant_array(node.inputs[1]), image_shape(node.outputs[0])
     stride = node.attributes.get_ints("strides", (1, 1))[1]
-    if weight is None or output is None or weight.ndim != 4 or any(node.attributes.get_ints("pads", (0,) * 4)):
+    image = image_shape(planes.inputs[0])
+    if (
+        weight is None
+        or output is None
+        or image is None
+        or weight.ndim != 4
+        or any(node.attributes.get_ints("pads", (0,) * 4))
+    ):
         return None
     if node.attributes.get_int("group", 1) != 1 or tuple(node.attributes.get_ints("dilations", (1, 1))) != (1, 1):
         return None
@@ -73,24 +86,24 @@ def _grouping(node: ir.Node) -> _Grouping | None:
     group = max(stride, 4)
     made = group // stride
     blocks = ((made - 1) * stride + weight.shape[3] - 1) // group + 1
-    return _Grouping(group, made, blocks, output[3] // made) if output[3] % made == 0 else None
+    found = _Grouping(group, made, blocks, output[2] // made)
+    return found if output[2] % made == 0 and image[1] <= found.width else None
 
 
 def _replace(graph: ir.Graph, node: ir.Node, planes: ir.Node, grouping: _Grouping, ranges: dict[str, Range]) -> None:
     weight, bias = constant_array(node.inputs[1]), constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
-    image, output = planes.inputs[0], static_shape(node.outputs[0])
-    assert weight is not None and image is not None and output is not None
+    image, output = planes.inputs[0], image_shape(node.outputs[0])
+    assert weight is not None
+    assert image is not None
+    assert output is not None
     outputs, channels, kernel_height, kernel_width = weight.shape
     stride_down, stride = node.attributes.get_ints("strides", (1, 1))
-    batch, height, width = (
-        output[0],
-        (output[2] - 1) * stride_down + kernel_height,
-        (output[3] - 1) * stride + kernel_width,
-    )
-    full_width = grouping.group * (grouping.groups_out - 1 + grouping.blocks)
+    height, width, _ = image_shape(image) or (0, 0, 0)
+    full_width = grouping.width
     editor = Editor(graph, planes, f"{node.name}/pixel_groups")
     if full_width > width:  # only zeros of the kernel meet these pixels
-        unread = editor.constant("unread", np.zeros((batch, height, full_width - width, channels), np.uint8))
+        unread = editor.constant("unread", np.zeros((1, height, full_width - width, channels), np.uint8))
+        unread = for_each_image(editor, unread, image)
         image = editor.op("padded", "Concat", [image, unread], dtype=ir.DataType.UINT8, axis=2)
     shape = np.array([-1, height, full_width // grouping.group, grouping.group * channels], np.int64)
     grouped = editor.op("groups", "Reshape", [image, editor.constant("groups_shape", shape)], dtype=ir.DataType.UINT8)
@@ -107,7 +120,7 @@ def _replace(graph: ir.Graph, node: ir.Node, planes: ir.Node, grouping: _Groupin
         node.replace_input_with(2, editor.constant("bias", np.tile(bias, grouping.made)))
     node.attributes["strides"] = ir.AttrInt64s("strides", [stride_down, 1])
     node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", [kernel_height, grouping.blocks])
-    _ungroup(graph, node, (outputs, *output[2:]), ranges)
+    _ungroup(graph, node, (outputs, *output[1:]), ranges)
 
 
 def _ungroup(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...], ranges: dict[str, Range]) -> None:

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from edgeseg.quantize.editing import Editor, constant_array, replace_value, sole_reader, static_shape
+from edgeseg.quantize.editing import Editor, constant_array, image_shape, replace_value, sole_reader
 from edgeseg.quantize.placement import Range
 from edgeseg.spec import PipelineSpec
 
@@ -35,7 +34,7 @@ def _stride(node: ir.Node) -> int | None:
     if weight is None or weight.ndim != 4 or node.attributes.get_int("group", 1) != 1:
         return None
     strides = tuple(node.attributes.get_ints("strides", (1, 1)))
-    source, target = static_shape(node.inputs[0]), static_shape(node.outputs[0])
+    source, target = image_shape(node.inputs[0]), image_shape(node.outputs[0])
     plain = (
         strides[0] == strides[1] > 1
         and tuple(node.attributes.get_ints("dilations", (1, 1))) == (1, 1)
@@ -44,56 +43,60 @@ def _stride(node: ir.Node) -> int | None:
     )
     if not plain or source is None or target is None:
         return None
-    exact = all(t == strides[0] * s for s, t in zip(source[2:], target[2:], strict=True))
-    return strides[0] if exact else None
+    stride, pads = strides[0], node.attributes.get_ints("pads", (0, 0, 0, 0))
+    exact = all(t == stride * s for s, t in zip(source[1:], target[1:], strict=True))
+    taps = zip(weight.shape[2:], pads[:2], strict=True)
+    reached = all(_phase(size, stride, pad, phase) is not None for size, pad in taps for phase in range(stride))
+    return stride if exact and reached else None
 
 
 def _replace(graph: ir.Graph, node: ir.Node, stride: int, ranges: dict[str, Range]) -> None:
     weight, output = constant_array(node.inputs[1]), node.outputs[0]
-    shape = static_shape(node.inputs[0])
+    source, shape = node.inputs[0], image_shape(node.inputs[0])
     # A Relu or Clip behind it has to follow each phase, where it costs nothing: integer convolutions saturate.
     clamp = sole_reader(output)
     if clamp is not None and clamp.op_type in {"Relu", "Clip"}:
         output = clamp.outputs[0]
     else:
         clamp = None
-    assert weight is not None and shape is not None
+    assert source is not None
+    assert source.shape is not None
+    assert weight is not None
+    assert shape is not None
     top, left = node.attributes.get_ints("pads", (0, 0, 0, 0))[:2]
     editor = Editor(graph, node, node.name)
-    plane = (shape[0], weight.shape[1], *shape[2:])
+    plane = (source.shape[0], weight.shape[1], *shape[1:])
     phases = []
     for row in range(stride):
-        kernel_rows, pads_rows = _phase(weight.shape[2], stride, top, row)
+        kernel_rows, pads_rows = _phase(weight.shape[2], stride, top, row) or ([], (0, 0))
         for column in range(stride):
-            kernel_columns, pads_columns = _phase(weight.shape[3], stride, left, column)
+            kernel_columns, pads_columns = _phase(weight.shape[3], stride, left, column) or ([], (0, 0))
             taps = weight[:, :, kernel_rows][..., kernel_columns].transpose(1, 0, 2, 3)
             name = f"phase{row}{column}"
             inputs = [node.inputs[0], editor.constant(f"{name}/weight", np.ascontiguousarray(taps))]
             if len(node.inputs) > 2:
                 inputs.append(node.inputs[2])
             pads = [pads_rows[0], pads_columns[0], pads_rows[1], pads_columns[1]]
-            attributes = {"pads": pads, "kernel_shape": list(taps.shape[2:])}
-            phase = editor.op(name, "Conv", inputs, shape=plane, **attributes)
+            phase = editor.op(name, "Conv", inputs, shape=plane, pads=pads, kernel_shape=list(taps.shape[2:]))
             if clamp is not None:
                 phase = editor.op(f"{name}_{clamp.op_type}", clamp.op_type, [phase, *clamp.inputs[1:]], shape=plane)
             if str(output.name) in ranges:
                 ranges[str(phase.name)] = ranges[str(output.name)]
             phases.append(phase)
-    depth = (shape[0], weight.shape[1] * stride**2, *shape[2:])
+    depth = (source.shape[0], weight.shape[1] * stride**2, *shape[1:])
     stacked = editor.op("phases", "Concat", phases, shape=depth, axis=1)
     replace_value(graph, output, editor.op("interleave", "DepthToSpace", [stacked], blocksize=stride, mode="DCR"))
 
 
-def _phase(taps: int, stride: int, pad: int, phase: int) -> tuple[NDArray[np.intp], tuple[int, int]]:
+def _phase(taps: int, stride: int, pad: int, phase: int) -> tuple[list[int], tuple[int, int]] | None:
     """Kernel taps of one axis that make the outputs ``stride * i + phase``, in the order a convolution reads its input,
-    and that convolution's padding (before, after).
+    and that convolution's padding (before, after). ``None`` if there is no such tap or the padding would be negative.
 
     Input pixel i reaches output ``stride * i + k - pad`` through tap k, so output ``stride * i + phase`` is reached from
     pixel ``i - offset`` through tap ``phase + pad + stride * offset``.
     """
     offsets = [o for o in range(-taps, taps + 1) if 0 <= phase + pad + stride * o < taps]
-    if not offsets:
-        return np.array([0]), (0, 0)
-    first, last = max(offsets), min(offsets)
-    kernel = np.array([phase + pad + stride * o for o in range(first, last - 1, -1)])
-    return kernel, (first, -last)
+    if not offsets or max(offsets) < 0 or min(offsets) > 0:
+        return None
+    order = sorted(offsets, reverse=True)
+    return [phase + pad + stride * o for o in order], (order[0], -order[-1])
