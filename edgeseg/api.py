@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from edgeseg.quantize.table import CalibrationTable
 
 # Below this share of int8 multiply-accumulates an engine is not what "int8" promises.
-MIN_INT8_SHARE = 0.8
+MIN_INT8_SHARE = 0.7
 
 
 @dataclass(frozen=True)

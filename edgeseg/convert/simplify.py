@@ -44,9 +44,7 @@ def run_onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         with silenced():
             # Equality is checked by the caller, on images: onnxsim's own check feeds uniform noise to every input.
-            simplified, _ = onnxsim.simplify(
-                model, check_n=0, include_subgraph=True, skipped_optimizers=list(_SKIPPED)
-            )
+            simplified, _ = onnxsim.simplify(model, check_n=0, include_subgraph=True, skipped_optimizers=list(_SKIPPED))
     except Exception as exc:
         raise ExportError(f"onnxsim could not simplify the exported graph: {first_line(exc)}") from exc
     assert isinstance(simplified, onnx.ModelProto)

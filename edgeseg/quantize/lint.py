@@ -155,8 +155,9 @@ def _biases(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
 def _layers_are_whole(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
     """A layer runs on integers with both operands quantized, and in ONNX Runtime a Conv with its output as well."""
     for node in graph.each(*_WEIGHTED):
-        operands = [graph.dequantizer(name) is not None for name in node.input[:2]]
+        source, pair = graph.dequantizer(node.input[0]), graph.dequantizer(node.input[1])
         weight = graph.constant(node.input[1])
+        operands = [source is not None, pair is not None and graph.is_constant_pair(pair)]
         if operands == [True, False] and weight is not None and weight.ndim >= 2:
             yield f"{node.name} reads integers but its weight is float: it runs in float"
         if operands == [False, True]:

@@ -246,7 +246,8 @@ def _place_inputs(graph: ir.Graph, ranges: Mapping[str, Range]) -> Placement:
         weighted = is_weighted(node) or (node.op_type == "ConvTranspose" and constant_array(node.inputs[1]) is not None)
         if weighted and node.inputs[0] is not None and node.inputs[0].name in ranges:
             result.roles[node] = Role.WEIGHTED
-            result.quantized.add(node.inputs[0])
+            if not _is_dequantized(node.inputs[0].producer()):
+                result.quantized.add(node.inputs[0])
     for node in graph:
         if node.op_type == "Add":
             _quantize_identity(node, ranges, result)
@@ -267,15 +268,9 @@ def _quantize_identity(node: ir.Node, ranges: Mapping[str, Range], result: Place
         result.quantized.add(first)
 
 
-def _is_interleaved(node: ir.Node) -> bool:
-    """Whether a Concat only feeds a DepthToSpace: the phases of one image, which move a quarter of the bytes as integers."""
-    reader = sole_reader(node.outputs[0])
-    return reader is not None and reader.op_type == "DepthToSpace"
-
-
 def _share_concat(node: ir.Node, ranges: Mapping[str, Range], result: Placement) -> None:
     """Concat fuses only when all its inputs and its output have one scale."""
-    if node.outputs[0] not in result.quantized and not _is_interleaved(node):
+    if node.outputs[0] not in result.quantized:
         return
     inputs = [v for v in node.inputs if v is not None and v.name in ranges]
     if len(inputs) == len(node.inputs):

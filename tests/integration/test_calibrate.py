@@ -131,6 +131,26 @@ def test_table_lists_every_float_activation_but_those_clipped_in_place(graph: On
     assert tuple(table.ranges) == WATCHED
 
 
+def test_what_is_read_before_its_relu_is_in_the_table(tmp_path: Path) -> None:
+    def conv_and_relu(path: Path, extra: list[onnx.NodeProto], output: str) -> tuple[str, ...]:
+        nodes = [
+            node("Cast", ["image"], "float", to=TensorProto.FLOAT),
+            node("Conv", ["float", "w"], "conv"),
+            node("Relu", ["conv"], "relu"),
+            *extra,
+        ]
+        weights = [constant("w", np.ones((2, 24, 1, 1)))]
+        graph = save(path, nodes, weights, (output, TensorProto.FLOAT, 4))
+        return tuple(calibrate(graph, CalibrationSet.open(images())).ranges)
+
+    assert conv_and_relu(tmp_path / "a.onnx", [], "relu") == ("float", "relu")
+    assert conv_and_relu(tmp_path / "b.onnx", [], "conv") == ("float", "conv", "relu")
+    also = [node("Add", ["conv", "relu"], "both")]
+    assert conv_and_relu(tmp_path / "c.onnx", also, "both") == ("float", "conv", "relu", "both")
+    pooled = [node("MaxPool", ["conv"], "pooled", kernel_shape=[1, 1])]
+    assert conv_and_relu(tmp_path / "d.onnx", pooled, "pooled") == ("float", "conv", "relu", "pooled")
+
+
 def test_extremes_are_exact(graph: OnnxGraph) -> None:
     table = calibrate(graph, CalibrationSet.open(images()), method="minmax")
     for name, values in fetched(graph, [image[None] for image in images()]).items():
@@ -288,12 +308,13 @@ def test_batches_see_every_image(tmp_path: Path, batch: BatchRange) -> None:
         assert found.maximum == pytest.approx(single.ranges[name].maximum, rel=1e-5)
 
 
-def test_dynamic_size_takes_images_of_any_size(tmp_path: Path) -> None:
-    spec = InputSpec(24, 32, stride=8, dynamic_size=True, max_size=(48, 64))
-    graph = network(tmp_path / "any.onnx", spec, (1, "H", "W", 3), tokens=False)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_dynamic_size_takes_images_of_any_size(tmp_path: Path, batch: int) -> None:
+    spec = InputSpec(24, 32, batch=BatchRange(batch, batch, batch), stride=8, dynamic_size=True, max_size=(48, 64))
+    graph = network(tmp_path / "any.onnx", spec, (batch, "H", "W", 3), tokens=False)
     mixed = images(5) + images(4, 40, 64)
     table = calibrate(graph, CalibrationSet.open(mixed), method="minmax")
-    runs = fetched(graph, [image[None] for image in mixed], ("float", "sum"))
+    runs = fetched(graph, [np.stack([image] * batch) for image in mixed], ("float", "sum"))
     for name, values in runs.items():
         assert table.ranges[name].maximum == pytest.approx(max(float(v.max()) for v in values), rel=1e-5)
 
@@ -328,11 +349,13 @@ def broken(op: str, **attributes: object) -> Callable[[Path], OnnxGraph]:
     return make
 
 
-@pytest.mark.parametrize(("op", "word"), [("Log", "NaN"), ("Sqrt", "NaN"), ("Exp", "infinite")])
-def test_first_bad_activation_and_its_image_are_named(tmp_path: Path, op: str, word: str) -> None:
+@pytest.mark.parametrize(
+    ("op", "pixel", "word"), [("Log", 7, "NaN"), ("Sqrt", 7, "NaN"), ("Exp", 255, "infinite"), ("Log", 30, "infinite")]
+)
+def test_first_bad_activation_and_its_image_are_named(tmp_path: Path, op: str, pixel: int, word: str) -> None:
     good = np.full((24, 32, 3), 40, np.uint8)
     worse = good.copy()
-    worse[3, 5, 1] = 255 if op == "Exp" else 7
+    worse[3, 5, 1] = pixel
     graph = broken(op)(tmp_path / "bad.onnx")
     with pytest.raises(QuantizationError, match=rf"'bad' has {word} values on array 6;") as caught:
         calibrate(graph, CalibrationSet.open([good] * 6 + [worse] + [good] * 2))

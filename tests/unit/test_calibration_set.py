@@ -66,6 +66,12 @@ def test_folder_glob_list_and_arrays_are_the_same_images(folder: Path, tmp_path:
         assert (len(samples), samples.skipped) == (10, ())
 
 
+def test_image_listed_twice_counts_once(folder: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"photos/frame{k % 9}.png\n" for k in range(20)))
+    assert len(CalibrationSet.open(listed)) == 9
+
+
 def test_digest_is_of_content_not_of_names_or_order(folder: Path, tmp_path: Path) -> None:
     digest = CalibrationSet.open(folder).digest
     renamed = tmp_path / "renamed"

@@ -198,6 +198,19 @@ def test_entropy_cuts_outliers_and_keeps_a_uniform_range() -> None:
     assert low < -0.95
 
 
+def test_zeros_of_a_relu_do_not_move_the_entropy_threshold() -> None:
+    positive = DISTRIBUTIONS["relu"][DISTRIBUTIONS["relu"] > 0]
+    drowned = np.concatenate([positive, np.zeros(50 * positive.size, np.float32)])
+    assert range_method("entropy").choose(collect([drowned])) == range_method("entropy").choose(collect([positive]))
+
+
+def test_percentile_at_a_gap_leaves_the_cut_values_outside() -> None:
+    values = np.repeat(np.array([-100.0, 1.0, 50.0], np.float32), [10, 980, 10])
+    low, high = range_method("percentile", 98.0).choose(collect([values]))
+    assert low == 0.0
+    assert high == pytest.approx(1.0, rel=0.05)
+
+
 def squared_error(values: Array, low: float, high: float) -> float:
     """Mean squared error of plain 8-bit asymmetric quantization of every value."""
     scale = (high - low) / 255

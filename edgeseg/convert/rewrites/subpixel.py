@@ -1,9 +1,9 @@
-"""3x3 convolution of a nearest-2x upsampled tensor -> four 2x2 convolutions at the low resolution, interleaved.
+"""3x3 convolution of a nearest-2x upsampled tensor -> one 4x4 transposed convolution of stride 2 at the low resolution.
 
 After nearest 2x upsampling every pixel stands four times, so the nine taps of a 3x3 kernel meet at most four different
-values. For each of the four output phases the taps that meet the same value are added up once, in the weights: 9
-multiply-accumulates per input channel become 4, and the upsampled tensor is never written (Shi et al., "Is the
-deconvolution layer the same as a convolutional layer?", 2016, in reverse).
+values. Nearest upsampling is a transposed convolution with a 2x2 kernel of ones; composed with the 3x3 kernel it is one
+with a 4x4 kernel. 9 multiply-accumulates per input channel and output pixel become 4, and the upsampled tensor is never
+written (Shi et al., "Is the deconvolution layer the same as a convolutional layer?", 2016, in reverse).
 
 Decoders upsample right before they merge, so the rewrite looks through the merge: convolution is linear, and
 conv(concat(up(a), b)) = conv_a(up(a)) + conv_b(b), conv(up(a) + b) = conv(up(a)) + conv(b). A 1x1 convolution that made b
@@ -15,9 +15,7 @@ directly or below Add and channel Concat nodes; and it saves a quarter of the co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -30,7 +28,7 @@ from edgeseg.convert.rewrites.resize import resizing
 FloatArray = NDArray[np.float32]
 
 MINIMUM_SAVING = 0.25
-"""Share of the multiply-accumulates that has to go; below it the interleaving costs more than is saved."""
+"""Share of the multiply-accumulates that has to go; below it a transposed convolution's scatter costs more than is saved."""
 
 
 @dataclass
@@ -131,36 +129,32 @@ def _channels(concat: ir.Node) -> list[int] | None:
     return channels if len(channels) == len(shapes) and integer(concat, "axis", 0) in {1, -3} else None
 
 
-def phase_kernels(kernel: FloatArray) -> dict[tuple[int, int], FloatArray]:
-    """Kernels ``(O, I, 2, 2)`` by output phase (row, column), for a 3x3 kernel over a nearest-2x upsampled tensor.
-
-    Phase 0 reads the low-resolution rows i-1 and i, phase 1 the rows i and i+1; columns alike.
-    """
-
-    def halve(taps: NDArray[np.float64], axis: int, phase: int) -> NDArray[np.float64]:
-        first, middle, last = (np.take(taps, k, axis) for k in range(3))
-        return np.stack((first, middle + last) if phase == 0 else (first + middle, last), axis)
-
-    wide = kernel.astype(np.float64)
-    phases = ((row, column) for row in (0, 1) for column in (0, 1))
-    return {p: halve(halve(wide, 2, p[0]), 3, p[1]).astype(np.float32) for p in phases}
+def transposed_kernel(kernel: FloatArray) -> FloatArray:
+    """The kernel ``(I, O, 4, 4)`` of stride 2 and padding 1 that does on a plane what the 3x3 ``kernel`` ``(O, I, 3, 3)``
+    does on it after nearest 2x upsampling."""
+    taps = kernel.astype(np.float64).transpose(1, 0, 2, 3)[:, :, ::-1, ::-1]
+    for axis in (2, 3):
+        before, after = [(0, 0)] * 4, [(0, 0)] * 4
+        before[axis], after[axis] = (1, 0), (0, 1)
+        taps = np.pad(taps, before) + np.pad(taps, after)
+    return np.asarray(taps, np.float32)
 
 
 def _rewrite(conv: Convolution, terms: _Terms) -> None:
     node, output = conv.node, conv.node.outputs[0]
     after = None if output.shape is None else list(output.shape)
     low, kernel = _joined(node, _shifted(conv, terms), conv.stem)
-    plane = None if low.shape is None else [low.shape[0], kernel.shape[0], *low.shape[2:]]
-    phases = []
-    for (row, column), taps in phase_kernels(kernel).items():
-        bias = None if terms.full else conv.bias
-        pads = [1 - row, 1 - column, row, column]
-        phases.append(_conv(node, low, taps, bias, pads, f"{conv.stem}.phase{row}{column}", plane))
-    stacked = emit(node, "Concat", phases, {"axis": 1})
-    result = emit(node, "DepthToSpace", [stacked], {"blocksize": 2, "mode": "DCR"}, shape=after)
+    inputs = [low, weight(node, transposed_kernel(kernel), f"{conv.stem}.upsampled.weight")]
+    if conv.has_bias and not terms.full:
+        inputs.append(weight(node, conv.bias, f"{conv.stem}.upsampled.bias"))
+    attributes = {"kernel_shape": [4, 4], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+    result = emit(node, "ConvTranspose", inputs, attributes, shape=after)
     if terms.full:
         full, kernel = _joined(node, terms.full, conv.stem)
-        skip = _conv(node, full, kernel, conv.bias, [1, 1, 1, 1], f"{conv.stem}.skip", after)
+        inputs = [full, weight(node, kernel, f"{conv.stem}.skip.weight")]
+        if conv.has_bias:
+            inputs.append(weight(node, conv.bias, f"{conv.stem}.skip.bias"))
+        skip = emit(node, "Conv", inputs, {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}, shape=after)
         result = emit(node, "Add", [result, skip], shape=after)
     replace(output, result)
 
@@ -182,19 +176,3 @@ def _joined(node: ir.Node, parts: list[tuple[ir.Value, FloatArray]], stem: str) 
     values = list(merged)
     joined = values[0] if len(values) == 1 else emit(node, "Concat", values, {"axis": 1})
     return joined, np.concatenate(list(merged.values()), axis=1)
-
-
-def _conv(
-    node: ir.Node,
-    value: ir.Value,
-    kernel: FloatArray,
-    bias: FloatArray | None,
-    pads: list[int],
-    stem: str,
-    shape: Sequence[Any] | None,
-) -> ir.Value:
-    inputs = [value, weight(node, kernel, f"{stem}.weight")]
-    if bias is not None and bias.any():
-        inputs.append(weight(node, bias, f"{stem}.bias"))
-    attributes = {"kernel_shape": list(kernel.shape[2:]), "pads": pads}
-    return emit(node, "Conv", inputs, attributes, shape=None if shape is None else list(shape))

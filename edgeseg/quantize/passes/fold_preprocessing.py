@@ -46,7 +46,7 @@ def fold_preprocessing(model: ir.Model, ranges: dict[str, Range], spec: Pipeline
     for node in convolutions:
         pixels = _bordered(graph, node, image, border.astype(np.uint8))
         _fold_into(graph, node, pixels, factor, offset, zero_point=int(np.rint(border.mean())))
-        ranges[str(node.inputs[0].name)] = (0.0, 1.0)  # type: ignore[union-attr]
+        ranges[str(node.inputs[0].name)] = (-1.0, 1.0)  # type: ignore[union-attr]
     remove_unread(graph, [chain[-1]])
     return len(convolutions)
 

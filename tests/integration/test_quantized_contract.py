@@ -1,0 +1,130 @@
+"""Every architecture, quantized: the graph keeps its scheme's rules, runs, agrees with fp32, and runs in int8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from edgeseg.api import MIN_INT8_SHARE
+from edgeseg.artifacts import OnnxGraph
+from edgeseg.backends import get_backend
+from edgeseg.convert.export import export_onnx
+from edgeseg.convert.load import load_model
+from edgeseg.demo import sample_folder
+from edgeseg.quantize.calibration import CalibrationSet, calibrate
+from edgeseg.quantize.fp16 import write_fp16
+from edgeseg.quantize.lint import lint
+from edgeseg.quantize.qdq import write_qdq
+from edgeseg.quantize.schemes import SCHEMES
+from edgeseg.quantize.table import CalibrationTable
+from edgeseg.spec import ARCHITECTURES, InputSpec, ModelRequest, OutputSpec, PipelineSpec
+
+pytestmark = pytest.mark.integration
+
+SIZES = {"pan": 128, "dpt": 64}
+
+
+def demo_images(count: int, side: int) -> list[NDArray[np.uint8]]:
+    paths = sorted((sample_folder() / "calib" / "images").iterdir())[:count]
+    return [np.asarray(Image.open(path).convert("RGB").resize((side, side))) for path in paths]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def quantizable(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]]:
+    """An architecture with random weights as an fp32 graph of logits, its table, and images."""
+    arch = request.param
+    side = SIZES.get(arch, 64)
+    encoder = None if arch == "dpt" else "mit_b0" if arch == "segformer" else "resnet18"
+    loaded = load_model(ModelRequest(arch=arch, encoder=encoder, weights="random", classes=4))
+    spec = PipelineSpec(
+        loaded.model, InputSpec(side, side, stride=loaded.stride), loaded.preprocess, OutputSpec("logits")
+    )
+    graph, _ = export_onnx(loaded, spec, tmp_path_factory.mktemp(arch) / "model.onnx")
+    images = demo_images(8, side)
+    return graph, calibrate(graph, CalibrationSet.open(images)), images
+
+
+def logits(path: Path, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(["logits"], {"image": image[None]})[0] for image in images])
+
+
+def signal_to_noise_db(expected: NDArray[Any], actual: NDArray[Any]) -> float:
+    noise = np.square(expected - actual, dtype=np.float64).mean()
+    return float(10 * np.log10(np.var(expected, dtype=np.float64) / max(noise, 1e-30)))
+
+
+@pytest.mark.parametrize("scheme", ["onnxruntime-vnni", "tensorrt"])
+def test_quantized_graph_follows_its_scheme_and_the_fp32_graph(
+    quantizable: tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]], scheme: str, tmp_path: Path
+) -> None:
+    graph, table, images = quantizable
+    quantized = write_qdq(graph, table, SCHEMES[scheme], tmp_path / "q.onnx")
+    model = onnx.load(str(quantized.path))
+    assert lint(model, SCHEMES[scheme]) == []
+    operators = {node.op_type for node in model.graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    # 8-bit rounding of every activation leaves random networks 15 to 40 dB; a wrong scale or axis leaves less than 5.
+    assert signal_to_noise_db(logits(graph.path, images), logits(quantized.path, images)) > 10
+
+
+def test_engine_runs_in_int8(
+    quantizable: tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]], tmp_path: Path
+) -> None:
+    graph, table, _ = quantizable
+    backend = get_backend("onnxruntime")
+    quantized = write_qdq(graph, table, SCHEMES[backend.scheme], tmp_path / "q.onnx")
+    built = backend.build(quantized, tmp_path, {})
+    assert built.path.is_file()
+    assert built.precision.mac_share.get("int8", 0.0) >= MIN_INT8_SHARE, built.precision.float_layers
+
+
+def test_fp16_graph_is_typed_and_close(
+    quantizable: tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]], tmp_path: Path
+) -> None:
+    graph, table, images = quantizable
+    half = write_fp16(graph, table, tmp_path / "h.onnx")
+    model = onnx.load(str(half.path))
+    types = element_types(model)
+    convolutions = [n for n in model.graph.node if n.op_type in {"Conv", "MatMul", "Gemm"}]
+    assert all(types[n.output[0]] == onnx.TensorProto.FLOAT16 for n in convolutions)
+    assert types["logits"] == onnx.TensorProto.FLOAT
+    assert signal_to_noise_db(logits(graph.path, images), logits(half.path, images)) > 35
+
+
+def test_typed_graphs_build_in_tensorrt_rtx(
+    quantizable: tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]], tmp_path: Path
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    graph, table, _ = quantizable
+    paths: Mapping[str, Path] = {
+        "fp32": graph.path,
+        "fp16": write_fp16(graph, table, tmp_path / "h.onnx").path,
+        "int8": write_qdq(graph, table, SCHEMES["tensorrt"], tmp_path / "q.onnx").path,
+    }
+    logger = trt.Logger(trt.Logger.ERROR)
+    for precision, path in paths.items():
+        builder = trt.Builder(logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        assert parser.parse(path.read_bytes()), f"{precision}: {parser.get_error(0).desc()}"
+        config = builder.create_builder_config()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+        assert builder.build_serialized_network(network, config) is not None, precision
+
+
+def element_types(model: onnx.ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    values = (*inferred.input, *inferred.value_info, *inferred.output)
+    return {value.name: value.type.tensor_type.elem_type for value in values}
