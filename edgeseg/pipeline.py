@@ -81,7 +81,7 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         for target in targets:
             try:
                 candidates.append(candidate_stage(request, target, graph, table, scratch, reporter))
-            except BuildError as exc:
+            except (BuildError, QuantizationError) as exc:
                 # With --target auto the others may still do; the one asked for by name may not fail.
                 if target == targets[-1] and not candidates:
                     raise

@@ -117,6 +117,9 @@ class OpenVinoSession:
         """
         if self._compiled is None:
             raise InputError("this session is closed; load the engine again")
+        if images.dtype != np.uint8 or not self._fits(images.shape):
+            # Asked first: OpenVINO would convert another dtype without a word.
+            raise InputError(f"images are {images.dtype} {images.shape}, this engine takes uint8 {self._shape}")
         with self._lock:
             request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
         try:
@@ -124,10 +127,6 @@ class OpenVinoSession:
             # Copies: the request's own memory is written again by the next call.
             return {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs)}
         except Exception as exc:  # see OpenVinoBackend.build
-            if images.dtype != np.uint8 or not self._fits(images.shape):
-                raise InputError(
-                    f"images are {images.dtype} {images.shape}, this engine takes uint8 {self._shape}"
-                ) from exc
             raise BuildError(f"OpenVINO failed to run the engine: {_one_line(exc)}") from exc
         finally:
             with self._lock:
@@ -182,7 +181,10 @@ def _executed_precision(compiled: Any, graph: OnnxGraph) -> PrecisionReport:
     from edgeseg.convert.macs import count_macs
     from edgeseg.onnx_file import read_onnx
 
-    macs = count_macs(read_onnx(graph.path))
+    model, spec = read_onnx(graph.path), graph.spec.input
+    symbols = (d.dim_param for d in model.graph.input[0].type.tensor_type.shape.dim)
+    sizes = dict(zip(symbols, (spec.batch.minimum, spec.height, spec.width, spec.channels), strict=True))
+    macs = count_macs(model, sizes)
     executed: dict[str, str] = {}
     nodes: list[str] = []
     for operation in compiled.get_runtime_model().get_ops():

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import onnx
-from onnx import helper
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from edgeseg.errors import ArtifactError
 from edgeseg.onnx_file import first_line
@@ -36,6 +40,17 @@ MATMUL_OPERANDS: Mapping[str, tuple[int, int]] = {
     "QGemm": (0, 3),
 }
 """Operators counted as matrix products and the inputs that hold their operands."""
+
+
+SHAPE_ARITHMETIC = frozenset(
+    ("Add", "And", "Cast", "Ceil", "Concat", "Constant", "Div", "Equal", "Floor", "Gather", "Greater", "GreaterOrEqual")
+    + ("Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Range", "Reshape", "Slice", "Squeeze", "Sub", "Transpose")
+    + ("Unsqueeze", "Where")
+)
+"""Operators that graphs of dynamic size compute shapes and pooling matrices with."""
+
+MAX_FOLDED_ELEMENTS = 1_000_000
+"""Inputs larger than this are data, not shapes."""
 
 
 def count_macs(
@@ -73,8 +88,16 @@ def _known_shapes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> dict[str,
         del fixed.graph.value_info[:]
         for output in fixed.graph.output:
             output.type.tensor_type.ClearField("shape")
+    while True:
+        shapes = _inferred(fixed)
+        # sizes and matrices that a graph of dynamic size computes from its input's shape are constants now
+        if not _fold(fixed, shapes):
+            return shapes
+
+
+def _inferred(model: onnx.ModelProto) -> dict[str, Shape]:
     try:
-        graph = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
+        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     except Exception as exc:
         raise ArtifactError(f"shapes of the graph cannot be inferred: {first_line(exc)}") from exc
     shapes: dict[str, Shape] = {t.name: tuple(t.dims) for t in graph.initializer}
@@ -83,6 +106,54 @@ def _known_shapes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> dict[str,
         if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
             shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
     return shapes
+
+
+def _fold(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> bool:
+    """Replace the nodes that compute with known shapes only by their result, in place; whether there were any."""
+    graph = model.graph
+    weights = {t.name: t for t in graph.initializer}
+    opsets = list(model.opset_import)
+    made: dict[str, NDArray[Any]] = {}
+    kept = []
+    for node in graph.node:
+        results = _shape_arithmetic(node, shapes, made, weights, opsets)
+        if results is None:
+            kept.append(node)
+        else:
+            made.update(zip(node.output, results, strict=False))
+    if made:
+        del graph.node[:]
+        graph.node.extend(kept)
+        graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in made.items())
+    return bool(made)
+
+
+def _shape_arithmetic(
+    node: onnx.NodeProto,
+    shapes: Mapping[str, Shape],
+    made: Mapping[str, NDArray[Any]],
+    weights: Mapping[str, onnx.TensorProto],
+    opsets: Sequence[onnx.OperatorSetIdProto],
+) -> list[NDArray[Any]] | None:
+    """Outputs of a node that reads shapes, or computes with what such nodes gave; else ``None``."""
+    if node.op_type == "Shape" and node.input[0] in shapes:
+        bounds = {a.name: a.i for a in node.attribute}
+        return [np.array(shapes[node.input[0]][bounds.get("start", 0) : bounds.get("end")], np.int64)]
+    if node.op_type not in SHAPE_ARITHMETIC or not node.input:
+        return None
+    feeds: dict[str, NDArray[Any]] = {}
+    for name in filter(None, node.input):
+        if name not in made and name not in weights:
+            return None
+        feeds[name] = made[name] if name in made else numpy_helper.to_array(weights[name])
+    if sum(array.size for array in feeds.values()) > MAX_FOLDED_ELEMENTS:
+        return None
+    inputs = [
+        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in feeds.items()
+    ]
+    outputs = [helper.make_empty_tensor_value_info(o) for o in node.output]
+    single = helper.make_model(helper.make_graph([node], "shapes", inputs, outputs), opset_imports=opsets)
+    return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, feeds)]
 
 
 def _fix_inputs(graph: onnx.GraphProto, sizes: Mapping[str, int]) -> bool:

@@ -146,8 +146,8 @@ def _biases(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
             yield f"{node.name}: bias is not int32"
             continue
         found, of_weight, of_source = (graph.parameters(pair) for pair in (bias, weight, source))
-        if found is not None and of_weight is not None and of_source is not None:
-            product = of_weight[0].astype(np.float64) * of_source[0]
+        if found is not None and of_weight is not None and of_source is not None and of_source[0].size == 1:
+            product = of_weight[0].astype(np.float64) * of_source[0].item()
             if found[0].shape != of_weight[0].shape or not np.allclose(found[0], product, rtol=1e-5, atol=0):
                 yield f"{node.name}: bias scale is not input scale times weight scale"
 

@@ -30,6 +30,16 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
+def spread_classes(module: torch.nn.Module, height: int, width: int, channels: int) -> None:
+    """Shift the head's bias so that every class wins somewhere: a mask of one class proves nothing."""
+    convolution = [m for m in module.segmentation_head.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    images = torch.from_numpy(smooth_images(2, height, width, channels)).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        output = module((images / 255.0 - 0.45) / 0.25)
+        logits = output[0] if isinstance(output, tuple) else output
+        convolution.bias -= logits.mean((0, 2, 3))
+
+
 def loaded(module: torch.nn.Module, model: ModelSpec, preprocess: Preprocess, stride: int = 32) -> LoadedModel:
     return LoadedModel(
         module=module,
@@ -83,7 +93,9 @@ def smp_model(
         preprocess,
         output or OutputSpec(),
     )
-    return loaded(randomize(module), model, preprocess, stride), spec
+    randomize(module)
+    spread_classes(module, *size, channels)
+    return loaded(module, model, preprocess, stride), spec
 
 
 def smooth_images(count: int, height: int, width: int, channels: int = 3, seed: int = 5) -> NDArray[np.uint8]:

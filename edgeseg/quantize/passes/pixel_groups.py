@@ -142,4 +142,7 @@ def _ungroup(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...], ranges: dic
     result = editor.op("output_nchw", "Transpose", [result], perm=[0, 3, 1, 2])
     for use in readers:
         use.node.replace_input_with(use.idx, result)
+    for index, value in enumerate(graph.outputs):
+        if value is output:
+            graph.outputs[index] = result
     result.name, result.shape, result.type = name, full_shape, full_type
