@@ -5,6 +5,8 @@ Given to ``torch.onnx.export(custom_translation_table=...)``. Each is compared w
 - ``adaptive_avg_pool2d``: the exporter writes sizes that are no factor of the input as hundreds of Gather and
   Add nodes, and size 1 as a mean, a reshape and a gather. Here: a pooling operator, or one small matrix per
   axis (the pooled value is linear in the input; see :func:`pooling_matrix`).
+- ``_upsample_bicubic2d_aa`` (position embeddings of ViTs): no TensorRT has an antialiased Resize. One matrix per axis;
+  constant for a static size, computed from the size in the graph for a dynamic one.
 - ``scaled_dot_product_attention``: no Reshape round trip around the key's transposition, and one scale instead
   of two.
 - ``unbind``: Split instead of one Slice per part (TensorRT's parser makes 27 layers of a Slice, and one of a
@@ -68,6 +70,39 @@ def _symbolic_pooling_matrix(x: Any, axis: int, output: int) -> Any:
     return op.Div(op.Cast(inside, to=ir.DataType.FLOAT), cells_in_window)
 
 
+def _upsample_bicubic2d_aa(x: Any, output_size: Sequence[Any], align_corners: bool, *scales: Any) -> Any:
+    height, width = x.shape[-2], x.shape[-1]
+    known = isinstance(height, int) and isinstance(width, int)
+    if align_corners or not known or any(s is not None for s in scales):
+        raise NotImplementedError("antialiased bicubic interpolation by a factor, or of a dynamic input")
+    rows = _bicubic_matrix(height, output_size[0])
+    columns = op.Transpose(_bicubic_matrix(width, output_size[1]), perm=[1, 0])
+    return op.MatMul(rows, op.MatMul(x, columns))
+
+
+def _bicubic_matrix(size: int, output: Any) -> Any:
+    """Float32 ``(output, size)`` of antialiased bicubic interpolation; ``output`` may be known at run time only.
+
+    Weights of Keys' cubic kernel (a = -0.5), stretched by the reduction and normalized, as torch computes them.
+    """
+    if isinstance(output, int):
+        count = _constant(np.array(output, np.int64))
+    else:
+        count = op.Reshape(output, _constant(np.array([], np.int64)))
+    zero, one = _constant(np.array(0, np.int64)), _constant(np.array(1, np.int64))
+    cells: Any = op.Cast(op.Range(zero, count, one), to=ir.DataType.FLOAT)
+    scale = op.Div(_float(size), op.Cast(count, to=ir.DataType.FLOAT))
+    centers = op.Unsqueeze(op.Mul(op.Add(cells, _float(0.5)), scale), _constant(np.array([1], np.int64)))
+    inputs = _constant(np.arange(size, dtype=np.float32)[None] + np.float32(0.5))
+    x = op.Abs(op.Div(op.Sub(inputs, centers), op.Max(scale, _float(1.0))))
+    square = op.Mul(x, x)
+    near = op.Add(op.Mul(square, op.Sub(op.Mul(x, _float(1.5)), _float(2.5))), _float(1.0))
+    far = op.Add(op.Mul(op.Sub(op.Mul(square, _float(-0.5)), _float(4.0)), x), op.Add(op.Mul(square, _float(2.5)), _float(2.0)))
+    outside = op.Where(op.Less(x, _float(2.0)), far, _float(0.0))
+    weights = op.Where(op.Less(x, _float(1.0)), near, outside)
+    return op.Div(weights, op.ReduceSum(weights, _constant(np.array([1], np.int64)), keepdims=1))
+
+
 def _scaled_dot_product_attention(
     query: Any,
     key: Any,
@@ -102,12 +137,18 @@ def _unbind(x: Any, dim: int = 0) -> Any:
     return [op.Squeeze(part, axis) for part in parts]
 
 
+def _float(value: float) -> Any:
+    return _constant(np.float32(value))
+
+
 def _constant(array: NDArray[Any] | np.generic) -> Any:
     tensor: Any = ir.tensor(np.asarray(array))
     return op.Constant(value=tensor)
 
 
 TRANSLATIONS: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten._upsample_bicubic2d_aa.default: _upsample_bicubic2d_aa,
+    torch.ops.aten._upsample_bicubic2d_aa.vec: _upsample_bicubic2d_aa,
     torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
     torch.ops.aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
     torch.ops.aten.unbind.int: _unbind,
