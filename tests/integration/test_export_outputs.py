@@ -310,7 +310,7 @@ def test_what_torch_cannot_export_is_one_line(tmp_path: Path) -> None:
 
 def test_a_size_the_module_does_not_take_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    unet = smp.create_model("unet", "resnet18", encoder_weights=None, classes=4).eval()
+    linknet = smp.create_model("linknet", "resnet18", encoder_weights=None, classes=4).eval()
     model, spec = small()
     with pytest.raises(SpecError, match="24x32"):
-        export_onnx(loaded(unet, model.model, model.preprocess, stride=8), spec, tmp_path / "graph.onnx")
+        export_onnx(loaded(linknet, model.model, model.preprocess, stride=8), spec, tmp_path / "graph.onnx")
