@@ -39,7 +39,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=500, check=False)
 
 
 def test_demo_engine_is_int8_and_verified(demo_engine: Path) -> None:
@@ -69,16 +69,6 @@ def test_reported_accuracy_is_what_the_runtime_gives(demo_engine: Path) -> None:
     hit = np.diag(confusion)
     iou = hit / (confusion.sum(0) + confusion.sum(1) - hit)
     assert iou.mean() == pytest.approx(verification.engine_accuracy.miou, abs=1e-9)
-
-
-def test_second_build_reuses_what_is_unchanged(demo_engine: Path, tmp_path: Path) -> None:
-    done = run("build", "--arch", "fpn", "--target", "onnxruntime", "--output", tmp_path / "e", "--json")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("reused") == 2
-    assert "demo" in done.stderr.splitlines()[0]
-    first, second = open_engine(demo_engine).manifest, json.loads(done.stdout)
-    assert second["graph"]["sha256"] == first.graph.sha256
-    assert second["verification"]["agreement"] == first.verification.agreement  # type: ignore[union-attr]
 
 
 def test_gate_not_met_exits_3_and_leaves_nothing(tmp_path: Path) -> None:
