@@ -97,7 +97,9 @@ def _bicubic_matrix(size: int, output: Any) -> Any:
     x = op.Abs(op.Div(op.Sub(inputs, centers), op.Max(scale, _float(1.0))))
     square = op.Mul(x, x)
     near = op.Add(op.Mul(square, op.Sub(op.Mul(x, _float(1.5)), _float(2.5))), _float(1.0))
-    far = op.Add(op.Mul(op.Sub(op.Mul(square, _float(-0.5)), _float(4.0)), x), op.Add(op.Mul(square, _float(2.5)), _float(2.0)))
+    far = op.Add(
+        op.Mul(op.Sub(op.Mul(square, _float(-0.5)), _float(4.0)), x), op.Add(op.Mul(square, _float(2.5)), _float(2.0))
+    )
     outside = op.Where(op.Less(x, _float(2.0)), far, _float(0.0))
     weights = op.Where(op.Less(x, _float(1.0)), near, outside)
     return op.Div(weights, op.ReduceSum(weights, _constant(np.array([1], np.int64)), keepdims=1))
