@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
+
+if TYPE_CHECKING:
+    from edgeseg.backends.device_arrays import DeviceTensor
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,50 @@ class Session(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Where the time of one batch went, on the device's clock, in trtexec's terms.
+
+    Attributes:
+        h2d_ms: copying the images to the device; ``None`` when nothing is copied (memory shared with the CPU).
+        compute_ms: the engine.
+        d2h_ms: copying the results back; ``None`` when nothing is copied.
+        enqueue_ms: host time of the call that hands the engine's work to the device.
+    """
+
+    h2d_ms: float | None
+    compute_ms: float
+    d2h_ms: float | None
+    enqueue_ms: float
+
+
+@runtime_checkable
+class TimedSession(Protocol):
+    """A session that can say how long its stages take."""
+
+    def run_timed(self, images: NDArray[np.uint8]) -> tuple[Mapping[str, NDArray[Any]], StageTimes]:
+        """Like :meth:`Session.run`, and the times of this one batch."""
+        ...
+
+
+@runtime_checkable
+class PipelinedSession(Protocol):
+    """A session that copies one batch while it computes another."""
+
+    def run_many(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[Mapping[str, NDArray[Any]]]:
+        """Run batch after batch; results in order, as :meth:`Session.run` returns them."""
+        ...
+
+
+@runtime_checkable
+class DeviceSession(Protocol):
+    """A session that takes images from the device's memory and leaves the results there."""
+
+    def run_device(self, image: object) -> Mapping[str, DeviceTensor]:
+        """Run an array that has ``__cuda_array_interface__`` or ``__dlpack__``."""
+        ...
 
 
 class Backend(Protocol):

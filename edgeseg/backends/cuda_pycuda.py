@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,13 +27,19 @@ _NAMES = {
 
 
 class PycudaDriver:
-    """Implements :class:`edgeseg.backends.cuda.Driver`; handles are pycuda's objects, freed by dropping them."""
+    """Implements :class:`edgeseg.backends.cuda.Driver`.
+
+    pycuda destroys a stream or event when its object is dropped, and leaks it unless the context is current then. So
+    handles of these are numbers: the objects are kept here alone, where the traceback of an error does not hold them.
+    """
 
     name: DriverName = "pycuda"
     has_graphs = False
 
     def __init__(self, api: Any, index: int) -> None:
         self._api = api
+        self._objects: dict[int, Any] = {}
+        self._numbers = itertools.count(1)
         self._call(api.init)
         device = self._call(api.Device, index)
         self.device = self._describe(device, index)
@@ -46,6 +53,7 @@ class PycudaDriver:
             # "cuMemAlloc failed: out of memory"
             call, _, text = str(exc).partition(" failed: ")
             text = text.split(" - ")[0].strip()
+            del function, arguments  # this frame lives as long as the error
             raise cuda_error(call, _NAMES.get(text, type(exc).__name__), text or "no description") from exc
 
     def _describe(self, device: Any, index: int) -> CudaDevice:
@@ -60,6 +68,11 @@ class PycudaDriver:
             memory_bytes=int(self._call(device.total_memory)),
             cuda_version=f"{version // 1000}.{version % 1000 // 10}",
         )
+
+    def _keep(self, made: Any) -> int:
+        number = next(self._numbers)
+        self._objects[number] = made
+        return number
 
     def push(self) -> None:
         self._call(self._context.push)
@@ -96,48 +109,48 @@ class PycudaDriver:
         self._call(allocation.free)
 
     def create_stream(self) -> Any:
-        return self._call(self._api.Stream, 1)  # CU_STREAM_NON_BLOCKING
+        return self._keep(self._call(self._api.Stream, 1))  # CU_STREAM_NON_BLOCKING
 
     def stream_address(self, stream: Any) -> int:
-        return int(stream.handle)
+        return int(self._objects[stream].handle)
 
     def synchronize(self, stream: Any) -> None:
-        self._call(stream.synchronize)
+        self._call(self._objects[stream].synchronize)
 
     def destroy_stream(self, stream: Any) -> None:
-        """Nothing to call: the caller dropped the last reference, pycuda destroys the stream."""
+        del self._objects[stream]
 
     def create_event(self, timing: bool) -> Any:
         flags = self._api.event_flags
-        return self._call(self._api.Event, flags.DEFAULT if timing else flags.DISABLE_TIMING)
+        return self._keep(self._call(self._api.Event, flags.DEFAULT if timing else flags.DISABLE_TIMING))
 
     def record(self, event: Any, stream: Any) -> None:
-        self._call(event.record, stream)
+        self._call(self._objects[event].record, self._objects[stream])
 
     def wait(self, stream: Any, event: Any) -> None:
-        self._call(stream.wait_for_event, event)
+        self._call(self._objects[stream].wait_for_event, self._objects[event])
 
     def wait_for_foreign(self, stream: Any, foreign: int, event: Any) -> None:
         # pycuda cannot name a stream it did not make: wait for the whole device.
         self._call(self._api.Context.synchronize)
 
     def synchronize_event(self, event: Any) -> None:
-        self._call(event.synchronize)
+        self._call(self._objects[event].synchronize)
 
     def elapsed_ms(self, start: Any, end: Any) -> float:
-        return float(self._call(end.time_since, start))
+        return float(self._call(self._objects[end].time_since, self._objects[start]))
 
     def destroy_event(self, event: Any) -> None:
-        """Nothing to call: see :meth:`destroy_stream`."""
+        del self._objects[event]
 
     def copy_to_device(self, address: int, host: NDArray[np.uint8], stream: Any) -> None:
-        self._call(self._api.memcpy_htod_async, address, host, stream)
+        self._call(self._api.memcpy_htod_async, address, host, self._objects[stream])
 
     def copy_to_host(self, host: NDArray[np.uint8], address: int, stream: Any) -> None:
-        self._call(self._api.memcpy_dtoh_async, host, address, stream)
+        self._call(self._api.memcpy_dtoh_async, host, address, self._objects[stream])
 
     def copy_on_device(self, target: int, source: int, size_bytes: int, stream: Any) -> None:
-        self._call(self._api.memcpy_dtod_async, target, source, size_bytes, stream)
+        self._call(self._api.memcpy_dtod_async, target, source, size_bytes, self._objects[stream])
 
     def memory_info(self) -> tuple[int, int]:
         free, total = self._call(self._api.mem_get_info)

@@ -347,7 +347,7 @@ static void drain(CUstream stream, long until) {
         struct Operation *op = stream->first;
         stream->first = op->next;
         if (!stream->first) stream->last = NULL;
-        perform(op);
+        if (!sticky_code) perform(op);  /* a lost GPU does nothing more */
         stream->done++;
         free(op);
     }
