@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport, sha256_json
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
-from edgeseg.backends.tensorrt_device import Gpu, check_built_for, find_gpu, open_cuda, open_session
+from edgeseg.backends.cuda import open_cuda
+from edgeseg.backends.tensorrt_device import Gpu, check_built_for, find_gpu, open_session
 from edgeseg.backends.tensorrt_log import LogCapture, capture
 from edgeseg.backends.tensorrt_options import TensorRTOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt_progress import progress_monitor

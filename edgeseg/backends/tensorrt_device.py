@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from edgeseg.artifacts import Engine
 from edgeseg.backends.base import Session
-from edgeseg.errors import ArtifactError, MissingDependencyError
+from edgeseg.backends.cuda import Cuda, open_cuda
+from edgeseg.errors import ArtifactError
 from edgeseg.spec import PipelineSpec
 
 
@@ -24,16 +25,7 @@ class Gpu:
         return f"{self.compute_capability[0]}.{self.compute_capability[1]}"
 
 
-def open_cuda() -> Any:
-    """Open the CUDA layer, :func:`edgeseg.backends.cuda.open_cuda`. Raises ``MissingDependencyError``, ``DeviceError``."""
-    try:
-        layer = importlib.import_module("edgeseg.backends.cuda")
-    except ModuleNotFoundError as exc:
-        raise MissingDependencyError(str(exc.name), "tensorrt", "use the GPU") from exc
-    return layer.open_cuda()
-
-
-def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Any) -> Session:
+def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda) -> Session:
     """Wrap a deserialized engine, :class:`edgeseg.backends.tensorrt_session.TensorRTSession`; it closes ``cuda``."""
     module = importlib.import_module("edgeseg.backends.tensorrt_session")
     return cast("Session", module.TensorRTSession(trt, engine, spec, cuda))
@@ -41,11 +33,8 @@ def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Any) -> Sessio
 
 def find_gpu() -> Gpu:
     """The first GPU visible to this process. Raises ``MissingDependencyError``, ``DeviceError``."""
-    cuda = open_cuda()
-    try:
-        return Gpu(cuda.device.name, tuple(cuda.device.compute_capability))
-    finally:
-        cuda.close()
+    with open_cuda() as cuda:
+        return Gpu(cuda.device.name, cuda.device.compute_capability)
 
 
 def check_built_for(engine: Engine, package: str, version: str, gpu: Gpu) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeseg.backends.cuda import Cuda, open_cuda
 from edgeseg.backends.tensorrt_calibration import (
     CACHE_NAME,
     ImageFeed,
@@ -15,7 +16,6 @@ from edgeseg.backends.tensorrt_calibration import (
     image_calibrator,
     require_measured,
 )
-from edgeseg.backends.tensorrt_device import open_cuda
 from edgeseg.backends.tensorrt_graph import ParsedGraph
 from edgeseg.backends.tensorrt_options import TensorRTOptions
 from edgeseg.errors import BuildError, SpecError
@@ -36,7 +36,7 @@ class Ranges:
     calibrator: Any
     cache: bytes = b""
     feed: ImageFeed | None = None
-    cuda: Any = None
+    cuda: Cuda | None = None
 
     @classmethod
     def choose(cls, trt: Any, options: TensorRTOptions, parsed: ParsedGraph, folder: Path) -> Ranges:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
+from edgeseg.backends.cuda import open_cuda
 from edgeseg.backends.tensorrt import deserialize, refit
-from edgeseg.backends.tensorrt_device import Gpu, find_gpu, open_cuda, open_session
+from edgeseg.backends.tensorrt_device import Gpu, find_gpu, open_session
 from edgeseg.backends.tensorrt_log import LogCapture, capture
 from edgeseg.backends.tensorrt_options import RTX_SMS, RtxOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt_progress import progress_monitor
