@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
 
 if TYPE_CHECKING:
     from edgeseg.backends.device_arrays import DeviceTensor
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class BackendStatus:
         available: it can load and run engines here.
         version: of its package, ``None`` when not installed.
         detail: one line: the device it would use and what is fast on it, or why it is not available and what to do.
+        can_build: engines can be built here, though they may only run elsewhere.
     """
 
     available: bool
     version: str | None
     detail: str
+    can_build: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class BuiltEngine:
     """What :meth:`Backend.build` wrote.
 
     Attributes:
-        path: the engine file inside the folder given to ``build``.
+        path: the engine file inside the folder given to ``build``; ``None`` when it has to be built on the device.
         precision: what the built engine really executes.
         extra_files: further files the engine file needs beside it.
         options: settings chosen, for the manifest.
@@ -45,7 +50,7 @@ class BuiltEngine:
         device: what it was built for.
     """
 
-    path: Path
+    path: Path | None
     precision: PrecisionReport
     extra_files: tuple[Path, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
@@ -133,8 +138,17 @@ class Backend(Protocol):
         """Say whether this backend works here. Never raises."""
         ...
 
-    def build(self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any]) -> BuiltEngine:
-        """Write the engine file into ``folder``. Raises ``BuildError``, ``SpecError`` for unknown options."""
+    def build(
+        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+    ) -> BuiltEngine:
+        """Write the engine file into ``folder``. Raises ``BuildError``, ``SpecError`` for unknown options.
+
+        Args:
+            graph: the portable graph; the calibration table of an int8 one may be beside it.
+            folder: to write into.
+            options: settings of this backend.
+            progress: told how far the build is, by backends that know.
+        """
         ...
 
     def load(self, engine: Engine) -> Session:

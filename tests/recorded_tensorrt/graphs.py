@@ -20,9 +20,9 @@ def small_model(
     kind = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
     dtype = np.float16 if precision == "fp16" else np.float32
     nodes = [
-        helper.make_node("Transpose", ["image"], ["nchw"], "preprocess/Transpose", perm=[0, 3, 1, 2]),
-        helper.make_node("Cast", ["nchw"], ["float"], "preprocess/Cast", to=kind),
-        helper.make_node("Mul", ["float", "scale"], ["x"], "preprocess/Mul"),
+        helper.make_node("Cast", ["image"], ["float"], "preprocess/Cast", to=kind),
+        helper.make_node("Transpose", ["float"], ["nchw"], "preprocess/Transpose", perm=[0, 3, 1, 2]),
+        helper.make_node("Mul", ["nchw", "scale"], ["x"], "preprocess/Mul"),
     ]
     weights = [numpy_helper.from_array(np.asarray(1 / 255, dtype), "scale")]
     value = "x"
