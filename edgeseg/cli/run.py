@@ -18,6 +18,7 @@ from edgeseg.cli.parameters import ANY_PATH
 @click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Opacity of the overlay.")
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after so many images or frames.")
 @click.option("--force", is_flag=True, help="Replace files that exist in --output.")
+@click.option("--recompile", is_flag=True, help="Build the engine again if it was built for another device or version.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     folder: Path,
@@ -27,13 +28,14 @@ def command(
     alpha: float,
     limit: int | None,
     force: bool,
+    recompile: bool,
     as_json: bool,
 ) -> None:
     """Segment images, folders, globs, video files or a camera (its index) with ENGINE_DIR."""
     from edgeseg.runtime.run import run_inputs
     from edgeseg.runtime.segmenter import load
 
-    with load(folder) as segmenter:
+    with load(folder, recompile=recompile) as segmenter:
         summary = run_inputs(segmenter, inputs, output, overlay=overlay, alpha=alpha, limit=limit, overwrite=force)
     if as_json:
         from edgeseg.cli.output import print_json
