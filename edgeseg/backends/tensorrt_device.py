@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from edgeseg.artifacts import Engine
 from edgeseg.backends.base import Session
@@ -27,8 +26,9 @@ class Gpu:
 
 def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda) -> Session:
     """Wrap a deserialized engine, :class:`edgeseg.backends.tensorrt_session.TensorRTSession`; it closes ``cuda``."""
-    module = importlib.import_module("edgeseg.backends.tensorrt_session")
-    return cast("Session", module.TensorRTSession(trt, engine, spec, cuda))
+    from edgeseg.backends.tensorrt_session import TensorRTSession
+
+    return TensorRTSession(trt, engine, spec, cuda)
 
 
 def find_gpu() -> Gpu:
