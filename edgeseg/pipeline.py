@@ -33,6 +33,7 @@ from edgeseg.backends.portable import (
     DEVICE_TARGETS,
     MEASURED_ON_GRAPH,
     awaits_calibration,
+    check_options,
     open_graph,
 )
 from edgeseg.cache import cached_folder, package_versions, source_sha256
@@ -60,6 +61,7 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         # A backend that is not installed should say so before minutes of work, not after.
         if target not in DEVICE_TARGETS:
             require_builder(target)
+        check_options(target, request.backend_options)
 
     loaded = load_stage(request, model, reporter)
     spec = pipeline_spec(request, loaded)

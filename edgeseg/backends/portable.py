@@ -11,13 +11,22 @@ from typing import Any
 
 from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import Backend, BuiltEngine, Session
-from edgeseg.backends.tensorrt_options import TensorRTOptions, parse_options
+from edgeseg.backends.tensorrt_options import RtxOptions, TensorRTOptions, parse_options
 from edgeseg.spec import Precision
 
 DEVICE_TARGETS = ("tensorrt",)
 """Targets whose engines are built on the device; elsewhere a build for them stops at the portable graph."""
 
 MEASURED_ON_GRAPH = "accuracy of the portable graph in ONNX Runtime; latency not measured"
+
+
+_OPTIONS: Mapping[str, type[TensorRTOptions | RtxOptions]] = {"tensorrt": TensorRTOptions, "tensorrt-rtx": RtxOptions}
+
+
+def check_options(target: str, options: Mapping[str, Any]) -> None:
+    """Raise ``SpecError`` for build options a TensorRT target does not take, before minutes of work."""
+    if target in _OPTIONS:
+        parse_options(_OPTIONS[target], target, options)
 
 
 def builds_here(backend: Backend) -> bool:
@@ -40,7 +49,7 @@ def portable_engine(graph: OnnxGraph, target: str, precision: Precision, options
     """
     from edgeseg.backends.typed_graph import typed_precision
 
-    parse_options(TensorRTOptions, target, options)
+    check_options(target, options)
     report = typed_precision(graph.path, precision, graph.spec.input)
     return BuiltEngine(None, report, options=dict(options))
 

@@ -139,8 +139,8 @@ class TensorRTBackend:
             ArtifactError: built with another TensorRT or for another GPU, or the plan is damaged.
             MissingDependencyError, DeviceError: no TensorRT, no CUDA layer, no GPU.
         """
-        trt = self.import_module()
         path = engine.engine_path
+        trt = self.import_module()
         cuda = open_cuda()
         try:
             check_built_for(engine, self.name, str(trt.__version__), self.gpu())

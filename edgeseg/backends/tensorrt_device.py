@@ -26,7 +26,7 @@ class Gpu:
         return f"{self.compute_capability[0]}.{self.compute_capability[1]}"
 
 
-def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Any, options: Mapping[str, Any]) -> Session:
+def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda, options: Mapping[str, Any]) -> Session:
     """Wrap a deserialized engine in a session, which closes ``cuda``. Of ``options``, the manifest's, it takes its own."""
     from edgeseg.backends.tensorrt_session import SessionOptions, TensorRTSession
 

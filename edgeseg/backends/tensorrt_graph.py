@@ -84,12 +84,14 @@ class ParsedGraph:
         return precision_report(self.requested, self.dtypes, self.macs).mac_share
 
     def for_parser(self, *, explicit_batch: bool) -> bytes:
-        """The file's bytes; for TensorRT 8 (``explicit_batch``) with casts it can do.
+        """The file's bytes; with masks and casts changed where TensorRT cannot do them.
 
+        No version has 16-bit integers: masks of more than 256 classes leave the engine as int32.
         TensorRT 8 converts to uint8 from floats only ("kUINT8 conversions are only supported for {kFLOAT, kHALF}"), and
         ArgMax gives integers. A float32 holds every class number.
         """
-        if not explicit_batch:
+        wide = [v.name for v in self.model.graph.output if v.type.tensor_type.elem_type == TensorProto.UINT16]
+        if not explicit_batch and not wide:
             return self.path.read_bytes()
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
@@ -97,13 +99,18 @@ class ParsedGraph:
         del model.graph.node[:]
         for node in nodes:
             to = next((a.i for a in node.attribute if a.name == "to"), None) if node.op_type == "Cast" else None
-            if to == TensorProto.UINT8 and self._makes_integers(node.input[0]):
+            if node.op_type == "Cast" and node.output[0] in wide:
+                next(a for a in node.attribute if a.name == "to").i = TensorProto.INT32
+            elif explicit_batch and to == TensorProto.UINT8 and self._makes_integers(node.input[0]):
                 between = f"{node.name}/float"
                 model.graph.node.append(
                     helper.make_node("Cast", [node.input[0]], [between], between, to=TensorProto.FLOAT)
                 )
                 node.input[0] = between
             model.graph.node.append(node)
+        for value in model.graph.output:
+            if value.name in wide:
+                value.type.tensor_type.elem_type = TensorProto.INT32
         return bytes(model.SerializeToString())
 
     def _makes_integers(self, value: str) -> bool:

@@ -117,11 +117,11 @@ class TensorRTRtxBackend:
             ArtifactError: built with another version or for other compute capabilities, or the engine is damaged.
             MissingDependencyError, DeviceError: no TensorRT-RTX, no CUDA layer, no GPU.
         """
+        path = engine.engine_path
         trt = self.import_module()
         cuda = open_cuda()
         try:
             check_sm(engine, str(trt.__version__), self.gpu())
-            path = engine.engine_path
             with capture(trt) as (logger, log), cuda.active():
                 loaded = deserialize(trt, logger, log, path.read_bytes(), engine.manifest.options, path)
                 if engine.manifest.options.get("strip_weights"):

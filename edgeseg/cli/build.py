@@ -212,5 +212,12 @@ def _build_and_print(request: BuildRequest, as_json: bool) -> None:
             f"on the device: edgeseg compile {engine.folder} --target {target}"
         )
         return
+    from edgeseg.backends import get_backend
+
+    if not get_backend(engine.manifest.target).status().available:
+        click.echo(
+            f"engine: {engine.folder}, built here for {engine.manifest.target}; it runs where there is a GPU for it"
+        )
+        return
     example: Any = "IMAGE..."
     click.echo(f"engine: {engine.folder}\nrun it: edgeseg run {engine.folder} {example} --output out --overlay")
