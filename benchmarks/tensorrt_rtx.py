@@ -21,7 +21,7 @@ from edgeseg.artifacts import OnnxGraph
 from edgeseg.backends.tensorrt_graph import ParsedGraph
 from edgeseg.backends.tensorrt_log import capture
 from edgeseg.backends.tensorrt_options import RtxOptions
-from edgeseg.backends.tensorrt_rtx import configure, import_tensorrt_rtx, network_precision, parse_network
+from edgeseg.backends.tensorrt_rtx import configure, import_tensorrt_rtx, network_precision, parse_network, refusal
 from edgeseg.convert.export import export_onnx
 from edgeseg.convert.load import load_model
 from edgeseg.demo import sample_folder
@@ -127,7 +127,7 @@ def precision_rows(cell: dict[str, Any], graph: OnnxGraph) -> list[dict[str, Any
             plan = builder.build_serialized_network(network, config)
             seconds = time.perf_counter() - begin
             if plan is None:
-                rows.append({**failed(cell, graph.precision, sm, log.first_error()), "layers": network.num_layers})
+                rows.append({**failed(cell, graph.precision, sm, refusal(log, parsed)), "layers": network.num_layers})
                 continue
             rows.append(
                 {

@@ -219,9 +219,12 @@ def profile_shapes(spec: InputSpec, min_size: str | None, max_size: str | None) 
         return None
     least = most = best = (spec.height, spec.width)
     if spec.dynamic_size:
-        half = tuple(max(spec.stride, side // 2 // spec.stride * spec.stride) for side in best)
-        least = _bound("min_size", min_size, spec.min_size or (half[0], half[1]), spec)
-        most = _bound("max_size", max_size, spec.max_size or (2 * spec.height, 2 * spec.width), spec)
+        step = spec.stride
+        # The spec's bounds need not be multiples of the stride; an engine's shapes are.
+        small = tuple(-(-side // step) * step for side in spec.min_size or (spec.height // 2, spec.width // 2))
+        large = tuple(side // step * step for side in spec.max_size or (2 * spec.height, 2 * spec.width))
+        least = _bound("min_size", min_size, (small[0], small[1]), spec)
+        most = _bound("max_size", max_size, (large[0], large[1]), spec)
         if not all(a <= b <= c for a, b, c in zip(least, best, most, strict=True)):
             raise SpecError(
                 f"sizes {_x(least)} to {_x(most)} do not hold the engine's own {_x(best)}; widen min_size and max_size"

@@ -93,9 +93,8 @@ class TensorRTRtxBackend:
                 plan = builder.build_serialized_network(network, config)
             watch.raise_interrupt()
             if plan is None:
-                reason = log.first_error()
                 raise BuildError(
-                    f"TensorRT-RTX {trt.__version__} cannot build {graph.path.name}: {reason}{parsed.blame(reason)}"
+                    f"TensorRT-RTX {trt.__version__} cannot build {graph.path.name}: {refusal(log, parsed)}"
                 )
             path = folder / ENGINE_NAME
             with path.open("wb") as stream:
@@ -149,6 +148,14 @@ def parse_network(trt: Any, builder: Any, logger: Any, log: LogCapture, parsed: 
             reason = log.first_error()
         raise BuildError(f"TensorRT-RTX {trt.__version__} cannot parse {parsed.path.name}: {reason}")
     return network
+
+
+def refusal(log: LogCapture, parsed: ParsedGraph) -> str:
+    """Why a build failed, at which node, and what to do where that is known."""
+    reason = log.first_error()
+    # Measured with 1.7: SM 75 gets no fp32 matrix products, which attention and pooled pyramids need; fp16 ones it has.
+    turing = "; leave 75 out of --sm, or build with --precision fp16" if "Turing" in reason else ""
+    return f"{reason}{parsed.blame(reason)}{turing}"
 
 
 def configure(trt: Any, builder: Any, config: Any, options: RtxOptions, parsed: ParsedGraph) -> None:

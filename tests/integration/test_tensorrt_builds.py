@@ -23,7 +23,9 @@ from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(get_backend("tensorrt").status().available, reason="there is a GPU here: engines would be built for it"),
+    pytest.mark.skipif(
+        get_backend("tensorrt").status().available, reason="there is a GPU here: engines would be built for it"
+    ),
 ]
 
 
