@@ -37,7 +37,11 @@ def prepare(work: Workload, folder: Path) -> Contender:
         request.infer({0: image[None]}, share_inputs=True)
         return request.get_output_tensor(0).data[0].copy()
 
-    settings = {"preset": "performance (the default)", "subset_size": len(work.calibration), "pre- and post-processing": "in the model"}
+    settings = {
+        "preset": "performance (the default)",
+        "subset_size": len(work.calibration),
+        "pre- and post-processing": "in the model",
+    }
     return Contender(call, path.with_suffix(".bin").stat().st_size, {**settings, **config})
 
 
