@@ -10,7 +10,7 @@ the target's compiler fuses the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -26,9 +26,6 @@ _MOVES = frozenset(
 )  # fmt: skip
 _CLAMPS = frozenset({"Relu", "Clip"})
 _INTEGER = _FUSED | _MOVES | _CLAMPS | {"Concat"}
-
-FLOAT_HEAD_SHARE = 0.05
-"""The last convolution stays float, logits and all, while it has at most this share of the multiply-accumulates."""
 
 SHARED_SCALE_RATIO = 3.0
 """Concat inputs share one scale while none gives up more than this factor of its resolution."""
@@ -125,24 +122,6 @@ def tail(graph: ir.Graph) -> set[ir.Node]:
     return set(graph) - followed
 
 
-def _float_heads(nodes: Sequence[ir.Node], last: set[ir.Node]) -> set[ir.Node]:
-    """Convolutions that make logits, while they are cheap: 8-bit logits tie, and move class boundaries."""
-    macs = {node: _macs_per_image(node) for node in nodes if is_weighted(node)}
-    heads = [node for node in macs if node in last and node.op_type == "Conv"]
-    known = all(macs[node] for node in heads)
-    share = sum(macs[node] for node in heads) / max(sum(macs.values()), 1)
-    return set(heads) if known and share <= FLOAT_HEAD_SHARE else set()
-
-
-def _macs_per_image(node: ir.Node) -> int:
-    """Multiply-accumulates, 0 when the shape is not known."""
-    weight, shape = constant_array(node.inputs[1]), node.outputs[0].shape
-    dims = [] if shape is None else [d for d in list(shape)[1:] if isinstance(d, int)]
-    if weight is None or shape is None or len(dims) != len(shape) - 1:
-        return 0
-    return int(weight.size) * math.prod(dims[1:] if node.op_type == "Conv" else dims[:-1])
-
-
 class _OperatorPlacement:
     """The ``operators`` policy: one backward pass over who wants integers, one forward pass over who has them."""
 
@@ -152,7 +131,6 @@ class _OperatorPlacement:
         self._wanted: set[ir.Value] = set()
         self._demanded: set[ir.Value] = set()
         self._tail = tail(graph)
-        self._float_heads = _float_heads(self._nodes, self._tail)
         self._natural: set[ir.Value] = set()
         self._clamped: dict[ir.Value, Range] = {}
         self._result = Placement()
@@ -201,8 +179,6 @@ class _OperatorPlacement:
 
     def _weighted(self, node: ir.Node) -> Role | None:
         if node.inputs[0] is None or node.inputs[0].name not in self._ranges:
-            return None
-        if node in self._float_heads:
             return None
         output = node.outputs[0]
         # A convolution has no integer kernel with a float result; a matrix product has, so its result stays float

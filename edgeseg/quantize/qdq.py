@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from edgeseg.artifacts import OnnxGraph, sha256_file
 from edgeseg.errors import QuantizationError
-from edgeseg.onnx_file import read_onnx
+from edgeseg.onnx_file import read_onnx, write_onnx
 from edgeseg.quantize.insertion import insert_pairs
 from edgeseg.quantize.lint import lint
 from edgeseg.quantize.observed import Observed
@@ -49,7 +48,7 @@ def write_qdq(graph: OnnxGraph, table: CalibrationTable, scheme: QuantScheme, pa
             f"the quantized graph breaks {len(problems)} rules of scheme {scheme.name}: {'; '.join(problems[:3])}; "
             "please report the model"
         )
-    onnx.save_model(proto, str(path))
+    write_onnx(proto, path)
     return replace(graph, path=path, sha256=sha256_file(path), precision="int8", scheme=scheme.name)
 
 
