@@ -6,12 +6,14 @@ Time: ``calibrate`` (loading, decoding, statistics, range choice) and a plain lo
 activation of the graph fetched and dropped, in turns on the same images; wall-clock and CPU seconds of each round,
 and the median of their ratios. Memory: peak resident size of a process that calibrates on 10, 100 and 500 image
 files. Accuracy: mIoU and agreement with fp32 of the Q/DQ graph that each method's table leads to, in ONNX Runtime,
-on all validation images.
+on all validation images; with the default method also without bias correction.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import resource
 import statistics
@@ -34,8 +36,9 @@ from rich.console import Console
 
 from benchmarks.record import RESULTS, Record, this_machine, versions
 from edgeseg.artifacts import OnnxGraph
-from edgeseg.quantize.calibration import CalibrationSet, calibrate
+from edgeseg.quantize.calibration import DEFAULT_METHOD, CalibrationSet, calibrate
 from edgeseg.quantize.ranges import METHODS
+from edgeseg.quantize.table import CalibrationTable
 
 MEMORY_COUNTS = (10, 100, 500)
 MEMORY_METHOD = "entropy"
@@ -137,7 +140,7 @@ def memory_of(count: int, graph: OnnxGraph, images: tuple[NDArray[np.uint8], ...
     for number, image in zip(range(count), variants(images), strict=False):
         Image.fromarray(image).save(pictures / f"{number}.png", compress_level=1)
     order = folder / "memory.json"
-    order.write_bytes(msgspec.json.encode({"graph": graph, "images": str(pictures)}))
+    order.write_bytes(msgspec.json.encode({"graph": graph, "images": str(pictures)}, enc_hook=str))
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.calibration", CHILD, str(order)], check=True, capture_output=True, text=True
     )
@@ -177,15 +180,23 @@ def accuracy(
     samples = CalibrationSet.open(work.calibration)
     for method in methods:
         table = calibrate(graph, samples, method=method)
-        for scheme in schemes:
-            masks = masks_of(write_qdq(graph, table, SCHEMES[scheme], folder / "int8.onnx"), work.images)
+        for scheme, corrected in itertools.product(schemes, (True, False) if method == DEFAULT_METHOD else (True,)):
+            used = table if corrected else without_channel_means(table)
+            masks = masks_of(write_qdq(graph, used, SCHEMES[scheme], folder / "int8.onnx"), work.images)
             yield {
                 "measured": "accuracy",
                 "method": method,
                 "scheme": scheme,
+                "bias_correction": corrected,
                 "miou": miou(masks, work),
                 "agreement": statistics.mean(float((a == b).mean()) for a, b in zip(masks, reference, strict=True)),
             }
+
+
+def without_channel_means(table: CalibrationTable) -> CalibrationTable:
+    """The same ranges without what bias correction works from."""
+    ranges = {name: dataclasses.replace(found, channel_mean=None) for name, found in table.ranges.items()}
+    return dataclasses.replace(table, ranges=ranges)
 
 
 def masks_of(graph: OnnxGraph, images: tuple[NDArray[np.uint8], ...]) -> list[NDArray[np.integer[Any]]]:
