@@ -308,8 +308,9 @@ def check_file(folder: Path, ref: FileRef) -> None:
 def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
     """Yield an empty scratch folder beside ``target`` that becomes ``target`` when the block succeeds.
 
-    On any exception, Ctrl-C included, the scratch folder is removed, and so are the folders made to hold it. What a killed process left behind is removed by
-    the next build of the same folder. A lock keeps two builds of one folder apart.
+    On any exception, Ctrl-C included, the scratch folder is removed, and so are the folders made to hold it. What a
+    killed process left behind is removed by the next build of the same folder. A lock keeps two builds of one folder
+    apart.
 
     Raises:
         ArtifactError: ``target`` exists and ``force`` is false; another build holds it; the disk is full or read-only.
