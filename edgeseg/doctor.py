@@ -31,6 +31,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     ),
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx-cu12",),
     "video": ("opencv-python-headless",),
 }
 """Packages that matter, by the extra of edgeseg that brings them."""

@@ -12,6 +12,7 @@ EdgesegError                                        exit 1
  ├─ ExportError                                     PyTorch -> ONNX, simplification or a rewrite failed or changed the result
  ├─ QuantizationError                               calibration or Q/DQ insertion failed, or the written graph breaks its scheme
  ├─ BuildError                                      a backend could not build or load its engine
+ ├─ DeviceError                                     the GPU or its driver refused: none there, out of memory, launch failed
  └─ GateError                                       exit 3: the engine works, a limit the user set is not met
 """
 
@@ -70,6 +71,19 @@ class QuantizationError(EdgesegError):
 
 class BuildError(EdgesegError):
     """A backend could not build or load its engine."""
+
+
+class DeviceError(EdgesegError):
+    """The GPU or its driver refused a call.
+
+    Args:
+        message: the line to show.
+        code: CUDA's name of the error (``CUDA_ERROR_OUT_OF_MEMORY``); ``None`` when no CUDA call was made.
+    """
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class GateError(EdgesegError):
