@@ -46,6 +46,10 @@ class _Graph:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
 
+    @property
+    def unread_constants(self) -> list[str]:
+        return sorted(name for name in self._tensors if name not in self.readers and name not in self.outputs)
+
     def constant(self, name: str) -> NDArray[Any] | None:
         tensor = self._tensors.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor)
@@ -210,6 +214,12 @@ def _integers_are_read_right(graph: _Graph, scheme: QuantScheme) -> Iterator[str
             yield f"{name} is quantized, and nothing reads it"
 
 
+def _constants_are_read(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    """A float weight left beside its integers travels to the device and is loaded for nothing."""
+    for name in graph.unread_constants:
+        yield f"constant {name} is not read"
+
+
 def _nothing_before_a_clamp(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
     """A pair between a layer and its Relu keeps them from being fused, and costs the negative half of the range."""
     for node in graph.each(*_CLAMPS):
@@ -248,6 +258,7 @@ RULES: tuple[Rule, ...] = (
     _pairs_agree,
     _transposed_convolutions_meet_no_zero_point,
     _integers_are_read_right,
+    _constants_are_read,
     _nothing_before_a_clamp,
     _concats_share_a_scale,
 )

@@ -15,6 +15,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from edgeseg.artifacts import OnnxGraph, sha256_file
 from edgeseg.errors import QuantizationError
 from edgeseg.onnx_file import read_onnx, write_onnx
+from edgeseg.quantize.editing import remove_unread_constants
 from edgeseg.quantize.insertion import insert_pairs
 from edgeseg.quantize.lint import lint
 from edgeseg.quantize.observed import Observed
@@ -70,3 +71,4 @@ def quantize_model(model: ir.Model, table: CalibrationTable, scheme: QuantScheme
             "inputs; calibrate this graph again"
         )
     insert_pairs(model.graph, observed, placement, scheme)
+    remove_unread_constants(model.graph)

@@ -174,6 +174,10 @@ def unread(model: onnx.ModelProto) -> None:
     insert_before(model, node(model, "Conv", "a"), [spare])
 
 
+def float_weight_left(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(floats(4, 3, 1, 1), "left"))
+
+
 def mixed_concat(model: onnx.ModelProto) -> None:
     node(model, "Concat", "c").input[1] = "x"
 
@@ -235,6 +239,7 @@ MUTATIONS: list[tuple[str, Mutation, str, str]] = [
     ),
     ("tensorrt", integers_in_float, "_integers_are_read_right", "reads integers of"),
     ("onnxruntime-vnni", unread, "_integers_are_read_right", "nothing reads it"),
+    ("tensorrt", float_weight_left, "_constants_are_read", "constant left is not read"),
     ("onnxruntime-vnni", mixed_concat, "_integers_are_read_right", "joins integers with float"),
     ("tensorrt", pair_before_relu, "_nothing_before_a_clamp", "belongs behind the Relu"),
     ("tensorrt", concat_scales, "_concats_share_a_scale", "do not share one scale"),
