@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tokenize
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +207,8 @@ def read_label_file(path: Path) -> NDArray[np.integer[Any]]:
     if path.suffix.lower() == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as exc:
+        # numpy parses the header of its oldest format with tokenize.
+        except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as exc:
             raise InputError(f"cannot read mask {path}: {exc}") from exc
         if array.dtype == bool:
             return np.asarray(array, dtype=np.uint8)
