@@ -32,6 +32,9 @@ from edgeseg.errors import ArtifactError, BuildError, EdgesegError, MissingDepen
 from edgeseg.spec import PipelineSpec, Precision
 
 if TYPE_CHECKING:
+    # Objects of the library are typed as those of 10, where old and new exist side by side; the module itself is not.
+    from tensorrt import Builder, IBuilderConfig, ICudaEngine, IOptimizationProfile, OnnxParser
+
     from edgeseg.backends.tensorrt_graph import ParsedGraph
 
 ENGINE_NAME = "engine.plan"
@@ -49,6 +52,9 @@ def import_tensorrt() -> Any:
         raise BuildError(
             f"tensorrt is installed but does not load: {exc}; install the CUDA libraries it names"
         ) from exc
+    if not hasattr(tensorrt, "Builder"):
+        # A folder of that name is an empty package to Python: type stubs, or what a removed wheel left behind.
+        raise MissingDependencyError("tensorrt", "tensorrt", "build and run TensorRT engines")
     return tensorrt
 
 
@@ -62,7 +68,7 @@ def has_weak_typing(trt: Any) -> bool:
     return hasattr(trt.BuilderFlag, "INT8")
 
 
-def device_memory_bytes(engine: Any) -> int:
+def device_memory_bytes(engine: ICudaEngine) -> int:
     """Scratch memory one execution context of an engine takes on the device."""
     name = "device_memory_size_v2" if hasattr(engine, "device_memory_size_v2") else "device_memory_size"
     return int(getattr(engine, name))
@@ -165,7 +171,7 @@ class TensorRTBackend:
     ) -> PrecisionReport:
         from edgeseg.backends.tensorrt_inspector import proven_precision, read_layers, require_delivered
 
-        engine = deserialize(trt, logger, log, plan, dataclasses.asdict(options), Path(ENGINE_NAME))
+        engine: ICudaEngine = deserialize(trt, logger, log, plan, dataclasses.asdict(options), Path(ENGINE_NAME))
         information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
         if options.profiling_verbosity != "detailed":
             # Only fp32 comes here (choose_typing refuses the others): there is nothing lower to prove.
@@ -252,9 +258,9 @@ class _Build:
     def run(self, folder: Path, progress: Progress | None) -> Any:
         """Return the plan as TensorRT's ``IHostMemory``."""
         trt, spec = self.trt, self.parsed.spec
-        builder = trt.Builder(self.logger)
+        builder: Builder = trt.Builder(self.logger)
         network = builder.create_network(self._network_flags())
-        parser = trt.OnnxParser(network, self.logger)
+        parser: OnnxParser = trt.OnnxParser(network, self.logger)
         if not parser.parse(self.parsed.for_parser(explicit_batch=not has_strong_typing(trt))):
             raise self._refused("cannot parse", self._parser_error(parser))
         config = builder.create_builder_config()
@@ -279,7 +285,7 @@ class _Build:
             return 1 << int(kinds.EXPLICIT_BATCH)
         return 1 << int(kinds.STRONGLY_TYPED) if self.strong else 0
 
-    def _set_precision(self, config: Any) -> None:
+    def _set_precision(self, config: IBuilderConfig) -> None:
         flags = self.trt.BuilderFlag
         if not self.options.tf32:
             config.clear_flag(flags.TF32)
@@ -292,7 +298,7 @@ class _Build:
         if self.requested == "int8":
             config.set_flag(flags.INT8)
 
-    def _set_limits(self, config: Any, builder: Any) -> None:
+    def _set_limits(self, config: IBuilderConfig, builder: Builder) -> None:
         trt, options = self.trt, self.options
         config.profiling_verbosity = getattr(trt.ProfilingVerbosity, options.profiling_verbosity.upper())
         if options.workspace_mb is not None:
@@ -330,7 +336,7 @@ class _Build:
             raise SpecError(f"TensorRT {self.trt.__version__} has no {enumeration} {name} (it has {allowed})")
         return getattr(kind, name)
 
-    def _add_profile(self, builder: Any, config: Any, spec: PipelineSpec) -> Any:
+    def _add_profile(self, builder: Builder, config: IBuilderConfig, spec: PipelineSpec) -> IOptimizationProfile | None:
         shapes = profile_shapes(spec.input, self.options.min_size, self.options.max_size)
         if shapes is None:
             return None
@@ -339,7 +345,9 @@ class _Build:
         config.add_optimization_profile(profile)
         return profile
 
-    def _set_calibrator(self, config: Any, profile: Any, folder: Path) -> Callable[[], None]:
+    def _set_calibrator(
+        self, config: IBuilderConfig, profile: IOptimizationProfile | None, folder: Path
+    ) -> Callable[[], None]:
         """Give the config its int8 ranges; what is returned checks, after the build, that they were used."""
         if not self.options.implicit_calibration:
             return lambda: None
@@ -356,7 +364,7 @@ class _Build:
 
         return after
 
-    def _load_timing_cache(self, config: Any) -> Path | None:
+    def _load_timing_cache(self, config: IBuilderConfig) -> Path | None:
         if self.options.timing_cache is False:
             config.set_flag(self.trt.BuilderFlag.DISABLE_TIMING_CACHE)
             return None
@@ -368,7 +376,7 @@ class _Build:
             config.set_timing_cache(config.create_timing_cache(b""), False)
         return path
 
-    def _parser_error(self, parser: Any) -> str:
+    def _parser_error(self, parser: OnnxParser) -> str:
         if not parser.num_errors:
             return self.log.first_error()
         error = parser.get_error(0)
