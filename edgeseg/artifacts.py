@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import filelock
 import msgspec
 
-from edgeseg.errors import ArtifactError
+from edgeseg.errors import ArtifactError, StaleEngineError
 from edgeseg.spec import PipelineSpec, Precision
 
 SCHEMA_VERSION = 1
@@ -188,7 +188,7 @@ class Engine:
     @property
     def engine_path(self) -> Path:
         if self.manifest.engine is None:
-            raise ArtifactError(f"{self.folder} holds a portable graph only; run: edgeseg compile {self.folder}")
+            raise StaleEngineError(f"{self.folder} holds a portable graph only; run: edgeseg compile {self.folder}")
         return self.folder / self.manifest.engine.name
 
     @property

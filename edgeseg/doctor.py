@@ -32,6 +32,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt",),
+    "jetson": ("cuda-bindings",),
+    "pycuda": ("pycuda",),
     "tensorrt-rtx": ("tensorrt-rtx-cu12",),
     "video": ("opencv-python-headless",),
 }

@@ -9,6 +9,7 @@ EdgesegError                                        exit 1
  ├─ CheckpointError                                 weights that cannot be read, or do not fit the model
  ├─ MissingDependencyError (ImportError)            an extra that is not installed; names the pip line
  ├─ ArtifactError                                   an engine folder, graph, table or manifest that is damaged, stale or foreign
+ │   └─ StaleEngineError                            whole, but built for another device or version: compile it again
  ├─ ExportError                                     PyTorch -> ONNX, simplification or a rewrite failed or changed the result
  ├─ QuantizationError                               calibration or Q/DQ insertion failed, or the written graph breaks its scheme
  ├─ BuildError                                      a backend could not build or load its engine
@@ -59,6 +60,10 @@ class MissingDependencyError(EdgesegError, ImportError):
 
 class ArtifactError(EdgesegError):
     """An engine folder, graph, calibration table or manifest that is damaged, stale or foreign."""
+
+
+class StaleEngineError(ArtifactError):
+    """An engine that is whole, but was built for another device or version, or not built yet: compile it again."""
 
 
 class ExportError(EdgesegError):

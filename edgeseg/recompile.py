@@ -23,6 +23,39 @@ from edgeseg.backends import require_builder
 from edgeseg.errors import BuildError
 from edgeseg.progress import Reporter, SilentReporter, stage
 
+_MACHINE_INDEPENDENT: dict[str, tuple[str, ...]] = {
+    "onnxruntime": ("threads", "spinning"),
+    "openvino": ("threads",),
+    "tensorrt": (
+        "workspace_mb",
+        "allow_fp16",
+        "tf32",
+        "hardware_compatibility",
+        "version_compatible",
+        "optimization_level",
+        "aux_streams",
+        "min_size",
+        "max_size",
+        "contexts",
+        "cuda_graph",
+        "host_memory",
+    ),
+}
+"""Recorded options that are the user's wish and hold on another device too, by target."""
+
+
+def recompile(engine: Engine) -> Engine:
+    """Build a stale engine again, in its folder, for this machine and with the settings it was built with.
+
+    Raises:
+        ArtifactError, BuildError: see :func:`compile_folder`.
+    """
+    manifest = engine.manifest
+    kept = _MACHINE_INDEPENDENT.get(manifest.target, ())
+    return compile_folder(
+        engine.folder, options={name: manifest.options[name] for name in kept if name in manifest.options}
+    )
+
 
 def compile_folder(
     folder: Path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -113,7 +113,7 @@ class TimedSession(Protocol):
 class PipelinedSession(Protocol):
     """A session that copies one batch while it computes another."""
 
-    def run_many(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[Mapping[str, NDArray[Any]]]:
+    def run_many(self, batches: Iterable[NDArray[np.uint8]]) -> Generator[Mapping[str, NDArray[Any]], None, None]:
         """Run batch after batch; results in order, as :meth:`Session.run` returns them."""
         ...
 

@@ -154,7 +154,7 @@ class TensorRTBackend:
                 loaded = deserialize(trt, logger, log, path.read_bytes(), engine.manifest.options, path)
                 if engine.manifest.options.get("strip_weights"):
                     refit(trt, logger, log, loaded, engine.graph_path)
-            return open_session(trt, loaded, engine.manifest.spec, cuda)
+            return open_session(trt, loaded, engine.manifest.spec, cuda, engine.manifest.options)
         except BaseException:
             cuda.close()
             raise
@@ -343,6 +343,10 @@ class _Build:
         profile = builder.create_optimization_profile()
         profile.set_shape("image", *shapes)
         config.add_optimization_profile(profile)
+        preview = self.trt.PreviewFeature
+        if hasattr(preview, "PROFILE_SHARING_0806"):
+            # Several contexts on one profile; before 10 each would need a profile of its own.
+            config.set_preview_feature(preview.PROFILE_SHARING_0806, True)
         return profile
 
     def _set_calibrator(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from edgeseg.artifacts import Engine
 from edgeseg.backends.base import Session
-from edgeseg.backends.cuda import Cuda, open_cuda
-from edgeseg.errors import ArtifactError
+from edgeseg.backends.cuda import open_cuda
+from edgeseg.errors import StaleEngineError
 from edgeseg.spec import PipelineSpec
 
 
@@ -24,11 +26,13 @@ class Gpu:
         return f"{self.compute_capability[0]}.{self.compute_capability[1]}"
 
 
-def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda) -> Session:
-    """Wrap a deserialized engine, :class:`edgeseg.backends.tensorrt_session.TensorRTSession`; it closes ``cuda``."""
-    from edgeseg.backends.tensorrt_session import TensorRTSession
+def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda, options: Mapping[str, Any]) -> Session:
+    """Wrap a deserialized engine in a session, which closes ``cuda``. Of ``options``, the manifest's, it takes its own."""
+    from edgeseg.backends.tensorrt_session import SessionOptions, TensorRTSession
 
-    return TensorRTSession(trt, engine, spec, cuda)
+    names = [f.name for f in dataclasses.fields(SessionOptions)]
+    chosen = SessionOptions(**{name: options[name] for name in names if name in options})
+    return TensorRTSession(trt, engine, spec, cuda, chosen)
 
 
 def find_gpu() -> Gpu:
@@ -38,7 +42,7 @@ def find_gpu() -> Gpu:
 
 
 def check_built_for(engine: Engine, package: str, version: str, gpu: Gpu) -> None:
-    """Raise ``ArtifactError`` unless a plan can be deserialized here.
+    """Raise ``StaleEngineError`` unless a plan can be deserialized here.
 
     Args:
         engine: the folder; its manifest says what the plan was built with and for, and how portable it was made.
@@ -62,7 +66,7 @@ def check_built_for(engine: Engine, package: str, version: str, gpu: Gpu) -> Non
         "ampere_plus": gpu.compute_capability >= (8, 0),
     }.get(level, False)
     if not same_version or not same_device:
-        raise ArtifactError(
+        raise StaleEngineError(
             f"{engine.folder} was built with {package} {built_with} for {built_on} (compute capability {capability}), this "
             f"is {package} {version} on {gpu.name} ({gpu.capability_text}); run: edgeseg compile {engine.folder}"
         )

@@ -18,6 +18,7 @@ TYPINGS = ("auto", "strong", "weak")
 COMPATIBILITY_LEVELS = ("none", "ampere_plus", "same_compute_capability")
 VERBOSITIES = ("detailed", "layer_names_only", "none")
 CALIBRATORS = ("table", "entropy", "minmax")
+HOST_MEMORY_MODES = ("auto", "copy", "mapped")
 RTX_SMS = (75, 80, 86, 89, 120, 121)
 
 
@@ -46,6 +47,8 @@ class TensorRTOptions:
         calibrator: where the ranges come from: ``table``, edgeseg's own; ``entropy`` or ``minmax``: TensorRT measures.
         calibration_images: what ``entropy`` and ``minmax`` measure on.
         calibration_cache: a TensorRT calibration cache to use as it is.
+        contexts, cuda_graph, host_memory: how the engine runs once loaded; see
+            :class:`edgeseg.backends.tensorrt_session.SessionOptions`.
     """
 
     workspace_mb: int | None = None
@@ -68,12 +71,16 @@ class TensorRTOptions:
     calibrator: str = "table"
     calibration_images: str | None = None
     calibration_cache: str | None = None
+    contexts: int = 2
+    cuda_graph: bool = False
+    host_memory: str = "auto"
 
     def __post_init__(self) -> None:
         one_of("typing", self.typing, TYPINGS)
         one_of("hardware compatibility", self.hardware_compatibility, COMPATIBILITY_LEVELS)
         one_of("profiling verbosity", self.profiling_verbosity, VERBOSITIES)
         one_of("calibrator", self.calibrator, CALIBRATORS)
+        one_of("host memory", self.host_memory, HOST_MEMORY_MODES)
         if self.calibrator != "table" and self.calibration_images is None:
             raise SpecError(f"calibrator {self.calibrator} measures on images; give calibration_images=DIR too")
         explicit = [name for name in ("calibration_images", "calibration_cache") if getattr(self, name) is not None]
@@ -197,6 +204,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "calibrator": (_text, f"one of {', '.join(CALIBRATORS)}"),
     "calibration_images": (_text, "a folder, glob or list of images"),
     "calibration_cache": (_text, "a calibration cache file"),
+    "contexts": (_number(1, 64), "a number from 1 to 64"),
+    "cuda_graph": _FLAG,
+    "host_memory": (_text, f"one of {', '.join(HOST_MEMORY_MODES)}"),
     "sm": (_sms, "numbers such as 86,89"),
 }
 

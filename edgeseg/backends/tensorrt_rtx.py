@@ -125,7 +125,7 @@ class TensorRTRtxBackend:
                 loaded = deserialize(trt, logger, log, path.read_bytes(), engine.manifest.options, path)
                 if engine.manifest.options.get("strip_weights"):
                     refit(trt, logger, log, loaded, engine.graph_path)
-            return open_session(trt, loaded, engine.manifest.spec, cuda)
+            return open_session(trt, loaded, engine.manifest.spec, cuda, engine.manifest.options)
         except BaseException:
             cuda.close()
             raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -118,7 +118,7 @@ class TensorRTSession:
             lane.enqueue(images, timed=True)
             return self._converted(lane.finish()), lane.stage_times()
 
-    def run_many(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[dict[str, NDArray[Any]]]:
+    def run_many(self, batches: Iterable[NDArray[np.uint8]]) -> Generator[dict[str, NDArray[Any]], None, None]:
         """Run batch after batch, copying one while another is computed; results in order.
 
         Two batches are in flight where there are two contexts. One context stays free for other callers while the

@@ -33,6 +33,7 @@ from edgeseg.spec import FitPolicy
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after so many images or frames.")
 @click.option("--force", is_flag=True, help="Replace files that exist in --output.")
+@click.option("--recompile", is_flag=True, help="Build the engine again if it was built for another device or version.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     folder: Path,
@@ -45,13 +46,14 @@ def command(
     tile_overlap: float,
     limit: int | None,
     force: bool,
+    recompile: bool,
     as_json: bool,
 ) -> None:
     """Segment images, folders, globs, video files or a camera (its index) with ENGINE_DIR."""
     from edgeseg.runtime.run import run_inputs
     from edgeseg.runtime.segmenter import load
 
-    with load(folder, fit=fit, tile_overlap=tile_overlap) as segmenter:
+    with load(folder, fit=fit, tile_overlap=tile_overlap, recompile=recompile) as segmenter:
         summary = run_inputs(
             segmenter,
             inputs,

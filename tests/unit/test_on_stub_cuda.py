@@ -53,7 +53,7 @@ def test_on_the_stub_driver(environment: dict[str, str], package: str, suite: st
     )
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) >= 10, done.stdout
+    assert passed is not None and int(passed[1]) >= 4, done.stdout
 
 
 def test_without_a_driver_the_error_says_so() -> None:

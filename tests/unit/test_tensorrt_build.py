@@ -517,7 +517,7 @@ def load(
 ) -> tuple[Any, OpenedCuda]:
     cuda = OpenedCuda()
     monkeypatch.setattr(tensorrt_module, "open_cuda", lambda: cuda)
-    monkeypatch.setattr(tensorrt_module, "open_session", lambda trt, engine, spec, cuda: (trt, engine, spec, cuda))
+    monkeypatch.setattr(tensorrt_module, "open_session", lambda trt, engine, spec, cuda, _: (trt, engine, spec, cuda))
     try:
         return backend_of(recorder, gpu).load(engine), cuda
     except Exception:
