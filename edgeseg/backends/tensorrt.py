@@ -12,22 +12,20 @@ A plan runs on the GPU and TensorRT it was built with; the manifest says which, 
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport, sha256_json
+from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
 from edgeseg.backends.cuda import open_cuda
 from edgeseg.backends.tensorrt_device import Gpu, check_built_for, find_gpu, open_session
+from edgeseg.backends.tensorrt_kept import keep_log, store_file, timing_cache_path
 from edgeseg.backends.tensorrt_log import LogCapture, capture
 from edgeseg.backends.tensorrt_options import TensorRTOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt_progress import progress_monitor
-from edgeseg.cache import cache_folder
 from edgeseg.errors import ArtifactError, BuildError, EdgesegError, MissingDependencyError, SpecError
 from edgeseg.spec import PipelineSpec, Precision
 
@@ -122,7 +120,7 @@ class TensorRTBackend:
                 build = _Build(trt, logger, log, chosen, strong, parsed, requested, cleanup, gpu)
                 plan = build.run(folder, progress)
             except EdgesegError:
-                _keep_log(log, graph)
+                keep_log(log, graph)
                 raise
             path = folder / ENGINE_NAME
             with path.open("wb") as stream:
@@ -276,7 +274,7 @@ class _Build:
         if plan is None:
             raise self._refused("cannot build", self.log.first_error())
         if timing is not None:
-            _store(timing, bytes(config.get_timing_cache().serialize()))
+            store_file(timing, bytes(config.get_timing_cache().serialize()))
         return plan
 
     def _network_flags(self) -> int:
@@ -394,25 +392,3 @@ class _Build:
     def _refused(self, what: str, text: str) -> BuildError:
         where = "" if "at node" in text else self.parsed.blame(" ".join([text, *self.log.errors]))
         return BuildError(f"TensorRT {self.trt.__version__} {what} {self.parsed.path.name}: {text}{where}")
-
-
-def timing_cache_path(gpu: Gpu, version: str) -> Path:
-    """Where kernel times measured on this kind of GPU by this TensorRT are kept."""
-    key = sha256_json([gpu.name, gpu.capability_text, version])[:16]
-    return cache_folder() / "tensorrt-timing" / f"{key}.cache"
-
-
-def _store(path: Path, content: bytes) -> None:
-    """Write a file that other builds may read meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(content)
-    os.replace(temporary, path)
-
-
-def _keep_log(log: LogCapture, graph: OnnxGraph) -> None:
-    """The folder of a failed build vanishes; its log does not."""
-    folder = cache_folder() / "tensorrt-log"
-    folder.mkdir(parents=True, exist_ok=True)
-    log.write(folder / f"{graph.sha256[:16]}.log")

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgeseg.artifacts import Engine
 from edgeseg.backends.base import Session
-from edgeseg.backends.cuda import open_cuda
+from edgeseg.backends.cuda import Cuda, open_cuda
 from edgeseg.errors import StaleEngineError
 from edgeseg.spec import PipelineSpec
 

@@ -27,9 +27,10 @@ from edgeseg.artifacts import (
 from edgeseg.backends import tensorrt as tensorrt_module
 from edgeseg.backends import tensorrt_device, tensorrt_implicit
 from edgeseg.backends.base import BuiltEngine
-from edgeseg.backends.tensorrt import TensorRTBackend, device_memory_bytes, timing_cache_path
+from edgeseg.backends.tensorrt import TensorRTBackend, device_memory_bytes
 from edgeseg.backends.tensorrt_calibration import cache_text
 from edgeseg.backends.tensorrt_device import Gpu
+from edgeseg.backends.tensorrt_kept import timing_cache_path
 from edgeseg.backends.tensorrt_options import profile_shapes
 from edgeseg.errors import ArtifactError, BuildError, MissingDependencyError, SpecError
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
