@@ -99,10 +99,12 @@ class RtxOptions:
 
     Attributes:
         sm: compute capabilities the engine is for, times ten: 86 is SM 8.6. Several go into one engine file.
+        runtime_cache: keep kernels compiled when the engine is first loaded on a GPU for the next time.
         workspace_mb, tf32, strip_weights, refit, min_size, max_size: as in :class:`TensorRTOptions`.
     """
 
     sm: tuple[int, ...] = ()
+    runtime_cache: bool = True
     workspace_mb: int | None = None
     tf32: bool = True
     strip_weights: bool = False
@@ -207,6 +209,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "contexts": (_number(1, 64), "a number from 1 to 64"),
     "cuda_graph": _FLAG,
     "host_memory": (_text, f"one of {', '.join(HOST_MEMORY_MODES)}"),
+    "runtime_cache": _FLAG,
     "sm": (_sms, "numbers such as 86,89"),
 }
 
