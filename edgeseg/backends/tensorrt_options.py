@@ -40,6 +40,8 @@ class TensorRTOptions:
         tactic_sources: libraries kernels may come from, such as ``["JIT_CONVOLUTIONS"]``.
         dla_core: run on this DLA, with the GPU for what it cannot.
         profiling_verbosity: ``detailed`` is what the proof of precision reads.
+        prove_precision: fail when the inspector does not show the precision asked for; without it the share is recorded
+            only, for a TensorRT whose inspector names its layers in a way edgeseg does not know.
         strip_weights: leave the weights out of the engine; they are put back from the graph when it is loaded.
         refit: weights can be replaced in the built engine.
         min_size, max_size: ``HxW``, bounds of an engine of dynamic size; default half and double its size.
@@ -63,6 +65,7 @@ class TensorRTOptions:
     tactic_sources: tuple[str, ...] | None = None
     dla_core: int | None = None
     profiling_verbosity: str = "detailed"
+    prove_precision: bool = True
     strip_weights: bool = False
     refit: bool = False
     min_size: str | None = None
@@ -198,6 +201,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tactic_sources": (_words, "names separated by commas, such as JIT_CONVOLUTIONS"),
     "dla_core": (_number(0, 15), "the number of a DLA core, from 0"),
     "profiling_verbosity": (_text, f"one of {', '.join(VERBOSITIES)}"),
+    "prove_precision": _FLAG,
     "strip_weights": _FLAG,
     "refit": _FLAG,
     "min_size": _SIZE,

@@ -321,6 +321,18 @@ def test_another_precision_than_asked_for_is_an_error(tmp_path: Path, version: s
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_layers_that_cannot_be_matched_are_not_taken_for_proof(tmp_path: Path, version: str) -> None:
+    def nameless(inspector: Any, format: Any) -> str:
+        return json.dumps({"Layers": [{"Name": "__myl_Fused", "Inputs": [{"Format/Datatype": "Int8"}]}]})
+
+    behaviour = {"EngineInspector.get_engine_information": nameless}
+    with pytest.raises(BuildError, match="0.0% .* not found among the engine's layers.*prove_precision=false"):
+        build(tmp_path, Recorder(version, behaviour), "int8")
+    built = build(tmp_path, Recorder(version, behaviour), "int8", prove_precision=False)
+    assert built.precision.mac_share == {"unknown": 1.0}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_only_tensorrt_8_gets_a_float_between_argmax_and_uint8(tmp_path: Path, version: str) -> None:
     recorder = Recorder(version)
     build(tmp_path, recorder)
