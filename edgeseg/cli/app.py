@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "calibrate": ("edgeseg.cli.calibrate", "Make a calibration table by itself."),
     "compile": ("edgeseg.cli.compile", "Build this machine's engine from a folder's portable graph."),
     "run": ("edgeseg.cli.run", "Segment images, folders, videos or a camera."),
+    "report": ("edgeseg.cli.report", "Decide what to deploy; write HTML, Markdown and CSV."),
     "inspect": ("edgeseg.cli.inspect", "Show what an engine folder holds and check its hashes."),
     "doctor": ("edgeseg.cli.doctor", "Show what this machine has and what will be fast on it."),
 }
