@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,8 +55,12 @@ def write_reports(
     require: str | None,
     title: str,
     as_json: bool,
+    failed: Sequence[tuple[str, str]] = (),
 ) -> int:
-    """Decide, write the files asked for, print the result, and return the exit code: 3 when ``require`` is not met."""
+    """Decide, write the files asked for, print the result, and return the exit code: 3 when ``require`` is not met.
+
+    ``failed``: engines that gave no row, and why.
+    """
     from edgeseg.artifacts import write_text
     from edgeseg.decide.entries import merge
     from edgeseg.decide.requirement import Requirement
@@ -68,9 +73,9 @@ def write_reports(
     if html_path is not None:
         from edgeseg.report.html import html
 
-        write_text(html_path, html(report, verdicts, title=title))
+        write_text(html_path, html(report, verdicts, title=title, failed=failed))
     if markdown_path is not None:
-        write_text(markdown_path, plain.markdown(report, verdicts))
+        write_text(markdown_path, plain.markdown(report, verdicts, failed))
     if csv_path is not None:
         write_text(csv_path, plain.csv_text(report, verdicts))
     if as_json:

@@ -66,8 +66,14 @@ class DevicePage:
     details: tuple[EngineDetails, ...]
 
 
-def html(report: MergedReport, verdicts: Sequence[DeviceVerdict], *, title: str = "edgeseg report") -> str:
-    """The whole page.
+def html(
+    report: MergedReport,
+    verdicts: Sequence[DeviceVerdict],
+    *,
+    title: str = "edgeseg report",
+    failed: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The whole page. ``failed``: engines that gave no row, and why.
 
     Raises:
         MissingDependencyError: jinja2 is not installed.
@@ -77,6 +83,7 @@ def html(report: MergedReport, verdicts: Sequence[DeviceVerdict], *, title: str 
 
     return environment.get_template("report.html.j2").render(
         title=title,
+        failed=failed,
         version=edgeseg.__version__,
         pages=[_page(report, verdict, f"d{k}") for k, verdict in enumerate(verdicts)],
         runs=[(run, environment_lines(run)) for run in report.runs],

@@ -33,7 +33,7 @@ TERMINAL = ("median_ms", "p99_ms", "miou", "speedup", "miou_drop", "agreement", 
 SEPARATE_DEVICES = "Each device has a table of its own: speeds of different devices are not ranked against each other."
 
 
-def markdown(report: MergedReport, verdicts: Sequence[DeviceVerdict]) -> str:
+def markdown(report: MergedReport, verdicts: Sequence[DeviceVerdict], failed: Sequence[tuple[str, str]] = ()) -> str:
     """The report for a README, an issue or a merge request: verdict, table and remarks per device."""
     parts = ["# edgeseg report"]
     if len(verdicts) > 1:
@@ -62,6 +62,7 @@ def markdown(report: MergedReport, verdicts: Sequence[DeviceVerdict]) -> str:
         parts += _md_list("Not met", [f"{name}: {'; '.join(missed)}" for name, missed in failures(verdict)])
         parts += _md_list("Close to a limit", close_calls(verdict))
         parts += _md_list("Remarks", verdict.remarks)
+    parts += _md_list("Not built or not measured", [f"{name}: {reason}" for name, reason in failed])
     parts.append("## Runs")
     for run in report.runs:
         notes = [f"note: {note}" for note in run.report.notes]
