@@ -217,7 +217,23 @@ def sha256_json(value: object) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write a dataclass as indented JSON, atomically."""
-    data = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    _write_bytes(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically, making its folder if need be.
+
+    Raises:
+        ArtifactError: the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_bytes(path, text.encode())
+    except OSError as exc:
+        raise ArtifactError(f"cannot write {path}: {exc.strerror}; give another file") from exc
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as f:

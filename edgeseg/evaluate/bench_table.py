@@ -39,38 +39,42 @@ def _table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
     return table
 
 
 def _speed_table(report: BenchReport) -> Table:
-    table = _table("end to end", "median ms", "p90", "p99", "images/s", "J/image", "speed against baseline")
+    metered = any(row.power is not None for row in report.rows)
+    energy = ("J/image",) if metered else ()
+    table = _table("end to end, ms", "median", "p90", "p99", "images/s", *energy, "vs baseline")
     against = {c.row: c for c in report.comparisons}
     for row in report.rows:
         if row.latency is None:
             continue
         d = row.latency.end_to_end
         noisy = " *" if row.latency.flags else ""
+        joules = MISSING if row.power is None else f"{row.power.energy_per_image_j:.3f}"
         table.add_row(
             row.id + noisy,
             f"{d.median_ms:.2f}",
             f"{d.p90_ms:.2f}",
             f"{d.p99_ms:.2f}",
             f"{row.latency.images_per_s:.1f}",
-            MISSING if row.power is None else f"{row.power.energy_per_image_j:.3f}",
+            *((joules,) if metered else ()),
             ratio_words(against.get(row.id)),
         )
     return table
 
 
 def ratio_words(comparison: SpeedComparison | None) -> str:
-    """``6.50x (6.31-6.62)``, above 1 is faster; ``no difference (0.98-1.02)``; ``-`` without a comparison."""
+    """``6.50x (6.31-6.62)``, above 1 is faster; ``no difference``; ``-`` without a comparison."""
     if comparison is None:
         return MISSING
-    words = "no difference" if comparison.verdict == "no difference" else f"{comparison.ratio:.2f}x"
-    return f"{words} ({comparison.low:.2f}-{comparison.high:.2f})"
+    if comparison.verdict == "no difference":
+        return comparison.verdict
+    return f"{comparison.ratio:.2f}x ({comparison.low:.2f}-{comparison.high:.2f})"
 
 
 def _engine_table(rows: Sequence[Row]) -> Table:

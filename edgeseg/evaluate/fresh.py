@@ -20,6 +20,7 @@ import msgspec
 from edgeseg.errors import BuildError
 from edgeseg.evaluate.contenders import Contender, Opener
 from edgeseg.evaluate.latency import median
+from edgeseg.evaluate.power import import_nvml
 from edgeseg.evaluate.results import ColdStart, Memory
 
 RUNS = 5
@@ -160,11 +161,9 @@ def _reset_peak() -> bool:
 
 def gpu_bytes(process_id: int, nvml: Any = None) -> int | None:
     """Memory a process holds on NVIDIA GPUs, ``None`` where NVML is not there or does not tell."""
+    nvml = nvml or import_nvml()
     if nvml is None:
-        try:
-            import pynvml as nvml
-        except ImportError:
-            return None
+        return None
     try:
         nvml.nvmlInit()
     except nvml.NVMLError:

@@ -220,5 +220,7 @@ def _power_mode(root: Path) -> str | None:
     match = re.search(r"pmode:0*(\d+)", status or "")
     if match is None:
         return None
-    names = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", read_text(root / "etc" / "nvpmodel.conf") or "")
+    names: list[tuple[str, str]] = re.findall(
+        r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>", read_text(root / "etc" / "nvpmodel.conf") or ""
+    )
     return dict(names).get(match[1], f"mode {match[1]}")

@@ -231,7 +231,7 @@ def find_source(root: Path = ROOT, *, nvml: Any = None, tegrastats: str | None =
     command = tegrastats or shutil.which("tegrastats")
     if command is not None and (source := _answering(TegrastatsSource(command))) is not None:
         return source
-    module = nvml or _import_nvml()
+    module = nvml or import_nvml()
     if module is not None:
         try:
             if (source := _answering(NvmlSource(module))) is not None:
@@ -249,7 +249,8 @@ def _answering(source: PowerSource) -> PowerSource | None:
     return None
 
 
-def _import_nvml() -> Any:
+def import_nvml() -> Any:
+    """The nvidia-ml-py module, ``None`` when it is not installed."""
     try:
         import pynvml
     except ImportError:
@@ -259,7 +260,7 @@ def _import_nvml() -> Any:
 
 def nvml_gpus(nvml: Any = None) -> tuple[Gpu, ...]:
     """Discrete NVIDIA GPUs as NVML describes them; empty without NVML or a driver."""
-    module = nvml or _import_nvml()
+    module = nvml or import_nvml()
     if module is None:
         return ()
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from test_latency import Clock
 
 from edgeseg.backends.memory import MemorySession
 from edgeseg.evaluate.latency import LatencyProtocol, LatencySamples, measure, measure_interleaved
@@ -17,7 +18,6 @@ from edgeseg.evaluate.statistics import distribution, median_interval, noise_fla
 from edgeseg.evaluate.streams import measure_streams
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
-from tests.unit.test_latency import Clock
 
 SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(32, 32))
 QUIET = LatencyProtocol(warmup_ms=0, warmup_iterations=0, min_iterations=200, min_duration_ms=0)
