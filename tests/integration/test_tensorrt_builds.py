@@ -156,3 +156,13 @@ def test_implicit_calibration_leaves_the_fp32_graph_and_its_table(tmp_path: Path
     operators = {node.op_type for node in onnx.load(str(folder / "model.onnx")).graph.node}
     assert "QuantizeLinear" not in operators
     assert (folder / "calibration.json").is_file()
+
+
+def test_the_committed_table_is_that_of_the_raw_results() -> None:
+    benchmark = pytest.importorskip(
+        "benchmarks.tensorrt_rtx", reason="benchmarks/ is not part of the installed package"
+    )
+    from benchmarks.record import read_record
+
+    table = benchmark.OUTPUT.with_suffix(".md").read_text()
+    assert table == benchmark.markdown(read_record(benchmark.OUTPUT)) + "\n"
