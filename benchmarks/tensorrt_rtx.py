@@ -4,7 +4,7 @@ Twelve architectures, three precisions, three kinds of shape and four compute ca
 nothing about speed or accuracy. A cell that does not build is recorded with TensorRT-RTX's reason.
 
     python -m benchmarks.tensorrt_rtx                    # writes results/tensorrt-rtx.json after every architecture
-    python -m benchmarks.tensorrt_rtx --table            # prints results/tensorrt-rtx.json as Markdown
+    python -m benchmarks.tensorrt_rtx --table            # writes results/tensorrt-rtx.md from that
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgeseg.artifacts import OnnxGraph
 from edgeseg.backends.tensorrt_graph import ParsedGraph
 from edgeseg.backends.tensorrt_log import capture
 from edgeseg.backends.tensorrt_options import RtxOptions
-from edgeseg.backends.tensorrt_rtx import configure, import_tensorrt_rtx, network_precision, parse_network
+from edgeseg.backends.tensorrt_rtx import configure, import_tensorrt_rtx, network_precision, parse_network, refusal
 from edgeseg.convert.export import export_onnx
 from edgeseg.convert.load import load_model
 from edgeseg.demo import sample_folder
@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def main() -> None:
     options = arguments()
     if options.table:
-        print(markdown(read_record(options.output)))
+        options.output.with_suffix(".md").write_text(markdown(read_record(options.output)) + "\n")
         return
     rows: list[dict[str, Any]] = []
     machine = this_machine()
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--table", action="store_true", help="print the JSON as Markdown; measure nothing")
+    parser.add_argument("--table", action="store_true", help="write the JSON as Markdown beside it; measure nothing")
     return parser.parse_args()
 
 
@@ -127,7 +127,7 @@ def precision_rows(cell: dict[str, Any], graph: OnnxGraph) -> list[dict[str, Any
             plan = builder.build_serialized_network(network, config)
             seconds = time.perf_counter() - begin
             if plan is None:
-                rows.append({**failed(cell, graph.precision, sm, log.first_error()), "layers": network.num_layers})
+                rows.append({**failed(cell, graph.precision, sm, refusal(log, parsed)), "layers": network.num_layers})
                 continue
             rows.append(
                 {

@@ -217,7 +217,23 @@ def sha256_json(value: object) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write a dataclass as indented JSON, atomically."""
-    data = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    _write_bytes(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically, making its folder if need be.
+
+    Raises:
+        ArtifactError: the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_bytes(path, text.encode())
+    except OSError as exc:
+        raise ArtifactError(f"cannot write {path}: {exc.strerror}; give another file") from exc
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as f:
@@ -308,8 +324,9 @@ def check_file(folder: Path, ref: FileRef) -> None:
 def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
     """Yield an empty scratch folder beside ``target`` that becomes ``target`` when the block succeeds.
 
-    On any exception, Ctrl-C included, the scratch folder is removed. What a killed process left behind is removed by
-    the next build of the same folder. A lock keeps two builds of one folder apart.
+    On any exception, Ctrl-C included, the scratch folder is removed, and so are the folders made to hold it. What a
+    killed process left behind is removed by the next build of the same folder. A lock keeps two builds of one folder
+    apart.
 
     Raises:
         ArtifactError: ``target`` exists and ``force`` is false; another build holds it; the disk is full or read-only.
@@ -319,8 +336,13 @@ def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
         raise ArtifactError(f"{target} exists; give --force to replace it, or another --output")
     if target.exists() and not (target / MANIFEST_NAME).is_file() and any(target.iterdir()):
         raise ArtifactError(f"{target} is not an engine folder and is not empty; edgeseg will not replace it")
+    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as exc:
+            # What /proc and some network file systems answer.
+            raise ArtifactError(f"cannot make folder {target.parent}; give another --output") from exc
         lock = filelock.FileLock(target.parent / f".{target.name}.lock")
         try:
             lock.acquire(timeout=0)
@@ -339,6 +361,8 @@ def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
         finally:
             lock.release()
             Path(lock.lock_file).unlink(missing_ok=True)
+            if not target.exists():
+                _remove_empty(made)
     except OSError as exc:
         if exc.errno in {
             errno.ENOSPC,
@@ -353,6 +377,15 @@ def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
                 f"cannot write {target}: {os.strerror(exc.errno)}; free space or give another --output"
             ) from exc
         raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, innermost first, up to one that something else is in by now."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _replace_folder(scratch: Path, target: Path) -> None:

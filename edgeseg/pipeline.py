@@ -66,10 +66,16 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
     loaded = load_stage(request, model, reporter)
     spec = pipeline_spec(request, loaded)
     folder = request.folder or Path("engines") / default_name(request, loaded)
+    if request.precision == "fp32" and request.calibration is not None:
+        reporter.note("--calibration is not used: an fp32 engine has no ranges")
     with atomic_folder(folder, force=request.force) as scratch:
         samples, held_out = calibration_and_held_out(request, loaded)
         graph, conversion = export_stage(loaded, spec, reporter)
-        table = calibration_stage(request, graph, samples, reporter) if request.precision == "int8" else None
+        table = None if samples is None else calibration_stage(request, graph, samples, reporter)
+        if request.precision == "fp16" and table is None:
+            reporter.note(
+                "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
+            )
 
         candidates: list[Candidate] = []
         for target in targets:
@@ -240,6 +246,8 @@ def candidate_stage(
         said.append(f"{target}: {share:.1%} of MACs in {request.precision}")
     if candidate.built.path is not None or not awaits_calibration(candidate.built.precision, request.backend_options):
         require_precision(candidate, request.min_int8_share)
+    if request.precision == "fp16" and target not in DEVICE_TARGETS and share < 0.5:
+        reporter.note(f"{target} computes most of this FP16 graph in FP32 here: half the file, no more speed")
     return candidate
 
 

@@ -39,7 +39,11 @@ _MACHINE_INDEPENDENT: dict[str, tuple[str, ...]] = {
         "contexts",
         "cuda_graph",
         "host_memory",
+        "strip_weights",
+        "refit",
+        "implicit_calibration",
     ),
+    "tensorrt-rtx": ("runtime_cache", "workspace_mb", "tf32", "strip_weights", "refit", "min_size", "max_size"),
 }
 """Recorded options that are the user's wish and hold on another device too, by target."""
 

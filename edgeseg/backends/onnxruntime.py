@@ -20,7 +20,7 @@ from edgeseg.artifacts import Engine, OnnxGraph
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu import Cpu, this_cpu
 from edgeseg.backends.options import check_built_for, cpu_options
-from edgeseg.backends.precision import executed_precision, run_profiled
+from edgeseg.backends.precision import executed_precision, node_times, profiled_events, run_profiled
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 
 ENGINE_NAME = "engine.onnx"
@@ -82,10 +82,14 @@ class OnnxRuntimeBackend:
         """Load an engine folder built by :meth:`build` on a CPU with the same instruction set."""
         ort = _import_ort()
         check_built_for(engine, self.cpu, "onnxruntime", str(ort.__version__))
+        return OnnxRuntimeSession(_open(ort, engine.engine_path, self.load_settings(ort, engine), ArtifactError))
+
+    def load_settings(self, ort: Any, engine: Engine) -> Any:
+        """The session options ``engine`` is run with."""
         saved = {name: engine.manifest.options[name] for name in _OPTION_NAMES if name in engine.manifest.options}
         settings = _session_options(ort, cpu_options(self.name, saved, _OPTION_NAMES), self.cpu)
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return OnnxRuntimeSession(_open(ort, engine.engine_path, settings, ArtifactError))
+        return settings
 
 
 class OnnxRuntimeSession:
@@ -139,6 +143,14 @@ def open_unoptimized(path: Path) -> OnnxRuntimeSession:
     ort, cpu = _import_ort(), this_cpu()
     settings = _session_options(ort, cpu_options("onnxruntime", {}, _OPTION_NAMES), cpu)
     return OnnxRuntimeSession(_open(ort, path, settings, ArtifactError))
+
+
+def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
+    """(node name, milliseconds in one run, dtype) of each node, in the order they run, from ONNX Runtime's profiler."""
+    ort, found = _import_ort(), backend()
+    check_built_for(engine, found.cpu, "onnxruntime", str(ort.__version__))
+    settings = found.load_settings(ort, engine)
+    return node_times(profiled_events(ort, engine.engine_path, settings, engine.manifest.spec.input, runs), runs)
 
 
 def _import_ort() -> Any:

@@ -160,6 +160,37 @@ def backend() -> OpenVinoBackend:
     return OpenVinoBackend(this_cpu())
 
 
+def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
+    """(layer name, milliseconds in one run, dtype) of each executed layer, from OpenVINO's performance counters.
+
+    The portable graph is compiled again with counters on: an exported engine was made without them.
+
+    Raises:
+        BuildError: OpenVINO cannot compile or run it.
+    """
+    ov, found, manifest = _import_openvino(), backend(), engine.manifest
+    settings = found._settings(ov, manifest.options.get("threads", 0), manifest.precision.requested)
+    spec = manifest.spec.input
+    image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, np.uint8)
+    try:
+        model = ov.Core().read_model(str(engine.graph_path))
+        replace_argmax(ov, model)
+        request = ov.Core().compile_model(model, "CPU", {**settings, "PERF_COUNT": True}).create_infer_request()
+        request.infer([image], share_inputs=True)  # allocates; not counted
+        total: dict[str, float] = {}
+        dtypes: dict[str, str] = {}
+        for _ in range(runs):
+            request.infer([image], share_inputs=True)
+            for layer in request.profiling_info:
+                if "EXECUTED" in str(layer.status) and "NOT_RUN" not in str(layer.status):
+                    total[layer.node_name] = total.get(layer.node_name, 0.0) + layer.real_time.total_seconds() * 1000
+                    kernel_dtype = str(layer.exec_type).rpartition("_")[2].lower()
+                    dtypes[layer.node_name] = _DTYPES.get(kernel_dtype, kernel_dtype)
+    except Exception as exc:  # see OpenVinoBackend.build
+        raise BuildError(f"OpenVINO {_version(ov)} cannot profile {engine.graph_path}: {_one_line(exc)}") from exc
+    return [(name, ms / runs, dtypes[name]) for name, ms in total.items()]
+
+
 def _import_openvino() -> Any:
     try:
         import openvino

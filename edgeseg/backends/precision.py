@@ -31,6 +31,7 @@ DTYPE_NAMES = {
 }
 # Take float inputs, quantize them on the fly and multiply in integers.
 _QUANTIZING = frozenset({"DynamicQuantizeMatMul", "DynamicQuantizeLSTM"})
+_KERNEL = "_kernel_time"
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,31 @@ class ExecutedNode:
 
 
 def run_profiled(ort: Any, path: Path, settings: Any, spec: InputSpec) -> list[ExecutedNode]:
-    """Run the graph once on a grey image and return what was executed.
+    """Run the graph once on a grey image and return what was executed, in the order of the file's nodes.
+
+    Arguments and errors are those of :func:`profiled_events`.
+    """
+    nodes = {}
+    for event in profiled_events(ort, path, settings, spec, runs=1):
+        node = _executed(event["args"])
+        nodes[node.index] = node
+    return [nodes[index] for index in sorted(nodes)]
+
+
+def profiled_events(ort: Any, path: Path, settings: Any, spec: InputSpec, runs: int) -> list[dict[str, Any]]:
+    """Run the graph on a grey image with ONNX Runtime's profiler on.
+
+    The first run, which allocates, is not among the events unless it is the only one.
 
     Args:
         ort: the onnxruntime module.
         path: an optimized graph.
         settings: session options to run it with; its profiling fields are overwritten.
         spec: input size.
+        runs: how often to run it.
+
+    Returns:
+        the kernel events as the profiler wrote them, in the order they ran: ``name``, ``dur`` in microseconds, ``args``.
 
     Raises:
         BuildError: ONNX Runtime wrote no profile.
@@ -67,16 +86,26 @@ def run_profiled(ort: Any, path: Path, settings: Any, spec: InputSpec) -> list[E
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / "run")
         session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-        session.run(None, {session.get_inputs()[0].name: image})
+        name = session.get_inputs()[0].name
+        for _ in range(runs if runs == 1 else runs + 1):
+            session.run(None, {name: image})
         events = json.loads(Path(session.end_profiling()).read_text())
-    nodes = {}
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            node = _executed(event["args"])
-            nodes[node.index] = node
-    if not nodes:
+    kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith(_KERNEL)]
+    if not kernels:
         raise BuildError(f"ONNX Runtime {ort.__version__} profiled no node of {path}; report its version")
-    return [nodes[index] for index in sorted(nodes)]
+    kernels.sort(key=lambda event: event["ts"])
+    return kernels if runs == 1 else kernels[len(kernels) // (runs + 1) :]
+
+
+def node_times(events: list[dict[str, Any]], runs: int) -> list[tuple[str, float, str]]:
+    """(node name, milliseconds in one run, dtype) of events from :func:`profiled_events`, in the order they ran."""
+    total: dict[str, float] = {}
+    dtypes: dict[str, str] = {}
+    for event in events:
+        name = event["name"].removesuffix(_KERNEL)
+        total[name] = total.get(name, 0.0) + event["dur"] / 1000
+        dtypes[name] = _executed(event["args"]).dtype
+    return [(name, ms / runs, dtypes[name]) for name, ms in total.items()]
 
 
 def executed_precision(path: Path, requested: Precision, executed: list[ExecutedNode], batch: int) -> PrecisionReport:

@@ -12,26 +12,27 @@ A plan runs on the GPU and TensorRT it was built with; the manifest says which, 
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport, sha256_json
+from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
 from edgeseg.backends.cuda import open_cuda
 from edgeseg.backends.tensorrt_device import Gpu, check_built_for, find_gpu, open_session
+from edgeseg.backends.tensorrt_kept import keep_log, store_file, timing_cache_path
 from edgeseg.backends.tensorrt_log import LogCapture, capture
 from edgeseg.backends.tensorrt_options import TensorRTOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt_progress import progress_monitor
-from edgeseg.cache import cache_folder
 from edgeseg.errors import ArtifactError, BuildError, EdgesegError, MissingDependencyError, SpecError
 from edgeseg.spec import PipelineSpec, Precision
 
 if TYPE_CHECKING:
+    # Objects of the library are typed as those of 10, where old and new exist side by side; the module itself is not.
+    from tensorrt import Builder, IBuilderConfig, ICudaEngine, IOptimizationProfile, OnnxParser
+
     from edgeseg.backends.tensorrt_graph import ParsedGraph
 
 ENGINE_NAME = "engine.plan"
@@ -49,6 +50,9 @@ def import_tensorrt() -> Any:
         raise BuildError(
             f"tensorrt is installed but does not load: {exc}; install the CUDA libraries it names"
         ) from exc
+    if not hasattr(tensorrt, "Builder"):
+        # A folder of that name is an empty package to Python: type stubs, or what a removed wheel left behind.
+        raise MissingDependencyError("tensorrt", "tensorrt", "build and run TensorRT engines")
     return tensorrt
 
 
@@ -62,7 +66,7 @@ def has_weak_typing(trt: Any) -> bool:
     return hasattr(trt.BuilderFlag, "INT8")
 
 
-def device_memory_bytes(engine: Any) -> int:
+def device_memory_bytes(engine: ICudaEngine) -> int:
     """Scratch memory one execution context of an engine takes on the device."""
     name = "device_memory_size_v2" if hasattr(engine, "device_memory_size_v2") else "device_memory_size"
     return int(getattr(engine, name))
@@ -116,7 +120,7 @@ class TensorRTBackend:
                 build = _Build(trt, logger, log, chosen, strong, parsed, requested, cleanup, gpu)
                 plan = build.run(folder, progress)
             except EdgesegError:
-                _keep_log(log, graph)
+                keep_log(log, graph)
                 raise
             path = folder / ENGINE_NAME
             with path.open("wb") as stream:
@@ -165,13 +169,14 @@ class TensorRTBackend:
     ) -> PrecisionReport:
         from edgeseg.backends.tensorrt_inspector import proven_precision, read_layers, require_delivered
 
-        engine = deserialize(trt, logger, log, plan, dataclasses.asdict(options), Path(ENGINE_NAME))
+        engine: ICudaEngine = deserialize(trt, logger, log, plan, dataclasses.asdict(options), Path(ENGINE_NAME))
         information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
         if options.profiling_verbosity != "detailed":
             # Only fp32 comes here (choose_typing refuses the others): there is nothing lower to prove.
             return PrecisionReport(requested, {}, {}, sum(parsed.macs.values()))
         report = proven_precision(read_layers(information), requested, parsed.macs, tuple(parsed.nodes))
-        require_delivered(report, parsed.expected_share(options.implicit_calibration), str(trt.__version__))
+        if options.prove_precision:
+            require_delivered(report, parsed.expected_share(options.implicit_calibration), str(trt.__version__))
         return report
 
 
@@ -252,9 +257,9 @@ class _Build:
     def run(self, folder: Path, progress: Progress | None) -> Any:
         """Return the plan as TensorRT's ``IHostMemory``."""
         trt, spec = self.trt, self.parsed.spec
-        builder = trt.Builder(self.logger)
+        builder: Builder = trt.Builder(self.logger)
         network = builder.create_network(self._network_flags())
-        parser = trt.OnnxParser(network, self.logger)
+        parser: OnnxParser = trt.OnnxParser(network, self.logger)
         if not parser.parse(self.parsed.for_parser(explicit_batch=not has_strong_typing(trt))):
             raise self._refused("cannot parse", self._parser_error(parser))
         config = builder.create_builder_config()
@@ -270,7 +275,7 @@ class _Build:
         if plan is None:
             raise self._refused("cannot build", self.log.first_error())
         if timing is not None:
-            _store(timing, bytes(config.get_timing_cache().serialize()))
+            store_file(timing, bytes(config.get_timing_cache().serialize()))
         return plan
 
     def _network_flags(self) -> int:
@@ -279,7 +284,7 @@ class _Build:
             return 1 << int(kinds.EXPLICIT_BATCH)
         return 1 << int(kinds.STRONGLY_TYPED) if self.strong else 0
 
-    def _set_precision(self, config: Any) -> None:
+    def _set_precision(self, config: IBuilderConfig) -> None:
         flags = self.trt.BuilderFlag
         if not self.options.tf32:
             config.clear_flag(flags.TF32)
@@ -292,7 +297,7 @@ class _Build:
         if self.requested == "int8":
             config.set_flag(flags.INT8)
 
-    def _set_limits(self, config: Any, builder: Any) -> None:
+    def _set_limits(self, config: IBuilderConfig, builder: Builder) -> None:
         trt, options = self.trt, self.options
         config.profiling_verbosity = getattr(trt.ProfilingVerbosity, options.profiling_verbosity.upper())
         if options.workspace_mb is not None:
@@ -330,7 +335,7 @@ class _Build:
             raise SpecError(f"TensorRT {self.trt.__version__} has no {enumeration} {name} (it has {allowed})")
         return getattr(kind, name)
 
-    def _add_profile(self, builder: Any, config: Any, spec: PipelineSpec) -> Any:
+    def _add_profile(self, builder: Builder, config: IBuilderConfig, spec: PipelineSpec) -> IOptimizationProfile | None:
         shapes = profile_shapes(spec.input, self.options.min_size, self.options.max_size)
         if shapes is None:
             return None
@@ -343,7 +348,9 @@ class _Build:
             config.set_preview_feature(preview.PROFILE_SHARING_0806, True)
         return profile
 
-    def _set_calibrator(self, config: Any, profile: Any, folder: Path) -> Callable[[], None]:
+    def _set_calibrator(
+        self, config: IBuilderConfig, profile: IOptimizationProfile | None, folder: Path
+    ) -> Callable[[], None]:
         """Give the config its int8 ranges; what is returned checks, after the build, that they were used."""
         if not self.options.implicit_calibration:
             return lambda: None
@@ -360,7 +367,7 @@ class _Build:
 
         return after
 
-    def _load_timing_cache(self, config: Any) -> Path | None:
+    def _load_timing_cache(self, config: IBuilderConfig) -> Path | None:
         if self.options.timing_cache is False:
             config.set_flag(self.trt.BuilderFlag.DISABLE_TIMING_CACHE)
             return None
@@ -372,7 +379,7 @@ class _Build:
             config.set_timing_cache(config.create_timing_cache(b""), False)
         return path
 
-    def _parser_error(self, parser: Any) -> str:
+    def _parser_error(self, parser: OnnxParser) -> str:
         if not parser.num_errors:
             return self.log.first_error()
         error = parser.get_error(0)
@@ -386,25 +393,3 @@ class _Build:
     def _refused(self, what: str, text: str) -> BuildError:
         where = "" if "at node" in text else self.parsed.blame(" ".join([text, *self.log.errors]))
         return BuildError(f"TensorRT {self.trt.__version__} {what} {self.parsed.path.name}: {text}{where}")
-
-
-def timing_cache_path(gpu: Gpu, version: str) -> Path:
-    """Where kernel times measured on this kind of GPU by this TensorRT are kept."""
-    key = sha256_json([gpu.name, gpu.capability_text, version])[:16]
-    return cache_folder() / "tensorrt-timing" / f"{key}.cache"
-
-
-def _store(path: Path, content: bytes) -> None:
-    """Write a file that other builds may read meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(content)
-    os.replace(temporary, path)
-
-
-def _keep_log(log: LogCapture, graph: OnnxGraph) -> None:
-    """The folder of a failed build vanishes; its log does not."""
-    folder = cache_folder() / "tensorrt-log"
-    folder.mkdir(parents=True, exist_ok=True)
-    log.write(folder / f"{graph.sha256[:16]}.log")

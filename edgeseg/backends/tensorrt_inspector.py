@@ -150,7 +150,11 @@ def require_delivered(report: PrecisionReport, expected: Mapping[str, float], ve
         return
     listed = "; ".join(f"{name} {why}" for name, why in list(report.float_layers.items())[:8])
     more = f"; and {len(report.float_layers) - 8} more" if len(report.float_layers) > 8 else ""
+    unknown = report.mac_share.get("unknown", 0.0)
+    hint = (
+        "; if the layers' names are new to edgeseg, prove_precision=false builds it unproven" if unknown > 0.1 else ""
+    )
     raise BuildError(
         f"{report.requested} was asked for, but TensorRT {version} runs {got:.1%} of the multiply-accumulates in it, the "
-        f"graph asks for {wanted:.1%}: {listed}{more}"
+        f"graph asks for {wanted:.1%}: {listed}{more}{hint}"
     )

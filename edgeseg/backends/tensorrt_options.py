@@ -40,6 +40,8 @@ class TensorRTOptions:
         tactic_sources: libraries kernels may come from, such as ``["JIT_CONVOLUTIONS"]``.
         dla_core: run on this DLA, with the GPU for what it cannot.
         profiling_verbosity: ``detailed`` is what the proof of precision reads.
+        prove_precision: fail when the inspector does not show the precision asked for; without it the share is recorded
+            only, for a TensorRT whose inspector names its layers in a way edgeseg does not know.
         strip_weights: leave the weights out of the engine; they are put back from the graph when it is loaded.
         refit: weights can be replaced in the built engine.
         min_size, max_size: ``HxW``, bounds of an engine of dynamic size; default half and double its size.
@@ -63,6 +65,7 @@ class TensorRTOptions:
     tactic_sources: tuple[str, ...] | None = None
     dla_core: int | None = None
     profiling_verbosity: str = "detailed"
+    prove_precision: bool = True
     strip_weights: bool = False
     refit: bool = False
     min_size: str | None = None
@@ -99,10 +102,12 @@ class RtxOptions:
 
     Attributes:
         sm: compute capabilities the engine is for, times ten: 86 is SM 8.6. Several go into one engine file.
+        runtime_cache: keep kernels compiled when the engine is first loaded on a GPU for the next time.
         workspace_mb, tf32, strip_weights, refit, min_size, max_size: as in :class:`TensorRTOptions`.
     """
 
     sm: tuple[int, ...] = ()
+    runtime_cache: bool = True
     workspace_mb: int | None = None
     tf32: bool = True
     strip_weights: bool = False
@@ -196,6 +201,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tactic_sources": (_words, "names separated by commas, such as JIT_CONVOLUTIONS"),
     "dla_core": (_number(0, 15), "the number of a DLA core, from 0"),
     "profiling_verbosity": (_text, f"one of {', '.join(VERBOSITIES)}"),
+    "prove_precision": _FLAG,
     "strip_weights": _FLAG,
     "refit": _FLAG,
     "min_size": _SIZE,
@@ -207,6 +213,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "contexts": (_number(1, 64), "a number from 1 to 64"),
     "cuda_graph": _FLAG,
     "host_memory": (_text, f"one of {', '.join(HOST_MEMORY_MODES)}"),
+    "runtime_cache": _FLAG,
     "sm": (_sms, "numbers such as 86,89"),
 }
 
@@ -229,9 +236,12 @@ def profile_shapes(spec: InputSpec, min_size: str | None, max_size: str | None) 
         return None
     least = most = best = (spec.height, spec.width)
     if spec.dynamic_size:
-        half = tuple(max(spec.stride, side // 2 // spec.stride * spec.stride) for side in best)
-        least = _bound("min_size", min_size, spec.min_size or (half[0], half[1]), spec)
-        most = _bound("max_size", max_size, spec.max_size or (2 * spec.height, 2 * spec.width), spec)
+        step = spec.stride
+        # The spec's bounds need not be multiples of the stride; an engine's shapes are.
+        small = tuple(-(-side // step) * step for side in spec.min_size or (spec.height // 2, spec.width // 2))
+        large = tuple(side // step * step for side in spec.max_size or (2 * spec.height, 2 * spec.width))
+        least = _bound("min_size", min_size, (small[0], small[1]), spec)
+        most = _bound("max_size", max_size, (large[0], large[1]), spec)
         if not all(a <= b <= c for a, b, c in zip(least, best, most, strict=True)):
             raise SpecError(
                 f"sizes {_x(least)} to {_x(most)} do not hold the engine's own {_x(best)}; widen min_size and max_size"

@@ -20,7 +20,8 @@ from edgeseg.backends.tensorrt_device import Gpu, find_gpu, open_session
 from edgeseg.backends.tensorrt_log import LogCapture, capture
 from edgeseg.backends.tensorrt_options import RTX_SMS, RtxOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt_progress import progress_monitor
-from edgeseg.errors import ArtifactError, BuildError, EdgesegError, MissingDependencyError
+from edgeseg.backends.tensorrt_rtx_cache import CachingEngine, runtime_cache_path
+from edgeseg.errors import BuildError, EdgesegError, MissingDependencyError, StaleEngineError
 
 if TYPE_CHECKING:
     from edgeseg.backends.tensorrt_graph import ParsedGraph
@@ -72,7 +73,9 @@ class TensorRTRtxBackend:
     def build(
         self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
     ) -> BuiltEngine:
-        """Build one engine for all compute capabilities of option ``sm``; without it for TensorRT-RTX's own default.
+        """Build one engine for all compute capabilities of option ``sm``.
+
+        Without it the engine is for this machine's GPU, and without one for those TensorRT-RTX builds for by default.
 
         Raises:
             SpecError: a wrong option.
@@ -81,6 +84,8 @@ class TensorRTRtxBackend:
         from edgeseg.backends.tensorrt_graph import ParsedGraph
 
         chosen = parse_options(RtxOptions, self.name, options)
+        if not chosen.sm:
+            chosen = dataclasses.replace(chosen, sm=self._own_sm())
         trt = self.import_module()
         parsed = ParsedGraph.read(graph, graph.precision)
         parsed.require_fits(implicit=False)
@@ -93,9 +98,8 @@ class TensorRTRtxBackend:
                 plan = builder.build_serialized_network(network, config)
             watch.raise_interrupt()
             if plan is None:
-                reason = log.first_error()
                 raise BuildError(
-                    f"TensorRT-RTX {trt.__version__} cannot build {graph.path.name}: {reason}{parsed.blame(reason)}"
+                    f"TensorRT-RTX {trt.__version__} cannot build {graph.path.name}: {refusal(log, parsed)}"
                 )
             path = folder / ENGINE_NAME
             with path.open("wb") as stream:
@@ -110,6 +114,13 @@ class TensorRTRtxBackend:
             device={"sm": ",".join(str(sm) for sm in chosen.sm) or "default"},
         )
 
+    def _own_sm(self) -> tuple[int, ...]:
+        try:
+            major, minor = self.gpu().compute_capability
+        except EdgesegError:
+            return ()
+        return (10 * major + minor,) if 10 * major + minor in RTX_SMS else ()
+
     def load(self, engine: Engine) -> Session:
         """Load an engine folder on a GPU whose compute capability it was built for.
 
@@ -121,12 +132,20 @@ class TensorRTRtxBackend:
         trt = self.import_module()
         cuda = open_cuda()
         try:
-            check_sm(engine, str(trt.__version__), self.gpu())
+            version, gpu = str(trt.__version__), self.gpu()
+            check_sm(engine, version, gpu)
+            manifest = engine.manifest
             with capture(trt) as (logger, log), cuda.active():
-                loaded = deserialize(trt, logger, log, path.read_bytes(), engine.manifest.options, path)
-                if engine.manifest.options.get("strip_weights"):
+                loaded = deserialize(trt, logger, log, path.read_bytes(), manifest.options, path)
+                if manifest.options.get("strip_weights"):
                     refit(trt, logger, log, loaded, engine.graph_path)
-            return open_session(trt, loaded, engine.manifest.spec, cuda, engine.manifest.options)
+                if not manifest.options.get("runtime_cache") or manifest.engine is None:
+                    return open_session(trt, loaded, manifest.spec, cuda, manifest.options)
+                caching = CachingEngine(loaded, runtime_cache_path(manifest.engine.sha256, gpu, version))
+                session = open_session(trt, caching, manifest.spec, cuda, manifest.options)
+                # The session made its first context, which is when kernels are compiled.
+                caching.store()
+                return session
         except BaseException:
             cuda.close()
             raise
@@ -149,6 +168,14 @@ def parse_network(trt: Any, builder: Any, logger: Any, log: LogCapture, parsed: 
             reason = log.first_error()
         raise BuildError(f"TensorRT-RTX {trt.__version__} cannot parse {parsed.path.name}: {reason}")
     return network
+
+
+def refusal(log: LogCapture, parsed: ParsedGraph) -> str:
+    """Why a build failed, at which node, and what to do where that is known."""
+    reason = log.first_error()
+    # Measured with 1.7: SM 75 gets no fp32 matrix products, which attention and pooled pyramids need; fp16 ones it has.
+    turing = "; leave 75 out of --sm, or build with --precision fp16" if "Turing" in reason else ""
+    return f"{reason}{parsed.blame(reason)}{turing}"
 
 
 def configure(trt: Any, builder: Any, config: Any, options: RtxOptions, parsed: ParsedGraph) -> None:
@@ -195,12 +222,12 @@ def network_precision(trt: Any, network: Any, parsed: ParsedGraph) -> PrecisionR
 
 
 def check_sm(engine: Engine, version: str, gpu: Gpu) -> None:
-    """Raise ``ArtifactError`` unless the engine was built with this version and for this GPU's compute capability."""
+    """Raise ``StaleEngineError`` unless the engine was built with this version and for this GPU's compute capability."""
     manifest = engine.manifest
     built_with, sms = manifest.versions.get("tensorrt-rtx", "?"), manifest.device.get("sm", "")
     here = f"{gpu.compute_capability[0]}{gpu.compute_capability[1]}"
     if built_with != version or (sms != "default" and here not in sms.split(",")):
-        raise ArtifactError(
+        raise StaleEngineError(
             f"{engine.folder} was built with TensorRT-RTX {built_with} for SM {sms}, this is {version} on {gpu.name} "
             f"(SM {here}); run: edgeseg compile {engine.folder} --sm {here}"
         )

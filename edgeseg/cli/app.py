@@ -22,6 +22,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "calibrate": ("edgeseg.cli.calibrate", "Make a calibration table by itself."),
     "compile": ("edgeseg.cli.compile", "Build this machine's engine from a folder's portable graph."),
     "run": ("edgeseg.cli.run", "Segment images, folders, videos or a camera."),
+    "bench": ("edgeseg.cli.bench", "Measure engines: latency, memory, power, profile, accuracy."),
+    "compare": ("edgeseg.cli.compare", "Compare two bench reports; exit 3 on a regression."),
+    "report": ("edgeseg.cli.report", "Decide what to deploy; write HTML, Markdown and CSV."),
+    "sweep": ("edgeseg.cli.sweep", "Build and measure many combinations; one report."),
     "inspect": ("edgeseg.cli.inspect", "Show what an engine folder holds and check its hashes."),
     "doctor": ("edgeseg.cli.doctor", "Show what this machine has and what will be fast on it."),
 }

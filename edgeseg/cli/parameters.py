@@ -58,6 +58,23 @@ class NumbersType(click.ParamType):  # type: ignore[type-arg]  # generic from cl
             self.fail(f"{value!r} is not a list of numbers, such as 0.485,0.456,0.406", param, ctx)
 
 
+class CountsType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on only
+    """Comma-separated whole numbers from 1 on, each once."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = [int(part) for part in value.split(",")]
+        except ValueError:
+            numbers = []
+        if not numbers or min(numbers) < 1 or len(set(numbers)) != len(numbers):
+            self.fail(f"{value!r} is not a list of different counts from 1 on, such as 1,4,8", param, ctx)
+        return tuple(numbers)
+
+
 class NamesType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on only
     """Comma-separated names, or ``@FILE`` with one a line."""
 

@@ -53,6 +53,36 @@ def boundary_band(
     return band
 
 
+def contour_counts(
+    prediction: NDArray[np.bool_], truth: NDArray[np.bool_], valid: NDArray[np.bool_], tolerance_px: int
+) -> tuple[int, int, int, int]:
+    """Contour pixels of one class, and how many of them the other mask's contour confirms.
+
+    The contour is the region's outermost pixels, those with another class within one pixel (the image's border makes no
+    contour). A contour pixel is confirmed when one of the other contour lies within ``tolerance_px`` (Chebyshev). Precision
+    and recall of these counts make the boundary F-score (Csurka, Larlus and Perronnin, "What is a good evaluation measure
+    for semantic segmentation?", BMVC 2013; Perazzi et al., DAVIS, CVPR 2016).
+
+    Args:
+        prediction: bool ``(H, W)``: where the class is predicted.
+        truth: bool ``(H, W)``: where it is true.
+        valid: bool ``(H, W)``: labelled pixels; others neither lie on a contour nor make one.
+        tolerance_px: pixels, at least 1.
+
+    Returns:
+        (predicted contour pixels, those confirmed, true contour pixels, those confirmed).
+    """
+    contours = []
+    for region in (prediction, truth):
+        coded = np.where(valid, region.astype(np.int8), np.int8(-1))
+        contours.append(boundary_band(coded, 1, ignore_index=-1) & region & valid)
+    found, wanted = contours
+    near_wanted = _window(wanted, tolerance_px, np.logical_or)
+    near_found = _window(found, tolerance_px, np.logical_or)
+    counts = (found, found & near_wanted, wanted, wanted & near_found)
+    return tuple(int(np.count_nonzero(c)) for c in counts)  # type: ignore[return-value]
+
+
 def _window(values: NDArray[Any], radius: int, combine: np.ufunc) -> NDArray[Any]:
     """Maximum or minimum over a square window cut off at the image's edge (separable: rows, then columns)."""
     for axis in (-2, -1):

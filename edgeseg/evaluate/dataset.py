@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+import tokenize
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from edgeseg.errors import InputError
 from edgeseg.runtime.images import list_images, read_image
 from edgeseg.spec import ModelSpec
+
+T = TypeVar("T")
 
 IGNORED = -1
 """What an unlabelled pixel is in the masks this module returns, whatever the files use."""
@@ -45,6 +48,19 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class LabelCoding:
+    """How mask files are read whose values are not the model's class indices.
+
+    Attributes:
+        values: file value -> class index, or :data:`IGNORED`; a value not named stays as it is.
+        colours: RGB -> file value, for masks that are colour images; every pixel must have one of these colours.
+    """
+
+    values: dict[int, int] = field(default_factory=dict)
+    colours: dict[tuple[int, int, int], int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ValidationSet:
     """Image files and, where there are any, their mask files.
 
@@ -62,6 +78,7 @@ class ValidationSet:
         classes, task: of the model the set is to judge.
         ignore_index: the value of unlabelled pixels in the files; ``None`` to recognize it.
         unpaired: images left out because they have no mask though others have.
+        coding: how the values of the mask files become class indices.
     """
 
     source: Path
@@ -70,6 +87,7 @@ class ValidationSet:
     model: ModelSpec
     ignore_index: int | None = None
     unpaired: tuple[str, ...] = ()
+    coding: LabelCoding = field(default_factory=lambda: LabelCoding())
 
     @classmethod
     def open(
@@ -116,9 +134,11 @@ class ValidationSet:
 
     def _subset(self, keep: list[int]) -> ValidationSet:
         masks = tuple(self.masks[k] for k in keep) if self.masks else ()
-        return ValidationSet(
-            self.source, tuple(self.images[k] for k in keep), masks, self.model, self.ignore_index, self.unpaired
-        )
+        return replace(self, images=tuple(self.images[k] for k in keep), masks=masks)
+
+    def limited(self, limit: int | None) -> ValidationSet:
+        """``limit`` of the images, evenly spread over their order; all with ``None``."""
+        return self._subset(_spread(list(range(len(self))), limit))
 
     def __iter__(self) -> Iterator[Pair]:
         """Read the pairs in order.
@@ -126,24 +146,34 @@ class ValidationSet:
         Raises:
             InputError: an unreadable file, a mask of another size than its image, or a value that is no class.
         """
-        labels = LabelReader(self.model, self.ignore_index)
-        for position, path in enumerate(self.images):
-            image = read_image(path, self.model.in_channels)
-            mask = labels.read(self.masks[position]) if self.masks else None
-            if mask is not None and mask.shape[-2:] != image.shape[:2]:
-                (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[-2:]
-                raise InputError(
-                    f"{self.masks[position]} is {mask_width}x{mask_height} and its image {path.name} {width}x{height} "
-                    "pixels; a mask must have the size of its image"
-                )
-            yield Pair(path.name, image, mask, file_digest(path), labels.ignore_index)
+        labels = self.label_reader()
+        for position in range(len(self)):
+            yield self.read(position, labels)
+
+    def label_reader(self) -> LabelReader:
+        """A reader of this set's masks; use one for all of them, it learns which value means unlabelled."""
+        return LabelReader(self.model, self.ignore_index, self.coding)
+
+    def read(self, position: int, labels: LabelReader) -> Pair:
+        """Read one pair. Errors are those of iterating."""
+        path = self.images[position]
+        image = read_image(path, self.model.in_channels)
+        mask = labels.read(self.masks[position]) if self.masks else None
+        if mask is not None and mask.shape[-2:] != image.shape[:2]:
+            (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[-2:]
+            raise InputError(
+                f"{self.masks[position]} is {mask_width}x{mask_height} and its image {path.name} {width}x{height} "
+                "pixels; a mask must have the size of its image"
+            )
+        return Pair(path.name, image, mask, file_digest(path), labels.ignore_index)
 
 
 class LabelReader:
     """Reads mask files of one set into class indices, and remembers which value of theirs means "unlabelled"."""
 
-    def __init__(self, model: ModelSpec, ignore_index: int | None = None) -> None:
+    def __init__(self, model: ModelSpec, ignore_index: int | None = None, coding: LabelCoding | None = None) -> None:
         self._model = model
+        self._coding = coding or LabelCoding()
         self._explicit = ignore_index is not None
         self.ignore_index = ignore_index
         self._white: int | None = None
@@ -154,7 +184,7 @@ class LabelReader:
         Raises:
             InputError: unreadable, a colour image, or values that are neither classes nor the ignore value.
         """
-        raw = read_label_file(path)
+        raw = read_label_file(path, self._coding.colours)
         if self._model.task == "multilabel":
             expected = (self._model.classes, "H", "W")
             if raw.ndim != 3 or raw.shape[0] != self._model.classes:
@@ -163,6 +193,10 @@ class LabelReader:
             raise InputError(f"{path} has shape {raw.shape}; a mask has one class index per pixel, (H, W)")
         values = {int(v) for v in _present(raw)}
         mask = raw.astype(np.int32)
+        if self._coding.values:
+            for value in values & self._coding.values.keys():
+                mask[raw == value] = self._coding.values[value]
+            values = {self._coding.values.get(value, value) for value in values} - {IGNORED}
         if self._model.task != "multiclass":
             self._whiten(mask, values, path)
         self._ignore(mask, values, path)
@@ -197,16 +231,21 @@ class LabelReader:
             mask[mask == self.ignore_index] = IGNORED
 
 
-def read_label_file(path: Path) -> NDArray[np.integer[Any]]:
+def read_label_file(path: Path, colours: Mapping[tuple[int, int, int], int] | None = None) -> NDArray[np.integer[Any]]:
     """Read a mask file as stored integers: ``(H, W)`` from an image, any shape from ``.npy`` (never unpickled).
 
+    Args:
+        path: the file.
+        colours: RGB -> value for colour images; without it they are refused.
+
     Raises:
-        InputError: unreadable, not integers, or a colour image.
+        InputError: unreadable, not integers, a colour image, or one with a colour that is not listed.
     """
     if path.suffix.lower() == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as exc:
+        # numpy parses the header of its oldest format with tokenize.
+        except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as exc:
             raise InputError(f"cannot read mask {path}: {exc}") from exc
         if array.dtype == bool:
             return np.asarray(array, dtype=np.uint8)
@@ -215,6 +254,8 @@ def read_label_file(path: Path) -> NDArray[np.integer[Any]]:
         return np.asarray(array)
     try:
         with Image.open(path) as image:
+            if colours and image.mode in {"RGB", "RGBA", "P"}:
+                return _decoded(np.asarray(image.convert("RGB")), colours, path)
             if image.mode not in {"1", "L", "P", "I", "I;16", "I;16B", "I;16L"}:
                 raise InputError(
                     f"{path} is a colour image (mode {image.mode}); a mask holds one class index per pixel: "
@@ -226,6 +267,18 @@ def read_label_file(path: Path) -> NDArray[np.integer[Any]]:
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as exc:
         raise InputError(f"cannot read mask {path}: {exc}") from exc
     return array.astype(np.uint8) if array.dtype == bool else array
+
+
+def _decoded(pixels: NDArray[np.uint8], colours: Mapping[tuple[int, int, int], int], path: Path) -> NDArray[np.int32]:
+    codes = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    known = np.array(sorted((r << 16 | g << 8 | b, value) for (r, g, b), value in colours.items()), np.int32)
+    index = np.searchsorted(known[:, 0], codes).clip(max=len(known) - 1)
+    odd = codes != known[index, 0]
+    if odd.any():
+        row, column = (int(v) for v in np.argwhere(odd)[0])
+        colour = tuple(int(v) for v in pixels[row, column])
+        raise InputError(f"{path} has the colour {colour} at row {row}, column {column}, which is no class's colour")
+    return np.asarray(known[index, 1])
 
 
 def file_digest(path: Path) -> str:
@@ -290,7 +343,7 @@ def _mask_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in {".png", ".npy", ".tif", ".tiff", ".bmp", ".gif"})
 
 
-def _spread(items: list[Path], limit: int | None) -> list[Path]:
+def _spread(items: list[T], limit: int | None) -> list[T]:
     if limit is None or limit >= len(items):
         return items
     return [items[k * len(items) // limit] for k in range(limit)]

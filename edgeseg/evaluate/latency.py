@@ -40,6 +40,9 @@ class LatencyProtocol:
         block: with several contenders, how many counted calls one makes before it is the next one's turn.
         settle: uncounted calls at the start of each block: they pay for caches and worker threads the contender before
             left in its own state, which no deployed engine has to pay.
+        stable_within: go on warming up until the median of the last five calls is within this share of the median of the
+            five before; ``None`` warms up for ``warmup_ms`` only.
+        max_warmup_ms: with ``stable_within``: stop warming up here, stable or not.
     """
 
     warmup_ms: float = 200.0
@@ -49,11 +52,14 @@ class LatencyProtocol:
     warmup_iterations: int = 2
     block: int = 4
     settle: int = 1
+    stable_within: float | None = None
+    max_warmup_ms: float = 5000.0
 
     def __post_init__(self) -> None:
         if self.min_iterations < 1 or self.block < 1 or self.settle < 0 or self.warmup_iterations < 0:
             raise SpecError(f"latency protocol needs at least 1 iteration and a block of at least 1, got {self}")
-        if not all(math.isfinite(ms) and ms >= 0 for ms in (self.warmup_ms, self.min_duration_ms)):
+        durations = (self.warmup_ms, self.min_duration_ms, self.max_warmup_ms, self.stable_within or 0.0)
+        if not all(math.isfinite(ms) and ms >= 0 for ms in durations):
             raise SpecError(f"latency protocol durations must be finite and not negative, got {self}")
         if self.max_iterations is not None and self.max_iterations < self.min_iterations:
             raise SpecError(f"max_iterations {self.max_iterations} is below min_iterations {self.min_iterations}")
@@ -65,6 +71,9 @@ class LatencyProtocol:
         return iterations >= self.min_iterations and counted_ms >= self.min_duration_ms
 
 
+STABLE_CALLS = 5
+"""Calls whose median is compared with that of as many before, see ``LatencyProtocol.stable_within``."""
+
 TRTEXEC = LatencyProtocol()
 SHORT = LatencyProtocol(warmup_ms=100.0, min_iterations=12, min_duration_ms=800.0, max_iterations=400)
 """The protocol at the end of a build: about a second for each contender."""
@@ -72,12 +81,16 @@ SHORT = LatencyProtocol(warmup_ms=100.0, min_iterations=12, min_duration_ms=800.
 
 @dataclass(frozen=True)
 class LatencySamples:
-    """Raw samples of one contender, milliseconds, in the order they were taken."""
+    """Raw samples of one contender, milliseconds, in the order they were taken.
+
+    ``warmup_stable``: whether the warm-up ended because times had settled; ``None`` where the protocol did not ask.
+    """
 
     name: str
     samples_ms: tuple[float, ...]
     warmup_iterations: int
     protocol: LatencyProtocol = field(default_factory=LatencyProtocol)
+    warmup_stable: bool | None = None
 
     @property
     def median_ms(self) -> float:
@@ -188,7 +201,9 @@ def measure_interleaved(
                 progress(int(min(counted_ms, protocol.min_duration_ms)), int(protocol.min_duration_ms))
             if protocol.is_done(len(samples[names[0]]), counted_ms):
                 break
-    return {name: LatencySamples(name, tuple(samples[name]), warmups[name], protocol) for name in names}
+    return {
+        name: LatencySamples(name, tuple(samples[name]), warmups[name][0], protocol, warmups[name][1]) for name in names
+    }
 
 
 def compare(a: LatencySamples, b: LatencySamples, *, resamples: int = 2000, seed: int = 0) -> Ratio:
@@ -208,12 +223,28 @@ def compare(a: LatencySamples, b: LatencySamples, *, resamples: int = 2000, seed
     return Ratio(float(np.median(ratios)), float(low), float(high), len(ratios))
 
 
-def _warm_up(call: Call, protocol: LatencyProtocol, clock_ns: Callable[[], int]) -> int:
-    start, done = clock_ns(), 0
-    while done < protocol.warmup_iterations or (clock_ns() - start) / 1e6 < protocol.warmup_ms:
+def _warm_up(call: Call, protocol: LatencyProtocol, clock_ns: Callable[[], int]) -> tuple[int, bool | None]:
+    """Call until warm: (calls made, whether times were stable in the end)."""
+    start, took_ms = clock_ns(), list[float]()
+    while True:
+        passed_ms = (clock_ns() - start) / 1e6
+        if len(took_ms) >= protocol.warmup_iterations and passed_ms >= protocol.warmup_ms:
+            if protocol.stable_within is None:
+                return len(took_ms), None
+            if _is_stable(took_ms, protocol.stable_within):
+                return len(took_ms), True
+            if passed_ms >= protocol.max_warmup_ms:
+                return len(took_ms), False
+        begin = clock_ns()
         call()
-        done += 1
-    return done
+        took_ms.append((clock_ns() - begin) / 1e6)
+
+
+def _is_stable(took_ms: list[float], within: float) -> bool:
+    if len(took_ms) < 2 * STABLE_CALLS:
+        return False
+    before, last = median(took_ms[-2 * STABLE_CALLS : -STABLE_CALLS]), median(took_ms[-STABLE_CALLS:])
+    return abs(last - before) <= within * before
 
 
 def _take_block(

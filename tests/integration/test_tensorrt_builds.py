@@ -142,3 +142,27 @@ def test_a_graph_for_another_target_is_refused(tmp_path: Path) -> None:
     graph = small(tmp_path, "fp32", False)
     with pytest.raises(SpecError, match="has no Q/DQ nodes"):
         get_backend("tensorrt-rtx").build(OnnxGraph(graph.path, graph.sha256, "int8", graph.spec, "0"), tmp_path, {})
+
+
+def test_implicit_calibration_leaves_the_fp32_graph_and_its_table(tmp_path: Path) -> None:
+    """What a DLA before TensorRT 11.4 needs; the table becomes TensorRT's calibration cache on the device."""
+    folder = tmp_path / "fpn"
+    options = ("--backend-option", "implicit_calibration=true", "--backend-option", "dla_core=0")
+    done = run("build", "--arch", "fpn", "--precision", "int8", "--target", "tensorrt", *options, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    manifest = open_engine(folder).manifest
+    assert manifest.scheme is None and manifest.precision.requested == "int8"
+    assert manifest.options == {"implicit_calibration": True, "dla_core": 0}
+    operators = {node.op_type for node in onnx.load(str(folder / "model.onnx")).graph.node}
+    assert "QuantizeLinear" not in operators
+    assert (folder / "calibration.json").is_file()
+
+
+def test_the_committed_table_is_that_of_the_raw_results() -> None:
+    benchmark = pytest.importorskip(
+        "benchmarks.tensorrt_rtx", reason="benchmarks/ is not part of the installed package"
+    )
+    from benchmarks.record import read_record
+
+    table = benchmark.OUTPUT.with_suffix(".md").read_text()
+    assert table == benchmark.markdown(read_record(benchmark.OUTPUT)) + "\n"

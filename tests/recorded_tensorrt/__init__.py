@@ -10,6 +10,6 @@ the names, the arity, the argument types and the order of calls fit the version;
 """
 
 from recorded_tensorrt.fake import Fakery
-from recorded_tensorrt.surface import VERSIONS, Call, Recorder
+from recorded_tensorrt.surface import RTX, VERSIONS, Call, Recorder
 
-__all__ = ["VERSIONS", "Call", "Fakery", "Recorder"]
+__all__ = ["RTX", "VERSIONS", "Call", "Fakery", "Recorder"]

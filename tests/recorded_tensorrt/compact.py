@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-VERSIONS = ("8.6.1", "10.3.0", "10.16.1.11", "11.4.0.106")
+VERSIONS = ("8.6.1", "10.3.0", "10.16.1.11", "11.4.0.106", "rtx-1.7.1.116")
 DATA = Path(__file__).resolve().parent.parent / "data" / "tensorrt-api"
 SEVERITIES = ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"]
 
@@ -77,7 +77,7 @@ def main() -> None:
     for version in VERSIONS:
         dump = json.loads((source / f"{version}.json").read_text())
         surface = {
-            "version": version,
+            "version": version.removeprefix("rtx-"),
             "origin": f"names and signatures of the Python bindings of TensorRT {version}, read from the module itself",
             "severities": SEVERITIES,
             "values": {n: d["value"] for n, d in dump.items() if "value" in d},

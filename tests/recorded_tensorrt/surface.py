@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 VERSIONS = ("8.6.1", "10.3.0", "10.16.1.11", "11.4.0.106")
+RTX = "rtx-1.7.1.116"
+"""TensorRT-RTX: the real module builds without a GPU, so only what needs one is tried on this."""
 DATA = Path(__file__).resolve().parent.parent / "data" / "tensorrt-api"
 
 
@@ -27,7 +29,7 @@ class Recorder:
     """One recorded module.
 
     Args:
-        version: one of :data:`VERSIONS`.
+        version: one of :data:`VERSIONS`, or :data:`RTX`.
         behaviour: by ``Class.method`` or ``Class.property``: called with the object and the arguments (nothing for a
             property), returns the result. Laid over the defaults of :data:`recorded_tensorrt.fake.DEFAULTS`.
 
@@ -47,7 +49,7 @@ class Recorder:
         surface = json.loads((DATA / f"{version}.json").read_text())
         self.classes: dict[str, Any] = {}
         self.module = ModuleType("tensorrt")
-        self.module.__version__ = version  # type: ignore[attr-defined]
+        self.module.__version__ = surface["version"]  # type: ignore[attr-defined]
         severities = {name: value for value, name in enumerate(surface["severities"])}
         self.classes["Severity"] = severity = _make_enum(self, "Severity", severities)
         for name, facts in surface["classes"].items():

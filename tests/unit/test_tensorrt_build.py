@@ -27,9 +27,11 @@ from edgeseg.artifacts import (
 from edgeseg.backends import tensorrt as tensorrt_module
 from edgeseg.backends import tensorrt_device, tensorrt_implicit
 from edgeseg.backends.base import BuiltEngine
-from edgeseg.backends.tensorrt import TensorRTBackend, device_memory_bytes, timing_cache_path
+from edgeseg.backends.tensorrt import TensorRTBackend, device_memory_bytes
 from edgeseg.backends.tensorrt_calibration import cache_text
 from edgeseg.backends.tensorrt_device import Gpu
+from edgeseg.backends.tensorrt_kept import timing_cache_path
+from edgeseg.backends.tensorrt_options import profile_shapes
 from edgeseg.errors import ArtifactError, BuildError, MissingDependencyError, SpecError
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
@@ -196,6 +198,33 @@ def test_dynamic_shapes_become_a_profile(tmp_path: Path, version: str) -> None:
     assert built.precision.mac_share == {"int8": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("bounds", "options", "least", "most"),
+    [
+        ({}, {}, (64, 96), (256, 384)),
+        ({"min_size": (33, 40), "max_size": (200, 192)}, {}, (64, 64), (192, 192)),
+        ({"min_size": (33, 40)}, {"min_size": "32x32", "max_size": "128x192"}, (32, 32), (128, 192)),
+    ],
+)
+def test_bounds_of_a_dynamic_size(bounds: Any, options: Any, least: Any, most: Any) -> None:
+    spec = InputSpec(128, 192, dynamic_size=True, **bounds)
+    shapes = profile_shapes(spec, options.get("min_size"), options.get("max_size"))
+    assert shapes == ((1, *least, 3), (1, 128, 192, 3), (1, *most, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("100x96", None), "min_size 100x96 does not fit: this model needs multiples of 32"),
+        (("160x192", None), "do not hold the engine's own 128x192"),
+        ((None, "64x64"), "do not hold the engine's own 128x192"),
+    ],
+)
+def test_bounds_that_do_not_hold_the_engine(options: tuple[str | None, str | None], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        profile_shapes(InputSpec(128, 192, dynamic_size=True), *options)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_timing_cache_is_kept_per_device_and_version(tmp_path: Path, version: str) -> None:
     first, second = Recorder(version), Recorder(version)
@@ -289,6 +318,18 @@ def test_another_precision_than_asked_for_is_an_error(tmp_path: Path, version: s
     recorder.fakery.layer_dtype = lambda name, dtype: "fp32" if name == "decoder.block/Conv" else dtype
     with pytest.raises(BuildError, match=f"{precision} was asked for, but .* decoder.block/Conv runs in fp32"):
         build(tmp_path, recorder, precision)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_layers_that_cannot_be_matched_are_not_taken_for_proof(tmp_path: Path, version: str) -> None:
+    def nameless(inspector: Any, format: Any) -> str:
+        return json.dumps({"Layers": [{"Name": "__myl_Fused", "Inputs": [{"Format/Datatype": "Int8"}]}]})
+
+    behaviour = {"EngineInspector.get_engine_information": nameless}
+    with pytest.raises(BuildError, match="0.0% .* not found among the engine's layers.*prove_precision=false"):
+        build(tmp_path, Recorder(version, behaviour), "int8")
+    built = build(tmp_path, Recorder(version, behaviour), "int8", prove_precision=False)
+    assert built.precision.mac_share == {"unknown": 1.0}
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -1,0 +1,143 @@
+"""``edgeseg bench``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgeseg.cli.parameters import ANY_PATH, CountsType, SizeType
+
+if TYPE_CHECKING:
+    from edgeseg.evaluate.results import Resolution
+
+# Repeated here from edgeseg.evaluate, which imports numpy: help has to be fast. A test compares them.
+_LAYOUTS = ("images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff")
+_BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "none")
+
+
+@click.command("bench", short_help="Measure engines: latency, memory, power, profile, accuracy.")
+@click.argument("engines", nargs=-1, required=True, type=ANY_PATH, metavar="ENGINE_DIR...")
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    type=click.Choice(_BASELINES),
+    help="What to compare with; repeatable, the first counts.  [default: pytorch]",
+)
+@click.option("--weights", type=ANY_PATH, help="The checkpoint, if it is no longer where the engine was built from.")
+@click.option("--batch", "batches", type=CountsType(), default="1", show_default=True, help="Images of one call.")
+@click.option("--threads", type=CountsType(), help="Threads of one inference.  [default: the engine's own]")
+@click.option("--streams", type=CountsType(), default="1", show_default=True, help="Callers at the same time.")
+@click.option(
+    "--duration-s",
+    type=click.FloatRange(min=0),
+    default=3.0,
+    show_default=True,
+    help="Of each engine in each setting; 0: no latency.",
+)
+@click.option("--source-size", type=SizeType(), help="Size of the images given.  [default: the engine's]")
+@click.option(
+    "--fresh-processes", type=click.IntRange(min=0), default=3, show_default=True, help="For cold start and memory."
+)
+@click.option("--profile", is_flag=True, help="Also measure where the time goes, by module of the model.")
+@click.option("--data", type=ANY_PATH, help="Labelled (or plain) images to judge accuracy on.")
+@click.option("--layout", type=click.Choice(_LAYOUTS), default="images-masks", show_default=True, help="Of --data.")
+@click.option("--split", default="val", show_default=True, help="Of --data, where the layout has splits.")
+@click.option("--ignore-index", type=int, help="Mask value that counts for nothing.")
+@click.option("--label-map", metavar="V=C,...", help="Mask value to class, such as 7=0,8=1,255=ignore.")
+@click.option(
+    "--resolution",
+    type=click.Choice(("source", "engine")),
+    default="source",
+    show_default=True,
+    help="Judge masks at this size.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Judge so many images, evenly spread.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that judge images.")
+@click.option(
+    "--worst", type=click.IntRange(min=0), default=5, show_default=True, help="Worst images to save beside the report."
+)
+@click.option("--json", "json_path", metavar="FILE", type=ANY_PATH, help="Write the report there; - prints it.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+def command(
+    engines: tuple[Path, ...],
+    baselines: tuple[str, ...],
+    weights: Path | None,
+    batches: tuple[int, ...],
+    threads: tuple[int, ...] | None,
+    streams: tuple[int, ...],
+    duration_s: float,
+    source_size: tuple[int, int] | None,
+    fresh_processes: int,
+    profile: bool,
+    data: Path | None,
+    layout: str,
+    split: str,
+    ignore_index: int | None,
+    label_map: str | None,
+    resolution: Resolution,
+    limit: int | None,
+    jobs: int,
+    worst: int,
+    json_path: Path | None,
+    force: bool,
+) -> None:
+    """Measure engines beside the PyTorch model they came from, in turns, so that drift hits all alike.
+
+    Latency is end to end: decoded uint8 image in memory to uint8 mask in memory. Counts are comma-separated: --batch
+    1,4,8.
+    """
+    from edgeseg.cli.output import console_reporter, print_json
+    from edgeseg.errors import ArtifactError
+    from edgeseg.evaluate.bench import BenchRequest, run_bench
+    from edgeseg.evaluate.evaluation import AccuracyRequest
+    from edgeseg.evaluate.layouts import parse_label_map
+    from edgeseg.evaluate.results import write_report
+
+    to_stdout = json_path is not None and str(json_path) == "-"
+    if json_path is not None and not to_stdout and json_path.exists() and not force:
+        raise ArtifactError(f"{json_path} exists; give --force to replace it, or another --json FILE")
+    request = BenchRequest(
+        engines=engines,
+        baselines=tuple(b for b in baselines or ("pytorch",) if b != "none"),
+        weights=weights,
+        batches=batches,
+        threads=threads or (None,),
+        streams=streams,
+        duration_s=duration_s,
+        source_size=source_size,
+        fresh_processes=fresh_processes,
+        profile=profile,
+        command=shlex.join(["edgeseg", *sys.argv[1:]]),
+    )
+    accuracy = None
+    if data is not None:
+        accuracy = AccuracyRequest(
+            data=data,
+            layout=layout,
+            split=split,
+            ignore_index=ignore_index,
+            label_map=None if label_map is None else parse_label_map(label_map),
+            limit=limit,
+            resolution=resolution,
+            jobs=jobs,
+            worst=worst,
+            images_folder=None if json_path is None or to_stdout else json_path.with_name(f"{json_path.stem}-images"),
+        )
+    with console_reporter() as reporter:
+        report = run_bench(request, reporter, accuracy)
+    if json_path is not None and not to_stdout:
+        write_report(json_path, report)
+        click.echo(f"report: {json_path}", err=True)
+    if to_stdout:
+        print_json(report)
+        return
+    from rich.console import Console
+
+    from edgeseg.evaluate.bench_table import bench_summary
+
+    Console().print(bench_summary(report))

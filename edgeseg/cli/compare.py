@@ -1,0 +1,40 @@
+"""``edgeseg compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgeseg.cli.parameters import ANY_PATH
+
+
+@click.command("compare", short_help="Compare two bench reports; exit 3 on a regression.")
+@click.argument("old", type=ANY_PATH, metavar="OLD.json")
+@click.argument("new", type=ANY_PATH, metavar="NEW.json")
+@click.option(
+    "--max-regression",
+    "limits",
+    multiple=True,
+    metavar="[METRIC=]PERCENT",
+    help="Exit 3 when a figure got worse by more, and by more than noise; repeatable. Without METRIC: median_ms. Others: "
+    "p99_ms, cold_start_ms, peak_rss_bytes, size_bytes, and miou (in points).",
+)
+@click.option("--across-devices", is_flag=True, help="Compare reports of different devices all the same.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(old: Path, new: Path, limits: tuple[str, ...], across_devices: bool, as_json: bool) -> None:
+    """Compare the rows that two reports of edgeseg bench have in common: what got worse, and whether by more than noise."""
+    from edgeseg.evaluate.regressions import change_table, check_limits, compare_reports, parse_limits
+    from edgeseg.evaluate.results import read_report
+
+    gates = parse_limits(limits)
+    changes = compare_reports(read_report(old), read_report(new), across_devices=across_devices)
+    if as_json:
+        from edgeseg.cli.output import print_json
+
+        print_json(changes)
+    else:
+        from rich.console import Console
+
+        Console().print(change_table(changes))
+    check_limits(changes, gates)

@@ -1,0 +1,101 @@
+"""``edgeseg sweep``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from edgeseg.cli.parameters import ANY_PATH, NamesType
+
+if TYPE_CHECKING:
+    from edgeseg.sweep.config import SweepConfig
+
+
+@click.command("sweep", short_help="Build and measure many combinations; one report.")
+@click.argument("config_path", required=False, type=ANY_PATH, metavar="[SWEEP.toml]")
+@click.option("--archs", type=NamesType(), default=(), help="Instead of a file: architectures (demo weights).")
+@click.option("--precisions", type=NamesType(), default=(), help="Instead of the file's.")
+@click.option("--targets", type=NamesType(), default=(), help="Instead of the file's.")
+@click.option("--data", help="Instead of the file's: images to judge accuracy on, or demo.")
+@click.option("--require", metavar="EXPRESSION", help="Instead of the file's: see edgeseg report --help.")
+@click.option("--output", type=ANY_PATH, help="Instead of the file's: folder of engines, results and reports.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that build.")
+@click.option("--executor", type=click.Choice(("local", "ray")), default="local", show_default=True)
+@click.option("--ray-address", help="Of a Ray cluster.  [default: RAY_ADDRESS, else one started here]")
+@click.option("--json", "as_json", is_flag=True, help="Print the decision as JSON instead of tables.")
+def command(
+    config_path: Path | None,
+    archs: tuple[str, ...],
+    precisions: tuple[str, ...],
+    targets: tuple[str, ...],
+    data: str | None,
+    require: str | None,
+    output: Path | None,
+    jobs: int,
+    executor: Literal["local", "ray"],
+    ray_address: str | None,
+    as_json: bool,
+) -> None:
+    """Build every combination of SWEEP.toml, measure all engines in turns, write one report.
+
+    A sweep that was interrupted, or whose config has grown, goes on where it stopped. A cell that fails does not stop
+    the others; the exit code is 1 then, or 3 when no engine meets the requirement.
+    """
+    from edgeseg.cli.report import write_reports
+    from edgeseg.sweep.run import run_sweep
+
+    config = _config(config_path, archs, precisions, targets, data, require, output)
+    result = run_sweep(
+        config,
+        jobs=jobs,
+        executor=executor,
+        ray_address=ray_address,
+        say=lambda line: click.echo(f"  {line}", err=True),
+    )
+    folder = Path(config.output)
+    failed = tuple((failure.name, failure.reason) for failure in result.failures)
+    code = write_reports(
+        result.runs,
+        folder / "report.html",
+        folder / "report.md",
+        folder / "report.csv",
+        config.require,
+        config.title,
+        as_json,
+        failed,
+    )
+    for name, reason in failed:
+        click.echo(f"failed: {name}: {reason}", err=True)
+    sys.exit(code or (1 if failed else 0))
+
+
+def _config(
+    path: Path | None,
+    archs: tuple[str, ...],
+    precisions: tuple[str, ...],
+    targets: tuple[str, ...],
+    data: str | None,
+    require: str | None,
+    output: Path | None,
+) -> SweepConfig:
+    import msgspec
+
+    from edgeseg.sweep.config import SweepConfig, read_config
+
+    if path is None and not archs:
+        raise click.UsageError("give a SWEEP.toml, or --archs")
+    config = SweepConfig(archs) if path is None else read_config(path)
+    given = {
+        "archs": archs,
+        "precisions": precisions,
+        "targets": targets,
+        "require": require,
+        "output": None if output is None else str(output),
+    }
+    config = msgspec.structs.replace(config, **{name: value for name, value in given.items() if value})
+    if data is not None:
+        config = msgspec.structs.replace(config, bench=msgspec.structs.replace(config.bench, data=data))
+    return config

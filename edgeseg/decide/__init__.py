@@ -1,0 +1,1 @@
+"""From measured rows to a decision: requirements, the Pareto front, which engine to deploy."""

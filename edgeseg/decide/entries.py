@@ -1,0 +1,138 @@
+"""Rows of one or several bench reports, put below each other and grouped by device.
+
+Milliseconds of two devices are never ranked against each other: whatever compares speeds works on one
+:class:`DeviceGroup`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeseg.errors import InputError
+from edgeseg.evaluate.latency import LatencySamples, Ratio, compare
+from edgeseg.evaluate.results import BenchReport, Environment, Row, SpeedComparison, read_report
+
+
+@dataclass(frozen=True)
+class Run:
+    """One bench report and where it came from.
+
+    Attributes:
+        report: as ``edgeseg bench`` wrote it.
+        folder: paths of images in the report are relative to it; ``None`` for a report that was never a file.
+        source: name of the file, for people.
+    """
+
+    report: BenchReport
+    folder: Path | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of one run.
+
+    Attributes:
+        number: from 1, unique over all runs: how charts, tables and texts refer to the row.
+        run: index of its run.
+        row: what was measured.
+        comparison: with the baseline of the same run and setting; ``None`` for a baseline and without one.
+    """
+
+    number: int
+    run: int
+    row: Row
+    comparison: SpeedComparison | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the engine and, where it is not the plain one, the setting: ``fpn-int8, batch 4``."""
+        setting = self.row.setting
+        parts = [self.row.engine.name]
+        if setting.batch != 1:
+            parts.append(f"batch {setting.batch}")
+        if setting.threads is not None:
+            parts.append(f"{setting.threads} threads" if setting.threads != 1 else "1 thread")
+        if setting.streams != 1:
+            parts.append(f"{setting.streams} streams")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class DeviceGroup:
+    """All rows of one device in one power mode; only within it are speeds compared."""
+
+    label: str
+    runs: tuple[int, ...]
+    entries: tuple[Entry, ...]
+
+    @property
+    def engines(self) -> tuple[Entry, ...]:
+        """The entries that are no baselines."""
+        return tuple(entry for entry in self.entries if not entry.row.engine.is_baseline)
+
+
+@dataclass(frozen=True)
+class MergedReport:
+    """Several runs as one."""
+
+    runs: tuple[Run, ...]
+    groups: tuple[DeviceGroup, ...]
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return tuple(entry for group in self.groups for entry in group.entries)
+
+
+def merge(runs: Sequence[Run]) -> MergedReport:
+    """Group the rows of ``runs`` by device, devices and rows in the order given.
+
+    Raises:
+        InputError: no runs, or no run has a row.
+    """
+    if not any(run.report.rows for run in runs):
+        raise InputError("nothing to report: no row in what was given; measure with: edgeseg bench ENGINE_DIR --json F")
+    by_device: dict[str, list[tuple[int, Run]]] = {}
+    for index, run in enumerate(runs):
+        by_device.setdefault(device_label(run.report.environment), []).append((index, run))
+    groups: list[DeviceGroup] = []
+    number = 0
+    for label, members in by_device.items():
+        entries: list[Entry] = []
+        for index, run in members:
+            against = {comparison.row: comparison for comparison in run.report.comparisons}
+            for row in run.report.rows:
+                number += 1
+                entries.append(Entry(number, index, row, against.get(row.id)))
+        groups.append(DeviceGroup(label, tuple(index for index, _ in members), tuple(entries)))
+    return MergedReport(tuple(runs), tuple(groups))
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
+    """Read bench reports. Raises ``ArtifactError`` for a file that is none, ``InputError`` for one given twice."""
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if path.resolve() in seen:
+            raise InputError(f"{path} was given twice; give each report once")
+        seen[path.resolve()] = path
+    return tuple(Run(read_report(path), path.parent, path.name) for path in paths)
+
+
+def device_label(environment: Environment) -> str:
+    """``Jetson Orin Nano (15W)``: the device, and what makes the same device another machine."""
+    extras = [environment.power_mode] if environment.power_mode else []
+    if environment.core_limit is not None and environment.core_limit < environment.cores:
+        extras.append(f"limited to {environment.core_limit:g} cores")
+    return environment.device + (f" ({', '.join(extras)})" if extras else "")
+
+
+def paired_ratio(slow: Entry, fast: Entry) -> Ratio | None:
+    """How many times faster ``fast`` is than ``slow``; ``None`` unless their samples were taken in turns."""
+    a, b = slow.row.latency, fast.row.latency
+    if a is None or b is None or slow.run != fast.run or not a.round_group or a.round_group != b.round_group:
+        return None
+    if not a.samples_ms or len(a.samples_ms) != len(b.samples_ms):
+        return None
+    return compare(LatencySamples(slow.name, a.samples_ms, 0), LatencySamples(fast.name, b.samples_ms, 0))

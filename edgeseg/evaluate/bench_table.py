@@ -1,0 +1,153 @@
+"""What a person sees at the end of a bench: one line per engine and setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from edgeseg.evaluate.results import BenchReport, Drop, Profile, Row, SpeedComparison
+from edgeseg.evaluate.summary import MISSING, share
+
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
+    from rich.table import Table
+
+
+def bench_summary(report: BenchReport) -> Group:
+    """Speed, memory, accuracy, profiles and notes of a report, for a terminal of 80 columns or more."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text(report.environment.device, style="bold")]
+    if any(row.latency is not None for row in report.rows):
+        parts.append(_speed_table(report))
+    parts.append(_engine_table(report.rows))
+    if any(row.accuracy is not None for row in report.rows):
+        parts.append(_accuracy_table(report.rows))
+        parts += [Text(line) for line in _drop_lines(report.rows)]
+    for row in _one_per_engine(report.rows):
+        if row.profile is not None:
+            parts.append(_profile_table(row.engine.name, row.profile))
+    flagged = {f"{flag.kind}: {flag.detail}" for row in report.rows if row.latency for flag in row.latency.flags}
+    if flagged:
+        listed = "; ".join(sorted(flagged)[:4])
+        parts.append(Text(f"noisy run, read with care: {listed}", style="yellow"))
+    return Group(*parts)
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
+    return table
+
+
+def _speed_table(report: BenchReport) -> Table:
+    metered = any(row.power is not None for row in report.rows)
+    energy = ("J/image",) if metered else ()
+    table = _table("end to end, ms", "median", "p90", "p99", "images/s", *energy, "vs baseline")
+    against = {c.row: c for c in report.comparisons}
+    for row in report.rows:
+        if row.latency is None:
+            continue
+        d = row.latency.end_to_end
+        noisy = " *" if row.latency.flags else ""
+        joules = MISSING if row.power is None else f"{row.power.energy_per_image_j:.3f}"
+        table.add_row(
+            row.id + noisy,
+            f"{d.median_ms:.2f}",
+            f"{d.p90_ms:.2f}",
+            f"{d.p99_ms:.2f}",
+            f"{row.latency.images_per_s:.1f}",
+            *((joules,) if metered else ()),
+            ratio_words(against.get(row.id)),
+        )
+    return table
+
+
+def ratio_words(comparison: SpeedComparison | None) -> str:
+    """``6.50x (6.31-6.62)``, above 1 is faster; ``no difference``; ``-`` without a comparison."""
+    if comparison is None:
+        return MISSING
+    if comparison.verdict == "no difference":
+        return comparison.verdict
+    return f"{comparison.ratio:.2f}x ({comparison.low:.2f}-{comparison.high:.2f})"
+
+
+def _engine_table(rows: Sequence[Row]) -> Table:
+    table = _table("engine", "backend", "executed", "MB", "load ms", "RSS MB", "activ. MB")
+    for row in _one_per_engine(rows):
+        engine, memory = row.engine, row.memory
+        executed = ", ".join(f"{value:.0%} {dtype}" for dtype, value in sorted(engine.mac_share.items()))
+        table.add_row(
+            engine.name,
+            engine.backend,
+            executed or engine.precision,
+            f"{engine.size_bytes / 1e6:.1f}",
+            MISSING if row.cold_start is None else f"{row.cold_start.total_ms:.0f}",
+            _megabytes(None if memory is None else memory.peak_rss_bytes),
+            _megabytes(None if memory is None else memory.activation_bytes),
+        )
+    return table
+
+
+def _accuracy_table(rows: Sequence[Row]) -> Table:
+    table = _table("accuracy", "mIoU", "95 %", "Dice", "pixels", "bound. F", "agrees", "near edges")
+    for row in _one_per_engine(rows):
+        found = row.accuracy
+        if found is None:
+            continue
+        truth, agreement = found.truth, found.agreement
+        miou = None if truth is None else truth.miou
+        table.add_row(
+            row.engine.name,
+            share(None if miou is None else miou.value),
+            MISSING if miou is None else f"{miou.low:.3f}-{miou.high:.3f}",
+            share(None if truth is None else truth.dice),
+            share(None if truth is None else truth.pixel_accuracy),
+            share(None if truth is None else truth.boundary_f),
+            share(None if agreement is None else agreement.overall.value),
+            share(None if agreement is None else agreement.boundary),
+        )
+    return table
+
+
+def _drop_lines(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in _one_per_engine(rows):
+        if row.accuracy is not None and row.accuracy.truth is not None:
+            lines += [
+                f"{row.engine.name}: {drop_words(drop)}" for drop in row.accuracy.truth.drops if drop.metric == "miou"
+            ]
+    first = next((row.accuracy for row in rows if row.accuracy is not None), None)
+    if first is not None:
+        lines.append(f"judged on {first.images} images of {first.data}, at {first.resolution} resolution")
+    return lines
+
+
+def drop_words(drop: Drop) -> str:
+    """One line about a drop; one inside the noise says so."""
+    d = drop.drop
+    words = f"{drop.metric} {-d.value:+.4f} against {drop.baseline} (95 %: {-d.high:+.4f} to {-d.low:+.4f})"
+    return f"{words}: no difference" if drop.verdict == "no difference" else f"{words}: {drop.verdict}"
+
+
+def _profile_table(name: str, profile: Profile) -> Table:
+    table = _table(f"{name}, by module", "nodes", "ms", "share", "dtypes")
+    for module in profile.modules:
+        dtypes = ", ".join(f"{value:.0%} {dtype}" for dtype, value in module.dtypes.items())
+        table.add_row(
+            module.module, str(module.nodes), f"{module.time_ms:.3f}", f"{module.share:.1%}", dtypes or MISSING
+        )
+    return table
+
+
+def _one_per_engine(rows: Sequence[Row]) -> list[Row]:
+    return list({row.engine.name: row for row in reversed(rows)}.values())[::-1]
+
+
+def _megabytes(size_bytes: int | None) -> str:
+    return MISSING if size_bytes is None else f"{size_bytes / 1e6:.0f}"

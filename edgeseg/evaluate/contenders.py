@@ -1,0 +1,274 @@
+"""What a bench compares: engine folders, and the PyTorch model they came from, each described so that another process can
+open it again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeseg.artifacts import Engine, Manifest, open_engine, sha256_json
+from edgeseg.backends import Session, get_backend
+from edgeseg.backends.cpu import this_cpu
+from edgeseg.errors import CheckpointError, EdgesegError, MissingDependencyError, SpecError
+from edgeseg.evaluate.results import Identity
+from edgeseg.spec import ModelRequest, PipelineSpec
+
+if TYPE_CHECKING:
+    from edgeseg.convert.loaded import LoadedModel
+
+BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile")
+
+# How a manifest says where the weights came from (edgeseg.convert.load).
+_FILE_WORDS = "weights of "
+_DEMO_WORDS = "demo weights"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An engine folder, or a PyTorch baseline; plain data, so that it travels to another process as JSON.
+
+    Attributes:
+        name: unique in a report.
+        spec: the contract.
+        folder: of the engine; ``None`` for a baseline.
+        baseline: one of :data:`BASELINES`; ``None`` for an engine.
+        request: how to load the baseline's model.
+        weights_sha256: of the weights (both kinds).
+    """
+
+    name: str
+    spec: PipelineSpec
+    folder: str | None = None
+    baseline: str | None = None
+    request: ModelRequest | None = None
+    weights_sha256: str | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.baseline is not None
+
+    @property
+    def pair_key(self) -> str:
+        """Contenders with the same key run the same model on the same input, so they can be compared."""
+        return sha256_json([self.weights_sha256, self.spec.model, self.spec.input.height, self.spec.input.width])
+
+
+class Opener:
+    """Opens contenders; a PyTorch model is read from disk once."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, LoadedModel] = {}
+
+    def engine(self, contender: Contender) -> Engine:
+        """The engine folder, hashes checked. Raises ``ArtifactError``."""
+        assert contender.folder is not None  # asked of engines only
+        return open_engine(Path(contender.folder))
+
+    def loaded(self, contender: Contender) -> LoadedModel:
+        """The baseline's model.
+
+        Raises:
+            CheckpointError: the weights are not those the engine was built from.
+            MissingDependencyError, SpecError: see :func:`edgeseg.convert.load.load_model`.
+        """
+        from edgeseg.convert.load import load_model
+
+        assert contender.request is not None  # a baseline has one
+        key = sha256_json(contender.request)
+        if key not in self._loaded:
+            self._loaded[key] = load_model(contender.request)
+        loaded = self._loaded[key]
+        if contender.weights_sha256 is not None and loaded.weights_sha256 != contender.weights_sha256:
+            raise CheckpointError(
+                f"{loaded.weights} are not what the engine was built from (SHA-256 {loaded.weights_sha256[:12]}, the "
+                f"manifest says {contender.weights_sha256[:12]}); give the right file with --weights"
+            )
+        return loaded
+
+    def open(self, contender: Contender, threads: int | None = None) -> Session:
+        """Load a contender.
+
+        Args:
+            contender: what to load.
+            threads: of one inference; ``None``: the engine's own setting, one per core for PyTorch.
+
+        Raises:
+            SpecError: the backend has no such setting.
+            ArtifactError, BuildError, CheckpointError, MissingDependencyError: it cannot be loaded.
+        """
+        if contender.is_baseline:
+            from edgeseg.backends.pytorch import PyTorchSession
+
+            return PyTorchSession(
+                self.loaded(contender),
+                contender.spec,
+                channels_last=contender.baseline == "pytorch-channels-last",
+                compiled=contender.baseline == "pytorch-compile",
+                # Always said: PyTorch keeps the number of threads for the whole process.
+                threads=threads or this_cpu().cores,
+            )
+        engine = self.engine(contender)
+        if threads is not None:
+            options = engine.manifest.options
+            if "threads" not in options:
+                raise SpecError(
+                    f"{contender.name}: target {engine.manifest.target} has no threads to set; leave --threads out"
+                )
+            engine = dataclasses.replace(
+                engine, manifest=dataclasses.replace(engine.manifest, options={**options, "threads": threads})
+            )
+        return get_backend(engine.manifest.target).load(engine)
+
+    def identity(self, contender: Contender) -> Identity:
+        """What a report's rows say about the contender."""
+        model, size = contender.spec.model, contender.spec.input
+        common: dict[str, Any] = {
+            "name": contender.name,
+            "arch": model.arch,
+            "encoder": model.encoder,
+            "task": model.task,
+            "classes": model.classes,
+            "class_names": model.class_names,
+            "height": size.height,
+            "width": size.width,
+            "fit": size.fit,
+            "weights_sha256": contender.weights_sha256,
+        }
+        if contender.is_baseline:
+            from edgeseg.cache import package_versions
+
+            loaded = self.loaded(contender)
+            return Identity(
+                **common,
+                backend="pytorch",
+                precision="fp32",
+                size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
+                is_baseline=True,
+                weights=loaded.weights,
+                options={"variant": contender.baseline},
+                versions=package_versions("torch", "segmentation-models-pytorch"),
+            )
+        engine = self.engine(contender)
+        manifest = engine.manifest
+        return Identity(
+            **common,
+            backend=manifest.target,
+            precision=manifest.precision.requested,
+            size_bytes=engine.engine_path.stat().st_size,
+            mac_share=dict(manifest.precision.mac_share),
+            macs=manifest.precision.macs or None,
+            scheme=manifest.scheme,
+            weights=manifest.weights,
+            engine_sha256=None if manifest.engine is None else manifest.engine.sha256,
+            graph_sha256=manifest.graph.sha256,
+            folder=contender.folder,
+            options=dict(manifest.options),
+            versions=dict(manifest.versions),
+        )
+
+
+def engine_contenders(folders: Sequence[Path]) -> list[Contender]:
+    """One contender per folder, named after it; equal names get the path in front.
+
+    Raises:
+        ArtifactError: no engine folder, or a damaged one.
+        SpecError: a folder given twice.
+    """
+    if len({folder.resolve() for folder in folders}) != len(folders):
+        raise SpecError("an engine folder was given twice; give each once")
+    names = [folder.resolve().name for folder in folders]
+    found = []
+    for folder, name in zip(folders, names, strict=True):
+        manifest = open_engine(folder).manifest
+        unique = name if names.count(name) == 1 else str(folder).strip("/").replace("/", "-")
+        found.append(
+            Contender(unique, manifest.spec, str(folder), weights_sha256=manifest.inputs_sha256.get("weights"))
+        )
+    return found
+
+
+def baseline_contenders(
+    engines: Sequence[Contender], kinds: Sequence[str], weights: Path | None, opener: Opener
+) -> tuple[list[Contender], list[str]]:
+    """The PyTorch models the engines came from, one per model and input size and kind, and why one is missing.
+
+    Args:
+        engines: from :func:`engine_contenders`.
+        kinds: of :data:`BASELINES`.
+        weights: checkpoint, given again; ``None`` takes what the manifest says.
+        opener: loads them, to see that they are the right ones.
+
+    Raises:
+        CheckpointError, SpecError: ``weights`` was given and cannot be read, or is not what an engine was built from.
+    """
+    found: list[Contender] = []
+    notes: list[str] = []
+    seen: set[str] = set()
+    distinct = len({engine.pair_key for engine in engines})
+    for engine in engines:
+        if engine.pair_key in seen or not kinds:
+            continue
+        seen.add(engine.pair_key)
+        manifest = opener.engine(engine).manifest
+        request, reason = baseline_request(manifest, weights)
+        if request is None:
+            notes.append(f"no PyTorch baseline for {engine.name}: {reason}")
+            continue
+        size = f"{engine.spec.input.height}x{engine.spec.input.width}"
+        suffix = "" if distinct == 1 else f"-{engine.spec.model.display_name}-{size}"
+        first = Contender(
+            f"{kinds[0]}{suffix}", engine.spec, None, kinds[0], request, manifest.inputs_sha256.get("weights")
+        )
+        try:
+            opener.loaded(first)
+        except MissingDependencyError as exc:
+            notes.append(f"no PyTorch baseline for {engine.name}: {exc}")
+            continue
+        except EdgesegError as exc:
+            if weights is not None:
+                raise
+            notes.append(f"no PyTorch baseline for {engine.name}: {exc}")
+            continue
+        found += [dataclasses.replace(first, name=f"{kind}{suffix}", baseline=kind) for kind in kinds]
+    # Two models of one architecture and size would get one name: the weights tell them apart.
+    for index, contender in enumerate(found):
+        if sum(other.name == contender.name for other in found) > 1:
+            found[index] = dataclasses.replace(
+                contender, name=f"{contender.name}-{(contender.weights_sha256 or '')[:8]}"
+            )
+    return found, notes
+
+
+def baseline_request(manifest: Manifest, weights: Path | None) -> tuple[ModelRequest | None, str]:
+    """How to load the model an engine was built from, or why that is not known."""
+    model = manifest.spec.model
+    if model.arch == "custom":
+        return None, "it was built from a module object, which no file describes"
+    demo = manifest.weights.startswith(_DEMO_WORDS)
+    if weights is None and demo:
+        return ModelRequest(arch=model.arch), ""
+    if weights is None:
+        path = Path(manifest.weights.removeprefix(_FILE_WORDS))
+        if not manifest.weights.startswith(_FILE_WORDS) or not path.exists():
+            return (
+                None,
+                f"its manifest says '{manifest.weights}', which is not at hand; give the checkpoint with --weights",
+            )
+        weights = path
+    return (
+        ModelRequest(
+            arch=model.arch,
+            encoder=model.encoder,
+            weights=str(weights),
+            classes=model.classes,
+            class_names=model.class_names,
+            task=model.task,
+            in_channels=model.in_channels,
+            activation=model.activation,
+            model_args=dict(model.model_args),
+        ),
+        "",
+    )

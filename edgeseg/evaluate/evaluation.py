@@ -1,0 +1,305 @@
+"""Accuracy of several contenders on one data set: streaming, resumable, in several processes.
+
+What is known of an image is a line of JSON, appended to a file whose name is the hash of everything it depends on (engine,
+baseline, data, settings, this package's code). An evaluation that was interrupted finds the lines of before and goes on
+behind them; a changed input finds none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from numpy.typing import NDArray
+
+from edgeseg.artifacts import sha256_json
+from edgeseg.backends.cpu import this_cpu
+from edgeseg.cache import cache_folder, source_sha256
+from edgeseg.errors import ArtifactError, InputError
+from edgeseg.evaluate.bench import first_baseline
+from edgeseg.evaluate.contenders import Contender, Opener
+from edgeseg.evaluate.dataset import LabelReader, ValidationSet, file_digest
+from edgeseg.evaluate.judge import ImageRecord, at_resolution, judge, segment
+from edgeseg.evaluate.layouts import open_layout
+from edgeseg.evaluate.results import Accuracy, Resolution, WorstImage
+from edgeseg.evaluate.scores import accuracy_of
+from edgeseg.evaluate.worst import save_worst
+from edgeseg.progress import Reporter, stage
+from edgeseg.runtime.segmenter import Segmenter
+
+
+@dataclass(frozen=True)
+class AccuracyRequest:
+    """What ``edgeseg bench`` can be asked about accuracy.
+
+    Attributes:
+        data: the data set's folder (layout ``list``: file).
+        layout, split, ignore_index, label_map, limit: see :func:`edgeseg.evaluate.layouts.open_layout`.
+        resolution: judge at the size of the image files or of the engine's input.
+        jobs: worker processes; each opens every contender.
+        worst: how many images of lowest agreement to list and to show.
+        images_folder: where their pictures go; ``None`` for no pictures.
+        state_folder: where the lines are kept; ``None``: the cache.
+    """
+
+    data: Path
+    layout: str = "images-masks"
+    split: str = "val"
+    ignore_index: int | None = None
+    label_map: dict[int, int] | None = None
+    limit: int | None = None
+    resolution: Resolution = "source"
+    jobs: int = 1
+    worst: int = 5
+    images_folder: Path | None = None
+    state_folder: Path | None = None
+
+    def __call__(self, contenders: Sequence[Contender], opener: Opener, reporter: Reporter) -> dict[str, Accuracy]:
+        """Evaluate all contenders: the accuracy step of :func:`edgeseg.evaluate.bench.run_bench`."""
+        return evaluate(self, contenders, opener, reporter)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Contenders of one model specification, which read the data alike."""
+
+    data: ValidationSet
+    digest: str
+    contenders: tuple[Contender, ...]
+    baseline_of: dict[str, str]
+    resolution: Resolution
+
+
+def evaluate(
+    request: AccuracyRequest, contenders: Sequence[Contender], opener: Opener, reporter: Reporter
+) -> dict[str, Accuracy]:
+    """Judge every contender on every image that is not judged yet, and return the figures by name.
+
+    Raises:
+        InputError, SpecError: the data cannot be used with the model; see :mod:`edgeseg.evaluate.layouts`.
+        ArtifactError: the state folder cannot be written.
+    """
+    by_model: dict[str, list[Contender]] = {}
+    for contender in contenders:
+        by_model.setdefault(sha256_json(contender.spec.model), []).append(contender)
+    found: dict[str, Accuracy] = {}
+    for members in by_model.values():
+        data = open_layout(
+            request.data,
+            request.layout,
+            members[0].spec.model,
+            split=request.split,
+            ignore_index=request.ignore_index,
+            label_map=request.label_map,
+            limit=request.limit,
+        )
+        pairs = {c.name: b.name for c in members if (b := first_baseline(c, members)) is not None}
+        group = _Group(data, data_digest(data), tuple(members), pairs, request.resolution)
+        with stage(reporter, "accuracy") as said:
+            records, reused = _records(group, request, opener, reporter)
+            said.append(f"{len(data)} images, {len(members)} engines")
+            if reused:
+                said.append(f"{reused} results of an earlier run reused")
+        found |= _figures(group, request, records, opener)
+    return found
+
+
+def data_digest(data: ValidationSet) -> str:
+    """SHA-256 over the content of all images and masks, in order, and how masks are read."""
+    digest = hashlib.sha256(msgspec.json.encode([data.ignore_index, sorted(data.coding.values.items())]))
+    digest.update(repr(sorted(data.coding.colours.items())).encode())
+    for path in (*data.images, *data.masks):
+        digest.update(file_digest(path).encode())
+    return digest.hexdigest()
+
+
+def state_key(contender: Contender, group: _Group, opener: Opener) -> str:
+    """Hash of everything a contender's lines depend on."""
+    by_name = {c.name: c for c in group.contenders}
+    baseline = by_name.get(group.baseline_of.get(contender.name, ""))
+    engine = None if contender.is_baseline else opener.engine(contender).manifest
+    return sha256_json(
+        [
+            contender.baseline,
+            contender.weights_sha256,
+            None if engine is None or engine.engine is None else engine.engine.sha256,
+            contender.spec,
+            None if baseline is None else [baseline.baseline, baseline.weights_sha256],
+            group.digest,
+            group.resolution,
+            source_sha256("evaluate"),
+            source_sha256("runtime"),
+        ]
+    )
+
+
+class Ledger:
+    """The lines of one contender: an append-only JSONL file.
+
+    Args:
+        path: of the file; made with the first line.
+
+    Attributes:
+        records: by index of the image.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[int, ImageRecord] = {}
+        if not path.is_file():
+            return
+        data = path.read_bytes()
+        whole, end = data.rfind(b"\n") + 1, len(data)
+        for line in data[:whole].splitlines():
+            record = msgspec.json.decode(line, type=ImageRecord)
+            self.records[record.index] = record
+        if whole < end:
+            # A process that was killed while it wrote left half a line.
+            with path.open("r+b") as file:
+                file.truncate(whole)
+
+    def append(self, record: ImageRecord) -> None:
+        """Keep one image's counts, on disk at once."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(msgspec.json.encode(record) + b"\n")
+        except OSError as exc:
+            raise ArtifactError(
+                f"cannot write {self.path}: {exc.strerror}; set EDGESEG_CACHE to another folder"
+            ) from exc
+        self.records[record.index] = record
+
+
+def _records(
+    group: _Group, request: AccuracyRequest, opener: Opener, reporter: Reporter
+) -> tuple[dict[str, list[ImageRecord]], int]:
+    folder = request.state_folder or cache_folder() / "accuracy"
+    ledgers = {c.name: Ledger(folder / state_key(c, group, opener) / "images.jsonl") for c in group.contenders}
+    reused = sum(len(ledger.records) for ledger in ledgers.values())
+    todo = [
+        (index, missing)
+        for index in range(len(group.data))
+        if (missing := tuple(name for name, ledger in ledgers.items() if index not in ledger.records))
+    ]
+    done = len(group.data) - len(todo)
+    for found in _judged(group, todo, request.jobs, opener):
+        for name, record in found:
+            ledgers[name].append(record)
+        done += 1
+        reporter.progress(done, len(group.data))
+    values = {r.ignore_index for ledger in ledgers.values() for r in ledger.records.values()} - {None}
+    if len(values) > 1:
+        raise InputError(f"masks of {request.data} mark unlabelled pixels by {sorted(values)}; give --ignore-index")  # type: ignore[type-var]
+    return {name: [ledger.records[i] for i in range(len(group.data))] for name, ledger in ledgers.items()}, reused
+
+
+def _judged(
+    group: _Group, todo: list[tuple[int, tuple[str, ...]]], jobs: int, opener: Opener
+) -> Iterator[list[tuple[str, ImageRecord]]]:
+    if not todo:
+        return
+    if jobs == 1:
+        with _bench(group, opener, None) as worker:
+            for index, names in todo:
+                yield worker.judge(index, names)
+        return
+    threads = max(1, this_cpu().cores // jobs)
+    # Not forked: a fork of a process with a runtime's threads in it may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, _start_worker, (group, threads)) as pool:
+        try:
+            yield from pool.map(_judge_in_worker, todo)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """All contenders of a group, opened, and a reader of the masks."""
+
+    group: _Group
+    segmenters: dict[str, Segmenter]
+    labels: LabelReader
+
+    def judge(self, index: int, names: Sequence[str]) -> list[tuple[str, ImageRecord]]:
+        """Judge the contenders ``names`` on one image."""
+        pair = self.group.data.read(index, self.labels)
+        masks: dict[str, NDArray[Any]] = {}
+        by_name = {c.name: c for c in self.group.contenders}
+        found = []
+        for name in names:
+            reference = self.group.baseline_of.get(name)
+            spec = by_name[name].spec
+            image, truth = at_resolution(pair, spec, self.group.resolution)
+            for needed in (name, reference):
+                if needed is not None and needed not in masks:
+                    masks[needed] = segment(self.segmenters[needed], image)
+            compared = None if reference is None else masks[reference]
+            found.append((name, judge(index, pair, masks[name], truth, compared, spec.model)))
+        return found
+
+
+@contextmanager
+def _bench(group: _Group, opener: Opener, threads: int | None) -> Iterator[_Worker]:
+    with ExitStack() as stack:
+        segmenters = {}
+        for contender in group.contenders:
+            known = contender.is_baseline or "threads" in opener.engine(contender).manifest.options
+            session = opener.open(contender, threads if known else None)
+            segmenters[contender.name] = stack.enter_context(Segmenter(session, contender.spec))
+        yield _Worker(group, segmenters, group.data.label_reader())
+
+
+_worker: _Worker | None = None
+_open_things = ExitStack()
+
+
+def _start_worker(group: _Group, threads: int) -> None:
+    global _worker
+    _worker = _open_things.enter_context(_bench(group, Opener(), threads))
+
+
+def _judge_in_worker(task: tuple[int, tuple[str, ...]]) -> list[tuple[str, ImageRecord]]:
+    assert _worker is not None  # the pool started it
+    return _worker.judge(*task)
+
+
+def _figures(
+    group: _Group, request: AccuracyRequest, records: dict[str, list[ImageRecord]], opener: Opener
+) -> dict[str, Accuracy]:
+    model = group.contenders[0].spec.model
+    words = (
+        f"{request.data} (layout {request.layout}{'' if request.layout in _NO_SPLIT else ', split ' + request.split})"
+    )
+    if group.data.unpaired:
+        words += f", without {len(group.data.unpaired)} images that have no mask"
+    found: dict[str, Accuracy] = {}
+    for contender in group.contenders:
+        baseline = group.baseline_of.get(contender.name)
+        worst: tuple[WorstImage, ...] = ()
+        if baseline is not None:
+            worst = save_worst(
+                contender, baseline, records[contender.name], request, group.data, group.contenders, opener
+            )
+        found[contender.name] = accuracy_of(
+            records[contender.name],
+            model,
+            data=words,
+            data_sha256=group.digest,
+            resolution=request.resolution,
+            baseline=None if baseline is None else (baseline, records[baseline]),
+            worst=worst,
+        )
+    return found
+
+
+_NO_SPLIT = ("images-masks", "list")

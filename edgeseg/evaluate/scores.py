@@ -1,0 +1,152 @@
+"""From the counts of all images to what a report says about a model's accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.evaluate.accuracy import MATRIX_CLASSES_LIMIT
+from edgeseg.evaluate.boundary import DEFAULT_BOUNDARY_PX
+from edgeseg.evaluate.intervals import COLUMNS, Counts, drops, figure, interval, metric_interval, per_class
+from edgeseg.evaluate.judge import ImageRecord
+from edgeseg.evaluate.results import Accuracy, Agreement, Drop, Interval, Resolution, Truth, WorstImage
+from edgeseg.spec import ModelSpec
+
+
+def accuracy_of(
+    records: Sequence[ImageRecord],
+    model: ModelSpec,
+    *,
+    data: str,
+    data_sha256: str,
+    resolution: Resolution,
+    baseline: tuple[str, Sequence[ImageRecord]] | None = None,
+    worst: tuple[WorstImage, ...] = (),
+) -> Accuracy:
+    """Sum the records of one contender up.
+
+    Args:
+        records: one per image.
+        model: classes and task.
+        data: where the images came from, in words.
+        data_sha256: of their content.
+        resolution: at which they were judged.
+        baseline: its name and records of the same images, for drops; agreement is in ``records`` already.
+        worst: the images to show.
+    """
+    counts = truth_counts(records, model.classes)
+    ignored = [r.truth.ignored / (r.truth.ignored + r.truth.pixels) for r in records if r.truth and _size(r)]
+    return Accuracy(
+        data=data,
+        data_sha256=data_sha256,
+        images=len(records),
+        resolution=resolution,
+        ignored_share=float(np.mean(ignored)) if ignored else None,
+        truth=None if counts is None else _truth(counts, records, model, baseline),
+        agreement=None if baseline is None else _agreement(records, model, baseline[0]),
+        worst=worst,
+    )
+
+
+def truth_counts(records: Sequence[ImageRecord], classes: int) -> Counts | None:
+    """The records' counts as arrays; ``None`` unless every image has a mask."""
+    if not records or any(r.truth is None for r in records):
+        return None
+    dense = np.zeros((len(records), classes, COLUMNS), np.int64)
+    right, pixels = np.zeros(len(records), np.int64), np.zeros(len(records), np.int64)
+    for position, record in enumerate(records):
+        truth = record.truth
+        assert truth is not None  # asked above
+        if truth.classes:
+            dense[position, list(truth.classes)] = truth.counts
+        right[position], pixels[position] = truth.right, truth.pixels
+    return Counts(dense, right, pixels)
+
+
+def _truth(
+    counts: Counts,
+    records: Sequence[ImageRecord],
+    model: ModelSpec,
+    baseline: tuple[str, Sequence[ImageRecord]] | None,
+) -> Truth:
+    totals = counts.totals(np.ones((1, len(records)), np.int64))
+    classes = {
+        name: _optional(per_class(name, totals[0][0])) for name in ("miou", "dice", "boundary_iou", "boundary_f")
+    }
+    lost: tuple[Drop, ...] = ()
+    if baseline is not None:
+        before = truth_counts(baseline[1], model.classes)
+        assert before is not None  # the same images, so with the same masks
+        lost = drops(baseline[0], before, counts)
+    return Truth(
+        miou=metric_interval(counts, "miou"),
+        dice=_number(figure("dice", totals)[0]),
+        pixel_accuracy=_number(figure("pixel_accuracy", totals)[0]),
+        boundary_iou=_number(figure("boundary_iou", totals)[0]),
+        boundary_f=_number(figure("boundary_f", totals)[0]),
+        per_class_iou=classes["miou"],
+        per_class_dice=classes["dice"],
+        per_class_boundary_iou=classes["boundary_iou"],
+        per_class_boundary_f=classes["boundary_f"],
+        confusion=_confusion(records, model),
+        drops=lost,
+    )
+
+
+def _confusion(records: Sequence[ImageRecord], model: ModelSpec) -> tuple[tuple[int, ...], ...] | None:
+    if model.task != "multiclass" or model.classes > MATRIX_CLASSES_LIMIT:
+        return None
+    matrix = np.zeros((model.classes, model.classes), np.int64)
+    for record in records:
+        for true, predicted, pixels in record.truth.confusion if record.truth is not None else ():
+            matrix[true, predicted] += pixels
+    return tuple(tuple(int(n) for n in row) for row in matrix)
+
+
+def _agreement(records: Sequence[ImageRecord], model: ModelSpec, baseline: str) -> Agreement | None:
+    found = [r.agreement for r in records if r.agreement is not None]
+    if len(found) != len(records) or not found:
+        return None
+    equal, pixels = (np.array([getattr(a, name) for a in found], np.float64) for name in ("equal", "pixels"))
+    edge_equal, edge_pixels = sum(a.edge_equal for a in found), sum(a.edge_pixels for a in found)
+    inner_equal, inner_pixels = int(equal.sum()) - edge_equal, int(pixels.sum()) - edge_pixels
+    classes = np.zeros((model.classes, 2), np.int64)
+    for agreement in found:
+        for index, hits, total in agreement.classes:
+            classes[index] += (hits, total)
+
+    def share(weights: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray((weights @ equal) / (weights @ pixels))
+
+    overall = interval(len(found), share)
+    assert overall is not None  # no image is empty
+    return Agreement(
+        baseline=baseline,
+        overall=Interval(overall.value, overall.low, overall.high),
+        boundary=edge_equal / edge_pixels if edge_pixels else None,
+        interior=inner_equal / inner_pixels if inner_pixels else None,
+        per_class=tuple(int(hits) / int(total) if total else None for hits, total in classes),
+        boundary_px=DEFAULT_BOUNDARY_PX,
+    )
+
+
+def image_miou(record: ImageRecord) -> float | None:
+    """mIoU of one image over the classes that occur in it; ``None`` without a mask."""
+    if record.truth is None or not record.truth.classes:
+        return None
+    return _number(float(np.nanmean(per_class("miou", np.array(record.truth.counts, np.int64)))))
+
+
+def _size(record: ImageRecord) -> int:
+    return 0 if record.truth is None else record.truth.ignored + record.truth.pixels
+
+
+def _optional(values: NDArray[Any]) -> tuple[float | None, ...]:
+    return tuple(_number(v) for v in values)
+
+
+def _number(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,100 @@
+"""Several callers at the same time: latency under load and throughput."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from edgeseg.errors import SpecError
+
+Call = Callable[[], object]
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class StreamSamples:
+    """Calls of one contender made by several threads.
+
+    Attributes:
+        name: of the contender.
+        samples_ms: of every call, by round and thread.
+        calls_per_s: completed calls over wall-clock time.
+        warmup_iterations: uncounted calls.
+    """
+
+    name: str
+    samples_ms: tuple[float, ...]
+    calls_per_s: float
+    warmup_iterations: int
+
+
+def measure_streams(
+    calls: Mapping[str, Call],
+    streams: int,
+    duration_ms: float,
+    *,
+    warmup_ms: float = 200.0,
+    clock_ns: Callable[[], int] = time.perf_counter_ns,
+) -> dict[str, StreamSamples]:
+    """Let ``streams`` threads call each contender as fast as they can, the contenders in turns of a few rounds.
+
+    Args:
+        calls: by name; each call is safe to make from several threads.
+        streams: threads.
+        duration_ms: counted wall-clock time of each contender, all rounds together.
+        warmup_ms: uncounted, at the start of each contender's first round.
+        clock_ns: monotonic clock, nanoseconds.
+
+    Raises:
+        SpecError: no stream or no contender.
+        Exception: whatever a call raised, in whichever thread.
+    """
+    if streams < 1 or not calls:
+        raise SpecError(f"{streams} streams and {len(calls)} contenders; at least one of each is needed")
+    warmups = {name: len(_burst(call, streams, warmup_ms, clock_ns)[0]) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, float] = dict.fromkeys(calls, 0.0)
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            took_ms, wall_s = _burst(call, streams, duration_ms / ROUNDS, clock_ns)
+            samples[name] += took_ms
+            seconds[name] += wall_s
+    return {
+        name: StreamSamples(name, tuple(samples[name]), len(samples[name]) / seconds[name], warmups[name])
+        for name in calls
+    }
+
+
+def _burst(call: Call, streams: int, duration_ms: float, clock_ns: Callable[[], int]) -> tuple[list[float], float]:
+    """(milliseconds of every call, wall-clock seconds from the first call's start to the last one's end)."""
+    taken: list[list[float]] = [[] for _ in range(streams)]
+    spans: list[tuple[int, int]] = []
+    failures: list[BaseException] = []
+    gate, lock = threading.Barrier(streams), threading.Lock()
+
+    def work(mine: list[float]) -> None:
+        gate.wait()
+        first = end = clock_ns()
+        deadline = first + int(duration_ms * 1e6)
+        try:
+            while not mine or (end < deadline and not failures):
+                begin = clock_ns()
+                call()
+                end = clock_ns()
+                mine.append((end - begin) / 1e6)
+        except BaseException as exc:
+            failures.append(exc)
+        with lock:
+            spans.append((first, end))
+
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in taken]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    wall_s = (max(end for _, end in spans) - min(start for start, _ in spans)) / 1e9
+    return [ms for mine in taken for ms in mine], wall_s

@@ -1,0 +1,1 @@
+"""Reports of measured rows: terminal, Markdown, CSV, JSON and one self-contained HTML file."""

@@ -1,0 +1,289 @@
+"""What the page shows of one engine beyond its line in the table: stages, classes, confusion, modules, images."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport
+from edgeseg.decide.verdict import data_key
+from edgeseg.evaluate.results import Accuracy, Profile, Truth, WorstImage
+from edgeseg.report.charts import STYLES, bar
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+MAX_IMAGE_BYTES = 8_000_000
+"""A side-by-side picture above this is left out, and the page says so: a report has to stay one that can be mailed."""
+PNG = b"\x89PNG\r\n\x1a\n"
+MATRIX_LIMIT = 24
+"""Up to so many classes the confusion difference is a matrix, above it a list of the largest changes."""
+CHANGES_SHOWN = 20
+STAGES = (("pre", "pre_ms"), ("h2d", "h2d_ms"), ("compute", "compute_ms"), ("d2h", "d2h_ms"), ("post", "post_ms"))
+DTYPES = ("int8", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class StageLine:
+    """Where one row's time goes: a bar on an axis all rows of the device share, and a text per stage."""
+
+    entry: Entry
+    bar: Markup
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ClassLine:
+    """IoU of one class, engine and baseline, and its bar; ``-`` for a class that did not occur."""
+
+    name: str
+    engine: str
+    baseline: str
+    difference: str
+    bar: Markup
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the confusion difference, points of the truth's pixels; ``level`` -4..4 chooses its colour."""
+
+    text: str
+    level: int
+
+
+@dataclass(frozen=True)
+class ConfusionLine:
+    """A row of the matrix (``cells`` by predicted class), or one change (``name`` says truth and prediction)."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class ModuleLine:
+    """Time of one module and the dtypes it runs in."""
+
+    name: str
+    nodes: int
+    time: str
+    share: str
+    dtypes: str
+    bar: Markup
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A worst image: its PNG as a data URI, or why it is not shown."""
+
+    name: str
+    caption: str
+    alt: str
+    data_uri: str | None
+    missing: str | None
+
+
+@dataclass(frozen=True)
+class EngineDetails:
+    """Everything about one engine; a part without lines was not measured."""
+
+    entry: Entry
+    baseline: str | None
+    data: str | None
+    classes: tuple[ClassLine, ...]
+    class_names: tuple[str, ...]
+    confusion: tuple[ConfusionLine, ...]
+    is_matrix: bool
+    modules: tuple[ModuleLine, ...]
+    profile: Profile | None
+    pictures: tuple[Picture, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.classes or self.confusion or self.modules or self.pictures)
+
+
+def style_of(entry: Entry) -> str:
+    """The class of an entry's mark: its precision, or ``baseline``."""
+    if entry.row.engine.is_baseline:
+        return "baseline"
+    return entry.row.engine.precision if entry.row.engine.precision in STYLES else "other"
+
+
+def stage_lines(group: DeviceGroup) -> tuple[StageLine, ...]:
+    """A line per row whose stages were measured."""
+    found = []
+    for entry in group.entries:
+        if entry.row.latency is None:
+            continue
+        values = [(name, getattr(entry.row.latency.stages, field)) for name, field in STAGES]
+        if any(value is not None for _, value in values):
+            found.append((entry, values))
+    longest = max((sum(value or 0.0 for _, value in values) for _, values in found), default=0.0)
+    return tuple(
+        StageLine(
+            entry,
+            bar([(f"stage-{name}", value) for name, value in values if value], longest),
+            tuple("-" if value is None else f"{value:.2f}" for _, value in values),
+        )
+        for entry, values in found
+    )
+
+
+def engine_details(report: MergedReport, group: DeviceGroup) -> tuple[EngineDetails, ...]:
+    """One per engine of the device (not per setting: accuracy and profile are the engine's)."""
+    seen: set[tuple[int, str]] = set()
+    found = []
+    for entry in group.engines:
+        key = entry.run, entry.row.engine.name
+        if key in seen:
+            continue
+        seen.add(key)
+        details = _details(report, group, entry)
+        if not details.is_empty:
+            found.append(details)
+    return tuple(found)
+
+
+def _details(report: MergedReport, group: DeviceGroup, entry: Entry) -> EngineDetails:
+    accuracy, names = entry.row.accuracy, entry.row.engine.class_names
+    baseline = _baseline(group, entry)
+    truth = accuracy.truth if accuracy is not None else None
+    reference = baseline.row.accuracy.truth if baseline is not None and baseline.row.accuracy is not None else None
+    confusion = _confusion(truth, reference, names)
+    return EngineDetails(
+        entry=entry,
+        baseline=baseline.row.engine.name if baseline is not None else None,
+        data=_data_line(accuracy) if accuracy is not None else None,
+        classes=_classes(truth, reference, names),
+        class_names=tuple(class_name(names, k) for k in range(len(confusion))),
+        confusion=confusion,
+        is_matrix=bool(confusion) and bool(confusion[0].cells),
+        modules=_modules(entry.row.profile) if entry.row.profile is not None else (),
+        profile=entry.row.profile,
+        pictures=tuple(_picture(worst, report.runs[entry.run].folder) for worst in accuracy.worst) if accuracy else (),
+    )
+
+
+def _baseline(group: DeviceGroup, entry: Entry) -> Entry | None:
+    """The baseline of the same run, judged on the same data and with the same classes."""
+    accuracy = entry.row.accuracy
+    named = {drop.baseline for drop in accuracy.truth.drops} if accuracy and accuracy.truth else set()
+    for other in group.entries:
+        engine = other.row.engine
+        if other.run != entry.run or not engine.is_baseline or data_key(other) != data_key(entry):
+            continue
+        if engine.classes == entry.row.engine.classes and (not named or engine.name in named):
+            return other
+    return None
+
+
+def _data_line(accuracy: Accuracy) -> str:
+    size = "the size of the image files" if accuracy.resolution == "source" else "the engine's input size"
+    ignored = f", {accuracy.ignored_share:.1%} of pixels ignored" if accuracy.ignored_share else ""
+    return f"{accuracy.images} images of {accuracy.data}, judged at {size}{ignored}"
+
+
+def class_name(names: Sequence[str], index: int) -> str:
+    """The class's name, else its index."""
+    return names[index] if index < len(names) else str(index)
+
+
+def _classes(truth: Truth | None, reference: Truth | None, names: Sequence[str]) -> tuple[ClassLine, ...]:
+    if truth is None or all(value is None for value in truth.per_class_iou):
+        return ()
+    before = reference.per_class_iou if reference is not None else ()
+    lines = []
+    for k, value in enumerate(truth.per_class_iou):
+        base = before[k] if k < len(before) else None
+        lines.append(
+            ClassLine(
+                class_name(names, k),
+                "-" if value is None else f"{value:.4f}",
+                "-" if base is None else f"{base:.4f}",
+                "-" if value is None or base is None else f"{value - base:+.4f}",
+                bar([("engine", value)] if value is not None else [], 1.0, tick=base),
+            )
+        )
+    return tuple(lines)
+
+
+def _confusion(truth: Truth | None, reference: Truth | None, names: Sequence[str]) -> tuple[ConfusionLine, ...]:
+    """Engine minus baseline, each matrix as points (percent) of the true class's pixels."""
+    if truth is None or reference is None or truth.confusion is None or reference.confusion is None:
+        return ()
+    if len(truth.confusion) != len(reference.confusion):
+        return ()
+    after, before = _points(truth.confusion), _points(reference.confusion)
+    size = len(after)
+    changes = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(after, before, strict=True)]
+    if size <= MATRIX_LIMIT:
+        return tuple(
+            ConfusionLine(class_name(names, i), tuple(_cell(changes[i][j], is_right=i == j) for j in range(size)))
+            for i in range(size)
+        )
+    ranked = sorted(((changes[i][j], i, j) for i in range(size) for j in range(size)), key=lambda c: -abs(c[0]))
+    return tuple(
+        ConfusionLine(f"{class_name(names, i)} taken for {class_name(names, j)}: {change:+.2f} points", ())
+        for change, i, j in ranked[:CHANGES_SHOWN]
+        if change
+    )
+
+
+def _points(matrix: Sequence[Sequence[int]]) -> list[list[float]]:
+    return [[100 * value / total if (total := sum(row)) else 0.0 for value in row] for row in matrix]
+
+
+def _cell(change: float, *, is_right: bool) -> Cell:
+    # Colour by consequence, not by sign: more on the diagonal is good, more elsewhere is bad.
+    good = change if is_right else -change
+    strength = next((k for k, limit in ((4, 2.0), (3, 0.5), (2, 0.1), (1, 0.005)) if abs(good) >= limit), 0)
+    text = f"{change:+.2f}" if abs(change) >= 0.005 else "0"
+    return Cell(text, strength if good > 0 else -strength)
+
+
+def _modules(profile: Profile) -> tuple[ModuleLine, ...]:
+    longest = max((module.share for module in profile.modules), default=0.0)
+    lines = []
+    for module in profile.modules:
+        dtypes = sorted(module.dtypes.items(), key=lambda item: -item[1])
+        parts = [(f"dtype-{name if name in DTYPES else 'other'}", share * module.share) for name, share in dtypes]
+        lines.append(
+            ModuleLine(
+                module.module,
+                module.nodes,
+                f"{module.time_ms:.3f}",
+                f"{100 * module.share:.1f}",
+                ", ".join(f"{name} {share:.0%}" for name, share in dtypes) or "-",
+                bar(parts or [("dtype-other", module.share)], longest),
+            )
+        )
+    return tuple(lines)
+
+
+def _picture(worst: WorstImage, folder: Path | None) -> Picture:
+    miou = f", mIoU {worst.miou:.3f} against the mask" if worst.miou is not None else ""
+    caption = f"{worst.name}: {worst.agreement:.1%} of pixels agree{miou}"
+    alt = f"{worst.name}, four pictures from left to right: image, baseline's mask, engine's mask, where they differ"
+    data_uri, missing = _data_uri(worst.side_by_side, folder)
+    return Picture(worst.name, caption, alt, data_uri, missing)
+
+
+def _data_uri(name: str | None, folder: Path | None) -> tuple[str | None, str | None]:
+    """The picture for an ``<img>``, or why there is none. A report from elsewhere must not reach other files."""
+    if name is None or folder is None:
+        return None, "no picture was saved"
+    relative = Path(name)
+    path = folder / relative
+    if relative.is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        return None, "the report names a picture outside its own folder: not shown"
+    if not path.is_file():
+        return None, f"{name} is not beside the report"
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        return None, f"{name} is larger than {MAX_IMAGE_BYTES / 1e6:.0f} MB: not embedded"
+    data = path.read_bytes()
+    if not data.startswith(PNG):
+        return None, f"{name} is no PNG: not shown"
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}", None

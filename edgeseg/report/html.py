@@ -1,0 +1,255 @@
+"""The report as one HTML file: no script, no network, pictures inside.
+
+The template gets :class:`DevicePage` objects and escapes every string; charts come from :mod:`edgeseg.report.charts`,
+which escapes what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import edgeseg
+from edgeseg.decide.entries import Entry, MergedReport, Run
+from edgeseg.decide.metrics import METRICS, Metric
+from edgeseg.decide.verdict import DeviceVerdict, data_key
+from edgeseg.errors import MissingDependencyError
+from edgeseg.evaluate.results import Environment, MachineState
+from edgeseg.report import cells
+from edgeseg.report.details import EngineDetails, StageLine, engine_details, stage_lines, style_of
+
+if TYPE_CHECKING:
+    import jinja2
+    from markupsafe import Markup
+
+
+@dataclass(frozen=True)
+class Charts:
+    """Charts of the rows of one batch size and number of streams.
+
+    Attributes:
+        setting: in words, ``""`` when there is only the plain one.
+        paretos: one per data set, with the data in words.
+        distribution: ``None`` without raw samples.
+    """
+
+    setting: str
+    paretos: tuple[tuple[str, Markup], ...]
+    distribution: Markup | None
+
+
+@dataclass(frozen=True)
+class DevicePage:
+    """What the template shows of one device.
+
+    Attributes:
+        key: unique within the page, for ids.
+        charts: for each way of driving the engines.
+        front: names of the engines no other beats.
+    """
+
+    key: str
+    verdict: DeviceVerdict
+    headline: str
+    requirement: str
+    facts: tuple[tuple[str, str], ...]
+    metrics: tuple[Metric, ...]
+    lines: tuple[cells.Line, ...]
+    failures: tuple[tuple[str, tuple[str, ...]], ...]
+    close_calls: tuple[str, ...]
+    charts: tuple[Charts, ...]
+    front: tuple[str, ...]
+    styles: tuple[str, ...]
+    stages: tuple[StageLine, ...]
+    details: tuple[EngineDetails, ...]
+
+
+def html(
+    report: MergedReport,
+    verdicts: Sequence[DeviceVerdict],
+    *,
+    title: str = "edgeseg report",
+    failed: Sequence[tuple[str, str]] = (),
+) -> str:
+    """The whole page. ``failed``: engines that gave no row, and why.
+
+    Raises:
+        MissingDependencyError: jinja2 is not installed.
+    """
+    environment = _templates()
+    from edgeseg.report.charts import legend_mark
+
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        failed=failed,
+        version=edgeseg.__version__,
+        pages=[_page(report, verdict, f"d{k}") for k, verdict in enumerate(verdicts)],
+        runs=[(run, environment_lines(run)) for run in report.runs],
+        separate_devices=len(verdicts) > 1,
+        metrics=list(METRICS.values()),
+        heading=cells.heading,
+        legend_mark=legend_mark,
+        stage_names=("pre", "h2d", "compute", "d2h", "post"),
+    )
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    try:
+        import jinja2
+    except ImportError as exc:
+        raise MissingDependencyError("jinja2", "report", "write an HTML report") from exc
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("edgeseg.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _page(report: MergedReport, verdict: DeviceVerdict, key: str) -> DevicePage:
+    group, metrics = verdict.group, cells.metrics_of(verdict.group.entries)
+    return DevicePage(
+        key=key,
+        verdict=verdict,
+        headline=cells.headline(verdict),
+        requirement=cells.requirement_line(verdict),
+        facts=_facts(verdict),
+        metrics=metrics,
+        lines=cells.lines(verdict, metrics),
+        failures=cells.failures(verdict),
+        close_calls=cells.close_calls(verdict),
+        charts=_charts(verdict, key),
+        front=tuple(judged.entry.name for judged in verdict.judged if judged.is_on_front),
+        styles=tuple(dict.fromkeys(style_of(entry) for entry in group.entries)),
+        stages=stage_lines(group),
+        details=engine_details(report, group),
+    )
+
+
+def _facts(verdict: DeviceVerdict) -> tuple[tuple[str, str], ...]:
+    """The figures of the engine to deploy that a reader looks for first."""
+    if verdict.deploy is None:
+        return ()
+    shown = ("median_ms", "p99_ms", "speedup", "miou", "miou_drop", "agreement", "size_mb", "energy_per_image_j")
+    values = [(METRICS[name], METRICS[name].value(verdict.deploy)) for name in shown]
+    return tuple((metric.title, metric.with_unit(value)) for metric, value in values if value is not None)
+
+
+def _charts(verdict: DeviceVerdict, key: str) -> tuple[Charts, ...]:
+    """Charts per way of driving the engines: a call of four images on the axis of one image would mislead."""
+    by_setting: dict[tuple[int, int], list[Entry]] = {}
+    for entry in verdict.group.entries:
+        if entry.row.latency is not None:
+            by_setting.setdefault((entry.row.setting.batch, entry.row.setting.streams), []).append(entry)
+    found = []
+    for k, ((batch, streams), entries) in enumerate(by_setting.items()):
+        parts = [f"batch {batch}"] if len(by_setting) > 1 or batch != 1 else []
+        parts += [f"{streams} streams"] if streams != 1 else []
+        setting = ", ".join(parts)
+        where = verdict.group.label + (f", {setting}" if setting else "")
+        found.append(
+            Charts(
+                setting,
+                _paretos(verdict, entries, where, f"{key}-s{k}"),
+                _distribution(entries, where, f"{key}-s{k}"),
+            )
+        )
+    return tuple(found)
+
+
+def _paretos(verdict: DeviceVerdict, entries: Sequence[Entry], where: str, key: str) -> tuple[tuple[str, Markup], ...]:
+    from edgeseg.report.charts import Point, pareto
+
+    metric = verdict.accuracy_metric
+    if metric is None:
+        return ()
+    by_data: dict[str | None, list[Point]] = {}
+    words: dict[str | None, str] = {}
+    for entry in entries:
+        ms, score, accuracy = METRICS["median_ms"].value(entry), metric.value(entry), entry.row.accuracy
+        if ms is None or score is None or accuracy is None:
+            continue
+        words[data_key(entry)] = f"{accuracy.images} images of {accuracy.data}"
+        by_data.setdefault(data_key(entry), []).append(
+            Point(
+                entry.number,
+                f"{entry.name} ({entry.row.engine.backend}), {ms:.2f} ms, {metric.title} {score:.4f}",
+                style_of(entry),
+                ms,
+                score,
+                METRICS["median_ms"].interval(entry),
+                metric.interval(entry),
+                verdict.of(entry).is_on_front,
+            )
+        )
+    return tuple(
+        (
+            words[data],
+            pareto(
+                points,
+                x_title="median milliseconds per call",
+                y_title=metric.title,
+                title=f"{metric.title} against latency on {where}",
+                key=f"{key}-pareto{k}",
+            ),
+        )
+        for k, (data, points) in enumerate(by_data.items())
+    )
+
+
+def _distribution(entries: Sequence[Entry], where: str, key: str) -> Markup | None:
+    from edgeseg.report.charts import Samples, distribution
+
+    lines = [
+        Samples(
+            entry.number,
+            entry.name,
+            f"{entry.name}: median {latency.end_to_end.median_ms:.2f} ms, p99 {latency.end_to_end.p99_ms:.2f} ms",
+            style_of(entry),
+            latency.samples_ms,
+            latency.end_to_end.median_ms,
+            latency.end_to_end.p99_ms,
+        )
+        for entry in entries
+        if (latency := entry.row.latency) is not None and latency.samples_ms
+    ]
+    if not lines:
+        return None
+    return distribution(lines, title=f"Distribution of latency on {where}", key=f"{key}-latency")
+
+
+def environment_lines(run: Run) -> tuple[tuple[str, str], ...]:
+    """The machine of a run, one fact a line; what is not known is left out."""
+    env: Environment = run.report.environment
+    gpus = [", ".join(filter(None, (gpu.name, gpu.driver and f"driver {gpu.driver}"))) for gpu in env.gpus]
+    facts = [
+        ("Device", env.device),
+        ("Power mode", env.power_mode),
+        ("CPU", f"{env.cpu}, {env.cores} cores" + (f", limited to {env.core_limit:g}" if env.core_limit else "")),
+        ("CPU flags", ", ".join(env.cpu_flags)),
+        ("GPU", "; ".join(gpus)),
+        ("Memory", f"{env.memory_bytes / 1e9:.1f} GB" if env.memory_bytes else None),
+        ("Clock governor", env.governor),
+        ("System", f"{env.system}, Python {env.python}"),
+        ("Thread variables", ", ".join(f"{name}={value}" for name, value in env.thread_variables.items())),
+        ("Before", _state(env.before)),
+        ("After", _state(env.after)),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in env.versions.items())),
+        ("Protocol", ", ".join(f"{name} {value}" for name, value in run.report.protocol.items())),
+        ("Measured", f"{run.report.created_at} with edgeseg {run.report.edgeseg_version}"),
+    ]
+    return tuple((name, value) for name, value in facts if value)
+
+
+def _state(state: MachineState) -> str:
+    parts = []
+    if state.cpu_mhz is not None:
+        parts.append(f"CPU {state.cpu_mhz[0]:.0f} to {state.cpu_mhz[2]:.0f} MHz")
+    if state.load is not None:
+        parts.append(f"load {state.load[0]:.1f}")
+    parts += [f"{sensor} {celsius:.0f} °C" for sensor, celsius in state.temperatures_c.items()]
+    return ", ".join(parts)

@@ -1,0 +1,214 @@
+"""The report as Markdown, CSV, JSON and a terminal table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edgeseg.decide.entries import MergedReport
+from edgeseg.decide.metrics import METRICS, WITH_INTERVAL
+from edgeseg.decide.verdict import DeviceVerdict
+from edgeseg.report.cells import (
+    MISSING,
+    TEXT_COLUMNS,
+    close_calls,
+    failures,
+    heading,
+    headline,
+    lines,
+    metrics_of,
+    requirement_line,
+    texts_of,
+    verdict_word,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
+
+JSON_SCHEMA_VERSION = 1
+TERMINAL = ("median_ms", "p99_ms", "miou", "speedup", "miou_drop", "agreement", "size_mb")
+SEPARATE_DEVICES = "Each device has a table of its own: speeds of different devices are not ranked against each other."
+
+
+def markdown(report: MergedReport, verdicts: Sequence[DeviceVerdict], failed: Sequence[tuple[str, str]] = ()) -> str:
+    """The report for a README, an issue or a merge request: verdict, table and remarks per device."""
+    parts = ["# edgeseg report"]
+    if len(verdicts) > 1:
+        parts.append(SEPARATE_DEVICES)
+    for verdict in verdicts:
+        metrics = metrics_of(verdict.group.entries)
+        parts.append(f"## {_md(verdict.group.label)}")
+        parts.append(f"**{_md(headline(verdict))}**: {_md(verdict.reason)}.")
+        parts.append(f"Judged by: {_code(requirement_line(verdict))}.")
+        head = ["#", *TEXT_COLUMNS, *map(heading, metrics), "front", "verdict"]
+        table = [_md_row(head), _md_row(["---:", *["---"] * 4, *["---:"] * len(metrics), "---", "---"], escape=False)]
+        table += [
+            _md_row(
+                [
+                    str(line.judged.entry.number),
+                    *line.texts,
+                    *line.figures,
+                    "yes" if line.judged.is_on_front else "",
+                    line.verdict,
+                ]
+            )
+            for line in lines(verdict, metrics)
+        ]
+        parts.append("\n".join(table))
+        parts.append("Intervals are 95 %; `-` was not measured; `front`: not beaten in both speed and accuracy.")
+        parts += _md_list("Not met", [f"{name}: {'; '.join(missed)}" for name, missed in failures(verdict)])
+        parts += _md_list("Close to a limit", close_calls(verdict))
+        parts += _md_list("Remarks", verdict.remarks)
+    parts += _md_list("Not built or not measured", [f"{name}: {reason}" for name, reason in failed])
+    parts.append("## Runs")
+    for run in report.runs:
+        notes = [f"note: {note}" for note in run.report.notes]
+        name = run.source or "this run"
+        parts.append(f"{_md(name)}, {_md(run.report.created_at)}: {_code(run.report.command)}")
+        if notes:
+            parts.append("\n".join(f"- {_md(note)}" for note in notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _md_list(title: str, items: Iterable[str]) -> list[str]:
+    listed = [f"- {_md(item)}" for item in items]
+    return [f"{title}:", "\n".join(listed)] if listed else []
+
+
+def _md_row(cells: Iterable[str], *, escape: bool = True) -> str:
+    return "| " + " | ".join(_md(cell) if escape else cell for cell in cells) + " |"
+
+
+def _md(text: str) -> str:
+    """Text that Markdown shows as it is: no markup, no HTML, no new table cell."""
+    flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # An underscore inside a word is no markup.
+    return re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", flat)
+
+
+def _code(text: str) -> str:
+    flat = " ".join(text.split()).replace("`", "'")
+    return f"`{flat}`" if flat else MISSING
+
+
+def csv_text(report: MergedReport, verdicts: Sequence[DeviceVerdict]) -> str:
+    """One line per row, every metric a column; empty where it was not measured. Numbers are not rounded."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    bounds = [f"{metric.name}_{end}" for metric in WITH_INTERVAL for end in ("low", "high")]
+    writer.writerow(["number", "device", *TEXT_COLUMNS, "arch", "encoder", *METRICS, *bounds, "on_front", "verdict"])
+    for verdict in verdicts:
+        for judged in verdict.judged:
+            entry = judged.entry
+            values = [metric.value(entry) for metric in METRICS.values()]
+            ends: list[float | None] = []
+            for metric in WITH_INTERVAL:
+                ends += metric.interval(entry) or (None, None)
+            writer.writerow(
+                [
+                    entry.number,
+                    _spreadsheet(verdict.group.label),
+                    *map(_spreadsheet, texts_of(entry)),
+                    _spreadsheet(entry.row.engine.arch),
+                    _spreadsheet(entry.row.engine.encoder),
+                    *("" if value is None else repr(float(value)) for value in [*values, *ends]),
+                    "yes" if judged.is_on_front else "no",
+                    verdict_word(judged, verdict),
+                ]
+            )
+    return stream.getvalue()
+
+
+def _spreadsheet(text: str) -> str:
+    """Spreadsheets execute cells that begin like a formula; an apostrophe makes them text (OWASP, CSV injection)."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def json_value(report: MergedReport, verdicts: Sequence[DeviceVerdict]) -> dict[str, Any]:
+    """The decision for programs: per device the answer, the engine, and every row's figures and checks."""
+    return {
+        "schema_version": JSON_SCHEMA_VERSION,
+        "sources": [
+            {"file": run.source, "created_at": run.report.created_at, "command": run.report.command}
+            for run in report.runs
+        ],
+        "devices": [
+            {
+                "device": verdict.group.label,
+                "answer": verdict.answer,
+                "deploy": verdict.deploy.row.id if verdict.deploy is not None else None,
+                "folder": verdict.deploy.row.engine.folder if verdict.deploy is not None else None,
+                "reason": verdict.reason,
+                "requirement": verdict.requirement.text if verdict.requirement is not None else None,
+                "requirement_is_default": verdict.is_default,
+                "remarks": verdict.remarks,
+                "rows": [
+                    {
+                        "number": judged.entry.number,
+                        "source": report.runs[judged.entry.run].source,
+                        "id": judged.entry.row.id,
+                        "is_baseline": judged.entry.row.engine.is_baseline,
+                        "on_front": judged.is_on_front,
+                        "status": judged.status,
+                        "figures": {name: metric.value(judged.entry) for name, metric in METRICS.items()},
+                        "checks": [
+                            {
+                                "comparison": check.comparison.text,
+                                "value": check.value,
+                                "status": check.status,
+                                "is_close": check.is_close,
+                            }
+                            for check in (judged.outcome.checks if judged.outcome is not None else ())
+                        ],
+                    }
+                    for judged in verdict.judged
+                ],
+            }
+            for verdict in verdicts
+        ],
+    }
+
+
+def terminal(verdicts: Sequence[DeviceVerdict], *, width: int) -> Group:
+    """The report for a terminal of ``width`` columns: intervals only where there is room for them."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    for verdict in verdicts:
+        metrics = metrics_of(verdict.group.entries)
+        shown = TERMINAL[: 3 if width < 100 else 6 if width < 140 else None]
+        metrics = tuple(metric for metric in metrics if metric.name in shown)
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+            title=Text(verdict.group.label),
+            title_justify="left",
+        )
+        table.add_column("#", justify="right")
+        longest = max(len(entry.name) for entry in verdict.group.entries)
+        table.add_column("engine", overflow="fold", min_width=min(longest, 17 if width < 100 else 28))
+        table.add_column("backend", no_wrap=True)
+        table.add_column("prec.", no_wrap=True)
+        for metric in metrics:
+            unit = f"\n{metric.unit}" if metric.unit else ""
+            table.add_column(Text(f"{metric.title}{unit}"), justify="right", no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
+        for line in lines(verdict, metrics, with_intervals=width >= 180):
+            # Text, not str: rich would read [brackets] in a name as markup.
+            cells = [str(line.judged.entry.number), *line.texts[:3], *line.figures, line.verdict]
+            table.add_row(*map(Text, cells), style="bold" if line.is_deployed else None)
+        parts += [table, Text(f"{headline(verdict)}: {verdict.reason}", style="bold")]
+        parts.append(Text(f"judged by {requirement_line(verdict)}", style="dim"))
+        parts += [Text(f"  {name}: {'; '.join(missed)}") for name, missed in failures(verdict)]
+        parts += [Text(f"  close: {text}") for text in close_calls(verdict)]
+        parts += [Text(f"  {remark}") for remark in verdict.remarks]
+    if len(verdicts) > 1:
+        parts.append(Text(SEPARATE_DEVICES, style="dim"))
+    return Group(*parts)

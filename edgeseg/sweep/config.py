@@ -1,0 +1,191 @@
+"""What a sweep is asked to do: ``sweep.toml``, checked before any work is done."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import msgspec
+
+from edgeseg.api import BuildRequest
+from edgeseg.backends import BACKENDS
+from edgeseg.decide.requirement import Requirement
+from edgeseg.demo import demo_models, sample_folder
+from edgeseg.errors import SpecError
+from edgeseg.spec import ARCHITECTURES, PRECISIONS, ModelRequest, Precision, one_of
+
+DEMO = "demo"
+Layout = Literal["images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff"]
+
+
+class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The table ``[bench]``: passed on to ``edgeseg bench``.
+
+    Attributes:
+        baseline: ``pytorch``, another of ``bench``'s, or ``none``.
+        data: images to judge accuracy on; ``demo`` for the demo's validation images; ``None``: speed only.
+        layout: of ``data``.
+        limit: judge so many images.
+        duration_s: of each engine.
+        fresh_processes: for cold start and memory; 0 for neither.
+        profile: also measure per-module times.
+        together: ``all``: every engine in turns with all others, so that all compare; ``model``: one run per
+            architecture, encoder, size and weights, for sweeps whose engines do not fit into memory together.
+    """
+
+    baseline: str = "pytorch"
+    data: str | None = None
+    layout: Layout = "images-masks"
+    limit: int | None = None
+    duration_s: float = 3.0
+    fresh_processes: int = 1
+    profile: bool = False
+    together: Literal["all", "model"] = "all"
+
+
+class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``sweep.toml``: the lists are multiplied.
+
+    Attributes:
+        archs: SMP architectures.
+        output: folder of the sweep: engines, results and reports.
+        encoders: SMP encoders; empty: each checkpoint's own.
+        sizes: ``HxW``; empty: each model's own.
+        precisions, targets: as ``edgeseg build``.
+        weights: per architecture (``default`` for the others): a path, in which ``{arch}`` and ``{encoder}`` are replaced,
+            ``imagenet``, ``random`` or ``demo``, which is the default.
+        classes, calibration, calibration_limit, validation, ignore_index: as ``edgeseg build``.
+        require: as ``edgeseg report --require``.
+        title: of the report.
+        bench: how to measure.
+    """
+
+    archs: tuple[str, ...]
+    output: str = "sweep"
+    encoders: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ("int8",)
+    targets: tuple[str, ...] = ("auto",)
+    weights: dict[str, str] = {}  # msgspec copies empty defaults
+    classes: int | None = None
+    calibration: str | None = None
+    calibration_limit: int | None = None
+    validation: str | None = None
+    ignore_index: int | None = None
+    require: str | None = None
+    title: str = "edgeseg sweep"
+    bench: BenchConfig = BenchConfig()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination: ``name`` is its engine folder's, ``model`` what it shares with others of the same weights."""
+
+    name: str
+    model: str
+    request: BuildRequest
+
+
+def read_config(path: Path) -> SweepConfig:
+    """Read and check ``sweep.toml``; paths in it are relative to the file.
+
+    Raises:
+        SpecError: cannot be read, no TOML, an unknown or wrong field (named), or a combination that cannot be.
+    """
+    try:
+        config = msgspec.toml.decode(path.read_bytes(), type=SweepConfig)
+    except OSError as exc:
+        raise SpecError(f"cannot read {path}: {exc.strerror}; docs/sweep.md has an example") from exc
+    except (msgspec.DecodeError, ValueError) as exc:
+        raise SpecError(f"{path} is no sweep: {' '.join(str(exc).split())}; docs/sweep.md has an example") from exc
+    return relative_to(config, path.parent)
+
+
+def relative_to(config: SweepConfig, folder: Path) -> SweepConfig:
+    """The config with every path that is no absolute one taken from ``folder``."""
+
+    def place(text: str | None, keep: tuple[str, ...] = ()) -> str | None:
+        return text if text is None or text in keep else str(folder / text)
+
+    words = (DEMO, "imagenet", "random")
+    return msgspec.structs.replace(
+        config,
+        output=str(folder / config.output),
+        weights={arch: place(value, words) or value for arch, value in config.weights.items()},
+        calibration=place(config.calibration),
+        validation=place(config.validation),
+        bench=msgspec.structs.replace(config.bench, data=place(config.bench.data, (DEMO,))),
+    )
+
+
+def expand(config: SweepConfig) -> tuple[Cell, ...]:
+    """All combinations, in the order of the lists.
+
+    Raises:
+        SpecError: an empty list, an unknown name, a size that is none, or the same combination twice.
+    """
+    if config.require is not None:
+        Requirement.parse(config.require)
+    for field, allowed in (("archs", ARCHITECTURES), ("precisions", PRECISIONS), ("targets", ("auto", *BACKENDS))):
+        if not getattr(config, field):
+            raise SpecError(f"{field} of the sweep is empty; give at least one of {', '.join(allowed)}")
+        for value in getattr(config, field):
+            one_of(field, value, tuple(allowed))
+    for arch in config.weights:
+        one_of("weights", arch, (*ARCHITECTURES, "default"))
+    cells = tuple(
+        _cell(config, arch, encoder, size, precision, target)
+        for arch, encoder, size, precision, target in itertools.product(
+            config.archs, config.encoders or (None,), config.sizes or (None,), config.precisions, config.targets
+        )
+    )
+    names = [cell.name for cell in cells]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SpecError(f"the sweep has {min(twice)} twice; name each architecture, encoder, size and target once")
+    return cells
+
+
+def _cell(config: SweepConfig, arch: str, encoder: str | None, size: str | None, precision: str, target: str) -> Cell:
+    weights = config.weights.get(arch, config.weights.get("default", DEMO))
+    is_demo = weights == DEMO
+    if is_demo and (encoder is not None or arch not in demo_models()):
+        what = f"encoder {encoder}" if encoder is not None else arch
+        raise SpecError(
+            f"the sweep gives no weights for {arch}, and there is no demo model of {what} (there is one of "
+            f"{', '.join(demo_models())}); add [weights] {arch} = a path, imagenet or random"
+        )
+    if not is_demo:
+        weights = weights.replace("{arch}", arch).replace("{encoder}", encoder or "")
+    model = "-".join(filter(None, (arch, encoder or (DEMO if is_demo else None), size)))
+    name = re.sub(r"[^a-z0-9._-]", "-", f"{model}-{precision}-{target}".lower())
+    checked: Precision = next(p for p in get_args(Precision) if p == precision)
+    request = BuildRequest(
+        model=ModelRequest(arch=arch, encoder=encoder, weights=None if is_demo else weights, classes=config.classes),
+        precision=checked,
+        size=None if size is None else _size(size),
+        calibration=config.calibration,
+        calibration_limit=config.calibration_limit,
+        validation=None if config.validation is None else Path(config.validation),
+        ignore_index=config.ignore_index,
+        target=target,
+        folder=Path(config.output) / "engines" / name,
+        force=True,
+    )
+    return Cell(name, model, request)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text)
+    if match is None:
+        raise SpecError(f"size {text!r} of the sweep is not HEIGHTxWIDTH in pixels, such as 352x480")
+    return int(match[1]), int(match[2])
+
+
+def data_folder(config: BenchConfig) -> Path | None:
+    """The images accuracy is judged on."""
+    if config.data is None:
+        return None
+    return sample_folder() / "val" if config.data == DEMO else Path(config.data)

@@ -1,0 +1,145 @@
+"""Where cells are built: in processes of this machine, or on a Ray cluster. Measuring is neither's business."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgeseg.artifacts import atomic_folder
+from edgeseg.errors import EdgesegError, MissingDependencyError
+from edgeseg.sweep.config import Cell
+
+
+@dataclass(frozen=True)
+class Built:
+    """How one cell's build ended: ``reason`` is ``None`` when its engine folder is there."""
+
+    cell: Cell
+    seconds: float
+    reason: str | None = None
+
+
+Builder = Callable[[Cell], Built]
+
+
+def build_cell(cell: Cell) -> Built:
+    """Build one engine folder; whatever goes wrong becomes the cell's reason, so that the others go on."""
+    from edgeseg.pipeline import run_build
+    from edgeseg.progress import SilentReporter
+
+    begin = time.perf_counter()
+    reason = None
+    try:
+        run_build(cell.request, model=None, reporter=SilentReporter())
+    except EdgesegError as exc:
+        reason = str(exc)
+    except Exception as exc:
+        reason = f"internal error, {type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
+    return Built(cell, time.perf_counter() - begin, reason)
+
+
+def build_locally(cells: Sequence[Cell], jobs: int, builder: Builder = build_cell) -> Iterator[Built]:
+    """Build in ``jobs`` processes at a time, a fresh one for each cell: one that is killed takes no other with it.
+
+    Yields each cell when it is done.
+    """
+    with ThreadPoolExecutor(jobs) as threads:
+        waiting = [threads.submit(_in_own_process, cell, builder) for cell in cells]
+        try:
+            for future in as_completed(waiting):
+                yield future.result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _in_own_process(cell: Cell, builder: Builder) -> Built:
+    begin = time.perf_counter()
+    # Not forked: a child of a process with threads can hang in a lock that one of them held.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(builder, cell).result()
+        except BrokenProcessPool:
+            reason = "the building process was killed (out of memory?); try fewer --jobs"
+            return Built(cell, time.perf_counter() - begin, reason)
+
+
+def build_on_ray(cells: Sequence[Cell], address: str | None, builder: Builder = build_cell) -> Iterator[Built]:
+    """Build on a Ray cluster, one task of one CPU a cell; the finished folders come back to this machine.
+
+    Weights and images must be at the same paths on every node. An engine built on another machine is built
+    again here from its portable graph, for this machine's processor.
+
+    Args:
+        cells: what to build.
+        address: of the cluster; ``None``: the one in ``RAY_ADDRESS``, else one started here for this sweep.
+        builder: builds one cell (tests bring their own).
+
+    Raises:
+        MissingDependencyError: ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as exc:
+        raise MissingDependencyError("ray", "sweep", "build on a Ray cluster") from exc
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        task = ray.remote(num_cpus=1, max_retries=0, max_calls=1)(_build_and_pack)
+        waiting = {task.remote(cell, builder): cell for cell in cells}
+        while waiting:
+            (reference,), _ = ray.wait(list(waiting), num_returns=1)
+            cell = waiting.pop(reference)
+            try:
+                yield _unpack(cell, ray.get(reference))
+            except ray.exceptions.RayError as exc:
+                yield Built(cell, 0.0, f"the Ray task failed, {type(exc).__name__}: {' '.join(str(exc).split())[:300]}")
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+@dataclass(frozen=True)
+class _Packed:
+    built: Built
+    files: dict[str, bytes]
+    node: str
+
+
+def _build_and_pack(cell: Cell, builder: Builder) -> _Packed:
+    """Runs on the worker: build in a scratch folder of its own, return the files."""
+    with tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
+        folder = Path(scratch) / cell.name
+        built = builder(replace(cell, request=replace(cell.request, folder=folder)))
+        files = {path.name: path.read_bytes() for path in sorted(folder.glob("*")) if path.is_file()}
+    return _Packed(built, files, platform.node())
+
+
+def _unpack(cell: Cell, packed: Any) -> Built:
+    built = Built(cell, packed.built.seconds, packed.built.reason)
+    if built.reason is not None:
+        return built
+    assert cell.request.folder is not None  # expand gives every cell its folder
+    cell.request.folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(cell.request.folder, force=True) as scratch:
+        for name, data in packed.files.items():
+            (scratch / name).write_bytes(data)
+    if packed.node == platform.node():
+        return built
+    from edgeseg.recompile import compile_folder
+
+    try:
+        compile_folder(cell.request.folder)
+    except EdgesegError as exc:
+        return replace(built, reason=f"built on {packed.node}, but not for this machine: {exc}")
+    return built

@@ -1,0 +1,161 @@
+"""A sweep from its config to its results: build what is missing, measure what has not been, put it together."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import filelock
+
+from edgeseg.decide.entries import Run
+from edgeseg.errors import ArtifactError, BuildError
+from edgeseg.evaluate.results import read_report
+from edgeseg.sweep.config import Cell, SweepConfig, data_folder, expand
+from edgeseg.sweep.executors import Built, build_locally, build_on_ray
+from edgeseg.sweep.state import CellState, bench_key, cell_key, is_done, remember
+
+Say = Callable[[str], None]
+Bench = Callable[[Sequence[str]], "str | None"]
+"""Runs ``edgeseg`` with these arguments; returns why it failed, or ``None``."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell without a result, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What came of a sweep: the measured runs, and the cells that failed."""
+
+    runs: tuple[Run, ...]
+    failures: tuple[Failure, ...]
+    cells: int
+    reused: int
+
+
+def run_sweep(
+    config: SweepConfig,
+    *,
+    jobs: int = 1,
+    executor: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    say: Say,
+    build: Callable[[Sequence[Cell]], Iterator[Built]] | None = None,
+    bench: Bench | None = None,
+) -> SweepResult:
+    """Build and measure every combination of ``config``; what was done before with the same inputs is reused.
+
+    Building may go on in parallel; measuring is one process after another, when no build runs.
+
+    Args:
+        config: what to do.
+        jobs: local processes that build.
+        executor: where to build.
+        ray_address: of the cluster, for the executor ``ray``.
+        say: gets a line of progress at a time.
+        build: replaces the executor (tests bring their own).
+        bench: replaces the measuring process (tests bring their own).
+
+    Raises:
+        SpecError: the config cannot be; see :func:`edgeseg.sweep.config.expand`.
+        ArtifactError: another sweep works in the same folder.
+        BuildError: not one cell could be built and measured.
+    """
+    cells = expand(config)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(output / ".lock", timeout=0):
+            keys = {cell.name: cell_key(cell) for cell in cells}
+            todo = [cell for cell in cells if not is_done(cell, keys[cell.name])]
+            say(f"{len(cells)} cells, {len(cells) - len(todo)} built before")
+            chosen = build or _builder(jobs, executor, ray_address)
+            failures = list(_build(todo, keys, chosen, say))
+            failed = {failure.name for failure in failures}
+            runs, unmeasured = _measure(
+                config, tuple(cell for cell in cells if cell.name not in failed), bench or run_edgeseg, say
+            )
+    except filelock.Timeout as exc:
+        raise ArtifactError(f"another sweep is working in {output}; wait for it or give another output") from exc
+    failures += unmeasured
+    if not runs:
+        raise BuildError(
+            f"none of {len(cells)} cells gave a result; {failures[0].name}: {failures[0].reason}"
+            + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
+        )
+    return SweepResult(runs, tuple(failures), len(cells), len(cells) - len(todo))
+
+
+def _builder(
+    jobs: int, executor: Literal["local", "ray"], ray_address: str | None
+) -> Callable[[Sequence[Cell]], Iterator[Built]]:
+    if executor == "ray":
+        return lambda cells: build_on_ray(cells, ray_address)
+    return lambda cells: build_locally(cells, jobs)
+
+
+def _build(
+    cells: Sequence[Cell], keys: dict[str, str], build: Callable[[Sequence[Cell]], Iterator[Built]], say: Say
+) -> Iterator[Failure]:
+    if not cells:
+        return
+    for done, built in enumerate(build(cells), start=1):
+        name = built.cell.name
+        remember(built.cell, CellState(name, keys[name], built.seconds, built.reason))
+        outcome = "built" if built.reason is None else f"failed: {built.reason}"
+        say(f"[{done}/{len(cells)}] {name} {outcome} ({built.seconds:.0f} s)")
+        if built.reason is not None:
+            yield Failure(name, built.reason)
+
+
+def _measure(
+    config: SweepConfig, cells: tuple[Cell, ...], bench: Bench, say: Say
+) -> tuple[tuple[Run, ...], list[Failure]]:
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault("all" if config.bench.together == "all" else cell.model, []).append(cell)
+    runs: list[Run] = []
+    failures: list[Failure] = []
+    for name, members in groups.items():
+        options = bench_options(config)
+        key = bench_key(tuple(members), options, data_folder(config.bench))
+        path = Path(config.output) / "results" / f"{name.replace('/', '-')}-{key[:12]}.json"
+        if path.is_file():
+            say(f"{len(members)} engines measured before: {path}")
+        else:
+            say(f"measuring {len(members)} engines in turns")
+            folders = [str(cell.request.folder) for cell in members]
+            reason = bench(["bench", *folders, *options, "--json", str(path)])
+            if reason is not None:
+                failures += [Failure(cell.name, f"not measured: {reason}") for cell in members]
+                continue
+        runs.append(Run(read_report(path), path.parent, path.name))
+    return tuple(runs), failures
+
+
+def bench_options(config: SweepConfig) -> tuple[str, ...]:
+    """The options of ``edgeseg bench`` that the config's ``[bench]`` stands for."""
+    bench, data = config.bench, data_folder(config.bench)
+    options = ["--baseline", bench.baseline, "--duration-s", f"{bench.duration_s:g}"]
+    options += ["--fresh-processes", str(bench.fresh_processes)]
+    if bench.profile:
+        options.append("--profile")
+    if data is not None:
+        options += ["--data", str(data), "--layout", bench.layout]
+        options += ["--limit", str(bench.limit)] if bench.limit is not None else []
+        options += ["--ignore-index", str(config.ignore_index)] if config.ignore_index is not None else []
+    return tuple(options)
+
+
+def run_edgeseg(arguments: Sequence[str]) -> str | None:
+    """Run ``edgeseg`` in a process of its own, so that nothing of the builds is left in the one that measures."""
+    done = subprocess.run([sys.executable, "-m", "edgeseg", *arguments], stdout=subprocess.DEVNULL, check=False)
+    return None if done.returncode == 0 else f"edgeseg bench ended with code {done.returncode}; its message is above"

@@ -1,0 +1,100 @@
+"""What a sweep has done: per cell the hash of everything its engine was made from, so that only what changed is redone."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import edgeseg
+from edgeseg.artifacts import open_engine, read_json, sha256_file, sha256_json, write_json
+from edgeseg.cache import package_versions, source_sha256
+from edgeseg.errors import ArtifactError
+from edgeseg.sweep.config import Cell
+
+PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxsim", "onnxruntime", "openvino")
+ROOMS = ("convert", "quantize", "backends")
+"""Subpackages whose code decides what an engine is."""
+
+
+@dataclass(frozen=True)
+class CellState:
+    """Outcome of one cell's build; ``reason`` why it failed, ``None`` when it did not."""
+
+    name: str
+    key: str
+    seconds: float
+    reason: str | None = None
+
+
+def cell_key(cell: Cell) -> str:
+    """SHA-256 over the request, the content of the weights and images it names, and the versions that take part."""
+    request = cell.request
+    return sha256_json(
+        {
+            "request": _plain(request),
+            "weights": _content(request.model.weights),
+            "calibration": _content(request.calibration),
+            "validation": _content(request.validation),
+            "edgeseg": edgeseg.__version__,
+            "source": [source_sha256(room) for room in ROOMS],
+            "versions": package_versions(*PACKAGES),
+        }
+    )
+
+
+def _plain(request: Any) -> str:
+    # A dataclass's repr names every field; the folder is where the result goes, not what it is.
+    return repr(request).replace(repr(request.folder), "")
+
+
+def _content(place: str | Path | None) -> str | None:
+    """SHA-256 of a file, or over the names and content of a folder's files; ``None`` for what is no path."""
+    path = None if place is None else Path(place)
+    if path is None or not path.exists():
+        return None
+    if path.is_file():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def state_path(cell: Cell) -> Path:
+    """Where the outcome of a cell is kept, beside the sweep's engines."""
+    assert cell.request.folder is not None  # expand gives every cell its folder
+    return cell.request.folder.parent.parent / "cells" / f"{cell.name}.json"
+
+
+def is_done(cell: Cell, key: str) -> bool:
+    """Whether the cell's engine was made from exactly these inputs and is still whole."""
+    path, folder = state_path(cell), cell.request.folder
+    if not path.is_file() or folder is None:
+        return False
+    try:
+        state = read_json(path, CellState, "sweep state")
+        open_engine(folder)
+    except ArtifactError:
+        # Damaged or edited since: it is made again, which is what the user would have to ask for.
+        return False
+    return state.key == key and state.reason is None
+
+
+def remember(cell: Cell, state: CellState) -> None:
+    """Write down how the cell's build ended."""
+    path = state_path(cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, state)
+
+
+def bench_key(cells: tuple[Cell, ...], options: tuple[str, ...], data: Path | None) -> str:
+    """SHA-256 over the engines to be measured, how, and on which images."""
+    engines = []
+    for cell in cells:
+        assert cell.request.folder is not None
+        manifest = open_engine(cell.request.folder).manifest
+        engines.append([cell.name, manifest.graph.sha256, manifest.engine.sha256 if manifest.engine else None])
+    sources = [edgeseg.__version__, source_sha256("evaluate"), source_sha256("backends"), package_versions(*PACKAGES)]
+    return sha256_json([engines, options, _content(data), sources])

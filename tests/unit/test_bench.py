@@ -1,0 +1,180 @@
+"""The bench as a whole, on engines without a network."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from edgeseg.artifacts import MANIFEST_NAME, read_manifest, write_json
+from edgeseg.backends import BACKENDS
+from edgeseg.backends.memory import write_memory_engine
+from edgeseg.cli import bench as bench_verb
+from edgeseg.errors import ArtifactError, CheckpointError, SpecError
+from edgeseg.evaluate.bench import BenchRequest, run_bench
+from edgeseg.evaluate.bench_table import bench_summary, ratio_words
+from edgeseg.evaluate.contenders import Opener, baseline_contenders, baseline_request, engine_contenders
+from edgeseg.evaluate.results import SpeedComparison, read_report
+from edgeseg.progress import SilentReporter
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
+
+EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
+SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(32, 32, batch=BatchRange(1, 2, 2)))
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(BACKENDS, "memory", "edgeseg.backends.memory")
+    write_memory_engine(tmp_path / "int8", SPEC)
+    return tmp_path / "int8"
+
+
+def test_a_bench_without_a_baseline_says_why(engine: Path) -> None:
+    request = BenchRequest((engine,), batches=(1, 4), streams=(1, 2), duration_s=0.02, fresh_processes=0)
+    report = run_bench(request, SilentReporter())
+    assert [row.id for row in report.rows] == ["int8 b1 t- s1", "int8 b1 t- s2", "int8 b4 t- s1", "int8 b4 t- s2"]
+    assert any("no PyTorch baseline for int8: it was built from a module object" in note for note in report.notes)
+    assert report.comparisons == ()
+    for row in report.rows:
+        assert row.latency is not None
+        assert row.latency.end_to_end.count == len(row.latency.samples_ms) >= 4
+        assert row.latency.images_per_s > 0
+        assert row.latency.stages.compute_ms is not None
+        assert row.latency.stages.h2d_ms is None
+        assert (row.memory, row.cold_start, row.profile, row.accuracy) == (None, None, None, None)
+        assert (row.setting.source_height, row.setting.source_width) == (32, 32)
+    assert report.row("int8 b4 t- s1").notes == ("the engine takes batches of up to 2: 4 images are 2 runs",)
+
+
+def test_two_engines_and_no_threads_to_set(engine: Path, tmp_path: Path) -> None:
+    write_memory_engine(tmp_path / "fp16", SPEC)
+    request = BenchRequest((engine, tmp_path / "fp16"), baselines=(), duration_s=0.01, fresh_processes=0)
+    names = [row.engine.name for row in run_bench(request, SilentReporter()).rows]
+    assert names == ["int8", "fp16"]
+    with pytest.raises(SpecError, match="no threads to set"):
+        run_bench(replace(request, threads=(2,)), SilentReporter())
+    with pytest.raises(SpecError, match="given twice"):
+        run_bench(replace(request, engines=(engine, engine)), SilentReporter())
+
+
+def test_engines_of_one_name_are_told_apart(engine: Path, tmp_path: Path) -> None:
+    write_memory_engine(tmp_path / "old" / "int8", SPEC)
+    names = [c.name for c in engine_contenders([engine, tmp_path / "old" / "int8"])]
+    assert len(set(names)) == 2
+    assert all(name.endswith("int8") for name in names)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"engines": ()},
+        {"batches": (0,)},
+        {"streams": ()},
+        {"duration_s": -1.0},
+        {"baselines": ("tensorflow",)},
+    ],
+)
+def test_impossible_requests_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(SpecError):
+        replace(BenchRequest((Path("x"),)), **change)
+
+
+def edited(engine: Path, **change: object) -> Path:
+    write_json(engine / MANIFEST_NAME, replace(read_manifest(engine), **change))  # type: ignore[arg-type]
+    return engine
+
+
+def test_where_the_baseline_s_weights_come_from(engine: Path, tmp_path: Path) -> None:
+    spec = replace(SPEC, model=ModelSpec("fpn", "resnet18", classes=4, model_args={"decoder_dropout": 0.0}))
+    manifest = replace(read_manifest(engine), spec=spec)
+    demo, _ = baseline_request(replace(manifest, weights="demo weights (trained on street scenes)"), None)
+    assert demo is not None and (demo.arch, demo.weights) == ("fpn", None)
+    checkpoint = tmp_path / "model.pt"
+    checkpoint.write_bytes(b"")
+    found, _ = baseline_request(replace(manifest, weights=f"weights of {checkpoint}"), None)
+    assert found is not None
+    assert (found.weights, found.encoder, found.model_args) == (str(checkpoint), "resnet18", {"decoder_dropout": 0.0})
+    for words in ("weights of gone.pt", "random weights (untrained)"):
+        missing, reason = baseline_request(replace(manifest, weights=words), None)
+        assert missing is None
+        assert "--weights" in reason
+        given, _ = baseline_request(replace(manifest, weights=words), checkpoint)
+        assert given is not None and given.weights == str(checkpoint)
+
+
+def test_weights_that_were_given_and_do_not_load_are_an_error(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = replace(SPEC, model=ModelSpec("fpn", "resnet18", classes=4))
+    edited(engine, spec=spec, weights="weights of gone.pt")
+
+    class Refusing(Opener):
+        def loaded(self, contender: object) -> object:  # type: ignore[override]
+            raise CheckpointError("another model's weights")
+
+    contenders = engine_contenders([engine])
+    given = tmp_path / "given.pt"
+    given.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="another model"):
+        baseline_contenders(contenders, ("pytorch",), given, Refusing())
+    assert baseline_contenders(contenders, ("pytorch",), None, Refusing())[0] == []
+
+
+def test_the_command_writes_and_protects_the_report(engine: Path, tmp_path: Path) -> None:
+    target = tmp_path / "report.json"
+    arguments = [
+        str(engine),
+        "--baseline",
+        "none",
+        "--duration-s",
+        "0.01",
+        "--fresh-processes",
+        "0",
+        "--json",
+        str(target),
+    ]
+    done = CliRunner().invoke(bench_verb.command, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert read_report(target).rows[0].engine.name == "int8"
+    again = CliRunner().invoke(bench_verb.command, arguments)
+    assert isinstance(again.exception, ArtifactError)
+    assert "--force" in str(again.exception)
+
+
+def test_json_on_standard_output_is_json_alone(engine: Path) -> None:
+    arguments = [str(engine), "--baseline", "none", "--duration-s", "0.01", "--fresh-processes", "0", "--json", "-"]
+    done = CliRunner().invoke(bench_verb.command, arguments, catch_exceptions=False)
+    assert json.loads(done.stdout)["schema_version"] == 1
+
+
+def test_the_summary_shows_what_was_measured_and_dashes_elsewhere() -> None:
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(width=80, file=text).print(bench_summary(read_report(EXAMPLE)))
+    shown = text.getvalue()
+    for words in ("fpn-int8 b1 t- s1", "encoder.layer1", "6.5", "miou", "outliers"):
+        assert words in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_ratios_in_words() -> None:
+    tie = SpeedComparison("a", "b", 1.01, 0.98, 1.03, 40, "no difference")
+    assert ratio_words(tie) == "no difference"
+    assert ratio_words(replace(tie, ratio=2.0, low=1.9, high=2.1, verdict="faster")) == "2.00x (1.90-2.10)"
+    assert ratio_words(None) == "-"
+
+
+def test_images_to_time_with_are_the_same_every_time(engine: Path) -> None:
+    from edgeseg.evaluate.bench import _noise
+    from edgeseg.evaluate.results import Setting
+
+    contender = engine_contenders([engine])[0]
+    first = _noise(contender, Setting(batch=2, source_height=40, source_width=48))
+    assert first.shape == (2, 40, 48, 3)
+    assert np.array_equal(first, _noise(contender, Setting(batch=2, source_height=40, source_width=48)))

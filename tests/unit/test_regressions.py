@@ -1,0 +1,104 @@
+"""Two reports, before and after."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeseg.errors import GateError, InputError, SpecError
+from edgeseg.evaluate.regressions import change_table, check_limits, compare_reports, parse_limits
+from edgeseg.evaluate.results import BenchReport, read_report
+from edgeseg.evaluate.statistics import distribution
+
+EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
+ROW = "fpn-int8 b1 t- s1"
+
+
+def slowed(report: BenchReport, factor: float) -> BenchReport:
+    rows = []
+    for row in report.rows:
+        assert row.latency is not None
+        samples = tuple(ms * factor for ms in row.latency.samples_ms)
+        latency = replace(row.latency, samples_ms=samples, end_to_end=distribution(samples))
+        rows.append(replace(row, latency=latency) if row.id == ROW else row)
+    return replace(report, rows=tuple(rows))
+
+
+def changes(new: BenchReport, **options: Any) -> dict[str, Any]:
+    return {c.metric: c for c in compare_reports(read_report(EXAMPLE), new, **options) if c.row == ROW}
+
+
+def test_the_same_report_shows_no_difference() -> None:
+    found = changes(read_report(EXAMPLE))
+    assert {c.verdict for c in found.values()} == {"no difference"}
+    check_limits(tuple(found.values()), dict.fromkeys(found, 0.0))
+
+
+def test_a_slower_engine_is_found_and_gated() -> None:
+    found = changes(slowed(read_report(EXAMPLE), 1.2))
+    assert found["median_ms"].verdict == "worse"
+    assert found["median_ms"].percent == pytest.approx(20.0)
+    assert found["median_ms"].low > 10
+    check_limits(tuple(found.values()), {"median_ms": 25.0})
+    with pytest.raises(GateError, match=r"fpn-int8 b1 t- s1: median_ms is 20\.0 % worse, 5 % allowed"):
+        check_limits(tuple(found.values()), {"median_ms": 5.0})
+    assert changes(slowed(read_report(EXAMPLE), 0.8))["median_ms"].verdict == "better"
+
+
+def test_lost_accuracy_and_larger_files_count() -> None:
+    report = read_report(EXAMPLE)
+    row = report.row(ROW)
+    assert row.accuracy is not None and row.accuracy.truth is not None and row.accuracy.truth.miou is not None
+    miou = replace(row.accuracy.truth.miou, value=row.accuracy.truth.miou.value - 0.02)
+    worse = replace(
+        row,
+        accuracy=replace(row.accuracy, truth=replace(row.accuracy.truth, miou=miou)),
+        engine=replace(row.engine, size_bytes=row.engine.size_bytes * 2),
+    )
+    found = changes(replace(report, rows=(worse,)))
+    assert found["miou"].percent == pytest.approx(2.0)
+    assert found["size_bytes"].percent == pytest.approx(100.0)
+    with pytest.raises(GateError, match=r"size_bytes.*; .*miou is 2\.0 points worse"):
+        check_limits(tuple(found.values()), {"miou": 1.0, "size_bytes": 10.0})
+    other_data = replace(worse, accuracy=replace(row.accuracy, data_sha256="other"))
+    assert changes(replace(report, rows=(other_data,)))["miou"].verdict == "not measured"
+
+
+def test_a_limit_that_cannot_be_checked_is_not_kept() -> None:
+    report = read_report(EXAMPLE)
+    bare = replace(report, rows=(replace(report.row(ROW), latency=None),))
+    with pytest.raises(GateError, match="could not be checked"):
+        check_limits(tuple(changes(bare).values()), {"median_ms": 5.0})
+
+
+def test_devices_are_not_mixed_and_rows_must_meet() -> None:
+    report = read_report(EXAMPLE)
+    other = replace(report, environment=replace(report.environment, device="another"))
+    with pytest.raises(InputError, match="different devices"):
+        compare_reports(report, other)
+    assert compare_reports(report, other, across_devices=True)
+    with pytest.raises(InputError, match="no row in common"):
+        compare_reports(report, replace(report, rows=()))
+
+
+def test_limits() -> None:
+    assert parse_limits(("5", "miou=0.5", "p99_ms=10%")) == {"median_ms": 5.0, "miou": 0.5, "p99_ms": 10.0}
+    with pytest.raises(SpecError, match="did you mean 'median_ms'"):
+        parse_limits(("median=5",))
+    with pytest.raises(SpecError, match="METRIC=PERCENT"):
+        parse_limits(("miou=-1",))
+
+
+def test_the_table_fits_80_columns_and_names_every_row() -> None:
+    from rich.console import Console
+
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(change_table(compare_reports(read_report(EXAMPLE), slowed(read_report(EXAMPLE), 1.2))))
+        text = console.export_text()
+    assert ROW in text
+    assert "+20.0 %" in text
+    assert "worse" in text

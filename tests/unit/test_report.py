@@ -1,0 +1,278 @@
+"""The report's forms: every string shown as it is, nothing from elsewhere, the same figures everywhere."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import pytest
+from bench_rows import merged, report, row
+
+from edgeseg.decide.entries import MergedReport, Run, merge, read_runs
+from edgeseg.decide.requirement import Requirement
+from edgeseg.decide.verdict import decide
+from edgeseg.errors import ArtifactError, InputError
+from edgeseg.evaluate.rows import ModuleTime, Profile, Row, WorstImage
+from edgeseg.report.charts import Scale, nice_step
+from edgeseg.report.details import CHANGES_SHOWN, PNG
+from edgeseg.report.html import html
+from edgeseg.report.plain import csv_text, json_value, markdown, terminal
+
+EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&|`{{7*7}}[bold]</style>"
+VOID = {"meta", "img", "br", "hr", "link", "input", "rect", "line", "circle", "polygon", "polyline", "path"}
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def page_of(merged_report: MergedReport, require: str | None = None) -> str:
+    return html(merged_report, decide(merged_report, None if require is None else Requirement.parse(require)))
+
+
+def full_row(name: str, folder_picture: str | None = None, **figures: object) -> Row:
+    """A row with everything a page shows."""
+    one = row(name, samples_ms=tuple(10 + 0.1 * k for k in range(20)), **figures)  # type: ignore[arg-type]
+    assert one.accuracy is not None
+    profile = Profile(name, 3, 1.0, (ModuleTime(name, 2, 1.0, 1.0, {name: 1.0}),))
+    return replace(
+        one,
+        profile=profile,
+        accuracy=replace(one.accuracy, worst=(WorstImage(name, 0.9, 0.5, folder_picture),)),
+        notes=(name,),
+    )
+
+
+@pytest.fixture(scope="module")
+def example() -> str:
+    return page_of(merge(read_runs([EXAMPLE])), "p99_ms<=8 and miou>=0.68")
+
+
+def test_page_is_well_formed_and_reaches_for_nothing(example: str) -> None:
+    page = Page(example)
+    assert page.open == []
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    for tag, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes), tag
+        for name in ("src", "href", "xlink:href", "data", "action"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:image/png;base64,")), (tag, value)
+    assert not re.search(r"url\(|@import|https?:", example)
+
+
+def test_page_has_headings_in_order_unique_ids_and_labels(example: str) -> None:
+    page = Page(example)
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.elements:
+        for name in (attributes.get("aria-labelledby") or "").split():
+            assert name in ids
+    tables = sum(tag == "table" for tag, _ in page.elements)
+    assert tables == sum((attributes.get("class") or "") == "scroll" for _, attributes in page.elements)
+
+
+def test_page_shows_the_decision_and_the_figures(example: str) -> None:
+    text = " ".join(" ".join(Page(example).texts).split())
+    assert "Deploy fpn-int8" in text
+    assert "p99_ms 9.02 ms, limit <= 8: 1.02 ms (13%) too much" in text
+    report_json = json.loads(EXAMPLE.read_text())
+    for one in report_json["rows"]:
+        assert f"{one['latency']['end_to_end']['median_ms']:.2f}" in text
+        for iou in one["accuracy"]["truth"]["per_class_iou"]:
+            assert f"{iou:.4f}" in text
+    assert report_json["command"] in text
+    assert all(note in text for note in report_json["notes"])
+
+
+def test_hostile_names_stay_text() -> None:
+    rows = (
+        full_row(HOSTILE, miou=0.7, is_baseline=True, class_names=(HOSTILE, HOSTILE), data=HOSTILE),
+        full_row(HOSTILE + "2", "../x.png", miou=0.6, drop=0.1, class_names=(HOSTILE, HOSTILE), data=HOSTILE),
+    )
+    bench = replace(report(*rows, device=HOSTILE), command=HOSTILE, notes=(HOSTILE,), protocol={HOSTILE: HOSTILE})
+    merged_report = merge([Run(bench, Path("somewhere"), HOSTILE)])
+    text = page_of(merged_report)
+    page = Page(text)
+    assert page.open == []
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert not any(tag == "img" for tag, _ in page.elements)
+    assert "49" not in "".join(page.texts).replace("{{7*7}}", "")[:200]
+    assert sum(HOSTILE in piece for piece in page.texts) > 10
+
+    verdicts = decide(merged_report)
+    marked = markdown(merged_report, verdicts)
+    outside_code = re.sub(r"\\[^\n]|`[^`\n]*`", "", marked)
+    assert "<script" not in outside_code and "<img" not in outside_code
+    table = [line for line in marked.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table}) == 1
+
+    from rich.console import Console
+
+    stream = io.StringIO()
+    Console(file=stream, width=600).print(terminal(verdicts, width=600))
+    assert "[bold]" in stream.getvalue()
+
+
+def test_csv_has_every_row_and_no_formula() -> None:
+    bench = merged(row("=cmd()", 12.5, miou=0.7, agreement=0.99), row("plain", None))
+    table = list(csv.DictReader(io.StringIO(csv_text(bench, decide(bench)))))
+    assert [line["engine"] for line in table] == ["'=cmd()", "plain"]
+    assert float(table[0]["median_ms"]) == 12.5 and float(table[0]["miou_low"]) == pytest.approx(0.69)
+    assert table[1]["median_ms"] == table[1]["miou"] == table[1]["gpu_mb"] == ""
+
+
+def test_json_is_for_programs() -> None:
+    bench = merged(row("a", 5, miou=0.7), row("b", 9, miou=0.5))
+    verdicts = decide(bench, Requirement.parse("miou >= 0.6"))
+    value = json.loads(msgspec.json.encode(json_value(bench, verdicts)))
+    (device,) = value["devices"]
+    assert (device["answer"], device["deploy"], device["folder"]) == ("deploy", "a b1 t- s1", "engines/a")
+    assert [r["status"] for r in device["rows"]] == ["pass", "fail"]
+    assert device["rows"][0]["figures"]["gpu_mb"] is None
+
+
+def test_pictures_are_embedded_only_from_beside_the_report(tmp_path: Path) -> None:
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(PNG + b"picture")
+    (folder / "fake.png").write_bytes(b"<svg onload=alert(1)>")
+    (tmp_path / "secret.png").write_bytes(PNG + b"secret")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    names = ["good.png", "fake.png", "../secret.png", str(tmp_path / "secret.png"), "link.png", "gone.png"]
+    rows = [full_row(f"e{k}", name, miou=0.6) for k, name in enumerate(names)]
+    page = Page(page_of(merge([Run(report(*rows), folder)])))
+    images = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert len(images) == 1
+    assert images[0]["src"] == "data:image/png;base64,iVBORw0KGgpwaWN0dXJl"
+    assert "image, baseline's mask, engine's mask" in (images[0]["alt"] or "")
+    text = " ".join(page.texts)
+    assert text.count("outside its own folder") == 3
+    assert "fake.png is no PNG" in text and "gone.png is not beside" in text
+
+
+def test_confusion_difference_is_in_points_of_the_truth() -> None:
+    base, engine = row("pytorch", 20, miou=0.8, is_baseline=True), row("e", 10, miou=0.7, drop=0.1)
+    assert engine.accuracy is not None and engine.accuracy.truth is not None
+    worse = replace(engine.accuracy.truth, confusion=((85, 15), (10, 90)))
+    engine = replace(engine, accuracy=replace(engine.accuracy, truth=worse))
+    text = page_of(merged(base, engine))
+    # 90 -> 85 of 100 road pixels right, 20 -> 10 of 100 sky pixels taken for road.
+    cells = re.findall(r'<td class="n c(-?\d)">([^<]+)</td>', text)
+    assert cells == [("-4", "-5.00"), ("-4", "+5.00"), ("4", "-10.00"), ("4", "+10.00")]
+
+
+def test_many_classes_list_the_largest_changes() -> None:
+    count = 30
+    matrix = tuple(tuple(10 if i == j else 1 for j in range(count)) for i in range(count))
+    changed = tuple(tuple(v + (i * j) % 7 for j, v in enumerate(line)) for i, line in enumerate(matrix))
+    rows = []
+    for name, confusion in (("pytorch", matrix), ("e", changed)):
+        one = row(name, 10, miou=0.7, is_baseline=name == "pytorch")
+        assert one.accuracy is not None and one.accuracy.truth is not None
+        truth = replace(one.accuracy.truth, confusion=confusion)
+        rows.append(replace(one, accuracy=replace(one.accuracy, truth=truth)))
+    assert page_of(merged(*rows)).count(" taken for ") == CHANGES_SHOWN
+
+
+def test_several_devices_have_their_own_tables() -> None:
+    both = merge([Run(report(row("e", 10, miou=0.7), device=d)) for d in ("nano", "orin")])
+    text = page_of(both)
+    assert len(re.findall(r'<section class="device"', text)) == 2
+    assert "not ranked against each other" in text
+    assert "not ranked against each other" in markdown(both, decide(both))
+
+
+def test_rows_without_anything_measured_still_make_a_page() -> None:
+    page = Page(page_of(merged(row("e", None))))
+    assert "Not decided: not measured" in " ".join(page.texts)
+    assert page.open == []
+
+
+@pytest.mark.parametrize(("rough", "expected"), [(0.3, 0.5), (1.0, 1.0), (1.2, 2.0), (2.1, 2.5), (7.0, 10.0), (40, 50)])
+def test_ticks_are_round(rough: float, expected: float) -> None:
+    assert nice_step(rough) == pytest.approx(expected)
+    assert all(0 <= tick <= 7 * rough for tick in Scale(0, 7 * rough, 0, 1).ticks())
+
+
+def test_reports_are_read_once_and_checked(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="given twice"):
+        read_runs([EXAMPLE, EXAMPLE])
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    with pytest.raises(ArtifactError):
+        read_runs([bad])
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "edgeseg", "report", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("require", "code"),
+    [("p99_ms<=8 and miou>=0.68 and size_mb<=20", 0), ("p99_ms<=1", 3), ("gpu_mb<=100", 3), ("p99<=1", 2)],
+)
+def test_exit_codes_gate(require: str, code: int) -> None:
+    assert cli(str(EXAMPLE), "--require", require).returncode == code
+
+
+def test_command_writes_what_is_asked(tmp_path: Path) -> None:
+    files = [tmp_path / "new" / name for name in ("r.html", "r.md", "r.csv")]
+    done = cli(str(EXAMPLE), "--html", str(files[0]), "--markdown", str(files[1]), "--csv", str(files[2]), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["devices"][0]["deploy"] == "fpn-int8 b1 t- s1"
+    assert all(path.stat().st_size > 500 for path in files)
+    blocked = cli(str(EXAMPLE), "--csv", str(files[2] / "under-a-file.csv"))
+    assert blocked.returncode == 1 and "cannot write" in blocked.stderr
+
+
+def test_report_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['edgeseg', 'report', sys.argv[1], '--html', sys.argv[2]]\n"
+        "from edgeseg.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as e: assert e.code == 0, e.code\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'openvino', 'ray'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    arguments = [sys.executable, "-c", code, str(EXAMPLE), str(tmp_path / "r.html")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,253 @@
+"""A sweep: its config is checked, what was done is reused, a failing cell stops nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import filelock
+import msgspec
+import pytest
+from bench_rows import report, row
+from test_artifacts import make_engine
+
+from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.evaluate.results import write_report
+from edgeseg.sweep.config import BenchConfig, Cell, SweepConfig, expand, read_config
+from edgeseg.sweep.executors import Built, build_locally
+from edgeseg.sweep.run import bench_options, run_sweep
+from edgeseg.sweep.state import cell_key
+
+ROOT = Path(__file__).parents[2]
+
+
+def config(tmp_path: Path, **changes: object) -> SweepConfig:
+    plain = SweepConfig(
+        ("unet", "fpn"), output=str(tmp_path / "out"), precisions=("fp32", "int8"), targets=("onnxruntime",)
+    )
+    return msgspec.structs.replace(plain, **changes)
+
+
+def make_cell(cell: Cell) -> Built:
+    """Stands in for a build: fpn in int8 fails, pspnet is killed, the rest make a folder."""
+    assert cell.request.folder is not None
+    if cell.name.startswith("pspnet"):
+        os._exit(9)
+    if cell.name.startswith("fpn") and cell.request.precision == "int8":
+        return Built(cell, 1.0, "no int8 for fpn")
+    make_engine(cell.request.folder)
+    return Built(cell, 1.0)
+
+
+class Recorder:
+    """Builds and measures without either, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.built: list[str] = []
+        self.benched: list[list[str]] = []
+        self.lines: list[str] = []
+        self.bench_reason: str | None = None
+
+    def build(self, cells: Sequence[Cell]) -> Iterator[Built]:
+        for cell in cells:
+            self.built.append(cell.name)
+            yield make_cell(cell)
+
+    def bench(self, arguments: Sequence[str]) -> str | None:
+        self.benched.append(list(arguments))
+        if self.bench_reason is None:
+            names = [Path(a).name for a in arguments[1:] if "engines" in a]
+            write_report(Path(arguments[-1]), report(*(row(name, 10, miou=0.7) for name in names)))
+        return self.bench_reason
+
+    def run(self, sweep: SweepConfig):  # type: ignore[no-untyped-def]
+        return run_sweep(sweep, say=self.lines.append, build=self.build, bench=self.bench)
+
+
+def test_a_failing_cell_does_not_stop_the_rest(tmp_path: Path) -> None:
+    recorder = Recorder()
+    result = recorder.run(config(tmp_path))
+    assert [(f.name, f.reason) for f in result.failures] == [("fpn-demo-int8-onnxruntime", "no int8 for fpn")]
+    measured = [r.engine.name for run in result.runs for r in run.report.rows]
+    assert measured == ["unet-demo-fp32-onnxruntime", "unet-demo-int8-onnxruntime", "fpn-demo-fp32-onnxruntime"]
+    assert any("fpn-demo-int8-onnxruntime failed: no int8 for fpn" in line for line in recorder.lines)
+
+
+def test_what_is_done_is_reused_and_what_failed_is_tried_again(tmp_path: Path) -> None:
+    first, second = Recorder(), Recorder()
+    first.run(config(tmp_path))
+    result = second.run(config(tmp_path))
+    assert second.built == ["fpn-demo-int8-onnxruntime"]
+    assert second.benched == []
+    assert (result.cells, result.reused) == (4, 3)
+
+
+def test_a_grown_sweep_builds_only_what_is_new_and_measures_all_in_turns(tmp_path: Path) -> None:
+    Recorder().run(config(tmp_path, archs=("unet",)))
+    grown = Recorder()
+    grown.run(config(tmp_path))
+    assert grown.built == ["fpn-demo-fp32-onnxruntime", "fpn-demo-int8-onnxruntime"]
+    (arguments,) = grown.benched
+    assert sum("engines" in argument for argument in arguments) == 3
+
+
+def test_a_damaged_engine_is_built_again(tmp_path: Path) -> None:
+    Recorder().run(config(tmp_path, archs=("unet",)))
+    (tmp_path / "out/engines/unet-demo-fp32-onnxruntime/engine.onnx").write_bytes(b"other!")
+    again = Recorder()
+    again.run(config(tmp_path, archs=("unet",)))
+    assert again.built == ["unet-demo-fp32-onnxruntime"]
+
+
+def test_key_follows_the_content_of_weights_and_images(tmp_path: Path) -> None:
+    weights, images = tmp_path / "w.safetensors", tmp_path / "images"
+    weights.write_bytes(b"one")
+    images.mkdir()
+    (images / "a.png").write_bytes(b"a")
+    sweep = config(tmp_path, archs=("unet",), weights={"unet": str(weights)}, calibration=str(images))
+
+    def key() -> str:
+        return cell_key(expand(sweep)[1])
+
+    keys = [key(), key()]
+    weights.write_bytes(b"two")
+    keys.append(key())
+    (images / "b.png").write_bytes(b"b")
+    keys.append(key())
+    (images / "b.png").rename(images / "c.png")
+    keys.append(key())
+    assert keys[0] == keys[1] and len(set(keys)) == 4
+    moved = msgspec.structs.replace(sweep, output=str(tmp_path / "elsewhere"))
+    assert cell_key(expand(moved)[1]) == key()
+
+
+def test_measuring_that_fails_is_every_cells_reason(tmp_path: Path) -> None:
+    recorder = Recorder()
+    recorder.bench_reason = "code 1"
+    with pytest.raises(BuildError, match="none of 4 cells gave a result; fpn-demo-int8-onnxruntime: no int8 for fpn"):
+        recorder.run(config(tmp_path))
+
+
+def test_models_can_be_measured_apart(tmp_path: Path) -> None:
+    recorder = Recorder()
+    result = recorder.run(config(tmp_path, bench=BenchConfig(together="model")))
+    assert [sum("engines" in a for a in arguments) for arguments in recorder.benched] == [2, 1]
+    assert len(result.runs) == 2
+
+
+def test_two_sweeps_of_one_folder_are_kept_apart(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with filelock.FileLock(tmp_path / "out" / ".lock"), pytest.raises(ArtifactError, match="another sweep"):
+        Recorder().run(config(tmp_path))
+
+
+def test_processes_are_apart_and_a_killed_one_is_reported(tmp_path: Path) -> None:
+    sweep = config(tmp_path, archs=("pspnet", "unet"), precisions=("fp32",))
+    outcomes = {built.cell.name: built for built in build_locally(expand(sweep), 2, make_cell)}
+    assert "killed" in (outcomes["pspnet-demo-fp32-onnxruntime"].reason or "")
+    assert outcomes["unet-demo-fp32-onnxruntime"].reason is None
+    assert (tmp_path / "out/engines/unet-demo-fp32-onnxruntime/manifest.json").is_file()
+
+
+def test_lists_are_multiplied_and_names_are_unique(tmp_path: Path) -> None:
+    sweep = config(
+        tmp_path,
+        encoders=("resnet18", "resnet34"),
+        sizes=("64x96", "128x128"),
+        weights={"default": "w/{arch}-{encoder}.pt"},
+    )
+    cells = expand(sweep)
+    assert len(cells) == len({cell.name for cell in cells}) == 2 * 2 * 2 * 2
+    assert cells[0].name == "unet-resnet18-64x96-fp32-onnxruntime"
+    assert cells[0].request.size == (64, 96)
+    assert cells[0].request.model.weights == "w/unet-resnet18.pt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"archs": ("unett",)}, "unett"),
+        ({"archs": ()}, "archs of the sweep is empty"),
+        ({"precisions": ("int4",)}, "int4"),
+        ({"targets": ("tpu",)}, "tpu"),
+        ({"sizes": ("big",), "weights": {"default": "random"}}, "HEIGHTxWIDTH"),
+        ({"archs": ("unet", "unet")}, "twice"),
+        ({"archs": ("manet",)}, "no demo model of manet"),
+        ({"encoders": ("resnet18",)}, "no demo model of encoder resnet18"),
+        ({"weights": {"unett": "x"}}, "unett"),
+        ({"require": "p99<=3"}, "p99_ms"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        expand(config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("archs = ['unet']\nencodres = []", "encodres"),
+        ("archs = 'unet'", r"\$.archs"),
+        ("archs = [", "no sweep"),
+        ("archs = ['unet']\n[bench]\ntogether = 'some'", "some"),
+        ("precisions = ['int8']", "archs"),
+    ],
+)
+def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=message) as caught:
+        read_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_text(
+        "archs=['unet']\noutput='o'\ncalibration='c'\n[weights]\nunet='w.pt'\nfpn='demo'\n[bench]\ndata='v'"
+    )
+    found = read_config(path)
+    assert (found.output, found.calibration) == (str(tmp_path / "o"), str(tmp_path / "c"))
+    assert found.weights == {"unet": str(tmp_path / "w.pt"), "fpn": "demo"}
+    assert found.bench.data == str(tmp_path / "v")
+
+
+def test_bench_accepts_every_option_a_sweep_gives(tmp_path: Path) -> None:
+    import click
+
+    from edgeseg.cli.app import cli
+
+    sweep = config(tmp_path, ignore_index=255, bench=BenchConfig(data="demo", limit=3, profile=True))
+    arguments = ["some-engine", *bench_options(sweep), "--json", "x.json"]
+    context = click.Context(cli)
+    command = cli.get_command(context, "bench")
+    assert command is not None
+    found = command.make_context("bench", arguments, parent=context).params
+    assert found["limit"] == 3 and found["profile"] is True and found["ignore_index"] == 255
+
+
+def test_the_documented_example_is_one_the_sweep_accepts(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
+    examples = [block.split("```", 1)[0] for block in page.split("```toml\n")[1:]]
+    assert examples
+    for k, text in enumerate(examples):
+        path = tmp_path / f"{k}.toml"
+        path.write_text(text)
+        assert expand(read_config(path))
+
+
+def test_command_line_says_what_is_missing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeseg", "sweep"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 2 and "SWEEP.toml" in done.stderr
+
+
+def test_states_are_readable_by_people(tmp_path: Path) -> None:
+    Recorder().run(config(tmp_path))
+    state = json.loads((tmp_path / "out/cells/fpn-demo-int8-onnxruntime.json").read_text())
+    assert state["reason"] == "no int8 for fpn" and len(state["key"]) == 64
