@@ -13,6 +13,7 @@ from edgeseg.errors import (
     ArtifactError,
     BuildError,
     CheckpointError,
+    DeviceError,
     EdgesegError,
     ExportError,
     GateError,
@@ -20,6 +21,7 @@ from edgeseg.errors import (
     MissingDependencyError,
     QuantizationError,
     SpecError,
+    StaleEngineError,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ __all__ = [
     "ArtifactError",
     "BuildError",
     "CheckpointError",
+    "DeviceError",
     "EdgesegError",
     "ExportError",
     "GateError",
@@ -41,6 +44,7 @@ __all__ = [
     "QuantizationError",
     "Segmenter",
     "SpecError",
+    "StaleEngineError",
     "__version__",
     "build",
     "load",

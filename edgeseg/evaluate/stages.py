@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.backends.base import Session
+from edgeseg.backends.base import Session, TimedSession
 from edgeseg.evaluate.latency import median
 from edgeseg.evaluate.results import StageSplit
 
@@ -48,12 +48,20 @@ class StageClock:
 
     def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
         """Run one batch; see :class:`~edgeseg.backends.base.Session`."""
-        begin = self._clock_ns()
-        outputs = self._session.run(images)
-        end = self._clock_ns()
         runs = getattr(self._local, "runs", None)
+        device: Mapping[str, float] | None = None
+        begin = self._clock_ns()
+        if runs is not None and isinstance(self._session, TimedSession):
+            outputs, times = self._session.run_timed(images)
+            end = self._clock_ns()
+            stages = {"h2d": times.h2d_ms, "compute": times.compute_ms, "d2h": times.d2h_ms}
+            device = {name: ms for name, ms in stages.items() if ms is not None}
+        else:
+            outputs = self._session.run(images)
+            end = self._clock_ns()
+            if runs is not None and isinstance(self._session, DeviceTimed):
+                device = self._session.stage_times_ms()
         if runs is not None:
-            device = self._session.stage_times_ms() if isinstance(self._session, DeviceTimed) else None
             runs.append((begin, end, device))
         return outputs
 
@@ -75,7 +83,9 @@ class StageClock:
         found = {"pre": pre_ms, "post": (end - begin) / 1e6 - pre_ms - inside_ms}
         devices = [device for _, _, device in runs if device is not None]
         if len(devices) == len(runs):
-            found |= {name: sum(device[name] for device in devices) for name in ("h2d", "compute", "d2h")}
+            # A device that shares the CPU's memory copies nothing: it has no h2d and d2h.
+            stages = [n for n in ("h2d", "compute", "d2h") if all(n in device for device in devices)]
+            found |= {name: sum(device[name] for device in devices) for name in stages}
         else:
             found["compute"] = inside_ms
         with self._lock:

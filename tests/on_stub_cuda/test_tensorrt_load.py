@@ -186,3 +186,23 @@ def test_segmenter_on_the_device(stub: Stub, monkeypatch: pytest.MonkeyPatch, fo
         segmenter.run_device(Frame())
     with pytest.raises(edgeseg.SpecError, match="takes no images from a device's memory"):
         Segmenter(OnnxRuntimeSession(simulation.reference), spec()).run_device(Frame())
+
+
+@pytest.mark.parametrize("host_memory", ["copy", "mapped"])
+def test_the_harness_gets_the_stages_from_the_device(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, host_memory: str
+) -> None:
+    from edgeseg.backends import get_backend
+    from edgeseg.evaluate.stages import StageClock
+
+    simulation = tensorrt(monkeypatch, stub, "10.3.0")
+    engine = compile_folder(folder, options={"host_memory": host_memory})
+    image = photos(1)[0]
+    with StageClock(get_backend("tensorrt").load(engine)) as clock:
+        segmenter = Segmenter(clock, spec())
+        for _ in range(3):
+            clock.timed(lambda: np.testing.assert_array_equal(segmenter(image), wanted(simulation, image)))
+        split = clock.split()
+    assert split.compute_ms is not None
+    assert split.compute_ms > 0
+    assert (split.h2d_ms is None) == (split.d2h_ms is None) == (host_memory == "mapped")

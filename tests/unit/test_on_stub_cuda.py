@@ -79,7 +79,7 @@ def test_the_gpu_suite_itself_runs_and_leaves_its_report(environment: dict[str, 
     """On recorded TensorRT modules, without its slow measurements: what is tried here is the suite, not a device."""
     root = TESTS.parents[1]
     report = tmp_path / "report.json"
-    quick = "not latency and not cuda_graph and not pipelining and not memory_comes_back"
+    quick = "not latency and not cuda_graph and not pipelining and not memory_comes_back and not bench"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "simulated_tensorrt", "-k", quick]
     done = subprocess.run(
         [*command, "-m", "gpu", str(root / "tests" / "gpu"), "--device-report", str(report)],
