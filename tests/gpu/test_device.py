@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import statistics
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import numpy_helper
 from recorded_tensorrt.graphs import small_model
 
@@ -33,7 +34,7 @@ from edgeseg.backends import get_backend
 from edgeseg.backends.cuda import open_cuda
 from edgeseg.backends.portable import open_graph
 from edgeseg.backends.tensorrt_session import TensorRTSession
-from edgeseg.cli.app import VERBS
+from edgeseg.cli.bench import command as bench_command
 from edgeseg.errors import StaleEngineError
 from edgeseg.recompile import compile_folder
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
@@ -272,15 +273,10 @@ def test_latency(engines: dict[str, Engine], figures: dict[str, Any], precision:
 
 
 def test_bench(engines: dict[str, Engine], figures: dict[str, Any], tmp_path: Path) -> None:
-    if "bench" not in VERBS:
-        pytest.skip("this edgeseg has no bench")
-    import json
-    import subprocess
-
     path = tmp_path / "bench.json"
-    command = [sys.executable, "-m", "edgeseg", "bench", str(engines["int8"].folder), "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    folders = [str(engines[precision].folder) for precision in PRECISIONS]
+    run = CliRunner().invoke(bench_command, [*folders, "--baseline", "none", "--json", str(path)])
+    assert run.exit_code == 0, run.output
     figures.update(report=json.loads(path.read_text()))
 
 
