@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.edgeseg-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit lint typecheck check format coverage bench clean
+.PHONY: help venv demo test unit gpu lint typecheck check format coverage bench clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: venv       ## Lint, type-check and run the whole test suite
 
 unit: venv       ## Run the fast tests only (seconds)
 	$(BIN)/pytest tests/unit
+
+gpu: venv        ## Run the tests that need an NVIDIA GPU and TensorRT; leaves report.json to send back
+	$(BIN)/pytest -m gpu tests/gpu --device-report report.json
 
 lint: venv       ## ruff check and format check
 	$(BIN)/ruff check .

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.backends.cuda import CudaDevice, DriverName, cuda_error
+from edgeseg.backends.cuda_driver import CudaDevice, DriverName, cuda_error
 from edgeseg.errors import DeviceError
 
 
 class BindingsDriver:
-    """Implements :class:`edgeseg.backends.cuda.Driver`; handles are the package's own objects."""
+    """Implements :class:`edgeseg.backends.cuda_driver.Driver`; handles are the package's own objects."""
 
     name: DriverName = "cuda-bindings"
     has_graphs = True

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.backends.cuda import CudaDevice, DriverName, cuda_error
+from edgeseg.backends.cuda_driver import CudaDevice, DriverName, cuda_error
 from edgeseg.errors import DeviceError
 
 # pycuda keeps the text of an error, not its name.
@@ -27,7 +27,7 @@ _NAMES = {
 
 
 class PycudaDriver:
-    """Implements :class:`edgeseg.backends.cuda.Driver`.
+    """Implements :class:`edgeseg.backends.cuda_driver.Driver`.
 
     pycuda destroys a stream or event when its object is dropped, and leaks it unless the context is current then. So
     handles of these are numbers: the objects are kept here alone, where the traceback of an error does not hold them.

@@ -17,7 +17,7 @@ from stub_cuda import Stub
 
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 
-NUMPY = {"FLOAT": np.float32, "UINT8": np.uint8, "INT32": np.int32}
+NUMPY = {"FLOAT": np.float32, "UINT8": np.uint8, "INT32": np.int32, "HALF": np.float16}
 
 
 def model(batch: int | str = 1, size: tuple[int | str, int | str] = (SIDE, SIDE), confidence: bool = False) -> Any:

@@ -6,6 +6,7 @@ The stub launches no kernel: the tests prove the plumbing of memory, streams, ev
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -70,3 +71,31 @@ def test_without_a_driver_the_error_says_so() -> None:
     if said == "opened":
         pytest.skip("this machine has a GPU")
     assert re.match(r"DeviceError (no NVIDIA driver|cuInit failed)|MissingDependencyError .*pip install", said), said
+
+
+@needs_compiler
+@pytest.mark.skipif(not installed("cuda-bindings"), reason="cuda-bindings is not installed")
+def test_the_gpu_suite_itself_runs_and_leaves_its_report(environment: dict[str, str], tmp_path: Path) -> None:
+    """On recorded TensorRT modules, without its slow measurements: what is tried here is the suite, not a device."""
+    root = TESTS.parents[1]
+    report = tmp_path / "report.json"
+    quick = "not latency and not cuda_graph and not pipelining and not memory_comes_back"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "simulated_tensorrt", "-k", quick]
+    done = subprocess.run(
+        [*command, "-m", "gpu", str(root / "tests" / "gpu"), "--device-report", str(report)],
+        env={
+            **environment,
+            "EDGESEG_CACHE": str(tmp_path / "cache"),
+            "PYTHONPATH": os.pathsep.join([str(root), str(TESTS), str(TESTS.parent)]),
+        },
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert found["device"]["gpu"] == "Stub (no GPU)"
+    outcomes = [test["outcome"] for test in found["tests"].values()]
+    assert outcomes.count("passed") >= 10
+    assert "failed" not in outcomes
+    assert found["figures"]["test_masks_agree_with_onnxruntime[copy-int8]"] == {"agreement": 1.0}

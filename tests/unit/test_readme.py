@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from edgeseg.cli.app import cli
+from edgeseg.cli.app import VERBS, cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -25,7 +25,16 @@ def commands(page: Path) -> list[str]:
     return [line.split("#")[0].strip() for line in text.splitlines() if re.match(r" {4}edgeseg [a-z]+ ", line)]
 
 
-CASES = [pytest.param(line, id=f"{page.relative_to(ROOT)}: {line[:60]}") for page in PAGES for line in commands(page)]
+def service_commands(page: Path) -> list[str]:
+    """What a systemd unit or a container runs: ``/path/edgeseg VERB ...``, ``edgeseg:TAG VERB ...``."""
+    text = page.read_text(encoding="utf-8")
+    return [f"edgeseg {found}" for found in re.findall(r"(?:bin/edgeseg|edgeseg:\w+) ([a-z]+ .*)", text)]
+
+
+SERVICES = [*sorted(ROOT.glob("docs/*")), *sorted(ROOT.glob("docker/*"))]
+FOUND = [(page, line) for page in PAGES for line in commands(page)]
+FOUND += [(page, line) for page in SERVICES for line in service_commands(page)]
+CASES = [pytest.param(line, id=f"{page.relative_to(ROOT)}: {line[:60]}") for page, line in FOUND]
 
 
 def parse(line: str) -> None:
@@ -39,6 +48,17 @@ def parse(line: str) -> None:
 @pytest.mark.parametrize("line", CASES)
 def test_documented_command_parses(line: str) -> None:
     parse(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_verbs_named_in_the_text_exist(page: Path) -> None:
+    named = set(re.findall(r"`edgeseg ([a-z]+)", page.read_text(encoding="utf-8")))
+    assert named <= set(VERBS), f"{page.name} names verbs the command line does not have: {named - set(VERBS)}"
+
+
+def test_services_and_containers_are_checked() -> None:
+    checked = {page.name for page, _ in FOUND}
+    assert {"jetson.md", "edgeseg.service", "Dockerfile.l4t", "Dockerfile.x86"} <= checked
 
 
 def test_there_are_commands_to_check_and_a_wrong_one_fails() -> None:

@@ -1,0 +1,61 @@
+"""A pytest plugin (``-p simulated_tensorrt``) that makes ``import tensorrt`` a recorded module which runs what was parsed.
+
+For trying the tests of ``tests/gpu`` themselves on a machine without a GPU. ONNX Runtime does the engine's work on the stub's
+memory: passing here shows that the suite is sound, and nothing about a device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from recorded_tensorrt import Recorder, fake
+from simulated import NUMPY
+from stub_cuda import Stub
+
+stub = Stub()
+parsed: list[onnxruntime.InferenceSession] = []
+
+
+def parse(parser: Any, model: Any, path: str | None = None) -> bool:
+    done = fake.parse(parser, model, path)
+    # The plan is JSON: it says which of the graphs parsed so far it is of.
+    parser._state["network"]._state["graph"]["number"] = len(parsed)
+    parsed.append(onnxruntime.InferenceSession(bytes(model), providers=["CPUExecutionProvider"]))
+    return done
+
+
+def execute(context: Any, stream_handle: int) -> bool:
+    plan = context._state["engine"]._state["plan"]
+    session, dtypes = parsed[plan["number"]], {t["name"]: NUMPY[t["dtype"]] for t in plan["tensors"]}
+    shape, addresses = context._state["shapes"]["image"], dict(context._state["addresses"])
+
+    def array(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtypes[name]).itemsize
+        assert stub.is_live(addresses[name], size)
+        return (
+            np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(addresses[name]))
+            .view(dtypes[name])
+            .reshape(shape)
+        )
+
+    def work() -> None:
+        names = [output.name for output in session.get_outputs()]
+        for name, result in zip(names, session.run(names, {"image": array("image", shape)}), strict=True):
+            array(name, result.shape)[...] = result
+
+    return stub.enqueue(stream_handle, work) == 0
+
+
+def pytest_unconfigure() -> None:
+    assert stub.errors == []
+    assert stub.live() == {}, "the suite leaves something behind"
+
+
+version = os.environ.get("STUB_TENSORRT_VERSION", "10.3.0")
+recorder = Recorder(version, {"OnnxParser.parse": parse, "IExecutionContext.execute_async_v3": execute})
+sys.modules["tensorrt"] = recorder.module
