@@ -31,9 +31,9 @@ from edgeseg.artifacts import (
 from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require_builder
 from edgeseg.backends.portable import (
     DEVICE_TARGETS,
-    MEASURED_ON_GRAPH,
     awaits_calibration,
     check_options,
+    measured_on,
     open_graph,
 )
 from edgeseg.cache import cached_folder, package_versions, source_sha256
@@ -300,7 +300,7 @@ def verify_stage(
                 session,
                 spec,
                 data.pairs,
-                data=data.description if runs_here else f"{data.description}; {MEASURED_ON_GRAPH}",
+                data=data.description if runs_here else f"{data.description}; {measured_on(engine.manifest)}",
                 reference_size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
                 engine_size_bytes=(engine.manifest.engine or engine.manifest.graph).size_bytes,
                 protocol=SHORT if runs_here else None,

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
+from edgeseg.artifacts import Engine, Manifest, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import Backend, BuiltEngine, Session
 from edgeseg.backends.tensorrt_options import RtxOptions, TensorRTOptions, parse_options
 from edgeseg.spec import Precision
 
 DEVICE_TARGETS = ("tensorrt",)
 """Targets whose engines are built on the device; elsewhere a build for them stops at the portable graph."""
-
-MEASURED_ON_GRAPH = "accuracy of the portable graph in ONNX Runtime; latency not measured"
 
 
 _OPTIONS: Mapping[str, type[TensorRTOptions | RtxOptions]] = {"tensorrt": TensorRTOptions, "tensorrt-rtx": RtxOptions}
@@ -57,6 +55,13 @@ def portable_engine(graph: OnnxGraph, target: str, precision: Precision, options
 def awaits_calibration(report: PrecisionReport, options: Mapping[str, Any]) -> bool:
     """Whether int8 comes later, from ranges given to TensorRT: the graph itself is float and says nothing of it."""
     return report.requested == "int8" and bool(options.get("implicit_calibration"))
+
+
+def measured_on(manifest: Manifest) -> str:
+    """What accuracy figures of a folder stand for whose engine did not run."""
+    if awaits_calibration(manifest.precision, manifest.options):
+        return "accuracy of the fp32 graph in ONNX Runtime: TensorRT makes it int8 on the device; latency not measured"
+    return "accuracy of the portable graph in ONNX Runtime; latency not measured"
 
 
 def open_graph(engine: Engine) -> Session:

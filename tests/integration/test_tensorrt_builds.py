@@ -156,6 +156,8 @@ def test_implicit_calibration_leaves_the_fp32_graph_and_its_table(tmp_path: Path
     operators = {node.op_type for node in onnx.load(str(folder / "model.onnx")).graph.node}
     assert "QuantizeLinear" not in operators
     assert (folder / "calibration.json").is_file()
+    assert manifest.verification is not None
+    assert "of the fp32 graph in ONNX Runtime: TensorRT makes it int8 on the device" in manifest.verification.data
 
 
 def test_the_committed_table_is_that_of_the_raw_results() -> None:
