@@ -158,7 +158,14 @@ def test_the_summary_shows_what_was_measured_and_dashes_elsewhere() -> None:
     text = io.StringIO()
     Console(width=80, file=text).print(bench_summary(read_report(EXAMPLE)))
     shown = text.getvalue()
-    for words in ("fpn-int8 b1 t- s1", "encoder.layer1", "6.5", "miou", "outliers"):
+    for words in (
+        "fpn-int8 b1 t- s1",
+        "encoder.layer1",
+        "6.41x (6.35-6.51)",
+        "miou",
+        "* noisy",
+        "above 1.5 times the median",
+    ):
         assert words in shown
     assert max(map(len, shown.splitlines())) <= 80
 
