@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 import edgeseg
 from edgeseg.backends.base import Session
-from edgeseg.errors import EdgesegError, SpecError
+from edgeseg.errors import BuildError, EdgesegError, SpecError
 from edgeseg.evaluate.contenders import BASELINES, Contender, Opener, baseline_contenders, engine_contenders
 from edgeseg.evaluate.fresh import measure_fresh
 from edgeseg.evaluate.latency import LatencyProtocol, LatencySamples, measure_interleaved
@@ -50,8 +51,17 @@ POWER_SECONDS = 2.0
 IDLE_SECONDS = 1.0
 STAGE_CALLS, MIN_STAGE_CALLS, STAGE_SECONDS = 50, 5, 1.0
 
-AccuracyStep = Callable[[Sequence[Contender], Opener, Reporter], dict[str, Accuracy]]
-"""(contenders, opener, reporter) -> accuracy by contender's name."""
+
+class AccuracyStep(Protocol):
+    """How accuracy is judged; :class:`edgeseg.evaluate.evaluation.AccuracyRequest` is one."""
+
+    def check(self, contenders: Sequence[Contender]) -> None:
+        """Raise what :meth:`__call__` would raise about the data, before minutes are spent on measuring."""
+        ...
+
+    def __call__(self, contenders: Sequence[Contender], opener: Opener, reporter: Reporter) -> dict[str, Accuracy]:
+        """Accuracy by contender's name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -138,6 +148,8 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
     if not request.baselines:
         notes.append("no baseline asked for: nothing is compared with PyTorch")
     contenders = [*baselines, *engines]
+    if accuracy is not None:
+        accuracy.check(contenders)
     measured = {c.name: _Measured(opener.identity(c)) for c in contenders}
     timed = _latency_stage(request, contenders, opener, reporter, notes) if request.duration_s > 0 else {}
     _memory_stage(request, contenders, measured, reporter)
@@ -289,9 +301,13 @@ def _memory_stage(
     with stage(reporter, "cold start") as said:
         for index, contender in enumerate(contenders):
             found = measured[contender.name]
-            found.cold_start, found.memory = measure_fresh(contender, request.fresh_processes)
+            try:
+                found.cold_start, found.memory = measure_fresh(contender, request.fresh_processes)
+                said.append(f"{contender.name} {found.cold_start.total_ms:.0f} ms")
+            except BuildError as exc:
+                found.notes.append(f"cold start and memory not measured: {exc}")
+                said.append(f"{contender.name}: {exc}")
             reporter.progress(index + 1, len(contenders))
-            said.append(f"{contender.name} {found.cold_start.total_ms:.0f} ms")
 
 
 def _profile_stage(
