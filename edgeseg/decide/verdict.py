@@ -232,7 +232,8 @@ def _remarks(group: DeviceGroup, metric: Metric | None) -> list[str]:
         remarks.append("rows were judged on different data; accuracy is compared within each data set only")
     noisy = [entry.name for entry in group.entries if entry.row.latency is not None and entry.row.latency.flags]
     if noisy:
-        remarks.append(f"noisy, measure again before you rely on it: {', '.join(noisy)}")
+        which = "every row" if len(noisy) == len(group.entries) else "; ".join(noisy)
+        remarks.append(f"flagged noisy, measure again before you rely on it: {which}")
     return remarks + _not_worth_it(group.engines, metric)
 
 

@@ -48,6 +48,7 @@ class DevicePage:
         key: unique within the page, for ids.
         charts: for each way of driving the engines.
         front: names of the engines no other beats.
+        noise: rows whose run was flagged, and why.
     """
 
     key: str
@@ -64,6 +65,7 @@ class DevicePage:
     styles: tuple[str, ...]
     stages: tuple[StageLine, ...]
     details: tuple[EngineDetails, ...]
+    noise: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def html(
@@ -127,6 +129,11 @@ def _page(report: MergedReport, verdict: DeviceVerdict, key: str) -> DevicePage:
         styles=tuple(dict.fromkeys(style_of(entry) for entry in group.entries)),
         stages=stage_lines(group),
         details=engine_details(report, group),
+        noise=tuple(
+            (entry.name, tuple(f"{flag.kind}: {flag.detail}" for flag in entry.row.latency.flags))
+            for entry in group.entries
+            if entry.row.latency is not None and entry.row.latency.flags
+        ),
     )
 
 

@@ -1,0 +1,74 @@
+"""RESULTS.md is what the committed raw results say, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.record import RESULTS, Machine, Record
+from benchmarks.results import PAGE, page
+from edgeseg.artifacts import write_json
+
+EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
+
+
+def test_committed_page_is_generated_from_the_committed_results() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(RESULTS), "run: python -m benchmarks.results"
+
+
+def test_every_committed_median_is_on_the_page() -> None:
+    text = page(RESULTS)
+    for path in RESULTS.glob("*.json"):
+        record = json.loads(path.read_text())
+        for row in record["rows"]:
+            median = row.get("median_ms")
+            assert median is None or f"{median:.2f}" in text
+        for against in record.get("ratios", {}).values():
+            assert all(f"{ratio['median']:.2f}" in text for ratio in against.values())
+
+
+def write(folder: Path, name: str, rows: list[dict[str, object]], ratios: dict[str, dict[str, object]]) -> None:
+    machine = Machine("a CPU", ("avx2",), 2, None, None, "Linux", "3.11", None, (0.1, 0.1, 0.1))
+    record = Record("made up", "a workload", machine, {"edgeseg": "0"}, {}, rows, ratios, "2026-01-01", "abc")  # type: ignore[arg-type]
+    write_json(folder / name, record)
+
+
+def test_rows_ratios_and_failures_are_shown(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"name": "a", "latency": {"median_ms": 12.345, "iterations": 9}, "size_bytes": 2_500_000, "samples_ms": [1.0]},
+        {"name": "b", "latency": {"median_ms": 9.0}, "size_bytes": None},
+        {"name": "c|d", "failed": "no such package"},
+        {"name": "start", "median_s": 0.123456},
+    ]
+    ratio = {"low": 0.9, "high": 1.1, "median": 1.02, "pairs": 9}
+    write(tmp_path, "x.json", rows, {"a": {"b": ratio}})
+    text = page(tmp_path)
+    assert re.search(r"\| a \| 12\.35 \| 2\.50 \| - \|", text)
+    assert re.search(r"\| b \| 9\.00 \| - \| - \|", text)
+    assert "c\\|d" in text and "no such package" in text
+    assert re.search(r"\| name \| median_s \|\n\| --- \| ---: \|\n\| start \| 0\.1235 \|", text)
+    assert "| b | 1.02 | 0.90 to 1.10 (no difference) | 9 |" in text
+    assert "iterations" not in text and "samples" not in text.split("## x")[1]
+
+
+def test_bench_reports_are_shown_too(tmp_path: Path) -> None:
+    shutil.copy(EXAMPLE, tmp_path / "board.json")
+    text = page(tmp_path)
+    assert "## board" in text and "### MADE-UP BOARD (15W)" in text and "3.60" in text
+
+
+def test_no_results_say_so(tmp_path: Path) -> None:
+    assert "No results are committed yet" in page(tmp_path)
+
+
+def test_one_changed_figure_changes_the_page(tmp_path: Path) -> None:
+    pages = []
+    for median in (1.0, 1.1):
+        write(tmp_path, "x.json", [{"name": "a", "median_ms": median}], {})
+        pages.append(page(tmp_path))
+    assert pages[0] != pages[1]
+    assert pytest.approx(len(pages[0])) == len(pages[1])
