@@ -94,6 +94,9 @@ def stream(
         drop: skip older frames when the engine cannot keep up, so that the newest is always next; ``None``: for
             cameras only. :attr:`Stream.dropped` counts them.
 
+    A TensorRT engine copies one frame while it computes another, so a mask comes when the next frame has been read; not
+    where frames are dropped, where the newest must not wait.
+
     Returns:
         an iterator of :class:`Frame` that ends its threads when exhausted, closed or dropped.
 

@@ -407,6 +407,22 @@ def test_an_array_on_the_device_is_read_in_place(
         np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
 
 
+def test_device_arrays_and_cuda_graphs_do_not_disturb_each_other(
+    stub: Stub, driver: DriverName, on_device: list[OnDevice]
+) -> None:
+    if driver == "pycuda":
+        pytest.skip("pycuda has no CUDA graphs")
+    simulation = Simulation(stub, model())
+    on_device.append(OnDevice(driver, images()))
+    wanted = simulation.masks(on_device[0].array)
+    with session(simulation, driver, SessionOptions(contexts=1, cuda_graph=True)) as opened:
+        for _ in range(4):
+            image = images()
+            np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+            with opened.run_device(on_device[0])["mask"] as mask:
+                np.testing.assert_array_equal(mask.numpy(), wanted)
+
+
 def test_device_memory_of_results_is_used_again(stub: Stub, driver: DriverName, on_device: list[OnDevice]) -> None:
     simulation = Simulation(stub, model())
     image = images()

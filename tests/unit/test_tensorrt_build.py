@@ -226,6 +226,16 @@ def test_bounds_that_do_not_hold_the_engine(options: tuple[str | None, str | Non
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_contexts_share_the_profile(tmp_path: Path, version: str) -> None:
+    """Before 10 each context of an engine of dynamic shape needs a profile of its own, unless this is asked for."""
+    recorder = Recorder(version)
+    graph = portable(tmp_path / "engine", dynamic=True)
+    backend_of(recorder).build(graph, graph.path.parent, {})
+    asked = [call.arguments["feature"].name for call in recorder.of("IBuilderConfig.set_preview_feature")]
+    assert asked == ([] if version.startswith("11.") else ["PROFILE_SHARING_0806"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_timing_cache_is_kept_per_device_and_version(tmp_path: Path, version: str) -> None:
     first, second = Recorder(version), Recorder(version)
     build(tmp_path, first)
