@@ -31,7 +31,8 @@ BASELINES = (REFERENCE, "edgeseg-onnxruntime", "edgeseg-openvino")
 
 def main() -> None:
     options = arguments()
-    console = Console()
+    # Eight columns of figures; a log has no width of its own.
+    console = Console(width=120)
     machine = this_machine()
     work = camvid(options.limit, options.calibration_limit)
     contenders: dict[str, Contender] = {}

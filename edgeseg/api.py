@@ -106,6 +106,7 @@ def build(
     ignore_index: int | None = None,
     target: str = "auto",
     scheme: str | None = None,
+    backend_options: Mapping[str, Any] | None = None,
     max_drop: float | None = None,
     min_agreement: float | None = None,
     min_int8_share: float = MIN_INT8_SHARE,
@@ -146,6 +147,7 @@ def build(
         ignore_index: mask value that counts for nothing.
         target: a backend's name, or ``auto`` to measure those installed here and take the fastest.
         scheme: Q/DQ scheme; default what is fast on the target here.
+        backend_options: settings of the backend, such as ``{"threads": 2}``; recorded in the manifest.
         max_drop: fail when more mIoU than this is lost (0.01 = one point). Needs masks.
         min_agreement: fail when a smaller share of pixels agrees with PyTorch.
         min_int8_share: fail when a smaller share of the multiply-accumulates runs in int8.
@@ -188,6 +190,7 @@ def build(
         ignore_index=ignore_index,
         target=target,
         scheme=scheme,
+        backend_options=dict(backend_options or {}),
         max_drop=max_drop,
         min_agreement=min_agreement,
         min_int8_share=min_int8_share,

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import filelock
 import msgspec
 
-from edgeseg.errors import ArtifactError
+from edgeseg.errors import ArtifactError, StaleEngineError
 from edgeseg.spec import PipelineSpec, Precision
 
 SCHEMA_VERSION = 1
@@ -188,7 +188,7 @@ class Engine:
     @property
     def engine_path(self) -> Path:
         if self.manifest.engine is None:
-            raise ArtifactError(f"{self.folder} holds a portable graph only; run: edgeseg compile {self.folder}")
+            raise StaleEngineError(f"{self.folder} holds a portable graph only; run: edgeseg compile {self.folder}")
         return self.folder / self.manifest.engine.name
 
     @property
@@ -324,8 +324,9 @@ def check_file(folder: Path, ref: FileRef) -> None:
 def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
     """Yield an empty scratch folder beside ``target`` that becomes ``target`` when the block succeeds.
 
-    On any exception, Ctrl-C included, the scratch folder is removed. What a killed process left behind is removed by
-    the next build of the same folder. A lock keeps two builds of one folder apart.
+    On any exception, Ctrl-C included, the scratch folder is removed, and so are the folders made to hold it. What a
+    killed process left behind is removed by the next build of the same folder. A lock keeps two builds of one folder
+    apart.
 
     Raises:
         ArtifactError: ``target`` exists and ``force`` is false; another build holds it; the disk is full or read-only.
@@ -335,8 +336,13 @@ def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
         raise ArtifactError(f"{target} exists; give --force to replace it, or another --output")
     if target.exists() and not (target / MANIFEST_NAME).is_file() and any(target.iterdir()):
         raise ArtifactError(f"{target} is not an engine folder and is not empty; edgeseg will not replace it")
+    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as exc:
+            # What /proc and some network file systems answer.
+            raise ArtifactError(f"cannot make folder {target.parent}; give another --output") from exc
         lock = filelock.FileLock(target.parent / f".{target.name}.lock")
         try:
             lock.acquire(timeout=0)
@@ -355,6 +361,8 @@ def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
         finally:
             lock.release()
             Path(lock.lock_file).unlink(missing_ok=True)
+            if not target.exists():
+                _remove_empty(made)
     except OSError as exc:
         if exc.errno in {
             errno.ENOSPC,
@@ -369,6 +377,15 @@ def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
                 f"cannot write {target}: {os.strerror(exc.errno)}; free space or give another --output"
             ) from exc
         raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, innermost first, up to one that something else is in by now."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def _replace_folder(scratch: Path, target: Path) -> None:

@@ -31,6 +31,10 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     ),
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino",),
+    "tensorrt": ("tensorrt",),
+    "jetson": ("cuda-bindings",),
+    "pycuda": ("pycuda",),
+    "tensorrt-rtx": ("tensorrt-rtx-cu12",),
     "video": ("opencv-python-headless",),
 }
 """Packages that matter, by the extra of edgeseg that brings them."""

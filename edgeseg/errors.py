@@ -9,9 +9,11 @@ EdgesegError                                        exit 1
  ├─ CheckpointError                                 weights that cannot be read, or do not fit the model
  ├─ MissingDependencyError (ImportError)            an extra that is not installed; names the pip line
  ├─ ArtifactError                                   an engine folder, graph, table or manifest that is damaged, stale or foreign
+ │   └─ StaleEngineError                            whole, but built for another device or version: compile it again
  ├─ ExportError                                     PyTorch -> ONNX, simplification or a rewrite failed or changed the result
  ├─ QuantizationError                               calibration or Q/DQ insertion failed, or the written graph breaks its scheme
  ├─ BuildError                                      a backend could not build or load its engine
+ ├─ DeviceError                                     the GPU or its driver refused: none there, out of memory, launch failed
  └─ GateError                                       exit 3: the engine works, a limit the user set is not met
 """
 
@@ -60,6 +62,10 @@ class ArtifactError(EdgesegError):
     """An engine folder, graph, calibration table or manifest that is damaged, stale or foreign."""
 
 
+class StaleEngineError(ArtifactError):
+    """An engine that is whole, but was built for another device or version, or not built yet: compile it again."""
+
+
 class ExportError(EdgesegError):
     """PyTorch to ONNX, simplification or a rewrite failed or changed the result."""
 
@@ -70,6 +76,19 @@ class QuantizationError(EdgesegError):
 
 class BuildError(EdgesegError):
     """A backend could not build or load its engine."""
+
+
+class DeviceError(EdgesegError):
+    """The GPU or its driver refused a call.
+
+    Args:
+        message: the line to show.
+        code: CUDA's name of the error (``CUDA_ERROR_OUT_OF_MEMORY``); ``None`` when no CUDA call was made.
+    """
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class GateError(EdgesegError):

@@ -63,12 +63,17 @@ def _check_external_data(model: onnx.ModelProto, path: Path) -> None:
 
 
 def write_onnx(model: onnx.ModelProto, path: Path) -> None:
-    """Write ``model`` as one self-contained file, atomically and deterministically.
+    """Write ``model`` as one self-contained file, atomically; the same graph always gives the same bytes.
+
+    Initializers and noted shapes of ``model`` are put in the order of their names: passes collect them in sets, whose
+    order differs from one process to the next, and with it the hash the graph is known by.
 
     Raises:
         ArtifactError: larger than 2 GB (protobuf's limit), or the disk is full or read-only.
     """
     path = Path(path)
+    model.graph.initializer.sort(key=lambda tensor: tensor.name)
+    model.graph.value_info.sort(key=lambda value: value.name)
     size = model.ByteSize()
     if size > MAX_PROTOBUF_BYTES:
         raise ArtifactError(f"the graph has {size / 2**30:.1f} GiB, an ONNX file holds 2; use a smaller encoder")

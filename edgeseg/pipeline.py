@@ -28,11 +28,19 @@ from edgeseg.artifacts import (
     sha256_json,
     write_json,
 )
-from edgeseg.backends import AUTO_TARGETS, Backend, BuiltEngine, get_backend, require_backend
+from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require_builder
+from edgeseg.backends.portable import (
+    DEVICE_TARGETS,
+    MEASURED_ON_GRAPH,
+    awaits_calibration,
+    check_options,
+    open_graph,
+)
 from edgeseg.cache import cached_folder, package_versions, source_sha256
+from edgeseg.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
 from edgeseg.progress import Reporter, stage
-from edgeseg.spec import InputSpec, PipelineSpec, one_of
+from edgeseg.spec import InputSpec, PipelineSpec
 from edgeseg.verification_data import VerificationData, calibration_and_held_out
 
 if TYPE_CHECKING:
@@ -43,23 +51,7 @@ if TYPE_CHECKING:
     from edgeseg.convert.load import LoadedModel
     from edgeseg.quantize.table import CalibrationTable
 
-GRAPH_NAME = "model.onnx"
-TABLE_NAME = "calibration.json"
 CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One backend's engine, built in a scratch folder of its own.
-
-    ``median_ms`` is measured only when several candidates compete.
-    """
-
-    backend: Backend
-    folder: Path
-    graph: OnnxGraph
-    built: BuiltEngine
-    median_ms: float | None = None
 
 
 def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter: Reporter) -> Engine:
@@ -67,15 +59,23 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
     targets = choose_targets(request.target)
     for target in targets:
         # A backend that is not installed should say so before minutes of work, not after.
-        require_backend(target)
+        if target not in DEVICE_TARGETS:
+            require_builder(target)
+        check_options(target, request.backend_options)
 
     loaded = load_stage(request, model, reporter)
     spec = pipeline_spec(request, loaded)
     folder = request.folder or Path("engines") / default_name(request, loaded)
+    if request.precision == "fp32" and request.calibration is not None:
+        reporter.note("--calibration is not used: an fp32 engine has no ranges")
     with atomic_folder(folder, force=request.force) as scratch:
         samples, held_out = calibration_and_held_out(request, loaded)
         graph, conversion = export_stage(loaded, spec, reporter)
-        table = calibration_stage(request, graph, samples, reporter) if request.precision == "int8" else None
+        table = None if samples is None else calibration_stage(request, graph, samples, reporter)
+        if request.precision == "fp16" and table is None:
+            reporter.note(
+                "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
+            )
 
         candidates: list[Candidate] = []
         for target in targets:
@@ -240,49 +240,15 @@ def candidate_stage(
 ) -> Candidate:
     """Quantize and build for one backend, and check that the precision asked for is delivered."""
     with stage(reporter, "compile" if request.precision == "fp32" else "quantize") as said:
-        candidate = build_candidate(request, get_backend(target), graph, table, scratch / f"target-{target}")
+        folder = scratch / f"target-{target}"
+        candidate = build_candidate(request, get_backend(target), graph, table, folder, reporter)
         share = candidate.built.precision.mac_share.get(request.precision, 0.0)
         said.append(f"{target}: {share:.1%} of MACs in {request.precision}")
-    require_precision(candidate, request.min_int8_share)
+    if candidate.built.path is not None or not awaits_calibration(candidate.built.precision, request.backend_options):
+        require_precision(candidate, request.min_int8_share)
+    if request.precision == "fp16" and target not in DEVICE_TARGETS and share < 0.5:
+        reporter.note(f"{target} computes most of this FP16 graph in FP32 here: half the file, no more speed")
     return candidate
-
-
-def build_candidate(
-    request: BuildRequest, backend: Backend, graph: OnnxGraph, table: CalibrationTable | None, folder: Path
-) -> Candidate:
-    """Write the typed graph in the backend's scheme and build the backend's engine from it."""
-    folder.mkdir()
-    typed = folder / GRAPH_NAME
-    if request.precision == "int8":
-        from edgeseg.quantize.qdq import write_qdq
-        from edgeseg.quantize.schemes import SCHEMES
-
-        assert table is not None  # run_build calibrates before an int8 graph is written
-        scheme = request.scheme or backend.scheme
-        one_of("scheme", scheme, tuple(SCHEMES))
-        graph = write_qdq(graph, table, SCHEMES[scheme], typed)
-    elif request.precision == "fp16":
-        from edgeseg.quantize.fp16 import write_fp16
-
-        graph = write_fp16(graph, table, typed)
-    else:
-        shutil.copyfile(graph.path, typed)
-        graph = dataclasses.replace(graph, path=typed)
-    return Candidate(backend, folder, graph, backend.build(graph, folder, request.backend_options))
-
-
-def require_precision(candidate: Candidate, min_int8_share: float) -> None:
-    """Raise :class:`QuantizationError` when int8 was asked for and something else was delivered."""
-    report = candidate.built.precision
-    share = report.mac_share.get("int8", 0.0)
-    if report.requested != "int8" or share >= min_int8_share:
-        return
-    listed = "; ".join(f"{layer} ({reason})" for layer, reason in list(report.float_layers.items())[:8])
-    more = f" and {len(report.float_layers) - 8} more" if len(report.float_layers) > 8 else ""
-    raise QuantizationError(
-        f"int8 was asked for, but {candidate.backend.name} executes {share:.1%} of the multiply-accumulates in int8 "
-        f"(at least {min_int8_share:.0%} wanted; --min-int8-share changes that). Float: {listed}{more}"
-    )
 
 
 def choose_fastest(
@@ -320,20 +286,24 @@ def verify_stage(
     if request.max_drop is not None and not data.has_masks:
         raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
     from edgeseg.backends.pytorch import PyTorchSession
+    from edgeseg.evaluate.latency import SHORT
     from edgeseg.evaluate.verify import check_gates, verify
 
     spec = engine.manifest.spec
     with stage(reporter, "verify") as said:
         backend = get_backend(engine.manifest.target)
-        with PyTorchSession(loaded, spec) as reference, backend.load(engine) as session:
+        runs_here = engine.manifest.engine is not None and backend.status().available
+        opened = backend.load(engine) if runs_here else open_graph(engine)
+        with PyTorchSession(loaded, spec) as reference, opened as session:
             verification = verify(
                 reference,
                 session,
                 spec,
                 data.pairs,
-                data=data.description,
+                data=data.description if runs_here else f"{data.description}; {MEASURED_ON_GRAPH}",
                 reference_size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
-                engine_size_bytes=engine.engine_path.stat().st_size,
+                engine_size_bytes=(engine.manifest.engine or engine.manifest.graph).size_bytes,
+                protocol=SHORT if runs_here else None,
                 progress=reporter.progress,
             )
         said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
@@ -363,7 +333,7 @@ class _ManifestMaker:
     ) -> Engine:
         """Put the candidate's files and the manifest into ``folder``."""
         for source in (candidate.graph.path, candidate.built.path, *candidate.built.extra_files):
-            if source.parent != folder:
+            if source is not None and source.parent != folder:
                 shutil.copyfile(source, folder / source.name)
         calibration = None
         if table is not None:
@@ -378,7 +348,7 @@ class _ManifestMaker:
             target=candidate.backend.name,
             scheme=candidate.graph.scheme,
             graph=FileRef.of(folder / candidate.graph.path.name),
-            engine=FileRef.of(folder / candidate.built.path.name),
+            engine=None if candidate.built.path is None else FileRef.of(folder / candidate.built.path.name),
             calibration=calibration,
             extra_files=tuple(FileRef.of(folder / path.name) for path in candidate.built.extra_files),
             weights=self.loaded.weights,

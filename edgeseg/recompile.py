@@ -19,20 +19,60 @@ from edgeseg.artifacts import (
     read_manifest,
     write_json,
 )
-from edgeseg.backends import require_backend
+from edgeseg.backends import require_builder
 from edgeseg.errors import BuildError
+from edgeseg.progress import Reporter, SilentReporter, stage
+
+_MACHINE_INDEPENDENT: dict[str, tuple[str, ...]] = {
+    "onnxruntime": ("threads", "spinning"),
+    "openvino": ("threads",),
+    "tensorrt": (
+        "workspace_mb",
+        "allow_fp16",
+        "tf32",
+        "hardware_compatibility",
+        "version_compatible",
+        "optimization_level",
+        "aux_streams",
+        "min_size",
+        "max_size",
+        "contexts",
+        "cuda_graph",
+        "host_memory",
+    ),
+}
+"""Recorded options that are the user's wish and hold on another device too, by target."""
+
+
+def recompile(engine: Engine) -> Engine:
+    """Build a stale engine again, in its folder, for this machine and with the settings it was built with.
+
+    Raises:
+        ArtifactError, BuildError: see :func:`compile_folder`.
+    """
+    manifest = engine.manifest
+    kept = _MACHINE_INDEPENDENT.get(manifest.target, ())
+    return compile_folder(
+        engine.folder, options={name: manifest.options[name] for name in kept if name in manifest.options}
+    )
 
 
 def compile_folder(
-    folder: Path, *, target: str | None = None, options: Mapping[str, Any] | None = None, output: Path | None = None
+    folder: Path,
+    *,
+    target: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    output: Path | None = None,
+    reporter: Reporter | None = None,
 ) -> Engine:
     """Build an engine for this machine from the portable graph of ``folder``.
 
     Args:
         folder: an engine folder; only its graph and calibration table need to be intact.
         target: backend; default the one the folder was built for.
-        options: backend settings.
+        options: backend settings; over those a portable folder was built with.
         output: folder to write; default ``folder`` itself, replaced when the new engine is complete.
+        reporter: told about progress; default silent.
 
     Raises:
         ArtifactError: the folder's manifest or graph is damaged.
@@ -40,7 +80,7 @@ def compile_folder(
     """
     old = read_manifest(folder)
     check_file(folder, old.graph)
-    backend = require_backend(target or old.target)
+    backend = require_builder(target or old.target)
     if old.scheme == "onnxruntime-vnni" and backend.scheme == "onnxruntime-avx2":
         # Without VNNI, sums of u8 x s8 products saturate 16 bits: the masks would be wrong, not just slow.
         raise BuildError(
@@ -55,13 +95,22 @@ def compile_folder(
         weights_sha256=old.inputs_sha256["weights"],
         scheme=old.scheme,
     )
+    settings = dict(options or {})
+    if old.engine is None and backend.name == old.target:
+        settings = {**old.options, **settings}
+    reporter = reporter or SilentReporter()
     target_folder = output or folder
     with atomic_folder(target_folder, force=output is None) as scratch:
         shutil.copyfile(graph.path, scratch / old.graph.name)
         if old.calibration is not None:
             check_file(folder, old.calibration)
             shutil.copyfile(folder / old.calibration.name, scratch / old.calibration.name)
-        built = backend.build(dataclasses.replace(graph, path=scratch / old.graph.name), scratch, options or {})
+        copied = dataclasses.replace(graph, path=scratch / old.graph.name)
+        with stage(reporter, "compile") as said:
+            built = backend.build(copied, scratch, settings, reporter.progress)
+            share = built.precision.mac_share.get(built.precision.requested, 0.0)
+            said.append(f"{backend.name}: {share:.1%} of MACs in {built.precision.requested}")
+        assert built.path is not None  # a backend that can build here does
         manifest = dataclasses.replace(
             old,
             name=target_folder.name,

@@ -141,6 +141,12 @@ class InputSpec:
                 f"size {self.height}x{self.width} does not fit: this model needs multiples of {self.stride}; "
                 f"nearest is {near_h}x{near_w}"
             )
+        low, high = self.min_size or (1, 1), self.max_size or (self.height, self.width)
+        if not (low[0] <= self.height <= high[0] and low[1] <= self.width <= high[1]):
+            raise SpecError(
+                f"size {self.height}x{self.width} is not between the smallest {low[0]}x{low[1]} and the largest "
+                f"{high[0]}x{high[1]}"
+            )
 
     @property
     def pixels(self) -> int:

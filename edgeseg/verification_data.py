@@ -52,12 +52,15 @@ class VerificationData:
 
 
 def calibration_and_held_out(request: BuildRequest, loaded: LoadedModel) -> tuple[Samples, VerificationData | None]:
-    """Choose what to calibrate with (``None`` unless int8 is asked for) and the images to verify on.
+    """Choose what to calibrate with and the images to verify on.
+
+    int8 has to be calibrated; fp16 is where there are images, to find what leaves its range; fp32 never is.
 
     Raises:
         InputError: int8 without calibration images for a model that is no demo model; unusable folders.
     """
-    samples = calibration_source(request, loaded) if request.precision == "int8" else None
+    wanted = request.precision == "int8" or (request.precision == "fp16" and _has_calibration(request, loaded))
+    samples = calibration_source(request, loaded) if wanted else None
     if request.validation is not None:
         pairs = ValidationSet.open(request.validation, loaded.model, ignore_index=request.ignore_index)
         return samples, _unseen(pairs, samples)
@@ -73,6 +76,10 @@ def calibration_and_held_out(request: BuildRequest, loaded: LoadedModel) -> tupl
         stand_in,
         "generated street scenes for want of your own images (--validation DIR): fidelity, not accuracy",
     )
+
+
+def _has_calibration(request: BuildRequest, loaded: LoadedModel) -> bool:
+    return request.calibration is not None or loaded.is_demo
 
 
 def calibration_source(request: BuildRequest, loaded: LoadedModel) -> CalibrationSet | CalibrationTable | Path:

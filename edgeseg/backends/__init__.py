@@ -12,6 +12,8 @@ from edgeseg.spec import one_of
 BACKENDS: dict[str, str] = {
     "onnxruntime": "edgeseg.backends.onnxruntime",
     "openvino": "edgeseg.backends.openvino",
+    "tensorrt": "edgeseg.backends.tensorrt",
+    "tensorrt-rtx": "edgeseg.backends.tensorrt_rtx",
 }
 
 AUTO_TARGETS: tuple[str, ...] = ("onnxruntime", "openvino")
@@ -26,6 +28,7 @@ __all__ = [
     "Session",
     "get_backend",
     "require_backend",
+    "require_builder",
 ]
 
 
@@ -33,6 +36,15 @@ def get_backend(name: str) -> Backend:
     """Import and return a backend. Raises ``SpecError`` for an unknown name."""
     one_of("target", name, tuple(BACKENDS))
     return cast("Backend", importlib.import_module(BACKENDS[name]).backend())
+
+
+def require_builder(name: str) -> Backend:
+    """Like :func:`get_backend`, and engines can be built on this machine. Raises ``BuildError`` saying what to do."""
+    backend = get_backend(name)
+    status = backend.status()
+    if not (status.available or status.can_build):
+        raise BuildError(f"target {name} cannot be used here: {status.detail}")
+    return backend
 
 
 def require_backend(name: str) -> Backend:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
+
+if TYPE_CHECKING:
+    from edgeseg.backends.device_arrays import DeviceTensor
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,13 @@ class BackendStatus:
         available: it can load and run engines here.
         version: of its package, ``None`` when not installed.
         detail: one line: the device it would use and what is fast on it, or why it is not available and what to do.
+        can_build: engines can be built here, though they may only run elsewhere.
     """
 
     available: bool
     version: str | None
     detail: str
+    can_build: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class BuiltEngine:
     """What :meth:`Backend.build` wrote.
 
     Attributes:
-        path: the engine file inside the folder given to ``build``.
+        path: the engine file inside the folder given to ``build``; ``None`` when it has to be built on the device.
         precision: what the built engine really executes.
         extra_files: further files the engine file needs beside it.
         options: settings chosen, for the manifest.
@@ -42,7 +50,7 @@ class BuiltEngine:
         device: what it was built for.
     """
 
-    path: Path
+    path: Path | None
     precision: PrecisionReport
     extra_files: tuple[Path, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
@@ -75,6 +83,50 @@ class Session(Protocol):
     ) -> None: ...
 
 
+@dataclass(frozen=True)
+class StageTimes:
+    """Where the time of one batch went, on the device's clock, in trtexec's terms.
+
+    Attributes:
+        h2d_ms: copying the images to the device; ``None`` when nothing is copied (memory shared with the CPU).
+        compute_ms: the engine.
+        d2h_ms: copying the results back; ``None`` when nothing is copied.
+        enqueue_ms: host time of the call that hands the engine's work to the device.
+    """
+
+    h2d_ms: float | None
+    compute_ms: float
+    d2h_ms: float | None
+    enqueue_ms: float
+
+
+@runtime_checkable
+class TimedSession(Protocol):
+    """A session that can say how long its stages take."""
+
+    def run_timed(self, images: NDArray[np.uint8]) -> tuple[Mapping[str, NDArray[Any]], StageTimes]:
+        """Like :meth:`Session.run`, and the times of this one batch."""
+        ...
+
+
+@runtime_checkable
+class PipelinedSession(Protocol):
+    """A session that copies one batch while it computes another."""
+
+    def run_many(self, batches: Iterable[NDArray[np.uint8]]) -> Generator[Mapping[str, NDArray[Any]], None, None]:
+        """Run batch after batch; results in order, as :meth:`Session.run` returns them."""
+        ...
+
+
+@runtime_checkable
+class DeviceSession(Protocol):
+    """A session that takes images from the device's memory and leaves the results there."""
+
+    def run_device(self, image: object) -> Mapping[str, DeviceTensor]:
+        """Run an array that has ``__cuda_array_interface__`` or ``__dlpack__``."""
+        ...
+
+
 class Backend(Protocol):
     """One way to execute a portable graph. Implemented by one module each; see :data:`edgeseg.backends.BACKENDS`."""
 
@@ -86,8 +138,17 @@ class Backend(Protocol):
         """Say whether this backend works here. Never raises."""
         ...
 
-    def build(self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any]) -> BuiltEngine:
-        """Write the engine file into ``folder``. Raises ``BuildError``, ``SpecError`` for unknown options."""
+    def build(
+        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+    ) -> BuiltEngine:
+        """Write the engine file into ``folder``. Raises ``BuildError``, ``SpecError`` for unknown options.
+
+        Args:
+            graph: the portable graph; the calibration table of an int8 one may be beside it.
+            folder: to write into.
+            options: settings of this backend.
+            progress: told how far the build is, by backends that know.
+        """
         ...
 
     def load(self, engine: Engine) -> Session:

@@ -35,7 +35,7 @@ from edgeseg.artifacts import (
     PrecisionReport,
     write_json,
 )
-from edgeseg.backends.base import BackendStatus, BuiltEngine
+from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.errors import InputError, SpecError
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.spec import OutputSpec, PipelineSpec
@@ -159,7 +159,9 @@ class MemoryBackend:
         """It always works."""
         return BackendStatus(True, edgeseg.__version__, "no network, for tests")
 
-    def build(self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any]) -> BuiltEngine:
+    def build(
+        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+    ) -> BuiltEngine:
         """Write an engine file that ignores the graph. Raises ``SpecError`` for any option."""
         if options:
             raise SpecError(f"target memory has no build option {next(iter(options))!r} (allowed: none)")

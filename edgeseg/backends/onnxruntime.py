@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.artifacts import Engine, OnnxGraph
-from edgeseg.backends.base import BackendStatus, BuiltEngine
+from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu import Cpu, this_cpu
 from edgeseg.backends.options import check_built_for, cpu_options
 from edgeseg.backends.precision import executed_precision, node_times, profiled_events, run_profiled
@@ -56,7 +56,9 @@ class OnnxRuntimeBackend:
             return BackendStatus(False, None, str(exc))
         return BackendStatus(True, str(ort.__version__), f"{self.cpu.name}: {_advice(self.cpu)}")
 
-    def build(self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any]) -> BuiltEngine:
+    def build(
+        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+    ) -> BuiltEngine:
         """Optimize the graph for this CPU and save it in ``folder``."""
         chosen = cpu_options(self.name, options, _OPTION_NAMES)
         ort = _import_ort()
@@ -134,6 +136,13 @@ class OnnxRuntimeSession:
 def backend() -> OnnxRuntimeBackend:
     """Return the backend for the CPU at hand."""
     return OnnxRuntimeBackend(this_cpu())
+
+
+def open_unoptimized(path: Path) -> OnnxRuntimeSession:
+    """Run an ONNX file as it is, a portable graph of another target too. Raises ``ArtifactError``."""
+    ort, cpu = _import_ort(), this_cpu()
+    settings = _session_options(ort, cpu_options("onnxruntime", {}, _OPTION_NAMES), cpu)
+    return OnnxRuntimeSession(_open(ort, path, settings, ArtifactError))
 
 
 def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
-from edgeseg.backends.base import BackendStatus, BuiltEngine
+from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu import Cpu, this_cpu
 from edgeseg.backends.openvino_argmax import replace_argmax
 from edgeseg.backends.options import check_built_for, cpu_options
@@ -51,7 +51,9 @@ class OpenVinoBackend:
         fast = "INT8 is fast with VNNI" if self.cpu.has_vnni else "INT8 without VNNI gains less"
         return BackendStatus(True, version, f"{self.cpu.name}: {fast}")
 
-    def build(self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any]) -> BuiltEngine:
+    def build(
+        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+    ) -> BuiltEngine:
         """Compile the graph for this CPU and export it into ``folder``."""
         chosen = cpu_options(self.name, options, _OPTION_NAMES)
         ov = _import_openvino()

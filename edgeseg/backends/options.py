@@ -7,7 +7,7 @@ from typing import Any
 
 from edgeseg.artifacts import Engine
 from edgeseg.backends.cpu import Cpu
-from edgeseg.errors import ArtifactError, SpecError, did_you_mean
+from edgeseg.errors import SpecError, StaleEngineError, did_you_mean
 
 _DEFAULTS: dict[str, Any] = {"threads": 0, "spinning": True}
 
@@ -36,13 +36,13 @@ def cpu_options(backend: str, options: Mapping[str, Any], allowed: Sequence[str]
 
 
 def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> None:
-    """Raise ``ArtifactError`` if the engine was built for another instruction set or with another package version."""
+    """Raise ``StaleEngineError`` if the engine was built for another instruction set or with another package version."""
     manifest = engine.manifest
     again = f"run: edgeseg compile {engine.folder}"
     built_for, built_with = manifest.device.get("isa"), manifest.versions.get(package)
     if built_for != cpu.isa:
-        raise ArtifactError(
+        raise StaleEngineError(
             f"{engine.folder} was built for a CPU with [{built_for}], this one has [{cpu.isa}]; {again}"
         )
     if built_with != version:
-        raise ArtifactError(f"{engine.folder} was built with {package} {built_with}, this is {version}; {again}")
+        raise StaleEngineError(f"{engine.folder} was built with {package} {built_with}, this is {version}; {again}")

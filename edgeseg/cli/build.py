@@ -94,6 +94,7 @@ from edgeseg.spec import (
     metavar="KEY=VALUE",
     help="Setting of the backend, such as threads=2; repeatable.",
 )
+@click.option("--sm", help="Compute capabilities for tensorrt-rtx, such as 86,89,120; one engine holds them all.")
 @click.option("--max-drop", type=float, help="Exit 3 when more mIoU is lost (0.01 = one point).")
 @click.option("--min-agreement", type=float, help="Exit 3 when a smaller share of pixels agrees with PyTorch.")
 @click.option(
@@ -136,6 +137,7 @@ def command(
     target: str,
     scheme: str | None,
     backend_options: tuple[str, ...],
+    sm: str | None,
     max_drop: float | None,
     min_agreement: float | None,
     min_int8_share: float,
@@ -147,6 +149,9 @@ def command(
 
     Without --weights the demo model of the architecture is built (unet, fpn, pspnet, deeplabv3plus).
     """
+    options = parse_key_values("--backend-option", backend_options)
+    if sm is not None:
+        options["sm"] = sm
     request = BuildRequest(
         model=ModelRequest(
             arch=arch,
@@ -176,7 +181,7 @@ def command(
         ignore_index=ignore_index,
         target=target,
         scheme=scheme,
-        backend_options=parse_key_values("--backend-option", backend_options),
+        backend_options=options,
         max_drop=max_drop,
         min_agreement=min_agreement,
         min_int8_share=min_int8_share,
@@ -200,5 +205,19 @@ def _build_and_print(request: BuildRequest, as_json: bool) -> None:
     from edgeseg.evaluate.summary import build_summary
 
     Console().print(build_summary(engine))
+    if engine.manifest.engine is None:
+        target = engine.manifest.target
+        click.echo(
+            f"portable folder: {engine.folder}, no {target} engine yet: it is built on the device that runs it\n"
+            f"on the device: edgeseg compile {engine.folder} --target {target}"
+        )
+        return
+    from edgeseg.backends import get_backend
+
+    if not get_backend(engine.manifest.target).status().available:
+        click.echo(
+            f"engine: {engine.folder}, built here for {engine.manifest.target}; it runs where there is a GPU for it"
+        )
+        return
     example: Any = "IMAGE..."
     click.echo(f"engine: {engine.folder}\nrun it: edgeseg run {engine.folder} {example} --output out --overlay")

@@ -20,18 +20,26 @@ from edgeseg.cli.parameters import ANY_PATH, parse_key_values
     metavar="KEY=VALUE",
     help="Setting of the backend, such as threads=2; repeatable.",
 )
+@click.option("--sm", help="Compute capabilities for tensorrt-rtx, such as 86,89,120.")
 @click.option("--output", type=ANY_PATH, help="Write a new folder instead of replacing the engine in ENGINE_DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(
-    folder: Path, target: str | None, backend_options: tuple[str, ...], output: Path | None, as_json: bool
+    folder: Path,
+    target: str | None,
+    backend_options: tuple[str, ...],
+    sm: str | None,
+    output: Path | None,
+    as_json: bool,
 ) -> None:
     """Build this machine's engine from the portable graph in ENGINE_DIR. Needs no PyTorch."""
-    from edgeseg.cli.output import print_json
+    from edgeseg.cli.output import console_reporter, print_json
     from edgeseg.recompile import compile_folder
 
-    engine = compile_folder(
-        folder, target=target, options=parse_key_values("--backend-option", backend_options), output=output
-    )
+    options = parse_key_values("--backend-option", backend_options)
+    if sm is not None:
+        options["sm"] = sm
+    with console_reporter() as reporter:
+        engine = compile_folder(folder, target=target, options=options, output=output, reporter=reporter)
     if as_json:
         print_json(engine.manifest)
     else:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from edgeseg.cli.parameters import ANY_PATH
+from edgeseg.spec import FitPolicy
 
 
 @click.command("run", short_help="Segment images, folders, videos or a camera.")
@@ -16,8 +18,22 @@ from edgeseg.cli.parameters import ANY_PATH
 @click.option("--output", type=ANY_PATH, required=True, help="Folder for masks, overlays and videos.")
 @click.option("--overlay", is_flag=True, help="Also write colour overlays with a legend.")
 @click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Opacity of the overlay.")
+@click.option("--frame-masks", is_flag=True, help="Also write the index mask of every video frame.")
+@click.option(
+    "--fit",
+    type=click.Choice(get_args(FitPolicy)),
+    help="How images of another size are brought to the engine's.  [default: as built]",
+)
+@click.option(
+    "--tile-overlap",
+    type=click.FloatRange(0, 0.9),
+    default=0.25,
+    show_default=True,
+    help="Share of a tile that its neighbour covers too, with --fit tile.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Stop after so many images or frames.")
 @click.option("--force", is_flag=True, help="Replace files that exist in --output.")
+@click.option("--recompile", is_flag=True, help="Build the engine again if it was built for another device or version.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     folder: Path,
@@ -25,16 +41,29 @@ def command(
     output: Path,
     overlay: bool,
     alpha: float,
+    frame_masks: bool,
+    fit: FitPolicy | None,
+    tile_overlap: float,
     limit: int | None,
     force: bool,
+    recompile: bool,
     as_json: bool,
 ) -> None:
     """Segment images, folders, globs, video files or a camera (its index) with ENGINE_DIR."""
     from edgeseg.runtime.run import run_inputs
     from edgeseg.runtime.segmenter import load
 
-    with load(folder) as segmenter:
-        summary = run_inputs(segmenter, inputs, output, overlay=overlay, alpha=alpha, limit=limit, overwrite=force)
+    with load(folder, fit=fit, tile_overlap=tile_overlap, recompile=recompile) as segmenter:
+        summary = run_inputs(
+            segmenter,
+            inputs,
+            output,
+            overlay=overlay,
+            alpha=alpha,
+            frame_masks=frame_masks,
+            limit=limit,
+            overwrite=force,
+        )
     if as_json:
         from edgeseg.cli.output import print_json
 

@@ -1,7 +1,7 @@
 """The demo models and the sample images they were trained beside, as package data. Nothing here imports torch.
 
 ``<arch>.json`` describes a demo model, ``<arch>.safetensors`` (float16) holds its weights; the sample folder holds
-``calibration`` and ``validation`` images of generated street scenes.
+``calib`` and ``val`` images of generated street scenes.
 """
 
 from __future__ import annotations

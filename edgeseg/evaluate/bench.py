@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 import edgeseg
-from edgeseg.errors import EdgesegError, SpecError
+from edgeseg.backends.base import Session
+from edgeseg.errors import BuildError, EdgesegError, SpecError
 from edgeseg.evaluate.contenders import BASELINES, Contender, Opener, baseline_contenders, engine_contenders
 from edgeseg.evaluate.fresh import measure_fresh
 from edgeseg.evaluate.latency import LatencyProtocol, LatencySamples, measure_interleaved
@@ -33,6 +36,7 @@ from edgeseg.evaluate.results import (
     Row,
     Setting,
     SpeedComparison,
+    StageSplit,
     row_id,
 )
 from edgeseg.evaluate.stages import StageClock
@@ -44,9 +48,20 @@ from edgeseg.spec import one_of
 
 WARMUP_STABLE_WITHIN = 0.03
 POWER_SECONDS = 2.0
+IDLE_SECONDS = 1.0
+STAGE_CALLS, MIN_STAGE_CALLS, STAGE_SECONDS = 50, 5, 1.0
 
-AccuracyStep = Callable[[Sequence[Contender], Opener, Reporter], dict[str, Accuracy]]
-"""(contenders, opener, reporter) -> accuracy by contender's name."""
+
+class AccuracyStep(Protocol):
+    """How accuracy is judged; :class:`edgeseg.evaluate.evaluation.AccuracyRequest` is one."""
+
+    def check(self, contenders: Sequence[Contender]) -> None:
+        """Raise what :meth:`__call__` would raise about the data, before minutes are spent on measuring."""
+        ...
+
+    def __call__(self, contenders: Sequence[Contender], opener: Opener, reporter: Reporter) -> dict[str, Accuracy]:
+        """Accuracy by contender's name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,8 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
     if not request.baselines:
         notes.append("no baseline asked for: nothing is compared with PyTorch")
     contenders = [*baselines, *engines]
+    if accuracy is not None:
+        accuracy.check(contenders)
     measured = {c.name: _Measured(opener.identity(c)) for c in contenders}
     timed = _latency_stage(request, contenders, opener, reporter, notes) if request.duration_s > 0 else {}
     _memory_stage(request, contenders, measured, reporter)
@@ -165,6 +182,7 @@ def _latency_stage(
     source = find_source()
     if source is None:
         notes.append("no power source could be read (INA3221, tegrastats, NVML, RAPL): power and energy are '-'")
+    idle_w = None if source is None else _idle_power(source)
     size = request.source_size or (None, None)
     settings = [
         Setting(batch, threads, streams, size[0], size[1])
@@ -178,7 +196,7 @@ def _latency_stage(
             name = row_id("latency", setting).removeprefix("latency ")
             with stage(reporter, "latency") as said:
                 found[setting] = measure_setting(
-                    contenders, opener, setting, request.protocol, source, reporter.progress
+                    contenders, opener, setting, request.protocol, source, idle_w, reporter.progress
                 )
                 medians = {
                     n: t.latency.end_to_end.median_ms for n, t in found[setting].items() if t.latency is not None
@@ -196,21 +214,20 @@ def measure_setting(
     setting: Setting,
     protocol: LatencyProtocol,
     power: PowerSource | None = None,
+    idle_w: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, _Timed]:
     """Measure all contenders in one setting, in turns.
 
-    With one stream the samples of all are taken in turns (see :func:`~edgeseg.evaluate.latency.measure_interleaved`), and
-    power in a run of each contender by itself, since a meter cannot tell them apart.
+    With one stream the samples of all are taken in turns (see :func:`~edgeseg.evaluate.latency.measure_interleaved`). Then
+    each runs by itself: for its stages, which a GPU backend times by events that the end-to-end figure must not pay for,
+    and for power, since a meter cannot tell contenders apart.
     """
     with ExitStack() as stack:
-        clocks: dict[str, StageClock] = {}
-        bare: dict[str, Callable[[], object]] = {}
-        for contender in contenders:
-            clocks[contender.name] = clock = stack.enter_context(StageClock(opener.open(contender, setting.threads)))
-            images = _noise(contender, setting)
-            bare[contender.name] = partial(Segmenter(clock, contender.spec), images)
-        calls = {name: partial(clocks[name].timed, call) for name, call in bare.items()}
+        sessions = {c.name: stack.enter_context(opener.open(c, setting.threads)) for c in contenders}
+        calls: dict[str, Callable[[], object]] = {
+            c.name: partial(Segmenter(sessions[c.name], c.spec), _noise(c, setting)) for c in contenders
+        }
         state, counters = machine_state(), read_counters()
         if setting.streams == 1:
             samples = measure_interleaved(calls, protocol, progress=progress)
@@ -220,13 +237,14 @@ def measure_setting(
             samples = {n: LatencySamples(n, s.samples_ms, s.warmup_iterations, protocol) for n, s in under_load.items()}
             rates = {n: setting.batch * s.calls_per_s for n, s in under_load.items()}
         flags = machine_flags(counters, read_counters(), (state, machine_state()))
-        powers = {} if power is None else {n: _power(call, power, setting) for n, call in bare.items()}
+        powers = {} if power is None else {n: _power(call, power, setting, idle_w) for n, call in calls.items()}
+        stages = {c.name: _stages(sessions[c.name], c, setting) for c in contenders}
         group = row_id("", setting).strip()
         return {
             name: _Timed(
                 Latency(
                     end_to_end=distribution(s.samples_ms),
-                    stages=clocks[name].split(),
+                    stages=stages[name],
                     images_per_s=rates[name],
                     warmup_iterations=s.warmup_iterations,
                     warmup_stable=s.warmup_stable,
@@ -249,12 +267,30 @@ def _noise(contender: Contender, setting: Setting) -> np.ndarray[tuple[int, ...]
     return images[0] if setting.batch == 1 else images
 
 
-def _power(call: Callable[[], object], source: PowerSource, setting: Setting) -> Power | None:
-    import time
+def _stages(session: Session, contender: Contender, setting: Setting) -> StageSplit:
+    """Medians of the stages of one caller's calls."""
+    clock = StageClock(session)
+    call = partial(Segmenter(clock, contender.spec), _noise(contender, setting))
+    began = time.perf_counter()
+    for done in range(STAGE_CALLS):
+        if done >= MIN_STAGE_CALLS and time.perf_counter() - began > STAGE_SECONDS:
+            break
+        clock.timed(call)
+    return clock.split()
 
+
+def _idle_power(source: PowerSource) -> float | None:
+    """Watts while nothing is asked of the machine."""
     with power_log(source) as log:
-        found = measure_streams({"": call}, setting.streams, POWER_SECONDS * 1000, clock_ns=time.perf_counter_ns)[""]
-    return log.result(found.calls_per_s * setting.batch)
+        time.sleep(IDLE_SECONDS)
+    power = log.result(1.0)
+    return None if power is None else power.mean_w
+
+
+def _power(call: Callable[[], object], source: PowerSource, setting: Setting, idle_w: float | None) -> Power | None:
+    with power_log(source) as log:
+        found = measure_streams({"": call}, setting.streams, POWER_SECONDS * 1000)[""]
+    return log.result(found.calls_per_s * setting.batch, idle_w)
 
 
 def _memory_stage(
@@ -265,9 +301,13 @@ def _memory_stage(
     with stage(reporter, "cold start") as said:
         for index, contender in enumerate(contenders):
             found = measured[contender.name]
-            found.cold_start, found.memory = measure_fresh(contender, request.fresh_processes)
+            try:
+                found.cold_start, found.memory = measure_fresh(contender, request.fresh_processes)
+                said.append(f"{contender.name} {found.cold_start.total_ms:.0f} ms")
+            except BuildError as exc:
+                found.notes.append(f"cold start and memory not measured: {exc}")
+                said.append(f"{contender.name}: {exc}")
             reporter.progress(index + 1, len(contenders))
-            said.append(f"{contender.name} {found.cold_start.total_ms:.0f} ms")
 
 
 def _profile_stage(

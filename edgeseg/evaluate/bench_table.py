@@ -28,10 +28,7 @@ def bench_summary(report: BenchReport) -> Group:
     for row in _one_per_engine(report.rows):
         if row.profile is not None:
             parts.append(_profile_table(row.engine.name, row.profile))
-    flagged = {f"{flag.kind}: {flag.detail}" for row in report.rows if row.latency for flag in row.latency.flags}
-    if flagged:
-        listed = "; ".join(sorted(flagged)[:4])
-        parts.append(Text(f"noisy run, read with care: {listed}", style="yellow"))
+    parts += [Text(line, style="yellow") for line in _noise_lines(report.rows)]
     return Group(*parts)
 
 
@@ -75,6 +72,20 @@ def ratio_words(comparison: SpeedComparison | None) -> str:
     if comparison.verdict == "no difference":
         return comparison.verdict
     return f"{comparison.ratio:.2f}x ({comparison.low:.2f}-{comparison.high:.2f})"
+
+
+def _noise_lines(rows: Sequence[Row]) -> list[str]:
+    """One line per kind of noise, with the first row that shows it."""
+    seen: dict[str, list[str]] = {}
+    for row in rows:
+        for flag in row.latency.flags if row.latency is not None else ():
+            seen.setdefault(flag.kind, []).append(f"{row.id}: {flag.detail}")
+    if not seen:
+        return []
+    lines = [
+        f"  {details[0]}" + (f" (and {len(details) - 1} more rows)" if details[1:] else "") for details in seen.values()
+    ]
+    return ["* noisy, read with care:", *lines]
 
 
 def _engine_table(rows: Sequence[Row]) -> Table:

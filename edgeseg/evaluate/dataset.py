@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tokenize
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -243,7 +244,8 @@ def read_label_file(path: Path, colours: Mapping[tuple[int, int, int], int] | No
     if path.suffix.lower() == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as exc:
+        # numpy parses the header of its oldest format with tokenize.
+        except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as exc:
             raise InputError(f"cannot read mask {path}: {exc}") from exc
         if array.dtype == bool:
             return np.asarray(array, dtype=np.uint8)

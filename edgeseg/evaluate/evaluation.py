@@ -33,6 +33,7 @@ from edgeseg.evaluate.scores import accuracy_of
 from edgeseg.evaluate.worst import save_worst
 from edgeseg.progress import Reporter, stage
 from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,23 @@ class AccuracyRequest:
     worst: int = 5
     images_folder: Path | None = None
     state_folder: Path | None = None
+
+    def check(self, contenders: Sequence[Contender]) -> None:
+        """Find the data as each model would; raises ``InputError`` or ``SpecError`` where that fails."""
+        for model in {sha256_json(c.spec.model): c.spec.model for c in contenders}.values():
+            self.open(model)
+
+    def open(self, model: ModelSpec) -> ValidationSet:
+        """The data set as ``model`` is to be judged on it."""
+        return open_layout(
+            self.data,
+            self.layout,
+            model,
+            split=self.split,
+            ignore_index=self.ignore_index,
+            label_map=self.label_map,
+            limit=self.limit,
+        )
 
     def __call__(self, contenders: Sequence[Contender], opener: Opener, reporter: Reporter) -> dict[str, Accuracy]:
         """Evaluate all contenders: the accuracy step of :func:`edgeseg.evaluate.bench.run_bench`."""
@@ -91,15 +109,7 @@ def evaluate(
         by_model.setdefault(sha256_json(contender.spec.model), []).append(contender)
     found: dict[str, Accuracy] = {}
     for members in by_model.values():
-        data = open_layout(
-            request.data,
-            request.layout,
-            members[0].spec.model,
-            split=request.split,
-            ignore_index=request.ignore_index,
-            label_map=request.label_map,
-            limit=request.limit,
-        )
+        data = request.open(members[0].spec.model)
         pairs = {c.name: b.name for c in members if (b := first_baseline(c, members)) is not None}
         group = _Group(data, data_digest(data), tuple(members), pairs, request.resolution)
         with stage(reporter, "accuracy") as said:

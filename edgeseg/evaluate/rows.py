@@ -105,11 +105,11 @@ class Distribution:
 
 @dataclass(frozen=True)
 class StageSplit:
-    """Medians of the parts of one call, milliseconds: they add up to about the median end to end.
+    """Medians of the parts of one call, milliseconds, taken in a run of their own: they add up to about the median.
 
     ``pre``: what the runtime does to the image before the engine; ``h2d``, ``compute``, ``d2h``: as trtexec, from device
     events; a CPU engine has only ``compute``, pre- and post-processing inside the graph included; ``post``: from the
-    engine's output to the mask.
+    engine's output to the mask. ``enqueue``: host time of the call that hands the work to a GPU; it overlaps the others.
     """
 
     pre_ms: float | None = None
@@ -117,6 +117,7 @@ class StageSplit:
     compute_ms: float | None = None
     d2h_ms: float | None = None
     post_ms: float | None = None
+    enqueue_ms: float | None = None
 
 
 @dataclass(frozen=True)

@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.backends.base import Session
+from edgeseg.backends.base import Session, StageTimes, TimedSession
 from edgeseg.evaluate.latency import median
 from edgeseg.evaluate.results import StageSplit
 
 Clock = Callable[[], int]
-
-
-@runtime_checkable
-class DeviceTimed(Protocol):
-    """A session that knows the device time of its last run on this thread, from device events.
-
-    Optional: a GPU backend's session may have this method; the harness uses it when it is there.
-    """
-
-    def stage_times_ms(self) -> Mapping[str, float]:
-        """``{"h2d": ..., "compute": ..., "d2h": ...}`` in milliseconds, as trtexec defines them."""
-        ...
+_DEVICE = ("h2d_ms", "compute_ms", "d2h_ms", "enqueue_ms")
 
 
 class StageClock:
     """A session that notes when the engine was entered and left, for the split of a call.
+
+    Of a session that has the device's own times (:class:`~edgeseg.backends.base.TimedSession`), those are taken; asking for
+    them costs it the recording of four events a run.
 
     Args:
         session: the engine; belongs to the caller of :meth:`close` like any session.
@@ -43,23 +36,26 @@ class StageClock:
         self._clock_ns = clock_ns
         # One engine may be called by several threads; each has its own call to split.
         self._local = threading.local()
-        self._split: dict[str, list[float]] = {name: [] for name in ("pre", "h2d", "compute", "d2h", "post")}
+        self._split: dict[str, list[float]] = {name: [] for name in (f.name for f in fields(StageSplit))}
         self._lock = threading.Lock()
 
     def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
         """Run one batch; see :class:`~edgeseg.backends.base.Session`."""
-        begin = self._clock_ns()
-        outputs = self._session.run(images)
-        end = self._clock_ns()
         runs = getattr(self._local, "runs", None)
-        if runs is not None:
-            device = self._session.stage_times_ms() if isinstance(self._session, DeviceTimed) else None
-            runs.append((begin, end, device))
+        if runs is None:
+            return self._session.run(images)
+        times: StageTimes | None = None
+        begin = self._clock_ns()
+        if isinstance(self._session, TimedSession):
+            outputs, times = self._session.run_timed(images)
+        else:
+            outputs = self._session.run(images)
+        runs.append((begin, self._clock_ns(), times))
         return outputs
 
     def timed(self, call: Callable[[], object]) -> object:
         """Make ``call``, which runs this session, and keep its split."""
-        runs: list[tuple[int, int, Mapping[str, float] | None]] = []
+        runs: list[tuple[int, int, StageTimes | None]] = []
         self._local.runs = runs
         begin = self._clock_ns()
         result = call()
@@ -69,23 +65,23 @@ class StageClock:
             self._keep(begin, end, runs)
         return result
 
-    def _keep(self, begin: int, end: int, runs: list[tuple[int, int, Mapping[str, float] | None]]) -> None:
+    def _keep(self, begin: int, end: int, runs: list[tuple[int, int, StageTimes | None]]) -> None:
         inside_ms = sum(stop - start for start, stop, _ in runs) / 1e6
         pre_ms = (runs[0][0] - begin) / 1e6
-        found = {"pre": pre_ms, "post": (end - begin) / 1e6 - pre_ms - inside_ms}
-        devices = [device for _, _, device in runs if device is not None]
-        if len(devices) == len(runs):
-            found |= {name: sum(device[name] for device in devices) for name in ("h2d", "compute", "d2h")}
+        found: dict[str, float | None] = {"pre_ms": pre_ms, "post_ms": (end - begin) / 1e6 - pre_ms - inside_ms}
+        device = [times for _, _, times in runs if times is not None]
+        if len(device) == len(runs):
+            found |= {name: _sum([getattr(times, name) for times in device]) for name in _DEVICE}
         else:
-            found["compute"] = inside_ms
+            found["compute_ms"] = inside_ms
         with self._lock:
             for name, ms in found.items():
-                self._split[name].append(ms)
+                if ms is not None:
+                    self._split[name].append(ms)
 
     def split(self) -> StageSplit:
         """Medians over the calls made through :meth:`timed`; ``None`` for what was not seen."""
-        medians = {f"{name}_ms": median(values) if values else None for name, values in self._split.items()}
-        return StageSplit(**medians)
+        return StageSplit(**{name: median(values) if values else None for name, values in self._split.items()})
 
     def close(self) -> None:
         """Close the engine."""
@@ -98,3 +94,8 @@ class StageClock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None

@@ -90,6 +90,13 @@ def remove_unread(graph: ir.Graph, nodes: Iterable[ir.Node]) -> None:
                 graph.initializers.pop(str(value.name), None)
 
 
+def remove_unread_constants(graph: ir.Graph) -> None:
+    """Remove initializers that nothing reads, such as float weights whose integers took their place."""
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            graph.initializers.pop(name)
+
+
 def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
     """Values of an initializer, ``None`` for anything else."""
     return None if value is None or value.const_value is None else value.const_value.numpy()

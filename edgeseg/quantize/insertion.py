@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
 from edgeseg.quantize.editing import Editor, constant_array, remove_unread
+from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.parameters import (
     ActivationParameters,
     QuantizedWeight,
@@ -21,7 +21,7 @@ from edgeseg.quantize.parameters import (
     weight_axis,
     widen_for_bias,
 )
-from edgeseg.quantize.placement import Placement, Range, Role
+from edgeseg.quantize.placement import Placement, Role
 from edgeseg.quantize.schemes import QuantScheme
 from edgeseg.quantize.weights import bias_correction
 
@@ -35,46 +35,35 @@ class _Affine:
     zero_point: ir.Value
 
 
-def insert_pairs(
-    graph: ir.Graph,
-    ranges: Mapping[str, Range],
-    channel_means: Mapping[str, NDArray[np.float64]],
-    placement: Placement,
-    scheme: QuantScheme,
-) -> None:
+def insert_pairs(graph: ir.Graph, observed: Observed, placement: Placement, scheme: QuantScheme) -> None:
     """Change ``graph`` in place.
 
     Args:
         graph: float, as ``placement`` was decided on.
-        ranges: by value name, for every value the placement quantizes.
-        channel_means: of layer inputs, where known: biases are corrected with them.
+        observed: a range for every value the placement quantizes; channel means, where known, correct biases.
         placement: what to insert where.
         scheme: types and limits.
 
     Raises:
         QuantizationError: a value that has to be quantized has no range, or one that is not finite.
     """
-    _Inserter(graph, ranges, channel_means, placement, scheme).run()
+    _Inserter(graph, observed, placement, scheme).run()
 
 
 class _Inserter:
     """Walks the graph once in order. A value that was quantized has its integers in ``_integers``; its float readers
     get one shared DQ of them, made when the first is met."""
 
-    def __init__(
-        self,
-        graph: ir.Graph,
-        ranges: Mapping[str, Range],
-        channel_means: Mapping[str, NDArray[np.float64]],
-        placement: Placement,
-        scheme: QuantScheme,
-    ) -> None:
+    def __init__(self, graph: ir.Graph, observed: Observed, placement: Placement, scheme: QuantScheme) -> None:
         self._graph = graph
-        self._ranges = ranges
-        self._channel_means = channel_means
+        self._observed = observed
         self._placement = placement
         self._scheme = scheme
-        self._dtype: Any = np.uint8 if scheme.activations == "u8" else np.int8
+        self._signed = {
+            placement.representative(node.inputs[0])
+            for node, role in placement.roles.items()
+            if node.op_type == "ConvTranspose" and role is Role.WEIGHTED and node.inputs[0] is not None
+        }
         self._integers: dict[ir.Value, ir.Value] = {}
         self._floats: dict[ir.Value, ir.Value] = {}
         self._affines: dict[ir.Value, _Affine] = {}
@@ -103,7 +92,7 @@ class _Inserter:
             elif role is Role.FUSED and value.const_value is not None:
                 node.replace_input_with(index, self._operand(value, node))
         if role is Role.WEIGHTED:
-            self._quantize_weight(node, self._channel_means.get(source))
+            self._quantize_weight(node, self._observed.channel_means.get(source))
 
     def _is_computed_in_float(self, value: ir.Value) -> bool:
         producer = value.producer()
@@ -123,7 +112,7 @@ class _Inserter:
                     "Q",
                     "QuantizeLinear",
                     [output, affine.scale, affine.zero_point],
-                    dtype=ir.DataType.from_numpy(np.dtype(self._dtype)),
+                    dtype=ir.DataType.from_numpy(affine.parameters.dtype),
                     shape=target.shape,
                 )
 
@@ -134,7 +123,7 @@ class _Inserter:
                 node.replace_input_with(index, self._integers[value])
         for output in node.outputs:
             self._integers[output] = output
-            output.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(self._dtype)))
+            output.type = ir.TensorType(ir.DataType.from_numpy(self._affine(output).parameters.dtype))
 
     def _dequantized(self, value: ir.Value, reader: ir.Node) -> ir.Value:
         if value not in self._floats:
@@ -148,18 +137,19 @@ class _Inserter:
         leader = self._placement.representative(value)
         if leader not in self._affines:
             names = (str(member.name) for member in self._placement.members(leader))
-            limits = [self._ranges[name] for name in names if name in self._ranges]
+            limits = [self._observed.ranges[name] for name in names if name in self._observed.ranges]
             if not limits:
                 raise QuantizationError(
                     f"the calibration table has no range for {value.name}; calibrate this graph again"
                 )
             low, high = min(lo for lo, _ in limits), max(hi for _, hi in limits)
-            parameters = activation_parameters(str(leader.name), low, high, self._scheme)
+            signed = self._scheme.signed_transposed and leader in self._signed
+            parameters = activation_parameters(str(leader.name), low, high, self._scheme, symmetric=signed)
             editor = Editor(self._graph, self._graph[0], leader.name)
             self._affines[leader] = _Affine(
                 parameters,
                 editor.constant("scale", np.array(parameters.scale, np.float32)),
-                editor.constant("zero_point", np.array(parameters.zero_point, self._dtype)),
+                editor.constant("zero_point", np.array(parameters.zero_point, parameters.dtype)),
             )
         return self._affines[leader]
 
@@ -168,13 +158,11 @@ class _Inserter:
         array = constant_array(value)
         assert array is not None
         parameters = activation_parameters(str(value.name), float(array.min()), float(array.max()), self._scheme)
-        smallest, largest = self._scheme.quantized_limits
-        integers = np.clip(np.rint(array / parameters.scale) + parameters.zero_point, smallest, largest)
         return self._constant_pair(
             Editor(self._graph, node, f"{node.name}/operand"),
-            integers.astype(self._dtype),
+            parameters.quantize(array),
             np.array(parameters.scale, np.float32),
-            np.array(parameters.zero_point, self._dtype),
+            np.array(parameters.zero_point, parameters.dtype),
         )
 
     def _quantize_weight(self, node: ir.Node, channel_mean: NDArray[np.float64] | None) -> None:

@@ -46,6 +46,10 @@ class _Graph:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
 
+    @property
+    def unread_constants(self) -> list[str]:
+        return sorted(name for name in self._tensors if name not in self.readers and name not in self.outputs)
+
     def constant(self, name: str) -> NDArray[Any] | None:
         tensor = self._tensors.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor)
@@ -110,7 +114,8 @@ def _activation_types(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
             continue
         if found[0].size != 1:
             yield f"{node.name} has a scale per channel; activations are quantized per tensor"
-        if found[1].dtype != dtype:
+        unzeroed = scheme.signed_transposed and found[1].dtype == np.int8 and not np.any(found[1])
+        if found[1].dtype != dtype and not unzeroed:
             yield f"{node.name} has integers of type {found[1].dtype}; {scheme.name} takes {np.dtype(dtype)}"
 
 
@@ -154,7 +159,9 @@ def _biases(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
 
 def _layers_are_whole(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
     """A layer runs on integers with both operands quantized, and in ONNX Runtime a Conv with its output as well."""
-    for node in graph.each(*_WEIGHTED):
+    # ONNX Runtime has no integer ConvTranspose: one that could not be split into convolutions is float, whatever it reads.
+    without_kernel = {"ConvTranspose"} if scheme.placement == "operators" else set()
+    for node in graph.each(*(_WEIGHTED - without_kernel)):
         source, pair = graph.dequantizer(node.input[0]), graph.dequantizer(node.input[1])
         weight = graph.constant(node.input[1])
         operands = [source is not None, pair is not None and graph.is_constant_pair(pair)]
@@ -181,6 +188,16 @@ def _pairs_agree(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
                 yield f"{node.name} dequantizes with other numbers than {quantizer.name} quantized with"
 
 
+def _transposed_convolutions_meet_no_zero_point(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    if not scheme.signed_transposed:
+        return
+    for node in graph.each("ConvTranspose"):
+        pair = graph.dequantizer(node.input[0])
+        found = graph.parameters(pair) if pair is not None else None
+        if found is not None and np.any(found[1]):
+            yield f"{node.name} reads integers with a zero point: {scheme.name} runs it in float"
+
+
 def _integers_are_read_right(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
     allowed = _INTEGER_MOVES | {"DequantizeLinear"} if scheme.placement == "operators" else {"DequantizeLinear"}
     integers = {node.output[0] for node in graph.each("QuantizeLinear")}
@@ -195,6 +212,12 @@ def _integers_are_read_right(graph: _Graph, scheme: QuantScheme) -> Iterator[str
     for name in sorted(integers):
         if name not in graph.readers:
             yield f"{name} is quantized, and nothing reads it"
+
+
+def _constants_are_read(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
+    """A float weight left beside its integers travels to the device and is loaded for nothing."""
+    for name in graph.unread_constants:
+        yield f"constant {name} is not read"
 
 
 def _nothing_before_a_clamp(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
@@ -233,7 +256,9 @@ RULES: tuple[Rule, ...] = (
     _biases,
     _layers_are_whole,
     _pairs_agree,
+    _transposed_convolutions_meet_no_zero_point,
     _integers_are_read_right,
+    _constants_are_read,
     _nothing_before_a_clamp,
     _concats_share_a_scale,
 )

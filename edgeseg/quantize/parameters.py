@@ -22,10 +22,22 @@ class ActivationParameters:
     Attributes:
         scale: > 0, real units per step; exactly a float32.
         zero_point: the integer that means 0.
+        limits: smallest and largest integer; the smallest says whether it is signed.
     """
 
     scale: float
     zero_point: int
+    limits: tuple[int, int]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """uint8 or int8."""
+        return np.dtype(np.int8 if self.limits[0] < 0 else np.uint8)
+
+    def quantize(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Integers of ``values``: rounded to nearest even, saturated."""
+        integers = np.clip(np.rint(values / self.scale) + self.zero_point, *self.limits)
+        return np.asarray(integers, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -49,8 +61,17 @@ class QuantizedWeight:
         return self.values.astype(np.float32) * self.scale.reshape(shape)
 
 
-def activation_parameters(name: str, low: float, high: float, scheme: QuantScheme) -> ActivationParameters:
+def activation_parameters(
+    name: str, low: float, high: float, scheme: QuantScheme, *, symmetric: bool = False
+) -> ActivationParameters:
     """Scale and zero point for values in ``[low, high]``, 0 exactly representable.
+
+    Args:
+        name: of the value, for messages.
+        low: smallest value.
+        high: largest value.
+        scheme: says type and symmetry.
+        symmetric: signed and symmetric whatever the scheme says, if there are negative values.
 
     Raises:
         QuantizationError: the range is not finite.
@@ -58,13 +79,13 @@ def activation_parameters(name: str, low: float, high: float, scheme: QuantSchem
     if not np.isfinite([low, high]).all():
         raise QuantizationError(f"the range of {name} is [{low}, {high}]; calibrate on images on which it stays finite")
     low, high = min(low, 0.0), max(high, 0.0)
-    smallest, largest = scheme.quantized_limits
-    if scheme.symmetric:
-        scale = max(-low, high) / largest
-        return ActivationParameters(float(np.float32(max(scale, SMALLEST_SCALE))), 0)
-    scale = float(np.float32(max((high - low) / (largest - smallest), SMALLEST_SCALE)))
+    if scheme.symmetric or (symmetric and low < 0):
+        scale = max(-low, high) / 127
+        return ActivationParameters(float(np.float32(max(scale, SMALLEST_SCALE))), 0, (-127, 127))
+    smallest, largest = (0, 255) if scheme.activations == "u8" else (-128, 127)
+    scale = float(np.float32(max((high - low) / 255, SMALLEST_SCALE)))
     zero_point = int(np.clip(np.rint(smallest - low / scale), smallest, largest))
-    return ActivationParameters(scale, zero_point)
+    return ActivationParameters(scale, zero_point, (smallest, largest))
 
 
 def quantize_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme) -> QuantizedWeight:

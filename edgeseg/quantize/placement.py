@@ -17,9 +17,8 @@ from enum import Enum
 import onnx_ir as ir
 
 from edgeseg.quantize.editing import constant_array, sole_reader
+from edgeseg.quantize.observed import Range
 from edgeseg.quantize.schemes import QuantScheme
-
-Range = tuple[float, float]
 
 _FUSED = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
 _MOVES = frozenset(

@@ -9,22 +9,20 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from edgeseg.artifacts import OnnxGraph, sha256_file
 from edgeseg.errors import QuantizationError
-from edgeseg.onnx_file import read_onnx
+from edgeseg.onnx_file import read_onnx, write_onnx
+from edgeseg.quantize.editing import remove_unread_constants
 from edgeseg.quantize.insertion import insert_pairs
 from edgeseg.quantize.lint import lint
+from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.passes import PASSES
 from edgeseg.quantize.placement import Role, place, propagate_ranges
 from edgeseg.quantize.schemes import QuantScheme
 from edgeseg.quantize.table import CalibrationTable
-from edgeseg.spec import PipelineSpec
 
 
 def write_qdq(graph: OnnxGraph, table: CalibrationTable, scheme: QuantScheme, path: Path) -> OnnxGraph:
@@ -44,41 +42,33 @@ def write_qdq(graph: OnnxGraph, table: CalibrationTable, scheme: QuantScheme, pa
         ArtifactError: ``graph`` cannot be read.
     """
     model = ir.serde.deserialize_model(read_onnx(graph.path))
-    quantize_model(model, table, graph.spec, scheme)
+    quantize_model(model, table, scheme)
     proto = ir.serde.serialize_model(model)
     if problems := lint(proto, scheme):
         raise QuantizationError(
             f"the quantized graph breaks {len(problems)} rules of scheme {scheme.name}: {'; '.join(problems[:3])}; "
             "please report the model"
         )
-    onnx.save_model(proto, str(path))
+    write_onnx(proto, path)
     return replace(graph, path=path, sha256=sha256_file(path), precision="int8", scheme=scheme.name)
 
 
-def quantize_model(model: ir.Model, table: CalibrationTable, spec: PipelineSpec, scheme: QuantScheme) -> None:
+def quantize_model(model: ir.Model, table: CalibrationTable, scheme: QuantScheme) -> None:
     """Run the scheme's passes on ``model`` in place and insert its Q/DQ pairs.
 
     Raises:
         QuantizationError: see :func:`write_qdq`.
     """
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    known = {name: (limits.low, limits.high) for name, limits in table.ranges.items()}
+    observed = Observed.of(table)
     for name in scheme.passes:
-        PASSES[name](model, known, spec)
-    propagate_ranges(model.graph, known)
-    placement = place(model.graph, known, scheme)
+        PASSES[name](model, observed)
+    propagate_ranges(model.graph, observed.ranges)
+    placement = place(model.graph, observed.ranges, scheme)
     if Role.WEIGHTED not in placement.roles.values():
         raise QuantizationError(
             "no convolution or matrix product of the graph can be quantized: the calibration table covers none of their "
             "inputs; calibrate this graph again"
         )
-    insert_pairs(model.graph, known, channel_means(table), placement, scheme)
-
-
-def channel_means(table: CalibrationTable) -> dict[str, NDArray[np.float64]]:
-    """Mean per input channel of the layers whose inputs the table describes, by value name."""
-    return {
-        name: np.asarray(limits.channel_mean, np.float64)
-        for name, limits in table.ranges.items()
-        if limits.channel_mean is not None
-    }
+    insert_pairs(model.graph, observed, placement, scheme)
+    remove_unread_constants(model.graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import tokenize
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -226,7 +227,10 @@ def _from_array_file(path: Path) -> list[_Image]:
             # numpy leaves a damaged archive open when it is given a path.
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 arrays = {f"{path.name}:{name}": archive[name] for name in sorted(archive.files)}
-    except (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile) as exc:
+    # numpy parses the header of its oldest format with tokenize.
+    except (
+        OSError, ValueError, EOFError, KeyError, MemoryError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile,
+    ) as exc:  # fmt: skip
         raise InputError(f"cannot read {path}: {exc}; save uint8 (N, H, W, C) arrays, without pickled objects") from exc
     return [image for name, array in arrays.items() for image in _split(name, array)]
 

@@ -23,6 +23,8 @@ class QuantScheme:
             that only move data run on the integers themselves (ONNX Runtime fuses DQ-op-Q, and a value that is integer
             stays so). ``inputs``: Q/DQ on the inputs of multiplying layers, residual additions and what feeds them;
             outputs stay float and the target fuses what follows (TensorRT, OpenVINO).
+        signed_transposed: what a ConvTranspose reads is symmetric s8 where it is negative: oneDNN's INT8 deconvolution
+            takes no zero point, and runs in float when it meets one.
         passes: graph passes run first, names of :data:`edgeseg.quantize.passes.PASSES`, in order.
     """
 
@@ -33,13 +35,7 @@ class QuantScheme:
     integer_bias: bool
     placement: Literal["operators", "inputs"]
     passes: tuple[str, ...] = ()
-
-    @property
-    def quantized_limits(self) -> tuple[int, int]:
-        """Smallest and largest quantized activation."""
-        if self.activations == "u8":
-            return 0, 255
-        return (-127, 127) if self.symmetric else (-128, 127)
+    signed_transposed: bool = False
 
     @property
     def weight_limit(self) -> int:
@@ -63,7 +59,16 @@ SCHEMES: dict[str, QuantScheme] = {
         QuantScheme("onnxruntime-vnni", "u8", False, 8, True, "operators", _IMAGE_PASSES + _ONNXRUNTIME_PASSES),
         QuantScheme("onnxruntime-avx2", "u8", False, 7, True, "operators", _IMAGE_PASSES + _ONNXRUNTIME_PASSES),
         QuantScheme("onnxruntime-arm", "s8", False, 8, True, "operators", _ONNXRUNTIME_PASSES),
-        QuantScheme("openvino", "u8", False, 8, False, "inputs", ("fold_preprocessing",)),
+        QuantScheme(
+            "openvino",
+            "u8",
+            False,
+            8,
+            False,
+            "inputs",
+            ("fold_preprocessing_in_float", "own_transposed_input"),
+            signed_transposed=True,
+        ),
         QuantScheme("tensorrt", "s8", True, 8, False, "inputs"),
     )
 }

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -85,20 +86,27 @@ class Overlapped(Generic[B]):
 
     Args:
         items: drawn from in a thread of its own, and closed there if it has a ``close``.
-        work: called in one thread, one item at a time.
+        work: called in one thread, one item at a time; with ``whole``, once, with the iterator of all items, and
+            returns the iterator of the results.
         ahead: items waiting at each of the two hand-overs.
         newest_wins: when ``work`` cannot keep up, drop older items instead of making the source wait.
     """
 
     def __init__(
-        self, items: Iterable[A], work: Callable[[A], B], *, ahead: int = 2, newest_wins: bool = False
+        self,
+        items: Iterable[A],
+        work: Callable[[A], B] | Callable[[Iterator[A]], Generator[B, None, None]],
+        *,
+        ahead: int = 2,
+        newest_wins: bool = False,
+        whole: bool = False,
     ) -> None:
         inbox: Pipe[A] = Pipe(1 if newest_wins else ahead, newest_wins=newest_wins)
         outbox: Pipe[B] = Pipe(ahead)
         # The threads know the pipes but not this object: when the consumer drops it, they can be ended.
         self._threads = (
             threading.Thread(target=_draw, args=(items, inbox), name="edgeseg-read", daemon=True),
-            threading.Thread(target=_work, args=(inbox, work, outbox), name="edgeseg-work", daemon=True),
+            threading.Thread(target=_work, args=(inbox, work, outbox, whole), name="edgeseg-work", daemon=True),
         )
         self._inbox = inbox
         self._results = iter(outbox)
@@ -153,11 +161,14 @@ def _draw(items: Iterable[A], inbox: Pipe[A]) -> None:
         inbox.finish(error)
 
 
-def _work(inbox: Pipe[A], work: Callable[[A], B], outbox: Pipe[B]) -> None:
+def _work(inbox: Pipe[A], work: Any, outbox: Pipe[B], whole: bool) -> None:
+    results: Generator[B, None, None] = work(iter(inbox)) if whole else (work(item) for item in inbox)
     try:
-        for item in inbox:
-            if not outbox.put(work(item)):
-                break
+        # Closed here, not when it is collected: it may hold what only this thread gives back.
+        with closing(results):
+            for result in results:
+                if not outbox.put(result):
+                    break
     except BaseException as exc:
         outbox.finish(exc)
     else:

@@ -49,6 +49,7 @@ class RunSummary:
         seconds: from the first input to the last output written.
         written: files, in order.
         failed: inputs that could not be used.
+        frames_per_second: images and frames over seconds, reading and writing included; ``None`` when there were none.
         interrupted: a camera was stopped with Ctrl-C.
     """
 
@@ -58,12 +59,8 @@ class RunSummary:
     seconds: float
     written: tuple[str, ...]
     failed: tuple[Failure, ...]
+    frames_per_second: float | None
     interrupted: bool = False
-
-    @property
-    def frames_per_second(self) -> float:
-        """Images and frames over seconds, reading and writing included."""
-        return (self.images + self.frames) / self.seconds if self.seconds > 0 else 0.0
 
 
 def run_inputs(
@@ -115,10 +112,17 @@ def run_inputs(
     begin = time.perf_counter()
     with _Bar(len(tasks)) if progress else nullcontext(_Silent()) as bar:
         interrupted = run.all(tasks, bar)
+    seconds, count = time.perf_counter() - begin, run.images + run.frames
     return RunSummary(
-        run.images, run.frames, run.dropped, time.perf_counter() - begin,
-        tuple(str(path) for path in run.written), tuple(run.failed), interrupted,
-    )  # fmt: skip
+        images=run.images,
+        frames=run.frames,
+        dropped=run.dropped,
+        seconds=seconds,
+        written=tuple(str(path) for path in run.written),
+        failed=tuple(run.failed),
+        frames_per_second=count / seconds if count else None,
+        interrupted=interrupted,
+    )
 
 
 @dataclass(frozen=True)

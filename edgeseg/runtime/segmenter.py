@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.artifacts import Engine, open_engine
 from edgeseg.backends import Session, get_backend
-from edgeseg.errors import InputError, SpecError
+from edgeseg.backends.base import DeviceSession, PipelinedSession
+from edgeseg.errors import InputError, SpecError, StaleEngineError
 from edgeseg.runtime.placement import Placement, Tiling, plan_fit
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.tiling import blended_rows, stitched
 from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec, one_of
+
+if TYPE_CHECKING:
+    from edgeseg.backends.device_arrays import DeviceTensor
 
 Outputs = Mapping[str, NDArray[Any]]
 
@@ -137,6 +143,66 @@ class Segmenter:
         batch, single = self._batch(images)
         found = list(self._predictions(batch, channel_order, mask_only=False))
         return found[0] if single else _stacked(found)
+
+    def run_device(self, images: object) -> Mapping[str, DeviceTensor]:
+        """Segment images that are in the GPU's memory; the results stay there, nothing is copied or resized.
+
+        Args:
+            images: uint8 ``(H, W, C)`` or ``(N, H, W, C)`` of the engine's own size, in RGB, with
+                ``__cuda_array_interface__`` or ``__dlpack__``.
+
+        Returns:
+            the engine's outputs by name (``mask``: ``(N, H, W)``), with the same interfaces; close each after use.
+
+        Raises:
+            SpecError: the engine's backend does not run on a GPU.
+            InputError: not such an array, or not of a size the engine takes.
+            DeviceError: the GPU refused.
+        """
+        session = self._open()
+        if not isinstance(session, DeviceSession):
+            raise SpecError("this engine takes no images from a device's memory; a TensorRT engine does")
+        return session.run_device(images)
+
+    def many(
+        self, images: Iterable[NDArray[np.uint8]], *, channel_order: ChannelOrder | None = None
+    ) -> Generator[NDArray[Any], None, None]:
+        """Segment image after image; masks in order, each as calling the segmenter gives it.
+
+        A TensorRT engine copies one image to and from the GPU while it computes another. An image is therefore drawn
+        before the mask of the one before is given.
+        """
+        session = self._open()
+        pairs = (
+            isinstance(session, PipelinedSession)
+            and self._rule is None
+            and self.spec.input.batch.minimum == 1
+            and self._input.fit != "tile"
+        )
+        if not pairs:
+            yield from (self(image, channel_order=channel_order) for image in images)
+            return
+        assert isinstance(session, PipelinedSession)
+        order = self.channel_order if channel_order is None else channel_order
+        one_of("channel order", order, get_args(ChannelOrder))
+        plans: deque[tuple[Placement, bool]] = deque()
+
+        def fitted() -> Iterator[NDArray[np.uint8]]:
+            for given in images:
+                batch, single = self._batch(given)
+                if len(batch) != 1:
+                    raise InputError(f"images have shape {given.shape}; give one image at a time")
+                plan = plan_fit(batch.shape[1], batch.shape[2], self._input, self._overlap)
+                assert not isinstance(plan, Tiling)
+                plans.append((plan, single))
+                image = batch if plan.is_identity else plan.apply(batch[0])[None]
+                yield np.ascontiguousarray(_reversed_channels(image) if order == "bgr" else image)
+
+        with closing(session.run_many(fitted())) as running:
+            for outputs in running:
+                plan, single = plans.popleft()
+                mask = plan.restore(outputs["mask"][0])
+                yield mask if single else mask[None]
 
     def close(self) -> None:
         """Free the engine. Calling the segmenter afterwards is an :class:`InputError`."""
@@ -269,6 +335,7 @@ def load(
     fit: FitPolicy | None = None,
     tile_overlap: float = 0.25,
     palette: NDArray[np.uint8] | None = None,
+    recompile: bool = False,
 ) -> Segmenter:
     """Load an engine folder. torch, onnx and SMP are not imported.
 
@@ -278,6 +345,8 @@ def load(
         fit: see :class:`Segmenter`.
         tile_overlap: see :class:`Segmenter`.
         palette: see :class:`Segmenter`.
+        recompile: when the engine was built for another device or version, build it again from the folder's graph
+            (what ``edgeseg compile`` does; minutes for TensorRT) and go on. A damaged folder stays an error.
 
     Raises:
         ArtifactError: no engine folder, or a damaged, stale or foreign one.
@@ -286,7 +355,7 @@ def load(
         SpecError, InputError: see :class:`Segmenter`.
     """
     engine = folder if isinstance(folder, Engine) else open_engine(Path(folder))
-    session = get_backend(engine.manifest.target).load(engine)
+    session = _loaded(engine, recompile)
     try:
         return Segmenter(
             session,
@@ -299,6 +368,18 @@ def load(
     except BaseException:
         session.close()
         raise
+
+
+def _loaded(engine: Engine, recompile: bool) -> Session:
+    backend = get_backend(engine.manifest.target)
+    try:
+        return backend.load(engine)
+    except StaleEngineError:
+        if not recompile:
+            raise
+    from edgeseg.recompile import recompile as compile_again
+
+    return backend.load(compile_again(engine))
 
 
 def _reversed_channels(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,8 +46,11 @@ class Stream:
         self, pictures: Video | Iterable[Picture], segmenter: Segmenter, ahead: int, drop: bool | None
     ) -> None:
         live = isinstance(pictures, Video) and pictures.live
+        newest_wins = live if drop is None else drop
+        # Pairing a frame with the next one costs a frame of delay: not where the newest is what counts.
+        work = _segment_with(segmenter) if newest_wins else _segment_all_with(segmenter)
         self._frames: Overlapped[Frame] = Overlapped(
-            pictures, _segment_with(segmenter), ahead=ahead, newest_wins=live if drop is None else drop
+            pictures, work, ahead=ahead, newest_wins=newest_wins, whole=not newest_wins
         )
 
     @property
@@ -106,3 +112,22 @@ def _segment_with(segmenter: Segmenter) -> Any:
         return Frame(picture.index, picture.timestamp_s, picture.image, mask, picture.path)
 
     return segment
+
+
+def _segment_all_with(segmenter: Segmenter) -> Any:
+    def segment_all(pictures: Iterator[Picture]) -> Generator[Frame, None, None]:
+        waiting: deque[Picture] = deque()
+
+        def images(first: Picture) -> Iterator[NDArray[np.uint8]]:
+            for picture in itertools.chain((first,), pictures):
+                waiting.append(picture)
+                yield picture.image
+
+        # All pictures of one source have one channel order.
+        for first in pictures:
+            with closing(segmenter.many(images(first), channel_order=first.channel_order)) as masks:
+                for mask in masks:
+                    picture = waiting.popleft()
+                    yield Frame(picture.index, picture.timestamp_s, picture.image, mask, picture.path)
+
+    return segment_all

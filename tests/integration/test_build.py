@@ -71,6 +71,28 @@ def test_reported_accuracy_is_what_the_runtime_gives(demo_engine: Path) -> None:
     assert iou.mean() == pytest.approx(verification.engine_accuracy.miou, abs=1e-9)
 
 
+def test_second_build_reuses_what_is_unchanged(demo_engine: Path, tmp_path: Path) -> None:
+    done = run("build", "--arch", "fpn", "--target", "onnxruntime", "--output", tmp_path / "e", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "demo" in done.stderr.splitlines()[0]
+    reused = [line.split()[0] for line in done.stderr.splitlines() if line.endswith("; reused")]
+    assert reused == ["export", "calibrate"], done.stderr
+    first, second = open_engine(demo_engine).manifest, json.loads(done.stdout)
+    assert second["graph"]["sha256"] == first.graph.sha256
+    assert second["verification"]["agreement"] == first.verification.agreement  # type: ignore[union-attr]
+
+
+def test_two_builds_of_one_folder_at_once(tmp_path: Path) -> None:
+    """One wins and its folder is whole; the other says so in one line."""
+    arguments = command("build", "--arch", "fpn", "--target", "onnxruntime", "--output", tmp_path / "e")
+    both = [subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=500)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], errors
+    assert "Traceback" not in "".join(errors)
+    open_engine(tmp_path / "e")
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["e"]
+
+
 def test_gate_not_met_exits_3_and_leaves_nothing(tmp_path: Path) -> None:
     done = run(
         "build", "--arch", "fpn", "--target", "onnxruntime", "--min-agreement", "1.0", "--output", tmp_path / "e"
@@ -147,7 +169,9 @@ def test_other_precisions(tmp_path: Path, precision: str) -> None:
     manifest = json.loads(done.stdout)
     assert manifest["precision"]["requested"] == precision
     assert manifest["verification"]["agreement"] > 0.999
-    assert manifest["calibration"] is None
+    # FP16 is calibrated where there are images: ranges decide which layers stay in float32.
+    assert (manifest["calibration"] is not None) == (precision == "fp16")
+    assert ("no more speed" in done.stderr) == (precision == "fp16")
 
 
 def test_calibrate_then_build_and_stale_table(tmp_path: Path) -> None:

@@ -123,6 +123,24 @@ def test_atomic_folder_leaves_nothing_behind(tmp_path: Path, error: type[BaseExc
     assert os.listdir(tmp_path) == []
 
 
+def test_folders_made_on_the_way_go_as_well_unless_something_else_is_in_them(tmp_path: Path) -> None:
+    for kept in (False, True):
+        with pytest.raises(ValueError, match="stop"), atomic_folder(tmp_path / "a" / "b" / "e", force=False):
+            if kept:
+                (tmp_path / "a" / "other").touch()
+            raise ValueError("stop")
+        assert sorted(p.name for p in tmp_path.rglob("*")) == (["a", "other"] if kept else [])
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no /proc here")
+def test_a_parent_that_cannot_be_made_is_one_clear_error() -> None:
+    with (
+        pytest.raises(ArtifactError, match="cannot make folder /proc/x"),
+        atomic_folder(Path("/proc/x/e"), force=False),
+    ):
+        pass
+
+
 def test_existing_folder_needs_force_and_survives_failure(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     make_engine(folder)

@@ -15,10 +15,11 @@ from edgeseg.artifacts import MANIFEST_NAME, read_manifest, write_json
 from edgeseg.backends import BACKENDS
 from edgeseg.backends.memory import write_memory_engine
 from edgeseg.cli import bench as bench_verb
-from edgeseg.errors import ArtifactError, CheckpointError, SpecError
+from edgeseg.errors import ArtifactError, CheckpointError, InputError, SpecError
 from edgeseg.evaluate.bench import BenchRequest, run_bench
 from edgeseg.evaluate.bench_table import bench_summary, ratio_words
 from edgeseg.evaluate.contenders import Opener, baseline_contenders, baseline_request, engine_contenders
+from edgeseg.evaluate.evaluation import AccuracyRequest
 from edgeseg.evaluate.results import SpeedComparison, read_report
 from edgeseg.progress import SilentReporter
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
@@ -60,6 +61,21 @@ def test_two_engines_and_no_threads_to_set(engine: Path, tmp_path: Path) -> None
         run_bench(replace(request, threads=(2,)), SilentReporter())
     with pytest.raises(SpecError, match="given twice"):
         run_bench(replace(request, engines=(engine, engine)), SilentReporter())
+
+
+def test_what_a_fresh_process_cannot_do_is_said_and_the_rest_is_measured(engine: Path) -> None:
+    """A new process knows no memory backend: the test put it into the table of this one alone."""
+    request = BenchRequest((engine,), baselines=(), duration_s=0.01, fresh_processes=1)
+    (row,) = run_bench(request, SilentReporter()).rows
+    assert (row.cold_start, row.memory) == (None, None)
+    assert row.latency is not None
+    assert any("not measured: int8 failed in a fresh process" in note and "'memory'" in note for note in row.notes)
+
+
+def test_data_that_is_not_there_is_said_before_anything_is_measured(engine: Path, tmp_path: Path) -> None:
+    request = BenchRequest((engine,), baselines=(), duration_s=1e6, fresh_processes=0)
+    with pytest.raises(InputError, match="is not a folder"):
+        run_bench(request, SilentReporter(), AccuracyRequest(tmp_path / "missing"))
 
 
 def test_engines_of_one_name_are_told_apart(engine: Path, tmp_path: Path) -> None:
@@ -158,7 +174,14 @@ def test_the_summary_shows_what_was_measured_and_dashes_elsewhere() -> None:
     text = io.StringIO()
     Console(width=80, file=text).print(bench_summary(read_report(EXAMPLE)))
     shown = text.getvalue()
-    for words in ("fpn-int8 b1 t- s1", "encoder.layer1", "6.5", "miou", "outliers"):
+    for words in (
+        "fpn-int8 b1 t- s1",
+        "encoder.layer1",
+        "6.41x (6.35-6.51)",
+        "miou",
+        "* noisy",
+        "above 1.5 times the median",
+    ):
         assert words in shown
     assert max(map(len, shown.splitlines())) <= 80
 

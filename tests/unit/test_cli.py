@@ -69,6 +69,11 @@ def test_version() -> None:
         (["inspect", "no-such-folder"], 1, "no such folder"),
         (["run", "no-such-folder", "x.png", "--output", "out"], 1, "no such folder"),
         (["compile", "no-such-folder"], 1, "no such folder"),
+        (["bench", "no-such-folder"], 1, "no such folder"),
+        (["bench", "x", "--batch", "1,0"], 2, "different counts"),
+        (["bench", "x", "--baseline", "keras"], 2, "keras"),
+        (["compare", "old.json", "new.json"], 1, "cannot read bench report old.json"),
+        (["compare", "old.json", "new.json", "--max-regression", "fps=3"], 2, "unknown metric 'fps'"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], code: int, message: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from test_latency import Clock
 
+from edgeseg.backends.base import StageTimes
 from edgeseg.backends.memory import MemorySession
 from edgeseg.evaluate.latency import LatencyProtocol, LatencySamples, measure, measure_interleaved
 from edgeseg.evaluate.profile import NodeTime, group_by_module, module_of, profile_of_layers
@@ -157,14 +158,14 @@ def test_a_call_is_split_into_before_in_and_after_the_engine() -> None:
 
 def test_device_times_take_the_place_of_the_host_s() -> None:
     class OnDevice(SlowSession):
-        def stage_times_ms(self) -> dict[str, float]:
-            return {"h2d": 0.5, "compute": 6.0, "d2h": 0.25}
+        def run_timed(self, images: NDArray[np.uint8]) -> tuple[dict[str, NDArray[Any]], StageTimes]:
+            return self.run(images), StageTimes(h2d_ms=0.5, compute_ms=6.0, d2h_ms=None, enqueue_ms=0.1)
 
     clock = Clock()
     stage_clock = StageClock(OnDevice(clock, [7.0]), clock)
     stage_clock.timed(segment(stage_clock))
     found = stage_clock.split()
-    assert (found.h2d_ms, found.compute_ms, found.d2h_ms) == (0.5, 6.0, 0.25)
+    assert (found.h2d_ms, found.compute_ms, found.d2h_ms, found.enqueue_ms) == (0.5, 6.0, None, 0.1)
 
 
 def test_streams_make_their_calls_at_the_same_time() -> None:

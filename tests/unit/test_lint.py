@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 ir = pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-from small_graphs import RNG, floats, graph, spec, table_for  # noqa: E402
+from small_graphs import RNG, floats, graph, table_for  # noqa: E402
 
 from edgeseg.quantize import lint as lint_module  # noqa: E402
 from edgeseg.quantize.lint import RULES, lint  # noqa: E402
@@ -26,12 +26,13 @@ Mutation = Callable[[onnx.ModelProto], None]
 
 
 def written(scheme: str) -> onnx.ModelProto:
-    """Two convolutions joined by a Concat, and two more with a pooling between, quantized."""
+    """Convolutions joined by a Concat, then more with a transposed one and a pooling between, quantized."""
     model = graph(
         "(uint8[1, 8, 8, 3] image) => (float[1, 4, h, w] y)",
         """real = Cast <to = 1> (image) planes = Transpose <perm = [0, 3, 1, 2]> (real) x = Mul(planes, gain)
         a = Conv(x, w1, b1) r = Relu(a) b = Conv(r, w2, b2) c = Concat <axis = 1> (r, b)
-        d = Conv(c, w3, b3) m = MaxPool <kernel_shape = [2, 2]> (d) y = Conv(m, w4)""",
+        d = Conv(c, w3, b3) e = ConvTranspose <strides = [2, 2]> (d, w5)
+        m = MaxPool <kernel_shape = [2, 2]> (e) y = Conv(m, w4)""",
         gain=np.array(1 / 128, np.float32),
         w1=floats(4, 3, 1, 1),
         b1=floats(4),
@@ -40,9 +41,10 @@ def written(scheme: str) -> onnx.ModelProto:
         w3=floats(4, 8, 1, 1),
         b3=floats(4),
         w4=floats(4, 4, 1, 1),
+        w5=floats(4, 4, 2, 2),
     )
     after = ir.serde.deserialize_model(model)
-    quantize_model(after, table_for(model, image=IMAGE), spec(8, 8), replace(SCHEMES[scheme], passes=()))
+    quantize_model(after, table_for(model, image=IMAGE), replace(SCHEMES[scheme], passes=()))
     return ir.serde.serialize_model(after)
 
 
@@ -157,6 +159,10 @@ def other_numbers(model: onnx.ModelProto) -> None:
     node(model, "DequantizeLinear", "x/").input[1] = "other"
 
 
+def deconvolution_with_zero_point(model: onnx.ModelProto) -> None:
+    tensor(model, "d/zero_point", lambda v: np.array(7, np.uint8))
+
+
 def integers_in_float(model: onnx.ModelProto) -> None:
     pair = node(model, "DequantizeLinear", "x/")
     node(model, "Conv", "a").input[0] = pair.input[0]
@@ -166,6 +172,10 @@ def unread(model: onnx.ModelProto) -> None:
     pair = node(model, "QuantizeLinear", "x/")
     spare = helper.make_node("QuantizeLinear", list(pair.input), ["spare"], "spare/Q")
     insert_before(model, node(model, "Conv", "a"), [spare])
+
+
+def float_weight_left(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(floats(4, 3, 1, 1), "left"))
 
 
 def mixed_concat(model: onnx.ModelProto) -> None:
@@ -221,8 +231,15 @@ MUTATIONS: list[tuple[str, Mutation, str, str]] = [
     ("tensorrt", float_input, "_layers_are_whole", "reads a float value"),
     ("onnxruntime-vnni", float_reader, "_layers_are_whole", "float reader"),
     ("onnxruntime-vnni", other_numbers, "_pairs_agree", "other numbers"),
+    (
+        "openvino",
+        deconvolution_with_zero_point,
+        "_transposed_convolutions_meet_no_zero_point",
+        "reads integers with a zero point",
+    ),
     ("tensorrt", integers_in_float, "_integers_are_read_right", "reads integers of"),
     ("onnxruntime-vnni", unread, "_integers_are_read_right", "nothing reads it"),
+    ("tensorrt", float_weight_left, "_constants_are_read", "constant left is not read"),
     ("onnxruntime-vnni", mixed_concat, "_integers_are_read_right", "joins integers with float"),
     ("tensorrt", pair_before_relu, "_nothing_before_a_clamp", "belongs behind the Relu"),
     ("tensorrt", concat_scales, "_concats_share_a_scale", "do not share one scale"),

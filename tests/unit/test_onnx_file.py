@@ -45,6 +45,19 @@ def test_a_model_comes_back_as_written(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
+def test_the_order_of_initializers_does_not_change_the_bytes(tmp_path: Path) -> None:
+    """Passes collect them in sets, whose order differs between processes; the hash of a graph must not."""
+    model = small_model()
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(3, np.float32), "bias"))
+    model.graph.value_info.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, (1, 3)) for n in ("b", "a"))
+    write_onnx(model, tmp_path / "one.onnx")
+    other = small_model()
+    other.graph.initializer.insert(0, numpy_helper.from_array(np.zeros(3, np.float32), "bias"))
+    other.graph.value_info.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, (1, 3)) for n in ("a", "b"))
+    write_onnx(other, tmp_path / "other.onnx")
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "other.onnx").read_bytes()
+
+
 @pytest.mark.parametrize("location", ["/etc/hostname", "../secret.bin", "a/../../secret.bin", "C:\\secret.bin", ""])
 def test_external_data_elsewhere_is_refused(tmp_path: Path, location: str) -> None:
     (tmp_path / "secret.bin").write_bytes(bytes(24))

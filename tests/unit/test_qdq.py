@@ -41,7 +41,7 @@ def quantized(
     """The Q/DQ graph, linted; without the scheme's passes unless asked, so that the pattern under test stays."""
     rules = SCHEMES[scheme] if passes else replace(SCHEMES[scheme], passes=())
     after = ir.serde.deserialize_model(model)
-    quantize_model(after, table or table_for(model, image=IMAGE), spec(8, 8), rules)
+    quantize_model(after, table or table_for(model, image=IMAGE), rules)
     proto = ir.serde.serialize_model(after)
     onnx.checker.check_model(proto, full_check=True)
     assert lint(proto, rules) == []

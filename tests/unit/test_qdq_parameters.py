@@ -29,12 +29,14 @@ def test_every_value_of_a_range_is_within_half_a_step(name: str, a: float, b: fl
     scheme = SCHEMES[name]
     low, high = min(a, b, 0.0), max(a, b, 0.0)
     found = activation_parameters("x", low, high, scheme)
-    smallest, largest = scheme.quantized_limits
+    expected = (0, 255) if scheme.activations == "u8" else (-127, 127) if scheme.symmetric else (-128, 127)
+    assert found.limits == expected
+    assert found.dtype == (np.uint8 if scheme.activations == "u8" else np.int8)
     assert found.scale > 0
-    assert smallest <= found.zero_point <= largest
+    assert expected[0] <= found.zero_point <= expected[1]
     assert found.zero_point == 0 or not scheme.symmetric
     values = np.linspace(low, high, 41)
-    integers = np.clip(np.rint(values / found.scale) + found.zero_point, smallest, largest)
+    integers = found.quantize(values).astype(int)
     # The zero point is rounded as well, so the far end of the range may lose half a step more.
     assert np.abs(found.scale * (integers - found.zero_point) - values).max() <= found.scale * (1 + 1e-3)
 
@@ -45,6 +47,14 @@ def test_zero_is_exact_and_relu_needs_no_zero_point() -> None:
     found = activation_parameters("x", -1.0, 3.0, SCHEMES["onnxruntime-vnni"])
     assert found.scale == pytest.approx(4 / 255)
     assert found.zero_point == 64
+
+
+def test_symmetric_on_request_where_there_are_negative_values() -> None:
+    scheme = SCHEMES["openvino"]
+    signed = activation_parameters("x", -1.0, 3.0, scheme, symmetric=True)
+    assert (signed.zero_point, signed.limits, signed.dtype) == (0, (-127, 127), np.int8)
+    assert signed.scale == pytest.approx(3 / 127)
+    assert activation_parameters("x", 0.0, 3.0, scheme, symmetric=True).limits == (0, 255)
 
 
 def test_a_range_that_is_not_finite_names_the_value() -> None:

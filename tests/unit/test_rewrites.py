@@ -32,6 +32,7 @@ from edgeseg.convert.rewrites import (  # noqa: E402
     linear_conv,
     qkv,
     readout,
+    reshape_channels,
     resize_scales,
     slices,
     stacked_sum,
@@ -298,6 +299,25 @@ def test_layout_of_tokens_with_a_dynamic_batch() -> None:
     proto = ir.serde.serialize_model(after)
     assert Counter(n.op_type for n in proto.graph.node) == {"Reshape": 1, "Transpose": 1}
     np.testing.assert_array_equal(run(proto, batch=10)[0], run(model, batch=10)[0])
+
+
+def planes(op_type: str, weight_shape: tuple[int, ...], channels: int = -1, height: str = "height") -> Any:
+    """Tokens ``(1, 6, n)`` -> planes ``(1, 6, h, w)`` at a computed size -> a convolution."""
+    body = f"""size = Shape <start = 2, end = 3> (x)
+        height = Div(size, three)
+        shape = Concat <axis = 0> (one, channels, {height}, three)
+        p = Reshape(x, shape)
+        y = {op_type}(p, w)"""
+    numbers = {"one": ints(1), "three": ints(3), "channels": ints(channels), "two": ints(2)}
+    return graph("(float[1, 6, 6] x) => (float[a, b, c, d] y)", body, w=floats(*weight_shape), **numbers)
+
+
+@pytest.mark.parametrize(("op_type", "weight_shape"), [("Conv", (4, 6, 1, 1)), ("ConvTranspose", (6, 4, 2, 2))])
+def test_reshape_channels(op_type: str, weight_shape: tuple[int, ...]) -> None:
+    found = rewritten(planes(op_type, weight_shape), reshape_channels, 1)
+    assert found["Concat"] == 1 and found["Reshape"] == 1
+    assert rewritten(planes(op_type, weight_shape, channels=6), reshape_channels, 0)["Concat"] == 1
+    assert rewritten(planes(op_type, weight_shape, height="two"), reshape_channels, 0)["Concat"] == 1
 
 
 def test_resize_scales() -> None:

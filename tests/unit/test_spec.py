@@ -20,6 +20,8 @@ from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineS
         (lambda: InputSpec(250, 256), "nearest is 256x256"),
         (lambda: InputSpec(5, 256), "nearest is 32x256"),
         (lambda: InputSpec(0, 256), "not positive"),
+        (lambda: InputSpec(256, 256, min_size=(288, 64)), "not between the smallest 288x64 and the largest 256x256"),
+        (lambda: InputSpec(256, 256, max_size=(128, 512)), "not between the smallest 1x1 and the largest 128x512"),
         (lambda: BatchRange.parse("0"), "1 <= MIN"),
         (lambda: BatchRange.parse("4:2:8"), "1 <= MIN"),
         (lambda: BatchRange.parse("1:2"), "MIN:OPT:MAX"),

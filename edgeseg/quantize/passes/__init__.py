@@ -11,26 +11,28 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
+from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.passes.depth_to_space import depth_to_space
-from edgeseg.quantize.passes.fold_preprocessing import fold_preprocessing
+from edgeseg.quantize.passes.fold_preprocessing import fold_preprocessing, fold_preprocessing_in_float
 from edgeseg.quantize.passes.group_norm import group_norm
 from edgeseg.quantize.passes.linear_resize import linear_resize
 from edgeseg.quantize.passes.nearest_resize import nearest_resize
+from edgeseg.quantize.passes.own_transposed_input import own_transposed_input
 from edgeseg.quantize.passes.pixel_groups import pixel_groups
 from edgeseg.quantize.passes.pointwise_head import pointwise_head
 from edgeseg.quantize.passes.transposed_convolution import transposed_convolution
-from edgeseg.quantize.placement import Range
-from edgeseg.spec import PipelineSpec
 
-Pass = Callable[[ir.Model, dict[str, Range], PipelineSpec], int]
-"""Changes the model in place, adds ranges of values it makes; returns how often it applied."""
+Pass = Callable[[ir.Model, Observed], int]
+"""Changes the model in place, and adds what is known of values it makes; returns how often it applied."""
 
 PASSES: Mapping[str, Pass] = {
     "depth_to_space": depth_to_space,
     "fold_preprocessing": fold_preprocessing,
+    "fold_preprocessing_in_float": fold_preprocessing_in_float,
     "group_norm": group_norm,
     "linear_resize": linear_resize,
     "nearest_resize": nearest_resize,
+    "own_transposed_input": own_transposed_input,
     "pixel_groups": pixel_groups,
     "pointwise_head": pointwise_head,
     "transposed_convolution": transposed_convolution,

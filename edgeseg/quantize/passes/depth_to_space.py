@@ -11,11 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.quantize.editing import Editor, image_shape, replace_value, sole_reader
-from edgeseg.quantize.placement import Range
-from edgeseg.spec import PipelineSpec
+from edgeseg.quantize.observed import Observed
 
 
-def depth_to_space(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec) -> int:
+def depth_to_space(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many nodes it replaced."""
     count = 0
     for node in list(model.graph):

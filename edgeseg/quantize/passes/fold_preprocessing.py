@@ -11,6 +11,8 @@ constant weights; static size; the mean colour is a colour. Otherwise nothing ch
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -18,35 +20,71 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
 from edgeseg.quantize.editing import Editor, constant_array, image_shape, remove_unread, sole_reader
-from edgeseg.quantize.placement import Range
-from edgeseg.spec import PipelineSpec
+from edgeseg.quantize.observed import Observed
 
 _CHAIN = frozenset({"Cast", "Transpose", "Mul", "Add", "Sub", "Div", "Slice", "Gather"})
 PIXEL_SCALE = 1.0 / 255.0
 
 
-def fold_preprocessing(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec) -> int:
-    """Apply the pass; returns the number of convolutions that read the image directly afterwards."""
+@dataclass(frozen=True)
+class _Normalization:
+    """Network channels = ``factor`` @ image channels + ``offset``, in pixel values 0..255.
+
+    ``factor`` is diagonal, or a permuted diagonal where the network swaps channels.
+    """
+
+    factor: NDArray[np.float64]
+    offset: NDArray[np.float64]
+
+    @property
+    def colour(self) -> NDArray[np.float64]:
+        """The pixel that becomes zero."""
+        return np.asarray(np.linalg.solve(self.factor, -self.offset), np.float64)
+
+    @property
+    def is_foldable(self) -> bool:
+        """Each network channel comes from one image channel, and the pixel that becomes zero is one."""
+        single = np.all(np.count_nonzero(self.factor, axis=1) == 1) and np.all(self.factor.sum(axis=1) > 0)
+        return bool(single and np.all((np.rint(self.colour) >= 0) & (np.rint(self.colour) <= 255)))
+
+
+def fold_preprocessing(model: ir.Model, observed: Observed) -> int:
+    """Apply the pass; returns the number of convolutions that read the image's integers afterwards."""
+    return _fold(model, observed, in_float=False)
+
+
+def fold_preprocessing_in_float(model: ir.Model, observed: Observed) -> int:
+    """Apply the pass, but hand the convolution the image as float 0..1, to be quantized like any other value.
+
+    For compilers that recognize a quantized value by its Q/DQ pair alone; one with range 0..1 has no zero point and
+    loses nothing of a uint8 image.
+    """
+    return _fold(model, observed, in_float=True)
+
+
+def _fold(model: ir.Model, observed: Observed, *, in_float: bool) -> int:
     graph = model.graph
-    image = graph.inputs[0]
+    image, chain = graph.inputs[0], _chain(graph.inputs[0])
     shape = image_shape(image)
-    chain = _chain(image)
     if shape is None or image.dtype != ir.DataType.UINT8 or not chain:
         return 0
     normalized = chain[-1].outputs[0]
     convolutions = list(normalized.consumers())
-    if not convolutions or not all(_is_foldable(node) for node in convolutions):
+    normalization = _normalization(chain, shape[2])
+    if not convolutions or not all(_is_foldable(node) for node in convolutions) or not normalization.is_foldable:
         return 0
-    factor, offset = _channel_affine(chain, shape[2])
-    # Column c of `factor` says what image channel c adds to each network channel; swapped channels are off the diagonal.
-    gain = factor.sum(axis=1)
-    border = np.rint(np.linalg.solve(factor, -offset))
-    if not np.all((border >= 0) & (border <= 255) & (np.count_nonzero(factor, axis=1) == 1)) or not np.all(gain > 0):
-        return 0
+    mean = observed.channel_means.get(str(normalized.name))
+    # Any zero point is exact here. The mean colour keeps the input around zero, where rounding errors of the weights
+    # average out; at 0 they add up to a shift of the whole image, unless bias correction knows the image's mean.
+    zero_point = 0 if in_float else int(np.rint(normalization.colour.mean()))
     for node in convolutions:
-        pixels = _bordered(graph, node, image, border.astype(np.uint8))
-        _fold_into(graph, node, pixels, factor, offset, zero_point=int(np.rint(border.mean())))
-        ranges[str(node.inputs[0].name)] = (-1.0, 1.0)  # type: ignore[union-attr]
+        pixels = _bordered(graph, node, image, np.rint(normalization.colour).astype(np.uint8))
+        real = _real(graph, node, pixels, zero_point, in_float=in_float)
+        _fold_into(graph, node, real, normalization, zero_point)
+        observed.ranges[str(real.name)] = ((0 - zero_point) * PIXEL_SCALE, (255 - zero_point) * PIXEL_SCALE)
+        if mean is not None:
+            seen = np.linalg.solve(normalization.factor, mean - normalization.offset)
+            observed.channel_means[str(real.name)] = np.asarray((seen - zero_point) * PIXEL_SCALE, np.float64)
     remove_unread(graph, [chain[-1]])
     return len(convolutions)
 
@@ -74,8 +112,8 @@ def _is_foldable(node: ir.Node) -> bool:
     )
 
 
-def _channel_affine(chain: list[ir.Node], channels: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Run the chain on single pixels: network channels = factor @ image channels + offset."""
+def _normalization(chain: list[ir.Node], channels: int) -> _Normalization:
+    """Run the chain on single pixels."""
     pixels = np.zeros((channels + 1, 1, 1, channels), np.uint8)
     pixels[1:, 0, 0][np.diag_indices(channels)] = 255
     nodes = [ir.serde.serialize_node(n) for n in chain]
@@ -87,7 +125,7 @@ def _channel_affine(chain: list[ir.Node], channels: int) -> tuple[NDArray[np.flo
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
     (values,) = ReferenceEvaluator(model).run(None, {image.name: pixels})
     responses = np.asarray(values, np.float64).reshape(channels + 1, channels)
-    return (responses[1:] - responses[0]).T / 255.0, responses[0]
+    return _Normalization((responses[1:] - responses[0]).T / 255.0, responses[0])
 
 
 def _bordered(graph: ir.Graph, node: ir.Node, image: ir.Value, colour: NDArray[np.uint8]) -> ir.Value:
@@ -137,28 +175,27 @@ def _read_padding(node: ir.Node, height: int, width: int) -> tuple[int, int, int
     return top, left, max(used[0], 0), max(used[1], 0)
 
 
-def _fold_into(
-    graph: ir.Graph,
-    node: ir.Node,
-    pixels: ir.Value,
-    factor: NDArray[np.float64],
-    offset: NDArray[np.float64],
-    zero_point: int,
-) -> None:
-    # Any zero point is exact here. The mean colour keeps the input around zero, where rounding errors of the weights
-    # average out; at 0 they would add up to a shift of the whole image (0.25 points of mIoU on a street-scene FPN).
-    offset = offset + factor.sum(axis=1) * zero_point
+def _real(graph: ir.Graph, node: ir.Node, pixels: ir.Value, zero_point: int, *, in_float: bool) -> ir.Value:
+    """The NHWC pixels as float planes, a span of 1 for 0..255, so that folded weights keep their usual size."""
+    editor = Editor(graph, node, f"{node.name}/image")
+    scale = editor.constant("scale", np.array(PIXEL_SCALE, np.float32))
+    if in_float:
+        values = editor.op("Cast", "Cast", [pixels], to=ir.DataType.FLOAT.value)
+        planes = editor.op("planes", "Transpose", [values], perm=[0, 3, 1, 2])
+        return editor.op("Mul", "Mul", [planes, scale])
+    planes = editor.op("planes", "Transpose", [pixels], dtype=ir.DataType.UINT8, perm=[0, 3, 1, 2])
+    zero = editor.constant("zero_point", np.array(zero_point, np.uint8))
+    return editor.op("DQ", "DequantizeLinear", [planes, scale, zero])
+
+
+def _fold_into(graph: ir.Graph, node: ir.Node, real: ir.Value, normalization: _Normalization, zero_point: int) -> None:
     weight, bias = constant_array(node.inputs[1]), constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
     assert weight is not None
     wide = weight.astype(np.float64)
+    offset = normalization.offset + normalization.factor.sum(axis=1) * zero_point
     shifted = np.einsum("oihw,i->o", wide, offset) + (0.0 if bias is None else bias.astype(np.float64))
-    # The image's integers are read as a span of 1, so that the weights keep their usual size.
-    folded = np.einsum("oihw,ic->ochw", wide, factor) / PIXEL_SCALE
+    folded = np.einsum("oihw,ic->ochw", wide, normalization.factor) / PIXEL_SCALE
     editor = Editor(graph, node, f"{node.name}/image")
-    planes = editor.op("planes", "Transpose", [pixels], dtype=ir.DataType.UINT8, perm=[0, 3, 1, 2])
-    scale = editor.constant("scale", np.array(PIXEL_SCALE, np.float32))
-    zero = editor.constant("zero_point", np.array(zero_point, np.uint8))
-    real = editor.op("DQ", "DequantizeLinear", [planes, scale, zero])
     node.replace_input_with(0, real)
     node.replace_input_with(1, editor.constant("weight", folded.astype(np.float32)))
     if len(node.inputs) < 3:

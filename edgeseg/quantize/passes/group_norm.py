@@ -2,8 +2,7 @@
 
 Exported, GroupNorm is Reshape, InstanceNormalization, Reshape, Mul, Add (or one GroupNormalization node, which ONNX
 Runtime expands to eleven). Mul and Add each walk over the whole tensor; BatchNormalization with mean 0 and variance 1
-is both in one walk. The channels-first float island this makes ends in a Transpose between Reshapes, which ONNX Runtime
-does not push further into the island, where Resize would pay for it.
+is both in one walk.
 
 Precondition: InstanceNormalization with constant gain and shift between two Reshapes, then Mul and Add with one constant
 per channel; static height, width and channels.
@@ -18,8 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.quantize.editing import Editor, constant_array, image_shape, replace_value, sole_reader
-from edgeseg.quantize.placement import Range
-from edgeseg.spec import PipelineSpec
+from edgeseg.quantize.observed import Observed
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class _GroupNorm:
     """Its output is the normalized value."""
 
 
-def group_norm(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec) -> int:
+def group_norm(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many GroupNorms it rewrote."""
     count = 0
     for node in list(model.graph):

@@ -6,15 +6,13 @@ Transposes around it meet those that integer convolutions (NHWC as well) bring, 
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
-from edgeseg.quantize.editing import Editor, constant_array, image_shape, replace_value
-from edgeseg.quantize.placement import Range
-from edgeseg.spec import PipelineSpec
+from edgeseg.quantize.editing import Editor, constant_array, replace_value
+from edgeseg.quantize.observed import Observed
 
 
-def linear_resize(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec) -> int:
+def linear_resize(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many Resize nodes it moved."""
     found = [node for node in model.graph if _matches(node)]
     for node in found:
@@ -28,23 +26,17 @@ def linear_resize(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec)
             inputs.append(editor.constant(f"extent{index}", array[[0, 2, 3, 1]]) if permuted else value)  # type: ignore[index]
         resized = editor.op("Resize", "Resize", inputs)
         resized.producer().attributes.update(node.attributes)  # type: ignore[union-attr]
-        if str(output.name) in ranges:
-            ranges[str(resized.name)] = ranges[str(output.name)]
+        observed.copy_range(output, resized)
         replace_value(model.graph, output, editor.op("nchw", "Transpose", [resized], perm=[0, 3, 1, 2]))
     return len(found)
 
 
 def _channels_last(editor: Editor, source: ir.Value) -> ir.Value:
-    shape = image_shape(source)
-    if shape is None or not _is_channels_first_island(source):
+    if not _is_channels_first_island(source):
         return editor.op("nhwc", "Transpose", [source], perm=[0, 2, 3, 1])
-    # A Transpose of images would be pushed behind the Resize by ONNX Runtime, which joins it with the next one and runs
-    # the slow kernel; it does not push one of matrices.
-    channels, height, width = shape
-    planes = editor.constant("planes_shape", np.array([0, channels, height * width], np.int64))
-    pixels = editor.op("pixels", "Transpose", [editor.op("planes", "Reshape", [source, planes])], perm=[0, 2, 1])
-    size = editor.constant("nhwc_shape", np.array([0, height, width, channels], np.int64))
-    return editor.op("nhwc", "Reshape", [pixels, size])
+    # A Transpose would be pushed behind the Resize by ONNX Runtime, to be joined with the next one, and the slow kernel
+    # run; it does not look into an Einsum.
+    return editor.op("nhwc", "Einsum", [source], equation="nchw->nhwc")
 
 
 def _is_channels_first_island(value: ir.Value) -> bool:

@@ -12,11 +12,10 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.quantize.editing import Editor, image_shape, replace_value
-from edgeseg.quantize.placement import Range
-from edgeseg.spec import PipelineSpec
+from edgeseg.quantize.observed import Observed
 
 
-def nearest_resize(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec) -> int:
+def nearest_resize(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many Resize nodes it replaced."""
     count = 0
     for node in list(model.graph):

@@ -18,9 +18,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.quantize.editing import Editor, constant_array, image_shape, sole_reader
+from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.passes.fold_preprocessing import for_each_image
-from edgeseg.quantize.placement import Range
-from edgeseg.spec import PipelineSpec
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,14 @@ class _Grouping:
         return self.group * (self.groups_out - 1 + self.blocks)
 
 
-def pixel_groups(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec) -> int:
+def pixel_groups(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many convolutions it changed."""
     count = 0
     for node in list(model.graph):
         planes = _image_planes(node)
         grouping = _grouping(node, planes) if planes is not None else None
         if planes is not None and grouping is not None:
-            _replace(model.graph, node, planes, grouping, ranges)
+            _replace(model.graph, node, planes, grouping, observed)
             count += 1
     return count
 
@@ -90,7 +89,7 @@ def _grouping(node: ir.Node, planes: ir.Node) -> _Grouping | None:
     return found if output[2] % made == 0 and image[1] <= found.width else None
 
 
-def _replace(graph: ir.Graph, node: ir.Node, planes: ir.Node, grouping: _Grouping, ranges: dict[str, Range]) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, planes: ir.Node, grouping: _Grouping, observed: Observed) -> None:
     weight, bias = constant_array(node.inputs[1]), constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
     image, output = planes.inputs[0], image_shape(node.outputs[0])
     assert weight is not None
@@ -120,21 +119,29 @@ def _replace(graph: ir.Graph, node: ir.Node, planes: ir.Node, grouping: _Groupin
         node.replace_input_with(2, editor.constant("bias", np.tile(bias, grouping.made)))
     node.attributes["strides"] = ir.AttrInt64s("strides", [stride_down, 1])
     node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", [kernel_height, grouping.blocks])
-    _ungroup(graph, node, (outputs, *output[1:]), ranges)
+    _ungroup(graph, node, (outputs, *output[1:]), observed)
+    source = str(node.inputs[0].name) if node.inputs[0] is not None else ""
+    if source in observed.channel_means:
+        observed.channel_means[source] = np.tile(observed.channel_means[source], grouping.group)
 
 
-def _ungroup(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...], ranges: dict[str, Range]) -> None:
+def _ungroup(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...], observed: Observed) -> None:
     """Make single pixels of the output groups, behind a Relu or Clip so that it still follows its convolution."""
     reader = sole_reader(node.outputs[0])
     last = reader if reader is not None and reader.op_type in {"Relu", "Clip"} else node
     output = last.outputs[0]
     name, readers = str(output.name), list(output.uses())
     full_shape, full_type = output.shape, output.type
+    weight = constant_array(node.inputs[1])
+    assert weight is not None
+    outputs = weight.shape[0]
+    made = outputs // shape[0]
     for value in {node.outputs[0], output}:
-        value.shape = None
+        batch = None if full_shape is None else full_shape[0]
+        value.shape = ir.Shape([batch, outputs, shape[1], shape[2] // made])
     output.name = f"{node.name}/pixel_groups/output"
-    if name in ranges:
-        ranges[output.name] = ranges[name]
+    if name in observed.ranges:
+        observed.ranges[output.name] = observed.ranges[name]
     editor = Editor(graph, last, f"{node.name}/pixel_groups", after=True)
     pixels = editor.op("output_nhwc", "Transpose", [output], perm=[0, 2, 3, 1])
     size = editor.constant("output_shape", np.array([-1, shape[1], shape[2], shape[0]], np.int64))

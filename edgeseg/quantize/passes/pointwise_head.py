@@ -13,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.quantize.editing import Editor, constant_array, replace_value
-from edgeseg.quantize.placement import Range, tail
-from edgeseg.spec import PipelineSpec
+from edgeseg.quantize.observed import Observed
+from edgeseg.quantize.placement import tail
 
 
-def pointwise_head(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec) -> int:
+def pointwise_head(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many convolutions it replaced."""
     count = 0
     for node in list(tail(model.graph)):

@@ -14,17 +14,16 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.quantize.editing import Editor, constant_array, image_shape, replace_value, sole_reader
-from edgeseg.quantize.placement import Range
-from edgeseg.spec import PipelineSpec
+from edgeseg.quantize.observed import Observed
 
 
-def transposed_convolution(model: ir.Model, ranges: dict[str, Range], spec: PipelineSpec) -> int:
+def transposed_convolution(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many transposed convolutions it replaced."""
     count = 0
     for node in list(model.graph):
         stride = _stride(node)
         if stride is not None:
-            _replace(model.graph, node, stride, ranges)
+            _replace(model.graph, node, stride, observed)
             count += 1
     return count
 
@@ -50,7 +49,7 @@ def _stride(node: ir.Node) -> int | None:
     return stride if exact and reached else None
 
 
-def _replace(graph: ir.Graph, node: ir.Node, stride: int, ranges: dict[str, Range]) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, stride: int, observed: Observed) -> None:
     weight, output = constant_array(node.inputs[1]), node.outputs[0]
     source, shape = node.inputs[0], image_shape(node.inputs[0])
     # A Relu or Clip behind it has to follow each phase, where it costs nothing: integer convolutions saturate.
@@ -80,8 +79,7 @@ def _replace(graph: ir.Graph, node: ir.Node, stride: int, ranges: dict[str, Rang
             phase = editor.op(name, "Conv", inputs, shape=plane, pads=pads, kernel_shape=list(taps.shape[2:]))
             if clamp is not None:
                 phase = editor.op(f"{name}_{clamp.op_type}", clamp.op_type, [phase, *clamp.inputs[1:]], shape=plane)
-            if str(output.name) in ranges:
-                ranges[str(phase.name)] = ranges[str(output.name)]
+            observed.copy_range(output, phase)
             phases.append(phase)
     depth = (source.shape[0], weight.shape[1] * stride**2, *shape[1:])
     stacked = editor.op("phases", "Concat", phases, shape=depth, axis=1)

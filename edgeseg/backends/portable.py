@@ -1,0 +1,66 @@
+"""Folders whose engine is built on the device: the typed graph is what is built here, and ONNX Runtime checks it.
+
+TensorRT plans can only be built on the GPU that runs them. Without one, a build stops at the portable graph; what it is
+worth is measured by running that graph on this CPU, which says nothing about speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
+from edgeseg.backends.base import Backend, BuiltEngine, Session
+from edgeseg.backends.tensorrt_options import RtxOptions, TensorRTOptions, parse_options
+from edgeseg.spec import Precision
+
+DEVICE_TARGETS = ("tensorrt",)
+"""Targets whose engines are built on the device; elsewhere a build for them stops at the portable graph."""
+
+MEASURED_ON_GRAPH = "accuracy of the portable graph in ONNX Runtime; latency not measured"
+
+
+_OPTIONS: Mapping[str, type[TensorRTOptions | RtxOptions]] = {"tensorrt": TensorRTOptions, "tensorrt-rtx": RtxOptions}
+
+
+def check_options(target: str, options: Mapping[str, Any]) -> None:
+    """Raise ``SpecError`` for build options a TensorRT target does not take, before minutes of work."""
+    if target in _OPTIONS:
+        parse_options(_OPTIONS[target], target, options)
+
+
+def builds_here(backend: Backend) -> bool:
+    """Whether this machine can build the backend's engines."""
+    status = backend.status()
+    return status.available or status.can_build
+
+
+def portable_engine(graph: OnnxGraph, target: str, precision: Precision, options: Mapping[str, Any]) -> BuiltEngine:
+    """What a build without the device comes to: no engine file, and the precision the graph's types ask for.
+
+    Args:
+        graph: the typed graph.
+        target: one of :data:`DEVICE_TARGETS`.
+        precision: asked for. An fp32 graph with ``int8`` is one for implicit calibration.
+        options: checked now, used when the folder is compiled.
+
+    Raises:
+        SpecError: a wrong option.
+    """
+    from edgeseg.backends.typed_graph import typed_precision
+
+    check_options(target, options)
+    report = typed_precision(graph.path, precision, graph.spec.input)
+    return BuiltEngine(None, report, options=dict(options))
+
+
+def awaits_calibration(report: PrecisionReport, options: Mapping[str, Any]) -> bool:
+    """Whether int8 comes later, from ranges given to TensorRT: the graph itself is float and says nothing of it."""
+    return report.requested == "int8" and bool(options.get("implicit_calibration"))
+
+
+def open_graph(engine: Engine) -> Session:
+    """Run the folder's portable graph in ONNX Runtime on this CPU. Raises ``ArtifactError``, ``MissingDependencyError``."""
+    from edgeseg.backends.onnxruntime import open_unoptimized
+
+    return open_unoptimized(engine.graph_path)

@@ -1,0 +1,213 @@
+"""TensorRT-RTX: engines for RTX GPUs, built ahead of time on any machine, without a GPU too.
+
+One engine file serves several compute capabilities; kernels are chosen when it is loaded. Networks are strongly typed, so what
+a layer computes in is what the parsed network says: there is no engine to inspect without a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
+from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
+from edgeseg.backends.cuda import open_cuda
+from edgeseg.backends.tensorrt import deserialize, refit
+from edgeseg.backends.tensorrt_device import Gpu, find_gpu, open_session
+from edgeseg.backends.tensorrt_log import LogCapture, capture
+from edgeseg.backends.tensorrt_options import RTX_SMS, RtxOptions, parse_options, profile_shapes
+from edgeseg.backends.tensorrt_progress import progress_monitor
+from edgeseg.errors import ArtifactError, BuildError, EdgesegError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from edgeseg.backends.tensorrt_graph import ParsedGraph
+
+ENGINE_NAME = "engine.rtx"
+LOG_NAME = "tensorrt.log"
+MIB = 1 << 20
+
+
+def import_tensorrt_rtx() -> Any:
+    """The ``tensorrt_rtx`` module. Raises ``MissingDependencyError``; ``BuildError`` when it does not load."""
+    try:
+        import tensorrt_rtx
+    except ModuleNotFoundError as exc:
+        raise MissingDependencyError("tensorrt_rtx", "tensorrt-rtx", "build TensorRT-RTX engines") from exc
+    except (ImportError, OSError) as exc:
+        raise BuildError(f"tensorrt_rtx is installed but does not load: {exc}; install the libraries it names") from exc
+    return tensorrt_rtx
+
+
+@dataclass(frozen=True)
+class TensorRTRtxBackend:
+    """Builds TensorRT-RTX engines anywhere; loads them where there is an RTX GPU.
+
+    Attributes:
+        import_module: returns the ``tensorrt_rtx`` module.
+        gpu: finds the GPU; raises ``EdgesegError`` without one.
+    """
+
+    name: str = "tensorrt-rtx"
+    scheme: str = "tensorrt"
+    import_module: Callable[[], Any] = import_tensorrt_rtx
+    gpu: Callable[[], Gpu] = find_gpu
+
+    def status(self) -> BackendStatus:
+        """Say whether engines can be built and run here."""
+        try:
+            trt = self.import_module()
+        except EdgesegError as exc:
+            return BackendStatus(False, None, str(exc))
+        version = str(trt.__version__)
+        sms = ",".join(str(sm) for sm in RTX_SMS)
+        try:
+            gpu = self.gpu()
+        except EdgesegError as exc:
+            return BackendStatus(False, version, f"builds engines (--sm {sms}); running them: {exc}", can_build=True)
+        return BackendStatus(True, version, f"{gpu.name}, compute capability {gpu.capability_text}", can_build=True)
+
+    def build(
+        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+    ) -> BuiltEngine:
+        """Build one engine for all compute capabilities of option ``sm``; without it for TensorRT-RTX's own default.
+
+        Raises:
+            SpecError: a wrong option.
+            BuildError: TensorRT-RTX cannot parse or build the graph; names the node.
+        """
+        from edgeseg.backends.tensorrt_graph import ParsedGraph
+
+        chosen = parse_options(RtxOptions, self.name, options)
+        trt = self.import_module()
+        parsed = ParsedGraph.read(graph, graph.precision)
+        parsed.require_fits(implicit=False)
+        with capture(trt) as (logger, log):
+            builder = trt.Builder(logger)
+            network = parse_network(trt, builder, logger, log, parsed)
+            config = builder.create_builder_config()
+            configure(trt, builder, config, chosen, parsed)
+            with progress_monitor(trt, config, progress) as watch:
+                plan = builder.build_serialized_network(network, config)
+            watch.raise_interrupt()
+            if plan is None:
+                raise BuildError(
+                    f"TensorRT-RTX {trt.__version__} cannot build {graph.path.name}: {refusal(log, parsed)}"
+                )
+            path = folder / ENGINE_NAME
+            with path.open("wb") as stream:
+                stream.write(plan)
+            log.write(folder / LOG_NAME)
+        return BuiltEngine(
+            path=path,
+            precision=network_precision(trt, network, parsed),
+            extra_files=(folder / LOG_NAME,),
+            options=dataclasses.asdict(chosen),
+            versions={"tensorrt-rtx": str(trt.__version__)},
+            device={"sm": ",".join(str(sm) for sm in chosen.sm) or "default"},
+        )
+
+    def load(self, engine: Engine) -> Session:
+        """Load an engine folder on a GPU whose compute capability it was built for.
+
+        Raises:
+            ArtifactError: built with another version or for other compute capabilities, or the engine is damaged.
+            MissingDependencyError, DeviceError: no TensorRT-RTX, no CUDA layer, no GPU.
+        """
+        path = engine.engine_path
+        trt = self.import_module()
+        cuda = open_cuda()
+        try:
+            check_sm(engine, str(trt.__version__), self.gpu())
+            with capture(trt) as (logger, log), cuda.active():
+                loaded = deserialize(trt, logger, log, path.read_bytes(), engine.manifest.options, path)
+                if engine.manifest.options.get("strip_weights"):
+                    refit(trt, logger, log, loaded, engine.graph_path)
+            return open_session(trt, loaded, engine.manifest.spec, cuda, engine.manifest.options)
+        except BaseException:
+            cuda.close()
+            raise
+
+
+def backend() -> TensorRTRtxBackend:
+    """Return the backend for the TensorRT-RTX installed here."""
+    return TensorRTRtxBackend()
+
+
+def parse_network(trt: Any, builder: Any, logger: Any, log: LogCapture, parsed: ParsedGraph) -> Any:
+    """Parse the graph into a strongly typed network. Raises ``BuildError`` naming the node."""
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(parsed.for_parser(explicit_batch=False)):
+        if parser.num_errors:
+            error = parser.get_error(0)
+            reason = " ".join(str(error.desc()).split()) + parsed.where(error.node_name())
+        else:
+            reason = log.first_error()
+        raise BuildError(f"TensorRT-RTX {trt.__version__} cannot parse {parsed.path.name}: {reason}")
+    return network
+
+
+def refusal(log: LogCapture, parsed: ParsedGraph) -> str:
+    """Why a build failed, at which node, and what to do where that is known."""
+    reason = log.first_error()
+    # Measured with 1.7: SM 75 gets no fp32 matrix products, which attention and pooled pyramids need; fp16 ones it has.
+    turing = "; leave 75 out of --sm, or build with --precision fp16" if "Turing" in reason else ""
+    return f"{reason}{parsed.blame(reason)}{turing}"
+
+
+def configure(trt: Any, builder: Any, config: Any, options: RtxOptions, parsed: ParsedGraph) -> None:
+    """Set what the options ask for."""
+    if options.sm:
+        config.num_compute_capabilities = len(options.sm)
+        for index, sm in enumerate(options.sm):
+            if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index):
+                raise BuildError(f"TensorRT-RTX {trt.__version__} does not take SM {sm}; leave it out of --sm")
+    if options.workspace_mb is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb * MIB)
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if options.strip_weights:
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    if options.refit:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    shapes = profile_shapes(parsed.spec.input, options.min_size, options.max_size)
+    if shapes is not None:
+        profile = builder.create_optimization_profile()
+        profile.set_shape("image", *shapes)
+        config.add_optimization_profile(profile)
+
+
+def network_precision(trt: Any, network: Any, parsed: ParsedGraph) -> PrecisionReport:
+    """What the layers of the parsed network compute in. Strong typing makes it what the engine does."""
+    from edgeseg.backends.typed_graph import precision_report
+
+    names = {trt.DataType.FLOAT: "fp32", trt.DataType.HALF: "fp16", trt.DataType.BF16: "bf16"}
+    makers: dict[str, Any] = {}
+    dtypes: dict[str, str] = {}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+        inputs = [tensor for tensor in inputs if tensor is not None]
+        from_integers = [makers.get(tensor.name) == trt.LayerType.DEQUANTIZE for tensor in inputs[:2]]
+        if len(inputs) > 1 and all(from_integers):
+            dtypes[layer.name] = "int8"
+        else:
+            dtypes[layer.name] = names.get(inputs[0].dtype, "other") if inputs else "other"
+        for i in range(layer.num_outputs):
+            makers[layer.get_output(i).name] = layer.type
+    return precision_report(parsed.requested, dtypes, parsed.macs)
+
+
+def check_sm(engine: Engine, version: str, gpu: Gpu) -> None:
+    """Raise ``ArtifactError`` unless the engine was built with this version and for this GPU's compute capability."""
+    manifest = engine.manifest
+    built_with, sms = manifest.versions.get("tensorrt-rtx", "?"), manifest.device.get("sm", "")
+    here = f"{gpu.compute_capability[0]}{gpu.compute_capability[1]}"
+    if built_with != version or (sms != "default" and here not in sms.split(",")):
+        raise ArtifactError(
+            f"{engine.folder} was built with TensorRT-RTX {built_with} for SM {sms}, this is {version} on {gpu.name} "
+            f"(SM {here}); run: edgeseg compile {engine.folder} --sm {here}"
+        )

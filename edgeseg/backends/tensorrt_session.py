@@ -1,0 +1,349 @@
+"""A loaded TensorRT engine: host arrays or device arrays in, masks out, from any number of threads.
+
+Uses only what TensorRT 8.6 to 11 have in common (``set_input_shape``, ``set_tensor_address``, ``execute_async_v3``); what
+differs between versions is in :mod:`edgeseg.backends.tensorrt`.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.backends.base import StageTimes
+from edgeseg.backends.cuda import Cuda, DeviceMemory
+from edgeseg.backends.device_arrays import DeviceTensor, device_images
+from edgeseg.backends.tensorrt_lane import Lane, io_tensors
+from edgeseg.errors import DeviceError, InputError, SpecError
+from edgeseg.spec import PipelineSpec, one_of
+
+HostMemoryMode: TypeAlias = Literal["auto", "copy", "mapped"]
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a loaded engine runs.
+
+    Attributes:
+        contexts: batches in flight at most, each with an execution context and buffers; further callers wait.
+        cuda_graph: launch repeated shapes as a CUDA graph; needs ``cuda-bindings``.
+        host_memory: ``copy`` to the GPU's memory and back; ``mapped``: the GPU uses host memory in place; ``auto``: the
+            latter where GPU and CPU share their memory (Jetson).
+    """
+
+    contexts: int = 2
+    cuda_graph: bool = False
+    host_memory: HostMemoryMode = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("host memory", self.host_memory, get_args(HostMemoryMode))
+        if not 1 <= self.contexts <= 64:
+            raise SpecError(f"contexts is {self.contexts}; give a number from 1 to 64")
+
+
+class TensorRTSession:
+    """Implements :class:`edgeseg.backends.base.Session` and its timed, pipelined and device kinds.
+
+    Args:
+        trt: the tensorrt module, of any version from 8.6 on.
+        engine: a deserialized ``ICudaEngine``.
+        spec: the contract it fulfils.
+        cuda: an opened GPU, whose context was current when ``engine`` was deserialized; closed with the session.
+        options: how to run it.
+
+    Raises:
+        DeviceError: an engine that is not edgeseg's, or no memory for the first context. ``cuda`` stays open then.
+        InputError: an engine whose outputs are not those of ``spec``.
+    """
+
+    def __init__(
+        self, trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda, options: SessionOptions = SessionOptions()
+    ) -> None:
+        self.options = options
+        self._cuda = cuda
+        self._engine = engine
+        self._image, self._outputs = io_tensors(trt, engine)
+        names = [tensor.name for tensor in self._outputs]
+        if spec.output.kind not in names:
+            raise DeviceError(
+                f"the engine's outputs are {', '.join(names)}, not {spec.output.kind}; build the engine again"
+            )
+        # TensorRT has no 16-bit integers: masks of more than 256 classes leave the engine wider.
+        self._mask_dtype = np.dtype(spec.mask_dtype)
+        integrated = cuda.device.integrated and cuda.device.maps_host_memory
+        self._mapped = integrated if options.host_memory == "auto" else options.host_memory == "mapped"
+        self._condition = threading.Condition()
+        self._idle: list[Lane] = []
+        self._made = 0
+        self._closed = False
+        self._notes: list[str] = []
+        self._spare: dict[int, list[DeviceMemory]] = {}
+        self._wants_graph = options.cuda_graph and cuda.driver.has_graphs
+        if options.cuda_graph and not cuda.driver.has_graphs:
+            self._note(f"no CUDA graph: {cuda.driver.name} has none; pip install 'edgeseg[jetson]' for cuda-bindings")
+        # The first context now: an engine that does not fit should fail when loaded, not at the first image.
+        with self._lane():
+            pass
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was asked for and cannot be had here, one line each; also given as warnings."""
+        return tuple(self._notes)
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Run one batch: uint8 ``(N, H, W, C)`` in, arrays by output name out.
+
+        Raises:
+            InputError: dtype or shape the engine does not take, or a closed session.
+            DeviceError: the GPU refused; the session can be used again unless the message says otherwise.
+        """
+        self._check(images.dtype, images.shape)
+        with self._lane() as lane:
+            lane.enqueue(images)
+            return self._converted(lane.finish())
+
+    def run_timed(self, images: NDArray[np.uint8]) -> tuple[dict[str, NDArray[Any]], StageTimes]:
+        """Like :meth:`run`, and how long its stages took, by CUDA events."""
+        self._check(images.dtype, images.shape)
+        with self._lane() as lane:
+            lane.enqueue(images, timed=True)
+            return self._converted(lane.finish()), lane.stage_times()
+
+    def run_many(self, batches: Iterable[NDArray[np.uint8]]) -> Generator[dict[str, NDArray[Any]], None, None]:
+        """Run batch after batch, copying one while another is computed; results in order.
+
+        Two batches are in flight where there are two contexts. One context stays free for other callers while the
+        consumer holds a result. Closing or dropping the iterator gives back what it holds.
+
+        Raises:
+            InputError, DeviceError: see :meth:`run`; after the results of the batches before.
+        """
+        flying: deque[Lane] = deque()
+        try:
+            for images in batches:
+                try:
+                    self._check(images.dtype, images.shape)
+                except InputError:
+                    while flying:
+                        yield self._landed(flying)
+                    raise
+                # Waiting while holding a lane could wait for a caller who waits for this one.
+                lane = self._take(wait=not flying)
+                while lane is None:
+                    yield self._landed(flying)
+                    lane = self._take(wait=not flying)
+                self._using(lane, partial(lane.enqueue, images))
+                flying.append(lane)
+                if len(flying) >= 2 or self.options.contexts == 1:
+                    yield self._landed(flying)
+            while flying:
+                yield self._landed(flying)
+        finally:
+            while flying:
+                self._recall(flying.popleft())
+
+    def run_device(self, image: object) -> dict[str, DeviceTensor]:
+        """Run an image or batch that is in the GPU's memory; the results stay there. Nothing is copied.
+
+        Args:
+            image: uint8 ``(H, W, C)`` or ``(N, H, W, C)``, C-contiguous, with ``__cuda_array_interface__`` or
+                ``__dlpack__``. One at an address that is no multiple of 256 bytes is copied, on the device.
+
+        Returns:
+            by output name, complete; close each to have its memory used again. Masks of more than 256 classes are int32.
+
+        Raises:
+            InputError, DeviceError: see :meth:`run`.
+        """
+        taken: list[DeviceMemory] = []
+        with ExitStack() as afterwards:
+            try:
+                with self._lane() as lane:
+                    images = device_images(image, lane.stream, self._cuda.device.index)
+                    afterwards.callback(images.release)
+                    shape = images.shape if len(images.shape) == 4 else (1, *images.shape)
+                    self._check(np.dtype(np.uint8), shape)
+                    found = lane.run_on_device(images, shape, lambda size_bytes: self._spare_memory(size_bytes, taken))
+            except BaseException:
+                # Not back to the spares: nobody else gets memory that work which failed was writing.
+                for memory in taken:
+                    with suppress(DeviceError):
+                        memory.close()
+                raise
+        dtypes = {tensor.name: tensor.dtype for tensor in self._outputs}
+        return {
+            name: DeviceTensor(self._cuda, memory, shape, dtypes[name], self._give_back)
+            for name, (memory, shape) in found.items()
+        }
+
+    def close(self) -> None:
+        """Free all memory, streams and contexts; what another thread still uses is freed when it is done."""
+        with self._condition:
+            if self._closed:
+                return
+            self._closed = True
+            idle, self._idle = self._idle, []
+            self._made -= len(idle)
+            last = self._made == 0
+            self._condition.notify_all()
+        self._free(idle, last)
+
+    def __enter__(self) -> TensorRTSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        if dtype != np.uint8 or not self._image.accepts(shape):
+            raise InputError(f"images are {dtype} {shape}, this engine takes uint8 {self._image.shape_text}")
+
+    def _converted(self, outputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        if "mask" in outputs:
+            outputs["mask"] = outputs["mask"].astype(self._mask_dtype, copy=False)
+        return outputs
+
+    @contextmanager
+    def _lane(self) -> Iterator[Lane]:
+        lane = self._take(wait=True)
+        assert lane is not None
+        try:
+            with self._cuda.active():
+                yield lane
+        except InputError:  # raised before the GPU was given any work
+            self._put(lane)
+            raise
+        except BaseException:
+            self._drop(lane)
+            raise
+        self._put(lane)
+
+    def _take(self, *, wait: bool) -> Lane | None:
+        """An idle lane or a new one; ``None`` when all are in use and the caller does not wait."""
+        with self._condition:
+            while not self._closed and not self._idle and self._made >= self.options.contexts:
+                if not wait:
+                    return None
+                self._condition.wait()
+            if self._closed:
+                raise InputError("this session is closed; load the engine again")
+            if self._idle:
+                return self._idle.pop()
+            self._made += 1
+        try:
+            with self._cuda.active():
+                return Lane(
+                    self._engine,
+                    self._cuda,
+                    self._image,
+                    self._outputs,
+                    mapped=self._mapped,
+                    cuda_graph=self._wants_graph,
+                    on_note=self._note,
+                )
+        except BaseException:
+            self._lose()
+            raise
+
+    def _put(self, lane: Lane) -> None:
+        """Give back a lane that works."""
+        with self._condition:
+            if not self._closed:
+                self._idle.append(lane)
+                self._condition.notify()
+                return
+            self._made -= 1
+            last = self._made == 0
+        self._free([lane], last)
+
+    def _drop(self, lane: Lane) -> None:
+        """Close a lane in an unknown state; the next caller makes a new one."""
+        with self._cuda.active():
+            lane.abandon()
+        self._lose()
+
+    def _lose(self) -> None:
+        with self._condition:
+            self._made -= 1
+            last = self._closed and self._made == 0
+            self._condition.notify()
+        if last:
+            self._free([], True)
+
+    def _free(self, lanes: list[Lane], last: bool) -> None:
+        steps: list[Callable[[], None]] = [lane.close for lane in lanes]
+        refused: list[DeviceError] = []
+        with self._cuda.active():
+            for step in steps:
+                try:
+                    step()
+                except DeviceError as exc:
+                    refused.append(exc)
+            if last:
+                self._engine = None
+        if last:
+            try:
+                self._cuda.close()
+            except DeviceError as exc:
+                refused.append(exc)
+        if refused:
+            raise refused[0]
+
+    def _using(self, lane: Lane, work: Callable[[], None]) -> None:
+        try:
+            with self._cuda.active():
+                work()
+        except BaseException:
+            self._drop(lane)
+            raise
+
+    def _landed(self, flying: deque[Lane]) -> dict[str, NDArray[Any]]:
+        """Finish the oldest batch in flight."""
+        lane = flying.popleft()
+        found: dict[str, NDArray[Any]] = {}
+        self._using(lane, lambda: found.update(lane.finish()))
+        self._put(lane)
+        return self._converted(found)
+
+    def _recall(self, lane: Lane) -> None:
+        """Give back a lane whose result nobody wants."""
+        try:
+            with self._cuda.active():
+                lane.stream.synchronize()
+        except DeviceError:
+            # Nobody waits for this batch; a GPU that is lost says so to the next caller.
+            self._drop(lane)
+        else:
+            self._put(lane)
+
+    def _spare_memory(self, size_bytes: int, taken: list[DeviceMemory]) -> DeviceMemory:
+        with self._condition:
+            spare = self._spare.get(size_bytes)
+            memory = spare.pop() if spare else None
+        if memory is None:
+            memory = self._cuda.device_memory(size_bytes)
+        taken.append(memory)
+        return memory
+
+    def _give_back(self, memory: DeviceMemory) -> None:
+        # After closing, the memory is freed already, with the device.
+        with self._condition:
+            self._spare.setdefault(memory.size_bytes, []).append(memory)
+
+    def _note(self, text: str) -> None:
+        with self._condition:
+            if text in self._notes:
+                return
+            self._notes.append(text)
+        warnings.warn(f"edgeseg: {text}", RuntimeWarning, stacklevel=2)

@@ -1,0 +1,43 @@
+"""What calibration saw of a graph's values, kept up to date by the passes that add or replace values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeseg.quantize.table import CalibrationTable
+
+Range = tuple[float, float]
+
+
+@dataclass
+class Observed:
+    """By value name.
+
+    Attributes:
+        ranges: low and high to quantize to.
+        channel_means: mean per channel of layer inputs.
+    """
+
+    ranges: dict[str, Range] = field(default_factory=dict)
+    channel_means: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: CalibrationTable) -> Observed:
+        """What a calibration table says."""
+        return cls(
+            {name: (limits.low, limits.high) for name, limits in table.ranges.items()},
+            {
+                name: np.asarray(limits.channel_mean, np.float64)
+                for name, limits in table.ranges.items()
+                if limits.channel_mean is not None
+            },
+        )
+
+    def copy_range(self, of: ir.Value, to: ir.Value) -> None:
+        """``to`` has the values of ``of``, or some of them."""
+        if of.name in self.ranges:
+            self.ranges[str(to.name)] = self.ranges[str(of.name)]

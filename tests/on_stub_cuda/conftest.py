@@ -1,0 +1,33 @@
+"""Tests that run in a process whose ``libcuda.so.1`` is the stub; started by ``tests/unit/test_on_stub_cuda.py``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+from stub_cuda import Stub
+
+DRIVER = os.environ["STUB_CUDA_DRIVER"]
+if DRIVER == "pycuda":
+    # pycuda binds every function of the driver when loaded; the stub has those edgeseg calls.
+    sys.setdlopenflags(os.RTLD_LAZY)
+
+
+@pytest.fixture
+def driver() -> str:
+    """The package under test."""
+    return DRIVER
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    """The stub; afterwards nothing may be left, freed twice, or touched after being freed."""
+    stub = Stub()
+    before = stub.violations()
+    yield stub
+    stub.work_again()
+    assert stub.errors == []
+    assert stub.live() == {}
+    assert stub.violations() == before

@@ -1,0 +1,188 @@
+"""From a portable folder to masks as a user goes there: compile, load, run, recompile, with recorded TensorRT modules.
+
+No kernel is built or run: the plan is a made-up text, and ONNX Runtime does the engine's work on the stub's memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from recorded_tensorrt import VERSIONS
+from simulated import SIDE, Simulation, model, spec
+from stub_cuda import Stub
+
+import edgeseg
+from edgeseg.artifacts import MANIFEST_NAME, SCHEMA_VERSION, Engine, FileRef, Manifest, PrecisionReport, write_json
+from edgeseg.backends.base import DeviceSession
+from edgeseg.backends.onnxruntime import OnnxRuntimeSession
+from edgeseg.cli.run import command as run_command
+from edgeseg.errors import ArtifactError, StaleEngineError
+from edgeseg.recompile import compile_folder
+from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.runtime.stream import stream
+
+RNG = np.random.default_rng(2)
+
+
+@pytest.fixture(autouse=True)
+def _first_choice_of_driver(monkeypatch: pytest.MonkeyPatch, driver: str) -> None:
+    """``open_cuda()`` takes cuda-bindings where both are installed."""
+    from edgeseg.backends import cuda
+
+    monkeypatch.setattr(cuda, "_DRIVERS", {driver: cuda._DRIVERS[driver]})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A portable engine folder, as a workstation without a GPU leaves it."""
+    monkeypatch.setenv("EDGESEG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    onnx.save(model(), folder / "model.onnx")
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        edgeseg_version=edgeseg.__version__,
+        name="engine",
+        spec=spec(),
+        precision=PrecisionReport("fp32", {}, {}, 0),
+        target="tensorrt",
+        scheme=None,
+        graph=FileRef.of(folder / "model.onnx"),
+        engine=None,
+        calibration=None,
+        weights="random",
+        inputs_sha256={"weights": "0"},
+        options={},
+        versions={},
+        device={},
+    )
+    write_json(folder / MANIFEST_NAME, manifest)
+    return folder
+
+
+def tensorrt(monkeypatch: pytest.MonkeyPatch, stub: Stub, version: str) -> Simulation:
+    """``import tensorrt`` gives the recorded module of a version."""
+    simulation = Simulation(stub, model(), version)
+    monkeypatch.setitem(sys.modules, "tensorrt", simulation.trt)
+    return simulation
+
+
+def photos(n: int) -> list[np.ndarray]:
+    return [RNG.integers(0, 256, (40, 60, 3), np.uint8) for _ in range(n)]
+
+
+def wanted(simulation: Simulation, image: np.ndarray) -> np.ndarray:
+    return Segmenter(OnnxRuntimeSession(simulation.reference), spec())(image)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_compile_and_load(stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, version: str) -> None:
+    simulation = tensorrt(monkeypatch, stub, version)
+    with pytest.raises(StaleEngineError, match="portable graph only; run: edgeseg compile"):
+        edgeseg.load(folder)
+    engine = compile_folder(folder, options={"contexts": 1, "host_memory": "copy"})
+    assert engine.manifest.versions["tensorrt"] == version
+    assert engine.manifest.device == {"gpu": "Stub (no GPU)", "compute_capability": "8.7"}
+    assert stub.live() == {}, "compiling holds nothing"
+    with edgeseg.load(folder) as segmenter:
+        for image in photos(2):
+            np.testing.assert_array_equal(segmenter(image), wanted(simulation, image))
+        assert stub.live()["streams"] == 1
+
+
+def test_another_tensorrt_is_refused_or_compiled_for_on_request(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    tensorrt(monkeypatch, stub, "10.3.0")
+    compile_folder(folder, options={"contexts": 3, "optimization_level": 4})
+    simulation = tensorrt(monkeypatch, stub, "11.4.0.106")
+    with pytest.raises(
+        StaleEngineError, match=r"built with tensorrt 10\.3\.0.*this is tensorrt 11\.4\.0\.106.*compile"
+    ):
+        edgeseg.load(folder)
+    with edgeseg.load(folder, recompile=True) as segmenter:
+        image = photos(1)[0]
+        np.testing.assert_array_equal(segmenter(image), wanted(simulation, image))
+    manifest = Engine(folder, edgeseg.artifacts.read_manifest(folder)).manifest
+    assert manifest.versions["tensorrt"] == "11.4.0.106"
+    assert (manifest.options["contexts"], manifest.options["optimization_level"]) == (3, 4), (
+        "the user's wishes are kept"
+    )
+    with edgeseg.load(folder):
+        pass
+
+
+def test_a_damaged_folder_is_not_compiled_over(stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    tensorrt(monkeypatch, stub, "10.3.0")
+    plan = compile_folder(folder).engine_path
+    plan.write_bytes(plan.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="truncated or edited"):
+        edgeseg.load(folder, recompile=True)
+
+
+def test_run_recompile(stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    tensorrt(monkeypatch, stub, "8.6.1")
+    compile_folder(folder)
+    simulation = tensorrt(monkeypatch, stub, "10.16.1.11")
+    image = photos(1)[0]
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    arguments = [str(folder), str(tmp_path / "photo.png"), "--output", str(tmp_path / "out")]
+    refused = CliRunner().invoke(run_command, arguments)
+    assert isinstance(refused.exception, StaleEngineError)
+    done = CliRunner().invoke(run_command, [*arguments, "--recompile"], catch_exceptions=False)
+    assert done.exit_code == 0
+    written = np.asarray(Image.open(done.output.splitlines()[-1]))
+    np.testing.assert_array_equal(written, wanted(simulation, image))
+
+
+def test_a_stream_copies_one_frame_while_another_is_computed(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    simulation = tensorrt(monkeypatch, stub, "10.3.0")
+    compile_folder(folder, options={"host_memory": "copy"})
+    frames = [RNG.integers(0, 256, (SIDE, SIDE, 3), np.uint8) for _ in range(6)]
+    with edgeseg.load(folder) as segmenter:
+        stub.record_calls()
+        with stream(iter(frames), segmenter) as masks:
+            for frame, given in zip(masks, frames, strict=True):
+                np.testing.assert_array_equal(frame.image, given)
+                np.testing.assert_array_equal(frame.mask, simulation.masks(given[None])[0])
+        calls = [call for call in stub.calls() if call in ("cuMemcpyHtoDAsync_v2", "cuStreamSynchronize")]
+        assert calls[:3] == ["cuMemcpyHtoDAsync_v2", "cuMemcpyHtoDAsync_v2", "cuStreamSynchronize"]
+
+
+def test_segmenter_on_the_device(stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    simulation = tensorrt(monkeypatch, stub, "10.3.0")
+    compile_folder(folder)
+    image = RNG.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    with edgeseg.load(folder) as segmenter:
+        assert isinstance(segmenter._session, DeviceSession)
+        from edgeseg.backends.cuda import open_cuda
+
+        with open_cuda() as cuda, cuda.device_memory(image.nbytes) as memory, cuda.stream() as copying:
+            with cuda.active():
+                copying.copy_to_device(memory.address, image.reshape(-1))
+                copying.synchronize()
+
+            class Frame:
+                __cuda_array_interface__ = {  # noqa: RUF012  # as CuPy gives it
+                    "shape": image.shape,
+                    "typestr": "|u1",
+                    "data": (memory.address, False),
+                    "version": 3,
+                    "stream": None,
+                }
+
+            with segmenter.run_device(Frame())["mask"] as mask:
+                np.testing.assert_array_equal(mask.numpy(), simulation.masks(image[None]))
+    with pytest.raises(edgeseg.InputError, match="closed"):
+        segmenter.run_device(Frame())
+    with pytest.raises(edgeseg.SpecError, match="takes no images from a device's memory"):
+        Segmenter(OnnxRuntimeSession(simulation.reference), spec()).run_device(Frame())

@@ -1,0 +1,494 @@
+"""TensorRTSession on the stub driver with recorded TensorRT modules.
+
+The engine's work is done by ONNX Runtime on the stub's memory, when the stream is synchronized. So the masks show that
+the right bytes are in the right place at the right time, and nothing about TensorRT's arithmetic or speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from recorded_tensorrt import VERSIONS
+from simulated import ONE, SIDE, Simulation, model, spec
+from stub_cuda import LAUNCH_FAILED, OUT_OF_MEMORY, Stub
+
+from edgeseg.backends import dlpack
+from edgeseg.backends.base import DeviceSession, PipelinedSession, TimedSession
+from edgeseg.backends.cuda import DriverName, open_cuda
+from edgeseg.backends.tensorrt_session import SessionOptions, TensorRTSession
+from edgeseg.errors import DeviceError, EdgesegError, InputError
+from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.spec import BatchRange
+
+DEFAULT = SessionOptions()
+RNG = np.random.default_rng(11)
+DYNAMIC = [(1, 16, 16, 3), (2, SIDE, SIDE, 3), (4, 64, 64, 3)]
+
+
+def images(n: int = 1, height: int = SIDE, width: int = SIDE, seed: int | None = None) -> np.ndarray:
+    rng = RNG if seed is None else np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, height, width, 3), np.uint8)
+
+
+def session(
+    simulation: Simulation,
+    driver: DriverName,
+    options: SessionOptions = DEFAULT,
+    batch: BatchRange = ONE,
+) -> TensorRTSession:
+    cuda = open_cuda(driver)
+    try:
+        return TensorRTSession(simulation.trt, simulation.engine, spec(batch), cuda, options)
+    except BaseException:
+        cuda.close()
+        raise
+
+
+@pytest.fixture(params=["copy", "mapped"])
+def memory(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_the_oracle_tells_images_apart(stub: Stub) -> None:
+    simulation = Simulation(stub, model())
+    one, two = simulation.masks(images()), simulation.masks(images())
+    assert len(np.unique(one)) > 1
+    assert (one != two).any()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_masks_are_exact_under_every_version(stub: Stub, driver: DriverName, version: str, memory: str) -> None:
+    simulation = Simulation(stub, model(), version)
+    with session(simulation, driver, SessionOptions(host_memory=memory)) as opened:  # type: ignore[arg-type]
+        for _ in range(3):
+            image = images()
+            found = opened.run(image)
+            assert found["mask"].dtype == np.uint8
+            np.testing.assert_array_equal(found["mask"], simulation.masks(image))
+    assert "IExecutionContext.execute_async_v3" in simulation.recorder.names
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_dynamic_shapes(stub: Stub, driver: DriverName, version: str, memory: str) -> None:
+    simulation = Simulation(stub, model("n", ("h", "w")), version, DYNAMIC)
+    options = SessionOptions(host_memory=memory)  # type: ignore[arg-type]
+    with session(simulation, driver, options, BatchRange(1, 2, 4)) as opened:
+        for shape in [(1, 32, 32), (4, 64, 64), (2, 16, 48), (2, 16, 48), (1, 32, 32)]:
+            image = images(*shape)
+            np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+        with pytest.raises(
+            InputError, match=r"uint8 \(5, 32, 32, 3\), this engine takes uint8 \(1\.\.4, 16\.\.64, 16\.\.64, 3\)"
+        ):
+            opened.run(images(5))
+    shapes = [call.arguments["shape"] for call in simulation.recorder.of("IExecutionContext.set_input_shape")]
+    assert shapes == [(1, 32, 32, 3), (4, 64, 64, 3), (2, 16, 48, 3), (1, 32, 32, 3)], "set once for each change"
+
+
+def test_results_belong_to_the_caller(stub: Stub, driver: DriverName) -> None:
+    simulation = Simulation(stub, model())
+    with session(simulation, driver) as opened:
+        first_image = images()
+        first = opened.run(first_image)["mask"]
+        opened.run(images())
+        np.testing.assert_array_equal(first, simulation.masks(first_image))
+    np.testing.assert_array_equal(first, simulation.masks(first_image))
+
+
+def test_several_outputs(stub: Stub, driver: DriverName) -> None:
+    simulation = Simulation(stub, model(confidence=True))
+    with session(simulation, driver) as opened:
+        image = images()
+        found = opened.run(image)
+        mask, confidence = simulation.reference.run(["mask", "confidence"], {"image": image})
+        np.testing.assert_array_equal(found["mask"], mask)
+        np.testing.assert_array_equal(found["confidence"], confidence)
+
+
+def test_stage_times(stub: Stub, driver: DriverName) -> None:
+    simulation = Simulation(stub, model())
+    with session(simulation, driver) as opened:
+        assert isinstance(opened, TimedSession)
+        assert isinstance(opened, PipelinedSession)
+        assert isinstance(opened, DeviceSession)
+        image = images()
+        found, times = opened.run_timed(image)
+        np.testing.assert_array_equal(found["mask"], simulation.masks(image))
+        assert times.h2d_ms is not None
+        assert times.d2h_ms is not None
+        assert min(times.h2d_ms, times.d2h_ms, times.enqueue_ms) >= 0
+        assert times.compute_ms > 0
+    with session(simulation, driver, SessionOptions(host_memory="mapped")) as opened:
+        times = opened.run_timed(images())[1]
+        assert times.h2d_ms is None
+        assert times.d2h_ms is None
+
+
+def test_mapped_memory_copies_nothing_and_is_the_choice_on_integrated_gpus(
+    stub: Stub, driver: DriverName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulation = Simulation(stub, model())
+    monkeypatch.setenv("STUB_CUDA_INTEGRATED", "1")
+    with session(simulation, driver) as opened:
+        opened.run(images())
+        assert "device memory" not in stub.live()
+        stub.record_calls()
+        opened.run(images())
+        assert not [call for call in stub.calls() if "Memcpy" in call]
+
+
+def test_many_batches_overlap_and_stay_in_order(stub: Stub, driver: DriverName) -> None:
+    simulation = Simulation(stub, model())
+    batches = [images() for _ in range(7)]
+    with session(simulation, driver) as opened:
+        stub.record_calls()
+        found = list(opened.run_many(iter(batches)))
+        calls = [call for call in stub.calls() if call in ("cuMemcpyHtoDAsync_v2", "cuStreamSynchronize")]
+        for batch, result in zip(batches, found, strict=True):
+            np.testing.assert_array_equal(result["mask"], simulation.masks(batch))
+        # The second batch is on its way before the first is waited for.
+        assert calls[:3] == ["cuMemcpyHtoDAsync_v2", "cuMemcpyHtoDAsync_v2", "cuStreamSynchronize"]
+
+
+@pytest.mark.parametrize("contexts", [1, 2, 3])
+def test_many_batches_leave_room_for_others_and_can_be_broken_off(
+    stub: Stub, driver: DriverName, contexts: int
+) -> None:
+    simulation = Simulation(stub, model())
+    with session(simulation, driver, SessionOptions(contexts=contexts)) as opened:
+        for _ in opened.run_many(images() for _ in range(4)):
+            image = images()  # would wait for ever if the iterator held every context here
+            np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+        iterator = opened.run_many(images() for _ in range(4))
+        next(iterator)
+        iterator.close()  # type: ignore[attr-defined]
+        assert opened.run(images())["mask"].shape == (1, SIDE, SIDE)
+        wrong = iter([images(), images(), images(2)])
+        results = opened.run_many(wrong)
+        assert next(results)
+        assert next(results)
+        with pytest.raises(InputError, match="this engine takes"):
+            next(results)
+
+
+def test_eight_threads_and_nothing_is_left(stub: Stub, driver: DriverName, memory: str) -> None:
+    """The soak: threads, a bounded number of contexts, failures in between, and every count back to zero."""
+    simulation = Simulation(stub, model("n", ("h", "w")), "11.4.0.106", DYNAMIC)
+    wrong: list[str] = []
+
+    def work(opened: TensorRTSession, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for turn in range(25):
+            side = 8 * int(rng.integers(2, 8))
+            image = images(int(rng.integers(1, 5)), side, side, seed * 1000 + turn)
+            try:
+                if turn % 5 == 4:
+                    mask = next(iter(opened.run_many([image])))["mask"]
+                else:
+                    mask = opened.run(image)["mask"]
+            except DeviceError as exc:
+                if "CUDA_ERROR_OUT_OF_MEMORY" not in str(exc) and "refuses to run" not in str(exc):
+                    wrong.append(repr(exc))
+                failed.append(seed)
+            else:
+                if not np.array_equal(mask, simulation.masks(image)):
+                    wrong.append(f"thread {seed}, turn {turn}")
+
+    failed: list[int] = []
+    options = SessionOptions(contexts=3, host_memory=memory)  # type: ignore[arg-type]
+    with session(simulation, driver, options, BatchRange(1, 2, 4)) as opened:
+        threads = [threading.Thread(target=work, args=(opened, seed)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for k in (3, 5, 9):
+            stub.fail("cuMemHostAlloc", k, OUT_OF_MEMORY)
+            threading.Event().wait(0.02)
+            stub.fail("kernel", k, LAUNCH_FAILED)
+            threading.Event().wait(0.02)
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert stub.live()["streams"] <= 3
+        assert "context pushes" not in stub.live()
+    assert stub.made("streams") >= 3
+
+
+FAILING = [
+    "cuMemAlloc_v2",
+    "cuMemHostAlloc",
+    "cuStreamCreate",
+    "cuEventCreate",
+    "cuMemcpyHtoDAsync_v2",
+    "kernel",
+    "cuMemcpyDtoHAsync_v2",
+    "cuStreamSynchronize",
+]
+
+
+@pytest.mark.parametrize("function", FAILING)
+@pytest.mark.parametrize("code", [OUT_OF_MEMORY, LAUNCH_FAILED])
+def test_a_failure_half_way_is_told_frees_everything_and_is_not_repeated(
+    stub: Stub, driver: DriverName, function: str, code: int
+) -> None:
+    """Each call fails in turn, from loading to the last copy, until one run goes through without a failure."""
+    simulation = Simulation(stub, model())
+    image = images()
+    told = 0
+    for k in range(1, 30):
+        stub.fail(function, k, code)
+        try:
+            with session(simulation, driver) as opened:
+                try:
+                    opened.run(image)
+                except EdgesegError:
+                    # The same session again: what failed must not have broken it.
+                    np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+                    raise
+        except DeviceError as exc:
+            told += 1
+            assert "\n" not in str(exc)
+            assert "CUDA_ERROR" in str(exc) or "refuses to run" in str(exc)
+        else:
+            break
+        assert stub.live() == {}
+    pycuda_asks_twice = driver == "pycuda" and function == "cuMemAlloc_v2"
+    assert told == k - 1 >= (0 if pycuda_asks_twice else 1)
+
+
+def test_a_lost_gpu_says_so_and_closing_says_nothing_else(stub: Stub, driver: DriverName) -> None:
+    simulation = Simulation(stub, model())
+    opened = session(simulation, driver)
+    stub.fail("cuStreamSynchronize", 1, LAUNCH_FAILED, sticky=True)
+    with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_FAILED.*restart"):
+        opened.run(images())
+    stub.work_again()
+    opened.close()
+    opened.close()
+    with pytest.raises(InputError, match="closed"):
+        opened.run(images())
+
+
+def test_tensorrt_refusing(stub: Stub, driver: DriverName) -> None:
+    simulation = Simulation(stub, model())
+    with session(simulation, driver) as opened:
+        simulation.refuse = 1
+        with pytest.raises(DeviceError, match="refuses to run the engine"):
+            opened.run(images())
+        image = images()
+        np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+    simulation.recorder.behaviour["ICudaEngine.create_execution_context"] = lambda engine, **_: None
+    with pytest.raises(DeviceError, match="execution context with .* MiB of GPU memory free"):
+        session(simulation, driver)
+
+
+def test_what_the_engine_does_not_take(stub: Stub, driver: DriverName) -> None:
+    simulation = Simulation(stub, model())
+    with session(simulation, driver) as opened:
+        with pytest.raises(InputError, match=r"images are float32 .*takes uint8 \(1, 32, 32, 3\)"):
+            opened.run(images().astype(np.float32))  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="this engine takes"):
+            opened.run(images(1, 64, 64))
+        assert stub.made("streams") >= 1
+
+
+def test_closing_while_a_result_is_pending(stub: Stub, driver: DriverName) -> None:
+    simulation = Simulation(stub, model())
+    opened = session(simulation, driver)
+    iterator = opened.run_many(images() for _ in range(4))
+    next(iterator)
+    opened.close()
+    assert stub.live()["streams"] == 1, "the batch in flight is still there"
+    with pytest.raises(InputError, match="closed"):
+        next(iterator)
+
+
+# -- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+def test_cuda_graph_is_recorded_after_the_first_run_of_a_shape(stub: Stub, driver: DriverName) -> None:
+    if driver == "pycuda":
+        simulation = Simulation(stub, model())
+        with pytest.warns(RuntimeWarning, match="pycuda has none"):
+            opened = session(simulation, driver, SessionOptions(cuda_graph=True))
+        with opened:
+            image = images()
+            np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+            assert "cuda-bindings" in opened.notes[0]
+        return
+    simulation = Simulation(stub, model("n", ("h", "w")), "10.16.1.11", DYNAMIC)
+    with session(simulation, driver, SessionOptions(cuda_graph=True), BatchRange(1, 2, 4)) as opened:
+        sequence = [1, 1, 1, 1, 2, 2, 2]
+        stub.record_calls()
+        for n in sequence:
+            image = images(n)
+            np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+        calls = stub.calls()
+        assert calls.count("cuStreamBeginCapture_v2") == 2, "once a shape"
+        assert calls.count("cuGraphLaunch") == 5, "all but the first run of each shape"
+        assert simulation.executed == 4, "one eager run and one recording a shape"
+        assert stub.live()["graph execs"] == 1
+        assert opened.notes == ()
+
+
+def test_a_graph_that_cannot_be_recorded_is_said_and_done_without(stub: Stub, driver: DriverName) -> None:
+    if driver == "pycuda":
+        pytest.skip("pycuda has no CUDA graphs")
+    simulation = Simulation(stub, model())
+    with session(simulation, driver, SessionOptions(cuda_graph=True)) as opened:
+        opened.run(images())
+        stub.fail("cuGraphInstantiateWithFlags", 1, OUT_OF_MEMORY)
+        image = images()
+        with pytest.warns(RuntimeWarning, match="no CUDA graph, every inference is enqueued anew: cuGraphInstantiate"):
+            found = opened.run(image)
+        np.testing.assert_array_equal(found["mask"], simulation.masks(image))
+        np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+        assert len(opened.notes) == 1
+
+
+# -- arrays on the device ---------------------------------------------------------------------------------------------
+
+
+class OnDevice:
+    """An array of another library in the stub's device memory, at an offset, written by a stream of its own."""
+
+    def __init__(self, driver: DriverName, array: np.ndarray, offset: int = 0, version: int = 3) -> None:
+        self.cuda = open_cuda(driver)
+        self.memory = self.cuda.device_memory(array.nbytes + offset)
+        self.stream = self.cuda.stream()
+        self.array, self.offset, self.version = np.ascontiguousarray(array), offset, version
+        with self.cuda.active():
+            self.stream.copy_to_device(self.memory.address + offset, self.array.reshape(-1).view(np.uint8))
+            if driver == "pycuda":  # whose wait for the whole device the stub does not have
+                self.stream.synchronize()
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]:
+        return {
+            "shape": self.array.shape,
+            "typestr": self.array.dtype.str,
+            "data": (self.memory.address + self.offset, False),
+            "version": self.version,
+            "stream": self.stream.address,
+        }
+
+
+@pytest.fixture
+def on_device(driver: DriverName) -> Iterator[list[OnDevice]]:
+    made: list[OnDevice] = []
+    yield made
+    for each in made:
+        each.cuda.close()
+
+
+@pytest.mark.parametrize("offset", [0, 64])
+def test_an_array_on_the_device_is_read_in_place(
+    stub: Stub, driver: DriverName, on_device: list[OnDevice], offset: int
+) -> None:
+    simulation = Simulation(stub, model())
+    image = images()
+    on_device.append(OnDevice(driver, image[0], offset))
+    with session(simulation, driver) as opened:
+        stub.record_calls()
+        found = opened.run_device(on_device[0])
+        copies = [call for call in stub.calls() if "Memcpy" in call]
+        # TensorRT wants addresses in multiples of 256 bytes; others are copied, on the device.
+        wanted = ["cuMemcpyDtoDAsync_v2"] if offset else []
+        assert copies in (wanted, ["cuMemcpyHtoDAsync_v2", *wanted])  # the writer's own copy may be deferred till then
+        with found["mask"] as mask:
+            np.testing.assert_array_equal(mask.numpy(), simulation.masks(image))
+            assert mask.__cuda_array_interface__["shape"] == (1, SIDE, SIDE)
+            assert mask.__cuda_array_interface__["data"][0] == mask.address
+        with pytest.raises(InputError, match="closed"):
+            mask.numpy()
+        # Host images afterwards use the lane's own buffers again.
+        np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+
+
+def test_device_memory_of_results_is_used_again(stub: Stub, driver: DriverName, on_device: list[OnDevice]) -> None:
+    simulation = Simulation(stub, model())
+    image = images()
+    on_device.append(OnDevice(driver, image))
+    with session(simulation, driver) as opened:
+        first = opened.run_device(on_device[0])["mask"]
+        second = opened.run_device(on_device[0])["mask"]
+        assert first.address != second.address, "a result in use is not overwritten"
+        address = first.address
+        first.close()
+        made = stub.made("device memory")
+        third = opened.run_device(on_device[0])["mask"]
+        assert third.address == address
+        assert stub.made("device memory") == made
+        kept = third
+    with pytest.raises(InputError, match="closed"):
+        kept.numpy()
+
+
+def test_dlpack_results_live_as_long_as_their_taker(stub: Stub, driver: DriverName, on_device: list[OnDevice]) -> None:
+    simulation = Simulation(stub, model())
+    image = images()
+    on_device.append(OnDevice(driver, image))
+    with session(simulation, driver) as opened:
+        mask = opened.run_device(on_device[0])["mask"]
+        assert mask.__dlpack_device__() == (dlpack.CUDA, 0)
+        taken = dlpack.receive(mask.__dlpack__(stream=1))
+        address, shape = mask.address, mask.shape
+        del mask
+        assert (taken.address, taken.shape, taken.dtype) == (address, shape, np.uint8)
+        other = opened.run_device(on_device[0])["mask"]
+        assert other.address != address
+        host = np.ctypeslib.as_array((ctypes.c_uint8 * (SIDE * SIDE)).from_address(address))
+        np.testing.assert_array_equal(host.reshape(shape), simulation.masks(image))
+        taken.release()
+        again = opened.run_device(on_device[0])["mask"]
+        assert again.address == address, "given back, and used again"
+
+
+def test_a_failure_on_the_device_path_frees_the_results(
+    stub: Stub, driver: DriverName, on_device: list[OnDevice]
+) -> None:
+    simulation = Simulation(stub, model())
+    image = images()
+    on_device.append(OnDevice(driver, image))
+    with session(simulation, driver) as opened:
+        for function in ("kernel", "cuStreamSynchronize"):
+            stub.fail(function, 1, LAUNCH_FAILED)
+            with pytest.raises(DeviceError):
+                opened.run_device(on_device[0])
+        with opened.run_device(on_device[0])["mask"] as mask:
+            np.testing.assert_array_equal(mask.numpy(), simulation.masks(image))
+
+
+def test_arrays_that_do_not_fit(stub: Stub, driver: DriverName, on_device: list[OnDevice]) -> None:
+    simulation = Simulation(stub, model())
+    on_device += [OnDevice(driver, images(1, 64, 64)), OnDevice(driver, images()[..., :2].astype(np.float32))]
+    with session(simulation, driver) as opened:
+        streams = stub.made("streams")
+        for image, said in [
+            (on_device[0], "this engine takes"),
+            (on_device[1], "float32; give uint8"),
+            (images(), "on DLPack device"),
+            ([1, 2], "list.*__cuda_array_interface__"),
+        ]:
+            with pytest.raises(InputError, match=said):
+                opened.run_device(image)
+        assert stub.made("streams") == streams, "a wrong image costs no context"
+
+
+# -- the same Segmenter -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_segmenter_gives_the_masks_of_onnxruntime(stub: Stub, driver: DriverName, version: str) -> None:
+    from edgeseg.backends.onnxruntime import OnnxRuntimeSession
+
+    simulation = Simulation(stub, model(), version)
+    with Segmenter(session(simulation, driver), spec()) as ours:
+        theirs = Segmenter(OnnxRuntimeSession(simulation.reference), spec())
+        for height, width in [(SIDE, SIDE), (50, 70), (20, 31)]:
+            photo = images(1, height, width)[0]
+            np.testing.assert_array_equal(ours(photo), theirs(photo))
+        batch = images(3, 40, 40)
+        np.testing.assert_array_equal(ours(batch), theirs(batch))

@@ -1,0 +1,160 @@
+"""``edgeseg compile`` of a portable folder on a device with TensorRT, on recorded modules: torch-free, options kept."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded_tensorrt import VERSIONS, Recorder
+from recorded_tensorrt.graphs import SIDE, small_model
+
+from edgeseg import recompile
+from edgeseg.artifacts import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    FileRef,
+    Manifest,
+    OnnxGraph,
+    open_engine,
+    sha256_file,
+    write_json,
+)
+from edgeseg.backends.portable import check_options, portable_engine
+from edgeseg.backends.tensorrt import TensorRTBackend
+from edgeseg.backends.tensorrt_device import Gpu
+from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
+from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Precision
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGESEG_CACHE", str(tmp_path / "cache"))
+
+
+def portable_folder(folder: Path, precision: Precision = "int8", **options: Any) -> Path:
+    """What a build for TensorRT without a GPU leaves behind."""
+    folder.mkdir()
+    path = folder / "model.onnx"
+    implicit = bool(options.get("implicit_calibration"))
+    path.write_bytes(small_model("fp32" if implicit else precision).SerializeToString())
+    ranges = {name: TensorRange(-1.0, 1.0, -1.0, 1.0) for name in ("x", "encoder.conv1.r", "decoder.block.r")}
+    table = CalibrationTable(TABLE_SCHEMA_VERSION, "minmax", {}, dict.fromkeys(KEY_CAUSES, "0"), 8, ranges)
+    table.save(folder / "calibration.json")
+    spec = PipelineSpec(ModelSpec("unet", classes=4), InputSpec(SIDE, SIDE))
+    graph = OnnxGraph(path, sha256_file(path), precision, spec, "0" * 64, None if implicit else "tensorrt")
+    built = portable_engine(graph, "tensorrt", precision, options)
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        edgeseg_version="0",
+        name=folder.name,
+        spec=spec,
+        precision=built.precision,
+        target="tensorrt",
+        scheme=graph.scheme,
+        graph=FileRef.of(path),
+        engine=None,
+        calibration=FileRef.of(folder / "calibration.json"),
+        weights="random",
+        inputs_sha256={"weights": "0"},
+        options=built.options,
+        versions={},
+        device={},
+    )
+    write_json(folder / MANIFEST_NAME, manifest)
+    return folder
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let ``compile`` find TensorRT of a version and a GPU."""
+
+    def install(version: str) -> Recorder:
+        recorder = Recorder(version)
+        backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: Gpu("Orin", (8, 7)))
+        monkeypatch.setattr(recompile, "require_builder", lambda name: backend)
+        return recorder
+
+    return install
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_engine_joins_the_portable_graph(tmp_path: Path, on_device: Any, version: str) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    on_device(version)
+    recompile.compile_folder(folder)
+    manifest = open_engine(folder).manifest
+    assert manifest.engine is not None and manifest.engine.name == "engine.plan"
+    assert [ref.name for ref in manifest.extra_files] == ["tensorrt.log"]
+    assert manifest.device == {"gpu": "Orin", "compute_capability": "8.7"}
+    assert manifest.versions == {"tensorrt": version}
+    assert manifest.precision.mac_share == {"int8": 1.0} and manifest.verification is None
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "calibration.json",
+        "engine.plan",
+        "manifest.json",
+        "model.onnx",
+        "tensorrt.log",
+    ]
+
+
+def test_options_of_the_build_are_those_of_the_compile_unless_given_again(tmp_path: Path, on_device: Any) -> None:
+    folder = portable_folder(tmp_path / "fpn", workspace_mb=64, optimization_level=2)
+    on_device("10.3.0")
+    manifest = recompile.compile_folder(folder, options={"optimization_level": 5}).manifest
+    assert (manifest.options["workspace_mb"], manifest.options["optimization_level"]) == (64, 5)
+
+
+@pytest.mark.parametrize("version", VERSIONS[:3])
+def test_implicit_int8_comes_from_the_table_in_the_folder(tmp_path: Path, on_device: Any, version: str) -> None:
+    folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)
+    recorder = on_device(version)
+    manifest = recompile.compile_folder(folder).manifest
+    assert manifest.precision.requested == "int8" and manifest.precision.mac_share == {"int8": 1.0}
+    assert "INT8" in recorder.set_flags()
+    assert [ref.name for ref in manifest.extra_files] == ["tensorrt.log", "calibration.cache"]
+    assert (folder / "calibration.cache").read_text().splitlines()[1] == "x: 3c010204"  # float32(1 / 127)
+
+
+def test_11_takes_no_implicit_int8_and_leaves_the_folder_as_it_was(tmp_path: Path, on_device: Any) -> None:
+    folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    on_device("11.4.0.106")
+    with pytest.raises(SpecError, match="no implicit calibration"):
+        recompile.compile_folder(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["fpn"]
+
+
+def test_a_failed_build_leaves_the_folder_as_it_was(tmp_path: Path, on_device: Any) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    on_device("10.3.0").fakery.build_error = "Error Code 9: out of luck at encoder.conv1/Conv"
+    with pytest.raises(BuildError, match="at node encoder.conv1/Conv"):
+        recompile.compile_folder(folder)
+    assert open_engine(folder).manifest.engine is None
+
+
+def test_a_portable_folder_does_not_load_and_says_what_to_run(tmp_path: Path) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    with pytest.raises(ArtifactError, match=f"portable graph only; run: edgeseg compile {folder}"):
+        TensorRTBackend().load(open_engine(folder))
+
+
+def test_options_are_checked_when_the_folder_is_made() -> None:
+    with pytest.raises(SpecError, match="dla_core is -1"):
+        check_options("tensorrt", {"dla_core": -1})
+    with pytest.raises(SpecError, match="no build option 'dla_core'"):
+        check_options("tensorrt-rtx", {"dla_core": 0})
+    check_options("onnxruntime", {"anything": "the backend itself says"})
+
+
+def test_building_for_tensorrt_imports_no_torch() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'segmentation_models_pytorch', 'timm')));"
+        "import edgeseg.backends.tensorrt, edgeseg.backends.tensorrt_graph, edgeseg.backends.tensorrt_inspector,"
+        "edgeseg.backends.tensorrt_implicit, edgeseg.backends.tensorrt_rtx, edgeseg.recompile"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

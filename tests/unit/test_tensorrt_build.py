@@ -1,0 +1,658 @@
+"""The tensorrt backend on recorded modules: names, signatures and order fit 8.6, 10.3, 10.16 and 11.4. No GPU, no engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+from recorded_tensorrt import VERSIONS, Recorder
+from recorded_tensorrt.graphs import SIDE, small_model
+
+from edgeseg.artifacts import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Engine,
+    FileRef,
+    Manifest,
+    OnnxGraph,
+    sha256_file,
+    write_json,
+)
+from edgeseg.backends import tensorrt as tensorrt_module
+from edgeseg.backends import tensorrt_device, tensorrt_implicit
+from edgeseg.backends.base import BuiltEngine
+from edgeseg.backends.tensorrt import TensorRTBackend, device_memory_bytes
+from edgeseg.backends.tensorrt_calibration import cache_text
+from edgeseg.backends.tensorrt_device import Gpu
+from edgeseg.backends.tensorrt_kept import timing_cache_path
+from edgeseg.backends.tensorrt_options import profile_shapes
+from edgeseg.errors import ArtifactError, BuildError, MissingDependencyError, SpecError
+from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
+
+ORIN = Gpu("Orin", (8, 7))
+TEN = ("10.3.0", "10.16.1.11")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGESEG_CACHE", str(tmp_path / "cache"))
+
+
+def portable(folder: Path, precision: str = "fp32", dynamic: bool = False, scheme: str | None = None) -> OnnxGraph:
+    folder.mkdir(exist_ok=True)
+    path = folder / "model.onnx"
+    batch: Any = "batch" if dynamic else 1
+    size: Any = ("height", "width") if dynamic else (SIDE, SIDE)
+    path.write_bytes(small_model(precision, batch, size).SerializeToString())
+    spec = PipelineSpec(
+        ModelSpec("unet", classes=4),
+        InputSpec(SIDE, SIDE, batch=BatchRange(1, 2, 4) if dynamic else BatchRange(), dynamic_size=dynamic),
+    )
+    return OnnxGraph(path, sha256_file(path), precision, spec, "0" * 64, scheme)  # type: ignore[arg-type]
+
+
+def backend_of(recorder: Recorder, gpu: Gpu = ORIN) -> TensorRTBackend:
+    return TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: gpu)
+
+
+def build(
+    folder: Path,
+    recorder: Recorder,
+    precision: str = "fp32",
+    dynamic: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> BuiltEngine:
+    graph = portable(folder / "engine", precision, dynamic)
+    return backend_of(recorder).build(graph, graph.path.parent, options, progress)
+
+
+def network_flags(recorder: Recorder) -> set[str]:
+    (call,) = recorder.of("Builder.create_network")
+    flags = recorder.module.NetworkDefinitionCreationFlag
+    given = call.arguments.get("flags", 0)
+    return {flag.name for flag in flags if given >> int(flag) & 1}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_builds_every_precision(tmp_path: Path, version: str, precision: str) -> None:
+    recorder = Recorder(version)
+    built = build(tmp_path, recorder, precision)
+    assert built.path is not None and built.path.stat().st_size > 0
+    assert built.precision.mac_share == {precision: 1.0}
+    assert built.precision.macs == SIDE * SIDE * 9 * (3 * 8 + 8 * 4)
+    assert built.versions == {"tensorrt": version}
+    assert built.device == {"gpu": "Orin", "compute_capability": "8.7"}
+    weak = version.startswith("8.")
+    assert built.options["typing"] == ("weak" if weak else "strong")
+    assert network_flags(recorder) == ({"EXPLICIT_BATCH"} if weak else {"STRONGLY_TYPED"})
+    wanted = {"fp32": set(), "fp16": {"FP16"}, "int8": {"FP16", "INT8"}}[precision] if weak else set()
+    assert recorder.set_flags() == wanted
+
+
+@pytest.mark.parametrize("version", TEN)
+def test_weak_typing_on_ten(tmp_path: Path, version: str) -> None:
+    recorder = Recorder(version)
+    build(tmp_path, recorder, "int8", typing="weak", allow_fp16=False)
+    assert network_flags(recorder) == set()
+    assert recorder.set_flags() == {"INT8"}
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "options", "message"),
+    [
+        ("8.6.1", "fp16", {"typing": "strong"}, "8.6.1 has no strong typing"),
+        ("11.4.0.106", "fp16", {"typing": "weak"}, "11.4.0.106 has strong typing only"),
+        ("11.4.0.106", "fp32", {"implicit_calibration": True}, "no implicit calibration"),
+        ("8.6.1", "fp32", {"strip_weights": True}, "8.6.1 has no BuilderFlag STRIP_PLAN"),
+        ("11.4.0.106", "fp32", {"tactic_sources": "CUDNN"}, "no TacticSource CUDNN .it has .*JIT_CONVOLUTIONS"),
+        (
+            "10.3.0",
+            "fp32",
+            {"hardware_compatibility": "same_compute_capability"},
+            "no HardwareCompatibilityLevel SAME_COMPUTE_CAPABILITY",
+        ),
+        ("10.3.0", "int8", {"profiling_verbosity": "none"}, "would leave int8 unproven"),
+        ("10.3.0", "int8", {"dla_core": 0}, "takes no Q/DQ graph"),
+        ("10.3.0", "fp32", {"dla_core": 0}, "fp16 and int8 only"),
+        ("10.3.0", "fp16", {"dla_core": 0}, "this device has 0 DLA cores"),
+        ("10.3.0", "fp32", {"min_size": "32x32"}, "dynamic size"),
+        ("10.3.0", "fp32", {"workspace": 1}, "no build option 'workspace'; did you mean 'workspace_mb'"),
+        ("10.3.0", "fp32", {"workspace_mb": 0}, "workspace_mb is 0; give MiB"),
+        ("10.3.0", "fp32", {"optimization_level": 6}, "from 0 to 5"),
+        ("10.3.0", "fp32", {"refit": "yes"}, "true or false"),
+        ("10.3.0", "fp32", {"typing": "strnog"}, "unknown typing 'strnog'; did you mean 'strong'"),
+        ("10.3.0", "fp32", {"calibration_cache": "x"}, "with implicit_calibration=true only"),
+        ("10.3.0", "int8", {"implicit_calibration": True}, "has Q/DQ nodes, implicit calibration needs the fp32 graph"),
+    ],
+)
+def test_what_cannot_be_is_said_before_a_build(
+    tmp_path: Path, version: str, precision: str, options: dict[str, Any], message: str
+) -> None:
+    recorder = Recorder(version)
+    with pytest.raises(SpecError, match=message):
+        build(tmp_path, recorder, precision, **options)
+    assert "Builder.build_serialized_network" not in recorder.names
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_options_reach_tensorrt_and_the_manifest(tmp_path: Path, version: str) -> None:
+    recorder = Recorder(version)
+    trt = recorder.module
+    built = build(
+        tmp_path,
+        recorder,
+        "fp16",
+        workspace_mb=64,
+        optimization_level=4,
+        aux_streams=0,
+        tactic_sources="jit_convolutions,EDGE_MASK_CONVOLUTIONS",
+        hardware_compatibility="ampere_plus",
+        version_compatible=True,
+        refit=True,
+        tf32=False,
+        timing_cache=False,
+    )
+    assert recorder.of("IBuilderConfig.set_memory_pool_limit")[0].arguments == {
+        "pool": trt.MemoryPoolType.WORKSPACE,
+        "pool_size": 64 << 20,
+    }
+    values = {call.name: call.arguments["value"] for call in recorder.calls if call.name.endswith(" =")}
+    assert values["IBuilderConfig.builder_optimization_level ="] == 4
+    assert values["IBuilderConfig.max_aux_streams ="] == 0
+    assert values["IBuilderConfig.hardware_compatibility_level ="] is trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    assert values["IBuilderConfig.profiling_verbosity ="] is trt.ProfilingVerbosity.DETAILED
+    sources = trt.TacticSource
+    (mask,) = recorder.of("IBuilderConfig.set_tactic_sources")
+    assert mask.arguments["tactic_sources"] == (
+        1 << int(sources.JIT_CONVOLUTIONS) | 1 << int(sources.EDGE_MASK_CONVOLUTIONS)
+    )
+    assert {"VERSION_COMPATIBLE", "REFIT", "DISABLE_TIMING_CACHE"} <= recorder.set_flags()
+    assert recorder.of("IBuilderConfig.clear_flag")[0].arguments["flag"] is trt.BuilderFlag.TF32
+    assert built.options["workspace_mb"] == 64 and built.options["hardware_compatibility"] == "ampere_plus"
+    # A version compatible plan carries code: the runtime is told that it is ours.
+    assert recorder.of("Runtime.engine_host_code_allowed =")[0].arguments["value"] is True
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_dynamic_shapes_become_a_profile(tmp_path: Path, version: str) -> None:
+    recorder = Recorder(version)
+    recorder.fakery.dynamic_formats = True
+    built = build(tmp_path, recorder, "int8", dynamic=True, max_size="128x64")
+    (call,) = recorder.of("IOptimizationProfile.set_shape")
+    assert call.arguments == {
+        "input": "image",
+        "min": (1, 32, 32, 3),
+        "opt": (2, 32, 32, 3),
+        "max": (4, 128, 64, 3),
+    }
+    # Up to 10 the inspector knows no formats then: the weights say what a convolution runs in.
+    assert built.precision.mac_share == {"int8": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "options", "least", "most"),
+    [
+        ({}, {}, (64, 96), (256, 384)),
+        ({"min_size": (33, 40), "max_size": (200, 192)}, {}, (64, 64), (192, 192)),
+        ({"min_size": (33, 40)}, {"min_size": "32x32", "max_size": "128x192"}, (32, 32), (128, 192)),
+    ],
+)
+def test_bounds_of_a_dynamic_size(bounds: Any, options: Any, least: Any, most: Any) -> None:
+    spec = InputSpec(128, 192, dynamic_size=True, **bounds)
+    shapes = profile_shapes(spec, options.get("min_size"), options.get("max_size"))
+    assert shapes == ((1, *least, 3), (1, 128, 192, 3), (1, *most, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("100x96", None), "min_size 100x96 does not fit: this model needs multiples of 32"),
+        (("160x192", None), "do not hold the engine's own 128x192"),
+        ((None, "64x64"), "do not hold the engine's own 128x192"),
+    ],
+)
+def test_bounds_that_do_not_hold_the_engine(options: tuple[str | None, str | None], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        profile_shapes(InputSpec(128, 192, dynamic_size=True), *options)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_timing_cache_is_kept_per_device_and_version(tmp_path: Path, version: str) -> None:
+    first, second = Recorder(version), Recorder(version)
+    build(tmp_path, first)
+    assert first.of("IBuilderConfig.create_timing_cache")[0].arguments["serialized_timing_cache"] == b""
+    build(tmp_path, second)
+    assert second.of("IBuilderConfig.create_timing_cache")[0].arguments["serialized_timing_cache"] == b"+timed"
+    path = timing_cache_path(ORIN, version)
+    assert path.read_bytes() == b"+timed+timed"
+    assert path not in (timing_cache_path(Gpu("Thor", (11, 0)), version), timing_cache_path(ORIN, "8.5.2"))
+
+
+def test_a_foreign_timing_cache_is_not_used(tmp_path: Path) -> None:
+    recorder = Recorder("10.3.0", {"IBuilderConfig.set_timing_cache": refuse_filled})
+    (tmp_path / "old.cache").write_bytes(b"another gpu")
+    build(tmp_path, recorder, timing_cache=str(tmp_path / "old.cache"))
+    assert (tmp_path / "old.cache").read_bytes() == b"+timed"
+
+
+def refuse_filled(config: Any, cache: Any, ignore_mismatch: bool) -> bool:
+    config._state["timing_cache"] = cache
+    assert not ignore_mismatch
+    return not cache._state["content"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_progress_is_told_where_there_is_a_monitor(tmp_path: Path, version: str) -> None:
+    told: list[tuple[int, int]] = []
+    build(tmp_path, Recorder(version), progress=lambda done, total: told.append((done, total)))
+    assert told == ([] if version.startswith("8.") else [(33, 100), (66, 100), (100, 100)])
+
+
+@pytest.mark.parametrize("version", VERSIONS[1:])
+def test_ctrl_c_stops_a_build(tmp_path: Path, version: str) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    recorder = Recorder(version)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, recorder, progress=interrupt)
+    assert not (tmp_path / "engine" / "engine.plan").exists()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_parser_error_names_node_and_module(tmp_path: Path, version: str) -> None:
+    recorder = Recorder(version)
+    recorder.fakery.parse_error = (3, "Assertion failed:\n  no luck")
+    with pytest.raises(BuildError) as raised:
+        build(tmp_path, recorder)
+    assert str(raised.value) == (
+        f"TensorRT {version} cannot parse model.onnx: Assertion failed: no luck, at node encoder.conv1/Conv "
+        "(module encoder.conv1 of the SMP model)"
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_builder_error_names_node_and_module_and_leaves_the_log(tmp_path: Path, version: str) -> None:
+    recorder = Recorder(version)
+    recorder.fakery.messages = [("INFO", "Detected 1 inputs"), ("VERBOSE", "chatter")]
+    recorder.fakery.build_error = (
+        "Error Code 10: no implementation for node {ForeignNode[decoder.block/Conv + decoder.block/Relu]}."
+    )
+    with pytest.raises(BuildError, match="at node decoder.block/Conv .module decoder.block of") as raised:
+        build(tmp_path, recorder)
+    assert "\n" not in str(raised.value)
+    (log,) = (tmp_path / "cache" / "tensorrt-log").iterdir()
+    assert log.read_text().splitlines()[0] == "[INFO] Detected 1 inputs"
+    assert "Error Code 10" in log.read_text() and "chatter" not in log.read_text()
+
+
+def test_the_log_is_left_in_the_engine_folder(tmp_path: Path) -> None:
+    recorder = Recorder("10.3.0")
+    recorder.fakery.messages = [("WARNING", "weights are subnormal")]
+    built = build(tmp_path, recorder)
+    assert built.extra_files == (tmp_path / "engine" / "tensorrt.log",)
+    assert built.extra_files[0].read_text() == "[WARNING] weights are subnormal\n"
+
+
+def test_tensorrt_is_given_one_logger_however_often_it_builds(tmp_path: Path) -> None:
+    recorder = Recorder("10.3.0")
+    build(tmp_path, recorder)
+    build(tmp_path, recorder)
+    loggers = {id(call.arguments["logger"]) for call in recorder.of("Builder.__init__")}
+    assert len(loggers) == 1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_another_precision_than_asked_for_is_an_error(tmp_path: Path, version: str, precision: str) -> None:
+    recorder = Recorder(version)
+    recorder.fakery.layer_dtype = lambda name, dtype: "fp32" if name == "decoder.block/Conv" else dtype
+    with pytest.raises(BuildError, match=f"{precision} was asked for, but .* decoder.block/Conv runs in fp32"):
+        build(tmp_path, recorder, precision)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_only_tensorrt_8_gets_a_float_between_argmax_and_uint8(tmp_path: Path, version: str) -> None:
+    recorder = Recorder(version)
+    build(tmp_path, recorder)
+    model = onnx.load_model_from_string(recorder.of("OnnxParser.parse")[0].arguments["model"])
+    casts = [a.i for n in model.graph.node if n.op_type == "Cast" for a in n.attribute]
+    between = [TensorProto.FLOAT] if version.startswith("8.") else []
+    assert casts == [TensorProto.FLOAT, *between, TensorProto.UINT8]
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_a_graph_of_another_targets_scheme_is_refused(tmp_path: Path) -> None:
+    graph = portable(tmp_path / "engine", "int8")
+    model = onnx.load(str(graph.path))
+    next(t for t in model.graph.initializer if t.name == "zero").CopyFrom(
+        onnx.numpy_helper.from_array(np.uint8(128), "zero")
+    )
+    onnx.save(model, str(graph.path))
+    with pytest.raises(SpecError, match="quantized for another target"):
+        backend_of(Recorder("10.3.0")).build(graph, graph.path.parent, {})
+
+
+# --- implicit calibration ---
+
+
+def table() -> CalibrationTable:
+    names = ("nchw", "x", "encoder.conv1.y", "encoder.conv1.r", "decoder.block.y", "decoder.block.r")
+    ranges = {name: TensorRange(-1.0, 2.54, -1.0, 2.54) for name in names}
+    return CalibrationTable(TABLE_SCHEMA_VERSION, "minmax", {}, dict.fromkeys(KEY_CAUSES, "0"), 8, ranges)
+
+
+@pytest.mark.parametrize("version", VERSIONS[:3])
+def test_ranges_of_the_table_beside_the_graph(tmp_path: Path, version: str) -> None:
+    recorder = Recorder(version)
+    (tmp_path / "engine").mkdir()
+    table().save(tmp_path / "engine" / "calibration.json")
+    built = build(tmp_path, recorder, "fp32", implicit_calibration=True)
+    assert built.precision.requested == "int8" and built.precision.mac_share == {"int8": 1.0}
+    assert {"INT8", "FP16"} <= recorder.set_flags()
+    assert built.options["typing"] == "weak"
+    cache = next(path for path in built.extra_files if path.name == "calibration.cache").read_text()
+    assert cache == cache_text(table(), version)
+    assert "nchw: 3ca3d70a" in cache  # float32(2.54 / 127) = 0.02
+
+
+def test_a_cache_that_is_not_taken_is_an_error(tmp_path: Path) -> None:
+    def asks_anyway(builder: Any, network: Any, config: Any) -> None:
+        config._state["int8_calibrator"].get_batch(["image"])
+
+    recorder = Recorder("8.6.1", {"Builder.build_serialized_network": asks_anyway})
+    (tmp_path / "engine").mkdir()
+    table().save(tmp_path / "engine" / "calibration.json")
+    with pytest.raises(BuildError, match="did not take the calibration cache"):
+        build(tmp_path, recorder, implicit_calibration=True)
+
+
+def test_without_a_table_it_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"no calibration.json beside the graph; give calibration_cache=FILE"):
+        build(tmp_path, Recorder("8.6.1"), implicit_calibration=True)
+
+
+class FakeCuda:
+    """Device memory that is a numpy array; counts what is open. Stands in for :class:`edgeseg.backends.cuda.Cuda`."""
+
+    def __init__(self) -> None:
+        self.open = 1
+        self.copied: list[np.ndarray] = []
+
+    def device_memory(self, size_bytes: int) -> Any:
+        return self._part(address=4096, size_bytes=size_bytes)
+
+    def stream(self) -> Any:
+        part = self._part()
+        part.copy_to_device = lambda address, host: self.copied.append(host.copy())
+        part.synchronize = lambda: None
+        return part
+
+    def close(self) -> None:
+        self.open -= 1
+
+    def _part(self, **fields: Any) -> Any:
+        from types import SimpleNamespace
+
+        self.open += 1
+        return SimpleNamespace(close=self.close, **fields)
+
+
+@pytest.mark.parametrize("version", VERSIONS[:3])
+@pytest.mark.parametrize("calibrator", ["entropy", "minmax"])
+def test_tensorrt_measures_on_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, calibrator: str
+) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr(tensorrt_implicit, "open_cuda", lambda: cuda)
+    images = np.random.default_rng(0).integers(0, 256, (9, SIDE, SIDE, 3), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    recorder = Recorder(version)
+    built = build(
+        tmp_path,
+        recorder,
+        implicit_calibration=True,
+        calibrator=calibrator,
+        calibration_images=str(tmp_path / "images.npy"),
+    )
+    np.testing.assert_array_equal(np.concatenate(cuda.copied), images.reshape(-1))
+    assert cuda.open == 0
+    base = recorder.module.IInt8EntropyCalibrator2 if calibrator == "entropy" else recorder.module.IInt8MinMaxCalibrator
+    assert isinstance(recorder.of("IBuilderConfig.int8_calibrator =")[0].arguments["value"], base)
+    cache = next(path for path in built.extra_files if path.name == "calibration.cache")
+    assert cache.read_bytes() == b"TRT-8601-EntropyCalibration2\nimage: 9\n"
+
+
+def test_an_image_that_vanishes_is_the_error_and_nothing_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    cuda = FakeCuda()
+    monkeypatch.setattr(tensorrt_implicit, "open_cuda", lambda: cuda)
+    for number in range(9):
+        Image.new("RGB", (SIDE, SIDE), (number, 0, 0)).save(tmp_path / f"{number}.png")
+
+    def remove(builder: Any, network: Any, config: Any) -> Any:
+        (tmp_path / "5.png").unlink()
+        from recorded_tensorrt.fake import build_serialized_network
+
+        return build_serialized_network(builder, network, config)
+
+    recorder = Recorder("8.6.1", {"Builder.build_serialized_network": remove})
+    with pytest.raises(BuildError, match="calibration stopped after 5 batches: .*5.png"):
+        build(
+            tmp_path,
+            recorder,
+            implicit_calibration=True,
+            calibrator="entropy",
+            calibration_images=str(tmp_path / "*.png"),
+        )
+    assert cuda.open == 0
+
+
+@pytest.mark.parametrize("version", VERSIONS[:3])
+def test_dla_with_implicit_int8(tmp_path: Path, version: str) -> None:
+    recorder = Recorder(version, {"Builder.num_DLA_cores": lambda builder: 2})
+    (tmp_path / "engine").mkdir()
+    table().save(tmp_path / "engine" / "calibration.json")
+    build(tmp_path, recorder, implicit_calibration=True, dla_core=1)
+    values = {call.name: call.arguments["value"] for call in recorder.calls if call.name.endswith(" =")}
+    assert values["IBuilderConfig.default_device_type ="] is recorder.module.DeviceType.DLA
+    assert values["IBuilderConfig.DLA_core ="] == 1 and values["Runtime.DLA_core ="] == 1
+    assert {"GPU_FALLBACK", "INT8", "FP16"} <= recorder.set_flags()
+
+
+def test_dla_takes_the_typed_graph_on_11(tmp_path: Path) -> None:
+    recorder = Recorder("11.4.0.106", {"Builder.num_DLA_cores": lambda builder: 1})
+    built = build(tmp_path, recorder, "int8", dla_core=0)
+    assert built.options["typing"] == "strong" and recorder.set_flags() == {"GPU_FALLBACK"}
+
+
+# --- load ---
+
+
+def engine_folder(folder: Path, graph: OnnxGraph, built: BuiltEngine) -> Engine:
+    assert built.path is not None
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        edgeseg_version="0",
+        name="e",
+        spec=graph.spec,
+        precision=built.precision,
+        target="tensorrt",
+        scheme=None,
+        graph=FileRef.of(graph.path),
+        engine=FileRef.of(built.path),
+        calibration=None,
+        weights="random",
+        inputs_sha256={"weights": "0"},
+        options=built.options,
+        versions=built.versions,
+        device=built.device,
+    )
+    write_json(folder / MANIFEST_NAME, manifest)
+    return Engine(folder, manifest)
+
+
+class OpenedCuda(FakeCuda):
+    """As much of an opened GPU as ``load`` touches."""
+
+    def active(self) -> Any:
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+
+def load(
+    monkeypatch: pytest.MonkeyPatch, recorder: Recorder, engine: Engine, gpu: Gpu = ORIN
+) -> tuple[Any, OpenedCuda]:
+    cuda = OpenedCuda()
+    monkeypatch.setattr(tensorrt_module, "open_cuda", lambda: cuda)
+    monkeypatch.setattr(tensorrt_module, "open_session", lambda trt, engine, spec, cuda, _: (trt, engine, spec, cuda))
+    try:
+        return backend_of(recorder, gpu).load(engine), cuda
+    except Exception:
+        assert cuda.open == 0  # nothing stays open behind an error
+        raise
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_load_hands_the_engine_to_the_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    graph = portable(tmp_path / "engine", "fp16")
+    built = backend_of(Recorder(version)).build(graph, graph.path.parent, {})
+    recorder = Recorder(version)
+    (trt, engine, spec, cuda), opened = load(monkeypatch, recorder, engine_folder(tmp_path / "engine", graph, built))
+    assert trt is recorder.module and spec == graph.spec and cuda is opened
+    assert [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)] == ["image", "mask"]
+    assert device_memory_bytes(engine) == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("options", "version", "gpu", "fits"),
+    [
+        ({}, "10.3.0", ORIN, True),
+        ({}, "10.16.1.11", ORIN, False),
+        ({}, "10.3.0", Gpu("Orin Nano", (8, 7)), False),
+        ({}, "10.3.0", Gpu("Orin", (8, 6)), False),
+        ({"version_compatible": True}, "10.16.1.11", ORIN, True),
+        ({"version_compatible": True}, "11.4.0.106", ORIN, False),
+        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", Gpu("Thor", (11, 0)), True),
+        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", Gpu("Xavier", (7, 2)), False),
+    ],
+)
+def test_load_asks_for_the_same_tensorrt_and_gpu(
+    tmp_path: Path, options: dict[str, Any], version: str, gpu: Gpu, fits: bool
+) -> None:
+    graph = portable(tmp_path / "engine")
+    built = backend_of(Recorder("10.3.0")).build(graph, graph.path.parent, options)
+    engine = engine_folder(tmp_path / "engine", graph, built)
+    if fits:
+        tensorrt_device.check_built_for(engine, "tensorrt", version, gpu)
+        return
+    with pytest.raises(ArtifactError) as raised:
+        tensorrt_device.check_built_for(engine, "tensorrt", version, gpu)
+    assert str(raised.value) == (
+        f"{engine.folder} was built with tensorrt 10.3.0 for Orin (compute capability 8.7), this is tensorrt {version} on "
+        f"{gpu.name} ({gpu.capability_text}); run: edgeseg compile {engine.folder}"
+    )
+
+
+def test_nothing_is_deserialized_before_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = portable(tmp_path / "engine")
+    built = backend_of(Recorder("10.3.0")).build(graph, graph.path.parent, {})
+    recorder = Recorder("11.4.0.106")
+    with pytest.raises(ArtifactError, match="this is tensorrt 11.4.0.106"):
+        load(monkeypatch, recorder, engine_folder(tmp_path / "engine", graph, built))
+    assert recorder.names == []
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_plan_tensorrt_does_not_take_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    graph = portable(tmp_path / "engine")
+    built = backend_of(Recorder(version)).build(graph, graph.path.parent, {})
+    assert built.path is not None
+    built.path.write_bytes(b"not a plan")
+    with pytest.raises(
+        ArtifactError, match="cannot load .*engine.plan: IRuntime::deserializeCudaEngine.*compile it again"
+    ):
+        load(monkeypatch, Recorder(version), engine_folder(tmp_path / "engine", graph, built))
+
+
+@pytest.mark.parametrize("version", VERSIONS[1:])
+def test_stripped_weights_come_back_from_the_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    graph = portable(tmp_path / "engine")
+    first = Recorder(version)
+    built = backend_of(first).build(graph, graph.path.parent, {"strip_weights": True})
+    assert "STRIP_PLAN" in first.set_flags()
+    behaviour = {
+        "OnnxParserRefitter.refit_from_file": lambda refitter, model: Path(model) == graph.path,
+        "Refitter.refit_cuda_engine": lambda refitter: True,
+    }
+    recorder = Recorder(version, behaviour)
+    load(monkeypatch, recorder, engine_folder(tmp_path / "engine", graph, built))
+    assert recorder.names[-2:] == ["OnnxParserRefitter.refit_from_file", "Refitter.refit_cuda_engine"]
+
+
+# --- status ---
+
+
+def test_status_never_raises() -> None:
+    def absent() -> Any:
+        raise MissingDependencyError("tensorrt", "tensorrt", "build")
+
+    assert not TensorRTBackend(import_module=absent).status().available
+    found = backend_of(Recorder("10.3.0")).status()
+    assert found.available and found.version == "10.3.0" and "Orin, compute capability 8.7" in found.detail
+
+
+def test_inspector_text_of_a_real_engine_is_understood() -> None:
+    """A layer as NVIDIA's documentation of 8.x prints it, a block of nodes, and one the inspector knows no format of."""
+    from edgeseg.backends.tensorrt_inspector import executed_dtypes, read_layers
+
+    said = {
+        "Layers": [
+            {
+                "Name": "a/Conv + a/Relu",
+                "LayerType": "CaskConvolution",
+                "Inputs": [
+                    {"Name": "x", "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format."}
+                ],
+                "Weights": {"Type": "Int8", "Count": 9},
+            },
+            {"Name": "{ForeignNode[b/MatMul...c/Add]}", "LayerType": "Myelin", "Inputs": [{"Format/Datatype": "Half"}]},
+            {
+                "Name": "d",
+                "Inputs": [{"Format/Datatype": "N/A due to dynamic shapes"}],
+                "Metadata": "[ONNX Layer: d/Conv]\u001e[ONNX Layer: d/Relu]",
+                "TacticName": "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32",
+            },
+            {"Name": "Reformatting CopyNode for Input Tensor 0 to a/Conv", "Inputs": [{"Format/Datatype": "FP32"}]},
+        ]
+    }
+    nodes = ["a/Conv", "a/Relu", "b/MatMul", "b/Softmax", "c/Add", "d/Conv", "d/Relu", "e/Conv"]
+    found = executed_dtypes(read_layers(json.dumps(said)), nodes)
+    assert found == {
+        **dict.fromkeys(["a/Conv", "a/Relu", "d/Conv", "d/Relu"], "int8"),
+        **dict.fromkeys(["b/MatMul", "b/Softmax", "c/Add"], "fp16"),
+    }
+
+
+def test_names_of_layers_only_prove_nothing() -> None:
+    from edgeseg.backends.tensorrt_inspector import read_layers
+
+    with pytest.raises(BuildError, match="cannot be proven"):
+        read_layers(json.dumps({"Layers": ["a", "b"]}))
