@@ -16,6 +16,8 @@ WIDTH = 360
 STYLES = ("fp32", "fp16", "int8", "baseline", "other")
 """Classes of marks, one per precision; their colours are Okabe and Ito's, their shapes are in :func:`mark`."""
 BINS = 48
+LOG_FROM = 10.0
+"""A latency axis that spans more than this factor is logarithmic."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,37 @@ class Samples:
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps ``low..high`` linearly to ``start..end``, and knows round tick values within it."""
+    """Maps ``low..high`` to ``start..end``, linearly or by logarithm, and knows round tick values within it."""
 
     low: float
     high: float
     start: float
     end: float
+    is_log: bool = False
 
     def __call__(self, value: float) -> float:
-        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 2)
+        return round(self.start + self.share(value) * (self.end - self.start), 2)
+
+    def share(self, value: float) -> float:
+        """Where ``value`` lies between ``low`` (0) and ``high`` (1)."""
+        if self.is_log:
+            return math.log(max(value, self.low * 0.5) / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
 
     def ticks(self, count: int = 5) -> tuple[float, ...]:
+        if self.is_log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            found = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+            inside = tuple(tick for tick in found if self.low <= tick <= self.high)
+            return inside if len(inside) <= 8 else tuple(t for t in inside if f"{t:e}".startswith("1"))
         step = nice_step((self.high - self.low) / count)
         first = math.ceil(self.low / step - 1e-9)
         return tuple(round(k * step, 10) for k in range(first, math.floor(self.high / step + 1e-9) + 1))
+
+
+def latency_scale(low: float, high: float, start: float, end: float) -> Scale:
+    """A logarithmic axis where latencies differ so much that the fast ones would fall together, else a linear one."""
+    return Scale(low, high, start, end, is_log=low > 0 and high / low > LOG_FROM)
 
 
 def nice_step(rough: float) -> float:
@@ -82,7 +101,12 @@ def pareto(points: Sequence[Point], *, x_title: str, y_title: str, title: str, k
     """Accuracy against latency with 95 % intervals, and the Pareto front as a line. ``key`` makes ids unique."""
     height, left, right, top, bottom = 280, 46, 14, 14, 40
     widest = max((p.x_interval or (p.x, p.x))[1] for p in points)
-    x = Scale(0.0, 1.08 * max(widest, 1e-3), left, WIDTH - right)
+    narrowest = min(min(p.x, (p.x_interval or (p.x, p.x))[0]) for p in points)
+    x = latency_scale(0.85 * narrowest, 1.12 * max(widest, 1e-3), left, WIDTH - right)
+    if x.is_log:
+        x_title += ", logarithmic"
+    else:
+        x = Scale(0.0, x.high, x.start, x.end)
     lows = [min(p.y, (p.y_interval or (p.y, p.y))[0]) for p in points]
     highs = [max(p.y, (p.y_interval or (p.y, p.y))[1]) for p in points]
     room = max((max(highs) - min(lows)) * 0.12, 0.002)
@@ -102,10 +126,13 @@ def pareto(points: Sequence[Point], *, x_title: str, y_title: str, title: str, k
         if point.y_interval:
             group.append(_bar(px, y(point.y_interval[0]), px, y(point.y_interval[1])))
         group.append(mark(point.style, px, py))
-        tx, ty = _free_place(px, py, placed, WIDTH - right)
-        placed.append((tx, ty))
-        group.append(Markup('<text class="number" x="{}" y="{}">{}</text>').format(tx, ty, point.number))
         parts.append(Markup('<g class="mark {}">{}</g>').format(_style(point.style), Markup().join(group)))
+    # Numbers last, and clear of every mark: one that is drawn later would hide them.
+    marks = [(x(p.x), y(p.y)) for p in points]
+    for point, (px, py) in zip(points, marks, strict=True):
+        tx, ty = _free_place(px, py, placed, marks, WIDTH - right)
+        placed.append((tx, ty))
+        parts.append(Markup('<text class="number" x="{}" y="{}">{}</text>').format(tx, ty, point.number))
     described = "; ".join(f"{p.number}: {p.label}" for p in points)
     return _svg(parts, height, title, described, key)
 
@@ -118,7 +145,7 @@ def distribution(lines: Sequence[Samples], *, title: str, key: str) -> Markup:
     low = 0.92 * min(min(line.samples_ms) for line in lines)
     # One stall of a second must not squeeze everything else into the first bin.
     high = 1.06 * max(min(max(line.samples_ms), 1.5 * line.p99_ms) for line in lines)
-    x = Scale(low, max(high, low + 1e-3), left, WIDTH - right)
+    x = latency_scale(low, max(high, low + 1e-3), left, WIDTH - right)
     base = height - bottom
     parts = [
         Markup(
@@ -127,8 +154,8 @@ def distribution(lines: Sequence[Samples], *, title: str, key: str) -> Markup:
         for tick in x.ticks()
     ]
     parts.append(
-        Markup('<text x="{}" y="{}" class="axis mid">milliseconds</text>').format(
-            (left + WIDTH - right) / 2, height - 6
+        Markup('<text x="{}" y="{}" class="axis mid">{}</text>').format(
+            (left + WIDTH - right) / 2, height - 6, "milliseconds, logarithmic" if x.is_log else "milliseconds"
         )
     )
     for k, line in enumerate(lines):
@@ -220,9 +247,8 @@ def _style(style: str) -> str:
 def _histogram(samples: Sequence[float], x: Scale, floor: float, height: float) -> str:
     """An SVG path of bars from equal bins over the axis."""
     counts = [0] * BINS
-    step = (x.high - x.low) / BINS
     for sample in samples:
-        k = int((sample - x.low) / step)
+        k = math.floor(x.share(sample) * BINS)
         if 0 <= k < BINS:
             counts[k] += 1
     most = max(counts) or 1
@@ -231,7 +257,7 @@ def _histogram(samples: Sequence[float], x: Scale, floor: float, height: float) 
         if count:
             # A single slow call must stay visible beside a tall peak.
             tall = max(height * count / most, 1.5)
-            x0, x1 = x(x.low + k * step), x(x.low + (k + 1) * step)
+            x0, x1 = (round(x.start + share * (x.end - x.start) / BINS, 2) for share in (k, k + 1))
             path.append(f"M{x0} {floor}V{round(floor - tall, 2)}H{x1}V{floor}Z")
     return "".join(path)
 
@@ -257,11 +283,26 @@ def _bar(x1: float, y1: float, x2: float, y2: float) -> Markup:
     return Markup('<line class="interval" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(x1, y1, x2, y2)
 
 
-def _free_place(x: float, y: float, placed: Sequence[tuple[float, float]], limit: float) -> tuple[float, float]:
-    """A place for a number beside its mark where no other number stands yet."""
-    for dx, dy in ((8, -6), (8, 13), (-16, -6), (-16, 13), (8, -17), (8, 24), (-16, -17), (-16, 24)):
+def _free_place(
+    x: float, y: float, placed: Sequence[tuple[float, float]], marks: Sequence[tuple[float, float]], limit: float
+) -> tuple[float, float]:
+    """A place for a number beside its mark where no other number and no mark stands."""
+    for dx, dy in (
+        (8, -6),
+        (8, 13),
+        (-16, -6),
+        (-16, 13),
+        (8, -17),
+        (8, 24),
+        (-16, -17),
+        (-16, 24),
+        (-4, -12),
+        (-4, 19),
+    ):
         tx, ty = round(x + dx, 2), round(y + dy, 2)
-        if 46 <= tx <= limit - 12 and all(abs(tx - ox) > 13 or abs(ty - oy) > 10 for ox, oy in placed):
+        free_of_numbers = all(abs(tx - ox) > 13 or abs(ty - oy) > 10 for ox, oy in placed)
+        free_of_marks = all(abs(tx + 5 - mx) > 10 or abs(ty - 4 - my) > 8 for mx, my in marks)
+        if 46 <= tx <= limit - 12 and free_of_numbers and free_of_marks:
             return tx, ty
     return round(x + 8, 2), round(y - 6, 2)
 

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 
+PRINTED = ("median_ms", "p99_ms", "speedup", "miou", "miou_drop", "size_mb")
+"""Columns of the table that fit on a sheet of paper."""
+
+
 @dataclass(frozen=True)
 class Charts:
     """Charts of the rows of one batch size and number of streams.
@@ -93,6 +97,7 @@ def html(
         metrics=list(METRICS.values()),
         heading=cells.heading,
         legend_mark=legend_mark,
+        printed=PRINTED,
         stage_names=("pre", "h2d", "compute", "d2h", "post"),
     )
 

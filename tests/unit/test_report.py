@@ -22,7 +22,7 @@ from edgeseg.decide.requirement import Requirement
 from edgeseg.decide.verdict import decide
 from edgeseg.errors import ArtifactError, InputError
 from edgeseg.evaluate.rows import ModuleTime, Profile, Row, WorstImage
-from edgeseg.report.charts import Scale, nice_step
+from edgeseg.report.charts import Scale, latency_scale, nice_step
 from edgeseg.report.details import CHANGES_SHOWN, PNG
 from edgeseg.report.html import html
 from edgeseg.report.plain import csv_text, json_value, markdown, terminal
@@ -229,6 +229,16 @@ def test_rows_without_anything_measured_still_make_a_page() -> None:
 def test_ticks_are_round(rough: float, expected: float) -> None:
     assert nice_step(rough) == pytest.approx(expected)
     assert all(0 <= tick <= 7 * rough for tick in Scale(0, 7 * rough, 0, 1).ticks())
+
+
+def test_latencies_far_apart_get_a_logarithmic_axis() -> None:
+    near, far = latency_scale(5, 30, 0, 100), latency_scale(2, 2000, 0, 100)
+    assert not near.is_log and far.is_log
+    assert [far(v) for v in (2, 20, 200, 2000)] == pytest.approx([0, 100 / 3, 200 / 3, 100], abs=0.01)
+    assert far.ticks() == (10, 100, 1000)
+    assert latency_scale(3, 40, 0, 1).ticks() == (5, 10, 20)
+    rows = (row("fast", 2, miou=0.7, samples_ms=(2, 2.1)), row("slow", 900, miou=0.7, samples_ms=(900, 950)))
+    assert page_of(merged(*rows)).count("logarithmic") == 2
 
 
 def test_reports_are_read_once_and_checked(tmp_path: Path) -> None:
