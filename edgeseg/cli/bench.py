@@ -136,8 +136,7 @@ def command(
     if to_stdout:
         print_json(report)
         return
-    from rich.console import Console
-
+    from edgeseg.cli.output import result_console
     from edgeseg.evaluate.bench_table import bench_summary
 
-    Console().print(bench_summary(report))
+    result_console().print(bench_summary(report))

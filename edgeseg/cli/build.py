@@ -200,11 +200,10 @@ def _build_and_print(request: BuildRequest, as_json: bool) -> None:
     if as_json:
         print_json(engine.manifest)
         return
-    from rich.console import Console
-
+    from edgeseg.cli.output import result_console
     from edgeseg.evaluate.summary import build_summary
 
-    Console().print(build_summary(engine))
+    result_console().print(build_summary(engine))
     if engine.manifest.engine is None:
         target = engine.manifest.target
         click.echo(

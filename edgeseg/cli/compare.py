@@ -34,7 +34,7 @@ def command(old: Path, new: Path, limits: tuple[str, ...], across_devices: bool,
 
         print_json(changes)
     else:
-        from rich.console import Console
+        from edgeseg.cli.output import result_console
 
-        Console().print(change_table(changes))
+        result_console().print(change_table(changes))
     check_limits(changes, gates)

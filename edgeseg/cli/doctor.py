@@ -17,6 +17,6 @@ def command(as_json: bool) -> None:
 
         print_json(diagnosis)
     else:
-        from rich.console import Console
+        from edgeseg.cli.output import result_console
 
-        Console().print(render(diagnosis))
+        result_console().print(render(diagnosis))

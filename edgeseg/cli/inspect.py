@@ -23,6 +23,6 @@ def command(folder: Path, layers: bool, as_json: bool) -> None:
 
         print_json(found)
     else:
-        from rich.console import Console
+        from edgeseg.cli.output import result_console
 
-        Console().print(render(found, layers=layers))
+        result_console().print(render(found, layers=layers))

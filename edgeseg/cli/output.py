@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from edgeseg.progress import ConsoleReporter
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 def print_json(value: object) -> None:
     """Print a dataclass as indented JSON on standard output."""
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def result_console() -> Console:
+    """Where tables go: standard output. Names and messages are printed as they are, brackets included."""
+    from rich.console import Console
+
+    # rich would read edgeseg[tensorrt], or a class called [void], as a style and drop it.
+    return Console(markup=False)
 
 
 @contextmanager

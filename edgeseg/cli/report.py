@@ -90,9 +90,8 @@ def write_reports(
 
 
 def _print_tables(verdicts: tuple[DeviceVerdict, ...]) -> None:
-    from rich.console import Console
-
+    from edgeseg.cli.output import result_console
     from edgeseg.report.plain import terminal
 
-    console = Console()
+    console = result_console()
     console.print(terminal(verdicts, width=console.width))

@@ -107,3 +107,15 @@ def test_key_values() -> None:
     for bad in (("depth",), ("=4",), ("a=1", "a=2")):
         with pytest.raises(click.BadParameter):
             parse_key_values("--model-arg", bad)
+
+
+def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """rich takes [void] for a style and drops it; extras and class names have brackets."""
+    from rich.table import Table
+
+    from edgeseg.cli.output import result_console
+
+    table = Table("name")
+    table.add_row("pip install 'edgeseg[tensorrt]' [bold]x")
+    result_console().print(table)
+    assert "edgeseg[tensorrt]' [bold]x" in capsys.readouterr().out
