@@ -118,6 +118,19 @@ class _Buffer:
                     stack.callback(memory.close)
 
 
+def layer_profiler(trt: Any, reports: list[tuple[str, float]]) -> Any:
+    """An ``IProfiler`` that appends (layer name, milliseconds) to ``reports``."""
+
+    class LayerProfiler(trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            reports.append((layer_name, ms))
+
+    return LayerProfiler()
+
+
 class Lane:
     """Runs one batch at a time. Not for several threads at once; call every method inside ``cuda.active()``.
 
@@ -155,6 +168,7 @@ class Lane:
         self._bound = False
         self._runs_of_shape = 0
         self._enqueue_ms = 0.0
+        self._profiler: Any = None
         with ExitStack() as making:
             self._stream = making.enter_context(cuda.stream())
             self.stream_address = self._stream.address
@@ -257,6 +271,14 @@ class Lane:
         self._stream.synchronize()
         return found
 
+    def report_layers_to(self, profiler: Any) -> None:
+        """From now on TensorRT tells ``profiler`` (its ``IProfiler``) the time of every layer, and waits for each run."""
+        # A recorded graph runs without reporting.
+        self._wants_graph = False
+        self._drop_graph()
+        self._context.profiler = profiler
+        self._profiler = profiler  # TensorRT holds a bare pointer
+
     def abandon(self) -> None:
         """Close after a failure, which is on its way to the caller: what fails now adds nothing to it."""
         with contextlib.suppress(DeviceError):
@@ -269,6 +291,7 @@ class Lane:
         """Free everything. Raises :class:`DeviceError` when the driver refuses; the rest is freed all the same."""
         graph, self._graph = self._graph, None
         self._context = None
+        self._profiler = None
         if graph is not None:
             self._resources.callback(graph.close)
         self._resources.close()

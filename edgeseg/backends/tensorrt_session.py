@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgeseg.backends.base import StageTimes
 from edgeseg.backends.cuda import Cuda, DeviceMemory
 from edgeseg.backends.device_arrays import DeviceTensor, device_images
-from edgeseg.backends.tensorrt_lane import Lane, io_tensors
+from edgeseg.backends.tensorrt_lane import Lane, io_tensors, layer_profiler
 from edgeseg.errors import DeviceError, InputError, SpecError
 from edgeseg.spec import PipelineSpec, one_of
 
@@ -69,6 +69,7 @@ class TensorRTSession:
         self, trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda, options: SessionOptions = SessionOptions()
     ) -> None:
         self.options = options
+        self._trt = trt
         self._cuda = cuda
         self._engine = engine
         self._image, self._outputs = io_tensors(trt, engine)
@@ -117,6 +118,37 @@ class TensorRTSession:
         with self._lane() as lane:
             lane.enqueue(images, timed=True)
             return self._converted(lane.finish()), lane.stage_times()
+
+    def layer_times(self, images: NDArray[np.uint8], runs: int) -> list[tuple[str, float]]:
+        """What TensorRT's ``IProfiler`` reports over ``runs`` runs of a batch, after one that is not counted.
+
+        Args:
+            images: uint8 ``(N, H, W, C)``.
+            runs: how often.
+
+        Returns:
+            (layer name, milliseconds), every layer once per run, in the order they run. Their sum is more than the time
+            of a run without profiler.
+
+        Raises:
+            InputError, DeviceError: see :meth:`run`.
+        """
+        self._check(images.dtype, images.shape)
+        reports: list[tuple[str, float]] = []
+        lane = self._take(wait=True)
+        assert lane is not None
+        try:
+            with self._cuda.active():
+                lane.report_layers_to(layer_profiler(self._trt, reports))
+                for run in range(runs + 1):
+                    lane.enqueue(images)
+                    lane.finish()
+                    if run == 0:
+                        reports.clear()
+        finally:
+            # Its context reports, and waits, for as long as it lives: nobody else gets it.
+            self._drop(lane)
+        return reports
 
     def run_many(self, batches: Iterable[NDArray[np.uint8]]) -> Generator[dict[str, NDArray[Any]], None, None]:
         """Run batch after batch, copying one while another is computed; results in order.

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from edgeseg.artifacts import Engine
 from edgeseg.evaluate.results import ModuleTime, Profile
 
@@ -126,4 +128,17 @@ def profile_engine(engine: Engine, runs: int = RUNS) -> Profile | None:
             "openvino profiling_info",
             runs,
         )
+    if target in ("tensorrt", "tensorrt-rtx"):
+        return _profile_tensorrt(engine, runs)
     return None
+
+
+def _profile_tensorrt(engine: Engine, runs: int) -> Profile:
+    from edgeseg.backends import get_backend
+    from edgeseg.backends.tensorrt_session import TensorRTSession
+
+    size = engine.manifest.spec.input
+    grey = np.full((size.batch.minimum, size.height, size.width, size.channels), 128, np.uint8)
+    with get_backend(engine.manifest.target).load(engine) as session:
+        assert isinstance(session, TensorRTSession)
+        return profile_of_layers(session.layer_times(grey, runs), runs)

@@ -69,6 +69,7 @@ class Simulation:
         }
         self.engine = recorded_engine(self.recorder, plan)
         self.reference = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        self.layers = [node.name for node in proto.graph.node]
         self.refuse = 0
         self.executed = 0
         self._dtypes = {t["name"]: NUMPY[t["dtype"]] for t in described["tensors"]}
@@ -99,4 +100,9 @@ class Simulation:
             for name, result in zip(names, found, strict=True):
                 array(name, result.shape)[...] = result
 
-        return self._stub.enqueue(stream_handle, work) == 0
+        done = self._stub.enqueue(stream_handle, work) == 0
+        profiler = context._state.get("profiler")
+        if profiler is not None:
+            for number, name in enumerate(self.layers):
+                profiler.report_layer_time(name, 0.25 * (number + 1))
+        return done

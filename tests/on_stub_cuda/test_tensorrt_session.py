@@ -127,6 +127,21 @@ def test_stage_times(stub: Stub, driver: DriverName) -> None:
         assert times.d2h_ms is None
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_layer_times_come_from_a_context_nobody_else_gets(stub: Stub, driver: DriverName, version: str) -> None:
+    simulation = Simulation(stub, model(), version)
+    with session(simulation, driver, SessionOptions(contexts=1, cuda_graph=driver == "cuda-bindings")) as opened:
+        for _ in range(3):
+            opened.run(images())
+        reports = opened.layer_times(images(), runs=2)
+        assert [name for name, _ in reports] == simulation.layers * 2, "the first run is not counted"
+        assert reports[1] == (simulation.layers[1], 0.5)
+        contexts = len(simulation.recorder.of("ICudaEngine.create_execution_context"))
+        image = images()
+        np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+        assert len(simulation.recorder.of("ICudaEngine.create_execution_context")) == contexts + 1
+
+
 def test_mapped_memory_copies_nothing_and_is_the_choice_on_integrated_gpus(
     stub: Stub, driver: DriverName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
