@@ -48,5 +48,10 @@ format: venv     ## Let ruff rewrite the sources
 coverage: venv   ## Run the tests and show what they do not reach
 	$(BIN)/pytest --cov=edgeseg --cov-report=term-missing:skip-covered
 
+bench: venv      ## Measure everything in benchmarks/README.md again (about half an hour, on a machine that does nothing else)
+	$(BIN)/pip install --quiet -c constraints.txt -r benchmarks/requirements-peers.txt
+	for name in end_to_end architectures overhead calibration harness_check tensorrt_rtx results; do \
+		$(BIN)/python -m benchmarks.$$name || exit 1; done
+
 clean:           ## Remove caches and outputs, not the virtual environment
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov demo-output dist build
