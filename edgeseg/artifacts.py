@@ -370,6 +370,7 @@ def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
             errno.EACCES,
             errno.EPERM,
             errno.EDQUOT,
+            errno.EFBIG,
             errno.ENOTDIR,
             errno.EEXIST,
         }:

@@ -90,7 +90,11 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
             Path(temporary).unlink(missing_ok=True)
         if isinstance(exc, OSError) and exc.errno is not None:
             word = os.strerror(exc.errno)
-            hint = "free space" if exc.errno in {errno.ENOSPC, errno.EDQUOT} else "give a folder that can be written"
+            hint = (
+                "free space"
+                if exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+                else "give a folder that can be written"
+            )
             raise ArtifactError(f"cannot write {path}: {word}; {hint}") from exc
         raise
 

@@ -7,6 +7,7 @@ chosen for this CPU, so ``load`` refuses one made for another instruction set.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,13 @@ def _open(ort: Any, path: Path, settings: Any, error: type[BuildError] | type[Ar
     try:
         return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception
+        written = settings.optimized_model_filepath
+        if written and "serialization failed" in str(exc):
+            # ONNX Runtime does not say why; it was reading one file, which is whole, and writing another.
+            free_mb = shutil.disk_usage(Path(written).parent).free / 1e6
+            raise error(
+                f"ONNX Runtime could not write {written}, with {free_mb:.1f} MB free there; free space or give another --output"
+            ) from exc
         raise error(f"ONNX Runtime {ort.__version__} cannot load {path}: {_one_line(exc)}") from exc
 
 

@@ -214,6 +214,30 @@ def test_interrupted_build_leaves_no_folder(tmp_path: Path, number: signal.Signa
         assert list(tmp_path.iterdir()) == [], "the folder made to hold it goes as well"
 
 
+@pytest.mark.parametrize("limit_bytes", [200_000, 1_500_000])
+def test_files_that_cannot_be_written_are_one_clear_error(tmp_path: Path, limit_bytes: int) -> None:
+    """A limit on the size of files stands in for a full disk; it strikes at the fp32 graph, or later at the engine."""
+    import resource
+
+    # ONNX Runtime optimizes a small graph into a small file: the larger limit needs an fp32 engine to strike there.
+    arguments = command("build", "--arch", "fpn", "--precision", "fp32", "--target", "onnxruntime")
+    cache = {"EDGESEG_CACHE": str(tmp_path / "cache")} if limit_bytes < 1_000_000 else {}
+    done = subprocess.run(
+        [*arguments, "--output", str(tmp_path / "engines" / "e")],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+        env={**os.environ, **cache},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes)),
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "internal error" not in done.stderr
+    assert "write" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "engines").exists()
+
+
 def test_every_demo_model_is_there() -> None:
     assert demo_models() == ("deeplabv3plus", "fpn", "pspnet", "unet")
 
