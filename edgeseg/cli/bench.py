@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Repeated here from edgeseg.evaluate, which imports numpy: help has to be fast. A test compares them.
 _LAYOUTS = ("images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff")
-_BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "none")
+_BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-bf16", "none")
 
 
 @click.command("bench", short_help="Measure engines: latency, memory, power, profile, accuracy.")

@@ -19,7 +19,7 @@ from edgeseg.spec import ModelRequest, PipelineSpec
 if TYPE_CHECKING:
     from edgeseg.convert.loaded import LoadedModel
 
-BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile")
+BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-bf16")
 
 # How a manifest says where the weights came from (edgeseg.convert.load).
 _FILE_WORDS = "weights of "
@@ -107,6 +107,7 @@ class Opener:
                 contender.spec,
                 channels_last=contender.baseline == "pytorch-channels-last",
                 compiled=contender.baseline == "pytorch-compile",
+                bfloat16=contender.baseline == "pytorch-bf16",
                 # Always said: PyTorch keeps the number of threads for the whole process.
                 threads=threads or this_cpu().cores,
             )
@@ -144,7 +145,7 @@ class Opener:
             return Identity(
                 **common,
                 backend="pytorch",
-                precision="fp32",
+                precision="bf16" if contender.baseline == "pytorch-bf16" else "fp32",
                 size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
                 is_baseline=True,
                 weights=loaded.weights,

@@ -47,7 +47,7 @@ def model(classes: int, activation: str | None, *, labels: int = 0) -> Any:
 
 def session(module: Any, task: str, classes: int, activation: str | None, **options: Any) -> PyTorchSession:
     preprocess = options.pop("preprocess", Preprocess(mean=MEAN, std=STD))
-    flags = {k: options.pop(k) for k in ("channels_last", "compiled") if k in options}
+    flags = {k: options.pop(k) for k in ("channels_last", "compiled", "bfloat16") if k in options}
     spec = PipelineSpec(
         model=ModelSpec("fpn", "resnet18", classes=classes, task=task, activation=activation),  # type: ignore[arg-type]
         input=InputSpec(64, 96),
@@ -151,6 +151,19 @@ def test_channels_last_gives_the_same_mask_and_leaves_the_callers_model_alone(im
     assert fast.options["channels_last"] is True
     weight = module.body[0].weight
     assert weight.is_contiguous()
+
+
+def test_bfloat16_is_torchs_autocast(images: NDArray[np.uint8]) -> None:
+    module = model(5, None)
+    low = session(module, "multiclass", 5, None, bfloat16=True, kind="logits")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = by_hand(module, images)
+    got = low.run(images)["logits"]
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, expected.float().numpy())
+    exact = session(module, "multiclass", 5, None, kind="logits").run(images)["logits"]
+    assert 0 < np.abs(got - exact).max() < 0.1 * np.abs(exact).max()
+    assert low.options["bfloat16"] is True
 
 
 def test_read_only_images_and_views_are_taken_without_a_warning(images: NDArray[np.uint8]) -> None:
