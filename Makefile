@@ -50,7 +50,7 @@ coverage: venv   ## Run the tests and show what they do not reach
 
 bench: venv      ## Measure everything in benchmarks/README.md again (about half an hour, on a machine that does nothing else)
 	$(BIN)/pip install --quiet -c constraints.txt -r benchmarks/requirements-peers.txt
-	for name in end_to_end architectures overhead calibration harness_check tensorrt_rtx results; do \
+	for name in end_to_end architectures overhead calibration harness_check tensorrt_rtx tensorrt_accuracy results; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:           ## Remove caches and outputs, not the virtual environment
