@@ -73,7 +73,7 @@ def main() -> None:
         workload=work.name,
         machine=machine,
         versions=versions(),
-        settings={key: str(value) for key, value in vars(options).items()},
+        settings={key: str(value) for key, value in vars(options).items() if key != "output"},
         rows=rows,
     ).write(options.output)
     console.print(f"written: {options.output}")
