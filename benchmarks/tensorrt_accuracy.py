@@ -69,25 +69,13 @@ def row(name: str, precision: str, found: Verification) -> dict[str, Any]:
 
 def camvid_row(precision: Precision, folder: Path, limit: int | None) -> dict[str, Any]:
     """The CamVid network on cropped images, as the other benchmarks use them."""
+    from benchmarks.peers.edgeseg_onnxruntime import build
     from benchmarks.workload import camvid
     from edgeseg.backends.pytorch import PyTorchSession
 
     work = camvid(limit)
-    model, size = work.spec.model, work.spec.input
-    engine = edgeseg.build(
-        model=work.loaded.module,
-        arch=model.arch,
-        classes=model.classes,
-        class_names=model.class_names,
-        mean=work.spec.preprocess.mean,
-        std=work.spec.preprocess.std,
-        size=(size.height, size.width),
-        precision=precision,
-        calibration=work.calibration,
-        target="tensorrt",
-        output=folder,
-    )
-    meters = [AccuracyMeter(model.classes, ignore_index=IGNORED) for _ in range(2)]
+    engine = build(work, folder, "tensorrt", precision)
+    meters = [AccuracyMeter(work.spec.model.classes, ignore_index=IGNORED) for _ in range(2)]
     agreement = AgreementMeter()
     with PyTorchSession(work.loaded, engine.manifest.spec) as reference, open_graph(engine) as session:
         for image, truth in zip(work.images, work.masks, strict=True):

@@ -7,16 +7,18 @@ from pathlib import Path
 import edgeseg
 from benchmarks.peers import Contender
 from benchmarks.workload import Workload
-from edgeseg.artifacts import open_engine
+from edgeseg.artifacts import Engine, open_engine
+from edgeseg.spec import Precision
 
 
 def prepare(work: Workload, folder: Path) -> Contender:
     return contender(work, folder, "onnxruntime")
 
 
-def contender(work: Workload, folder: Path, target: str) -> Contender:
+def build(work: Workload, output: Path, target: str, precision: Precision = "int8") -> Engine:
+    """The workload's network at its images' size, calibrated on its calibration images."""
     model, size = work.spec.model, work.spec.input
-    engine = edgeseg.build(
+    return edgeseg.build(
         model=work.loaded.module,
         arch=model.arch,
         classes=model.classes,
@@ -24,12 +26,16 @@ def contender(work: Workload, folder: Path, target: str) -> Contender:
         mean=work.spec.preprocess.mean,
         std=work.spec.preprocess.std,
         size=(size.height, size.width),
-        precision="int8",
+        precision=precision,
         calibration=work.calibration,
         target=target,
-        output=folder / "engine",
+        output=output,
         force=True,
     )
+
+
+def contender(work: Workload, folder: Path, target: str) -> Contender:
+    engine = build(work, folder / "engine", target)
     manifest = open_engine(engine.folder).manifest
     segmenter = edgeseg.load(engine.folder)
     assert manifest.engine is not None

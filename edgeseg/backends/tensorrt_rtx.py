@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
 from edgeseg.backends.cuda import open_cuda
-from edgeseg.backends.tensorrt import deserialize, refit
+from edgeseg.backends.tensorrt import LOG_NAME, MIB, deserialize, refit
 from edgeseg.backends.tensorrt_device import Gpu, find_gpu, open_session
 from edgeseg.backends.tensorrt_log import LogCapture, capture
 from edgeseg.backends.tensorrt_options import RTX_SMS, RtxOptions, parse_options, profile_shapes
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from edgeseg.backends.tensorrt_graph import ParsedGraph
 
 ENGINE_NAME = "engine.rtx"
-LOG_NAME = "tensorrt.log"
-MIB = 1 << 20
 
 
 def import_tensorrt_rtx() -> Any:
