@@ -9,49 +9,22 @@ import click
 
 from edgeseg.api import MIN_INT8_SHARE, BuildRequest
 from edgeseg.backends import BACKENDS
-from edgeseg.cli.parameters import ANY_PATH, BatchType, NamesType, NumbersType, SizeType, parse_key_values
+from edgeseg.cli.parameters import ANY_PATH, BatchType, SizeType
+from edgeseg.cli.shared_options import backend_options, model_options
 from edgeseg.spec import (
     PRECISIONS,
     BatchRange,
-    ChannelOrder,
     FitPolicy,
     ModelRequest,
     OutputKind,
     OutputSpec,
     Precision,
-    Task,
 )
 
 
 @click.command("build", short_help="Convert, quantize, build and verify an engine.")
-@click.option(
-    "--arch",
-    help="unet, unetplusplus, manet, linknet, fpn, pspnet, deeplabv3, deeplabv3plus, pan, upernet, "
-    "segformer or dpt.  [default: what the checkpoint says]",
-)
+@model_options
 @click.option("--precision", type=click.Choice(PRECISIONS), default="int8", show_default=True)
-@click.option("--encoder", help="SMP encoder; tu-NAME for timm's.  [default: the checkpoint's, else resnet34]")
-@click.option(
-    "--weights",
-    metavar="PATH|imagenet|random",
-    help="Checkpoint (.safetensors, .pt, .pth, .ckpt) or save_pretrained folder.  [default: the demo model of --arch]",
-)
-@click.option("--classes", type=int, help="Output channels.  [default: what the checkpoint says]")
-@click.option("--class-names", type=NamesType(), default=(), help="One name per class.")
-@click.option("--task", type=click.Choice(get_args(Task)), help="[default: binary for 1 class, else multiclass]")
-@click.option("--in-channels", type=int, help="Image channels.  [default: 3]")
-@click.option("--activation", help="SMP's activation argument: softmax, sigmoid, none, ...")
-@click.option(
-    "--model-arg",
-    "model_args",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Any other argument of the SMP constructor, value as JSON; repeatable.",
-)
-@click.option("--keep-aux", is_flag=True, help="Keep the auxiliary classification head as a second output.")
-@click.option("--mean", type=NumbersType(), help="Of pixels scaled to 0..1.  [default: the checkpoint's or encoder's]")
-@click.option("--std", type=NumbersType(), help="Of pixels scaled to 0..1.  [default: the checkpoint's or encoder's]")
-@click.option("--channel-order", type=click.Choice(get_args(ChannelOrder)), help="Order the network was trained with.")
 @click.option("--size", type=SizeType(), help="Engine input size.  [default: the model's, else 256x256]")
 @click.option("--batch", type=BatchType(), default="1", show_default=True, help="Batch size or range.")
 @click.option("--dynamic-size", is_flag=True, help="Accept any size that is a multiple of the model's stride.")
@@ -87,14 +60,7 @@ from edgeseg.spec import (
     help="auto measures the backends installed here and takes the fastest.",
 )
 @click.option("--scheme", help="Q/DQ scheme.  [default: what is fast on the target here]")
-@click.option(
-    "--backend-option",
-    "backend_options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Setting of the backend, such as threads=2; repeatable.",
-)
-@click.option("--sm", help="Compute capabilities for tensorrt-rtx, such as 86,89,120; one engine holds them all.")
+@backend_options
 @click.option("--max-drop", type=float, help="Exit 3 when more mIoU is lost (0.01 = one point).")
 @click.option("--min-agreement", type=float, help="Exit 3 when a smaller share of pixels agrees with PyTorch.")
 @click.option(
@@ -108,20 +74,8 @@ from edgeseg.spec import (
 @click.option("--force", is_flag=True, help="Replace an existing engine folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON instead of a table.")
 def command(
-    arch: str | None,
+    model: ModelRequest,
     precision: Precision,
-    encoder: str | None,
-    weights: str | None,
-    classes: int | None,
-    class_names: tuple[str, ...],
-    task: Task | None,
-    in_channels: int | None,
-    activation: str | None,
-    model_args: tuple[str, ...],
-    keep_aux: bool,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    channel_order: ChannelOrder | None,
     size: tuple[int, int] | None,
     batch: BatchRange,
     dynamic_size: bool,
@@ -136,8 +90,7 @@ def command(
     ignore_index: int | None,
     target: str,
     scheme: str | None,
-    backend_options: tuple[str, ...],
-    sm: str | None,
+    options: dict[str, Any],
     max_drop: float | None,
     min_agreement: float | None,
     min_int8_share: float,
@@ -149,25 +102,8 @@ def command(
 
     Without --weights the demo model of the architecture is built (unet, fpn, pspnet, deeplabv3plus).
     """
-    options = parse_key_values("--backend-option", backend_options)
-    if sm is not None:
-        options["sm"] = sm
     request = BuildRequest(
-        model=ModelRequest(
-            arch=arch,
-            encoder=encoder,
-            weights=weights,
-            classes=classes,
-            class_names=class_names,
-            task=task,
-            in_channels=in_channels,
-            activation=activation,
-            model_args=parse_key_values("--model-arg", model_args),
-            keep_aux=keep_aux,
-            mean=mean,
-            std=std,
-            channel_order=channel_order,
-        ),
+        model=model,
         precision=precision,
         size=size,
         batch=batch,

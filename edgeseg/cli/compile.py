@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from edgeseg.backends import BACKENDS
-from edgeseg.cli.parameters import ANY_PATH, parse_key_values
+from edgeseg.cli.parameters import ANY_PATH
+from edgeseg.cli.shared_options import backend_options
 
 
 @click.command("compile", short_help="Build this machine's engine from a folder's portable graph.")
 @click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
 @click.option("--target", type=click.Choice(tuple(BACKENDS)), help="[default: the folder's own]")
-@click.option(
-    "--backend-option",
-    "backend_options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Setting of the backend, such as threads=2; repeatable.",
-)
-@click.option("--sm", help="Compute capabilities for tensorrt-rtx, such as 86,89,120.")
+@backend_options
 @click.option("--output", type=ANY_PATH, help="Write a new folder instead of replacing the engine in ENGINE_DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(
     folder: Path,
     target: str | None,
-    backend_options: tuple[str, ...],
-    sm: str | None,
+    options: dict[str, Any],
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -35,9 +29,6 @@ def command(
     from edgeseg.cli.output import console_reporter, print_json
     from edgeseg.recompile import compile_folder
 
-    options = parse_key_values("--backend-option", backend_options)
-    if sm is not None:
-        options["sm"] = sm
     with console_reporter() as reporter:
         engine = compile_folder(folder, target=target, options=options, output=output, reporter=reporter)
     if as_json:
