@@ -21,13 +21,13 @@ from edgeseg.artifacts import (
     Manifest,
     OnnxGraph,
     Verification,
-    atomic_folder,
     open_engine,
     read_json,
     sha256_file,
     sha256_json,
     write_json,
 )
+from edgeseg.atomic import atomic_folder
 from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require_builder
 from edgeseg.backends.portable import (
     DEVICE_TARGETS,

@@ -13,12 +13,12 @@ from edgeseg.artifacts import (
     Engine,
     FileRef,
     OnnxGraph,
-    atomic_folder,
     check_file,
     open_engine,
     read_manifest,
     write_json,
 )
+from edgeseg.atomic import atomic_folder
 from edgeseg.backends import require_builder
 from edgeseg.errors import BuildError
 from edgeseg.progress import Reporter, SilentReporter, stage

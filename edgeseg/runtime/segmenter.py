@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,6 +18,7 @@ from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
 from edgeseg.errors import InputError, SpecError, StaleEngineError
 from edgeseg.runtime.placement import Placement, Tiling, plan_fit
+from edgeseg.runtime.prediction import Prediction, stacked
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.tiling import blended_rows, stitched
 from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec, one_of
@@ -26,28 +27,6 @@ if TYPE_CHECKING:
     from edgeseg.backends.device_arrays import DeviceTensor
 
 Outputs = Mapping[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Everything an engine says about an image; ``None`` for what it was not built to return.
-
-    For a batch every array has a leading axis N. Sizes are those of the image.
-
-    Attributes:
-        mask: ``(H, W)`` uint8 (uint16 above 256 classes) class indices, 0/1 for binary; ``(C, H, W)`` uint8 0/1 for
-            multilabel.
-        confidence: float32, shaped like ``mask``: the probability of the chosen class.
-        probabilities: float32 ``(C, H, W)``, of an engine with output kind ``probabilities``.
-        logits: float32 ``(C, H, W)``, of an engine with output kind ``logits``.
-        aux_logits: float32 ``(K,)`` of a kept auxiliary head; over tiles, their mean.
-    """
-
-    mask: NDArray[Any]
-    confidence: NDArray[np.float32] | None = None
-    probabilities: NDArray[np.float32] | None = None
-    logits: NDArray[np.float32] | None = None
-    aux_logits: NDArray[np.float32] | None = None
 
 
 class Segmenter:
@@ -142,7 +121,7 @@ class Segmenter:
         """
         batch, single = self._batch(images)
         found = list(self._predictions(batch, channel_order, mask_only=False))
-        return found[0] if single else _stacked(found)
+        return found[0] if single else stacked(found)
 
     def run_device(self, images: object) -> Mapping[str, DeviceTensor]:
         """Segment images that are in the GPU's memory; the results stay there, nothing is copied or resized.
@@ -392,14 +371,6 @@ def _reversed_channels(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _mean(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32] | None:
     return np.mean(arrays, axis=0, dtype=np.float32) if arrays else None
-
-
-def _stacked(found: list[Prediction]) -> Prediction:
-    def stack(name: str) -> Any:
-        arrays = [getattr(prediction, name) for prediction in found]
-        return None if arrays[0] is None else np.stack(arrays)
-
-    return Prediction(*(stack(name) for name in ("mask", "confidence", "probabilities", "logits", "aux_logits")))
 
 
 def _conversion(dtype: np.dtype[Any]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeseg.artifacts import atomic_folder
+from edgeseg.atomic import atomic_folder
 from edgeseg.errors import EdgesegError, MissingDependencyError
 from edgeseg.sweep.config import Cell
 

@@ -20,12 +20,12 @@ from edgeseg.artifacts import (
     FileRef,
     Manifest,
     PrecisionReport,
-    atomic_folder,
     open_engine,
     read_manifest,
     sha256_json,
     write_json,
 )
+from edgeseg.atomic import atomic_folder
 from edgeseg.errors import ArtifactError
 from edgeseg.spec import ModelSpec, PipelineSpec
 
@@ -177,7 +177,7 @@ def test_killed_build_leaves_no_folder_and_the_next_one_works(tmp_path: Path) ->
         f"""
         import time
         from pathlib import Path
-        from edgeseg.artifacts import atomic_folder
+        from edgeseg.atomic import atomic_folder
         with atomic_folder(Path({str(tmp_path / "a")!r}), force=False) as scratch:
             (scratch / "half").write_text("half")
             print("ready", flush=True)

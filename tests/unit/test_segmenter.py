@@ -17,7 +17,8 @@ from edgeseg import backends
 from edgeseg.backends.memory import MemorySession, write_memory_engine
 from edgeseg.errors import ArtifactError, InputError, SpecError
 from edgeseg.runtime.placement import fit
-from edgeseg.runtime.segmenter import Prediction, Segmenter, load
+from edgeseg.runtime.prediction import Prediction
+from edgeseg.runtime.segmenter import Segmenter, load
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
 
 RNG = np.random.default_rng(11)
