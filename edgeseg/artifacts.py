@@ -149,6 +149,7 @@ class Manifest:
         versions: packages that took part.
         device: what the engine was built on (CPU model or GPU name, flags that matter).
         conversion: nodes and MACs before and after simplification, parity of the fp32 graph with PyTorch.
+        command: the ``edgeseg build`` that makes the folder again; ``None`` when it was built from objects in Python.
         notes: everything assumed, stripped or dropped on the way; the same lines the build printed.
     """
 
@@ -170,6 +171,7 @@ class Manifest:
     extra_files: tuple[FileRef, ...] = ()
     candidates: dict[str, float] = field(default_factory=dict)
     conversion: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
     notes: tuple[str, ...] = ()
     verification: Verification | None = None
 

@@ -221,6 +221,7 @@ def _spec_table(manifest: Manifest) -> Table:
         ("built with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()) or MISSING),
         ("options", ", ".join(f"{name}={value}" for name, value in manifest.options.items()) or MISSING),
         ("edgeseg", manifest.edgeseg_version),
+        ("to repeat", manifest.command or MISSING),
     ):
         table.add_row(name, value)
     return table

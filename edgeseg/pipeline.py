@@ -36,6 +36,7 @@ from edgeseg.backends.portable import (
     measured_on,
     open_graph,
 )
+from edgeseg.build_command import build_command
 from edgeseg.cache import cached_folder, package_versions, source_sha256
 from edgeseg.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
@@ -87,7 +88,8 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
                     raise
                 reporter.note(f"{target} is left out: {exc}")
 
-        make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name)
+        command = None if model is not None else build_command(request)
+        make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name, command)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
         verification = verify_stage(request, loaded, engine, held_out, reporter)
@@ -322,6 +324,7 @@ class _ManifestMaker:
     table: CalibrationTable | None
     notes: tuple[str, ...]
     name: str
+    command: str | None
 
     def write(
         self,
@@ -362,6 +365,7 @@ class _ManifestMaker:
             device=dict(candidate.built.device),
             candidates=medians,
             conversion=dataclasses.asdict(self.conversion),
+            command=self.command,
             notes=self.notes,
             verification=verification,
         )

@@ -29,6 +29,12 @@ class Run:
     folder: Path | None = None
     source: str = ""
 
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """What to type to repeat the run: the builds of its engines, then the bench."""
+        builds = (row.engine.build_command for row in self.report.rows)
+        return (*dict.fromkeys(command for command in builds if command), self.report.command)
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -166,6 +166,7 @@ class Opener:
             engine_sha256=None if manifest.engine is None else manifest.engine.sha256,
             graph_sha256=manifest.graph.sha256,
             folder=contender.folder,
+            build_command=manifest.command,
             options=dict(manifest.options),
             versions=dict(manifest.versions),
         )

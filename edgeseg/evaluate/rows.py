@@ -35,6 +35,7 @@ class Identity:
         weights: where the weights came from, in words.
         engine_sha256, graph_sha256, weights_sha256: ``None`` where there is no such file.
         folder: as given on the command line.
+        build_command: what makes the engine's folder again; ``None`` for a baseline, or when no command line says it.
         options: backend settings.
         versions: of the packages the engine was built with and runs on.
     """
@@ -60,6 +61,7 @@ class Identity:
     graph_sha256: str | None = None
     weights_sha256: str | None = None
     folder: str | None = None
+    build_command: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

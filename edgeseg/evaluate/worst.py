@@ -37,10 +37,11 @@ def save_worst(
 ) -> tuple[WorstImage, ...]:
     """The images of lowest agreement, worst first, each as a PNG if the request names a folder for them.
 
-    Multilabel masks have no one colour per pixel: they are listed without a picture.
+    An image on which every pixel agrees is not among them: there is nothing to see. Multilabel masks have no one colour per
+    pixel: they are listed without a picture.
     """
     known = [(r.agreement.equal / r.agreement.pixels, r) for r in records if r.agreement is not None]
-    chosen = sorted(known, key=lambda item: item[0])[: request.worst]
+    chosen = sorted((item for item in known if item[0] < 1.0), key=lambda item: item[0])[: request.worst]
     paths: dict[int, str] = {}
     if request.images_folder is not None and chosen and contender.spec.model.task != "multilabel":
         reference = next(c for c in contenders if c.name == baseline)

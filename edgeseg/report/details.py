@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport
 from edgeseg.decide.verdict import data_key
-from edgeseg.evaluate.results import Accuracy, Profile, Truth, WorstImage
+from edgeseg.evaluate.results import Accuracy, Identity, Profile, Truth, WorstImage
 from edgeseg.report.charts import STYLES, bar
+from edgeseg.runtime.overlay import legend_entries, mask_palette
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -87,9 +88,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class EngineDetails:
-    """Everything about one engine; a part without lines was not measured."""
+    """Everything about one engine; a part without lines was not measured.
+
+    Attributes:
+        is_open: shown unfolded.
+        is_equal: every mask is the baseline's, so there is nothing to show of what it confuses or where it differs.
+        colours: class and CSS colour in the pictures.
+    """
 
     entry: Entry
+    is_open: bool
+    is_equal: bool
     baseline: str | None
     data: str | None
     classes: tuple[ClassLine, ...]
@@ -99,6 +108,7 @@ class EngineDetails:
     modules: tuple[ModuleLine, ...]
     profile: Profile | None
     pictures: tuple[Picture, ...]
+    colours: tuple[tuple[str, str], ...]
 
     @property
     def is_empty(self) -> bool:
@@ -132,8 +142,11 @@ def stage_lines(group: DeviceGroup) -> tuple[StageLine, ...]:
     )
 
 
-def engine_details(report: MergedReport, group: DeviceGroup) -> tuple[EngineDetails, ...]:
-    """One per engine of the device (not per setting: accuracy and profile are the engine's)."""
+def engine_details(report: MergedReport, group: DeviceGroup, chosen: Entry | None) -> tuple[EngineDetails, ...]:
+    """One per engine of the device (not per setting: accuracy and profile are the engine's).
+
+    ``chosen``, the engine to deploy, is shown unfolded; where there is none, all are.
+    """
     seen: set[tuple[int, str]] = set()
     found = []
     for entry in group.engines:
@@ -141,20 +154,25 @@ def engine_details(report: MergedReport, group: DeviceGroup) -> tuple[EngineDeta
         if key in seen:
             continue
         seen.add(key)
-        details = _details(report, group, entry)
+        is_open = chosen is None or key == (chosen.run, chosen.row.engine.name)
+        details = _details(report, group, entry, is_open)
         if not details.is_empty:
             found.append(details)
     return tuple(found)
 
 
-def _details(report: MergedReport, group: DeviceGroup, entry: Entry) -> EngineDetails:
+def _details(report: MergedReport, group: DeviceGroup, entry: Entry, is_open: bool) -> EngineDetails:
     accuracy, names = entry.row.accuracy, entry.row.engine.class_names
     baseline = _baseline(group, entry)
     truth = accuracy.truth if accuracy is not None else None
     reference = baseline.row.accuracy.truth if baseline is not None and baseline.row.accuracy is not None else None
-    confusion = _confusion(truth, reference, names)
+    agreement = accuracy.agreement if accuracy is not None else None
+    is_equal = agreement is not None and agreement.overall.value == 1.0
+    confusion = () if is_equal else _confusion(truth, reference, names)
     return EngineDetails(
         entry=entry,
+        is_open=is_open,
+        is_equal=is_equal,
         baseline=baseline.row.engine.name if baseline is not None else None,
         data=_data_line(accuracy) if accuracy is not None else None,
         classes=_classes(truth, reference, names),
@@ -164,7 +182,16 @@ def _details(report: MergedReport, group: DeviceGroup, entry: Entry) -> EngineDe
         modules=_modules(entry.row.profile) if entry.row.profile is not None else (),
         profile=entry.row.profile,
         pictures=tuple(_picture(worst, report.runs[entry.run].folder) for worst in accuracy.worst) if accuracy else (),
+        colours=_colours(entry.row.engine),
     )
+
+
+def _colours(engine: Identity) -> tuple[tuple[str, str], ...]:
+    """What the colours of the pictures' masks mean: they are the runtime's own."""
+    palette = mask_palette(engine.task, engine.classes, engine.class_names)
+    names = [class_name(engine.class_names, k) for k in range(engine.classes)]
+    listed = legend_entries(None, names, palette, binary=engine.task == "binary")
+    return tuple((entry.name, "#{:02x}{:02x}{:02x}".format(*entry.colour)) for entry in listed)
 
 
 def _baseline(group: DeviceGroup, entry: Entry) -> Entry | None:

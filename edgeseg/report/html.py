@@ -133,7 +133,7 @@ def _page(report: MergedReport, verdict: DeviceVerdict, key: str) -> DevicePage:
         front=tuple(judged.entry.name for judged in verdict.judged if judged.is_on_front),
         styles=tuple(dict.fromkeys(style_of(entry) for entry in group.entries)),
         stages=stage_lines(group),
-        details=engine_details(report, group),
+        details=engine_details(report, group, verdict.deploy),
         noise=tuple(
             (entry.name, tuple(f"{flag.kind}: {flag.detail}" for flag in entry.row.latency.flags))
             for entry in group.entries

@@ -65,11 +65,10 @@ def markdown(report: MergedReport, verdicts: Sequence[DeviceVerdict], failed: Se
     parts += _md_list("Not built or not measured", [f"{name}: {reason}" for name, reason in failed])
     parts.append("## Runs")
     for run in report.runs:
-        notes = [f"note: {note}" for note in run.report.notes]
         name = run.source or "this run"
-        parts.append(f"{_md(name)}, {_md(run.report.created_at)}: {_code(run.report.command)}")
-        if notes:
-            parts.append("\n".join(f"- {_md(note)}" for note in notes))
+        parts.append(f"{_md(name)}, {_md(run.report.created_at)}. To repeat it:")
+        parts.append("\n".join(f"- {_code(command)}" for command in run.commands))
+        parts += _md_list("Notes", run.report.notes)
     return "\n\n".join(parts) + "\n"
 
 

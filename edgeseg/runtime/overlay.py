@@ -58,17 +58,21 @@ def class_palette(count: int) -> NDArray[np.uint8]:
 
 
 def spec_palette(spec: PipelineSpec) -> NDArray[np.uint8]:
-    """Colours for each value of an engine's mask, uint8 ``(values, 3)``. Black means "leave the image as it is".
+    """Colours for each value of an engine's mask; see :func:`mask_palette`."""
+    return mask_palette(spec.model.task, spec.model.classes, spec.model.class_names)
+
+
+def mask_palette(task: str, classes: int, class_names: Sequence[str]) -> NDArray[np.uint8]:
+    """Colours for each value of a mask, uint8 ``(values, 3)``. Black means "leave the image as it is".
 
     Binary: black and one colour. Multiclass: black for a class named background, void, unlabeled or ignore. Multilabel:
     a colour per class plane.
     """
-    model = spec.model
-    if model.task == "binary":
+    if task == "binary":
         return np.concatenate((np.zeros((1, 3), np.uint8), class_palette(1)))
-    palette = class_palette(model.classes)
-    if model.task == "multiclass":
-        for index, name in enumerate(model.class_names):
+    palette = class_palette(classes)
+    if task == "multiclass":
+        for index, name in enumerate(class_names):
             if name.strip().lower() in BACKGROUND_NAMES:
                 palette[index] = 0
     return palette

@@ -79,6 +79,8 @@ def test_second_build_reuses_what_is_unchanged(demo_engine: Path, tmp_path: Path
     assert reused == ["export", "calibrate"], done.stderr
     first, second = open_engine(demo_engine).manifest, json.loads(done.stdout)
     assert second["graph"]["sha256"] == first.graph.sha256
+    typed = f"edgeseg build --arch fpn --precision int8 --target onnxruntime --output {tmp_path / 'e'}"
+    assert second["command"] == typed
     assert second["verification"]["agreement"] == first.verification.agreement  # type: ignore[union-attr]
 
 

@@ -139,6 +139,13 @@ def test_worst_images_are_saved_side_by_side(tmp_path: Path, data: Path, engine:
     assert worst[0].miou is not None and worst[0].miou < 1.0
 
 
+def test_equal_masks_have_no_worst_image(tmp_path: Path, data: Path, engine: Contender) -> None:
+    found, _ = run(tmp_path, data, engine, pixels=0, worst=2, images_folder=tmp_path / "report-images")
+    assert found["int8"].agreement is not None and found["int8"].agreement.overall.value == 1.0
+    assert found["int8"].worst == ()
+    assert not (tmp_path / "report-images").exists()
+
+
 def test_an_interrupted_evaluation_goes_on(
     tmp_path: Path, data: Path, engine: Contender, monkeypatch: pytest.MonkeyPatch
 ) -> None:

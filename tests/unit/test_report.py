@@ -26,6 +26,7 @@ from edgeseg.report.charts import Scale, latency_scale, nice_step
 from edgeseg.report.details import CHANGES_SHOWN, PNG
 from edgeseg.report.html import html
 from edgeseg.report.plain import csv_text, json_value, markdown, terminal
+from edgeseg.runtime.overlay import class_palette
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&|`{{7*7}}[bold]</style>"
@@ -209,6 +210,51 @@ def test_many_classes_list_the_largest_changes() -> None:
         truth = replace(one.accuracy.truth, confusion=confusion)
         rows.append(replace(one, accuracy=replace(one.accuracy, truth=truth)))
     assert page_of(merged(*rows)).count(" taken for ") == CHANGES_SHOWN
+
+
+def folds(text: str) -> dict[str, bool]:
+    """Engines' sections by name, and whether each is unfolded."""
+    found = re.findall(r'<details class="one"( open)?>\s*<summary><h3[^>]*>(.*?) against', text)
+    return {name: bool(is_open) for is_open, name in found}
+
+
+def test_only_the_engine_to_deploy_is_unfolded() -> None:
+    rows = (
+        row("pytorch", 50.0, miou=0.7, is_baseline=True),
+        row("slow", 20.0, miou=0.7, drop=0.0),
+        row("fast", 10.0, miou=0.7, drop=0.0),
+    )
+    assert folds(page_of(merged(*rows))) == {"slow": False, "fast": True}
+    nothing_fits = page_of(merged(*rows), "miou>=0.9")
+    assert folds(nothing_fits) == {"slow": True, "fast": True}
+
+
+def test_equal_masks_are_said_not_shown() -> None:
+    baseline = row("pytorch", 50.0, miou=0.7, is_baseline=True)
+    equal = page_of(merged(baseline, row("same", miou=0.7, agreement=1.0)))
+    differing = page_of(merged(baseline, row("other", miou=0.7, agreement=0.9)))
+    assert "masks are those of pytorch, pixel for pixel" in equal
+    assert "pixel for pixel" not in differing
+    assert ("confuses more" in equal, "confuses more" in differing) == (False, True)
+
+
+def test_pictures_come_with_the_meaning_of_their_colours() -> None:
+    page = Page(page_of(merged(full_row("one", miou=0.7, drop=0.0, agreement=0.9, class_names=("road", "background")))))
+    colours = [str(a["style"]) for tag, a in page.elements if tag == "i" and "style" in a]
+    palette = class_palette(1)[0]
+    assert colours == ["background: #{:02x}{:02x}{:02x}".format(*palette), "background: #000000"]
+
+
+def test_every_command_is_there_once_builds_before_the_bench() -> None:
+    made = "edgeseg build --arch fpn --precision int8"
+    rows = [row(name, batch=batch) for name in ("a", "b") for batch in (1, 4)]
+    rows = [replace(r, engine=replace(r.engine, build_command=f"{made} --output {r.engine.name}")) for r in rows]
+    both = merged(row("pytorch", is_baseline=True), *rows)
+    expected = [f"{made} --output a", f"{made} --output b", "edgeseg bench ..."]
+    assert list(both.runs[0].commands) == expected
+    assert "\n".join(expected) in "".join(Page(page_of(both)).texts)
+    marked = markdown(both, decide(both))
+    assert [line for line in marked.splitlines() if line.startswith("- `edgeseg")] == [f"- `{c}`" for c in expected]
 
 
 def test_several_devices_have_their_own_tables() -> None:
