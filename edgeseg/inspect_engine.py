@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg.artifacts import Engine, FileRef, Manifest, open_engine
 from edgeseg.errors import ArtifactError
+from edgeseg.evaluate.profile import module_of as module_group
 from edgeseg.evaluate.summary import MISSING, class_table, precision_line, verification_table
 
 if TYPE_CHECKING:
@@ -39,14 +40,15 @@ class Layer:
         module: the SMP module it came from (``encoder.layer3.0.conv1``), ``""`` for what edgeseg or the runtime added.
         op: operator.
         dtype: what it computes in (``int8``, ``fp32``, ...), ``None`` when the file does not tell.
-        macs: multiply-accumulates of one image; 0 for nodes without any.
+        macs: multiply-accumulates of one image, 0 for nodes without any; ``None`` when the file has no shapes to count
+            them from.
     """
 
     name: str
     module: str
     op: str
     dtype: str | None
-    macs: int
+    macs: int | None
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,20 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
         # A dynamic size has no one number of multiply-accumulates.
         macs = {}
     types = _tensor_types(model)
+    # What ONNX Runtime saves knows no shapes for its own operators: nothing could be counted, which is not zero.
+    uncounted = 0 if macs else None
     return tuple(
-        Layer(node.name, module_of(node.name), node.op_type, _dtype(node, types), macs.get(node.name, 0))
+        Layer(node.name, module_of(node.name), node.op_type, _dtype(node, types), macs.get(node.name, uncounted))
         for node in model.graph.node
     )
 
 
 def module_of(node_name: str) -> str:
-    """``encoder.layer3.0.conv1`` of ``encoder.layer3.0.conv1/Conv``; ``""`` for a node without a module."""
-    module, slash, _ = node_name.rpartition("/")
+    """``encoder.layer3.0.conv1`` of ``encoder.layer3.0.conv1/Conv``; ``""`` for a node without a module.
+
+    What was made around a node is called after it (``decoder.p5/Conv/weight/DQ``), so the module ends at the first slash.
+    """
+    module, slash, _ = node_name.partition("/")
     return module if slash and module not in {"edgeseg", "preprocess", "postprocess"} else ""
 
 
@@ -242,19 +249,20 @@ def _layer_table(layers: Sequence[Layer]) -> Table:
 
 
 def _module_table(layers: Sequence[Layer]) -> Table:
-    """A line per module, two levels deep: ``encoder.layer3``, ``decoder.p4``, ``segmentation_head``."""
+    """A line per module, as ``bench --profile`` groups them: ``encoder.layer3``, ``decoder.p4``, ``segmentation_head``."""
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
-        groups.setdefault(".".join(layer.module.split(".")[:2]) or "(around the network)", []).append(layer)
-    total = sum(layer.macs for layer in layers)
+        groups.setdefault(module_group(layer.name) or "(around the network)", []).append(layer)
+    total = sum(layer.macs or 0 for layer in layers)
     table = _plain(("module", "left"), ("nodes", "right"), ("MMAC", "right"), ("share", "right"), ("dtypes", "left"))
     for name, members in groups.items():
-        macs = sum(layer.macs for layer in members)
+        macs = sum(layer.macs or 0 for layer in members)
         counts: dict[str, int] = {}
         for layer in members:
             counts[layer.dtype or MISSING] = counts.get(layer.dtype or MISSING, 0) + 1
         listed = ", ".join(f"{dtype} {count}" for dtype, count in sorted(counts.items(), key=lambda i: -i[1]))
-        table.add_row(name, str(len(members)), f"{macs / 1e6:.1f}", f"{macs / total:.1%}" if total else MISSING, listed)
+        figures = (f"{macs / 1e6:.1f}", f"{macs / total:.1%}") if total else (MISSING, MISSING)
+        table.add_row(name, str(len(members)), *figures, listed)
     return table
 
 
