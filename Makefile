@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.edgeseg-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit gpu lint typecheck check format coverage bench clean
+.PHONY: help venv demo test unit gpu lint typecheck check pycuda format coverage bench clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ typecheck: venv  ## mypy --strict
 	$(BIN)/mypy
 
 check: lint typecheck ## Everything but the tests
+
+pycuda: venv     ## Build pycuda for the tests of its CUDA layer; where it cannot be built, say why and go on
+	$(BIN)/python tests/stub_cuda/install_pycuda.py
 
 format: venv     ## Let ruff rewrite the sources
 	$(BIN)/ruff check --fix .

@@ -29,7 +29,8 @@ def build(folder: Path) -> dict[str, str]:
     cc = compiler()
     assert cc is not None
     library = folder / "libcuda.so.1"
-    flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    # The name inside is what a program linked with it asks for.
+    flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
     subprocess.run([cc, *flags, "-o", str(library), str(SOURCE), "-ldl", "-lpthread"], check=True)
     return {**os.environ, "LD_LIBRARY_PATH": str(folder), "STUB_CUDA_LIBRARY": str(library)}
 

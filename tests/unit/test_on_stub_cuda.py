@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import stub_cuda
+from stub_cuda.install_pycuda import REASON
 
 TESTS = Path(__file__).resolve().parents[1] / "on_stub_cuda"
 MODULES = {"cuda-bindings": "cuda.bindings", "pycuda": "pycuda"}
@@ -34,14 +35,17 @@ def installed(package: str) -> bool:
         return False
 
 
+def no_pycuda() -> str:
+    """Why, in the words of ``make pycuda`` if it was tried."""
+    return REASON.read_text(encoding="utf-8").strip() if REASON.is_file() else "make pycuda builds it"
+
+
 @needs_compiler
 @pytest.mark.parametrize("package", MODULES)
 @pytest.mark.parametrize("suite", sorted(path.stem for path in TESTS.glob("test_*.py")))
 def test_on_the_stub_driver(environment: dict[str, str], package: str, suite: str) -> None:
     if not installed(package):
-        pytest.skip(
-            f"{package} is not installed" + ("; building it takes a CUDA toolkit" if package == "pycuda" else "")
-        )
+        pytest.skip(f"{package} is not installed" + (f": {no_pycuda()}" if package == "pycuda" else ""))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / f"{suite}.py")]
     found = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
     path = os.pathsep.join([str(TESTS.parents[1]), *found])
