@@ -106,13 +106,16 @@ class Gpu:
 class MachineState:
     """What changes while measuring; taken before and after.
 
-    ``cpu_mhz``: least, median and most over the cores; ``temperatures_c``: by sensor; ``load``: 1, 5 and 15 minutes.
+    ``cpu_mhz``: least, median and most over the cores; ``gpu_mhz``: by GPU or its clock domain; ``temperatures_c``: by
+    sensor; ``load``: 1, 5 and 15 minutes; ``throttled``: why the machine holds its clocks back right now, a line each.
     """
 
     cpu_mhz: tuple[float, float, float] | None = None
     temperatures_c: dict[str, float] = field(default_factory=dict)
     load: tuple[float, float, float] | None = None
     memory_available_bytes: int | None = None
+    gpu_mhz: dict[str, float] = field(default_factory=dict)
+    throttled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
