@@ -50,6 +50,7 @@ __all__ = [
     "Distribution",
     "Drop",
     "Environment",
+    "FailedMeasurement",
     "Gpu",
     "Identity",
     "Interval",
@@ -145,6 +146,24 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class FailedMeasurement:
+    """Something that was asked for and could not be measured, while the rest was.
+
+    Attributes:
+        engine: its name, as in the rows it would have had.
+        folder: as given on the command line; ``None`` for a baseline.
+        what: ``load``: it has no row; ``latency b<batch> t<threads or -> s<streams>``: that row is missing; ``accuracy``:
+            its rows have none.
+        reason: the error, one line.
+    """
+
+    engine: str
+    folder: str | None
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class BenchReport:
     """A whole run of ``edgeseg bench``.
 
@@ -153,7 +172,8 @@ class BenchReport:
         command: to repeat it, ``edgeseg bench ...``.
         protocol: settings of the latency protocol.
         comparisons: of every row with the baseline's row of the same setting.
-        notes: what was not measured and why.
+        notes: what this machine or the request left unmeasured, and why.
+        failed: what went wrong; empty when all is well.
     """
 
     schema_version: int
@@ -165,6 +185,7 @@ class BenchReport:
     comparisons: tuple[SpeedComparison, ...] = ()
     protocol: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    failed: tuple[FailedMeasurement, ...] = ()
 
     def row(self, row_id: str) -> Row:
         """The row of that id. Raises ``KeyError``."""
