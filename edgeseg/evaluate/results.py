@@ -80,8 +80,8 @@ __all__ = [
 class SpeedComparison:
     """How many times faster ``row`` is than ``baseline`` (row ids) in the same setting.
 
-    ``ratio``: median of the paired ratios; ``low``, ``high``: 95 % bootstrap interval over the pairs; ``verdict`` is ``no
-    difference`` when the interval holds 1.
+    ``ratio``: median of the paired ratios; ``low``, ``high``: its 95 % interval, over up to ten stretches of the run;
+    ``verdict`` is ``no difference`` when the interval holds 1.
     """
 
     baseline: str

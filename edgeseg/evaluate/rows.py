@@ -86,8 +86,8 @@ class Setting:
 class Distribution:
     """A sample of durations, milliseconds.
 
-    Percentiles are trtexec's (an observed sample). ``median_low_ms`` and ``median_high_ms``: 95 % bootstrap interval of
-    the median. ``std_ms``: sample standard deviation, ``None`` of a single sample.
+    Percentiles are trtexec's (an observed sample). ``median_low_ms`` and ``median_high_ms``: 95 % interval of the
+    median, a bootstrap over up to ten stretches of the run. ``std_ms``: sample standard deviation, ``None`` of a single sample.
     """
 
     count: int
