@@ -9,6 +9,7 @@ Analysis", chapter 9: batch means; Lahiri, "Resampling Methods for Dependent Dat
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 from typing import Any
 
@@ -45,25 +46,43 @@ def ratio_interval(ratios: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def median_interval(values: NDArray[Any], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the median: a bootstrap that resamples whole stretches, with percentiles widened for their small
+    """95 % interval of the median; see :func:`bootstrap_interval`."""
+    return bootstrap_interval(values, lambda picked: np.median(picked, axis=1), resamples=resamples, seed=seed)
+
+
+def bootstrap_interval(
+    values: NDArray[Any],
+    statistic: Callable[[NDArray[Any]], NDArray[Any]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95 % interval of a statistic: a bootstrap that resamples whole stretches, with percentiles widened for their small
     number (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015: expanded percentile interval).
 
     A single sample is its own interval: nothing is known about its spread.
+
+    Args:
+        values: in the order they were taken, at least one.
+        statistic: samples ``(R, N)`` -> R figures.
+        resamples: R.
+        seed: of the resampling.
     """
     if not len(values):
         raise ValueError("interval of no samples")
     if len(values) == 1:
-        return float(values[0]), float(values[0])
+        (only,) = statistic(values[None])
+        return float(only), float(only)
     count = batch_count(len(values))
     length = -(-len(values) // count)
     starts = np.linspace(0, len(values) - length, count).round().astype(np.int64)
     rng = np.random.default_rng(seed)
     step = max(1, _CHUNK_CELLS // len(values))
-    medians: list[NDArray[Any]] = []
+    found: list[NDArray[Any]] = []
     for done in range(0, resamples, step):
         picks = starts[rng.integers(0, count, (min(step, resamples - done), count))]
         places = (picks[:, :, None] + np.arange(length)).reshape(len(picks), -1)
-        medians.append(np.median(values[places], axis=1))
+        found.append(statistic(values[places]))
     tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * _T_975[count - 2])
-    low, high = np.quantile(np.concatenate(medians), [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
     return float(low), float(high)

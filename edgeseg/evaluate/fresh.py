@@ -69,6 +69,7 @@ def measure_fresh(contender: Contender, processes: int, runs: int = RUNS) -> tup
         first_mask_ms=middle(lambda a: a.first_mask_ms),
         total_ms=middle(lambda a: a.load_ms + a.first_mask_ms),
         processes=processes,
+        totals_ms=tuple(round(a.load_ms + a.first_mask_ms, 3) for a in answers),
     )
     names = ("peak_rss_bytes", "base_rss_bytes", "activation_bytes", "gpu_bytes")
     return cold, Memory(**{name: largest(name) for name in names})

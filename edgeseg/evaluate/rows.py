@@ -159,7 +159,7 @@ class ColdStart:
     """A fresh process, files in the page cache: medians over ``processes``, milliseconds.
 
     ``import_ms``: Python packages; ``load_ms``: engine folder (hashes checked) -> session; ``first_mask_ms``: the first
-    call; ``total_ms``: load to first mask, imports not included.
+    call; ``total_ms``: load to first mask, imports not included; ``totals_ms``: that of each process.
     """
 
     import_ms: float
@@ -167,6 +167,7 @@ class ColdStart:
     first_mask_ms: float
     total_ms: float
     processes: int
+    totals_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
