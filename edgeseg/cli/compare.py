@@ -43,5 +43,5 @@ def command(old: Path, new: Path, limits: tuple[str, ...], across_devices: bool,
 
         result_console().print(change_table(changes))
     for remark in remarks(first, second, changes):
-        click.echo(f"note: {remark}", err=True)
+        click.echo(remark, err=as_json)
     check_limits(changes, gates)

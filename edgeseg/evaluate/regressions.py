@@ -220,7 +220,7 @@ def remarks(old: BenchReport, new: BenchReport, changes: Sequence[Change]) -> tu
     names = sorted({change.beside for change in changes if change.beside is not None})
     if names:
         found.append(
-            f"latency is compared beside {', '.join(names)}, which did not change: what made the machine itself slower "
+            f"* latency is compared beside {', '.join(names)}, which did not change: what made the machine itself slower "
             "or faster between the two runs cancels"
         )
     baselines = {row.id for row in new.rows if row.engine.is_baseline}
@@ -292,8 +292,9 @@ def change_table(changes: Sequence[Change]) -> Table:
         unit = "points" if change.metric == "miou" else "%"
         shown = 0.0 - change.percent if change.metric == "miou" else change.percent
         bounds = MISSING if change.low is None or change.high is None else f"{change.low:+.1f} to {change.high:+.1f}"
+        star = "" if change.beside is None else "*"
         old, new = (_shown(change.metric, value) for value in (change.old, change.new))
-        table.add_row(f"  {_NAMES[change.metric]}", old, new, f"{shown:+.1f} {unit}", bounds, change.verdict)
+        table.add_row(f"  {_NAMES[change.metric]}", old, new, f"{shown:+.1f} {unit}{star}", bounds, change.verdict)
     return table
 
 

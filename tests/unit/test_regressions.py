@@ -159,5 +159,5 @@ def test_the_table_fits_80_columns_and_names_every_row() -> None:
         console.print(change_table(compare_reports(read_report(EXAMPLE), slowed(read_report(EXAMPLE), 1.2))))
         text = console.export_text()
     assert ROW in text
-    assert "+20.0 %" in text
+    assert "+20.0 %*" in text
     assert "worse" in text
