@@ -89,7 +89,7 @@ def command(
     """Measure engines beside the PyTorch model they came from, in turns, so that drift hits all alike.
 
     Latency is end to end: decoded uint8 image in memory to uint8 mask in memory. Counts are comma-separated: --batch
-    1,4,8.
+    1,4,8. An engine that fails does not stop the others; it is named, and the exit code is 1.
     """
     from edgeseg.cli.output import console_reporter, print_json
     from edgeseg.errors import ArtifactError
@@ -135,8 +135,9 @@ def command(
         click.echo(f"report: {json_path}", err=True)
     if to_stdout:
         print_json(report)
-        return
-    from edgeseg.cli.output import result_console
-    from edgeseg.evaluate.bench_table import bench_summary
+    else:
+        from edgeseg.cli.output import result_console
+        from edgeseg.evaluate.bench_table import bench_summary
 
-    result_console().print(bench_summary(report))
+        result_console().print(bench_summary(report))
+    sys.exit(1 if report.failed else 0)

@@ -23,12 +23,17 @@ from edgeseg.cli.parameters import ANY_PATH
 @click.option("--across-devices", is_flag=True, help="Compare reports of different devices all the same.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(old: Path, new: Path, limits: tuple[str, ...], across_devices: bool, as_json: bool) -> None:
-    """Compare the rows that two reports of edgeseg bench have in common: what got worse, and whether by more than noise."""
-    from edgeseg.evaluate.regressions import change_table, check_limits, compare_reports, parse_limits
+    """Compare the rows that two reports of edgeseg bench have in common: what got worse, and whether by more than noise.
+
+    Latency is compared beside the baseline where both reports have the same: between two runs the machine itself may
+    have become slower.
+    """
+    from edgeseg.evaluate.regressions import change_table, check_limits, compare_reports, parse_limits, remarks
     from edgeseg.evaluate.results import read_report
 
     gates = parse_limits(limits)
-    changes = compare_reports(read_report(old), read_report(new), across_devices=across_devices)
+    first, second = read_report(old), read_report(new)
+    changes = compare_reports(first, second, across_devices=across_devices)
     if as_json:
         from edgeseg.cli.output import print_json
 
@@ -37,4 +42,6 @@ def command(old: Path, new: Path, limits: tuple[str, ...], across_devices: bool,
         from edgeseg.cli.output import result_console
 
         result_console().print(change_table(changes))
+    for remark in remarks(first, second, changes):
+        click.echo(remark, err=as_json)
     check_limits(changes, gates)

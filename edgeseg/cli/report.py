@@ -59,10 +59,10 @@ def write_reports(
 ) -> int:
     """Decide, write the files asked for, print the result, and return the exit code: 3 when ``require`` is not met.
 
-    ``failed``: engines that gave no row, and why.
+    ``failed``: engines that were never measured, and why; those the runs could not measure are added.
     """
     from edgeseg.artifacts import write_text
-    from edgeseg.decide.entries import merge
+    from edgeseg.decide.entries import failed_measurements, merge
     from edgeseg.decide.requirement import Requirement
     from edgeseg.decide.verdict import decide
     from edgeseg.report import plain
@@ -70,6 +70,7 @@ def write_reports(
     requirement = None if require is None else Requirement.parse(require)
     report = merge(runs)
     verdicts = decide(report, requirement)
+    failed = (*failed, *failed_measurements(runs))
     if html_path is not None:
         from edgeseg.report.html import html
 
@@ -81,17 +82,17 @@ def write_reports(
     if as_json:
         from edgeseg.cli.output import print_json
 
-        print_json(plain.json_value(report, verdicts))
+        print_json(plain.json_value(report, verdicts, failed))
     else:
-        _print_tables(verdicts)
+        _print_tables(verdicts, failed)
         for path in filter(None, (html_path, markdown_path, csv_path)):
             click.echo(f"written: {path}")
     return 3 if require is not None and any(verdict.answer != "deploy" for verdict in verdicts) else 0
 
 
-def _print_tables(verdicts: tuple[DeviceVerdict, ...]) -> None:
+def _print_tables(verdicts: tuple[DeviceVerdict, ...], failed: Sequence[tuple[str, str]]) -> None:
     from edgeseg.cli.output import result_console
     from edgeseg.report.plain import terminal
 
     console = result_console()
-    console.print(terminal(verdicts, width=console.width))
+    console.print(terminal(verdicts, failed, width=console.width))

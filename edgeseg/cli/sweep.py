@@ -45,6 +45,7 @@ def command(
     the others; the exit code is 1 then, or 3 when no engine meets the requirement.
     """
     from edgeseg.cli.report import write_reports
+    from edgeseg.decide.entries import failed_measurements
     from edgeseg.sweep.run import run_sweep
 
     config = _config(config_path, archs, precisions, targets, data, require, output)
@@ -56,7 +57,7 @@ def command(
         say=lambda line: click.echo(f"  {line}", err=True),
     )
     folder = Path(config.output)
-    failed = tuple((failure.name, failure.reason) for failure in result.failures)
+    failed: tuple[tuple[str, str], ...] = tuple((failure.name, failure.reason) for failure in result.failures)
     code = write_reports(
         result.runs,
         folder / "report.html",
@@ -67,6 +68,7 @@ def command(
         as_json,
         failed,
     )
+    failed = (*failed, *failed_measurements(result.runs))
     for name, reason in failed:
         click.echo(f"failed: {name}: {reason}", err=True)
     sys.exit(code or (1 if failed else 0))

@@ -116,6 +116,18 @@ def merge(runs: Sequence[Run]) -> MergedReport:
     return MergedReport(tuple(runs), tuple(groups))
 
 
+def failed_measurements(runs: Sequence[Run]) -> tuple[tuple[str, str], ...]:
+    """What the runs could not measure: the engine (with its report's name where there are several) and why."""
+    return tuple(
+        (
+            failure.engine + (f" ({run.source})" if len(runs) > 1 and run.source else ""),
+            failure.reason if failure.what == "load" else f"{failure.what}: {failure.reason}",
+        )
+        for run in runs
+        for failure in run.report.failed
+    )
+
+
 def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
     """Read bench reports. Raises ``ArtifactError`` for a file that is none, ``InputError`` for one given twice."""
     seen: dict[Path, Path] = {}

@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 import edgeseg
-from edgeseg.backends.base import Session
 from edgeseg.errors import BuildError, EdgesegError, SpecError
-from edgeseg.evaluate.contenders import BASELINES, Contender, Opener, baseline_contenders, engine_contenders
+from edgeseg.evaluate.contenders import (
+    BASELINES,
+    Contender,
+    Opener,
+    baseline_contenders,
+    engine_contenders,
+    engine_names,
+)
 from edgeseg.evaluate.fresh import measure_fresh
-from edgeseg.evaluate.latency import LatencyProtocol, LatencySamples, measure_interleaved
-from edgeseg.evaluate.machine import describe_machine, machine_flags, machine_state, read_counters
-from edgeseg.evaluate.power import PowerSource, find_source, power_log
+from edgeseg.evaluate.latency import LatencyProtocol
+from edgeseg.evaluate.machine import describe_machine, machine_state
+from edgeseg.evaluate.measure import Timed, idle_power, measure_setting
+from edgeseg.evaluate.power import find_source
 from edgeseg.evaluate.profile import profile_engine
 from edgeseg.evaluate.results import (
     SCHEMA_VERSION,
     Accuracy,
     BenchReport,
     ColdStart,
+    FailedMeasurement,
     Identity,
-    Latency,
     Memory,
-    Power,
     Profile,
     Row,
     Setting,
     SpeedComparison,
-    StageSplit,
     row_id,
 )
-from edgeseg.evaluate.stages import StageClock
-from edgeseg.evaluate.statistics import distribution, noise_flags, speed_comparison
-from edgeseg.evaluate.streams import measure_streams
+from edgeseg.evaluate.statistics import speed_comparison
 from edgeseg.progress import Reporter, stage
-from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import one_of
 
 WARMUP_STABLE_WITHIN = 0.03
-POWER_SECONDS = 2.0
-IDLE_SECONDS = 1.0
-STAGE_CALLS, MIN_STAGE_CALLS, STAGE_SECONDS = 50, 5, 1.0
 
 
 class AccuracyStep(Protocol):
@@ -113,7 +108,7 @@ class BenchRequest:
 
 
 @dataclass
-class _Measured:
+class _Findings:
     """What is found out about one contender, apart from its latency."""
 
     identity: Identity
@@ -124,25 +119,48 @@ class _Measured:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Timed:
-    """Latency of one contender in one setting."""
+@dataclass
+class _Failures:
+    """What went wrong so far, and the errors themselves for when nothing is left."""
 
-    latency: Latency | None
-    power: Power | None = None
-    samples: LatencySamples | None = None
+    reporter: Reporter
+    listed: list[FailedMeasurement] = field(default_factory=list)
+    errors: list[EdgesegError] = field(default_factory=list)
+
+    def add(self, engine: str, folder: str | None, what: str, error: EdgesegError) -> None:
+        """Keep a failure and tell it at once: whoever waits may want to stop here."""
+        failure = FailedMeasurement(engine, folder, what, str(error))
+        self.listed.append(failure)
+        self.errors.append(error)
+        self.reporter.note(f"{engine} failed ({what}): {error}")
+
+    def raise_if_none_left(self, engines: Sequence[Contender]) -> None:
+        """Raise when no engine is left to measure: the error itself if there was but one."""
+        if engines:
+            return
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        reasons = "; ".join(f"{f.engine}: {f.reason}" for f in self.listed)
+        raise BuildError(f"no engine could be measured: {reasons}")
 
 
 def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep | None = None) -> BenchReport:
     """Measure everything asked for and return the report.
 
+    An engine that cannot be loaded or fails while it is measured does not stop the others: it is in the report's
+    ``failed``. What merely cannot be measured here is ``None``, with a note.
+
     Raises:
-        ArtifactError, BuildError, CheckpointError, InputError, SpecError: an engine, the weights or the data cannot be
-            used. What merely cannot be measured here is ``None`` in the report, with a note.
+        ArtifactError, BuildError, ...: no engine is left to measure.
+        CheckpointError, InputError, SpecError: the weights, the data or a setting given cannot be used.
     """
-    opener, notes = Opener(), list[str]()
+    opener, notes, failures = Opener(), list[str](), _Failures(reporter)
     before = machine_state()
-    engines = engine_contenders(request.engines)
+    engines, broken = engine_contenders(request.engines)
+    names = engine_names(request.engines)
+    for folder, error in broken.items():
+        failures.add(names[folder], str(folder), "load", error)
+    failures.raise_if_none_left(engines)
     baselines, missing = baseline_contenders(engines, request.baselines, request.weights, opener)
     notes += missing
     if not request.baselines:
@@ -150,17 +168,23 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
     contenders = [*baselines, *engines]
     if accuracy is not None:
         accuracy.check(contenders)
-    measured = {c.name: _Measured(opener.identity(c)) for c in contenders}
-    timed = _latency_stage(request, contenders, opener, reporter, notes) if request.duration_s > 0 else {}
-    _memory_stage(request, contenders, measured, reporter)
+    if request.duration_s > 0:
+        contenders, timed = _latency_stage(request, contenders, opener, reporter, notes, failures)
+    else:
+        contenders, timed = _loadable(contenders, opener, failures), {}
+    found = {c.name: _Findings(opener.identity(c)) for c in contenders}
+    _memory_stage(request, contenders, found, reporter)
     if request.profile:
-        _profile_stage(engines, measured, opener, reporter)
+        _profile_stage([c for c in contenders if not c.is_baseline], found, opener, reporter)
     if accuracy is not None:
-        for name, found in accuracy(contenders, opener, reporter).items():
-            measured[name].accuracy = found
+        _accuracy_stage(accuracy, contenders, found, opener, reporter, failures, is_all=not timed)
     after = machine_state()
-    settings = list(timed) or [Setting()]
-    rows = [_row(c, setting, measured[c.name], timed.get(setting, {})) for setting in settings for c in contenders]
+    rows = [
+        _row(c, setting, found[c.name], by_name.get(c.name))
+        for setting, by_name in (timed or {Setting(): {}}).items()
+        for c in contenders
+        if not timed or c.name in by_name
+    ]
     for note in notes:
         reporter.note(note)
     return BenchReport(
@@ -173,16 +197,37 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
         comparisons=tuple(_comparisons(contenders, timed)),
         protocol=dataclasses.asdict(request.protocol),
         notes=tuple(notes),
+        failed=tuple(failures.listed),
     )
 
 
+def _loadable(contenders: Sequence[Contender], opener: Opener, failures: _Failures) -> list[Contender]:
+    """The contenders that can be opened."""
+    found = []
+    for contender in contenders:
+        try:
+            opener.open(contender).close()
+        except EdgesegError as exc:
+            failures.add(contender.name, contender.folder, "load", exc)
+        else:
+            found.append(contender)
+    failures.raise_if_none_left([c for c in found if not c.is_baseline])
+    return found
+
+
 def _latency_stage(
-    request: BenchRequest, contenders: Sequence[Contender], opener: Opener, reporter: Reporter, notes: list[str]
-) -> dict[Setting, dict[str, _Timed]]:
+    request: BenchRequest,
+    contenders: Sequence[Contender],
+    opener: Opener,
+    reporter: Reporter,
+    notes: list[str],
+    failures: _Failures,
+) -> tuple[list[Contender], dict[Setting, dict[str, Timed]]]:
+    """(the contenders that ran in at least one setting, their times by setting and name)."""
     source = find_source()
     if source is None:
         notes.append("no power source could be read (INA3221, tegrastats, NVML, RAPL): power and energy are '-'")
-    idle_w = None if source is None else _idle_power(source)
+    idle_w = None if source is None else idle_power(source)
     size = request.source_size or (None, None)
     settings = [
         Setting(batch, threads, streams, size[0], size[1])
@@ -190,111 +235,40 @@ def _latency_stage(
         for batch in request.batches
         for streams in request.streams
     ]
-    found: dict[Setting, dict[str, _Timed]] = {}
+    left = list(contenders)
+    timed: dict[Setting, dict[str, Timed]] = {}
     try:
-        for setting in settings:
-            name = row_id("latency", setting).removeprefix("latency ")
+        for number, setting in enumerate(settings):
+            name = row_id("latency", setting)
             with stage(reporter, "latency") as said:
-                found[setting] = measure_setting(
-                    contenders, opener, setting, request.protocol, source, idle_w, reporter.progress
+                progress = partial(_overall_progress, reporter, number, len(settings))
+                measured = measure_setting(left, opener, setting, request.protocol, source, idle_w, progress)
+                timed[setting] = measured.timed
+                medians = {n: t.latency.end_to_end.median_ms for n, t in measured.timed.items()}
+                said.append(
+                    f"{name.removeprefix('latency ')}: " + ", ".join(f"{n} {ms:.2f} ms" for n, ms in medians.items())
                 )
-                medians = {
-                    n: t.latency.end_to_end.median_ms for n, t in found[setting].items() if t.latency is not None
-                }
-                said.append(f"{name}: " + ", ".join(f"{n} {ms:.2f} ms" for n, ms in medians.items()))
+            for contender in left:
+                for what, errors in (("load", measured.not_loaded), (name, measured.failed)):
+                    if contender.name in errors:
+                        failures.add(contender.name, contender.folder, what, errors[contender.name])
+            left = [c for c in left if c.name not in measured.not_loaded]
     finally:
         if source is not None:
             source.close()
-    return found
+    ran = [c for c in left if any(c.name in by_name for by_name in timed.values())]
+    failures.raise_if_none_left([c for c in ran if not c.is_baseline])
+    return ran, timed
 
 
-def measure_setting(
-    contenders: Sequence[Contender],
-    opener: Opener,
-    setting: Setting,
-    protocol: LatencyProtocol,
-    power: PowerSource | None = None,
-    idle_w: float | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, _Timed]:
-    """Measure all contenders in one setting, in turns.
-
-    With one stream the samples of all are taken in turns (see :func:`~edgeseg.evaluate.latency.measure_interleaved`). Then
-    each runs by itself: for its stages, which a GPU backend times by events that the end-to-end figure must not pay for,
-    and for power, since a meter cannot tell contenders apart.
-    """
-    with ExitStack() as stack:
-        sessions = {c.name: stack.enter_context(opener.open(c, setting.threads)) for c in contenders}
-        calls: dict[str, Callable[[], object]] = {
-            c.name: partial(Segmenter(sessions[c.name], c.spec), _noise(c, setting)) for c in contenders
-        }
-        state, counters = machine_state(), read_counters()
-        if setting.streams == 1:
-            samples = measure_interleaved(calls, protocol, progress=progress)
-            rates = {n: setting.batch * len(s.samples_ms) / (sum(s.samples_ms) / 1000) for n, s in samples.items()}
-        else:
-            under_load = measure_streams(calls, setting.streams, protocol.min_duration_ms, warmup_ms=protocol.warmup_ms)
-            samples = {n: LatencySamples(n, s.samples_ms, s.warmup_iterations, protocol) for n, s in under_load.items()}
-            rates = {n: setting.batch * s.calls_per_s for n, s in under_load.items()}
-        flags = machine_flags(counters, read_counters(), (state, machine_state()))
-        powers = {} if power is None else {n: _power(call, power, setting, idle_w) for n, call in calls.items()}
-        stages = {c.name: _stages(sessions[c.name], c, setting) for c in contenders}
-        group = row_id("", setting).strip()
-        return {
-            name: _Timed(
-                Latency(
-                    end_to_end=distribution(s.samples_ms),
-                    stages=stages[name],
-                    images_per_s=rates[name],
-                    warmup_iterations=s.warmup_iterations,
-                    warmup_stable=s.warmup_stable,
-                    flags=(*noise_flags(s.samples_ms), *flags),
-                    samples_ms=tuple(round(ms, 5) for ms in s.samples_ms),
-                    round_group=group if setting.streams == 1 else "",
-                ),
-                powers.get(name),
-                s if setting.streams == 1 else None,
-            )
-            for name, s in samples.items()
-        }
-
-
-def _noise(contender: Contender, setting: Setting) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """Images to time with, always the same: what they show does not change what the kernels do."""
-    spec = contender.spec.input
-    height, width = setting.source_height or spec.height, setting.source_width or spec.width
-    images = np.random.default_rng(0).integers(0, 256, (setting.batch, height, width, spec.channels), dtype=np.uint8)
-    return images[0] if setting.batch == 1 else images
-
-
-def _stages(session: Session, contender: Contender, setting: Setting) -> StageSplit:
-    """Medians of the stages of one caller's calls."""
-    clock = StageClock(session)
-    call = partial(Segmenter(clock, contender.spec), _noise(contender, setting))
-    began = time.perf_counter()
-    for done in range(STAGE_CALLS):
-        if done >= MIN_STAGE_CALLS and time.perf_counter() - began > STAGE_SECONDS:
-            break
-        clock.timed(call)
-    return clock.split()
-
-
-def _idle_power(source: PowerSource) -> float | None:
-    """Watts while nothing is asked of the machine."""
-    with power_log(source) as log:
-        time.sleep(IDLE_SECONDS)
-    power = log.result(1.0)
-    return None if power is None else power.mean_w
-
-
-def _power(call: Callable[[], object], source: PowerSource, setting: Setting, idle_w: float | None) -> Power | None:
-    with power_log(source) as log:
-        found = measure_streams({"": call}, setting.streams, POWER_SECONDS * 1000)[""]
-    return log.result(found.calls_per_s * setting.batch, idle_w)
+def _overall_progress(reporter: Reporter, number: int, settings: int, done: int, total: int) -> None:
+    """Tell how far all settings are, in percent: each takes about as long as the others."""
+    share = (number + (done / total if total else 1.0)) / settings
+    reporter.progress(int(100 * share), 100)
 
 
 def _memory_stage(
-    request: BenchRequest, contenders: Sequence[Contender], measured: dict[str, _Measured], reporter: Reporter
+    request: BenchRequest, contenders: Sequence[Contender], measured: dict[str, _Findings], reporter: Reporter
 ) -> None:
     if not request.fresh_processes:
         return
@@ -311,7 +285,7 @@ def _memory_stage(
 
 
 def _profile_stage(
-    engines: Sequence[Contender], measured: dict[str, _Measured], opener: Opener, reporter: Reporter
+    engines: Sequence[Contender], measured: dict[str, _Findings], opener: Opener, reporter: Reporter
 ) -> None:
     with stage(reporter, "profile") as said:
         for contender in engines:
@@ -325,9 +299,30 @@ def _profile_stage(
                 said.append(f"{contender.name}: {slowest.module} {slowest.share:.0%}")
 
 
-def _row(contender: Contender, setting: Setting, found: _Measured, timed: dict[str, _Timed]) -> Row:
+def _accuracy_stage(
+    step: AccuracyStep,
+    contenders: Sequence[Contender],
+    measured: dict[str, _Findings],
+    opener: Opener,
+    reporter: Reporter,
+    failures: _Failures,
+    *,
+    is_all: bool,
+) -> None:
+    """Judge all; when that fails, the latency found before is not thrown away. ``is_all``: nothing else was measured."""
+    try:
+        for name, accuracy in step(contenders, opener, reporter).items():
+            measured[name].accuracy = accuracy
+    except EdgesegError as exc:
+        if is_all:
+            raise
+        for contender in contenders:
+            if not contender.is_baseline:
+                failures.add(contender.name, contender.folder, "accuracy", exc)
+
+
+def _row(contender: Contender, setting: Setting, found: _Findings, latency: Timed | None) -> Row:
     spec = contender.spec.input
-    latency = timed.get(contender.name)
     notes = list(found.notes)
     if latency is not None and setting.batch > spec.batch.maximum:
         runs = -(-setting.batch // spec.batch.maximum)
@@ -353,11 +348,12 @@ def _row(contender: Contender, setting: Setting, found: _Measured, timed: dict[s
     )
 
 
-def _comparisons(contenders: Sequence[Contender], timed: dict[Setting, dict[str, _Timed]]) -> list[SpeedComparison]:
+def _comparisons(contenders: Sequence[Contender], timed: dict[Setting, dict[str, Timed]]) -> list[SpeedComparison]:
     found = []
     for setting, by_name in timed.items():
-        for contender in contenders:
-            baseline = first_baseline(contender, contenders)
+        here = [c for c in contenders if c.name in by_name]
+        for contender in here:
+            baseline = first_baseline(contender, here)
             if baseline is None:
                 continue
             first, second = by_name[baseline.name].samples, by_name[contender.name].samples

@@ -29,6 +29,7 @@ def bench_summary(report: BenchReport) -> Group:
         if row.profile is not None:
             parts.append(_profile_table(row.engine.name, row.profile))
     parts += [Text(line, style="yellow") for line in _noise_lines(report.rows)]
+    parts += [Text(f"failed: {f.engine} ({f.what}): {f.reason}", style="bold red") for f in report.failed]
     return Group(*parts)
 
 
@@ -142,7 +143,9 @@ def _drop_lines(rows: Sequence[Row]) -> list[str]:
 def drop_words(drop: Drop) -> str:
     """One line about a drop; one inside the noise says so."""
     d = drop.drop
-    words = f"{drop.metric} {-d.value:+.4f} against {drop.baseline} (95 %: {-d.high:+.4f} to {-d.low:+.4f})"
+    # 0.0 minus it, not minus it: no drop is no negative zero.
+    change, low, high = 0.0 - d.value, 0.0 - d.high, 0.0 - d.low
+    words = f"{drop.metric} {change:+.4f} against {drop.baseline} (95 %: {low:+.4f} to {high:+.4f})"
     return f"{words}: no difference" if drop.verdict == "no difference" else f"{words}: {drop.verdict}"
 
 

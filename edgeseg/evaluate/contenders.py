@@ -172,24 +172,33 @@ class Opener:
         )
 
 
-def engine_contenders(folders: Sequence[Path]) -> list[Contender]:
-    """One contender per folder, named after it; equal names get the path in front.
+def engine_contenders(folders: Sequence[Path]) -> tuple[list[Contender], dict[Path, EdgesegError]]:
+    """One contender per folder, named after it (equal names get the path in front), and what is wrong with the others.
 
     Raises:
-        ArtifactError: no engine folder, or a damaged one.
         SpecError: a folder given twice.
     """
     if len({folder.resolve() for folder in folders}) != len(folders):
         raise SpecError("an engine folder was given twice; give each once")
+    found: list[Contender] = []
+    broken: dict[Path, EdgesegError] = {}
+    for folder, name in engine_names(folders).items():
+        try:
+            manifest = open_engine(folder).manifest
+        except EdgesegError as exc:
+            broken[folder] = exc
+            continue
+        found.append(Contender(name, manifest.spec, str(folder), weights_sha256=manifest.inputs_sha256.get("weights")))
+    return found, broken
+
+
+def engine_names(folders: Sequence[Path]) -> dict[Path, str]:
+    """A name for each folder, unique among them."""
     names = [folder.resolve().name for folder in folders]
-    found = []
-    for folder, name in zip(folders, names, strict=True):
-        manifest = open_engine(folder).manifest
-        unique = name if names.count(name) == 1 else str(folder).strip("/").replace("/", "-")
-        found.append(
-            Contender(unique, manifest.spec, str(folder), weights_sha256=manifest.inputs_sha256.get("weights"))
-        )
-    return found
+    return {
+        folder: name if names.count(name) == 1 else str(folder).strip("/").replace("/", "-")
+        for folder, name in zip(folders, names, strict=True)
+    }
 
 
 def baseline_contenders(

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from edgeseg.errors import BuildError
 from edgeseg.evaluate.contenders import Contender, Opener
 from edgeseg.evaluate.latency import median
-from edgeseg.evaluate.power import import_nvml
+from edgeseg.evaluate.nvml import gpu_bytes
 from edgeseg.evaluate.results import ColdStart, Memory
 
 RUNS = 5
@@ -70,6 +69,7 @@ def measure_fresh(contender: Contender, processes: int, runs: int = RUNS) -> tup
         first_mask_ms=middle(lambda a: a.first_mask_ms),
         total_ms=middle(lambda a: a.load_ms + a.first_mask_ms),
         processes=processes,
+        totals_ms=tuple(round(a.load_ms + a.first_mask_ms, 3) for a in answers),
     )
     names = ("peak_rss_bytes", "base_rss_bytes", "activation_bytes", "gpu_bytes")
     return cold, Memory(**{name: largest(name) for name in names})
@@ -157,28 +157,6 @@ def _reset_peak() -> bool:
     except OSError:
         return False
     return True
-
-
-def gpu_bytes(process_id: int, nvml: Any = None) -> int | None:
-    """Memory a process holds on NVIDIA GPUs, ``None`` where NVML is not there or does not tell."""
-    nvml = nvml or import_nvml()
-    if nvml is None:
-        return None
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError:
-        return None
-    used: int | None = None
-    try:
-        for index in range(nvml.nvmlDeviceGetCount()):
-            for process in nvml.nvmlDeviceGetComputeRunningProcesses(nvml.nvmlDeviceGetHandleByIndex(index)):
-                if process.pid == process_id and process.usedGpuMemory is not None:
-                    used = (used or 0) + int(process.usedGpuMemory)
-    except nvml.NVMLError:
-        return None
-    finally:
-        nvml.nvmlShutdown()
-    return used
 
 
 def _import_packages(contender: Contender) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from edgeseg.artifacts import LatencyFigures
 from edgeseg.backends.base import Session
 from edgeseg.errors import SpecError
+from edgeseg.evaluate.batches import ratio_interval
 from edgeseg.spec import InputSpec
 
 Call = Callable[[], object]
@@ -111,11 +112,11 @@ class LatencySamples:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster ``b`` is than ``a``: median of the paired ratios ``a / b``, with its bootstrap interval.
+    """How many times faster ``b`` is than ``a``: median of the paired ratios ``a / b``, with its interval.
 
     Attributes:
         median: above 1, ``b`` is faster.
-        low, high: 95 % interval of the median (percentile bootstrap over the pairs).
+        low, high: 95 % interval of the median, see :func:`edgeseg.evaluate.batches.ratio_interval`.
         pairs: how many pairs.
     """
 
@@ -206,21 +207,19 @@ def measure_interleaved(
     }
 
 
-def compare(a: LatencySamples, b: LatencySamples, *, resamples: int = 2000, seed: int = 0) -> Ratio:
+def compare(a: LatencySamples, b: LatencySamples) -> Ratio:
     """How many times faster ``b`` is than ``a``, from samples taken in turns.
 
     Sample ``i`` of ``a`` is paired with sample ``i`` of ``b``: they were taken in the same round, under the same load.
-    The interval is a percentile bootstrap over the pairs (Efron and Tibshirani 1993, chapter 13).
 
     Raises:
-        ValueError: a different number of samples, so not taken in turns.
+        ValueError: a different number of samples, so not taken in turns, or fewer than two.
     """
-    if len(a.samples_ms) != len(b.samples_ms) or not a.samples_ms:
+    if len(a.samples_ms) != len(b.samples_ms):
         raise ValueError(f"{len(a.samples_ms)} and {len(b.samples_ms)} samples were not measured in turns")
-    ratios = np.asarray(a.samples_ms) / np.asarray(b.samples_ms)
-    picks = np.random.default_rng(seed).integers(0, len(ratios), (resamples, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-    return Ratio(float(np.median(ratios)), float(low), float(high), len(ratios))
+    ratios = np.asarray(a.samples_ms, np.float64) / np.asarray(b.samples_ms, np.float64)
+    low, high = ratio_interval(ratios)
+    return Ratio(float(np.median(ratios)), low, high, len(ratios))
 
 
 def _warm_up(call: Call, protocol: LatencyProtocol, clock_ns: Callable[[], int]) -> tuple[int, bool | None]:

@@ -11,12 +11,12 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgeseg.backends.cpu import this_cpu
 from edgeseg.doctor import core_limit, installed_version, read_memory
-from edgeseg.evaluate.power import nvml_gpus
+from edgeseg.evaluate.nvml import nvml_gpus, nvml_state
 from edgeseg.evaluate.results import Environment, MachineState, NoiseFlag
 
 ROOT = Path("/")
@@ -42,6 +42,9 @@ THREAD_VARIABLES = (
     "GOMP_CPU_AFFINITY",
     "CUDA_VISIBLE_DEVICES",
 )
+# vcgencmd get_throttled of a Raspberry Pi, as its kernel driver shows it; the bits for now, not those for "since boot".
+_PI_THROTTLED = ("sys/devices/platform/soc/soc:firmware/get_throttled",)
+_PI_BITS = {0x1: "under-voltage", 0x2: "ARM clock capped", 0x4: "throttled", 0x8: "soft temperature limit"}
 MAX_OTHER_CORES = 0.25
 MAX_FREQUENCY_CHANGE = 0.10
 
@@ -64,12 +67,15 @@ def read_number(path: Path) -> float | None:
 
 
 def machine_state(root: Path = ROOT) -> MachineState:
-    """Clocks, temperatures, load and free memory, now."""
+    """Clocks, temperatures, load, free memory and throttling, now."""
+    gpus = nvml_state()
     return MachineState(
         cpu_mhz=_cpu_mhz(root),
-        temperatures_c=_temperatures(root),
+        temperatures_c={**_temperatures(root), **gpus.temperatures_c},
         load=_load(root),
         memory_available_bytes=read_memory(root / "proc" / "meminfo").available_bytes,
+        gpu_mhz={**_gpu_mhz(root), **gpus.mhz},
+        throttled=(*_throttled(root), *gpus.throttled),
     )
 
 
@@ -110,6 +116,7 @@ class Counters:
         own_s: CPU seconds this process and its children used.
         thermal: times a core was throttled for its heat.
         quota_s: seconds the container was held back by its CPU quota.
+        overcurrent: times a Jetson was throttled for its current or voltage.
     """
 
     seconds: float
@@ -117,23 +124,19 @@ class Counters:
     own_s: float
     thermal: int | None = None
     quota_s: float | None = None
+    overcurrent: int | None = None
 
 
 def read_counters(root: Path = ROOT, clock: Callable[[], float] = time.monotonic) -> Counters:
     """Read the counters now."""
     used = os.times()
-    throttles = [
-        int(count)
-        for path in sorted(
-            (root / "sys" / "devices" / "system" / "cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count")
-        )
-        if (count := read_number(path)) is not None
-    ]
     return Counters(
         seconds=clock(),
         busy_s=_busy_seconds(read_text(root / "proc" / "stat")),
         own_s=used.user + used.system + used.children_user + used.children_system,
-        thermal=sum(throttles) if throttles else None,
+        thermal=_sum_of(root / "sys" / "devices" / "system" / "cpu", "cpu[0-9]*/thermal_throttle/*_throttle_count"),
+        # Under-voltage, mean and peak current of Orin and Thor (the soctherm-oc driver).
+        overcurrent=_sum_of(root / "sys" / "class" / "hwmon", "hwmon*/oc[0-9]_event_cnt"),
         quota_s=_quota_seconds(root),
     )
 
@@ -150,20 +153,20 @@ def machine_flags(
             flags.append(NoiseFlag("other-load", f"other processes used {others:.1f} cores meanwhile"))
     if before.thermal is not None and after.thermal is not None and after.thermal > before.thermal:
         flags.append(NoiseFlag("throttled", f"cores were throttled for heat {after.thermal - before.thermal} times"))
+    if before.overcurrent is not None and after.overcurrent is not None and after.overcurrent > before.overcurrent:
+        times = after.overcurrent - before.overcurrent
+        flags.append(NoiseFlag("throttled", f"the board was throttled for over-current or under-voltage {times} times"))
     if before.quota_s is not None and after.quota_s is not None and after.quota_s > before.quota_s:
         flags.append(
             NoiseFlag("throttled", f"the container's CPU quota held it back {after.quota_s - before.quota_s:.2f} s")
         )
+    if states is not None and states[1].throttled:
+        flags.append(NoiseFlag("throttled", f"held back at the end of the run: {', '.join(states[1].throttled)}"))
     if states is not None and states[0].cpu_mhz is not None and states[1].cpu_mhz is not None:
         first, second = states[0].cpu_mhz[1], states[1].cpu_mhz[1]
         if first > 0 and abs(second / first - 1) > MAX_FREQUENCY_CHANGE:
             flags.append(NoiseFlag("frequency", f"the CPU went from {first:.0f} to {second:.0f} MHz"))
     return tuple(flags)
-
-
-def with_state_after(environment: Environment, after: MachineState) -> Environment:
-    """The same machine with another state at the end."""
-    return replace(environment, after=after)
 
 
 def _busy_seconds(stat: str | None) -> float | None:
@@ -197,6 +200,32 @@ def _cpu_mhz(root: Path) -> tuple[float, float, float] | None:
         text = read_text(root / "proc" / "cpuinfo") or ""
         found = [float(m) for m in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", text, flags=re.MULTILINE)]
     return (min(found), statistics.median(found), max(found)) if found else None
+
+
+def _sum_of(folder: Path, pattern: str) -> int | None:
+    counts = [int(count) for path in sorted(folder.glob(pattern)) if (count := read_number(path)) is not None]
+    return sum(counts) if counts else None
+
+
+def _gpu_mhz(root: Path) -> dict[str, float]:
+    """Clocks of a Jetson's GPU: 57000000.gpu, 17000000.gv11b, 17000000.ga10b, or gpu-gpc-0 and gpu-nvd-0 on Thor."""
+    folders = sorted((root / "sys" / "class" / "devfreq").glob("*"))
+    named = [f for f in folders if re.search(r"gpu|gp10b|gv11b|ga10b", f.name)]
+    return {f.name: hertz / 1e6 for f in named if (hertz := read_number(f / "cur_freq")) is not None}
+
+
+def _throttled(root: Path) -> tuple[str, ...]:
+    """Cooling devices that hold clocks back now, and a Raspberry Pi's own word for it."""
+    found = []
+    for device in sorted((root / "sys" / "class" / "thermal").glob("cooling_device*")):
+        kind, state = read_text(device / "type") or "", read_number(device / "cur_state")
+        # Not fans, and not a Jetson's devfreq-*, whose state is the clock it idles at.
+        if state is not None and state > 0 and (kind.endswith("-alert") or "cpufreq" in kind):
+            found.append(kind)
+    for place in _PI_THROTTLED:
+        bits = int(read_text(root / place) or "0", 16)
+        found += [words for bit, words in _PI_BITS.items() if bits & bit]
+    return tuple(found)
 
 
 def _temperatures(root: Path) -> dict[str, float]:

@@ -17,15 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from edgeseg.evaluate.results import Gpu, Power
+from edgeseg.evaluate.nvml import NvmlSource, import_nvml
+from edgeseg.evaluate.results import Power
 
 ROOT = Path("/")
 
-# "VDD_IN 5336mW/4970mW" (JetPack 5 on) and "POM_5V_IN 2132/2132" (JetPack 4), now/mean; a sensor near zero may read a
-# little below. Rails of AGX Xavier have plain names, which words such as CPU@48C or "RAM 1/2MB" must not look like.
+# Now/mean, from JetPack 7.2 on now/mean/peak: "POM_5V_IN 2132/2132" (JetPack 4), "VDD_IN 5336mW/4970mW" (5 and 6),
+# "VIN 87426mW/43713mW/87426mW" (7.2); some builds print the present value alone. A sensor near zero may read a little
+# below. Rails of AGX Xavier have plain names, which words such as CPU@48C, "GPU 12%" or "RAM 1/2MB" must not look like.
 _RAIL = re.compile(
     r"(?<!\S)(POM_[A-Z0-9_]+|VDD_[A-Z0-9_]+|VDDQ_[A-Z0-9_]+|VIN(?:_[A-Z0-9_]+)?|GPU|CPU|SOC|CV|VDDRQ|SYS5V)"
-    r" (-?\d+)(?:mW)?/(-?\d+)(?:mW)?(?!\S)"
+    r" (?:(-?\d+)mW(?:/-?\d+mW){0,2}|(-?\d+)/-?\d+)(?!\S)"
 )
 # Rails that carry everything behind them, best first.
 _INPUT_RAILS = ("VIN", "VDD_IN", "POM_5V_IN", "5V_IN")
@@ -49,7 +51,7 @@ class PowerSource(Protocol):
 
 def parse_tegrastats(line: str) -> dict[str, float]:
     """Watts by rail, the present value, of one line of ``tegrastats`` (JetPack 4 to 7); empty without power rails."""
-    return {name: int(now) / 1000 for name, now, _ in _RAIL.findall(line)}
+    return {name: int(now or bare) / 1000 for name, now, bare in _RAIL.findall(line)}
 
 
 def read_ina3221(root: Path = ROOT) -> dict[str, float]:
@@ -193,31 +195,6 @@ class RaplSource:
         """Nothing was opened."""
 
 
-class NvmlSource:
-    """Power of discrete NVIDIA GPUs, through nvidia-ml-py."""
-
-    name = "nvml"
-
-    def __init__(self, nvml: Any) -> None:
-        self._nvml = nvml
-        nvml.nvmlInit()
-        self._gpus = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-
-    def watts(self) -> Mapping[str, float]:
-        """See :class:`PowerSource`."""
-        found = {}
-        for index, gpu in enumerate(self._gpus):
-            try:
-                found[f"GPU {index}"] = self._nvml.nvmlDeviceGetPowerUsage(gpu) / 1000
-            except self._nvml.NVMLError:
-                continue  # not metered on this GPU
-        return found
-
-    def close(self) -> None:
-        """Shut NVML down."""
-        self._nvml.nvmlShutdown()
-
-
 def find_source(root: Path = ROOT, *, nvml: Any = None, tegrastats: str | None = None) -> PowerSource | None:
     """The best power source that really answers here, or ``None``.
 
@@ -247,40 +224,6 @@ def _answering(source: PowerSource) -> PowerSource | None:
         return source
     source.close()
     return None
-
-
-def import_nvml() -> Any:
-    """The nvidia-ml-py module, ``None`` when it is not installed."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    return pynvml
-
-
-def nvml_gpus(nvml: Any = None) -> tuple[Gpu, ...]:
-    """Discrete NVIDIA GPUs as NVML describes them; empty without NVML or a driver."""
-    module = nvml or import_nvml()
-    if module is None:
-        return ()
-    try:
-        module.nvmlInit()
-    except module.NVMLError:
-        return ()
-    try:
-        driver = _words(module.nvmlSystemGetDriverVersion())
-        found = []
-        for index in range(module.nvmlDeviceGetCount()):
-            gpu = module.nvmlDeviceGetHandleByIndex(index)
-            try:
-                limit_w = module.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000
-            except module.NVMLError:
-                limit_w = None
-            memory = int(module.nvmlDeviceGetMemoryInfo(gpu).total)
-            found.append(Gpu(_words(module.nvmlDeviceGetName(gpu)), memory, driver, limit_w))
-        return tuple(found)
-    finally:
-        module.nvmlShutdown()
 
 
 @dataclass
@@ -322,10 +265,6 @@ def power_log(source: PowerSource, interval_s: float = 0.1) -> Iterator[PowerLog
     finally:
         done.set()
         thread.join()
-
-
-def _words(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _text(path: Path) -> str | None:

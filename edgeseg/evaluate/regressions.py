@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import GateError, InputError, SpecError
+from edgeseg.evaluate.batches import bootstrap_interval
+from edgeseg.evaluate.latency import LatencySamples, compare
 from edgeseg.evaluate.results import BenchReport, Row
 from edgeseg.evaluate.summary import MISSING
 from edgeseg.spec import one_of
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 METRICS = ("median_ms", "p99_ms", "cold_start_ms", "peak_rss_bytes", "size_bytes", "miou")
-RESAMPLES = 1000
+# What differs from process to process by itself, percent: allocators round up, pages are shared or not; a cold start
+# of which not every process's time is in both reports.
+_NOISE = {"peak_rss_bytes": 2.0, "cold_start_ms": 10.0}
 
 Verdict = Literal["worse", "better", "no difference", "not measured"]
 
@@ -33,8 +37,10 @@ class Change:
         metric: of :data:`METRICS`.
         old, new: the figures; ``None``: not measured.
         percent: how much worse, in percent of the old; of ``miou``: in points (0.01 = 1). Negative is better.
-        low, high: 95 % interval of ``percent``, ``None`` for a figure without samples.
+        low, high: 95 % interval of ``percent`` (cold start: from the closest to the farthest processes), ``None`` for a
+            figure without samples.
         verdict: ``no difference`` when the interval holds 0.
+        beside: id of the baseline's row that ``percent`` is relative to; ``None``: the bare figures are compared.
     """
 
     row: str
@@ -45,10 +51,32 @@ class Change:
     low: float | None = None
     high: float | None = None
     verdict: Verdict = "not measured"
+    beside: str | None = None
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """A positive figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def over(self, other: _Estimate) -> _Estimate:
+        """The ratio of two figures from different runs, with the interval that follows from both intervals (Zou and
+        Donner, "Construction of confidence limits about effect measures", 2008), on a logarithmic scale."""
+        down = math.hypot(math.log(self.value / self.low), math.log(other.high / other.value))
+        up = math.hypot(math.log(self.high / self.value), math.log(other.value / other.low))
+        ratio = self.value / other.value
+        return _Estimate(ratio, ratio * math.exp(-down), ratio * math.exp(up))
 
 
 def compare_reports(old: BenchReport, new: BenchReport, *, across_devices: bool = False) -> tuple[Change, ...]:
     """Compare the rows both reports have.
+
+    Two runs are not measured in turns: between them the machine itself may have become slower or faster. Where both
+    hold the same unchanged baseline in the same setting, an engine's latency is compared beside it, so that what hit
+    both cancels; where not, the bare figures are compared, and :func:`remarks` says what that is worth.
 
     Raises:
         InputError: no row in common, or the reports are of different devices and ``across_devices`` is false.
@@ -63,7 +91,81 @@ def compare_reports(old: BenchReport, new: BenchReport, *, across_devices: bool 
     pairs = [(before[row.id], row) for row in new.rows if row.id in before]
     if not pairs:
         raise InputError(f"no row in common: the old report has {', '.join(before) or 'none'}")
-    return tuple(_change(a, b, metric) for a, b in pairs for metric in METRICS)
+    return tuple(
+        _latency_change(a, b, metric, _baseline(pairs, b)) if metric in _LATENCY else _change(a, b, metric)
+        for a, b in pairs
+        for metric in METRICS
+    )
+
+
+_LATENCY = ("median_ms", "p99_ms")
+
+
+def _baseline(pairs: Sequence[tuple[Row, Row]], row: Row) -> tuple[Row, Row] | None:
+    """The baseline's rows measured in turns with ``row``, if it is the same program in both reports."""
+    if row.engine.is_baseline or row.latency is None or not row.latency.round_group:
+        return None
+    for old, new in pairs:
+        a, b = old.engine, new.engine
+        if not b.is_baseline or new.latency is None or new.latency.round_group != row.latency.round_group:
+            continue
+        model = (b.arch, b.encoder, b.height, b.width)
+        if model == (row.engine.arch, row.engine.encoder, row.engine.height, row.engine.width) and (
+            (a.weights_sha256, a.options, a.versions) == (b.weights_sha256, b.options, b.versions)
+        ):
+            return old, new
+    return None
+
+
+def _latency_change(old: Row, new: Row, metric: str, baseline: tuple[Row, Row] | None) -> Change:
+    before, after = _figure(old, metric), _figure(new, metric)
+    first, second = _estimate(old, metric), _estimate(new, metric)
+    if before is None or after is None or first is None or second is None:
+        return Change(new.id, metric, before, after)
+    ratio, beside = second.over(first), None
+    if baseline is not None:
+        relative = [_beside(row, base, metric) for row, base in zip((old, new), baseline, strict=True)]
+        if relative[0] is not None and relative[1] is not None:
+            ratio, beside = relative[1].over(relative[0]), baseline[1].id
+    percent, low, high = ((value - 1) * 100 for value in (ratio.value, ratio.low, ratio.high))
+    return Change(new.id, metric, before, after, percent, low, high, _verdict(percent, low, high), beside)
+
+
+def _estimate(row: Row, metric: str) -> _Estimate | None:
+    """A row's median or p99 with its interval within the run."""
+    if row.latency is None or len(row.latency.samples_ms) < 2:
+        return None
+    samples = np.asarray(row.latency.samples_ms, np.float64)
+    value = float(getattr(row.latency.end_to_end, metric))
+    return _Estimate(value, *bootstrap_interval(samples, median_of if metric == "median_ms" else p99_of))
+
+
+def _beside(row: Row, baseline: Row, metric: str) -> _Estimate | None:
+    """A row's figure as a multiple of the baseline's median in the same run: of medians from pairs taken in turns."""
+    own, base = row.latency, baseline.latency
+    if (
+        own is None
+        or base is None
+        or own.round_group != base.round_group
+        or len(own.samples_ms) != len(base.samples_ms)
+    ):
+        return None
+    if metric == "median_ms":
+        found = compare(LatencySamples("", own.samples_ms, 0), LatencySamples("", base.samples_ms, 0))
+        return _Estimate(found.median, found.low, found.high)
+    figure, middle = _estimate(row, metric), _estimate(baseline, "median_ms")
+    return None if figure is None or middle is None else figure.over(middle)
+
+
+def median_of(samples: NDArray[Any]) -> NDArray[Any]:
+    """Median of each row of ``(R, N)``."""
+    return np.asarray(np.median(samples, axis=1))
+
+
+def p99_of(samples: NDArray[Any]) -> NDArray[Any]:
+    """trtexec's p99 of each row of ``(R, N)``."""
+    place = max(samples.shape[1] - 1 - int(samples.shape[1] / 100), 0)
+    return np.asarray(np.partition(samples, place, axis=1)[:, place])
 
 
 def _change(old: Row, new: Row, metric: str) -> Change:
@@ -71,25 +173,36 @@ def _change(old: Row, new: Row, metric: str) -> Change:
     if before is None or after is None or (before == 0 and metric != "miou"):
         return Change(new.id, metric, before, after)
     if metric == "miou":
-        percent, low, high = (before - after) * 100, None, None
-        same_data = {row.accuracy.data_sha256 for row in (old, new) if row.accuracy is not None}
+        same_data = {(a.data_sha256, a.resolution) for row in (old, new) if (a := row.accuracy) is not None}
         if len(same_data) > 1:
             return Change(new.id, metric, before, after)  # other images: not comparable
         # On the same images masks are deterministic: any change is one, and its size is what matters.
-    else:
-        percent = (after / before - 1) * 100
-        low, high = _interval(old, new, metric)
-    return Change(new.id, metric, before, after, percent, low, high, _verdict(percent, low, high))
+        percent = (before - after) * 100
+        return Change(new.id, metric, before, after, percent, verdict=_verdict(percent))
+    percent = (after / before - 1) * 100
+    if metric == "cold_start_ms":
+        low, high = _process_range(old, new)
+        return Change(new.id, metric, before, after, percent, low, high, _verdict(percent, low, high, _NOISE[metric]))
+    return Change(new.id, metric, before, after, percent, verdict=_verdict(percent, noise=_NOISE.get(metric, 0.0)))
 
 
-def _verdict(percent: float, low: float | None, high: float | None) -> Verdict:
-    if (low is not None and high is not None and low <= 0 <= high) or percent == 0:
+def _process_range(old: Row, new: Row) -> tuple[float | None, float | None]:
+    """A few fresh processes allow no interval: a change is one when the slowest of one run beats the other's fastest."""
+    before = () if old.cold_start is None else old.cold_start.totals_ms
+    after = () if new.cold_start is None else new.cold_start.totals_ms
+    if len(before) < 2 or len(after) < 2:
+        return None, None
+    return (min(after) / max(before) - 1) * 100, (max(after) / min(before) - 1) * 100
+
+
+def _verdict(percent: float, low: float | None = None, high: float | None = None, noise: float = 0.0) -> Verdict:
+    if (low is not None and high is not None and low <= 0 <= high) or abs(percent) <= noise:
         return "no difference"
     return "worse" if percent > 0 else "better"
 
 
 def _figure(row: Row, metric: str) -> float | None:
-    if metric in ("median_ms", "p99_ms"):
+    if metric in _LATENCY:
         return None if row.latency is None else float(getattr(row.latency.end_to_end, metric))
     if metric == "cold_start_ms":
         return None if row.cold_start is None else row.cold_start.total_ms
@@ -101,30 +214,27 @@ def _figure(row: Row, metric: str) -> float | None:
     return None if truth is None or truth.miou is None else truth.miou.value
 
 
-def _interval(old: Row, new: Row, metric: str) -> tuple[float | None, float | None]:
-    """Bootstrap of the ratio of two samples that were not taken in turns."""
-    if metric not in ("median_ms", "p99_ms") or old.latency is None or new.latency is None:
-        return None, None
-    before, after = (np.asarray(row.latency.samples_ms) for row in (old, new) if row.latency is not None)
-    if not len(before) or not len(after):
-        return None, None
-    rng = np.random.default_rng(0)
-    ratios = _resampled(after, metric, rng) / _resampled(before, metric, rng)
-    low, high = np.percentile((ratios - 1) * 100, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _resampled(samples: NDArray[np.float64], metric: str, rng: np.random.Generator) -> NDArray[np.float64]:
+def remarks(old: BenchReport, new: BenchReport, changes: Sequence[Change]) -> tuple[str, ...]:
+    """What a reader has to know: how latency was compared, and rows that only one report has."""
     found = []
-    step = max(1, 2_000_000 // len(samples))
-    for start in range(0, RESAMPLES, step):
-        picks = samples[rng.integers(0, len(samples), (min(step, RESAMPLES - start), len(samples)))]
-        if metric == "median_ms":
-            found.append(np.median(picks, axis=1))
-        else:
-            place = max(len(samples) - 1 - int(len(samples) / 100), 0)  # trtexec's p99
-            found.append(np.sort(picks, axis=1)[:, place])
-    return np.concatenate(found)
+    names = sorted({change.beside for change in changes if change.beside is not None})
+    if names:
+        found.append(
+            f"* latency is compared beside {', '.join(names)}, which did not change: what made the machine itself slower "
+            "or faster between the two runs cancels"
+        )
+    baselines = {row.id for row in new.rows if row.engine.is_baseline}
+    bare = {c.row for c in changes if c.metric in _LATENCY and c.percent is not None and c.beside is None} - baselines
+    if bare:
+        found.append(
+            f"no unchanged baseline in both reports for {', '.join(sorted(bare))}: a machine that became slower between "
+            "the runs looks like a slower engine; measure both with the same --baseline, or both engines in one bench"
+        )
+    ids = [{row.id for row in report.rows} for report in (old, new)]
+    for words, only in (("old", ids[0] - ids[1]), ("new", ids[1] - ids[0])):
+        if only:
+            found.append(f"only in the {words} report, not compared: {', '.join(sorted(only))}")
+    return tuple(found)
 
 
 def parse_limits(texts: Sequence[str]) -> dict[str, float]:
@@ -182,8 +292,9 @@ def change_table(changes: Sequence[Change]) -> Table:
         unit = "points" if change.metric == "miou" else "%"
         shown = 0.0 - change.percent if change.metric == "miou" else change.percent
         bounds = MISSING if change.low is None or change.high is None else f"{change.low:+.1f} to {change.high:+.1f}"
+        star = "" if change.beside is None else "*"
         old, new = (_shown(change.metric, value) for value in (change.old, change.new))
-        table.add_row(f"  {_NAMES[change.metric]}", old, new, f"{shown:+.1f} {unit}", bounds, change.verdict)
+        table.add_row(f"  {_NAMES[change.metric]}", old, new, f"{shown:+.1f} {unit}{star}", bounds, change.verdict)
     return table
 
 

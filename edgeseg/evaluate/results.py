@@ -50,6 +50,7 @@ __all__ = [
     "Distribution",
     "Drop",
     "Environment",
+    "FailedMeasurement",
     "Gpu",
     "Identity",
     "Interval",
@@ -79,8 +80,8 @@ __all__ = [
 class SpeedComparison:
     """How many times faster ``row`` is than ``baseline`` (row ids) in the same setting.
 
-    ``ratio``: median of the paired ratios; ``low``, ``high``: 95 % bootstrap interval over the pairs; ``verdict`` is ``no
-    difference`` when the interval holds 1.
+    ``ratio``: median of the paired ratios; ``low``, ``high``: its 95 % interval, over up to ten stretches of the run;
+    ``verdict`` is ``no difference`` when the interval holds 1.
     """
 
     baseline: str
@@ -106,13 +107,16 @@ class Gpu:
 class MachineState:
     """What changes while measuring; taken before and after.
 
-    ``cpu_mhz``: least, median and most over the cores; ``temperatures_c``: by sensor; ``load``: 1, 5 and 15 minutes.
+    ``cpu_mhz``: least, median and most over the cores; ``gpu_mhz``: by GPU or its clock domain; ``temperatures_c``: by
+    sensor; ``load``: 1, 5 and 15 minutes; ``throttled``: why the machine holds its clocks back right now, a line each.
     """
 
     cpu_mhz: tuple[float, float, float] | None = None
     temperatures_c: dict[str, float] = field(default_factory=dict)
     load: tuple[float, float, float] | None = None
     memory_available_bytes: int | None = None
+    gpu_mhz: dict[str, float] = field(default_factory=dict)
+    throttled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,24 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class FailedMeasurement:
+    """Something that was asked for and could not be measured, while the rest was.
+
+    Attributes:
+        engine: its name, as in the rows it would have had.
+        folder: as given on the command line; ``None`` for a baseline.
+        what: ``load``: it has no row; ``latency b<batch> t<threads or -> s<streams>``: that row is missing; ``accuracy``:
+            its rows have none.
+        reason: the error, one line.
+    """
+
+    engine: str
+    folder: str | None
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class BenchReport:
     """A whole run of ``edgeseg bench``.
 
@@ -150,7 +172,8 @@ class BenchReport:
         command: to repeat it, ``edgeseg bench ...``.
         protocol: settings of the latency protocol.
         comparisons: of every row with the baseline's row of the same setting.
-        notes: what was not measured and why.
+        notes: what this machine or the request left unmeasured, and why.
+        failed: what went wrong; empty when all is well.
     """
 
     schema_version: int
@@ -162,6 +185,7 @@ class BenchReport:
     comparisons: tuple[SpeedComparison, ...] = ()
     protocol: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    failed: tuple[FailedMeasurement, ...] = ()
 
     def row(self, row_id: str) -> Row:
         """The row of that id. Raises ``KeyError``."""

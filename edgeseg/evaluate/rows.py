@@ -88,8 +88,8 @@ class Setting:
 class Distribution:
     """A sample of durations, milliseconds.
 
-    Percentiles are trtexec's (an observed sample). ``median_low_ms`` and ``median_high_ms``: 95 % bootstrap interval of
-    the median. ``std_ms``: sample standard deviation, ``None`` of a single sample.
+    Percentiles are trtexec's (an observed sample). ``median_low_ms`` and ``median_high_ms``: 95 % interval of the
+    median, a bootstrap over up to ten stretches of the run. ``std_ms``: sample standard deviation, ``None`` of a single sample.
     """
 
     count: int
@@ -161,7 +161,7 @@ class ColdStart:
     """A fresh process, files in the page cache: medians over ``processes``, milliseconds.
 
     ``import_ms``: Python packages; ``load_ms``: engine folder (hashes checked) -> session; ``first_mask_ms``: the first
-    call; ``total_ms``: load to first mask, imports not included.
+    call; ``total_ms``: load to first mask, imports not included; ``totals_ms``: that of each process.
     """
 
     import_ms: float
@@ -169,6 +169,7 @@ class ColdStart:
     first_mask_ms: float
     total_ms: float
     processes: int
+    totals_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

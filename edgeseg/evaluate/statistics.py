@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edgeseg.evaluate.batches import median_interval
 from edgeseg.evaluate.latency import LatencySamples, compare, median, percentile
 from edgeseg.evaluate.results import Distribution, NoiseFlag, SpeedComparison, SpeedVerdict
 
@@ -19,8 +18,6 @@ MAX_OUTLIER_SHARE = 0.01
 """From this share of outliers on, p99 is one of them."""
 MAX_DRIFT = 0.05
 MIN_SAMPLES = 10
-# Resamples at a time: memory stays at a few dozen MB for any number of samples.
-_CHUNK_CELLS = 2_000_000
 
 
 def distribution(samples_ms: Sequence[float], *, resamples: int = 1000, seed: int = 0) -> Distribution:
@@ -41,20 +38,6 @@ def distribution(samples_ms: Sequence[float], *, resamples: int = 1000, seed: in
         median_high_ms=high,
         std_ms=float(values.std(ddof=1)) if len(ordered) > 1 else None,
     )
-
-
-def median_interval(values: NDArray[Any], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the median (Efron and Tibshirani 1993, chapter 13)."""
-    if not len(values):
-        raise ValueError("interval of no samples")
-    rng = np.random.default_rng(seed)
-    step = max(1, _CHUNK_CELLS // len(values))
-    medians: list[NDArray[Any]] = []
-    for start in range(0, resamples, step):
-        picks = rng.integers(0, len(values), (min(step, resamples - start), len(values)))
-        medians.append(np.median(values[picks], axis=1))
-    low, high = np.percentile(np.concatenate(medians), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def noise_flags(samples_ms: Sequence[float]) -> tuple[NoiseFlag, ...]:

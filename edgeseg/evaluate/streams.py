@@ -37,6 +37,7 @@ def measure_streams(
     *,
     warmup_ms: float = 200.0,
     clock_ns: Callable[[], int] = time.perf_counter_ns,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, StreamSamples]:
     """Let ``streams`` threads call each contender as fast as they can, the contenders in turns of a few rounds.
 
@@ -46,6 +47,8 @@ def measure_streams(
         duration_ms: counted wall-clock time of each contender, all rounds together.
         warmup_ms: uncounted, at the start of each contender's first round.
         clock_ns: monotonic clock, nanoseconds.
+        progress: called when all are warm and after each round, with the milliseconds counted of each contender and
+            those needed.
 
     Raises:
         SpecError: no stream or no contender.
@@ -56,11 +59,14 @@ def measure_streams(
     warmups = {name: len(_burst(call, streams, warmup_ms, clock_ns)[0]) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     seconds: dict[str, float] = dict.fromkeys(calls, 0.0)
-    for _ in range(ROUNDS):
+    tell = progress or (lambda done, total: None)
+    tell(0, int(duration_ms))
+    for number in range(1, ROUNDS + 1):
         for name, call in calls.items():
             took_ms, wall_s = _burst(call, streams, duration_ms / ROUNDS, clock_ns)
             samples[name] += took_ms
             seconds[name] += wall_s
+        tell(int(duration_ms * number / ROUNDS), int(duration_ms))
     return {
         name: StreamSamples(name, tuple(samples[name]), len(samples[name]) / seconds[name], warmups[name])
         for name in calls

@@ -261,6 +261,9 @@ def _state(state: MachineState) -> str:
     parts = []
     if state.cpu_mhz is not None:
         parts.append(f"CPU {state.cpu_mhz[0]:.0f} to {state.cpu_mhz[2]:.0f} MHz")
+    parts += [f"{name} {mhz:.0f} MHz" for name, mhz in state.gpu_mhz.items()]
+    if state.throttled:
+        parts.append(f"throttled ({', '.join(state.throttled)})")
     if state.load is not None:
         parts.append(f"load {state.load[0]:.1f}")
     parts += [f"{sensor} {celsius:.0f} °C" for sensor, celsius in state.temperatures_c.items()]

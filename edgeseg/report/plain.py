@@ -126,7 +126,9 @@ def _spreadsheet(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def json_value(report: MergedReport, verdicts: Sequence[DeviceVerdict]) -> dict[str, Any]:
+def json_value(
+    report: MergedReport, verdicts: Sequence[DeviceVerdict], failed: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
     """The decision for programs: per device the answer, the engine, and every row's figures and checks."""
     return {
         "schema_version": JSON_SCHEMA_VERSION,
@@ -134,6 +136,7 @@ def json_value(report: MergedReport, verdicts: Sequence[DeviceVerdict]) -> dict[
             {"file": run.source, "created_at": run.report.created_at, "command": run.report.command}
             for run in report.runs
         ],
+        "failed": [{"engine": name, "reason": reason} for name, reason in failed],
         "devices": [
             {
                 "device": verdict.group.label,
@@ -171,7 +174,7 @@ def json_value(report: MergedReport, verdicts: Sequence[DeviceVerdict]) -> dict[
     }
 
 
-def terminal(verdicts: Sequence[DeviceVerdict], *, width: int) -> Group:
+def terminal(verdicts: Sequence[DeviceVerdict], failed: Sequence[tuple[str, str]] = (), *, width: int) -> Group:
     """The report for a terminal of ``width`` columns: intervals only where there is room for them."""
     from rich import box
     from rich.console import Group
@@ -208,6 +211,9 @@ def terminal(verdicts: Sequence[DeviceVerdict], *, width: int) -> Group:
         parts += [Text(f"  {name}: {'; '.join(missed)}") for name, missed in failures(verdict)]
         parts += [Text(f"  close: {text}") for text in close_calls(verdict)]
         parts += [Text(f"  {remark}") for remark in verdict.remarks]
+    if failed:
+        parts.append(Text("Not built or not measured:", style="yellow"))
+        parts += [Text(f"  {name}: {reason}") for name, reason in failed]
     if len(verdicts) > 1:
         parts.append(Text(SEPARATE_DEVICES, style="dim"))
     return Group(*parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from edgeseg.sweep.config import Cell, SweepConfig, data_folder, expand
 from edgeseg.sweep.executors import Built, build_locally, build_on_ray
 from edgeseg.sweep.state import CellState, bench_key, cell_key, is_done, remember
 
+_TAIL_BYTES = 8192
 Say = Callable[[str], None]
 Bench = Callable[[Sequence[str]], "str | None"]
 """Runs ``edgeseg`` with these arguments; returns why it failed, or ``None``."""
@@ -128,13 +130,15 @@ def _measure(
         options = bench_options(config)
         key = bench_key(tuple(members), options, data_folder(config.bench))
         path = Path(config.output) / "results" / f"{name.replace('/', '-')}-{key[:12]}.json"
-        if path.is_file():
+        # What failed is tried again, and with it all others: engines compare only when measured in turns.
+        if path.is_file() and not read_report(path).failed:
             say(f"{len(members)} engines measured before: {path}")
         else:
             say(f"measuring {len(members)} engines in turns")
+            path.unlink(missing_ok=True)
             folders = [str(cell.request.folder) for cell in members]
             reason = bench(["bench", *folders, *options, "--json", str(path)])
-            if reason is not None:
+            if not path.is_file():
                 failures += [Failure(cell.name, f"not measured: {reason}") for cell in members]
                 continue
         runs.append(Run(read_report(path), path.parent, path.name))
@@ -156,6 +160,28 @@ def bench_options(config: SweepConfig) -> tuple[str, ...]:
 
 
 def run_edgeseg(arguments: Sequence[str]) -> str | None:
-    """Run ``edgeseg`` in a process of its own, so that nothing of the builds is left in the one that measures."""
-    done = subprocess.run([sys.executable, "-m", "edgeseg", *arguments], stdout=subprocess.DEVNULL, check=False)
-    return None if done.returncode == 0 else f"edgeseg bench ended with code {done.returncode}; its message is above"
+    """Run ``edgeseg`` in a process of its own, so that nothing of the builds is left in the one that measures.
+
+    What it says is passed on as it comes; returns its error, ``None`` when it ended well.
+    """
+    environment = dict(os.environ)
+    if sys.stderr.isatty():
+        environment["FORCE_COLOR"] = "1"  # a pipe is no terminal, but what goes through it ends on one: show the bar
+    command = [sys.executable, "-m", "edgeseg", *arguments]
+    said = b""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, bufsize=0
+    ) as process:
+        assert process.stderr is not None  # asked for as a pipe
+        try:
+            while part := process.stderr.read(4096):
+                sys.stderr.write(part.decode(errors="replace"))
+                sys.stderr.flush()
+                said = (said + part)[-_TAIL_BYTES:]
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode == 0:
+        return None
+    errors = [line for line in said.decode(errors="replace").splitlines() if line.startswith("edgeseg: ")]
+    return errors[-1].removeprefix("edgeseg: ") if errors else f"edgeseg bench ended with code {process.returncode}"

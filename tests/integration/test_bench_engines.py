@@ -138,7 +138,7 @@ def test_openvino_tells_its_layers(tmp_path: Path) -> None:
 
 def test_several_processes_say_the_same(engine: Path, tmp_path: Path) -> None:
     data = photos(tmp_path / "data", 6)
-    contenders = engine_contenders([engine])
+    contenders, _ = engine_contenders([engine])
     results = [
         evaluate(
             AccuracyRequest(data, state_folder=tmp_path / str(jobs), jobs=jobs), contenders, Opener(), SilentReporter()

@@ -6,19 +6,29 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
+from PIL import Image
 
 from edgeseg.artifacts import MANIFEST_NAME, read_manifest, write_json
 from edgeseg.backends import BACKENDS
-from edgeseg.backends.memory import write_memory_engine
+from edgeseg.backends.memory import MemorySession, write_memory_engine
 from edgeseg.cli import bench as bench_verb
-from edgeseg.errors import ArtifactError, CheckpointError, InputError, SpecError
+from edgeseg.cli import report as report_verb
+from edgeseg.errors import ArtifactError, BuildError, CheckpointError, InputError, SpecError
 from edgeseg.evaluate.bench import BenchRequest, run_bench
 from edgeseg.evaluate.bench_table import bench_summary, ratio_words
-from edgeseg.evaluate.contenders import Opener, baseline_contenders, baseline_request, engine_contenders
+from edgeseg.evaluate.contenders import (
+    Contender,
+    Opener,
+    baseline_contenders,
+    baseline_request,
+    engine_contenders,
+)
 from edgeseg.evaluate.evaluation import AccuracyRequest
 from edgeseg.evaluate.results import SpeedComparison, read_report
 from edgeseg.progress import SilentReporter
@@ -80,7 +90,7 @@ def test_data_that_is_not_there_is_said_before_anything_is_measured(engine: Path
 
 def test_engines_of_one_name_are_told_apart(engine: Path, tmp_path: Path) -> None:
     write_memory_engine(tmp_path / "old" / "int8", SPEC)
-    names = [c.name for c in engine_contenders([engine, tmp_path / "old" / "int8"])]
+    names = [c.name for c in engine_contenders([engine, tmp_path / "old" / "int8"])[0]]
     assert len(set(names)) == 2
     assert all(name.endswith("int8") for name in names)
 
@@ -133,7 +143,7 @@ def test_weights_that_were_given_and_do_not_load_are_an_error(
         def loaded(self, contender: object) -> object:  # type: ignore[override]
             raise CheckpointError("another model's weights")
 
-    contenders = engine_contenders([engine])
+    contenders, _ = engine_contenders([engine])
     given = tmp_path / "given.pt"
     given.write_bytes(b"")
     with pytest.raises(CheckpointError, match="another model"):
@@ -194,10 +204,112 @@ def test_ratios_in_words() -> None:
 
 
 def test_images_to_time_with_are_the_same_every_time(engine: Path) -> None:
-    from edgeseg.evaluate.bench import _noise
+    from edgeseg.evaluate.measure import noise
     from edgeseg.evaluate.results import Setting
 
-    contender = engine_contenders([engine])[0]
-    first = _noise(contender, Setting(batch=2, source_height=40, source_width=48))
+    contender = engine_contenders([engine])[0][0]
+    first = noise(contender, Setting(batch=2, source_height=40, source_width=48))
     assert first.shape == (2, 40, 48, 3)
-    assert np.array_equal(first, _noise(contender, Setting(batch=2, source_height=40, source_width=48)))
+    assert np.array_equal(first, noise(contender, Setting(batch=2, source_height=40, source_width=48)))
+
+
+def broken_engine(folder: Path) -> Path:
+    """An engine file that is not the one its manifest vouches for."""
+    write_memory_engine(folder, SPEC)
+    (folder / "engine.json").write_text("{}")
+    return folder
+
+
+class Failing(MemorySession):
+    """Runs batches of one image, and no others."""
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        if len(images) > 1:
+            raise BuildError("out of memory")
+        return super().run(images)
+
+
+def test_an_engine_that_does_not_load_is_named_and_the_others_are_measured(engine: Path, tmp_path: Path) -> None:
+    damaged, gone = broken_engine(tmp_path / "damaged"), tmp_path / "gone"
+    request = BenchRequest((damaged, engine, gone), baselines=(), duration_s=0.01, fresh_processes=0)
+    report = run_bench(request, SilentReporter())
+    assert [row.engine.name for row in report.rows] == ["int8"]
+    assert [(f.engine, f.folder, f.what) for f in report.failed] == [
+        ("damaged", str(damaged), "load"),
+        ("gone", str(gone), "load"),
+    ]
+    assert "truncated or edited" in report.failed[0].reason
+    assert "no such folder" in report.failed[1].reason
+    with pytest.raises(
+        BuildError, match=r"no engine could be measured: damaged: .*truncated.*; gone: .*no such folder"
+    ):
+        run_bench(replace(request, engines=(damaged, gone)), SilentReporter())
+    with pytest.raises(ArtifactError, match="truncated or edited"):
+        run_bench(replace(request, engines=(damaged,)), SilentReporter())
+
+
+def test_an_engine_that_fails_in_one_setting_keeps_the_rows_of_the_others(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_memory_engine(tmp_path / "small", SPEC)
+    real = Opener.open
+
+    def opened(self: Opener, contender: Contender, threads: int | None = None) -> Any:
+        return Failing(SPEC) if contender.name == "small" else real(self, contender, threads)
+
+    monkeypatch.setattr(Opener, "open", opened)
+    request = BenchRequest(
+        (engine, tmp_path / "small"), baselines=(), batches=(1, 2), streams=(1, 2), duration_s=0.01, fresh_processes=0
+    )
+    report = run_bench(request, SilentReporter())
+    assert [row.id for row in report.rows] == [
+        "int8 b1 t- s1",
+        "small b1 t- s1",
+        "int8 b1 t- s2",
+        "small b1 t- s2",
+        "int8 b2 t- s1",
+        "int8 b2 t- s2",
+    ]
+    assert [(f.engine, f.what, f.reason) for f in report.failed] == [
+        ("small", "latency b2 t- s1", "out of memory"),
+        ("small", "latency b2 t- s2", "out of memory"),
+    ]
+
+
+def test_a_broken_mask_does_not_throw_the_latency_away(engine: Path, tmp_path: Path) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        Image.fromarray(np.full((32, 32), 9, np.uint8)).save(tmp_path / "data" / kind / "a.png")
+    request = BenchRequest((engine,), baselines=(), duration_s=0.01, fresh_processes=0)
+    accuracy = AccuracyRequest(tmp_path / "data", state_folder=tmp_path / "state")
+    report = run_bench(request, SilentReporter(), accuracy)
+    assert report.rows[0].latency is not None
+    assert report.rows[0].accuracy is None
+    (failure,) = report.failed
+    assert (failure.engine, failure.what) == ("int8", "accuracy")
+    assert "holds 9" in failure.reason
+    with pytest.raises(InputError, match="holds 9"):
+        run_bench(replace(request, duration_s=0.0), SilentReporter(), accuracy)
+
+
+def test_a_failure_is_shown_and_ends_in_exit_code_1(engine: Path, tmp_path: Path) -> None:
+    target = tmp_path / "report.json"
+    arguments = [str(engine), str(broken_engine(tmp_path / "damaged")), "--baseline", "none", "--duration-s", "0.01"]
+    done = CliRunner().invoke(
+        bench_verb.command, [*arguments, "--fresh-processes", "0", "--json", str(target)], catch_exceptions=False
+    )
+    assert done.exit_code == 1
+    assert "failed: damaged (load):" in done.stdout
+    assert "damaged failed (load)" in done.stderr
+    assert [f.engine for f in read_report(target).failed] == ["damaged"]
+    shown = CliRunner().invoke(
+        report_verb.command,
+        [str(target), "--markdown", str(tmp_path / "r.md"), "--html", str(tmp_path / "r.html")],
+        catch_exceptions=False,
+    )
+    assert shown.exit_code == 0
+    for text in (shown.stdout, (tmp_path / "r.md").read_text(), (tmp_path / "r.html").read_text()):
+        assert "Not built or not measured" in text
+        assert "damaged" in text
+    as_json = CliRunner().invoke(report_verb.command, [str(target), "--json"], catch_exceptions=False)
+    assert [f["engine"] for f in json.loads(as_json.stdout)["failed"]] == ["damaged"]

@@ -67,7 +67,7 @@ BASELINE = Contender("pytorch", SPEC, baseline="pytorch", weights_sha256="w")
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Contender:
     monkeypatch.setitem(BACKENDS, "memory", "edgeseg.backends.memory")
     write_memory_engine(tmp_path / "int8", SPEC)
-    return replace(engine_contenders([tmp_path / "int8"])[0], weights_sha256="w")
+    return replace(engine_contenders([tmp_path / "int8"])[0][0], weights_sha256="w")
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ from test_latency import Clock
 
 from edgeseg.backends.base import StageTimes
 from edgeseg.backends.memory import MemorySession
-from edgeseg.evaluate.latency import LatencyProtocol, LatencySamples, measure, measure_interleaved
+from edgeseg.evaluate.batches import batch_count, median_interval, ratio_interval
+from edgeseg.evaluate.latency import LatencyProtocol, LatencySamples, compare, measure, measure_interleaved
 from edgeseg.evaluate.profile import NodeTime, group_by_module, module_of, profile_of_layers
 from edgeseg.evaluate.stages import StageClock
-from edgeseg.evaluate.statistics import distribution, median_interval, noise_flags, speed_comparison
+from edgeseg.evaluate.statistics import distribution, noise_flags, speed_comparison
 from edgeseg.evaluate.streams import measure_streams
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
@@ -42,12 +43,15 @@ def segment(session: Any) -> Any:
 
 
 def test_figures_of_a_hand_made_sample() -> None:
-    found = distribution([float(v) for v in range(100, 0, -1)])
+    found = distribution([float(37 * k % 101) for k in range(1, 101)])  # 1 to 100 in no order
     assert (found.count, found.min_ms, found.max_ms, found.mean_ms, found.median_ms) == (100, 1, 100, 50.5, 50.5)
     # trtexec: sorted[n - 1 - int((1 - p) * n)], one of the samples
     assert (found.p90_ms, found.p95_ms, found.p99_ms) == (90, 95, 99)
     assert found.std_ms == pytest.approx(29.0115)  # sqrt(sum((k - 50.5)^2) / 99)
     assert 39 < found.median_low_ms < 50.5 < found.median_high_ms < 62
+    drifting = distribution([float(v) for v in range(100, 0, -1)])  # the same figures, but another run may well say 30
+    assert (drifting.median_ms, drifting.p99_ms) == (50.5, 99)
+    assert drifting.median_low_ms < 30 < 70 < drifting.median_high_ms
     assert distribution([3.0]).std_ms is None
 
 
@@ -111,6 +115,42 @@ def test_a_tie_is_called_a_tie() -> None:
     found = compared(jitter(1, 10.0), jitter(2, 10.0))
     assert found.verdict == "no difference"
     assert found.low <= 1.0 <= found.high
+
+
+def slow_and_fast_spells(rng: np.random.Generator, count: int) -> NDArray[Any]:
+    """Durations around 10 ms of a machine that is slow for a while and fast for a while (AR(1), 3 %), with jitter (2 %)."""
+    steps, level, found = rng.normal(0, 1, count), 0.0, []
+    for step in steps:
+        level = 0.9 * level + step * np.sqrt(1 - 0.9**2)
+        found.append(10 * np.exp(0.03 * level + 0.02 * rng.normal()))
+    return np.array(found)
+
+
+def test_a_tie_is_called_a_tie_on_a_machine_that_is_slow_for_a_while() -> None:
+    """Of 200 comparisons of equals a tenth may be wrong; resampling single calls gets about half wrong."""
+    rng = np.random.default_rng(5)
+    wrong = wrong_by_single_calls = 0
+    for _ in range(200):
+        first, second = slow_and_fast_spells(rng, 200), slow_and_fast_spells(rng, 200)
+        samples = [LatencySamples(name, tuple(ms), 0) for name, ms in (("a", first), ("b", second))]
+        wrong += compare(*samples).is_difference
+        ratios = first / second
+        medians = np.median(ratios[rng.integers(0, 200, (300, 200))], axis=1)
+        low, high = np.percentile(medians, [2.5, 97.5])
+        wrong_by_single_calls += not low <= 1 <= high
+    assert wrong <= 30
+    assert wrong_by_single_calls >= 80
+
+
+def test_the_interval_of_a_ratio_by_hand() -> None:
+    """Two stretches with medians 2 and 8: middle 4, standard error ln(2), and t is 12.706 with one degree of freedom."""
+    low, high = ratio_interval(np.array([2.0] * 4 + [8.0] * 4))
+    assert (low, high) == pytest.approx((4 * 2.0**-12.706, 4 * 2.0**12.706))
+    back = ratio_interval(1 / np.array([2.0] * 4 + [8.0] * 4))
+    assert back == pytest.approx((1 / high, 1 / low))
+    assert [batch_count(n) for n in (2, 7, 12, 39, 40, 4000)] == [2, 2, 3, 9, 10, 10]
+    with pytest.raises(ValueError, match="at least 2"):
+        ratio_interval(np.array([1.0]))
 
 
 def test_speeds_not_measured_in_turns_are_not_compared() -> None:

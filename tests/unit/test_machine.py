@@ -72,10 +72,37 @@ def test_counters(tmp_path: Path) -> None:
         (Counters(10.0, 36.0, 22.0, 0, 0.0), ["other-load"]),  # 6 s of others in 10 s
         (Counters(10.0, 30.0, 22.0, 2, 0.0), ["throttled"]),
         (Counters(10.0, 30.0, 22.0, 0, 0.4), ["throttled"]),
+        (Counters(10.0, 30.0, 22.0, 0, 0.0, 9), ["throttled"]),
     ],
 )
 def test_what_the_machine_says_against_a_run(after: Counters, kinds: list[str]) -> None:
-    assert [f.kind for f in machine_flags(Counters(0.0, 10.0, 2.0, 0, 0.0), after)] == kinds
+    assert [f.kind for f in machine_flags(Counters(0.0, 10.0, 2.0, 0, 0.0, 7), after)] == kinds
+
+
+def test_a_machine_that_holds_its_clocks_back_says_why(jetson: Path) -> None:
+    devices = (("pwm-fan", 3), ("gpu-throttle-alert", 1), ("cpu-throttle-alert", 0), ("devfreq-gpu-gpc-0", 18))
+    for index, (kind, state) in enumerate(devices):
+        put(jetson / f"sys/class/thermal/cooling_device{index}/type", kind + "\n")
+        put(jetson / f"sys/class/thermal/cooling_device{index}/cur_state", f"{state}\n")
+    put(jetson / "sys/class/devfreq/17000000.gpu/cur_freq", "918000000\n")
+    put(jetson / "sys/class/devfreq/15340000.vic/cur_freq", "115200000\n")
+    for index, count in ((1, 0), (2, 8), (3, 813)):
+        put(jetson / f"sys/class/hwmon/hwmon3/oc{index}_event_cnt", f"{count}\n")
+    state = machine_state(jetson)
+    assert state.gpu_mhz == {"17000000.gpu": 918.0}
+    assert state.throttled == ("gpu-throttle-alert",)
+    assert read_counters(jetson).overcurrent == 821
+    still = Counters(0.0, None, 0.0)
+    (flag,) = machine_flags(still, still, (MachineState(), state))
+    assert (flag.kind, flag.detail) == ("throttled", "held back at the end of the run: gpu-throttle-alert")
+
+
+def test_a_raspberry_pi_says_why_it_is_slow(tmp_path: Path) -> None:
+    # Under-voltage and throttled now; bits 16 on are what happened since boot.
+    put(tmp_path / "sys/devices/platform/soc/soc:firmware/get_throttled", "50005\n")
+    assert machine_state(tmp_path).throttled == ("under-voltage", "throttled")
+    put(tmp_path / "sys/devices/platform/soc/soc:firmware/get_throttled", "50000\n")
+    assert machine_state(tmp_path).throttled == ()
 
 
 def test_a_changed_clock_is_seen() -> None:

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 
+from edgeseg.evaluate.nvml import NvmlSource, NvmlState, gpu_bytes, nvml_gpus, nvml_state
 from edgeseg.evaluate.power import (
     InaSource,
-    NvmlSource,
     PowerLog,
     RaplSource,
     TegrastatsSource,
     find_source,
-    nvml_gpus,
     parse_tegrastats,
     power_log,
     read_ina3221,
@@ -52,11 +51,27 @@ AGX_ORIN_JETPACK6 = (
     "VIN_SYS_5V0 2624mW/2624mW VDDQ_VDD2_1V8AO 403mW/403mW"
 )
 ORIN_NANO_JETPACK6 = "GR3D_FREQ 0% VDD_IN 3325mW/3325mW VDD_CPU_GPU_CV 560mW/560mW VDD_SOC 1080mW/1080mW"
-# Thor: the rails' names and order of magnitude as users list them; not a recorded line.
-THOR_JETPACK7 = (
-    "GR3D_FREQ @[0,0,0] tj@55.1C VDD_GPU 2400mW/2400mW "
-    "VDD_CPU_SOC_MSS 6510mW/6510mW VIN_SYS_5V0 6520mW/6520mW VIN 23000mW/23000mW"
+TX2_JETPACK4 = (
+    "RAM 1404/7860MB (lfb 236x4MB) SWAP 0/3930MB (cached 0MB) CPU [0%@345,off,off,0%@345] EMC_FREQ 0% GR3D_FREQ 0% "
+    "PLL@35.5C MCPU@35.5C PMIC@100C Tboard@30C GPU@32C BCPU@35.5C thermal@34.1C Tdiode@31.5C VDD_SYS_GPU 153/153 "
+    "VDD_SYS_SOC 306/306 VDD_4V0_WIFI 0/0 VDD_IN 1649/1649 VDD_SYS_CPU 306/306 VDD_SYS_DDR 173/173"
 )
+AGX_ORIN_JETPACK7 = (
+    "07-17-2026 15:15:24 RAM 8182/62817MB (lfb 6x4MB) CPU [18%@729,12%@729] GR3D_FREQ 0%@[1300,1300] "
+    "cpu@51.343C/51.343C soc2@48.843C/48.843C gpu@46.843C/46.843C tj@51.343C/51.343C VDD_GPU_SOC 3588mW/3588mW/3588mW "
+    "VDD_CPU_CV 797mW/797mW/797mW VIN_SYS_5V0 5148mW/5148mW/5148mW"
+)
+THOR_JETPACK7_0 = (
+    "04-21-2026 15:50:52 RAM 105265/125772MB (lfb 34x4MB) CPU [0%@972,8%@972] EMC_FREQ 0%@2750 GR3D_FREQ @[314,314,314] "
+    "NVENC0_FREQ @314 VIC off PVA0_FREQ off APE 300 cpu@37.343C tj@38.875C soc012@37.468C gpu@38.875C "
+    "VDD_GPU -392mW/-392mW VDD_CPU_SOC_MSS 5887mW/5887mW VIN_SYS_5V0 5635mW/5635mW VIN 19780mW/19780mW"
+)
+THOR_JETPACK7_2 = (
+    "07-02-2026 13:45:44 RAM 36529/125749MB (lfb 12x4MB) SWAP 11/4096MB (cached 9MB) CPU [2%@972,1%@972] cpu@60.406C "
+    "tj@63.281C soc012@58.468C gpu@62.906C VDD_GPU 37528mW/37528mW/37528mW VDD_CPU_SOC_MSS 18961mW/18961mW/18961mW "
+    "VIN_SYS_5V0 18331mW/18331mW/18331mW VIN 87426mW/43713mW/87426mW"
+)
+THOR_VALUES_ALONE = "gpu@43.968C VDD_GPU 5517mW VDD_CPU_SOC_MSS 7484mW VIN_SYS_5V0 6309mW VIN 28548mW"
 
 
 @pytest.mark.parametrize(
@@ -84,10 +99,36 @@ THOR_JETPACK7 = (
             3.818,
         ),
         (ORIN_NANO_JETPACK6, {"VDD_IN": 3.325, "VDD_CPU_GPU_CV": 0.56, "VDD_SOC": 1.08}, 3.325),
-        (THOR_JETPACK7, {"VDD_GPU": 2.4, "VDD_CPU_SOC_MSS": 6.51, "VIN_SYS_5V0": 6.52, "VIN": 23.0}, 23.0),
+        (
+            TX2_JETPACK4,
+            {
+                "VDD_SYS_GPU": 0.153,
+                "VDD_SYS_SOC": 0.306,
+                "VDD_4V0_WIFI": 0.0,
+                "VDD_IN": 1.649,
+                "VDD_SYS_CPU": 0.306,
+                "VDD_SYS_DDR": 0.173,
+            },
+            1.649,
+        ),
+        (AGX_ORIN_JETPACK7, {"VDD_GPU_SOC": 3.588, "VDD_CPU_CV": 0.797, "VIN_SYS_5V0": 5.148}, 9.533),
+        (
+            THOR_JETPACK7_0,
+            {"VDD_GPU": -0.392, "VDD_CPU_SOC_MSS": 5.887, "VIN_SYS_5V0": 5.635, "VIN": 19.78},
+            19.78,
+        ),
+        (
+            THOR_JETPACK7_2,  # the present value, not the mean (43.7) beside it
+            {"VDD_GPU": 37.528, "VDD_CPU_SOC_MSS": 18.961, "VIN_SYS_5V0": 18.331, "VIN": 87.426},
+            87.426,
+        ),
+        (THOR_VALUES_ALONE, {"VDD_GPU": 5.517, "VDD_CPU_SOC_MSS": 7.484, "VIN_SYS_5V0": 6.309, "VIN": 28.548}, 28.548),
     ],
-    ids=["nano", "xavier-4", "xavier-5", "agx-orin-5", "agx-orin-6", "orin-nano-6", "thor-7"],
-)
+    ids=[
+        "nano", "xavier-4", "xavier-5", "agx-orin-5", "agx-orin-6", "orin-nano-6", "tx2-4", "agx-orin-7", "thor-7.0",
+        "thor-7.2", "thor-values-alone",
+    ],
+)  # fmt: skip
 def test_tegrastats(line: str, rails: dict[str, float], total: float) -> None:
     assert parse_tegrastats(line) == pytest.approx(rails)
     watts, covers = total_power("tegrastats", parse_tegrastats(line))
@@ -176,17 +217,37 @@ def fake_nvml(available: bool = True, metered: bool = True) -> Any:
         nvmlDeviceGetPowerUsage=(lambda gpu: 61_500) if metered else raising,
         nvmlSystemGetDriverVersion=lambda: b"550.54",
         nvmlDeviceGetEnforcedPowerLimit=(lambda gpu: 70_000) if metered else raising,
-        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(total=16 << 30),
+        nvmlDeviceGetMemoryInfo=(lambda gpu: SimpleNamespace(total=16 << 30)) if metered else raising,
         nvmlDeviceGetName=lambda gpu: "Tesla T4",
+        nvmlDeviceGetClockInfo=(lambda gpu, clock: 1590) if metered else raising,
+        nvmlDeviceGetTemperature=lambda gpu, sensor: 71,
+        nvmlDeviceGetCurrentClocksThrottleReasons=(lambda gpu: 0x1 | 0x4 | 0x20) if metered else raising,
+        nvmlDeviceGetComputeRunningProcesses=lambda gpu: [
+            SimpleNamespace(pid=7, usedGpuMemory=300),
+            SimpleNamespace(pid=8, usedGpuMemory=None),
+        ],
     )
 
 
 def test_nvml() -> None:
     assert NvmlSource(fake_nvml()).watts() == {"GPU 0": 61.5}
     assert NvmlSource(fake_nvml(metered=False)).watts() == {}
+    (gpu,) = nvml_gpus(fake_nvml())
+    assert (gpu.name, gpu.memory_bytes, gpu.driver, gpu.power_limit_w) == ("Tesla T4", 16 << 30, "550.54", 70.0)
+    # GPUs that share the host's memory (Thor, GB10) tell neither their memory nor a power limit.
     (gpu,) = nvml_gpus(fake_nvml(metered=False))
-    assert (gpu.name, gpu.memory_bytes, gpu.driver, gpu.power_limit_w) == ("Tesla T4", 16 << 30, "550.54", None)
+    assert (gpu.name, gpu.memory_bytes, gpu.driver, gpu.power_limit_w) == ("Tesla T4", None, "550.54", None)
     assert nvml_gpus(fake_nvml(available=False)) == ()
+
+
+def test_nvml_state_and_memory_of_a_process() -> None:
+    assert nvml_state(fake_nvml()) == NvmlState(
+        {"GPU 0": 1590.0}, {"GPU 0": 71.0}, ("GPU 0: power cap", "GPU 0: software thermal slowdown")
+    )
+    assert nvml_state(fake_nvml(metered=False)) == NvmlState({}, {"GPU 0": 71.0})
+    assert nvml_state(fake_nvml(available=False)) == NvmlState()
+    assert [gpu_bytes(pid, fake_nvml()) for pid in (7, 8, 9)] == [300, None, None]
+    assert gpu_bytes(7, fake_nvml(available=False)) is None
 
 
 def test_the_source_that_answers_is_taken(tmp_path: Path) -> None:

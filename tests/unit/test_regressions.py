@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edgeseg.errors import GateError, InputError, SpecError
-from edgeseg.evaluate.regressions import change_table, check_limits, compare_reports, parse_limits
+from edgeseg.evaluate.regressions import change_table, check_limits, compare_reports, parse_limits, remarks
 from edgeseg.evaluate.results import BenchReport, read_report
 from edgeseg.evaluate.statistics import distribution
 
@@ -24,6 +24,17 @@ def slowed(report: BenchReport, factor: float) -> BenchReport:
         samples = tuple(ms * factor for ms in row.latency.samples_ms)
         latency = replace(row.latency, samples_ms=samples, end_to_end=distribution(samples))
         rows.append(replace(row, latency=latency) if row.id == ROW else row)
+    return replace(report, rows=tuple(rows))
+
+
+def slower_machine(report: BenchReport, factor: float) -> BenchReport:
+    """Every row takes ``factor`` times as long."""
+    rows = []
+    for row in report.rows:
+        assert row.latency is not None
+        samples = tuple(ms * factor for ms in row.latency.samples_ms)
+        latency = replace(row.latency, samples_ms=samples, end_to_end=distribution(samples))
+        rows.append(replace(row, latency=latency))
     return replace(report, rows=tuple(rows))
 
 
@@ -46,6 +57,54 @@ def test_a_slower_engine_is_found_and_gated() -> None:
     with pytest.raises(GateError, match=r"fpn-int8 b1 t- s1: median_ms is 20\.0 % worse, 5 % allowed"):
         check_limits(tuple(found.values()), {"median_ms": 5.0})
     assert changes(slowed(read_report(EXAMPLE), 0.8))["median_ms"].verdict == "better"
+
+
+def test_a_slower_machine_is_no_slower_engine() -> None:
+    old = read_report(EXAMPLE)
+    found = changes(slower_machine(old, 1.3))
+    for metric in ("median_ms", "p99_ms"):
+        assert found[metric].new == pytest.approx(1.3 * found[metric].old)
+        assert found[metric].percent == pytest.approx(0.0, abs=1e-9)
+        assert (found[metric].verdict, found[metric].beside) == ("no difference", "pytorch b1 t- s1")
+    both = changes(slowed(slower_machine(old, 1.3), 1.2))
+    assert both["median_ms"].percent == pytest.approx(20.0)
+    assert both["median_ms"].verdict == "worse"
+    (words,) = remarks(old, old, tuple(found.values()))
+    assert "beside pytorch b1 t- s1" in words
+
+
+def test_without_an_unchanged_baseline_the_bare_figures_are_compared_and_it_is_said() -> None:
+    old = read_report(EXAMPLE)
+    rows = tuple(
+        replace(row, engine=replace(row.engine, versions={"torch": "another"})) if row.engine.is_baseline else row
+        for row in old.rows
+    )
+    new = slower_machine(replace(old, rows=rows), 1.3)
+    found = changes(new)
+    assert (found["median_ms"].verdict, found["median_ms"].beside) == ("worse", None)
+    assert found["median_ms"].percent == pytest.approx(30.0)
+    (words,) = remarks(old, new, compare_reports(old, new))
+    assert "no unchanged baseline in both reports for" in words and ROW in words
+    fewer = replace(new, rows=(new.row(ROW),))
+    (missing,) = remarks(old, fewer, ())
+    assert "only in the old report" in missing and "pytorch b1 t- s1" in missing
+
+
+def test_cold_start_is_worse_when_its_fastest_process_is_slower_than_the_slowest_before() -> None:
+    report = read_report(EXAMPLE)
+    row = report.row(ROW)
+    assert row.cold_start is not None
+
+    def started(*totals_ms: float) -> BenchReport:
+        cold = replace(row.cold_start, total_ms=sorted(totals_ms)[1], totals_ms=totals_ms)
+        return replace(report, rows=(replace(row, cold_start=cold),))
+
+    def verdict(old: BenchReport, new: BenchReport) -> str:
+        return next(c.verdict for c in compare_reports(old, new) if c.metric == "cold_start_ms")
+
+    assert verdict(started(100, 110, 130), started(120, 125, 128)) == "no difference"
+    assert verdict(started(100, 110, 130), started(131, 150, 155)) == "worse"
+    assert verdict(started(131, 150, 155), started(100, 110, 130)) == "better"
 
 
 def test_lost_accuracy_and_larger_files_count() -> None:
@@ -100,5 +159,5 @@ def test_the_table_fits_80_columns_and_names_every_row() -> None:
         console.print(change_table(compare_reports(read_report(EXAMPLE), slowed(read_report(EXAMPLE), 1.2))))
         text = console.export_text()
     assert ROW in text
-    assert "+20.0 %" in text
+    assert "+20.0 %*" in text
     assert "worse" in text

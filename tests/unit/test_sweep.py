@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 from bench_rows import report, row
 from test_artifacts import make_engine
 
+from edgeseg.decide.entries import failed_measurements
 from edgeseg.errors import ArtifactError, BuildError, SpecError
-from edgeseg.evaluate.results import write_report
+from edgeseg.evaluate.results import FailedMeasurement, read_report, write_report
 from edgeseg.sweep.config import BenchConfig, Cell, SweepConfig, expand, read_config
 from edgeseg.sweep.executors import Built, build_locally
-from edgeseg.sweep.run import bench_options, run_sweep
+from edgeseg.sweep.run import bench_options, run_edgeseg, run_sweep
 from edgeseg.sweep.state import cell_key
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +132,34 @@ def test_measuring_that_fails_is_every_cells_reason(tmp_path: Path) -> None:
     recorder.bench_reason = "code 1"
     with pytest.raises(BuildError, match="none of 4 cells gave a result; fpn-demo-int8-onnxruntime: no int8 for fpn"):
         recorder.run(config(tmp_path))
+
+
+def test_an_engine_that_could_not_be_measured_is_measured_again_with_all_others(tmp_path: Path) -> None:
+    class Partly(Recorder):
+        def bench(self, arguments: Sequence[str]) -> str | None:
+            reason = super().bench(arguments)
+            path = Path(arguments[-1])
+            written, folder = read_report(path), arguments[1]
+            failure = FailedMeasurement(Path(folder).name, folder, "load", "damaged")
+            path.unlink()
+            write_report(path, dataclasses.replace(written, rows=written.rows[1:], failed=(failure,)))
+            return reason or "exit code 1"
+
+    result = Partly().run(config(tmp_path))
+    (run,) = result.runs
+    assert [r.engine.name for r in run.report.rows] == ["unet-demo-int8-onnxruntime", "fpn-demo-fp32-onnxruntime"]
+    assert failed_measurements(result.runs) == (("unet-demo-fp32-onnxruntime", "damaged"),)
+    again = Recorder()
+    (run,) = again.run(config(tmp_path)).runs
+    assert len(again.benched) == 1
+    assert len(run.report.rows) == 3 and run.report.failed == ()
+
+
+def test_the_measuring_process_tells_its_error(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_edgeseg(["bench"]) == "edgeseg bench ended with code 2"  # click's own words, on several lines
+    reason = run_edgeseg(["report", "missing.json"])
+    assert reason is not None and "missing.json" in reason
+    assert f"edgeseg: {reason}" in capfd.readouterr().err
 
 
 def test_models_can_be_measured_apart(tmp_path: Path) -> None:
