@@ -213,7 +213,7 @@ def sha256_json(value: object) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write a dataclass as indented JSON, atomically."""
-    _write_bytes(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+    write_bytes(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -224,12 +224,13 @@ def write_text(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_bytes(path, text.encode())
+        write_bytes(path, text.encode())
     except OSError as exc:
         raise ArtifactError(f"cannot write {path}: {exc.strerror}; give another file") from exc
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: whoever reads it meanwhile gets the old content or the new. Raises ``OSError``."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as f:

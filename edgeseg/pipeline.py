@@ -241,7 +241,7 @@ def candidate_stage(
     """Quantize and build for one backend, and check that the precision asked for is delivered."""
     with stage(reporter, "compile" if request.precision == "fp32" else "quantize") as said:
         folder = scratch / f"target-{target}"
-        candidate = build_candidate(request, get_backend(target), graph, table, folder, reporter)
+        candidate = build_candidate(request, get_backend(target), graph, table, folder, reporter, scratch.parent)
         share = candidate.built.precision.mac_share.get(request.precision, 0.0)
         said.append(f"{target}: {share:.1%} of MACs in {request.precision}")
     if candidate.built.path is not None or not awaits_calibration(candidate.built.precision, request.backend_options):

@@ -111,7 +111,9 @@ def compile_folder(
             shutil.copyfile(folder / old.calibration.name, scratch / old.calibration.name)
         copied = dataclasses.replace(graph, path=scratch / old.graph.name)
         with stage(reporter, "compile") as said:
-            built = backend.build(copied, scratch, settings, reporter.progress)
+            built = backend.build(copied, scratch, settings, reporter.progress, scratch.parent)
+            for note in built.notes:
+                reporter.note(note)
             share = built.precision.mac_share.get(built.precision.requested, 0.0)
             said.append(f"{backend.name}: {share:.1%} of MACs in {built.precision.requested}")
         assert built.path is not None  # a backend that can build here does

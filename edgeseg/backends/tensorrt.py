@@ -22,10 +22,10 @@ from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
 from edgeseg.backends.cuda import open_cuda
 from edgeseg.backends.tensorrt_device import Gpu, check_built_for, find_gpu, open_session
-from edgeseg.backends.tensorrt_kept import keep_log, store_file, timing_cache_path
-from edgeseg.backends.tensorrt_log import LogCapture, capture
+from edgeseg.backends.tensorrt_log import LogCapture, capture, keep_log
 from edgeseg.backends.tensorrt_options import TensorRTOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt_progress import progress_monitor
+from edgeseg.backends.tensorrt_timing import TimingCache
 from edgeseg.errors import ArtifactError, BuildError, EdgesegError, MissingDependencyError, SpecError
 from edgeseg.spec import PipelineSpec, Precision
 
@@ -99,7 +99,12 @@ class TensorRTBackend:
         return BackendStatus(True, version, f"{gpu.name}, compute capability {gpu.capability_text}; {typing}")
 
     def build(
-        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+        self,
+        graph: OnnxGraph,
+        folder: Path,
+        options: Mapping[str, Any],
+        progress: Progress | None = None,
+        engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Build a plan for this GPU; see :class:`~edgeseg.backends.tensorrt_options.TensorRTOptions`.
 
@@ -117,10 +122,13 @@ class TensorRTBackend:
         parsed.require_fits(implicit=chosen.implicit_calibration)
         with capture(trt) as (logger, log), ExitStack() as cleanup:
             try:
-                build = _Build(trt, logger, log, chosen, strong, parsed, requested, cleanup, gpu)
+                timing = TimingCache.of_build(
+                    chosen.timing_cache, engines_folder or folder.parent, gpu, str(trt.__version__)
+                )
+                build = _Build(trt, logger, log, chosen, strong, parsed, requested, cleanup, timing)
                 plan = build.run(folder, progress)
             except EdgesegError:
-                keep_log(log, graph)
+                keep_log(log, graph.sha256)
                 raise
             path = folder / ENGINE_NAME
             with path.open("wb") as stream:
@@ -134,6 +142,7 @@ class TensorRTBackend:
             options={**dataclasses.asdict(chosen), "typing": "strong" if strong else "weak"},
             versions={"tensorrt": str(trt.__version__)},
             device={"gpu": gpu.name, "compute_capability": gpu.capability_text},
+            notes=tuple(timing.notes) if timing is not None else (),
         )
 
     def load(self, engine: Engine) -> Session:
@@ -251,7 +260,7 @@ class _Build:
     parsed: ParsedGraph
     requested: Precision
     cleanup: ExitStack
-    gpu: Gpu
+    timing: TimingCache | None
     extra_files: tuple[Path, ...] = ()
 
     def run(self, folder: Path, progress: Progress | None) -> Any:
@@ -267,15 +276,15 @@ class _Build:
         self._set_limits(config, builder)
         profile = self._add_profile(builder, config, spec)
         calibrated = self._set_calibrator(config, profile, folder)
-        timing = self._load_timing_cache(config)
+        self._set_timing_cache(config)
         with progress_monitor(trt, config, progress) as watch:
             plan = builder.build_serialized_network(network, config)
         watch.raise_interrupt()
         calibrated()
         if plan is None:
             raise self._refused("cannot build", self.log.first_error())
-        if timing is not None:
-            store_file(timing, bytes(config.get_timing_cache().serialize()))
+        if self.timing is not None:
+            self.timing.keep_from(config)
         return plan
 
     def _network_flags(self) -> int:
@@ -367,17 +376,11 @@ class _Build:
 
         return after
 
-    def _load_timing_cache(self, config: IBuilderConfig) -> Path | None:
-        if self.options.timing_cache is False:
+    def _set_timing_cache(self, config: IBuilderConfig) -> None:
+        if self.timing is None:
             config.set_flag(self.trt.BuilderFlag.DISABLE_TIMING_CACHE)
-            return None
-        given = self.options.timing_cache
-        path = Path(given) if isinstance(given, str) else timing_cache_path(self.gpu, str(self.trt.__version__))
-        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-        # False: measured on another GPU or by another version. An empty one then takes its place.
-        if not config.set_timing_cache(cache, False):
-            config.set_timing_cache(config.create_timing_cache(b""), False)
-        return path
+        else:
+            self.timing.give_to(config)
 
     def _parser_error(self, parser: OnnxParser) -> str:
         if not parser.num_errors:

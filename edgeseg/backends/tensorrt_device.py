@@ -16,10 +16,17 @@ from edgeseg.spec import PipelineSpec
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, as far as engines depend on it: the driver's name of it and ``(major, minor)`` compute capability."""
+    """A GPU, as far as engines and kernel times depend on it.
+
+    Attributes:
+        name: the driver's, such as ``Orin``: of a Nano and of an AGX alike.
+        compute_capability: ``(major, minor)``.
+        multiprocessors: how many are on. A Jetson's power mode changes that, so engines are not refused by it.
+    """
 
     name: str
     compute_capability: tuple[int, int]
+    multiprocessors: int
 
     @property
     def capability_text(self) -> str:
@@ -38,7 +45,8 @@ def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda, options:
 def find_gpu() -> Gpu:
     """The first GPU visible to this process. Raises ``MissingDependencyError``, ``DeviceError``."""
     with open_cuda() as cuda:
-        return Gpu(cuda.device.name, cuda.device.compute_capability)
+        device = cuda.device
+        return Gpu(device.name, device.compute_capability, device.multiprocessors)
 
 
 def check_built_for(engine: Engine, package: str, version: str, gpu: Gpu) -> None:

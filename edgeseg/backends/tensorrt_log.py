@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgeseg.cache import cache_folder
+
 _LEVELS = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 """What is kept; VERBOSE is hundreds of megabytes for a large network."""
 
@@ -34,6 +36,14 @@ class LogCapture:
     def write(self, path: Path) -> None:
         """Write the log as text, a message a line."""
         path.write_text("".join(f"[{level}] {text}\n" for level, text in self.lines), encoding="utf-8")
+
+
+def keep_log(log: LogCapture, graph_sha256: str) -> Path:
+    """Keep the log of a failed build, whose folder vanishes, in edgeseg's cache folder. Returns where."""
+    path = cache_folder() / "tensorrt-log" / f"{graph_sha256[:16]}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log.write(path)
+    return path
 
 
 _lock = threading.Lock()

@@ -69,7 +69,12 @@ class TensorRTRtxBackend:
         return BackendStatus(True, version, f"{gpu.name}, compute capability {gpu.capability_text}", can_build=True)
 
     def build(
-        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+        self,
+        graph: OnnxGraph,
+        folder: Path,
+        options: Mapping[str, Any],
+        progress: Progress | None = None,
+        engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Build one engine for all compute capabilities of option ``sm``.
 

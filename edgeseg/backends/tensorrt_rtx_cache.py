@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgeseg.artifacts import sha256_json
+from edgeseg.artifacts import sha256_json, write_bytes
 from edgeseg.backends.tensorrt_device import Gpu
-from edgeseg.backends.tensorrt_kept import store_file
 from edgeseg.cache import cache_folder
 
 
@@ -44,7 +43,8 @@ class CachingEngine:
         """Write the kernels compiled so far, if there are new ones."""
         compiled = bytes(self._cache.serialize())
         if compiled != self._stored:
-            store_file(self._path, compiled)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(self._path, compiled)
             self._stored = compiled
 
     def __getattr__(self, name: str) -> Any:

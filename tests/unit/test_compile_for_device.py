@@ -26,6 +26,7 @@ from edgeseg.backends.portable import check_options, portable_engine
 from edgeseg.backends.tensorrt import TensorRTBackend
 from edgeseg.backends.tensorrt_device import Gpu
 from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.progress import SilentReporter
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Precision
 
@@ -37,7 +38,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def portable_folder(folder: Path, precision: Precision = "int8", **options: Any) -> Path:
     """What a build for TensorRT without a GPU leaves behind."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     path = folder / "model.onnx"
     implicit = bool(options.get("implicit_calibration"))
     path.write_bytes(small_model("fp32" if implicit else precision).SerializeToString())
@@ -74,7 +75,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def install(version: str) -> Recorder:
         recorder = Recorder(version)
-        backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: Gpu("Orin", (8, 7)))
+        backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: Gpu("Orin", (8, 7), 8))
         monkeypatch.setattr(recompile, "require_builder", lambda name: backend)
         return recorder
 
@@ -106,6 +107,25 @@ def test_options_of_the_build_are_those_of_the_compile_unless_given_again(tmp_pa
     on_device("10.3.0")
     manifest = recompile.compile_folder(folder, options={"optimization_level": 5}).manifest
     assert (manifest.options["workspace_mb"], manifest.options["optimization_level"]) == (64, 5)
+
+
+def test_kernel_times_are_kept_beside_the_folders(tmp_path: Path, on_device: Any) -> None:
+    said: list[str] = []
+
+    class Notes(SilentReporter):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    for name in ("fpn", "unet"):
+        recorder = on_device("10.3.0")
+        recompile.compile_folder(portable_folder(tmp_path / "engines" / name), reporter=Notes())
+    assert recorder.of("IBuilderConfig.create_timing_cache")[0].arguments["serialized_timing_cache"] != b""
+    assert said == []
+    (cache,) = (tmp_path / "engines" / ".timing").glob("*.cache")
+    assert cache.name == "Orin-8sm-8.7-tensorrt-10.3.0.cache"
+    cache.write_bytes(b"damaged")
+    recompile.compile_folder(tmp_path / "engines" / "fpn", reporter=Notes())
+    assert said == [f"timing cache {cache} is damaged: not used, measured anew"]
 
 
 @pytest.mark.parametrize("version", VERSIONS[:3])

@@ -30,13 +30,12 @@ from edgeseg.backends.base import BuiltEngine
 from edgeseg.backends.tensorrt import TensorRTBackend, device_memory_bytes
 from edgeseg.backends.tensorrt_calibration import cache_text
 from edgeseg.backends.tensorrt_device import Gpu
-from edgeseg.backends.tensorrt_kept import timing_cache_path
 from edgeseg.backends.tensorrt_options import profile_shapes
 from edgeseg.errors import ArtifactError, BuildError, MissingDependencyError, SpecError
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 
-ORIN = Gpu("Orin", (8, 7))
+ORIN = Gpu("Orin", (8, 7), 8)
 TEN = ("10.3.0", "10.16.1.11")
 
 
@@ -233,31 +232,6 @@ def test_contexts_share_the_profile(tmp_path: Path, version: str) -> None:
     backend_of(recorder).build(graph, graph.path.parent, {})
     asked = [call.arguments["feature"].name for call in recorder.of("IBuilderConfig.set_preview_feature")]
     assert asked == ([] if version.startswith("11.") else ["PROFILE_SHARING_0806"])
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_timing_cache_is_kept_per_device_and_version(tmp_path: Path, version: str) -> None:
-    first, second = Recorder(version), Recorder(version)
-    build(tmp_path, first)
-    assert first.of("IBuilderConfig.create_timing_cache")[0].arguments["serialized_timing_cache"] == b""
-    build(tmp_path, second)
-    assert second.of("IBuilderConfig.create_timing_cache")[0].arguments["serialized_timing_cache"] == b"+timed"
-    path = timing_cache_path(ORIN, version)
-    assert path.read_bytes() == b"+timed+timed"
-    assert path not in (timing_cache_path(Gpu("Thor", (11, 0)), version), timing_cache_path(ORIN, "8.5.2"))
-
-
-def test_a_foreign_timing_cache_is_not_used(tmp_path: Path) -> None:
-    recorder = Recorder("10.3.0", {"IBuilderConfig.set_timing_cache": refuse_filled})
-    (tmp_path / "old.cache").write_bytes(b"another gpu")
-    build(tmp_path, recorder, timing_cache=str(tmp_path / "old.cache"))
-    assert (tmp_path / "old.cache").read_bytes() == b"+timed"
-
-
-def refuse_filled(config: Any, cache: Any, ignore_mismatch: bool) -> bool:
-    config._state["timing_cache"] = cache
-    assert not ignore_mismatch
-    return not cache._state["content"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -564,12 +538,12 @@ def test_load_hands_the_engine_to_the_session(tmp_path: Path, monkeypatch: pytes
     [
         ({}, "10.3.0", ORIN, True),
         ({}, "10.16.1.11", ORIN, False),
-        ({}, "10.3.0", Gpu("Orin Nano", (8, 7)), False),
-        ({}, "10.3.0", Gpu("Orin", (8, 6)), False),
+        ({}, "10.3.0", Gpu("Orin Nano", (8, 7), 8), False),
+        ({}, "10.3.0", Gpu("Orin", (8, 6), 8), False),
         ({"version_compatible": True}, "10.16.1.11", ORIN, True),
         ({"version_compatible": True}, "11.4.0.106", ORIN, False),
-        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", Gpu("Thor", (11, 0)), True),
-        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", Gpu("Xavier", (7, 2)), False),
+        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", Gpu("Thor", (11, 0), 8), True),
+        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", Gpu("Xavier", (7, 2), 8), False),
     ],
 )
 def test_load_asks_for_the_same_tensorrt_and_gpu(
