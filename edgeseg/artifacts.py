@@ -68,6 +68,8 @@ class PrecisionReport:
         mac_share: share of multiply-accumulates per dtype (``{"int8": 0.98, "fp32": 0.02}``), from the executed graph.
         node_share: share of nodes per dtype, from the executed graph.
         macs: multiply-accumulates of one image.
+        time_share: share of the engine's time in layers of each dtype, measured with the backend's profiler when the engine
+            was built; ``None`` where it was not measured.
         float_layers: names of the MAC-carrying layers not executed in the requested precision, with the reason.
     """
 
@@ -76,6 +78,7 @@ class PrecisionReport:
     node_share: dict[str, float]
     macs: int
     float_layers: dict[str, str] = field(default_factory=dict)
+    time_share: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeseg.artifacts import Engine
-from edgeseg.backends.base import Session
 from edgeseg.backends.cuda import Cuda, open_cuda
 from edgeseg.errors import StaleEngineError
 from edgeseg.spec import PipelineSpec
+
+if TYPE_CHECKING:
+    from tensorrt import ICudaEngine
+    from tensorrt_surface import TensorRT
+
+    from edgeseg.backends.tensorrt_session import TensorRTSession
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,9 @@ class Gpu:
         return f"{self.compute_capability[0]}.{self.compute_capability[1]}"
 
 
-def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda, options: Mapping[str, Any]) -> Session:
+def open_session(
+    trt: TensorRT, engine: ICudaEngine, spec: PipelineSpec, cuda: Cuda, options: Mapping[str, Any]
+) -> TensorRTSession:
     """Wrap a deserialized engine in a session, which closes ``cuda``. Of ``options``, the manifest's, it takes its own."""
     from edgeseg.backends.tensorrt_session import SessionOptions, TensorRTSession
 

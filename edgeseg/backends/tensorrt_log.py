@@ -13,6 +13,9 @@ from typing import Any
 
 from edgeseg.cache import cache_folder
 
+LOG_NAME = "tensorrt.log"
+"""In the engine folder."""
+
 _LEVELS = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 """What is kept; VERBOSE is hundreds of megabytes for a large network."""
 
@@ -30,7 +33,12 @@ class LogCapture:
 
     def first_error(self) -> str:
         """The first error on one line, or what can be said without one."""
-        text = " ".join(self.errors[0].split()) if self.errors else "it gave no reason"
+        return self.one_line(self.errors[0]) if self.errors else "it gave no reason"
+
+    @staticmethod
+    def one_line(text: str) -> str:
+        """A message without its line breaks, shortened where it is very long."""
+        text = " ".join(text.split())
         return text if len(text) <= 400 else text[:397] + "..."
 
     def write(self, path: Path) -> None:

@@ -49,6 +49,7 @@ class TensorRTOptions:
         calibrator: where the ranges come from: ``table``, edgeseg's own; ``entropy`` or ``minmax``: TensorRT measures.
         calibration_images: what ``entropy`` and ``minmax`` measure on.
         calibration_cache: a TensorRT calibration cache to use as it is.
+        layer_times: run the new engine a few times with TensorRT's profiler: the share of time per dtype, in the manifest.
         contexts, cuda_graph, host_memory: how the engine runs once loaded; see
             :class:`edgeseg.backends.tensorrt_session.SessionOptions`.
     """
@@ -74,6 +75,7 @@ class TensorRTOptions:
     calibrator: str = "table"
     calibration_images: str | None = None
     calibration_cache: str | None = None
+    layer_times: bool = True
     contexts: int = 2
     cuda_graph: bool = False
     host_memory: str = "auto"
@@ -204,6 +206,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "prove_precision": _FLAG,
     "strip_weights": _FLAG,
     "refit": _FLAG,
+    "layer_times": _FLAG,
     "min_size": _SIZE,
     "max_size": _SIZE,
     "implicit_calibration": _FLAG,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from edgeseg.artifacts import (
 from edgeseg.backends.portable import check_options, portable_engine
 from edgeseg.backends.tensorrt import TensorRTBackend
 from edgeseg.backends.tensorrt_device import Gpu
+from edgeseg.cli import main
 from edgeseg.errors import ArtifactError, BuildError, SpecError
 from edgeseg.progress import SilentReporter
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
@@ -73,13 +76,79 @@ def portable_folder(folder: Path, precision: Precision = "int8", **options: Any)
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let ``compile`` find TensorRT of a version and a GPU."""
 
-    def install(version: str) -> Recorder:
+    def install(version: str, times: Sequence[tuple[str, float]] = ()) -> Recorder:
         recorder = Recorder(version)
-        backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: Gpu("Orin", (8, 7), 8))
+        backend = TensorRTBackend(
+            import_module=lambda: recorder.module,
+            gpu=lambda: Gpu("Orin", (8, 7), 8),
+            layer_times=lambda *_: list(times),
+        )
         monkeypatch.setattr(recompile, "require_builder", lambda name: backend)
         return recorder
 
     return install
+
+
+@pytest.fixture
+def edgeseg(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command line: exit code of ``edgeseg ARGUMENTS``."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["edgeseg", *map(str, arguments)])
+        with pytest.raises(SystemExit) as raised:
+            main()
+        return int(raised.value.code or 0)
+
+    return run
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_precision_not_delivered_is_exit_code_1_and_names_the_layers(
+    tmp_path: Path, on_device: Any, edgeseg: Any, capsys: pytest.CaptureFixture[str], version: str, precision: Precision
+) -> None:
+    folder = portable_folder(tmp_path / "fpn", precision)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    on_device(version).fakery.layer_dtype = lambda name, dtype: "fp32" if name == "decoder.block/Conv" else dtype
+    assert edgeseg("compile", folder) == 1
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert said.out == ""
+    assert line.startswith(
+        f"edgeseg: {precision} was asked for, but TensorRT {version} runs 42.9% of the multiply-accumul"
+    )
+    assert "decoder.block/Conv runs in fp32" in line and "encoder.conv1/Conv" not in line
+    assert Path(line.rpartition("TensorRT's log: ")[2]).is_file()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_shares_of_macs_and_time_are_printed_and_kept(
+    tmp_path: Path, on_device: Any, edgeseg: Any, capsys: pytest.CaptureFixture[str], version: str
+) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    on_device(version, [("preprocess/Mul", 1.0), ("encoder.conv1/Conv", 2.0), ("decoder.block/Conv", 1.0)])
+    assert edgeseg("compile", folder) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"engine: {folder} (tensorrt, 100.0% of MACs in int8)",
+        "time: 75.0% in int8, 25.0% in fp32",
+    ]
+    assert open_engine(folder).manifest.precision.time_share == {"fp32": 0.25, "int8": 0.75}
+    assert edgeseg("inspect", folder) == 0
+    assert "\ntime: 75.0% in int8, 25.0% in fp32\n" in capsys.readouterr().out
+    on_device(version)
+    assert edgeseg("compile", folder) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "time: -"
+    assert edgeseg("inspect", folder) == 0
+    assert "\ntime: -\n" in capsys.readouterr().out
+
+
+def test_a_manifest_of_before_times_were_measured_is_read(tmp_path: Path) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    text = json.loads((folder / MANIFEST_NAME).read_text())
+    assert text["precision"].pop("time_share") is None
+    (folder / MANIFEST_NAME).write_text(json.dumps(text))
+    assert open_engine(folder).manifest.precision.time_share is None
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -31,7 +31,7 @@ from edgeseg.backends.tensorrt import TensorRTBackend, device_memory_bytes
 from edgeseg.backends.tensorrt_calibration import cache_text
 from edgeseg.backends.tensorrt_device import Gpu
 from edgeseg.backends.tensorrt_options import profile_shapes
-from edgeseg.errors import ArtifactError, BuildError, MissingDependencyError, SpecError
+from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, SpecError
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 
@@ -57,8 +57,17 @@ def portable(folder: Path, precision: str = "fp32", dynamic: bool = False, schem
     return OnnxGraph(path, sha256_file(path), precision, spec, "0" * 64, scheme)  # type: ignore[arg-type]
 
 
+def portable_hash(folder: Path) -> str:
+    return sha256_file(folder / "engine" / "model.onnx")[:16]
+
+
 def backend_of(recorder: Recorder, gpu: Gpu = ORIN) -> TensorRTBackend:
-    return TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: gpu)
+    return TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: gpu, layer_times=no_times)
+
+
+def no_times(*_: Any) -> list[tuple[str, float]]:
+    """There is no GPU to run the engine on; ``tests/on_stub_cuda`` has one that is not real."""
+    return []
 
 
 def build(
@@ -260,7 +269,8 @@ def test_a_parser_error_names_node_and_module(tmp_path: Path, version: str) -> N
         build(tmp_path, recorder)
     assert str(raised.value) == (
         f"TensorRT {version} cannot parse model.onnx: Assertion failed: no luck, at node encoder.conv1/Conv "
-        "(module encoder.conv1 of the SMP model)"
+        "(module encoder.conv1 of the SMP model); TensorRT's log: "
+        f"{tmp_path / 'cache' / 'tensorrt-log' / portable_hash(tmp_path)}.log"
     )
 
 
@@ -615,40 +625,38 @@ def test_status_never_raises() -> None:
     assert found.available and found.version == "10.3.0" and "Orin, compute capability 8.7" in found.detail
 
 
-def test_inspector_text_of_a_real_engine_is_understood() -> None:
-    """A layer as NVIDIA's documentation of 8.x prints it, a block of nodes, and one the inspector knows no format of."""
-    from edgeseg.backends.tensorrt_inspector import executed_dtypes, read_layers
-
-    said = {
-        "Layers": [
-            {
-                "Name": "a/Conv + a/Relu",
-                "LayerType": "CaskConvolution",
-                "Inputs": [
-                    {"Name": "x", "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format."}
-                ],
-                "Weights": {"Type": "Int8", "Count": 9},
-            },
-            {"Name": "{ForeignNode[b/MatMul...c/Add]}", "LayerType": "Myelin", "Inputs": [{"Format/Datatype": "Half"}]},
-            {
-                "Name": "d",
-                "Inputs": [{"Format/Datatype": "N/A due to dynamic shapes"}],
-                "Metadata": "[ONNX Layer: d/Conv]\u001e[ONNX Layer: d/Relu]",
-                "TacticName": "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32",
-            },
-            {"Name": "Reformatting CopyNode for Input Tensor 0 to a/Conv", "Inputs": [{"Format/Datatype": "FP32"}]},
-        ]
-    }
-    nodes = ["a/Conv", "a/Relu", "b/MatMul", "b/Softmax", "c/Add", "d/Conv", "d/Relu", "e/Conv"]
-    found = executed_dtypes(read_layers(json.dumps(said)), nodes)
-    assert found == {
-        **dict.fromkeys(["a/Conv", "a/Relu", "d/Conv", "d/Relu"], "int8"),
-        **dict.fromkeys(["b/MatMul", "b/Softmax", "c/Add"], "fp16"),
-    }
+# --- share of time ---
 
 
-def test_names_of_layers_only_prove_nothing() -> None:
-    from edgeseg.backends.tensorrt_inspector import read_layers
+@pytest.mark.parametrize("version", VERSIONS)
+def test_share_of_time_by_the_profilers_names(tmp_path: Path, version: str) -> None:
+    """Two runs; the layers of the recorded inspector, and one it does not know."""
+    recorder = Recorder(version)
+    graph = portable(tmp_path / "engine", "int8")
+    run = [("preprocess/Mul", 0.5), ("encoder.conv1/Conv", 2.0), ("decoder.block/Conv", 1.0), ("__wait", 0.5)]
+    asked: list[Any] = []
 
-    with pytest.raises(BuildError, match="cannot be proven"):
-        read_layers(json.dumps({"Layers": ["a", "b"]}))
+    def times(trt: Any, logger: Any, log: Any, plan: bytes, options: Any, parsed: Any) -> list[tuple[str, float]]:
+        asked.append((trt, plan, options["layer_times"], parsed.path))
+        return run * 2
+
+    backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: ORIN, layer_times=times)
+    built = backend.build(graph, graph.path.parent, {})
+    assert built.path is not None
+    assert asked == [(recorder.module, built.path.read_bytes(), True, graph.path)]
+    assert built.precision.time_share == {"fp32": 0.125, "int8": 0.75, "unknown": 0.125}
+    assert built.precision.mac_share == {"int8": 1.0}
+
+
+def test_time_that_cannot_be_measured_is_none_and_said(tmp_path: Path) -> None:
+    def refused(*_: Any) -> list[tuple[str, float]]:
+        raise DeviceError("out of memory")
+
+    recorder = Recorder("10.3.0")
+    graph = portable(tmp_path / "engine")
+    backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: ORIN, layer_times=refused)
+    built = backend.build(graph, graph.path.parent, {})
+    assert built.precision.time_share is None
+    assert built.notes == ("time per dtype was not measured: out of memory",)
+    again = backend.build(graph, graph.path.parent, {"layer_times": False})
+    assert again.precision.time_share is None and again.notes == ()

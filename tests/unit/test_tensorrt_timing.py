@@ -37,7 +37,7 @@ def build(engines: Path, recorder: Recorder, gpu: Gpu = ORIN_NANO, name: str = "
     path.write_bytes(small_model().SerializeToString())
     spec = PipelineSpec(ModelSpec("unet", classes=4), InputSpec(SIDE, SIDE))
     graph = OnnxGraph(path, sha256_file(path), "fp32", spec, "0" * 64)
-    backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: gpu)
+    backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: gpu, layer_times=lambda *_: [])
     return backend.build(graph, scratch, options, None, engines)
 
 
