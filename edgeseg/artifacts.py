@@ -147,7 +147,9 @@ class Manifest:
         extra_files: further files the engine file needs beside it.
         weights: where the weights came from, in words.
         inputs_sha256: hash per input of the build (weights, fp32 graph, calibration images, options).
-        options: backend build options and session settings, as chosen.
+        options: backend build options and session settings, as chosen, defaults included.
+        options_given: those of them someone asked for; what building the engine again keeps. ``None`` in folders of before
+            it was recorded.
         candidates: with ``--target auto``, median milliseconds of each backend that was built and measured.
         versions: packages that took part.
         device: what the engine was built on (CPU model or GPU name, flags that matter).
@@ -175,6 +177,7 @@ class Manifest:
     conversion: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     verification: Verification | None = None
+    options_given: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -358,6 +358,7 @@ class _ManifestMaker:
                 **({f"calibration_{cause}": value for cause, value in table.key.items()} if table else {}),
             },
             options=dict(candidate.built.options),
+            options_given=self._options_given(candidate),
             versions={**package_versions(*CONVERT_PACKAGES), **candidate.built.versions},
             device=dict(candidate.built.device),
             candidates=medians,
@@ -367,3 +368,8 @@ class _ManifestMaker:
         )
         write_json(folder / MANIFEST_NAME, manifest)
         return Engine(folder, manifest)
+
+    def _options_given(self, candidate: Candidate) -> dict[str, Any]:
+        given = self.request.backend_options
+        # File names of a portable folder are for the device: this machine does not know them.
+        return dict(given) if candidate.built.path is None else check_options(candidate.backend.name, given)

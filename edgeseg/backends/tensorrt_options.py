@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -170,8 +171,12 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _flag_or_text(value: Any) -> bool | str | None:
-    return value if isinstance(value, bool) else _text(value)
+def _path(value: Any) -> str | None:
+    return os.path.abspath(value) if _text(value) else None
+
+
+def _flag_or_path(value: Any) -> bool | str | None:
+    return value if isinstance(value, bool) else _path(value)
 
 
 def _size(value: Any) -> str | None:
@@ -192,7 +197,7 @@ _FLAG = (_flag, "true or false")
 _SIZE = (_size, "HEIGHTxWIDTH in pixels, such as 256x320")
 _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "workspace_mb": (_number(1, 1 << 20), "MiB, from 1"),
-    "timing_cache": (_flag_or_text, "true, false or a file"),
+    "timing_cache": (_flag_or_path, "true, false or a file"),
     "typing": (_text, f"one of {', '.join(TYPINGS)}"),
     "allow_fp16": _FLAG,
     "tf32": _FLAG,
@@ -211,8 +216,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "max_size": _SIZE,
     "implicit_calibration": _FLAG,
     "calibrator": (_text, f"one of {', '.join(CALIBRATORS)}"),
-    "calibration_images": (_text, "a folder, glob or list of images"),
-    "calibration_cache": (_text, "a calibration cache file"),
+    "calibration_images": (_path, "a folder, glob or list of images"),
+    "calibration_cache": (_path, "a calibration cache file"),
     "contexts": (_number(1, 64), "a number from 1 to 64"),
     "cuda_graph": _FLAG,
     "host_memory": (_text, f"one of {', '.join(HOST_MEMORY_MODES)}"),

@@ -80,7 +80,7 @@ class TensorRTRtxBackend:
 
         chosen = parse_options(RtxOptions, self.name, options)
         if not chosen.sm:
-            chosen = dataclasses.replace(chosen, sm=self._own_sm())
+            chosen = dataclasses.replace(chosen, sm=self.own_sm())
         trt = self.import_module()
         parsed = ParsedGraph.read(graph, graph.precision)
         parsed.require_fits(implicit=False)
@@ -110,7 +110,8 @@ class TensorRTRtxBackend:
             device={"sm": ",".join(str(sm) for sm in chosen.sm) or "default"},
         )
 
-    def _own_sm(self) -> tuple[int, ...]:
+    def own_sm(self) -> tuple[int, ...]:
+        """This machine's compute capability, if there is a GPU engines can be built for."""
         try:
             major, minor = self.gpu().compute_capability
         except EdgesegError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from edgeseg.artifacts import (
 from edgeseg.backends.portable import check_options, portable_engine
 from edgeseg.backends.tensorrt import TensorRTBackend
 from edgeseg.backends.tensorrt_device import Gpu
+from edgeseg.backends.tensorrt_options import TensorRTOptions
 from edgeseg.cli import main
 from edgeseg.errors import ArtifactError, BuildError, SpecError
 from edgeseg.progress import SilentReporter
@@ -195,6 +197,115 @@ def test_kernel_times_are_kept_beside_the_folders(tmp_path: Path, on_device: Any
     cache.write_bytes(b"damaged")
     recompile.compile_folder(tmp_path / "engines" / "fpn", reporter=Notes())
     assert said == [f"timing cache {cache} is damaged: not used, measured anew"]
+
+
+EVERY_OPTION: dict[str, Any] = {
+    "workspace_mb": 64,
+    "timing_cache": False,
+    "typing": "weak",
+    "allow_fp16": False,
+    "tf32": False,
+    "hardware_compatibility": "ampere_plus",
+    "version_compatible": True,
+    "optimization_level": 2,
+    "aux_streams": 0,
+    "tactic_sources": ("JIT_CONVOLUTIONS",),
+    "dla_core": 0,
+    "profiling_verbosity": "detailed",
+    "prove_precision": False,
+    "strip_weights": False,
+    "refit": True,
+    "min_size": None,
+    "max_size": None,
+    "implicit_calibration": True,
+    "calibrator": "table",
+    "calibration_images": None,
+    "calibration_cache": None,
+    "layer_times": False,
+    "contexts": 3,
+    "cuda_graph": True,
+    "host_memory": "copy",
+}
+
+
+@pytest.mark.parametrize("again", ["compile", "recompile"])
+def test_every_option_survives(tmp_path: Path, on_device: Any, again: str) -> None:
+    assert set(EVERY_OPTION) == {field.name for field in dataclasses.fields(TensorRTOptions)}
+    folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)
+    on_device("10.3.0").behaviour["Builder.num_DLA_cores"] = lambda builder: 2
+    first = recompile.compile_folder(folder, options=EVERY_OPTION).manifest
+    recorder = on_device("10.16.1.11")
+    recorder.behaviour["Builder.num_DLA_cores"] = lambda builder: 2
+    if again == "compile":
+        recompile.compile_folder(folder)
+    else:
+        recompile.recompile(open_engine(folder))
+    second = open_engine(folder).manifest
+    assert second.versions["tensorrt"] == "10.16.1.11"
+    assert second.options == json.loads(json.dumps(EVERY_OPTION)) == json.loads(json.dumps(first.options))
+    assert {"INT8", "GPU_FALLBACK", "REFIT", "VERSION_COMPATIBLE", "DISABLE_TIMING_CACHE"} <= recorder.set_flags()
+    values = {call.name: call.arguments["value"] for call in recorder.calls if call.name.endswith(" =")}
+    assert values["IBuilderConfig.default_device_type ="] is recorder.module.DeviceType.DLA
+    # Given again, an option is overridden; null asks for the default. Both last.
+    recompile.compile_folder(folder, options={"contexts": 5, "dla_core": None})
+    third = recompile.compile_folder(folder).manifest
+    assert (third.options["contexts"], third.options["dla_core"], third.options["workspace_mb"]) == (5, None, 64)
+
+
+def test_what_was_not_asked_for_is_chosen_anew(tmp_path: Path, on_device: Any) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    on_device("8.6.1")
+    assert recompile.compile_folder(folder).manifest.options["typing"] == "weak"
+    on_device("10.3.0")
+    manifest = recompile.compile_folder(folder).manifest
+    assert manifest.options["typing"] == "strong" and manifest.options_given == {}
+
+
+def test_file_names_are_kept_as_absolute_ones(tmp_path: Path, on_device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    on_device("10.3.0")
+    monkeypatch.chdir(tmp_path)
+    recompile.compile_folder(folder, options={"timing_cache": "mine.cache"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recorder = on_device("10.3.0")
+    recompile.compile_folder(folder)
+    used = recorder.of("IBuilderConfig.create_timing_cache")[0].arguments["serialized_timing_cache"]
+    assert used == (tmp_path / "mine.cache").read_bytes()
+
+
+def test_a_kept_option_that_cannot_be_had_here_says_how_to_drop_it(
+    tmp_path: Path, on_device: Any, edgeseg: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)
+    on_device("10.3.0").behaviour["Builder.num_DLA_cores"] = lambda builder: 2
+    recompile.compile_folder(folder, options={"dla_core": 1})
+    on_device("10.3.0")  # an Orin Nano: no DLA
+    with pytest.raises(SpecError) as raised:
+        recompile.recompile(open_engine(folder))
+    assert str(raised.value) == (
+        f"dla_core is 1, this device has 0 DLA cores; leave it out; dla_core was kept from {folder}, to drop it: "
+        "--backend-option dla_core=null"
+    )
+    assert edgeseg("compile", folder, "--backend-option", "dla_core=null") == 0
+    assert open_engine(folder).manifest.options["dla_core"] is None
+    capsys.readouterr()
+    # Nobody kept what is given now: the message stands as it is.
+    with pytest.raises(SpecError, match="leave it out$"):
+        recompile.compile_folder(folder, options={"dla_core": 0})
+
+
+def test_a_folder_of_before_keeps_what_holds_on_another_device(tmp_path: Path, on_device: Any) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    on_device("8.6.1")
+    recompile.compile_folder(folder, options={"contexts": 3, "optimization_level": 4})
+    text = json.loads((folder / MANIFEST_NAME).read_text())
+    del text["options_given"]
+    (folder / MANIFEST_NAME).write_text(json.dumps(text))
+    on_device("10.3.0")
+    manifest = recompile.recompile(open_engine(folder))
+    assert (manifest.manifest.options["contexts"], manifest.manifest.options["optimization_level"]) == (3, 4)
+    assert manifest.manifest.options["typing"] == "strong"
 
 
 @pytest.mark.parametrize("version", VERSIONS[:3])

@@ -12,6 +12,7 @@ import pytest
 from recorded_tensorrt import RTX, Recorder
 from recorded_tensorrt.fake import PLAN_MARK, create_execution_context, host_memory
 
+from edgeseg import recompile
 from edgeseg.backends import tensorrt_rtx
 from edgeseg.backends.tensorrt_device import Gpu
 from edgeseg.backends.tensorrt_rtx import TensorRTRtxBackend, check_sm
@@ -113,3 +114,13 @@ def test_kernels_are_kept_for_the_next_load(tmp_path: Path, monkeypatch: pytest.
     path.write_bytes(b"damaged")
     assert "IRuntimeCache.reset" in load(monkeypatch, folder).names
     assert path.read_bytes() == b"kernel"
+
+
+def test_recompiling_adds_this_gpu_to_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(recompile, "compile_folder", lambda folder, options: asked.append(options["sm"]))
+    monkeypatch.setattr(tensorrt_rtx, "backend", lambda: TensorRTRtxBackend(gpu=lambda: ADA))
+    for given in ({"sm": [75, 120]}, {"sm": [89, 120]}):
+        manifest = SimpleNamespace(target="tensorrt-rtx", options_given=given)
+        recompile.recompile(SimpleNamespace(folder=tmp_path, manifest=manifest))  # type: ignore[arg-type]
+    assert asked == [(75, 120, 89), (89, 120)]
