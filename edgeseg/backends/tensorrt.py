@@ -204,7 +204,7 @@ class _Build:
     def run(self, folder: Path, progress: Progress | None) -> Any:
         """Return the plan as TensorRT's ``IHostMemory``."""
         trt, parsed = self.trt, self.parsed
-        builder: Builder = trt.Builder(self.logger)
+        builder = trt.Builder(self.logger)
         content = parsed.for_parser(explicit_batch=not has_strong_typing(trt))
         network = TENSORRT.parse(trt, builder, self._network_flags(), self.logger, self.log, parsed, content)
         config = builder.create_builder_config()

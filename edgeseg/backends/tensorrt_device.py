@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tensorrt import ICudaEngine
     from tensorrt_surface import TensorRT
 
+    from edgeseg.backends.tensorrt_rtx_cache import CachingEngine
     from edgeseg.backends.tensorrt_session import TensorRTSession
 
 
@@ -39,7 +40,7 @@ class Gpu:
 
 
 def open_session(
-    trt: TensorRT, engine: ICudaEngine, spec: PipelineSpec, cuda: Cuda, options: Mapping[str, Any]
+    trt: TensorRT, engine: ICudaEngine | CachingEngine, spec: PipelineSpec, cuda: Cuda, options: Mapping[str, Any]
 ) -> TensorRTSession:
     """Wrap a deserialized engine in a session, which closes ``cuda``. Of ``options``, the manifest's, it takes its own."""
     from edgeseg.backends.tensorrt_session import SessionOptions, TensorRTSession

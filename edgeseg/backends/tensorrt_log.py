@@ -9,9 +9,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeseg.cache import cache_folder
+
+if TYPE_CHECKING:
+    from tensorrt_surface import TensorRT
 
 LOG_NAME = "tensorrt.log"
 """In the engine folder."""
@@ -59,7 +62,7 @@ _listening: list[LogCapture] = []
 _loggers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def logger_of(trt: Any) -> Any:
+def logger_of(trt: TensorRT) -> Any:
     """The one logger of a TensorRT module in this process.
 
     TensorRT keeps the first logger it is given and ignores all later ones, so there is one, and it passes messages on.
@@ -71,7 +74,7 @@ def logger_of(trt: Any) -> Any:
 
 
 @contextmanager
-def capture(trt: Any) -> Iterator[tuple[Any, LogCapture]]:
+def capture(trt: TensorRT) -> Iterator[tuple[Any, LogCapture]]:
     """Yield the logger to hand to TensorRT and what it says while the block runs.
 
     Messages carry no mark of who caused them: of two builds at the same time each keeps the messages of both.
@@ -94,8 +97,13 @@ def blamed_node(text: str, names: Iterable[str]) -> str | None:
     return max(found, key=len, default=None)
 
 
-def _make_logger(trt: Any) -> Any:
-    class EdgesegLogger(trt.ILogger):  # type: ignore[misc]  # a class of the module at hand
+def _make_logger(trt: TensorRT) -> Any:
+    if TYPE_CHECKING:
+        from tensorrt import ILogger
+    else:
+        ILogger = trt.ILogger  # noqa: N806  # a class of the module at hand
+
+    class EdgesegLogger(ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
 

@@ -12,7 +12,8 @@ from edgeseg.backends.tensorrt_log import LogCapture
 from edgeseg.errors import ArtifactError, BuildError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from tensorrt import Builder, ICudaEngine, INetworkDefinition, OnnxParser, OnnxParserRefitter, Refitter, Runtime
+    from tensorrt import Builder, ICudaEngine, INetworkDefinition
+    from tensorrt_surface import TensorRT
 
     from edgeseg.backends.tensorrt_graph import ParsedGraph
 
@@ -50,16 +51,23 @@ class Product:
             raise MissingDependencyError(self.module, self.extra, self.purpose)
         return module
 
-    def version(self, trt: Any) -> str:
+    def version(self, trt: TensorRT) -> str:
         """``TensorRT 10.3.0``."""
         return f"{self.title} {trt.__version__}"
 
     def parse(
-        self, trt: Any, builder: Builder, flags: int, logger: Any, log: LogCapture, parsed: ParsedGraph, content: bytes
+        self,
+        trt: TensorRT,
+        builder: Builder,
+        flags: int,
+        logger: Any,
+        log: LogCapture,
+        parsed: ParsedGraph,
+        content: bytes,
     ) -> INetworkDefinition:
         """Parse ``content``, the graph's file as this version takes it. Raises ``BuildError`` naming node and module."""
         network = builder.create_network(flags)
-        parser: OnnxParser = trt.OnnxParser(network, logger)
+        parser = trt.OnnxParser(network, logger)
         if parser.parse(content):
             return network
         if not parser.num_errors:
@@ -71,7 +79,7 @@ class Product:
             node = parsed.nodes[index]
         raise self._error(trt, "parse", parsed, f"{' '.join(str(error.desc()).split())}{parsed.where(node)}")
 
-    def refused(self, trt: Any, what: str, log: LogCapture, parsed: ParsedGraph, advice: str = "") -> BuildError:
+    def refused(self, trt: TensorRT, what: str, log: LogCapture, parsed: ParsedGraph, advice: str = "") -> BuildError:
         """The one error of a step that failed: the first line of the log that names a node, or else the first error.
 
         Args:
@@ -85,14 +93,14 @@ class Product:
         text = log.first_error() if blaming is None else log.one_line(blaming)
         return self._error(trt, what, parsed, f"{text}{parsed.blame(blaming or '')}{advice}")
 
-    def _error(self, trt: Any, what: str, parsed: ParsedGraph, text: str) -> BuildError:
+    def _error(self, trt: TensorRT, what: str, parsed: ParsedGraph, text: str) -> BuildError:
         return BuildError(f"{self.version(trt)} cannot {what} {parsed.path.name}: {text}")
 
     def deserialize(
-        self, trt: Any, logger: Any, log: LogCapture, plan: bytes, options: Mapping[str, Any], path: Path
+        self, trt: TensorRT, logger: Any, log: LogCapture, plan: bytes, options: Mapping[str, Any], path: Path
     ) -> ICudaEngine:
         """Make an engine of a plan whose hash was checked. Raises ``ArtifactError``."""
-        runtime: Runtime = trt.Runtime(logger)
+        runtime = trt.Runtime(logger)
         if options.get("version_compatible"):
             # Such a plan carries host code of its TensorRT; its hash is the manifest's, so it is ours.
             runtime.engine_host_code_allowed = True
@@ -103,10 +111,10 @@ class Product:
             raise ArtifactError(f"{self.version(trt)} cannot load {path}: {log.first_error()}; compile it again")
         return engine
 
-    def refit(self, trt: Any, logger: Any, log: LogCapture, engine: ICudaEngine, graph: Path) -> None:
+    def refit(self, trt: TensorRT, logger: Any, log: LogCapture, engine: ICudaEngine, graph: Path) -> None:
         """Put the weights of the portable graph into a stripped engine. Raises ``ArtifactError``."""
-        refitter: Refitter = trt.Refitter(engine, logger)
-        parser: OnnxParserRefitter = trt.OnnxParserRefitter(refitter, logger)
+        refitter = trt.Refitter(engine, logger)
+        parser = trt.OnnxParserRefitter(refitter, logger)
         if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
             raise ArtifactError(
                 f"{self.version(trt)} cannot put the weights of {graph} back: {log.first_error()}; compile it again"

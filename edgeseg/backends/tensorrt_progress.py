@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from edgeseg.backends.base import Progress
+
+if TYPE_CHECKING:
+    from tensorrt import IBuilderConfig
+    from tensorrt_surface import TensorRT
 
 
 class BuildWatch:
@@ -58,14 +62,19 @@ class BuildWatch:
 
 
 @contextmanager
-def progress_monitor(trt: Any, config: Any, progress: Progress | None) -> Iterator[BuildWatch]:
+def progress_monitor(trt: TensorRT, config: IBuilderConfig, progress: Progress | None) -> Iterator[BuildWatch]:
     """Watch a build for as long as the block lasts; on versions without a monitor nothing is told."""
     watch = BuildWatch(progress)
     if not hasattr(trt, "IProgressMonitor"):
         yield watch
         return
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # a class of the module at hand
+    if TYPE_CHECKING:
+        from tensorrt import IProgressMonitor
+    else:
+        IProgressMonitor = trt.IProgressMonitor  # noqa: N806  # a class of the module at hand
+
+    class Monitor(IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
 

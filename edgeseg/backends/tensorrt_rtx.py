@@ -85,7 +85,7 @@ class TensorRTRtxBackend:
         parsed = ParsedGraph.read(graph, graph.precision)
         parsed.require_fits(implicit=False)
         with capture(trt) as (logger, log):
-            builder: Builder = trt.Builder(logger)
+            builder = trt.Builder(logger)
             try:
                 network = parse_network(trt, builder, logger, log, parsed)
                 config = builder.create_builder_config()
