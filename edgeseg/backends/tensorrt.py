@@ -263,7 +263,9 @@ class _Build:
                 config.set_flag(self._member("BuilderFlag", flag))
         if options.tactic_sources is not None:
             sources = (self._member("TacticSource", name) for name in options.tactic_sources)
-            config.set_tactic_sources(sum(1 << int(source) for source in sources))
+            if not config.set_tactic_sources(sum(1 << int(source) for source in sources)):
+                listed = ", ".join(options.tactic_sources)
+                raise SpecError(f"TensorRT {trt.__version__} refuses tactic_sources {listed}; leave one of them out")
         if options.dla_core is not None:
             if options.dla_core >= builder.num_DLA_cores:
                 raise SpecError(
@@ -284,9 +286,14 @@ class _Build:
         shapes = profile_shapes(spec.input, self.options.min_size, self.options.max_size)
         if shapes is None:
             return None
+        if self.options.dla_core is not None:
+            raise SpecError(
+                "a DLA takes images of one shape; build with a fixed --size and --batch, or leave dla_core out"
+            )
         profile = builder.create_optimization_profile()
         profile.set_shape("image", *shapes)
-        config.add_optimization_profile(profile)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"TensorRT {self.trt.__version__} refuses shapes {shapes}: {self.log.first_error()}")
         preview = self.trt.PreviewFeature
         if hasattr(preview, "PROFILE_SHARING_0806"):
             # Several contexts on one profile; before 10 each would need a profile of its own.

@@ -34,7 +34,8 @@ class TensorRTOptions:
             the precisions allowed; ``auto``: strong where there is a choice.
         allow_fp16: with weak typing, the float layers of an int8 engine may run in fp16.
         tf32: float32 layers may multiply in TF32 on GPUs that have it; TensorRT's own default.
-        hardware_compatibility: ``ampere_plus`` or ``same_compute_capability`` engines load on other GPUs too, slower.
+        hardware_compatibility: ``ampere_plus`` or ``same_compute_capability`` engines load on other GPUs too, slower. Not
+            on a Jetson, says TensorRT.
         version_compatible: the engine loads in later TensorRT versions of the same major too; larger.
         optimization_level: 0 (fast build) to 5 (fast engine).
         aux_streams: most streams one inference may use beside its own; 0 for none.

@@ -191,7 +191,10 @@ def configure(
     if shapes is not None:
         profile = builder.create_optimization_profile()
         profile.set_shape("image", *shapes)
-        config.add_optimization_profile(profile)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(
+                f"TensorRT-RTX {trt.__version__} refuses shapes {shapes}; give others by min_size and max_size"
+            )
 
 
 def network_precision(trt: TensorRT, network: INetworkDefinition, parsed: ParsedGraph) -> PrecisionReport:

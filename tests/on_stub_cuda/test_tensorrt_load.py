@@ -117,6 +117,30 @@ def test_compile_measures_time_per_dtype(
     assert stub.live() == {}
 
 
+@pytest.mark.parametrize("version", VERSIONS[1:])
+def test_an_engine_without_weights_gets_them_back_to_be_measured_and_to_run(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, version: str
+) -> None:
+    simulation = tensorrt(monkeypatch, stub, version)
+    refitted: list[bytes] = []
+
+    def refit(parser: object, model: str) -> bool:
+        refitted.append(Path(model).read_bytes())
+        return True
+
+    simulation.recorder.behaviour["OnnxParserRefitter.refit_from_file"] = refit
+    simulation.recorder.behaviour["Refitter.refit_cuda_engine"] = lambda refitter: len(refitted) > 0
+    engine = compile_folder(folder, options={"strip_weights": True})
+    assert engine.manifest.precision.time_share == pytest.approx({"fp32": 1.0})
+    with edgeseg.load(folder) as segmenter:
+        image = photos(1)[0]
+        np.testing.assert_array_equal(segmenter(image), wanted(simulation, image))
+    assert refitted == [engine.graph_path.read_bytes()] * 2
+    simulation.recorder.behaviour["Refitter.refit_cuda_engine"] = lambda refitter: False
+    with pytest.raises(ArtifactError, match="cannot put the weights of .*model.onnx back"):
+        edgeseg.load(folder)
+
+
 def test_an_engine_that_cannot_run_at_compile_time_is_a_note(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 from recorded_tensorrt import VERSIONS, Recorder
+from recorded_tensorrt.fake import build_serialized_network
 from recorded_tensorrt.graphs import SIDE, small_model
+from rich.console import Console
 
 from edgeseg import recompile
 from edgeseg.artifacts import (
@@ -31,7 +34,7 @@ from edgeseg.backends.tensorrt_device import Gpu
 from edgeseg.backends.tensorrt_options import TensorRTOptions
 from edgeseg.cli import main
 from edgeseg.errors import ArtifactError, BuildError, SpecError
-from edgeseg.progress import SilentReporter
+from edgeseg.progress import ConsoleReporter, SilentReporter
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Precision
 
@@ -151,6 +154,26 @@ def test_a_manifest_of_before_times_were_measured_is_read(tmp_path: Path) -> Non
     assert text["precision"].pop("time_share") is None
     (folder / MANIFEST_NAME).write_text(json.dumps(text))
     assert open_engine(folder).manifest.precision.time_share is None
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_progress_bar_is_tensorrts(tmp_path: Path, on_device: Any, version: str) -> None:
+    """On a terminal: an hourglass while TensorRT 8 builds, which tells nothing, else a bar that follows its phases."""
+    seen: list[tuple[float, float | None]] = []
+    terminal = io.StringIO()
+    reporter = ConsoleReporter(Console(file=terminal, force_terminal=True, width=100))
+
+    def watched(builder: Any, network: Any, config: Any) -> Any:
+        plan = build_serialized_network(builder, network, config)
+        assert reporter._bar is not None
+        reporter._bar.refresh()
+        seen.extend((task.completed, task.total) for task in reporter._bar.tasks)
+        return plan
+
+    on_device(version).behaviour["Builder.build_serialized_network"] = watched
+    recompile.compile_folder(portable_folder(tmp_path / "fpn"), reporter=reporter)
+    assert seen == ([(0, None)] if version.startswith("8.") else [(100, 100)])
+    assert ("100/100" in terminal.getvalue()) is not version.startswith("8.")
 
 
 @pytest.mark.parametrize("version", VERSIONS)

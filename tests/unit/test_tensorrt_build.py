@@ -31,6 +31,7 @@ from edgeseg.backends.tensorrt import TensorRTBackend, device_memory_bytes
 from edgeseg.backends.tensorrt_calibration import cache_text
 from edgeseg.backends.tensorrt_device import Gpu
 from edgeseg.backends.tensorrt_options import profile_shapes
+from edgeseg.backends.tensorrt_progress import BuildWatch
 from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, SpecError
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
@@ -250,6 +251,28 @@ def test_progress_is_told_where_there_is_a_monitor(tmp_path: Path, version: str)
     assert told == ([] if version.startswith("8.") else [(33, 100), (66, 100), (100, 100)])
 
 
+def test_phases_are_shares_of_their_parents_step() -> None:
+    told: list[int] = []
+    watch = BuildWatch(lambda done, total: told.append(done))
+    watch.start("build", None, 4)
+    watch.start("tactics", "build", 10)
+    watch.start("kernels", "build", 2)  # at the same time, in another thread
+    for _ in range(5):
+        assert watch.step("tactics", 0)
+    watch.step("kernels", 1)
+    assert told == [2, 5, 7, 10, 12], "a phase beside another is no part of it"
+    watch.finish("tactics")
+    watch.finish("kernels")
+    watch.step("build", 0)
+    watch.start("inner", "build", 2)
+    watch.start("innermost", "inner", 2)
+    watch.step("innermost", 0)
+    watch.step("unheard of", 0)
+    for number in (2, 1, 3):
+        watch.step("build", number)
+    assert told == [2, 5, 7, 10, 12, 25, 31, 50, 75, 100]
+
+
 @pytest.mark.parametrize("version", VERSIONS[1:])
 def test_ctrl_c_stops_a_build(tmp_path: Path, version: str) -> None:
     def interrupt(done: int, total: int) -> None:
@@ -287,6 +310,63 @@ def test_a_builder_error_names_node_and_module_and_leaves_the_log(tmp_path: Path
     (log,) = (tmp_path / "cache" / "tensorrt-log").iterdir()
     assert log.read_text().splitlines()[0] == "[INFO] Detected 1 inputs"
     assert "Error Code 10" in log.read_text() and "chatter" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "node"),
+    [
+        (
+            "10: [optimizer.cpp::computeCosts::3728] Error Code 10: Internal Error (Could not find any implementation for "
+            "node {ForeignNode[encoder.conv1/Conv...decoder.block/Relu]}.)",
+            "encoder.conv1/Conv",
+        ),
+        (
+            "IBuilder::buildSerializedNetwork: Error Code 4: Internal Error (decoder.block/Conv: two inputs (data and\n"
+            "weights) are allowed only in explicit-quantization mode.)",
+            "decoder.block/Conv",
+        ),
+        (
+            "[graphShapeAnalyzer.cpp::processCheck::872] Error Code 4 (encoder.conv1/Relu: broadcast 8 != 4)",
+            "encoder.conv1/Relu",
+        ),
+    ],
+)
+def test_of_several_errors_the_one_that_names_a_node_is_told(tmp_path: Path, text: str, node: str) -> None:
+    recorder = Recorder("10.3.0")
+    recorder.fakery.messages = [("ERROR", "Timing cache mismatch"), ("ERROR", "2: [builder.cpp] engine != nullptr")]
+    recorder.fakery.build_error = text
+    with pytest.raises(BuildError) as raised:
+        build(tmp_path, recorder)
+    module = node.partition("/")[0]
+    assert str(raised.value).startswith(
+        f"TensorRT 10.3.0 cannot build model.onnx: {' '.join(text.split())}, at node {node} "
+        f"(module {module} of the SMP model); TensorRT's log: "
+    )
+
+
+def test_without_a_node_the_first_error_is_told(tmp_path: Path) -> None:
+    recorder = Recorder("10.3.0")
+    recorder.fakery.messages = [("ERROR", "Cuda Runtime (out of memory)")]
+    recorder.fakery.build_error = "Error Code 2: engine != nullptr"
+    with pytest.raises(BuildError, match=r"cannot build model.onnx: Cuda Runtime \(out of memory\); TensorRT's log: "):
+        build(tmp_path, recorder)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_tensorrt_refuses_to_set_is_an_error(tmp_path: Path, version: str) -> None:
+    recorder = Recorder(version, {"IBuilderConfig.set_tactic_sources": lambda config, tactic_sources: False})
+    with pytest.raises(SpecError, match=f"TensorRT {version} refuses tactic_sources JIT_CONVOLUTIONS"):
+        build(tmp_path, recorder, tactic_sources="JIT_CONVOLUTIONS")
+    recorder = Recorder(version, {"IBuilderConfig.add_optimization_profile": lambda config, profile: -1})
+    with pytest.raises(BuildError, match=f"TensorRT {version} refuses shapes "):
+        build(tmp_path, recorder, dynamic=True)
+    assert "Builder.build_serialized_network" not in recorder.names
+
+
+def test_a_dla_takes_one_shape(tmp_path: Path) -> None:
+    recorder = Recorder("11.4.0.106", {"Builder.num_DLA_cores": lambda builder: 1})
+    with pytest.raises(SpecError, match="a DLA takes images of one shape"):
+        build(tmp_path, recorder, "int8", dynamic=True, dla_core=0)
 
 
 def test_the_log_is_left_in_the_engine_folder(tmp_path: Path) -> None:
