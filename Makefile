@@ -36,8 +36,9 @@ lint: venv       ## ruff check and format check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-typecheck: venv  ## mypy --strict
+typecheck: venv  ## mypy --strict; again with TensorRT's own names and signatures, by version
 	$(BIN)/mypy
+	$(BIN)/python tests/recorded_tensorrt/stubs.py
 
 check: lint typecheck ## Everything but the tests
 

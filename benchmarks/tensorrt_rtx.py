@@ -20,8 +20,9 @@ from benchmarks.record import RESULTS, Record, read_record, this_machine, versio
 from edgeseg.artifacts import OnnxGraph
 from edgeseg.backends.tensorrt_graph import ParsedGraph
 from edgeseg.backends.tensorrt_log import capture
+from edgeseg.backends.tensorrt_module import TENSORRT_RTX
 from edgeseg.backends.tensorrt_options import RtxOptions
-from edgeseg.backends.tensorrt_rtx import configure, import_tensorrt_rtx, network_precision, parse_network, refusal
+from edgeseg.backends.tensorrt_rtx import configure, network_precision, parse_network, refused
 from edgeseg.convert.export import export_onnx
 from edgeseg.convert.load import load_model
 from edgeseg.demo import sample_folder
@@ -57,7 +58,7 @@ def main() -> None:
             benchmark="tensorrt_rtx",
             workload=f"{SIDE}x{SIDE}, {CLASSES} classes, untrained; built, not run",
             machine=machine,
-            versions={**versions(), "tensorrt-rtx": str(import_tensorrt_rtx().__version__)},
+            versions={**versions(), "tensorrt-rtx": str(TENSORRT_RTX.load().__version__)},
             settings={"sms": SMS, "shapes": tuple(SHAPES), "calibration_images": IMAGES},
             rows=rows,
         )
@@ -109,7 +110,7 @@ def typed_graphs(graph: OnnxGraph, folder: Path, name: str) -> dict[str, OnnxGra
 
 def precision_rows(cell: dict[str, Any], graph: OnnxGraph) -> list[dict[str, Any]]:
     """One graph, parsed once and built for each compute capability."""
-    trt = import_tensorrt_rtx()
+    trt = TENSORRT_RTX.load()
     parsed = ParsedGraph.read(graph, graph.precision)
     rows = []
     with capture(trt) as (logger, log):
@@ -127,7 +128,9 @@ def precision_rows(cell: dict[str, Any], graph: OnnxGraph) -> list[dict[str, Any
             plan = builder.build_serialized_network(network, config)
             seconds = time.perf_counter() - begin
             if plan is None:
-                rows.append({**failed(cell, graph.precision, sm, refusal(log, parsed)), "layers": network.num_layers})
+                rows.append(
+                    {**failed(cell, graph.precision, sm, str(refused(trt, log, parsed))), "layers": network.num_layers}
+                )
                 continue
             rows.append(
                 {

@@ -68,6 +68,8 @@ class PrecisionReport:
         mac_share: share of multiply-accumulates per dtype (``{"int8": 0.98, "fp32": 0.02}``), from the executed graph.
         node_share: share of nodes per dtype, from the executed graph.
         macs: multiply-accumulates of one image.
+        time_share: share of the engine's time in layers of each dtype, measured with the backend's profiler when the engine
+            was built; ``None`` where it was not measured.
         float_layers: names of the MAC-carrying layers not executed in the requested precision, with the reason.
     """
 
@@ -76,6 +78,7 @@ class PrecisionReport:
     node_share: dict[str, float]
     macs: int
     float_layers: dict[str, str] = field(default_factory=dict)
+    time_share: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,9 @@ class Manifest:
         extra_files: further files the engine file needs beside it.
         weights: where the weights came from, in words.
         inputs_sha256: hash per input of the build (weights, fp32 graph, calibration images, options).
-        options: backend build options and session settings, as chosen.
+        options: backend build options and session settings, as chosen, defaults included.
+        options_given: those of them someone asked for; what building the engine again keeps. ``None`` in folders of before
+            it was recorded.
         candidates: with ``--target auto``, median milliseconds of each backend that was built and measured.
         versions: packages that took part.
         device: what the engine was built on (CPU model or GPU name, flags that matter).
@@ -174,6 +179,7 @@ class Manifest:
     command: str | None = None
     notes: tuple[str, ...] = ()
     verification: Verification | None = None
+    options_given: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,7 @@ def sha256_json(value: object) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write a dataclass as indented JSON, atomically."""
-    _write_bytes(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+    write_bytes(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -226,12 +232,13 @@ def write_text(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_bytes(path, text.encode())
+        write_bytes(path, text.encode())
     except OSError as exc:
         raise ArtifactError(f"cannot write {path}: {exc.strerror}; give another file") from exc
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: whoever reads it meanwhile gets the old content or the new. Raises ``OSError``."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as f:

@@ -44,8 +44,12 @@ def build_candidate(
     table: CalibrationTable | None,
     folder: Path,
     reporter: Reporter,
+    engines_folder: Path,
 ) -> Candidate:
-    """Write the typed graph in the backend's scheme and build the backend's engine from it, if that can be done here."""
+    """Write the typed graph in the backend's scheme and build the backend's engine from it, if that can be done here.
+
+    ``engines_folder`` is the parent of the engine folder in the making; see :meth:`~edgeseg.backends.base.Backend.build`.
+    """
     folder.mkdir()
     typed = folder / GRAPH_NAME
     options = request.backend_options
@@ -72,7 +76,9 @@ def build_candidate(
     if backend.name in DEVICE_TARGETS and not builds_here(backend):
         built = portable_engine(graph, backend.name, request.precision, options)
     else:
-        built = backend.build(graph, folder, options, reporter.progress)
+        built = backend.build(graph, folder, options, reporter.progress, engines_folder)
+    for note in built.notes:
+        reporter.note(note)
     return Candidate(backend, folder, graph, built)
 
 

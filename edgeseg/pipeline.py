@@ -243,7 +243,7 @@ def candidate_stage(
     """Quantize and build for one backend, and check that the precision asked for is delivered."""
     with stage(reporter, "compile" if request.precision == "fp32" else "quantize") as said:
         folder = scratch / f"target-{target}"
-        candidate = build_candidate(request, get_backend(target), graph, table, folder, reporter)
+        candidate = build_candidate(request, get_backend(target), graph, table, folder, reporter, scratch.parent)
         share = candidate.built.precision.mac_share.get(request.precision, 0.0)
         said.append(f"{target}: {share:.1%} of MACs in {request.precision}")
     if candidate.built.path is not None or not awaits_calibration(candidate.built.precision, request.backend_options):
@@ -361,6 +361,7 @@ class _ManifestMaker:
                 **({f"calibration_{cause}": value for cause, value in table.key.items()} if table else {}),
             },
             options=dict(candidate.built.options),
+            options_given=self._options_given(candidate),
             versions={**package_versions(*CONVERT_PACKAGES), **candidate.built.versions},
             device=dict(candidate.built.device),
             candidates=medians,
@@ -371,3 +372,8 @@ class _ManifestMaker:
         )
         write_json(folder / MANIFEST_NAME, manifest)
         return Engine(folder, manifest)
+
+    def _options_given(self, candidate: Candidate) -> dict[str, Any]:
+        given = self.request.backend_options
+        # File names of a portable folder are for the device: this machine does not know them.
+        return dict(given) if candidate.built.path is None else check_options(candidate.backend.name, given)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from edgeseg.artifacts import (
     MANIFEST_NAME,
     Engine,
     FileRef,
+    Manifest,
     OnnxGraph,
     check_file,
     open_engine,
@@ -20,7 +22,8 @@ from edgeseg.artifacts import (
 )
 from edgeseg.atomic import atomic_folder
 from edgeseg.backends import require_builder
-from edgeseg.errors import BuildError
+from edgeseg.backends.portable import check_options
+from edgeseg.errors import BuildError, SpecError
 from edgeseg.progress import Reporter, SilentReporter, stage
 
 _MACHINE_INDEPENDENT: dict[str, tuple[str, ...]] = {
@@ -45,20 +48,32 @@ _MACHINE_INDEPENDENT: dict[str, tuple[str, ...]] = {
     ),
     "tensorrt-rtx": ("runtime_cache", "workspace_mb", "tf32", "strip_weights", "refit", "min_size", "max_size"),
 }
-"""Recorded options that are the user's wish and hold on another device too, by target."""
+"""By target: recorded options that hold on another device too, for folders of before ``options_given`` was recorded."""
+
+
+def kept_options(manifest: Manifest) -> dict[str, Any]:
+    """The options of a folder that hold when its engine is built again: all that someone asked for."""
+    if manifest.options_given is not None:
+        return dict(manifest.options_given)
+    if manifest.engine is None:
+        return dict(manifest.options)
+    kept = _MACHINE_INDEPENDENT.get(manifest.target, ())
+    return {name: manifest.options[name] for name in kept if name in manifest.options}
 
 
 def recompile(engine: Engine) -> Engine:
-    """Build a stale engine again, in its folder, for this machine and with the settings it was built with.
+    """Build a stale engine again, in its folder, for this machine and with the options it was built with.
 
     Raises:
-        ArtifactError, BuildError: see :func:`compile_folder`.
+        ArtifactError, BuildError, SpecError: see :func:`compile_folder`.
     """
-    manifest = engine.manifest
-    kept = _MACHINE_INDEPENDENT.get(manifest.target, ())
-    return compile_folder(
-        engine.folder, options={name: manifest.options[name] for name in kept if name in manifest.options}
-    )
+    options: dict[str, Any] = {}
+    if engine.manifest.target == "tensorrt-rtx" and (asked := kept_options(engine.manifest).get("sm")):
+        from edgeseg.backends.tensorrt_rtx import backend as rtx
+
+        # It is to run here, whatever else it is for.
+        options["sm"] = tuple(dict.fromkeys((*asked, *rtx().own_sm())))
+    return compile_folder(engine.folder, options=options)
 
 
 def compile_folder(
@@ -74,13 +89,15 @@ def compile_folder(
     Args:
         folder: an engine folder; only its graph and calibration table need to be intact.
         target: backend; default the one the folder was built for.
-        options: backend settings; over those a portable folder was built with.
+        options: backend settings, over those the folder was built with for the same backend; ``None`` as a value asks for
+            the default again.
         output: folder to write; default ``folder`` itself, replaced when the new engine is complete.
         reporter: told about progress; default silent.
 
     Raises:
         ArtifactError: the folder's manifest or graph is damaged.
         BuildError: the graph's scheme is not one this backend runs fast here, or the build failed.
+        SpecError: a wrong option, or one kept from the folder that cannot be had here.
     """
     old = read_manifest(folder)
     check_file(folder, old.graph)
@@ -99,9 +116,10 @@ def compile_folder(
         weights_sha256=old.inputs_sha256["weights"],
         scheme=old.scheme,
     )
-    settings = dict(options or {})
-    if old.engine is None and backend.name == old.target:
-        settings = {**old.options, **settings}
+    kept = kept_options(old) if backend.name == old.target else {}
+    settings = {**kept, **(options or {})}
+    with _naming_kept(set(kept) - set(options or {}), folder):
+        given = check_options(backend.name, settings)
     reporter = reporter or SilentReporter()
     target_folder = output or folder
     with atomic_folder(target_folder, force=output is None) as scratch:
@@ -111,7 +129,10 @@ def compile_folder(
             shutil.copyfile(folder / old.calibration.name, scratch / old.calibration.name)
         copied = dataclasses.replace(graph, path=scratch / old.graph.name)
         with stage(reporter, "compile") as said:
-            built = backend.build(copied, scratch, settings, reporter.progress)
+            with _naming_kept(set(kept) - set(options or {}), folder):
+                built = backend.build(copied, scratch, given, reporter.progress, scratch.parent)
+            for note in built.notes:
+                reporter.note(note)
             share = built.precision.mac_share.get(built.precision.requested, 0.0)
             said.append(f"{backend.name}: {share:.1%} of MACs in {built.precision.requested}")
         assert built.path is not None  # a backend that can build here does
@@ -123,6 +144,7 @@ def compile_folder(
             engine=FileRef.of(built.path),
             extra_files=tuple(FileRef.of(path) for path in built.extra_files),
             options=dict(built.options),
+            options_given=given,
             versions={**old.versions, **built.versions},
             device=dict(built.device),
             candidates={},
@@ -131,3 +153,17 @@ def compile_folder(
         )
         write_json(scratch / MANIFEST_NAME, manifest)
     return open_engine(target_folder)
+
+
+@contextmanager
+def _naming_kept(kept: Collection[str], folder: Path) -> Iterator[None]:
+    """An error about an option nobody gave now says where it comes from and how to be rid of it."""
+    try:
+        yield
+    except SpecError as exc:
+        # Messages speak of "implicit calibration" as well as of implicit_calibration.
+        named = sorted(name for name in kept if name in str(exc) or name.replace("_", " ") in str(exc))
+        if not named:
+            raise
+        drop = " ".join(f"--backend-option {name}=null" for name in named)
+        raise SpecError(f"{exc}; {', '.join(named)} was kept from {folder}, to drop it: {drop}") from exc

@@ -48,6 +48,7 @@ class BuiltEngine:
         options: settings chosen, for the manifest.
         versions: package versions the engine depends on.
         device: what it was built for.
+        notes: what the user should know of this build, one line each.
     """
 
     path: Path | None
@@ -56,6 +57,7 @@ class BuiltEngine:
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     device: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Session(Protocol):
@@ -139,7 +141,12 @@ class Backend(Protocol):
         ...
 
     def build(
-        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+        self,
+        graph: OnnxGraph,
+        folder: Path,
+        options: Mapping[str, Any],
+        progress: Progress | None = None,
+        engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Write the engine file into ``folder``. Raises ``BuildError``, ``SpecError`` for unknown options.
 
@@ -148,6 +155,8 @@ class Backend(Protocol):
             folder: to write into.
             options: settings of this backend.
             progress: told how far the build is, by backends that know.
+            engines_folder: holds engine folders, this one's too when it is complete; what helps the next build on this
+                machine may be kept there. Default: the parent of ``folder``.
         """
         ...
 

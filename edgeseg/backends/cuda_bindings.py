@@ -50,6 +50,7 @@ class BindingsDriver:
             index=index,
             name=self._call("cuDeviceGetName", 256, device).split(b"\0")[0].decode(),
             compute_capability=(read("COMPUTE_CAPABILITY_MAJOR"), read("COMPUTE_CAPABILITY_MINOR")),
+            multiprocessors=read("MULTIPROCESSOR_COUNT"),
             integrated=bool(read("INTEGRATED")),
             maps_host_memory=bool(read("CAN_MAP_HOST_MEMORY")),
             memory_bytes=int(self._call("cuDeviceTotalMem", device)),

@@ -30,6 +30,7 @@ class CudaDevice:
         index: as CUDA numbers the visible GPUs.
         name: as the driver gives it, such as ``Orin``.
         compute_capability: ``(major, minor)``, such as ``(8, 7)``.
+        multiprocessors: how many it has; on a Jetson, how many its power mode leaves on.
         integrated: shares the memory of the CPU (Jetson).
         maps_host_memory: can use host memory without a copy.
         memory_bytes: of the GPU; on an integrated one, of the system.
@@ -39,6 +40,7 @@ class CudaDevice:
     index: int
     name: str
     compute_capability: tuple[int, int]
+    multiprocessors: int
     integrated: bool
     maps_host_memory: bool
     memory_bytes: int

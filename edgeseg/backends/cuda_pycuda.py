@@ -63,6 +63,7 @@ class PycudaDriver:
             index=index,
             name=str(self._call(device.name)),
             compute_capability=self._call(device.compute_capability),
+            multiprocessors=int(self._call(device.get_attribute, attributes.MULTIPROCESSOR_COUNT)),
             integrated=bool(self._call(device.get_attribute, attributes.INTEGRATED)),
             maps_host_memory=bool(self._call(device.get_attribute, attributes.CAN_MAP_HOST_MEMORY)),
             memory_bytes=int(self._call(device.total_memory)),

@@ -160,7 +160,12 @@ class MemoryBackend:
         return BackendStatus(True, edgeseg.__version__, "no network, for tests")
 
     def build(
-        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+        self,
+        graph: OnnxGraph,
+        folder: Path,
+        options: Mapping[str, Any],
+        progress: Progress | None = None,
+        engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Write an engine file that ignores the graph. Raises ``SpecError`` for any option."""
         if options:

@@ -58,7 +58,12 @@ class OnnxRuntimeBackend:
         return BackendStatus(True, str(ort.__version__), f"{self.cpu.name}: {_advice(self.cpu)}")
 
     def build(
-        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+        self,
+        graph: OnnxGraph,
+        folder: Path,
+        options: Mapping[str, Any],
+        progress: Progress | None = None,
+        engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Optimize the graph for this CPU and save it in ``folder``."""
         chosen = cpu_options(self.name, options, _OPTION_NAMES)

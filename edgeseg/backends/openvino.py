@@ -52,7 +52,12 @@ class OpenVinoBackend:
         return BackendStatus(True, version, f"{self.cpu.name}: {fast}")
 
     def build(
-        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+        self,
+        graph: OnnxGraph,
+        folder: Path,
+        options: Mapping[str, Any],
+        progress: Progress | None = None,
+        engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Compile the graph for this CPU and export it into ``folder``."""
         chosen = cpu_options(self.name, options, _OPTION_NAMES)

@@ -21,10 +21,21 @@ DEVICE_TARGETS = ("tensorrt",)
 _OPTIONS: Mapping[str, type[TensorRTOptions | RtxOptions]] = {"tensorrt": TensorRTOptions, "tensorrt-rtx": RtxOptions}
 
 
-def check_options(target: str, options: Mapping[str, Any]) -> None:
-    """Raise ``SpecError`` for build options a TensorRT target does not take, before minutes of work."""
-    if target in _OPTIONS:
-        parse_options(_OPTIONS[target], target, options)
+def check_options(target: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Check build options before minutes of work.
+
+    Returns:
+        the options to record: without those that are ``None`` (which asks for the default), file names made absolute,
+        since the engine may be built again from another folder.
+
+    Raises:
+        SpecError: one a TensorRT target does not take; other backends say so when they build.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if target not in _OPTIONS:
+        return given
+    parsed = parse_options(_OPTIONS[target], target, options)
+    return {name: getattr(parsed, name) for name in given}
 
 
 def builds_here(backend: Backend) -> bool:

@@ -22,46 +22,31 @@ from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
 from edgeseg.backends.cuda import open_cuda
 from edgeseg.backends.tensorrt_device import Gpu, check_built_for, find_gpu, open_session
-from edgeseg.backends.tensorrt_kept import keep_log, store_file, timing_cache_path
-from edgeseg.backends.tensorrt_log import LogCapture, capture
+from edgeseg.backends.tensorrt_log import LOG_NAME, LogCapture, capture, keep_log
+from edgeseg.backends.tensorrt_module import MIB, TENSORRT
 from edgeseg.backends.tensorrt_options import TensorRTOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt_progress import progress_monitor
-from edgeseg.errors import ArtifactError, BuildError, EdgesegError, MissingDependencyError, SpecError
+from edgeseg.backends.tensorrt_times import LayerTimes, measure_layer_times
+from edgeseg.backends.tensorrt_timing import TimingCache
+from edgeseg.errors import BuildError, DeviceError, EdgesegError, MissingDependencyError, SpecError
 from edgeseg.spec import PipelineSpec, Precision
 
 if TYPE_CHECKING:
-    # Objects of the library are typed as those of 10, where old and new exist side by side; the module itself is not.
-    from tensorrt import Builder, IBuilderConfig, ICudaEngine, IOptimizationProfile, OnnxParser
+    # Objects of the library are typed as those of 10, where old and new exist side by side.
+    from tensorrt import Builder, IBuilderConfig, ICudaEngine, IOptimizationProfile
+    from tensorrt_surface import TensorRT
 
     from edgeseg.backends.tensorrt_graph import ParsedGraph
 
 ENGINE_NAME = "engine.plan"
-LOG_NAME = "tensorrt.log"
-MIB = 1 << 20
 
 
-def import_tensorrt() -> Any:
-    """The ``tensorrt`` module. Raises ``MissingDependencyError``; ``BuildError`` when it is there and does not load."""
-    try:
-        import tensorrt
-    except ModuleNotFoundError as exc:
-        raise MissingDependencyError("tensorrt", "tensorrt", "build and run TensorRT engines") from exc
-    except (ImportError, OSError) as exc:
-        raise BuildError(
-            f"tensorrt is installed but does not load: {exc}; install the CUDA libraries it names"
-        ) from exc
-    if not hasattr(tensorrt, "Builder"):
-        # A folder of that name is an empty package to Python: type stubs, or what a removed wheel left behind.
-        raise MissingDependencyError("tensorrt", "tensorrt", "build and run TensorRT engines")
-    return tensorrt
-
-
-def has_strong_typing(trt: Any) -> bool:
+def has_strong_typing(trt: TensorRT) -> bool:
     """Whether a network can be bound to the graph's types (10 on)."""
     return hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
 
-def has_weak_typing(trt: Any) -> bool:
+def has_weak_typing(trt: TensorRT) -> bool:
     """Whether precisions can be allowed by builder flags, and ranges given by calibrators (up to 10)."""
     return hasattr(trt.BuilderFlag, "INT8")
 
@@ -79,12 +64,14 @@ class TensorRTBackend:
     Attributes:
         import_module: returns the ``tensorrt`` module.
         gpu: finds the GPU; raises ``EdgesegError`` without one.
+        layer_times: runs a new engine with TensorRT's profiler.
     """
 
     name: str = "tensorrt"
     scheme: str = "tensorrt"
-    import_module: Callable[[], Any] = import_tensorrt
+    import_module: Callable[[], Any] = TENSORRT.load
     gpu: Callable[[], Gpu] = find_gpu
+    layer_times: Callable[..., LayerTimes] = measure_layer_times
 
     def status(self) -> BackendStatus:
         """Say whether TensorRT and a GPU are here."""
@@ -99,7 +86,12 @@ class TensorRTBackend:
         return BackendStatus(True, version, f"{gpu.name}, compute capability {gpu.capability_text}; {typing}")
 
     def build(
-        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+        self,
+        graph: OnnxGraph,
+        folder: Path,
+        options: Mapping[str, Any],
+        progress: Progress | None = None,
+        engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Build a plan for this GPU; see :class:`~edgeseg.backends.tensorrt_options.TensorRTOptions`.
 
@@ -115,25 +107,24 @@ class TensorRTBackend:
         strong = choose_typing(trt, chosen, requested)
         parsed = ParsedGraph.read(graph, requested)
         parsed.require_fits(implicit=chosen.implicit_calibration)
+        timing = TimingCache.of_build(chosen.timing_cache, engines_folder or folder.parent, gpu, str(trt.__version__))
         with capture(trt) as (logger, log), ExitStack() as cleanup:
+            build = _Build(trt, logger, log, chosen, strong, parsed, requested, cleanup, timing)
             try:
-                build = _Build(trt, logger, log, chosen, strong, parsed, requested, cleanup, gpu)
-                plan = build.run(folder, progress)
-            except EdgesegError:
-                keep_log(log, graph)
-                raise
-            path = folder / ENGINE_NAME
-            with path.open("wb") as stream:
-                stream.write(plan)
-            precision = self._prove(trt, logger, log, path.read_bytes(), parsed, requested, chosen)
+                plan = bytes(build.run(folder, progress))
+                (folder / ENGINE_NAME).write_bytes(plan)
+                precision, notes = build.prove(plan, self.layer_times)
+            except BuildError as exc:
+                raise BuildError(f"{exc}; TensorRT's log: {keep_log(log, graph.sha256)}") from exc
             log.write(folder / LOG_NAME)
         return BuiltEngine(
-            path=path,
+            path=folder / ENGINE_NAME,
             precision=precision,
             extra_files=(folder / LOG_NAME, *build.extra_files),
             options={**dataclasses.asdict(chosen), "typing": "strong" if strong else "weak"},
             versions={"tensorrt": str(trt.__version__)},
             device={"gpu": gpu.name, "compute_capability": gpu.capability_text},
+            notes=(*(timing.notes if timing is not None else ()), *notes),
         )
 
     def load(self, engine: Engine) -> Session:
@@ -149,35 +140,13 @@ class TensorRTBackend:
         try:
             check_built_for(engine, self.name, str(trt.__version__), self.gpu())
             with capture(trt) as (logger, log), cuda.active():
-                loaded = deserialize(trt, logger, log, path.read_bytes(), engine.manifest.options, path)
+                loaded = TENSORRT.deserialize(trt, logger, log, path.read_bytes(), engine.manifest.options, path)
                 if engine.manifest.options.get("strip_weights"):
-                    refit(trt, logger, log, loaded, engine.graph_path)
+                    TENSORRT.refit(trt, logger, log, loaded, engine.graph_path)
             return open_session(trt, loaded, engine.manifest.spec, cuda, engine.manifest.options)
         except BaseException:
             cuda.close()
             raise
-
-    def _prove(
-        self,
-        trt: Any,
-        logger: Any,
-        log: LogCapture,
-        plan: bytes,
-        parsed: ParsedGraph,
-        requested: Precision,
-        options: TensorRTOptions,
-    ) -> PrecisionReport:
-        from edgeseg.backends.tensorrt_inspector import proven_precision, read_layers, require_delivered
-
-        engine: ICudaEngine = deserialize(trt, logger, log, plan, dataclasses.asdict(options), Path(ENGINE_NAME))
-        information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-        if options.profiling_verbosity != "detailed":
-            # Only fp32 comes here (choose_typing refuses the others): there is nothing lower to prove.
-            return PrecisionReport(requested, {}, {}, sum(parsed.macs.values()))
-        report = proven_precision(read_layers(information), requested, parsed.macs, tuple(parsed.nodes))
-        if options.prove_precision:
-            require_delivered(report, parsed.expected_share(options.implicit_calibration), str(trt.__version__))
-        return report
 
 
 def backend() -> TensorRTBackend:
@@ -185,7 +154,7 @@ def backend() -> TensorRTBackend:
     return TensorRTBackend()
 
 
-def choose_typing(trt: Any, options: TensorRTOptions, requested: Precision) -> bool:
+def choose_typing(trt: TensorRT, options: TensorRTOptions, requested: Precision) -> bool:
     """Whether the network is strongly typed. Raises ``SpecError`` for what this version or precision cannot."""
     version = str(trt.__version__)
     if options.typing == "strong" and not has_strong_typing(trt):
@@ -217,33 +186,11 @@ def choose_typing(trt: Any, options: TensorRTOptions, requested: Precision) -> b
     return has_strong_typing(trt) and not (options.dla_core is not None and has_weak_typing(trt))
 
 
-def deserialize(trt: Any, logger: Any, log: LogCapture, plan: bytes, options: Mapping[str, Any], path: Path) -> Any:
-    """Make an ``ICudaEngine`` of a plan whose hash was checked. Raises ``ArtifactError``."""
-    runtime = trt.Runtime(logger)
-    if options.get("version_compatible"):
-        # Such a plan carries host code of its TensorRT; its hash is the manifest's, so it is ours.
-        runtime.engine_host_code_allowed = True
-    if options.get("dla_core") is not None:
-        runtime.DLA_core = int(options["dla_core"])
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise ArtifactError(f"TensorRT {trt.__version__} cannot load {path}: {log.first_error()}; compile it again")
-    return engine
-
-
-def refit(trt: Any, logger: Any, log: LogCapture, engine: Any, graph: Path) -> None:
-    """Put the weights of the portable graph into a stripped engine. Raises ``ArtifactError``."""
-    refitter = trt.Refitter(engine, logger)
-    parser = trt.OnnxParserRefitter(refitter, logger)
-    if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
-        raise ArtifactError(f"TensorRT cannot put the weights of {graph} back: {log.first_error()}; compile it again")
-
-
 @dataclass
 class _Build:
     """One build: network, config and plan of one TensorRT module."""
 
-    trt: Any
+    trt: TensorRT
     logger: Any
     log: LogCapture
     options: TensorRTOptions
@@ -251,31 +198,29 @@ class _Build:
     parsed: ParsedGraph
     requested: Precision
     cleanup: ExitStack
-    gpu: Gpu
+    timing: TimingCache | None
     extra_files: tuple[Path, ...] = ()
 
     def run(self, folder: Path, progress: Progress | None) -> Any:
         """Return the plan as TensorRT's ``IHostMemory``."""
-        trt, spec = self.trt, self.parsed.spec
-        builder: Builder = trt.Builder(self.logger)
-        network = builder.create_network(self._network_flags())
-        parser: OnnxParser = trt.OnnxParser(network, self.logger)
-        if not parser.parse(self.parsed.for_parser(explicit_batch=not has_strong_typing(trt))):
-            raise self._refused("cannot parse", self._parser_error(parser))
+        trt, parsed = self.trt, self.parsed
+        builder = trt.Builder(self.logger)
+        content = parsed.for_parser(explicit_batch=not has_strong_typing(trt))
+        network = TENSORRT.parse(trt, builder, self._network_flags(), self.logger, self.log, parsed, content)
         config = builder.create_builder_config()
         self._set_precision(config)
         self._set_limits(config, builder)
-        profile = self._add_profile(builder, config, spec)
+        profile = self._add_profile(builder, config, parsed.spec)
         calibrated = self._set_calibrator(config, profile, folder)
-        timing = self._load_timing_cache(config)
+        self._set_timing_cache(config)
         with progress_monitor(trt, config, progress) as watch:
             plan = builder.build_serialized_network(network, config)
         watch.raise_interrupt()
         calibrated()
         if plan is None:
-            raise self._refused("cannot build", self.log.first_error())
-        if timing is not None:
-            store_file(timing, bytes(config.get_timing_cache().serialize()))
+            raise TENSORRT.refused(trt, "build", self.log, parsed)
+        if self.timing is not None:
+            self.timing.keep_from(config)
         return plan
 
     def _network_flags(self) -> int:
@@ -318,7 +263,9 @@ class _Build:
                 config.set_flag(self._member("BuilderFlag", flag))
         if options.tactic_sources is not None:
             sources = (self._member("TacticSource", name) for name in options.tactic_sources)
-            config.set_tactic_sources(sum(1 << int(source) for source in sources))
+            if not config.set_tactic_sources(sum(1 << int(source) for source in sources)):
+                listed = ", ".join(options.tactic_sources)
+                raise SpecError(f"TensorRT {trt.__version__} refuses tactic_sources {listed}; leave one of them out")
         if options.dla_core is not None:
             if options.dla_core >= builder.num_DLA_cores:
                 raise SpecError(
@@ -339,9 +286,14 @@ class _Build:
         shapes = profile_shapes(spec.input, self.options.min_size, self.options.max_size)
         if shapes is None:
             return None
+        if self.options.dla_core is not None:
+            raise SpecError(
+                "a DLA takes images of one shape; build with a fixed --size and --batch, or leave dla_core out"
+            )
         profile = builder.create_optimization_profile()
         profile.set_shape("image", *shapes)
-        config.add_optimization_profile(profile)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"TensorRT {self.trt.__version__} refuses shapes {shapes}: {self.log.first_error()}")
         preview = self.trt.PreviewFeature
         if hasattr(preview, "PROFILE_SHARING_0806"):
             # Several contexts on one profile; before 10 each would need a profile of its own.
@@ -367,29 +319,32 @@ class _Build:
 
         return after
 
-    def _load_timing_cache(self, config: IBuilderConfig) -> Path | None:
-        if self.options.timing_cache is False:
+    def _set_timing_cache(self, config: IBuilderConfig) -> None:
+        if self.timing is None:
             config.set_flag(self.trt.BuilderFlag.DISABLE_TIMING_CACHE)
-            return None
-        given = self.options.timing_cache
-        path = Path(given) if isinstance(given, str) else timing_cache_path(self.gpu, str(self.trt.__version__))
-        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-        # False: measured on another GPU or by another version. An empty one then takes its place.
-        if not config.set_timing_cache(cache, False):
-            config.set_timing_cache(config.create_timing_cache(b""), False)
-        return path
+        else:
+            self.timing.give_to(config)
 
-    def _parser_error(self, parser: OnnxParser) -> str:
-        if not parser.num_errors:
-            return self.log.first_error()
-        error = parser.get_error(0)
-        node = error.node_name() if hasattr(error, "node_name") else ""
-        index = int(error.node())
-        names = self.parsed.nodes
-        if not node and 0 <= index < len(names):
-            node = names[index]
-        return f"{' '.join(str(error.desc()).split())}{self.parsed.where(node)}"
+    def prove(self, plan: bytes, layer_times: Callable[..., LayerTimes]) -> tuple[PrecisionReport, tuple[str, ...]]:
+        """What the engine computes in, by its inspector, and notes. Raises ``BuildError`` when it is not what was asked for."""
+        from edgeseg.backends.tensorrt_inspector import proven_precision, read_layers, require_delivered, time_share
 
-    def _refused(self, what: str, text: str) -> BuildError:
-        where = "" if "at node" in text else self.parsed.blame(" ".join([text, *self.log.errors]))
-        return BuildError(f"TensorRT {self.trt.__version__} {what} {self.parsed.path.name}: {text}{where}")
+        trt, options, parsed = self.trt, self.options, self.parsed
+        settings = dataclasses.asdict(options)
+        engine = TENSORRT.deserialize(trt, self.logger, self.log, plan, settings, Path(ENGINE_NAME))
+        if options.profiling_verbosity != "detailed":
+            # Only fp32 comes here (choose_typing refuses the others): there is nothing lower to prove.
+            return PrecisionReport(self.requested, {}, {}, sum(parsed.macs.values())), ()
+        information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        layers = read_layers(information)
+        report = proven_precision(layers, self.requested, parsed.macs, tuple(parsed.nodes))
+        if options.prove_precision:
+            require_delivered(report, parsed.expected_share(options.implicit_calibration), str(trt.__version__))
+        if not options.layer_times:
+            return report, ()
+        del engine  # not twice in the device's memory
+        try:
+            times = layer_times(trt, self.logger, self.log, plan, settings, parsed)
+        except (DeviceError, MissingDependencyError) as exc:
+            return report, (f"time per dtype was not measured: {exc}",)
+        return dataclasses.replace(report, time_share=time_share(layers, times)), ()

@@ -21,6 +21,8 @@ from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import InputSpec
 
 if TYPE_CHECKING:
+    from tensorrt_surface import TensorRT
+
     from edgeseg.quantize.samples import CalibrationSet
 
 CACHE_NAME = "calibration.cache"
@@ -136,10 +138,15 @@ def table_digest(path: Path) -> str:
     return sha256_file(path)
 
 
-def cache_calibrator(trt: Any, cache: bytes) -> Any:
+def cache_calibrator(trt: TensorRT, cache: bytes) -> Any:
     """A calibrator that has the answer already: TensorRT reads the cache and asks for no images."""
 
-    class CachedCalibrator(trt.IInt8EntropyCalibrator2):  # type: ignore[misc]  # a class of the module at hand
+    if TYPE_CHECKING:
+        from tensorrt import IInt8EntropyCalibrator2
+    else:
+        IInt8EntropyCalibrator2 = trt.IInt8EntropyCalibrator2  # noqa: N806  # a class of the module at hand
+
+    class CachedCalibrator(IInt8EntropyCalibrator2):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.asked_for_images = False
@@ -195,7 +202,7 @@ class ImageFeed:
         self._memory.close()
 
 
-def image_calibrator(trt: Any, algorithm: str, feed: ImageFeed) -> Any:
+def image_calibrator(trt: TensorRT, algorithm: str, feed: ImageFeed) -> Any:
     """A calibrator that lets TensorRT measure on images.
 
     Args:
@@ -206,9 +213,13 @@ def image_calibrator(trt: Any, algorithm: str, feed: ImageFeed) -> Any:
     Returns:
         the calibrator; its ``written`` is the cache TensorRT made, ``b""`` before.
     """
-    base = trt.IInt8EntropyCalibrator2 if algorithm == "entropy" else trt.IInt8MinMaxCalibrator
+    if TYPE_CHECKING:
+        # What it overrides is the same of the other one.
+        from tensorrt import IInt8EntropyCalibrator2 as Base
+    else:
+        Base = trt.IInt8EntropyCalibrator2 if algorithm == "entropy" else trt.IInt8MinMaxCalibrator  # noqa: N806
 
-    class ImageCalibrator(base):  # type: ignore[misc, valid-type]  # a class of the module at hand
+    class ImageCalibrator(Base):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.written = b""

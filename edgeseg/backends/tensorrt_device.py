@@ -5,28 +5,43 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeseg.artifacts import Engine
-from edgeseg.backends.base import Session
 from edgeseg.backends.cuda import Cuda, open_cuda
 from edgeseg.errors import StaleEngineError
 from edgeseg.spec import PipelineSpec
 
+if TYPE_CHECKING:
+    from tensorrt import ICudaEngine
+    from tensorrt_surface import TensorRT
+
+    from edgeseg.backends.tensorrt_rtx_cache import CachingEngine
+    from edgeseg.backends.tensorrt_session import TensorRTSession
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, as far as engines depend on it: the driver's name of it and ``(major, minor)`` compute capability."""
+    """A GPU, as far as engines and kernel times depend on it.
+
+    Attributes:
+        name: the driver's, such as ``Orin``: of a Nano and of an AGX alike.
+        compute_capability: ``(major, minor)``.
+        multiprocessors: how many are on. A Jetson's power mode changes that, so engines are not refused by it.
+    """
 
     name: str
     compute_capability: tuple[int, int]
+    multiprocessors: int
 
     @property
     def capability_text(self) -> str:
         return f"{self.compute_capability[0]}.{self.compute_capability[1]}"
 
 
-def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda, options: Mapping[str, Any]) -> Session:
+def open_session(
+    trt: TensorRT, engine: ICudaEngine | CachingEngine, spec: PipelineSpec, cuda: Cuda, options: Mapping[str, Any]
+) -> TensorRTSession:
     """Wrap a deserialized engine in a session, which closes ``cuda``. Of ``options``, the manifest's, it takes its own."""
     from edgeseg.backends.tensorrt_session import SessionOptions, TensorRTSession
 
@@ -38,7 +53,8 @@ def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda, options:
 def find_gpu() -> Gpu:
     """The first GPU visible to this process. Raises ``MissingDependencyError``, ``DeviceError``."""
     with open_cuda() as cuda:
-        return Gpu(cuda.device.name, cuda.device.compute_capability)
+        device = cuda.device
+        return Gpu(device.name, device.compute_capability, device.multiprocessors)
 
 
 def check_built_for(engine: Engine, package: str, version: str, gpu: Gpu) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from edgeseg.artifacts import OnnxGraph
 from edgeseg.backends.tensorrt_log import blamed_node
@@ -84,38 +84,28 @@ class ParsedGraph:
         return precision_report(self.requested, self.dtypes, self.macs).mac_share
 
     def for_parser(self, *, explicit_batch: bool) -> bytes:
-        """The file's bytes; with masks and casts changed where TensorRT cannot do them.
+        """The file's bytes; with what TensorRT's parser cannot do written in another way.
 
-        No version has 16-bit integers: masks of more than 256 classes leave the engine as int32.
-        TensorRT 8 converts to uint8 from floats only ("kUINT8 conversions are only supported for {kFLOAT, kHALF}"), and
-        ArgMax gives integers. A float32 holds every class number.
+        No version has 16-bit integers: masks of more than 256 classes leave the engine as int32. For TensorRT 8, whose
+        networks have an explicit batch, see :func:`~edgeseg.backends.tensorrt_opset17.for_tensorrt_8`.
+
+        Raises:
+            BuildError: TensorRT 8 would read a node wrongly, and it cannot be written otherwise.
         """
+        from edgeseg.backends.tensorrt_opset17 import for_tensorrt_8
+
         wide = [v.name for v in self.model.graph.output if v.type.tensor_type.elem_type == TensorProto.UINT16]
         if not explicit_batch and not wide:
             return self.path.read_bytes()
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        nodes = list(model.graph.node)
-        del model.graph.node[:]
-        for node in nodes:
-            to = next((a.i for a in node.attribute if a.name == "to"), None) if node.op_type == "Cast" else None
+        for node in model.graph.node:
             if node.op_type == "Cast" and node.output[0] in wide:
                 next(a for a in node.attribute if a.name == "to").i = TensorProto.INT32
-            elif explicit_batch and to == TensorProto.UINT8 and self._makes_integers(node.input[0]):
-                between = f"{node.name}/float"
-                model.graph.node.append(
-                    helper.make_node("Cast", [node.input[0]], [between], between, to=TensorProto.FLOAT)
-                )
-                node.input[0] = between
-            model.graph.node.append(node)
         for value in model.graph.output:
             if value.name in wide:
                 value.type.tensor_type.elem_type = TensorProto.INT32
-        return bytes(model.SerializeToString())
-
-    def _makes_integers(self, value: str) -> bool:
-        maker = next((n for n in self.model.graph.node if value in n.output), None)
-        return maker is not None and maker.op_type in ("ArgMax", "Cast", "Greater", "GreaterOrEqual")
+        return bytes((for_tensorrt_8(model) if explicit_batch else model).SerializeToString())
 
     def where(self, node: str) -> str:
         """``, at node encoder.conv1/Conv (module encoder.conv1 of the model)``, or ``""`` without a node."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeseg.backends.cuda import Cuda, open_cuda
 from edgeseg.backends.tensorrt_calibration import (
@@ -20,6 +20,9 @@ from edgeseg.backends.tensorrt_graph import ParsedGraph
 from edgeseg.backends.tensorrt_options import TensorRTOptions
 from edgeseg.errors import BuildError, SpecError
 from edgeseg.quantize.table import CalibrationTable, load_table
+
+if TYPE_CHECKING:
+    from tensorrt_surface import TensorRT
 
 TABLE_NAME = "calibration.json"
 
@@ -39,7 +42,7 @@ class Ranges:
     cuda: Cuda | None = None
 
     @classmethod
-    def choose(cls, trt: Any, options: TensorRTOptions, parsed: ParsedGraph, folder: Path) -> Ranges:
+    def choose(cls, trt: TensorRT, options: TensorRTOptions, parsed: ParsedGraph, folder: Path) -> Ranges:
         """From a cache that was given, from the calibration table beside the graph, or by measuring on images.
 
         Raises:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,12 @@ from edgeseg.backends.base import StageTimes
 from edgeseg.backends.cuda import Cuda, DeviceMemory, Graph, HostMemory
 from edgeseg.backends.device_arrays import DeviceImages
 from edgeseg.errors import DeviceError, InputError
+
+if TYPE_CHECKING:
+    from tensorrt import ICudaEngine, IExecutionContext
+    from tensorrt_surface import TensorRT
+
+    from edgeseg.backends.tensorrt_rtx_cache import CachingEngine
 
 ALIGNMENT_BYTES = 256
 """What TensorRT asks of the addresses of inputs and outputs."""
@@ -59,7 +65,7 @@ class IoTensor:
         return "(" + ", ".join(str(low) if low == high else f"{low}..{high}" for low, high in sizes) + ")"
 
 
-def io_tensors(trt: Any, engine: Any) -> tuple[IoTensor, tuple[IoTensor, ...]]:
+def io_tensors(trt: TensorRT, engine: ICudaEngine | CachingEngine) -> tuple[IoTensor, tuple[IoTensor, ...]]:
     """The engine's one image input and its outputs. Raises :class:`DeviceError` for an engine that is not edgeseg's."""
     dtypes = {getattr(trt.DataType, name): kind for name, kind in _DTYPES.items() if hasattr(trt.DataType, name)}
     inputs, outputs = [], []
@@ -118,12 +124,17 @@ class _Buffer:
                     stack.callback(memory.close)
 
 
-def layer_profiler(trt: Any, reports: list[tuple[str, float]]) -> Any:
+def layer_profiler(trt: TensorRT, reports: list[tuple[str, float]]) -> Any:
     """An ``IProfiler`` that appends (layer name, milliseconds) to ``reports``."""
 
-    class LayerProfiler(trt.IProfiler):  # type: ignore[misc]
+    if TYPE_CHECKING:
+        from tensorrt import IProfiler
+    else:
+        IProfiler = trt.IProfiler  # noqa: N806  # a class of the module at hand
+
+    class LayerProfiler(IProfiler):  # type: ignore[misc]
         def __init__(self) -> None:
-            trt.IProfiler.__init__(self)
+            super().__init__()
 
         def report_layer_time(self, layer_name: str, ms: float) -> None:
             reports.append((layer_name, ms))
@@ -148,7 +159,7 @@ class Lane:
 
     def __init__(
         self,
-        engine: Any,
+        engine: ICudaEngine | CachingEngine,
         cuda: Cuda,
         image: IoTensor,
         outputs: tuple[IoTensor, ...],
@@ -179,7 +190,7 @@ class Lane:
             self._results = {tensor.name: _Buffer(cuda, mapped) for tensor in outputs}
             for buffer in self._results.values():
                 making.callback(buffer.close)
-            self._context: Any = engine.create_execution_context()
+            self._context: IExecutionContext = engine.create_execution_context()
             if self._context is None:
                 free, total = cuda.memory_info()
                 raise DeviceError(
@@ -290,7 +301,7 @@ class Lane:
     def close(self) -> None:
         """Free everything. Raises :class:`DeviceError` when the driver refuses; the rest is freed all the same."""
         graph, self._graph = self._graph, None
-        self._context = None
+        vars(self).pop("_context", None)
         self._profiler = None
         if graph is not None:
             self._resources.callback(graph.close)

@@ -9,7 +9,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from edgeseg.cache import cache_folder
+
+if TYPE_CHECKING:
+    from tensorrt_surface import TensorRT
+
+LOG_NAME = "tensorrt.log"
+"""In the engine folder."""
 
 _LEVELS = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
 """What is kept; VERBOSE is hundreds of megabytes for a large network."""
@@ -28,7 +36,12 @@ class LogCapture:
 
     def first_error(self) -> str:
         """The first error on one line, or what can be said without one."""
-        text = " ".join(self.errors[0].split()) if self.errors else "it gave no reason"
+        return self.one_line(self.errors[0]) if self.errors else "it gave no reason"
+
+    @staticmethod
+    def one_line(text: str) -> str:
+        """A message without its line breaks, shortened where it is very long."""
+        text = " ".join(text.split())
         return text if len(text) <= 400 else text[:397] + "..."
 
     def write(self, path: Path) -> None:
@@ -36,12 +49,20 @@ class LogCapture:
         path.write_text("".join(f"[{level}] {text}\n" for level, text in self.lines), encoding="utf-8")
 
 
+def keep_log(log: LogCapture, graph_sha256: str) -> Path:
+    """Keep the log of a failed build, whose folder vanishes, in edgeseg's cache folder. Returns where."""
+    path = cache_folder() / "tensorrt-log" / f"{graph_sha256[:16]}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log.write(path)
+    return path
+
+
 _lock = threading.Lock()
 _listening: list[LogCapture] = []
 _loggers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def logger_of(trt: Any) -> Any:
+def logger_of(trt: TensorRT) -> Any:
     """The one logger of a TensorRT module in this process.
 
     TensorRT keeps the first logger it is given and ignores all later ones, so there is one, and it passes messages on.
@@ -53,7 +74,7 @@ def logger_of(trt: Any) -> Any:
 
 
 @contextmanager
-def capture(trt: Any) -> Iterator[tuple[Any, LogCapture]]:
+def capture(trt: TensorRT) -> Iterator[tuple[Any, LogCapture]]:
     """Yield the logger to hand to TensorRT and what it says while the block runs.
 
     Messages carry no mark of who caused them: of two builds at the same time each keeps the messages of both.
@@ -76,8 +97,13 @@ def blamed_node(text: str, names: Iterable[str]) -> str | None:
     return max(found, key=len, default=None)
 
 
-def _make_logger(trt: Any) -> Any:
-    class EdgesegLogger(trt.ILogger):  # type: ignore[misc]  # a class of the module at hand
+def _make_logger(trt: TensorRT) -> Any:
+    if TYPE_CHECKING:
+        from tensorrt import ILogger
+    else:
+        ILogger = trt.ILogger  # noqa: N806  # a class of the module at hand
+
+    class EdgesegLogger(ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
 

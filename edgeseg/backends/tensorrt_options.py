@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ class TensorRTOptions:
             the precisions allowed; ``auto``: strong where there is a choice.
         allow_fp16: with weak typing, the float layers of an int8 engine may run in fp16.
         tf32: float32 layers may multiply in TF32 on GPUs that have it; TensorRT's own default.
-        hardware_compatibility: ``ampere_plus`` or ``same_compute_capability`` engines load on other GPUs too, slower.
+        hardware_compatibility: ``ampere_plus`` or ``same_compute_capability`` engines load on other GPUs too, slower. Not
+            on a Jetson, says TensorRT.
         version_compatible: the engine loads in later TensorRT versions of the same major too; larger.
         optimization_level: 0 (fast build) to 5 (fast engine).
         aux_streams: most streams one inference may use beside its own; 0 for none.
@@ -49,6 +51,7 @@ class TensorRTOptions:
         calibrator: where the ranges come from: ``table``, edgeseg's own; ``entropy`` or ``minmax``: TensorRT measures.
         calibration_images: what ``entropy`` and ``minmax`` measure on.
         calibration_cache: a TensorRT calibration cache to use as it is.
+        layer_times: run the new engine a few times with TensorRT's profiler: the share of time per dtype, in the manifest.
         contexts, cuda_graph, host_memory: how the engine runs once loaded; see
             :class:`edgeseg.backends.tensorrt_session.SessionOptions`.
     """
@@ -74,6 +77,7 @@ class TensorRTOptions:
     calibrator: str = "table"
     calibration_images: str | None = None
     calibration_cache: str | None = None
+    layer_times: bool = True
     contexts: int = 2
     cuda_graph: bool = False
     host_memory: str = "auto"
@@ -168,8 +172,12 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _flag_or_text(value: Any) -> bool | str | None:
-    return value if isinstance(value, bool) else _text(value)
+def _path(value: Any) -> str | None:
+    return os.path.abspath(value) if _text(value) else None
+
+
+def _flag_or_path(value: Any) -> bool | str | None:
+    return value if isinstance(value, bool) else _path(value)
 
 
 def _size(value: Any) -> str | None:
@@ -190,7 +198,7 @@ _FLAG = (_flag, "true or false")
 _SIZE = (_size, "HEIGHTxWIDTH in pixels, such as 256x320")
 _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "workspace_mb": (_number(1, 1 << 20), "MiB, from 1"),
-    "timing_cache": (_flag_or_text, "true, false or a file"),
+    "timing_cache": (_flag_or_path, "true, false or a file"),
     "typing": (_text, f"one of {', '.join(TYPINGS)}"),
     "allow_fp16": _FLAG,
     "tf32": _FLAG,
@@ -204,12 +212,13 @@ _CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "prove_precision": _FLAG,
     "strip_weights": _FLAG,
     "refit": _FLAG,
+    "layer_times": _FLAG,
     "min_size": _SIZE,
     "max_size": _SIZE,
     "implicit_calibration": _FLAG,
     "calibrator": (_text, f"one of {', '.join(CALIBRATORS)}"),
-    "calibration_images": (_text, "a folder, glob or list of images"),
-    "calibration_cache": (_text, "a calibration cache file"),
+    "calibration_images": (_path, "a folder, glob or list of images"),
+    "calibration_cache": (_path, "a calibration cache file"),
     "contexts": (_number(1, 64), "a number from 1 to 64"),
     "cuda_graph": _FLAG,
     "host_memory": (_text, f"one of {', '.join(HOST_MEMORY_MODES)}"),

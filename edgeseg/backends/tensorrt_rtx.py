@@ -15,29 +15,21 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
 from edgeseg.backends.cuda import open_cuda
-from edgeseg.backends.tensorrt import LOG_NAME, MIB, deserialize, refit
 from edgeseg.backends.tensorrt_device import Gpu, find_gpu, open_session
-from edgeseg.backends.tensorrt_log import LogCapture, capture
+from edgeseg.backends.tensorrt_log import LOG_NAME, LogCapture, capture, keep_log
+from edgeseg.backends.tensorrt_module import MIB, TENSORRT_RTX
 from edgeseg.backends.tensorrt_options import RTX_SMS, RtxOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt_progress import progress_monitor
 from edgeseg.backends.tensorrt_rtx_cache import CachingEngine, runtime_cache_path
-from edgeseg.errors import BuildError, EdgesegError, MissingDependencyError, StaleEngineError
+from edgeseg.errors import BuildError, EdgesegError, StaleEngineError
 
 if TYPE_CHECKING:
+    from tensorrt import Builder, IBuilderConfig, INetworkDefinition
+    from tensorrt_surface import TensorRT
+
     from edgeseg.backends.tensorrt_graph import ParsedGraph
 
 ENGINE_NAME = "engine.rtx"
-
-
-def import_tensorrt_rtx() -> Any:
-    """The ``tensorrt_rtx`` module. Raises ``MissingDependencyError``; ``BuildError`` when it does not load."""
-    try:
-        import tensorrt_rtx
-    except ModuleNotFoundError as exc:
-        raise MissingDependencyError("tensorrt_rtx", "tensorrt-rtx", "build TensorRT-RTX engines") from exc
-    except (ImportError, OSError) as exc:
-        raise BuildError(f"tensorrt_rtx is installed but does not load: {exc}; install the libraries it names") from exc
-    return tensorrt_rtx
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class TensorRTRtxBackend:
 
     name: str = "tensorrt-rtx"
     scheme: str = "tensorrt"
-    import_module: Callable[[], Any] = import_tensorrt_rtx
+    import_module: Callable[[], Any] = TENSORRT_RTX.load
     gpu: Callable[[], Gpu] = find_gpu
 
     def status(self) -> BackendStatus:
@@ -69,7 +61,12 @@ class TensorRTRtxBackend:
         return BackendStatus(True, version, f"{gpu.name}, compute capability {gpu.capability_text}", can_build=True)
 
     def build(
-        self, graph: OnnxGraph, folder: Path, options: Mapping[str, Any], progress: Progress | None = None
+        self,
+        graph: OnnxGraph,
+        folder: Path,
+        options: Mapping[str, Any],
+        progress: Progress | None = None,
+        engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Build one engine for all compute capabilities of option ``sm``.
 
@@ -83,22 +80,23 @@ class TensorRTRtxBackend:
 
         chosen = parse_options(RtxOptions, self.name, options)
         if not chosen.sm:
-            chosen = dataclasses.replace(chosen, sm=self._own_sm())
+            chosen = dataclasses.replace(chosen, sm=self.own_sm())
         trt = self.import_module()
         parsed = ParsedGraph.read(graph, graph.precision)
         parsed.require_fits(implicit=False)
         with capture(trt) as (logger, log):
             builder = trt.Builder(logger)
-            network = parse_network(trt, builder, logger, log, parsed)
-            config = builder.create_builder_config()
-            configure(trt, builder, config, chosen, parsed)
-            with progress_monitor(trt, config, progress) as watch:
-                plan = builder.build_serialized_network(network, config)
-            watch.raise_interrupt()
-            if plan is None:
-                raise BuildError(
-                    f"TensorRT-RTX {trt.__version__} cannot build {graph.path.name}: {refusal(log, parsed)}"
-                )
+            try:
+                network = parse_network(trt, builder, logger, log, parsed)
+                config = builder.create_builder_config()
+                configure(trt, builder, config, chosen, parsed)
+                with progress_monitor(trt, config, progress) as watch:
+                    plan = builder.build_serialized_network(network, config)
+                watch.raise_interrupt()
+                if plan is None:
+                    raise refused(trt, log, parsed)
+            except BuildError as exc:
+                raise BuildError(f"{exc}; TensorRT-RTX's log: {keep_log(log, graph.sha256)}") from exc
             path = folder / ENGINE_NAME
             with path.open("wb") as stream:
                 stream.write(plan)
@@ -112,7 +110,8 @@ class TensorRTRtxBackend:
             device={"sm": ",".join(str(sm) for sm in chosen.sm) or "default"},
         )
 
-    def _own_sm(self) -> tuple[int, ...]:
+    def own_sm(self) -> tuple[int, ...]:
+        """This machine's compute capability, if there is a GPU engines can be built for."""
         try:
             major, minor = self.gpu().compute_capability
         except EdgesegError:
@@ -134,9 +133,9 @@ class TensorRTRtxBackend:
             check_sm(engine, version, gpu)
             manifest = engine.manifest
             with capture(trt) as (logger, log), cuda.active():
-                loaded = deserialize(trt, logger, log, path.read_bytes(), manifest.options, path)
+                loaded = TENSORRT_RTX.deserialize(trt, logger, log, path.read_bytes(), manifest.options, path)
                 if manifest.options.get("strip_weights"):
-                    refit(trt, logger, log, loaded, engine.graph_path)
+                    TENSORRT_RTX.refit(trt, logger, log, loaded, engine.graph_path)
                 if not manifest.options.get("runtime_cache") or manifest.engine is None:
                     return open_session(trt, loaded, manifest.spec, cuda, manifest.options)
                 caching = CachingEngine(loaded, runtime_cache_path(manifest.engine.sha256, gpu, version))
@@ -154,29 +153,26 @@ def backend() -> TensorRTRtxBackend:
     return TensorRTRtxBackend()
 
 
-def parse_network(trt: Any, builder: Any, logger: Any, log: LogCapture, parsed: ParsedGraph) -> Any:
+def parse_network(
+    trt: TensorRT, builder: Builder, logger: Any, log: LogCapture, parsed: ParsedGraph
+) -> INetworkDefinition:
     """Parse the graph into a strongly typed network. Raises ``BuildError`` naming the node."""
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(parsed.for_parser(explicit_batch=False)):
-        if parser.num_errors:
-            error = parser.get_error(0)
-            reason = " ".join(str(error.desc()).split()) + parsed.where(error.node_name())
-        else:
-            reason = log.first_error()
-        raise BuildError(f"TensorRT-RTX {trt.__version__} cannot parse {parsed.path.name}: {reason}")
-    return network
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    content = parsed.for_parser(explicit_batch=False)
+    return TENSORRT_RTX.parse(trt, builder, flags, logger, log, parsed, content)
 
 
-def refusal(log: LogCapture, parsed: ParsedGraph) -> str:
+def refused(trt: TensorRT, log: LogCapture, parsed: ParsedGraph) -> BuildError:
     """Why a build failed, at which node, and what to do where that is known."""
-    reason = log.first_error()
     # Measured with 1.7: SM 75 gets no fp32 matrix products, which attention and pooled pyramids need; fp16 ones it has.
-    turing = "; leave 75 out of --sm, or build with --precision fp16" if "Turing" in reason else ""
-    return f"{reason}{parsed.blame(reason)}{turing}"
+    turing = any("Turing" in text for text in log.errors)
+    advice = "; leave 75 out of --sm, or build with --precision fp16" if turing else ""
+    return TENSORRT_RTX.refused(trt, "build", log, parsed, advice)
 
 
-def configure(trt: Any, builder: Any, config: Any, options: RtxOptions, parsed: ParsedGraph) -> None:
+def configure(
+    trt: TensorRT, builder: Builder, config: IBuilderConfig, options: RtxOptions, parsed: ParsedGraph
+) -> None:
     """Set what the options ask for."""
     if options.sm:
         config.num_compute_capabilities = len(options.sm)
@@ -195,10 +191,13 @@ def configure(trt: Any, builder: Any, config: Any, options: RtxOptions, parsed: 
     if shapes is not None:
         profile = builder.create_optimization_profile()
         profile.set_shape("image", *shapes)
-        config.add_optimization_profile(profile)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(
+                f"TensorRT-RTX {trt.__version__} refuses shapes {shapes}; give others by min_size and max_size"
+            )
 
 
-def network_precision(trt: Any, network: Any, parsed: ParsedGraph) -> PrecisionReport:
+def network_precision(trt: TensorRT, network: INetworkDefinition, parsed: ParsedGraph) -> PrecisionReport:
     """What the layers of the parsed network compute in. Strong typing makes it what the engine does."""
     from edgeseg.backends.typed_graph import precision_report
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgeseg.artifacts import sha256_json
+from edgeseg.artifacts import sha256_json, write_bytes
 from edgeseg.backends.tensorrt_device import Gpu
-from edgeseg.backends.tensorrt_kept import store_file
 from edgeseg.cache import cache_folder
+
+if TYPE_CHECKING:
+    from tensorrt import ICudaEngine, IExecutionContext
 
 
 def runtime_cache_path(engine_sha256: str, gpu: Gpu, version: str) -> Path:
@@ -27,7 +29,7 @@ class CachingEngine:
         path: the cache file; need not exist. One that TensorRT-RTX does not take is written anew.
     """
 
-    def __init__(self, engine: Any, path: Path) -> None:
+    def __init__(self, engine: ICudaEngine, path: Path) -> None:
         self._engine = engine
         self._path = path
         self._config = engine.create_runtime_config()
@@ -37,14 +39,15 @@ class CachingEngine:
             self._cache.reset()
         self._config.set_runtime_cache(self._cache)
 
-    def create_execution_context(self) -> Any:
+    def create_execution_context(self) -> IExecutionContext:
         return self._engine.create_execution_context(self._config)
 
     def store(self) -> None:
         """Write the kernels compiled so far, if there are new ones."""
         compiled = bytes(self._cache.serialize())
         if compiled != self._stored:
-            store_file(self._path, compiled)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(self._path, compiled)
             self._stored = compiled
 
     def __getattr__(self, name: str) -> Any:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,12 @@ from edgeseg.backends.device_arrays import DeviceTensor, device_images
 from edgeseg.backends.tensorrt_lane import Lane, io_tensors, layer_profiler
 from edgeseg.errors import DeviceError, InputError, SpecError
 from edgeseg.spec import PipelineSpec, one_of
+
+if TYPE_CHECKING:
+    from tensorrt import ICudaEngine
+    from tensorrt_surface import TensorRT
+
+    from edgeseg.backends.tensorrt_rtx_cache import CachingEngine
 
 HostMemoryMode: TypeAlias = Literal["auto", "copy", "mapped"]
 
@@ -66,12 +72,17 @@ class TensorRTSession:
     """
 
     def __init__(
-        self, trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda, options: SessionOptions = SessionOptions()
+        self,
+        trt: TensorRT,
+        engine: ICudaEngine | CachingEngine,
+        spec: PipelineSpec,
+        cuda: Cuda,
+        options: SessionOptions = SessionOptions(),
     ) -> None:
         self.options = options
         self._trt = trt
         self._cuda = cuda
-        self._engine = engine
+        self._engine: ICudaEngine | CachingEngine | None = engine
         self._image, self._outputs = io_tensors(trt, engine)
         names = [tensor.name for tensor in self._outputs]
         if spec.output.kind not in names:
@@ -274,6 +285,7 @@ class TensorRTSession:
                 return self._idle.pop()
             self._made += 1
         try:
+            assert self._engine is not None  # it is freed with the last lane
             with self._cuda.active():
                 return Lane(
                     self._engine,

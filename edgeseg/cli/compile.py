@@ -27,6 +27,7 @@ def command(
 ) -> None:
     """Build this machine's engine from the portable graph in ENGINE_DIR. Needs no PyTorch."""
     from edgeseg.cli.output import console_reporter, print_json
+    from edgeseg.evaluate.summary import time_line
     from edgeseg.recompile import compile_folder
 
     with console_reporter() as reporter:
@@ -37,3 +38,4 @@ def command(
         report = engine.manifest.precision
         share = report.mac_share.get(report.requested, 0.0)
         click.echo(f"engine: {engine.folder} ({engine.manifest.target}, {share:.1%} of MACs in {report.requested})")
+        click.echo(time_line(report))

@@ -69,7 +69,7 @@ class Simulation:
         }
         self.engine = recorded_engine(self.recorder, plan)
         self.reference = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-        self.layers = [node.name for node in proto.graph.node]
+        self.layers = [layer["name"] for layer in described["layers"]]
         self.refuse = 0
         self.executed = 0
         self._dtypes = {t["name"]: NUMPY[t["dtype"]] for t in described["tensors"]}

@@ -23,6 +23,7 @@ from edgeseg.backends.base import DeviceSession
 from edgeseg.backends.onnxruntime import OnnxRuntimeSession
 from edgeseg.cli.run import command as run_command
 from edgeseg.errors import ArtifactError, StaleEngineError
+from edgeseg.progress import SilentReporter
 from edgeseg.recompile import compile_folder
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.stream import stream
@@ -95,6 +96,67 @@ def test_compile_and_load(stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: P
         for image in photos(2):
             np.testing.assert_array_equal(segmenter(image), wanted(simulation, image))
         assert stub.live()["streams"] == 1
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_compile_measures_time_per_dtype(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, version: str
+) -> None:
+    """The n-th layer takes n quarters of a millisecond; one of them is made to run in fp16."""
+    simulation = tensorrt(monkeypatch, stub, version)
+    simulation.recorder.fakery.layer_dtype = lambda name, dtype: "fp16" if name == "decoder.block/Conv" else dtype
+    report = compile_folder(folder).manifest.precision
+    order = 1 + simulation.layers.index("decoder.block/Conv")
+    whole = sum(range(1, len(simulation.layers) + 1))
+    assert report.time_share is not None
+    assert report.time_share == pytest.approx({"fp16": order / whole, "fp32": 1 - order / whole})
+    assert report.mac_share["fp16"] == pytest.approx(8 * 4 / (8 * 4 + 3 * 8))
+    assert simulation.executed == 11, "one run that is not counted, ten that are"
+    assert compile_folder(folder, options={"layer_times": False}).manifest.precision.time_share is None
+    assert simulation.executed == 11
+    assert stub.live() == {}
+
+
+@pytest.mark.parametrize("version", VERSIONS[1:])
+def test_an_engine_without_weights_gets_them_back_to_be_measured_and_to_run(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, version: str
+) -> None:
+    simulation = tensorrt(monkeypatch, stub, version)
+    refitted: list[bytes] = []
+
+    def refit(parser: object, model: str) -> bool:
+        refitted.append(Path(model).read_bytes())
+        return True
+
+    simulation.recorder.behaviour["OnnxParserRefitter.refit_from_file"] = refit
+    simulation.recorder.behaviour["Refitter.refit_cuda_engine"] = lambda refitter: len(refitted) > 0
+    engine = compile_folder(folder, options={"strip_weights": True})
+    assert engine.manifest.precision.time_share == pytest.approx({"fp32": 1.0})
+    with edgeseg.load(folder) as segmenter:
+        image = photos(1)[0]
+        np.testing.assert_array_equal(segmenter(image), wanted(simulation, image))
+    assert refitted == [engine.graph_path.read_bytes()] * 2
+    simulation.recorder.behaviour["Refitter.refit_cuda_engine"] = lambda refitter: False
+    with pytest.raises(ArtifactError, match="cannot put the weights of .*model.onnx back"):
+        edgeseg.load(folder)
+
+
+def test_an_engine_that_cannot_run_at_compile_time_is_a_note(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    simulation = tensorrt(monkeypatch, stub, "10.3.0")
+    simulation.refuse = 3
+    said: list[str] = []
+
+    class Notes(SilentReporter):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    assert compile_folder(folder, reporter=Notes()).manifest.precision.time_share is None
+    assert said == [
+        "time per dtype was not measured: TensorRT refuses to run the engine (execute_async_v3); its log says why"
+    ]
+    assert stub.live() == {}
 
 
 def test_another_tensorrt_is_refused_or_compiled_for_on_request(

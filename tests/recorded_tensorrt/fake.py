@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto
 
 PLAN_MARK = b"recorded-tensorrt-plan\n"
+TIMING_MARK = b"recorded-tensorrt-timing\n"
 _DTYPES = {
     TensorProto.FLOAT: "FLOAT",
     TensorProto.FLOAT16: "HALF",
@@ -38,6 +39,7 @@ class Fakery:
         messages: ``(severity name, text)`` the builder logs before it is done.
         device_memory_bytes: what an engine says it needs.
         on_execute: called with the execution context by ``execute_async_v3``; returns its result.
+        kernels: the builder measures the times of these, into its timing cache.
         dynamic_formats: the inspector says ``N/A due to dynamic shapes`` for formats.
     """
 
@@ -48,6 +50,7 @@ class Fakery:
     device_memory_bytes: int = 1 << 20
     on_execute: Callable[[Any], bool] = lambda context: True
     dynamic_formats: bool = False
+    kernels: tuple[str, ...] = ("conv",)
 
 
 def create_network(builder: Any, flags: int = 0) -> Any:
@@ -161,13 +164,34 @@ def set_shape(profile: Any, input: str, min: Any, opt: Any, max: Any) -> None:  
     profile._state["shapes"][input] = [tuple(min), tuple(opt), tuple(max)]
 
 
+def create_timing_cache(config: Any, serialized_timing_cache: Any) -> Any:
+    """A cache is text: whose times they are, then a kernel a line. ``None`` for anything else."""
+    recorder, content = config._recorder, bytes(serialized_timing_cache)
+    if not content:
+        return recorder.new("ITimingCache", origin=recorder.version, kernels=[])
+    if not content.startswith(TIMING_MARK):
+        return None
+    origin, *kernels = content[len(TIMING_MARK) :].decode().splitlines()
+    return recorder.new("ITimingCache", origin=origin, kernels=kernels)
+
+
 def set_timing_cache(config: Any, cache: Any, ignore_mismatch: bool) -> bool:
+    if cache._state["origin"] != config._recorder.version and not ignore_mismatch:
+        return False
     config._state["timing_cache"] = cache
     return True
 
 
+def combine_timing_cache(cache: Any, input_cache: Any, ignore_mismatch: bool) -> bool:
+    if cache._state["origin"] != input_cache._state["origin"] and not ignore_mismatch:
+        return False
+    cache._state["kernels"] = sorted({*cache._state["kernels"], *input_cache._state["kernels"]})
+    return True
+
+
 def serialize_timing_cache(cache: Any) -> Any:
-    return host_memory(cache._recorder, cache._state["content"] + b"+timed")
+    lines = [cache._state["origin"], *cache._state["kernels"]]
+    return host_memory(cache._recorder, TIMING_MARK + "\n".join(lines).encode())
 
 
 def host_memory(recorder: Any, content: bytes) -> Any:
@@ -189,6 +213,9 @@ def build_serialized_network(builder: Any, network: Any, config: Any) -> Any:
             if not monitor.step_complete("Building Engine", step):
                 return None
         monitor.phase_finish("Building Engine")
+    timing = config._state["timing_cache"]
+    if timing is not None:
+        timing._state["kernels"] = sorted({*timing._state["kernels"], *fakery.kernels})
     calibrated = _calibrate(config, network)
     if fakery.build_error is not None:
         logger.log(severity.ERROR, fakery.build_error)
@@ -370,11 +397,10 @@ DEFAULTS: dict[str, Callable[..., Any]] = {
     "IBuilderConfig.set_calibration_profile": lambda c, profile: True,
     "IBuilderConfig.set_memory_pool_limit": lambda c, pool, pool_size: None,
     "IBuilderConfig.set_tactic_sources": lambda c, tactic_sources: True,
-    "IBuilderConfig.create_timing_cache": lambda c, serialized_timing_cache: c._recorder.new(
-        "ITimingCache", content=bytes(serialized_timing_cache)
-    ),
+    "IBuilderConfig.create_timing_cache": create_timing_cache,
     "IBuilderConfig.set_timing_cache": set_timing_cache,
     "IBuilderConfig.get_timing_cache": lambda c: c._state["timing_cache"],
+    "ITimingCache.combine": combine_timing_cache,
     "ITimingCache.serialize": serialize_timing_cache,
     "IOptimizationProfile.set_shape": set_shape,
     "Runtime.deserialize_cuda_engine": deserialize_cuda_engine,

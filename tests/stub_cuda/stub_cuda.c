@@ -140,6 +140,7 @@ CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device) {
     switch (attribute) {
     case 75: *value = 8; break;                                        /* COMPUTE_CAPABILITY_MAJOR */
     case 76: *value = 7; break;                                        /* COMPUTE_CAPABILITY_MINOR */
+    case 16: *value = 8; break;                                        /* MULTIPROCESSOR_COUNT */
     case 18: *value = (int)setting("STUB_CUDA_INTEGRATED", 0); break;  /* INTEGRATED */
     case 19: *value = 1; break;                                        /* CAN_MAP_HOST_MEMORY */
     case 41: *value = 1; break;                                        /* UNIFIED_ADDRESSING */

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from recorded_tensorrt import VERSIONS, Recorder
+from recorded_tensorrt.fake import build_serialized_network
 from recorded_tensorrt.graphs import SIDE, small_model
+from rich.console import Console
 
 from edgeseg import recompile
 from edgeseg.artifacts import (
@@ -25,7 +31,10 @@ from edgeseg.artifacts import (
 from edgeseg.backends.portable import check_options, portable_engine
 from edgeseg.backends.tensorrt import TensorRTBackend
 from edgeseg.backends.tensorrt_device import Gpu
+from edgeseg.backends.tensorrt_options import TensorRTOptions
+from edgeseg.cli import main
 from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.progress import ConsoleReporter, SilentReporter
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Precision
 
@@ -37,7 +46,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def portable_folder(folder: Path, precision: Precision = "int8", **options: Any) -> Path:
     """What a build for TensorRT without a GPU leaves behind."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     path = folder / "model.onnx"
     implicit = bool(options.get("implicit_calibration"))
     path.write_bytes(small_model("fp32" if implicit else precision).SerializeToString())
@@ -72,13 +81,99 @@ def portable_folder(folder: Path, precision: Precision = "int8", **options: Any)
 def on_device(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Let ``compile`` find TensorRT of a version and a GPU."""
 
-    def install(version: str) -> Recorder:
+    def install(version: str, times: Sequence[tuple[str, float]] = ()) -> Recorder:
         recorder = Recorder(version)
-        backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: Gpu("Orin", (8, 7)))
+        backend = TensorRTBackend(
+            import_module=lambda: recorder.module,
+            gpu=lambda: Gpu("Orin", (8, 7), 8),
+            layer_times=lambda *_: list(times),
+        )
         monkeypatch.setattr(recompile, "require_builder", lambda name: backend)
         return recorder
 
     return install
+
+
+@pytest.fixture
+def edgeseg(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command line: exit code of ``edgeseg ARGUMENTS``."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["edgeseg", *map(str, arguments)])
+        with pytest.raises(SystemExit) as raised:
+            main()
+        return int(raised.value.code or 0)
+
+    return run
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_precision_not_delivered_is_exit_code_1_and_names_the_layers(
+    tmp_path: Path, on_device: Any, edgeseg: Any, capsys: pytest.CaptureFixture[str], version: str, precision: Precision
+) -> None:
+    folder = portable_folder(tmp_path / "fpn", precision)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    on_device(version).fakery.layer_dtype = lambda name, dtype: "fp32" if name == "decoder.block/Conv" else dtype
+    assert edgeseg("compile", folder) == 1
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert said.out == ""
+    assert line.startswith(
+        f"edgeseg: {precision} was asked for, but TensorRT {version} runs 42.9% of the multiply-accumul"
+    )
+    assert "decoder.block/Conv runs in fp32" in line and "encoder.conv1/Conv" not in line
+    assert Path(line.rpartition("TensorRT's log: ")[2]).is_file()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_shares_of_macs_and_time_are_printed_and_kept(
+    tmp_path: Path, on_device: Any, edgeseg: Any, capsys: pytest.CaptureFixture[str], version: str
+) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    on_device(version, [("preprocess/Mul", 1.0), ("encoder.conv1/Conv", 2.0), ("decoder.block/Conv", 1.0)])
+    assert edgeseg("compile", folder) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"engine: {folder} (tensorrt, 100.0% of MACs in int8)",
+        "time: 75.0% in int8, 25.0% in fp32",
+    ]
+    assert open_engine(folder).manifest.precision.time_share == {"fp32": 0.25, "int8": 0.75}
+    assert edgeseg("inspect", folder) == 0
+    assert "\ntime: 75.0% in int8, 25.0% in fp32\n" in capsys.readouterr().out
+    on_device(version)
+    assert edgeseg("compile", folder) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "time: -"
+    assert edgeseg("inspect", folder) == 0
+    assert "\ntime: -\n" in capsys.readouterr().out
+
+
+def test_a_manifest_of_before_times_were_measured_is_read(tmp_path: Path) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    text = json.loads((folder / MANIFEST_NAME).read_text())
+    assert text["precision"].pop("time_share") is None
+    (folder / MANIFEST_NAME).write_text(json.dumps(text))
+    assert open_engine(folder).manifest.precision.time_share is None
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_progress_bar_is_tensorrts(tmp_path: Path, on_device: Any, version: str) -> None:
+    """On a terminal: an hourglass while TensorRT 8 builds, which tells nothing, else a bar that follows its phases."""
+    seen: list[tuple[float, float | None]] = []
+    terminal = io.StringIO()
+    reporter = ConsoleReporter(Console(file=terminal, force_terminal=True, width=100))
+
+    def watched(builder: Any, network: Any, config: Any) -> Any:
+        plan = build_serialized_network(builder, network, config)
+        assert reporter._bar is not None
+        reporter._bar.refresh()
+        seen.extend((task.completed, task.total) for task in reporter._bar.tasks)
+        return plan
+
+    on_device(version).behaviour["Builder.build_serialized_network"] = watched
+    recompile.compile_folder(portable_folder(tmp_path / "fpn"), reporter=reporter)
+    assert seen == ([(0, None)] if version.startswith("8.") else [(100, 100)])
+    assert ("100/100" in terminal.getvalue()) is not version.startswith("8.")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -106,6 +201,134 @@ def test_options_of_the_build_are_those_of_the_compile_unless_given_again(tmp_pa
     on_device("10.3.0")
     manifest = recompile.compile_folder(folder, options={"optimization_level": 5}).manifest
     assert (manifest.options["workspace_mb"], manifest.options["optimization_level"]) == (64, 5)
+
+
+def test_kernel_times_are_kept_beside_the_folders(tmp_path: Path, on_device: Any) -> None:
+    said: list[str] = []
+
+    class Notes(SilentReporter):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    for name in ("fpn", "unet"):
+        recorder = on_device("10.3.0")
+        recompile.compile_folder(portable_folder(tmp_path / "engines" / name), reporter=Notes())
+    assert recorder.of("IBuilderConfig.create_timing_cache")[0].arguments["serialized_timing_cache"] != b""
+    assert said == []
+    (cache,) = (tmp_path / "engines" / ".timing").glob("*.cache")
+    assert cache.name == "Orin-8sm-8.7-tensorrt-10.3.0.cache"
+    cache.write_bytes(b"damaged")
+    recompile.compile_folder(tmp_path / "engines" / "fpn", reporter=Notes())
+    assert said == [f"timing cache {cache} is damaged: not used, measured anew"]
+
+
+EVERY_OPTION: dict[str, Any] = {
+    "workspace_mb": 64,
+    "timing_cache": False,
+    "typing": "weak",
+    "allow_fp16": False,
+    "tf32": False,
+    "hardware_compatibility": "ampere_plus",
+    "version_compatible": True,
+    "optimization_level": 2,
+    "aux_streams": 0,
+    "tactic_sources": ("JIT_CONVOLUTIONS",),
+    "dla_core": 0,
+    "profiling_verbosity": "detailed",
+    "prove_precision": False,
+    "strip_weights": False,
+    "refit": True,
+    "min_size": None,
+    "max_size": None,
+    "implicit_calibration": True,
+    "calibrator": "table",
+    "calibration_images": None,
+    "calibration_cache": None,
+    "layer_times": False,
+    "contexts": 3,
+    "cuda_graph": True,
+    "host_memory": "copy",
+}
+
+
+@pytest.mark.parametrize("again", ["compile", "recompile"])
+def test_every_option_survives(tmp_path: Path, on_device: Any, again: str) -> None:
+    assert set(EVERY_OPTION) == {field.name for field in dataclasses.fields(TensorRTOptions)}
+    folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)
+    on_device("10.3.0").behaviour["Builder.num_DLA_cores"] = lambda builder: 2
+    first = recompile.compile_folder(folder, options=EVERY_OPTION).manifest
+    recorder = on_device("10.16.1.11")
+    recorder.behaviour["Builder.num_DLA_cores"] = lambda builder: 2
+    if again == "compile":
+        recompile.compile_folder(folder)
+    else:
+        recompile.recompile(open_engine(folder))
+    second = open_engine(folder).manifest
+    assert second.versions["tensorrt"] == "10.16.1.11"
+    assert second.options == json.loads(json.dumps(EVERY_OPTION)) == json.loads(json.dumps(first.options))
+    assert {"INT8", "GPU_FALLBACK", "REFIT", "VERSION_COMPATIBLE", "DISABLE_TIMING_CACHE"} <= recorder.set_flags()
+    values = {call.name: call.arguments["value"] for call in recorder.calls if call.name.endswith(" =")}
+    assert values["IBuilderConfig.default_device_type ="] is recorder.module.DeviceType.DLA
+    # Given again, an option is overridden; null asks for the default. Both last.
+    recompile.compile_folder(folder, options={"contexts": 5, "dla_core": None})
+    third = recompile.compile_folder(folder).manifest
+    assert (third.options["contexts"], third.options["dla_core"], third.options["workspace_mb"]) == (5, None, 64)
+
+
+def test_what_was_not_asked_for_is_chosen_anew(tmp_path: Path, on_device: Any) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    on_device("8.6.1")
+    assert recompile.compile_folder(folder).manifest.options["typing"] == "weak"
+    on_device("10.3.0")
+    manifest = recompile.compile_folder(folder).manifest
+    assert manifest.options["typing"] == "strong" and manifest.options_given == {}
+
+
+def test_file_names_are_kept_as_absolute_ones(tmp_path: Path, on_device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    on_device("10.3.0")
+    monkeypatch.chdir(tmp_path)
+    recompile.compile_folder(folder, options={"timing_cache": "mine.cache"})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    recorder = on_device("10.3.0")
+    recompile.compile_folder(folder)
+    used = recorder.of("IBuilderConfig.create_timing_cache")[0].arguments["serialized_timing_cache"]
+    assert used == (tmp_path / "mine.cache").read_bytes()
+
+
+def test_a_kept_option_that_cannot_be_had_here_says_how_to_drop_it(
+    tmp_path: Path, on_device: Any, edgeseg: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)
+    on_device("10.3.0").behaviour["Builder.num_DLA_cores"] = lambda builder: 2
+    recompile.compile_folder(folder, options={"dla_core": 1})
+    on_device("10.3.0")  # an Orin Nano: no DLA
+    with pytest.raises(SpecError) as raised:
+        recompile.recompile(open_engine(folder))
+    assert str(raised.value) == (
+        f"dla_core is 1, this device has 0 DLA cores; leave it out; dla_core was kept from {folder}, to drop it: "
+        "--backend-option dla_core=null"
+    )
+    assert edgeseg("compile", folder, "--backend-option", "dla_core=null") == 0
+    assert open_engine(folder).manifest.options["dla_core"] is None
+    capsys.readouterr()
+    # Nobody kept what is given now: the message stands as it is.
+    with pytest.raises(SpecError, match="leave it out$"):
+        recompile.compile_folder(folder, options={"dla_core": 0})
+
+
+def test_a_folder_of_before_keeps_what_holds_on_another_device(tmp_path: Path, on_device: Any) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    on_device("8.6.1")
+    recompile.compile_folder(folder, options={"contexts": 3, "optimization_level": 4})
+    text = json.loads((folder / MANIFEST_NAME).read_text())
+    del text["options_given"]
+    (folder / MANIFEST_NAME).write_text(json.dumps(text))
+    on_device("10.3.0")
+    manifest = recompile.recompile(open_engine(folder))
+    assert (manifest.manifest.options["contexts"], manifest.manifest.options["optimization_level"]) == (3, 4)
+    assert manifest.manifest.options["typing"] == "strong"
 
 
 @pytest.mark.parametrize("version", VERSIONS[:3])

@@ -30,13 +30,13 @@ from edgeseg.backends.base import BuiltEngine
 from edgeseg.backends.tensorrt import TensorRTBackend, device_memory_bytes
 from edgeseg.backends.tensorrt_calibration import cache_text
 from edgeseg.backends.tensorrt_device import Gpu
-from edgeseg.backends.tensorrt_kept import timing_cache_path
 from edgeseg.backends.tensorrt_options import profile_shapes
-from edgeseg.errors import ArtifactError, BuildError, MissingDependencyError, SpecError
+from edgeseg.backends.tensorrt_progress import BuildWatch
+from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, SpecError
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 
-ORIN = Gpu("Orin", (8, 7))
+ORIN = Gpu("Orin", (8, 7), 8)
 TEN = ("10.3.0", "10.16.1.11")
 
 
@@ -58,8 +58,17 @@ def portable(folder: Path, precision: str = "fp32", dynamic: bool = False, schem
     return OnnxGraph(path, sha256_file(path), precision, spec, "0" * 64, scheme)  # type: ignore[arg-type]
 
 
+def portable_hash(folder: Path) -> str:
+    return sha256_file(folder / "engine" / "model.onnx")[:16]
+
+
 def backend_of(recorder: Recorder, gpu: Gpu = ORIN) -> TensorRTBackend:
-    return TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: gpu)
+    return TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: gpu, layer_times=no_times)
+
+
+def no_times(*_: Any) -> list[tuple[str, float]]:
+    """There is no GPU to run the engine on; ``tests/on_stub_cuda`` has one that is not real."""
+    return []
 
 
 def build(
@@ -236,35 +245,32 @@ def test_contexts_share_the_profile(tmp_path: Path, version: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_timing_cache_is_kept_per_device_and_version(tmp_path: Path, version: str) -> None:
-    first, second = Recorder(version), Recorder(version)
-    build(tmp_path, first)
-    assert first.of("IBuilderConfig.create_timing_cache")[0].arguments["serialized_timing_cache"] == b""
-    build(tmp_path, second)
-    assert second.of("IBuilderConfig.create_timing_cache")[0].arguments["serialized_timing_cache"] == b"+timed"
-    path = timing_cache_path(ORIN, version)
-    assert path.read_bytes() == b"+timed+timed"
-    assert path not in (timing_cache_path(Gpu("Thor", (11, 0)), version), timing_cache_path(ORIN, "8.5.2"))
-
-
-def test_a_foreign_timing_cache_is_not_used(tmp_path: Path) -> None:
-    recorder = Recorder("10.3.0", {"IBuilderConfig.set_timing_cache": refuse_filled})
-    (tmp_path / "old.cache").write_bytes(b"another gpu")
-    build(tmp_path, recorder, timing_cache=str(tmp_path / "old.cache"))
-    assert (tmp_path / "old.cache").read_bytes() == b"+timed"
-
-
-def refuse_filled(config: Any, cache: Any, ignore_mismatch: bool) -> bool:
-    config._state["timing_cache"] = cache
-    assert not ignore_mismatch
-    return not cache._state["content"]
-
-
-@pytest.mark.parametrize("version", VERSIONS)
 def test_progress_is_told_where_there_is_a_monitor(tmp_path: Path, version: str) -> None:
     told: list[tuple[int, int]] = []
     build(tmp_path, Recorder(version), progress=lambda done, total: told.append((done, total)))
     assert told == ([] if version.startswith("8.") else [(33, 100), (66, 100), (100, 100)])
+
+
+def test_phases_are_shares_of_their_parents_step() -> None:
+    told: list[int] = []
+    watch = BuildWatch(lambda done, total: told.append(done))
+    watch.start("build", None, 4)
+    watch.start("tactics", "build", 10)
+    watch.start("kernels", "build", 2)  # at the same time, in another thread
+    for _ in range(5):
+        assert watch.step("tactics", 0)
+    watch.step("kernels", 1)
+    assert told == [2, 5, 7, 10, 12], "a phase beside another is no part of it"
+    watch.finish("tactics")
+    watch.finish("kernels")
+    watch.step("build", 0)
+    watch.start("inner", "build", 2)
+    watch.start("innermost", "inner", 2)
+    watch.step("innermost", 0)
+    watch.step("unheard of", 0)
+    for number in (2, 1, 3):
+        watch.step("build", number)
+    assert told == [2, 5, 7, 10, 12, 25, 31, 50, 75, 100]
 
 
 @pytest.mark.parametrize("version", VERSIONS[1:])
@@ -286,7 +292,8 @@ def test_a_parser_error_names_node_and_module(tmp_path: Path, version: str) -> N
         build(tmp_path, recorder)
     assert str(raised.value) == (
         f"TensorRT {version} cannot parse model.onnx: Assertion failed: no luck, at node encoder.conv1/Conv "
-        "(module encoder.conv1 of the SMP model)"
+        "(module encoder.conv1 of the SMP model); TensorRT's log: "
+        f"{tmp_path / 'cache' / 'tensorrt-log' / portable_hash(tmp_path)}.log"
     )
 
 
@@ -303,6 +310,63 @@ def test_a_builder_error_names_node_and_module_and_leaves_the_log(tmp_path: Path
     (log,) = (tmp_path / "cache" / "tensorrt-log").iterdir()
     assert log.read_text().splitlines()[0] == "[INFO] Detected 1 inputs"
     assert "Error Code 10" in log.read_text() and "chatter" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "node"),
+    [
+        (
+            "10: [optimizer.cpp::computeCosts::3728] Error Code 10: Internal Error (Could not find any implementation for "
+            "node {ForeignNode[encoder.conv1/Conv...decoder.block/Relu]}.)",
+            "encoder.conv1/Conv",
+        ),
+        (
+            "IBuilder::buildSerializedNetwork: Error Code 4: Internal Error (decoder.block/Conv: two inputs (data and\n"
+            "weights) are allowed only in explicit-quantization mode.)",
+            "decoder.block/Conv",
+        ),
+        (
+            "[graphShapeAnalyzer.cpp::processCheck::872] Error Code 4 (encoder.conv1/Relu: broadcast 8 != 4)",
+            "encoder.conv1/Relu",
+        ),
+    ],
+)
+def test_of_several_errors_the_one_that_names_a_node_is_told(tmp_path: Path, text: str, node: str) -> None:
+    recorder = Recorder("10.3.0")
+    recorder.fakery.messages = [("ERROR", "Timing cache mismatch"), ("ERROR", "2: [builder.cpp] engine != nullptr")]
+    recorder.fakery.build_error = text
+    with pytest.raises(BuildError) as raised:
+        build(tmp_path, recorder)
+    module = node.partition("/")[0]
+    assert str(raised.value).startswith(
+        f"TensorRT 10.3.0 cannot build model.onnx: {' '.join(text.split())}, at node {node} "
+        f"(module {module} of the SMP model); TensorRT's log: "
+    )
+
+
+def test_without_a_node_the_first_error_is_told(tmp_path: Path) -> None:
+    recorder = Recorder("10.3.0")
+    recorder.fakery.messages = [("ERROR", "Cuda Runtime (out of memory)")]
+    recorder.fakery.build_error = "Error Code 2: engine != nullptr"
+    with pytest.raises(BuildError, match=r"cannot build model.onnx: Cuda Runtime \(out of memory\); TensorRT's log: "):
+        build(tmp_path, recorder)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_tensorrt_refuses_to_set_is_an_error(tmp_path: Path, version: str) -> None:
+    recorder = Recorder(version, {"IBuilderConfig.set_tactic_sources": lambda config, tactic_sources: False})
+    with pytest.raises(SpecError, match=f"TensorRT {version} refuses tactic_sources JIT_CONVOLUTIONS"):
+        build(tmp_path, recorder, tactic_sources="JIT_CONVOLUTIONS")
+    recorder = Recorder(version, {"IBuilderConfig.add_optimization_profile": lambda config, profile: -1})
+    with pytest.raises(BuildError, match=f"TensorRT {version} refuses shapes "):
+        build(tmp_path, recorder, dynamic=True)
+    assert "Builder.build_serialized_network" not in recorder.names
+
+
+def test_a_dla_takes_one_shape(tmp_path: Path) -> None:
+    recorder = Recorder("11.4.0.106", {"Builder.num_DLA_cores": lambda builder: 1})
+    with pytest.raises(SpecError, match="a DLA takes images of one shape"):
+        build(tmp_path, recorder, "int8", dynamic=True, dla_core=0)
 
 
 def test_the_log_is_left_in_the_engine_folder(tmp_path: Path) -> None:
@@ -564,12 +628,12 @@ def test_load_hands_the_engine_to_the_session(tmp_path: Path, monkeypatch: pytes
     [
         ({}, "10.3.0", ORIN, True),
         ({}, "10.16.1.11", ORIN, False),
-        ({}, "10.3.0", Gpu("Orin Nano", (8, 7)), False),
-        ({}, "10.3.0", Gpu("Orin", (8, 6)), False),
+        ({}, "10.3.0", Gpu("Orin Nano", (8, 7), 8), False),
+        ({}, "10.3.0", Gpu("Orin", (8, 6), 8), False),
         ({"version_compatible": True}, "10.16.1.11", ORIN, True),
         ({"version_compatible": True}, "11.4.0.106", ORIN, False),
-        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", Gpu("Thor", (11, 0)), True),
-        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", Gpu("Xavier", (7, 2)), False),
+        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", Gpu("Thor", (11, 0), 8), True),
+        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", Gpu("Xavier", (7, 2), 8), False),
     ],
 )
 def test_load_asks_for_the_same_tensorrt_and_gpu(
@@ -641,40 +705,38 @@ def test_status_never_raises() -> None:
     assert found.available and found.version == "10.3.0" and "Orin, compute capability 8.7" in found.detail
 
 
-def test_inspector_text_of_a_real_engine_is_understood() -> None:
-    """A layer as NVIDIA's documentation of 8.x prints it, a block of nodes, and one the inspector knows no format of."""
-    from edgeseg.backends.tensorrt_inspector import executed_dtypes, read_layers
-
-    said = {
-        "Layers": [
-            {
-                "Name": "a/Conv + a/Relu",
-                "LayerType": "CaskConvolution",
-                "Inputs": [
-                    {"Name": "x", "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format."}
-                ],
-                "Weights": {"Type": "Int8", "Count": 9},
-            },
-            {"Name": "{ForeignNode[b/MatMul...c/Add]}", "LayerType": "Myelin", "Inputs": [{"Format/Datatype": "Half"}]},
-            {
-                "Name": "d",
-                "Inputs": [{"Format/Datatype": "N/A due to dynamic shapes"}],
-                "Metadata": "[ONNX Layer: d/Conv]\u001e[ONNX Layer: d/Relu]",
-                "TacticName": "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32",
-            },
-            {"Name": "Reformatting CopyNode for Input Tensor 0 to a/Conv", "Inputs": [{"Format/Datatype": "FP32"}]},
-        ]
-    }
-    nodes = ["a/Conv", "a/Relu", "b/MatMul", "b/Softmax", "c/Add", "d/Conv", "d/Relu", "e/Conv"]
-    found = executed_dtypes(read_layers(json.dumps(said)), nodes)
-    assert found == {
-        **dict.fromkeys(["a/Conv", "a/Relu", "d/Conv", "d/Relu"], "int8"),
-        **dict.fromkeys(["b/MatMul", "b/Softmax", "c/Add"], "fp16"),
-    }
+# --- share of time ---
 
 
-def test_names_of_layers_only_prove_nothing() -> None:
-    from edgeseg.backends.tensorrt_inspector import read_layers
+@pytest.mark.parametrize("version", VERSIONS)
+def test_share_of_time_by_the_profilers_names(tmp_path: Path, version: str) -> None:
+    """Two runs; the layers of the recorded inspector, and one it does not know."""
+    recorder = Recorder(version)
+    graph = portable(tmp_path / "engine", "int8")
+    run = [("preprocess/Mul", 0.5), ("encoder.conv1/Conv", 2.0), ("decoder.block/Conv", 1.0), ("__wait", 0.5)]
+    asked: list[Any] = []
 
-    with pytest.raises(BuildError, match="cannot be proven"):
-        read_layers(json.dumps({"Layers": ["a", "b"]}))
+    def times(trt: Any, logger: Any, log: Any, plan: bytes, options: Any, parsed: Any) -> list[tuple[str, float]]:
+        asked.append((trt, plan, options["layer_times"], parsed.path))
+        return run * 2
+
+    backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: ORIN, layer_times=times)
+    built = backend.build(graph, graph.path.parent, {})
+    assert built.path is not None
+    assert asked == [(recorder.module, built.path.read_bytes(), True, graph.path)]
+    assert built.precision.time_share == {"fp32": 0.125, "int8": 0.75, "unknown": 0.125}
+    assert built.precision.mac_share == {"int8": 1.0}
+
+
+def test_time_that_cannot_be_measured_is_none_and_said(tmp_path: Path) -> None:
+    def refused(*_: Any) -> list[tuple[str, float]]:
+        raise DeviceError("out of memory")
+
+    recorder = Recorder("10.3.0")
+    graph = portable(tmp_path / "engine")
+    backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: ORIN, layer_times=refused)
+    built = backend.build(graph, graph.path.parent, {})
+    assert built.precision.time_share is None
+    assert built.notes == ("time per dtype was not measured: out of memory",)
+    again = backend.build(graph, graph.path.parent, {"layer_times": False})
+    assert again.precision.time_share is None and again.notes == ()

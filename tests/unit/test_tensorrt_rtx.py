@@ -12,13 +12,14 @@ import pytest
 from recorded_tensorrt import RTX, Recorder
 from recorded_tensorrt.fake import PLAN_MARK, create_execution_context, host_memory
 
+from edgeseg import recompile
 from edgeseg.backends import tensorrt_rtx
 from edgeseg.backends.tensorrt_device import Gpu
 from edgeseg.backends.tensorrt_rtx import TensorRTRtxBackend, check_sm
 from edgeseg.backends.tensorrt_rtx_cache import runtime_cache_path
 from edgeseg.errors import MissingDependencyError, StaleEngineError
 
-ADA = Gpu("NVIDIA RTX 4000", (8, 9))
+ADA = Gpu("NVIDIA RTX 4000", (8, 9), 8)
 
 
 def missing() -> Any:
@@ -56,7 +57,7 @@ def test_an_engine_runs_on_the_gpus_it_was_built_for(tmp_path: Path) -> None:
     check_sm(engine(tmp_path), "1.7.1.116", ADA)
     check_sm(engine(tmp_path, sm="default"), "1.7.1.116", ADA)
     with pytest.raises(StaleEngineError, match=r"for SM 86,89, this is 1.7.1.116 on T4 \(SM 75\); run: .* --sm 75"):
-        check_sm(engine(tmp_path), "1.7.1.116", Gpu("T4", (7, 5)))
+        check_sm(engine(tmp_path), "1.7.1.116", Gpu("T4", (7, 5), 8))
     with pytest.raises(StaleEngineError, match=r"built with TensorRT-RTX 1.6.0 for SM 86,89, this is 1.7.1.116 on"):
         check_sm(engine(tmp_path, version="1.6.0"), "1.7.1.116", ADA)
 
@@ -109,7 +110,17 @@ def test_kernels_are_kept_for_the_next_load(tmp_path: Path, monkeypatch: pytest.
     assert path.read_bytes() == b"kernel" and "IRuntimeCache.deserialize" not in first.names
     second = load(monkeypatch, folder)
     assert second.of("IRuntimeCache.deserialize")[0].arguments == {"blob": b"kernel"}
-    assert path != runtime_cache_path("ab", Gpu("NVIDIA RTX 5000", (8, 9)), "1.7.1.116")
+    assert path != runtime_cache_path("ab", Gpu("NVIDIA RTX 5000", (8, 9), 8), "1.7.1.116")
     path.write_bytes(b"damaged")
     assert "IRuntimeCache.reset" in load(monkeypatch, folder).names
     assert path.read_bytes() == b"kernel"
+
+
+def test_recompiling_adds_this_gpu_to_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(recompile, "compile_folder", lambda folder, options: asked.append(options["sm"]))
+    monkeypatch.setattr(tensorrt_rtx, "backend", lambda: TensorRTRtxBackend(gpu=lambda: ADA))
+    for given in ({"sm": [75, 120]}, {"sm": [89, 120]}):
+        manifest = SimpleNamespace(target="tensorrt-rtx", options_given=given)
+        recompile.recompile(SimpleNamespace(folder=tmp_path, manifest=manifest))  # type: ignore[arg-type]
+    assert asked == [(75, 120, 89), (89, 120)]

@@ -1,0 +1,56 @@
+"""Where the time of a new engine goes, layer by layer: a few runs with TensorRT's ``IProfiler``, right after the build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from edgeseg.backends.cuda import open_cuda
+from edgeseg.backends.tensorrt_device import open_session
+from edgeseg.backends.tensorrt_log import LogCapture
+from edgeseg.backends.tensorrt_module import TENSORRT
+
+if TYPE_CHECKING:
+    from tensorrt_surface import TensorRT
+
+    from edgeseg.backends.tensorrt_graph import ParsedGraph
+
+RUNS = 10
+
+LayerTimes: TypeAlias = list[tuple[str, float]]
+"""(layer name, milliseconds), every layer once per run."""
+
+
+def measure_layer_times(
+    trt: TensorRT, logger: Any, log: LogCapture, plan: bytes, options: Mapping[str, Any], parsed: ParsedGraph
+) -> LayerTimes:
+    """Run a plan on a grey image of its size, :data:`RUNS` times after one that is not counted.
+
+    Args:
+        trt: the module the plan was built with.
+        logger: the module's.
+        log: of the build.
+        plan: its content.
+        options: it was built with.
+        parsed: the graph it was built from; a plan without weights gets them from there.
+
+    Raises:
+        MissingDependencyError, DeviceError: no CUDA layer; the GPU has no memory left for it, or cannot run it.
+    """
+    size = parsed.spec.input
+    grey = np.full((size.batch.minimum, size.height, size.width, size.channels), 128, np.uint8)
+    cuda = open_cuda()
+    try:
+        with cuda.active():
+            engine = TENSORRT.deserialize(trt, logger, log, plan, options, Path("the new engine"))
+            if options.get("strip_weights"):
+                TENSORRT.refit(trt, logger, log, engine, parsed.path)
+        session = open_session(trt, engine, parsed.spec, cuda, {**options, "contexts": 1, "cuda_graph": False})
+    except BaseException:
+        cuda.close()
+        raise
+    with session:
+        return session.layer_times(grey, RUNS)
