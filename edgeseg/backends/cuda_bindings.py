@@ -111,6 +111,15 @@ class BindingsDriver:
         self.record(event, self._api.CUstream(foreign))
         self.wait(stream, event)
 
+    def synchronize_context(self) -> None:
+        self._call("cuCtxSynchronize")
+
+    def locate(self, address: int) -> tuple[int, int]:
+        attributes = self._api.CUpointer_attribute
+        seen = self._call("cuPointerGetAttribute", attributes.CU_POINTER_ATTRIBUTE_DEVICE_POINTER, address)
+        index = self._call("cuPointerGetAttribute", attributes.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)
+        return int(seen), int(index)
+
     def synchronize_event(self, event: Any) -> None:
         self._call("cuEventSynchronize", event)
 
@@ -144,6 +153,9 @@ class BindingsDriver:
             return self._call("cuGraphInstantiate", graph, 0)
         finally:
             self._call("cuGraphDestroy", graph)
+
+    def abort_capture(self, stream: Any) -> None:
+        self._call("cuGraphDestroy", self._call("cuStreamEndCapture", stream))
 
     def launch(self, graph: Any, stream: Any) -> None:
         self._call("cuGraphLaunch", graph, stream)

@@ -452,9 +452,14 @@ def test_device_memory_of_results_is_used_again(stub: Stub, driver: DriverName, 
         third = opened.run_device(on_device[0])["mask"]
         assert third.address == address
         assert stub.made("device memory") == made
-        kept = third
+    np.testing.assert_array_equal(second.numpy(), simulation.masks(image), "a result outlives its engine")
+    assert "streams" in stub.live(), "only of the array given"
+    second.close()
     with pytest.raises(InputError, match="closed"):
-        kept.numpy()
+        second.numpy()
+    del third
+    on_device.pop().cuda.close()
+    assert stub.live() == {}
 
 
 def test_dlpack_results_live_as_long_as_their_taker(stub: Stub, driver: DriverName, on_device: list[OnDevice]) -> None:
