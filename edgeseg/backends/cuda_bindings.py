@@ -150,9 +150,16 @@ class BindingsDriver:
     def end_capture(self, stream: Any) -> Any:
         graph = self._call("cuStreamEndCapture", stream)
         try:
-            return self._call("cuGraphInstantiate", graph, 0)
-        finally:
+            launchable = self._call("cuGraphInstantiate", graph, 0)
+        except DeviceError:
             self._call("cuGraphDestroy", graph)
+            raise
+        try:
+            self._call("cuGraphDestroy", graph)
+        except DeviceError:
+            self._call("cuGraphExecDestroy", launchable)
+            raise
+        return launchable
 
     def abort_capture(self, stream: Any) -> None:
         self._call("cuGraphDestroy", self._call("cuStreamEndCapture", stream))

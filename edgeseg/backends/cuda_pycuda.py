@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import threading
@@ -97,32 +98,49 @@ class PycudaDriver:
         return context.value
 
     def _befores(self) -> list[int | None]:
+        """What was current in this thread before each push that is not undone yet."""
         if not hasattr(self._pushed, "befores"):
             self._pushed.befores = []
         befores: list[int | None] = self._pushed.befores
         return befores
 
     def push(self) -> None:
-        before = self._current()
-        self._call(self._context.push)
-        self._befores().append(before)
+        befores = self._befores()
+        if not befores:
+            before = self._current()
+            try:
+                self._call(self._context.push)
+            except DeviceError:
+                self._restore(before)
+                raise
+            befores.append(before)
+        else:
+            # pycuda takes the current context off before it puts one on, and a failure in between is not undone.
+            befores.append(befores[-1])
 
     def pop(self) -> None:
         befores = self._befores()
-        before = befores.pop() if befores else None
-        self._call(self._api.Context.pop)
+        before = befores.pop()
+        if not befores:
+            self._call(self._api.Context.pop)
+            self._restore(before)
+
+    def _restore(self, context: int | None) -> None:
         # pycuda takes whatever is current for its own: where the application has a pycuda context and, above it, one of
         # another library, that one would be gone now.
-        if self._current() != before:
-            self._call_library("cuCtxSetCurrent", ctypes.c_void_p(before))
+        if self._current() != context:
+            self._call_library("cuCtxSetCurrent", ctypes.c_void_p(context))
 
     def release(self) -> None:
         # pycuda releases only a context that is current (or of this thread), and then leaves it on the driver's stack of
         # this thread, where the next user of CUDA would find a dead context. It has no call to pop it: the driver has.
         context, self._context = self._context, None
-        self._call(context.push)
+        before = self._current()
+        with contextlib.suppress(DeviceError):  # then it is pushed by detach itself, in the thread that opened it
+            self._call(context.push)
         self._call(context.detach)
         self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        self._restore(before)
 
     def allocate(self, size_bytes: int) -> Any:
         return self._call(self._api.mem_alloc, size_bytes)

@@ -51,23 +51,17 @@ class ResultMemory:
     """Lends memory of a GPU, and keeps what comes back.
 
     Args:
-        cuda: an opened GPU; open until nothing is lent.
-        on_last: called when, after closing, the last lease has come back.
+        cuda: an opened GPU.
     """
 
-    def __init__(self, cuda: Cuda, on_last: Callable[[], None]) -> None:
+    def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
-        self._on_last = on_last
         # Reentrant: collecting garbage while it is held may give memory back.
         self._lock = threading.RLock()
         self._spare: list[tuple[DeviceMemory, Readers]] = []
         self._lent = 0
         self._closed = False
-
-    @property
-    def lent(self) -> int:
-        """How many leases are out."""
-        return self._lent
+        self._device_too = False
 
     def lease(self, size_bytes: int) -> Lease:
         """Lend memory of at least a size. Raises :class:`DeviceError` when there is none."""
@@ -82,6 +76,14 @@ class ResultMemory:
             self._closed = True
             spare, self._spare = self._spare, []
         _free([memory for memory, _ in spare])
+
+    def close_device(self) -> None:
+        """Close the GPU as soon as nothing is lent any more. Call once, when nobody else uses it."""
+        with self._lock:
+            self._device_too = True
+            now = not self._lent
+        if now:
+            self._cuda.close()
 
     def _take(self, size_bytes: int) -> tuple[DeviceMemory, Readers] | None:
         with self._lock:
@@ -106,9 +108,9 @@ class ResultMemory:
         _free(surplus)
         with self._lock:
             self._lent -= 1
-            last = self._closed and not self._lent
+            last = self._device_too and not self._lent
         if last:
-            self._on_last()
+            self._cuda.close()
 
 
 def _free(memories: list[DeviceMemory]) -> None:

@@ -51,6 +51,21 @@ class SessionOptions:
             raise SpecError(f"contexts is {self.contexts}; give a number from 1 to 64")
 
 
+class _Notes:
+    """What was asked for and cannot be had, each said once as a warning."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self._lock = threading.Lock()
+
+    def add(self, text: str) -> None:
+        with self._lock:
+            if text in self.texts:
+                return
+            self.texts.append(text)
+        warnings.warn(f"edgeseg: {text}", RuntimeWarning, stacklevel=2)
+
+
 class TensorRTSession:
     """Implements :class:`edgeseg.backends.base.Session` and its timed, pipelined and device kinds.
 
@@ -90,12 +105,14 @@ class TensorRTSession:
         self._condition = threading.Condition()
         self._idle: list[Lane] = []
         self._made = 0
-        self._device_closed = False
-        self._notes: list[str] = []
-        self._results = ResultMemory(cuda, self._settle)
+        # Neither these nor the lanes know the session: dropped without closing, it closes at once.
+        self._notes = _Notes()
+        self._results = ResultMemory(cuda)
         self._wants_graph = options.cuda_graph and cuda.driver.has_graphs
         if options.cuda_graph and not cuda.driver.has_graphs:
-            self._note(f"no CUDA graph: {cuda.driver.name} has none; pip install 'edgeseg[jetson]' for cuda-bindings")
+            self._notes.add(
+                f"no CUDA graph: {cuda.driver.name} has none; pip install 'edgeseg[jetson]' for cuda-bindings"
+            )
         # The first context now: an engine that does not fit should fail when loaded, not at the first image.
         self._idle.append(self._new_lane())
         self._made = 1
@@ -104,7 +121,7 @@ class TensorRTSession:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was asked for and cannot be had here, one line each; also given as warnings."""
-        return tuple(self._notes)
+        return tuple(self._notes.texts)
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """Run one batch: uint8 ``(N, H, W, C)`` in, arrays by output name out.
@@ -322,7 +339,7 @@ class TensorRTSession:
                 self._outputs,
                 mapped=self._mapped,
                 cuda_graph=self._wants_graph,
-                on_note=self._note,
+                on_note=self._notes.add,
             )
 
     def _put(self, lane: Lane) -> None:
@@ -360,14 +377,10 @@ class TensorRTSession:
         with self._condition:
             self._made -= lanes_gone
             self._condition.notify(lanes_gone)
-            done = self._closed and not self._made
-            engine_too = done and self._engine is not None
-            device_too = done and not self._results.lent and not self._device_closed
-            self._device_closed |= device_too
-        with ExitStack() as stack:
-            if device_too:
-                stack.callback(self._cuda.close)
-            if engine_too:
+            last = self._closed and not self._made and self._engine is not None
+        if last:
+            with ExitStack() as stack:
+                stack.callback(self._results.close_device)
                 stack.enter_context(self._cuda.active())
                 self._engine = None
 
@@ -397,10 +410,3 @@ class TensorRTSession:
             self._drop(lane)
         else:
             self._put(lane)
-
-    def _note(self, text: str) -> None:
-        with self._condition:
-            if text in self._notes:
-                return
-            self._notes.append(text)
-        warnings.warn(f"edgeseg: {text}", RuntimeWarning, stacklevel=2)

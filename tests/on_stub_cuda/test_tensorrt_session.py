@@ -376,8 +376,6 @@ class OnDevice:
         self.array, self.offset, self.version = np.ascontiguousarray(array), offset, version
         with self.cuda.active():
             self.stream.copy_to_device(self.memory.address + offset, self.array.reshape(-1).view(np.uint8))
-            if driver == "pycuda":  # whose wait for the whole device the stub does not have
-                self.stream.synchronize()
 
     @property
     def __cuda_array_interface__(self) -> dict[str, object]:
