@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from edgeseg.artifacts import (
     MANIFEST_NAME,
@@ -20,7 +24,7 @@ from edgeseg.artifacts import (
 )
 from edgeseg.atomic import atomic_folder
 from edgeseg.backends import require_builder
-from edgeseg.errors import BuildError
+from edgeseg.errors import ArtifactError, BuildError
 from edgeseg.progress import Reporter, SilentReporter, stage
 
 _MACHINE_INDEPENDENT: dict[str, tuple[str, ...]] = {
@@ -51,14 +55,40 @@ _MACHINE_INDEPENDENT: dict[str, tuple[str, ...]] = {
 def recompile(engine: Engine) -> Engine:
     """Build a stale engine again, in its folder, for this machine and with the settings it was built with.
 
+    Where several processes find the same engine stale (the services of a device after an update), one builds it, and the
+    others wait and take that.
+
     Raises:
+        ArtifactError: also when nothing can be written where the folder is.
         ArtifactError, BuildError: see :func:`compile_folder`.
     """
     manifest = engine.manifest
     kept = _MACHINE_INDEPENDENT.get(manifest.target, ())
-    return compile_folder(
-        engine.folder, options={name: manifest.options[name] for name in kept if name in manifest.options}
-    )
+    options = {name: manifest.options[name] for name in kept if name in manifest.options}
+    with _turn(engine.folder):
+        if read_manifest(engine.folder) != manifest:
+            return open_engine(engine.folder)
+        return compile_folder(engine.folder, options=options)
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Hold the lock of those who compile ``folder`` again, waiting for it."""
+    folder = Path(os.path.abspath(folder))
+    lock = filelock.FileLock(folder.parent / f".{folder.name}.recompile.lock")
+    try:
+        lock.acquire()
+    except OSError as exc:
+        raise ArtifactError(
+            f"{folder} was built for another device or version, and cannot be compiled again where it is "
+            f"({exc.strerror}); run: edgeseg compile {folder} --output FOLDER"
+        ) from exc
+    try:
+        yield
+    finally:
+        # While it is held: who waits for a file that is gone by then begins again.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def compile_folder(
