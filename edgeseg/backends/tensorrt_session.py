@@ -6,8 +6,10 @@ differs between versions is in :mod:`edgeseg.backends.tensorrt`.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -51,6 +53,16 @@ class SessionOptions:
             raise SpecError(f"contexts is {self.contexts}; give a number from 1 to 64")
 
 
+_open: weakref.WeakSet[TensorRTSession] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    # TensorRT's objects must be gone before the driver is, which Python's order of ending does not promise.
+    for session in list(_open):
+        session.close()
+
+
 class _Notes:
     """What was asked for and cannot be had, each said once as a warning."""
 
@@ -69,8 +81,8 @@ class _Notes:
 class TensorRTSession:
     """Implements :class:`edgeseg.backends.base.Session` and its timed, pipelined and device kinds.
 
-    Close it. Dropped without, it closes itself and warns (``ResourceWarning``). In a process forked from the one that made
-    it every call is a :class:`DeviceError`.
+    Close it. Dropped without, it closes itself and warns (``ResourceWarning``); at exit it closes without a word. In a
+    process forked from the one that made it every call is a :class:`DeviceError`.
 
     Args:
         trt: the tensorrt module, of any version from 8.6 on.
@@ -117,6 +129,7 @@ class TensorRTSession:
         self._idle.append(self._new_lane())
         self._made = 1
         self._closed = False
+        _open.add(self)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ import contextlib
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -270,6 +272,33 @@ def test_a_session_that_is_closed_says_nothing_when_dropped(simulation: Simulati
         warnings.simplefilter("error")
         session(simulation, driver).close()
         gc.collect()
+
+
+def test_a_program_that_ends_without_closing(driver: DriverName) -> None:
+    """Everything is freed while the driver is there, with a stream of results still open, and nothing is printed."""
+    code = f"""
+import atexit, os, sys
+sys.setdlopenflags(os.RTLD_LAZY)
+from stub_cuda import Stub
+stub = Stub()
+atexit.register(lambda: print(stub.live(), stub.violations()))  # called after those registered later
+import numpy as np
+from simulated import SIDE, Simulation, model, spec
+from edgeseg.backends.cuda import open_cuda
+from edgeseg.backends.tensorrt_session import TensorRTSession
+simulation = Simulation(stub, model())
+opened = TensorRTSession(simulation.trt, simulation.engine, spec(), open_cuda({driver!r}))
+results = opened.run_many([np.zeros((1, SIDE, SIDE, 3), np.uint8)] * 4)
+print(next(results)["mask"].shape)
+results.close()
+"""
+    here = os.path.dirname(__file__)
+    path = os.pathsep.join([here, os.path.dirname(here), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert (done.returncode, done.stdout.split("\n")) == (0, [f"(1, {SIDE}, {SIDE})", "{} 0", ""]), done.stderr
+    assert done.stderr == ""
 
 
 def test_close_while_calls_are_in_flight(simulation: Simulation, driver: DriverName, stub: Stub) -> None:

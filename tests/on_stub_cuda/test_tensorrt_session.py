@@ -348,19 +348,34 @@ def test_cuda_graph_is_recorded_after_the_first_run_of_a_shape(stub: Stub, drive
         assert opened.notes == ()
 
 
-def test_a_graph_that_cannot_be_recorded_is_said_and_done_without(stub: Stub, driver: DriverName) -> None:
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("cuStreamBeginCapture_v2", "cuStreamBeginCapture failed: CUDA_ERROR_OUT_OF_MEMORY"),
+        ("kernel", "TensorRT refuses to run the engine"),
+        ("cuStreamEndCapture", "cuStreamEndCapture failed"),
+        ("cuGraphInstantiateWithFlags", "cuGraphInstantiate failed"),
+        ("cuGraphDestroy", "cuGraphDestroy failed"),
+    ],
+)
+def test_a_graph_that_cannot_be_recorded_is_said_and_done_without(
+    stub: Stub, driver: DriverName, function: str, said: str
+) -> None:
     if driver == "pycuda":
         pytest.skip("pycuda has no CUDA graphs")
     simulation = Simulation(stub, model())
     with session(simulation, driver, SessionOptions(cuda_graph=True)) as opened:
         opened.run(images())
-        stub.fail("cuGraphInstantiateWithFlags", 1, OUT_OF_MEMORY)
+        stub.fail(function, 1, OUT_OF_MEMORY)
         image = images()
-        with pytest.warns(RuntimeWarning, match="no CUDA graph, every inference is enqueued anew: cuGraphInstantiate"):
+        with pytest.warns(RuntimeWarning, match=f"no CUDA graph, every inference is enqueued anew: {said}"):
             found = opened.run(image)
         np.testing.assert_array_equal(found["mask"], simulation.masks(image))
+        stub.record_calls()
         np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+        assert "cuStreamBeginCapture_v2" not in stub.calls(), "it is not tried again"
         assert len(opened.notes) == 1
+        assert not {"graphs", "graph execs"} & set(stub.live())
 
 
 # -- arrays on the device ---------------------------------------------------------------------------------------------
