@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from edgeseg.artifacts import (
     MANIFEST_NAME,
@@ -23,7 +26,7 @@ from edgeseg.artifacts import (
 from edgeseg.atomic import atomic_folder
 from edgeseg.backends import require_builder
 from edgeseg.backends.portable import check_options
-from edgeseg.errors import BuildError, SpecError
+from edgeseg.errors import ArtifactError, BuildError, SpecError
 from edgeseg.progress import Reporter, SilentReporter, stage
 
 _MACHINE_INDEPENDENT: dict[str, tuple[str, ...]] = {
@@ -64,16 +67,44 @@ def kept_options(manifest: Manifest) -> dict[str, Any]:
 def recompile(engine: Engine) -> Engine:
     """Build a stale engine again, in its folder, for this machine and with the options it was built with.
 
+    Where several processes find the same engine stale (the services of a device after an update), one builds it, and the
+    others wait and take that.
+
     Raises:
+        ArtifactError: also when nothing can be written where the folder is.
         ArtifactError, BuildError, SpecError: see :func:`compile_folder`.
     """
+    manifest = engine.manifest
     options: dict[str, Any] = {}
-    if engine.manifest.target == "tensorrt-rtx" and (asked := kept_options(engine.manifest).get("sm")):
+    if manifest.target == "tensorrt-rtx" and (asked := kept_options(manifest).get("sm")):
         from edgeseg.backends.tensorrt_rtx import backend as rtx
 
         # It is to run here, whatever else it is for.
         options["sm"] = tuple(dict.fromkeys((*asked, *rtx().own_sm())))
-    return compile_folder(engine.folder, options=options)
+    with _turn(engine.folder):
+        if read_manifest(engine.folder) != manifest:
+            return open_engine(engine.folder)
+        return compile_folder(engine.folder, options=options)
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Hold the lock of those who compile ``folder`` again, waiting for it."""
+    folder = Path(os.path.abspath(folder))
+    lock = filelock.FileLock(folder.parent / f".{folder.name}.recompile.lock")
+    try:
+        lock.acquire()
+    except OSError as exc:
+        raise ArtifactError(
+            f"{folder} was built for another device or version, and cannot be compiled again where it is "
+            f"({exc.strerror}); run: edgeseg compile {folder} --output FOLDER"
+        ) from exc
+    try:
+        yield
+    finally:
+        # While it is held: who waits for a file that is gone by then begins again.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def compile_folder(

@@ -112,6 +112,15 @@ class BindingsDriver:
         self.record(event, self._api.CUstream(foreign))
         self.wait(stream, event)
 
+    def synchronize_context(self) -> None:
+        self._call("cuCtxSynchronize")
+
+    def locate(self, address: int) -> tuple[int, int]:
+        attributes = self._api.CUpointer_attribute
+        seen = self._call("cuPointerGetAttribute", attributes.CU_POINTER_ATTRIBUTE_DEVICE_POINTER, address)
+        index = self._call("cuPointerGetAttribute", attributes.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)
+        return int(seen), int(index)
+
     def synchronize_event(self, event: Any) -> None:
         self._call("cuEventSynchronize", event)
 
@@ -142,9 +151,19 @@ class BindingsDriver:
     def end_capture(self, stream: Any) -> Any:
         graph = self._call("cuStreamEndCapture", stream)
         try:
-            return self._call("cuGraphInstantiate", graph, 0)
-        finally:
+            launchable = self._call("cuGraphInstantiate", graph, 0)
+        except DeviceError:
             self._call("cuGraphDestroy", graph)
+            raise
+        try:
+            self._call("cuGraphDestroy", graph)
+        except DeviceError:
+            self._call("cuGraphExecDestroy", launchable)
+            raise
+        return launchable
+
+    def abort_capture(self, stream: Any) -> None:
+        self._call("cuGraphDestroy", self._call("cuStreamEndCapture", stream))
 
     def launch(self, graph: Any, stream: Any) -> None:
         self._call("cuGraphLaunch", graph, stream)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +27,17 @@ _NAMES = {
     "invalid resource handle": "CUDA_ERROR_INVALID_HANDLE",
 }
 
+# CUpointer_attribute, part of the driver's stable binary interface.
+_DEVICE_POINTER, _DEVICE_ORDINAL = 3, 9
+
 
 class PycudaDriver:
     """Implements :class:`edgeseg.backends.cuda_driver.Driver`.
 
     pycuda destroys a stream or event when its object is dropped, and leaks it unless the context is current then. So
     handles of these are numbers: the objects are kept here alone, where the traceback of an error does not hold them.
+
+    What pycuda does not offer is called in the driver's library itself.
     """
 
     name: DriverName = "pycuda"
@@ -40,7 +47,9 @@ class PycudaDriver:
         self._api = api
         self._objects: dict[int, Any] = {}
         self._numbers = itertools.count(1)
+        self._pushed = threading.local()
         self._call(api.init)
+        self._library = ctypes.CDLL("libcuda.so.1")
         device = self._call(api.Device, index)
         self.device = self._describe(device, index)
         # Retained, not made: pycuda.autoinit makes a second context that TensorRT does not share.
@@ -75,19 +84,64 @@ class PycudaDriver:
         self._objects[number] = made
         return number
 
+    def _call_library(self, function: str, *arguments: Any) -> None:
+        code = getattr(self._library, function)(*arguments)
+        if code:
+            name, text = ctypes.c_char_p(), ctypes.c_char_p()
+            self._library.cuGetErrorName(code, ctypes.byref(name))
+            self._library.cuGetErrorString(code, ctypes.byref(text))
+            spelled = (name.value or b"error %d" % code).decode()
+            raise cuda_error(function.removesuffix("_v2"), spelled, (text.value or b"no description").decode())
+
+    def _current(self) -> int | None:
+        context = ctypes.c_void_p()
+        self._call_library("cuCtxGetCurrent", ctypes.byref(context))
+        return context.value
+
+    def _befores(self) -> list[int | None]:
+        """What was current in this thread before each push that is not undone yet."""
+        if not hasattr(self._pushed, "befores"):
+            self._pushed.befores = []
+        befores: list[int | None] = self._pushed.befores
+        return befores
+
     def push(self) -> None:
-        self._call(self._context.push)
+        befores = self._befores()
+        if not befores:
+            before = self._current()
+            try:
+                self._call(self._context.push)
+            except DeviceError:
+                self._restore(before)
+                raise
+            befores.append(before)
+        else:
+            # pycuda takes the current context off before it puts one on, and a failure in between is not undone.
+            befores.append(befores[-1])
 
     def pop(self) -> None:
-        self._call(self._api.Context.pop)
+        befores = self._befores()
+        before = befores.pop()
+        if not befores:
+            self._call(self._api.Context.pop)
+            self._restore(before)
+
+    def _restore(self, context: int | None) -> None:
+        # pycuda takes whatever is current for its own: where the application has a pycuda context and, above it, one of
+        # another library, that one would be gone now.
+        if self._current() != context:
+            self._call_library("cuCtxSetCurrent", ctypes.c_void_p(context))
 
     def release(self) -> None:
         # pycuda releases only a context that is current (or of this thread), and then leaves it on the driver's stack of
         # this thread, where the next user of CUDA would find a dead context. It has no call to pop it: the driver has.
         context, self._context = self._context, None
-        self._call(context.push)
+        before = self._current()
+        with contextlib.suppress(DeviceError):  # then it is pushed by detach itself, in the thread that opened it
+            self._call(context.push)
         self._call(context.detach)
-        ctypes.CDLL("libcuda.so.1").cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        self._library.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        self._restore(before)
 
     def allocate(self, size_bytes: int) -> Any:
         return self._call(self._api.mem_alloc, size_bytes)
@@ -133,7 +187,17 @@ class PycudaDriver:
 
     def wait_for_foreign(self, stream: Any, foreign: int, event: Any) -> None:
         # pycuda cannot name a stream it did not make: wait for the whole device.
+        self.synchronize_context()
+
+    def synchronize_context(self) -> None:
         self._call(self._api.Context.synchronize)
+
+    def locate(self, address: int) -> tuple[int, int]:
+        seen, index = ctypes.c_uint64(), ctypes.c_int()
+        given = ctypes.c_uint64(address)
+        self._call_library("cuPointerGetAttribute", ctypes.byref(seen), _DEVICE_POINTER, given)
+        self._call_library("cuPointerGetAttribute", ctypes.byref(index), _DEVICE_ORDINAL, given)
+        return seen.value, index.value
 
     def synchronize_event(self, event: Any) -> None:
         self._call(self._objects[event].synchronize)
@@ -161,6 +225,9 @@ class PycudaDriver:
         raise DeviceError("pycuda has no CUDA graphs; pip install 'edgeseg[jetson]' for cuda-bindings, which has")
 
     def end_capture(self, stream: Any) -> Any:
+        raise DeviceError("pycuda has no CUDA graphs")
+
+    def abort_capture(self, stream: Any) -> None:
         raise DeviceError("pycuda has no CUDA graphs")
 
     def launch(self, graph: Any, stream: Any) -> None:

@@ -1,14 +1,18 @@
-"""DLPack capsules by ctypes: tensors of other libraries in, ours out, without a copy and without importing either.
+"""DLPack capsules without importing the library on the other side: tensors of others in, ours out, nothing copied.
 
 Structures and rules: https://dmlc.github.io/dlpack/latest/c_api.html and python_spec.html. A capsule named ``dltensor``
-holds a ``DLManagedTensor``; who takes it renames it to ``used_dltensor`` and calls its deleter when done.
+holds a ``DLManagedTensor``, one named ``dltensor_versioned`` a ``DLManagedTensorVersioned`` (DLPack 1.0 on); who takes it
+renames it to ``used_...`` and calls its deleter when done.
+
+Deleters run wherever the taker drops its tensor: in a thread without the GIL, while an exception is on its way, after the
+interpreter is gone. A Python function called through ctypes survives none of these. So the capsules we give are numpy's,
+whose deleters are made for it: an array over the memory, which numpy never looks into, with the device written over.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,9 +22,13 @@ from edgeseg.errors import InputError
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
 """Device types."""
 
-_INT, _UINT, _FLOAT, _BOOL = 0, 1, 2, 6
-_KINDS = {"i": _INT, "u": _UINT, "f": _FLOAT, "b": _BOOL}
+VERSION = (1, 0)
+"""The newest DLPack we ask others for; minor versions only add."""
+
+_KINDS = {0: "i", 1: "u", 2: "f", 6: "b"}
 _NAME, _USED_NAME = b"dltensor", b"used_dltensor"
+_VERSIONED_NAME, _USED_VERSIONED_NAME = b"dltensor_versioned", b"used_dltensor_versioned"
+_IS_COPIED = 1 << 1
 
 
 class _Device(ctypes.Structure):
@@ -43,30 +51,32 @@ class _Tensor(ctypes.Structure):
     )
 
 
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
 class _Managed(ctypes.Structure):
-    pass
+    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
 
 
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_Managed))
-_Managed._fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
+class _Versioned(ctypes.Structure):
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("context", ctypes.c_void_p),
+        ("deleter", _Deleter),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _Tensor),
+    )
 
-_CapsuleDestructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 _api = ctypes.pythonapi
-_api.PyCapsule_New.restype = ctypes.py_object
-_api.PyCapsule_New.argtypes = (ctypes.c_void_p, ctypes.c_char_p, _CapsuleDestructor)
+_api.PyCapsule_IsValid.argtypes = (ctypes.py_object, ctypes.c_char_p)
+_api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+_api.PyCapsule_GetPointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 _api.PyCapsule_SetName.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
-# The same functions for an object that is being destroyed: as a plain address, so that ctypes takes no reference to it.
-_is_valid_at = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", _api))
-_pointer_at = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_GetPointer", _api))
 
-# Tensors given away and not yet deleted by their taker, by the number in their ``context``.
-_given: dict[int, tuple[object, ...]] = {}
-_numbers = itertools.count(1)
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Received:
     """A tensor taken out of a capsule; :meth:`release` gives it back to its maker.
 
@@ -81,67 +91,99 @@ class Received:
     dtype: np.dtype[Any]
     device_type: int
     device_index: int
-    _managed: int
+    _managed: Any = field(repr=False)
 
     def release(self) -> None:
-        """Call the maker's deleter. Once, when no work reads the memory any more."""
-        managed = _Managed.from_address(self._managed)
-        if managed.deleter:
-            managed.deleter(ctypes.byref(managed))
+        """Call the maker's deleter, when no work reads the memory any more; again does nothing."""
+        managed, self._managed = self._managed, None
+        if managed is not None and managed.deleter:
+            managed.deleter(ctypes.addressof(managed))
 
 
 def receive(capsule: object) -> Received:
-    """Take a tensor out of what ``__dlpack__`` returned. Raises :class:`InputError` for what is not one."""
-    if not _is_valid_at(id(capsule), _NAME):
+    """Take a tensor out of what ``__dlpack__`` returned, of DLPack 1 or before.
+
+    Raises:
+        InputError: not a capsule, one that was taken before, of DLPack 2, or of a type numpy has not. It is not taken.
+    """
+    managed: Any
+    if _api.PyCapsule_IsValid(capsule, _VERSIONED_NAME):
+        managed = _Versioned.from_address(_api.PyCapsule_GetPointer(capsule, _VERSIONED_NAME))
+        if managed.major != VERSION[0]:
+            raise InputError(f"a tensor of DLPack {managed.major}.{managed.minor}; edgeseg reads DLPack 1 and before")
+        used = _USED_VERSIONED_NAME
+    elif _api.PyCapsule_IsValid(capsule, _NAME):
+        managed, used = _Managed.from_address(_api.PyCapsule_GetPointer(capsule, _NAME)), _USED_NAME
+    else:
         raise InputError(f"__dlpack__ returned a {type(capsule).__name__} that is no fresh DLPack capsule")
-    address = int(_pointer_at(id(capsule), _NAME))
-    tensor = _Managed.from_address(address).tensor
-    kinds = {number: kind for kind, number in _KINDS.items()}
-    if tensor.dtype.kind not in kinds or tensor.dtype.lanes != 1:
-        raise InputError(f"a DLPack tensor of type code {tensor.dtype.kind} is not an image; give uint8")
-    kind, bytes_each = kinds[tensor.dtype.kind], (tensor.dtype.bits + 7) // 8
+    tensor = managed.tensor
     received = Received(
         address=(tensor.data or 0) + tensor.byte_offset,
         shape=tuple(tensor.shape[: tensor.ndim]),
         strides=tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None,
-        dtype=np.dtype(np.bool_ if kind == "b" else f"{kind}{bytes_each}"),
+        dtype=_dtype(tensor.dtype),
         device_type=tensor.device.type,
         device_index=tensor.device.index,
-        _managed=address,
+        _managed=managed,
     )
-    _api.PyCapsule_SetName(capsule, _USED_NAME)
+    _api.PyCapsule_SetName(capsule, used)
     return received
 
 
-def give(
-    owner: object, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], device_type: int, device_index: int
-) -> object:
-    """Make a capsule of C-contiguous memory; ``owner`` is kept alive until the taker is done with it."""
-    number = next(_numbers)
-    sizes = (ctypes.c_int64 * len(shape))(*shape)
-    managed = _Managed()
-    managed.tensor.data = address
-    managed.tensor.device = _Device(device_type, device_index)
-    managed.tensor.ndim = len(shape)
-    managed.tensor.dtype = _DataType(_KINDS[dtype.kind], 8 * dtype.itemsize, 1)
-    managed.tensor.shape = ctypes.cast(sizes, ctypes.POINTER(ctypes.c_int64))
-    managed.tensor.strides = None
-    managed.tensor.byte_offset = 0
-    managed.context = number
-    managed.deleter = _DELETE
-    _given[number] = (owner, sizes, managed)
-    return _api.PyCapsule_New(ctypes.addressof(managed), _NAME, _DESTROY)
+class Memory:
+    """C-contiguous memory for :func:`give`. While a taker has it, this object lives.
+
+    Args:
+        owner: kept alive with it.
+    """
+
+    def __init__(self, owner: object, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self._owner = owner
+        self.__array_interface__ = {"data": (address, False), "shape": shape, "typestr": dtype.str, "version": 3}
 
 
-def _delete(managed: Any) -> None:
-    _given.pop(managed.contents.context, None)
+def give(memory: Memory, device_type: int, device_index: int, max_version: tuple[int, int] | None = None) -> object:
+    """Make a capsule.
+
+    Args:
+        memory: alive until the taker is done with it.
+        device_type: a type of device.
+        device_index: which of them.
+        max_version: newest DLPack the taker reads; ``None``: before 1.0. Older than what it reads is always allowed.
+    """
+    capsule, tensor, _ = _made(np.asarray(memory), max_version)
+    tensor.device = _Device(device_type, device_index)
+    return capsule
 
 
-def _destroy(capsule: int) -> None:
-    # A capsule that nobody took still carries its first name.
-    if _is_valid_at(capsule, _NAME):
-        _given.pop(_Managed.from_address(_pointer_at(capsule, _NAME)).context, None)
+def give_copy(array: np.ndarray[Any, Any], max_version: tuple[int, int] | None = None) -> object:
+    """Make a capsule of an array in host memory that its taker alone will have."""
+    capsule, _, versioned = _made(array, max_version)
+    if versioned is not None:
+        versioned.flags |= _IS_COPIED
+    return capsule
 
 
-# Kept for the whole process: C holds their addresses.
-_DELETE, _DESTROY = _Deleter(_delete), _CapsuleDestructor(_destroy)
+def _made(array: np.ndarray[Any, Any], max_version: tuple[int, int] | None) -> tuple[object, Any, _Versioned | None]:
+    """A capsule of numpy's, its tensor, and its versioned part if it has one."""
+    capsule: Any
+    try:
+        capsule = array.__dlpack__(max_version=max_version)
+    except TypeError:  # numpy before 2.1
+        capsule = array.__dlpack__()
+    if _api.PyCapsule_IsValid(capsule, _NAME):
+        return capsule, _Managed.from_address(_api.PyCapsule_GetPointer(capsule, _NAME)).tensor, None
+    versioned = _Versioned.from_address(_api.PyCapsule_GetPointer(capsule, _VERSIONED_NAME))
+    return capsule, versioned.tensor, versioned
+
+
+def _dtype(described: Any) -> np.dtype[Any]:
+    kind, bits = _KINDS.get(described.kind), described.bits
+    if kind is None or described.lanes != 1 or bits % 8:
+        raise InputError(
+            f"a DLPack tensor of type code {described.kind}, {bits} bits, {described.lanes} lanes is not an image; give uint8"
+        )
+    try:
+        return np.dtype(np.bool_ if kind == "b" else f"{kind}{bits // 8}")
+    except TypeError as exc:
+        raise InputError(f"a DLPack tensor of {bits}-bit numbers of kind {kind} is not an image; give uint8") from exc

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import StageTimes
-from edgeseg.backends.cuda import Cuda, DeviceMemory, Graph, HostMemory
+from edgeseg.backends.cuda import LEGACY_STREAM, Cuda
+from edgeseg.backends.cuda_resources import DeviceMemory, Graph, HostMemory, Stream
 from edgeseg.backends.device_arrays import DeviceImages
+from edgeseg.backends.result_memory import Lease
 from edgeseg.errors import DeviceError, InputError
 
 if TYPE_CHECKING:
@@ -86,20 +88,31 @@ def io_tensors(trt: TensorRT, engine: ICudaEngine | CachingEngine) -> tuple[IoTe
 
 
 class _Buffer:
-    """Memory of one tensor: page-locked host memory and, unless the GPU uses that in place, device memory."""
+    """Memory of one tensor: page-locked host memory and, unless the GPU uses that in place, device memory.
 
-    def __init__(self, cuda: Cuda, mapped: bool) -> None:
+    Attributes:
+        array: the host memory, of the tensor's shape and dtype.
+        bytes: the same as bytes.
+        address: where the GPU has it.
+    """
+
+    def __init__(self, cuda: Cuda, mapped: bool, dtype: np.dtype[Any]) -> None:
         self._cuda = cuda
         self._mapped = mapped
+        self._dtype = dtype
         self._host: HostMemory | None = None
         self._device: DeviceMemory | None = None
-        self.view: NDArray[np.uint8] = np.empty(0, np.uint8)
-        self.address = 0
+        self.bytes: NDArray[np.uint8]
+        self.array: NDArray[Any]
+        self.address: int
+        self._forget()
 
-    def fit(self, size_bytes: int) -> bool:
-        """Make room for so many bytes; whether the address changed."""
-        moved = self._host is None or self._host.size_bytes < size_bytes
-        if moved:
+    def fit(self, shape: tuple[int, ...]) -> None:
+        """Make it of a shape; allocates when it was never as large."""
+        if shape == self.array.shape and self._host is not None:
+            return
+        size_bytes = math.prod(shape) * self._dtype.itemsize
+        if self._host is None or self._host.size_bytes < size_bytes:
             # Freed first: two sizes at once might not fit the device.
             self.close()
             if self._mapped:
@@ -110,18 +123,22 @@ class _Buffer:
                 self._device = self._cuda.device_memory(size_bytes)
                 self.address = self._device.address
                 self._host = self._cuda.pinned_memory(size_bytes)
-        assert self._host is not None
-        self.view = self._host.array[:size_bytes]
-        return moved
+        self.bytes = self._host.array[:size_bytes]
+        self.array = self.bytes.view(self._dtype).reshape(shape)
 
     def close(self) -> None:
-        self.view = np.empty(0, np.uint8)
+        self._forget()
         host, self._host = self._host, None
         device, self._device = self._device, None
         with ExitStack() as stack:
             for memory in (host, device):
                 if memory is not None:
                     stack.callback(memory.close)
+
+    def _forget(self) -> None:
+        # No view may outlive the memory.
+        self.bytes, self.array = np.empty(0, np.uint8), np.empty(0, self._dtype)
+        self.address = 0
 
 
 def layer_profiler(trt: TensorRT, reports: list[tuple[str, float]]) -> Any:
@@ -150,7 +167,7 @@ class Lane:
         cuda: an opened GPU.
         image, outputs: from :func:`io_tensors`.
         mapped: buffers in host memory that the GPU uses in place (integrated GPUs).
-        cuda_graph: launch repeated shapes as a CUDA graph.
+        cuda_graph: launch what repeats, shape and addresses, as a CUDA graph.
         on_note: told, in one line, when a CUDA graph was wanted and cannot be had.
 
     Raises:
@@ -168,52 +185,52 @@ class Lane:
         cuda_graph: bool,
         on_note: Callable[[str], None],
     ) -> None:
+        self._cuda = cuda
         self._image = image
         self._outputs = outputs
         self._mapped = mapped
         self._wants_graph = cuda_graph
         self._on_note = on_note
+        self._profiler: Any = None
         self._graph: Graph | None = None
         self._shape: tuple[int, ...] | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._bound = False
-        self._runs_of_shape = 0
+        # Addresses TensorRT was told, input first.
+        self._bound: tuple[int, ...] = ()
+        # Runs since shape or addresses changed.
+        self._runs = 0
         self._enqueue_ms = 0.0
-        self._profiler: Any = None
         with ExitStack() as making:
-            self._stream = making.enter_context(cuda.stream())
-            self.stream_address = self._stream.address
+            self._stream: Stream = making.enter_context(cuda.stream())
+            self._stream_address = self._stream.address
             self._marks = tuple(making.enter_context(cuda.event()) for _ in range(4))
             self._foreign = making.enter_context(cuda.event(timing=False))
-            self._input = _Buffer(cuda, mapped)
+            self._input = _Buffer(cuda, mapped, image.dtype)
             making.callback(self._input.close)
-            self._results = {tensor.name: _Buffer(cuda, mapped) for tensor in outputs}
+            self._results = {tensor.name: _Buffer(cuda, mapped, tensor.dtype) for tensor in outputs}
             for buffer in self._results.values():
                 making.callback(buffer.close)
-            self._context: IExecutionContext = engine.create_execution_context()
-            if self._context is None:
-                free, total = cuda.memory_info()
-                raise DeviceError(
-                    f"TensorRT could not make an execution context with {free / 2**20:.0f} of {total / 2**20:.0f} MiB "
-                    "of GPU memory free; close other programs on the GPU, or use fewer contexts"
-                )
-            # Only the first context of an engine gets a profile by itself.
-            if -1 in image.shape and not self._context.set_optimization_profile_async(0, self.stream_address):
-                raise DeviceError(
-                    "this engine's shapes serve one context at a time (TensorRT 8 without profile sharing); "
-                    "run: edgeseg compile ENGINE_DIR --backend-option contexts=1"
-                )
+            making.callback(self._forget_context)
+            self._make_context(engine)
+            if -1 not in image.shape:
+                # The only shape there is: an engine that does not fit fails now, not at the first image.
+                self._prepare(image.shape)
             self._resources = making.pop_all()
+
+    @property
+    def stream(self) -> Stream:
+        """The lane's own."""
+        return self._stream
 
     def enqueue(self, images: NDArray[np.uint8], *, timed: bool = False) -> None:
         """Give the GPU one batch to do, uint8 ``(N, H, W, C)``; it is copied before this returns."""
         self._prepare(images.shape)
-        np.copyto(self._input.view.reshape(images.shape), images)
+        np.copyto(self._input.array, images)
         start, copied, computed, done = self._marks
         if timed:
             start.record(self._stream)
         if not self._mapped:
-            self._stream.copy_to_device(self._input.address, self._input.view)
+            self._stream.copy_to_device(self._input.address, self._input.bytes)
         if timed:
             copied.record(self._stream)
         before = time.perf_counter()
@@ -223,18 +240,14 @@ class Lane:
             computed.record(self._stream)
         if not self._mapped:
             for buffer in self._results.values():
-                self._stream.copy_to_host(buffer.view, buffer.address)
+                self._stream.copy_to_host(buffer.bytes, buffer.address)
         if timed:
             done.record(self._stream)
 
     def finish(self) -> dict[str, NDArray[Any]]:
         """Wait for the batch and return its outputs, in arrays of the caller's own."""
         self._stream.synchronize()
-        found = {}
-        for tensor in self._outputs:
-            view = self._results[tensor.name].view
-            found[tensor.name] = view.view(tensor.dtype).reshape(self._shapes[tensor.name]).copy()
-        return found
+        return {name: buffer.array.copy() for name, buffer in self._results.items()}
 
     def stage_times(self) -> StageTimes:
         """Of the last batch, which was enqueued ``timed`` and is finished."""
@@ -246,39 +259,39 @@ class Lane:
             enqueue_ms=self._enqueue_ms,
         )
 
-    @property
-    def stream(self) -> Any:
-        """The lane's :class:`~edgeseg.backends.cuda.Stream`."""
-        return self._stream
-
     def run_on_device(
-        self, images: DeviceImages, shape: tuple[int, ...], allocate: Callable[[int], DeviceMemory]
-    ) -> dict[str, tuple[DeviceMemory, tuple[int, ...]]]:
-        """Run images that are in the GPU's memory into memory from ``allocate``; returns when it is done.
+        self, images: DeviceImages, shape: tuple[int, ...], lend: Callable[[int], Lease]
+    ) -> dict[str, tuple[Lease, tuple[int, ...]]]:
+        """Run images that are in the GPU's memory into memory from ``lend``; returns when it is done.
 
         Args:
             images: where they are.
             shape: theirs, ``(N, H, W, C)``.
-            allocate: called with a size in bytes for each output.
+            lend: called with a size in bytes for each output.
 
         Returns:
             by output name: the memory and the shape.
         """
-        self._prepare(shape)
-        if images.stream is not None:
-            self._stream.wait_for_stream(images.stream, self._foreign)
+        self._set_shape(shape)
+        for writer in images.streams:
+            self._stream.wait_for_stream(writer, self._foreign)
         address = images.address
         if address % ALIGNMENT_BYTES:
+            self._input.fit(shape)
             self._stream.copy_on_device(self._input.address, address, math.prod(shape))
             address = self._input.address
-        self._bound = False  # the lane's own buffers are bound again by the next batch from the host
-        self._set_address(self._image.name, address)
-        found = {}
-        for tensor in self._outputs:
-            memory = allocate(self._results[tensor.name].view.nbytes)
-            found[tensor.name] = (memory, self._shapes[tensor.name])
-            self._set_address(tensor.name, memory.address)
-        self._execute()
+        found = {
+            tensor.name: (lend(math.prod(self._shapes[tensor.name]) * tensor.dtype.itemsize), self._shapes[tensor.name])
+            for tensor in self._outputs
+        }
+        leases = [lease for lease, _ in found.values()]
+        readers = {lease.before for lease in leases}
+        if "any stream" in readers:
+            self._cuda.synchronize()
+        elif "default stream" in readers:
+            self._stream.wait_for_stream(LEGACY_STREAM, self._foreign)
+        self._bind((address, *(lease.memory.address for lease in leases)))
+        self._launch()
         self._stream.synchronize()
         return found
 
@@ -301,54 +314,77 @@ class Lane:
     def close(self) -> None:
         """Free everything. Raises :class:`DeviceError` when the driver refuses; the rest is freed all the same."""
         graph, self._graph = self._graph, None
-        vars(self).pop("_context", None)
-        self._profiler = None
         if graph is not None:
             self._resources.callback(graph.close)
         self._resources.close()
 
-    def _prepare(self, shape: tuple[int, ...]) -> None:
-        """Set the input's shape, make the buffers large enough and tell TensorRT where they are."""
-        if shape != self._shape:
-            self._drop_graph()
-            self._shape = None
-            if not self._context.set_input_shape(self._image.name, shape):
-                raise InputError(
-                    f"TensorRT refuses images of shape {shape}; this engine takes {self._image.shape_text}"
-                )
-            moved = self._input.fit(math.prod(shape))
-            for tensor in self._outputs:
-                found = tuple(self._context.get_tensor_shape(tensor.name))
-                if any(n < 0 for n in found):
-                    raise DeviceError(
-                        f"the shape of output {tensor.name} is {found} before running; build the engine again"
-                    )
-                self._shapes[tensor.name] = found
-                moved |= self._results[tensor.name].fit(math.prod(found) * tensor.dtype.itemsize)
-            self._shape = shape
-            self._bound &= not moved
-        if not self._bound:
-            self._set_address(self._image.name, self._input.address)
-            for tensor in self._outputs:
-                self._set_address(tensor.name, self._results[tensor.name].address)
-            self._bound = True
+    def _make_context(self, engine: ICudaEngine | CachingEngine) -> None:
+        self._context: IExecutionContext = engine.create_execution_context()
+        if self._context is None:
+            free, total = self._cuda.memory_info()
+            raise DeviceError(
+                f"TensorRT could not make an execution context with {free / 2**20:.0f} of {total / 2**20:.0f} MiB "
+                "of GPU memory free; close other programs on the GPU, or use fewer contexts"
+            )
+        # In TensorRT 8 only the first context of an engine gets a profile by itself.
+        if -1 in self._image.shape and not self._context.set_optimization_profile_async(0, self._stream_address):
+            raise DeviceError(
+                "this engine's shapes serve one context at a time (TensorRT 8 without profile sharing); "
+                "run: edgeseg compile ENGINE_DIR --backend-option contexts=1"
+            )
 
-    def _set_address(self, name: str, address: int) -> None:
-        if not self._context.set_tensor_address(name, address):
-            raise DeviceError(f"TensorRT refuses memory at {address:#x} for {name}; its log says why")
+    def _forget_context(self) -> None:
+        # Dropping the last reference destroys it, which takes the CUDA context: it must not be left to a traceback.
+        vars(self).pop("_context", None)
+        self._profiler = None
+
+    def _prepare(self, shape: tuple[int, ...]) -> None:
+        """Make the lane's own buffers ready for a shape, and tell TensorRT; nothing to do when it is that of before."""
+        self._set_shape(shape)
+        self._input.fit(shape)
+        for name, buffer in self._results.items():
+            buffer.fit(self._shapes[name])
+        self._bind((self._input.address, *(buffer.address for buffer in self._results.values())))
+
+    def _set_shape(self, shape: tuple[int, ...]) -> None:
+        if shape == self._shape:
+            return
+        self._drop_graph()
+        self._shape = None
+        if not self._context.set_input_shape(self._image.name, shape):
+            raise InputError(f"TensorRT refuses images of shape {shape}; this engine takes {self._image.shape_text}")
+        for tensor in self._outputs:
+            found = tuple(self._context.get_tensor_shape(tensor.name))
+            if any(n < 0 for n in found):
+                raise DeviceError(
+                    f"the shape of output {tensor.name} is {found} before running; build the engine again"
+                )
+            self._shapes[tensor.name] = found
+        self._shape = shape
+
+    def _bind(self, addresses: tuple[int, ...]) -> None:
+        """Tell TensorRT where input and outputs are. A graph has its addresses recorded: others, and it is void."""
+        if addresses == self._bound:
+            return
+        self._drop_graph()
+        self._bound = ()
+        for tensor, address in zip((self._image, *self._outputs), addresses, strict=True):
+            if not self._context.set_tensor_address(tensor.name, address):
+                raise DeviceError(f"TensorRT refuses memory at {address:#x} for {tensor.name}; its log says why")
+        self._bound = addresses
 
     def _launch(self) -> None:
-        if self._wants_graph and self._graph is None and self._runs_of_shape >= 1:
+        if self._wants_graph and self._graph is None and self._runs >= 1:
             # Not in the first run of a shape: TensorRT allocates and chooses there, which cannot be recorded.
             self._record_graph()
         if self._graph is not None:
             self._graph.launch(self._stream)
         else:
             self._execute()
-        self._runs_of_shape += 1
+        self._runs += 1
 
     def _execute(self) -> None:
-        if not self._context.execute_async_v3(self.stream_address):
+        if not self._context.execute_async_v3(self._stream_address):
             raise DeviceError("TensorRT refuses to run the engine (execute_async_v3); its log says why")
 
     def _record_graph(self) -> None:
@@ -363,6 +399,6 @@ class Lane:
 
     def _drop_graph(self) -> None:
         graph, self._graph = self._graph, None
-        self._runs_of_shape = 0
+        self._runs = 0
         if graph is not None:
             graph.close()

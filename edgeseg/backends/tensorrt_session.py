@@ -6,10 +6,12 @@ differs between versions is in :mod:`edgeseg.backends.tensorrt`.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import warnings
+import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import StageTimes
-from edgeseg.backends.cuda import Cuda, DeviceMemory
+from edgeseg.backends.cuda import Cuda
 from edgeseg.backends.device_arrays import DeviceTensor, device_images
+from edgeseg.backends.result_memory import Lease, ResultMemory
 from edgeseg.backends.tensorrt_lane import Lane, io_tensors, layer_profiler
 from edgeseg.errors import DeviceError, InputError, SpecError
 from edgeseg.spec import PipelineSpec, one_of
@@ -56,8 +59,36 @@ class SessionOptions:
             raise SpecError(f"contexts is {self.contexts}; give a number from 1 to 64")
 
 
+_open: weakref.WeakSet[TensorRTSession] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    # TensorRT's objects must be gone before the driver is, which Python's order of ending does not promise.
+    for session in list(_open):
+        session.close()
+
+
+class _Notes:
+    """What was asked for and cannot be had, each said once as a warning."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self._lock = threading.Lock()
+
+    def add(self, text: str) -> None:
+        with self._lock:
+            if text in self.texts:
+                return
+            self.texts.append(text)
+        warnings.warn(f"edgeseg: {text}", RuntimeWarning, stacklevel=2)
+
+
 class TensorRTSession:
     """Implements :class:`edgeseg.backends.base.Session` and its timed, pipelined and device kinds.
+
+    Close it. Dropped without, it closes itself and warns (``ResourceWarning``); at exit it closes without a word. In a
+    process forked from the one that made it every call is a :class:`DeviceError`.
 
     Args:
         trt: the tensorrt module, of any version from 8.6 on.
@@ -79,6 +110,7 @@ class TensorRTSession:
         cuda: Cuda,
         options: SessionOptions = SessionOptions(),
     ) -> None:
+        self._closed = True  # until it is complete: nothing for __del__ to do
         self.options = options
         self._trt = trt
         self._cuda = cuda
@@ -96,20 +128,24 @@ class TensorRTSession:
         self._condition = threading.Condition()
         self._idle: list[Lane] = []
         self._made = 0
-        self._closed = False
-        self._notes: list[str] = []
-        self._spare: dict[int, list[DeviceMemory]] = {}
+        # Neither these nor the lanes know the session: dropped without closing, it closes at once.
+        self._notes = _Notes()
+        self._results = ResultMemory(cuda)
         self._wants_graph = options.cuda_graph and cuda.driver.has_graphs
         if options.cuda_graph and not cuda.driver.has_graphs:
-            self._note(f"no CUDA graph: {cuda.driver.name} has none; pip install 'edgeseg[jetson]' for cuda-bindings")
+            self._notes.add(
+                f"no CUDA graph: {cuda.driver.name} has none; pip install 'edgeseg[jetson]' for cuda-bindings"
+            )
         # The first context now: an engine that does not fit should fail when loaded, not at the first image.
-        with self._lane():
-            pass
+        self._idle.append(self._new_lane())
+        self._made = 1
+        self._closed = False
+        _open.add(self)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was asked for and cannot be had here, one line each; also given as warnings."""
-        return tuple(self._notes)
+        return tuple(self._notes.texts)
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """Run one batch: uint8 ``(N, H, W, C)`` in, arrays by output name out.
@@ -207,38 +243,53 @@ class TensorRTSession:
         Raises:
             InputError, DeviceError: see :meth:`run`.
         """
-        taken: list[DeviceMemory] = []
+        taken: list[Lease] = []
+
+        def lend(size_bytes: int) -> Lease:
+            taken.append(self._results.lease(size_bytes))
+            return taken[-1]
+
         with ExitStack() as afterwards:
             try:
                 with self._lane() as lane:
-                    images = device_images(image, lane.stream, self._cuda.device.index)
+                    images = device_images(image, self._cuda, lane.stream)
                     afterwards.callback(images.release)
-                    shape = images.shape if len(images.shape) == 4 else (1, *images.shape)
+                    shape = self._batched(images.shape)
                     self._check(np.dtype(np.uint8), shape)
-                    found = lane.run_on_device(images, shape, lambda size_bytes: self._spare_memory(size_bytes, taken))
+                    found = lane.run_on_device(images, shape, lend)
             except BaseException:
-                # Not back to the spares: nobody else gets memory that work which failed was writing.
-                for memory in taken:
+                for lease in taken:
                     with suppress(DeviceError):
-                        memory.close()
+                        lease.spoil()
                 raise
         dtypes = {tensor.name: tensor.dtype for tensor in self._outputs}
-        return {
-            name: DeviceTensor(self._cuda, memory, shape, dtypes[name], self._give_back)
-            for name, (memory, shape) in found.items()
-        }
+        return {name: DeviceTensor(self._cuda, lease, shape, dtypes[name]) for name, (lease, shape) in found.items()}
 
     def close(self) -> None:
-        """Free all memory, streams and contexts; what another thread still uses is freed when it is done."""
+        """Free all memory, streams and contexts; what another thread still uses is freed when it is done.
+
+        Results in the GPU's memory stay until they are closed, and with them the GPU's context.
+
+        Raises:
+            DeviceError: the driver refused to free something; the rest is freed all the same.
+        """
+        if self._cuda.forked:
+            return
         with self._condition:
             if self._closed:
                 return
             self._closed = True
             idle, self._idle = self._idle, []
-            self._made -= len(idle)
-            last = self._made == 0
             self._condition.notify_all()
-        self._free(idle, last)
+        with ExitStack() as stack:
+            stack.callback(self._free, idle)
+            stack.callback(self._results.close)
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            if not self._cuda.forked:
+                warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=1, source=self)
+            self.close()
 
     def __enter__(self) -> TensorRTSession:
         return self
@@ -257,6 +308,13 @@ class TensorRTSession:
             outputs["mask"] = outputs["mask"].astype(self._mask_dtype, copy=False)
         return outputs
 
+    def _batched(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of images that may lack the batch axis, and with one channel the channel axis."""
+        channels = self._image.largest[-1]
+        if channels == 1 and shape[-1:] != (1,):
+            shape = (*shape, 1)
+        return shape if len(shape) == 4 else (1, *shape)
+
     @contextmanager
     def _lane(self) -> Iterator[Lane]:
         lane = self._take(wait=True)
@@ -274,31 +332,40 @@ class TensorRTSession:
 
     def _take(self, *, wait: bool) -> Lane | None:
         """An idle lane or a new one; ``None`` when all are in use and the caller does not wait."""
+        self._cuda.check_process()  # the lock may be one that a thread of the parent process holds
         with self._condition:
             while not self._closed and not self._idle and self._made >= self.options.contexts:
                 if not wait:
                     return None
-                self._condition.wait()
+                try:
+                    self._condition.wait()
+                except BaseException:
+                    # Ctrl-C: the lane that woke us, if one did, is for the next in line.
+                    self._condition.notify()
+                    raise
             if self._closed:
                 raise InputError("this session is closed; load the engine again")
             if self._idle:
                 return self._idle.pop()
             self._made += 1
         try:
-            assert self._engine is not None  # it is freed with the last lane
-            with self._cuda.active():
-                return Lane(
-                    self._engine,
-                    self._cuda,
-                    self._image,
-                    self._outputs,
-                    mapped=self._mapped,
-                    cuda_graph=self._wants_graph,
-                    on_note=self._note,
-                )
+            return self._new_lane()
         except BaseException:
             self._lose()
             raise
+
+    def _new_lane(self) -> Lane:
+        assert self._engine is not None  # it is freed with the last lane
+        with self._cuda.active():
+            return Lane(
+                self._engine,
+                self._cuda,
+                self._image,
+                self._outputs,
+                mapped=self._mapped,
+                cuda_graph=self._wants_graph,
+                on_note=self._notes.add,
+            )
 
     def _put(self, lane: Lane) -> None:
         """Give back a lane that works."""
@@ -307,42 +374,40 @@ class TensorRTSession:
                 self._idle.append(lane)
                 self._condition.notify()
                 return
-            self._made -= 1
-            last = self._made == 0
-        self._free([lane], last)
+        self._free([lane])
 
     def _drop(self, lane: Lane) -> None:
-        """Close a lane in an unknown state; the next caller makes a new one."""
-        with self._cuda.active():
-            lane.abandon()
-        self._lose()
+        """Close a lane in an unknown state, a failure being on its way; the next caller makes a new one."""
+        try:
+            with suppress(DeviceError), self._cuda.active():
+                lane.abandon()
+        finally:
+            self._lose()
 
     def _lose(self) -> None:
-        with self._condition:
-            self._made -= 1
-            last = self._closed and self._made == 0
-            self._condition.notify()
-        if last:
-            self._free([], True)
+        with suppress(DeviceError):
+            self._settle(lanes_gone=1)
 
-    def _free(self, lanes: list[Lane], last: bool) -> None:
-        steps: list[Callable[[], None]] = [lane.close for lane in lanes]
-        refused: list[DeviceError] = []
-        with self._cuda.active():
-            for step in steps:
-                try:
-                    step()
-                except DeviceError as exc:
-                    refused.append(exc)
-            if last:
-                self._engine = None
+    def _free(self, lanes: Sequence[Lane]) -> None:
+        """Close lanes of a closed session."""
+        with ExitStack() as stack:
+            stack.callback(self._settle, len(lanes))
+            if lanes:
+                stack.enter_context(self._cuda.active())
+            for lane in lanes:
+                stack.callback(lane.close)
+
+    def _settle(self, lanes_gone: int = 0) -> None:
+        """After closing, free the engine with the last lane, and the GPU's context with the last result."""
+        with self._condition:
+            self._made -= lanes_gone
+            self._condition.notify(lanes_gone)
+            last = self._closed and not self._made and self._engine is not None
         if last:
-            try:
-                self._cuda.close()
-            except DeviceError as exc:
-                refused.append(exc)
-        if refused:
-            raise refused[0]
+            with ExitStack() as stack:
+                stack.callback(self._results.close_device)
+                stack.enter_context(self._cuda.active())
+                self._engine = None
 
     def _using(self, lane: Lane, work: Callable[[], None]) -> None:
         try:
@@ -370,24 +435,3 @@ class TensorRTSession:
             self._drop(lane)
         else:
             self._put(lane)
-
-    def _spare_memory(self, size_bytes: int, taken: list[DeviceMemory]) -> DeviceMemory:
-        with self._condition:
-            spare = self._spare.get(size_bytes)
-            memory = spare.pop() if spare else None
-        if memory is None:
-            memory = self._cuda.device_memory(size_bytes)
-        taken.append(memory)
-        return memory
-
-    def _give_back(self, memory: DeviceMemory) -> None:
-        # After closing, the memory is freed already, with the device.
-        with self._condition:
-            self._spare.setdefault(memory.size_bytes, []).append(memory)
-
-    def _note(self, text: str) -> None:
-        with self._condition:
-            if text in self._notes:
-                return
-            self._notes.append(text)
-        warnings.warn(f"edgeseg: {text}", RuntimeWarning, stacklevel=2)

@@ -237,7 +237,12 @@ class Segmenter:
         step = self.spec.input.batch.maximum
         for start in range(0, len(batch), step):
             chunk = batch[start : start + step]
-            fitted = chunk if plan.is_identity else np.stack([plan.apply(image) for image in chunk])
+            if plan.is_identity:
+                fitted = chunk
+            elif len(chunk) == 1:  # as most are: no second copy
+                fitted = plan.apply(chunk[0])[None]
+            else:
+                fitted = np.stack([plan.apply(image) for image in chunk])
             for outputs in self._run(fitted, swap):
                 yield self._placed(outputs, plan, mask_only)
 

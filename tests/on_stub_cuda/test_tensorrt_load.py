@@ -5,9 +5,14 @@ No kernel is built or run: the plan is a made-up text, and ONNX Runtime does the
 
 from __future__ import annotations
 
+import errno
+import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import numpy as np
 import onnx
 import pytest
@@ -18,13 +23,22 @@ from simulated import SIDE, Simulation, model, spec
 from stub_cuda import Stub
 
 import edgeseg
-from edgeseg.artifacts import MANIFEST_NAME, SCHEMA_VERSION, Engine, FileRef, Manifest, PrecisionReport, write_json
+from edgeseg.artifacts import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Engine,
+    FileRef,
+    Manifest,
+    PrecisionReport,
+    read_manifest,
+    write_json,
+)
 from edgeseg.backends.base import DeviceSession
 from edgeseg.backends.onnxruntime import OnnxRuntimeSession
 from edgeseg.cli.run import command as run_command
 from edgeseg.errors import ArtifactError, StaleEngineError
 from edgeseg.progress import SilentReporter
-from edgeseg.recompile import compile_folder
+from edgeseg.recompile import compile_folder, recompile
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.stream import stream
 
@@ -179,6 +193,115 @@ def test_another_tensorrt_is_refused_or_compiled_for_on_request(
     )
     with edgeseg.load(folder):
         pass
+
+
+def test_nothing_is_deserialized_before_the_checks(stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A plan is native code: one that is not what the manifest says, or is of another device, is not handed to TensorRT."""
+    tensorrt(monkeypatch, stub, "10.3.0")
+    engine = compile_folder(folder)
+    whole = read_manifest(folder)
+
+    def refused(said: str, **changed: object) -> None:
+        write_json(folder / MANIFEST_NAME, replace(whole, **changed))  # type: ignore[arg-type]
+        simulation = tensorrt(monkeypatch, stub, "10.3.0")
+        with pytest.raises(ArtifactError, match=said):
+            edgeseg.load(folder)
+        assert simulation.recorder.of("Runtime.deserialize_cuda_engine") == []
+        assert stub.live() == {}
+
+    refused("this is tensorrt 10.3.0 on Stub", versions={**whole.versions, "tensorrt": "10.3.1"})
+    refused(
+        r"built with tensorrt 10\.3\.0 for Orin \(compute capability 8\.7\), this is tensorrt 10\.3\.0 on Stub .*"
+        rf"run: edgeseg compile {folder}",
+        device={**whole.device, "gpu": "Orin"},
+    )
+    refused(r"compute capability 8\.6\), this is", device={**whole.device, "compute_capability": "8.6"})
+    assert whole.engine is not None
+    refused("does not have the hash", engine=replace(whole.engine, sha256="0" * 64))
+    write_json(folder / MANIFEST_NAME, whole)
+    engine.engine_path.write_bytes(engine.engine_path.read_bytes()[::-1])
+    refused("edited or damaged")
+
+
+def test_two_processes_compile_again_once(stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Both find the engine stale; the second waits for the first and takes what it built."""
+    tensorrt(monkeypatch, stub, "8.6.1")
+    stale = compile_folder(folder)
+    simulation = tensorrt(monkeypatch, stub, "10.3.0")
+    built, go_on = threading.Event(), threading.Event()
+    inner = simulation.recorder.behaviour["Builder.build_serialized_network"]
+
+    def slow(builder: object, network: object, config: object) -> object:
+        built.set()
+        assert go_on.wait(10)
+        return inner(builder, network, config)
+
+    simulation.recorder.behaviour["Builder.build_serialized_network"] = slow
+    found: list[Engine] = []
+    threads = [threading.Thread(target=lambda: found.append(recompile(stale))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert built.wait(10)
+    lock = folder.parent / ".engine.recompile.lock"
+    assert lock.exists()
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert [engine.manifest.versions["tensorrt"] for engine in found] == ["10.3.0"] * 2
+    assert len(simulation.recorder.of("Builder.build_serialized_network")) == 1
+    assert not lock.exists()
+
+
+def test_a_folder_that_cannot_be_written_says_what_to_do(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    tensorrt(monkeypatch, stub, "8.6.1")
+    compile_folder(folder)
+    tensorrt(monkeypatch, stub, "10.3.0")
+
+    def read_only(lock: object, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", read_only)
+    with pytest.raises(
+        ArtifactError, match=r"cannot be compiled again where it is \(Read-only file system\); run: edgeseg"
+    ):
+        edgeseg.load(folder, recompile=True)
+    assert stub.live() == {}
+
+
+def test_loading_and_running_imports_numpy_and_tensorrt_alone(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, driver: str
+) -> None:
+    tensorrt(monkeypatch, stub, "10.3.0")
+    compile_folder(folder)
+    code = f"""
+import os, sys
+sys.setdlopenflags(os.RTLD_LAZY)
+import edgeseg
+assert not {{"numpy", "PIL", "torch", "onnx"}} & set(sys.modules), "import edgeseg"
+from edgeseg.backends import cuda
+cuda._DRIVERS = {{{driver!r}: cuda._DRIVERS[{driver!r}]}}
+for name in ("torch", "onnx", "onnxruntime", "segmentation_models_pytorch", "timm", "cv2", "scipy", "rich", "filelock"):
+    sys.modules[name] = None  # importing one of them fails
+import types
+class Module(types.ModuleType):
+    def __getattr__(self, name):
+        raise AssertionError(f"reached TensorRT: {{name}}")
+tensorrt = Module("tensorrt")
+tensorrt.__version__ = "10.3.0"
+tensorrt.Builder = object
+tensorrt.ILogger = type("ILogger", (), {{}})
+tensorrt.__file__ = tensorrt.__path__ = tensorrt.__spec__ = None
+sys.modules["tensorrt"] = tensorrt
+import edgeseg.backends.tensorrt_session, edgeseg.backends.device_arrays, edgeseg.runtime.stream
+try:
+    edgeseg.load({str(folder)!r})
+except AssertionError as exc:
+    print(exc)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "reached TensorRT: Runtime", done.stderr
 
 
 def test_a_damaged_folder_is_not_compiled_over(stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

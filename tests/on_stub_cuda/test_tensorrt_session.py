@@ -348,19 +348,34 @@ def test_cuda_graph_is_recorded_after_the_first_run_of_a_shape(stub: Stub, drive
         assert opened.notes == ()
 
 
-def test_a_graph_that_cannot_be_recorded_is_said_and_done_without(stub: Stub, driver: DriverName) -> None:
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("cuStreamBeginCapture_v2", "cuStreamBeginCapture failed: CUDA_ERROR_OUT_OF_MEMORY"),
+        ("kernel", "TensorRT refuses to run the engine"),
+        ("cuStreamEndCapture", "cuStreamEndCapture failed"),
+        ("cuGraphInstantiateWithFlags", "cuGraphInstantiate failed"),
+        ("cuGraphDestroy", "cuGraphDestroy failed"),
+    ],
+)
+def test_a_graph_that_cannot_be_recorded_is_said_and_done_without(
+    stub: Stub, driver: DriverName, function: str, said: str
+) -> None:
     if driver == "pycuda":
         pytest.skip("pycuda has no CUDA graphs")
     simulation = Simulation(stub, model())
     with session(simulation, driver, SessionOptions(cuda_graph=True)) as opened:
         opened.run(images())
-        stub.fail("cuGraphInstantiateWithFlags", 1, OUT_OF_MEMORY)
+        stub.fail(function, 1, OUT_OF_MEMORY)
         image = images()
-        with pytest.warns(RuntimeWarning, match="no CUDA graph, every inference is enqueued anew: cuGraphInstantiate"):
+        with pytest.warns(RuntimeWarning, match=f"no CUDA graph, every inference is enqueued anew: {said}"):
             found = opened.run(image)
         np.testing.assert_array_equal(found["mask"], simulation.masks(image))
+        stub.record_calls()
         np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+        assert "cuStreamBeginCapture_v2" not in stub.calls(), "it is not tried again"
         assert len(opened.notes) == 1
+        assert not {"graphs", "graph execs"} & set(stub.live())
 
 
 # -- arrays on the device ---------------------------------------------------------------------------------------------
@@ -376,8 +391,6 @@ class OnDevice:
         self.array, self.offset, self.version = np.ascontiguousarray(array), offset, version
         with self.cuda.active():
             self.stream.copy_to_device(self.memory.address + offset, self.array.reshape(-1).view(np.uint8))
-            if driver == "pycuda":  # whose wait for the whole device the stub does not have
-                self.stream.synchronize()
 
     @property
     def __cuda_array_interface__(self) -> dict[str, object]:
@@ -452,9 +465,14 @@ def test_device_memory_of_results_is_used_again(stub: Stub, driver: DriverName, 
         third = opened.run_device(on_device[0])["mask"]
         assert third.address == address
         assert stub.made("device memory") == made
-        kept = third
+    np.testing.assert_array_equal(second.numpy(), simulation.masks(image), "a result outlives its engine")
+    assert "streams" in stub.live(), "only of the array given"
+    second.close()
     with pytest.raises(InputError, match="closed"):
-        kept.numpy()
+        second.numpy()
+    del third
+    on_device.pop().cuda.close()
+    assert stub.live() == {}
 
 
 def test_dlpack_results_live_as_long_as_their_taker(stub: Stub, driver: DriverName, on_device: list[OnDevice]) -> None:

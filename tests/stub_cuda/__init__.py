@@ -45,6 +45,7 @@ class Stub:
             getattr(self._library, name).restype = ctypes.c_long
         self._library.stub_enqueue.argtypes = [ctypes.c_void_p, HostFunction, ctypes.c_void_p]
         self._library.stub_is_live.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self._library.stub_contexts.restype = ctypes.c_long
         # The driver calls these later, or again from a graph: they must not be collected.
         self._kept: list[object] = []
         self.errors: list[BaseException] = []
@@ -79,6 +80,18 @@ class Stub:
         text: str = self._library.stub_log_text().decode()
         self._library.stub_log(0)
         return text.splitlines()
+
+    def push_application_context(self, number: int) -> None:
+        """What an application does with a context of its own, 1 or 2, in this thread."""
+        self._library.stub_application_context(number)
+
+    def pop_application_context(self) -> None:
+        """Undo the last push."""
+        self._library.stub_application_context(0)
+
+    def contexts(self) -> list[int]:
+        """This thread's stack of contexts, the current one last; the primary one is 0."""
+        return [int(digit) for digit in str(self._library.stub_contexts())[1:]]
 
     def enqueue(self, stream: int, work: Callable[[], None]) -> int:
         """Add ``work`` to a stream, as a kernel launch would; 0, or the code of the failure ordered for ``kernel``."""

@@ -5,7 +5,8 @@
  *  - streams are lazy: an asynchronous copy happens only when its stream (or a later event of it) is synchronized, so a
  *    missing synchronization shows as wrong bytes;
  *  - every copy is checked against the live allocations; freed memory is overwritten first;
- *  - calls that need a current context fail without one; everything made is counted until it is freed.
+ *  - the default streams wait for those not made non-blocking, and for no others;
+ *  - calls that need a current context fail without one, and are violations in one that is not ours; everything made is counted until it is freed.
  * Tests add work to a stream with stub_enqueue, count with stub_live, and make the k-th call of a function fail with
  * stub_fail. Device: STUB_CUDA_INTEGRATED=1 makes it integrated, STUB_CUDA_MEMORY is its memory in bytes.
  */
@@ -34,6 +35,13 @@ enum {
     INVALID_HANDLE = 400, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900,
     CAPTURE_INVALIDATED = 901
 };
+
+/* The contexts of this thread, the current one last. Two more than the primary one: an application's own. */
+struct Context { int number; };
+static struct Context primary = {0}, foreign[2] = {{1}, {2}};
+static atomic_int primary_count;
+static __thread CUcontext stack[32];
+static __thread int depth;
 
 /* ---- counters, the call log, failure injection -------------------------------------------------------------------- */
 
@@ -98,18 +106,13 @@ static void count(int kind, long n) {
         CUresult injected = called(__func__);       \
         if (injected) return injected;              \
     } while (0)
-#define NEEDS_CONTEXT()                             \
-    do {                                            \
-        if (!depth) return INVALID_CONTEXT;         \
+#define NEEDS_CONTEXT()                                                                       \
+    do {                                                                                      \
+        if (!depth) return INVALID_CONTEXT;                                                   \
+        if (stack[depth - 1] != &primary) violations++; /* work in a context of somebody else */ \
     } while (0)
 
 /* ---- device and contexts ------------------------------------------------------------------------------------------ */
-
-struct Context { int primary; };
-static struct Context primary = {1};
-static atomic_int primary_count;
-static __thread CUcontext stack[32];
-static __thread int depth;
 
 static long setting(const char *name, long fallback) { return getenv(name) ? atol(getenv(name)) : fallback; }
 
@@ -176,24 +179,47 @@ CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
     if (--primary_count < 0) violations++;
     return injected;
 }
-/* A broken context can still be pushed and popped: these two do not repeat a sticky error. */
+/* A broken context can still be pushed, popped and asked for: these four do not repeat a sticky error. */
 CUresult cuCtxPushCurrent_v2(CUcontext context) {
     CUresult injected = called(__func__);
     if (injected && injected != sticky_code) return injected;
-    if (context != &primary || primary_count < 1 || depth >= 32) return INVALID_CONTEXT;
+    if ((context == &primary && primary_count < 1) || depth >= 32) return INVALID_CONTEXT;
     stack[depth++] = context;
     count(CONTEXT_PUSHES, 1);
     return SUCCESS;
 }
 CUresult cuCtxPopCurrent_v2(CUcontext *context) {
     CUresult injected = called(__func__);
-    NEEDS_CONTEXT();
+    if (!depth) return INVALID_CONTEXT;
     depth--;
     if (context) *context = stack[depth];
     count(CONTEXT_PUSHES, -1);
     return injected == sticky_code ? SUCCESS : injected;
 }
-CUresult cuCtxGetCurrent(CUcontext *context) { BEGIN(); *context = depth ? stack[depth - 1] : NULL; return SUCCESS; }
+CUresult cuCtxSetCurrent(CUcontext context) {
+    CUresult injected = called(__func__);
+    if (injected && injected != sticky_code) return injected;
+    if (!depth) { depth = 1; count(CONTEXT_PUSHES, 1); }
+    stack[depth - 1] = context;
+    if (!context) { depth--; count(CONTEXT_PUSHES, -1); }
+    return SUCCESS;
+}
+/* What an application does with a context of its own: push number 1 or 2, or pop with 0. */
+void stub_application_context(int number) {
+    if (number) { stack[depth++] = &foreign[number - 1]; count(CONTEXT_PUSHES, 1); }
+    else { depth--; count(CONTEXT_PUSHES, -1); }
+}
+/* The contexts of this thread as digits, the current one last; the primary one is 0. */
+long stub_contexts(void) {
+    long digits = 1;
+    for (int i = 0; i < depth; i++) digits = digits * 10 + stack[i]->number;
+    return digits;
+}
+CUresult cuCtxGetCurrent(CUcontext *context) {
+    CUresult injected = called(__func__);
+    *context = depth ? stack[depth - 1] : NULL;
+    return injected == sticky_code ? SUCCESS : injected;
+}
 CUresult cuCtxGetDevice(CUdevice *device) { BEGIN(); NEEDS_CONTEXT(); *device = 0; return SUCCESS; }
 CUresult cuCtxGetApiVersion(CUcontext context, unsigned *version) { (void)context; BEGIN(); *version = 3020; return SUCCESS; }
 
@@ -284,6 +310,15 @@ CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *out, void *host, unsigned fla
     *out = (CUdeviceptr)host;
     return is_live(host, 1, 0) ? SUCCESS : INVALID_VALUE;
 }
+CUresult cuPointerGetAttribute(void *out, int attribute, CUdeviceptr pointer) {
+    BEGIN();
+    NEEDS_CONTEXT();
+    if (!is_live((void *)pointer, 1, 1)) return INVALID_VALUE;
+    if (attribute == 3) *(CUdeviceptr *)out = pointer;                          /* DEVICE_POINTER */
+    else if (attribute == 9) *(int *)out = (int)setting("STUB_CUDA_ORDINAL", 0); /* DEVICE_ORDINAL */
+    else return INVALID_VALUE;
+    return SUCCESS;
+}
 CUresult cuMemGetInfo_v2(size_t *available, size_t *total) {
     BEGIN();
     NEEDS_CONTEXT();
@@ -295,6 +330,7 @@ CUresult cuMemGetInfo_v2(size_t *available, size_t *total) {
 /* ---- streams and events ------------------------------------------------------------------------------------------- */
 
 enum { COPY, CALL, RECORD, WAIT };
+struct Point { CUstream stream; long position; };
 struct Operation {
     int what;
     void *target;
@@ -304,16 +340,20 @@ struct Operation {
     HostFunction function;
     void *argument;
     CUevent event;
+    struct Point points[64];  /* of the event when the wait was given: recording it again changes nothing */
+    int count;
     struct Operation *next;
 };
 struct Stream {
+    struct Stream *next;
+    int blocking;  /* ordered with the default stream */
     pthread_mutex_t lock;
     struct Operation *first, *last;
     long queued, done;
     CUgraph capturing;
     int capture_broken;
 };
-struct Event { CUstream stream; long position; double time_ms; int timing; };
+struct Event { struct Point points[64]; int count; double time_ms; int timing; };
 struct Graph { struct Operation *first, *last; };
 
 static double now_ms(void) {
@@ -323,6 +363,41 @@ static double now_ms(void) {
 }
 
 static void drain(CUstream stream, long until);
+
+static CUstream streams;
+static pthread_mutex_t streams_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* 0, 1 and 2: the default streams. Work on them is done at once here, after that of all blocking streams. */
+static int is_default(CUstream stream) { return (uintptr_t)stream <= 2; }
+
+static int exists(CUstream stream) {
+    int found = 0;
+    pthread_mutex_lock(&streams_lock);
+    for (CUstream s = streams; s && !found; s = s->next) found = s == stream;
+    pthread_mutex_unlock(&streams_lock);
+    return found;
+}
+
+/* Where streams are now: one of them, or for 0 all blocking ones, or with `all` every one. */
+static int points_of(CUstream stream, int all, struct Point *points) {
+    int n = 0;
+    pthread_mutex_lock(&streams_lock);
+    for (CUstream s = streams; s && n < 64; s = s->next)
+        if (all || s == stream || (is_default(stream) && s->blocking)) points[n++] = (struct Point){s, s->queued};
+    pthread_mutex_unlock(&streams_lock);
+    return n;
+}
+
+static void reach(struct Point *points, int n) {
+    for (int i = 0; i < n; i++)
+        if (exists(points[i].stream)) drain(points[i].stream, points[i].position);
+}
+
+static int is_reached(CUevent event) {
+    for (int i = 0; i < event->count; i++)
+        if (exists(event->points[i].stream) && event->points[i].stream->done < event->points[i].position) return 0;
+    return 1;
+}
 
 static void perform(struct Operation *op) {
     switch (op->what) {
@@ -336,7 +411,7 @@ static void perform(struct Operation *op) {
     case CALL: op->function(op->argument); break;
     case RECORD: op->event->time_ms = now_ms(); break;
     case WAIT:
-        if (op->event->stream) drain(op->event->stream, op->event->position);
+        reach(op->points, op->count);
         break;
     }
 }
@@ -364,7 +439,12 @@ static void append(struct Operation **first, struct Operation **last, struct Ope
 }
 
 static CUresult enqueue(CUstream stream, struct Operation op) {
-    if (!stream) { perform(&op); return SUCCESS; }  /* the default stream is synchronous here */
+    if (is_default(stream)) {
+        struct Point points[64];
+        reach(points, points_of(stream, 0, points));
+        perform(&op);
+        return SUCCESS;
+    }
     pthread_mutex_lock(&stream->lock);
     if (stream->capturing) append(&stream->capturing->first, &stream->capturing->last, op);
     else { append(&stream->first, &stream->last, op); stream->queued++; }
@@ -383,7 +463,6 @@ CUresult stub_enqueue(CUstream stream, HostFunction function, void *argument) {
 int stub_is_live(const void *start, size_t size) { return is_live(start, size, 1); }
 
 CUresult cuStreamCreate(CUstream *out, unsigned flags) {
-    (void)flags;
     BEGIN();
     NEEDS_CONTEXT();
     pthread_mutexattr_t recursive;
@@ -391,6 +470,11 @@ CUresult cuStreamCreate(CUstream *out, unsigned flags) {
     pthread_mutexattr_settype(&recursive, PTHREAD_MUTEX_RECURSIVE);
     *out = calloc(1, sizeof **out);
     pthread_mutex_init(&(*out)->lock, &recursive);
+    (*out)->blocking = !(flags & 1);
+    pthread_mutex_lock(&streams_lock);
+    (*out)->next = streams;
+    streams = *out;
+    pthread_mutex_unlock(&streams_lock);
     count(STREAMS, 1);
     return SUCCESS;
 }
@@ -398,6 +482,10 @@ CUresult cuStreamDestroy_v2(CUstream stream) {
     CUresult injected = called(__func__);
     NEEDS_CONTEXT();
     drain(stream, stream->queued);
+    pthread_mutex_lock(&streams_lock);
+    for (CUstream *at = &streams; *at; at = &(*at)->next)
+        if (*at == stream) { *at = stream->next; break; }
+    pthread_mutex_unlock(&streams_lock);
     free(stream);
     count(STREAMS, -1);
     return injected;
@@ -405,17 +493,28 @@ CUresult cuStreamDestroy_v2(CUstream stream) {
 CUresult cuStreamSynchronize(CUstream stream) {
     BEGIN();
     NEEDS_CONTEXT();
-    if (!stream) return SUCCESS;
+    if (is_default(stream)) {
+        struct Point points[64];
+        reach(points, points_of(stream, 0, points));
+        return SUCCESS;
+    }
     if (stream->capturing) { stream->capture_broken = 1; return CAPTURE_UNSUPPORTED; }
     drain(stream, stream->queued);
     return SUCCESS;
 }
-CUresult cuCtxSynchronize(void) { BEGIN(); NEEDS_CONTEXT(); return SUCCESS; }
+CUresult cuCtxSynchronize(void) {
+    struct Point points[64];
+    BEGIN();
+    NEEDS_CONTEXT();
+    reach(points, points_of(NULL, 1, points));
+    return SUCCESS;
+}
 CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) {
     (void)flags;
     BEGIN();
     NEEDS_CONTEXT();
-    struct Operation op = {WAIT, .event = event};
+    struct Operation op = {WAIT, .event = event, .count = event->count};
+    memcpy(op.points, event->points, sizeof op.points);
     return enqueue(stream, op);
 }
 CUresult cuEventCreate(CUevent *out, unsigned flags) {
@@ -429,7 +528,7 @@ CUresult cuEventCreate(CUevent *out, unsigned flags) {
 CUresult cuEventDestroy_v2(CUevent event) {
     CUresult injected = called(__func__);
     NEEDS_CONTEXT();
-    if (event->stream) drain(event->stream, event->position);
+    reach(event->points, event->count);
     free(event);
     count(EVENTS, -1);
     return injected;
@@ -438,26 +537,25 @@ CUresult cuEventRecord(CUevent event, CUstream stream) {
     BEGIN();
     NEEDS_CONTEXT();
     struct Operation op = {RECORD, .event = event};
-    enqueue(stream, op);
-    event->stream = stream;
-    event->position = stream ? stream->queued : 0;
+    if (is_default(stream)) op.event->time_ms = now_ms();
+    else enqueue(stream, op);
+    event->count = points_of(stream, 0, event->points);
     return SUCCESS;
 }
 CUresult cuEventSynchronize(CUevent event) {
     BEGIN();
     NEEDS_CONTEXT();
-    if (event->stream) drain(event->stream, event->position);
+    reach(event->points, event->count);
     return SUCCESS;
 }
 CUresult cuEventQuery(CUevent event) {
     BEGIN();
-    return !event->stream || event->stream->done >= event->position ? SUCCESS : NOT_READY;
+    return is_reached(event) ? SUCCESS : NOT_READY;
 }
 CUresult cuEventElapsedTime_v2(float *ms, CUevent from, CUevent to) {
     BEGIN();
     if (!from->timing || !to->timing) return INVALID_HANDLE;
-    if (from->stream && from->stream->done < from->position) return NOT_READY;
-    if (to->stream && to->stream->done < to->position) return NOT_READY;
+    if (!is_reached(from) || !is_reached(to)) return NOT_READY;
     *ms = (float)(to->time_ms - from->time_ms);
     return SUCCESS;
 }
