@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from edgeseg.artifacts import Engine
 from edgeseg.backends.base import Session
 from edgeseg.backends.cuda import Cuda, open_cuda
-from edgeseg.errors import StaleEngineError
+from edgeseg.errors import DeviceError, StaleEngineError
 from edgeseg.spec import PipelineSpec
 
 
@@ -33,6 +35,22 @@ def open_session(trt: Any, engine: Any, spec: PipelineSpec, cuda: Cuda, options:
     names = [f.name for f in dataclasses.fields(SessionOptions)]
     chosen = SessionOptions(**{name: options[name] for name in names if name in options})
     return TensorRTSession(trt, engine, spec, cuda, chosen)
+
+
+@contextmanager
+def closed_on_failure(cuda: Cuda) -> Iterator[None]:
+    """Close a GPU when the block fails, after the TensorRT objects that were made in it.
+
+    Destroying them takes the CUDA context, and they live in the frames of the exception: those of the calls in the block,
+    which are done. So make them in calls, not in the block.
+    """
+    try:
+        yield
+    except BaseException as exc:
+        with suppress(DeviceError), cuda.active():
+            traceback.clear_frames(exc.__traceback__)
+        cuda.close()
+        raise
 
 
 def find_gpu() -> Gpu:
