@@ -111,6 +111,8 @@ class TensorRTSession:
             )
         # TensorRT has no 16-bit integers: masks of more than 256 classes leave the engine wider.
         self._mask_dtype = np.dtype(spec.mask_dtype)
+        # On a Jetson (from SM 7.2) the CPU caches page-locked memory and the GPU does not: no matter for bytes that it
+        # reads or writes once.
         integrated = cuda.device.integrated and cuda.device.maps_host_memory
         self._mapped = integrated if options.host_memory == "auto" else options.host_memory == "mapped"
         # Neither these nor the lanes know the session: dropped without closing, it closes at once.
