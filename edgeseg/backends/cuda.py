@@ -53,7 +53,8 @@ class _Process:
             cuda.forked = True
 
 
-os.register_at_fork(after_in_child=_Process.after_fork)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_Process.after_fork)
 
 
 class Cuda:

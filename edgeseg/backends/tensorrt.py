@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
-from edgeseg.backends.cuda import open_cuda
-from edgeseg.backends.tensorrt_device import Gpu, check_built_for, find_gpu, open_session
+from edgeseg.backends.cuda import Cuda, open_cuda
+from edgeseg.backends.tensorrt_device import Gpu, check_built_for, closed_on_failure, find_gpu, open_session
 from edgeseg.backends.tensorrt_log import LOG_NAME, LogCapture, capture, keep_log
 from edgeseg.backends.tensorrt_module import MIB, TENSORRT
 from edgeseg.backends.tensorrt_options import TensorRTOptions, parse_options, profile_shapes
@@ -137,16 +137,17 @@ class TensorRTBackend:
         path = engine.engine_path
         trt = self.import_module()
         cuda = open_cuda()
-        try:
+        with closed_on_failure(cuda):
             check_built_for(engine, self.name, str(trt.__version__), self.gpu())
-            with capture(trt) as (logger, log), cuda.active():
-                loaded = TENSORRT.deserialize(trt, logger, log, path.read_bytes(), engine.manifest.options, path)
-                if engine.manifest.options.get("strip_weights"):
-                    TENSORRT.refit(trt, logger, log, loaded, engine.graph_path)
-            return open_session(trt, loaded, engine.manifest.spec, cuda, engine.manifest.options)
-        except BaseException:
-            cuda.close()
-            raise
+            return self._opened(trt, cuda, engine, path)
+
+    def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path) -> Session:
+        options = engine.manifest.options
+        with capture(trt) as (logger, log), cuda.active():
+            loaded = TENSORRT.deserialize(trt, logger, log, path.read_bytes(), options, path)
+            if options.get("strip_weights"):
+                TENSORRT.refit(trt, logger, log, loaded, engine.graph_path)
+        return open_session(trt, loaded, engine.manifest.spec, cuda, options)
 
 
 def backend() -> TensorRTBackend:

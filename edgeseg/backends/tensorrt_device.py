@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.artifacts import Engine
 from edgeseg.backends.cuda import Cuda, open_cuda
-from edgeseg.errors import StaleEngineError
+from edgeseg.errors import DeviceError, StaleEngineError
 from edgeseg.spec import PipelineSpec
 
 if TYPE_CHECKING:
@@ -48,6 +50,22 @@ def open_session(
     names = [f.name for f in dataclasses.fields(SessionOptions)]
     chosen = SessionOptions(**{name: options[name] for name in names if name in options})
     return TensorRTSession(trt, engine, spec, cuda, chosen)
+
+
+@contextmanager
+def closed_on_failure(cuda: Cuda) -> Iterator[None]:
+    """Close a GPU when the block fails, after the TensorRT objects that were made in it.
+
+    Destroying them takes the CUDA context, and they live in the frames of the exception: those of the calls in the block,
+    which are done. So make them in calls, not in the block.
+    """
+    try:
+        yield
+    except BaseException as exc:
+        with suppress(DeviceError), cuda.active():
+            traceback.clear_frames(exc.__traceback__)
+        cuda.close()
+        raise
 
 
 def find_gpu() -> Gpu:

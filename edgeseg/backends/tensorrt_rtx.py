@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
-from edgeseg.backends.cuda import open_cuda
-from edgeseg.backends.tensorrt_device import Gpu, find_gpu, open_session
+from edgeseg.backends.cuda import Cuda, open_cuda
+from edgeseg.backends.tensorrt_device import Gpu, closed_on_failure, find_gpu, open_session
 from edgeseg.backends.tensorrt_log import LOG_NAME, LogCapture, capture, keep_log
 from edgeseg.backends.tensorrt_module import MIB, TENSORRT_RTX
 from edgeseg.backends.tensorrt_options import RTX_SMS, RtxOptions, parse_options, profile_shapes
@@ -128,24 +128,29 @@ class TensorRTRtxBackend:
         path = engine.engine_path
         trt = self.import_module()
         cuda = open_cuda()
-        try:
+        with closed_on_failure(cuda):
             version, gpu = str(trt.__version__), self.gpu()
             check_sm(engine, version, gpu)
-            manifest = engine.manifest
-            with capture(trt) as (logger, log), cuda.active():
-                loaded = TENSORRT_RTX.deserialize(trt, logger, log, path.read_bytes(), manifest.options, path)
-                if manifest.options.get("strip_weights"):
-                    TENSORRT_RTX.refit(trt, logger, log, loaded, engine.graph_path)
-                if not manifest.options.get("runtime_cache") or manifest.engine is None:
-                    return open_session(trt, loaded, manifest.spec, cuda, manifest.options)
-                caching = CachingEngine(loaded, runtime_cache_path(manifest.engine.sha256, gpu, version))
-                session = open_session(trt, caching, manifest.spec, cuda, manifest.options)
+            return self._opened(trt, cuda, engine, path, gpu)
+
+    def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path, gpu: Gpu) -> Session:
+        manifest = engine.manifest
+        with capture(trt) as (logger, log), cuda.active():
+            loaded = TENSORRT_RTX.deserialize(trt, logger, log, path.read_bytes(), manifest.options, path)
+            if manifest.options.get("strip_weights"):
+                TENSORRT_RTX.refit(trt, logger, log, loaded, engine.graph_path)
+            if not manifest.options.get("runtime_cache") or manifest.engine is None:
+                return open_session(trt, loaded, manifest.spec, cuda, manifest.options)
+            cache = runtime_cache_path(manifest.engine.sha256, gpu, str(trt.__version__))
+            caching = CachingEngine(loaded, cache)
+            session = open_session(trt, caching, manifest.spec, cuda, manifest.options)
+            try:
                 # The session made its first context, which is when kernels are compiled.
                 caching.store()
-                return session
-        except BaseException:
-            cuda.close()
-            raise
+            except BaseException:
+                session.close()
+                raise
+            return session
 
 
 def backend() -> TensorRTRtxBackend:

@@ -11,8 +11,8 @@ import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -26,6 +26,7 @@ from edgeseg.backends.cuda import Cuda
 from edgeseg.backends.device_arrays import DeviceTensor, device_images
 from edgeseg.backends.result_memory import Lease, ResultMemory
 from edgeseg.backends.tensorrt_lane import Lane, io_tensors, layer_profiler
+from edgeseg.backends.tensorrt_lanes import LanePool
 from edgeseg.errors import DeviceError, InputError, SpecError
 from edgeseg.spec import PipelineSpec, one_of
 
@@ -110,11 +111,9 @@ class TensorRTSession:
         cuda: Cuda,
         options: SessionOptions = SessionOptions(),
     ) -> None:
-        self._closed = True  # until it is complete: nothing for __del__ to do
         self.options = options
         self._trt = trt
         self._cuda = cuda
-        self._engine: ICudaEngine | CachingEngine | None = engine
         self._image, self._outputs = io_tensors(trt, engine)
         names = [tensor.name for tensor in self._outputs]
         if spec.output.kind not in names:
@@ -123,23 +122,27 @@ class TensorRTSession:
             )
         # TensorRT has no 16-bit integers: masks of more than 256 classes leave the engine wider.
         self._mask_dtype = np.dtype(spec.mask_dtype)
+        # On a Jetson (from SM 7.2) the CPU caches page-locked memory and the GPU does not: no matter for bytes that it
+        # reads or writes once.
         integrated = cuda.device.integrated and cuda.device.maps_host_memory
         self._mapped = integrated if options.host_memory == "auto" else options.host_memory == "mapped"
-        self._condition = threading.Condition()
-        self._idle: list[Lane] = []
-        self._made = 0
         # Neither these nor the lanes know the session: dropped without closing, it closes at once.
         self._notes = _Notes()
         self._results = ResultMemory(cuda)
-        self._wants_graph = options.cuda_graph and cuda.driver.has_graphs
         if options.cuda_graph and not cuda.driver.has_graphs:
             self._notes.add(
                 f"no CUDA graph: {cuda.driver.name} has none; pip install 'edgeseg[jetson]' for cuda-bindings"
             )
-        # The first context now: an engine that does not fit should fail when loaded, not at the first image.
-        self._idle.append(self._new_lane())
-        self._made = 1
-        self._closed = False
+        make = partial(
+            Lane,
+            cuda=cuda,
+            image=self._image,
+            outputs=self._outputs,
+            mapped=self._mapped,
+            cuda_graph=options.cuda_graph and cuda.driver.has_graphs,
+            on_note=self._notes.add,
+        )
+        self._lanes = LanePool(engine, cuda, options.contexts, make, self._results.close_device)
         _open.add(self)
 
     @property
@@ -155,14 +158,14 @@ class TensorRTSession:
             DeviceError: the GPU refused; the session can be used again unless the message says otherwise.
         """
         self._check(images.dtype, images.shape)
-        with self._lane() as lane:
+        with self._lanes.lane() as lane:
             lane.enqueue(images)
             return self._converted(lane.finish())
 
     def run_timed(self, images: NDArray[np.uint8]) -> tuple[dict[str, NDArray[Any]], StageTimes]:
         """Like :meth:`run`, and how long its stages took, by CUDA events."""
         self._check(images.dtype, images.shape)
-        with self._lane() as lane:
+        with self._lanes.lane() as lane:
             lane.enqueue(images, timed=True)
             return self._converted(lane.finish()), lane.stage_times()
 
@@ -182,7 +185,7 @@ class TensorRTSession:
         """
         self._check(images.dtype, images.shape)
         reports: list[tuple[str, float]] = []
-        lane = self._take(wait=True)
+        lane = self._lanes.take(wait=True)
         assert lane is not None
         try:
             with self._cuda.active():
@@ -194,7 +197,7 @@ class TensorRTSession:
                         reports.clear()
         finally:
             # Its context reports, and waits, for as long as it lives: nobody else gets it.
-            self._drop(lane)
+            self._lanes.drop(lane)
         return reports
 
     def run_many(self, batches: Iterable[NDArray[np.uint8]]) -> Generator[dict[str, NDArray[Any]], None, None]:
@@ -216,19 +219,21 @@ class TensorRTSession:
                         yield self._landed(flying)
                     raise
                 # Waiting while holding a lane could wait for a caller who waits for this one.
-                lane = self._take(wait=not flying)
+                lane = self._lanes.take(wait=not flying)
                 while lane is None:
                     yield self._landed(flying)
-                    lane = self._take(wait=not flying)
-                self._using(lane, partial(lane.enqueue, images))
+                    lane = self._lanes.take(wait=not flying)
+                with self._lanes.using(lane):
+                    lane.enqueue(images)
                 flying.append(lane)
                 if len(flying) >= 2 or self.options.contexts == 1:
                     yield self._landed(flying)
             while flying:
                 yield self._landed(flying)
         finally:
-            while flying:
-                self._recall(flying.popleft())
+            with ExitStack() as stack:
+                for lane in flying:
+                    stack.callback(self._lanes.recall, lane)
 
     def run_device(self, image: object) -> dict[str, DeviceTensor]:
         """Run an image or batch that is in the GPU's memory; the results stay there. Nothing is copied.
@@ -251,7 +256,7 @@ class TensorRTSession:
 
         with ExitStack() as afterwards:
             try:
-                with self._lane() as lane:
+                with self._lanes.lane() as lane:
                     images = device_images(image, self._cuda, lane.stream)
                     afterwards.callback(images.release)
                     shape = self._batched(images.shape)
@@ -275,18 +280,13 @@ class TensorRTSession:
         """
         if self._cuda.forked:
             return
-        with self._condition:
-            if self._closed:
-                return
-            self._closed = True
-            idle, self._idle = self._idle, []
-            self._condition.notify_all()
         with ExitStack() as stack:
-            stack.callback(self._free, idle)
+            stack.callback(self._lanes.close)
             stack.callback(self._results.close)
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        lanes = getattr(self, "_lanes", None)  # missing when it was never complete
+        if lanes is not None and not lanes.closed:
             if not self._cuda.forked:
                 warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=1, source=self)
             self.close()
@@ -315,123 +315,10 @@ class TensorRTSession:
             shape = (*shape, 1)
         return shape if len(shape) == 4 else (1, *shape)
 
-    @contextmanager
-    def _lane(self) -> Iterator[Lane]:
-        lane = self._take(wait=True)
-        assert lane is not None
-        try:
-            with self._cuda.active():
-                yield lane
-        except InputError:  # raised before the GPU was given any work
-            self._put(lane)
-            raise
-        except BaseException:
-            self._drop(lane)
-            raise
-        self._put(lane)
-
-    def _take(self, *, wait: bool) -> Lane | None:
-        """An idle lane or a new one; ``None`` when all are in use and the caller does not wait."""
-        self._cuda.check_process()  # the lock may be one that a thread of the parent process holds
-        with self._condition:
-            while not self._closed and not self._idle and self._made >= self.options.contexts:
-                if not wait:
-                    return None
-                try:
-                    self._condition.wait()
-                except BaseException:
-                    # Ctrl-C: the lane that woke us, if one did, is for the next in line.
-                    self._condition.notify()
-                    raise
-            if self._closed:
-                raise InputError("this session is closed; load the engine again")
-            if self._idle:
-                return self._idle.pop()
-            self._made += 1
-        try:
-            return self._new_lane()
-        except BaseException:
-            self._lose()
-            raise
-
-    def _new_lane(self) -> Lane:
-        assert self._engine is not None  # it is freed with the last lane
-        with self._cuda.active():
-            return Lane(
-                self._engine,
-                self._cuda,
-                self._image,
-                self._outputs,
-                mapped=self._mapped,
-                cuda_graph=self._wants_graph,
-                on_note=self._notes.add,
-            )
-
-    def _put(self, lane: Lane) -> None:
-        """Give back a lane that works."""
-        with self._condition:
-            if not self._closed:
-                self._idle.append(lane)
-                self._condition.notify()
-                return
-        self._free([lane])
-
-    def _drop(self, lane: Lane) -> None:
-        """Close a lane in an unknown state, a failure being on its way; the next caller makes a new one."""
-        try:
-            with suppress(DeviceError), self._cuda.active():
-                lane.abandon()
-        finally:
-            self._lose()
-
-    def _lose(self) -> None:
-        with suppress(DeviceError):
-            self._settle(lanes_gone=1)
-
-    def _free(self, lanes: Sequence[Lane]) -> None:
-        """Close lanes of a closed session."""
-        with ExitStack() as stack:
-            stack.callback(self._settle, len(lanes))
-            if lanes:
-                stack.enter_context(self._cuda.active())
-            for lane in lanes:
-                stack.callback(lane.close)
-
-    def _settle(self, lanes_gone: int = 0) -> None:
-        """After closing, free the engine with the last lane, and the GPU's context with the last result."""
-        with self._condition:
-            self._made -= lanes_gone
-            self._condition.notify(lanes_gone)
-            last = self._closed and not self._made and self._engine is not None
-        if last:
-            with ExitStack() as stack:
-                stack.callback(self._results.close_device)
-                stack.enter_context(self._cuda.active())
-                self._engine = None
-
-    def _using(self, lane: Lane, work: Callable[[], None]) -> None:
-        try:
-            with self._cuda.active():
-                work()
-        except BaseException:
-            self._drop(lane)
-            raise
-
     def _landed(self, flying: deque[Lane]) -> dict[str, NDArray[Any]]:
         """Finish the oldest batch in flight."""
         lane = flying.popleft()
-        found: dict[str, NDArray[Any]] = {}
-        self._using(lane, lambda: found.update(lane.finish()))
-        self._put(lane)
+        with self._lanes.using(lane):
+            found = lane.finish()
+        self._lanes.put(lane)
         return self._converted(found)
-
-    def _recall(self, lane: Lane) -> None:
-        """Give back a lane whose result nobody wants."""
-        try:
-            with self._cuda.active():
-                lane.stream.synchronize()
-        except DeviceError:
-            # Nobody waits for this batch; a GPU that is lost says so to the next caller.
-            self._drop(lane)
-        else:
-            self._put(lane)

@@ -226,6 +226,67 @@ def test_arrays_on_the_device(engines: dict[str, Engine]) -> None:
             np.testing.assert_array_equal(mask.numpy(), session.run(image)["mask"])
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:torch")
+def test_torch_tensors_on_the_device(engines: dict[str, Engine]) -> None:
+    """In by both protocols, out by DLPack, on a stream of its own, and for longer than the engine is there."""
+    torch = pytest.importorskip("torch", reason="PyTorch with CUDA")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    given = images(16)
+    side = torch.cuda.Stream()
+    with with_options(engines["fp16"], contexts=1) as session:
+        wanted = [session.run(image)["mask"] for image in given]
+        taken = []
+        for image in given:
+            with torch.cuda.stream(side):
+                tensor = torch.from_numpy(image).cuda(non_blocking=True)
+                busy = torch.rand(2048, 2048, device="cuda")
+                for _ in range(10):  # keeps the stream busy: the copy below must see this image's mask, not a later one
+                    busy = busy @ busy / 2048
+                with session.run_device(tensor)["mask"] as mask:
+                    taken.append((torch.from_dlpack(mask) + 0, torch.from_dlpack(mask)))
+    torch.cuda.synchronize()
+    for (copy, view), mask in zip(taken, wanted, strict=True):
+        np.testing.assert_array_equal(copy.cpu().numpy(), mask)
+        np.testing.assert_array_equal(view.cpu().numpy(), mask)
+
+
+def test_cuda_graph_over_one_buffer_on_the_device(engines: dict[str, Engine], figures: dict[str, Any]) -> None:
+    """What a camera loop does: every frame at the same place, every mask closed before the next."""
+    given = images(8)
+    with open_cuda() as cuda, cuda.device_memory(given[0].nbytes) as memory, cuda.stream() as stream:
+        if not cuda.driver.has_graphs:
+            pytest.skip(f"{cuda.driver.name} has no CUDA graphs; pip install 'edgeseg[jetson]'")
+
+        class Frame:
+            __cuda_array_interface__ = {  # noqa: RUF012
+                "shape": given[0].shape,
+                "typestr": "|u1",
+                "data": (memory.address, False),
+                "version": 3,
+                "stream": stream.address,
+            }
+
+        def loop(session: TensorRTSession) -> list[np.ndarray]:
+            masks = []
+            for image in given:
+                with cuda.active():
+                    stream.copy_to_device(memory.address, image.reshape(-1))
+                with session.run_device(Frame())["mask"] as mask:
+                    masks.append(mask.numpy())
+            return masks
+
+        with with_options(engines["fp16"]) as plain, with_options(engines["fp16"], cuda_graph=True) as graphed:
+            for ours, theirs in zip(loop(graphed), loop(plain), strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+            assert graphed.notes == ()
+            for name, session in (("plain_s", plain), ("graph_s", graphed)):
+                begun = time.perf_counter()
+                for _ in range(10):
+                    loop(session)
+                figures[name] = time.perf_counter() - begun
+
+
 def test_dynamic_batch(device: dict[str, Any], tmp_path: Path) -> None:
     engine = compile_folder(portable(tmp_path / "dynamic", "fp32", BatchRange(1, 2, 4)), options={"tf32": False})
     with with_options(engine) as session:

@@ -328,7 +328,7 @@ def test_close_while_calls_are_in_flight(simulation: Simulation, driver: DriverN
     assert entered.wait(10)
     for thread in threads[1:]:
         thread.start()
-    until(lambda: len(opened._condition._waiters) == 2)  # type: ignore[attr-defined]
+    until(lambda: len(opened._lanes._condition._waiters) == 2)  # type: ignore[attr-defined]
     opened.close()
     assert stub.live()["streams"] == 1, "still in use"
     go_on.set()
@@ -353,23 +353,23 @@ def until(true: Callable[[], bool]) -> None:
 def test_ctrl_c_while_waiting_for_a_context(simulation: Simulation, driver: DriverName, stub: Stub) -> None:
     image = an_image()
     with session(simulation, driver, SessionOptions(contexts=1)) as opened:
-        lane = opened._take(wait=True)
+        lane = opened._lanes.take(wait=True)
         assert lane is not None
         timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             opened.run(image)
         timer.join()
-        opened._put(lane)
+        opened._lanes.put(lane)
         np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
 
 
 def test_ctrl_c_does_not_take_the_turn_of_the_next_in_line(simulation: Simulation, driver: DriverName) -> None:
     """Woken and interrupted at once, a waiter must wake another: the lane it was woken for is there to be had."""
     with session(simulation, driver, SessionOptions(contexts=1)) as opened:
-        lane = opened._take(wait=True)
+        lane = opened._lanes.take(wait=True)
         assert lane is not None
-        real = opened._condition.wait
+        real = opened._lanes._condition.wait
         first = threading.get_ident()
 
         def interrupted(timeout: float | None = None) -> bool:
@@ -378,17 +378,17 @@ def test_ctrl_c_does_not_take_the_turn_of_the_next_in_line(simulation: Simulatio
                 raise KeyboardInterrupt
             return done
 
-        opened._condition.wait = interrupted  # type: ignore[method-assign]
+        opened._lanes._condition.wait = interrupted  # type: ignore[method-assign]
         served = threading.Event()
 
         def other() -> None:
-            until(lambda: len(opened._condition._waiters) == 1)  # type: ignore[attr-defined]  # behind the first
+            until(lambda: len(opened._lanes._condition._waiters) == 1)  # type: ignore[attr-defined]  # behind the first
             opened.run(an_image())
             served.set()
 
         def giver() -> None:
-            until(lambda: len(opened._condition._waiters) == 2)  # type: ignore[attr-defined]
-            opened._put(lane)
+            until(lambda: len(opened._lanes._condition._waiters) == 2)  # type: ignore[attr-defined]
+            opened._lanes.put(lane)
 
         threads = [threading.Thread(target=work, daemon=True) for work in (other, giver)]
         for thread in threads:
@@ -456,7 +456,7 @@ def test_a_forked_process_is_told_and_calls_nothing(simulation: Simulation, driv
     done = threading.Event()
 
     def hold() -> None:
-        with opened._condition:
+        with opened._lanes._condition:
             held.set()
             done.wait(30)
 

@@ -9,6 +9,7 @@ import errno
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from click.testing import CliRunner
 from PIL import Image
 from recorded_tensorrt import VERSIONS
 from simulated import SIDE, Simulation, model, spec
-from stub_cuda import Stub
+from stub_cuda import OUT_OF_MEMORY, Stub
 
 import edgeseg
 from edgeseg.artifacts import (
@@ -36,7 +37,7 @@ from edgeseg.artifacts import (
 from edgeseg.backends.base import DeviceSession
 from edgeseg.backends.onnxruntime import OnnxRuntimeSession
 from edgeseg.cli.run import command as run_command
-from edgeseg.errors import ArtifactError, StaleEngineError
+from edgeseg.errors import ArtifactError, DeviceError, StaleEngineError
 from edgeseg.progress import SilentReporter
 from edgeseg.recompile import compile_folder, recompile
 from edgeseg.runtime.segmenter import Segmenter
@@ -221,6 +222,44 @@ def test_nothing_is_deserialized_before_the_checks(stub: Stub, monkeypatch: pyte
     write_json(folder / MANIFEST_NAME, whole)
     engine.engine_path.write_bytes(engine.engine_path.read_bytes()[::-1])
     refused("edited or damaged")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_load_that_fails_late_destroys_the_engine_before_the_context(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, version: str
+) -> None:
+    """TensorRT frees GPU memory when its objects go; they are in the frames of the exception until somebody clears them."""
+    from edgeseg.backends.cuda import Cuda
+
+    simulation = tensorrt(monkeypatch, stub, version)
+    compile_folder(folder)
+    inner = simulation.recorder.behaviour["Runtime.deserialize_cuda_engine"]
+    made: list[weakref.ref[object]] = []
+    gone: list[bool] = []
+
+    def deserialize(runtime: object, serialized_engine: object) -> object:
+        made.append(weakref.ref(found := inner(runtime, serialized_engine)))
+        return found
+
+    close = Cuda.close
+
+    def closing(cuda: Cuda) -> None:
+        simulation.recorder.calls.clear()  # which has every object that was called
+        if made:
+            gone.append(made[-1]() is None)
+        close(cuda)
+
+    simulation.recorder.behaviour["Runtime.deserialize_cuda_engine"] = deserialize
+    monkeypatch.setattr(Cuda, "close", closing)
+    for function, said in [("cuStreamCreate", "cuStreamCreate failed"), ("cuMemHostAlloc", "MiB asked of")]:
+        stub.fail(function, 1, OUT_OF_MEMORY)
+        with pytest.raises(DeviceError, match=said) as caught:
+            edgeseg.load(folder)
+        assert gone == [True]
+        assert stub.live() == {}
+        assert caught.traceback
+        gone.clear()
+        made.clear()
 
 
 def test_two_processes_compile_again_once(stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

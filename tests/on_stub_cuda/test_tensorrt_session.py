@@ -189,19 +189,30 @@ def test_many_batches_leave_room_for_others_and_can_be_broken_off(
             next(results)
 
 
-def test_eight_threads_and_nothing_is_left(stub: Stub, driver: DriverName, memory: str) -> None:
+@pytest.mark.filterwarnings("ignore:edgeseg. no CUDA graph:RuntimeWarning")
+@pytest.mark.parametrize("graph", [False, True])
+def test_eight_threads_and_nothing_is_left(stub: Stub, driver: DriverName, memory: str, graph: bool) -> None:
     """The soak: threads, a bounded number of contexts, failures in between, and every count back to zero."""
     simulation = Simulation(stub, model("n", ("h", "w")), "11.4.0.106", DYNAMIC)
+    graphs = stub.made("graph execs")
     wrong: list[str] = []
 
     def work(opened: TensorRTSession, seed: int) -> None:
         rng = np.random.default_rng(seed)
         for turn in range(25):
-            side = 8 * int(rng.integers(2, 8))
-            image = images(int(rng.integers(1, 5)), side, side, seed * 1000 + turn)
+            # Few shapes where graphs are wanted: only what repeats becomes one.
+            side, most = (8 * int(rng.integers(2, 8)), 4) if not graph else (16, 1)
+            image = images(int(rng.integers(1, most + 1)), side, side, seed * 1000 + turn)
             try:
                 if turn % 5 == 4:
                     mask = next(iter(opened.run_many([image])))["mask"]
+                elif turn % 5 == 3:
+                    there = OnDevice(driver, image)
+                    try:
+                        with opened.run_device(there)["mask"] as result:
+                            mask = result.numpy()
+                    finally:
+                        there.cuda.close()
                 else:
                     mask = opened.run(image)["mask"]
             except DeviceError as exc:
@@ -213,7 +224,7 @@ def test_eight_threads_and_nothing_is_left(stub: Stub, driver: DriverName, memor
                     wrong.append(f"thread {seed}, turn {turn}")
 
     failed: list[int] = []
-    options = SessionOptions(contexts=3, host_memory=memory)  # type: ignore[arg-type]
+    options = SessionOptions(contexts=3, host_memory=memory, cuda_graph=graph)  # type: ignore[arg-type]
     with session(simulation, driver, options, BatchRange(1, 2, 4)) as opened:
         threads = [threading.Thread(target=work, args=(opened, seed)) for seed in range(8)]
         for thread in threads:
@@ -229,6 +240,8 @@ def test_eight_threads_and_nothing_is_left(stub: Stub, driver: DriverName, memor
         assert stub.live()["streams"] <= 3
         assert "context pushes" not in stub.live()
     assert stub.made("streams") >= 3
+    assert stub.live() == {}
+    assert (stub.made("graph execs") > graphs) == (graph and driver == "cuda-bindings")
 
 
 FAILING = [
