@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,6 +38,8 @@ class DeviceCopies(Protocol):
     def device_memory(self, size_bytes: int) -> Any: ...
 
     def stream(self) -> Any: ...
+
+    def active(self) -> AbstractContextManager[Any]: ...
 
 
 def version_number(version: str) -> int:
@@ -178,6 +181,7 @@ class ImageFeed:
         self.batches = 0
         self.failure: EdgesegError | None = None
         self._batches = _batches(samples, spec)
+        self._cuda = cuda
         size_bytes = self.batch_size * spec.height * spec.width * spec.channels
         self._memory = cuda.device_memory(size_bytes)
         self._stream = cuda.stream()
@@ -188,8 +192,10 @@ class ImageFeed:
             batch = next(self._batches, None)
             if batch is None:
                 return None
-            self._stream.copy_to_device(self._memory.address, batch.reshape(-1))
-            self._stream.synchronize()
+            # TensorRT calls from a thread of its choice, which need not have the GPU's context.
+            with self._cuda.active():
+                self._stream.copy_to_device(self._memory.address, batch.reshape(-1))
+                self._stream.synchronize()
         except EdgesegError as exc:
             self.failure = exc
             return None

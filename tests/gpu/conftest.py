@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from device_engines import PRECISIONS, portable
 
 import edgeseg
-from edgeseg.artifacts import write_json
+from edgeseg.artifacts import Engine, write_json
 from edgeseg.backends.cuda import open_cuda
 from edgeseg.backends.tensorrt import TensorRTBackend
+from edgeseg.backends.tensorrt_log import capture
+from edgeseg.backends.tensorrt_module import TENSORRT
 from edgeseg.errors import EdgesegError
+from edgeseg.recompile import compile_folder
 
 REPORT_VERSION = 1
 
@@ -87,6 +91,13 @@ def first_line(path: str) -> str | None:
     return file.read_text(errors="replace").split("\n")[0].strip("\0 ") if file.is_file() else None
 
 
+def dla_cores() -> int:
+    """How many DLA cores TensorRT sees."""
+    trt = TENSORRT.load()
+    with capture(trt) as (logger, _):
+        return int(trt.Builder(logger).num_DLA_cores)
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The GPU; skips where TensorRT cannot run."""
@@ -102,6 +113,8 @@ def device(request: pytest.FixtureRequest) -> dict[str, Any]:
         found = {
             "gpu": cuda.device.name,
             "compute_capability": list(cuda.device.compute_capability),
+            "multiprocessors": cuda.device.multiprocessors,
+            "dla_cores": dla_cores(),
             "integrated": cuda.device.integrated,
             "cuda": cuda.device.cuda_version,
             "cuda_package": cuda.driver.name,
@@ -124,3 +137,10 @@ def figures(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Where a test writes what it measured, for the report."""
     all_figures: dict[str, Any] = request.config.stash[FINDINGS].figures
     return all_figures.setdefault(request.node.name, {})  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def engines(device: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Engine]:
+    """A compiled engine of each precision."""
+    root = tmp_path_factory.mktemp("engines")
+    return {p: compile_folder(portable(root / p, p), options={"tf32": False}) for p in PRECISIONS}

@@ -14,8 +14,15 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
+from recorded_tensorrt.fake_timing import (
+    combine_timing_cache,
+    create_timing_cache,
+    host_memory,
+    serialize_timing_cache,
+    set_timing_cache,
+)
+
 PLAN_MARK = b"recorded-tensorrt-plan\n"
-TIMING_MARK = b"recorded-tensorrt-timing\n"
 _DTYPES = {
     TensorProto.FLOAT: "FLOAT",
     TensorProto.FLOAT16: "HALF",
@@ -162,43 +169,6 @@ def add_optimization_profile(config: Any, profile: Any) -> int:
 
 def set_shape(profile: Any, input: str, min: Any, opt: Any, max: Any) -> None:  # the binding's own names
     profile._state["shapes"][input] = [tuple(min), tuple(opt), tuple(max)]
-
-
-def create_timing_cache(config: Any, serialized_timing_cache: Any) -> Any:
-    """A cache is text: whose times they are, then a kernel a line. ``None`` for anything else."""
-    recorder, content = config._recorder, bytes(serialized_timing_cache)
-    if not content:
-        return recorder.new("ITimingCache", origin=recorder.version, kernels=[])
-    if not content.startswith(TIMING_MARK):
-        return None
-    origin, *kernels = content[len(TIMING_MARK) :].decode().splitlines()
-    return recorder.new("ITimingCache", origin=origin, kernels=kernels)
-
-
-def set_timing_cache(config: Any, cache: Any, ignore_mismatch: bool) -> bool:
-    if cache._state["origin"] != config._recorder.version and not ignore_mismatch:
-        return False
-    config._state["timing_cache"] = cache
-    return True
-
-
-def combine_timing_cache(cache: Any, input_cache: Any, ignore_mismatch: bool) -> bool:
-    if cache._state["origin"] != input_cache._state["origin"] and not ignore_mismatch:
-        return False
-    cache._state["kernels"] = sorted({*cache._state["kernels"], *input_cache._state["kernels"]})
-    return True
-
-
-def serialize_timing_cache(cache: Any) -> Any:
-    lines = [cache._state["origin"], *cache._state["kernels"]]
-    return host_memory(cache._recorder, TIMING_MARK + "\n".join(lines).encode())
-
-
-def host_memory(recorder: Any, content: bytes) -> Any:
-    """An ``IHostMemory`` that holds these bytes."""
-    memory = bytes.__new__(recorder.classes["IHostMemory"], content)
-    object.__setattr__(memory, "_state", {"nbytes": len(content)})
-    return memory
 
 
 def build_serialized_network(builder: Any, network: Any, config: Any) -> Any:

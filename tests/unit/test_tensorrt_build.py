@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -483,6 +484,9 @@ class FakeCuda:
         part.synchronize = lambda: None
         return part
 
+    def active(self) -> Any:
+        return nullcontext()
+
     def close(self) -> None:
         self.open -= 1
 
@@ -590,19 +594,8 @@ def engine_folder(folder: Path, graph: OnnxGraph, built: BuiltEngine) -> Engine:
     return Engine(folder, manifest)
 
 
-class OpenedCuda(FakeCuda):
-    """As much of an opened GPU as ``load`` touches."""
-
-    def active(self) -> Any:
-        from contextlib import nullcontext
-
-        return nullcontext()
-
-
-def load(
-    monkeypatch: pytest.MonkeyPatch, recorder: Recorder, engine: Engine, gpu: Gpu = ORIN
-) -> tuple[Any, OpenedCuda]:
-    cuda = OpenedCuda()
+def load(monkeypatch: pytest.MonkeyPatch, recorder: Recorder, engine: Engine, gpu: Gpu = ORIN) -> tuple[Any, FakeCuda]:
+    cuda = FakeCuda()
     monkeypatch.setattr(tensorrt_module, "open_cuda", lambda: cuda)
     monkeypatch.setattr(tensorrt_module, "open_session", lambda trt, engine, spec, cuda, _: (trt, engine, spec, cuda))
     try:
