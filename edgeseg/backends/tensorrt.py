@@ -27,7 +27,6 @@ from edgeseg.backends.tensorrt_module import MIB, TENSORRT
 from edgeseg.backends.tensorrt_options import TensorRTOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt_progress import progress_monitor
 from edgeseg.backends.tensorrt_times import LayerTimes, measure_layer_times
-from edgeseg.backends.tensorrt_timing import TimingCache
 from edgeseg.errors import BuildError, DeviceError, EdgesegError, MissingDependencyError, SpecError
 from edgeseg.spec import PipelineSpec, Precision
 
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from tensorrt_surface import TensorRT
 
     from edgeseg.backends.tensorrt_graph import ParsedGraph
+    from edgeseg.backends.tensorrt_timing import TimingCache
 
 ENGINE_NAME = "engine.plan"
 
@@ -100,6 +100,7 @@ class TensorRTBackend:
             BuildError: TensorRT cannot parse or build the graph (names the node), or built it in another precision.
         """
         from edgeseg.backends.tensorrt_graph import ParsedGraph
+        from edgeseg.backends.tensorrt_timing import TimingCache
 
         chosen = parse_options(TensorRTOptions, self.name, options)
         trt, gpu = self.import_module(), self.gpu()

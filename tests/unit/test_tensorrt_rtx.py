@@ -122,5 +122,6 @@ def test_recompiling_adds_this_gpu_to_those_asked_for(tmp_path: Path, monkeypatc
     monkeypatch.setattr(tensorrt_rtx, "backend", lambda: TensorRTRtxBackend(gpu=lambda: ADA))
     for given in ({"sm": [75, 120]}, {"sm": [89, 120]}):
         manifest = SimpleNamespace(target="tensorrt-rtx", options_given=given)
+        monkeypatch.setattr(recompile, "read_manifest", lambda folder, found=manifest: found)
         recompile.recompile(SimpleNamespace(folder=tmp_path, manifest=manifest))  # type: ignore[arg-type]
     assert asked == [(75, 120, 89), (89, 120)]
