@@ -15,7 +15,7 @@ from edgeseg.backends import BACKENDS
 from edgeseg.decide.requirement import Requirement
 from edgeseg.demo import demo_models, sample_folder
 from edgeseg.errors import SpecError
-from edgeseg.spec import ARCHITECTURES, PRECISIONS, ModelRequest, Precision, one_of
+from edgeseg.spec import ARCHITECTURES, PRECISIONS, ModelRequest, OutputKind, OutputSpec, Precision, one_of
 
 DEMO = "demo"
 Layout = Literal["images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff"]
@@ -57,6 +57,7 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         precisions, targets: as ``edgeseg build``.
         weights: per architecture (``default`` for the others): a path, in which ``{arch}`` and ``{encoder}`` are replaced,
             ``imagenet``, ``random`` or ``demo``, which is the default.
+        output_kind: of the engines: ``mask``, or ``logits`` or ``probabilities``, of which a loss can be measured.
         classes, calibration, calibration_limit, validation, ignore_index: as ``edgeseg build``.
         require: as ``edgeseg report --require``.
         title: of the report.
@@ -70,6 +71,7 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precisions: tuple[str, ...] = ("int8",)
     targets: tuple[str, ...] = ("auto",)
     weights: dict[str, str] = {}  # msgspec copies empty defaults
+    output_kind: OutputKind = "mask"
     classes: int | None = None
     calibration: str | None = None
     calibration_limit: int | None = None
@@ -171,6 +173,7 @@ def _cell(config: SweepConfig, arch: str, encoder: str | None, size: str | None,
         validation=None if config.validation is None else Path(config.validation),
         ignore_index=config.ignore_index,
         target=target,
+        output=OutputSpec(config.output_kind),
         folder=Path(config.output) / "engines" / name,
         force=True,
     )

@@ -162,6 +162,13 @@ def test_the_measuring_process_tells_its_error(capfd: pytest.CaptureFixture[str]
     assert f"edgeseg: {reason}" in capfd.readouterr().err
 
 
+def test_engines_can_be_built_to_tell_their_scores(tmp_path: Path) -> None:
+    plain, scores = config(tmp_path), config(tmp_path, output_kind="logits")
+    assert {cell.request.output.kind for cell in expand(plain)} == {"mask"}
+    assert {cell.request.output.kind for cell in expand(scores)} == {"logits"}
+    assert cell_key(expand(plain)[0]) != cell_key(expand(scores)[0])
+
+
 def test_models_can_be_measured_apart(tmp_path: Path) -> None:
     recorder = Recorder()
     result = recorder.run(config(tmp_path, bench=BenchConfig(together="model")))
