@@ -36,6 +36,7 @@ from edgeseg.evaluate.loss import LossSums, ScoreTap, loss_sums
 from edgeseg.evaluate.results import Accuracy, Resolution, WorstImage
 from edgeseg.evaluate.scores import accuracy_of, truth_counts
 from edgeseg.evaluate.worst import save_worst
+from edgeseg.orphans import end_with_parent
 from edgeseg.progress import Reporter, stage
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import ModelSpec, PipelineSpec
@@ -170,11 +171,17 @@ def _records(
         if (missing := tuple(name for name, ledger in ledgers.items() if index not in ledger))
     ]
     done = len(group.data) - len(todo)
-    for found in _judged(group, todo, request.jobs, opener):
-        for name, record in found:
-            ledgers[name].append(record)
-        done += 1
-        reporter.progress(done, len(group.data))
+    try:
+        for found in _judged(group, todo, request.jobs, opener):
+            for name, record in found:
+                ledgers[name].append(record)
+            done += 1
+            reporter.progress(done, len(group.data))
+    except KeyboardInterrupt:
+        reporter.note(
+            f"{done} of {len(group.data)} images are judged and kept: the same command goes on with the others"
+        )
+        raise
     values = {value for ledger in ledgers.values() for value in ledger.ignore_values}
     if len(values) > 1:
         raise InputError(f"masks of {request.data} mark unlabelled pixels by {sorted(values)}; give --ignore-index")
@@ -269,6 +276,7 @@ _open_things = ExitStack()
 
 def _start_worker(group: _Group, threads: int) -> None:
     global _worker
+    end_with_parent()
     _worker = _open_things.enter_context(_bench(group, Opener(), threads))
 
 

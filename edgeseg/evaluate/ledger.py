@@ -50,9 +50,12 @@ class Ledger:
         """Keep one image's counts, on disk at once. Raises ``ArtifactError`` when it cannot be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            line = msgspec.json.encode(record) + b"\n"
             with self.path.open("ab") as file:
-                place = file.tell()
-                file.write(msgspec.json.encode(record) + b"\n")
+                file.write(line)
+                file.flush()
+                # Only now: another evaluation of the same images may have written in between.
+                place = file.tell() - len(line)
         except OSError as exc:
             raise ArtifactError(
                 f"cannot write {self.path}: {exc.strerror}; set EDGESEG_CACHE to another folder"
