@@ -16,6 +16,7 @@ import pytest
 from bench_rows import report, row
 from test_artifacts import make_engine
 
+from edgeseg.artifacts import MANIFEST_NAME, open_engine, write_json
 from edgeseg.decide.entries import failed_measurements
 from edgeseg.errors import ArtifactError, BuildError, SpecError
 from edgeseg.evaluate.results import FailedMeasurement, read_report, write_report
@@ -167,6 +168,27 @@ def test_engines_can_be_built_to_tell_their_scores(tmp_path: Path) -> None:
     assert {cell.request.output.kind for cell in expand(plain)} == {"mask"}
     assert {cell.request.output.kind for cell in expand(scores)} == {"logits"}
     assert cell_key(expand(plain)[0]) != cell_key(expand(scores)[0])
+
+
+def test_an_engine_for_another_device_is_built_and_not_measured(tmp_path: Path) -> None:
+    class Portable(Recorder):
+        def build(self, cells: Sequence[Cell]) -> Iterator[Built]:
+            for built in super().build(cells):
+                folder = built.cell.request.folder
+                if folder is not None and built.cell.name.startswith("unet"):
+                    manifest = dataclasses.replace(open_engine(folder).manifest, engine=None)
+                    write_json(folder / MANIFEST_NAME, manifest)
+                yield built
+
+    recorder = Portable()
+    result = recorder.run(config(tmp_path, precisions=("fp32",)))
+    assert [r.engine.name for run in result.runs for r in run.report.rows] == ["fpn-demo-fp32-onnxruntime"]
+    (failure,) = result.failures
+    assert failure.name == "unet-demo-fp32-onnxruntime"
+    assert "edgeseg compile" in failure.reason
+    again = Portable()
+    again.run(config(tmp_path, precisions=("fp32",)))
+    assert (again.built, again.benched) == ([], [])
 
 
 def test_models_can_be_measured_apart(tmp_path: Path) -> None:
