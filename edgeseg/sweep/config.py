@@ -14,7 +14,8 @@ from edgeseg.api import BuildRequest
 from edgeseg.backends import BACKENDS
 from edgeseg.decide.requirement import Requirement
 from edgeseg.demo import demo_models, sample_folder
-from edgeseg.errors import SpecError
+from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.evaluate.contenders import BASELINES
 from edgeseg.spec import ARCHITECTURES, PRECISIONS, ModelRequest, OutputKind, OutputSpec, Precision, one_of
 
 DEMO = "demo"
@@ -82,6 +83,9 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bench: BenchConfig = BenchConfig()
 
 
+_FIELDS = (*SweepConfig.__struct_fields__, *BenchConfig.__struct_fields__)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One combination: ``name`` is its engine folder's, ``model`` what it shares with others of the same weights."""
@@ -102,7 +106,10 @@ def read_config(path: Path) -> SweepConfig:
     except OSError as exc:
         raise SpecError(f"cannot read {path}: {exc.strerror}; docs/sweep.md has an example") from exc
     except (msgspec.DecodeError, ValueError) as exc:
-        raise SpecError(f"{path} is no sweep: {' '.join(str(exc).split())}; docs/sweep.md has an example") from exc
+        said = " ".join(str(exc).split())
+        unknown = re.search(r"unknown field `(\w+)`", said)
+        near = "" if unknown is None else did_you_mean(unknown[1], _FIELDS)
+        raise SpecError(f"{path} is no sweep: {said}{near or ';'} docs/sweep.md has an example") from exc
     return relative_to(config, path.parent)
 
 
@@ -136,6 +143,8 @@ def expand(config: SweepConfig) -> tuple[Cell, ...]:
             raise SpecError(f"{field} of the sweep is empty; give at least one of {', '.join(allowed)}")
         for value in getattr(config, field):
             one_of(field, value, tuple(allowed))
+    # Before hours of building, not after.
+    one_of("bench.baseline", config.bench.baseline, (*BASELINES, "none"))
     for arch in config.weights:
         one_of("weights", arch, (*ARCHITECTURES, "default"))
     cells = tuple(

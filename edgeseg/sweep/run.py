@@ -14,7 +14,7 @@ import filelock
 
 from edgeseg.artifacts import open_engine
 from edgeseg.decide.entries import Run
-from edgeseg.errors import ArtifactError, BuildError
+from edgeseg.errors import ArtifactError, BuildError, SpecError
 from edgeseg.evaluate.results import read_report
 from edgeseg.sweep.config import Cell, SweepConfig, data_folder, expand
 from edgeseg.sweep.executors import Built, build_locally, build_on_ray
@@ -68,11 +68,14 @@ def run_sweep(
         bench: replaces the measuring process (tests bring their own).
 
     Raises:
-        SpecError: the config cannot be; see :func:`edgeseg.sweep.config.expand`.
+        SpecError: the config cannot be, see :func:`edgeseg.sweep.config.expand`, or its data is not there.
         ArtifactError: another sweep works in the same folder.
         BuildError: not one cell could be built and measured.
     """
     cells = expand(config)
+    data = data_folder(config.bench)
+    if data is not None and not data.exists():  # said before hours of building, not after
+        raise SpecError(f"bench.data {data} of the sweep is not there; give images, or demo, or leave it out")
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     try:

@@ -191,6 +191,19 @@ def test_an_engine_for_another_device_is_built_and_not_measured(tmp_path: Path) 
     assert (again.built, again.benched) == ([], [])
 
 
+def test_what_only_the_bench_would_find_is_said_before_anything_is_built(tmp_path: Path) -> None:
+    for bench, words in (
+        (BenchConfig(baseline="pytrch"), "did you mean 'pytorch'"),
+        (BenchConfig(data=str(tmp_path / "gone")), "gone of the sweep is not there"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            Recorder().run(config(tmp_path, bench=bench))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "sweep.toml").write_text('archs = ["fpn"]\nprecision = ["int8"]\n')
+    with pytest.raises(SpecError, match=r"unknown field `precision`; did you mean 'precisions'"):
+        read_config(tmp_path / "sweep.toml")
+
+
 def test_models_can_be_measured_apart(tmp_path: Path) -> None:
     recorder = Recorder()
     result = recorder.run(config(tmp_path, bench=BenchConfig(together="model")))
