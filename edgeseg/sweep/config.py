@@ -16,6 +16,8 @@ from edgeseg.decide.requirement import Requirement
 from edgeseg.demo import demo_models, sample_folder
 from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.evaluate.contenders import BASELINES
+from edgeseg.evaluate.layouts import parse_label_map
+from edgeseg.evaluate.results import Resolution
 from edgeseg.spec import ARCHITECTURES, PRECISIONS, ModelRequest, OutputKind, OutputSpec, Precision, one_of
 
 DEMO = "demo"
@@ -28,8 +30,8 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         baseline: ``pytorch``, another of ``bench``'s, or ``none``.
         data: images to judge accuracy on; ``demo`` for the demo's validation images; ``None``: speed only.
-        layout: of ``data``.
-        limit: judge so many images.
+        layout, split, label_map, resolution, limit, jobs: of ``data``, as ``bench``'s options of these names.
+        batch, threads, streams: counts, comma-separated, as ``bench``'s options.
         duration_s: of each engine.
         fresh_processes: for cold start and memory; 0 for neither.
         profile: also measure per-module times.
@@ -40,7 +42,14 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     baseline: str = "pytorch"
     data: str | None = None
     layout: Layout = "images-masks"
+    split: str = "val"
+    label_map: str | None = None
+    resolution: Resolution = "source"
     limit: int | None = None
+    jobs: int = 1
+    batch: str = "1"
+    threads: str | None = None
+    streams: str = "1"
     duration_s: float = 3.0
     fresh_processes: int = 1
     profile: bool = False
@@ -145,6 +154,15 @@ def expand(config: SweepConfig) -> tuple[Cell, ...]:
             one_of(field, value, tuple(allowed))
     # Before hours of building, not after.
     one_of("bench.baseline", config.bench.baseline, (*BASELINES, "none"))
+    if config.bench.label_map is not None:
+        parse_label_map(config.bench.label_map)
+    for field, counts in (
+        ("batch", config.bench.batch),
+        ("threads", config.bench.threads),
+        ("streams", config.bench.streams),
+    ):
+        if counts is not None and re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", counts) is None:
+            raise SpecError(f"bench.{field} {counts!r} of the sweep is not a list of counts, such as 1 or 1,4,8")
     for arch in config.weights:
         one_of("weights", arch, (*ARCHITECTURES, "default"))
     cells = tuple(

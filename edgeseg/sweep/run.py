@@ -171,11 +171,14 @@ def bench_options(config: SweepConfig) -> tuple[str, ...]:
     """The options of ``edgeseg bench`` that the config's ``[bench]`` stands for."""
     bench, data = config.bench, data_folder(config.bench)
     options = ["--baseline", bench.baseline, "--duration-s", f"{bench.duration_s:g}"]
-    options += ["--fresh-processes", str(bench.fresh_processes)]
+    options += ["--fresh-processes", str(bench.fresh_processes), "--batch", bench.batch, "--streams", bench.streams]
+    options += ["--threads", bench.threads] if bench.threads is not None else []
     if bench.profile:
         options.append("--profile")
     if data is not None:
-        options += ["--data", str(data), "--layout", bench.layout]
+        options += ["--data", str(data), "--layout", bench.layout, "--split", bench.split]
+        options += ["--resolution", bench.resolution, "--jobs", str(bench.jobs)]
+        options += ["--label-map", bench.label_map] if bench.label_map is not None else []
         options += ["--limit", str(bench.limit)] if bench.limit is not None else []
         options += ["--ignore-index", str(config.ignore_index)] if config.ignore_index is not None else []
     return tuple(options)
