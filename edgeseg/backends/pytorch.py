@@ -37,6 +37,8 @@ class PyTorchSession:
         compiled: run through ``torch.compile``; the first call takes tens of seconds.
         bfloat16: run the network under bfloat16 autocast, which some CPUs multiply faster; its outputs are float32 again.
         threads: of PyTorch's intra-op pool, for the whole process; ``None`` leaves it. Recorded in :attr:`options`.
+        with_scores: return what a mask is made of as well: ``logits``, or ``probabilities`` of a model with an
+            activation; nothing of one that ends in an argmax.
 
     Raises:
         BuildError: ``torch.compile`` failed.
@@ -51,6 +53,7 @@ class PyTorchSession:
         compiled: bool = False,
         bfloat16: bool = False,
         threads: int | None = None,
+        with_scores: bool = False,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -65,6 +68,7 @@ class PyTorchSession:
         self._channels_last = channels_last
         self._compiled = compiled
         self._bfloat16 = bfloat16
+        self._with_scores = with_scores
         self._module = loaded.module
         if channels_last:
             # Module.to changes the module in place, and this one is the caller's.
@@ -141,6 +145,10 @@ class PyTorchSession:
             output[kind] = self._probabilities(raw)
         else:
             output[kind] = self._mask(raw)
+        if self._with_scores and kind == "mask" and raw.ndim == 4:
+            output["logits" if self._activation is None else "probabilities"] = (
+                raw if self._activation is None else self._probabilities(raw)
+            )
         if self.spec.output.confidence:
             output["confidence"] = self._confidence(raw)
         return output

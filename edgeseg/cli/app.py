@@ -85,7 +85,7 @@ def main() -> NoReturn:
         exc.show()
         sys.exit(exc.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("edgeseg: interrupted; nothing was left behind", err=True)
+        click.echo("edgeseg: interrupted; nothing half-done was left behind", err=True)
         sys.exit(130)
     except EdgesegError as exc:
         if debug:

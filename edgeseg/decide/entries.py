@@ -151,6 +151,6 @@ def paired_ratio(slow: Entry, fast: Entry) -> Ratio | None:
     a, b = slow.row.latency, fast.row.latency
     if a is None or b is None or slow.run != fast.run or not a.round_group or a.round_group != b.round_group:
         return None
-    if not a.samples_ms or len(a.samples_ms) != len(b.samples_ms):
+    if len(a.samples_ms) < 2 or len(a.samples_ms) != len(b.samples_ms):
         return None
     return compare(LatencySamples(slow.name, a.samples_ms, 0), LatencySamples(fast.name, b.samples_ms, 0))

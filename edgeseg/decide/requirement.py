@@ -141,6 +141,13 @@ class Requirement:
         return Outcome(status, tuple(checks))
 
 
+def comparisons(node: Node) -> tuple[Comparison, ...]:
+    """All comparisons of an expression, in the order written."""
+    if isinstance(node, Comparison):
+        return (node,)
+    return tuple(found for part in node.parts for found in comparisons(part))
+
+
 def _judge(node: Node, entry: Entry, checks: list[Check]) -> Status:
     if isinstance(node, Comparison):
         check = _check(node, entry)

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport, paired_ratio
 from edgeseg.decide.metrics import METRICS, Metric
-from edgeseg.decide.requirement import Outcome, Requirement, Status
+from edgeseg.decide.requirement import Outcome, Requirement, Status, comparisons
 
 DEFAULT_REQUIREMENT = "miou_drop <= 0.01"
 DEFAULT_WITHOUT_MASKS = "agreement >= 0.99"
@@ -89,7 +89,7 @@ def decide_device(group: DeviceGroup, requirement: Requirement | None) -> Device
         Judged(entry, None if requirement is None else requirement.evaluate(entry), id(entry) in front)
         for entry in group.entries
     )
-    remarks = tuple(_remarks(group, metric))
+    remarks = (*_remarks(group, metric), *_few_samples(group.engines, requirement))
     engines = [one for one in judged if not one.entry.row.engine.is_baseline]
     fitting = [one.entry for one in engines if one.status == "pass" and _median(one.entry) is not None]
 
@@ -235,6 +235,21 @@ def _remarks(group: DeviceGroup, metric: Metric | None) -> list[str]:
         which = "every row" if len(noisy) == len(group.entries) else "; ".join(noisy)
         remarks.append(f"flagged noisy, measure again before you rely on it: {which}")
     return remarks + _not_worth_it(group.engines, metric)
+
+
+def _few_samples(engines: Sequence[Entry], requirement: Requirement | None) -> list[str]:
+    """Percentiles that are required, of rows with too few samples to have one: the slowest sample stands for it."""
+    remarks = []
+    asked = set() if requirement is None else {c.metric.name for c in comparisons(requirement.root)}
+    for name, needed in (("p90_ms", 10), ("p95_ms", 20), ("p99_ms", 100)):
+        few = [e for e in engines if e.row.latency is not None and e.row.latency.end_to_end.count < needed]
+        if name in asked and few:
+            counts = "; ".join(f"{e.name} ({e.row.latency.end_to_end.count})" for e in few if e.row.latency is not None)
+            remarks.append(
+                f"{name.removesuffix('_ms')} of fewer than {needed} samples is the slowest of them, measure longer "
+                f"(--duration-s): {counts}"
+            )
+    return remarks
 
 
 def _not_worth_it(engines: Sequence[Entry], metric: Metric | None) -> list[str]:

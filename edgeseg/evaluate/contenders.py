@@ -88,12 +88,13 @@ class Opener:
             )
         return loaded
 
-    def open(self, contender: Contender, threads: int | None = None) -> Session:
+    def open(self, contender: Contender, threads: int | None = None, *, with_scores: bool = False) -> Session:
         """Load a contender.
 
         Args:
             contender: what to load.
             threads: of one inference; ``None``: the engine's own setting, one per core for PyTorch.
+            with_scores: let a baseline return its scores beside the mask; takes time.
 
         Raises:
             SpecError: the backend has no such setting.
@@ -110,6 +111,7 @@ class Opener:
                 bfloat16=contender.baseline == "pytorch-bf16",
                 # Always said: PyTorch keeps the number of threads for the whole process.
                 threads=threads or this_cpu().cores,
+                with_scores=with_scores,
             )
         engine = self.engine(contender)
         if threads is not None:

@@ -22,8 +22,8 @@ T = TypeVar("T")
 IGNORED = -1
 """What an unlabelled pixel is in the masks this module returns, whatever the files use."""
 
-IMAGE_FOLDERS = ("images", "image", "img")
-MASK_FOLDERS = ("masks", "mask", "labels", "annotations")
+IMAGE_FOLDERS = ("images", "image", "img", "img_dir")
+MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "ann_dir")
 MASK_SUFFIXES = ("_mask", "_label", "_labels", "_gt")
 
 
@@ -91,7 +91,13 @@ class ValidationSet:
 
     @classmethod
     def open(
-        cls, source: str | Path, model: ModelSpec, *, ignore_index: int | None = None, limit: int | None = None
+        cls,
+        source: str | Path,
+        model: ModelSpec,
+        *,
+        ignore_index: int | None = None,
+        limit: int | None = None,
+        split: str | None = None,
     ) -> ValidationSet:
         """Find the images and masks of a folder; nothing is decoded yet.
 
@@ -103,6 +109,7 @@ class ValidationSet:
             model: classes, task and channels.
             ignore_index: see the class.
             limit: keep this many, evenly spread over the name order; ``None`` for all.
+            split: folder to take in both, where there is one (``images/val`` beside ``masks/val``).
 
         Raises:
             InputError: no such folder, no images, or a mask folder in which no mask belongs to an image.
@@ -112,7 +119,7 @@ class ValidationSet:
             raise InputError(f"validation data {folder} is not a folder; give one with images/ and masks/")
         if limit is not None and limit < 1:
             raise InputError(f"{limit} validation images asked for; at least 1 is needed")
-        images, masks = _find(folder)
+        images, masks = _find(folder, split)
         unpaired = tuple(i.name for i in images if i not in masks) if masks else ()
         chosen = _spread([i for i in images if not masks or i in masks], limit)
         return cls(folder, tuple(chosen), tuple(masks[i] for i in chosen if masks), model, ignore_index, unpaired)
@@ -294,12 +301,15 @@ def _present(raw: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
     return np.flatnonzero(np.bincount(raw.ravel())) if raw.dtype == np.uint8 else np.unique(raw)
 
 
-def _find(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
+def _find(folder: Path, split: str | None) -> tuple[list[Path], dict[Path, Path]]:
     image_folder = next((folder / n for n in IMAGE_FOLDERS if (folder / n).is_dir()), None)
     if image_folder is None:
         return _find_flat(folder)
-    images = _images(image_folder)
     mask_folder = next((folder / n for n in MASK_FOLDERS if (folder / n).is_dir()), None)
+    if split and (image_folder / split).is_dir():
+        image_folder = image_folder / split
+        mask_folder = mask_folder / split if mask_folder is not None and (mask_folder / split).is_dir() else None
+    images = _images(image_folder)
     if mask_folder is None:
         return images, {}
     by_stem: dict[str, Path] = {}

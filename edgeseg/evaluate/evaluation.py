@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +24,25 @@ from numpy.typing import NDArray
 from edgeseg.artifacts import sha256_json
 from edgeseg.backends.cpu import this_cpu
 from edgeseg.cache import cache_folder, source_sha256
-from edgeseg.errors import ArtifactError, InputError
+from edgeseg.errors import InputError
 from edgeseg.evaluate.bench import first_baseline
 from edgeseg.evaluate.contenders import Contender, Opener
-from edgeseg.evaluate.dataset import LabelReader, ValidationSet, file_digest
-from edgeseg.evaluate.judge import ImageRecord, at_resolution, judge, segment
+from edgeseg.evaluate.dataset import LabelReader, Pair, ValidationSet, file_digest
+from edgeseg.evaluate.intervals import Counts
+from edgeseg.evaluate.judge import ImageRecord, at_resolution, judge, segment, truth_of_scores
 from edgeseg.evaluate.layouts import open_layout
+from edgeseg.evaluate.ledger import Ledger
+from edgeseg.evaluate.loss import LossSums, ScoreTap, loss_sums
 from edgeseg.evaluate.results import Accuracy, Resolution, WorstImage
-from edgeseg.evaluate.scores import accuracy_of
+from edgeseg.evaluate.scores import accuracy_of, truth_counts
 from edgeseg.evaluate.worst import save_worst
+from edgeseg.orphans import end_with_parent
 from edgeseg.progress import Reporter, stage
 from edgeseg.runtime.segmenter import Segmenter
-from edgeseg.spec import ModelSpec
+from edgeseg.spec import ModelSpec, PipelineSpec
+
+# Images judged ahead of the one whose turn it is to be written, per process.
+_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -113,11 +122,11 @@ def evaluate(
         pairs = {c.name: b.name for c in members if (b := first_baseline(c, members)) is not None}
         group = _Group(data, data_digest(data), tuple(members), pairs, request.resolution)
         with stage(reporter, "accuracy") as said:
-            records, reused = _records(group, request, opener, reporter)
+            ledgers, reused = _records(group, request, opener, reporter)
             said.append(f"{len(data)} images, {len(members)} engines")
             if reused:
                 said.append(f"{reused} results of an earlier run reused")
-        found |= _figures(group, request, records, opener)
+        found |= _figures(group, request, ledgers, opener)
     return found
 
 
@@ -150,65 +159,33 @@ def state_key(contender: Contender, group: _Group, opener: Opener) -> str:
     )
 
 
-class Ledger:
-    """The lines of one contender: an append-only JSONL file.
-
-    Args:
-        path: of the file; made with the first line.
-
-    Attributes:
-        records: by index of the image.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records: dict[int, ImageRecord] = {}
-        if not path.is_file():
-            return
-        data = path.read_bytes()
-        whole, end = data.rfind(b"\n") + 1, len(data)
-        for line in data[:whole].splitlines():
-            record = msgspec.json.decode(line, type=ImageRecord)
-            self.records[record.index] = record
-        if whole < end:
-            # A process that was killed while it wrote left half a line.
-            with path.open("r+b") as file:
-                file.truncate(whole)
-
-    def append(self, record: ImageRecord) -> None:
-        """Keep one image's counts, on disk at once."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(msgspec.json.encode(record) + b"\n")
-        except OSError as exc:
-            raise ArtifactError(
-                f"cannot write {self.path}: {exc.strerror}; set EDGESEG_CACHE to another folder"
-            ) from exc
-        self.records[record.index] = record
-
-
 def _records(
     group: _Group, request: AccuracyRequest, opener: Opener, reporter: Reporter
-) -> tuple[dict[str, list[ImageRecord]], int]:
+) -> tuple[dict[str, Ledger], int]:
     folder = request.state_folder or cache_folder() / "accuracy"
     ledgers = {c.name: Ledger(folder / state_key(c, group, opener) / "images.jsonl") for c in group.contenders}
-    reused = sum(len(ledger.records) for ledger in ledgers.values())
+    reused = sum(len(ledger) for ledger in ledgers.values())
     todo = [
         (index, missing)
         for index in range(len(group.data))
-        if (missing := tuple(name for name, ledger in ledgers.items() if index not in ledger.records))
+        if (missing := tuple(name for name, ledger in ledgers.items() if index not in ledger))
     ]
     done = len(group.data) - len(todo)
-    for found in _judged(group, todo, request.jobs, opener):
-        for name, record in found:
-            ledgers[name].append(record)
-        done += 1
-        reporter.progress(done, len(group.data))
-    values = {r.ignore_index for ledger in ledgers.values() for r in ledger.records.values()} - {None}
+    try:
+        for found in _judged(group, todo, request.jobs, opener):
+            for name, record in found:
+                ledgers[name].append(record)
+            done += 1
+            reporter.progress(done, len(group.data))
+    except KeyboardInterrupt:
+        reporter.note(
+            f"{done} of {len(group.data)} images are judged and kept: the same command goes on with the others"
+        )
+        raise
+    values = {value for ledger in ledgers.values() for value in ledger.ignore_values}
     if len(values) > 1:
-        raise InputError(f"masks of {request.data} mark unlabelled pixels by {sorted(values)}; give --ignore-index")  # type: ignore[type-var]
-    return {name: [ledger.records[i] for i in range(len(group.data))] for name, ledger in ledgers.items()}, reused
+        raise InputError(f"masks of {request.data} mark unlabelled pixels by {sorted(values)}; give --ignore-index")
+    return ledgers, reused
 
 
 def _judged(
@@ -225,8 +202,20 @@ def _judged(
     # Not forked: a fork of a process with a runtime's threads in it may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _start_worker, (group, threads)) as pool:
+        waiting: deque[Future[list[tuple[str, ImageRecord]]]] = deque()
         try:
-            yield from pool.map(_judge_in_worker, todo)
+            for task in todo:
+                # A few tasks ahead keep all busy; a task of every image would fill memory with those that wait.
+                if len(waiting) >= _AHEAD * jobs:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(_judge_in_worker, task))
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as exc:
+            raise InputError(
+                f"a process that judges images was killed (out of memory?); judged images are kept: go on with fewer "
+                f"--jobs than {jobs}"
+            ) from exc
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -238,12 +227,14 @@ class _Worker:
 
     group: _Group
     segmenters: dict[str, Segmenter]
+    taps: dict[str, ScoreTap]
     labels: LabelReader
 
     def judge(self, index: int, names: Sequence[str]) -> list[tuple[str, ImageRecord]]:
         """Judge the contenders ``names`` on one image."""
         pair = self.group.data.read(index, self.labels)
         masks: dict[str, NDArray[Any]] = {}
+        sums: dict[str, LossSums | None] = {}
         by_name = {c.name: c for c in self.group.contenders}
         found = []
         for name in names:
@@ -253,20 +244,30 @@ class _Worker:
             for needed in (name, reference):
                 if needed is not None and needed not in masks:
                     masks[needed] = segment(self.segmenters[needed], image)
+                    sums[needed] = self._loss(needed, pair, spec)
             compared = None if reference is None else masks[reference]
-            found.append((name, judge(index, pair, masks[name], truth, compared, spec.model)))
+            found.append((name, judge(index, pair, masks[name], truth, compared, spec.model, sums[name])))
         return found
+
+    def _loss(self, name: str, pair: Pair, spec: PipelineSpec) -> LossSums | None:
+        """Of the image just segmented."""
+        scores = self.taps[name].scores()
+        truth = None if scores is None else truth_of_scores(pair, spec)
+        if scores is None or truth is None:
+            return None
+        return loss_sums(*scores, truth, spec.model.task)
 
 
 @contextmanager
 def _bench(group: _Group, opener: Opener, threads: int | None) -> Iterator[_Worker]:
     with ExitStack() as stack:
-        segmenters = {}
+        segmenters, taps = {}, {}
         for contender in group.contenders:
             known = contender.is_baseline or "threads" in opener.engine(contender).manifest.options
-            session = opener.open(contender, threads if known else None)
-            segmenters[contender.name] = stack.enter_context(Segmenter(session, contender.spec))
-        yield _Worker(group, segmenters, group.data.label_reader())
+            tap = ScoreTap(opener.open(contender, threads if known else None, with_scores=group.data.has_masks))
+            taps[contender.name] = tap
+            segmenters[contender.name] = stack.enter_context(Segmenter(tap, contender.spec))
+        yield _Worker(group, segmenters, taps, group.data.label_reader())
 
 
 _worker: _Worker | None = None
@@ -275,6 +276,7 @@ _open_things = ExitStack()
 
 def _start_worker(group: _Group, threads: int) -> None:
     global _worker
+    end_with_parent()
     _worker = _open_things.enter_context(_bench(group, Opener(), threads))
 
 
@@ -284,7 +286,7 @@ def _judge_in_worker(task: tuple[int, tuple[str, ...]]) -> list[tuple[str, Image
 
 
 def _figures(
-    group: _Group, request: AccuracyRequest, records: dict[str, list[ImageRecord]], opener: Opener
+    group: _Group, request: AccuracyRequest, ledgers: dict[str, Ledger], opener: Opener
 ) -> dict[str, Accuracy]:
     model = group.contenders[0].spec.model
     words = (
@@ -293,20 +295,22 @@ def _figures(
     if group.data.unpaired:
         words += f", without {len(group.data.unpaired)} images that have no mask"
     found: dict[str, Accuracy] = {}
+    counts: dict[str, Counts | None] = {}
     for contender in group.contenders:
-        baseline = group.baseline_of.get(contender.name)
+        baseline, ledger = group.baseline_of.get(contender.name), ledgers[contender.name]
         worst: tuple[WorstImage, ...] = ()
         if baseline is not None:
-            worst = save_worst(
-                contender, baseline, records[contender.name], request, group.data, group.contenders, opener
-            )
+            worst = save_worst(contender, baseline, ledger, request, group.data, group.contenders, opener)
+            if baseline not in counts:
+                counts[baseline] = truth_counts(ledgers[baseline].records(), len(group.data), model.classes)
         found[contender.name] = accuracy_of(
-            records[contender.name],
+            ledger.records,
+            len(group.data),
             model,
             data=words,
             data_sha256=group.digest,
             resolution=request.resolution,
-            baseline=None if baseline is None else (baseline, records[baseline]),
+            baseline=None if baseline is None else (baseline, counts[baseline]),
             worst=worst,
         )
     return found

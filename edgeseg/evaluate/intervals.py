@@ -24,22 +24,23 @@ confirmed; true contour pixels and those confirmed."""
 class Counts:
     """What one model's masks add up to, image by image.
 
+    Whole numbers as float64, where BLAS is: counts of pixels are far below 2**53, so their sums are exact.
+
     Attributes:
-        classes: int64 ``(N, K, COLUMNS)``.
-        right: int64 ``(N,)``: pixels whose class is right.
-        pixels: int64 ``(N,)``: labelled pixels.
+        classes: ``(N, K, COLUMNS)``.
+        right: ``(N,)``: pixels whose class is right.
+        pixels: ``(N,)``: labelled pixels.
     """
 
-    classes: NDArray[np.int64]
-    right: NDArray[np.int64]
-    pixels: NDArray[np.int64]
+    classes: NDArray[np.float64]
+    right: NDArray[np.float64]
+    pixels: NDArray[np.float64]
 
     def totals(self, weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Sums over images, each counted ``weights`` ``(R, N)`` times: ``(R, K, COLUMNS)``, ``(R,)``, ``(R,)``."""
         images, classes, columns = self.classes.shape
-        # In float64, where BLAS is; counts of pixels are whole numbers far below 2**53, so the sums are exact.
         times = weights.astype(np.float64)
-        summed = times @ self.classes.reshape(images, -1).astype(np.float64)
+        summed = times @ self.classes.reshape(images, -1)
         return summed.reshape(len(weights), classes, columns), times @ self.right, times @ self.pixels
 
 
@@ -88,7 +89,8 @@ def interval(
     if np.isnan(value):
         return None
     rng = np.random.default_rng(seed)
-    step = max(1, 4_000_000 // images)
+    # Memory stays at some ten MB for any number of images.
+    step = max(1, 1_000_000 // images)
     found = []
     for start in range(0, resamples, step):
         weights = rng.multinomial(images, np.full(images, 1.0 / images), size=min(step, resamples - start))

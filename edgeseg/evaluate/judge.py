@@ -12,6 +12,7 @@ from edgeseg.errors import SpecError
 from edgeseg.evaluate.accuracy import AccuracyMeter
 from edgeseg.evaluate.boundary import DEFAULT_BOUNDARY_PX, boundary_band, contour_counts
 from edgeseg.evaluate.dataset import IGNORED, Pair
+from edgeseg.evaluate.loss import LossSums
 from edgeseg.evaluate.results import Resolution
 from edgeseg.runtime.placement import Placement, plan_fit
 from edgeseg.runtime.resize import resize_nearest
@@ -59,7 +60,8 @@ class AgreementCounts:
 class ImageRecord:
     """What is kept of one image; a line of the evaluation's JSONL file.
 
-    ``ignore_index``: the value of the mask files that was read as unlabelled, if one was met.
+    ``ignore_index``: the value of the mask files that was read as unlabelled, if one was met. ``loss``: ``None`` without
+    a mask, of an engine that returns masks, and of several tiles.
     """
 
     index: int
@@ -67,6 +69,7 @@ class ImageRecord:
     truth: TruthCounts | None = None
     agreement: AgreementCounts | None = None
     ignore_index: int | None = None
+    loss: LossSums | None = None
 
 
 def at_resolution(pair: Pair, spec: PipelineSpec, resolution: Resolution) -> tuple[NDArray[np.uint8], Any]:
@@ -84,13 +87,22 @@ def at_resolution(pair: Pair, spec: PipelineSpec, resolution: Resolution) -> tup
         raise SpecError(
             f"{pair.name} is several tiles of the engine's size; judge fit policy tile at --resolution source"
         )
-    image = plan.apply(pair.image)
-    if pair.mask is None:
-        return image, None
+    return plan.apply(pair.image), None if pair.mask is None else _moved(pair.mask, plan)
+
+
+def truth_of_scores(pair: Pair, spec: PipelineSpec) -> NDArray[np.int32] | None:
+    """The mask where the network makes its scores, at the engine's size; ``None`` without a mask or of several tiles."""
+    plan = plan_fit(pair.image.shape[0], pair.image.shape[1], spec.input)
+    return None if pair.mask is None or not isinstance(plan, Placement) else _moved(pair.mask, plan)
+
+
+def _moved(mask: NDArray[np.int32], plan: Placement) -> NDArray[np.int32]:
+    if plan.is_identity:
+        return mask
     height, width = plan.content
-    mask = np.full((*pair.mask.shape[:-2], *plan.canvas), IGNORED, np.int32)
-    mask[..., :height, :width] = resize_nearest(pair.mask, plan.content)
-    return image, mask
+    moved = np.full((*mask.shape[:-2], *plan.canvas), IGNORED, np.int32)
+    moved[..., :height, :width] = resize_nearest(mask, plan.content)
+    return moved
 
 
 def judge(
@@ -100,6 +112,7 @@ def judge(
     truth: NDArray[np.int32] | None,
     reference: NDArray[Any] | None,
     model: ModelSpec,
+    loss: LossSums | None = None,
 ) -> ImageRecord:
     """Count one image.
 
@@ -110,6 +123,7 @@ def judge(
         truth: of the same shape, :data:`IGNORED` where unlabelled; ``None`` without a mask.
         reference: the baseline's mask; ``None`` without a baseline.
         model: classes and task.
+        loss: what the image adds to the losses, if the engine tells its scores.
     """
     return ImageRecord(
         index,
@@ -117,6 +131,7 @@ def judge(
         None if truth is None else count_truth(prediction, truth, model, pair.name),
         None if reference is None else count_agreement(prediction, reference, model),
         pair.ignore_index,
+        loss,
     )
 
 

@@ -268,6 +268,9 @@ class Truth:
         per_class_*: one per class, ``None`` for a class that occurs in neither masks nor predictions.
         confusion: row = truth, column = prediction, pixels; ``None`` unless multiclass.
         drops: against the baseline; empty without one and for the baseline itself.
+        loss: SMP's ``DiceLoss`` of the probabilities, all images as one batch, at the engine's size; ``None`` of an engine
+            that returns masks.
+        cross_entropy: mean over labelled pixels, nats; ``None`` as ``loss``.
     """
 
     miou: Interval | None
@@ -281,6 +284,8 @@ class Truth:
     per_class_boundary_f: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...] | None = None
     drops: tuple[Drop, ...] = ()
+    loss: float | None = None
+    cross_entropy: float | None = None
 
 
 @dataclass(frozen=True)

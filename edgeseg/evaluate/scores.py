@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -12,75 +12,82 @@ from edgeseg.evaluate.accuracy import MATRIX_CLASSES_LIMIT
 from edgeseg.evaluate.boundary import DEFAULT_BOUNDARY_PX
 from edgeseg.evaluate.intervals import COLUMNS, Counts, drops, figure, interval, metric_interval, per_class
 from edgeseg.evaluate.judge import ImageRecord
+from edgeseg.evaluate.loss import losses
 from edgeseg.evaluate.results import Accuracy, Agreement, Drop, Interval, Resolution, Truth, WorstImage
 from edgeseg.spec import ModelSpec
 
 
 def accuracy_of(
-    records: Sequence[ImageRecord],
+    records: Callable[[], Iterable[ImageRecord]],
+    images: int,
     model: ModelSpec,
     *,
     data: str,
     data_sha256: str,
     resolution: Resolution,
-    baseline: tuple[str, Sequence[ImageRecord]] | None = None,
+    baseline: tuple[str, Counts | None] | None = None,
     worst: tuple[WorstImage, ...] = (),
 ) -> Accuracy:
     """Sum the records of one contender up.
 
     Args:
-        records: one per image.
+        records: gives one per image, in order, each time it is called; they are read one at a time.
+        images: how many.
         model: classes and task.
         data: where the images came from, in words.
         data_sha256: of their content.
         resolution: at which they were judged.
-        baseline: its name and records of the same images, for drops; agreement is in ``records`` already.
+        baseline: its name and counts of the same images, for drops; agreement is in ``records`` already.
         worst: the images to show.
     """
-    counts = truth_counts(records, model.classes)
-    ignored = [r.truth.ignored / (r.truth.ignored + r.truth.pixels) for r in records if r.truth and _size(r)]
+    counts = truth_counts(records(), images, model.classes)
     return Accuracy(
         data=data,
         data_sha256=data_sha256,
-        images=len(records),
+        images=images,
         resolution=resolution,
-        ignored_share=float(np.mean(ignored)) if ignored else None,
+        ignored_share=_ignored_share(records()),
         truth=None if counts is None else _truth(counts, records, model, baseline),
-        agreement=None if baseline is None else _agreement(records, model, baseline[0]),
+        agreement=None if baseline is None else _agreement(records(), images, model, baseline[0]),
         worst=worst,
     )
 
 
-def truth_counts(records: Sequence[ImageRecord], classes: int) -> Counts | None:
-    """The records' counts as arrays; ``None`` unless every image has a mask."""
-    if not records or any(r.truth is None for r in records):
-        return None
-    dense = np.zeros((len(records), classes, COLUMNS), np.int64)
-    right, pixels = np.zeros(len(records), np.int64), np.zeros(len(records), np.int64)
+def truth_counts(records: Iterable[ImageRecord], images: int, classes: int) -> Counts | None:
+    """The records' counts as arrays, ``classes * COLUMNS`` numbers an image; ``None`` unless every image has a mask."""
+    dense = np.zeros((images, classes, COLUMNS))
+    right, pixels = np.zeros(images), np.zeros(images)
+    position = -1
     for position, record in enumerate(records):
         truth = record.truth
-        assert truth is not None  # asked above
+        if truth is None:
+            return None
         if truth.classes:
             dense[position, list(truth.classes)] = truth.counts
         right[position], pixels[position] = truth.right, truth.pixels
-    return Counts(dense, right, pixels)
+    return Counts(dense, right, pixels) if images and position == images - 1 else None
+
+
+def _ignored_share(records: Iterable[ImageRecord]) -> float | None:
+    shares = [r.truth.ignored / size for r in records if r.truth and (size := r.truth.ignored + r.truth.pixels)]
+    return float(np.mean(shares)) if shares else None
 
 
 def _truth(
     counts: Counts,
-    records: Sequence[ImageRecord],
+    records: Callable[[], Iterable[ImageRecord]],
     model: ModelSpec,
-    baseline: tuple[str, Sequence[ImageRecord]] | None,
+    baseline: tuple[str, Counts | None] | None,
 ) -> Truth:
-    totals = counts.totals(np.ones((1, len(records)), np.int64))
+    totals = counts.totals(np.ones((1, len(counts.right)), np.int64))
     classes = {
         name: _optional(per_class(name, totals[0][0])) for name in ("miou", "dice", "boundary_iou", "boundary_f")
     }
     lost: tuple[Drop, ...] = ()
     if baseline is not None:
-        before = truth_counts(baseline[1], model.classes)
-        assert before is not None  # the same images, so with the same masks
-        lost = drops(baseline[0], before, counts)
+        assert baseline[1] is not None  # the same images, so with the same masks
+        lost = drops(baseline[0], baseline[1], counts)
+    loss = losses(record.loss for record in records())
     return Truth(
         miou=metric_interval(counts, "miou"),
         dice=_number(figure("dice", totals)[0]),
@@ -91,12 +98,14 @@ def _truth(
         per_class_dice=classes["dice"],
         per_class_boundary_iou=classes["boundary_iou"],
         per_class_boundary_f=classes["boundary_f"],
-        confusion=_confusion(records, model),
+        confusion=_confusion(records(), model),
         drops=lost,
+        loss=None if loss is None else loss.dice_loss,
+        cross_entropy=None if loss is None else loss.cross_entropy,
     )
 
 
-def _confusion(records: Sequence[ImageRecord], model: ModelSpec) -> tuple[tuple[int, ...], ...] | None:
+def _confusion(records: Iterable[ImageRecord], model: ModelSpec) -> tuple[tuple[int, ...], ...] | None:
     if model.task != "multiclass" or model.classes > MATRIX_CLASSES_LIMIT:
         return None
     matrix = np.zeros((model.classes, model.classes), np.int64)
@@ -106,22 +115,25 @@ def _confusion(records: Sequence[ImageRecord], model: ModelSpec) -> tuple[tuple[
     return tuple(tuple(int(n) for n in row) for row in matrix)
 
 
-def _agreement(records: Sequence[ImageRecord], model: ModelSpec, baseline: str) -> Agreement | None:
-    found = [r.agreement for r in records if r.agreement is not None]
-    if len(found) != len(records) or not found:
-        return None
-    equal, pixels = (np.array([getattr(a, name) for a in found], np.float64) for name in ("equal", "pixels"))
-    edge_equal, edge_pixels = sum(a.edge_equal for a in found), sum(a.edge_pixels for a in found)
-    inner_equal, inner_pixels = int(equal.sum()) - edge_equal, int(pixels.sum()) - edge_pixels
+def _agreement(records: Iterable[ImageRecord], images: int, model: ModelSpec, baseline: str) -> Agreement | None:
+    equal, pixels = np.zeros(images), np.zeros(images)
+    edge_equal = edge_pixels = 0
     classes = np.zeros((model.classes, 2), np.int64)
-    for agreement in found:
-        for index, hits, total in agreement.classes:
+    for position, record in enumerate(records):
+        found = record.agreement
+        if found is None:
+            return None
+        equal[position], pixels[position] = found.equal, found.pixels
+        edge_equal += found.edge_equal
+        edge_pixels += found.edge_pixels
+        for index, hits, total in found.classes:
             classes[index] += (hits, total)
+    inner_equal, inner_pixels = int(equal.sum()) - edge_equal, int(pixels.sum()) - edge_pixels
 
     def share(weights: NDArray[Any]) -> NDArray[Any]:
         return np.asarray((weights @ equal) / (weights @ pixels))
 
-    overall = interval(len(found), share)
+    overall = interval(images, share)
     assert overall is not None  # no image is empty
     return Agreement(
         baseline=baseline,
@@ -138,10 +150,6 @@ def image_miou(record: ImageRecord) -> float | None:
     if record.truth is None or not record.truth.classes:
         return None
     return _number(float(np.nanmean(per_class("miou", np.array(record.truth.counts, np.int64)))))
-
-
-def _size(record: ImageRecord) -> int:
-    return 0 if record.truth is None else record.truth.ignored + record.truth.pixels
 
 
 def _optional(values: NDArray[Any]) -> tuple[float | None, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from edgeseg.evaluate.contenders import Contender, Opener
 from edgeseg.evaluate.dataset import ValidationSet
 from edgeseg.evaluate.judge import ImageRecord, at_resolution, segment
+from edgeseg.evaluate.ledger import Ledger
 from edgeseg.evaluate.results import WorstImage
 from edgeseg.evaluate.scores import image_miou
 from edgeseg.runtime.overlay import spec_palette
@@ -29,7 +31,7 @@ DIFFERENT = (255, 255, 255)
 def save_worst(
     contender: Contender,
     baseline: str,
-    records: Sequence[ImageRecord],
+    ledger: Ledger,
     request: AccuracyRequest,
     data: ValidationSet,
     contenders: Sequence[Contender],
@@ -40,8 +42,8 @@ def save_worst(
     An image on which every pixel agrees is not among them: there is nothing to see. Multilabel masks have no one colour per
     pixel: they are listed without a picture.
     """
-    known = [(r.agreement.equal / r.agreement.pixels, r) for r in records if r.agreement is not None]
-    chosen = sorted((item for item in known if item[0] < 1.0), key=lambda item: item[0])[: request.worst]
+    known = ((r.agreement.equal / r.agreement.pixels, r) for r in ledger.records() if r.agreement is not None)
+    chosen = heapq.nsmallest(request.worst, (item for item in known if item[0] < 1.0), key=lambda item: item[0])
     paths: dict[int, str] = {}
     if request.images_folder is not None and chosen and contender.spec.model.task != "multilabel":
         reference = next(c for c in contenders if c.name == baseline)

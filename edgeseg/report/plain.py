@@ -43,13 +43,14 @@ def markdown(report: MergedReport, verdicts: Sequence[DeviceVerdict], failed: Se
         parts.append(f"## {_md(verdict.group.label)}")
         parts.append(f"**{_md(headline(verdict))}**: {_md(verdict.reason)}.")
         parts.append(f"Judged by: {_code(requirement_line(verdict))}.")
-        head = ["#", *TEXT_COLUMNS, *map(heading, metrics), "front", "verdict"]
-        table = [_md_row(head), _md_row(["---:", *["---"] * 4, *["---:"] * len(metrics), "---", "---"], escape=False)]
+        head = ["#", *TEXT_COLUMNS, "model (decoder, encoder)", *map(heading, metrics), "front", "verdict"]
+        table = [_md_row(head), _md_row(["---:", *["---"] * 5, *["---:"] * len(metrics), "---", "---"], escape=False)]
         table += [
             _md_row(
                 [
                     str(line.judged.entry.number),
                     *line.texts,
+                    f"{line.judged.entry.row.engine.arch}, {line.judged.entry.row.engine.encoder}",
                     *line.figures,
                     "yes" if line.judged.is_on_front else "",
                     line.verdict,

@@ -14,8 +14,11 @@ from edgeseg.api import BuildRequest
 from edgeseg.backends import BACKENDS
 from edgeseg.decide.requirement import Requirement
 from edgeseg.demo import demo_models, sample_folder
-from edgeseg.errors import SpecError
-from edgeseg.spec import ARCHITECTURES, PRECISIONS, ModelRequest, Precision, one_of
+from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.evaluate.contenders import BASELINES
+from edgeseg.evaluate.layouts import parse_label_map
+from edgeseg.evaluate.results import Resolution
+from edgeseg.spec import ARCHITECTURES, PRECISIONS, ModelRequest, OutputKind, OutputSpec, Precision, one_of
 
 DEMO = "demo"
 Layout = Literal["images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff"]
@@ -27,8 +30,8 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         baseline: ``pytorch``, another of ``bench``'s, or ``none``.
         data: images to judge accuracy on; ``demo`` for the demo's validation images; ``None``: speed only.
-        layout: of ``data``.
-        limit: judge so many images.
+        layout, split, label_map, resolution, limit, jobs: of ``data``, as ``bench``'s options of these names.
+        batch, threads, streams: counts, comma-separated, as ``bench``'s options.
         duration_s: of each engine.
         fresh_processes: for cold start and memory; 0 for neither.
         profile: also measure per-module times.
@@ -39,7 +42,14 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     baseline: str = "pytorch"
     data: str | None = None
     layout: Layout = "images-masks"
+    split: str = "val"
+    label_map: str | None = None
+    resolution: Resolution = "source"
     limit: int | None = None
+    jobs: int = 1
+    batch: str = "1"
+    threads: str | None = None
+    streams: str = "1"
     duration_s: float = 3.0
     fresh_processes: int = 1
     profile: bool = False
@@ -57,6 +67,7 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         precisions, targets: as ``edgeseg build``.
         weights: per architecture (``default`` for the others): a path, in which ``{arch}`` and ``{encoder}`` are replaced,
             ``imagenet``, ``random`` or ``demo``, which is the default.
+        output_kind: of the engines: ``mask``, or ``logits`` or ``probabilities``, of which a loss can be measured.
         classes, calibration, calibration_limit, validation, ignore_index: as ``edgeseg build``.
         require: as ``edgeseg report --require``.
         title: of the report.
@@ -70,6 +81,7 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     precisions: tuple[str, ...] = ("int8",)
     targets: tuple[str, ...] = ("auto",)
     weights: dict[str, str] = {}  # msgspec copies empty defaults
+    output_kind: OutputKind = "mask"
     classes: int | None = None
     calibration: str | None = None
     calibration_limit: int | None = None
@@ -78,6 +90,9 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     require: str | None = None
     title: str = "edgeseg sweep"
     bench: BenchConfig = BenchConfig()
+
+
+_FIELDS = (*SweepConfig.__struct_fields__, *BenchConfig.__struct_fields__)
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,10 @@ def read_config(path: Path) -> SweepConfig:
     except OSError as exc:
         raise SpecError(f"cannot read {path}: {exc.strerror}; docs/sweep.md has an example") from exc
     except (msgspec.DecodeError, ValueError) as exc:
-        raise SpecError(f"{path} is no sweep: {' '.join(str(exc).split())}; docs/sweep.md has an example") from exc
+        said = " ".join(str(exc).split())
+        unknown = re.search(r"unknown field `(\w+)`", said)
+        near = "" if unknown is None else did_you_mean(unknown[1], _FIELDS)
+        raise SpecError(f"{path} is no sweep: {said}{near or ';'} docs/sweep.md has an example") from exc
     return relative_to(config, path.parent)
 
 
@@ -134,6 +152,17 @@ def expand(config: SweepConfig) -> tuple[Cell, ...]:
             raise SpecError(f"{field} of the sweep is empty; give at least one of {', '.join(allowed)}")
         for value in getattr(config, field):
             one_of(field, value, tuple(allowed))
+    # Before hours of building, not after.
+    one_of("bench.baseline", config.bench.baseline, (*BASELINES, "none"))
+    if config.bench.label_map is not None:
+        parse_label_map(config.bench.label_map)
+    for field, counts in (
+        ("batch", config.bench.batch),
+        ("threads", config.bench.threads),
+        ("streams", config.bench.streams),
+    ):
+        if counts is not None and re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", counts) is None:
+            raise SpecError(f"bench.{field} {counts!r} of the sweep is not a list of counts, such as 1 or 1,4,8")
     for arch in config.weights:
         one_of("weights", arch, (*ARCHITECTURES, "default"))
     cells = tuple(
@@ -171,6 +200,7 @@ def _cell(config: SweepConfig, arch: str, encoder: str | None, size: str | None,
         validation=None if config.validation is None else Path(config.validation),
         ignore_index=config.ignore_index,
         target=target,
+        output=OutputSpec(config.output_kind),
         folder=Path(config.output) / "engines" / name,
         force=True,
     )

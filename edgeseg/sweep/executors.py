@@ -16,6 +16,7 @@ from typing import Any
 
 from edgeseg.atomic import atomic_folder
 from edgeseg.errors import EdgesegError, MissingDependencyError
+from edgeseg.orphans import end_with_parent
 from edgeseg.sweep.config import Cell
 
 
@@ -65,7 +66,7 @@ def build_locally(cells: Sequence[Cell], jobs: int, builder: Builder = build_cel
 def _in_own_process(cell: Cell, builder: Builder) -> Built:
     begin = time.perf_counter()
     # Not forked: a child of a process with threads can hang in a lock that one of them held.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         try:
             return pool.submit(builder, cell).result()
         except BrokenProcessPool:

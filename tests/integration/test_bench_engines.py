@@ -168,7 +168,7 @@ def test_figures_equal_smp_s() -> None:
     records = [
         ImageRecord(i, str(i), count_truth(p, t, model)) for i, (p, t) in enumerate(zip(prediction, truth, strict=True))
     ]
-    found = accuracy_of(records, model, data="", data_sha256="", resolution="source").truth
+    found = accuracy_of(lambda: records, len(records), model, data="", data_sha256="", resolution="source").truth
     stats = metrics.get_stats(
         torch.from_numpy(prediction).long(),
         torch.from_numpy(truth).long(),

@@ -1,6 +1,8 @@
-"""Our figures against ``segmentation_models_pytorch.metrics``, and boundary IoU against OpenCV's erosion."""
+"""Our figures against ``segmentation_models_pytorch``'s metrics and losses, and boundary IoU against OpenCV's erosion."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,10 +10,14 @@ from numpy.typing import NDArray
 
 from edgeseg.artifacts import AccuracyFigures
 from edgeseg.evaluate.accuracy import AccuracyMeter
-from edgeseg.spec import Task
+from edgeseg.evaluate.dataset import IGNORED
+from edgeseg.evaluate.loss import ScoreTap, loss_sums, losses
+from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Task
 
 torch = pytest.importorskip("torch")
-metrics = pytest.importorskip("segmentation_models_pytorch").metrics
+smp = pytest.importorskip("segmentation_models_pytorch")
+metrics = smp.metrics
+PyTorchSession = pytest.importorskip("edgeseg.backends.pytorch").PyTorchSession
 
 pytestmark = pytest.mark.integration
 TOLERANCE = 1e-6
@@ -106,3 +112,78 @@ def test_boundary_iou_equals_the_papers_definition_by_erosion() -> None:
             inter[c] += (edge_p & edge_t).sum()
             union[c] += (edge_p | edge_t).sum()
     assert meter.boundary_iou() == pytest.approx(tuple(inter / union))
+
+
+def smp_losses(logits: NDArray[np.float32], truth: NDArray[np.int32], task: Task) -> tuple[float, float]:
+    """SMP's DiceLoss and torch's cross-entropy of ``(N, C, H, W)`` logits; -1 is unlabelled."""
+    functional = torch.nn.functional
+    # In double: of many pixels SMP's float32 sums are off by more than a millionth.
+    scores, labels = torch.from_numpy(logits).double(), torch.from_numpy(truth).long()
+    valid = labels != -1
+    if task == "multiclass":
+        # SMP counts the unlabelled to class 0 before it masks them, so its index must be no class.
+        dice = smp.losses.DiceLoss(mode=task, ignore_index=-1)(scores, labels)
+        return float(dice), float(functional.cross_entropy(scores, labels, ignore_index=-1))
+    shaped = labels.reshape(scores.shape)
+    dice = smp.losses.DiceLoss(mode=task, ignore_index=-1)(scores, shaped)
+    kept = valid.reshape(scores.shape)
+    return float(dice), float(functional.binary_cross_entropy_with_logits(scores[kept], shaped[kept].double()))
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+@pytest.mark.parametrize(("task", "classes"), [("multiclass", 7), ("binary", 1), ("multilabel", 4)])
+def test_losses_equal_smp_and_torch(task: Task, classes: int, kind: str) -> None:
+    rng = np.random.default_rng(classes)
+    shape = (5, 32, 48) if task != "multilabel" else (5, classes, 32, 48)
+    # The last class is never true: SMP lets it add nothing and counts it all the same.
+    truth = blobs(rng, max(2, classes - 1), shape) if task == "multiclass" else blobs(rng, 2, shape)
+    if task == "multilabel":
+        truth[:, -1] = 0
+    truth = truth.astype(np.int32)
+    truth[rng.random(truth.shape) < 0.1] = IGNORED
+    logits = rng.normal(0, 4, (5, classes, 32, 48)).astype(np.float32)
+    expected = smp_losses(logits, truth, task)
+    scores = logits
+    if kind == "probabilities":
+        whole = torch.from_numpy(logits)
+        scores = (whole.softmax(1) if task == "multiclass" else whole.sigmoid()).numpy()
+    found = losses(loss_sums(kind, image, mask, task) for image, mask in zip(scores, truth, strict=True))
+    assert found is not None
+    assert found.dice_loss == pytest.approx(expected[0], abs=TOLERANCE)
+    # A float32 probability next to 1 has forgotten how far from 1 it is, and the logarithm asks.
+    assert found.cross_entropy == pytest.approx(expected[1], abs=1e-5 if kind == "logits" else 1e-3)
+
+
+def test_losses_of_what_has_none() -> None:
+    truth = np.zeros((4, 4), np.int32)
+    assert loss_sums("logits", np.zeros((2, 8, 8), np.float32), truth, "multiclass") is None
+    some = loss_sums("logits", np.zeros((2, 4, 4), np.float32), truth, "multiclass")
+    assert losses([some, None]) is None
+    unlabelled = loss_sums("logits", np.zeros((2, 4, 4), np.float32), np.full((4, 4), IGNORED, np.int32), "multiclass")
+    assert unlabelled is not None and unlabelled.pixels == 0
+    assert losses([unlabelled]) is None
+
+
+@pytest.mark.parametrize("task", ["multiclass", "binary"])
+def test_pytorch_s_own_scores_give_its_loss(task: Task) -> None:
+    """Through the session of the baseline: the mask stays the same, and the loss is that of the module's output."""
+    classes = 5 if task == "multiclass" else 1
+    torch.manual_seed(0)
+    module = torch.nn.Conv2d(3, classes, 3, padding=1).eval()
+    spec = PipelineSpec(ModelSpec("fpn", classes=classes, task=task), InputSpec(32, 64))
+    rng = np.random.default_rng(2)
+    images = rng.integers(0, 256, (1, 32, 64, 3), dtype=np.uint8)
+    plain = PyTorchSession(SimpleNamespace(module=module), spec)
+    telling = ScoreTap(PyTorchSession(SimpleNamespace(module=module), spec, with_scores=True))
+    assert set(plain.run(images)) == {"mask"}
+    assert np.array_equal(telling.run(images)["mask"], plain.run(images)["mask"])
+    scores = telling.scores()
+    assert scores is not None and scores[0] == "logits"
+    truth = blobs(rng, max(2, classes), (1, 32, 64)).astype(np.int32)
+    with torch.no_grad():
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (spec.preprocess.mean, spec.preprocess.std))
+        expected = smp_losses(module((x - mean) / std).numpy(), truth, task)
+    found = losses([loss_sums(*scores, truth[0], task)])
+    assert found is not None
+    assert (found.dice_loss, found.cross_entropy) == pytest.approx(expected, abs=1e-5)

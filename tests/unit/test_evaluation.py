@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +16,17 @@ from PIL import Image
 
 from edgeseg.backends import BACKENDS
 from edgeseg.backends.memory import MemorySession, write_memory_engine
-from edgeseg.errors import InputError, SpecError
+from edgeseg.errors import ArtifactError, InputError, SpecError
 from edgeseg.evaluate import evaluation
 from edgeseg.evaluate.contenders import Contender, Opener, engine_contenders
 from edgeseg.evaluate.dataset import IGNORED, Pair
-from edgeseg.evaluate.evaluation import AccuracyRequest, Ledger, evaluate
+from edgeseg.evaluate.evaluation import AccuracyRequest, evaluate
 from edgeseg.evaluate.intervals import METRICS, Counts, drops, interval, metric_interval
-from edgeseg.evaluate.judge import ImageRecord, at_resolution, count_agreement, count_truth
+from edgeseg.evaluate.judge import ImageRecord, TruthCounts, at_resolution, count_agreement, count_truth
+from edgeseg.evaluate.ledger import Ledger
 from edgeseg.evaluate.results import Accuracy
 from edgeseg.progress import SilentReporter
-from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
+from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec
 
 SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(32, 32))
 SIZE = (32, 32)
@@ -55,7 +57,7 @@ class Fakes(Opener):
         self.sessions = sessions
         self.opened: list[str] = []
 
-    def open(self, contender: Contender, threads: int | None = None) -> Any:
+    def open(self, contender: Contender, threads: int | None = None, *, with_scores: bool = False) -> Any:
         self.opened.append(contender.name)
         return self.sessions[contender.name]()
 
@@ -300,9 +302,68 @@ def test_masks_that_mark_unlabelled_pixels_differently_are_refused(
 
 def test_a_ledger_survives_half_a_line(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "x" / "images.jsonl")
-    ledger.append(ImageRecord(0, "a"))
+    ledger.append(ImageRecord(0, "a", ignore_index=255))
     with ledger.path.open("ab") as file:
         file.write(b'{"index":1')
     again = Ledger(ledger.path)
+    again.append(ImageRecord(2, "c"))
     again.append(ImageRecord(1, "b"))
-    assert sorted(Ledger(ledger.path).records) == [0, 1]
+    found = Ledger(ledger.path)
+    assert [record.name for record in found.records()] == ["a", "b", "c"]
+    assert (len(found), 1 in found, 3 in found, found.ignore_values) == (3, True, False, {255})
+
+
+def test_a_damaged_ledger_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "images.jsonl"
+    path.write_text('{"index":0,"name":"a"}\nnonsense\n')
+    with pytest.raises(ArtifactError, match="is damaged .*remove it"):
+        Ledger(path)
+
+
+def test_memory_of_an_evaluation_does_not_grow_with_its_images(tmp_path: Path) -> None:
+    """A thousand images as large as they get: 9000 numbers of 120 classes each. What stays is where their lines begin."""
+    counts = tuple((k,) * 9 for k in range(120))
+    truth = TruthCounts(1, 2, 0, tuple(range(120)), counts, tuple((k, k, 1) for k in range(120)))
+    ledger = Ledger(tmp_path / "images.jsonl")
+    tracemalloc.start()
+    try:
+        for index in range(1000):
+            ledger.append(ImageRecord(index, f"{index}.png", truth))
+        reopened = Ledger(ledger.path)
+        assert sum(1 for _ in reopened.records()) == 1000
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert ledger.path.stat().st_size > 3_000_000
+    assert held < 400_000
+    assert peak < 1_000_000
+
+
+def test_an_engine_that_tells_its_scores_has_a_loss(tmp_path: Path, data: Path, engine: Contender) -> None:
+    """Logits that are 0 or, for the class the brightness says, 3: every pixel is right with the same probability."""
+    spec = replace(SPEC, output=OutputSpec("logits"))
+
+    def three(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        bands = images[..., 0] // 64
+        return np.stack([np.where(bands == k, 3.0, 0.0) for k in range(4)], axis=1).astype(np.float32)
+
+    found = evaluate(
+        AccuracyRequest(data, state_folder=tmp_path / "state"),
+        [replace(engine, spec=spec, name="scores")],
+        Fakes({"scores": lambda: MemorySession(spec, three)}),
+        SilentReporter(),
+    )["scores"].truth
+    assert found is not None
+    right = np.exp(3) / (np.exp(3) + 3)
+    assert found.cross_entropy == pytest.approx(-np.log(right), abs=1e-6)
+    masks = np.stack([np.asarray(Image.open(p)) for p in sorted((data / "masks").iterdir())])
+    true = np.bincount(masks.ravel(), minlength=4)
+    probability = true * right + (true.sum() - true) * (1 - right) / 3
+    assert found.loss == pytest.approx(np.mean(1 - 2 * true * right / (probability + true)), abs=1e-6)
+    assert found.miou is not None and found.miou.value == 1.0
+
+
+def test_an_engine_that_returns_masks_has_none(tmp_path: Path, data: Path, engine: Contender) -> None:
+    truth = run(tmp_path, data, engine, pixels=7)[0]["int8"].truth
+    assert truth is not None
+    assert (truth.loss, truth.cross_entropy) == (None, None)

@@ -104,6 +104,15 @@ def test_a_label_map_goes_over_any_layout(tmp_path: Path) -> None:
         parse_label_map("road=1")
 
 
+@pytest.mark.parametrize(("images", "masks"), [("images", "masks"), ("img_dir", "ann_dir")])
+def test_images_and_masks_with_a_folder_for_each_split(tmp_path: Path, images: str, masks: str) -> None:
+    for split, value in (("train", 1), ("val", 2)):
+        image(tmp_path / images / split / f"{split}.png")
+        mask(tmp_path / masks / split / f"{split}.png", value, value, value, value)
+    assert rows(open_layout(tmp_path, "images-masks", ELEVEN)) == [("val.png", [2, 2, 2, 2])]
+    assert rows(open_layout(tmp_path, "images-masks", ELEVEN, split="train")) == [("train.png", [1, 1, 1, 1])]
+
+
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected leftImg8bit"):
         open_layout(tmp_path, "cityscapes", NINETEEN)

@@ -16,6 +16,7 @@ import pytest
 from bench_rows import report, row
 from test_artifacts import make_engine
 
+from edgeseg.artifacts import MANIFEST_NAME, open_engine, write_json
 from edgeseg.decide.entries import failed_measurements
 from edgeseg.errors import ArtifactError, BuildError, SpecError
 from edgeseg.evaluate.results import FailedMeasurement, read_report, write_report
@@ -160,6 +161,47 @@ def test_the_measuring_process_tells_its_error(capfd: pytest.CaptureFixture[str]
     reason = run_edgeseg(["report", "missing.json"])
     assert reason is not None and "missing.json" in reason
     assert f"edgeseg: {reason}" in capfd.readouterr().err
+
+
+def test_engines_can_be_built_to_tell_their_scores(tmp_path: Path) -> None:
+    plain, scores = config(tmp_path), config(tmp_path, output_kind="logits")
+    assert {cell.request.output.kind for cell in expand(plain)} == {"mask"}
+    assert {cell.request.output.kind for cell in expand(scores)} == {"logits"}
+    assert cell_key(expand(plain)[0]) != cell_key(expand(scores)[0])
+
+
+def test_an_engine_for_another_device_is_built_and_not_measured(tmp_path: Path) -> None:
+    class Portable(Recorder):
+        def build(self, cells: Sequence[Cell]) -> Iterator[Built]:
+            for built in super().build(cells):
+                folder = built.cell.request.folder
+                if folder is not None and built.cell.name.startswith("unet"):
+                    manifest = dataclasses.replace(open_engine(folder).manifest, engine=None)
+                    write_json(folder / MANIFEST_NAME, manifest)
+                yield built
+
+    recorder = Portable()
+    result = recorder.run(config(tmp_path, precisions=("fp32",)))
+    assert [r.engine.name for run in result.runs for r in run.report.rows] == ["fpn-demo-fp32-onnxruntime"]
+    (failure,) = result.failures
+    assert failure.name == "unet-demo-fp32-onnxruntime"
+    assert "edgeseg compile" in failure.reason
+    again = Portable()
+    again.run(config(tmp_path, precisions=("fp32",)))
+    assert (again.built, again.benched) == ([], [])
+
+
+def test_what_only_the_bench_would_find_is_said_before_anything_is_built(tmp_path: Path) -> None:
+    for bench, words in (
+        (BenchConfig(baseline="pytrch"), "did you mean 'pytorch'"),
+        (BenchConfig(data=str(tmp_path / "gone")), "gone of the sweep is not there"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            Recorder().run(config(tmp_path, bench=bench))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "sweep.toml").write_text('archs = ["fpn"]\nprecision = ["int8"]\n')
+    with pytest.raises(SpecError, match=r"unknown field `precision`; did you mean 'precisions'"):
+        read_config(tmp_path / "sweep.toml")
 
 
 def test_models_can_be_measured_apart(tmp_path: Path) -> None:

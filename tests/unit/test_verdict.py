@@ -83,6 +83,18 @@ def test_int8_that_is_no_faster_is_not_worth_it() -> None:
     assert "FP16 (half) is faster (INT8 runs at 0.83x its speed" in judge(None, fp16, slower).remarks[0]
 
 
+def test_a_p99_of_a_few_samples_is_no_p99() -> None:
+    """A row made here without samples says it has nine."""
+    verdict = judge("p99_ms <= 50 and (miou >= 0.1 or p90_ms <= 9)", row("few", 10.0, miou=0.7))
+    assert [r for r in verdict.remarks if "of fewer than" in r] == [
+        "p90 of fewer than 10 samples is the slowest of them, measure longer (--duration-s): few (9)",
+        "p99 of fewer than 100 samples is the slowest of them, measure longer (--duration-s): few (9)",
+    ]
+    enough = row("enough", 10.0, miou=0.7, samples_ms=tuple([10.0] * 100))
+    assert not any("of fewer than" in remark for remark in judge("p99_ms <= 50", enough).remarks)
+    assert not any("of fewer than" in remark for remark in judge("miou >= 0.1", row("few", 10.0, miou=0.7)).remarks)
+
+
 def test_speeds_of_different_runs_are_not_paired() -> None:
     a = report(row("a", 10.0, samples_ms=around(10.0, 1)))
     b = report(row("b", 10.0, samples_ms=around(10.0, 2), precision="int8"))
