@@ -24,7 +24,7 @@ class ParsedGraph:
 
     Attributes:
         path: of the file.
-        model: its content.
+        model: its content, or what it was rewritten to for one target.
         spec: the contract.
         requested: the precision asked for.
         nodes: names of all nodes, in order.
@@ -84,7 +84,7 @@ class ParsedGraph:
         return precision_report(self.requested, self.dtypes, self.macs).mac_share
 
     def for_parser(self, *, explicit_batch: bool) -> bytes:
-        """The file's bytes; with masks and casts changed where TensorRT cannot do them.
+        """The model's bytes; with masks and casts changed where TensorRT cannot do them.
 
         No version has 16-bit integers: masks of more than 256 classes leave the engine as int32.
         TensorRT 8 converts to uint8 from floats only ("kUINT8 conversions are only supported for {kFLOAT, kHALF}"), and
@@ -92,7 +92,7 @@ class ParsedGraph:
         """
         wide = [v.name for v in self.model.graph.output if v.type.tensor_type.elem_type == TensorProto.UINT16]
         if not explicit_batch and not wide:
-            return self.path.read_bytes()
+            return bytes(self.model.SerializeToString())
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         nodes = list(model.graph.node)

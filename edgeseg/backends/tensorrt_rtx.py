@@ -75,11 +75,15 @@ class TensorRTRtxBackend:
 
         Without it the engine is for this machine's GPU, and without one for those TensorRT-RTX builds for by default.
 
+        Without float32 matrix products for SM 75, an engine for it gets a graph that computes them otherwise
+        (:mod:`edgeseg.backends.tensorrt_turing`); so do the others in the same engine file.
+
         Raises:
             SpecError: a wrong option.
             BuildError: TensorRT-RTX cannot parse or build the graph; names the node.
         """
         from edgeseg.backends.tensorrt_graph import ParsedGraph
+        from edgeseg.backends.tensorrt_turing import TURING, for_turing
 
         chosen = parse_options(RtxOptions, self.name, options)
         if not chosen.sm:
@@ -87,6 +91,8 @@ class TensorRTRtxBackend:
         trt = self.import_module()
         parsed = ParsedGraph.read(graph, graph.precision)
         parsed.require_fits(implicit=False)
+        if TURING in chosen.sm:
+            parsed = for_turing(parsed, keep_weights=chosen.strip_weights or chosen.refit)
         with capture(trt) as (logger, log):
             builder = trt.Builder(logger)
             network = parse_network(trt, builder, logger, log, parsed)
@@ -171,7 +177,8 @@ def parse_network(trt: Any, builder: Any, logger: Any, log: LogCapture, parsed: 
 def refusal(log: LogCapture, parsed: ParsedGraph) -> str:
     """Why a build failed, at which node, and what to do where that is known."""
     reason = log.first_error()
-    # Measured with 1.7: SM 75 gets no fp32 matrix products, which attention and pooled pyramids need; fp16 ones it has.
+    # Measured with 1.7: it has no fp32 matrix products for SM 75, but fp16 ones. What is left of them is what
+    # tensorrt_turing does not know.
     turing = "; leave 75 out of --sm, or build with --precision fp16" if "Turing" in reason else ""
     return f"{reason}{parsed.blame(reason)}{turing}"
 
