@@ -141,7 +141,7 @@ def test_a_product_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
         "Einsum", ["before", "before"], ["logits"], "decoder.odd/Einsum", equation="bchw,bdhw->bcd"
     )
     model.graph.node.append(einsum)
-    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, None))
+    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, (1, 5, 5)))
     path = tmp_path / "odd.onnx"
     onnx.save(model, str(path))
     odd = OnnxGraph(path, graph.sha256, "fp32", graph.spec, graph.weights_sha256)
