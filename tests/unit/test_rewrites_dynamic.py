@@ -127,6 +127,10 @@ def resized(first: str = "<start = 2, end = 3> (z)", second: str = "<start = 3, 
 def test_shape_spans() -> None:
     assert rewritten(resized(), shape_spans, 1, (1, 3, 8, 6), (1, 3, 4, 4))["Shape"] == 1
     assert rewritten(resized(second="<start = 3, end = 4> (x)"), shape_spans, 0, (1, 3, 8, 6))["Shape"] == 2
+    alone = resized()
+    alone.graph.node.append(onnx.helper.make_node("Identity", ["height"], ["rows"], "rows/Identity"))
+    alone.graph.output.append(onnx.helper.make_tensor_value_info("rows", onnx.TensorProto.INT64, [1]))
+    assert rewritten(alone, shape_spans, 0, (1, 3, 8, 6))["Shape"] == 2
     swapped = resized("<start = 3, end = 4> (z)", "<start = 2, end = 3> (z)")
     assert rewritten(swapped, shape_spans, 0, (1, 3, 8, 6))["Shape"] == 2
 

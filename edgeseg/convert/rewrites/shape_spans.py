@@ -3,8 +3,8 @@
 A graph of dynamic size resizes to ``Concat(batch and channels, Shape(x)[2:3], Shape(x)[3:4])``. TensorRT's parser makes
 three layers of each Shape.
 
-Precondition: a Concat along axis 0 with neighbours that are Shapes of one value, the second starting where the first ends.
-Postcondition: no such neighbours are left.
+Precondition: a Concat along axis 0 with neighbours that are Shapes of one value, the second starting where the first ends;
+nothing else reads one of the two alone, or they would stay. Postcondition: no such neighbours are left.
 """
 
 from __future__ import annotations
@@ -44,11 +44,28 @@ def _match(node: ir.Node) -> int | None:
     """Index of the first of two inputs to join."""
     if integer(node, "axis", 0) != 0 or not reads(node.outputs[0]):
         return None
-    spans = [_span(value) for value in node.inputs]
-    for index, (left, right) in enumerate(pairwise(spans)):
-        if left is not None and right is not None and left[0] is right[0] and left[2] == right[1]:
+    for index, (left, right) in enumerate(pairwise(node.inputs)):
+        if _are_neighbours(left, right) and _always_together(left, right):
             return index
     return None
+
+
+def _are_neighbours(left: ir.Value | None, right: ir.Value | None) -> bool:
+    first, second = _span(left), _span(right)
+    return first is not None and second is not None and first[0] is second[0] and first[2] == second[1]
+
+
+def _always_together(left: ir.Value | None, right: ir.Value | None) -> bool:
+    """Whether all that reads one of them is a Concat along axis 0 that has the other beside it."""
+    assert left is not None
+    assert right is not None
+    readers = {use.node for value in (left, right) for use in value.uses()}
+    return all(
+        node.op_type == "Concat"
+        and integer(node, "axis", 0) == 0
+        and all((a is left) == (b is right) for a, b in pairwise((None, *node.inputs, None)))
+        for node in readers
+    )
 
 
 def _span(value: ir.Value | None) -> tuple[ir.Value | None, int, int] | None:
