@@ -1,7 +1,8 @@
 """Every architecture through TensorRT-RTX, ahead of time and without a GPU: what parses, what builds, how large it gets.
 
 Twelve architectures, three precisions, three kinds of shape and four compute capabilities. Engines are built, not run: this says
-nothing about speed or accuracy. A cell that does not build is recorded with TensorRT-RTX's reason.
+nothing about speed or accuracy. A cell that does not build is recorded with TensorRT-RTX's reason. For SM 75 matrix products
+of float32 graphs are other operators (``edgeseg/backends/tensorrt_turing.py``), so its network has other layers.
 
     python -m benchmarks.tensorrt_rtx                    # writes results/tensorrt-rtx.json after every architecture
     python -m benchmarks.tensorrt_rtx --table            # writes results/tensorrt-rtx.md from that
@@ -23,6 +24,7 @@ from edgeseg.backends.tensorrt_log import capture
 from edgeseg.backends.tensorrt_module import TENSORRT_RTX
 from edgeseg.backends.tensorrt_options import RtxOptions
 from edgeseg.backends.tensorrt_rtx import configure, network_precision, parse_network, refused
+from edgeseg.backends.tensorrt_turing import TURING, for_turing
 from edgeseg.convert.export import export_onnx
 from edgeseg.convert.load import load_model
 from edgeseg.demo import sample_folder
@@ -36,6 +38,7 @@ from edgeseg.spec import ARCHITECTURES, PRECISIONS, BatchRange, InputSpec, Model
 OUTPUT = RESULTS / "tensorrt-rtx.json"
 SIDE = 256
 SMS = (75, 86, 89, 120)
+SHOWN = 86
 IMAGES = 8
 SHAPES: dict[str, dict[str, Any]] = {
     "static": {},
@@ -109,18 +112,26 @@ def typed_graphs(graph: OnnxGraph, folder: Path, name: str) -> dict[str, OnnxGra
 
 
 def precision_rows(cell: dict[str, Any], graph: OnnxGraph) -> list[dict[str, Any]]:
-    """One graph, parsed once and built for each compute capability."""
-    trt = TENSORRT_RTX.load()
+    """One graph, built for each compute capability; parsed once, and once more if SM 75 needs another."""
     parsed = ParsedGraph.read(graph, graph.precision)
+    rows = []
+    for sms, variant in ((tuple(sm for sm in SMS if sm != TURING), parsed), ((TURING,), for_turing(parsed))):
+        rows += variant_rows(cell, variant, sms)
+    return sorted(rows, key=lambda row: SMS.index(row["sm"]))
+
+
+def variant_rows(cell: dict[str, Any], parsed: ParsedGraph, sms: tuple[int, ...]) -> list[dict[str, Any]]:
+    trt = TENSORRT_RTX.load()
+    precision = parsed.requested
     rows = []
     with capture(trt) as (logger, log):
         builder = trt.Builder(logger)
         try:
             network = parse_network(trt, builder, logger, log, parsed)
         except EdgesegError as exc:
-            return [failed(cell, graph.precision, sm, str(exc)) for sm in SMS]
+            return [failed(cell, precision, sm, str(exc)) for sm in sms]
         share = network_precision(trt, network, parsed).mac_share
-        for sm in SMS:
+        for sm in sms:
             log.lines.clear()
             config = builder.create_builder_config()
             configure(trt, builder, config, RtxOptions(sm=(sm,)), parsed)
@@ -128,14 +139,13 @@ def precision_rows(cell: dict[str, Any], graph: OnnxGraph) -> list[dict[str, Any
             plan = builder.build_serialized_network(network, config)
             seconds = time.perf_counter() - begin
             if plan is None:
-                rows.append(
-                    {**failed(cell, graph.precision, sm, str(refused(trt, log, parsed))), "layers": network.num_layers}
-                )
+                reason = str(refused(trt, log, parsed))
+                rows.append({**failed(cell, precision, sm, reason), "layers": network.num_layers})
                 continue
             rows.append(
                 {
                     **cell,
-                    "precision": graph.precision,
+                    "precision": precision,
                     "sm": sm,
                     "layers": int(network.num_layers),
                     "onnx_nodes": len(parsed.nodes),
@@ -158,17 +168,17 @@ def markdown(record: Record) -> str:
     """A line per architecture and precision; ``-`` where nothing was built."""
     shapes = list(SHAPES)
     lines = [
-        "| model | precision | layers: static | dynamic batch | dynamic size | engine MB (SM 86): static | dynamic batch "
-        "| dynamic size | build s | cells built |",
-        "|---|---|" + "--:|" * 8,
+        f"| model | precision | layers: static | dynamic batch | dynamic size | for SM {TURING} "
+        f"| engine MB (SM {SHOWN}): static | dynamic batch | dynamic size | build s | cells built |",
+        "|---|---|" + "--:|" * 9,
     ]
     keys = list(dict.fromkeys((row["arch"], row["precision"]) for row in record.rows))
     for arch, precision in sorted(keys, key=lambda key: (list(ARCHITECTURES).index(key[0]), PRECISIONS.index(key[1]))):
         rows = [row for row in record.rows if (row["arch"], row["precision"]) == (arch, precision)]
-        layers = [next((r["layers"] for r in rows if r["shape"] == shape and r["layers"]), None) for shape in shapes]
-        sizes = [
-            next((r["engine_bytes"] for r in rows if r["shape"] == shape and r["sm"] == 86), None) for shape in shapes
-        ]
+        by_cell = {(r["shape"], r["sm"]): r for r in rows}
+        layers = [by_cell.get((shape, SHOWN), {}).get("layers") for shape in shapes]
+        sizes = [by_cell.get((shape, SHOWN), {}).get("engine_bytes") for shape in shapes]
+        turing = [by_cell.get((shape, TURING), {}).get("layers") for shape in shapes]
         seconds = [r["build_s"] for r in rows if r["build_s"] is not None]
         built = sum(r["reason"] is None for r in rows)
         took = f"{min(seconds):.2f}-{max(seconds):.2f}" if seconds else "-"
@@ -176,6 +186,7 @@ def markdown(record: Record) -> str:
             arch,
             precision,
             *("-" if count is None else str(count) for count in layers),
+            "same" if turing == layers else ", ".join("-" if count is None else str(count) for count in turing),
             *("-" if size is None else f"{size / 1e6:.1f}" for size in sizes),
             took,
             f"{built}/{len(rows)}",

@@ -24,7 +24,7 @@ class ParsedGraph:
 
     Attributes:
         path: of the file.
-        model: its content.
+        model: its content, or what it was rewritten to for one target.
         spec: the contract.
         requested: the precision asked for.
         nodes: names of all nodes, in order.
@@ -84,7 +84,7 @@ class ParsedGraph:
         return precision_report(self.requested, self.dtypes, self.macs).mac_share
 
     def for_parser(self, *, explicit_batch: bool) -> bytes:
-        """The file's bytes; with what TensorRT's parser cannot do written in another way.
+        """The model's bytes; with what TensorRT's parser cannot do written in another way.
 
         No version has 16-bit integers: masks of more than 256 classes leave the engine as int32. For TensorRT 8, whose
         networks have an explicit batch, see :func:`~edgeseg.backends.tensorrt_opset17.for_tensorrt_8`.
@@ -96,7 +96,7 @@ class ParsedGraph:
 
         wide = [v.name for v in self.model.graph.output if v.type.tensor_type.elem_type == TensorProto.UINT16]
         if not explicit_batch and not wide:
-            return self.path.read_bytes()
+            return bytes(self.model.SerializeToString())
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         for node in model.graph.node:

@@ -72,11 +72,15 @@ class TensorRTRtxBackend:
 
         Without it the engine is for this machine's GPU, and without one for those TensorRT-RTX builds for by default.
 
+        Without float32 matrix products for SM 75, an engine for it gets a graph that computes them otherwise
+        (:mod:`edgeseg.backends.tensorrt_turing`); so do the others in the same engine file.
+
         Raises:
             SpecError: a wrong option.
             BuildError: TensorRT-RTX cannot parse or build the graph; names the node.
         """
         from edgeseg.backends.tensorrt_graph import ParsedGraph
+        from edgeseg.backends.tensorrt_turing import TURING, for_turing
 
         chosen = parse_options(RtxOptions, self.name, options)
         if not chosen.sm:
@@ -84,6 +88,8 @@ class TensorRTRtxBackend:
         trt = self.import_module()
         parsed = ParsedGraph.read(graph, graph.precision)
         parsed.require_fits(implicit=False)
+        if TURING in chosen.sm:
+            parsed = for_turing(parsed, keep_weights=chosen.strip_weights or chosen.refit)
         with capture(trt) as (logger, log):
             builder = trt.Builder(logger)
             try:
@@ -169,7 +175,8 @@ def parse_network(
 
 def refused(trt: TensorRT, log: LogCapture, parsed: ParsedGraph) -> BuildError:
     """Why a build failed, at which node, and what to do where that is known."""
-    # Measured with 1.7: SM 75 gets no fp32 matrix products, which attention and pooled pyramids need; fp16 ones it has.
+    # Measured with 1.7: it has no fp32 matrix products for SM 75, but fp16 ones. What is left of them is what
+    # tensorrt_turing does not know.
     turing = any("Turing" in text for text in log.errors)
     advice = "; leave 75 out of --sm, or build with --precision fp16" if turing else ""
     return TENSORRT_RTX.refused(trt, "build", log, parsed, advice)

@@ -44,8 +44,8 @@ MATMUL_OPERANDS: Mapping[str, tuple[int, int]] = {
 
 SHAPE_ARITHMETIC = frozenset(
     ("Add", "And", "Cast", "Ceil", "Concat", "Constant", "Div", "Equal", "Floor", "Gather", "Greater", "GreaterOrEqual")
-    + ("Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Range", "Reshape", "Slice", "Squeeze", "Sub", "Transpose")
-    + ("Unsqueeze", "Where")
+    + ("Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Range", "ReduceSum", "Reshape", "Slice", "Squeeze", "Sub")
+    + ("Transpose", "Unsqueeze", "Where")
 )
 """Operators that graphs of dynamic size compute shapes and pooling matrices with."""
 

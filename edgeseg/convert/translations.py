@@ -10,7 +10,7 @@ Given to ``torch.onnx.export(custom_translation_table=...)``. Each is compared w
 - ``scaled_dot_product_attention``: no Reshape round trip around the key's transposition, and one scale instead
   of two.
 - ``unbind``: Split instead of one Slice per part (TensorRT's parser makes 27 layers of a Slice, and one of a
-  Split's output).
+  Split's output); Gather where another dimension is dynamic (five of a Split's output then, three of a Gather).
 """
 
 from __future__ import annotations
@@ -50,24 +50,26 @@ def _adaptive_avg_pool2d(x: Any, output_size: Sequence[int]) -> Any:
         left = _constant(pooling_matrix(height, rows))
         right = _constant(np.ascontiguousarray(pooling_matrix(width, columns).T))
     else:
-        left = _symbolic_pooling_matrix(x, 2, rows)
-        right = op.Transpose(_symbolic_pooling_matrix(x, 3, columns), perm=[1, 0])
+        left, right = _symbolic_pooling_matrix(x, 2, rows), _symbolic_pooling_matrix(x, 3, columns)
     return op.MatMul(left, op.MatMul(x, right))
 
 
 def _symbolic_pooling_matrix(x: Any, axis: int, output: int) -> Any:
-    """:func:`pooling_matrix` computed inside the graph, for a size known only at run time."""
-    size = op.Shape(x, start=axis, end=axis + 1)
-    rows = _constant(np.arange(output, dtype=np.int64).reshape(output, 1))
-    count = _constant(np.array([output], np.int64))
-    start = op.Div(op.Mul(rows, size), count)
-    # ceil(a / b) = (a + b - 1) // b, for integers
-    end = op.Div(op.Add(op.Mul(rows, size), op.Add(size, _constant(np.array([output - 1], np.int64)))), count)
+    """:func:`pooling_matrix` computed inside the graph, for a size known only at run time; transposed for ``axis`` 3.
+
+    Every operand has four axes: TensorRT's parser makes five layers to bring one of fewer to that. Cell j is in window i when
+    ``i * size / output - 1 < j < (i + 1) * size / output``, here in integers, which are exact.
+    """
+    size: Any = op.Shape(x, start=axis, end=axis + 1)
     zero, one = _constant(np.array(0, np.int64)), _constant(np.array(1, np.int64))
-    cells = op.Range(zero, op.Squeeze(size, _constant(np.array([0], np.int64))), one)
-    inside = op.And(op.GreaterOrEqual(cells, start), op.Less(cells, end))
-    cells_in_window: Any = op.Cast(op.Sub(end, start), to=ir.DataType.FLOAT)
-    return op.Div(op.Cast(inside, to=ir.DataType.FLOAT), cells_in_window)
+    cells: Any = op.Range(zero, op.Squeeze(size, _constant(np.array([0], np.int64))), one)
+    cells = op.Reshape(cells, _constant(np.array([1, 1, 1, -1] if axis == 2 else [1, 1, -1, 1], np.int64)))
+    sides: Any = op.Reshape(size, _constant(np.array([1, 1, 1, 1], np.int64)))
+    windows = _constant(np.arange(output, dtype=np.int64).reshape((1, 1, -1, 1) if axis == 2 else (1, 1, 1, -1)))
+    # (j - i * size / output) * output
+    offset = op.Sub(op.Mul(cells, _whole(output)), op.Mul(windows, sides))
+    inside: Any = op.Cast(op.And(op.Greater(offset, _whole(-output)), op.Less(offset, sides)), to=ir.DataType.FLOAT)
+    return op.Div(inside, op.ReduceSum(inside, _constant(np.array([5 - axis], np.int64)), keepdims=1))
 
 
 def _upsample_bicubic2d_aa(x: Any, output_size: Sequence[Any], align_corners: bool, *scales: Any) -> Any:
@@ -75,34 +77,37 @@ def _upsample_bicubic2d_aa(x: Any, output_size: Sequence[Any], align_corners: bo
     known = isinstance(height, int) and isinstance(width, int)
     if align_corners or not known or any(s is not None for s in scales):
         raise NotImplementedError("antialiased bicubic interpolation by a factor, or of a dynamic input")
-    rows = _bicubic_matrix(height, output_size[0])
-    columns = op.Transpose(_bicubic_matrix(width, output_size[1]), perm=[1, 0])
+    rows, columns = _bicubic_matrix(height, output_size[0], 2), _bicubic_matrix(width, output_size[1], 3)
     return op.MatMul(rows, op.MatMul(x, columns))
 
 
-def _bicubic_matrix(size: int, output: Any) -> Any:
-    """Float32 ``(output, size)`` of antialiased bicubic interpolation; ``output`` may be known at run time only.
+def _bicubic_matrix(size: int, output: Any, axis: int) -> Any:
+    """Float32 ``(1, 1, output, size)`` of antialiased bicubic interpolation; transposed for ``axis`` 3.
 
-    Weights of Keys' cubic kernel (a = -0.5), stretched by the reduction and normalized, as torch computes them.
+    ``output`` may be known at run time only. Weights of Keys' cubic kernel (a = -0.5), stretched by the reduction and
+    normalized, as torch computes them. The kernel's two pieces are 0 where they meet, so they are added: one of the distance
+    below 1, one of the distance from 1 to 2, each clipped to 0 beyond.
     """
+    along, across = ((1, 1, -1, 1), (1, 1, 1, size)) if axis == 2 else ((1, 1, 1, -1), (1, 1, size, 1))
     if isinstance(output, int):
         count = _constant(np.array(output, np.int64))
     else:
         count = op.Reshape(output, _constant(np.array([], np.int64)))
     zero, one = _constant(np.array(0, np.int64)), _constant(np.array(1, np.int64))
     cells: Any = op.Cast(op.Range(zero, count, one), to=ir.DataType.FLOAT)
-    scale = op.Div(_float(size), op.Cast(count, to=ir.DataType.FLOAT))
-    centers = op.Unsqueeze(op.Mul(op.Add(cells, _float(0.5)), scale), _constant(np.array([1], np.int64)))
-    inputs = _constant(np.arange(size, dtype=np.float32)[None] + np.float32(0.5))
-    x = op.Abs(op.Div(op.Sub(inputs, centers), op.Max(scale, _float(1.0))))
-    square = op.Mul(x, x)
-    near = op.Add(op.Mul(square, op.Sub(op.Mul(x, _float(1.5)), _float(2.5))), _float(1.0))
-    far = op.Add(
-        op.Mul(op.Sub(op.Mul(square, _float(-0.5)), _float(4.0)), x), op.Add(op.Mul(square, _float(2.5)), _float(2.0))
-    )
-    outside = op.Where(op.Less(x, _float(2.0)), far, _float(0.0))
-    weights = op.Where(op.Less(x, _float(1.0)), near, outside)
-    return op.Div(weights, op.ReduceSum(weights, _constant(np.array([1], np.int64)), keepdims=1))
+    cells = op.Reshape(cells, _constant(np.array(along, np.int64)))
+    cast: Any = op.Cast(count, to=ir.DataType.FLOAT)
+    scale = op.Div(_float(size), op.Reshape(cast, _constant(np.array([1, 1, 1, 1], np.int64))))
+    centers = op.Mul(op.Add(cells, _float(0.5)), scale)
+    inputs = _constant((np.arange(size, dtype=np.float32) + np.float32(0.5)).reshape(across))
+    distance = op.Abs(op.Div(op.Sub(inputs, centers), op.Max(scale, _float(1.0))))
+    near = op.Relu(op.Sub(_float(1.0), distance))
+    far = op.Clip(op.Sub(_float(2.0), distance), _constant(np.float32(0)), _constant(np.float32(1)))
+    # 1.5 d^3 - 2.5 d^2 + 1 with d = 1 - near, and -0.5 d^3 + 2.5 d^2 - 4 d + 2 with d = 2 - far
+    peak = op.Mul(near, op.Add(op.Mul(near, op.Sub(_float(2.0), op.Mul(near, _float(1.5)))), _float(0.5)))
+    tail = op.Mul(op.Mul(far, far), op.Mul(op.Sub(far, _float(1.0)), _float(0.5)))
+    weights = op.Add(peak, tail)
+    return op.Div(weights, op.ReduceSum(weights, _constant(np.array([5 - axis], np.int64)), keepdims=1))
 
 
 def _scaled_dot_product_attention(
@@ -135,12 +140,18 @@ def _unbind(x: Any, dim: int = 0) -> Any:
     axis = _constant(np.array([dim], np.int64))
     if count == 1:
         return [op.Squeeze(x, axis)]
+    if not all(isinstance(size, int) for size in x.shape):
+        return [op.Gather(x, _constant(np.array(i, np.int32)), axis=dim) for i in range(count)]
     parts = op.Split(x, num_outputs=count, axis=dim)
     return [op.Squeeze(part, axis) for part in parts]
 
 
 def _float(value: float) -> Any:
-    return _constant(np.float32(value))
+    return _constant(np.full((1, 1, 1, 1), value, np.float32))
+
+
+def _whole(value: int) -> Any:
+    return _constant(np.full((1, 1, 1, 1), value, np.int64))
 
 
 def _constant(array: NDArray[Any] | np.generic) -> Any:

@@ -3,13 +3,14 @@
 One multiplication of the query per attention block goes away; exact where the scale is a power of two (a head of
 64).
 
-Precondition: a product with a constant scalar of one part of a Split of a linear layer (MatMul by a constant
-matrix, with or without a constant bias), only moved in between; nothing else reads the values. Postcondition: no
-such product is left.
+Precondition: a product with a constant scalar of one part of a linear layer (MatMul by a constant matrix, with or without
+a constant bias), only moved in between; the part is an output of a Split of the columns, or a Gather from a Reshape of
+them; nothing else reads the values. Postcondition: no such product is left.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,18 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.convert.rewrites.graph import constant, dims, integer, maker, nodes, reads, replace, sole_maker, weight
+from edgeseg.convert.rewrites.graph import (
+    constant,
+    dims,
+    integer,
+    ints,
+    maker,
+    nodes,
+    reads,
+    replace,
+    sole_maker,
+    weight,
+)
 
 
 @dataclass(frozen=True)
@@ -55,23 +67,69 @@ def _match(node: ir.Node) -> _Match | None:
     value: ir.Value | None = moved
     while (move := sole_maker(value, "Reshape", "Transpose")) is not None:
         value = move.inputs[0]
-    split = maker(value, "Split")
-    if split is None or value is None or reads(value) != 1 or split.inputs[0] is None or reads(split.inputs[0]) != 1:
+    part = _part(value)
+    if part is None:
         return None
-    shape = dims(split.inputs[0])
-    widths = [(dims(v) or (None,))[-1] for v in split.outputs]
-    if shape is None or None in widths or integer(split, "axis", 0) % len(shape) != len(shape) - 1:
-        return None
-    start = sum(w or 0 for w in widths[: value.index() or 0])
-    columns = slice(start, start + (widths[value.index() or 0] or 0))
-    add = maker(split.inputs[0], "Add")
-    product = sole_maker(_variable(add), "MatMul") if add is not None else maker(split.inputs[0], "MatMul")
+    linear, columns, width = part
+    add = maker(linear, "Add")
+    product = sole_maker(_variable(add), "MatMul") if add is not None else maker(linear, "MatMul")
     matrix = constant(product.inputs[1]) if product is not None else None
-    if product is None or matrix is None or matrix.ndim != 2 or matrix.shape[1] != sum(w or 0 for w in widths):
+    if product is None or matrix is None or matrix.ndim != 2 or matrix.shape[1] != width:
         return None
     if add is not None and any(b is not None and b.shape[-1:] != matrix.shape[1:] for b in map(constant, add.inputs)):
         return None
     return _Match(moved, float(scale.item()), columns, product, matrix, add)
+
+
+def _part(value: ir.Value | None) -> tuple[ir.Value, slice, int] | None:
+    """What ``value`` is a part of along the last axis, the columns it holds, and how many there are in all."""
+    if value is None or reads(value) != 1:
+        return None
+    split = maker(value, "Split")
+    if split is None:
+        return _gathered(value)
+    whole = split.inputs[0]
+    shape = dims(whole)
+    widths = [(dims(v) or (None,))[-1] for v in split.outputs]
+    if whole is None or shape is None or None in widths or reads(whole) != 1:
+        return None
+    if integer(split, "axis", 0) % len(shape) != len(shape) - 1:
+        return None
+    start = sum(w or 0 for w in widths[: value.index() or 0])
+    return whole, slice(start, start + (widths[value.index() or 0] or 0)), sum(w or 0 for w in widths)
+
+
+def _gathered(value: ir.Value) -> tuple[ir.Value, slice, int] | None:
+    """A part taken by Gather(Transpose(Reshape(whole))) of the first of the factors of the last axis."""
+    gather = maker(value, "Gather")
+    index = constant(gather.inputs[1]) if gather is not None else None
+    transpose = maker(gather.inputs[0], "Transpose") if gather is not None else None
+    reshape = sole_maker(transpose.inputs[0], "Reshape") if transpose is not None else None
+    if gather is None or transpose is None or reshape is None or index is None or index.ndim or index < 0:
+        return None
+    whole, before, after = reshape.inputs[0], dims(reshape.inputs[0]), dims(reshape.outputs[0])
+    if whole is None or before is None or after is None or reads(whole) != 1 or not _is_the_only(gather, int(index)):
+        return None
+    factor = len(before) - 1
+    axis = ints(transpose, "perm")[integer(gather, "axis", 0) % len(after)]
+    # One unknown axis before the last one: the others tell that the Reshape keeps them all, and splits the last.
+    kept = before[:factor].count(None) <= 1 and before[:factor] == after[:factor]
+    factors = [d for d in after[factor:] if d is not None]
+    if not kept or axis != factor or len(factors) != len(after) - factor or before[factor] != math.prod(factors):
+        return None
+    size = math.prod(factors[1:])
+    return whole, slice(int(index) * size, (int(index) + 1) * size), math.prod(factors)
+
+
+def _is_the_only(gather: ir.Node, index: int) -> bool:
+    """Whether nothing but Gathers of other parts reads what ``gather`` takes its part of."""
+    whole = gather.inputs[0]
+    assert whole is not None
+    axis = integer(gather, "axis", 0)
+    others = [use.node for use in whole.uses() if use.node is not gather]
+    parts = [constant(n.inputs[1]) for n in others if n.op_type == "Gather" and integer(n, "axis", 0) == axis]
+    apart = all(p is not None and not p.ndim and 0 <= p != index for p in parts)
+    return apart and len(parts) == len(others) and not whole.is_graph_output()
 
 
 def _variable(add: ir.Node) -> ir.Value | None:

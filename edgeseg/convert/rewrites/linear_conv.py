@@ -4,8 +4,9 @@
 of x. That is faster than two transpositions around a product everywhere, and other rewrites can then move and
 compose it.
 
-Precondition: Reshape(N,C,HW) + Transpose(0,2,1) before, Transpose(0,2,1) + Reshape to the same H and W after,
-constant weight and bias, nothing else reads the values between. Postcondition: no such MatMul is left.
+Precondition: Reshape(N,C,HW) + Transpose(0,2,1) before, Transpose(0,2,1) + Reshape to the same H and W after (known, or
+looked up at a value that x is made from, or that is made from x, element by element), constant weight and bias, nothing
+else reads the values between. Postcondition: no such MatMul is left.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.convolution import emit_pointwise
 from edgeseg.convert.rewrites.graph import constant, dims, ints, maker, nodes, replace, sole_maker, sole_reader
+from edgeseg.convert.rewrites.planes import broadcasts_along, plane_of
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,20 @@ def _match(node: ir.Node) -> _Match | None:
     if transpose is None or reshape is None or ints(transpose, "perm") != (0, 2, 1):
         return None
     before, after = dims(source), dims(reshape.outputs[0])
-    if before is None or after is None or len(after) != 4 or None in after[2:] or before[2:] != after[2:]:
+    if before is None or after is None or len(after) != 4 or not _same_plane(source, reshape):
         return None
     if before[0] != after[0] or after[1] != matrix.shape[1] or matrix.dtype != np.float32:
         return None
     return _Match(source, matrix, bias, reshape)
+
+
+def _same_plane(source: ir.Value, reshape: ir.Node) -> bool:
+    before, after = dims(source) or (), dims(reshape.outputs[0]) or ()
+    if None not in after[2:]:
+        return before[2:] == after[2:]
+    other = plane_of(reshape.inputs[1])
+    # The Reshape keeps the number of elements, so the planes that broadcast to each other are one.
+    return other is not None and broadcasts_along(source, other)
 
 
 def _flattened(value: ir.Value | None) -> ir.Value | None:

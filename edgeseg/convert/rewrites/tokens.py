@@ -3,8 +3,8 @@
 None of these looks at batch and position. With two axes a linear layer is one GEMM in every runtime, and
 TensorRT's parser adds no layer per weight, bias, norm scale and norm shift to bring it to three.
 
-Precondition: a connected set of such nodes on three-axis values of one B and N, with at least two linear layers;
-parameters constant along the last axis. Postcondition: no such set is left.
+Precondition: a connected set of such nodes on three-axis values of one B and N, with at least two linear layers; N known,
+or B 1; parameters constant along the last axis. Postcondition: no such set is left.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _rank_agnostic(node: ir.Node) -> bool:
         if value is None or constant(value) is not None:
             continue
         shape = dims(value)
-        if shape is None or len(shape) != 3 or shape[2] is None or shape[1] is None:
+        if shape is None or len(shape) != 3 or shape[2] is None or (shape[1] is None and shape[0] != 1):
             return False
         leads.add(shape[:2])
     if len(leads) != 1 or node.domain not in ("", "ai.onnx"):

@@ -1,0 +1,36 @@
+"""Reshape after Reshape -> the second alone.
+
+Reshapes keep the order of elements, so what the first one made is of no account. The ``layout`` rewrite does this and more
+where sizes are known; here none need be.
+
+Precondition: a Reshape whose constant shape copies no size (no 0), of a value another Reshape made; nothing else reads the
+value between. Postcondition: no such pair is left.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from edgeseg.convert.rewrites.graph import constant, integer, nodes, reads, sole_maker
+
+
+def apply(model: ir.Model) -> int:
+    """Rewrite; return how often."""
+    count = 0
+    for node in nodes(model, "Reshape"):
+        while (first := _match(node)) is not None:
+            node.replace_input_with(0, first.inputs[0])
+            count += 1
+    return count
+
+
+def leaves(model: ir.Model) -> int:
+    """How many are left."""
+    return sum(_match(node) is not None for node in nodes(model, "Reshape"))
+
+
+def _match(node: ir.Node) -> ir.Node | None:
+    shape = constant(node.inputs[1])
+    if shape is None or (0 in shape and not integer(node, "allowzero", 0)) or not reads(node.outputs[0]):
+        return None
+    return sole_maker(node.inputs[0], "Reshape")

@@ -1,0 +1,149 @@
+"""Graphs of dynamic batch and size: as few layers as the rewrites left, and for SM 75 the same function in other operators.
+
+TensorRT-RTX really parses and builds them. Built, not run: a GPU is needed for that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+pytest.importorskip("torch", reason="the convert extra is not installed")
+pytest.importorskip("segmentation_models_pytorch", reason="the convert extra is not installed")
+trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+
+import onnxruntime  # noqa: E402
+from export_models import smooth_images, smp_model  # noqa: E402
+
+from edgeseg.artifacts import OnnxGraph  # noqa: E402
+from edgeseg.backends import get_backend  # noqa: E402
+from edgeseg.backends.tensorrt_graph import ParsedGraph  # noqa: E402
+from edgeseg.backends.tensorrt_log import capture  # noqa: E402
+from edgeseg.backends.tensorrt_rtx import parse_network  # noqa: E402
+from edgeseg.backends.tensorrt_turing import for_turing  # noqa: E402
+from edgeseg.convert.export import export_onnx  # noqa: E402
+from edgeseg.convert.load import load_model  # noqa: E402
+from edgeseg.errors import BuildError  # noqa: E402
+from edgeseg.spec import BatchRange, InputSpec, ModelRequest, OutputSpec, PipelineSpec  # noqa: E402
+
+pytestmark = pytest.mark.integration
+
+SIDE = 64
+SHAPES: dict[str, dict[str, Any]] = {
+    "static": {},
+    "dynamic batch": {"batch": BatchRange(1, 2, 4)},
+    "dynamic size": {"dynamic_size": True},
+    "both": {"batch": BatchRange(1, 2, 4), "dynamic_size": True},
+}
+# Of weights as training leaves them. Those of an untrained ViT are zeros and ones: biases go away, and all norms share one
+# pair of constants, which makes 155 layers less (dpt).
+MOST_LAYERS = {
+    ("dpt", "static"): 635,
+    ("dpt", "dynamic batch"): 655,
+    ("dpt", "dynamic size"): 770,
+    ("pspnet", "static"): 90,
+    ("pspnet", "dynamic batch"): 90,
+    ("pspnet", "dynamic size"): 170,
+    ("upernet", "static"): 150,
+    ("upernet", "dynamic batch"): 150,
+    ("upernet", "dynamic size"): 270,
+    ("segformer", "dynamic size"): 85,
+}
+MOST_LAYERS_UNTRAINED = {"dpt": 500, "pspnet": 90, "upernet": 150}
+WITH_PRODUCTS = ("dpt", "manet", "pspnet", "upernet")
+CASES = [
+    (arch, shape) for arch in (*WITH_PRODUCTS, "segformer") for shape in ("static", "dynamic batch", "dynamic size")
+]
+CASES += [("pspnet", "both"), ("manet", "both")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: " ".join(case))
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[OnnxGraph, str]:
+    arch, shape = request.param
+    encoder, args = ("tu-vit_tiny_patch16_224", {"dynamic_img_size": True}) if arch == "dpt" else ("resnet18", {})
+    size, output = (SIDE, SIDE), OutputSpec("logits")
+    loaded, spec = smp_model(arch, encoder, size=size, output=output, image=SHAPES[shape], **args)
+    graph, _ = export_onnx(loaded, spec, tmp_path_factory.mktemp(arch) / "model.onnx")
+    return graph, shape
+
+
+def logits(model: onnx.ModelProto, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["logits"], {"image": images})[0])
+
+
+def layers(parsed: ParsedGraph) -> int:
+    with capture(trt) as (logger, log):
+        return int(parse_network(trt, trt.Builder(logger), logger, log, parsed).num_layers)
+
+
+def test_layers_of_the_parsed_network(exported: tuple[OnnxGraph, str]) -> None:
+    graph, shape = exported
+    most = MOST_LAYERS.get((graph.spec.model.arch, shape))
+    if most is None:
+        pytest.skip("no bound is set")
+    assert layers(ParsedGraph.read(graph, "fp32")) <= most
+
+
+@pytest.mark.parametrize("arch", MOST_LAYERS_UNTRAINED)
+def test_layers_of_an_untrained_network_with_a_dynamic_batch(arch: str, tmp_path: Path) -> None:
+    """As the goals were set; static ones are counted where they are quantized."""
+    encoder, args = ("tu-vit_tiny_patch16_224", {"dynamic_img_size": True}) if arch == "dpt" else ("resnet18", {})
+    request = ModelRequest(arch=arch, encoder=encoder, weights="random", classes=5, model_args=args)
+    loaded = load_model(request)
+    size = InputSpec(SIDE, SIDE, stride=loaded.stride, **SHAPES["dynamic batch"])
+    graph, _ = export_onnx(loaded, PipelineSpec(loaded.model, size, loaded.preprocess), tmp_path / "model.onnx")
+    assert layers(ParsedGraph.read(graph, "fp32")) <= MOST_LAYERS_UNTRAINED[arch]
+
+
+def test_the_graph_for_sm_75_computes_the_same(exported: tuple[OnnxGraph, str]) -> None:
+    graph, shape = exported
+    before = ParsedGraph.read(graph, "fp32")
+    after = for_turing(before)
+    if graph.spec.model.arch not in WITH_PRODUCTS:
+        assert after is before
+        return
+    assert not {"MatMul", "Gemm"} & {node.op_type for node in after.model.graph.node}
+    assert set(before.macs) <= set(after.nodes), "what multiplies keeps its name"
+    count = 2 if shape in ("dynamic batch", "both") else 1
+    height, width = (SIDE, SIDE + 32) if shape in ("dynamic size", "both") else (SIDE, SIDE)
+    noise = np.random.default_rng(1).integers(0, 256, (count, height, width, 3)).astype(np.uint8)
+    for images in (smooth_images(count, height, width), noise):
+        expected = logits(before.model, images)
+        assert np.abs(logits(after.model, images) - expected).max() <= 2e-5 * np.abs(expected).max()
+
+
+def test_it_builds_for_sm_75(exported: tuple[OnnxGraph, str], tmp_path: Path) -> None:
+    graph, _ = exported
+    built = get_backend("tensorrt-rtx").build(graph, tmp_path, {"sm": "75"})
+    assert built.path is not None and built.path.stat().st_size > 0
+    assert built.precision.mac_share == {"fp32": 1.0}
+    assert built.precision.float_layers == {}
+
+
+def test_a_product_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    loaded, spec = smp_model("unet", size=(SIDE, SIDE), output=OutputSpec("logits"))
+    graph, _ = export_onnx(loaded, spec, tmp_path / "model.onnx")
+    model = onnx.load(str(graph.path))
+    value = model.graph.output[0]
+    value.name = "before"
+    for node in model.graph.node:
+        node.output[:] = ["before" if name == "logits" else name for name in node.output]
+    einsum = onnx.helper.make_node(
+        "Einsum", ["before", "before"], ["logits"], "decoder.odd/Einsum", equation="bchw,bdhw->bcd"
+    )
+    model.graph.node.append(einsum)
+    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, (1, 5, 5)))
+    path = tmp_path / "odd.onnx"
+    onnx.save(model, str(path))
+    odd = OnnxGraph(path, graph.sha256, "fp32", graph.spec, graph.weights_sha256)
+    with pytest.raises(BuildError, match=r"at node decoder\.odd/Einsum .*; leave 75 out of --sm"):
+        get_backend("tensorrt-rtx").build(odd, tmp_path, {"sm": "75"})
