@@ -29,8 +29,8 @@ test: venv       ## Lint, type-check and run the whole test suite
 unit: venv       ## Run the fast tests only (seconds)
 	$(BIN)/pytest tests/unit
 
-gpu: venv        ## Run the tests that need an NVIDIA GPU and TensorRT; leaves report.json to send back
-	$(BIN)/pytest -m gpu tests/gpu --device-report report.json
+gpu:             ## On a device: the tests that need a GPU and TensorRT, with PYTHON, which has them; leaves report.json
+	$(PYTHON) -m pytest -m gpu tests/gpu --device-report report.json
 
 lint: venv       ## ruff check and format check
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
@@ -59,18 +59,23 @@ class OnnxGraph:
     scheme: str | None = None
 
 
+Evidence: TypeAlias = Literal["executed", "inspected", "typed"]
+
+
 @dataclass(frozen=True)
 class PrecisionReport:
-    """What precision was asked for and what the executed graph really does.
+    """What precision was asked for and what the engine really does.
 
     Attributes:
         requested: the precision asked for.
-        mac_share: share of multiply-accumulates per dtype (``{"int8": 0.98, "fp32": 0.02}``), from the executed graph.
-        node_share: share of nodes per dtype, from the executed graph.
+        mac_share: share of multiply-accumulates per dtype (``{"int8": 0.98, "fp32": 0.02}``).
+        node_share: share of nodes per dtype.
         macs: multiply-accumulates of one image.
         time_share: share of the engine's time in layers of each dtype, measured with the backend's profiler when the engine
             was built; ``None`` where it was not measured.
         float_layers: names of the MAC-carrying layers not executed in the requested precision, with the reason.
+        evidence: ``executed``: counted from a profiled run; ``inspected``: from what TensorRT says of the built engine;
+            ``typed``: from the types of the graph or network, nothing was run.
     """
 
     requested: Precision
@@ -79,6 +84,7 @@ class PrecisionReport:
     macs: int
     float_layers: dict[str, str] = field(default_factory=dict)
     time_share: dict[str, float] | None = None
+    evidence: Evidence = "executed"
 
 
 @dataclass(frozen=True)

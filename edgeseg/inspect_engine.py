@@ -184,7 +184,7 @@ def render(report: EngineReport, *, layers: bool = False) -> Group:
 
     manifest = report.manifest
     parts: list[RenderableType] = [_spec_table(manifest), _file_table(report.files)]
-    parts.append(Text(precision_line(manifest.precision, built=manifest.engine is not None)))
+    parts.append(Text(precision_line(manifest.precision)))
     parts.append(Text(time_line(manifest.precision)))
     parts.extend(Text(f"  float: {name}: {why}", style="dim") for name, why in manifest.precision.float_layers.items())
     if manifest.verification is not None:

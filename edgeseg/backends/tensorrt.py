@@ -336,7 +336,7 @@ class _Build:
         engine = TENSORRT.deserialize(trt, self.logger, self.log, plan, settings, Path(ENGINE_NAME))
         if options.profiling_verbosity != "detailed":
             # Only fp32 comes here (choose_typing refuses the others): there is nothing lower to prove.
-            return PrecisionReport(self.requested, {}, {}, sum(parsed.macs.values())), ()
+            return PrecisionReport(self.requested, {}, {}, sum(parsed.macs.values()), evidence="inspected"), ()
         information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
         layers = read_layers(information)
         report = proven_precision(layers, self.requested, parsed.macs, tuple(parsed.nodes))

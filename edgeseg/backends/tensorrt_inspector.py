@@ -8,6 +8,7 @@ the control characters 1E and 1F; before that in its own name.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -193,9 +194,7 @@ def proven_precision(
     """
     report = precision_report(requested, executed_dtypes(layers, nodes), macs)
     by_layer = precision_report(requested, {f"{i}": layer.dtype for i, layer in enumerate(layers)}, {})
-    return PrecisionReport(
-        requested, report.mac_share, by_layer.node_share, report.macs, float_layers=report.float_layers
-    )
+    return dataclasses.replace(report, node_share=by_layer.node_share, evidence="inspected")
 
 
 def require_delivered(report: PrecisionReport, expected: Mapping[str, float], version: str) -> None:

@@ -27,7 +27,7 @@ def build_summary(engine: Engine) -> Group:
     else:
         parts.append(verification_table(manifest.verification, f"{manifest.name} ({manifest.target})"))
         parts.append(Text(f"measured on {manifest.verification.data}", style="dim"))
-    parts.append(Text(precision_line(manifest.precision, built=manifest.engine is not None)))
+    parts.append(Text(precision_line(manifest.precision)))
     if manifest.candidates:
         listed = ", ".join(f"{name} {ms:.1f} ms" for name, ms in manifest.candidates.items())
         parts.append(Text(f"target auto measured {listed} and took {manifest.target}"))
@@ -81,11 +81,11 @@ def class_table(verification: Verification, class_names: Sequence[str]) -> Table
     return table
 
 
-def precision_line(report: PrecisionReport, *, built: bool = True) -> str:
-    """``executed: 6.38 GMAC, 98.4% in int8, 1.6% in fp32``; ``typed:`` for a graph no engine was ``built`` from yet."""
+def precision_line(report: PrecisionReport) -> str:
+    """``executed: 6.38 GMAC, 98.4% in int8, 1.6% in fp32``, beginning with what the shares stand on."""
     shares = sorted(report.mac_share.items(), key=lambda item: -item[1])
     listed = ", ".join(f"{value:.1%} in {dtype}" for dtype, value in shares)
-    line = f"{'executed' if built else 'typed'}: {report.macs / 1e9:.2f} GMAC, {listed or MISSING}"
+    line = f"{report.evidence}: {report.macs / 1e9:.2f} GMAC, {listed or MISSING}"
     if report.requested == "int8" and report.float_layers:
         names = ", ".join(list(report.float_layers)[:3])
         line += f"; float: {names}" + (

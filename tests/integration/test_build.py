@@ -52,6 +52,7 @@ def test_demo_engine_is_int8_and_verified(demo_engine: Path) -> None:
     assert verification.miou_drop is not None
     assert verification.miou_drop <= 0.01
     assert verification.pytorch_latency is not None
+    assert manifest.precision.evidence == "executed"
     assert set(manifest.inputs_sha256) >= {"weights", "spec", "calibration_images", "calibration_graph"}
 
 

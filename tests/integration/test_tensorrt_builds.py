@@ -52,6 +52,7 @@ def test_a_build_for_a_device_stops_at_the_portable_graph(portable: tuple[Path, 
     folder, printed = portable
     manifest = open_engine(folder).manifest
     assert manifest.engine is None and manifest.target == "tensorrt" and manifest.scheme == "tensorrt"
+    assert "typed: " in printed and "executed: " not in printed
     assert printed.rstrip().endswith(f"on the device: edgeseg compile {folder} --target tensorrt")
     assert sorted(p.name for p in folder.iterdir()) == ["calibration.json", "manifest.json", "model.onnx"]
 
@@ -121,6 +122,7 @@ def test_rtx_tells_the_precision_of_the_parsed_network(tmp_path: Path, precision
     graph = small(tmp_path, precision, dynamic)
     built = get_backend("tensorrt-rtx").build(graph, tmp_path, {}, lambda done, total: told.append((done, total)))
     assert built.precision.mac_share == {precision: 1.0}
+    assert built.precision.evidence == "typed"  # a network without a GPU was not run
     assert built.precision.macs == SIDE * SIDE * 9 * (3 * 8 + 8 * 4)
     assert told == sorted(told) and all(total == 100 for _, total in told)
 

@@ -98,6 +98,7 @@ def test_every_version_builds_every_precision(tmp_path: Path, version: str, prec
     built = build(tmp_path, recorder, precision)
     assert built.path is not None and built.path.stat().st_size > 0
     assert built.precision.mac_share == {precision: 1.0}
+    assert built.precision.evidence == "inspected"
     assert built.precision.macs == SIDE * SIDE * 9 * (3 * 8 + 8 * 4)
     assert built.versions == {"tensorrt": version}
     assert built.device == {"gpu": "Orin", "compute_capability": "8.7"}
