@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.edgeseg-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit gpu lint typecheck check pycuda format coverage bench clean
+.PHONY: help venv demo test unit gpu lint typecheck check pycuda format coverage modelopt bench clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -52,7 +52,13 @@ format: venv     ## Let ruff rewrite the sources
 coverage: venv   ## Run the tests and show what they do not reach
 	$(BIN)/pytest --cov=edgeseg --cov-report=term-missing:skip-covered
 
-bench: venv      ## Measure everything in benchmarks/README.md again (about half an hour, on a machine that does nothing else)
+modelopt: .venv-modelopt/.installed ## Make the environment of the peer that needs one of its own (several GB)
+.venv-modelopt/.installed: benchmarks/requirements-modelopt.txt
+	$(PYTHON) -m venv .venv-modelopt
+	.venv-modelopt/bin/pip install --quiet -r benchmarks/requirements-modelopt.txt
+	@touch $@
+
+bench: venv modelopt ## Measure everything in benchmarks/README.md again (about half an hour, on a machine that does nothing else)
 	$(BIN)/pip install --quiet -c constraints.txt -r benchmarks/requirements-peers.txt
 	for name in end_to_end architectures overhead calibration harness_check tensorrt_rtx tensorrt_accuracy results; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done

@@ -21,7 +21,7 @@ from edgeseg.evaluate.results import read_report
 from edgeseg.report.plain import markdown
 
 PAGE = RESULTS.parent / "RESULTS.md"
-HIDDEN = {"settings", "iterations", "pairs", "per_class_iou", "p90_ms"}
+HIDDEN = {"settings", "iterations", "pairs", "per_class_iou", "p90_ms", "left_out"}
 """Keys of rows that stay in the JSON: what a table of a page has no room for."""
 
 HEAD = """# Results
@@ -64,6 +64,7 @@ def section(path: Path) -> str:
         f"{record.workload}. {machine(record.machine)}. {record.created[:10]}, commit {record.commit or '-'}, "
         f"{', '.join(f'{name} {version}' for name, version in record.versions.items())}.\n",
         *(table(rows) for rows in alike(flat_rows(record))),
+        *(f"{row['name']} was left out: {row['left_out']}.\n" for row in record.rows if "left_out" in row),
         *(ratio_table(base, against) for base, against in record.ratios.items()),
     ]
     return "\n".join(parts)
@@ -97,7 +98,7 @@ def alike(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     for row in rows:
         columns = set(row) - {"name"}
         for known, members in groups:
-            if known & columns or "failed" in columns:
+            if known & columns or columns <= {"failed"}:
                 known |= columns
                 members.append(row)
                 break

@@ -1,4 +1,4 @@
-"""What all contenders are measured on: one trained network, real images, ground truth, calibration images."""
+"""What all contenders are measured on: one trained network, images, ground truth, calibration images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.convert.load import LoadedModel, load_model
+from edgeseg.demo import sample_folder
 from edgeseg.evaluate.dataset import ValidationSet
 from edgeseg.runtime.images import list_images, read_image
 from edgeseg.spec import InputSpec, ModelRequest, OutputSpec, PipelineSpec
@@ -27,6 +28,7 @@ CAMVID_CLASSES = (
     "pedestrian",
     "bicyclist",
 )
+CAMVID_WEIGHTS = "fpn-tf_efficientnet_lite0.safetensors"
 # The network needs multiples of 32; 352 of the 360 rows are used, without resizing.
 CAMVID_ROWS = slice(4, 356)
 
@@ -69,20 +71,22 @@ class Workload:
         return (p.scale / std).astype(np.float32), (-np.asarray(p.mean) / std).astype(np.float32)
 
 
-def camvid(limit: int | None = None, calibration_limit: int | None = None) -> Workload:
-    """FPN with a tf_efficientnet_lite0 encoder on CamVid, 352x480; a development data set, not part of the project.
-
-    Found through the environment variable ``EDGESEG_CAMVID``.
-    """
+def camvid_folder() -> Path | None:
+    """Where the CamVid data is: named by ``EDGESEG_CAMVID``, else beside the checkout; ``None`` where there is none."""
     root = Path(os.environ.get("EDGESEG_CAMVID") or Path(__file__).resolve().parents[2] / "shared" / "camvid")
-    weights = root / "fpn-tf_efficientnet_lite0.safetensors"
-    if not weights.is_file():
-        raise SystemExit(f"no CamVid data in {root}; set EDGESEG_CAMVID")
+    return root if (root / CAMVID_WEIGHTS).is_file() else None
+
+
+def camvid(limit: int | None = None, calibration_limit: int | None = None) -> Workload:
+    """FPN with a tf_efficientnet_lite0 encoder on CamVid, 352x480; a development data set, not part of the project."""
+    root = camvid_folder()
+    if root is None:
+        raise SystemExit(f"no CamVid data: set EDGESEG_CAMVID to a folder with calib/, val/ and {CAMVID_WEIGHTS}")
     loaded = load_model(
         ModelRequest(
             arch="fpn",
             encoder="timm-tf_efficientnet_lite0",
-            weights=str(weights),
+            weights=str(root / CAMVID_WEIGHTS),
             classes=len(CAMVID_CLASSES),
             class_names=CAMVID_CLASSES,
             mean=(0.485, 0.456, 0.406),
@@ -90,19 +94,38 @@ def camvid(limit: int | None = None, calibration_limit: int | None = None) -> Wo
         )
     )
     height = CAMVID_ROWS.stop - CAMVID_ROWS.start
-    spec = PipelineSpec(
-        model=loaded.model,
-        input=InputSpec(height=height, width=480, stride=loaded.stride),
-        preprocess=loaded.preprocess,
-        output=OutputSpec(kind="mask"),
-    )
     calibration = [read_image(path)[CAMVID_ROWS] for path in list_images(root / "calib")[:calibration_limit]]
     pairs = list(ValidationSet.open(root / "val", loaded.model, limit=limit))
     return Workload(
         name="camvid fpn tf_efficientnet_lite0 352x480",
         loaded=loaded,
-        spec=spec,
+        spec=_mask_spec(loaded, height, 480),
         calibration=tuple(map(np.ascontiguousarray, calibration)),
         images=tuple(np.ascontiguousarray(p.image[CAMVID_ROWS]) for p in pairs),
         masks=tuple(p.mask[CAMVID_ROWS] for p in pairs if p.mask is not None),
+    )
+
+
+def demo(arch: str, limit: int | None = None, calibration_limit: int | None = None) -> Workload:
+    """A demo model on the generated street scenes that come with edgeseg, at their size: needs only the repository."""
+    loaded = load_model(ModelRequest(arch=arch))
+    root = sample_folder()
+    pairs = list(ValidationSet.open(root / "val", loaded.model, limit=limit))
+    height, width = pairs[0].image.shape[:2]
+    return Workload(
+        name=f"demo {arch} {loaded.model.encoder} {height}x{width}",
+        loaded=loaded,
+        spec=_mask_spec(loaded, height, width),
+        calibration=tuple(read_image(path) for path in list_images(root / "calib" / "images")[:calibration_limit]),
+        images=tuple(p.image for p in pairs),
+        masks=tuple(p.mask for p in pairs if p.mask is not None),
+    )
+
+
+def _mask_spec(loaded: LoadedModel, height: int, width: int) -> PipelineSpec:
+    return PipelineSpec(
+        model=loaded.model,
+        input=InputSpec(height=height, width=width, stride=loaded.stride),
+        preprocess=loaded.preprocess,
+        output=OutputSpec(kind="mask"),
     )

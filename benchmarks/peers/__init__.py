@@ -24,10 +24,15 @@ PEERS: dict[str, str] = {
     "pytorch-compile": "benchmarks.peers.pytorch_compile",
     "onnxruntime-quantize-static": "benchmarks.peers.onnxruntime_static",
     "nncf-onnxruntime": "benchmarks.peers.nncf_onnxruntime",
+    "modelopt-onnxruntime": "benchmarks.peers.modelopt_onnxruntime",
     "nncf-openvino": "benchmarks.peers.nncf_openvino",
     "edgeseg-onnxruntime": "benchmarks.peers.edgeseg_onnxruntime",
     "edgeseg-openvino": "benchmarks.peers.edgeseg_openvino",
 }
+
+
+class NotInstalledError(Exception):
+    """A peer's own environment is not on this machine: it is left out, and the reason is shown."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,13 @@ class Contender:
         call: decoded uint8 image ``(H, W, 3)`` in memory -> uint8 mask ``(H, W)`` in memory.
         size_bytes: of the file that holds the weights; ``None`` where they live in the process.
         settings: everything that was chosen.
+        versions: of packages that are not in this environment.
     """
 
     call: Callable[[NDArray[np.uint8]], NDArray[Any]]
     size_bytes: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(name: str, work: Workload, folder: Path) -> Contender:

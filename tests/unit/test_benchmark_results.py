@@ -42,6 +42,7 @@ def test_rows_ratios_and_failures_are_shown(tmp_path: Path) -> None:
         {"name": "a", "latency": {"median_ms": 12.345, "iterations": 9}, "size_bytes": 2_500_000, "samples_ms": [1.0]},
         {"name": "b", "latency": {"median_ms": 9.0}, "size_bytes": None},
         {"name": "c|d", "failed": "no such package"},
+        {"name": "e", "left_out": "no environment of it"},
         {"name": "start", "median_s": 0.123456},
     ]
     ratio = {"low": 0.9, "high": 1.1, "median": 1.02, "pairs": 9}
@@ -50,6 +51,7 @@ def test_rows_ratios_and_failures_are_shown(tmp_path: Path) -> None:
     assert re.search(r"\| a \| 12\.35 \| 2\.50 \| - \|", text)
     assert re.search(r"\| b \| 9\.00 \| - \| - \|", text)
     assert "c\\|d" in text and "no such package" in text
+    assert "| e | - | - | - |\n" in text and "e was left out: no environment of it." in text
     assert re.search(r"\| name \| median_s \|\n\| --- \| ---: \|\n\| start \| 0\.1235 \|", text)
     assert "| b | 1.02 | 0.90 to 1.10 (no difference) | 9 |" in text
     assert "iterations" not in text and "samples" not in text.split("## x")[1]
