@@ -141,24 +141,6 @@ class _Buffer:
         self.address = 0
 
 
-def layer_profiler(trt: TensorRT, reports: list[tuple[str, float]]) -> Any:
-    """An ``IProfiler`` that appends (layer name, milliseconds) to ``reports``."""
-
-    if TYPE_CHECKING:
-        from tensorrt import IProfiler
-    else:
-        IProfiler = trt.IProfiler  # noqa: N806  # a class of the module at hand
-
-    class LayerProfiler(IProfiler):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            reports.append((layer_name, ms))
-
-    return LayerProfiler()
-
-
 class Lane:
     """Runs one batch at a time. Not for several threads at once; call every method inside ``cuda.active()``.
 

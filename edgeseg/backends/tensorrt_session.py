@@ -25,8 +25,9 @@ from edgeseg.backends.base import StageTimes
 from edgeseg.backends.cuda import Cuda
 from edgeseg.backends.device_arrays import DeviceTensor, device_images
 from edgeseg.backends.result_memory import Lease, ResultMemory
-from edgeseg.backends.tensorrt_lane import Lane, io_tensors, layer_profiler
+from edgeseg.backends.tensorrt_lane import Lane, io_tensors
 from edgeseg.backends.tensorrt_lanes import LanePool
+from edgeseg.backends.tensorrt_times import layer_profiler
 from edgeseg.errors import DeviceError, InputError, SpecError
 from edgeseg.spec import PipelineSpec, one_of
 

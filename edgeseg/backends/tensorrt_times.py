@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from edgeseg.backends.cuda import open_cuda
-from edgeseg.backends.tensorrt_device import open_session
+from edgeseg.backends.cuda import Cuda, open_cuda
+from edgeseg.backends.tensorrt_device import closed_on_failure, open_session
 from edgeseg.backends.tensorrt_log import LogCapture
 from edgeseg.backends.tensorrt_module import TENSORRT
 
@@ -17,11 +17,30 @@ if TYPE_CHECKING:
     from tensorrt_surface import TensorRT
 
     from edgeseg.backends.tensorrt_graph import ParsedGraph
+    from edgeseg.backends.tensorrt_session import TensorRTSession
 
 RUNS = 10
 
 LayerTimes: TypeAlias = list[tuple[str, float]]
 """(layer name, milliseconds), every layer once per run."""
+
+
+def layer_profiler(trt: TensorRT, reports: list[tuple[str, float]]) -> Any:
+    """An ``IProfiler`` that appends (layer name, milliseconds) to ``reports``."""
+
+    if TYPE_CHECKING:
+        from tensorrt import IProfiler
+    else:
+        IProfiler = trt.IProfiler  # noqa: N806  # a class of the module at hand
+
+    class LayerProfiler(IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            reports.append((layer_name, ms))
+
+    return LayerProfiler()
 
 
 def measure_layer_times(
@@ -43,14 +62,23 @@ def measure_layer_times(
     size = parsed.spec.input
     grey = np.full((size.batch.minimum, size.height, size.width, size.channels), 128, np.uint8)
     cuda = open_cuda()
-    try:
-        with cuda.active():
-            engine = TENSORRT.deserialize(trt, logger, log, plan, options, Path("the new engine"))
-            if options.get("strip_weights"):
-                TENSORRT.refit(trt, logger, log, engine, parsed.path)
-        session = open_session(trt, engine, parsed.spec, cuda, {**options, "contexts": 1, "cuda_graph": False})
-    except BaseException:
-        cuda.close()
-        raise
+    with closed_on_failure(cuda):
+        session = _opened(trt, cuda, logger, log, plan, options, parsed)
     with session:
         return session.layer_times(grey, RUNS)
+
+
+def _opened(
+    trt: TensorRT,
+    cuda: Cuda,
+    logger: Any,
+    log: LogCapture,
+    plan: bytes,
+    options: Mapping[str, Any],
+    parsed: ParsedGraph,
+) -> TensorRTSession:
+    with cuda.active():
+        engine = TENSORRT.deserialize(trt, logger, log, plan, options, Path("the new engine"))
+        if options.get("strip_weights"):
+            TENSORRT.refit(trt, logger, log, engine, parsed.path)
+    return open_session(trt, engine, parsed.spec, cuda, {**options, "contexts": 1, "cuda_graph": False})
