@@ -3,8 +3,8 @@
 Twelve architectures, three precisions, three kinds of shape and four compute capabilities. Engines are built, not run: this says
 nothing about speed or accuracy. A cell that does not build is recorded with TensorRT-RTX's reason.
 
-    python -m benchmarks.tensorrt_rtx                    # writes results/tensorrt-rtx.json after every architecture
-    python -m benchmarks.tensorrt_rtx --table            # writes results/tensorrt-rtx.md from that
+    python -m benchmarks.tensorrt_rtx            # results/tensorrt-rtx.json after every architecture, tensorrt-rtx.md at the end
+    python -m benchmarks.tensorrt_rtx --table    # tensorrt-rtx.md from that JSON alone
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.architectures import CLASSES, ENCODERS
 from benchmarks.record import RESULTS, Record, read_record, this_machine, versions
-from edgeseg.artifacts import OnnxGraph
+from edgeseg.artifacts import OnnxGraph, write_text
 from edgeseg.backends.tensorrt_graph import ParsedGraph
 from edgeseg.backends.tensorrt_log import capture
 from edgeseg.backends.tensorrt_options import RtxOptions
@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def main() -> None:
     options = arguments()
     if options.table:
-        options.output.with_suffix(".md").write_text(markdown(read_record(options.output)) + "\n")
+        write_table(options.output)
         return
     rows: list[dict[str, Any]] = []
     machine = this_machine()
@@ -64,6 +64,11 @@ def main() -> None:
         record.write(options.output)
         built = sum(row["reason"] is None for row in rows)
         print(f"{arch}: {built} of {len(rows)} cells so far built", flush=True)
+    write_table(options.output)
+
+
+def write_table(results: Path) -> None:
+    write_text(results.with_suffix(".md"), markdown(read_record(results)) + "\n")
 
 
 def arguments() -> argparse.Namespace:
