@@ -4,8 +4,8 @@ Twelve architectures, three precisions, three kinds of shape and four compute ca
 nothing about speed or accuracy. A cell that does not build is recorded with TensorRT-RTX's reason. For SM 75 matrix products
 of float32 graphs are other operators (``edgeseg/backends/tensorrt_turing.py``), so its network has other layers.
 
-    python -m benchmarks.tensorrt_rtx                    # writes results/tensorrt-rtx.json after every architecture
-    python -m benchmarks.tensorrt_rtx --table            # writes results/tensorrt-rtx.md from that
+    python -m benchmarks.tensorrt_rtx            # results/tensorrt-rtx.json after every architecture, tensorrt-rtx.md at the end
+    python -m benchmarks.tensorrt_rtx --table    # tensorrt-rtx.md from that JSON alone
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.architectures import CLASSES, ENCODERS
 from benchmarks.record import RESULTS, Record, read_record, this_machine, versions
-from edgeseg.artifacts import OnnxGraph
+from edgeseg.artifacts import OnnxGraph, write_text
 from edgeseg.backends.tensorrt_graph import ParsedGraph
 from edgeseg.backends.tensorrt_log import capture
 from edgeseg.backends.tensorrt_module import TENSORRT_RTX
@@ -50,7 +50,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def main() -> None:
     options = arguments()
     if options.table:
-        options.output.with_suffix(".md").write_text(markdown(read_record(options.output)) + "\n")
+        write_table(options.output)
         return
     rows: list[dict[str, Any]] = []
     machine = this_machine()
@@ -68,6 +68,11 @@ def main() -> None:
         record.write(options.output)
         built = sum(row["reason"] is None for row in rows)
         print(f"{arch}: {built} of {len(rows)} cells so far built", flush=True)
+    write_table(options.output)
+
+
+def write_table(results: Path) -> None:
+    write_text(results.with_suffix(".md"), markdown(read_record(results)) + "\n")
 
 
 def arguments() -> argparse.Namespace:
