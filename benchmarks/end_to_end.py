@@ -84,7 +84,8 @@ def measured(work: Workload, options: argparse.Namespace, console: Console) -> M
         for name in options.peers:
             started = time.perf_counter()
             try:
-                contenders[name] = prepare(name, work, root / name)
+                contender = prepare(name, work, root / name)
+                contender.call(work.images[0])  # some runtimes refuse a graph only when it runs
             except NotInstalledError as exc:
                 missing.append({"name": name, "left_out": str(exc)})
                 console.print(f"{name}: left out: {exc}", markup=False)
@@ -95,6 +96,7 @@ def measured(work: Workload, options: argparse.Namespace, console: Console) -> M
                 missing.append({"name": name, "failed": f"{type(exc).__name__}: {exc}"})
                 console.print(f"{name}: failed: {missing[-1]['failed']}", markup=False)
                 continue
+            contenders[name] = contender
             console.print(f"{name}: ready after {time.perf_counter() - started:.0f} s")
         accuracy = judge(work, contenders)
         samples = measure_interleaved({n: rotating(c, work) for n, c in contenders.items()}, protocol(options))
