@@ -58,7 +58,7 @@ modelopt: .venv-modelopt/.installed ## Make the environment of the peer that nee
 	.venv-modelopt/bin/pip install --quiet -r benchmarks/requirements-modelopt.txt
 	@touch $@
 
-bench: venv modelopt ## Measure everything in benchmarks/README.md again (about half an hour, on a machine that does nothing else)
+bench: venv modelopt ## Measure everything in benchmarks/README.md again (about an hour and a half, on a machine that does nothing else)
 	$(BIN)/pip install --quiet -c constraints.txt -r benchmarks/requirements-peers.txt
 	for name in end_to_end architectures overhead calibration harness_check tensorrt_rtx tensorrt_accuracy results; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
