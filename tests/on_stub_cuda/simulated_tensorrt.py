@@ -18,6 +18,8 @@ from recorded_tensorrt import Recorder, fake
 from simulated import NUMPY
 from stub_cuda import Stub
 
+# pycuda binds every function of the driver when loaded; the stub has those edgeseg calls.
+sys.setdlopenflags(os.RTLD_LAZY)
 stub = Stub()
 parsed: list[onnxruntime.InferenceSession] = []
 
