@@ -92,9 +92,5 @@ def _pairs(settings: Any) -> list[str]:
     for key, value in settings.items():
         plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./x+-]*", value) is not None
         is_word = plain and value not in {"true", "false", "null", "True", "False", "None"}
-        found.append(f"{key}={value}" if is_word else f"{key}={json.dumps(_plain(value))}")
+        found.append(f"{key}={value}" if is_word else f"{key}={json.dumps(value)}")
     return found
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
