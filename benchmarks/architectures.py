@@ -19,13 +19,13 @@ from rich.table import Table
 
 import edgeseg
 from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
-from edgeseg.artifacts import Engine
 from edgeseg.backends import get_backend
 from edgeseg.demo import sample_folder
 from edgeseg.errors import EdgesegError
-from edgeseg.evaluate.latency import LatencyProtocol, measure_interleaved
-from edgeseg.runtime.images import fit, list_images, read_image
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, measure_interleaved
+from edgeseg.images.decoding import fit, list_images, read_image
 from edgeseg.spec import ARCHITECTURES, Precision
+from edgeseg.store.artifacts import Engine
 
 CLASSES = 11
 SIZE = (256, 256)

@@ -35,10 +35,10 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.record import RESULTS, Record, this_machine, versions
-from edgeseg.artifacts import OnnxGraph
 from edgeseg.quantize.calibration import DEFAULT_METHOD, CalibrationSet, calibrate
 from edgeseg.quantize.ranges import METHODS
 from edgeseg.quantize.table import CalibrationTable
+from edgeseg.store.artifacts import OnnxGraph
 
 MEMORY_COUNTS = (10, 100, 500)
 MEMORY_METHOD = "entropy"
@@ -215,8 +215,8 @@ def masks_of(graph: OnnxGraph, images: tuple[NDArray[np.uint8], ...]) -> list[ND
 
 
 def miou(masks: list[NDArray[np.integer[Any]]], work: Any) -> float:
-    from edgeseg.evaluate.accuracy import AccuracyMeter
-    from edgeseg.evaluate.dataset import IGNORED
+    from edgeseg.evaluate.accuracy.dataset import IGNORED
+    from edgeseg.evaluate.accuracy.meters import AccuracyMeter
 
     meter = AccuracyMeter(work.spec.model.classes, ignore_index=IGNORED)
     for mask, truth in zip(masks, work.masks, strict=True):

@@ -26,9 +26,9 @@ from benchmarks.peers import PEERS, Contender, NotInstalledError, prepare
 from benchmarks.record import RESULTS, Machine, Record, ratios, this_machine, versions
 from benchmarks.workload import Workload, camvid, camvid_folder, demo
 from edgeseg.demo import demo_models
-from edgeseg.evaluate.accuracy import AccuracyMeter, AgreementMeter
-from edgeseg.evaluate.dataset import IGNORED
-from edgeseg.evaluate.latency import LatencyProtocol, LatencySamples, measure_interleaved
+from edgeseg.evaluate.accuracy.dataset import IGNORED
+from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
 
 REFERENCE = "pytorch-eager"
 BASELINES = (REFERENCE, "edgeseg-onnxruntime", "edgeseg-openvino")

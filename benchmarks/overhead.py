@@ -22,9 +22,9 @@ from rich.console import Console
 
 import edgeseg
 from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
-from edgeseg.artifacts import Engine
-from edgeseg.evaluate.latency import LatencyProtocol, LatencySamples, measure_interleaved, median
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved, median
 from edgeseg.progress import SilentReporter
+from edgeseg.store.artifacts import Engine
 
 TIMED_IMPORT = "import time; t = time.perf_counter(); import edgeseg; print(time.perf_counter() - t)"
 TIMED_LOAD = """

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from edgeseg.machine.limits import core_limit, read_memory
+from edgeseg.machine.packages import installed_version
 
-from edgeseg.artifacts import write_json
-from edgeseg.backends.cpu import this_cpu
-from edgeseg.doctor import core_limit, installed_version, read_memory
-from edgeseg.evaluate.latency import LatencySamples, compare
+from edgeseg.evaluate.latency.protocol import LatencySamples, compare
+from edgeseg.machine.cpu import this_cpu
+from edgeseg.store.artifacts import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA_VERSION = 1

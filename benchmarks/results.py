@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 
 from benchmarks.record import RESULTS, Machine, Record, read_record
-from edgeseg.artifacts import write_text
 from edgeseg.decide.entries import Run, merge
 from edgeseg.decide.verdict import decide
 from edgeseg.evaluate.results import read_report
 from edgeseg.report.plain import markdown
+from edgeseg.store.artifacts import write_text
 
 PAGE = RESULTS.parent / "RESULTS.md"
 HIDDEN = {"settings", "iterations", "pairs", "per_class_iou", "p90_ms", "left_out"}

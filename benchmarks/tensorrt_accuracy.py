@@ -19,12 +19,12 @@ from rich.table import Table
 import edgeseg
 from benchmarks.record import RESULTS, Record, this_machine, versions
 from benchmarks.workload import camvid, camvid_folder
-from edgeseg.artifacts import Verification
 from edgeseg.backends.portable import open_graph
 from edgeseg.demo import demo_models
-from edgeseg.evaluate.accuracy import AccuracyMeter, AgreementMeter
-from edgeseg.evaluate.dataset import IGNORED
+from edgeseg.evaluate.accuracy.dataset import IGNORED
+from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter
 from edgeseg.spec import Precision
+from edgeseg.store.artifacts import Verification
 
 PRECISIONS: tuple[Precision, ...] = ("fp16", "int8")
 

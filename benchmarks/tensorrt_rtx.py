@@ -2,7 +2,7 @@
 
 Twelve architectures, three precisions, three kinds of shape and four compute capabilities. Engines are built, not run: this says
 nothing about speed or accuracy. A cell that does not build is recorded with TensorRT-RTX's reason. For SM 75 matrix products
-of float32 graphs are other operators (``edgeseg/backends/tensorrt_turing.py``), so its network has other layers.
+of float32 graphs are other operators (``edgeseg/backends/tensorrt/turing.py``), so its network has other layers.
 
     python -m benchmarks.tensorrt_rtx            # results/tensorrt-rtx.json after every architecture, tensorrt-rtx.md at the end
     python -m benchmarks.tensorrt_rtx --table    # tensorrt-rtx.md from that JSON alone
@@ -18,13 +18,12 @@ from typing import Any
 
 from benchmarks.architectures import CLASSES, ENCODERS
 from benchmarks.record import RESULTS, Record, read_record, this_machine, versions
-from edgeseg.artifacts import OnnxGraph, write_text
-from edgeseg.backends.tensorrt_graph import ParsedGraph
-from edgeseg.backends.tensorrt_log import capture
-from edgeseg.backends.tensorrt_module import TENSORRT_RTX
-from edgeseg.backends.tensorrt_options import RtxOptions
-from edgeseg.backends.tensorrt_rtx import configure, network_precision, parse_network, refused
-from edgeseg.backends.tensorrt_turing import TURING, for_turing
+from edgeseg.backends.tensorrt.graph import ParsedGraph
+from edgeseg.backends.tensorrt.log import capture
+from edgeseg.backends.tensorrt.module import TENSORRT_RTX
+from edgeseg.backends.tensorrt.options import RtxOptions
+from edgeseg.backends.tensorrt.rtx import configure, network_precision, parse_network, refused
+from edgeseg.backends.tensorrt.turing import TURING, for_turing
 from edgeseg.convert.export import export_onnx
 from edgeseg.convert.load import load_model
 from edgeseg.demo import sample_folder
@@ -34,6 +33,7 @@ from edgeseg.quantize.fp16 import write_fp16
 from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import ARCHITECTURES, PRECISIONS, BatchRange, InputSpec, ModelRequest, PipelineSpec
+from edgeseg.store.artifacts import OnnxGraph, write_text
 
 OUTPUT = RESULTS / "tensorrt-rtx.json"
 SIDE = 256

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from edgeseg.convert.load import LoadedModel, load_model
 from edgeseg.demo import sample_folder
-from edgeseg.evaluate.dataset import ValidationSet
-from edgeseg.runtime.images import list_images, read_image
+from edgeseg.evaluate.accuracy.dataset import ValidationSet
+from edgeseg.images.decoding import list_images, read_image
 from edgeseg.spec import InputSpec, ModelRequest, OutputSpec, PipelineSpec
 
 CAMVID_CLASSES = (

@@ -25,7 +25,7 @@ from edgeseg.errors import (
 )
 
 if TYPE_CHECKING:
-    from edgeseg.api import build
+    from edgeseg.pipeline.api import build
     from edgeseg.runtime.segmenter import Segmenter, load
     from edgeseg.runtime.stream import stream
 
@@ -53,7 +53,7 @@ __all__ = [
 
 _LAZY = {
     "Segmenter": "edgeseg.runtime.segmenter",
-    "build": "edgeseg.api",
+    "build": "edgeseg.pipeline.api",
     "load": "edgeseg.runtime.segmenter",
     "stream": "edgeseg.runtime.stream",
 }

@@ -7,8 +7,8 @@ from pathlib import Path
 import edgeseg
 from benchmarks.peers import Contender
 from benchmarks.workload import Workload
-from edgeseg.artifacts import Engine, open_engine
 from edgeseg.spec import Precision
+from edgeseg.store.artifacts import Engine, open_engine
 
 
 def prepare(work: Workload, folder: Path) -> Contender:

@@ -10,10 +10,10 @@ from edgeseg.errors import BuildError
 from edgeseg.spec import one_of
 
 BACKENDS: dict[str, str] = {
-    "onnxruntime": "edgeseg.backends.onnxruntime",
-    "openvino": "edgeseg.backends.openvino",
-    "tensorrt": "edgeseg.backends.tensorrt",
-    "tensorrt-rtx": "edgeseg.backends.tensorrt_rtx",
+    "onnxruntime": "edgeseg.backends.cpu.onnxruntime",
+    "openvino": "edgeseg.backends.cpu.openvino",
+    "tensorrt": "edgeseg.backends.tensorrt.backend",
+    "tensorrt-rtx": "edgeseg.backends.tensorrt.rtx",
 }
 
 AUTO_TARGETS: tuple[str, ...] = ("onnxruntime", "openvino")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
+from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
 
 if TYPE_CHECKING:
-    from edgeseg.backends.device_arrays import DeviceTensor
+    from edgeseg.backends.cuda.arrays import DeviceTensor
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with what is done and what there is in all."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgeseg.artifacts import Engine, Manifest, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import Backend, BuiltEngine, Session
-from edgeseg.backends.tensorrt_options import RtxOptions, TensorRTOptions, parse_options
+from edgeseg.backends.tensorrt.options import RtxOptions, TensorRTOptions, parse_options
 from edgeseg.spec import Precision
+from edgeseg.store.artifacts import Engine, Manifest, OnnxGraph, PrecisionReport
 
 DEVICE_TARGETS = ("tensorrt",)
 """Targets whose engines are built on the device; elsewhere a build for them stops at the portable graph."""
@@ -56,7 +56,7 @@ def portable_engine(graph: OnnxGraph, target: str, precision: Precision, options
     Raises:
         SpecError: a wrong option.
     """
-    from edgeseg.backends.typed_graph import typed_precision
+    from edgeseg.graph.types import typed_precision
 
     check_options(target, options)
     report = typed_precision(graph.path, precision, graph.spec.input)
@@ -77,6 +77,6 @@ def measured_on(manifest: Manifest) -> str:
 
 def open_graph(engine: Engine) -> Session:
     """Run the folder's portable graph in ONNX Runtime on this CPU. Raises ``ArtifactError``, ``MissingDependencyError``."""
-    from edgeseg.backends.onnxruntime import open_unoptimized
+    from edgeseg.backends.cpu.onnxruntime import open_unoptimized
 
     return open_unoptimized(engine.graph_path)

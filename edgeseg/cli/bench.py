@@ -93,9 +93,9 @@ def command(
     """
     from edgeseg.cli.output import console_reporter, print_json
     from edgeseg.errors import ArtifactError
+    from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
+    from edgeseg.evaluate.accuracy.layouts import parse_label_map
     from edgeseg.evaluate.bench import BenchRequest, run_bench
-    from edgeseg.evaluate.evaluation import AccuracyRequest
-    from edgeseg.evaluate.layouts import parse_label_map
     from edgeseg.evaluate.results import write_report
 
     to_stdout = json_path is not None and str(json_path) == "-"

@@ -7,10 +7,10 @@ from typing import Any, get_args
 
 import click
 
-from edgeseg.api import MIN_INT8_SHARE, BuildRequest
 from edgeseg.backends import BACKENDS
 from edgeseg.cli.parameters import ANY_PATH, BatchType, SizeType
 from edgeseg.cli.shared_options import backend_options, model_options
+from edgeseg.pipeline.api import MIN_INT8_SHARE, BuildRequest
 from edgeseg.spec import (
     PRECISIONS,
     BatchRange,
@@ -129,7 +129,7 @@ def command(
 
 def _build_and_print(request: BuildRequest, as_json: bool) -> None:
     from edgeseg.cli.output import console_reporter, print_json
-    from edgeseg.pipeline import run_build
+    from edgeseg.pipeline.stages import run_build
 
     with console_reporter() as reporter:
         engine = run_build(request, model=None, reporter=reporter)

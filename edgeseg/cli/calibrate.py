@@ -7,9 +7,9 @@ from typing import get_args
 
 import click
 
-from edgeseg.api import BuildRequest
 from edgeseg.cli.parameters import ANY_PATH, SizeType
 from edgeseg.cli.shared_options import model_options
+from edgeseg.pipeline.api import BuildRequest
 from edgeseg.spec import FitPolicy, ModelRequest
 
 
@@ -53,7 +53,7 @@ def command(
         calibration_limit=limit,
     )
     from edgeseg.cli.output import console_reporter
-    from edgeseg.pipeline import run_calibration
+    from edgeseg.pipeline.stages import run_calibration
 
     with console_reporter() as reporter:
         table = run_calibration(request, output, reporter)

@@ -26,9 +26,9 @@ def command(
     as_json: bool,
 ) -> None:
     """Build this machine's engine from the portable graph in ENGINE_DIR. Needs no PyTorch."""
+    from edgeseg.backends.compile import compile_folder
     from edgeseg.cli.output import console_reporter, print_json
     from edgeseg.evaluate.summary import time_line
-    from edgeseg.recompile import compile_folder
 
     with console_reporter() as reporter:
         engine = compile_folder(folder, target=target, options=options, output=output, reporter=reporter)

@@ -1,15 +1,332 @@
-"""``edgeseg doctor``."""
+"""``edgeseg doctor``: what this machine has, what is missing, and what will be fast on it. Imports no torch."""
 
 from __future__ import annotations
 
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
+
+import edgeseg
+from edgeseg.backends import BACKENDS, BackendStatus, get_backend
+from edgeseg.machine.cpu import Cpu, this_cpu
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "base": ("numpy", "pillow", "msgspec", "click", "rich", "filelock", "platformdirs"),
+    "convert": (
+        "torch",
+        "torchvision",
+        "segmentation-models-pytorch",
+        "timm",
+        "safetensors",
+        "onnx-ir",
+        "onnxscript",
+        "onnxsim",
+    ),
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt",),
+    "jetson": ("cuda-bindings",),
+    "pycuda": ("pycuda",),
+    "tensorrt-rtx": ("tensorrt-rtx-cu12",),
+    "video": ("opencv-python-headless",),
+}
+"""Packages that matter, by the extra of edgeseg that brings them."""
+
+# OpenCV's four distributions install the same module; any of them does.
+_SAME_MODULE = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")}
+
+FEATURES: dict[str, dict[str, str]] = {
+    "x86": {
+        "avx2": "256-bit integer arithmetic",
+        "avx512bw": "512-bit integer arithmetic",
+        "avx_vnni": "int8 dot products, 256 bits",
+        "avx512_vnni": "int8 dot products, 512 bits",
+        "avx512_bf16": "bf16 dot products",
+        "amx_int8": "int8 matrix tiles",
+    },
+    "arm": {
+        "asimddp": "int8 dot products (dotprod)",
+        "i8mm": "int8 matrix products",
+        "asimdhp": "fp16 arithmetic",
+        "sve": "scalable vectors",
+    },
+}
+"""CPU features that decide what is fast, by architecture."""
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of main memory; ``None`` where the system does not tell or sets no limit."""
+
+    total_bytes: int | None
+    available_bytes: int | None
+    limit_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Package:
+    """One Python package: version ``None`` when it is not installed."""
+
+    name: str
+    version: str | None
+    extra: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`diagnose` found.
+
+    Attributes:
+        cpu: name, architecture, and those of its flags that matter.
+        features: every feature in :data:`FEATURES` of this architecture, and whether the CPU has it.
+        core_limit: CPUs a container may use at once (cgroup quota), ``None`` without a limit.
+        board: model of a single-board computer such as a Jetson, if it tells.
+        backends: by name.
+        advice: sentences: what will be fast here and why, what to install, what to mind.
+    """
+
+    edgeseg_version: str
+    system: str
+    python: str
+    board: str | None
+    cpu: Cpu
+    features: dict[str, bool]
+    core_limit: float | None
+    memory: Memory
+    packages: tuple[Package, ...]
+    backends: dict[str, BackendStatus]
+    advice: tuple[str, ...]
+
+
+def diagnose() -> Diagnosis:
+    """Look at this machine. Never fails: what cannot be found out is ``None``."""
+    cpu = this_cpu()
+    packages = tuple(Package(name, installed_version(name), extra) for extra, names in EXTRAS.items() for name in names)
+    backends = {name: _backend_status(name) for name in BACKENDS}
+    limit = core_limit()
+    memory = read_memory()
+    return Diagnosis(
+        edgeseg_version=edgeseg.__version__,
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=f"{platform.python_version()} ({sys.executable})",
+        board=_read(Path("/proc/device-tree/model")),
+        cpu=cpu,
+        features={name: name in cpu.flags for name in FEATURES.get(cpu.arch, {})},
+        core_limit=limit,
+        memory=memory,
+        packages=packages,
+        backends=backends,
+        advice=tuple(advise(cpu, limit, memory, packages, backends)),
+    )
+
+
+def _backend_status(name: str) -> BackendStatus:
+    try:
+        return get_backend(name).status()
+    except ImportError as exc:
+        missing = f"{exc.name or 'a package'} is not installed: pip install 'edgeseg[{name}]'"
+        return BackendStatus(False, None, missing)
+
+
+def advise(
+    cpu: Cpu,
+    limit: float | None,
+    memory: Memory,
+    packages: tuple[Package, ...],
+    backends: dict[str, BackendStatus],
+) -> list[str]:
+    """Turn findings into sentences a person can act on, the most useful first."""
+    said = [_what_is_fast(cpu)]
+    if cpu.arch in {"x86", "arm"}:
+        said.append("fp16 graphs are computed in fp32 on this CPU: they halve the file, not the time.")
+    if not any(status.available for status in backends.values()):
+        said.append("No backend can run here: pip install 'edgeseg[onnxruntime]'.")
+    missing = {p.extra for p in packages if p.version is None}
+    if "convert" in missing:
+        lacking = ", ".join(p.name for p in packages if p.extra == "convert" and p.version is None)
+        said.append(f"Engines can run here but not be built (no {lacking}): pip install 'edgeseg[convert]'.")
+    versions = {p.name: p.version for p in packages}
+    said.extend(_torch_pair(versions.get("torch"), versions.get("torchvision")))
+    if limit is not None and limit < cpu.cores:
+        said.append(
+            f"The container may use {limit:g} of {cpu.cores} CPUs at once: "
+            f"build with --backend-option threads={max(1, int(limit))}."
+        )
+    usable = [b for b in (memory.available_bytes, memory.limit_bytes) if b is not None]
+    if usable and min(usable) < 2048 * MIB:
+        said.append(
+            f"Only {min(usable) / MIB:.0f} MiB of memory are free: running needs little, building wants about 2048."
+        )
+    return said
+
+
+def _what_is_fast(cpu: Cpu) -> str:
+    if cpu.arch == "x86" and cpu.has_vnni:
+        name = "AVX512-VNNI" if "avx512_vnni" in cpu.flags else "AVX-VNNI"
+        return (
+            f"int8 is the fast precision here: {name} multiplies u8 activations with s8 weights and adds in 32 bits, "
+            "so nothing saturates."
+        )
+    if cpu.arch == "x86" and "avx2" in cpu.flags:
+        return (
+            "int8 is faster than fp32 here, by less than on a CPU with VNNI: AVX2 adds int8 products in 16 bits, so "
+            "weights use 7 bits to avoid saturation."
+        )
+    if cpu.arch == "arm" and {"asimddp", "i8mm"} & set(cpu.flags):
+        return "int8 is the fast precision here: dot-product instructions multiply s8 activations with s8 weights."
+    if cpu.arch == "arm":
+        return (
+            "int8 gains little here: this CPU tells of no dot-product instructions; measure with --precision fp32 too."
+        )
+    return "Nothing is known about this CPU's int8 instructions: measure --precision int8 against fp32."
+
+
+def _torch_pair(torch: str | None, torchvision: str | None) -> list[str]:
+    """torch and torchvision built for different devices do not import together; their local versions show it."""
+    if torch is None or torchvision is None:
+        return []
+    first, second = torch.partition("+")[2], torchvision.partition("+")[2]
+    if first == second:
+        return []
+    return [
+        f"torch {torch} and torchvision {torchvision} are not a pair ({first or 'default'} and {second or 'default'} "
+        "build) and may not import: install both from one index in one pip command."
+    ]
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed distribution, found without importing it; ``None`` when there is none."""
+    names = (package, *_SAME_MODULE.get(package, ()))
+    found = (next(iter(metadata.distributions(name=name)), None) for name in names)
+    return next((str(distribution.version) for distribution in found if distribution is not None), None)
+
+
+def core_limit(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
+    """CPUs the control group of this process may use at once (version 2 and 1), ``None`` without a limit."""
+    limits = []
+    for folder in _cgroup_folders(root, membership, "cpu"):
+        words = (_read(folder / "cpu.max") or "").split()
+        quota, period = (
+            (words[0], words[1])
+            if len(words) == 2
+            else (_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us"))
+        )
+        if quota and period and quota.isdigit() and period.isdigit() and int(period) > 0:
+            limits.append(int(quota) / int(period))
+    return min(limits, default=None)
+
+
+def memory_limit_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes the control group of this process may use, ``None`` without a limit."""
+    limits = []
+    for folder in _cgroup_folders(root, membership, "memory"):
+        text = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
+        # Version 1 writes "no limit" as the largest page-aligned number.
+        if text and text.isdigit() and int(text) < 1 << 60:
+            limits.append(int(text))
+    return min(limits, default=None)
+
+
+def read_memory(meminfo: Path = Path("/proc/meminfo")) -> Memory:
+    """Total, available and permitted memory."""
+    kib: dict[str, int] = {}
+    for line in (_read(meminfo) or "").splitlines():
+        key, _, rest = line.partition(":")
+        number = rest.split()[:1]
+        if number and number[0].isdigit():
+            kib[key] = int(number[0])
+    total, available = (kib[k] * 1024 if k in kib else None for k in ("MemTotal", "MemAvailable"))
+    return Memory(total, available, memory_limit_bytes())
+
+
+def _cgroup_folders(root: Path, membership: Path, controller: str) -> list[Path]:
+    """The group of this process and its ancestors: the tightest limit on the way up holds."""
+    folders = {root, root / controller}
+    for line in (_read(membership) or "").splitlines():
+        parts = line.split(":", 2)
+        if len(parts) != 3 or ".." in parts[2] or (parts[1] and controller not in parts[1].split(",")):
+            continue
+        base = root / controller if parts[1] else root
+        relative = Path(parts[2].lstrip("/"))
+        folders.update(base / part for part in (relative, *relative.parents))
+    return sorted(folders)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip("\x00 \n") or None
+    except OSError:
+        return None
+
+
+def render(diagnosis: Diagnosis) -> Group:
+    """The diagnosis for a terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    advice = Text("\n".join(f"* {sentence}" for sentence in diagnosis.advice))
+    return Group(_machine_table(diagnosis), _backend_table(diagnosis), _package_table(diagnosis), advice)
+
+
+def _plain_table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=bool(columns[0]))
+    table.add_column(columns[0], no_wrap=True)
+    for name in columns[1:]:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _machine_table(diagnosis: Diagnosis) -> Table:
+    cpu, memory = diagnosis.cpu, diagnosis.memory
+    table = _plain_table("", "")
+    table.add_row("edgeseg", diagnosis.edgeseg_version)
+    table.add_row("system", diagnosis.system + (f", {diagnosis.board}" if diagnosis.board else ""))
+    table.add_row("python", diagnosis.python)
+    limit = "" if diagnosis.core_limit is None else f", container limit {diagnosis.core_limit:g}"
+    table.add_row("cpu", f"{cpu.name}, {cpu.cores} usable{limit}")
+    explained = FEATURES.get(cpu.arch, {})
+    for name, present in diagnosis.features.items():
+        table.add_row("", f"{'yes' if present else 'no ':3} {name}: {explained[name]}")
+    sizes = (("total", memory.total_bytes), ("available", memory.available_bytes), ("limit", memory.limit_bytes))
+    table.add_row("memory", ", ".join(f"{b / MIB:.0f} MiB {word}" for word, b in sizes if b is not None) or "-")
+    return table
+
+
+def _backend_table(diagnosis: Diagnosis) -> Table:
+    table = _plain_table("backend", "works", "version", "")
+    for name, status in diagnosis.backends.items():
+        table.add_row(name, "yes" if status.available else "no", status.version or "-", status.detail)
+    return table
+
+
+def _package_table(diagnosis: Diagnosis) -> Table:
+    table = _plain_table("extra", "packages")
+    for extra in EXTRAS:
+        ours = [p for p in diagnosis.packages if p.extra == extra]
+        listed = ", ".join(f"{p.name} {p.version or 'missing'}" for p in ours)
+        missing = any(p.version is None for p in ours)
+        table.add_row(extra, listed + (f"; pip install 'edgeseg[{extra}]'" if missing and extra != "base" else ""))
+    return table
 
 
 @click.command("doctor", short_help="Show what this machine has and what will be fast on it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(as_json: bool) -> None:
     """Show this machine's CPU, packages and backends, what is missing with its pip line, and what will be fast."""
-    from edgeseg.doctor import diagnose, render
 
     diagnosis = diagnose()
     if as_json:

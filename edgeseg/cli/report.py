@@ -61,11 +61,11 @@ def write_reports(
 
     ``failed``: engines that were never measured, and why; those the runs could not measure are added.
     """
-    from edgeseg.artifacts import write_text
     from edgeseg.decide.entries import failed_measurements, merge
     from edgeseg.decide.requirement import Requirement
     from edgeseg.decide.verdict import decide
     from edgeseg.report import plain
+    from edgeseg.store.artifacts import write_text
 
     requirement = None if require is None else Requirement.parse(require)
     report = merge(runs)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgeseg.artifacts import read_json
 from edgeseg.convert.checkpoint import Checkpoint, read_checkpoint
 from edgeseg.demo import demo_files, demo_models
 from edgeseg.errors import SpecError
 from edgeseg.spec import ChannelOrder, ModelRequest, Preprocess, Task
+from edgeseg.store.artifacts import read_json
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from edgeseg.artifacts import OnnxGraph, sha256_file
 from edgeseg.convert.heads import LOGITS, Pipeline
-from edgeseg.convert.macs import count_macs
 from edgeseg.convert.naming import name_by_scope, name_dynamic_axes
 from edgeseg.convert.parity import Parity, compare, make_probe_images, ort_session, run_session, torch_outputs
 from edgeseg.convert.silence import silenced
 from edgeseg.convert.simplify import simplify
 from edgeseg.convert.translations import TRANSLATIONS
 from edgeseg.errors import ExportError, SpecError
-from edgeseg.onnx_file import first_line, write_onnx
+from edgeseg.graph.macs import count_macs
 from edgeseg.spec import InputSpec, PipelineSpec
+from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.onnx_file import first_line, write_onnx
 
 if TYPE_CHECKING:
     from edgeseg.convert.load import LoadedModel

@@ -11,7 +11,7 @@ from edgeseg.convert.rewrites import REWRITES, apply_rewrites
 from edgeseg.convert.rewrites.graph import tidy
 from edgeseg.convert.silence import silenced
 from edgeseg.errors import ExportError
-from edgeseg.onnx_file import first_line
+from edgeseg.store.onnx_file import first_line
 
 
 def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:

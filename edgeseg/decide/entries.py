@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeseg.errors import InputError
-from edgeseg.evaluate.latency import LatencySamples, Ratio, compare
-from edgeseg.evaluate.results import BenchReport, Environment, Row, SpeedComparison, read_report
+from edgeseg.evaluate.latency.protocol import LatencySamples, Ratio, compare
+from edgeseg.evaluate.results import BenchReport, Row, SpeedComparison, read_report
+from edgeseg.machine.record import Environment
 
 
 @dataclass(frozen=True)

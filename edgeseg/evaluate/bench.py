@@ -20,12 +20,11 @@ from edgeseg.evaluate.contenders import (
     engine_contenders,
     engine_names,
 )
-from edgeseg.evaluate.fresh import measure_fresh
-from edgeseg.evaluate.latency import LatencyProtocol
-from edgeseg.evaluate.machine import describe_machine, machine_state
-from edgeseg.evaluate.measure import Timed, idle_power, measure_setting
-from edgeseg.evaluate.power import find_source
-from edgeseg.evaluate.profile import profile_engine
+from edgeseg.evaluate.latency.fresh import measure_fresh
+from edgeseg.evaluate.latency.measure import Timed, idle_power, measure_setting
+from edgeseg.evaluate.latency.profile import profile_engine
+from edgeseg.evaluate.latency.protocol import LatencyProtocol
+from edgeseg.evaluate.latency.statistics import speed_comparison
 from edgeseg.evaluate.results import (
     SCHEMA_VERSION,
     Accuracy,
@@ -40,7 +39,8 @@ from edgeseg.evaluate.results import (
     SpeedComparison,
     row_id,
 )
-from edgeseg.evaluate.statistics import speed_comparison
+from edgeseg.machine.power import find_source
+from edgeseg.machine.state import describe_machine, machine_state
 from edgeseg.progress import Reporter, stage
 from edgeseg.spec import one_of
 
@@ -48,7 +48,7 @@ WARMUP_STABLE_WITHIN = 0.03
 
 
 class AccuracyStep(Protocol):
-    """How accuracy is judged; :class:`edgeseg.evaluate.evaluation.AccuracyRequest` is one."""
+    """How accuracy is judged; :class:`edgeseg.evaluate.accuracy.evaluation.AccuracyRequest` is one."""
 
     def check(self, contenders: Sequence[Contender]) -> None:
         """Raise what :meth:`__call__` would raise about the data, before minutes are spent on measuring."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.artifacts import Engine, Manifest, open_engine, sha256_json
 from edgeseg.backends import Session, get_backend
-from edgeseg.backends.cpu import this_cpu
 from edgeseg.errors import CheckpointError, EdgesegError, MissingDependencyError, SpecError
 from edgeseg.evaluate.results import Identity
+from edgeseg.machine.cpu import this_cpu
 from edgeseg.spec import ModelRequest, PipelineSpec
+from edgeseg.store.artifacts import Engine, Manifest, open_engine, sha256_json
 
 if TYPE_CHECKING:
     from edgeseg.convert.loaded import LoadedModel
@@ -141,7 +141,7 @@ class Opener:
             "weights_sha256": contender.weights_sha256,
         }
         if contender.is_baseline:
-            from edgeseg.cache import package_versions
+            from edgeseg.machine.packages import package_versions
 
             loaded = self.loaded(contender)
             return Identity(

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import GateError, InputError, SpecError
-from edgeseg.evaluate.batches import bootstrap_interval
-from edgeseg.evaluate.latency import LatencySamples, compare
+from edgeseg.evaluate.latency.batches import bootstrap_interval
+from edgeseg.evaluate.latency.protocol import LatencySamples, compare
 from edgeseg.evaluate.results import BenchReport, Row
 from edgeseg.evaluate.summary import MISSING
 from edgeseg.spec import one_of

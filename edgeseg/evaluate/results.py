@@ -1,7 +1,7 @@
 """What ``edgeseg bench`` measured, as it is written to JSON: schema version 1.
 
 ``docs/bench-report.md`` describes the file for readers of other languages; this module and
-:mod:`edgeseg.evaluate.rows`, whose names it repeats, are what decides.
+:mod:`edgeseg.evaluate.results`, whose names it repeats, are what decides.
 """
 
 from __future__ import annotations
@@ -10,31 +10,360 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from edgeseg.artifacts import read_json, write_json
 from edgeseg.errors import ArtifactError
-from edgeseg.evaluate.rows import (
-    Accuracy,
-    AccuracyVerdict,
-    Agreement,
-    ColdStart,
-    Distribution,
-    Drop,
-    Identity,
-    Interval,
-    Latency,
-    Memory,
-    ModuleTime,
-    NoiseFlag,
-    NoiseKind,
-    Power,
-    Profile,
-    Resolution,
-    Row,
-    Setting,
-    StageSplit,
-    Truth,
-    WorstImage,
-)
+from edgeseg.machine.record import NoiseFlag, NoiseKind, Power
+from edgeseg.store.artifacts import read_json, write_json
+
+AccuracyVerdict: TypeAlias = Literal["loss", "gain", "no difference"]
+NoiseKind: TypeAlias = Literal["variation", "outliers", "drift", "few-samples", "frequency", "throttled", "other-load"]
+Resolution: TypeAlias = Literal["source", "engine"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which engine a row is about.
+
+    Attributes:
+        name: unique among the engines of a report: the folder's name, ``pytorch``, ``pytorch-channels-last``, ...
+        backend: ``onnxruntime``, ``openvino``, ``tensorrt``, ..., or ``pytorch``.
+        is_baseline: what the others are compared with.
+        arch, encoder, task, classes, class_names: of the model.
+        height, width: the engine's input, pixels.
+        fit: ``resize``, ``letterbox`` or ``tile``.
+        precision: asked for.
+        mac_share: delivered: share of multiply-accumulates per dtype of the executed graph; empty when not known.
+        macs: multiply-accumulates of one image, ``None`` when not known.
+        scheme: Q/DQ scheme of an int8 engine.
+        size_bytes: of the engine file (baseline: of the parameters).
+        weights: where the weights came from, in words.
+        engine_sha256, graph_sha256, weights_sha256: ``None`` where there is no such file.
+        folder: as given on the command line.
+        build_command: what makes the engine's folder again; ``None`` for a baseline, or when no command line says it.
+        options: backend settings.
+        versions: of the packages the engine was built with and runs on.
+    """
+
+    name: str
+    backend: str
+    arch: str
+    encoder: str
+    task: str
+    classes: int
+    height: int
+    width: int
+    precision: str
+    size_bytes: int
+    class_names: tuple[str, ...] = ()
+    is_baseline: bool = False
+    fit: str = "resize"
+    mac_share: dict[str, float] = field(default_factory=dict)
+    macs: int | None = None
+    scheme: str | None = None
+    weights: str = ""
+    engine_sha256: str | None = None
+    graph_sha256: str | None = None
+    weights_sha256: str | None = None
+    folder: str | None = None
+    build_command: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the engine was driven.
+
+    Attributes:
+        batch: images of one call.
+        threads: of one inference; ``None``: the engine's own setting.
+        streams: callers at the same time.
+        source_height, source_width: of the images given; the engine's own size unless asked otherwise.
+    """
+
+    batch: int = 1
+    threads: int | None = None
+    streams: int = 1
+    source_height: int | None = None
+    source_width: int | None = None
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A sample of durations, milliseconds.
+
+    Percentiles are trtexec's (an observed sample). ``median_low_ms`` and ``median_high_ms``: 95 % interval of the
+    median, a bootstrap over up to ten stretches of the run. ``std_ms``: sample standard deviation, ``None`` of a single sample.
+    """
+
+    count: int
+    min_ms: float
+    mean_ms: float
+    median_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float
+    max_ms: float
+    median_low_ms: float
+    median_high_ms: float
+    std_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class StageSplit:
+    """Medians of the parts of one call, milliseconds, taken in a run of their own: they add up to about the median.
+
+    ``pre``: what the runtime does to the image before the engine; ``h2d``, ``compute``, ``d2h``: as trtexec, from device
+    events; a CPU engine has only ``compute``, pre- and post-processing inside the graph included; ``post``: from the
+    engine's output to the mask. ``enqueue``: host time of the call that hands the work to a GPU; it overlaps the others.
+    """
+
+    pre_ms: float | None = None
+    h2d_ms: float | None = None
+    compute_ms: float | None = None
+    d2h_ms: float | None = None
+    post_ms: float | None = None
+    enqueue_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class NoiseFlag:
+    """A reason not to trust a run: its kind, and one line that says what was seen."""
+
+    kind: NoiseKind
+    detail: str
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of one row.
+
+    Attributes:
+        end_to_end: decoded uint8 image(s) in host memory -> uint8 mask(s) in host memory, per call.
+        stages: where they go.
+        images_per_s: images over wall-clock time of all callers.
+        warmup_iterations: calls made before counting.
+        warmup_stable: whether the warm-up ended because the times were stable (else: at its limit).
+        flags: empty for a quiet run.
+        samples_ms: raw, per call, in the order taken. Rows of one ``round_group`` were measured in turns, so that sample
+            ``i`` of one belongs to sample ``i`` of the other.
+        round_group: see ``samples_ms``.
+    """
+
+    end_to_end: Distribution
+    stages: StageSplit
+    images_per_s: float
+    warmup_iterations: int
+    warmup_stable: bool | None = None
+    flags: tuple[NoiseFlag, ...] = ()
+    samples_ms: tuple[float, ...] = ()
+    round_group: str = ""
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """A fresh process, files in the page cache: medians over ``processes``, milliseconds.
+
+    ``import_ms``: Python packages; ``load_ms``: engine folder (hashes checked) -> session; ``first_mask_ms``: the first
+    call; ``total_ms``: load to first mask, imports not included; ``totals_ms``: that of each process.
+    """
+
+    import_ms: float
+    load_ms: float
+    first_mask_ms: float
+    total_ms: float
+    processes: int
+    totals_ms: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, of a process that runs this engine alone.
+
+    ``peak_rss``: most resident memory, interpreter and packages included; ``base_rss``: resident before the engine was
+    loaded; ``activation``: growth of the peak from "loaded" to "ran"; ``gpu``: device memory the process held.
+    """
+
+    peak_rss_bytes: int | None = None
+    base_rss_bytes: int | None = None
+    activation_bytes: int | None = None
+    gpu_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Power:
+    """Power drawn while the row was measured.
+
+    Attributes:
+        source: ``tegrastats``, ``ina3221``, ``nvml`` or ``rapl``.
+        covers: what is metered, in words (``VDD_IN: the whole module``); figures of different sources do not compare.
+        mean_w: watts, mean over the run.
+        idle_w: watts before the run, ``None`` when not taken.
+        energy_per_image_j: joules per image: mean power over images per second.
+        rails_w: mean per rail.
+        readings: how many.
+    """
+
+    source: str
+    covers: str
+    mean_w: float
+    energy_per_image_j: float
+    readings: int
+    idle_w: float | None = None
+    rails_w: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModuleTime:
+    """Time in one SMP module (``encoder.layer3``, ``decoder.p4``, ``segmentation_head``), of one image batch.
+
+    ``share``: of all node time; ``dtypes``: share of this module's time per dtype.
+    """
+
+    module: str
+    nodes: int
+    time_ms: float
+    share: float
+    dtypes: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Per-module times, in the order of the graph. Profiling slows a run: read the shares, not the sum.
+
+    ``source``: ``onnxruntime profiler``, ``openvino profiling_info``, ``tensorrt IProfiler``.
+    """
+
+    source: str
+    runs: int
+    total_ms: float
+    modules: tuple[ModuleTime, ...]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % bootstrap interval over images."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Drop:
+    """What is lost against the baseline on the same images: baseline minus engine, so positive is worse.
+
+    ``verdict`` is ``no difference`` when the interval holds 0.
+    """
+
+    baseline: str
+    metric: str
+    drop: Interval
+    verdict: AccuracyVerdict
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Accuracy against masks. Scores are shares (0..1), counts summed over all images first, as SMP does.
+
+    Attributes:
+        miou: mean over the classes that occur, with its interval.
+        dice, pixel_accuracy, boundary_iou, boundary_f: means over classes (pixel accuracy: over pixels).
+        per_class_*: one per class, ``None`` for a class that occurs in neither masks nor predictions.
+        confusion: row = truth, column = prediction, pixels; ``None`` unless multiclass.
+        drops: against the baseline; empty without one and for the baseline itself.
+        loss: SMP's ``DiceLoss`` of the probabilities, all images as one batch, at the engine's size; ``None`` of an engine
+            that returns masks.
+        cross_entropy: mean over labelled pixels, nats; ``None`` as ``loss``.
+    """
+
+    miou: Interval | None
+    dice: float | None
+    pixel_accuracy: float | None
+    boundary_iou: float | None
+    boundary_f: float | None
+    per_class_iou: tuple[float | None, ...]
+    per_class_dice: tuple[float | None, ...]
+    per_class_boundary_iou: tuple[float | None, ...]
+    per_class_boundary_f: tuple[float | None, ...]
+    confusion: tuple[tuple[int, ...], ...] | None = None
+    drops: tuple[Drop, ...] = ()
+    loss: float | None = None
+    cross_entropy: float | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Share of pixels on which engine and baseline say the same, whether right or not.
+
+    ``boundary``: within ``boundary_px`` of a class boundary of the baseline's mask; ``interior``: elsewhere;
+    ``per_class``: of the pixels to which the baseline gave the class.
+    """
+
+    baseline: str
+    overall: Interval
+    boundary: float | None
+    interior: float | None
+    per_class: tuple[float | None, ...]
+    boundary_px: int
+
+
+@dataclass(frozen=True)
+class WorstImage:
+    """An image on which engine and baseline differ most.
+
+    ``side_by_side``: PNG with image, baseline, engine and difference from left to right, path relative to the JSON
+    file; ``None`` when not saved. ``miou``: of the engine on this image, against its mask.
+    """
+
+    name: str
+    agreement: float
+    miou: float | None = None
+    side_by_side: str | None = None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What an engine's masks are worth on one data set.
+
+    Attributes:
+        data: folder and layout, in words.
+        data_sha256: over the content of the images and masks, in order.
+        images: how many were judged.
+        resolution: ``source``: masks at the size of the image files; ``engine``: at the engine's size.
+        ignored_share: share of pixels whose label counts for nothing; ``None`` without masks.
+        truth: ``None`` without masks.
+        agreement: ``None`` without a baseline, and for the baseline itself.
+        worst: lowest agreement first.
+    """
+
+    data: str
+    data_sha256: str
+    images: int
+    resolution: Resolution
+    ignored_share: float | None = None
+    truth: Truth | None = None
+    agreement: Agreement | None = None
+    worst: tuple[WorstImage, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One engine in one setting. Cold start, memory, profile and accuracy are the engine's: equal in all its rows.
+
+    ``id`` is unique in the report: ``<engine name> b<batch> t<threads or -> s<streams>``.
+    """
+
+    id: str
+    engine: Identity
+    setting: Setting
+    latency: Latency | None = None
+    cold_start: ColdStart | None = None
+    memory: Memory | None = None
+    power: Power | None = None
+    profile: Profile | None = None
+    accuracy: Accuracy | None = None
+    notes: tuple[str, ...] = ()
+
 
 SCHEMA_VERSION = 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgeseg.artifacts import Engine, PrecisionReport, Verification
+from edgeseg.store.artifacts import Engine, PrecisionReport, Verification
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.artifacts import AccuracyFigures, LatencyFigures, Verification
 from edgeseg.backends.base import Session
 from edgeseg.errors import GateError, InputError
-from edgeseg.evaluate.accuracy import AccuracyMeter, AgreementMeter
-from edgeseg.evaluate.dataset import IGNORED, Pair
-from edgeseg.evaluate.latency import SHORT, LatencyProtocol, measure_interleaved
-from edgeseg.runtime.placement import fit_windows
+from edgeseg.evaluate.accuracy.dataset import IGNORED, Pair
+from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter
+from edgeseg.evaluate.latency.protocol import SHORT, LatencyProtocol, measure_interleaved
+from edgeseg.images.placement import fit_windows
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import PipelineSpec
+from edgeseg.store.artifacts import AccuracyFigures, LatencyFigures, Verification
 
 Progress = Callable[[int, int], None]
 

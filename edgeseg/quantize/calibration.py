@@ -18,15 +18,15 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.artifacts import OnnxGraph, sha256_json
-from edgeseg.backends.cpu import this_cpu
 from edgeseg.errors import QuantizationError
-from edgeseg.onnx_file import read_onnx
+from edgeseg.machine.cpu import this_cpu
 from edgeseg.quantize.activations import Activation, ActivationSession, find_activations, group_by_size
 from edgeseg.quantize.ranges import Histogram, RangeMethod, RangeStatistics, range_method
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import InputSpec
+from edgeseg.store.artifacts import OnnxGraph, sha256_json
+from edgeseg.store.onnx_file import read_onnx
 
 __all__ = ["DEFAULT_METHOD", "CalibrationSet", "calibrate", "method_or_default", "table_key"]
 

@@ -21,10 +21,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from edgeseg.artifacts import OnnxGraph, sha256_file
 from edgeseg.errors import QuantizationError
-from edgeseg.onnx_file import read_onnx, write_onnx
 from edgeseg.quantize.table import CalibrationTable
+from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.onnx_file import read_onnx, write_onnx
 
 FP16_MAX = float(np.finfo(np.float16).max)
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
-from edgeseg.quantize.editing import Editor, constant_array, remove_unread
+from edgeseg.graph.editing import Editor, constant_array, remove_unread
 from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.parameters import (
     ActivationParameters,

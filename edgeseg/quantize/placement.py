@@ -16,7 +16,7 @@ from enum import Enum
 
 import onnx_ir as ir
 
-from edgeseg.quantize.editing import constant_array, sole_reader
+from edgeseg.graph.editing import constant_array, sole_reader
 from edgeseg.quantize.observed import Range
 from edgeseg.quantize.schemes import QuantScheme
 

@@ -12,10 +12,8 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from edgeseg.artifacts import OnnxGraph, sha256_file
 from edgeseg.errors import QuantizationError
-from edgeseg.onnx_file import read_onnx, write_onnx
-from edgeseg.quantize.editing import remove_unread_constants
+from edgeseg.graph.editing import remove_unread_constants
 from edgeseg.quantize.insertion import insert_pairs
 from edgeseg.quantize.lint import lint
 from edgeseg.quantize.observed import Observed
@@ -23,6 +21,8 @@ from edgeseg.quantize.passes import PASSES
 from edgeseg.quantize.placement import Role, place, propagate_ranges
 from edgeseg.quantize.schemes import QuantScheme
 from edgeseg.quantize.table import CalibrationTable
+from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.onnx_file import read_onnx, write_onnx
 
 
 def write_qdq(graph: OnnxGraph, table: CalibrationTable, scheme: QuantScheme, path: Path) -> OnnxGraph:

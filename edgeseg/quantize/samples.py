@@ -14,10 +14,10 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.artifacts import sha256_file
 from edgeseg.errors import EdgesegError, InputError
-from edgeseg.runtime.images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, fit_windows, list_images, read_image
+from edgeseg.images.decoding import ARRAY_SUFFIXES, IMAGE_SUFFIXES, fit_windows, list_images, read_image
 from edgeseg.spec import InputSpec
+from edgeseg.store.artifacts import sha256_file
 
 MINIMUM_IMAGES = 8
 """Fewest images a calibration is made from, unless fewer are asked for."""

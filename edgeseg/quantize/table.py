@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgeseg.artifacts import read_json, write_json
 from edgeseg.errors import ArtifactError
+from edgeseg.store.artifacts import read_json, write_json
 
 TABLE_SCHEMA_VERSION = 1
 

@@ -16,7 +16,7 @@ from edgeseg.decide.entries import Entry, MergedReport, Run
 from edgeseg.decide.metrics import METRICS, Metric
 from edgeseg.decide.verdict import DeviceVerdict, data_key
 from edgeseg.errors import MissingDependencyError
-from edgeseg.evaluate.results import Environment, MachineState
+from edgeseg.machine.record import Environment, MachineState
 from edgeseg.report import cells
 from edgeseg.report.details import EngineDetails, StageLine, engine_details, stage_lines, style_of
 

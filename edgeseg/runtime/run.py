@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
-from edgeseg.runtime.images import IMAGE_SUFFIXES, list_images, read_image
+from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
 from edgeseg.runtime.outputs import VideoFile, refuse_existing, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlap import Overlapped
 from edgeseg.runtime.overlay import add_legend, colorize, legend_entries

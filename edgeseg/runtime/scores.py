@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.runtime.placement import Placement
-from edgeseg.runtime.resize import linear_taps
+from edgeseg.images.placement import Placement
+from edgeseg.images.resize import linear_taps
 from edgeseg.spec import PipelineSpec
 
 # Pixels interpolated at a time: their scores stay in the cache.

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.artifacts import Engine, open_engine
 from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
 from edgeseg.errors import InputError, SpecError, StaleEngineError
-from edgeseg.runtime.placement import Placement, Tiling, plan_fit
+from edgeseg.images.placement import Placement, Tiling, plan_fit
 from edgeseg.runtime.prediction import Prediction, stacked
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.tiling import blended_rows, stitched
 from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec, one_of
+from edgeseg.store.artifacts import Engine, open_engine
 
 if TYPE_CHECKING:
-    from edgeseg.backends.device_arrays import DeviceTensor
+    from edgeseg.backends.cuda.arrays import DeviceTensor
 
 Outputs = Mapping[str, NDArray[Any]]
 
@@ -361,7 +361,7 @@ def _loaded(engine: Engine, recompile: bool) -> Session:
     except StaleEngineError:
         if not recompile:
             raise
-    from edgeseg.recompile import recompile as compile_again
+    from edgeseg.backends.compile import recompile as compile_again
 
     return backend.load(compile_again(engine))
 

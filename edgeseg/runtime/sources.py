@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, MissingDependencyError
-from edgeseg.runtime.images import list_images, read_image
+from edgeseg.images.decoding import list_images, read_image
 from edgeseg.spec import ChannelOrder
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})

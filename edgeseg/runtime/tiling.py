@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.runtime.placement import Tiling
+from edgeseg.images.placement import Tiling
 
 RunWindows = Callable[[NDArray[np.uint8]], Iterable[Mapping[str, NDArray[Any]]]]
 """Runs ``(windows, H, W, C)`` and yields the outputs of one window after the other, without a batch axis."""

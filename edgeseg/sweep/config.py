@@ -10,14 +10,14 @@ from typing import Literal, get_args
 
 import msgspec
 
-from edgeseg.api import BuildRequest
 from edgeseg.backends import BACKENDS
 from edgeseg.decide.requirement import Requirement
 from edgeseg.demo import demo_models, sample_folder
 from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.evaluate.accuracy.layouts import parse_label_map
 from edgeseg.evaluate.contenders import BASELINES
-from edgeseg.evaluate.layouts import parse_label_map
 from edgeseg.evaluate.results import Resolution
+from edgeseg.pipeline.api import BuildRequest
 from edgeseg.spec import ARCHITECTURES, PRECISIONS, ModelRequest, OutputKind, OutputSpec, Precision, one_of
 
 DEMO = "demo"

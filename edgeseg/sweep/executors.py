@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeseg.atomic import atomic_folder
 from edgeseg.errors import EdgesegError, MissingDependencyError
-from edgeseg.orphans import end_with_parent
+from edgeseg.machine.orphans import end_with_parent
+from edgeseg.store.atomic import atomic_folder
 from edgeseg.sweep.config import Cell
 
 
@@ -34,7 +34,7 @@ Builder = Callable[[Cell], Built]
 
 def build_cell(cell: Cell) -> Built:
     """Build one engine folder; whatever goes wrong becomes the cell's reason, so that the others go on."""
-    from edgeseg.pipeline import run_build
+    from edgeseg.pipeline.stages import run_build
     from edgeseg.progress import SilentReporter
 
     begin = time.perf_counter()
@@ -137,7 +137,7 @@ def _unpack(cell: Cell, packed: Any) -> Built:
             (scratch / name).write_bytes(data)
     if packed.node == platform.node():
         return built
-    from edgeseg.recompile import compile_folder
+    from edgeseg.backends.compile import compile_folder
 
     try:
         compile_folder(cell.request.folder)

@@ -12,10 +12,10 @@ from typing import Literal
 
 import filelock
 
-from edgeseg.artifacts import open_engine
 from edgeseg.decide.entries import Run
 from edgeseg.errors import ArtifactError, BuildError, SpecError
 from edgeseg.evaluate.results import read_report
+from edgeseg.store.artifacts import open_engine
 from edgeseg.sweep.config import Cell, SweepConfig, data_folder, expand
 from edgeseg.sweep.executors import Built, build_locally, build_on_ray
 from edgeseg.sweep.state import CellState, bench_key, cell_key, is_done, remember

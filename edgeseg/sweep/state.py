@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import edgeseg
-from edgeseg.artifacts import open_engine, read_json, sha256_file, sha256_json, write_json
-from edgeseg.cache import package_versions, source_sha256
 from edgeseg.errors import ArtifactError
+from edgeseg.machine.packages import package_versions
+from edgeseg.store.artifacts import open_engine, read_json, sha256_file, sha256_json, write_json
+from edgeseg.store.cache import source_sha256
 from edgeseg.sweep.config import Cell
 
 PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxsim", "onnxruntime", "openvino")

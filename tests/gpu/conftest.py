@@ -18,13 +18,13 @@ import pytest
 from device_engines import PRECISIONS, portable
 
 import edgeseg
-from edgeseg.artifacts import Engine, write_json
-from edgeseg.backends.cuda import open_cuda
-from edgeseg.backends.tensorrt import TensorRTBackend
-from edgeseg.backends.tensorrt_log import capture
-from edgeseg.backends.tensorrt_module import TENSORRT
+from edgeseg.backends.compile import compile_folder
+from edgeseg.backends.cuda.device import open_cuda
+from edgeseg.backends.tensorrt.backend import TensorRTBackend
+from edgeseg.backends.tensorrt.log import capture
+from edgeseg.backends.tensorrt.module import TENSORRT
 from edgeseg.errors import EdgesegError
-from edgeseg.recompile import compile_folder
+from edgeseg.store.artifacts import Engine, write_json
 
 REPORT_VERSION = 1
 

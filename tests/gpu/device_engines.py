@@ -14,7 +14,12 @@ from onnx import numpy_helper
 from recorded_tensorrt.graphs import small_model
 
 import edgeseg
-from edgeseg.artifacts import (
+from edgeseg.backends import get_backend
+from edgeseg.backends.portable import open_graph
+from edgeseg.backends.tensorrt.session import TensorRTSession
+from edgeseg.quantize.table import CalibrationTable
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
+from edgeseg.store.artifacts import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Engine,
@@ -26,11 +31,6 @@ from edgeseg.artifacts import (
     sha256_file,
     write_json,
 )
-from edgeseg.backends import get_backend
-from edgeseg.backends.portable import open_graph
-from edgeseg.backends.tensorrt_session import TensorRTSession
-from edgeseg.quantize.table import CalibrationTable
-from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 
 SIDE = 256
 PRECISIONS = ("fp32", "fp16", "int8")

@@ -17,15 +17,15 @@ from click.testing import CliRunner
 from device_engines import AGREEMENT, PRECISIONS, OnDevice, agreement, images, measured, portable, with_options
 
 import edgeseg
-from edgeseg.artifacts import MANIFEST_NAME, Engine, open_engine, read_manifest, write_json
 from edgeseg.backends import get_backend
-from edgeseg.backends.cuda import open_cuda
+from edgeseg.backends.compile import compile_folder
+from edgeseg.backends.cuda.device import open_cuda
 from edgeseg.backends.portable import open_graph
-from edgeseg.backends.tensorrt_session import TensorRTSession
+from edgeseg.backends.tensorrt.session import TensorRTSession
 from edgeseg.cli.bench import command as bench_command
 from edgeseg.errors import ArtifactError, StaleEngineError
-from edgeseg.recompile import compile_folder
 from edgeseg.spec import BatchRange
+from edgeseg.store.artifacts import MANIFEST_NAME, Engine, open_engine, read_manifest, write_json
 
 pytestmark = pytest.mark.gpu
 

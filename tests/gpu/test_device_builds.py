@@ -27,16 +27,16 @@ from device_engines import (
 from PIL import Image
 
 import edgeseg
-from edgeseg.artifacts import Engine, open_engine
-from edgeseg.backends import cuda as cuda_module
-from edgeseg.backends.cuda import DriverName, open_cuda
-from edgeseg.backends.tensorrt import has_weak_typing
-from edgeseg.backends.tensorrt_module import TENSORRT
+from edgeseg.backends.compile import compile_folder, recompile
+from edgeseg.backends.cuda import device as cuda_module
+from edgeseg.backends.cuda.device import DriverName, open_cuda
+from edgeseg.backends.tensorrt.backend import has_weak_typing
+from edgeseg.backends.tensorrt.module import TENSORRT
 from edgeseg.cli.app import cli
 from edgeseg.errors import BuildError, MissingDependencyError
 from edgeseg.progress import SilentReporter
-from edgeseg.recompile import compile_folder, recompile
 from edgeseg.spec import BatchRange
+from edgeseg.store.artifacts import Engine, open_engine
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import edgeseg
-from edgeseg.artifacts import (
+from edgeseg.backends import get_backend
+from edgeseg.errors import BuildError
+from edgeseg.evaluate.accuracy.dataset import IGNORED
+from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest, evaluate
+from edgeseg.evaluate.accuracy.judge import ImageRecord, count_truth
+from edgeseg.evaluate.accuracy.meters import AccuracyMeter
+from edgeseg.evaluate.accuracy.scores import accuracy_of
+from edgeseg.evaluate.bench import BenchRequest, run_bench
+from edgeseg.evaluate.contenders import Contender, Opener, engine_contenders
+from edgeseg.evaluate.latency.fresh import measure_fresh
+from edgeseg.evaluate.latency.profile import profile_engine
+from edgeseg.evaluate.results import read_report, write_report
+from edgeseg.progress import SilentReporter
+from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
+from edgeseg.store.artifacts import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     FileRef,
@@ -23,20 +37,6 @@ from edgeseg.artifacts import (
     sha256_file,
     write_json,
 )
-from edgeseg.backends import get_backend
-from edgeseg.errors import BuildError
-from edgeseg.evaluate.accuracy import AccuracyMeter
-from edgeseg.evaluate.bench import BenchRequest, run_bench
-from edgeseg.evaluate.contenders import Contender, Opener, engine_contenders
-from edgeseg.evaluate.dataset import IGNORED
-from edgeseg.evaluate.evaluation import AccuracyRequest, evaluate
-from edgeseg.evaluate.fresh import measure_fresh
-from edgeseg.evaluate.judge import ImageRecord, count_truth
-from edgeseg.evaluate.profile import profile_engine
-from edgeseg.evaluate.results import read_report, write_report
-from edgeseg.evaluate.scores import accuracy_of
-from edgeseg.progress import SilentReporter
-from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
 
 pytestmark = pytest.mark.integration
 SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(64, 64))

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 import edgeseg
-from edgeseg.artifacts import open_engine
 from edgeseg.demo import demo_models, sample_folder
+from edgeseg.store.artifacts import open_engine
 
 pytestmark = pytest.mark.integration
 

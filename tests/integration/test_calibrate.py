@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeseg.artifacts import OnnxGraph, sha256_file
 from edgeseg.errors import ArtifactError, InputError, QuantizationError, SpecError
 from edgeseg.quantize import calibration
 from edgeseg.quantize.activations import find_activations, group_by_size
@@ -24,6 +23,7 @@ from edgeseg.quantize.calibration import CalibrationSet, calibrate, method_or_de
 from edgeseg.quantize.ranges import METHODS
 from edgeseg.quantize.table import check_fresh
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec, Preprocess
+from edgeseg.store.artifacts import OnnxGraph, sha256_file
 
 pytestmark = pytest.mark.integration
 

@@ -20,14 +20,14 @@ import onnxruntime
 from export_models import by_hand, smooth_images, smp_model
 from numpy.typing import NDArray
 
-from edgeseg.artifacts import OnnxGraph
 from edgeseg.convert import export as export_module
 from edgeseg.convert.export import ConversionReport, export_onnx
 from edgeseg.convert.load import LoadedModel
 from edgeseg.convert.rewrites import Rewrite, apply_rewrites
 from edgeseg.convert.simplify import infer_shapes, run_onnxsim
-from edgeseg.onnx_file import read_onnx
 from edgeseg.spec import ARCHITECTURES, PipelineSpec
+from edgeseg.store.artifacts import OnnxGraph
+from edgeseg.store.onnx_file import read_onnx
 
 pytestmark = pytest.mark.integration
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeseg.artifacts import AccuracyFigures
-from edgeseg.evaluate.accuracy import AccuracyMeter
-from edgeseg.evaluate.dataset import IGNORED
-from edgeseg.evaluate.loss import ScoreTap, loss_sums, losses
+from edgeseg.evaluate.accuracy.dataset import IGNORED
+from edgeseg.evaluate.accuracy.loss import ScoreTap, loss_sums, losses
+from edgeseg.evaluate.accuracy.meters import AccuracyMeter
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Task
+from edgeseg.store.artifacts import AccuracyFigures
 
 torch = pytest.importorskip("torch")
 smp = pytest.importorskip("segmentation_models_pytorch")

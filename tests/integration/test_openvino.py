@@ -19,12 +19,12 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from small_graphs import RNG, floats, graph, run, spec, table_for  # noqa: E402
 
-from edgeseg.artifacts import OnnxGraph, sha256_file  # noqa: E402
 from edgeseg.backends import get_backend  # noqa: E402
-from edgeseg.backends.openvino_argmax import replace_argmax  # noqa: E402
+from edgeseg.backends.cpu.openvino_argmax import replace_argmax  # noqa: E402
 from edgeseg.errors import ArtifactError, BuildError, InputError, SpecError  # noqa: E402
 from edgeseg.quantize.qdq import write_qdq  # noqa: E402
 from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
+from edgeseg.store.artifacts import OnnxGraph, sha256_file  # noqa: E402
 
 pytestmark = pytest.mark.integration
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import edgeseg
-from edgeseg.artifacts import MANIFEST_NAME, SCHEMA_VERSION, FileRef, Manifest, OnnxGraph, sha256_file, write_json
-from edgeseg.runtime.placement import fit
-from edgeseg.runtime.resize import resize_scores
+from edgeseg.images.placement import fit
+from edgeseg.images.resize import resize_scores
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
+from edgeseg.store.artifacts import MANIFEST_NAME, SCHEMA_VERSION, FileRef, Manifest, OnnxGraph, sha256_file, write_json
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -176,7 +176,7 @@ def test_torch_onnx_smp_and_opencv_are_not_needed(tmp_path: Path) -> None:
 def test_opencv_resizes_alike(tmp_path: Path) -> None:
     """The peer that models were trained with: never more than one grey level away."""
     cv2 = pytest.importorskip("cv2")
-    from edgeseg.runtime.resize import resize_image
+    from edgeseg.images.resize import resize_image
 
     for source, target in (((90, 120), (64, 96)), ((40, 30), (64, 96)), ((301, 203), (64, 96))):
         image = photo(*source, 3)

@@ -9,7 +9,7 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'edgeseg[sweep]'")
 
-from edgeseg.artifacts import open_engine  # noqa: E402
+from edgeseg.store.artifacts import open_engine  # noqa: E402
 from edgeseg.sweep.config import Cell, SweepConfig, expand  # noqa: E402
 from edgeseg.sweep.executors import Built, build_cell, build_on_ray  # noqa: E402
 

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 from recorded_tensorrt.graphs import SIDE, small_model
 
-from edgeseg.artifacts import OnnxGraph, open_engine, sha256_file
 from edgeseg.backends import get_backend
 from edgeseg.demo import sample_folder
 from edgeseg.errors import BuildError, SpecError
-from edgeseg.evaluate.accuracy import AccuracyMeter
+from edgeseg.evaluate.accuracy.meters import AccuracyMeter
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
+from edgeseg.store.artifacts import OnnxGraph, open_engine, sha256_file
 
 pytestmark = [
     pytest.mark.integration,

@@ -20,16 +20,16 @@ trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed"
 import onnxruntime  # noqa: E402
 from export_models import smooth_images, smp_model  # noqa: E402
 
-from edgeseg.artifacts import OnnxGraph  # noqa: E402
 from edgeseg.backends import get_backend  # noqa: E402
-from edgeseg.backends.tensorrt_graph import ParsedGraph  # noqa: E402
-from edgeseg.backends.tensorrt_log import capture  # noqa: E402
-from edgeseg.backends.tensorrt_rtx import parse_network  # noqa: E402
-from edgeseg.backends.tensorrt_turing import for_turing  # noqa: E402
+from edgeseg.backends.tensorrt.graph import ParsedGraph  # noqa: E402
+from edgeseg.backends.tensorrt.log import capture  # noqa: E402
+from edgeseg.backends.tensorrt.rtx import parse_network  # noqa: E402
+from edgeseg.backends.tensorrt.turing import for_turing  # noqa: E402
 from edgeseg.convert.export import export_onnx  # noqa: E402
 from edgeseg.convert.load import load_model  # noqa: E402
 from edgeseg.errors import BuildError  # noqa: E402
 from edgeseg.spec import BatchRange, InputSpec, ModelRequest, OutputSpec, PipelineSpec  # noqa: E402
+from edgeseg.store.artifacts import OnnxGraph  # noqa: E402
 
 pytestmark = pytest.mark.integration
 

@@ -10,7 +10,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from edgeseg.artifacts import OnnxGraph, sha256_file
 from edgeseg.backends import get_backend
 from edgeseg.errors import QuantizationError
 from edgeseg.quantize.fp16 import FP16_MAX, fp16_model
@@ -18,6 +17,7 @@ from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
+from edgeseg.store.artifacts import OnnxGraph, sha256_file
 
 pytestmark = pytest.mark.integration
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from stub_cuda import LAUNCH_FAILED, OUT_OF_MEMORY, Stub
 
-from edgeseg.backends.cuda import Cuda, open_cuda
-from edgeseg.backends.cuda_driver import DriverName
-from edgeseg.backends.cuda_resources import DeviceMemory
+from edgeseg.backends.cuda.device import Cuda, DeviceMemory, open_cuda
+from edgeseg.backends.cuda.driver import DriverName
 from edgeseg.errors import DeviceError
 
 RNG = np.random.default_rng(5)

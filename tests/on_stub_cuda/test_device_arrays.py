@@ -16,11 +16,10 @@ import pytest
 from simulated import ONE, SIDE, Simulation, model, spec
 from stub_cuda import LAUNCH_FAILED, Stub
 
-from edgeseg.backends import dlpack
-from edgeseg.backends.cuda import Cuda, open_cuda
-from edgeseg.backends.cuda_driver import DriverName
-from edgeseg.backends.cuda_resources import Stream
-from edgeseg.backends.tensorrt_session import SessionOptions, TensorRTSession
+from edgeseg.backends.cuda import dlpack
+from edgeseg.backends.cuda.device import Cuda, Stream, open_cuda
+from edgeseg.backends.cuda.driver import DriverName
+from edgeseg.backends.tensorrt.session import SessionOptions, TensorRTSession
 from edgeseg.errors import DeviceError, InputError
 from edgeseg.spec import BatchRange
 

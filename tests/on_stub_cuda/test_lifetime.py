@@ -20,9 +20,9 @@ import pytest
 from simulated import SIDE, Simulation, model, spec
 from stub_cuda import LAUNCH_FAILED, Stub
 
-from edgeseg.backends.cuda import open_cuda
-from edgeseg.backends.cuda_driver import DriverName
-from edgeseg.backends.tensorrt_session import SessionOptions, TensorRTSession
+from edgeseg.backends.cuda.device import open_cuda
+from edgeseg.backends.cuda.driver import DriverName
+from edgeseg.backends.tensorrt.session import SessionOptions, TensorRTSession
 from edgeseg.errors import DeviceError, EdgesegError, InputError
 from edgeseg.runtime.segmenter import Segmenter
 
@@ -284,8 +284,8 @@ stub = Stub()
 atexit.register(lambda: print(stub.live(), stub.violations()))  # called after those registered later
 import numpy as np
 from simulated import SIDE, Simulation, model, spec
-from edgeseg.backends.cuda import open_cuda
-from edgeseg.backends.tensorrt_session import TensorRTSession
+from edgeseg.backends.cuda.device import open_cuda
+from edgeseg.backends.tensorrt.session import TensorRTSession
 simulation = Simulation(stub, model())
 opened = TensorRTSession(simulation.trt, simulation.engine, spec(), open_cuda({driver!r}))
 results = opened.run_many([np.zeros((1, SIDE, SIDE, 3), np.uint8)] * 4)

@@ -24,7 +24,15 @@ from simulated import SIDE, Simulation, model, spec
 from stub_cuda import OUT_OF_MEMORY, Stub
 
 import edgeseg
-from edgeseg.artifacts import (
+from edgeseg.backends.base import DeviceSession
+from edgeseg.backends.compile import compile_folder, recompile
+from edgeseg.backends.cpu.onnxruntime import OnnxRuntimeSession
+from edgeseg.cli.run import command as run_command
+from edgeseg.errors import ArtifactError, DeviceError, StaleEngineError
+from edgeseg.progress import SilentReporter
+from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.runtime.stream import stream
+from edgeseg.store.artifacts import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Engine,
@@ -34,14 +42,6 @@ from edgeseg.artifacts import (
     read_manifest,
     write_json,
 )
-from edgeseg.backends.base import DeviceSession
-from edgeseg.backends.onnxruntime import OnnxRuntimeSession
-from edgeseg.cli.run import command as run_command
-from edgeseg.errors import ArtifactError, DeviceError, StaleEngineError
-from edgeseg.progress import SilentReporter
-from edgeseg.recompile import compile_folder, recompile
-from edgeseg.runtime.segmenter import Segmenter
-from edgeseg.runtime.stream import stream
 
 RNG = np.random.default_rng(2)
 
@@ -49,7 +49,7 @@ RNG = np.random.default_rng(2)
 @pytest.fixture(autouse=True)
 def _first_choice_of_driver(monkeypatch: pytest.MonkeyPatch, driver: str) -> None:
     """``open_cuda()`` takes cuda-bindings where both are installed."""
-    from edgeseg.backends import cuda
+    from edgeseg.backends.cuda import device as cuda
 
     monkeypatch.setattr(cuda, "_DRIVERS", {driver: cuda._DRIVERS[driver]})
 
@@ -187,7 +187,7 @@ def test_another_tensorrt_is_refused_or_compiled_for_on_request(
     with edgeseg.load(folder, recompile=True) as segmenter:
         image = photos(1)[0]
         np.testing.assert_array_equal(segmenter(image), wanted(simulation, image))
-    manifest = Engine(folder, edgeseg.artifacts.read_manifest(folder)).manifest
+    manifest = Engine(folder, edgeseg.store.artifacts.read_manifest(folder)).manifest
     assert manifest.versions["tensorrt"] == "11.4.0.106"
     assert (manifest.options["contexts"], manifest.options["optimization_level"]) == (3, 4), (
         "the user's wishes are kept"
@@ -229,7 +229,7 @@ def test_a_load_that_fails_late_destroys_the_engine_before_the_context(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, version: str
 ) -> None:
     """TensorRT frees GPU memory when its objects go; they are in the frames of the exception until somebody clears them."""
-    from edgeseg.backends.cuda import Cuda
+    from edgeseg.backends.cuda.device import Cuda
 
     simulation = tensorrt(monkeypatch, stub, version)
     compile_folder(folder)
@@ -333,7 +333,7 @@ tensorrt.Builder = object
 tensorrt.ILogger = type("ILogger", (), {{}})
 tensorrt.__file__ = tensorrt.__path__ = tensorrt.__spec__ = None
 sys.modules["tensorrt"] = tensorrt
-import edgeseg.backends.tensorrt_session, edgeseg.backends.device_arrays, edgeseg.runtime.stream
+import edgeseg.backends.tensorrt.session, edgeseg.backends.cuda.arrays, edgeseg.runtime.stream
 try:
     edgeseg.load({str(folder)!r})
 except AssertionError as exc:
@@ -388,7 +388,7 @@ def test_segmenter_on_the_device(stub: Stub, monkeypatch: pytest.MonkeyPatch, fo
     image = RNG.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     with edgeseg.load(folder) as segmenter:
         assert isinstance(segmenter._session, DeviceSession)
-        from edgeseg.backends.cuda import open_cuda
+        from edgeseg.backends.cuda.device import open_cuda
 
         with open_cuda() as cuda, cuda.device_memory(image.nbytes) as memory, cuda.stream() as copying:
             with cuda.active():
@@ -417,7 +417,7 @@ def test_the_harness_gets_the_stages_from_the_device(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, host_memory: str
 ) -> None:
     from edgeseg.backends import get_backend
-    from edgeseg.evaluate.stages import StageClock
+    from edgeseg.evaluate.latency.stages import StageClock
 
     simulation = tensorrt(monkeypatch, stub, "10.3.0")
     engine = compile_folder(folder, options={"host_memory": host_memory})

@@ -16,10 +16,10 @@ from recorded_tensorrt import VERSIONS
 from simulated import ONE, SIDE, Simulation, model, spec
 from stub_cuda import LAUNCH_FAILED, OUT_OF_MEMORY, Stub
 
-from edgeseg.backends import dlpack
 from edgeseg.backends.base import DeviceSession, PipelinedSession, TimedSession
-from edgeseg.backends.cuda import DriverName, open_cuda
-from edgeseg.backends.tensorrt_session import SessionOptions, TensorRTSession
+from edgeseg.backends.cuda import dlpack
+from edgeseg.backends.cuda.device import DriverName, open_cuda
+from edgeseg.backends.tensorrt.session import SessionOptions, TensorRTSession
 from edgeseg.errors import DeviceError, EdgesegError, InputError
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import BatchRange
@@ -544,7 +544,7 @@ def test_arrays_that_do_not_fit(stub: Stub, driver: DriverName, on_device: list[
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_segmenter_gives_the_masks_of_onnxruntime(stub: Stub, driver: DriverName, version: str) -> None:
-    from edgeseg.backends.onnxruntime import OnnxRuntimeSession
+    from edgeseg.backends.cpu.onnxruntime import OnnxRuntimeSession
 
     simulation = Simulation(stub, model(), version)
     with Segmenter(session(simulation, driver), spec()) as ours:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from edgeseg.machine.record import Environment
+
 from edgeseg.decide.entries import MergedReport, Run, merge
-from edgeseg.evaluate.results import SCHEMA_VERSION, BenchReport, Environment, SpeedComparison
-from edgeseg.evaluate.rows import (
+from edgeseg.evaluate.results import (
+    SCHEMA_VERSION,
     Accuracy,
     Agreement,
+    BenchReport,
     Distribution,
     Drop,
     Identity,
@@ -16,6 +19,7 @@ from edgeseg.evaluate.rows import (
     Latency,
     Row,
     Setting,
+    SpeedComparison,
     StageSplit,
     Truth,
 )

@@ -12,8 +12,8 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
-from edgeseg.evaluate.accuracy import MATRIX_CLASSES_LIMIT, AccuracyMeter, AgreementMeter, mean_of
-from edgeseg.evaluate.boundary import boundary_band
+from edgeseg.evaluate.accuracy.boundary import boundary_band
+from edgeseg.evaluate.accuracy.meters import MATRIX_CLASSES_LIMIT, AccuracyMeter, AgreementMeter, mean_of
 
 CLASSES = 4
 IGNORE = 9

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from edgeseg.artifacts import (
+from edgeseg.errors import ArtifactError
+from edgeseg.spec import ModelSpec, PipelineSpec
+from edgeseg.store.artifacts import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     FileRef,
@@ -25,9 +27,7 @@ from edgeseg.artifacts import (
     sha256_json,
     write_json,
 )
-from edgeseg.atomic import atomic_folder
-from edgeseg.errors import ArtifactError
-from edgeseg.spec import ModelSpec, PipelineSpec
+from edgeseg.store.atomic import atomic_folder
 
 
 def make_engine(folder: Path, **changes: object) -> Manifest:
@@ -177,7 +177,7 @@ def test_killed_build_leaves_no_folder_and_the_next_one_works(tmp_path: Path) ->
         f"""
         import time
         from pathlib import Path
-        from edgeseg.atomic import atomic_folder
+        from edgeseg.store.atomic import atomic_folder
         with atomic_folder(Path({str(tmp_path / "a")!r}), force=False) as scratch:
             (scratch / "half").write_text("half")
             print("ready", flush=True)

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from memory_backend import MemorySession, write_memory_engine
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeseg.artifacts import MANIFEST_NAME, read_manifest, write_json
 from edgeseg.backends import BACKENDS
-from edgeseg.backends.memory import MemorySession, write_memory_engine
 from edgeseg.cli import bench as bench_verb
 from edgeseg.cli import report as report_verb
 from edgeseg.errors import ArtifactError, BuildError, CheckpointError, InputError, SpecError
+from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
 from edgeseg.evaluate.bench import BenchRequest, run_bench
 from edgeseg.evaluate.bench_table import bench_summary, ratio_words
 from edgeseg.evaluate.contenders import (
@@ -29,10 +29,10 @@ from edgeseg.evaluate.contenders import (
     baseline_request,
     engine_contenders,
 )
-from edgeseg.evaluate.evaluation import AccuracyRequest
 from edgeseg.evaluate.results import SpeedComparison, read_report
 from edgeseg.progress import SilentReporter
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
+from edgeseg.store.artifacts import MANIFEST_NAME, read_manifest, write_json
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(32, 32, batch=BatchRange(1, 2, 2)))
@@ -40,7 +40,7 @@ SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(32, 32, batch=Batc
 
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setitem(BACKENDS, "memory", "edgeseg.backends.memory")
+    monkeypatch.setitem(BACKENDS, "memory", "memory_backend")
     write_memory_engine(tmp_path / "int8", SPEC)
     return tmp_path / "int8"
 
@@ -204,7 +204,7 @@ def test_ratios_in_words() -> None:
 
 
 def test_images_to_time_with_are_the_same_every_time(engine: Path) -> None:
-    from edgeseg.evaluate.measure import noise
+    from edgeseg.evaluate.latency.measure import noise
     from edgeseg.evaluate.results import Setting
 
     contender = engine_contenders([engine])[0][0]

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeseg.api import BuildRequest
-from edgeseg.build_command import build_command
 from edgeseg.cli import build as verb
+from edgeseg.pipeline.api import BuildRequest
+from edgeseg.pipeline.command import build_command
 from edgeseg.spec import BatchRange, ModelRequest, OutputSpec
 
 PLAIN = BuildRequest(ModelRequest(arch="fpn"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeseg import cache
+from edgeseg.store import cache
 
 
 @pytest.fixture(autouse=True)

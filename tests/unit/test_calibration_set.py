@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeseg.errors import InputError
+from edgeseg.images.decoding import fit
 from edgeseg.quantize.samples import MINIMUM_IMAGES, CalibrationSet
-from edgeseg.runtime.images import fit
 from edgeseg.spec import InputSpec
 
 SPEC = InputSpec(32, 64)

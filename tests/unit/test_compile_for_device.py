@@ -17,8 +17,17 @@ from recorded_tensorrt.fake import build_serialized_network
 from recorded_tensorrt.graphs import SIDE, small_model
 from rich.console import Console
 
-from edgeseg import recompile
-from edgeseg.artifacts import (
+from edgeseg.backends import compile as recompile
+from edgeseg.backends.portable import check_options, portable_engine
+from edgeseg.backends.tensorrt.backend import TensorRTBackend
+from edgeseg.backends.tensorrt.device import Gpu
+from edgeseg.backends.tensorrt.options import TensorRTOptions
+from edgeseg.cli import main
+from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.progress import ConsoleReporter, SilentReporter
+from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
+from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Precision
+from edgeseg.store.artifacts import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     FileRef,
@@ -28,15 +37,6 @@ from edgeseg.artifacts import (
     sha256_file,
     write_json,
 )
-from edgeseg.backends.portable import check_options, portable_engine
-from edgeseg.backends.tensorrt import TensorRTBackend
-from edgeseg.backends.tensorrt_device import Gpu
-from edgeseg.backends.tensorrt_options import TensorRTOptions
-from edgeseg.cli import main
-from edgeseg.errors import ArtifactError, BuildError, SpecError
-from edgeseg.progress import ConsoleReporter, SilentReporter
-from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
-from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Precision
 
 
 @pytest.fixture(autouse=True)
@@ -377,7 +377,7 @@ def test_options_are_checked_when_the_folder_is_made() -> None:
 def test_building_for_tensorrt_imports_no_torch() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'segmentation_models_pytorch', 'timm')));"
-        "import edgeseg.backends.tensorrt, edgeseg.backends.tensorrt_graph, edgeseg.backends.tensorrt_inspector,"
-        "edgeseg.backends.tensorrt_implicit, edgeseg.backends.tensorrt_rtx, edgeseg.recompile"
+        "import edgeseg.backends.tensorrt.backend, edgeseg.backends.tensorrt.graph, edgeseg.backends.tensorrt.inspector,"
+        "edgeseg.backends.tensorrt.implicit, edgeseg.backends.tensorrt.rtx, edgeseg.backends.compile"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

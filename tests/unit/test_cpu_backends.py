@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from edgeseg.backends.cpu import Cpu, parse_cpuinfo, this_cpu
-from edgeseg.backends.onnxruntime import OnnxRuntimeBackend
-from edgeseg.backends.options import check_built_for, cpu_options
+from edgeseg.backends.cpu.onnxruntime import OnnxRuntimeBackend
+from edgeseg.backends.cpu.options import check_built_for, cpu_options
 from edgeseg.errors import ArtifactError, SpecError
+from edgeseg.machine.cpu import Cpu, parse_cpuinfo, this_cpu
 from edgeseg.quantize.schemes import SCHEMES
 
 X86 = """processor : 0

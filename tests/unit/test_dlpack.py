@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 
-from edgeseg.backends import dlpack
+from edgeseg.backends.cuda import dlpack
 from edgeseg.errors import InputError
 
 VERSIONS = [None, (1, 0), (1, 3)]
@@ -17,7 +17,7 @@ VERSIONS = [None, (1, 0), (1, 3)]
 
 
 class Ours:
-    """A tensor as :mod:`edgeseg.backends.dlpack` gives it away, in host memory so that numpy and torch can take it."""
+    """A tensor as :mod:`edgeseg.backends.cuda.dlpack` gives it away, in host memory so that numpy and torch can take it."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array

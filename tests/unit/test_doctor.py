@@ -9,24 +9,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from edgeseg.machine.limits import Memory, core_limit, memory_limit_bytes, read_memory
+from edgeseg.machine.packages import installed_version
 from rich.console import Console
 
 from edgeseg.backends import BACKENDS, BackendStatus
-from edgeseg.backends.cpu import Cpu
-from edgeseg.doctor import (
-    EXTRAS,
-    FEATURES,
-    Diagnosis,
-    Memory,
-    Package,
-    advise,
-    core_limit,
-    diagnose,
-    installed_version,
-    memory_limit_bytes,
-    read_memory,
-    render,
-)
+from edgeseg.cli.doctor import EXTRAS, FEATURES, Diagnosis, Package, advise, diagnose, render
+from edgeseg.machine.cpu import Cpu
 
 PLENTY = Memory(8 << 30, 6 << 30, None)
 WORKS = {"onnxruntime": BackendStatus(True, "1.31.1", "fine")}
@@ -164,5 +153,5 @@ def test_it_is_one_json_object_and_reads_in_a_narrow_terminal(diagnosis: Diagnos
 
 
 def test_torch_is_never_imported() -> None:
-    code = "import sys; from edgeseg.doctor import diagnose; diagnose(); assert 'torch' not in sys.modules"
+    code = "import sys; from edgeseg.cli.doctor import diagnose; diagnose(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from memory_backend import MemorySession, write_memory_engine
 from numpy.typing import NDArray
 from PIL import Image
 
 from edgeseg.backends import BACKENDS
-from edgeseg.backends.memory import MemorySession, write_memory_engine
 from edgeseg.errors import ArtifactError, InputError, SpecError
-from edgeseg.evaluate import evaluation
+from edgeseg.evaluate.accuracy import evaluation
+from edgeseg.evaluate.accuracy.dataset import IGNORED, Pair
+from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest, evaluate
+from edgeseg.evaluate.accuracy.judge import ImageRecord, TruthCounts, at_resolution, count_agreement, count_truth
+from edgeseg.evaluate.accuracy.ledger import Ledger
 from edgeseg.evaluate.contenders import Contender, Opener, engine_contenders
-from edgeseg.evaluate.dataset import IGNORED, Pair
-from edgeseg.evaluate.evaluation import AccuracyRequest, evaluate
 from edgeseg.evaluate.intervals import METRICS, Counts, drops, interval, metric_interval
-from edgeseg.evaluate.judge import ImageRecord, TruthCounts, at_resolution, count_agreement, count_truth
-from edgeseg.evaluate.ledger import Ledger
 from edgeseg.evaluate.results import Accuracy
 from edgeseg.progress import SilentReporter
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec
@@ -67,7 +67,7 @@ BASELINE = Contender("pytorch", SPEC, baseline="pytorch", weights_sha256="w")
 
 @pytest.fixture
 def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Contender:
-    monkeypatch.setitem(BACKENDS, "memory", "edgeseg.backends.memory")
+    monkeypatch.setitem(BACKENDS, "memory", "memory_backend")
     write_memory_engine(tmp_path / "int8", SPEC)
     return replace(engine_contenders([tmp_path / "int8"])[0][0], weights_sha256="w")
 

@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from edgeseg.graph.modules import module_group as module_of
+from memory_backend import MemorySession
 from numpy.typing import NDArray
 from test_latency import Clock
 
 from edgeseg.backends.base import StageTimes
-from edgeseg.backends.memory import MemorySession
-from edgeseg.evaluate.batches import batch_count, median_interval, ratio_interval
-from edgeseg.evaluate.latency import LatencyProtocol, LatencySamples, compare, measure, measure_interleaved
-from edgeseg.evaluate.profile import NodeTime, group_by_module, module_of, profile_of_layers
-from edgeseg.evaluate.stages import StageClock
-from edgeseg.evaluate.statistics import distribution, noise_flags, speed_comparison
-from edgeseg.evaluate.streams import measure_streams
+from edgeseg.evaluate.latency.batches import batch_count, median_interval, ratio_interval
+from edgeseg.evaluate.latency.profile import NodeTime, group_by_module, profile_of_layers
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, compare, measure, measure_interleaved
+from edgeseg.evaluate.latency.stages import StageClock
+from edgeseg.evaluate.latency.statistics import distribution, noise_flags, speed_comparison
+from edgeseg.evaluate.latency.streams import measure_streams
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edgeseg.errors import InputError
-from edgeseg.runtime import images
-from edgeseg.runtime.images import list_images, natural_key, read_image
+from edgeseg.images import decoding as images
+from edgeseg.images.decoding import list_images, natural_key, read_image
 
 RNG = np.random.default_rng(7)
 PHOTO = RNG.integers(0, 256, (5, 8, 3), dtype=np.uint8)

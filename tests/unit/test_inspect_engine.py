@@ -9,9 +9,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from edgeseg.graph.modules import module_of
 from rich.console import Console
 
-from edgeseg.artifacts import (
+from edgeseg.cli.inspect import inspect_engine, render
+from edgeseg.errors import ArtifactError
+from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
+from edgeseg.store.artifacts import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     AccuracyFigures,
@@ -22,9 +26,6 @@ from edgeseg.artifacts import (
     Verification,
     write_json,
 )
-from edgeseg.errors import ArtifactError
-from edgeseg.inspect_engine import inspect_engine, module_of, render
-from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
 
 onnx = pytest.importorskip("onnx")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 
 from edgeseg.errors import SpecError
-from edgeseg.evaluate.latency import (
+from edgeseg.evaluate.latency.protocol import (
     SHORT,
     TRTEXEC,
     LatencyProtocol,

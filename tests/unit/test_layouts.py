@@ -11,9 +11,9 @@ from PIL import Image
 
 from edgeseg.cli import bench as bench_verb
 from edgeseg.errors import InputError, SpecError
+from edgeseg.evaluate.accuracy.dataset import IGNORED, ValidationSet
+from edgeseg.evaluate.accuracy.layouts import LAYOUTS, open_layout, parse_label_map
 from edgeseg.evaluate.contenders import BASELINES
-from edgeseg.evaluate.dataset import IGNORED, ValidationSet
-from edgeseg.evaluate.layouts import LAYOUTS, open_layout, parse_label_map
 from edgeseg.spec import ModelSpec
 
 ELEVEN = ModelSpec("fpn", "resnet18", classes=11)

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from edgeseg.machine.record import MachineState
 
-from edgeseg.evaluate.fresh import resident_bytes
-from edgeseg.evaluate.machine import Counters, describe_machine, machine_flags, machine_state, read_counters
-from edgeseg.evaluate.results import MachineState
+from edgeseg.evaluate.latency.fresh import resident_bytes
+from edgeseg.machine.state import Counters, describe_machine, machine_flags, machine_state, read_counters
 
 TICKS = os.sysconf("SC_CLK_TCK")
 

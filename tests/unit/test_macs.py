@@ -10,8 +10,8 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from onnx import TensorProto, helper  # noqa: E402
 
-from edgeseg.convert.macs import count_macs  # noqa: E402
 from edgeseg.errors import ArtifactError  # noqa: E402
+from edgeseg.graph.macs import count_macs  # noqa: E402
 
 
 def model(nodes: list[Any], inputs: dict[str, Any], weights: dict[str, tuple[int, ...]], domains: tuple[str, ...] = ()):

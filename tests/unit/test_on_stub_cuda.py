@@ -64,7 +64,7 @@ def test_on_the_stub_driver(environment: dict[str, str], package: str, suite: st
 def test_without_a_driver_the_error_says_so() -> None:
     """Here, and on any machine without an NVIDIA driver."""
     script = (
-        "from edgeseg.backends.cuda import open_cuda\n"
+        "from edgeseg.backends.cuda.device import open_cuda\n"
         "from edgeseg.errors import EdgesegError\n"
         "try:\n    open_cuda().close()\n"
         "except EdgesegError as exc:\n    print(type(exc).__name__, exc)\n"

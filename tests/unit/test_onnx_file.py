@@ -13,7 +13,7 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 from edgeseg.errors import ArtifactError  # noqa: E402
-from edgeseg.onnx_file import first_line, read_onnx, write_onnx  # noqa: E402
+from edgeseg.store.onnx_file import first_line, read_onnx, write_onnx  # noqa: E402
 
 
 def small_model() -> Any:

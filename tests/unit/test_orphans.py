@@ -12,7 +12,7 @@ from pathlib import Path
 PARENT = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
-from edgeseg.orphans import end_with_parent
+from edgeseg.machine.orphans import end_with_parent
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), end_with_parent) as pool:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from edgeseg.evaluate.nvml import NvmlSource, NvmlState, gpu_bytes, nvml_gpus, nvml_state
-from edgeseg.evaluate.power import (
+from edgeseg.machine.nvml import NvmlSource, NvmlState, gpu_bytes, nvml_gpus, nvml_state
+from edgeseg.machine.power import (
     InaSource,
     PowerLog,
     RaplSource,

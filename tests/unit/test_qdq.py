@@ -19,12 +19,12 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 from small_graphs import RNG, floats, graph, run, spec, table_for  # noqa: E402
 
-from edgeseg.artifacts import OnnxGraph, sha256_file  # noqa: E402
 from edgeseg.errors import ArtifactError, QuantizationError  # noqa: E402
 from edgeseg.quantize.lint import lint  # noqa: E402
 from edgeseg.quantize.qdq import quantize_model, write_qdq  # noqa: E402
 from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
 from edgeseg.quantize.table import CalibrationTable  # noqa: E402
+from edgeseg.store.artifacts import OnnxGraph, sha256_file  # noqa: E402
 
 IMAGE = RNG.integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
 SOURCE = "real = Cast <to = 1> (image) planes = Transpose <perm = [0, 3, 1, 2]> (real) x = Mul(planes, gain)"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from edgeseg.errors import GateError, InputError, SpecError
+from edgeseg.evaluate.latency.statistics import distribution
 from edgeseg.evaluate.regressions import change_table, check_limits, compare_reports, parse_limits, remarks
 from edgeseg.evaluate.results import BenchReport, read_report
-from edgeseg.evaluate.statistics import distribution
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 ROW = "fpn-int8 b1 t- s1"

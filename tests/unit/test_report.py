@@ -21,7 +21,7 @@ from edgeseg.decide.entries import MergedReport, Run, merge, read_runs
 from edgeseg.decide.requirement import Requirement
 from edgeseg.decide.verdict import decide
 from edgeseg.errors import ArtifactError, InputError
-from edgeseg.evaluate.rows import ModuleTime, Profile, Row, WorstImage
+from edgeseg.evaluate.results import ModuleTime, Profile, Row, WorstImage
 from edgeseg.report.charts import Scale, latency_scale, nice_step
 from edgeseg.report.details import CHANGES_SHOWN, PNG
 from edgeseg.report.html import html

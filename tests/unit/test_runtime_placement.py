@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgeseg.errors import InputError
-from edgeseg.runtime.placement import Placement, Tiling, fit, fit_windows, plan_fit
-from edgeseg.runtime.resize import nearest_index, resize_image, resize_nearest, resize_scores
+from edgeseg.images.placement import Placement, Tiling, fit, fit_windows, plan_fit
+from edgeseg.images.resize import nearest_index, resize_image, resize_nearest, resize_scores
 from edgeseg.runtime.scores import ScoreRule, argmax_planes, argmax_resized
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
 

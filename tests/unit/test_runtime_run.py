@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_backend import MemorySession
 from PIL import Image
 
-from edgeseg.backends.memory import MemorySession
 from edgeseg.errors import BuildError, InputError
 from edgeseg.runtime import outputs, sources
 from edgeseg.runtime.outputs import VideoFile, unique_names, write_mask, write_picture

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeseg.runtime.placement import Tiling, plan_fit
+from edgeseg.images.placement import Tiling, plan_fit
 from edgeseg.runtime.tiling import blend_weights, blended_rows, cuts, stitched
 from edgeseg.spec import InputSpec
 

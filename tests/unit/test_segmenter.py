@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_backend import MemorySession, write_memory_engine
 
 from edgeseg import backends
-from edgeseg.backends.memory import MemorySession, write_memory_engine
 from edgeseg.errors import ArtifactError, InputError, SpecError
-from edgeseg.runtime.placement import fit
+from edgeseg.images.placement import fit
 from edgeseg.runtime.prediction import Prediction
 from edgeseg.runtime.segmenter import Segmenter, load
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
@@ -388,7 +388,7 @@ def test_names_and_colours() -> None:
 
 
 def test_load_follows_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backends.BACKENDS, "memory", "edgeseg.backends.memory")
+    monkeypatch.setitem(backends.BACKENDS, "memory", "memory_backend")
     spec = make_spec(fit="tile")
     engine = write_memory_engine(tmp_path / "engine", spec)
     image = photo(50, 60, 3)
@@ -406,7 +406,7 @@ def test_load_follows_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_load_closes_the_session_when_an_option_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgeseg.backends import memory
+    import memory_backend as memory
 
     sessions = []
 
@@ -415,7 +415,7 @@ def test_load_closes_the_session_when_an_option_is_wrong(tmp_path: Path, monkeyp
             super().__init__(spec)
             sessions.append(self)
 
-    monkeypatch.setitem(backends.BACKENDS, "memory", "edgeseg.backends.memory")
+    monkeypatch.setitem(backends.BACKENDS, "memory", "memory_backend")
     monkeypatch.setattr(memory, "MemorySession", Recording)
     engine = write_memory_engine(tmp_path / "engine", make_spec())
     with pytest.raises(SpecError):
@@ -435,7 +435,7 @@ sys.meta_path.insert(0, Absent())
 import numpy as np
 import edgeseg
 from edgeseg import backends
-backends.BACKENDS["memory"] = "edgeseg.backends.memory"
+backends.BACKENDS["memory"] = "memory_backend"
 with edgeseg.load(sys.argv[1]) as segmenter:
     for size in ((32, 48), (100, 100), (5, 7)):
         print(segmenter(np.full((*size, 3), 130, np.uint8)).shape, segmenter.palette.shape)

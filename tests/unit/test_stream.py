@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from memory_backend import MemorySession
 from PIL import Image
 
-from edgeseg.backends.memory import MemorySession
 from edgeseg.errors import InputError, MissingDependencyError, SpecError
 from edgeseg.runtime import sources
 from edgeseg.runtime.overlap import Overlapped
@@ -247,7 +247,7 @@ def test_drop_can_be_asked_for() -> None:
 INTERRUPTED = """
 import itertools, sys, threading
 import numpy as np
-from edgeseg.backends.memory import MemorySession
+from memory_backend import MemorySession
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.stream import stream
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec

@@ -16,10 +16,10 @@ import pytest
 from bench_rows import report, row
 from test_artifacts import make_engine
 
-from edgeseg.artifacts import MANIFEST_NAME, open_engine, write_json
 from edgeseg.decide.entries import failed_measurements
 from edgeseg.errors import ArtifactError, BuildError, SpecError
 from edgeseg.evaluate.results import FailedMeasurement, read_report, write_report
+from edgeseg.store.artifacts import MANIFEST_NAME, open_engine, write_json
 from edgeseg.sweep.config import BenchConfig, Cell, SweepConfig, expand, read_config
 from edgeseg.sweep.executors import Built, build_locally
 from edgeseg.sweep.run import bench_options, run_edgeseg, run_sweep

@@ -15,7 +15,19 @@ from onnx import TensorProto
 from recorded_tensorrt import VERSIONS, Recorder
 from recorded_tensorrt.graphs import SIDE, small_model
 
-from edgeseg.artifacts import (
+from edgeseg.backends.base import BuiltEngine
+from edgeseg.backends.tensorrt import backend as tensorrt_module
+from edgeseg.backends.tensorrt import device as tensorrt_device
+from edgeseg.backends.tensorrt import implicit as tensorrt_implicit
+from edgeseg.backends.tensorrt.backend import TensorRTBackend, device_memory_bytes
+from edgeseg.backends.tensorrt.calibration import cache_text
+from edgeseg.backends.tensorrt.device import Gpu
+from edgeseg.backends.tensorrt.options import profile_shapes
+from edgeseg.backends.tensorrt.progress import BuildWatch
+from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, SpecError
+from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
+from edgeseg.store.artifacts import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Engine,
@@ -25,17 +37,6 @@ from edgeseg.artifacts import (
     sha256_file,
     write_json,
 )
-from edgeseg.backends import tensorrt as tensorrt_module
-from edgeseg.backends import tensorrt_device, tensorrt_implicit
-from edgeseg.backends.base import BuiltEngine
-from edgeseg.backends.tensorrt import TensorRTBackend, device_memory_bytes
-from edgeseg.backends.tensorrt_calibration import cache_text
-from edgeseg.backends.tensorrt_device import Gpu
-from edgeseg.backends.tensorrt_options import profile_shapes
-from edgeseg.backends.tensorrt_progress import BuildWatch
-from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, SpecError
-from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
-from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 
 ORIN = Gpu("Orin", (8, 7), 8)
 TEN = ("10.3.0", "10.16.1.11")
@@ -470,7 +471,7 @@ def test_without_a_table_it_says_what_to_give(tmp_path: Path) -> None:
 
 
 class FakeCuda:
-    """Device memory that is a numpy array; counts what is open. Stands in for :class:`edgeseg.backends.cuda.Cuda`."""
+    """Device memory that is a numpy array; counts what is open. Stands in for :class:`edgeseg.backends.cuda.device.Cuda`."""
 
     def __init__(self) -> None:
         self.open = 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeseg.backends.tensorrt_calibration import cache_header, cache_text, check_cache, read_cache, version_number
+from edgeseg.backends.tensorrt.calibration import cache_header, cache_text, check_cache, read_cache, version_number
 from edgeseg.errors import ArtifactError
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 

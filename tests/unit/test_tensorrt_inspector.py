@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from edgeseg.backends.tensorrt_inspector import (
+from edgeseg.backends.tensorrt.inspector import (
     EngineLayer,
     executed_dtypes,
     proven_precision,

@@ -17,7 +17,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from test_compile_for_device import portable_folder
 
-from edgeseg.backends.tensorrt_opset17 import for_tensorrt_8, graph_for_tensorrt_8
+from edgeseg.backends.tensorrt.opset17 import for_tensorrt_8, graph_for_tensorrt_8
 from edgeseg.errors import ArtifactError, BuildError
 
 SHAPE = (2, 3, 4, 5)

@@ -12,11 +12,11 @@ import pytest
 from recorded_tensorrt import RTX, Recorder
 from recorded_tensorrt.fake import PLAN_MARK, create_execution_context, host_memory
 
-from edgeseg import recompile
-from edgeseg.backends import tensorrt_rtx
-from edgeseg.backends.tensorrt_device import Gpu
-from edgeseg.backends.tensorrt_rtx import TensorRTRtxBackend, check_sm
-from edgeseg.backends.tensorrt_rtx_cache import runtime_cache_path
+from edgeseg.backends import compile as recompile
+from edgeseg.backends.tensorrt import rtx as tensorrt_rtx
+from edgeseg.backends.tensorrt.device import Gpu
+from edgeseg.backends.tensorrt.rtx import TensorRTRtxBackend, check_sm
+from edgeseg.backends.tensorrt.rtx_cache import runtime_cache_path
 from edgeseg.errors import MissingDependencyError, StaleEngineError
 
 ADA = Gpu("NVIDIA RTX 4000", (8, 9), 8)

@@ -12,12 +12,12 @@ from recorded_tensorrt import VERSIONS, Recorder
 from recorded_tensorrt.fake import build_serialized_network
 from recorded_tensorrt.graphs import SIDE, small_model
 
-from edgeseg.artifacts import OnnxGraph, sha256_file
 from edgeseg.backends.base import BuiltEngine
-from edgeseg.backends.tensorrt import TensorRTBackend
-from edgeseg.backends.tensorrt_device import Gpu
+from edgeseg.backends.tensorrt.backend import TensorRTBackend
+from edgeseg.backends.tensorrt.device import Gpu
 from edgeseg.errors import SpecError
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
+from edgeseg.store.artifacts import OnnxGraph, sha256_file
 
 ORIN_NANO = Gpu("Orin", (8, 7), 8)
 AGX_ORIN = Gpu("Orin", (8, 7), 16)
@@ -171,7 +171,7 @@ def test_without_one(tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_gpu_is_no_path() -> None:
-    from edgeseg.backends.tensorrt_timing import CacheOrigin
+    from edgeseg.backends.tensorrt.timing import CacheOrigin
 
     origin = CacheOrigin("../NVIDIA RTX 4000 / Ada", 8, "8.9", "10.3.0")
     assert origin.file_name == "NVIDIA-RTX-4000-Ada-8sm-8.9-tensorrt-10.3.0.cache"

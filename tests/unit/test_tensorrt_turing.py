@@ -14,11 +14,11 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 from small_graphs import floats, graph, run
 
-from edgeseg.backends.tensorrt_graph import ParsedGraph
-from edgeseg.backends.tensorrt_turing import for_turing
-from edgeseg.backends.typed_graph import node_dtypes
-from edgeseg.convert.macs import count_macs
+from edgeseg.backends.tensorrt.graph import ParsedGraph
+from edgeseg.backends.tensorrt.turing import for_turing
 from edgeseg.errors import SpecError
+from edgeseg.graph.macs import count_macs
+from edgeseg.graph.types import node_dtypes
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Precision
 
 SPEC = PipelineSpec(ModelSpec("unet", classes=4), InputSpec(32, 32))

@@ -12,7 +12,7 @@ from edgeseg.decide.metrics import METRICS
 from edgeseg.decide.requirement import Requirement
 from edgeseg.decide.verdict import DeviceVerdict, decide, pareto_front
 from edgeseg.errors import InputError
-from edgeseg.evaluate.rows import Row
+from edgeseg.evaluate.results import Row
 
 JITTER = tuple(0.05 * (k % 7 - 3) for k in range(40))
 

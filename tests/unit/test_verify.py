@@ -14,7 +14,15 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from edgeseg.artifacts import (
+from edgeseg.errors import GateError, InputError
+from edgeseg.evaluate.accuracy.dataset import IGNORED, Pair
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, median_ms_interleaved
+from edgeseg.evaluate.summary import build_summary, class_table, speed_up, verification_table
+from edgeseg.evaluate.verify import check_gates, compare_masks, verify
+from edgeseg.images.placement import fit, fit_windows
+from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
+from edgeseg.store.artifacts import (
     AccuracyFigures,
     Engine,
     FileRef,
@@ -23,14 +31,6 @@ from edgeseg.artifacts import (
     PrecisionReport,
     Verification,
 )
-from edgeseg.errors import GateError, InputError
-from edgeseg.evaluate.dataset import IGNORED, Pair
-from edgeseg.evaluate.latency import LatencyProtocol, median_ms_interleaved
-from edgeseg.evaluate.summary import build_summary, class_table, speed_up, verification_table
-from edgeseg.evaluate.verify import check_gates, compare_masks, verify
-from edgeseg.runtime.placement import fit, fit_windows
-from edgeseg.runtime.segmenter import Segmenter
-from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
 
 QUICK = LatencyProtocol(warmup_ms=0, min_iterations=2, min_duration_ms=0, max_iterations=2, block=1)
 CLASSES = 5

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeseg.errors import InputError
-from edgeseg.evaluate.dataset import IGNORED, LabelReader, ValidationSet, file_digest, read_label_file
+from edgeseg.evaluate.accuracy.dataset import IGNORED, LabelReader, ValidationSet, file_digest, read_label_file
 from edgeseg.spec import ModelSpec
 
 MODEL = ModelSpec("fpn", "resnet18", classes=11)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.quantize.editing import Editor, image_shape, replace_value, sole_reader
+from edgeseg.graph.editing import Editor, image_shape, replace_value, sole_reader
 from edgeseg.quantize.observed import Observed
 
 

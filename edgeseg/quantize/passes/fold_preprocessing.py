@@ -19,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from edgeseg.quantize.editing import Editor, constant_array, image_shape, remove_unread, sole_reader
+from edgeseg.graph.editing import Editor, constant_array, image_shape, remove_unread, sole_reader
 from edgeseg.quantize.observed import Observed
 
 _CHAIN = frozenset({"Cast", "Transpose", "Mul", "Add", "Sub", "Div", "Slice", "Gather"})

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.quantize.editing import Editor, constant_array, image_shape, replace_value, sole_reader
+from edgeseg.graph.editing import Editor, constant_array, image_shape, replace_value, sole_reader
 from edgeseg.quantize.observed import Observed
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.quantize.editing import Editor, constant_array, replace_value
+from edgeseg.graph.editing import Editor, constant_array, replace_value
 from edgeseg.quantize.observed import Observed
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.quantize.editing import Editor, constant_array
+from edgeseg.graph.editing import Editor, constant_array
 from edgeseg.quantize.observed import Observed
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.quantize.editing import Editor, constant_array, image_shape, sole_reader
+from edgeseg.graph.editing import Editor, constant_array, image_shape, sole_reader
 from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.passes.fold_preprocessing import for_each_image
 

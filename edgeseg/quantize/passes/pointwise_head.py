@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.quantize.editing import Editor, constant_array, replace_value
+from edgeseg.graph.editing import Editor, constant_array, replace_value
 from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.placement import tail
 

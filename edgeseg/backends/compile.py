@@ -1,0 +1,200 @@
+"""``edgeseg compile``: a device's own engine from the portable graph, without PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from edgeseg.backends import require_builder
+from edgeseg.backends.portable import check_options
+from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.progress import Reporter, SilentReporter, stage
+from edgeseg.store.artifacts import (
+    MANIFEST_NAME,
+    Engine,
+    FileRef,
+    Manifest,
+    OnnxGraph,
+    check_file,
+    open_engine,
+    read_manifest,
+    write_json,
+)
+from edgeseg.store.atomic import atomic_folder
+
+_MACHINE_INDEPENDENT: dict[str, tuple[str, ...]] = {
+    "onnxruntime": ("threads", "spinning"),
+    "openvino": ("threads",),
+    "tensorrt": (
+        "workspace_mb",
+        "allow_fp16",
+        "tf32",
+        "hardware_compatibility",
+        "version_compatible",
+        "optimization_level",
+        "aux_streams",
+        "min_size",
+        "max_size",
+        "contexts",
+        "cuda_graph",
+        "host_memory",
+        "strip_weights",
+        "refit",
+        "implicit_calibration",
+    ),
+    "tensorrt-rtx": ("runtime_cache", "workspace_mb", "tf32", "strip_weights", "refit", "min_size", "max_size"),
+}
+"""By target: recorded options that hold on another device too, for folders of before ``options_given`` was recorded."""
+
+
+def kept_options(manifest: Manifest) -> dict[str, Any]:
+    """The options of a folder that hold when its engine is built again: all that someone asked for."""
+    if manifest.options_given is not None:
+        return dict(manifest.options_given)
+    if manifest.engine is None:
+        return dict(manifest.options)
+    kept = _MACHINE_INDEPENDENT.get(manifest.target, ())
+    return {name: manifest.options[name] for name in kept if name in manifest.options}
+
+
+def recompile(engine: Engine) -> Engine:
+    """Build a stale engine again, in its folder, for this machine and with the options it was built with.
+
+    Where several processes find the same engine stale (the services of a device after an update), one builds it, and the
+    others wait and take that.
+
+    Raises:
+        ArtifactError: also when nothing can be written where the folder is.
+        ArtifactError, BuildError, SpecError: see :func:`compile_folder`.
+    """
+    manifest = engine.manifest
+    options: dict[str, Any] = {}
+    if manifest.target == "tensorrt-rtx" and (asked := kept_options(manifest).get("sm")):
+        from edgeseg.backends.tensorrt.rtx import backend as rtx
+
+        # It is to run here, whatever else it is for.
+        options["sm"] = tuple(dict.fromkeys((*asked, *rtx().own_sm())))
+    with _turn(engine.folder):
+        if read_manifest(engine.folder) != manifest:
+            return open_engine(engine.folder)
+        return compile_folder(engine.folder, options=options)
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Hold the lock of those who compile ``folder`` again, waiting for it."""
+    folder = Path(os.path.abspath(folder))
+    lock = filelock.FileLock(folder.parent / f".{folder.name}.recompile.lock")
+    try:
+        lock.acquire()
+    except OSError as exc:
+        raise ArtifactError(
+            f"{folder} was built for another device or version, and cannot be compiled again where it is "
+            f"({exc.strerror}); run: edgeseg compile {folder} --output FOLDER"
+        ) from exc
+    try:
+        yield
+    finally:
+        # While it is held: who waits for a file that is gone by then begins again.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def compile_folder(
+    folder: Path,
+    *,
+    target: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    output: Path | None = None,
+    reporter: Reporter | None = None,
+) -> Engine:
+    """Build an engine for this machine from the portable graph of ``folder``.
+
+    Args:
+        folder: an engine folder; only its graph and calibration table need to be intact.
+        target: backend; default the one the folder was built for.
+        options: backend settings, over those the folder was built with for the same backend; ``None`` as a value asks for
+            the default again.
+        output: folder to write; default ``folder`` itself, replaced when the new engine is complete.
+        reporter: told about progress; default silent.
+
+    Raises:
+        ArtifactError: the folder's manifest or graph is damaged.
+        BuildError: the graph's scheme is not one this backend runs fast here, or the build failed.
+        SpecError: a wrong option, or one kept from the folder that cannot be had here.
+    """
+    old = read_manifest(folder)
+    check_file(folder, old.graph)
+    backend = require_builder(target or old.target)
+    if old.scheme == "onnxruntime-vnni" and backend.scheme == "onnxruntime-avx2":
+        # Without VNNI, sums of u8 x s8 products saturate 16 bits: the masks would be wrong, not just slow.
+        raise BuildError(
+            f"{folder} is quantized for onnxruntime-vnni, which gives wrong results on this CPU without VNNI; "
+            "build it with: edgeseg build ... --scheme onnxruntime-avx2"
+        )
+    graph = OnnxGraph(
+        path=folder / old.graph.name,
+        sha256=old.graph.sha256,
+        precision=old.precision.requested,
+        spec=old.spec,
+        weights_sha256=old.inputs_sha256["weights"],
+        scheme=old.scheme,
+    )
+    kept = kept_options(old) if backend.name == old.target else {}
+    settings = {**kept, **(options or {})}
+    with _naming_kept(set(kept) - set(options or {}), folder):
+        given = check_options(backend.name, settings)
+    reporter = reporter or SilentReporter()
+    target_folder = output or folder
+    with atomic_folder(target_folder, force=output is None) as scratch:
+        shutil.copyfile(graph.path, scratch / old.graph.name)
+        if old.calibration is not None:
+            check_file(folder, old.calibration)
+            shutil.copyfile(folder / old.calibration.name, scratch / old.calibration.name)
+        copied = dataclasses.replace(graph, path=scratch / old.graph.name)
+        with stage(reporter, "compile") as said:
+            with _naming_kept(set(kept) - set(options or {}), folder):
+                built = backend.build(copied, scratch, given, reporter.progress, scratch.parent)
+            for note in built.notes:
+                reporter.note(note)
+            share = built.precision.mac_share.get(built.precision.requested, 0.0)
+            said.append(f"{backend.name}: {share:.1%} of MACs in {built.precision.requested}")
+        assert built.path is not None  # a backend that can build here does
+        manifest = dataclasses.replace(
+            old,
+            name=target_folder.name,
+            target=backend.name,
+            precision=built.precision,
+            engine=FileRef.of(built.path),
+            extra_files=tuple(FileRef.of(path) for path in built.extra_files),
+            options=dict(built.options),
+            options_given=given,
+            versions={**old.versions, **built.versions},
+            device=dict(built.device),
+            candidates={},
+            # The figures were measured on the machine that built the first engine; they are not this engine's.
+            verification=None if built.device != old.device else old.verification,
+        )
+        write_json(scratch / MANIFEST_NAME, manifest)
+    return open_engine(target_folder)
+
+
+@contextmanager
+def _naming_kept(kept: Collection[str], folder: Path) -> Iterator[None]:
+    """An error about an option nobody gave now says where it comes from and how to be rid of it."""
+    try:
+        yield
+    except SpecError as exc:
+        # Messages speak of "implicit calibration" as well as of implicit_calibration.
+        named = sorted(name for name in kept if name in str(exc) or name.replace("_", " ") in str(exc))
+        if not named:
+            raise
+        drop = " ".join(f"--backend-option {name}=null" for name in named)
+        raise SpecError(f"{exc}; {', '.join(named)} was kept from {folder}, to drop it: {drop}") from exc

@@ -1,0 +1,218 @@
+"""ONNX Runtime on the CPU: the embedded default.
+
+``build`` lets ONNX Runtime optimize the portable graph once, on this machine, and saves the result: loading it again
+with optimizations off takes a fraction of the time and runs the same kernels. The saved graph holds layouts and fusions
+chosen for this CPU, so ``load`` refuses one made for another instruction set.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
+from edgeseg.backends.cpu.options import check_built_for, cpu_options
+from edgeseg.backends.cpu.precision import executed_precision, node_times, profiled_events, run_profiled
+from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
+from edgeseg.machine.cpu import Cpu, this_cpu
+from edgeseg.store.artifacts import Engine, OnnxGraph
+
+ENGINE_NAME = "engine.onnx"
+_OPTION_NAMES = ("threads", "spinning")
+
+_SESSION_ENTRIES = {
+    # Denormals cost hundreds of cycles each; a segmentation logit that small decides nothing.
+    "session.set_denormal_as_zero": "1",
+    # One caller thread is the common case on an edge device: do not let pool threads burn a core between frames.
+    "session.force_spinning_stop": "1",
+}
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeBackend:
+    """Builds and loads engines for ONNX Runtime's CPU execution provider."""
+
+    cpu: Cpu
+    name: str = "onnxruntime"
+
+    @property
+    def scheme(self) -> str:
+        """The Q/DQ scheme that is fast with ONNX Runtime on this CPU."""
+        if self.cpu.arch == "arm":
+            return "onnxruntime-arm"
+        return "onnxruntime-vnni" if self.cpu.has_vnni else "onnxruntime-avx2"
+
+    def status(self) -> BackendStatus:
+        """Say whether ONNX Runtime works here and what is fast on this CPU."""
+        try:
+            ort = _import_ort()
+        except MissingDependencyError as exc:
+            return BackendStatus(False, None, str(exc))
+        return BackendStatus(True, str(ort.__version__), f"{self.cpu.name}: {_advice(self.cpu)}")
+
+    def build(
+        self,
+        graph: OnnxGraph,
+        folder: Path,
+        options: Mapping[str, Any],
+        progress: Progress | None = None,
+        engines_folder: Path | None = None,
+    ) -> BuiltEngine:
+        """Optimize the graph for this CPU and save it in ``folder``."""
+        chosen = cpu_options(self.name, options, _OPTION_NAMES)
+        ort = _import_ort()
+        path = folder / ENGINE_NAME
+        settings = _session_options(ort, chosen, self.cpu)
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        settings.optimized_model_filepath = str(path)
+        _open(ort, graph.path, settings, BuildError)
+        settings = _session_options(ort, chosen, self.cpu)
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        executed = run_profiled(ort, path, settings, graph.spec.input)
+        return BuiltEngine(
+            path=path,
+            precision=executed_precision(path, graph.precision, executed, graph.spec.input.batch.minimum),
+            options={**chosen, **_SESSION_ENTRIES},
+            versions={"onnxruntime": str(ort.__version__)},
+            device={"cpu": self.cpu.name, "isa": self.cpu.isa},
+        )
+
+    def load(self, engine: Engine) -> OnnxRuntimeSession:
+        """Load an engine folder built by :meth:`build` on a CPU with the same instruction set."""
+        ort = _import_ort()
+        check_built_for(engine, self.cpu, "onnxruntime", str(ort.__version__))
+        return OnnxRuntimeSession(_open(ort, engine.engine_path, self.load_settings(ort, engine), ArtifactError))
+
+    def load_settings(self, ort: Any, engine: Engine) -> Any:
+        """The session options ``engine`` is run with."""
+        saved = {name: engine.manifest.options[name] for name in _OPTION_NAMES if name in engine.manifest.options}
+        settings = _session_options(ort, cpu_options(self.name, saved, _OPTION_NAMES), self.cpu)
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return settings
+
+
+class OnnxRuntimeSession:
+    """A loaded engine; ``run`` may be called from several threads at once."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        (image,) = session.get_inputs()
+        self._input = image.name
+        self._shape = tuple(image.shape)
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Run one batch: uint8 ``(N, H, W, C)`` in, arrays by output name out.
+
+        Raises:
+            InputError: dtype or shape the engine does not take, or a closed session.
+        """
+        if self._session is None:
+            raise InputError("this session is closed; load the engine again")
+        try:
+            return dict(zip(self._outputs, self._session.run(self._outputs, {self._input: images}), strict=True))
+        except Exception as exc:
+            # ONNX Runtime derives nothing useful from its exceptions; the shape is the one thing a caller gets wrong.
+            if images.dtype != np.uint8 or not _fits(images.shape, self._shape):
+                raise InputError(
+                    f"images are {images.dtype} {images.shape}, this engine takes uint8 {_shape_text(self._shape)}"
+                ) from exc
+            raise BuildError(f"ONNX Runtime failed to run the engine: {_one_line(exc)}") from exc
+
+    def close(self) -> None:
+        """Free the session's memory and threads."""
+        self._session = None
+
+    def __enter__(self) -> OnnxRuntimeSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def backend() -> OnnxRuntimeBackend:
+    """Return the backend for the CPU at hand."""
+    return OnnxRuntimeBackend(this_cpu())
+
+
+def open_unoptimized(path: Path) -> OnnxRuntimeSession:
+    """Run an ONNX file as it is, a portable graph of another target too. Raises ``ArtifactError``."""
+    ort, cpu = _import_ort(), this_cpu()
+    settings = _session_options(ort, cpu_options("onnxruntime", {}, _OPTION_NAMES), cpu)
+    return OnnxRuntimeSession(_open(ort, path, settings, ArtifactError))
+
+
+def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
+    """(node name, milliseconds in one run, dtype) of each node, in the order they run, from ONNX Runtime's profiler."""
+    ort, found = _import_ort(), backend()
+    check_built_for(engine, found.cpu, "onnxruntime", str(ort.__version__))
+    settings = found.load_settings(ort, engine)
+    return node_times(profiled_events(ort, engine.engine_path, settings, engine.manifest.spec.input, runs), runs)
+
+
+def _import_ort() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        raise MissingDependencyError("onnxruntime", "onnxruntime", "run engines on this CPU") from exc
+    return onnxruntime
+
+
+def _session_options(ort: Any, options: Mapping[str, Any], cpu: Cpu) -> Any:
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options["threads"] or cpu.cores
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.log_severity_level = 3  # errors only: each is raised anyway
+    for key, value in _SESSION_ENTRIES.items():
+        settings.add_session_config_entry(key, value)
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options["spinning"] else "0")
+    return settings
+
+
+def _open(ort: Any, path: Path, settings: Any, error: type[BuildError] | type[ArtifactError]) -> Any:
+    try:
+        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception
+        written = settings.optimized_model_filepath
+        if written and "serialization failed" in str(exc):
+            # ONNX Runtime does not say why; it was reading one file, which is whole, and writing another.
+            free_mb = shutil.disk_usage(Path(written).parent).free / 1e6
+            raise error(
+                f"ONNX Runtime could not write {written}, with {free_mb:.1f} MB free there; free space or give another --output"
+            ) from exc
+        raise error(f"ONNX Runtime {ort.__version__} cannot load {path}: {_one_line(exc)}") from exc
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[Any, ...]) -> bool:
+    return len(shape) == len(wanted) and all(
+        not isinstance(w, int) or s == w for s, w in zip(shape, wanted, strict=True)
+    )
+
+
+def _shape_text(shape: tuple[Any, ...]) -> str:
+    return "(" + ", ".join(str(n) for n in shape) + ")"
+
+
+def _one_line(exc: BaseException) -> str:
+    return " ".join(str(exc).split())[:400]
+
+
+def _advice(cpu: Cpu) -> str:
+    if cpu.arch == "arm":
+        return (
+            "INT8 (S8S8) is fast"
+            if "asimddp" in cpu.flags or not cpu.flags
+            else "no dot-product instructions; INT8 gains little"
+        )
+    if cpu.has_vnni:
+        return "INT8 (U8 activations, S8 weights) is fast with VNNI"
+    return "INT8 without VNNI: weights use 7 bits to avoid saturation"

@@ -1,0 +1,259 @@
+"""OpenVINO on the CPU: the same Q/DQ graphs, kernels compiled for this processor.
+
+``build`` compiles the portable graph once and exports the compiled model; loading that takes a tenth of compiling again.
+The export holds choices made for this CPU and this OpenVINO, so ``load`` refuses it elsewhere.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
+from edgeseg.backends.cpu.openvino_argmax import replace_argmax
+from edgeseg.backends.cpu.options import check_built_for, cpu_options
+from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
+from edgeseg.machine.cpu import Cpu, this_cpu
+from edgeseg.spec import Precision
+from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
+
+ENGINE_NAME = "engine.blob"
+_OPTION_NAMES = ("threads",)
+
+
+@dataclass(frozen=True)
+class OpenVinoBackend:
+    """Builds and loads engines for OpenVINO's CPU plugin."""
+
+    cpu: Cpu
+    name: str = "openvino"
+    scheme: str = "openvino"
+
+    def status(self) -> BackendStatus:
+        """Say whether OpenVINO works here."""
+        try:
+            ov = _import_openvino()
+        except MissingDependencyError as exc:
+            return BackendStatus(False, None, str(exc))
+        version = _version(ov)
+        if self.cpu.arch == "other":
+            return BackendStatus(
+                False, version, f"OpenVINO has no kernels for {self.cpu.name}; use --target onnxruntime"
+            )
+        fast = "INT8 is fast with VNNI" if self.cpu.has_vnni else "INT8 without VNNI gains less"
+        return BackendStatus(True, version, f"{self.cpu.name}: {fast}")
+
+    def build(
+        self,
+        graph: OnnxGraph,
+        folder: Path,
+        options: Mapping[str, Any],
+        progress: Progress | None = None,
+        engines_folder: Path | None = None,
+    ) -> BuiltEngine:
+        """Compile the graph for this CPU and export it into ``folder``."""
+        chosen = cpu_options(self.name, options, _OPTION_NAMES)
+        ov = _import_openvino()
+        settings = self._settings(ov, chosen["threads"], graph.precision)
+        path = folder / ENGINE_NAME
+        try:
+            model = ov.Core().read_model(str(graph.path))
+            replace_argmax(ov, model)
+            compiled = ov.Core().compile_model(model, "CPU", settings)
+            path.write_bytes(_exported(compiled))
+        except Exception as exc:  # OpenVINO raises RuntimeError subclasses and pybind's own alike
+            raise BuildError(f"OpenVINO {_version(ov)} cannot compile {graph.path}: {_one_line(exc)}") from exc
+        return BuiltEngine(
+            path=path,
+            precision=_executed_precision(compiled, graph),
+            options={"threads": chosen["threads"], **{k: str(v) for k, v in settings.items()}},
+            versions={"openvino": _version(ov)},
+            device={"cpu": self.cpu.name, "isa": self.cpu.isa},
+        )
+
+    def load(self, engine: Engine) -> OpenVinoSession:
+        """Load an engine folder built by :meth:`build` on a CPU with the same instruction set."""
+        ov = _import_openvino()
+        check_built_for(engine, self.cpu, "openvino", _version(ov))
+        manifest = engine.manifest
+        threads = manifest.options.get("threads", 0)
+        settings = self._settings(ov, threads, manifest.precision.requested)
+        try:
+            compiled = ov.Core().import_model(engine.engine_path.read_bytes(), "CPU", settings)
+        except Exception as exc:  # see build
+            raise ArtifactError(f"OpenVINO cannot load {engine.engine_path}: {_one_line(exc)}") from exc
+        return OpenVinoSession(compiled)
+
+    def _settings(self, ov: Any, threads: int, precision: Precision) -> dict[str, Any]:
+        hint = "f32"
+        if precision == "fp16" and "FP16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            hint = "f16"
+        return {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads or self.cpu.cores,
+            # Without this OpenVINO runs the float parts in bfloat16 where the CPU can: a precision nobody asked for.
+            "INFERENCE_PRECISION_HINT": hint,
+        }
+
+
+class OpenVinoSession:
+    """A loaded engine; ``run`` may be called from several threads at once."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._idle = [compiled.create_infer_request()]
+        self._lock = threading.Lock()
+        self._outputs = [output.get_any_name() for output in compiled.outputs]
+        self._shape = compiled.inputs[0].get_partial_shape()
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Run one batch: uint8 ``(N, H, W, C)`` in, arrays by output name out.
+
+        Raises:
+            InputError: dtype or shape the engine does not take, or a closed session.
+            BuildError: OpenVINO failed to run the engine.
+        """
+        if self._compiled is None:
+            raise InputError("this session is closed; load the engine again")
+        if images.dtype != np.uint8 or not self._fits(images.shape):
+            # Asked first: OpenVINO would convert another dtype without a word.
+            raise InputError(f"images are {images.dtype} {images.shape}, this engine takes uint8 {self._shape}")
+        with self._lock:
+            request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
+        try:
+            request.infer([images], share_inputs=True)
+            # Copies: the request's own memory is written again by the next call.
+            return {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs)}
+        except Exception as exc:  # see OpenVinoBackend.build
+            raise BuildError(f"OpenVINO failed to run the engine: {_one_line(exc)}") from exc
+        finally:
+            with self._lock:
+                self._idle.append(request)
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        dimensions = list(self._shape)
+        return len(shape) == len(dimensions) and all(
+            d.get_min_length() <= n <= (d.get_max_length() if d.get_max_length() > 0 else n)
+            for n, d in zip(shape, dimensions, strict=True)
+        )
+
+    def close(self) -> None:
+        """Free the engine's memory and threads."""
+        self._idle.clear()
+        self._compiled = None
+
+    def __enter__(self) -> OpenVinoSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def backend() -> OpenVinoBackend:
+    """Return the backend for the CPU at hand."""
+    return OpenVinoBackend(this_cpu())
+
+
+def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
+    """(layer name, milliseconds in one run, dtype) of each executed layer, from OpenVINO's performance counters.
+
+    The portable graph is compiled again with counters on: an exported engine was made without them.
+
+    Raises:
+        BuildError: OpenVINO cannot compile or run it.
+    """
+    ov, found, manifest = _import_openvino(), backend(), engine.manifest
+    settings = found._settings(ov, manifest.options.get("threads", 0), manifest.precision.requested)
+    spec = manifest.spec.input
+    image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, np.uint8)
+    try:
+        model = ov.Core().read_model(str(engine.graph_path))
+        replace_argmax(ov, model)
+        request = ov.Core().compile_model(model, "CPU", {**settings, "PERF_COUNT": True}).create_infer_request()
+        request.infer([image], share_inputs=True)  # allocates; not counted
+        total: dict[str, float] = {}
+        dtypes: dict[str, str] = {}
+        for _ in range(runs):
+            request.infer([image], share_inputs=True)
+            for layer in request.profiling_info:
+                if "EXECUTED" in str(layer.status) and "NOT_RUN" not in str(layer.status):
+                    total[layer.node_name] = total.get(layer.node_name, 0.0) + layer.real_time.total_seconds() * 1000
+                    kernel_dtype = str(layer.exec_type).rpartition("_")[2].lower()
+                    dtypes[layer.node_name] = _DTYPES.get(kernel_dtype, kernel_dtype)
+    except Exception as exc:  # see OpenVinoBackend.build
+        raise BuildError(f"OpenVINO {_version(ov)} cannot profile {engine.graph_path}: {_one_line(exc)}") from exc
+    return [(name, ms / runs, dtypes[name]) for name, ms in total.items()]
+
+
+def _import_openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as exc:
+        raise MissingDependencyError("openvino", "openvino", "run engines with OpenVINO") from exc
+    return openvino
+
+
+def _exported(compiled: Any) -> bytes:
+    blob = compiled.export_model()
+    # A stream since OpenVINO 2025.
+    return bytes(blob.getvalue() if hasattr(blob, "getvalue") else blob)
+
+
+def _version(ov: Any) -> str:
+    return str(ov.__version__).split("-")[0]
+
+
+def _executed_precision(compiled: Any, graph: OnnxGraph) -> PrecisionReport:
+    """Join the runtime model's precision per layer with the portable graph's multiply-accumulates."""
+    from edgeseg.graph.macs import count_macs
+    from edgeseg.store.onnx_file import read_onnx
+
+    model, spec = read_onnx(graph.path), graph.spec.input
+    symbols = (d.dim_param for d in model.graph.input[0].type.tensor_type.shape.dim)
+    sizes = dict(zip(symbols, (spec.batch.minimum, spec.height, spec.width, spec.channels), strict=True))
+    macs = count_macs(model, sizes)
+    executed: dict[str, str] = {}
+    nodes: list[str] = []
+    for operation in compiled.get_runtime_model().get_ops():
+        info = {
+            key: operation.get_rt_info()[key].astype(str)
+            for key in ("layerType", "runtimePrecision", "originalLayersNames")
+        }
+        if info["layerType"] in {"Input", "Output", "Const"}:
+            continue
+        dtype = _DTYPES.get(info["runtimePrecision"].lower(), info["runtimePrecision"].lower())
+        nodes.append(dtype)
+        executed.update(dict.fromkeys((n for n in info["originalLayersNames"].split(",") if n in macs), dtype))
+    shares: Counter[str] = Counter()
+    for name, count in macs.items():
+        shares[executed.get(name, "fp32")] += count
+    total, batch = shares.total(), graph.spec.input.batch.minimum
+    return PrecisionReport(
+        requested=graph.precision,
+        mac_share={dtype: count / total for dtype, count in sorted(shares.items())} if total else {},
+        node_share={dtype: count / len(nodes) for dtype, count in sorted(Counter(nodes).items())},
+        macs=total // batch,
+        float_layers={
+            name: f"OpenVINO runs it in {executed.get(name, 'fp32')}"
+            for name in macs
+            if executed.get(name, "fp32") != graph.precision
+        },
+    )
+
+
+_DTYPES = {"u8": "int8", "i8": "int8", "f32": "fp32", "f16": "fp16", "fp32": "fp32", "fp16": "fp16"}
+
+
+def _one_line(exc: BaseException) -> str:
+    return " ".join(str(exc).split())[:400]

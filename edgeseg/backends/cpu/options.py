@@ -1,0 +1,48 @@
+"""What the CPU backends share: their build options, and the check that an engine was made for this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgeseg.errors import SpecError, StaleEngineError, did_you_mean
+from edgeseg.machine.cpu import Cpu
+from edgeseg.store.artifacts import Engine
+
+_DEFAULTS: dict[str, Any] = {"threads": 0, "spinning": True}
+
+
+def cpu_options(backend: str, options: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
+    """Check a backend's build options and add defaults.
+
+    ``threads``: threads of one inference, 0 for one per core this process may use. ``spinning``: pool threads spin a
+    little before they sleep, for lower latency at more power.
+
+    Raises:
+        SpecError: an unknown option, or a value out of range.
+    """
+    for key in options:
+        if key not in allowed:
+            raise SpecError(
+                f"target {backend} has no build option {key!r}{did_you_mean(key, allowed)} (allowed: {', '.join(allowed)})"
+            )
+    chosen = {name: options.get(name, _DEFAULTS[name]) for name in allowed}
+    threads, spinning = chosen["threads"], chosen.get("spinning", True)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= 1024:
+        raise SpecError(f"threads is {threads!r}; give a number from 0 (one per core) to 1024")
+    if not isinstance(spinning, bool):
+        raise SpecError(f"spinning is {spinning!r}; give true or false")
+    return chosen
+
+
+def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> None:
+    """Raise ``StaleEngineError`` if the engine was built for another instruction set or with another package version."""
+    manifest = engine.manifest
+    again = f"run: edgeseg compile {engine.folder}"
+    built_for, built_with = manifest.device.get("isa"), manifest.versions.get(package)
+    if built_for != cpu.isa:
+        raise StaleEngineError(
+            f"{engine.folder} was built for a CPU with [{built_for}], this one has [{cpu.isa}]; {again}"
+        )
+    if built_with != version:
+        raise StaleEngineError(f"{engine.folder} was built with {package} {built_with}, this is {version}; {again}")

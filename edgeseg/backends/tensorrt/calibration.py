@@ -1,0 +1,266 @@
+"""Implicit INT8 for TensorRT up to 10: calibration caches from edgeseg's own table, and TensorRT's own calibration.
+
+A cache is text: ``TRT-<version>-<algorithm>``, then a line ``<tensor>: <scale>`` each, the scale being a float32 (largest
+magnitude / 127) as the hexadecimal digits of its bits, most significant first and without leading zeros. TensorRT uses
+the scales as they are when the first line is its own, and calibrates anew, or fails, when it is not.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.errors import ArtifactError, BuildError, EdgesegError
+from edgeseg.quantize.table import CalibrationTable
+from edgeseg.spec import InputSpec
+from edgeseg.store.artifacts import sha256_file
+
+if TYPE_CHECKING:
+    from tensorrt_surface import TensorRT
+
+    from edgeseg.quantize.samples import CalibrationSet
+
+CACHE_NAME = "calibration.cache"
+ENTROPY = "EntropyCalibration2"
+MINMAX = "MinMaxCalibration"
+_LIMIT = 127.0
+
+
+class DeviceCopies(Protocol):
+    """What a calibrator needs of the CUDA layer (:class:`edgeseg.backends.cuda.device.Cuda` in part)."""
+
+    def device_memory(self, size_bytes: int) -> Any: ...
+
+    def stream(self) -> Any: ...
+
+    def active(self) -> AbstractContextManager[Any]: ...
+
+
+def version_number(version: str) -> int:
+    """``8.6.1`` -> 8601, ``10.3.0`` -> 100300: as TensorRT numbers itself in a cache."""
+    major, minor, patch = (int(part) for part in (version.split(".") + ["0", "0"])[:3])
+    return major * (10000 if major >= 10 else 1000) + minor * 100 + patch
+
+
+def cache_header(version: str, algorithm: str = ENTROPY) -> str:
+    """First line of a cache that this version reads."""
+    return f"TRT-{version_number(version)}-{algorithm}"
+
+
+def scale_text(scale: float) -> str:
+    """The bits of a float32 as hexadecimal digits: 1.0 -> ``3f800000``."""
+    return f"{int.from_bytes(struct.pack('>f', scale), 'big'):x}"
+
+
+def cache_text(table: CalibrationTable, version: str) -> str:
+    """A calibration cache of every range in the table, in the table's order.
+
+    Raises:
+        ArtifactError: the table holds no range at all, so int8 has nothing to stand on.
+    """
+    if not table.ranges:
+        raise ArtifactError("the calibration table holds no ranges; calibrate again")
+    lines = [cache_header(version)]
+    lines += [f"{name}: {scale_text(found.magnitude / _LIMIT)}" for name, found in table.ranges.items()]
+    return "\n".join(lines) + "\n"
+
+
+def read_cache(text: str) -> tuple[str, dict[str, float]]:
+    """Header and scales of a cache.
+
+    Raises:
+        ArtifactError: not a calibration cache, a tensor twice, or a scale that is not a positive finite number.
+    """
+    header, _, body = text.partition("\n")
+    if not header.startswith("TRT-"):
+        raise ArtifactError(f"not a TensorRT calibration cache: it begins with {header[:40]!r}; calibrate again")
+    scales: dict[str, float] = {}
+    for line in body.splitlines():
+        if not line.strip():
+            continue
+        name, separator, digits = line.rpartition(": ")
+        try:
+            scale = struct.unpack(">f", int(digits, 16).to_bytes(4, "big"))[0]
+        except (ValueError, OverflowError):
+            scale = float("nan")
+        if not separator or name in scales or not (np.isfinite(scale) and scale >= 0):
+            raise ArtifactError(f"the calibration cache is damaged at {line[:80]!r}; calibrate again")
+        scales[name] = scale
+    return header, scales
+
+
+def check_cache(path: Path, version: str, tensors: Collection[str], table: CalibrationTable | None) -> bytes:
+    """Read a cache someone gives and refuse one that is not for this TensorRT, this graph and this table.
+
+    Args:
+        path: the cache file.
+        version: of TensorRT here.
+        tensors: names of the graph's values.
+        table: the folder's calibration table, if it has one: the scales must be its own.
+
+    Returns:
+        the file's bytes.
+
+    Raises:
+        ArtifactError: unreadable, damaged, or written for something else; says what.
+    """
+    try:
+        data = path.read_bytes()
+        header, scales = read_cache(data.decode())
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ArtifactError(f"cannot read calibration cache {path}: {exc}; give a TensorRT calibration cache") from exc
+    if header.rpartition("-")[0] != cache_header(version).rpartition("-")[0]:
+        raise ArtifactError(
+            f"calibration cache {path} is of another TensorRT ({header}, this one reads {cache_header(version)}); "
+            "leave calibration_cache out to write one from the calibration table"
+        )
+    known = set(tensors)
+    foreign = [name for name in scales if name not in known and not name.startswith("(Unnamed Layer")]
+    if not scales or foreign:
+        named = f"it speaks of {foreign[0]!r}, which the graph does not have" if foreign else "it holds no scales"
+        raise ArtifactError(f"calibration cache {path} is of another model: {named}; calibrate this one")
+    if table is not None:
+        wanted = read_cache(cache_text(table, version))[1]
+        differing = [name for name in wanted if name in scales and scales[name] != wanted[name]]
+        if differing:
+            raise ArtifactError(
+                f"calibration cache {path} is stale: {len(differing)} of its scales, such as that of {differing[0]!r}, are "
+                "not those of the folder's calibration table; leave calibration_cache out to write a new one"
+            )
+    return data
+
+
+def table_digest(path: Path) -> str:
+    """SHA-256 of the calibration table a cache was written from, for the manifest."""
+    return sha256_file(path)
+
+
+def cache_calibrator(trt: TensorRT, cache: bytes) -> Any:
+    """A calibrator that has the answer already: TensorRT reads the cache and asks for no images."""
+
+    if TYPE_CHECKING:
+        from tensorrt import IInt8EntropyCalibrator2
+    else:
+        IInt8EntropyCalibrator2 = trt.IInt8EntropyCalibrator2  # noqa: N806  # a class of the module at hand
+
+    class CachedCalibrator(IInt8EntropyCalibrator2):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked_for_images = False
+
+        def get_batch_size(self) -> int:
+            return 1
+
+        def get_batch(self, names: list[str]) -> None:
+            # Only asked when TensorRT does not take the cache; without a batch its build fails, as it should.
+            self.asked_for_images = True
+
+        def read_calibration_cache(self) -> bytes:
+            return cache
+
+        def write_calibration_cache(self, cache: Any) -> None:
+            pass
+
+    return CachedCalibrator()
+
+
+class ImageFeed:
+    """Calibration images in device memory, a batch at a time, for a calibrator's ``get_batch``.
+
+    An exception inside TensorRT's callback would be lost: the first one is kept in ``failure``, and the images end.
+    """
+
+    def __init__(self, samples: CalibrationSet, spec: InputSpec, cuda: DeviceCopies) -> None:
+        self.batch_size = spec.batch.optimum
+        self.batches = 0
+        self.failure: EdgesegError | None = None
+        self._batches = _batches(samples, spec)
+        self._cuda = cuda
+        size_bytes = self.batch_size * spec.height * spec.width * spec.channels
+        self._memory = cuda.device_memory(size_bytes)
+        self._stream = cuda.stream()
+
+    def next_address(self) -> int | None:
+        """Copy the next batch to the device and return where it is; ``None`` after the last one."""
+        try:
+            batch = next(self._batches, None)
+            if batch is None:
+                return None
+            # TensorRT calls from a thread of its choice, which need not have the GPU's context.
+            with self._cuda.active():
+                self._stream.copy_to_device(self._memory.address, batch.reshape(-1))
+                self._stream.synchronize()
+        except EdgesegError as exc:
+            self.failure = exc
+            return None
+        self.batches += 1
+        return int(self._memory.address)
+
+    def close(self) -> None:
+        """Free the device memory and the stream."""
+        self._stream.close()
+        self._memory.close()
+
+
+def image_calibrator(trt: TensorRT, algorithm: str, feed: ImageFeed) -> Any:
+    """A calibrator that lets TensorRT measure on images.
+
+    Args:
+        trt: the TensorRT module, up to 10.
+        algorithm: ``entropy`` or ``minmax``.
+        feed: the images.
+
+    Returns:
+        the calibrator; its ``written`` is the cache TensorRT made, ``b""`` before.
+    """
+    if TYPE_CHECKING:
+        # What it overrides is the same of the other one.
+        from tensorrt import IInt8EntropyCalibrator2 as Base
+    else:
+        Base = trt.IInt8EntropyCalibrator2 if algorithm == "entropy" else trt.IInt8MinMaxCalibrator  # noqa: N806
+
+    class ImageCalibrator(Base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.written = b""
+
+        def get_batch_size(self) -> int:
+            return feed.batch_size
+
+        def get_batch(self, names: list[str]) -> list[int] | None:
+            address = feed.next_address()
+            return None if address is None else [address]
+
+        def read_calibration_cache(self) -> None:
+            return None
+
+        def write_calibration_cache(self, cache: Any) -> None:
+            self.written = bytes(cache)
+
+    return ImageCalibrator()
+
+
+def require_measured(feed: ImageFeed) -> None:
+    """Raise what went wrong inside TensorRT's callbacks, or that it measured on nothing."""
+    if feed.failure is not None:
+        raise BuildError(f"calibration stopped after {feed.batches} batches: {feed.failure}") from feed.failure
+    if feed.batches == 0:
+        raise BuildError("TensorRT asked for no calibration images; its int8 ranges would mean nothing")
+
+
+def _batches(samples: CalibrationSet, spec: InputSpec) -> Iterator[NDArray[np.uint8]]:
+    """Full batches of uint8 ``(N, H, W, C)`` at the engine's own size; a last one that is not full is left out."""
+    pending: list[NDArray[np.uint8]] = []
+    for window in samples.images(spec):
+        if window.shape[1:3] != (spec.height, spec.width):
+            continue  # a dynamic size's own: the calibration profile has the engine's size only
+        pending.append(window)
+        if len(pending) == spec.batch.optimum:
+            yield np.ascontiguousarray(np.concatenate(pending))
+            pending = []

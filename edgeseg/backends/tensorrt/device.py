@@ -1,0 +1,110 @@
+"""The GPU TensorRT would use, and whether an engine was built for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgeseg.backends.cuda.device import Cuda, open_cuda
+from edgeseg.errors import DeviceError, StaleEngineError
+from edgeseg.spec import PipelineSpec
+from edgeseg.store.artifacts import Engine
+
+if TYPE_CHECKING:
+    from tensorrt import ICudaEngine
+    from tensorrt_surface import TensorRT
+
+    from edgeseg.backends.tensorrt.rtx_cache import CachingEngine
+    from edgeseg.backends.tensorrt.session import TensorRTSession
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, as far as engines and kernel times depend on it.
+
+    Attributes:
+        name: the driver's, such as ``Orin``: of a Nano and of an AGX alike.
+        compute_capability: ``(major, minor)``.
+        multiprocessors: how many are on. A Jetson's power mode changes that, so engines are not refused by it.
+    """
+
+    name: str
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+
+    @property
+    def capability_text(self) -> str:
+        return f"{self.compute_capability[0]}.{self.compute_capability[1]}"
+
+
+def open_session(
+    trt: TensorRT, engine: ICudaEngine | CachingEngine, spec: PipelineSpec, cuda: Cuda, options: Mapping[str, Any]
+) -> TensorRTSession:
+    """Wrap a deserialized engine in a session, which closes ``cuda``. Of ``options``, the manifest's, it takes its own."""
+    from edgeseg.backends.tensorrt.session import SessionOptions, TensorRTSession
+
+    names = [f.name for f in dataclasses.fields(SessionOptions)]
+    chosen = SessionOptions(**{name: options[name] for name in names if name in options})
+    return TensorRTSession(trt, engine, spec, cuda, chosen)
+
+
+@contextmanager
+def closed_on_failure(cuda: Cuda) -> Iterator[None]:
+    """Close a GPU when the block fails, after the TensorRT objects that were made in it.
+
+    Destroying them takes the CUDA context, and they live in the frames of the exception: those of the calls in the block,
+    which are done. So make them in calls, not in the block.
+    """
+    try:
+        yield
+    except BaseException as exc:
+        with suppress(DeviceError), cuda.active():
+            traceback.clear_frames(exc.__traceback__)
+        cuda.close()
+        raise
+
+
+def find_gpu() -> Gpu:
+    """The first GPU visible to this process. Raises ``MissingDependencyError``, ``DeviceError``."""
+    with open_cuda() as cuda:
+        device = cuda.device
+        return Gpu(device.name, device.compute_capability, device.multiprocessors)
+
+
+def check_built_for(engine: Engine, package: str, version: str, gpu: Gpu) -> None:
+    """Raise ``StaleEngineError`` unless a plan can be deserialized here.
+
+    Args:
+        engine: the folder; its manifest says what the plan was built with and for, and how portable it was made.
+        package: ``tensorrt`` or ``tensorrt-rtx``.
+        version: of the package here.
+        gpu: the GPU here.
+    """
+    manifest = engine.manifest
+    built_with, built_on = manifest.versions.get(package, "?"), manifest.device.get("gpu", "?")
+    capability = manifest.device.get("compute_capability", "?")
+    level = manifest.options.get("hardware_compatibility", "none")
+    if manifest.options.get("version_compatible"):
+        # Runs in later TensorRTs of the same major: what "version compatible" promises.
+        same_version = _numbers(version)[:1] == _numbers(built_with)[:1] and _numbers(version) >= _numbers(built_with)
+    else:
+        same_version = built_with == version
+    same_capability = capability == gpu.capability_text
+    same_device = {
+        "none": same_capability and built_on == gpu.name,
+        "same_compute_capability": same_capability,
+        "ampere_plus": gpu.compute_capability >= (8, 0),
+    }.get(level, False)
+    if not same_version or not same_device:
+        raise StaleEngineError(
+            f"{engine.folder} was built with {package} {built_with} for {built_on} (compute capability {capability}), this "
+            f"is {package} {version} on {gpu.name} ({gpu.capability_text}); run: edgeseg compile {engine.folder}"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

@@ -1,0 +1,274 @@
+"""Build options of the TensorRT backends: what can be set, checked before any work is done, recorded in the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.spec import InputSpec, one_of
+
+Shape = tuple[int, int, int, int]
+Options = TypeVar("Options")
+
+TYPINGS = ("auto", "strong", "weak")
+COMPATIBILITY_LEVELS = ("none", "ampere_plus", "same_compute_capability")
+VERBOSITIES = ("detailed", "layer_names_only", "none")
+CALIBRATORS = ("table", "entropy", "minmax")
+HOST_MEMORY_MODES = ("auto", "copy", "mapped")
+RTX_SMS = (75, 80, 86, 89, 120, 121)
+
+
+@dataclass(frozen=True)
+class TensorRTOptions:
+    """Settings of one TensorRT build; ``None`` leaves a setting to TensorRT.
+
+    Attributes:
+        workspace_mb: most scratch memory a layer may use, MiB.
+        timing_cache: keep measured kernel times between builds on this device (``true``), in the file named, or not.
+        typing: ``strong``: layers compute in the graph's types (TensorRT 10 on); ``weak``: TensorRT may choose among
+            the precisions allowed; ``auto``: strong where there is a choice.
+        allow_fp16: with weak typing, the float layers of an int8 engine may run in fp16.
+        tf32: float32 layers may multiply in TF32 on GPUs that have it; TensorRT's own default.
+        hardware_compatibility: ``ampere_plus`` or ``same_compute_capability`` engines load on other GPUs too, slower. Not
+            on a Jetson, says TensorRT.
+        version_compatible: the engine loads in later TensorRT versions of the same major too; larger.
+        optimization_level: 0 (fast build) to 5 (fast engine).
+        aux_streams: most streams one inference may use beside its own; 0 for none.
+        tactic_sources: libraries kernels may come from, such as ``["JIT_CONVOLUTIONS"]``.
+        dla_core: run on this DLA, with the GPU for what it cannot.
+        profiling_verbosity: ``detailed`` is what the proof of precision reads.
+        prove_precision: fail when the inspector does not show the precision asked for; without it the share is recorded
+            only, for a TensorRT whose inspector names its layers in a way edgeseg does not know.
+        strip_weights: leave the weights out of the engine; they are put back from the graph when it is loaded.
+        refit: weights can be replaced in the built engine.
+        min_size, max_size: ``HxW``, bounds of an engine of dynamic size; default half and double its size.
+        implicit_calibration: int8 from calibrated ranges instead of Q/DQ (TensorRT up to 10; DLA before 11.4).
+        calibrator: where the ranges come from: ``table``, edgeseg's own; ``entropy`` or ``minmax``: TensorRT measures.
+        calibration_images: what ``entropy`` and ``minmax`` measure on.
+        calibration_cache: a TensorRT calibration cache to use as it is.
+        layer_times: run the new engine a few times with TensorRT's profiler: the share of time per dtype, in the manifest.
+        contexts, cuda_graph, host_memory: how the engine runs once loaded; see
+            :class:`edgeseg.backends.tensorrt.session.SessionOptions`.
+    """
+
+    workspace_mb: int | None = None
+    timing_cache: bool | str = True
+    typing: str = "auto"
+    allow_fp16: bool = True
+    tf32: bool = True
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    optimization_level: int | None = None
+    aux_streams: int | None = None
+    tactic_sources: tuple[str, ...] | None = None
+    dla_core: int | None = None
+    profiling_verbosity: str = "detailed"
+    prove_precision: bool = True
+    strip_weights: bool = False
+    refit: bool = False
+    min_size: str | None = None
+    max_size: str | None = None
+    implicit_calibration: bool = False
+    calibrator: str = "table"
+    calibration_images: str | None = None
+    calibration_cache: str | None = None
+    layer_times: bool = True
+    contexts: int = 2
+    cuda_graph: bool = False
+    host_memory: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("typing", self.typing, TYPINGS)
+        one_of("hardware compatibility", self.hardware_compatibility, COMPATIBILITY_LEVELS)
+        one_of("profiling verbosity", self.profiling_verbosity, VERBOSITIES)
+        one_of("calibrator", self.calibrator, CALIBRATORS)
+        one_of("host memory", self.host_memory, HOST_MEMORY_MODES)
+        if self.calibrator != "table" and self.calibration_images is None:
+            raise SpecError(f"calibrator {self.calibrator} measures on images; give calibration_images=DIR too")
+        explicit = [name for name in ("calibration_images", "calibration_cache") if getattr(self, name) is not None]
+        if not self.implicit_calibration and (explicit or self.calibrator != "table"):
+            named = explicit[0] if explicit else "calibrator"
+            raise SpecError(f"{named} is of use with implicit_calibration=true only; give both or neither")
+        if self.calibration_cache is not None and self.calibrator != "table":
+            raise SpecError("calibration_cache is used as it is; leave calibrator out")
+        if self.implicit_calibration and self.typing == "strong":
+            raise SpecError("implicit calibration needs weak typing: leave typing out")
+
+
+@dataclass(frozen=True)
+class RtxOptions:
+    """Settings of one TensorRT-RTX build.
+
+    Attributes:
+        sm: compute capabilities the engine is for, times ten: 86 is SM 8.6. Several go into one engine file.
+        runtime_cache: keep kernels compiled when the engine is first loaded on a GPU for the next time.
+        workspace_mb, tf32, strip_weights, refit, min_size, max_size: as in :class:`TensorRTOptions`.
+    """
+
+    sm: tuple[int, ...] = ()
+    runtime_cache: bool = True
+    workspace_mb: int | None = None
+    tf32: bool = True
+    strip_weights: bool = False
+    refit: bool = False
+    min_size: str | None = None
+    max_size: str | None = None
+
+    def __post_init__(self) -> None:
+        listed = ", ".join(str(sm) for sm in RTX_SMS)
+        for sm in self.sm:
+            if sm not in RTX_SMS:
+                raise SpecError(f"TensorRT-RTX has no SM {sm} (allowed: {listed}); Jetsons take --target tensorrt")
+        if len(set(self.sm)) != len(self.sm):
+            raise SpecError(f"SM {', '.join(map(str, self.sm))} names one twice; name each once")
+
+
+def parse_options(kind: type[Options], backend: str, options: Mapping[str, Any]) -> Options:
+    """Check options as they came from the command line or a manifest.
+
+    Raises:
+        SpecError: an unknown name, a value of another type or out of range; says what is allowed.
+    """
+    names = tuple(f.name for f in dataclasses.fields(kind))  # type: ignore[arg-type]  # a dataclass, by use
+    chosen: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in names:
+            raise SpecError(
+                f"target {backend} has no build option {name!r}{did_you_mean(name, names)} (allowed: {', '.join(names)})"
+            )
+        if value is not None:
+            check, wanted = _CHECKS[name]
+            chosen[name] = _checked(name, value, check, wanted)
+    return kind(**chosen)
+
+
+def _checked(name: str, value: Any, check: Callable[[Any], Any], wanted: str) -> Any:
+    try:
+        found = check(value)
+    except (TypeError, ValueError):
+        found = None
+    if found is None:
+        raise SpecError(f"{name} is {value!r}; give {wanted}")
+    return found
+
+
+def _number(low: int, high: int) -> Callable[[Any], int | None]:
+    def check(value: Any) -> int | None:
+        return value if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high else None
+
+    return check
+
+
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _path(value: Any) -> str | None:
+    return os.path.abspath(value) if _text(value) else None
+
+
+def _flag_or_path(value: Any) -> bool | str | None:
+    return value if isinstance(value, bool) else _path(value)
+
+
+def _size(value: Any) -> str | None:
+    return value if isinstance(value, str) and re.fullmatch(r"[1-9]\d*x[1-9]\d*", value) else None
+
+
+def _words(value: Any) -> tuple[str, ...] | None:
+    words = value.split(",") if isinstance(value, str) else list(value)
+    return tuple(str(word).strip().upper() for word in words) or None
+
+
+def _sms(value: Any) -> tuple[int, ...] | None:
+    numbers = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else list(value)
+    return tuple(int(number) for number in numbers)
+
+
+_FLAG = (_flag, "true or false")
+_SIZE = (_size, "HEIGHTxWIDTH in pixels, such as 256x320")
+_CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "workspace_mb": (_number(1, 1 << 20), "MiB, from 1"),
+    "timing_cache": (_flag_or_path, "true, false or a file"),
+    "typing": (_text, f"one of {', '.join(TYPINGS)}"),
+    "allow_fp16": _FLAG,
+    "tf32": _FLAG,
+    "hardware_compatibility": (_text, f"one of {', '.join(COMPATIBILITY_LEVELS)}"),
+    "version_compatible": _FLAG,
+    "optimization_level": (_number(0, 5), "a number from 0 to 5"),
+    "aux_streams": (_number(0, 64), "a number from 0 to 64"),
+    "tactic_sources": (_words, "names separated by commas, such as JIT_CONVOLUTIONS"),
+    "dla_core": (_number(0, 15), "the number of a DLA core, from 0"),
+    "profiling_verbosity": (_text, f"one of {', '.join(VERBOSITIES)}"),
+    "prove_precision": _FLAG,
+    "strip_weights": _FLAG,
+    "refit": _FLAG,
+    "layer_times": _FLAG,
+    "min_size": _SIZE,
+    "max_size": _SIZE,
+    "implicit_calibration": _FLAG,
+    "calibrator": (_text, f"one of {', '.join(CALIBRATORS)}"),
+    "calibration_images": (_path, "a folder, glob or list of images"),
+    "calibration_cache": (_path, "a calibration cache file"),
+    "contexts": (_number(1, 64), "a number from 1 to 64"),
+    "cuda_graph": _FLAG,
+    "host_memory": (_text, f"one of {', '.join(HOST_MEMORY_MODES)}"),
+    "runtime_cache": _FLAG,
+    "sm": (_sms, "numbers such as 86,89"),
+}
+
+
+def profile_shapes(spec: InputSpec, min_size: str | None, max_size: str | None) -> tuple[Shape, Shape, Shape] | None:
+    """Smallest, best and largest shape of the image input, or ``None`` for a static one.
+
+    Args:
+        spec: the engine's input.
+        min_size: ``HxW``; default the spec's own, else half the engine's size.
+        max_size: the same; default double.
+
+    Raises:
+        SpecError: a bound that is no multiple of the stride or on the wrong side of the engine's size, or bounds for an
+            engine of static size.
+    """
+    if not spec.dynamic_size and (min_size or max_size):
+        raise SpecError("min_size and max_size are for engines of dynamic size; build with --dynamic-size")
+    if not spec.dynamic_size and not spec.batch.is_dynamic:
+        return None
+    least = most = best = (spec.height, spec.width)
+    if spec.dynamic_size:
+        step = spec.stride
+        # The spec's bounds need not be multiples of the stride; an engine's shapes are.
+        small = tuple(-(-side // step) * step for side in spec.min_size or (spec.height // 2, spec.width // 2))
+        large = tuple(side // step * step for side in spec.max_size or (2 * spec.height, 2 * spec.width))
+        least = _bound("min_size", min_size, (small[0], small[1]), spec)
+        most = _bound("max_size", max_size, (large[0], large[1]), spec)
+        if not all(a <= b <= c for a, b, c in zip(least, best, most, strict=True)):
+            raise SpecError(
+                f"sizes {_x(least)} to {_x(most)} do not hold the engine's own {_x(best)}; widen min_size and max_size"
+            )
+    batch = spec.batch
+    return (
+        (batch.minimum, *least, spec.channels),
+        (batch.optimum, *best, spec.channels),
+        (batch.maximum, *most, spec.channels),
+    )
+
+
+def _bound(name: str, given: str | None, default: tuple[int, int], spec: InputSpec) -> tuple[int, int]:
+    height, width = (int(side) for side in given.split("x")) if given else default
+    if height % spec.stride or width % spec.stride:
+        raise SpecError(f"{name} {height}x{width} does not fit: this model needs multiples of {spec.stride}")
+    return height, width
+
+
+def _x(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

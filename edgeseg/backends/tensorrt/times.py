@@ -1,0 +1,85 @@
+"""Where the time of a new engine goes, layer by layer: a few runs with TensorRT's ``IProfiler``, right after the build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from edgeseg.backends.cuda.device import Cuda, open_cuda
+from edgeseg.backends.tensorrt.device import closed_on_failure
+from edgeseg.backends.tensorrt.log import LogCapture
+from edgeseg.backends.tensorrt.module import TENSORRT
+from edgeseg.backends.tensorrt.session import open_session
+
+if TYPE_CHECKING:
+    from tensorrt_surface import TensorRT
+
+    from edgeseg.backends.tensorrt.graph import ParsedGraph
+    from edgeseg.backends.tensorrt.session import TensorRTSession
+
+RUNS = 10
+
+LayerTimes: TypeAlias = list[tuple[str, float]]
+"""(layer name, milliseconds), every layer once per run."""
+
+
+def layer_profiler(trt: TensorRT, reports: list[tuple[str, float]]) -> Any:
+    """An ``IProfiler`` that appends (layer name, milliseconds) to ``reports``."""
+
+    if TYPE_CHECKING:
+        from tensorrt import IProfiler
+    else:
+        IProfiler = trt.IProfiler  # noqa: N806  # a class of the module at hand
+
+    class LayerProfiler(IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            reports.append((layer_name, ms))
+
+    return LayerProfiler()
+
+
+def measure_layer_times(
+    trt: TensorRT, logger: Any, log: LogCapture, plan: bytes, options: Mapping[str, Any], parsed: ParsedGraph
+) -> LayerTimes:
+    """Run a plan on a grey image of its size, :data:`RUNS` times after one that is not counted.
+
+    Args:
+        trt: the module the plan was built with.
+        logger: the module's.
+        log: of the build.
+        plan: its content.
+        options: it was built with.
+        parsed: the graph it was built from; a plan without weights gets them from there.
+
+    Raises:
+        MissingDependencyError, DeviceError: no CUDA layer; the GPU has no memory left for it, or cannot run it.
+    """
+    size = parsed.spec.input
+    grey = np.full((size.batch.minimum, size.height, size.width, size.channels), 128, np.uint8)
+    cuda = open_cuda()
+    with closed_on_failure(cuda):
+        session = _opened(trt, cuda, logger, log, plan, options, parsed)
+    with session:
+        return session.layer_times(grey, RUNS)
+
+
+def _opened(
+    trt: TensorRT,
+    cuda: Cuda,
+    logger: Any,
+    log: LogCapture,
+    plan: bytes,
+    options: Mapping[str, Any],
+    parsed: ParsedGraph,
+) -> TensorRTSession:
+    with cuda.active():
+        engine = TENSORRT.deserialize(trt, logger, log, plan, options, Path("the new engine"))
+        if options.get("strip_weights"):
+            TENSORRT.refit(trt, logger, log, engine, parsed.path)
+    return open_session(trt, engine, parsed.spec, cuda, {**options, "contexts": 1, "cuda_graph": False})

@@ -1,0 +1,1 @@
+"""What an engine loses: data sets, meters, the judge, intervals over images."""

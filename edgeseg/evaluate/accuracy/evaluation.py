@@ -1,0 +1,318 @@
+"""Accuracy of several contenders on one data set: streaming, resumable, in several processes.
+
+What is known of an image is a line of JSON, appended to a file whose name is the hash of everything it depends on (engine,
+baseline, data, settings, this package's code). An evaluation that was interrupted finds the lines of before and goes on
+behind them; a changed input finds none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from numpy.typing import NDArray
+
+from edgeseg.errors import InputError
+from edgeseg.evaluate.accuracy.dataset import LabelReader, Pair, ValidationSet, file_digest
+from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution, judge, segment, truth_of_scores
+from edgeseg.evaluate.accuracy.layouts import open_layout
+from edgeseg.evaluate.accuracy.ledger import Ledger
+from edgeseg.evaluate.accuracy.loss import LossSums, ScoreTap, loss_sums
+from edgeseg.evaluate.accuracy.scores import accuracy_of, truth_counts
+from edgeseg.evaluate.accuracy.worst import save_worst
+from edgeseg.evaluate.contenders import Contender, Opener, first_baseline
+from edgeseg.evaluate.intervals import Counts
+from edgeseg.evaluate.results import Accuracy, Resolution, WorstImage
+from edgeseg.machine.cpu import this_cpu
+from edgeseg.machine.orphans import end_with_parent
+from edgeseg.progress import Reporter, stage
+from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.spec import ModelSpec, PipelineSpec
+from edgeseg.store.artifacts import sha256_json
+from edgeseg.store.cache import cache_folder, source_sha256
+
+# Images judged ahead of the one whose turn it is to be written, per process.
+_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class AccuracyRequest:
+    """What ``edgeseg bench`` can be asked about accuracy.
+
+    Attributes:
+        data: the data set's folder (layout ``list``: file).
+        layout, split, ignore_index, label_map, limit: see :func:`edgeseg.evaluate.accuracy.layouts.open_layout`.
+        resolution: judge at the size of the image files or of the engine's input.
+        jobs: worker processes; each opens every contender.
+        worst: how many images of lowest agreement to list and to show.
+        images_folder: where their pictures go; ``None`` for no pictures.
+        state_folder: where the lines are kept; ``None``: the cache.
+    """
+
+    data: Path
+    layout: str = "images-masks"
+    split: str = "val"
+    ignore_index: int | None = None
+    label_map: dict[int, int] | None = None
+    limit: int | None = None
+    resolution: Resolution = "source"
+    jobs: int = 1
+    worst: int = 5
+    images_folder: Path | None = None
+    state_folder: Path | None = None
+
+    def check(self, contenders: Sequence[Contender]) -> None:
+        """Find the data as each model would; raises ``InputError`` or ``SpecError`` where that fails."""
+        for model in {sha256_json(c.spec.model): c.spec.model for c in contenders}.values():
+            self.open(model)
+
+    def open(self, model: ModelSpec) -> ValidationSet:
+        """The data set as ``model`` is to be judged on it."""
+        return open_layout(
+            self.data,
+            self.layout,
+            model,
+            split=self.split,
+            ignore_index=self.ignore_index,
+            label_map=self.label_map,
+            limit=self.limit,
+        )
+
+    def __call__(self, contenders: Sequence[Contender], opener: Opener, reporter: Reporter) -> dict[str, Accuracy]:
+        """Evaluate all contenders: the accuracy step of :func:`edgeseg.evaluate.bench.run_bench`."""
+        return evaluate(self, contenders, opener, reporter)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Contenders of one model specification, which read the data alike."""
+
+    data: ValidationSet
+    digest: str
+    contenders: tuple[Contender, ...]
+    baseline_of: dict[str, str]
+    resolution: Resolution
+
+
+def evaluate(
+    request: AccuracyRequest, contenders: Sequence[Contender], opener: Opener, reporter: Reporter
+) -> dict[str, Accuracy]:
+    """Judge every contender on every image that is not judged yet, and return the figures by name.
+
+    Raises:
+        InputError, SpecError: the data cannot be used with the model; see :mod:`edgeseg.evaluate.accuracy.layouts`.
+        ArtifactError: the state folder cannot be written.
+    """
+    by_model: dict[str, list[Contender]] = {}
+    for contender in contenders:
+        by_model.setdefault(sha256_json(contender.spec.model), []).append(contender)
+    found: dict[str, Accuracy] = {}
+    for members in by_model.values():
+        data = request.open(members[0].spec.model)
+        pairs = {c.name: b.name for c in members if (b := first_baseline(c, members)) is not None}
+        group = _Group(data, data_digest(data), tuple(members), pairs, request.resolution)
+        with stage(reporter, "accuracy") as said:
+            ledgers, reused = _records(group, request, opener, reporter)
+            said.append(f"{len(data)} images, {len(members)} engines")
+            if reused:
+                said.append(f"{reused} results of an earlier run reused")
+        found |= _figures(group, request, ledgers, opener)
+    return found
+
+
+def data_digest(data: ValidationSet) -> str:
+    """SHA-256 over the content of all images and masks, in order, and how masks are read."""
+    digest = hashlib.sha256(msgspec.json.encode([data.ignore_index, sorted(data.coding.values.items())]))
+    digest.update(repr(sorted(data.coding.colours.items())).encode())
+    for path in (*data.images, *data.masks):
+        digest.update(file_digest(path).encode())
+    return digest.hexdigest()
+
+
+def state_key(contender: Contender, group: _Group, opener: Opener) -> str:
+    """Hash of everything a contender's lines depend on."""
+    by_name = {c.name: c for c in group.contenders}
+    baseline = by_name.get(group.baseline_of.get(contender.name, ""))
+    engine = None if contender.is_baseline else opener.engine(contender).manifest
+    return sha256_json(
+        [
+            contender.baseline,
+            contender.weights_sha256,
+            None if engine is None or engine.engine is None else engine.engine.sha256,
+            contender.spec,
+            None if baseline is None else [baseline.baseline, baseline.weights_sha256],
+            group.digest,
+            group.resolution,
+            source_sha256("evaluate"),
+            source_sha256("runtime"),
+        ]
+    )
+
+
+def _records(
+    group: _Group, request: AccuracyRequest, opener: Opener, reporter: Reporter
+) -> tuple[dict[str, Ledger], int]:
+    folder = request.state_folder or cache_folder() / "accuracy"
+    ledgers = {c.name: Ledger(folder / state_key(c, group, opener) / "images.jsonl") for c in group.contenders}
+    reused = sum(len(ledger) for ledger in ledgers.values())
+    todo = [
+        (index, missing)
+        for index in range(len(group.data))
+        if (missing := tuple(name for name, ledger in ledgers.items() if index not in ledger))
+    ]
+    done = len(group.data) - len(todo)
+    try:
+        for found in _judged(group, todo, request.jobs, opener):
+            for name, record in found:
+                ledgers[name].append(record)
+            done += 1
+            reporter.progress(done, len(group.data))
+    except KeyboardInterrupt:
+        reporter.note(
+            f"{done} of {len(group.data)} images are judged and kept: the same command goes on with the others"
+        )
+        raise
+    values = {value for ledger in ledgers.values() for value in ledger.ignore_values}
+    if len(values) > 1:
+        raise InputError(f"masks of {request.data} mark unlabelled pixels by {sorted(values)}; give --ignore-index")
+    return ledgers, reused
+
+
+def _judged(
+    group: _Group, todo: list[tuple[int, tuple[str, ...]]], jobs: int, opener: Opener
+) -> Iterator[list[tuple[str, ImageRecord]]]:
+    if not todo:
+        return
+    if jobs == 1:
+        with _bench(group, opener, None) as worker:
+            for index, names in todo:
+                yield worker.judge(index, names)
+        return
+    threads = max(1, this_cpu().cores // jobs)
+    # Not forked: a fork of a process with a runtime's threads in it may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, _start_worker, (group, threads)) as pool:
+        waiting: deque[Future[list[tuple[str, ImageRecord]]]] = deque()
+        try:
+            for task in todo:
+                # A few tasks ahead keep all busy; a task of every image would fill memory with those that wait.
+                if len(waiting) >= _AHEAD * jobs:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(_judge_in_worker, task))
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as exc:
+            raise InputError(
+                f"a process that judges images was killed (out of memory?); judged images are kept: go on with fewer "
+                f"--jobs than {jobs}"
+            ) from exc
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """All contenders of a group, opened, and a reader of the masks."""
+
+    group: _Group
+    segmenters: dict[str, Segmenter]
+    taps: dict[str, ScoreTap]
+    labels: LabelReader
+
+    def judge(self, index: int, names: Sequence[str]) -> list[tuple[str, ImageRecord]]:
+        """Judge the contenders ``names`` on one image."""
+        pair = self.group.data.read(index, self.labels)
+        masks: dict[str, NDArray[Any]] = {}
+        sums: dict[str, LossSums | None] = {}
+        by_name = {c.name: c for c in self.group.contenders}
+        found = []
+        for name in names:
+            reference = self.group.baseline_of.get(name)
+            spec = by_name[name].spec
+            image, truth = at_resolution(pair, spec, self.group.resolution)
+            for needed in (name, reference):
+                if needed is not None and needed not in masks:
+                    masks[needed] = segment(self.segmenters[needed], image)
+                    sums[needed] = self._loss(needed, pair, spec)
+            compared = None if reference is None else masks[reference]
+            found.append((name, judge(index, pair, masks[name], truth, compared, spec.model, sums[name])))
+        return found
+
+    def _loss(self, name: str, pair: Pair, spec: PipelineSpec) -> LossSums | None:
+        """Of the image just segmented."""
+        scores = self.taps[name].scores()
+        truth = None if scores is None else truth_of_scores(pair, spec)
+        if scores is None or truth is None:
+            return None
+        return loss_sums(*scores, truth, spec.model.task)
+
+
+@contextmanager
+def _bench(group: _Group, opener: Opener, threads: int | None) -> Iterator[_Worker]:
+    with ExitStack() as stack:
+        segmenters, taps = {}, {}
+        for contender in group.contenders:
+            known = contender.is_baseline or "threads" in opener.engine(contender).manifest.options
+            tap = ScoreTap(opener.open(contender, threads if known else None, with_scores=group.data.has_masks))
+            taps[contender.name] = tap
+            segmenters[contender.name] = stack.enter_context(Segmenter(tap, contender.spec))
+        yield _Worker(group, segmenters, taps, group.data.label_reader())
+
+
+_worker: _Worker | None = None
+_open_things = ExitStack()
+
+
+def _start_worker(group: _Group, threads: int) -> None:
+    global _worker
+    end_with_parent()
+    _worker = _open_things.enter_context(_bench(group, Opener(), threads))
+
+
+def _judge_in_worker(task: tuple[int, tuple[str, ...]]) -> list[tuple[str, ImageRecord]]:
+    assert _worker is not None  # the pool started it
+    return _worker.judge(*task)
+
+
+def _figures(
+    group: _Group, request: AccuracyRequest, ledgers: dict[str, Ledger], opener: Opener
+) -> dict[str, Accuracy]:
+    model = group.contenders[0].spec.model
+    words = (
+        f"{request.data} (layout {request.layout}{'' if request.layout in _NO_SPLIT else ', split ' + request.split})"
+    )
+    if group.data.unpaired:
+        words += f", without {len(group.data.unpaired)} images that have no mask"
+    found: dict[str, Accuracy] = {}
+    counts: dict[str, Counts | None] = {}
+    for contender in group.contenders:
+        baseline, ledger = group.baseline_of.get(contender.name), ledgers[contender.name]
+        worst: tuple[WorstImage, ...] = ()
+        if baseline is not None:
+            worst = save_worst(contender, baseline, ledger, request, group.data, group.contenders, opener)
+            if baseline not in counts:
+                counts[baseline] = truth_counts(ledgers[baseline].records(), len(group.data), model.classes)
+        found[contender.name] = accuracy_of(
+            ledger.records,
+            len(group.data),
+            model,
+            data=words,
+            data_sha256=group.digest,
+            resolution=request.resolution,
+            baseline=None if baseline is None else (baseline, counts[baseline]),
+            worst=worst,
+        )
+    return found
+
+
+_NO_SPLIT = ("images-masks", "list")

@@ -1,0 +1,174 @@
+"""Data sets in the layouts people have, as :class:`~edgeseg.evaluate.accuracy.dataset.ValidationSet`."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from edgeseg.errors import InputError
+from edgeseg.evaluate.accuracy.dataset import IGNORED, LabelCoding, ValidationSet
+from edgeseg.spec import ModelSpec, one_of
+
+# Cityscapes' 19 training classes, by label id (cityscapesscripts/helpers/labels.py); every other id is not judged.
+_CITYSCAPES_TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+Pairs = list[tuple[Path, Path | None]]
+
+
+def open_layout(
+    source: Path,
+    layout: str,
+    model: ModelSpec,
+    *,
+    split: str = "val",
+    ignore_index: int | None = None,
+    label_map: dict[int, int] | None = None,
+    limit: int | None = None,
+) -> ValidationSet:
+    """Find the images and masks of a data set; nothing is decoded yet.
+
+    Args:
+        source: its folder; for ``list`` a text file with an image and, for accuracy, a mask on each line, relative to it.
+        layout: ``images-masks`` (see :meth:`ValidationSet.open`), ``list``, ``voc``, ``cityscapes``, ``camvid`` or
+            ``coco-stuff``.
+        model: classes, task and channels.
+        split: ``train``, ``val``, ... where the layout has splits.
+        ignore_index: value of unlabelled pixels; ``None``: the layout's own, or recognized.
+        label_map: file value -> class index or :data:`~edgeseg.evaluate.accuracy.dataset.IGNORED`, over the layout's own.
+        limit: keep this many, evenly spread.
+
+    Raises:
+        InputError: the layout is not there, or has no images in this split.
+        SpecError: unknown layout.
+    """
+    one_of("layout", layout, LAYOUTS)
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit}; give at least 1 image")
+    extra = label_map or {}
+    if layout == "images-masks":
+        found = ValidationSet.open(source, model, ignore_index=ignore_index, split=split)
+        return replace(found, coding=LabelCoding(extra)).limited(limit)
+    pairs, own_ignore, coding = _READERS[layout](source, split)
+    with_masks = [(image, mask) for image, mask in pairs if mask is not None]
+    chosen = with_masks or pairs
+    if not chosen:
+        raise InputError(f"no images of split {split} in {source} as layout {layout}; {_EXPECTED[layout]}")
+    missing = next((path for pair in chosen for path in pair if path is not None and not path.is_file()), None)
+    if missing is not None:
+        raise InputError(f"{source} names {missing}, which is not there; {_EXPECTED[layout]}")
+    unpaired = tuple(image.name for image, mask in pairs if mask is None) if with_masks else ()
+    return ValidationSet(
+        source=source,
+        images=tuple(image for image, _ in chosen),
+        masks=tuple(mask for _, mask in with_masks if mask is not None),
+        model=model,
+        ignore_index=own_ignore if ignore_index is None else ignore_index,
+        unpaired=unpaired,
+        coding=LabelCoding({**coding.values, **extra}, coding.colours),
+    ).limited(limit)
+
+
+def parse_label_map(text: str) -> dict[int, int]:
+    """Read ``7=0,8=1,255=ignore``. Raises ``InputError``."""
+    result: dict[int, int] = {}
+    for part in text.split(","):
+        key, _, value = part.strip().partition("=")
+        try:
+            result[int(key)] = IGNORED if value.strip() == "ignore" else int(value)
+        except ValueError:
+            raise InputError(
+                f"label map {part.strip()!r} is not FILE_VALUE=CLASS, such as 7=0,8=1,255=ignore"
+            ) from None
+    return result
+
+
+def _read_list(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InputError(f"cannot read list file {source}: {exc}") from exc
+    pairs: Pairs = []
+    for number, line in enumerate(lines, start=1):
+        # Names may hold blanks when a tab or a comma parts them.
+        separator = next((s for s in ("\t", ",") if s in line), None)
+        words = [word.strip() for word in line.split(separator)]
+        if not any(words) or line.lstrip().startswith("#"):
+            continue
+        if len(words) > 2:
+            raise InputError(f"{source} line {number} has {len(words)} names; give IMAGE or IMAGE MASK")
+        paths = [source.parent / word for word in words]
+        pairs.append((paths[0], paths[1] if len(paths) > 1 else None))
+    return pairs, None, LabelCoding()
+
+
+def _read_voc(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:
+    names = source / "ImageSets" / "Segmentation" / f"{split}.txt"
+    if not names.is_file():
+        raise InputError(f"{names} is not there; {_EXPECTED['voc']}")
+    stems = names.read_text(encoding="utf-8").split()
+    images, masks = source / "JPEGImages", source / "SegmentationClass"
+    return [(images / f"{stem}.jpg", masks / f"{stem}.png") for stem in stems], 255, LabelCoding()
+
+
+def _read_cityscapes(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:
+    images = sorted((source / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
+    stems = [(image, image.name.removesuffix("_leftImg8bit.png")) for image in images]
+    truth = source / "gtFine" / split
+    train_ids = [truth / i.parent.name / f"{stem}_gtFine_labelTrainIds.png" for i, stem in stems]
+    if train_ids and train_ids[0].is_file():
+        return list(zip(images, train_ids, strict=True)), 255, LabelCoding()
+    ids = [truth / i.parent.name / f"{stem}_gtFine_labelIds.png" for i, stem in stems]
+    values = dict.fromkeys(range(-1, 256), IGNORED) | {v: k for k, v in enumerate(_CITYSCAPES_TRAIN_IDS)}
+    pairs: Pairs = [(image, mask if mask.is_file() else None) for image, mask in zip(images, ids, strict=True)]
+    return pairs, None, LabelCoding(values)
+
+
+def _read_camvid(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:
+    """SegNet's version (``val/``, ``valannot/``, 11 is void) or the colour-coded one (``val_labels/NAME_L.png``)."""
+    images = sorted(p for p in (source / split).glob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg"})
+    indexed, coloured = source / f"{split}annot", source / f"{split}_labels"
+    if indexed.is_dir():
+        return [(image, indexed / f"{image.stem}.png") for image in images], 11, LabelCoding()
+    if not coloured.is_dir():
+        raise InputError(f"{source} has neither {indexed.name}/ nor {coloured.name}/; {_EXPECTED['camvid']}")
+    colours = _class_colours(source / "class_dict.csv")
+    pairs: Pairs = [(image, coloured / f"{image.stem}_L.png") for image in images]
+    return pairs, None, LabelCoding(colours=colours)
+
+
+def _class_colours(path: Path) -> dict[tuple[int, int, int], int]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [
+                (int(row["r"]), int(row["g"]), int(row["b"])) for row in csv.DictReader(file, skipinitialspace=True)
+            ]
+    except (OSError, KeyError, TypeError, ValueError) as exc:
+        raise InputError(f"cannot read {path} (columns name, r, g, b): {exc}") from exc
+    return {colour: index for index, colour in enumerate(rows)}
+
+
+def _read_coco_stuff(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:
+    folder = next((f for f in (source / "images" / f"{split}2017", source / f"{split}2017") if f.is_dir()), None)
+    images = sorted(folder.glob("*.jpg")) if folder is not None else []
+    places = (source / n / f"{split}2017" for n in ("annotations", "stuffthingmaps", "pixelmaps"))
+    masks = next((f for f in places if f.is_dir()), None)
+    return [(i, None if masks is None else masks / f"{i.stem}.png") for i in images], 255, LabelCoding()
+
+
+_READERS: dict[str, Callable[[Path, str], tuple[Pairs, int | None, LabelCoding]]] = {
+    "list": _read_list,
+    "voc": _read_voc,
+    "cityscapes": _read_cityscapes,
+    "camvid": _read_camvid,
+    "coco-stuff": _read_coco_stuff,
+}
+_EXPECTED = {
+    "list": "each line holds IMAGE or IMAGE MASK, relative to the file",
+    "voc": "expected JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/SPLIT.txt",
+    "cityscapes": "expected leftImg8bit/SPLIT/CITY/ and gtFine/SPLIT/CITY/",
+    "camvid": "expected SPLIT/ with SPLITannot/, or SPLIT/ with SPLIT_labels/ and class_dict.csv",
+    "coco-stuff": "expected images/SPLIT2017/ and annotations/ (or stuffthingmaps/) SPLIT2017/",
+}
+LAYOUTS: tuple[str, ...] = ("images-masks", *_READERS)

@@ -1,0 +1,94 @@
+"""The images on which an engine differs most from its baseline, side by side."""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from edgeseg.evaluate.accuracy.dataset import ValidationSet
+from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution, segment
+from edgeseg.evaluate.accuracy.ledger import Ledger
+from edgeseg.evaluate.accuracy.scores import image_miou
+from edgeseg.evaluate.contenders import Contender, Opener
+from edgeseg.evaluate.results import WorstImage
+from edgeseg.runtime.overlay import spec_palette
+from edgeseg.runtime.segmenter import Segmenter
+
+if TYPE_CHECKING:
+    from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
+
+GAP_PX = 4
+DIFFERENT = (255, 255, 255)
+
+
+def save_worst(
+    contender: Contender,
+    baseline: str,
+    ledger: Ledger,
+    request: AccuracyRequest,
+    data: ValidationSet,
+    contenders: Sequence[Contender],
+    opener: Opener,
+) -> tuple[WorstImage, ...]:
+    """The images of lowest agreement, worst first, each as a PNG if the request names a folder for them.
+
+    An image on which every pixel agrees is not among them: there is nothing to see. Multilabel masks have no one colour per
+    pixel: they are listed without a picture.
+    """
+    known = ((r.agreement.equal / r.agreement.pixels, r) for r in ledger.records() if r.agreement is not None)
+    chosen = heapq.nsmallest(request.worst, (item for item in known if item[0] < 1.0), key=lambda item: item[0])
+    paths: dict[int, str] = {}
+    if request.images_folder is not None and chosen and contender.spec.model.task != "multilabel":
+        reference = next(c for c in contenders if c.name == baseline)
+        with (
+            Segmenter(opener.open(reference), reference.spec) as before,
+            Segmenter(opener.open(contender), contender.spec) as after,
+        ):
+            labels = data.label_reader()
+            for _, record in chosen:
+                pair = data.read(record.index, labels)
+                image, _ = at_resolution(pair, contender.spec, request.resolution)
+                picture = side_by_side(
+                    image, segment(before, image), segment(after, image), spec_palette(contender.spec)
+                )
+                paths[record.index] = _save(picture, request.images_folder, contender.name, record)
+    return tuple(WorstImage(r.name, share, image_miou(r), paths.get(r.index)) for share, r in chosen)
+
+
+def side_by_side(
+    image: NDArray[np.uint8], reference: NDArray[Any], engine: NDArray[Any], palette: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """Image, baseline's mask, engine's mask and difference (white on the darkened image), from left to right.
+
+    Args:
+        image: uint8 ``(H, W, C)``.
+        reference: ``(H, W)`` class indices.
+        engine: ``(H, W)`` class indices.
+        palette: uint8 ``(values, 3)``.
+
+    Returns:
+        uint8 ``(H, 4 * W + 3 * GAP_PX, 3)``.
+    """
+    seen = image if image.shape[2] == 3 else np.repeat(image[..., :1], 3, axis=2)
+    difference = (seen // 4).astype(np.uint8)
+    difference[reference != engine] = DIFFERENT
+    gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
+    parts = [seen, gap, palette[reference], gap, palette[engine], gap, difference]
+    return np.concatenate(parts, axis=1)
+
+
+def _save(picture: NDArray[np.uint8], folder: Path, engine: str, record: ImageRecord) -> str:
+    stem = re.sub(r"[^\w.-]+", "-", Path(record.name).stem)
+    place = folder / re.sub(r"[^\w.-]+", "-", engine)
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / f"{record.index:05d}-{stem}.png"
+    Image.fromarray(picture).save(path)
+    # Relative to the report, which lies beside the folder.
+    return path.relative_to(folder.parent).as_posix()

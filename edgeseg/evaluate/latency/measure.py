@@ -1,0 +1,197 @@
+"""All contenders in one setting, in turns: latency, stages and power. One that fails is left out, and said."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from edgeseg.backends.base import Session
+from edgeseg.errors import EdgesegError, SpecError
+from edgeseg.evaluate.contenders import Contender, Opener
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
+from edgeseg.evaluate.latency.stages import StageClock
+from edgeseg.evaluate.latency.statistics import distribution, noise_flags
+from edgeseg.evaluate.latency.streams import measure_streams
+from edgeseg.evaluate.results import Latency, Setting, StageSplit, row_id
+from edgeseg.machine.power import PowerSource, power_log
+from edgeseg.machine.record import MachineState, Power
+from edgeseg.machine.state import machine_flags, machine_state, read_counters
+from edgeseg.runtime.segmenter import Segmenter
+
+POWER_SECONDS = 2.0
+IDLE_SECONDS = 1.0
+STAGE_CALLS, MIN_STAGE_CALLS, STAGE_SECONDS = 50, 5, 1.0
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Latency of one contender in one setting; ``samples`` only where they were taken in turns."""
+
+    latency: Latency
+    power: Power | None = None
+    samples: LatencySamples | None = None
+
+
+@dataclass
+class Measured:
+    """What one setting gave: by contender's name its times, or why there are none.
+
+    Attributes:
+        timed: the contenders that ran.
+        not_loaded: error by name of those that could not be opened: they will not run in another setting either.
+        failed: error by name of those that were opened and then failed.
+    """
+
+    timed: dict[str, Timed] = field(default_factory=dict)
+    not_loaded: dict[str, EdgesegError] = field(default_factory=dict)
+    failed: dict[str, EdgesegError] = field(default_factory=dict)
+
+
+class _CallFailedError(Exception):
+    """A call of one contender failed while several were measured."""
+
+    def __init__(self, name: str, reason: EdgesegError) -> None:
+        super().__init__(name)
+        self.name = name
+        self.reason = reason
+
+
+def _named(name: str, call: Call) -> Call:
+    def named() -> object:
+        try:
+            return call()
+        except EdgesegError as exc:
+            raise _CallFailedError(name, exc) from exc
+
+    return named
+
+
+def measure_setting(
+    contenders: Sequence[Contender],
+    opener: Opener,
+    setting: Setting,
+    protocol: LatencyProtocol,
+    power: PowerSource | None = None,
+    idle_w: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """Measure all contenders in one setting, in turns.
+
+    With one stream the samples of all are taken in turns (see :func:`~edgeseg.evaluate.latency.protocol.measure_interleaved`). Then
+    each runs by itself: for its stages, which a GPU backend times by events that the end-to-end figure must not pay for,
+    and for power, since a meter cannot tell contenders apart. When one fails, the others are measured again without it.
+
+    Raises:
+        SpecError: a contender's backend has no such setting.
+    """
+    found = Measured()
+    with ExitStack() as stack:
+        sessions: dict[str, Session] = {}
+        for contender in contenders:
+            try:
+                sessions[contender.name] = stack.enter_context(opener.open(contender, setting.threads))
+            except SpecError:
+                raise
+            except EdgesegError as exc:
+                found.not_loaded[contender.name] = exc
+        while running := [c for c in contenders if c.name in sessions and c.name not in found.failed]:
+            try:
+                found.timed = _measure(running, sessions, setting, protocol, power, idle_w, progress)
+                break
+            except _CallFailedError as exc:
+                found.failed[exc.name] = exc.reason
+    return found
+
+
+def _measure(
+    contenders: Sequence[Contender],
+    sessions: dict[str, Session],
+    setting: Setting,
+    protocol: LatencyProtocol,
+    power: PowerSource | None,
+    idle_w: float | None,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Timed]:
+    calls: dict[str, Call] = {
+        c.name: _named(c.name, partial(Segmenter(sessions[c.name], c.spec), noise(c, setting))) for c in contenders
+    }
+    counters, states = read_counters(), list[MachineState]()
+
+    def after_round(done: int, total: int) -> None:
+        # Taken when all are warm: a clock that rises when work begins is no reason to distrust what follows.
+        if not states:
+            states.append(machine_state())
+        if progress is not None:
+            progress(done, total)
+
+    if setting.streams == 1:
+        samples = measure_interleaved(calls, protocol, progress=after_round)
+        rates = {n: setting.batch * len(s.samples_ms) / (sum(s.samples_ms) / 1000) for n, s in samples.items()}
+    else:
+        under_load = measure_streams(
+            calls, setting.streams, protocol.min_duration_ms, warmup_ms=protocol.warmup_ms, progress=after_round
+        )
+        samples = {n: LatencySamples(n, s.samples_ms, s.warmup_iterations, protocol) for n, s in under_load.items()}
+        rates = {n: setting.batch * s.calls_per_s for n, s in under_load.items()}
+    flags = machine_flags(counters, read_counters(), (states[0], machine_state()))
+    powers = {} if power is None else {n: _power(call, power, setting, idle_w) for n, call in calls.items()}
+    stages = {c.name: _stages(sessions[c.name], c, setting) for c in contenders}
+    group = row_id("", setting).strip()
+    return {
+        name: Timed(
+            Latency(
+                end_to_end=distribution(s.samples_ms),
+                stages=stages[name],
+                images_per_s=rates[name],
+                warmup_iterations=s.warmup_iterations,
+                warmup_stable=s.warmup_stable,
+                flags=(*noise_flags(s.samples_ms), *flags),
+                samples_ms=tuple(round(ms, 5) for ms in s.samples_ms),
+                round_group=group if setting.streams == 1 else "",
+            ),
+            powers.get(name),
+            s if setting.streams == 1 else None,
+        )
+        for name, s in samples.items()
+    }
+
+
+def noise(contender: Contender, setting: Setting) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """Images to time with, always the same: what they show does not change what the kernels do."""
+    spec = contender.spec.input
+    height, width = setting.source_height or spec.height, setting.source_width or spec.width
+    images = np.random.default_rng(0).integers(0, 256, (setting.batch, height, width, spec.channels), dtype=np.uint8)
+    return images[0] if setting.batch == 1 else images
+
+
+def _stages(session: Session, contender: Contender, setting: Setting) -> StageSplit:
+    """Medians of the stages of one caller's calls."""
+    clock = StageClock(session)
+    call = _named(contender.name, partial(Segmenter(clock, contender.spec), noise(contender, setting)))
+    began = time.perf_counter()
+    for done in range(STAGE_CALLS):
+        if done >= MIN_STAGE_CALLS and time.perf_counter() - began > STAGE_SECONDS:
+            break
+        clock.timed(call)
+    return clock.split()
+
+
+def idle_power(source: PowerSource) -> float | None:
+    """Watts while nothing is asked of the machine."""
+    with power_log(source) as log:
+        time.sleep(IDLE_SECONDS)
+    power = log.result(1.0)
+    return None if power is None else power.mean_w
+
+
+def _power(call: Callable[[], object], source: PowerSource, setting: Setting, idle_w: float | None) -> Power | None:
+    with power_log(source) as log:
+        found = measure_streams({"": call}, setting.streams, POWER_SECONDS * 1000)[""]
+    return log.result(found.calls_per_s * setting.batch, idle_w)

@@ -1,0 +1,144 @@
+"""Where the time goes, in the user's own terms: per-node times grouped by SMP module.
+
+Nodes are called after the module they came from (``encoder.layer3.0.conv1/Conv``), and backends keep those names in what
+they execute, fused or not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeseg.evaluate.results import ModuleTime, Profile
+from edgeseg.store.artifacts import Engine
+
+RUNS = 20
+OTHER = "other"
+
+_TOP = ("encoder", "decoder", "segmentation_head", "classification_head", "preprocess", "postprocess")
+# ONNX Runtime's fusions append this to the name of the node they came from.
+_TOKEN = re.compile(r"_token_\d+$")
+# TensorRT joins the names of fused layers with " + ", and puts some into brackets or after a prefix.
+_SEPARATOR = re.compile(r"[\s+(){}\[\],:|]+")
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """One executed node or layer: its name, milliseconds in one run of the engine, and dtype where known."""
+
+    name: str
+    time_ms: float
+    dtype: str | None = None
+
+
+def module_of(name: str) -> str | None:
+    """The SMP module a node or fused layer belongs to, ``None`` where its name does not tell.
+
+    ``encoder.layer3.0.conv1/Conv`` -> ``encoder.layer3``; ``encoder.model.blocks.2.0.dw_mid/Conv_token_66`` ->
+    ``encoder.blocks.2``; ``decoder.seg_blocks.1.block.0/Relu`` -> ``decoder.seg_blocks.1``; ``segmentation_head.0/Conv`` ->
+    ``segmentation_head``. Of a layer fused from several nodes the first counts.
+    """
+    for word in _SEPARATOR.split(name):
+        path = _TOKEN.sub("", word).lstrip("/").partition("/")[0]
+        parts = path.split(".")
+        if parts[0] in _TOP:
+            return _group(parts)
+    return None
+
+
+def _group(parts: list[str]) -> str:
+    top, *inner = parts
+    if top not in ("encoder", "decoder"):
+        return top
+    if inner and inner[0] == "model":  # timm's encoders sit one level deeper
+        inner = inner[1:]
+    if not inner:
+        return top
+    first, *rest = inner
+    # "layer3" and "p4" have their number in the name; "blocks" is a list, whose items are what people know.
+    if rest and rest[0].isdigit() and not first[-1].isdigit():
+        return f"{top}.{first}.{rest[0]}"
+    return f"{top}.{first}"
+
+
+def group_by_module(nodes: Sequence[NodeTime], source: str, runs: int) -> Profile:
+    """Sum node times by module, in order of first appearance.
+
+    A node whose name does not tell (a transpose the backend put in) counts to the module before it.
+    """
+    times: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    dtypes: dict[str, Counter[str]] = {}
+    current = next((found for node in nodes if (found := module_of(node.name)) is not None), OTHER)
+    for node in nodes:
+        current = module_of(node.name) or current
+        times[current] += node.time_ms  # type: ignore[assignment]  # Counter is typed for int, adds floats alike
+        counts[current] += 1
+        if node.dtype is not None:
+            dtypes.setdefault(current, Counter())[node.dtype] += node.time_ms  # type: ignore[assignment]
+    total = float(sum(times.values()))
+    modules = tuple(
+        ModuleTime(
+            module=name,
+            nodes=counts[name],
+            time_ms=float(ms),
+            share=float(ms) / total if total > 0 else 0.0,
+            dtypes={dtype: part / float(ms) for dtype, part in sorted(dtypes.get(name, {}).items())} if ms > 0 else {},
+        )
+        for name, ms in times.items()
+    )
+    return Profile(source, runs, total, modules)
+
+
+def profile_of_layers(layers: Iterable[tuple[str, float]], runs: int = 1) -> Profile:
+    """The hook for TensorRT: ``(layer name, milliseconds)`` as ``IProfiler.report_layer_time`` gets them.
+
+    Args:
+        layers: in the order reported; a layer reported once per run counts with the mean over ``runs``.
+        runs: executions the reports come from.
+    """
+    total: dict[str, float] = {}
+    for name, ms in layers:
+        total[name] = total.get(name, 0.0) + ms
+    return group_by_module([NodeTime(name, ms / runs) for name, ms in total.items()], "tensorrt IProfiler", runs)
+
+
+def profile_engine(engine: Engine, runs: int = RUNS) -> Profile | None:
+    """Profile an engine on a grey image of its size; ``None`` for a backend without a per-node profile.
+
+    Raises:
+        BuildError, MissingDependencyError: the backend cannot run the engine with its profiler on.
+    """
+    target = engine.manifest.target
+    if target == "onnxruntime":
+        from edgeseg.backends.cpu.onnxruntime import profile_nodes
+
+        return group_by_module(
+            [NodeTime(name, ms, dtype) for name, ms, dtype in profile_nodes(engine, runs)], "onnxruntime profiler", runs
+        )
+    if target == "openvino":
+        from edgeseg.backends.cpu.openvino import profile_nodes as openvino_nodes
+
+        return group_by_module(
+            [NodeTime(name, ms, dtype) for name, ms, dtype in openvino_nodes(engine, runs)],
+            "openvino profiling_info",
+            runs,
+        )
+    if target in ("tensorrt", "tensorrt-rtx"):
+        return _profile_tensorrt(engine, runs)
+    return None
+
+
+def _profile_tensorrt(engine: Engine, runs: int) -> Profile:
+    from edgeseg.backends import get_backend
+    from edgeseg.backends.tensorrt.session import TensorRTSession
+
+    size = engine.manifest.spec.input
+    grey = np.full((size.batch.minimum, size.height, size.width, size.channels), 128, np.uint8)
+    with get_backend(engine.manifest.target).load(engine) as session:
+        assert isinstance(session, TensorRTSession)
+        return profile_of_layers(session.layer_times(grey, runs), runs)

@@ -1,0 +1,1 @@
+"""What convert, quantize and backends all ask of an ONNX graph: multiply-accumulates, editing, types."""

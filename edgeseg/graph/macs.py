@@ -1,0 +1,206 @@
+"""Multiply-accumulates per node, from shapes: float, quantized and ONNX Runtime's fused forms alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from edgeseg.errors import ArtifactError
+from edgeseg.store.onnx_file import first_line
+
+Shape = tuple[int, ...]
+
+CONV_WEIGHT: Mapping[str, int] = {
+    "Conv": 1,
+    "FusedConv": 1,
+    "NhwcConv": 1,
+    "NhwcFusedConv": 1,
+    "ConvInteger": 1,
+    "QLinearConv": 3,
+}
+"""Operators counted as convolutions and the input that holds their weight. ONNX Runtime's blocked ``Conv`` (domain
+``com.microsoft.nchwc``) is counted with the channels it computes, padding to its block size included."""
+
+MATMUL_OPERANDS: Mapping[str, tuple[int, int]] = {
+    "MatMul": (0, 1),
+    "FusedMatMul": (0, 1),
+    "Gemm": (0, 1),
+    "FusedGemm": (0, 1),
+    "MatMulInteger": (0, 1),
+    "MatMulIntegerToFloat": (0, 1),
+    "DynamicQuantizeMatMul": (0, 1),
+    "QLinearMatMul": (0, 3),
+    "QGemm": (0, 3),
+}
+"""Operators counted as matrix products and the inputs that hold their operands."""
+
+
+SHAPE_ARITHMETIC = frozenset(
+    ("Add", "And", "Cast", "Ceil", "Concat", "Constant", "Div", "Equal", "Floor", "Gather", "Greater", "GreaterOrEqual")
+    + ("Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Range", "ReduceSum", "Reshape", "Slice", "Squeeze", "Sub")
+    + ("Transpose", "Unsqueeze", "Where")
+)
+"""Operators that graphs of dynamic size compute shapes and pooling matrices with."""
+
+MAX_FOLDED_ELEMENTS = 1_000_000
+"""Inputs larger than this are data, not shapes."""
+
+
+def count_macs(
+    model: onnx.ModelProto, sizes: Mapping[str, int] | None = None, shapes: Mapping[str, Shape] | None = None
+) -> dict[str, int]:
+    """Multiply-accumulates of every node that has any, by node name.
+
+    Args:
+        model: any ONNX model, one saved by ONNX Runtime after optimization too.
+        sizes: values of symbolic dimensions of the graph inputs (``{"batch": 1, "height": 256, "width": 256}``);
+            a ``batch`` not given counts as 1.
+        shapes: of the tensors, as they were seen at run time; without them they are inferred.
+
+    Raises:
+        ArtifactError: a shape that neither the file nor shape inference knows, or a symbolic dimension without a size.
+    """
+    if shapes is None:
+        shapes = _known_shapes(model, {"batch": 1, **(sizes or {})})
+    else:
+        shapes = {**{t.name: tuple(t.dims) for t in model.graph.initializer}, **shapes}
+    macs: dict[str, int] = {}
+    for index, node in enumerate(model.graph.node):
+        count = _node_macs(node, shapes)
+        if count is not None:
+            name = node.name or f"{node.op_type}#{index}"
+            macs[name if name not in macs else f"{name}#{index}"] = count
+    return macs
+
+
+def _known_shapes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> dict[str, Shape]:
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    if _fix_inputs(fixed.graph, sizes):
+        # shapes noted in the file are in terms of the symbols: infer them anew from the sizes
+        del fixed.graph.value_info[:]
+        for output in fixed.graph.output:
+            output.type.tensor_type.ClearField("shape")
+    while True:
+        shapes = _inferred(fixed)
+        # sizes and matrices that a graph of dynamic size computes from its input's shape are constants now
+        if not _fold(fixed, shapes):
+            return shapes
+
+
+def _inferred(model: onnx.ModelProto) -> dict[str, Shape]:
+    try:
+        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except Exception as exc:
+        raise ArtifactError(f"shapes of the graph cannot be inferred: {first_line(exc)}") from exc
+    shapes: dict[str, Shape] = {t.name: tuple(t.dims) for t in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        tensor = value.type.tensor_type
+        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
+            shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
+    return shapes
+
+
+def _fold(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> bool:
+    """Replace the nodes that compute with known shapes only by their result, in place; whether there were any."""
+    graph = model.graph
+    weights = {t.name: t for t in graph.initializer}
+    opsets = list(model.opset_import)
+    made: dict[str, NDArray[Any]] = {}
+    kept = []
+    for node in graph.node:
+        results = _shape_arithmetic(node, shapes, made, weights, opsets)
+        if results is None:
+            kept.append(node)
+        else:
+            made.update(zip(node.output, results, strict=False))
+    if made:
+        del graph.node[:]
+        graph.node.extend(kept)
+        graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in made.items())
+    return bool(made)
+
+
+def _shape_arithmetic(
+    node: onnx.NodeProto,
+    shapes: Mapping[str, Shape],
+    made: Mapping[str, NDArray[Any]],
+    weights: Mapping[str, onnx.TensorProto],
+    opsets: Sequence[onnx.OperatorSetIdProto],
+) -> list[NDArray[Any]] | None:
+    """Outputs of a node that reads shapes, or computes with what such nodes gave; else ``None``."""
+    if node.op_type == "Shape" and node.input[0] in shapes:
+        bounds = {a.name: a.i for a in node.attribute}
+        return [np.array(shapes[node.input[0]][bounds.get("start", 0) : bounds.get("end")], np.int64)]
+    if node.op_type not in SHAPE_ARITHMETIC or not node.input:
+        return None
+    feeds: dict[str, NDArray[Any]] = {}
+    for name in filter(None, node.input):
+        if name not in made and name not in weights:
+            return None
+        feeds[name] = made[name] if name in made else numpy_helper.to_array(weights[name])
+    if sum(array.size for array in feeds.values()) > MAX_FOLDED_ELEMENTS:
+        return None
+    inputs = [
+        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in feeds.items()
+    ]
+    outputs = [helper.make_empty_tensor_value_info(o) for o in node.output]
+    single = helper.make_model(helper.make_graph([node], "shapes", inputs, outputs), opset_imports=opsets)
+    return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, feeds)]
+
+
+def _fix_inputs(graph: onnx.GraphProto, sizes: Mapping[str, int]) -> bool:
+    changed = False
+    for value in graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_value"):
+                continue
+            if dim.dim_param not in sizes:
+                raise ArtifactError(
+                    f"input {value.name!r} has the dynamic dimension {dim.dim_param or '?'!r}; give its size"
+                )
+            dim.dim_value = sizes[dim.dim_param]
+            changed = True
+    return changed
+
+
+def _node_macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
+    def shape(name: str) -> Shape:
+        if name not in shapes:
+            raise ArtifactError(f"the shape of {name!r} at node {node.name!r} is unknown; export the graph again")
+        return shapes[name]
+
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if node.op_type in CONV_WEIGHT:
+        return _convolution(node, shape)
+    if node.op_type == "ConvTranspose":
+        weight = shape(node.input[1])
+        return math.prod(shape(node.input[0])) * math.prod(weight[1:])
+    if node.op_type in MATMUL_OPERANDS:
+        left, right = (shape(node.input[i]) for i in MATMUL_OPERANDS[node.op_type])
+        return _product(left, right, bool(attributes.get("transA")), bool(attributes.get("transB")))
+    return None
+
+
+def _convolution(node: onnx.NodeProto, shape: Callable[[str], Shape]) -> int:
+    weight = shape(node.input[CONV_WEIGHT[node.op_type]])
+    return math.prod(shape(node.output[0])) * math.prod(weight[1:])
+
+
+def _product(left: Sequence[int], right: Sequence[int], transpose_left: bool, transpose_right: bool) -> int:
+    left = (1, *left) if len(left) == 1 else left
+    right = (*right, 1) if len(right) == 1 else right
+    rows, inner = (left[-1], left[-2]) if transpose_left else (left[-2], left[-1])
+    columns = right[-2] if transpose_right else right[-1]
+    batches = [1] * (max(len(left), len(right)) - 2)
+    for dims in (left[:-2], right[:-2]):
+        for i, d in enumerate(reversed(dims), start=1):
+            batches[-i] = max(batches[-i], d)
+    return math.prod(batches) * rows * inner * columns

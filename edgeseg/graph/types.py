@@ -1,0 +1,82 @@
+"""What an ONNX graph's own types ask for: the dtype every multiplying node is to compute in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+from edgeseg.graph.macs import count_macs
+from edgeseg.spec import InputSpec, Precision
+from edgeseg.store.artifacts import PrecisionReport
+from edgeseg.store.onnx_file import read_onnx
+
+_FLOATS: Mapping[int, str] = {
+    onnx.TensorProto.FLOAT: "fp32",
+    onnx.TensorProto.FLOAT16: "fp16",
+    onnx.TensorProto.BFLOAT16: "bf16",
+    onnx.TensorProto.DOUBLE: "fp64",
+}
+
+
+def graph_sizes(spec: InputSpec) -> dict[str, int]:
+    """Values of the symbolic dimensions of an exported graph, for one image of the engine's size."""
+    return {"batch": 1, "height": spec.height, "width": spec.width}
+
+
+def graph_macs(model: onnx.ModelProto, spec: InputSpec) -> dict[str, int]:
+    """Multiply-accumulates of one image, by node name."""
+    batch = 1 if spec.batch.is_dynamic else spec.batch.minimum
+    return {name: macs // batch for name, macs in count_macs(model, graph_sizes(spec)).items()}
+
+
+def node_dtypes(model: onnx.ModelProto) -> dict[str, str]:
+    """By node name: ``int8`` for a node whose operands are all dequantized, else the float type of its data."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    types = {t.name: t.data_type for t in graph.initializer}
+    types.update({v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)})
+    found = {}
+    for node in graph.node:
+        operands = [makers.get(name) for name in node.input[:2]]
+        if operands and all(maker is not None and maker.op_type == "DequantizeLinear" for maker in operands):
+            found[node.name] = "int8"
+        else:
+            known = [types[name] for name in (*node.output[:1], *node.input[:1]) if name in types]
+            found[node.name] = next((_FLOATS[kind] for kind in known if kind in _FLOATS), "other")
+    return found
+
+
+def precision_report(requested: Precision, dtypes: Mapping[str, str], macs: Mapping[str, int]) -> PrecisionReport:
+    """Shares per dtype, by types: nothing was run.
+
+    Args:
+        requested: the precision asked for.
+        dtypes: by node or layer name; a node with MACs that is not in it counts as ``unknown``.
+        macs: by node name, of one image.
+    """
+    totals: Counter[str] = Counter()
+    float_layers = {}
+    for name, count in macs.items():
+        dtype = dtypes.get(name, "unknown")
+        totals[dtype] += count
+        if dtype != requested:
+            float_layers[name] = f"runs in {dtype}" if dtype != "unknown" else "not found among the engine's layers"
+    nodes = Counter(dtypes.values())
+    total = sum(totals.values())
+    return PrecisionReport(
+        requested=requested,
+        mac_share={k: v / total for k, v in sorted(totals.items())} if total else {},
+        node_share={k: v / len(dtypes) for k, v in sorted(nodes.items())},
+        macs=total,
+        float_layers=float_layers,
+        evidence="typed",
+    )
+
+
+def typed_precision(path: Path, requested: Precision, spec: InputSpec) -> PrecisionReport:
+    """The report of a graph no engine was built from yet: what its types ask for. Raises ``ArtifactError``."""
+    model = read_onnx(path)
+    return precision_report(requested, node_dtypes(model), graph_macs(model, spec))

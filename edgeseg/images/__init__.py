@@ -1,0 +1,1 @@
+"""Pixels: decoding files, fit and placement, resizing. No engine."""

@@ -1,0 +1,380 @@
+"""The stages in order: load, export, calibrate, quantize, build, verify, write the manifest.
+
+Every stage is a function of its own room; this module only joins them, keeps what can be reused and makes the engine
+folder appear at the end or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import edgeseg
+from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require_builder
+from edgeseg.backends.portable import (
+    DEVICE_TARGETS,
+    awaits_calibration,
+    check_options,
+    measured_on,
+    open_graph,
+)
+from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
+from edgeseg.machine.packages import package_versions
+from edgeseg.pipeline.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
+from edgeseg.pipeline.command import build_command
+from edgeseg.pipeline.verification_data import VerificationData, calibration_and_held_out
+from edgeseg.progress import Reporter, stage
+from edgeseg.spec import InputSpec, PipelineSpec
+from edgeseg.store.artifacts import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Engine,
+    FileRef,
+    Manifest,
+    OnnxGraph,
+    Verification,
+    open_engine,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
+from edgeseg.store.atomic import atomic_folder
+from edgeseg.store.cache import cached_folder, source_sha256
+
+if TYPE_CHECKING:
+    import torch  # noqa: TID251  # the type only
+
+    from edgeseg.convert.export import ConversionReport
+    from edgeseg.convert.load import LoadedModel
+    from edgeseg.pipeline.api import BuildRequest
+    from edgeseg.quantize.table import CalibrationTable
+
+CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
+
+
+def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter: Reporter) -> Engine:
+    """Run every stage of ``request`` and return the finished engine folder. See :func:`edgeseg.build`."""
+    targets = choose_targets(request.target)
+    for target in targets:
+        # A backend that is not installed should say so before minutes of work, not after.
+        if target not in DEVICE_TARGETS:
+            require_builder(target)
+        check_options(target, request.backend_options)
+
+    loaded = load_stage(request, model, reporter)
+    spec = pipeline_spec(request, loaded)
+    folder = request.folder or Path("engines") / default_name(request, loaded)
+    if request.precision == "fp32" and request.calibration is not None:
+        reporter.note("--calibration is not used: an fp32 engine has no ranges")
+    with atomic_folder(folder, force=request.force) as scratch:
+        samples, held_out = calibration_and_held_out(request, loaded)
+        graph, conversion = export_stage(loaded, spec, reporter)
+        table = None if samples is None else calibration_stage(request, graph, samples, reporter)
+        if request.precision == "fp16" and table is None:
+            reporter.note(
+                "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
+            )
+
+        candidates: list[Candidate] = []
+        for target in targets:
+            try:
+                candidates.append(candidate_stage(request, target, graph, table, scratch, reporter))
+            except (BuildError, QuantizationError) as exc:
+                # With --target auto the others may still do; the one asked for by name may not fail.
+                if target == targets[-1] and not candidates:
+                    raise
+                reporter.note(f"{target} is left out: {exc}")
+
+        command = None if model is not None else build_command(request)
+        make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name, command)
+        best, medians = choose_fastest(candidates, make, table, reporter)
+        engine = make.write(best, medians, table, scratch, None)
+        verification = verify_stage(request, loaded, engine, held_out, reporter)
+        make.write(best, medians, table, scratch, verification)
+        for target in targets:
+            shutil.rmtree(scratch / f"target-{target}", ignore_errors=True)
+    return open_engine(folder)
+
+
+def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> LoadedModel:
+    """Load the model and tell the user all that was assumed on the way."""
+    with stage(reporter, "load") as said:
+        if model is None:
+            from edgeseg.convert.load import load_model
+
+            loaded = load_model(request.model)
+        else:
+            from edgeseg.convert.load import wrap_module
+
+            loaded = wrap_module(model, request.model)
+        said.append(f"{loaded.model.display_name}, {loaded.model.classes} classes, {loaded.weights}")
+    for note in loaded.notes:
+        reporter.note(note)
+    return loaded
+
+
+def choose_targets(target: str) -> tuple[str, ...]:
+    """The backends to build for: the one named, or for ``auto`` every one that can run here, to be measured."""
+    if target != "auto":
+        return (target,)
+    usable = tuple(name for name in AUTO_TARGETS if get_backend(name).status().available)
+    if not usable:
+        # Raises, naming the pip line of the default backend.
+        require_backend(AUTO_TARGETS[0])
+    return usable
+
+
+def pipeline_spec(request: BuildRequest, loaded: LoadedModel) -> PipelineSpec:
+    """Join what was asked for and what the model needs into the one contract."""
+    height, width = request.size or loaded.size
+    loaded.check_size(height, width)
+    return PipelineSpec(
+        model=loaded.model,
+        input=InputSpec(
+            height=height,
+            width=width,
+            channels=loaded.model.in_channels,
+            batch=request.batch,
+            stride=loaded.stride,
+            dynamic_size=request.dynamic_size,
+            fit=request.fit,
+        ),
+        preprocess=loaded.preprocess,
+        output=request.output,
+    )
+
+
+def default_name(request: BuildRequest, loaded: LoadedModel) -> str:
+    """``<arch>-<encoder>-<precision>``, or ``<arch>-demo-<precision>`` for a demo model."""
+    encoder = "demo" if loaded.is_demo else loaded.model.encoder
+    name = f"{loaded.model.arch}-{encoder}-{request.precision}".lower()
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
+def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) -> tuple[OnnxGraph, ConversionReport]:
+    """Export, simplify and check the fp32 graph, or find it in the cache."""
+    from edgeseg.convert.export import ConversionReport, export_onnx
+    from edgeseg.convert.reparameterize import merge_branches
+
+    inputs = {
+        "weights": loaded.weights_sha256,
+        "spec": spec,
+        "versions": package_versions(*CONVERT_PACKAGES),
+        "source": source_sha256("convert"),
+    }
+
+    def make(folder: Path) -> None:
+        # The merged module is only what is exported; the verification compares with the one that was loaded.
+        side = loaded.fixed_size[0] if loaded.fixed_size else max(spec.input.height, spec.input.width)
+        module, saved = merge_branches(loaded.module, spec.input.channels, side)
+        if saved:
+            reporter.note(f"the encoder's training branches were merged: {saved} layers fewer, same results")
+        _, report = export_onnx(dataclasses.replace(loaded, module=module), spec, folder / GRAPH_NAME)
+        write_json(folder / "report.json", report)
+
+    with stage(reporter, "export") as said:
+        folder, reused = cached_folder("export", inputs, make)
+        report = read_json(folder / "report.json", ConversionReport, "conversion report")
+        graph = OnnxGraph(folder / GRAPH_NAME, sha256_file(folder / GRAPH_NAME), "fp32", spec, loaded.weights_sha256)
+        said.append(
+            f"{report.nodes_exported} -> {report.nodes} nodes, {report.macs_exported / 1e9:.2f} -> "
+            f"{report.macs / 1e9:.2f} GMAC, mask agreement with PyTorch {report.mask_agreement:.6f}"
+        )
+        if reused:
+            said.append("reused")
+    return graph, report
+
+
+def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, reporter: Reporter) -> CalibrationTable:
+    """Take the table that was given, find one in the cache, or calibrate."""
+    from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
+    from edgeseg.quantize.table import CalibrationTable, check_fresh, load_table
+
+    if isinstance(samples, (CalibrationTable, Path)):
+        table = load_table(samples) if isinstance(samples, Path) else samples
+        with stage(reporter, "calibrate") as said:
+            check_fresh(table, table_key(graph, None, table.method, table.options))
+            said.append(f"table given: {table.method} over {table.images} images")
+        return table
+
+    if samples.skipped:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in samples.skipped[:5])
+        more = f"; and {len(samples.skipped) - 5} more" if len(samples.skipped) > 5 else ""
+        reporter.note(f"{len(samples.skipped)} calibration images were skipped: {listed}{more}")
+    method = method_or_default(request.calibration_method)
+    inputs = {"key": table_key(graph, samples, method, {}), "source": source_sha256("quantize")}
+
+    def make(folder: Path) -> None:
+        calibrate(graph, samples, method=method, progress=reporter.progress).save(folder / TABLE_NAME)
+
+    with stage(reporter, "calibrate") as said:
+        folder, reused = cached_folder("calibration", inputs, make)
+        table = load_table(folder / TABLE_NAME)
+        said.append(f"{table.method} over {table.images} images")
+        if reused:
+            said.append("reused")
+    return table
+
+
+def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> CalibrationTable:
+    """Load, export and calibrate, and write the table to ``path``: ``edgeseg calibrate``."""
+    from edgeseg.pipeline.verification_data import calibration_source
+
+    loaded = load_stage(request, None, reporter)
+    spec = pipeline_spec(request, loaded)
+    samples = calibration_source(request, loaded)
+    graph, _ = export_stage(loaded, spec, reporter)
+    table = calibration_stage(request, graph, samples, reporter)
+    table.save(path)
+    return table
+
+
+def candidate_stage(
+    request: BuildRequest,
+    target: str,
+    graph: OnnxGraph,
+    table: CalibrationTable | None,
+    scratch: Path,
+    reporter: Reporter,
+) -> Candidate:
+    """Quantize and build for one backend, and check that the precision asked for is delivered."""
+    with stage(reporter, "compile" if request.precision == "fp32" else "quantize") as said:
+        folder = scratch / f"target-{target}"
+        candidate = build_candidate(request, get_backend(target), graph, table, folder, reporter, scratch.parent)
+        share = candidate.built.precision.mac_share.get(request.precision, 0.0)
+        said.append(f"{target}: {share:.1%} of MACs in {request.precision}")
+    if candidate.built.path is not None or not awaits_calibration(candidate.built.precision, request.backend_options):
+        require_precision(candidate, request.min_int8_share)
+    if request.precision == "fp16" and target not in DEVICE_TARGETS and share < 0.5:
+        reporter.note(f"{target} computes most of this FP16 graph in FP32 here: half the file, no more speed")
+    return candidate
+
+
+def choose_fastest(
+    candidates: list[Candidate], make: _ManifestMaker, table: CalibrationTable | None, reporter: Reporter
+) -> tuple[Candidate, dict[str, float]]:
+    """With several candidates, measure them in turn on one image and return the fastest and all medians."""
+    if len(candidates) == 1:
+        return candidates[0], {}
+    from edgeseg.evaluate.latency.protocol import median_ms_interleaved
+
+    with stage(reporter, "measure") as said:
+        sessions = {}
+        for candidate in candidates:
+            engine = make.write(candidate, {}, table, candidate.folder, None)
+            sessions[candidate.backend.name] = candidate.backend.load(engine)
+        medians = median_ms_interleaved(sessions, make.spec.input)
+        for session in sessions.values():
+            session.close()
+        said.append(", ".join(f"{name} {ms:.1f} ms" for name, ms in medians.items()))
+    best = min(candidates, key=lambda c: medians[c.backend.name])
+    said_choice = f"target auto: {best.backend.name} is the fastest here; name one with --target"
+    reporter.note(said_choice)
+    return best, medians
+
+
+def verify_stage(
+    request: BuildRequest, loaded: LoadedModel, engine: Engine, data: VerificationData | None, reporter: Reporter
+) -> Verification | None:
+    """Compare the engine with the PyTorch model on held-out images and apply the gates."""
+    if data is None:
+        if request.max_drop is not None or request.min_agreement is not None:
+            raise SpecError("--max-drop and --min-agreement need images to verify on; give --validation DIR")
+        reporter.note("not verified: no images were given; --validation DIR compares the engine with PyTorch")
+        return None
+    if request.max_drop is not None and not data.has_masks:
+        raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
+    from edgeseg.backends.pytorch import PyTorchSession
+    from edgeseg.evaluate.latency.protocol import SHORT
+    from edgeseg.evaluate.verify import check_gates, verify
+
+    spec = engine.manifest.spec
+    with stage(reporter, "verify") as said:
+        backend = get_backend(engine.manifest.target)
+        runs_here = engine.manifest.engine is not None and backend.status().available
+        opened = backend.load(engine) if runs_here else open_graph(engine)
+        with PyTorchSession(loaded, spec) as reference, opened as session:
+            verification = verify(
+                reference,
+                session,
+                spec,
+                data.pairs,
+                data=data.description if runs_here else f"{data.description}; {measured_on(engine.manifest)}",
+                reference_size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
+                engine_size_bytes=(engine.manifest.engine or engine.manifest.graph).size_bytes,
+                protocol=SHORT if runs_here else None,
+                progress=reporter.progress,
+            )
+        said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
+    check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
+    return verification
+
+
+@dataclass(frozen=True)
+class _ManifestMaker:
+    """What all manifests of one build have in common."""
+
+    request: BuildRequest
+    loaded: LoadedModel
+    spec: PipelineSpec
+    conversion: ConversionReport
+    table: CalibrationTable | None
+    notes: tuple[str, ...]
+    name: str
+    command: str | None
+
+    def write(
+        self,
+        candidate: Candidate,
+        medians: dict[str, float],
+        table: CalibrationTable | None,
+        folder: Path,
+        verification: Verification | None,
+    ) -> Engine:
+        """Put the candidate's files and the manifest into ``folder``."""
+        for source in (candidate.graph.path, candidate.built.path, *candidate.built.extra_files):
+            if source is not None and source.parent != folder:
+                shutil.copyfile(source, folder / source.name)
+        calibration = None
+        if table is not None:
+            table.save(folder / TABLE_NAME)
+            calibration = FileRef.of(folder / TABLE_NAME)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            edgeseg_version=edgeseg.__version__,
+            name=self.name,
+            spec=self.spec,
+            precision=candidate.built.precision,
+            target=candidate.backend.name,
+            scheme=candidate.graph.scheme,
+            graph=FileRef.of(folder / candidate.graph.path.name),
+            engine=None if candidate.built.path is None else FileRef.of(folder / candidate.built.path.name),
+            calibration=calibration,
+            extra_files=tuple(FileRef.of(folder / path.name) for path in candidate.built.extra_files),
+            weights=self.loaded.weights,
+            inputs_sha256={
+                "weights": self.loaded.weights_sha256,
+                "spec": sha256_json(self.spec),
+                **({f"calibration_{cause}": value for cause, value in table.key.items()} if table else {}),
+            },
+            options=dict(candidate.built.options),
+            options_given=self._options_given(candidate),
+            versions={**package_versions(*CONVERT_PACKAGES), **candidate.built.versions},
+            device=dict(candidate.built.device),
+            candidates=medians,
+            conversion=dataclasses.asdict(self.conversion),
+            command=self.command,
+            notes=self.notes,
+            verification=verification,
+        )
+        write_json(folder / MANIFEST_NAME, manifest)
+        return Engine(folder, manifest)
+
+    def _options_given(self, candidate: Candidate) -> dict[str, Any]:
+        given = self.request.backend_options
+        # File names of a portable folder are for the device: this machine does not know them.
+        return dict(given) if candidate.built.path is None else check_options(candidate.backend.name, given)

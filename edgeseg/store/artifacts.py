@@ -1,0 +1,331 @@
+"""Artifacts on disk: graphs and engine folders, their manifests and hashes.
+
+An engine folder holds plain files that their own tools open (Netron, onnxruntime, trtexec) and ``manifest.json``
+beside them. Folders appear by rename (:mod:`edgeseg.store.atomic`), so a folder that exists is complete; its hashes say
+whether it still is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import msgspec
+
+from edgeseg.errors import ArtifactError, StaleEngineError
+from edgeseg.spec import PipelineSpec, Precision
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """A file of an engine folder: a plain name (no directories), its SHA-256 and size."""
+
+    name: str
+    sha256: str
+    size_bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileRef:
+        return cls(path.name, sha256_file(path), path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class OnnxGraph:
+    """An ONNX file and the contract it fulfils.
+
+    Attributes:
+        path: the ``.onnx`` file, weights inside.
+        sha256: of that file.
+        precision: what the graph's own types say.
+        scheme: name of the Q/DQ scheme for an int8 graph, else ``None``.
+        weights_sha256: over the parameters the graph was exported from.
+        spec: model, input, preprocessing and output contract.
+    """
+
+    path: Path
+    sha256: str
+    precision: Precision
+    spec: PipelineSpec
+    weights_sha256: str
+    scheme: str | None = None
+
+
+Evidence: TypeAlias = Literal["executed", "inspected", "typed"]
+
+
+@dataclass(frozen=True)
+class PrecisionReport:
+    """What precision was asked for and what the engine really does.
+
+    Attributes:
+        requested: the precision asked for.
+        mac_share: share of multiply-accumulates per dtype (``{"int8": 0.98, "fp32": 0.02}``).
+        node_share: share of nodes per dtype.
+        macs: multiply-accumulates of one image.
+        time_share: share of the engine's time in layers of each dtype, measured with the backend's profiler when the engine
+            was built; ``None`` where it was not measured.
+        float_layers: names of the MAC-carrying layers not executed in the requested precision, with the reason.
+        evidence: ``executed``: counted from a profiled run; ``inspected``: from what TensorRT says of the built engine;
+            ``typed``: from the types of the graph or network, nothing was run.
+    """
+
+    requested: Precision
+    mac_share: dict[str, float]
+    node_share: dict[str, float]
+    macs: int
+    float_layers: dict[str, str] = field(default_factory=dict)
+    time_share: dict[str, float] | None = None
+    evidence: Evidence = "executed"
+
+
+@dataclass(frozen=True)
+class AccuracyFigures:
+    """Accuracy of one model on the verification images; ``None`` where no masks were given."""
+
+    miou: float | None = None
+    dice: float | None = None
+    pixel_accuracy: float | None = None
+    per_class_iou: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class LatencyFigures:
+    """Milliseconds from a uint8 image in memory to a uint8 mask in memory, batch 1, short protocol."""
+
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Engine against the PyTorch model on held-out images.
+
+    Attributes:
+        agreement: share of pixels with the same class.
+        boundary_agreement: the same, within 2 pixels of a class boundary of PyTorch's mask.
+        miou_vs_pytorch: mean IoU of the engine's masks against PyTorch's; ``None`` when neither shows any foreground.
+        images: how many images were compared.
+        data: where they came from, in words; whether they were also used for calibration.
+    """
+
+    agreement: float
+    boundary_agreement: float | None
+    miou_vs_pytorch: float | None
+    images: int
+    data: str
+    pytorch_accuracy: AccuracyFigures
+    engine_accuracy: AccuracyFigures
+    pytorch_latency: LatencyFigures | None
+    engine_latency: LatencyFigures | None
+    pytorch_size_bytes: int
+    engine_size_bytes: int
+
+    @property
+    def miou_drop(self) -> float | None:
+        """mIoU lost against PyTorch, in absolute terms (0.003 = 0.3 points); negative is a gain."""
+        if self.pytorch_accuracy.miou is None or self.engine_accuracy.miou is None:
+            return None
+        return self.pytorch_accuracy.miou - self.engine_accuracy.miou
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json`` of an engine folder.
+
+    Attributes:
+        schema_version: of this layout; a newer one is refused.
+        name: the folder's name when built.
+        target: backend the engine file is for (a key of :data:`edgeseg.backends.BACKENDS`), or ``portable``.
+        graph: the portable ONNX graph the engine was built from.
+        engine: the backend's file; ``None`` in a portable folder that still has to be compiled.
+        calibration: the calibration table of an int8 graph.
+        extra_files: further files the engine file needs beside it.
+        weights: where the weights came from, in words.
+        inputs_sha256: hash per input of the build (weights, fp32 graph, calibration images, options).
+        options: backend build options and session settings, as chosen, defaults included.
+        options_given: those of them someone asked for; what building the engine again keeps. ``None`` in folders of before
+            it was recorded.
+        candidates: with ``--target auto``, median milliseconds of each backend that was built and measured.
+        versions: packages that took part.
+        device: what the engine was built on (CPU model or GPU name, flags that matter).
+        conversion: nodes and MACs before and after simplification, parity of the fp32 graph with PyTorch.
+        command: the ``edgeseg build`` that makes the folder again; ``None`` when it was built from objects in Python.
+        notes: everything assumed, stripped or dropped on the way; the same lines the build printed.
+    """
+
+    schema_version: int
+    edgeseg_version: str
+    name: str
+    spec: PipelineSpec
+    precision: PrecisionReport
+    target: str
+    scheme: str | None
+    graph: FileRef
+    engine: FileRef | None
+    calibration: FileRef | None
+    weights: str
+    inputs_sha256: dict[str, str]
+    options: dict[str, Any]
+    versions: dict[str, str]
+    device: dict[str, str]
+    extra_files: tuple[FileRef, ...] = ()
+    candidates: dict[str, float] = field(default_factory=dict)
+    conversion: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
+    notes: tuple[str, ...] = ()
+    verification: Verification | None = None
+    options_given: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine folder whose manifest and hashes were checked."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def engine_path(self) -> Path:
+        if self.manifest.engine is None:
+            raise StaleEngineError(f"{self.folder} holds a portable graph only; run: edgeseg compile {self.folder}")
+        return self.folder / self.manifest.engine.name
+
+    @property
+    def graph_path(self) -> Path:
+        return self.folder / self.manifest.graph.name
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_chunks(f)
+
+
+def _sha256_chunks(stream: Any) -> str:
+    # hashlib.file_digest appeared in Python 3.11; 3.10 is still supported.
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    """SHA-256 of a value's canonical JSON (dataclasses allowed, keys sorted)."""
+    return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a dataclass as indented JSON, atomically."""
+    write_bytes(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically, making its folder if need be.
+
+    Raises:
+        ArtifactError: the place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, text.encode())
+    except OSError as exc:
+        raise ArtifactError(f"cannot write {path}: {exc.strerror}; give another file") from exc
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: whoever reads it meanwhile gets the old content or the new. Raises ``OSError``."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path, kind: type[T], what: str) -> T:
+    """Read JSON into a dataclass, every field type-checked.
+
+    Raises:
+        ArtifactError: missing, unreadable, not JSON, or of another shape; says which field.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as exc:
+        raise ArtifactError(f"cannot read {what} {path}: {exc.strerror}") from exc
+    except (msgspec.DecodeError, ValueError) as exc:
+        raise ArtifactError(f"{what} {path} is damaged or not one: {exc}") from exc
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``manifest.json`` of an engine folder without checking the files beside it.
+
+    Raises:
+        ArtifactError: no folder, no manifest, a damaged one, or one of a newer schema.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        what = "no such folder" if not folder.exists() else f"no {MANIFEST_NAME} in it"
+        raise ArtifactError(
+            f"{folder} is not an engine folder ({what}); make one with: edgeseg build --output {folder}"
+        )
+
+    @dataclass(frozen=True)
+    class Versioned:
+        schema_version: int
+
+    version = read_json(path, Versioned, "manifest").schema_version
+    if version != SCHEMA_VERSION:
+        word = "newer" if version > SCHEMA_VERSION else "older"
+        raise ArtifactError(
+            f"{path} has schema version {version}, {word} than this edgeseg reads ({SCHEMA_VERSION}); "
+            + ("upgrade edgeseg" if version > SCHEMA_VERSION else "build the engine again")
+        )
+    return read_json(path, Manifest, "manifest")
+
+
+def open_engine(folder: Path) -> Engine:
+    """Read an engine folder and check every file's hash against the manifest.
+
+    Raises:
+        ArtifactError: see :func:`read_manifest`; or a file is missing, edited or truncated.
+    """
+    manifest = read_manifest(folder)
+    for ref in (manifest.graph, manifest.engine, manifest.calibration, *manifest.extra_files):
+        if ref is not None:
+            check_file(folder, ref)
+    return Engine(folder, manifest)
+
+
+def check_file(folder: Path, ref: FileRef) -> None:
+    """Raise :class:`ArtifactError` unless the file is in the folder with the size and hash of ``ref``."""
+    # A manifest is untrusted input: a name with a directory in it would reach outside the folder.
+    if ref.name != Path(ref.name).name or ref.name in {"", ".", ".."}:
+        raise ArtifactError(
+            f"manifest of {folder} names a file outside the folder: {ref.name!r}; do not use this folder"
+        )
+    path = folder / ref.name
+    if path.is_symlink() or not path.is_file():
+        raise ArtifactError(f"{folder} lacks {ref.name}, which its manifest lists; build it again")
+    size = path.stat().st_size
+    if size != ref.size_bytes:
+        raise ArtifactError(
+            f"{path} has {size} bytes, its manifest says {ref.size_bytes}: truncated or edited; build it again"
+        )
+    if sha256_file(path) != ref.sha256:
+        raise ArtifactError(
+            f"{path} does not have the hash its manifest vouches for: edited or damaged; build it again"
+        )
