@@ -23,13 +23,12 @@ from edgeseg.errors import (
     SpecError,
     StaleEngineError,
 )
+from edgeseg.version import __version__
 
 if TYPE_CHECKING:
     from edgeseg.pipeline.api import build
     from edgeseg.runtime.segmenter import Segmenter, load
     from edgeseg.runtime.stream import stream
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",

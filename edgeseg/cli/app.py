@@ -14,8 +14,8 @@ from typing import NoReturn
 
 import click
 
-import edgeseg
 from edgeseg.errors import EdgesegError
+from edgeseg.version import __version__
 
 VERBS: dict[str, tuple[str, str]] = {
     "build": ("edgeseg.cli.build", "Convert, quantize, build and verify an engine."),
@@ -59,7 +59,7 @@ class _LazyGroup(click.Group):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(edgeseg.__version__, prog_name="edgeseg")
+@click.version_option(__version__, prog_name="edgeseg")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
     """Make segmentation-models-pytorch models fast on edge devices, and know what it cost.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import platform
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-import edgeseg
 from edgeseg.backends import BACKENDS, BackendStatus, get_backend
 from edgeseg.machine.cpu import Cpu, this_cpu
+from edgeseg.machine.limits import Memory, core_limit, read_memory
+from edgeseg.machine.packages import installed_version
+from edgeseg.machine.reading import read_text
+from edgeseg.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -41,8 +43,6 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 """Packages that matter, by the extra of edgeseg that brings them."""
 
-# OpenCV's four distributions install the same module; any of them does.
-_SAME_MODULE = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")}
 
 FEATURES: dict[str, dict[str, str]] = {
     "x86": {
@@ -63,15 +63,6 @@ FEATURES: dict[str, dict[str, str]] = {
 """CPU features that decide what is fast, by architecture."""
 
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of main memory; ``None`` where the system does not tell or sets no limit."""
-
-    total_bytes: int | None
-    available_bytes: int | None
-    limit_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -117,10 +108,10 @@ def diagnose() -> Diagnosis:
     limit = core_limit()
     memory = read_memory()
     return Diagnosis(
-        edgeseg_version=edgeseg.__version__,
+        edgeseg_version=__version__,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=f"{platform.python_version()} ({sys.executable})",
-        board=_read(Path("/proc/device-tree/model")),
+        board=read_text(Path("/proc/device-tree/model")),
         cpu=cpu,
         features={name: name in cpu.flags for name in FEATURES.get(cpu.arch, {})},
         core_limit=limit,
@@ -203,71 +194,6 @@ def _torch_pair(torch: str | None, torchvision: str | None) -> list[str]:
         f"torch {torch} and torchvision {torchvision} are not a pair ({first or 'default'} and {second or 'default'} "
         "build) and may not import: install both from one index in one pip command."
     ]
-
-
-def installed_version(package: str) -> str | None:
-    """Version of an installed distribution, found without importing it; ``None`` when there is none."""
-    names = (package, *_SAME_MODULE.get(package, ()))
-    found = (next(iter(metadata.distributions(name=name)), None) for name in names)
-    return next((str(distribution.version) for distribution in found if distribution is not None), None)
-
-
-def core_limit(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float | None:
-    """CPUs the control group of this process may use at once (version 2 and 1), ``None`` without a limit."""
-    limits = []
-    for folder in _cgroup_folders(root, membership, "cpu"):
-        words = (_read(folder / "cpu.max") or "").split()
-        quota, period = (
-            (words[0], words[1])
-            if len(words) == 2
-            else (_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us"))
-        )
-        if quota and period and quota.isdigit() and period.isdigit() and int(period) > 0:
-            limits.append(int(quota) / int(period))
-    return min(limits, default=None)
-
-
-def memory_limit_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Bytes the control group of this process may use, ``None`` without a limit."""
-    limits = []
-    for folder in _cgroup_folders(root, membership, "memory"):
-        text = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
-        # Version 1 writes "no limit" as the largest page-aligned number.
-        if text and text.isdigit() and int(text) < 1 << 60:
-            limits.append(int(text))
-    return min(limits, default=None)
-
-
-def read_memory(meminfo: Path = Path("/proc/meminfo")) -> Memory:
-    """Total, available and permitted memory."""
-    kib: dict[str, int] = {}
-    for line in (_read(meminfo) or "").splitlines():
-        key, _, rest = line.partition(":")
-        number = rest.split()[:1]
-        if number and number[0].isdigit():
-            kib[key] = int(number[0])
-    total, available = (kib[k] * 1024 if k in kib else None for k in ("MemTotal", "MemAvailable"))
-    return Memory(total, available, memory_limit_bytes())
-
-
-def _cgroup_folders(root: Path, membership: Path, controller: str) -> list[Path]:
-    """The group of this process and its ancestors: the tightest limit on the way up holds."""
-    folders = {root, root / controller}
-    for line in (_read(membership) or "").splitlines():
-        parts = line.split(":", 2)
-        if len(parts) != 3 or ".." in parts[2] or (parts[1] and controller not in parts[1].split(",")):
-            continue
-        base = root / controller if parts[1] else root
-        relative = Path(parts[2].lstrip("/"))
-        folders.update(base / part for part in (relative, *relative.parents))
-    return sorted(folders)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\x00 \n") or None
-    except OSError:
-        return None
 
 
 def render(diagnosis: Diagnosis) -> Group:

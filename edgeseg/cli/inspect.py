@@ -12,7 +12,7 @@ import click
 from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.errors import ArtifactError
 from edgeseg.evaluate.summary import MISSING, class_table, precision_line, time_line, verification_table
-from edgeseg.graph.modules import module_group
+from edgeseg.graph.modules import module_group, module_of
 from edgeseg.store.artifacts import Engine, FileRef, Manifest, open_engine
 
 if TYPE_CHECKING:
@@ -136,15 +136,6 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
         Layer(node.name, module_of(node.name), node.op_type, _dtype(node, types), macs.get(node.name, uncounted))
         for node in model.graph.node
     )
-
-
-def module_of(node_name: str) -> str:
-    """``encoder.layer3.0.conv1`` of ``encoder.layer3.0.conv1/Conv``; ``""`` for a node without a module.
-
-    What was made around a node is called after it (``decoder.p5/Conv/weight/DQ``), so the module ends at the first slash.
-    """
-    module, slash, _ = node_name.partition("/")
-    return module if slash and module not in {"edgeseg", "preprocess", "postprocess"} else ""
 
 
 def _tensor_types(model: onnx.ModelProto) -> dict[str, int]:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import edgeseg
 from edgeseg.errors import BuildError, EdgesegError, SpecError
 from edgeseg.evaluate.contenders import (
     BASELINES,
@@ -19,6 +18,7 @@ from edgeseg.evaluate.contenders import (
     baseline_contenders,
     engine_contenders,
     engine_names,
+    first_baseline,
 )
 from edgeseg.evaluate.latency.fresh import measure_fresh
 from edgeseg.evaluate.latency.measure import Timed, idle_power, measure_setting
@@ -43,6 +43,7 @@ from edgeseg.machine.power import find_source
 from edgeseg.machine.state import describe_machine, machine_state
 from edgeseg.progress import Reporter, stage
 from edgeseg.spec import one_of
+from edgeseg.version import __version__
 
 WARMUP_STABLE_WITHIN = 0.03
 
@@ -189,7 +190,7 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
         reporter.note(note)
     return BenchReport(
         schema_version=SCHEMA_VERSION,
-        edgeseg_version=edgeseg.__version__,
+        edgeseg_version=__version__,
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         command=request.command,
         environment=describe_machine(before, after),
@@ -361,11 +362,3 @@ def _comparisons(contenders: Sequence[Contender], timed: dict[Setting, dict[str,
                 ids = row_id(baseline.name, setting), row_id(contender.name, setting)
                 found.append(speed_comparison(*ids, first, second))
     return found
-
-
-def first_baseline(contender: Contender, contenders: Sequence[Contender]) -> Contender | None:
-    """The baseline an engine (or a further baseline) is compared with: the first of the same model and input size."""
-    for other in contenders:
-        if other.is_baseline and other.pair_key == contender.pair_key:
-            return None if other is contender else other
-    return None

@@ -285,3 +285,11 @@ def baseline_request(manifest: Manifest, weights: Path | None) -> tuple[ModelReq
         ),
         "",
     )
+
+
+def first_baseline(contender: Contender, contenders: Sequence[Contender]) -> Contender | None:
+    """The baseline an engine (or a further baseline) is compared with: the first of the same model and input size."""
+    for other in contenders:
+        if other.is_baseline and other.pair_key == contender.pair_key:
+            return None if other is contender else other
+    return None

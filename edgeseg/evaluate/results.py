@@ -1,7 +1,6 @@
 """What ``edgeseg bench`` measured, as it is written to JSON: schema version 1.
 
-``docs/bench-report.md`` describes the file for readers of other languages; this module and
-:mod:`edgeseg.evaluate.results`, whose names it repeats, are what decides.
+``docs/bench-report.md`` describes the file for readers of other languages; this module decides.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from edgeseg.errors import ArtifactError
-from edgeseg.machine.record import NoiseFlag, NoiseKind, Power
+from edgeseg.machine.record import Environment, NoiseFlag, Power
 from edgeseg.store.artifacts import read_json, write_json
 
 AccuracyVerdict: TypeAlias = Literal["loss", "gain", "no difference"]
-NoiseKind: TypeAlias = Literal["variation", "outliers", "drift", "few-samples", "frequency", "throttled", "other-load"]
 Resolution: TypeAlias = Literal["source", "engine"]
 
 
@@ -126,14 +124,6 @@ class StageSplit:
 
 
 @dataclass(frozen=True)
-class NoiseFlag:
-    """A reason not to trust a run: its kind, and one line that says what was seen."""
-
-    kind: NoiseKind
-    detail: str
-
-
-@dataclass(frozen=True)
 class Latency:
     """Times of one row.
 
@@ -187,29 +177,6 @@ class Memory:
     base_rss_bytes: int | None = None
     activation_bytes: int | None = None
     gpu_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Power:
-    """Power drawn while the row was measured.
-
-    Attributes:
-        source: ``tegrastats``, ``ina3221``, ``nvml`` or ``rapl``.
-        covers: what is metered, in words (``VDD_IN: the whole module``); figures of different sources do not compare.
-        mean_w: watts, mean over the run.
-        idle_w: watts before the run, ``None`` when not taken.
-        energy_per_image_j: joules per image: mean power over images per second.
-        rails_w: mean per rail.
-        readings: how many.
-    """
-
-    source: str
-    covers: str
-    mean_w: float
-    energy_per_image_j: float
-    readings: int
-    idle_w: float | None = None
-    rails_w: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -378,18 +345,12 @@ __all__ = [
     "ColdStart",
     "Distribution",
     "Drop",
-    "Environment",
     "FailedMeasurement",
-    "Gpu",
     "Identity",
     "Interval",
     "Latency",
-    "MachineState",
     "Memory",
     "ModuleTime",
-    "NoiseFlag",
-    "NoiseKind",
-    "Power",
     "Profile",
     "Resolution",
     "Row",
@@ -420,58 +381,6 @@ class SpeedComparison:
     high: float
     pairs: int
     verdict: SpeedVerdict
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as its driver describes it."""
-
-    name: str
-    memory_bytes: int | None = None
-    driver: str | None = None
-    power_limit_w: float | None = None
-
-
-@dataclass(frozen=True)
-class MachineState:
-    """What changes while measuring; taken before and after.
-
-    ``cpu_mhz``: least, median and most over the cores; ``gpu_mhz``: by GPU or its clock domain; ``temperatures_c``: by
-    sensor; ``load``: 1, 5 and 15 minutes; ``throttled``: why the machine holds its clocks back right now, a line each.
-    """
-
-    cpu_mhz: tuple[float, float, float] | None = None
-    temperatures_c: dict[str, float] = field(default_factory=dict)
-    load: tuple[float, float, float] | None = None
-    memory_available_bytes: int | None = None
-    gpu_mhz: dict[str, float] = field(default_factory=dict)
-    throttled: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Environment:
-    """The machine. ``device`` is its short name in tables: the board's, else GPU or CPU.
-
-    ``power_mode``: of nvpmodel, on a Jetson; ``thread_variables``: those of ``OMP_NUM_THREADS`` and the like that are set.
-    """
-
-    device: str
-    system: str
-    python: str
-    cpu: str
-    cores: int
-    cpu_flags: tuple[str, ...] = ()
-    core_limit: float | None = None
-    board: str | None = None
-    gpus: tuple[Gpu, ...] = ()
-    memory_bytes: int | None = None
-    governor: str | None = None
-    cpu_max_mhz: float | None = None
-    power_mode: str | None = None
-    thread_variables: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    before: MachineState = field(default_factory=MachineState)
-    after: MachineState = field(default_factory=MachineState)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgeseg.machine.reading import read_text
+
 # Linux names in /proc/cpuinfo; the ones that change which kernels a CPU backend picks.
 _X86_FLAGS = ("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
 _ARM_FLAGS = ("asimddp", "i8mm", "asimdhp", "sve")
@@ -48,7 +50,7 @@ def this_cpu() -> Cpu:
     arch = (
         "x86" if machine in {"x86_64", "amd64", "i686"} else "arm" if machine.startswith(("arm", "aarch")) else "other"
     )
-    text = _cpuinfo_text()
+    text = read_text(Path("/proc/cpuinfo")) or ""
     name, flags = parse_cpuinfo(text, arch)
     return Cpu(name or platform.processor() or machine, arch, flags, _usable_cores())
 
@@ -62,13 +64,6 @@ def parse_cpuinfo(text: str, arch: str) -> tuple[str, tuple[str, ...]]:
     words = set((fields.get("flags") or fields.get("features") or "").split())
     wanted = _X86_FLAGS if arch == "x86" else _ARM_FLAGS
     return fields.get("model name", ""), tuple(sorted(words.intersection(wanted)))
-
-
-def _cpuinfo_text() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _usable_cores() -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgeseg.machine.nvml import NvmlSource, import_nvml
+from edgeseg.machine.reading import read_number, read_text
 from edgeseg.machine.record import Power
 
 ROOT = Path("/")
@@ -66,19 +67,22 @@ def read_ina3221(root: Path = ROOT) -> dict[str, float]:
     # Both "iio:device0" and, on older kernels, the link "iio_device" name the same chip.
     for folder in sorted({p.resolve() for p in drivers.glob("ina3221x/*/iio*") if p.is_dir()}):
         for index in range(3):
-            rail, milliwatts = _text(folder / f"rail_name_{index}"), _number(folder / f"in_power{index}_input")
+            rail, milliwatts = read_text(folder / f"rail_name_{index}"), read_number(folder / f"in_power{index}_input")
             if rail and milliwatts is not None:
                 found[rail] = milliwatts / 1000
     for folder in sorted(drivers.glob("ina3221/*/hwmon/hwmon*")):
         for index in (1, 2, 3):
-            rail = _text(folder / f"in{index}_label")
-            millivolts, milliamperes = _number(folder / f"in{index}_input"), _number(folder / f"curr{index}_input")
+            rail = read_text(folder / f"in{index}_label")
+            millivolts, milliamperes = (
+                read_number(folder / f"in{index}_input"),
+                read_number(folder / f"curr{index}_input"),
+            )
             if rail and rail != "NC" and millivolts is not None and milliamperes is not None:
                 found[rail] = millivolts * milliamperes / 1e6
     for folder in sorted(drivers.glob("ina238/*/hwmon/hwmon*")):
-        microwatts = _number(folder / "power1_input")
+        microwatts = read_number(folder / "power1_input")
         if microwatts is not None:
-            found[_text(folder / "label") or _text(folder / "in1_label") or "VIN"] = microwatts / 1e6
+            found[read_text(folder / "label") or read_text(folder / "in1_label") or "VIN"] = microwatts / 1e6
     return found
 
 
@@ -157,7 +161,7 @@ class RaplSource:
         self._folders = sorted((root / "sys" / "class" / "powercap").glob("*-rapl:[0-9]*"))
         # Subzones (intel-rapl:0:1) are part of their package.
         self._folders = [
-            f for f in self._folders if f.name.count(":") == 1 and (_text(f / "name") or "").startswith("package")
+            f for f in self._folders if f.name.count(":") == 1 and (read_text(f / "name") or "").startswith("package")
         ]
         self._clock = clock
         self._before = self._read()
@@ -165,7 +169,7 @@ class RaplSource:
     def _read(self) -> dict[str, tuple[float, float]]:
         found = {}
         for folder in self._folders:
-            name, microjoules = _text(folder / "name"), _number(folder / "energy_uj")
+            name, microjoules = read_text(folder / "name"), read_number(folder / "energy_uj")
             if name and microjoules is not None:
                 found[name] = (self._clock(), microjoules)
         return found
@@ -174,7 +178,7 @@ class RaplSource:
         """See :class:`PowerSource`: mean since it was last asked."""
         before, now = self._before, self._read()
         self._before = now
-        ranges = {_text(f / "name"): _number(f / "max_energy_range_uj") for f in self._folders}
+        ranges = {read_text(f / "name"): read_number(f / "max_energy_range_uj") for f in self._folders}
         found = {}
         for name, (seconds, microjoules) in now.items():
             if name not in before or seconds <= before[name][0]:
@@ -265,17 +269,3 @@ def power_log(source: PowerSource, interval_s: float = 0.1) -> Iterator[PowerLog
     finally:
         done.set()
         thread.join()
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip() or None
-    except OSError:
-        return None
-
-
-def _number(path: Path) -> float | None:
-    try:
-        return float(_text(path) or "")
-    except ValueError:
-        return None

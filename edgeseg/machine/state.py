@@ -18,6 +18,7 @@ from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.limits import core_limit, read_memory
 from edgeseg.machine.nvml import nvml_gpus, nvml_state
 from edgeseg.machine.packages import installed_version
+from edgeseg.machine.reading import read_number, read_text
 from edgeseg.machine.record import Environment, MachineState, NoiseFlag
 
 ROOT = Path("/")
@@ -48,23 +49,6 @@ _PI_THROTTLED = ("sys/devices/platform/soc/soc:firmware/get_throttled",)
 _PI_BITS = {0x1: "under-voltage", 0x2: "ARM clock capped", 0x4: "throttled", 0x8: "soft temperature limit"}
 MAX_OTHER_CORES = 0.25
 MAX_FREQUENCY_CHANGE = 0.10
-
-
-def read_text(path: Path) -> str | None:
-    """A small file's text without surrounding white space and zero bytes; ``None`` if it cannot be read or is empty."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip("\x00 \n\t") or None
-    except OSError:
-        return None
-
-
-def read_number(path: Path) -> float | None:
-    """A file that holds one number; ``None`` if it does not."""
-    text = read_text(path)
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None
 
 
 def machine_state(root: Path = ROOT) -> MachineState:

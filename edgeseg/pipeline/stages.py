@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import edgeseg
 from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require_builder
 from edgeseg.backends.portable import (
     DEVICE_TARGETS,
@@ -43,14 +42,15 @@ from edgeseg.store.artifacts import (
     write_json,
 )
 from edgeseg.store.atomic import atomic_folder
-from edgeseg.store.cache import cached_folder, source_sha256
+from edgeseg.store.cache import cached_folder, software
+from edgeseg.version import __version__
 
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only
 
     from edgeseg.convert.export import ConversionReport
     from edgeseg.convert.load import LoadedModel
-    from edgeseg.pipeline.api import BuildRequest
+    from edgeseg.pipeline.request import BuildRequest
     from edgeseg.quantize.table import CalibrationTable
 
 CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
@@ -163,8 +163,7 @@ def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) ->
     inputs = {
         "weights": loaded.weights_sha256,
         "spec": spec,
-        "versions": package_versions(*CONVERT_PACKAGES),
-        "source": source_sha256("convert"),
+        "software": software(),
     }
 
     def make(folder: Path) -> None:
@@ -206,7 +205,7 @@ def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, rep
         more = f"; and {len(samples.skipped) - 5} more" if len(samples.skipped) > 5 else ""
         reporter.note(f"{len(samples.skipped)} calibration images were skipped: {listed}{more}")
     method = method_or_default(request.calibration_method)
-    inputs = {"key": table_key(graph, samples, method, {}), "source": source_sha256("quantize")}
+    inputs = {"key": table_key(graph, samples, method, {}), "software": software()}
 
     def make(folder: Path) -> None:
         calibrate(graph, samples, method=method, progress=reporter.progress).save(folder / TABLE_NAME)
@@ -345,7 +344,7 @@ class _ManifestMaker:
             calibration = FileRef.of(folder / TABLE_NAME)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            edgeseg_version=edgeseg.__version__,
+            edgeseg_version=__version__,
             name=self.name,
             spec=self.spec,
             precision=candidate.built.precision,

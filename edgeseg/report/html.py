@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-import edgeseg
 from edgeseg.decide.entries import Entry, MergedReport, Run
 from edgeseg.decide.metrics import METRICS, Metric
 from edgeseg.decide.verdict import DeviceVerdict, data_key
@@ -19,6 +18,7 @@ from edgeseg.errors import MissingDependencyError
 from edgeseg.machine.record import Environment, MachineState
 from edgeseg.report import cells
 from edgeseg.report.details import EngineDetails, StageLine, engine_details, stage_lines, style_of
+from edgeseg.version import __version__
 
 if TYPE_CHECKING:
     import jinja2
@@ -90,7 +90,7 @@ def html(
     return environment.get_template("report.html.j2").render(
         title=title,
         failed=failed,
-        version=edgeseg.__version__,
+        version=__version__,
         pages=[_page(report, verdict, f"d{k}") for k, verdict in enumerate(verdicts)],
         runs=[(run, environment_lines(run)) for run in report.runs],
         separate_devices=len(verdicts) > 1,

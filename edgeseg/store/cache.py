@@ -12,15 +12,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import platformdirs
 
+from edgeseg.machine.packages import COMPUTING_PACKAGES, package_versions
 from edgeseg.store.artifacts import sha256_json
 
 # A dozen fp32 graphs of large models; the least recently used go first.
 MAX_SIZE_BYTES = 4 << 30
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def cache_folder() -> Path:
@@ -29,18 +30,16 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def source_sha256(package: str) -> str:
-    """SHA-256 over the Python sources of one of edgeseg's subpackages: its results depend on its code."""
+def software() -> dict[str, str]:
+    """What computes: the hash of edgeseg's own sources and the versions of the packages that may take part.
+
+    Part of every key: which of them a result really went through is not known before it was made, and a list by hand goes
+    stale. A changed line costs a developer some recomputing and a user nothing.
+    """
     digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / package).rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def package_versions(*names: str) -> dict[str, str]:
-    """Installed versions of the given distributions; absent ones are left out."""
-    installed = {name: next(iter(metadata.distributions(name=name)), None) for name in names}
-    return {name: found.version for name, found in installed.items() if found is not None}
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
+    return {"edgeseg": digest.hexdigest(), **package_versions(*COMPUTING_PACKAGES)}
 
 
 def cached_folder(stage: str, inputs: object, make: Callable[[Path], None]) -> tuple[Path, bool]:

@@ -7,16 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import edgeseg
 from edgeseg.errors import ArtifactError
-from edgeseg.machine.packages import package_versions
 from edgeseg.store.artifacts import open_engine, read_json, sha256_file, sha256_json, write_json
-from edgeseg.store.cache import source_sha256
+from edgeseg.store.cache import software
 from edgeseg.sweep.config import Cell
-
-PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxsim", "onnxruntime", "openvino")
-ROOMS = ("convert", "quantize", "backends")
-"""Subpackages whose code decides what an engine is."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +32,7 @@ def cell_key(cell: Cell) -> str:
             "weights": _content(request.model.weights),
             "calibration": _content(request.calibration),
             "validation": _content(request.validation),
-            "edgeseg": edgeseg.__version__,
-            "source": [source_sha256(room) for room in ROOMS],
-            "versions": package_versions(*PACKAGES),
+            "software": software(),
         }
     )
 
@@ -97,5 +89,4 @@ def bench_key(cells: tuple[Cell, ...], options: tuple[str, ...], data: Path | No
         assert cell.request.folder is not None
         manifest = open_engine(cell.request.folder).manifest
         engines.append([cell.name, manifest.graph.sha256, manifest.engine.sha256 if manifest.engine else None])
-    sources = [edgeseg.__version__, source_sha256("evaluate"), source_sha256("backends"), package_versions(*PACKAGES)]
-    return sha256_json([engines, options, _content(data), sources])
+    return sha256_json([engines, options, _content(data), software()])

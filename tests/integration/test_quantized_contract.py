@@ -16,7 +16,7 @@ from edgeseg.backends import get_backend
 from edgeseg.convert.export import export_onnx
 from edgeseg.convert.load import load_model
 from edgeseg.demo import sample_folder
-from edgeseg.pipeline.api import MIN_INT8_SHARE
+from edgeseg.pipeline.request import MIN_INT8_SHARE
 from edgeseg.quantize.calibration import CalibrationSet, calibrate
 from edgeseg.quantize.fp16 import write_fp16
 from edgeseg.quantize.lint import lint

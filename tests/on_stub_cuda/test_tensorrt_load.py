@@ -319,7 +319,7 @@ import os, sys
 sys.setdlopenflags(os.RTLD_LAZY)
 import edgeseg
 assert not {{"numpy", "PIL", "torch", "onnx"}} & set(sys.modules), "import edgeseg"
-from edgeseg.backends import cuda
+from edgeseg.backends.cuda import device as cuda
 cuda._DRIVERS = {{{driver!r}: cuda._DRIVERS[{driver!r}]}}
 for name in ("torch", "onnx", "onnxruntime", "segmentation_models_pytorch", "timm", "cv2", "scipy", "rich", "filelock"):
     sys.modules[name] = None  # importing one of them fails

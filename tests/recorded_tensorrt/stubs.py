@@ -27,25 +27,25 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data" / "tensorrt-api"
-BACKENDS = ROOT / "edgeseg" / "backends"
+BACKEND = ROOT / "edgeseg" / "backends" / "tensorrt"
 
 _REMOVED = frozenset(
     {
-        'tensorrt.py: "type[NetworkDefinitionCreationFlag]" has no attribute "EXPLICIT_BATCH"',
-        'tensorrt.py: "type[BuilderFlag]" has no attribute "FP16"',
-        'tensorrt.py: "type[BuilderFlag]" has no attribute "INT8"',
-        'tensorrt.py: "IBuilderConfig" has no attribute "int8_calibrator"',
-        'tensorrt.py: "IBuilderConfig" has no attribute "set_calibration_profile"',
-        'tensorrt_calibration.py: Module "tensorrt" has no attribute "IInt8EntropyCalibrator2"',
+        'backend.py: "type[NetworkDefinitionCreationFlag]" has no attribute "EXPLICIT_BATCH"',
+        'backend.py: "type[BuilderFlag]" has no attribute "FP16"',
+        'backend.py: "type[BuilderFlag]" has no attribute "INT8"',
+        'backend.py: "IBuilderConfig" has no attribute "int8_calibrator"',
+        'backend.py: "IBuilderConfig" has no attribute "set_calibration_profile"',
+        'calibration.py: Module "tensorrt" has no attribute "IInt8EntropyCalibrator2"',
     }
 )
 LACKING: dict[str, frozenset[str]] = {
     "8.6.1": frozenset(
         {
-            'tensorrt.py: "type[NetworkDefinitionCreationFlag]" has no attribute "STRONGLY_TYPED"',
-            'tensorrt_module.py: "TensorRT" has no attribute "OnnxParserRefitter"',
-            'tensorrt_progress.py: "IBuilderConfig" has no attribute "progress_monitor"',
-            'tensorrt_progress.py: Module "tensorrt" has no attribute "IProgressMonitor"',
+            'backend.py: "type[NetworkDefinitionCreationFlag]" has no attribute "STRONGLY_TYPED"',
+            'module.py: "TensorRT" has no attribute "OnnxParserRefitter"',
+            'progress.py: "IBuilderConfig" has no attribute "progress_monitor"',
+            'progress.py: Module "tensorrt" has no attribute "IProgressMonitor"',
         }
     ),
     "10.3.0": frozenset(),
@@ -58,11 +58,11 @@ recorded module of that version walks through."""
 
 # Not for TensorRT-RTX: it has its own of these.
 _TENSORRT_ONLY = {
-    "tensorrt.py",
-    "tensorrt_calibration.py",
-    "tensorrt_implicit.py",
-    "tensorrt_times.py",
-    "tensorrt_timing.py",
+    "backend.py",
+    "calibration.py",
+    "implicit.py",
+    "times.py",
+    "timing.py",
 }
 
 # Types the surfaces name that are no classes of theirs.
@@ -223,10 +223,10 @@ def reported(version: str, files: list[Path], cache: Path | None = None) -> set[
 
 def backend_files(version: str) -> list[Path]:
     """The files that speak to this version's product."""
-    files = sorted(BACKENDS.glob("tensorrt*.py"))
+    files = sorted(BACKEND.glob("*.py"))
     if version.startswith("rtx"):
         return [path for path in files if path.name not in _TENSORRT_ONLY]
-    return [path for path in files if not path.name.startswith("tensorrt_rtx")]
+    return [path for path in files if not path.name.startswith("rtx")]
 
 
 def main(versions: list[str]) -> int:

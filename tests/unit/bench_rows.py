@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgeseg.machine.record import Environment
-
 from edgeseg.decide.entries import MergedReport, Run, merge
 from edgeseg.evaluate.results import (
     SCHEMA_VERSION,
@@ -23,6 +21,7 @@ from edgeseg.evaluate.results import (
     StageSplit,
     Truth,
 )
+from edgeseg.machine.record import Environment
 
 
 def row(

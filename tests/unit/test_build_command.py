@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from edgeseg.cli import build as verb
-from edgeseg.pipeline.api import BuildRequest
 from edgeseg.pipeline.command import build_command
+from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import BatchRange, ModelRequest, OutputSpec
 
 PLAIN = BuildRequest(ModelRequest(arch="fpn"))

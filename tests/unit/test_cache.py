@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from edgeseg.machine.packages import package_versions
 from edgeseg.store import cache
 
 
@@ -53,6 +55,21 @@ def test_prune_drops_the_least_recently_used() -> None:
     assert [f.exists() for f in folders] == [False, False, True, True]
 
 
-def test_source_hash_covers_the_code() -> None:
-    assert cache.source_sha256("runtime") != cache.source_sha256("convert")
-    assert cache.package_versions("numpy", "no-such-package").keys() == {"numpy"}
+def test_the_key_of_the_software_follows_every_line_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "code.py").write_text("a = 1\n")
+    monkeypatch.setattr(cache, "_PACKAGE", tmp_path)
+    keys = [cache.software.__wrapped__()["edgeseg"]]
+    (tmp_path / "room" / "code.py").write_text("a = 2\n")
+    keys.append(cache.software.__wrapped__()["edgeseg"])
+    (tmp_path / "room" / "code.py").rename(tmp_path / "room" / "other.py")
+    keys.append(cache.software.__wrapped__()["edgeseg"])
+    assert len(set(keys)) == 3
+
+
+def test_the_key_of_the_software_names_what_is_installed() -> None:
+    here = cache.software()
+    assert here["numpy"] == metadata.version("numpy")
+    assert "no-such-package" not in package_versions("numpy", "no-such-package")

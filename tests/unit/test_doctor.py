@@ -9,13 +9,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from edgeseg.machine.limits import Memory, core_limit, memory_limit_bytes, read_memory
-from edgeseg.machine.packages import installed_version
 from rich.console import Console
 
 from edgeseg.backends import BACKENDS, BackendStatus
 from edgeseg.cli.doctor import EXTRAS, FEATURES, Diagnosis, Package, advise, diagnose, render
 from edgeseg.machine.cpu import Cpu
+from edgeseg.machine.limits import Memory, core_limit, memory_limit_bytes, read_memory
+from edgeseg.machine.packages import installed_version
 
 PLENTY = Memory(8 << 30, 6 << 30, None)
 WORKS = {"onnxruntime": BackendStatus(True, "1.31.1", "fine")}

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgeseg.graph.modules import module_group as module_of
 from memory_backend import MemorySession
 from numpy.typing import NDArray
 from test_latency import Clock
@@ -19,6 +18,7 @@ from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, c
 from edgeseg.evaluate.latency.stages import StageClock
 from edgeseg.evaluate.latency.statistics import distribution, noise_flags, speed_comparison
 from edgeseg.evaluate.latency.streams import measure_streams
+from edgeseg.graph.modules import module_group as module_of
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
 

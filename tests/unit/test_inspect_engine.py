@@ -9,11 +9,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from edgeseg.graph.modules import module_of
 from rich.console import Console
 
 from edgeseg.cli.inspect import inspect_engine, render
 from edgeseg.errors import ArtifactError
+from edgeseg.graph.modules import module_of
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,

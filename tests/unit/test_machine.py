@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
-from edgeseg.machine.record import MachineState
 
 from edgeseg.evaluate.latency.fresh import resident_bytes
+from edgeseg.machine.record import MachineState
 from edgeseg.machine.state import Counters, describe_machine, machine_flags, machine_state, read_counters
 
 TICKS = os.sysconf("SC_CLK_TCK")

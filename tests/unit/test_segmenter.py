@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -445,7 +446,11 @@ with edgeseg.load(sys.argv[1]) as segmenter:
 def test_loading_and_calling_needs_numpy_alone(tmp_path: Path) -> None:
     write_memory_engine(tmp_path / "engine", make_spec(kind="logits"))
     result = subprocess.run(
-        [sys.executable, "-c", BARE_MACHINE, str(tmp_path / "engine")], capture_output=True, text=True, check=False
+        [sys.executable, "-c", BARE_MACHINE, str(tmp_path / "engine")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # where memory_backend is
     )
     assert result.stderr == ""
     assert result.stdout.splitlines() == ["(32, 48) (5, 3)", "(100, 100) (5, 3)", "(5, 7) (5, 3)"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -270,7 +271,11 @@ except KeyboardInterrupt:
 
 def test_ctrl_c_while_waiting_for_a_frame() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", INTERRUPTED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # where memory_backend is
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.errors import DeviceError, StaleEngineError
-from edgeseg.spec import PipelineSpec
 from edgeseg.store.artifacts import Engine
-
-if TYPE_CHECKING:
-    from tensorrt import ICudaEngine
-    from tensorrt_surface import TensorRT
-
-    from edgeseg.backends.tensorrt.rtx_cache import CachingEngine
-    from edgeseg.backends.tensorrt.session import TensorRTSession
 
 
 @dataclass(frozen=True)
@@ -39,17 +29,6 @@ class Gpu:
     @property
     def capability_text(self) -> str:
         return f"{self.compute_capability[0]}.{self.compute_capability[1]}"
-
-
-def open_session(
-    trt: TensorRT, engine: ICudaEngine | CachingEngine, spec: PipelineSpec, cuda: Cuda, options: Mapping[str, Any]
-) -> TensorRTSession:
-    """Wrap a deserialized engine in a session, which closes ``cuda``. Of ``options``, the manifest's, it takes its own."""
-    from edgeseg.backends.tensorrt.session import SessionOptions, TensorRTSession
-
-    names = [f.name for f in dataclasses.fields(SessionOptions)]
-    chosen = SessionOptions(**{name: options[name] for name in names if name in options})
-    return TensorRTSession(trt, engine, spec, cuda, chosen)
 
 
 @contextmanager

@@ -7,11 +7,12 @@ differs between versions is in :mod:`edgeseg.backends.tensorrt.backend`.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import threading
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,6 @@ from edgeseg.backends.cuda.device import Cuda
 from edgeseg.backends.cuda.result_memory import Lease, ResultMemory
 from edgeseg.backends.tensorrt.lane import Lane, io_tensors
 from edgeseg.backends.tensorrt.lanes import LanePool
-from edgeseg.backends.tensorrt.session import layer_profiler
 from edgeseg.errors import DeviceError, InputError, SpecError
 from edgeseg.spec import PipelineSpec, one_of
 
@@ -323,3 +323,30 @@ class TensorRTSession:
             found = lane.finish()
         self._lanes.put(lane)
         return self._converted(found)
+
+
+def open_session(
+    trt: TensorRT, engine: ICudaEngine | CachingEngine, spec: PipelineSpec, cuda: Cuda, options: Mapping[str, Any]
+) -> TensorRTSession:
+    """Wrap a deserialized engine in a session, which closes ``cuda``. Of ``options``, the manifest's, it takes its own."""
+    names = [f.name for f in dataclasses.fields(SessionOptions)]
+    chosen = SessionOptions(**{name: options[name] for name in names if name in options})
+    return TensorRTSession(trt, engine, spec, cuda, chosen)
+
+
+def layer_profiler(trt: TensorRT, reports: list[tuple[str, float]]) -> Any:
+    """An ``IProfiler`` that appends (layer name, milliseconds) to ``reports``."""
+
+    if TYPE_CHECKING:
+        from tensorrt import IProfiler
+    else:
+        IProfiler = trt.IProfiler  # noqa: N806  # a class of the module at hand
+
+    class LayerProfiler(IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            reports.append((layer_name, ms))
+
+    return LayerProfiler()

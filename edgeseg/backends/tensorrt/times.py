@@ -26,24 +26,6 @@ LayerTimes: TypeAlias = list[tuple[str, float]]
 """(layer name, milliseconds), every layer once per run."""
 
 
-def layer_profiler(trt: TensorRT, reports: list[tuple[str, float]]) -> Any:
-    """An ``IProfiler`` that appends (layer name, milliseconds) to ``reports``."""
-
-    if TYPE_CHECKING:
-        from tensorrt import IProfiler
-    else:
-        IProfiler = trt.IProfiler  # noqa: N806  # a class of the module at hand
-
-    class LayerProfiler(IProfiler):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-
-        def report_layer_time(self, layer_name: str, ms: float) -> None:
-            reports.append((layer_name, ms))
-
-    return LayerProfiler()
-
-
 def measure_layer_times(
     trt: TensorRT, logger: Any, log: LogCapture, plan: bytes, options: Mapping[str, Any], parsed: ParsedGraph
 ) -> LayerTimes:

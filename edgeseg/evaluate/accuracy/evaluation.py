@@ -1,7 +1,7 @@
 """Accuracy of several contenders on one data set: streaming, resumable, in several processes.
 
 What is known of an image is a line of JSON, appended to a file whose name is the hash of everything it depends on (engine,
-baseline, data, settings, this package's code). An evaluation that was interrupted finds the lines of before and goes on
+baseline, data, settings, software). An evaluation that was interrupted finds the lines of before and goes on
 behind them; a changed input finds none.
 """
 
@@ -38,7 +38,7 @@ from edgeseg.progress import Reporter, stage
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import sha256_json
-from edgeseg.store.cache import cache_folder, source_sha256
+from edgeseg.store.cache import cache_folder, software
 
 # Images judged ahead of the one whose turn it is to be written, per process.
 _AHEAD = 4
@@ -152,8 +152,7 @@ def state_key(contender: Contender, group: _Group, opener: Opener) -> str:
             None if baseline is None else [baseline.baseline, baseline.weights_sha256],
             group.digest,
             group.resolution,
-            source_sha256("evaluate"),
-            source_sha256("runtime"),
+            software(),
         ]
     )
 
@@ -299,7 +298,17 @@ def _figures(
         baseline, ledger = group.baseline_of.get(contender.name), ledgers[contender.name]
         worst: tuple[WorstImage, ...] = ()
         if baseline is not None:
-            worst = save_worst(contender, baseline, ledger, request, group.data, group.contenders, opener)
+            worst = save_worst(
+                contender,
+                baseline,
+                ledger,
+                group.data,
+                group.contenders,
+                opener,
+                count=request.worst,
+                folder=request.images_folder,
+                resolution=request.resolution,
+            )
             if baseline not in counts:
                 counts[baseline] = truth_counts(ledgers[baseline].records(), len(group.data), model.classes)
         found[contender.name] = accuracy_of(

@@ -6,7 +6,7 @@ import heapq
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,9 @@ from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution, segment
 from edgeseg.evaluate.accuracy.ledger import Ledger
 from edgeseg.evaluate.accuracy.scores import image_miou
 from edgeseg.evaluate.contenders import Contender, Opener
-from edgeseg.evaluate.results import WorstImage
+from edgeseg.evaluate.results import Resolution, WorstImage
 from edgeseg.runtime.overlay import spec_palette
 from edgeseg.runtime.segmenter import Segmenter
-
-if TYPE_CHECKING:
-    from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
 
 GAP_PX = 4
 DIFFERENT = (255, 255, 255)
@@ -32,20 +29,23 @@ def save_worst(
     contender: Contender,
     baseline: str,
     ledger: Ledger,
-    request: AccuracyRequest,
     data: ValidationSet,
     contenders: Sequence[Contender],
     opener: Opener,
+    *,
+    count: int,
+    folder: Path | None,
+    resolution: Resolution,
 ) -> tuple[WorstImage, ...]:
-    """The images of lowest agreement, worst first, each as a PNG if the request names a folder for them.
+    """The images of lowest agreement, worst first, each as a PNG in ``folder`` if there is one.
 
     An image on which every pixel agrees is not among them: there is nothing to see. Multilabel masks have no one colour per
     pixel: they are listed without a picture.
     """
     known = ((r.agreement.equal / r.agreement.pixels, r) for r in ledger.records() if r.agreement is not None)
-    chosen = heapq.nsmallest(request.worst, (item for item in known if item[0] < 1.0), key=lambda item: item[0])
+    chosen = heapq.nsmallest(count, (item for item in known if item[0] < 1.0), key=lambda item: item[0])
     paths: dict[int, str] = {}
-    if request.images_folder is not None and chosen and contender.spec.model.task != "multilabel":
+    if folder is not None and chosen and contender.spec.model.task != "multilabel":
         reference = next(c for c in contenders if c.name == baseline)
         with (
             Segmenter(opener.open(reference), reference.spec) as before,
@@ -54,11 +54,11 @@ def save_worst(
             labels = data.label_reader()
             for _, record in chosen:
                 pair = data.read(record.index, labels)
-                image, _ = at_resolution(pair, contender.spec, request.resolution)
+                image, _ = at_resolution(pair, contender.spec, resolution)
                 picture = side_by_side(
                     image, segment(before, image), segment(after, image), spec_palette(contender.spec)
                 )
-                paths[record.index] = _save(picture, request.images_folder, contender.name, record)
+                paths[record.index] = _save(picture, folder, contender.name, record)
     return tuple(WorstImage(r.name, share, image_miou(r), paths.get(r.index)) for share, r in chosen)
 
 

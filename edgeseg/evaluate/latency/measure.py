@@ -84,9 +84,10 @@ def measure_setting(
 ) -> Measured:
     """Measure all contenders in one setting, in turns.
 
-    With one stream the samples of all are taken in turns (see :func:`~edgeseg.evaluate.latency.protocol.measure_interleaved`). Then
-    each runs by itself: for its stages, which a GPU backend times by events that the end-to-end figure must not pay for,
-    and for power, since a meter cannot tell contenders apart. When one fails, the others are measured again without it.
+    With one stream the samples of all are taken in turns (see
+    :func:`~edgeseg.evaluate.latency.protocol.measure_interleaved`). Then each runs by itself: for its
+    stages, which a GPU backend times by events that the end-to-end figure must not pay for, and for power, since a meter
+    cannot tell contenders apart. When one fails, the others are measured again without it.
 
     Raises:
         SpecError: a contender's backend has no such setting.

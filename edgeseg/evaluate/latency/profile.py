@@ -6,7 +6,6 @@ they execute, fused or not.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,16 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeseg.evaluate.results import ModuleTime, Profile
+from edgeseg.graph.modules import module_group
 from edgeseg.store.artifacts import Engine
 
 RUNS = 20
 OTHER = "other"
-
-_TOP = ("encoder", "decoder", "segmentation_head", "classification_head", "preprocess", "postprocess")
-# ONNX Runtime's fusions append this to the name of the node they came from.
-_TOKEN = re.compile(r"_token_\d+$")
-# TensorRT joins the names of fused layers with " + ", and puts some into brackets or after a prefix.
-_SEPARATOR = re.compile(r"[\s+(){}\[\],:|]+")
 
 
 @dataclass(frozen=True)
@@ -35,36 +29,6 @@ class NodeTime:
     dtype: str | None = None
 
 
-def module_of(name: str) -> str | None:
-    """The SMP module a node or fused layer belongs to, ``None`` where its name does not tell.
-
-    ``encoder.layer3.0.conv1/Conv`` -> ``encoder.layer3``; ``encoder.model.blocks.2.0.dw_mid/Conv_token_66`` ->
-    ``encoder.blocks.2``; ``decoder.seg_blocks.1.block.0/Relu`` -> ``decoder.seg_blocks.1``; ``segmentation_head.0/Conv`` ->
-    ``segmentation_head``. Of a layer fused from several nodes the first counts.
-    """
-    for word in _SEPARATOR.split(name):
-        path = _TOKEN.sub("", word).lstrip("/").partition("/")[0]
-        parts = path.split(".")
-        if parts[0] in _TOP:
-            return _group(parts)
-    return None
-
-
-def _group(parts: list[str]) -> str:
-    top, *inner = parts
-    if top not in ("encoder", "decoder"):
-        return top
-    if inner and inner[0] == "model":  # timm's encoders sit one level deeper
-        inner = inner[1:]
-    if not inner:
-        return top
-    first, *rest = inner
-    # "layer3" and "p4" have their number in the name; "blocks" is a list, whose items are what people know.
-    if rest and rest[0].isdigit() and not first[-1].isdigit():
-        return f"{top}.{first}.{rest[0]}"
-    return f"{top}.{first}"
-
-
 def group_by_module(nodes: Sequence[NodeTime], source: str, runs: int) -> Profile:
     """Sum node times by module, in order of first appearance.
 
@@ -73,9 +37,9 @@ def group_by_module(nodes: Sequence[NodeTime], source: str, runs: int) -> Profil
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     dtypes: dict[str, Counter[str]] = {}
-    current = next((found for node in nodes if (found := module_of(node.name)) is not None), OTHER)
+    current = next((found for node in nodes if (found := module_group(node.name)) is not None), OTHER)
     for node in nodes:
-        current = module_of(node.name) or current
+        current = module_group(node.name) or current
         times[current] += node.time_ms  # type: ignore[assignment]  # Counter is typed for int, adds floats alike
         counts[current] += 1
         if node.dtype is not None:

@@ -73,7 +73,7 @@ def noise_flags(samples_ms: Sequence[float]) -> tuple[NoiseFlag, ...]:
 def speed_comparison(
     baseline_id: str, row_id: str, baseline: LatencySamples, contender: LatencySamples
 ) -> SpeedComparison:
-    """How many times faster the contender is, from samples taken in turns; see :func:`edgeseg.evaluate.latency.protocol.compare`."""
+    """How many times faster the contender is, from samples taken in turns; see :func:`.protocol.compare`."""
     ratio = compare(baseline, contender)
     verdict: SpeedVerdict = "no difference"
     if ratio.is_difference:
