@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.edgeseg-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit gpu lint typecheck check pycuda format coverage modelopt bench clean
+.PHONY: help venv demo test unit gpu lint typecheck check pycuda docs pictures format coverage modelopt bench clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -20,9 +20,7 @@ demo: venv       ## Build the demo FPN in INT8, run it on sample images, show th
 	$(BIN)/edgeseg build --arch fpn --precision int8 --force
 	$(BIN)/edgeseg run engines/fpn-demo-int8 calibration/demo/val/images --output demo-output --overlay --limit 8 --force
 
-test: venv       ## Lint, type-check and run the whole test suite
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: lint docs  ## Lint, type-check, build the docs and run the whole test suite
 	$(BIN)/mypy
 	$(BIN)/pytest
 
@@ -45,6 +43,12 @@ check: lint typecheck ## Everything but the tests
 pycuda: venv     ## Build pycuda for the tests of its CUDA layer; where it cannot be built, say why and go on
 	$(BIN)/python tests/stub_cuda/install_pycuda.py
 
+docs: venv       ## Build the site of docs/ into site/, strictly, without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+pictures: venv   ## Make the pictures of README and docs again (needs Chromium)
+	$(BIN)/python docs/pictures.py
+
 format: venv     ## Let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -64,4 +68,4 @@ bench: venv modelopt ## Measure everything in benchmarks/README.md again (about 
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 
 clean:           ## Remove caches and outputs, not the virtual environment
-	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov demo-output dist build
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov demo-output site dist build

@@ -8,21 +8,13 @@ from pathlib import Path
 
 import click
 import pytest
+from documented import PAGES, ROOT, blocks
 
 from edgeseg.cli.app import VERBS, cli
 
-ROOT = Path(__file__).parents[2]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted(ROOT.glob("docs/*.md")),
-    *sorted(ROOT.glob("*/README.md")),
-]
-
 
 def commands(page: Path) -> list[str]:
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    return [line.split("#")[0].strip() for line in text.splitlines() if re.match(r" {4}edgeseg [a-z]+ ", line)]
+    return [line for block in blocks(page) if block.language == "shell" for line in block.lines]
 
 
 def service_commands(page: Path) -> list[str]:
@@ -31,7 +23,8 @@ def service_commands(page: Path) -> list[str]:
     return [f"edgeseg {found}" for found in re.findall(r"(?:bin/edgeseg|edgeseg:\w+) ([a-z]+ [^'\n]*)", text)]
 
 
-SERVICES = [*sorted(ROOT.glob("docs/*")), *sorted(ROOT.glob("docker/*"))]
+SERVICES = [p for folder in ("docs", "docker") for p in sorted((ROOT / folder).glob("*")) if p.is_file()]
+SERVICES = [p for p in SERVICES if p.suffix != ".py"]
 FOUND = [(page, line) for page in PAGES for line in commands(page)]
 FOUND += [(page, line) for page in SERVICES for line in service_commands(page)]
 CASES = [pytest.param(line, id=f"{page.relative_to(ROOT)}: {line[:60]}") for page, line in FOUND]

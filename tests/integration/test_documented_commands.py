@@ -1,0 +1,51 @@
+"""What README and docs tell a reader to type does what they say: page by page, in one folder, in the order they are read."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from documented import PAGES, ROOT, Block, blocks
+
+pytestmark = pytest.mark.integration
+
+RUN = {page: [block for block in blocks(page) if block.reason is None] for page in PAGES}
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh checkout, as far as a reader needs it."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "calibration").symlink_to(ROOT / "calibration")
+    return folder
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if RUN[p]], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_blocks_of_the_page(page: Path, reader: Path) -> None:
+    for block in RUN[page]:
+        for command in commands(block):
+            done = subprocess.run(
+                [sys.executable, *command],
+                cwd=reader,
+                env={**os.environ, "EDGESEG_CACHE": str(reader / "cache"), "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                timeout=500,
+                check=False,
+            )
+            assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+def commands(block: Block) -> list[list[str]]:
+    if block.language == "python":
+        return [["-c", line] for line in block.lines]
+    return [["-m", "edgeseg", *shlex.split(line)[1:]] for line in block.lines]
+
+
+def test_the_readme_and_the_tutorial_are_among_them() -> None:
+    assert len(RUN[ROOT / "README.md"]) >= 2
+    assert len(RUN[ROOT / "docs" / "tutorial.md"]) >= 5
