@@ -7,7 +7,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass
 
 from edgeseg.convert.naming import adopt_names, normalize
-from edgeseg.convert.rewrites import REWRITES, apply_rewrites
+from edgeseg.convert.rewrites import REWRITES
+from edgeseg.convert.rewrites.driver import apply_rewrites
 from edgeseg.convert.rewrites.graph import tidy
 from edgeseg.convert.silence import silenced
 from edgeseg.errors import ExportError

@@ -76,6 +76,9 @@ class CalibrationTable:
         key: SHA-256 per cause in :data:`KEY_CAUSES`.
         images: how many images were used.
         ranges: by tensor name of the fp32 graph, in the graph's order.
+        equalization: what the channels of that graph were scaled by before (see
+            :mod:`edgeseg.quantize.repair.equalization`): magnitudes per channel by tensor name of the exported graph; empty
+            when they were left as they are.
     """
 
     schema_version: int
@@ -84,6 +87,7 @@ class CalibrationTable:
     key: dict[str, str]
     images: int
     ranges: dict[str, TensorRange] = field(default_factory=dict)
+    equalization: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.images < 1:

@@ -18,18 +18,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.convert.rewrites.graph import (
-    constant,
-    dims,
-    integer,
-    ints,
-    maker,
-    nodes,
-    reads,
-    replace,
-    sole_maker,
-    weight,
-)
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import constant, dims, integer, ints, maker, reads, replace, sole_maker, weight
 
 
 @dataclass(frozen=True)
@@ -42,27 +32,9 @@ class _Match:
     add: ir.Node | None
 
 
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    count = 0
-    for node in nodes(model, "Mul"):
-        match = _match(node)
-        if match is None:
-            continue
-        _scale_columns(match)
-        replace(node.outputs[0], match.moved)
-        count += 1
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_match(node) is not None for node in nodes(model, "Mul"))
-
-
 def _match(node: ir.Node) -> _Match | None:
     moved, scale = node.inputs[0], constant(node.inputs[1])
-    if moved is None or scale is None or scale.size != 1 or not reads(node.outputs[0]) or reads(moved) != 1:
+    if moved is None or scale is None or scale.size != 1 or reads(moved) != 1:
         return None
     value: ir.Value | None = moved
     while (move := sole_maker(value, "Reshape", "Transpose")) is not None:
@@ -152,3 +124,11 @@ def _scale_columns(match: _Match) -> None:
             bias = constant(value)
             if bias is not None:
                 match.add.replace_input_with(index, scaled(value, bias, match.add))
+
+
+def _rewrite(node: ir.Node, match: _Match) -> None:
+    _scale_columns(match)
+    replace(node.outputs[0], match.moved)
+
+
+REWRITE = Rewrite(each(_match, "Mul"), _rewrite)

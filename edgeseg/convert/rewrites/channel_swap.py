@@ -11,31 +11,13 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import convolution
-from edgeseg.convert.rewrites.graph import constant, dims, integer, nodes, replace, weight
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import constant, dims, integer, replace, weight
 
 
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    found = _matches(model)
-    for node in found:
-        for use in list(node.outputs[0].uses()):
-            conv = convolution(use.node)
-            assert conv is not None
-            conv.node.replace_input_with(1, weight(conv.node, conv.weight[:, ::-1], f"{conv.stem}.weight"))
-        source = node.inputs[0]
-        assert source is not None
-        replace(node.outputs[0], source)
-    return len(found)
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return len(_matches(model))
-
-
-def _matches(model: ir.Model) -> list[ir.Node]:
-    candidates = (*nodes(model, "Gather"), *nodes(model, "Slice"))
-    return [node for node in candidates if _reverses(node) and _all_read_by_convolutions(node)]
+def _match(node: ir.Node) -> ir.Value | None:
+    """What is swapped."""
+    return node.inputs[0] if _reverses(node) and _all_read_by_convolutions(node) else None
 
 
 def _reverses(node: ir.Node) -> bool:
@@ -62,3 +44,14 @@ def _all_read_by_convolutions(node: ir.Node) -> bool:
         and not output.is_graph_output()
         and all(convolution(u.node) is not None and u.idx == 0 and integer(u.node, "group", 1) == 1 for u in uses)
     )
+
+
+def _rewrite(node: ir.Node, source: ir.Value) -> None:
+    for use in list(node.outputs[0].uses()):
+        conv = convolution(use.node)
+        assert conv is not None
+        conv.node.replace_input_with(1, weight(conv.node, conv.weight[:, ::-1], f"{conv.stem}.weight"))
+    replace(node.outputs[0], source)
+
+
+REWRITE = Rewrite(each(_match, "Gather", "Slice"), _rewrite)

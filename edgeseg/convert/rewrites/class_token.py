@@ -16,7 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, nodes, reads, replace, sole_maker, weight
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, replace, sole_maker, weight
 
 
 @dataclass(frozen=True)
@@ -26,30 +27,9 @@ class _Match:
     positions: NDArray[Any]
 
 
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    count = 0
-    for node in nodes(model, "Add"):
-        match = _match(node)
-        if match is None:
-            continue
-        positions = match.positions.copy()
-        positions[:, :1] += match.token
-        front = weight(node, np.array([0, 1, 0, 0, 0, 0], np.int64), "class_token_pads")
-        padded = emit(node, "Pad", [match.patches, front])
-        replace(node.outputs[0], emit(node, "Add", [padded, weight(node, positions, "positions")]))
-        count += 1
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_match(node) is not None for node in nodes(model, "Add"))
-
-
 def _match(node: ir.Node) -> _Match | None:
     sides = [constant(value) for value in node.inputs]
-    if (sides[0] is None) == (sides[1] is None) or not reads(node.outputs[0]):
+    if (sides[0] is None) == (sides[1] is None):
         return None
     positions = sides[0] if sides[0] is not None else sides[1]
     concat = sole_maker(node.inputs[0] if sides[0] is None else node.inputs[1], "Concat")
@@ -63,3 +43,14 @@ def _match(node: ir.Node) -> _Match | None:
     # What the Expand makes is then one token for each image: nothing else fits Concat and Add.
     fits = positions.shape == (1, (shape[1] or 0) + 1, shape[2]) and token.shape == (1, 1, shape[2])
     return _Match(patches, token, positions) if fits else None
+
+
+def _rewrite(node: ir.Node, match: _Match) -> None:
+    positions = match.positions.copy()
+    positions[:, :1] += match.token
+    front = weight(node, np.array([0, 1, 0, 0, 0, 0], np.int64), "class_token_pads")
+    padded = emit(node, "Pad", [match.patches, front])
+    replace(node.outputs[0], emit(node, "Add", [padded, weight(node, positions, "positions")]))
+
+
+REWRITE = Rewrite(each(_match, "Add"), _rewrite)

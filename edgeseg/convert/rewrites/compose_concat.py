@@ -13,51 +13,16 @@ import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.cost import pays
-from edgeseg.convert.rewrites.graph import dims, emit, integer, nodes, reads, replace, sole_maker
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import dims, emit, integer, replace, sole_maker
 
 
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how many convolutions went away."""
-    count = 0
-    for node in nodes(model, "Conv"):
-        conv, concat, parts = _match(node)
-        if conv is None or concat is None:
-            continue
-        matrix, bias = conv.weight[:, :, 0, 0].astype(np.float64), conv.bias.astype(np.float64)
-        blocks, sources, start = [], [], 0
-        for value, part in zip(concat.inputs, parts, strict=True):
-            assert value is not None
-            end = start + ((dims(value) or ())[1] or 0)
-            block, source = matrix[:, start:end], value
-            if part is not None:
-                bias = bias + block @ part.bias.astype(np.float64)
-                block = block @ part.weight[:, :, 0, 0].astype(np.float64)
-                source = part.node.inputs[0] or value
-                count += 1
-            blocks.append(block)
-            sources.append(source)
-            start = end
-        whole = sources[0] if len(sources) == 1 else emit(node, "Concat", sources, {"axis": 1})
-        if whole.shape is None and sources[0].shape is not None:
-            shape = sources[0].shape
-            whole.shape = ir.Shape([shape[0], sum(b.shape[1] for b in blocks), *shape[2:]])
-        joined = np.concatenate(blocks, axis=1).astype(np.float32)
-        replace(node.outputs[0], emit_pointwise(node, whole, joined, bias.astype(np.float32), conv.stem))
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_match(node)[0] is not None for node in nodes(model, "Conv"))
-
-
-def _match(node: ir.Node) -> tuple[Convolution | None, ir.Node | None, list[Convolution | None]]:
-    nothing: tuple[None, None, list[Convolution | None]] = (None, None, [])
+def _match(node: ir.Node) -> tuple[Convolution, ir.Node, list[Convolution | None]] | None:
     conv, concat = pointwise(node), sole_maker(node.inputs[0], "Concat")
-    if conv is None or concat is None or integer(concat, "axis", 0) % 4 != 1 or not reads(node.outputs[0]):
-        return nothing
+    if conv is None or concat is None or integer(concat, "axis", 0) % 4 != 1:
+        return None
     if any((dims(v) or (None, None))[1] is None for v in concat.inputs):
-        return nothing
+        return None
     outputs = conv.weight.shape[0]
     parts: list[Convolution | None] = []
     for value in concat.inputs:
@@ -66,4 +31,32 @@ def _match(node: ir.Node) -> tuple[Convolution | None, ir.Node | None, list[Conv
             middle, inputs = part.weight.shape[:2]
             part = part if pays(outputs * inputs, middle * inputs + outputs * middle) else None
         parts.append(part)
-    return (conv, concat, parts) if any(parts) else nothing
+    return (conv, concat, parts) if any(parts) else None
+
+
+def _rewrite(node: ir.Node, match: tuple[Convolution, ir.Node, list[Convolution | None]]) -> int:
+    """Returns how many convolutions went away."""
+    conv, concat, parts = match
+    matrix, bias = conv.weight[:, :, 0, 0].astype(np.float64), conv.bias.astype(np.float64)
+    blocks, sources, start = [], [], 0
+    for value, part in zip(concat.inputs, parts, strict=True):
+        assert value is not None
+        end = start + ((dims(value) or ())[1] or 0)
+        block, source = matrix[:, start:end], value
+        if part is not None:
+            bias = bias + block @ part.bias.astype(np.float64)
+            block = block @ part.weight[:, :, 0, 0].astype(np.float64)
+            source = part.node.inputs[0] or value
+        blocks.append(block)
+        sources.append(source)
+        start = end
+    whole = sources[0] if len(sources) == 1 else emit(node, "Concat", sources, {"axis": 1})
+    if whole.shape is None and sources[0].shape is not None:
+        shape = sources[0].shape
+        whole.shape = ir.Shape([shape[0], sum(b.shape[1] for b in blocks), *shape[2:]])
+    joined = np.concatenate(blocks, axis=1).astype(np.float32)
+    replace(node.outputs[0], emit_pointwise(node, whole, joined, bias.astype(np.float32), conv.stem))
+    return sum(part is not None for part in parts)
+
+
+REWRITE = Rewrite(each(_match, "Conv"), _rewrite)

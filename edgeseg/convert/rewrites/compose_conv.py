@@ -19,38 +19,8 @@ from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.convolution import Convolution, convolution, pointwise
 from edgeseg.convert.rewrites.cost import ADDED_ELEMENT, pays
-from edgeseg.convert.rewrites.graph import (
-    constant,
-    dims,
-    emit,
-    integer,
-    ints,
-    nodes,
-    reads,
-    replace,
-    sole_maker,
-    weight,
-    word,
-)
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite until no pair is left; return how often."""
-    count = 0
-    for op_type, compose in (("Conv", _compose), ("ConvTranspose", _compose_transposed)):
-        for node in nodes(model, op_type):
-            first = _first(node)
-            while first is not None:
-                node = compose(first, node)
-                count += 1
-                first = _first(node)
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    both = (*nodes(model, "Conv"), *nodes(model, "ConvTranspose"))
-    return sum(_first(node) is not None for node in both)
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, ints, replace, sole_maker, weight, word
 
 
 def _first(node: ir.Node) -> Convolution | None:
@@ -59,7 +29,7 @@ def _first(node: ir.Node) -> Convolution | None:
     kernel = constant(node.inputs[1])
     if first is None or kernel is None or kernel.ndim != 4 or integer(node, "group", 1) != 1:
         return None
-    if word(node, "auto_pad", "NOTSET") != "NOTSET" or ints(node, "output_shape") or not reads(node.outputs[0]):
+    if word(node, "auto_pad", "NOTSET") != "NOTSET" or ints(node, "output_shape"):
         return None
     if len(node.inputs) > 2 and node.inputs[2] is not None and constant(node.inputs[2]) is None:
         return None
@@ -85,27 +55,27 @@ def _uniform(node: ir.Node, kernel: NDArray[Any]) -> bool:
     return not any(ints(node, "pads"))
 
 
-def _compose(first: Convolution, node: ir.Node) -> ir.Node:
+def _compose(first: Convolution, node: ir.Node) -> None:
     second = convolution(node)
     assert second is not None
     outer = np.moveaxis(second.weight, 1, -1).astype(np.float64)  # (O, kH, kW, M)
     kernel = np.moveaxis(outer @ first.weight[:, :, 0, 0].astype(np.float64), -1, 1)
-    return _replace_pair(first, node, kernel, outer @ first.bias.astype(np.float64), second.bias)
+    _replace_pair(first, node, kernel, outer @ first.bias.astype(np.float64), second.bias)
 
 
-def _compose_transposed(first: Convolution, node: ir.Node) -> ir.Node:
+def _compose_transposed(first: Convolution, node: ir.Node) -> None:
     old = constant(node.inputs[1])
     assert old is not None
     outer = np.moveaxis(old, 0, -1).astype(np.float64)  # (O, kH, kW, M)
     kernel = np.moveaxis(outer @ first.weight[:, :, 0, 0].astype(np.float64), -1, 0)
     bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     bias = np.zeros(old.shape[1], np.float32) if bias is None else bias
-    return _replace_pair(first, node, kernel, outer @ first.bias.astype(np.float64), bias)
+    _replace_pair(first, node, kernel, outer @ first.bias.astype(np.float64), bias)
 
 
 def _replace_pair(
     first: Convolution, node: ir.Node, kernel: NDArray[np.float64], taps: NDArray[np.float64], bias: NDArray[Any]
-) -> ir.Node:
+) -> None:
     """Emit the composed convolution; ``taps`` ``(O, kH, kW)``: what the first's bias gives at each kernel position."""
     source = first.node.inputs[0]
     assert source is not None
@@ -120,13 +90,10 @@ def _replace_pair(
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     shape = None if node.outputs[0].shape is None else list(node.outputs[0].shape)
     result = emit(node, node.op_type, inputs, attributes, shape=shape)
-    composed = result.producer()
-    assert composed is not None
     if not uniform and taps.any():
         constant_map = _bias_map(node, taps)[None].astype(np.float32)
         result = emit(node, "Add", [result, weight(node, constant_map, f"{stem}.bias_map")], shape=shape)
     replace(node.outputs[0], result)
-    return composed
 
 
 def _bias_map(node: ir.Node, taps: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -151,3 +118,10 @@ def _bias_map(node: ir.Node, taps: NDArray[np.float64]) -> NDArray[np.float64]:
                 touched.append(reached[inside] if node.op_type == "ConvTranspose" else cells[inside])
             result[:, touched[0][:, None], touched[1][None, :]] += taps[:, row, column, None, None]
     return result
+
+
+def _rewrite(node: ir.Node, first: Convolution) -> None:
+    (_compose_transposed if node.op_type == "ConvTranspose" else _compose)(first, node)
+
+
+REWRITE = Rewrite(each(_first, "Conv", "ConvTranspose"), _rewrite)

@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.cost import ADDED_ELEMENT, COPIED_ELEMENT, RESIZED_ELEMENT, pays
-from edgeseg.convert.rewrites.graph import dims, emit, integer, nodes, reads, replace, sole_maker
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import dims, emit, integer, replace, sole_maker
 from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
 
 
@@ -33,25 +34,9 @@ class _Part:
         return self.end - self.start
 
 
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how many convolutions were split."""
-    count = 0
-    for node in nodes(model, "Conv"):
-        match = _match(node)
-        if match is not None:
-            _rewrite(*match)
-            count += 1
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_match(node) is not None for node in nodes(model, "Conv"))
-
-
 def _match(node: ir.Node) -> tuple[Convolution, list[_Part], list[_Part]] | None:
     conv, concat = pointwise(node), sole_maker(node.inputs[0], "Concat")
-    if conv is None or concat is None or integer(concat, "axis", 0) % 4 != 1 or not reads(node.outputs[0]):
+    if conv is None or concat is None or integer(concat, "axis", 0) % 4 != 1:
         return None
     moved: list[_Part] = []
     kept: list[_Part] = []
@@ -82,8 +67,9 @@ def _is_one_pixel(resize: Resizing) -> bool:
     return shape is not None and shape[2:] == (1, 1)
 
 
-def _rewrite(conv: Convolution, moved: list[_Part], kept: list[_Part]) -> None:
-    node, matrix = conv.node, conv.weight[:, :, 0, 0]
+def _rewrite(node: ir.Node, match: tuple[Convolution, list[_Part], list[_Part]]) -> None:
+    conv, moved, kept = match
+    matrix = conv.weight[:, :, 0, 0]
     bias = conv.bias
     terms = []
     if kept:
@@ -107,3 +93,6 @@ def _rewrite(conv: Convolution, moved: list[_Part], kept: list[_Part]) -> None:
     for term in terms[1:]:
         total_value = emit(node, "Add", [total_value, term])
     replace(node.outputs[0], total_value)
+
+
+REWRITE = Rewrite(each(_match, "Conv"), _rewrite)

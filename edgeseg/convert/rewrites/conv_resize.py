@@ -13,29 +13,15 @@ import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.cost import RESIZED_ELEMENT, pays
-from edgeseg.convert.rewrites.graph import reads, replace, sole_maker
+from edgeseg.convert.rewrites.driver import Rewrite
+from edgeseg.convert.rewrites.graph import nodes, replace, sole_maker
 from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite until no pair is left; return how often."""
-    count = 0
-    while found := _matches(model):
-        for conv, resize in found:
-            _swap(conv, resize)
-        count += len(found)
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return len(_matches(model))
 
 
 def _matches(model: ir.Model) -> list[tuple[Convolution, Resizing]]:
     found: list[tuple[Convolution, Resizing]] = []
     taken: set[ir.Node] = set()
-    for node in list(model.graph):
+    for node in nodes(model):
         pair = _conv_after(node) if node.op_type == "Conv" else _conv_before(node) if node.op_type == "Resize" else None
         # a Resize between two convolutions belongs to one pair at a time
         if pair is not None and not {pair[0].node, pair[1].node} & taken:
@@ -47,7 +33,7 @@ def _matches(model: ir.Model) -> list[tuple[Convolution, Resizing]]:
 def _conv_after(node: ir.Node) -> tuple[Convolution, Resizing] | None:
     """conv(resize(x)) whose Resize grows the plane."""
     conv, resize = pointwise(node), resizing(sole_maker(node.inputs[0], "Resize"))
-    if conv is None or resize is None or not resize.can_move or not reads(conv.node.outputs[0]):
+    if conv is None or resize is None or not resize.can_move:
         return None
     outputs, channels = conv.weight.shape[:2]
     growth = resize.growth
@@ -62,7 +48,7 @@ def _conv_before(node: ir.Node) -> tuple[Convolution, Resizing] | None:
     """resize(conv(x)) whose Resize shrinks the plane."""
     resize = resizing(node)
     conv = pointwise(sole_maker(node.inputs[0], "Conv")) if resize is not None else None
-    if conv is None or resize is None or not resize.can_move or not reads(resize.output):
+    if conv is None or resize is None or not resize.can_move:
         return None
     outputs, channels = conv.weight.shape[:2]
     growth = resize.growth
@@ -83,3 +69,6 @@ def _swap(conv: Convolution, resize: Resizing) -> None:
         assert source is not None
         small = emit_resize(resize.node, source, resize)
         replace(resize.output, emit_pointwise(resize.node, small, matrix, conv.bias, conv.stem))
+
+
+REWRITE = Rewrite(_matches, _swap)

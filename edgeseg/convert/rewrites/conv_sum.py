@@ -13,34 +13,16 @@ import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.cost import ADDED_ELEMENT, RESIZED_ELEMENT, pays
-from edgeseg.convert.rewrites.graph import dims, emit, nodes, reads, replace, sole_maker
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import dims, emit, replace, sole_maker
 from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
 
 Match = tuple[Convolution, Resizing, ir.Value]
 
 
-def apply(model: ir.Model) -> int:
-    """Rewrite until none is left; return how often."""
-    count = 0
-    while found := _matches(model):
-        for match in found:
-            _rewrite(*match)
-        count += len(found)
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return len(_matches(model))
-
-
-def _matches(model: ir.Model) -> list[Match]:
-    return [match for node in nodes(model, "Conv") if (match := _match(node)) is not None]
-
-
 def _match(node: ir.Node) -> Match | None:
     conv, total = pointwise(node), sole_maker(node.inputs[0], "Add")
-    if conv is None or total is None or not reads(node.outputs[0]):
+    if conv is None or total is None:
         return None
     for value, other in (total.inputs, reversed(total.inputs)):
         resize = resizing(sole_maker(value, "Resize"))
@@ -55,9 +37,13 @@ def _match(node: ir.Node) -> Match | None:
     return None
 
 
-def _rewrite(conv: Convolution, resize: Resizing, other: ir.Value) -> None:
+def _rewrite(node: ir.Node, match: Match) -> None:
+    conv, resize, other = match
     matrix = conv.weight[:, :, 0, 0]
-    small = emit_pointwise(conv.node, resize.source, matrix, None, f"{conv.stem}.resized")
-    large = emit_pointwise(conv.node, other, matrix, conv.bias, conv.stem)
-    grown = emit_resize(conv.node, small, resize)
-    replace(conv.node.outputs[0], emit(conv.node, "Add", [grown, large], shape=conv.node.outputs[0].shape))
+    small = emit_pointwise(node, resize.source, matrix, None, f"{conv.stem}.resized")
+    large = emit_pointwise(node, other, matrix, conv.bias, conv.stem)
+    grown = emit_resize(node, small, resize)
+    replace(node.outputs[0], emit(node, "Add", [grown, large], shape=node.outputs[0].shape))
+
+
+REWRITE = Rewrite(each(_match, "Conv"), _rewrite)

@@ -10,28 +10,21 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, nodes, reads, replace
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, replace
 
 
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    found = _matches(model)
-    for node in found:
-        replace(node.outputs[0], emit(node, "GlobalAveragePool", [node.inputs[0]]))
-    return len(found)
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return len(_matches(model))
-
-
-def _matches(model: ir.Model) -> list[ir.Node]:
-    return [node for node in nodes(model, "ReduceMean") if _averages_the_plane(node)]
-
-
-def _averages_the_plane(node: ir.Node) -> bool:
+def _match(node: ir.Node) -> ir.Value | None:
+    """What is averaged."""
     shape, axes = dims(node.inputs[0]), constant(node.inputs[1]) if len(node.inputs) > 1 else None
-    if shape is None or len(shape) != 4 or axes is None or not reads(node.outputs[0]):
-        return False
-    return {int(a) % 4 for a in axes} == {2, 3} and integer(node, "keepdims", 1) == 1
+    if shape is None or len(shape) != 4 or axes is None:
+        return None
+    averages = {int(a) % 4 for a in axes} == {2, 3} and integer(node, "keepdims", 1) == 1
+    return node.inputs[0] if averages else None
+
+
+def _rewrite(node: ir.Node, source: ir.Value) -> None:
+    replace(node.outputs[0], emit(node, "GlobalAveragePool", [source]))
+
+
+REWRITE = Rewrite(each(_match, "ReduceMean"), _rewrite)

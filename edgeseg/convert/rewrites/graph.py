@@ -14,10 +14,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 Dims = tuple[int | None, ...]
 
 
-def nodes(model: ir.Model, op_type: str) -> Iterator[ir.Node]:
-    """The nodes of one type, in order; safe against changes made while iterating."""
+def nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
+    """The nodes of these types (none given: of any) that something reads, in order; safe against changes meanwhile."""
     for node in list(model.graph):
-        if node.op_type == op_type and node.domain in ("", "ai.onnx") and node.graph is not None:
+        wanted = not op_types or node.op_type in op_types
+        if wanted and node.domain in ("", "ai.onnx") and node.graph is not None and any(map(reads, node.outputs)):
             yield node
 
 

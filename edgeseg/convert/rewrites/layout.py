@@ -18,28 +18,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeseg.convert.rewrites.driver import Rewrite, each
 from edgeseg.convert.rewrites.graph import constant, dims, emit, ints, reads, replace, weight
 
 _MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
 _PROBED_BATCHES = (2, 3)
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite until no chain is left; return how often."""
-    count, changed = 0, True
-    while changed:
-        changed = False
-        for node in list(model.graph):
-            match = _match(node)
-            if match is not None:
-                _rewrite(*match)
-                count, changed = count + 1, True
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_match(node) is not None for node in model.graph)
 
 
 _Simpler = tuple[str, tuple[int, ...]]
@@ -47,7 +30,7 @@ _Simpler = tuple[str, tuple[int, ...]]
 
 def _match(node: ir.Node) -> tuple[list[ir.Node], _Simpler] | None:
     """The longest chain that ends in ``node`` and has a simpler form."""
-    if not _is_move(node) or not reads(node.outputs[0]):
+    if not _is_move(node):
         return None
     chain = [node]
     while (before := _link(chain[0])) is not None:
@@ -139,9 +122,9 @@ def _permutation(shape: tuple[int, ...], moved: NDArray[np.int64]) -> tuple[int,
     return tuple(perm)
 
 
-def _rewrite(chain: Sequence[ir.Node], simpler: _Simpler) -> None:
-    kind, numbers = simpler
-    source, last = chain[0].inputs[0], chain[-1]
+def _rewrite(last: ir.Node, match: tuple[list[ir.Node], _Simpler]) -> None:
+    chain, (kind, numbers) = match
+    source = chain[0].inputs[0]
     assert source is not None
     shape = None if last.outputs[0].shape is None else list(last.outputs[0].shape)
     if kind == "Identity":
@@ -153,3 +136,6 @@ def _rewrite(chain: Sequence[ir.Node], simpler: _Simpler) -> None:
     else:
         new = emit(last, "Transpose", [source], {"perm": list(numbers)}, shape=shape)
     replace(last.outputs[0], new)
+
+
+REWRITE = Rewrite(each(_match), _rewrite)

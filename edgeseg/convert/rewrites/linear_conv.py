@@ -19,7 +19,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.convolution import emit_pointwise
-from edgeseg.convert.rewrites.graph import constant, dims, ints, maker, nodes, replace, sole_maker, sole_reader
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import constant, dims, ints, maker, replace, sole_maker, sole_reader
 from edgeseg.convert.rewrites.planes import broadcasts_along, plane_of
 
 
@@ -29,27 +30,6 @@ class _Match:
     matrix: NDArray[Any]
     bias: NDArray[Any] | None
     last: ir.Node
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    count = 0
-    for node in nodes(model, "MatMul"):
-        match = _match(node)
-        if match is None:
-            continue
-        value = node.inputs[1]
-        stem = ((value.name if value is not None else None) or "linear").removesuffix(".weight")
-        if stem.startswith("val_") or not stem:
-            stem = (node.name or "linear").rpartition("/")[0]
-        replace(match.last.outputs[0], emit_pointwise(node, match.source, match.matrix.T, match.bias, stem))
-        count += 1
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_match(node) is not None for node in nodes(model, "MatMul"))
 
 
 def _match(node: ir.Node) -> _Match | None:
@@ -96,3 +76,14 @@ def _flattened(value: ir.Value | None) -> ir.Value | None:
     if before is None or after is None or len(before) != 4 or len(after) != 3 or before[:2] != after[:2]:
         return None
     return reshape.inputs[0]
+
+
+def _rewrite(node: ir.Node, match: _Match) -> None:
+    value = node.inputs[1]
+    stem = ((value.name if value is not None else None) or "linear").removesuffix(".weight")
+    if stem.startswith("val_") or not stem:
+        stem = (node.name or "linear").rpartition("/")[0]
+    replace(match.last.outputs[0], emit_pointwise(node, match.source, match.matrix.T, match.bias, stem))
+
+
+REWRITE = Rewrite(each(_match, "MatMul"), _rewrite)

@@ -14,36 +14,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from edgeseg.convert.rewrites.driver import Rewrite, each
 from edgeseg.convert.rewrites.graph import (
     constant,
     dims,
     emit,
     integer,
     ints,
-    nodes,
     replace,
     set_type,
     sole_maker,
     sole_reader,
     weight,
 )
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    count = 0
-    for split in nodes(model, "Split"):
-        match = _match(split)
-        if match is None:
-            continue
-        _rewrite(split, *match)
-        count += 1
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_match(split) is not None for split in nodes(model, "Split"))
 
 
 def _match(split: ir.Node) -> tuple[ir.Node, ir.Node, list[ir.Node]] | None:
@@ -72,7 +55,8 @@ def _match(split: ir.Node) -> tuple[ir.Node, ir.Node, list[ir.Node]] | None:
     return reshape, transpose, squeezes
 
 
-def _rewrite(split: ir.Node, reshape: ir.Node, transpose: ir.Node, squeezes: list[ir.Node]) -> None:
+def _rewrite(split: ir.Node, match: tuple[ir.Node, ir.Node, list[ir.Node]]) -> None:
+    reshape, transpose, squeezes = match
     value, after = reshape.inputs[0], dims(reshape.outputs[0])
     assert value is not None
     assert after is not None
@@ -95,3 +79,6 @@ def _rewrite(split: ir.Node, reshape: ir.Node, transpose: ir.Node, squeezes: lis
         set_type(part, value)
         heads = emit(split, "Reshape", [part, target], shape=shape)
         replace(squeeze.outputs[0], emit(split, "Transpose", [heads], {"perm": perm}, shape=[shape[p] for p in perm]))
+
+
+REWRITE = Rewrite(each(_match, "Split"), _rewrite)

@@ -11,36 +11,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, nodes, reads, replace, sole_maker, weight
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    count = 0
-    for node in nodes(model, "MatMul"):
-        concat = _concat(node)
-        matrix = constant(node.inputs[1])
-        if concat is None or matrix is None:
-            continue
-        total: ir.Value | None = None
-        row = 0
-        for value in concat.inputs:
-            expand = sole_maker(value, "Expand")
-            source = expand.inputs[0] if expand is not None and _broadcasts(expand) else value
-            width = (dims(value) or (0,))[-1] or 0
-            part = weight(node, matrix[row : row + width], f"{_stem(node)}.weight")
-            row += width
-            product = emit(node, "MatMul", [source, part])
-            total = product if total is None else emit(node, "Add", [total, product])
-        assert total is not None
-        replace(node.outputs[0], total)
-        count += 1
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_concat(node) is not None and bool(reads(node.outputs[0])) for node in nodes(model, "MatMul"))
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, replace, sole_maker, weight
 
 
 def _concat(node: ir.Node) -> ir.Node | None:
@@ -70,3 +42,23 @@ def _broadcasts(expand: ir.Node) -> bool:
 
 def _stem(node: ir.Node) -> str:
     return (node.name or "linear").rpartition("/")[0] or "linear"
+
+
+def _rewrite(node: ir.Node, concat: ir.Node) -> None:
+    matrix = constant(node.inputs[1])
+    assert matrix is not None
+    total: ir.Value | None = None
+    row = 0
+    for value in concat.inputs:
+        expand = sole_maker(value, "Expand")
+        source = expand.inputs[0] if expand is not None and _broadcasts(expand) else value
+        width = (dims(value) or (0,))[-1] or 0
+        part = weight(node, matrix[row : row + width], f"{_stem(node)}.weight")
+        row += width
+        product = emit(node, "MatMul", [source, part])
+        total = product if total is None else emit(node, "Add", [total, product])
+    assert total is not None
+    replace(node.outputs[0], total)
+
+
+REWRITE = Rewrite(each(_concat, "MatMul"), _rewrite)

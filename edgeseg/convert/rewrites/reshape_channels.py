@@ -13,28 +13,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, emit, integer, maker, nodes, static, weight
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    count = 0
-    for node in nodes(model, "Reshape"):
-        found = _match(node)
-        if found is None:
-            continue
-        concat, channels = found
-        parts = list(concat.inputs)
-        parts[1] = weight(node, np.array([channels], np.int64), "channels")
-        # A Concat of its own: another Reshape may read the old one for other channels.
-        node.replace_input_with(1, emit(node, "Concat", parts, {"axis": 0}, shape=(4,)))
-        count += 1
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_match(node) is not None for node in nodes(model, "Reshape"))
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import constant, emit, integer, maker, static, weight
 
 
 def _match(node: ir.Node) -> tuple[ir.Node, int] | None:
@@ -60,3 +40,14 @@ def _channels(reader: ir.Node) -> int | None:
     if kernel is None:
         return None
     return int(kernel.shape[0] if reader.op_type == "ConvTranspose" else kernel.shape[1] * integer(reader, "group", 1))
+
+
+def _rewrite(node: ir.Node, match: tuple[ir.Node, int]) -> None:
+    concat, channels = match
+    parts = list(concat.inputs)
+    parts[1] = weight(node, np.array([channels], np.int64), "channels")
+    # A Concat of its own: another Reshape may read the old one for other channels.
+    node.replace_input_with(1, emit(node, "Concat", parts, {"axis": 0}, shape=(4,)))
+
+
+REWRITE = Rewrite(each(_match, "Reshape"), _rewrite)

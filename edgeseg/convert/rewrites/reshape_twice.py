@@ -11,26 +11,19 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, integer, nodes, reads, sole_maker
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    count = 0
-    for node in nodes(model, "Reshape"):
-        while (first := _match(node)) is not None:
-            node.replace_input_with(0, first.inputs[0])
-            count += 1
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_match(node) is not None for node in nodes(model, "Reshape"))
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import constant, integer, sole_maker
 
 
 def _match(node: ir.Node) -> ir.Node | None:
     shape = constant(node.inputs[1])
-    if shape is None or (0 in shape and not integer(node, "allowzero", 0)) or not reads(node.outputs[0]):
+    if shape is None or (0 in shape and not integer(node, "allowzero", 0)):
         return None
     return sole_maker(node.inputs[0], "Reshape")
+
+
+def _rewrite(node: ir.Node, first: ir.Node) -> None:
+    node.replace_input_with(0, first.inputs[0])
+
+
+REWRITE = Rewrite(each(_match, "Reshape"), _rewrite)

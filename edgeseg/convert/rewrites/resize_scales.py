@@ -13,35 +13,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import dims, nodes, reads, replace, weight
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import dims, replace, weight
 from edgeseg.convert.rewrites.resize import Resizing, resizing
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    count = 0
-    for node in nodes(model, "Resize"):
-        ratios = _ratios(node)
-        if ratios is None:
-            continue
-        if ratios == (1.0, 1.0):
-            replace(node.outputs[0], _source(node))
-        else:
-            scales = weight(node, np.array([1.0, 1.0, *ratios], np.float32), "resize_scales")
-            node.resize_inputs(3)
-            node.replace_input_with(1, None)
-            node.replace_input_with(2, scales)
-        count += 1
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_ratios(node) is not None and bool(reads(node.outputs[0])) for node in nodes(model, "Resize"))
-
-
-def _source(node: ir.Node) -> ir.Value:
-    return Resizing(node).source
 
 
 def _ratios(node: ir.Node) -> tuple[float, float] | None:
@@ -61,3 +35,16 @@ def _ratios(node: ir.Node) -> tuple[float, float] | None:
             return None
         ratios.append(ratio)
     return ratios[0], ratios[1]
+
+
+def _rewrite(node: ir.Node, ratios: tuple[float, float]) -> None:
+    if ratios == (1.0, 1.0):
+        replace(node.outputs[0], Resizing(node).source)
+        return
+    scales = weight(node, np.array([1.0, 1.0, *ratios], np.float32), "resize_scales")
+    node.resize_inputs(3)
+    node.replace_input_with(1, None)
+    node.replace_input_with(2, scales)
+
+
+REWRITE = Rewrite(each(_ratios, "Resize"), _rewrite)

@@ -10,21 +10,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from edgeseg.convert.rewrites.driver import Rewrite
 from edgeseg.convert.rewrites.graph import constant, dims, emit, maker, nodes, reads, replace, sole_maker
 from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    found = _matches(model)
-    for node, terms in found:
-        _rewrite(node, terms)
-    return len(found)
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return len(_matches(model))
 
 
 def _matches(model: ir.Model) -> list[tuple[ir.Node, list[ir.Value]]]:
@@ -80,3 +68,6 @@ def _rewrite(node: ir.Node, terms: list[ir.Value]) -> None:
     for value in values[1:]:
         result = emit(node, "Add", [result, value], shape=node.outputs[0].shape)
     replace(node.outputs[0], result)
+
+
+REWRITE = Rewrite(_matches, _rewrite)

@@ -13,36 +13,13 @@ from itertools import pairwise
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import emit, integer, maker, nodes, reads
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    count = 0
-    for node in nodes(model, "Concat"):
-        while (index := _match(node)) is not None:
-            left, right = (maker(node.inputs[i], "Shape") for i in (index, index + 1))
-            assert left is not None
-            assert right is not None
-            span = {"start": integer(left, "start", 0), "end": integer(right, "end", 0)}
-            both = emit(node, "Shape", [left.inputs[0]], span, shape=(span["end"] - span["start"],))
-            both.dtype = ir.DataType.INT64
-            inputs = [*node.inputs[:index], both, *node.inputs[index + 2 :]]
-            node.resize_inputs(len(inputs))
-            for i, value in enumerate(inputs):
-                node.replace_input_with(i, value)
-            count += 1
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_match(node) is not None for node in nodes(model, "Concat"))
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import emit, integer, maker
 
 
 def _match(node: ir.Node) -> int | None:
     """Index of the first of two inputs to join."""
-    if integer(node, "axis", 0) != 0 or not reads(node.outputs[0]):
+    if integer(node, "axis", 0) != 0:
         return None
     for index, (left, right) in enumerate(pairwise(node.inputs)):
         if _are_neighbours(left, right) and _always_together(left, right):
@@ -74,3 +51,19 @@ def _span(value: ir.Value | None) -> tuple[ir.Value | None, int, int] | None:
         return None
     start, end = integer(shape, "start", 0), integer(shape, "end", 0)
     return (shape.inputs[0], start, end) if 0 <= start < end else None
+
+
+def _rewrite(node: ir.Node, index: int) -> None:
+    left, right = (maker(node.inputs[i], "Shape") for i in (index, index + 1))
+    assert left is not None
+    assert right is not None
+    span = {"start": integer(left, "start", 0), "end": integer(right, "end", 0)}
+    both = emit(node, "Shape", [left.inputs[0]], span, shape=(span["end"] - span["start"],))
+    both.dtype = ir.DataType.INT64
+    inputs = [*node.inputs[:index], both, *node.inputs[index + 2 :]]
+    node.resize_inputs(len(inputs))
+    for i, value in enumerate(inputs):
+        node.replace_input_with(i, value)
+
+
+REWRITE = Rewrite(each(_match, "Concat"), _rewrite)

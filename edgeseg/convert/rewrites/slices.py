@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, nodes, reads, replace, weight
+from edgeseg.convert.rewrites.driver import Rewrite
+from edgeseg.convert.rewrites.graph import constant, dims, emit, nodes, replace, weight
 
 
 @dataclass(frozen=True)
@@ -25,42 +26,11 @@ class _Piece:
     end: int
 
 
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how many Slices became a Split's output."""
-    count = 0
-    for pieces in _partitions(model):
-        first = pieces[0].node
-        sizes = [p.end - p.start for p in pieces]
-        value = first.inputs[0]
-        assert value is not None
-        # the earliest node of the set may not be the first piece
-        order = {node: i for i, node in enumerate(model.graph)}
-        before = min((p.node for p in pieces), key=lambda n: order[n])
-        head = emit(
-            before,
-            "Split",
-            [value, weight(before, np.array(sizes, np.int64), "split_sizes")],
-            {"axis": pieces[0].axis},
-            outputs=len(pieces),
-        )
-        split = head.producer()
-        assert split is not None
-        for piece, output in zip(pieces, split.outputs, strict=True):
-            replace(piece.node.outputs[0], output)
-        count += len(pieces)
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(len(p) for p in _partitions(model))
-
-
-def _partitions(model: ir.Model) -> list[list[_Piece]]:
+def _matches(model: ir.Model) -> list[tuple[list[_Piece]]]:
     groups: dict[tuple[ir.Value, int], dict[tuple[int, int], _Piece]] = {}
     for node in nodes(model, "Slice"):
         piece = _piece(node)
-        if piece is not None and node.inputs[0] is not None and reads(node.outputs[0]):
+        if piece is not None and node.inputs[0] is not None:
             groups.setdefault((node.inputs[0], piece.axis), {}).setdefault((piece.start, piece.end), piece)
     result = []
     for (value, axis), by_bounds in groups.items():
@@ -68,7 +38,7 @@ def _partitions(model: ir.Model) -> list[list[_Piece]]:
         size = (dims(value) or ())[axis]
         edges = [0, *(p.end for p in pieces)]
         if len(pieces) > 1 and edges[-1] == size and all(p.start == e for p, e in zip(pieces, edges, strict=False)):
-            result.append(pieces)
+            result.append((pieces,))
     return result
 
 
@@ -84,3 +54,30 @@ def _piece(node: ir.Node) -> _Piece | None:
         return None
     start, end = (min(max(v + size if v < 0 else v, 0), size) for v in (start, end))
     return _Piece(node, axis, start, end) if end > start else None
+
+
+def _rewrite(pieces: list[_Piece]) -> int:
+    """Returns how many Slices became a Split's output."""
+    first = pieces[0].node
+    sizes = [p.end - p.start for p in pieces]
+    value = first.inputs[0]
+    assert value is not None
+    assert first.graph is not None
+    # the earliest node of the set may not be the first piece
+    order = {node: i for i, node in enumerate(first.graph)}
+    before = min((p.node for p in pieces), key=lambda n: order[n])
+    head = emit(
+        before,
+        "Split",
+        [value, weight(before, np.array(sizes, np.int64), "split_sizes")],
+        {"axis": pieces[0].axis},
+        outputs=len(pieces),
+    )
+    split = head.producer()
+    assert split is not None
+    for piece, output in zip(pieces, split.outputs, strict=True):
+        replace(piece.node.outputs[0], output)
+    return len(pieces)
+
+
+REWRITE = Rewrite(_matches, _rewrite)

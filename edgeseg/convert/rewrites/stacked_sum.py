@@ -11,27 +11,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, emit, integer, maker, nodes, reads, replace, sole_maker
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    count = 0
-    for node in nodes(model, "ReduceSum"):
-        terms = _terms(node)
-        if terms is None:
-            continue
-        total = terms[0]
-        for term in terms[1:]:
-            total = emit(node, "Add", [total, term], shape=term.shape)
-        replace(node.outputs[0], total)
-        count += 1
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_terms(node) is not None and bool(reads(node.outputs[0])) for node in nodes(model, "ReduceSum"))
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import constant, emit, integer, maker, replace, sole_maker
 
 
 def _terms(node: ir.Node) -> list[ir.Value] | None:
@@ -54,3 +35,13 @@ def _terms(node: ir.Node) -> list[ir.Value] | None:
         terms.append(stacked.inputs[0])
     shapes = {tuple(t.shape) if t.shape is not None else None for t in terms}
     return terms if len(shapes) == 1 and None not in shapes else None
+
+
+def _rewrite(node: ir.Node, terms: list[ir.Value]) -> None:
+    total = terms[0]
+    for term in terms[1:]:
+        total = emit(node, "Add", [total, term], shape=term.shape)
+    replace(node.outputs[0], total)
+
+
+REWRITE = Rewrite(each(_terms, "ReduceSum"), _rewrite)

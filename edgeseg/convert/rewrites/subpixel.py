@@ -22,7 +22,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.convolution import Convolution, convolution, pointwise
-from edgeseg.convert.rewrites.graph import dims, emit, integer, ints, maker, nodes, reads, replace, weight, word
+from edgeseg.convert.rewrites.driver import Rewrite
+from edgeseg.convert.rewrites.graph import dims, emit, integer, ints, maker, nodes, replace, weight, word
 from edgeseg.convert.rewrites.resize import resizing
 
 FloatArray = NDArray[np.float32]
@@ -45,24 +46,11 @@ class _Terms:
         return sum(4 * int(w.shape[0] * w.shape[1]) for _, w in self.low) + sum(int(w.size) for _, w in self.full)
 
 
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    found = _matches(model)
-    for conv, terms in found:
-        _rewrite(conv, terms)
-    return len(found)
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return len(_matches(model))
-
-
 def _matches(model: ir.Model) -> list[tuple[Convolution, _Terms]]:
     found = []
     for node in nodes(model, "Conv"):
         conv = convolution(node)
-        if conv is None or not _is_plain_3x3(conv) or not reads(node.outputs[0]):
+        if conv is None or not _is_plain_3x3(conv):
             continue
         terms = _Terms()
         _decompose(node.inputs[0], conv.weight, terms)
@@ -176,3 +164,6 @@ def _joined(node: ir.Node, parts: list[tuple[ir.Value, FloatArray]], stem: str) 
     values = list(merged)
     joined = values[0] if len(values) == 1 else emit(node, "Concat", values, {"axis": 1})
     return joined, np.concatenate(list(merged.values()), axis=1)
+
+
+REWRITE = Rewrite(_matches, _rewrite)

@@ -12,43 +12,18 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, nodes, reads, replace, weight
+from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.graph import constant, dims, emit, replace, weight
 
 _END = np.iinfo(np.int32).max
 """Exporters write "to the end" as this or more."""
-
-
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how often."""
-    count = 0
-    for node in nodes(model, "Slice"):
-        found = _match(node)
-        if found is None:
-            continue
-        axis, first = found
-        value = node.inputs[0]
-        if first:
-            # int32: TensorRT's parser converts int64 indices by a layer of their own
-            new = emit(node, "Gather", [value, weight(node, np.zeros(1, np.int32), "first")], {"axis": axis})
-        else:
-            cropped = np.zeros(2 * len(dims(value) or ()), np.int64)
-            cropped[axis] = -1
-            new = emit(node, "Pad", [value, weight(node, cropped, "without_first")])
-        replace(node.outputs[0], new)
-        count += 1
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many are left."""
-    return sum(_match(node) is not None for node in nodes(model, "Slice"))
 
 
 def _match(node: ir.Node) -> tuple[int, bool] | None:
     """The axis, and whether it is the first cell that is taken."""
     shape = dims(node.inputs[0])
     values = [constant(v) for v in node.inputs[1:]]
-    if shape is None or None not in shape or len(values) < 3 or not reads(node.outputs[0]):
+    if shape is None or None not in shape or len(values) < 3:
         return None
     if any(v is None or v.size != 1 for v in values):
         return None
@@ -59,3 +34,19 @@ def _match(node: ir.Node) -> tuple[int, bool] | None:
     if (start, end) == (0, 1):
         return axis, True
     return (axis, False) if start == 1 and end >= (shape[axis] or _END) else None
+
+
+def _rewrite(node: ir.Node, match: tuple[int, bool]) -> None:
+    axis, first = match
+    value = node.inputs[0]
+    if first:
+        # int32: TensorRT's parser converts int64 indices by a layer of their own
+        new = emit(node, "Gather", [value, weight(node, np.zeros(1, np.int32), "first")], {"axis": axis})
+    else:
+        cropped = np.zeros(2 * len(dims(value) or ()), np.int64)
+        cropped[axis] = -1
+        new = emit(node, "Pad", [value, weight(node, cropped, "without_first")])
+    replace(node.outputs[0], new)
+
+
+REWRITE = Rewrite(each(_match, "Slice"), _rewrite)

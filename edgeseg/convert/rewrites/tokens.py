@@ -12,28 +12,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, replace, set_type, weight
+from edgeseg.convert.rewrites.driver import Rewrite
+from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, nodes, replace, set_type, weight
 
 _POINTWISE = frozenset({"Add", "Mul", "Sub", "Div", "Gelu", "Erf", "Relu", "Sigmoid", "Tanh", "HardSwish"})
 
 
-def apply(model: ir.Model) -> int:
-    """Rewrite; return how many linear layers now work on two axes."""
-    count = 0
-    for region in _regions(model):
-        _flatten(region)
-        count += sum(node.op_type == "MatMul" for node in region)
-    return count
-
-
-def leaves(model: ir.Model) -> int:
-    """How many linear layers are left."""
-    return sum(node.op_type == "MatMul" for region in _regions(model) for node in region)
-
-
-def _regions(model: ir.Model) -> list[list[ir.Node]]:
+def _matches(model: ir.Model) -> list[tuple[list[ir.Node]]]:
     """Connected sets, each in graph order."""
-    order = [node for node in model.graph if _rank_agnostic(node)]
+    order = [node for node in nodes(model) if _rank_agnostic(node)]
     label = {node: i for i, node in enumerate(order)}
 
     def root(i: int) -> int:
@@ -50,7 +37,7 @@ def _regions(model: ir.Model) -> list[list[ir.Node]]:
     regions: dict[int, list[ir.Node]] = {}
     for node in order:
         regions.setdefault(root(label[node]), []).append(node)
-    return [r for r in regions.values() if sum(n.op_type == "MatMul" for n in r) > 1]
+    return [(r,) for r in regions.values() if sum(n.op_type == "MatMul" for n in r) > 1]
 
 
 def _rank_agnostic(node: ir.Node) -> bool:
@@ -77,7 +64,8 @@ def _rank_agnostic(node: ir.Node) -> bool:
     return node.op_type in _POINTWISE and last_axis_only
 
 
-def _flatten(region: list[ir.Node]) -> None:
+def _rewrite(region: list[ir.Node]) -> int:
+    """Returns how many linear layers now work on two axes."""
     inside = set(region)
     flat: dict[ir.Value, ir.Value] = {}
 
@@ -113,6 +101,7 @@ def _flatten(region: list[ir.Node]) -> None:
     for node in region:
         for output in node.outputs:
             _restore(output, flat[output], inside)
+    return sum(node.op_type == "MatMul" for node in region)
 
 
 def _flat_shape(value: ir.Value) -> list[int | None]:
@@ -144,3 +133,6 @@ def _next(node: ir.Node) -> ir.Node:
             return other
         found = other is node
     raise AssertionError("a node that is read has a successor")
+
+
+REWRITE = Rewrite(_matches, _rewrite)

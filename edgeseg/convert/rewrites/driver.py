@@ -1,0 +1,89 @@
+"""What all rewrites have in common: look for matches, rewrite each, tidy up, until none is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import onnx_ir as ir
+
+from edgeseg.convert.rewrites.graph import nodes, tidy
+from edgeseg.errors import ExportError
+
+# Each sweep leaves fewer or cheaper operators; deep networks take two or three.
+MAX_SWEEPS = 100
+
+Match: TypeAlias = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A graph rewrite; its name is that of its file.
+
+    Attributes:
+        matches: where it applies: arguments for ``rewrite``. From a generator each is found in the graph as the ones before
+            left it; from a list all are found first.
+        rewrite: changes the graph at one match; returns for how many it counts in the report, ``None``: one.
+    """
+
+    matches: Callable[[ir.Model], Iterable[Match]]
+    rewrite: Callable[..., int | None]
+
+    @property
+    def name(self) -> str:
+        return self.rewrite.__module__.rpartition(".")[2]
+
+    def apply(self, model: ir.Model) -> int:
+        """Rewrite ``model`` in place until nothing matches; return how often.
+
+        Raises:
+            ExportError: it makes its own pattern again and again.
+        """
+        count = 0
+        for _ in range(MAX_SWEEPS):
+            counts = [self.rewrite(*match) for match in self.matches(model)]
+            if not counts:
+                return count
+            count += sum(1 if n is None else n for n in counts)
+            tidy(model)
+        raise ExportError(f"rewrite {self.name} comes to no end; please report the model")
+
+
+def each(match: Callable[[ir.Node], Any], *op_types: str) -> Callable[[ir.Model], Iterator[tuple[ir.Node, Any]]]:
+    """Matches anchored at one node: ``(node, match(node))`` of every node of these types (none: of any) that has one."""
+
+    def matches(model: ir.Model) -> Iterator[tuple[ir.Node, Any]]:
+        for node in nodes(model, *op_types):
+            if (found := match(node)) is not None:
+                yield node, found
+
+    return matches
+
+
+Check: TypeAlias = Callable[[ir.Model, ir.Model, Rewrite], None]
+
+
+def apply_rewrites(model: ir.Model, rewrites: Sequence[Rewrite], check: Check | None = None) -> dict[str, int]:
+    """Run ``rewrites`` in order on ``model``, in place.
+
+    Args:
+        model: shapes inferred.
+        rewrites: which, in order.
+        check: called with a copy from before, the model after and the rewrite, for each that applied; raises if they
+            differ.
+
+    Returns:
+        how often each applied, those at 0 left out.
+
+    Raises:
+        ExportError: a rewrite comes to no end.
+    """
+    applied: dict[str, int] = {}
+    for rewrite in rewrites:
+        before = model.clone() if check is not None else None
+        if count := rewrite.apply(model):
+            applied[rewrite.name] = count
+            if check is not None and before is not None:
+                check(before, model, rewrite)
+    return applied

@@ -1,0 +1,420 @@
+"""Equalization of channels: the float graph stays the same function, its activations become even over their channels.
+
+An activation is quantized with one scale for all its channels. A channel a hundred times smaller than the largest has two
+or three of the 256 levels, however well its weights are quantized. But a channel's scale is free wherever it passes through
+(ReLU, pooling, resizing, concatenation, addition): multiplied by a factor at the convolution that makes it and divided by the
+same factor at every convolution that reads it, all outputs stay as they were.
+
+The factor of a channel balances what it is in its activations against what it is in its readers' weights, the square root of
+the quotient of the two, each relative to its tensor (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
+Correction", ICCV 2019, section 4.1, with activations seen in calibration in place of the first layer's weights, whose scales are
+per channel anyway; the balance of two sides is that of Xiao et al., "SmoothQuant", ICML 2023). A depthwise reader has one scale
+per channel and loses nothing: where all readers are, the activations are made fully even.
+
+The result does not depend on how the channels were scaled before, so a badly scaled network comes out as the well scaled one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeseg.errors import QuantizationError
+from edgeseg.graph.editing import Editor, constant_array
+from edgeseg.machine.cpu import this_cpu
+from edgeseg.quantize.activations import ActivationSession
+from edgeseg.quantize.samples import CalibrationSet
+from edgeseg.spec import InputSpec
+from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.onnx_file import read_onnx, write_onnx
+
+MAX_FACTOR = 4096.0
+"""Most a channel is scaled by, up or down: far from what float32 or FP16 could not hold."""
+
+IMAGES = 32
+"""Images the magnitudes are taken from: the largest value of a whole channel settles early."""
+
+TOLERANCE = 1e-4
+"""Largest difference of a score, relative to the largest score, between the graphs before and after."""
+
+# What does to each channel the same, homogeneously: f(c x) = c f(x) for c > 0.
+_PER_CHANNEL = frozenset(
+    {
+        "Relu",
+        "LeakyRelu",
+        "PRelu",
+        "MaxPool",
+        "AveragePool",
+        "GlobalAveragePool",
+        "GlobalMaxPool",
+        "Resize",
+        "Pad",
+        "Identity",
+    }
+)
+_REDUCTIONS = frozenset({"ReduceMean", "ReduceMax", "ReduceSum"})
+_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+# Outputs in a fixed range: what multiplies by them is scaled by the other side alone.
+_GATES = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
+
+Factors = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Equalization:
+    """What :func:`equalize` did.
+
+    Attributes:
+        channels: how many channels got a factor other than 1.
+        groups: of how many that are free.
+        spread_before, spread_after: median over the tensors convolutions read of the range of the largest channel over that of
+            the median channel: how unequal channels are.
+    """
+
+    channels: int
+    groups: int
+    spread_before: float
+    spread_after: float
+
+
+def channel_magnitudes(graph: OnnxGraph, samples: CalibrationSet) -> dict[str, tuple[float, ...]]:
+    """Run up to :data:`IMAGES` images through the fp32 graph: what :func:`equalize` wants to know.
+
+    Raises:
+        QuantizationError: ONNX Runtime fails on the graph.
+        InputError: an image changed or vanished since the set was opened.
+    """
+    model = read_onnx(graph.path)
+    names = image_values(ir.serde.deserialize_model(model))
+    session = ActivationSession(model, names, this_cpu().cores)
+    largest = [np.zeros(1, np.float32) for _ in names]
+    for images, name in _windows(samples, graph.spec.input):
+        for index, values in enumerate(session.run(images, name)):
+            largest[index] = np.maximum(largest[index], np.abs(values).max(axis=(0, 2, 3)))
+    return {name: tuple(map(float, seen)) for name, seen in zip(names, largest, strict=True)}
+
+
+def write_equalized(
+    graph: OnnxGraph, magnitudes: Mapping[str, Sequence[float]], path: Path
+) -> tuple[OnnxGraph, Equalization]:
+    """Write ``graph`` with its channels equalized; the same magnitudes give the same bytes.
+
+    Args:
+        graph: the fp32 graph.
+        magnitudes: of :func:`channel_magnitudes`.
+        path: where the new graph goes.
+
+    Raises:
+        ArtifactError: ``graph`` cannot be read, or ``path`` not be written.
+    """
+    model = ir.serde.deserialize_model(read_onnx(graph.path))
+    report = equalize(model, {name: np.asarray(seen, np.float64) for name, seen in magnitudes.items()})
+    write_onnx(ir.serde.serialize_model(model), path)
+    return replace(graph, path=path, sha256=sha256_file(path)), report
+
+
+def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet, images: int = 2) -> None:
+    """Raise :class:`QuantizationError` unless both graphs give the same scores, up to :data:`TOLERANCE`."""
+    models = [read_onnx(graph.path) for graph in (before, after)]
+    names = _scores(models[0])
+    first, second = (ActivationSession(model, names, this_cpu().cores) for model in models)
+    for window, what in islice(_windows(samples, before.spec.input), images):
+        for one, other in zip(first.run(window, what), second.run(window, what), strict=True):
+            difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
+            if difference > TOLERANCE * scale:
+                raise QuantizationError(
+                    f"equalization of channels changed scores by {difference:.2g} of {scale:.2g} on {what}; build with "
+                    "equalization off (--no-equalize), and please report the model"
+                )
+
+
+def _windows(samples: CalibrationSet, spec: InputSpec) -> Iterable[tuple[NDArray[np.uint8], str]]:
+    """Batches of the smallest size the graph takes, each of one image repeated."""
+    for name, windows in islice(samples.named_windows(spec), IMAGES):
+        for window in windows:
+            yield np.repeat(window, spec.batch.minimum, axis=0), name
+
+
+def _scores(model: onnx.ModelProto) -> list[str]:
+    """The float values the outputs are decided from."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
+    names = []
+    for output in model.graph.output:
+        name = output.name
+        while types.get(name) != onnx.TensorProto.FLOAT and name in makers:
+            name = makers[name].input[0]
+        names.append(name)
+    return list(dict.fromkeys(names))
+
+
+@dataclass
+class _Channels:
+    """Channels of the graph's values, joined where one factor must serve all of them."""
+
+    first: dict[ir.Value, int] = field(default_factory=dict)
+    parent: list[int] = field(default_factory=list)
+    fixed: set[int] = field(default_factory=set)
+
+    def of(self, value: ir.Value) -> range:
+        """Numbers of the channels of ``value``, new ones if it has none yet."""
+        count = channel_count(value)
+        assert count is not None
+        if value not in self.first:
+            self.first[value] = len(self.parent)
+            self.parent.extend(range(len(self.parent), len(self.parent) + count))
+        return range(self.first[value], self.first[value] + count)
+
+    def root(self, channel: int) -> int:
+        while self.parent[channel] != channel:
+            self.parent[channel] = self.parent[self.parent[channel]]
+            channel = self.parent[channel]
+        return channel
+
+    def join(self, one: Iterable[int], other: Iterable[int]) -> None:
+        for a, b in zip(one, other, strict=True):
+            self.parent[self.root(a)] = self.root(b)
+
+    def fix(self, values: Iterable[ir.Value | None]) -> None:
+        """Leave the channels of these values as they are."""
+        for value in values:
+            if value is not None and channel_count(value) is not None:
+                self.fixed.update(self.of(value))
+
+    def roots(self, value: ir.Value) -> NDArray[np.int64]:
+        return np.array([self.root(c) for c in self.of(value)], np.int64)
+
+
+def channel_count(value: ir.Value | None) -> int | None:
+    """Channels of an image-like value ``(N, C, H, W)``; ``None`` for any other."""
+    if value is None or value.shape is None or len(value.shape) != 4 or constant_array(value) is not None:
+        return None
+    channels = value.shape[1]
+    return channels if isinstance(channels, int) else None
+
+
+def image_values(model: ir.Model) -> tuple[str, ...]:
+    """Names of the values whose magnitude per channel :func:`equalize` wants to know: what convolutions read."""
+    names = [str(n.inputs[0].name) for n in model.graph if _kernel(n) is not None and n.inputs[0] is not None]
+    return tuple(dict.fromkeys(names))
+
+
+def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) -> Equalization:
+    """Scale the channels of ``model``, in place.
+
+    Args:
+        model: the float32 graph, shapes inferred.
+        magnitudes: by value name, float ``(C,)``: largest absolute value of each channel on the calibration images, of
+            :func:`image_values`.
+
+    Returns:
+        what was done; with ``channels`` 0 the graph is as it was.
+    """
+    channels = _join_channels(model.graph)
+    factors = _factors(model.graph, channels, magnitudes)
+    scaled = _Scaling(channels, factors)
+    for node in list(model.graph):
+        _scale(node, scaled)
+    seen = [np.asarray(m, np.float64) for m in magnitudes.values()]
+    values = {str(v.name): v for v in channels.first}
+    after = [np.asarray(m, np.float64) * scaled.of(values[name]) for name, m in magnitudes.items() if name in values]
+    return Equalization(
+        channels=int(np.count_nonzero(factors != 1.0)),
+        groups=len(
+            {channels.root(c) for c in range(len(channels.parent))} - {channels.root(c) for c in channels.fixed}
+        ),
+        spread_before=_spread(seen),
+        spread_after=_spread(after),
+    )
+
+
+def _spread(magnitudes: Sequence[Factors]) -> float:
+    ratios = [m.max() / np.median(m[m > 0]) for m in magnitudes if (m > 0).any()]
+    return float(np.median(ratios)) if ratios else 1.0
+
+
+def _join_channels(graph: ir.Graph) -> _Channels:
+    channels = _Channels()
+    channels.fix(graph.inputs)
+    channels.fix(graph.outputs)
+    for node in graph:
+        if not _passes(node, channels):
+            channels.fix(node.inputs)
+            channels.fix(node.outputs)
+    return channels
+
+
+def _passes(node: ir.Node, channels: _Channels) -> bool:
+    """Join what ``node`` scales alike; ``False`` when a scale does not pass through it."""
+    if node.domain not in ("", "ai.onnx") or any(channel_count(v) is None for v in node.outputs):
+        return False
+    inputs = [v for v in node.inputs if channel_count(v) is not None and v is not None]
+    output = node.outputs[0]
+    if node.op_type in _CONVOLUTIONS:
+        if _kernel(node) is None or any(v is not None and constant_array(v) is None for v in node.inputs[2:]):
+            return False
+        channels.of(output)
+        if inputs:
+            channels.of(inputs[0])
+        return bool(inputs)
+    if not inputs:
+        return False
+    if node.op_type == "Concat" and _axis(node) == 1 and len(inputs) == len(node.inputs):
+        channels.join([c for v in inputs for c in channels.of(v)], channels.of(output))
+        return True
+    if node.op_type == "Split" and _axis(node) == 1:
+        channels.join(channels.of(inputs[0]), [c for v in node.outputs for c in channels.of(v)])
+        return True
+    same = all(channel_count(v) == channel_count(output) for v in inputs)
+    if not same or len(node.outputs) != 1:
+        return False
+    if node.op_type in _PER_CHANNEL | _REDUCTIONS:
+        if not _is_per_channel(node):
+            return False
+    elif node.op_type in ("Add", "Sub"):
+        if any(_addend(v, channel_count(output) or 0) is None for v in node.inputs if v not in inputs):
+            return False
+    elif node.op_type in ("Mul", "Div"):
+        gates = [v for v in inputs if (p := v.producer()) is not None and p.op_type in _GATES]
+        scaled = [v for v in inputs if v not in gates]
+        if len(scaled) != 1 or len(inputs) + sum(constant_array(v) is not None for v in node.inputs) != len(
+            node.inputs
+        ):
+            return False
+        if node.op_type == "Div" and scaled[0] is not node.inputs[0]:
+            return False
+        channels.fix(gates)
+        inputs = scaled
+    else:
+        return False
+    for value in inputs:
+        channels.join(channels.of(value), channels.of(output))
+    return True
+
+
+def _is_per_channel(node: ir.Node) -> bool:
+    if node.op_type == "Pad":
+        pads = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
+        value = constant_array(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(1)
+        zeros = node.attributes.get_string("mode", "constant") != "constant" or (value is not None and not value.any())
+        return zeros and pads is not None and pads.size == 8 and pads[1] == pads[5] == 0
+    if node.op_type == "PRelu":
+        return constant_array(node.inputs[1]) is not None
+    if node.op_type in _REDUCTIONS:
+        axes = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
+        return axes is not None and {int(a) % 4 for a in axes} <= {2, 3}
+    return True
+
+
+def _axis(node: ir.Node) -> int:
+    return node.attributes.get_int("axis", 0) % 4
+
+
+def _kernel(node: ir.Node) -> NDArray[np.float32] | None:
+    """The constant weights of a convolution."""
+    kernel = constant_array(node.inputs[1]) if node.op_type in _CONVOLUTIONS else None
+    return kernel if kernel is not None and kernel.ndim == 4 and kernel.dtype == np.float32 else None
+
+
+def _addend(value: ir.Value | None, channels: int) -> NDArray[np.float32] | None:
+    """A constant that is added to an image-like value, as ``(1 or N, C, ...)``; ``None`` if it cannot be scaled by channel."""
+    array = constant_array(value)
+    if array is None or array.dtype != np.float32:
+        return None
+    full = array.reshape((1,) * (4 - array.ndim) + array.shape) if array.ndim <= 4 else array
+    return np.asarray(full) if full.ndim == 4 and full.shape[1] in (1, channels) else None
+
+
+def _by_group(node: ir.Node, kernel: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The kernel as ``(groups, outputs of a group, inputs of a group, kH, kW)``."""
+    groups = node.attributes.get_int("group", 1)
+    if node.op_type == "ConvTranspose":
+        return kernel.reshape(groups, -1, *kernel.shape[1:]).swapaxes(1, 2)
+    return kernel.reshape(groups, -1, *kernel.shape[1:])
+
+
+def _factors(graph: ir.Graph, channels: _Channels, magnitudes: Mapping[str, NDArray[np.floating]]) -> Factors:
+    """One factor a channel; 1 for those that are fixed or that nothing is known of."""
+    count = len(channels.parent)
+    in_activations, in_weights = np.zeros(count), np.zeros(count)
+    known: set[ir.Value] = set()
+    for node in graph:
+        kernel, value = _kernel(node), node.inputs[0] if node.inputs else None
+        if kernel is None or value is None or value not in channels.first:
+            continue
+        roots, seen = channels.roots(value), magnitudes.get(str(value.name))
+        if seen is not None and value not in known and len(seen) == len(roots) and max(seen) > 0:
+            known.add(value)
+            np.maximum.at(in_activations, roots, np.asarray(seen, np.float64) / max(seen))
+        grouped = np.abs(_by_group(node, kernel)).max(axis=(1, 3, 4))
+        if grouped.shape[1] > 1 and grouped.max() > 0:
+            np.maximum.at(in_weights, roots, grouped.reshape(-1).astype(np.float64) / float(grouped.max()))
+    wanted = np.ones(count)
+    both = (in_activations > 0) & (in_weights > 0)
+    wanted[both] = np.sqrt(in_weights[both] / in_activations[both])
+    depthwise = (in_activations > 0) & (in_weights == 0)
+    wanted[depthwise] = 1.0 / in_activations[depthwise]
+    roots = np.array([channels.root(c) for c in range(count)], np.int64)
+    fixed = np.zeros(count, bool)
+    fixed[[channels.root(c) for c in channels.fixed]] = True
+    wanted[fixed] = 1.0
+    return np.asarray(np.clip(wanted, 1.0 / MAX_FACTOR, MAX_FACTOR)[roots], np.float64)
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    channels: _Channels
+    factors: Factors
+
+    def of(self, value: ir.Value | None) -> Factors:
+        """Factors ``(C,)`` of a value's channels; ones for a value that is not image-like."""
+        if value is None or value not in self.channels.first:
+            return np.ones(channel_count(value) or 1)
+        return self.factors[list(self.channels.of(value))]
+
+
+def _scale(node: ir.Node, scaling: _Scaling) -> None:
+    """Put the factors into the constants of one node."""
+    kernel = _kernel(node)
+    if kernel is not None:
+        _scale_convolution(node, kernel, scaling.of(node.inputs[0]), scaling.of(node.outputs[0]))
+    elif node.op_type in ("Add", "Sub") and node.outputs and node.outputs[0] in scaling.channels.first:
+        factors = scaling.of(node.outputs[0])
+        if (factors == 1.0).all():
+            return
+        for index, value in enumerate(node.inputs):
+            addend = _addend(value, len(factors))
+            if addend is not None:
+                _put(node, index, addend * factors.reshape(1, -1, 1, 1))
+
+
+def _scale_convolution(node: ir.Node, kernel: NDArray[np.float32], before: Factors, after: Factors) -> None:
+    if (before == 1.0).all() and (after == 1.0).all():
+        return
+    grouped = _by_group(node, kernel).astype(np.float64)
+    groups, outputs, inputs = grouped.shape[:3]
+    grouped = grouped * after.reshape(groups, outputs, 1, 1, 1) / before.reshape(groups, 1, inputs, 1, 1)
+    if node.op_type == "ConvTranspose":
+        grouped = grouped.swapaxes(1, 2)
+    _put(node, 1, grouped.reshape(kernel.shape))
+    bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+    if bias is not None:
+        _put(node, 2, bias * after)
+
+
+def _put(node: ir.Node, index: int, array: NDArray[np.floating]) -> None:
+    """Give ``node`` a constant of its own: another node may share the old one."""
+    graph, old = node.graph, node.inputs[index]
+    assert isinstance(graph, ir.Graph)
+    assert old is not None
+    new = Editor(graph, node, node.name).constant("equalized", np.ascontiguousarray(array, np.float32))
+    node.replace_input_with(index, new)
+    if not old.uses() and old.is_initializer():
+        graph.initializers.pop(str(old.name), None)

@@ -1,0 +1,162 @@
+"""Equalization: the float graph computes the same, its channels become even, and a badly scaled network is as good as new."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+from small_graphs import every_value, floats, graph, run, table_for
+
+from edgeseg.quantize.qdq import quantize_model
+from edgeseg.quantize.repair.equalization import Equalization, equalize, image_values
+from edgeseg.quantize.schemes import SCHEMES
+
+X = floats(2, 6, 8, 8)
+SIGNATURE = "(float[n, 6, 8, 8] x) => (float[n, 5, a, b] y)"
+
+
+def ints(*values: int) -> NDArray[np.int64]:
+    return np.array(values, np.int64)
+
+
+def magnitudes(model: onnx.ModelProto, x: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """By plain numpy: largest absolute value of each channel of what convolutions read."""
+    exposed = every_value(model)
+    values = dict(zip([v.name for v in exposed.graph.output], run(exposed, x=x), strict=True)) | {"x": x}
+    names = image_values(ir.serde.deserialize_model(model))
+    return {name: np.abs(values[name]).max(axis=(0, 2, 3)) for name in names}
+
+
+def equalized(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Equalization]:
+    changed = ir.serde.deserialize_model(model)
+    report = equalize(changed, magnitudes(model, X))
+    result = ir.serde.serialize_model(changed)
+    onnx.checker.check_model(result, full_check=True)
+    return result, report
+
+
+def uneven(*shape: int) -> NDArray[np.float32]:
+    """A kernel whose outputs differ by up to a thousand times."""
+    scale = np.exp2(np.random.default_rng(shape[0]).uniform(-5, 5, shape[0]))
+    return floats(*shape) * scale.reshape(-1, *[1] * (len(shape) - 1)).astype(np.float32)
+
+
+BETWEEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "nothing": ("t = Identity(c)", {}),
+    "relu": ("t = Relu(c)", {}),
+    "leaky relu": ("t = LeakyRelu <alpha = 0.1> (c)", {}),
+    "prelu": ("t = PRelu(c, slope)", {"slope": np.abs(floats(5, 1, 1))}),
+    "pooling": ("m = MaxPool <kernel_shape = [2, 2]> (c)\n t = AveragePool <kernel_shape = [2, 2]> (m)", {}),
+    "global pooling": ("t = GlobalAveragePool(c)", {}),
+    "mean over the plane": ("t = ReduceMean <keepdims = 1> (c, axes)", {"axes": ints(2, 3)}),
+    "resize": (
+        't = Resize <mode = "linear"> (c, , scales)',
+        {"scales": np.array([1, 1, 2, 2], np.float32)},
+    ),
+    "zero padding": ("t = Pad(c, pads)", {"pads": ints(0, 0, 1, 1, 0, 0, 1, 1)}),
+    "a constant added": ("r = Add(c, shift)\n t = Relu(r)", {"shift": floats(5, 1, 1)}),
+    "a number added": ("r = Add(shift, c)\n t = Relu(r)", {"shift": floats(1)}),
+    "a map subtracted": ("t = Sub(c, shift)", {"shift": floats(1, 5, 8, 8)}),
+    "a factor": ("t = Mul(c, factor)", {"factor": floats(5, 1, 1)}),
+    "a divisor": ("t = Div(c, two)", {"two": np.float32(2)}),
+    "depthwise": ("t = Conv <group = 5> (c, d, e)", {"d": uneven(5, 1, 3, 3), "e": floats(5)}),
+    "transposed": ("t = ConvTranspose <strides = [2, 2]> (c, d, e)", {"d": uneven(5, 5, 2, 2), "e": floats(5)}),
+    "residual": ("d = Conv(x, v)\n s = Add(c, d)\n t = Relu(s)", {"v": uneven(5, 6, 1, 1)}),
+    "gate": ("g = Conv(x, v)\n o = Sigmoid(g)\n t = Mul(c, o)", {"v": uneven(5, 6, 1, 1)}),
+    "split and concat": (
+        "p, q = Split <axis = 1> (c, parts)\n r = Relu(q)\n t = Concat <axis = 1> (r, p)",
+        {"parts": ints(2, 3)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_a_scale_passes_and_the_outputs_stay(between: str) -> None:
+    body, weights = BETWEEN[between]
+    text = f"c = Conv(x, w, b)\n {body}\n y = Conv(t, z, h)"
+    model = graph(SIGNATURE, text, w=uneven(5, 6, 1, 1), b=floats(5), z=floats(5, 5, 1, 1), h=floats(5), **weights)
+    result, report = equalized(model)
+    assert report.channels >= 4
+    assert report.groups >= 5
+    before, after = run(model, x=X)[0], run(result, x=X)[0]
+    np.testing.assert_allclose(after, before, rtol=2e-5, atol=2e-5 * np.abs(before).max())
+    # c times the largest weight that reads it was anything; now both sides carry the same share of the difference
+    assert report.spread_after < report.spread_before
+
+
+@pytest.mark.parametrize(
+    ("body", "weights"),
+    [
+        ("t = Clip(c, zero, six)", {"zero": np.float32(0), "six": np.float32(6)}),
+        ("t = Sigmoid(c)", {}),
+        ("t = HardSwish(c)", {}),
+        ("t = Pad(c, pads, one)", {"pads": ints(0, 0, 1, 1, 0, 0, 1, 1), "one": np.float32(1)}),
+        ("t = ReduceMean <keepdims = 1> (c, axes)", {"axes": ints(1)}),
+        ("t = Mul(c, c)", {}),
+        ("v = Conv(x, k)\n n = Softplus(v)\n t = Add(c, n)", {"k": floats(5, 6, 1, 1)}),
+    ],
+    ids=lambda v: v.split("=")[1].split("(")[0] if isinstance(v, str) else "",
+)
+def test_what_no_scale_passes_through_is_left_alone(body: str, weights: dict[str, Any]) -> None:
+    channels = 1 if "axes" in weights else 5
+    text = f"c = Conv(x, w)\n {body}\n y = Conv(t, z)"
+    model = graph(SIGNATURE, text, w=uneven(5, 6, 1, 1), z=floats(5, channels, 1, 1), **weights)
+    result, _ = equalized(model)
+    first = next(n for n in result.graph.node if n.output[0] == "c")
+    assert first.input[1] == "w", "the convolution before it kept its kernel"
+    np.testing.assert_array_equal(run(result, x=X)[0], run(model, x=X)[0])
+
+
+def test_an_output_of_the_graph_keeps_its_scale() -> None:
+    text = "c = Conv(x, w)\n y = Relu(c)\n z = Conv(y, k)"
+    signature = "(float[n, 6, 8, 8] x) => (float[n, 5, 8, 8] y, float[n, 2, 8, 8] z)"
+    model = graph(signature, text, w=uneven(5, 6, 1, 1), k=floats(2, 5, 1, 1))
+    result, report = equalized(model)
+    assert report.channels == 0
+    for before, after in zip(run(model, x=X), run(result, x=X), strict=True):
+        np.testing.assert_array_equal(after, before)
+
+
+def test_two_layers_that_share_a_kernel_get_their_own() -> None:
+    text = "c = Conv(x, w)\n a = Relu(c)\n d = Conv(a, k)\n b = Relu(d)\n y = Conv(b, k)"
+    model = graph(SIGNATURE, text, w=uneven(5, 6, 1, 1), k=floats(5, 5, 1, 1))
+    result, _ = equalized(model)
+    before = run(model, x=X)[0]
+    np.testing.assert_allclose(run(result, x=X)[0], before, rtol=2e-5, atol=2e-5 * np.abs(before).max())
+
+
+def test_a_channel_that_is_always_zero_and_one_nobody_reads() -> None:
+    w, z = floats(5, 6, 1, 1), floats(5, 5, 1, 1)
+    w[1], z[:, 2] = 0.0, 0.0
+    model = graph(SIGNATURE, "c = Conv(x, w)\n t = Relu(c)\n y = Conv(t, z)", w=w, z=z)
+    result, _ = equalized(model)
+    assert all(np.isfinite(onnx.numpy_helper.to_array(t)).all() for t in result.graph.initializer)
+    np.testing.assert_allclose(run(result, x=X)[0], run(model, x=X)[0], rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["onnxruntime-vnni", "tensorrt"])
+def test_int8_of_a_badly_scaled_network_is_that_of_the_well_scaled_one(scheme: str) -> None:
+    """A channel times 2^k in one layer and its reader's weight by 2^-k: the same function, and the same after equalization."""
+    rng = np.random.default_rng(4)
+    shift = np.exp2(rng.integers(-5, 6, 16)).astype(np.float32)
+    w, b, z = floats(16, 6, 3, 3), floats(16), floats(5, 16, 1, 1)
+    text = "n = Tanh(x)\n c = Conv(n, w, b)\n t = Relu(c)\n y = Conv(t, z)"
+
+    def error(w: NDArray[Any], b: NDArray[Any], z: NDArray[Any], *, repair: bool) -> float:
+        model = graph(SIGNATURE, text, w=w, b=b, z=z)
+        if repair:
+            model, _ = equalized(model)
+        exact = run(model, x=X)[0]
+        quantized = ir.serde.deserialize_model(model)
+        quantize_model(quantized, table_for(model, x=X), SCHEMES[scheme])
+        return float(np.abs(run(ir.serde.serialize_model(quantized), x=X)[0] - exact).mean())
+
+    bad = (w * shift.reshape(-1, 1, 1, 1), b * shift, z / shift.reshape(1, -1, 1, 1))
+    good_error, bad_error = error(w, b, z, repair=False), error(*bad, repair=False)
+    assert bad_error > 2.5 * good_error
+    assert error(*bad, repair=True) < 1.25 * good_error
+    assert error(w, b, z, repair=True) < 1.25 * good_error
