@@ -335,9 +335,8 @@ def _addend(value: ir.Value | None, channels: int) -> NDArray[np.float32] | None
 def _by_group(node: ir.Node, kernel: NDArray[np.float32]) -> NDArray[np.float32]:
     """The kernel as ``(groups, outputs of a group, inputs of a group, kH, kW)``."""
     groups = node.attributes.get_int("group", 1)
-    if node.op_type == "ConvTranspose":
-        return kernel.reshape(groups, -1, *kernel.shape[1:]).swapaxes(1, 2)
-    return kernel.reshape(groups, -1, *kernel.shape[1:])
+    grouped = np.asarray(kernel.reshape(groups, -1, *kernel.shape[1:]))
+    return grouped.swapaxes(1, 2) if node.op_type == "ConvTranspose" else grouped
 
 
 def _factors(graph: ir.Graph, channels: _Channels, magnitudes: Mapping[str, NDArray[np.floating]]) -> Factors:
