@@ -8,14 +8,15 @@ whether it still is.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from edgeseg.atomic import atomic_folder, check_folder, recover_folder, write_bytes
 from edgeseg.errors import ArtifactError, StaleEngineError
 from edgeseg.spec import PipelineSpec, Precision
 
@@ -231,7 +232,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically, making its folder if need be.
+    """Write UTF-8 text atomically, making its folder if need be; ``-`` is standard output.
 
     Raises:
         ArtifactError: the place cannot be written.
@@ -243,17 +244,42 @@ def write_text(path: Path, text: str) -> None:
         raise ArtifactError(f"cannot write {path}: {exc.strerror}; give another file") from exc
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: whoever reads it meanwhile gets the old content or the new. Raises ``OSError``."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def engine_folder(target: Path, *, force: bool) -> Iterator[Path]:
+    """Yield a scratch folder that becomes the engine folder ``target``; see :func:`edgeseg.atomic.atomic_folder`."""
+    with atomic_folder(target, force=force, ours=engine_files) as scratch:
+        yield scratch
+
+
+def check_engine_folder(target: Path, *, force: bool) -> None:
+    """Refuse, before the work, what :func:`engine_folder` would refuse after it."""
+    check_folder(target, force=force, ours=engine_files)
+
+
+@dataclass(frozen=True)
+class _Named:
+    name: str
+
+
+@dataclass(frozen=True)
+class _AnyManifest:
+    """What manifests of all versions have, and others' do not."""
+
+    edgeseg_version: str
+    graph: _Named
+    engine: _Named | None = None
+    calibration: _Named | None = None
+    extra_files: tuple[_Named, ...] = ()
+
+
+def engine_files(folder: Path) -> frozenset[str] | None:
+    """The names that edgeseg wrote in ``folder``; ``None`` when it is not empty and none of edgeseg's engine folders."""
     try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=_AnyManifest)
+    except (OSError, msgspec.DecodeError, ValueError):
+        return None if any(folder.iterdir()) else frozenset()
+    files = (manifest.graph, manifest.engine, manifest.calibration, *manifest.extra_files)
+    return frozenset({MANIFEST_NAME, *(file.name for file in files if file is not None)})
 
 
 def read_json(path: Path, kind: type[T], what: str) -> T:
@@ -277,6 +303,8 @@ def read_manifest(folder: Path) -> Manifest:
         ArtifactError: no folder, no manifest, a damaged one, or one of a newer schema.
     """
     path = folder / MANIFEST_NAME
+    if not path.is_file():
+        recover_folder(folder, engine_files)
     if not path.is_file():
         what = "no such folder" if not folder.exists() else f"no {MANIFEST_NAME} in it"
         raise ArtifactError(
@@ -304,10 +332,18 @@ def open_engine(folder: Path) -> Engine:
         ArtifactError: see :func:`read_manifest`; or a file is missing, edited or truncated.
     """
     manifest = read_manifest(folder)
-    for ref in (manifest.graph, manifest.engine, manifest.calibration, *manifest.extra_files):
-        if ref is not None:
-            check_file(folder, ref)
-    return Engine(folder, manifest)
+    while True:
+        try:
+            for ref in (manifest.graph, manifest.engine, manifest.calibration, *manifest.extra_files):
+                if ref is not None:
+                    check_file(folder, ref)
+        except ArtifactError:
+            # The folder may have been replaced since its manifest was read.
+            before, manifest = manifest, read_manifest(folder)
+            if manifest == before:
+                raise
+        else:
+            return Engine(folder, manifest)
 
 
 def check_file(folder: Path, ref: FileRef) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "base": ("numpy", "pillow", "msgspec", "click", "rich", "filelock", "platformdirs"),
+    "base": ("numpy", "pillow", "msgspec", "click", "rich", "platformdirs"),
     "convert": (
         "torch",
         "torchvision",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.artifacts import sha256_json, write_bytes
+from edgeseg.artifacts import sha256_json
+from edgeseg.atomic import write_bytes
 from edgeseg.backends.tensorrt_device import Gpu
 from edgeseg.cache import cache_folder
 

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
 import msgspec
 import pytest
 from bench_rows import report, row
 from test_artifacts import make_engine
 
 from edgeseg.artifacts import MANIFEST_NAME, open_engine, write_json
+from edgeseg.atomic import lock
 from edgeseg.decide.entries import failed_measurements
 from edgeseg.errors import ArtifactError, BuildError, SpecError
 from edgeseg.evaluate.results import FailedMeasurement, read_report, write_report
@@ -213,7 +213,7 @@ def test_models_can_be_measured_apart(tmp_path: Path) -> None:
 
 def test_two_sweeps_of_one_folder_are_kept_apart(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with filelock.FileLock(tmp_path / "out" / ".lock"), pytest.raises(ArtifactError, match="another sweep"):
+    with lock(tmp_path / "out" / ".lock"), pytest.raises(ArtifactError, match="another sweep"):
         Recorder().run(config(tmp_path))
 
 
