@@ -8,6 +8,7 @@ whether it still is.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -276,7 +277,7 @@ def engine_files(folder: Path) -> frozenset[str] | None:
     """The names that edgeseg wrote in ``folder``; ``None`` when it is not empty and none of edgeseg's engine folders."""
     try:
         manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=_AnyManifest)
-    except (OSError, msgspec.DecodeError, ValueError):
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError):
         return None if any(folder.iterdir()) else frozenset()
     files = (manifest.graph, manifest.engine, manifest.calibration, *manifest.extra_files)
     return frozenset({MANIFEST_NAME, *(file.name for file in files if file is not None)})
@@ -288,10 +289,18 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     Raises:
         ArtifactError: missing, unreadable, not JSON, or of another shape; says which field.
     """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ArtifactError(f"{what} {path} is no regular file; save it as one first")  # reading it may never end
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        data = path.read_bytes()
     except OSError as exc:
         raise ArtifactError(f"cannot read {what} {path}: {exc.strerror}") from exc
+    return _decoded(data, path, kind, what)
+
+
+def _decoded(data: bytes, path: Path, kind: type[T], what: str) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, ValueError) as exc:
         raise ArtifactError(f"{what} {path} is damaged or not one: {exc}") from exc
 
@@ -303,9 +312,8 @@ def read_manifest(folder: Path) -> Manifest:
         ArtifactError: no folder, no manifest, a damaged one, or one of a newer schema.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
-        recover_folder(folder, engine_files)
-    if not path.is_file():
+    data = _manifest_bytes(path)
+    if data is None:
         what = "no such folder" if not folder.exists() else f"no {MANIFEST_NAME} in it"
         raise ArtifactError(
             f"{folder} is not an engine folder ({what}); make one with: edgeseg build --output {folder}"
@@ -315,14 +323,27 @@ def read_manifest(folder: Path) -> Manifest:
     class Versioned:
         schema_version: int
 
-    version = read_json(path, Versioned, "manifest").schema_version
+    version = _decoded(data, path, Versioned, "manifest").schema_version
     if version != SCHEMA_VERSION:
         word = "newer" if version > SCHEMA_VERSION else "older"
         raise ArtifactError(
             f"{path} has schema version {version}, {word} than this edgeseg reads ({SCHEMA_VERSION}); "
             + ("upgrade edgeseg" if version > SCHEMA_VERSION else "build the engine again")
         )
-    return read_json(path, Manifest, "manifest")
+    return _decoded(data, path, Manifest, "manifest")
+
+
+def _manifest_bytes(path: Path) -> bytes | None:
+    for _ in range(3):  # a folder that is replaced again and again can be missed more than once
+        if path.is_file():
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as exc:
+                raise ArtifactError(f"cannot read manifest {path}: {exc.strerror}") from exc
+        recover_folder(path.parent, engine_files)
+    return None
 
 
 def open_engine(folder: Path) -> Engine:

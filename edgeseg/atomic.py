@@ -128,16 +128,16 @@ def check_outputs(outputs: Sequence[Path], *, force: bool, inputs: Sequence[Path
             raise SpecError(f"{path} would replace the input {known}; give another file")
         if (known := written.setdefault(_identity(path), path)) is not path:
             raise SpecError(f"{path} would replace {known}, which is written as well; give two files")
-        if path.is_dir():
+        if os.path.isdir(path):
             raise SpecError(f"{path} is a folder; give a file")
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise SpecError(f"{path} is no regular file; give another file")
         refuse_existing(path, force)
 
 
 def refuse_existing(path: Path, force: bool) -> None:
     """Raise :class:`OutputExistsError` if there is something at ``path`` that may not be replaced."""
-    if not force and path.exists():
+    if not force and os.path.exists(path):
         raise OutputExistsError(f"{path} exists; give --force to replace it, or another output")
 
 
@@ -208,9 +208,9 @@ def replacing(path: Path, *, overwrite: bool = True, suffix: str = "") -> Iterat
         OSError: the place cannot be written, or there is something else than a file.
     """
     path = Path(os.path.realpath(path))
-    if path.is_dir():
+    if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     refuse_existing(path, overwrite)
     _sweep_files(path.parent)
@@ -279,10 +279,10 @@ def check_folder(target: Path, *, force: bool, ours: Ours) -> None:
         OutputExistsError: ``target`` exists and ``force`` is false.
         ArtifactError: it is a file, or holds something that is none of edgeseg's.
     """
-    if not target.exists():
+    if not os.path.exists(target):
         return
     refuse_existing(target, force)
-    if not target.is_dir():
+    if not os.path.isdir(target):
         raise ArtifactError(f"{target} is a file; edgeseg replaces engine folders only: give another --output")
     if ours(target) is None:
         raise ArtifactError(
@@ -305,7 +305,7 @@ def atomic_folder(target: Path, *, force: bool, ours: Ours) -> Iterator[Path]:
     """
     asked, target = target, Path(os.path.realpath(target))
     check_folder(target, force=force, ours=ours)
-    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
+    made = [parent for parent in (target.parent, *target.parent.parents) if not os.path.exists(parent)]
     try:
         with contextlib.ExitStack() as held:
             try:
@@ -315,9 +315,7 @@ def atomic_folder(target: Path, *, force: bool, ours: Ours) -> Iterator[Path]:
                 # What /proc and some network file systems answer.
                 raise ArtifactError(f"cannot make folder {target.parent}; give another --output") from exc
             except HeldError as exc:
-                raise ArtifactError(
-                    f"another build is writing {asked}; wait for it, or give another --output"
-                ) from exc
+                raise ArtifactError(f"another build is writing {asked}; wait for it, or give another --output") from exc
             _put_right(target, ours)
             check_folder(target, force=force, ours=ours)
             scratch = target.parent / f".{target.name}.partial-{secrets.token_hex(8)}"
@@ -335,7 +333,7 @@ def atomic_folder(target: Path, *, force: bool, ours: Ours) -> Iterator[Path]:
             ) from exc
         raise
     finally:
-        if not target.exists():
+        if not os.path.exists(target):
             _remove_empty(made)
 
 
@@ -352,7 +350,7 @@ def recover_folder(target: Path, ours: Ours) -> None:
     """
     target = Path(os.path.realpath(target))
     patience = time.monotonic() + 2.0
-    while not target.exists() and _beside(target, "replaced") and time.monotonic() < patience:
+    while not os.path.exists(target) and _beside(target, "replaced") and time.monotonic() < patience:
         try:
             with lock(_lock_path(target), timeout_s=0):
                 _put_right(target, ours)
@@ -379,7 +377,7 @@ def _beside(target: Path, word: str) -> list[Path]:
 
 def _publish(scratch: Path, target: Path, ours: Ours) -> None:
     """Let ``scratch`` take the name ``target``. What was there is left as ``.NAME.replaced-...`` for :func:`_put_right`."""
-    if not target.exists() or not os.listdir(target):
+    if not os.path.exists(target) or not os.listdir(target):
         os.rename(scratch, target)
         return
     known = ours(target)
@@ -400,7 +398,7 @@ def _sibling(target: Path) -> Path:
 def _put_right(target: Path, ours: Ours) -> None:
     """Tidy up after a replacement, or after one that was killed on the way. The lock must be held."""
     for replaced in _beside(target, "replaced"):
-        if not target.exists():
+        if not os.path.exists(target):
             os.rename(replaced, target)
             continue
         known = ours(replaced)
