@@ -377,12 +377,17 @@ def check_file(folder: Path, ref: FileRef) -> None:
     path = folder / ref.name
     if path.is_symlink() or not path.is_file():
         raise ArtifactError(f"{folder} lacks {ref.name}, which its manifest lists; build it again")
-    size = path.stat().st_size
-    if size != ref.size_bytes:
+    try:
+        size, sha256 = path.stat().st_size, None
+        if size == ref.size_bytes:
+            sha256 = sha256_file(path)
+    except OSError as exc:
+        raise ArtifactError(f"cannot read {path}: {exc.strerror}") from exc
+    if sha256 is None:
         raise ArtifactError(
             f"{path} has {size} bytes, its manifest says {ref.size_bytes}: truncated or edited; build it again"
         )
-    if sha256_file(path) != ref.sha256:
+    if sha256 != ref.sha256:
         raise ArtifactError(
             f"{path} does not have the hash its manifest vouches for: edited or damaged; build it again"
         )

@@ -310,7 +310,8 @@ def atomic_folder(target: Path, *, force: bool, ours: Ours) -> Iterator[Path]:
         with contextlib.ExitStack() as held:
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(lock(_lock_path(target), timeout_s=0))
+                # Not at once: a reader may hold it for the blink of an eye, see recover_folder.
+                held.enter_context(lock(_lock_path(target), timeout_s=0.2))
             except FileNotFoundError as exc:
                 # What /proc and some network file systems answer.
                 raise ArtifactError(f"cannot make folder {target.parent}; give another --output") from exc

@@ -38,7 +38,7 @@ from edgeseg.backends.portable import (
     open_graph,
 )
 from edgeseg.build_command import build_command
-from edgeseg.cache import cached_folder, package_versions, source_sha256
+from edgeseg.cache import cached_folder, package_versions, source_sha256, usable_cache
 from edgeseg.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
 from edgeseg.progress import Reporter, stage
@@ -72,7 +72,7 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
     folder = request.folder or Path("engines") / default_name(request, loaded)
     if request.precision == "fp32" and request.calibration is not None:
         reporter.note("--calibration is not used: an fp32 engine has no ranges")
-    with engine_folder(folder, force=request.force) as scratch:
+    with usable_cache(reporter.note), engine_folder(folder, force=request.force) as scratch:
         samples, held_out = calibration_and_held_out(request, loaded)
         graph, conversion = export_stage(loaded, spec, reporter)
         table = None if samples is None else calibration_stage(request, graph, samples, reporter)
@@ -229,8 +229,9 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     loaded = load_stage(request, None, reporter)
     spec = pipeline_spec(request, loaded)
     samples = calibration_source(request, loaded)
-    graph, _ = export_stage(loaded, spec, reporter)
-    table = calibration_stage(request, graph, samples, reporter)
+    with usable_cache(reporter.note):
+        graph, _ = export_stage(loaded, spec, reporter)
+        table = calibration_stage(request, graph, samples, reporter)
     table.save(path)
     return table
 

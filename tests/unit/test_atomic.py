@@ -208,7 +208,7 @@ def test_a_users_file_with_the_name_of_a_new_one_is_not_replaced(tmp_path: Path)
     folder = tmp_path / "e"
     make_engine(folder)
     (folder / "calibration.json").write_text("mine")
-    with pytest.raises(ArtifactError, match=r"calibration\.json is not edgeseg's"):  # noqa: SIM117
+    with pytest.raises(ArtifactError, match=r"calibration\.json is not edgeseg's"):
         with engine_folder(folder, force=True) as scratch:
             make_engine(scratch)
             (scratch / "calibration.json").write_text("new")
