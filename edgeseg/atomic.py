@@ -160,6 +160,11 @@ def open_descriptor(path: Path) -> int | None:
     return int(match[1]) if match else _STANDARD.get(text)
 
 
+def is_stdout(path: Path) -> bool:
+    """Whether what is written to ``path`` is what the command prints."""
+    return str(path) == "-" or open_descriptor(path) == 1
+
+
 def is_stream(path: Path) -> bool:
     """Whether ``path`` is written to rather than replaced: ``-`` (standard output), a device such as a terminal, a pipe."""
     if str(path) == "-" or open_descriptor(path) is not None:
