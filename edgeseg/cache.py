@@ -180,13 +180,13 @@ def clear() -> int:
     return freed
 
 
-def _size_bytes(folder: Path) -> int:
+def _size_bytes(path: Path) -> int:
     """Of a file, or all files in a folder; what goes in this moment counts as nothing."""
+    files = [Path(place, name) for place, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
     size = 0
-    for place, _, names in os.walk(folder) if folder.is_dir() else [(folder.parent, [], [folder.name])]:
-        for name in names:
-            with contextlib.suppress(OSError):
-                size += os.lstat(os.path.join(place, name)).st_size
+    for file in files:
+        with contextlib.suppress(OSError):
+            size += file.lstat().st_size
     return size
 
 

@@ -44,7 +44,7 @@ def command(
     """
     from edgeseg.atomic import check_outputs, is_stdout
 
-    check_outputs([output], force=force, inputs=[Path(images), *filter(None, [model.weights and Path(model.weights)])])
+    check_outputs([output], force=force, inputs=[Path(name) for name in (images, model.weights) if name])
     request = BuildRequest(
         model=model,
         size=size,

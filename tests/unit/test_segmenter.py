@@ -465,6 +465,7 @@ def test_a_folder_replaced_while_it_is_loaded_is_loaded_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     """Manifest and engine are of one build, whichever, also when the new file does not go with the old manifest."""
+    monkeypatch.setitem(backends.BACKENDS, "memory", "edgeseg.backends.memory")
     folder, first, second = tmp_path / "engine", make_spec(classes=3), make_spec(classes=5)
     write_memory_engine(folder, first)
     inner, loaded = MemoryBackend.load, list[PipelineSpec]()
