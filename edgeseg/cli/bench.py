@@ -92,12 +92,12 @@ def command(
     1,4,8. An engine that fails does not stop the others; it is named, and the exit code is 1.
     """
     from edgeseg.artifacts import engine_files
-    from edgeseg.atomic import check_outputs, is_stdout, is_stream
     from edgeseg.cli.output import console_reporter, print_json
     from edgeseg.evaluate.bench import BenchRequest, run_bench
     from edgeseg.evaluate.evaluation import AccuracyRequest
     from edgeseg.evaluate.layouts import parse_label_map
     from edgeseg.evaluate.results import write_report
+    from edgeseg.store.outputs import check_outputs, is_stdout, is_stream
 
     to_stdout = json_path is not None and is_stdout(json_path)
     if json_path is not None:

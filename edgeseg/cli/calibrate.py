@@ -42,7 +42,7 @@ def command(
 
     Give the same model options to `edgeseg build --calibration TABLE.json`: a table of another model is refused.
     """
-    from edgeseg.atomic import check_outputs, is_stdout
+    from edgeseg.store.outputs import check_outputs, is_stdout
 
     check_outputs([output], force=force, inputs=[Path(name) for name in (images, model.weights) if name])
     request = BuildRequest(

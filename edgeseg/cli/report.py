@@ -45,8 +45,8 @@ def command(
 
     Needs no PyTorch; --html needs the extra edgeseg[report]. A FILE of - is standard output.
     """
-    from edgeseg.atomic import check_outputs
     from edgeseg.decide.entries import read_runs
+    from edgeseg.store.outputs import check_outputs
 
     check_outputs(list(filter(None, (html_path, markdown_path, csv_path))), force=force, inputs=reports)
 
@@ -68,11 +68,11 @@ def write_reports(
     ``failed``: engines that were never measured, and why; those the runs could not measure are added.
     """
     from edgeseg.artifacts import write_text
-    from edgeseg.atomic import is_stdout
     from edgeseg.decide.entries import failed_measurements, merge
     from edgeseg.decide.requirement import Requirement
     from edgeseg.decide.verdict import decide
     from edgeseg.report import plain
+    from edgeseg.store.outputs import is_stdout
 
     files = list(filter(None, (html_path, markdown_path, csv_path)))
     printed = [path for path in files if is_stdout(path)]

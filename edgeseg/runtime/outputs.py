@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.atomic import refuse_existing, replacing, write_bytes
+from edgeseg.atomic import replacing, write_bytes
 from edgeseg.errors import InputError
 from edgeseg.runtime.sources import import_cv2
+from edgeseg.store.outputs import refuse_existing
 
 if TYPE_CHECKING:
     from PIL import Image

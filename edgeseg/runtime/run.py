@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.atomic import check_outputs, refuse_existing
 from edgeseg.errors import InputError
 from edgeseg.runtime.images import IMAGE_SUFFIXES, list_images, read_image
 from edgeseg.runtime.outputs import VideoFile, unique_names, write_mask, write_picture
@@ -23,6 +22,7 @@ from edgeseg.runtime.overlay import overlay as lay_over
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
 from edgeseg.runtime.stream import Stream
+from edgeseg.store.outputs import check_outputs, refuse_existing
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -18,8 +18,9 @@ from test_artifacts import make_engine
 
 from edgeseg import atomic
 from edgeseg.artifacts import MANIFEST_NAME, engine_folder, open_engine
-from edgeseg.atomic import HeldError, check_outputs, lock, replacing, scratch_folder, write_bytes
+from edgeseg.atomic import HeldError, lock, replacing, scratch_folder, write_bytes
 from edgeseg.errors import ArtifactError, OutputExistsError, SpecError
+from edgeseg.store.outputs import check_outputs
 
 UNIT = Path(__file__).parent
 
