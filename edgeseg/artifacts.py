@@ -278,7 +278,10 @@ def engine_files(folder: Path) -> frozenset[str] | None:
     try:
         manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=_AnyManifest)
     except (OSError, msgspec.DecodeError, ValueError, RecursionError):
-        return None if any(folder.iterdir()) else frozenset()
+        try:
+            return None if any(folder.iterdir()) else frozenset()
+        except OSError:
+            return None  # who cannot look into it cannot know
     files = (manifest.graph, manifest.engine, manifest.calibration, *manifest.extra_files)
     return frozenset({MANIFEST_NAME, *(file.name for file in files if file is not None)})
 

@@ -37,6 +37,7 @@ _PLACE_ERRORS = {
     errno.ENOTDIR,
     errno.EEXIST,
     errno.EBUSY,
+    errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
 }
@@ -342,8 +343,10 @@ def _put_right(target: Path, ours: Ours) -> None:
         if known is None:
             continue  # not to be told apart from what somebody wants to keep
         for name in os.listdir(replaced):
-            if name not in known and not os.path.lexists(target / name):
-                os.rename(replaced / name, target / name)
+            if name not in known:
+                # A name that was given again after a kill: both are kept.
+                again = f".{secrets.token_hex(4)}" if os.path.lexists(target / name) else ""
+                os.rename(replaced / name, target / f"{name}{again}")
         # Under this name it is rubbish, half removed or not.
         os.rename(replaced, target.parent / f".{target.name}.partial-{secrets.token_hex(8)}")
     for rubbish in _beside(target, "partial"):

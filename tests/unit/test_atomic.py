@@ -159,6 +159,20 @@ def test_readers_wait_where_a_folder_has_no_name_for_a_moment(tmp_path: Path, mo
     assert failed == []
 
 
+def test_what_a_kill_left_behind_never_takes_the_place_of_what_came_later(tmp_path: Path) -> None:
+    folder = tmp_path / "e"
+    make_engine(folder, weights="new")
+    (folder / "notes.txt").write_text("later")
+    make_engine(tmp_path / ".e.replaced-0123456789abcdef", weights="old")
+    (tmp_path / ".e.replaced-0123456789abcdef" / "notes.txt").write_text("earlier")
+    with engine_folder(folder, force=True) as scratch:
+        make_engine(scratch)
+    notes = {path.read_text(): path.name for path in folder.glob("notes.txt*")}
+    assert notes.keys() == {"later", "earlier"}
+    assert notes["later"] == "notes.txt"
+    assert os.listdir(tmp_path) == ["e"]
+
+
 WORKER = """
 import os, sys
 from pathlib import Path
