@@ -378,7 +378,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     Those of killed processes are removed first. Raises ``OSError`` when the place cannot be written.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    _sweep_folders(parent)
+    sweep_folders(parent)
     scratch, handle = _own_folder(parent)
     try:
         yield scratch
@@ -403,7 +403,7 @@ def _own_folder(parent: Path) -> tuple[Path, int]:
 _PARTIAL_FOLDER = re.compile(r"\.partial-[0-9a-z_]{8,16}")
 
 
-def _sweep_folders(parent: Path) -> None:
+def sweep_folders(parent: Path) -> None:
     """Remove the scratch folders that killed processes left in ``parent``."""
     with os.scandir(parent) as entries:
         names = [e.path for e in entries if _PARTIAL_FOLDER.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]

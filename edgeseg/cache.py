@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import platformdirs
 
 from edgeseg.artifacts import sha256_json
-from edgeseg.atomic import scratch_folder
+from edgeseg.atomic import scratch_folder, sweep_folders
 from edgeseg.errors import ArtifactError
 
 # A dozen fp32 graphs of large models; the least recently used go first.
@@ -160,24 +160,34 @@ def cache_content() -> CacheContent:
 def clear() -> int:
     """Remove all that edgeseg keeps in the cache's folder, and the folder if it is empty then. Returns the bytes freed.
 
-    What a build is making at this moment is lost to it: it fails, and works when it is started again.
+    What another process is making at this moment stays.
 
     Raises:
         ArtifactError: something cannot be removed.
     """
-    freed = 0
     home = cache_folder()
+    stages = [folder for folder in map(stage_folder, get_args(Stage)) if folder.is_dir() and not folder.is_symlink()]
+    before = sum(map(_size_bytes, stages))
     try:
-        for stage in get_args(Stage):
-            folder = stage_folder(stage)
-            if folder.is_dir() and not folder.is_symlink():
-                freed += _size_bytes(folder)
-                shutil.rmtree(folder)
-        if home.is_dir() and not any(home.iterdir()):
-            home.rmdir()
+        for folder in stages:
+            sweep_folders(folder)
+            for path in folder.iterdir():
+                if not path.name.startswith("."):
+                    _remove(path)
+        left = sum(map(_size_bytes, stages))
+        for folder in (*stages, home):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
     except OSError as exc:
         raise ArtifactError(f"cannot clear the cache {home}: {exc.strerror}: {exc.filename}") from exc
-    return freed
+    return before - left
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _size_bytes(path: Path) -> int:
@@ -205,4 +215,4 @@ def prune(*, keep: Path | None = None, max_size_bytes: int = MAX_SIZE_BYTES) -> 
         if total > max_size_bytes and path != keep:
             # What another process removes or holds stays or goes without us.
             with contextlib.suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)

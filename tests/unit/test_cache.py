@@ -74,6 +74,18 @@ def test_prune_and_clear_leave_what_is_not_edgesegs(tmp_path: Path) -> None:
     assert mine.read_bytes() == b"x" * 1000
 
 
+def test_what_another_build_is_making_survives_a_clear(tmp_path: Path) -> None:
+    def make(folder: Path) -> None:
+        (folder / "result").write_text("1")
+        cache.clear()
+
+    folder, _ = cache.cached_folder("export", 1, make)
+    assert (folder / "result").read_text() == "1"
+    (tmp_path / "export" / ".partial-0123456789abcdef").mkdir()
+    cache.clear()
+    assert not tmp_path.exists()
+
+
 def test_a_cache_that_is_not_there_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGESEG_CACHE", str(tmp_path / "new" / "cache"))
     assert cache.cache_content() == cache.CacheContent(str(tmp_path / "new" / "cache"), 0, cache.MAX_SIZE_BYTES, True)
