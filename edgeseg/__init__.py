@@ -7,6 +7,7 @@ Importing this package loads nothing heavy: torch is imported by :func:`build` a
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.errors import (
@@ -19,6 +20,7 @@ from edgeseg.errors import (
     GateError,
     InputError,
     MissingDependencyError,
+    OutputExistsError,
     QuantizationError,
     SpecError,
     StaleEngineError,
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# ONNX Runtime sends usage data and keeps a device id in the user's cache folder, from its import on, unless told not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 __all__ = [
     "ArtifactError",
     "BuildError",
@@ -41,6 +46,7 @@ __all__ = [
     "GateError",
     "InputError",
     "MissingDependencyError",
+    "OutputExistsError",
     "QuantizationError",
     "Segmenter",
     "SpecError",
