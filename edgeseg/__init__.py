@@ -7,6 +7,7 @@ Importing this package loads nothing heavy: torch is imported by :func:`build` a
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.errors import (
@@ -19,6 +20,7 @@ from edgeseg.errors import (
     GateError,
     InputError,
     MissingDependencyError,
+    OutputExistsError,
     QuantizationError,
     SpecError,
     StaleEngineError,
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from edgeseg.runtime.segmenter import Segmenter, load
     from edgeseg.runtime.stream import stream
 
+# ONNX Runtime sends usage data and keeps a device id in the user's cache folder, from its import on, unless told not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 __all__ = [
     "ArtifactError",
     "BuildError",
@@ -40,6 +45,7 @@ __all__ = [
     "GateError",
     "InputError",
     "MissingDependencyError",
+    "OutputExistsError",
     "QuantizationError",
     "Segmenter",
     "SpecError",

@@ -5,6 +5,7 @@ The command line prints it without a traceback (``--debug`` shows one).
 
 EdgesegError                                        exit 1
  ├─ SpecError (ValueError)                          exit 2: a request that cannot be met: architecture, size, classes
+ │   └─ OutputExistsError                           exit 2: a file or folder that only --force replaces
  ├─ InputError (ValueError)                         an image, mask, folder or array that cannot be used
  ├─ CheckpointError                                 weights that cannot be read, or do not fit the model
  ├─ MissingDependencyError (ImportError)            an extra that is not installed; names the pip line
@@ -33,6 +34,10 @@ class SpecError(EdgesegError, ValueError):
     """A request that cannot be met: unknown architecture, impossible size, contradicting options."""
 
     exit_code = 2
+
+
+class OutputExistsError(SpecError):
+    """An output is there already, and nobody said that it may be replaced."""
 
 
 class InputError(EdgesegError, ValueError):

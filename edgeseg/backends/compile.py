@@ -6,11 +6,9 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from edgeseg.backends import require_builder
 from edgeseg.backends.portable import check_options
@@ -22,12 +20,14 @@ from edgeseg.store.artifacts import (
     FileRef,
     Manifest,
     OnnxGraph,
+    check_engine_folder,
     check_file,
+    engine_folder,
     open_engine,
     read_manifest,
     write_json,
 )
-from edgeseg.store.atomic import atomic_folder
+from edgeseg.store.atomic import lock
 
 _MACHINE_INDEPENDENT: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("threads", "spinning"),
@@ -90,21 +90,16 @@ def recompile(engine: Engine) -> Engine:
 @contextmanager
 def _turn(folder: Path) -> Iterator[None]:
     """Hold the lock of those who compile ``folder`` again, waiting for it."""
-    folder = Path(os.path.abspath(folder))
-    lock = filelock.FileLock(folder.parent / f".{folder.name}.recompile.lock")
-    try:
-        lock.acquire()
-    except OSError as exc:
-        raise ArtifactError(
-            f"{folder} was built for another device or version, and cannot be compiled again where it is "
-            f"({exc.strerror}); run: edgeseg compile {folder} --output FOLDER"
-        ) from exc
-    try:
+    folder = Path(os.path.realpath(folder))
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock(folder.parent / f".{folder.name}.recompile.lock"))
+        except OSError as exc:
+            raise ArtifactError(
+                f"{folder} was built for another device or version, and cannot be compiled again where it is "
+                f"({exc.strerror}); run: edgeseg compile {folder} --output FOLDER"
+            ) from exc
         yield
-    finally:
-        # While it is held: who waits for a file that is gone by then begins again.
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def compile_folder(
@@ -113,6 +108,7 @@ def compile_folder(
     target: str | None = None,
     options: Mapping[str, Any] | None = None,
     output: Path | None = None,
+    force: bool = False,
     reporter: Reporter | None = None,
 ) -> Engine:
     """Build an engine for this machine from the portable graph of ``folder``.
@@ -123,14 +119,18 @@ def compile_folder(
         options: backend settings, over those the folder was built with for the same backend; ``None`` as a value asks for
             the default again.
         output: folder to write; default ``folder`` itself, replaced when the new engine is complete.
+        force: replace an engine folder that is at ``output``.
         reporter: told about progress; default silent.
 
     Raises:
         ArtifactError: the folder's manifest or graph is damaged.
+        OutputExistsError: ``output`` exists.
         BuildError: the graph's scheme is not one this backend runs fast here, or the build failed.
         SpecError: a wrong option, or one kept from the folder that cannot be had here.
     """
+    target_folder = output or folder
     old = read_manifest(folder)
+    check_engine_folder(target_folder, force=force or output is None)
     check_file(folder, old.graph)
     backend = require_builder(target or old.target)
     if old.scheme == "onnxruntime-vnni" and backend.scheme == "onnxruntime-avx2":
@@ -152,8 +152,7 @@ def compile_folder(
     with _naming_kept(set(kept) - set(options or {}), folder):
         given = check_options(backend.name, settings)
     reporter = reporter or SilentReporter()
-    target_folder = output or folder
-    with atomic_folder(target_folder, force=output is None) as scratch:
+    with engine_folder(target_folder, force=force or output is None) as scratch:
         shutil.copyfile(graph.path, scratch / old.graph.name)
         if old.calibration is not None:
             check_file(folder, old.calibration)

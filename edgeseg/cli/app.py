@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("edgeseg.cli.report", "Decide what to deploy; write HTML, Markdown and CSV."),
     "sweep": ("edgeseg.cli.sweep", "Build and measure many combinations; one report."),
     "inspect": ("edgeseg.cli.inspect", "Show what an engine folder holds and check its hashes."),
+    "cache": ("edgeseg.cli.cache", "Show or clear what is kept between builds."),
     "doctor": ("edgeseg.cli.doctor", "Show what this machine has and what will be fast on it."),
 }
 

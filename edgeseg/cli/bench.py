@@ -92,15 +92,17 @@ def command(
     1,4,8. An engine that fails does not stop the others; it is named, and the exit code is 1.
     """
     from edgeseg.cli.output import console_reporter, print_json
-    from edgeseg.errors import ArtifactError
     from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
     from edgeseg.evaluate.accuracy.layouts import parse_label_map
     from edgeseg.evaluate.bench import BenchRequest, run_bench
     from edgeseg.evaluate.results import write_report
+    from edgeseg.store.artifacts import engine_files
+    from edgeseg.store.outputs import check_outputs, is_stdout, is_stream
 
-    to_stdout = json_path is not None and str(json_path) == "-"
-    if json_path is not None and not to_stdout and json_path.exists() and not force:
-        raise ArtifactError(f"{json_path} exists; give --force to replace it, or another --json FILE")
+    to_stdout = json_path is not None and is_stdout(json_path)
+    if json_path is not None:
+        read = [folder / name for folder in engines if folder.is_dir() for name in engine_files(folder) or ()]
+        check_outputs([json_path], force=force, inputs=[*read, *filter(None, (weights, data))])
     request = BenchRequest(
         engines=engines,
         baselines=tuple(b for b in baselines or ("pytorch",) if b != "none"),
@@ -126,7 +128,9 @@ def command(
             resolution=resolution,
             jobs=jobs,
             worst=worst,
-            images_folder=None if json_path is None or to_stdout else json_path.with_name(f"{json_path.stem}-images"),
+            images_folder=None
+            if json_path is None or is_stream(json_path)
+            else json_path.with_name(f"{json_path.stem}-images"),
         )
     with console_reporter() as reporter:
         report = run_bench(request, reporter, accuracy)

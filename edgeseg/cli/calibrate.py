@@ -42,8 +42,9 @@ def command(
 
     Give the same model options to `edgeseg build --calibration TABLE.json`: a table of another model is refused.
     """
-    if output.exists() and not force:
-        raise click.UsageError(f"{output} exists; give --force to replace it, or another --output")
+    from edgeseg.store.outputs import check_outputs, is_stdout
+
+    check_outputs([output], force=force, inputs=[Path(name) for name in (images, model.weights) if name])
     request = BuildRequest(
         model=model,
         size=size,
@@ -57,4 +58,7 @@ def command(
 
     with console_reporter() as reporter:
         table = run_calibration(request, output, reporter)
-    click.echo(f"table: {output} ({len(table.ranges)} tensors, {table.method} over {table.images} images)")
+    click.echo(
+        f"table: {output} ({len(table.ranges)} tensors, {table.method} over {table.images} images)",
+        err=is_stdout(output),
+    )

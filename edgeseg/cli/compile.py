@@ -17,12 +17,14 @@ from edgeseg.cli.shared_options import backend_options
 @click.option("--target", type=click.Choice(tuple(BACKENDS)), help="[default: the folder's own]")
 @backend_options
 @click.option("--output", type=ANY_PATH, help="Write a new folder instead of replacing the engine in ENGINE_DIR.")
+@click.option("--force", is_flag=True, help="Replace an engine folder that is at --output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(
     folder: Path,
     target: str | None,
     options: dict[str, Any],
     output: Path | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Build this machine's engine from the portable graph in ENGINE_DIR. Needs no PyTorch."""
@@ -31,7 +33,7 @@ def command(
     from edgeseg.evaluate.summary import time_line
 
     with console_reporter() as reporter:
-        engine = compile_folder(folder, target=target, options=options, output=output, reporter=reporter)
+        engine = compile_folder(folder, target=target, options=options, output=output, force=force, reporter=reporter)
     if as_json:
         print_json(engine.manifest)
     else:

@@ -15,6 +15,7 @@ from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.machine.limits import Memory, core_limit, read_memory
 from edgeseg.machine.packages import installed_version
 from edgeseg.machine.reading import read_text
+from edgeseg.store.cache import CacheContent, cache_content
 from edgeseg.version import __version__
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "base": ("numpy", "pillow", "msgspec", "click", "rich", "filelock", "platformdirs"),
+    "base": ("numpy", "pillow", "msgspec", "click", "rich", "platformdirs"),
     "convert": (
         "torch",
         "torchvision",
@@ -84,6 +85,7 @@ class Diagnosis:
         core_limit: CPUs a container may use at once (cgroup quota), ``None`` without a limit.
         board: model of a single-board computer such as a Jetson, if it tells.
         backends: by name.
+        cache: place, size and limit of the results kept between builds.
         advice: sentences: what will be fast here and why, what to install, what to mind.
     """
 
@@ -97,6 +99,7 @@ class Diagnosis:
     memory: Memory
     packages: tuple[Package, ...]
     backends: dict[str, BackendStatus]
+    cache: CacheContent
     advice: tuple[str, ...]
 
 
@@ -107,6 +110,7 @@ def diagnose() -> Diagnosis:
     backends = {name: _backend_status(name) for name in BACKENDS}
     limit = core_limit()
     memory = read_memory()
+    cache = cache_content()
     return Diagnosis(
         edgeseg_version=__version__,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -118,7 +122,8 @@ def diagnose() -> Diagnosis:
         memory=memory,
         packages=packages,
         backends=backends,
-        advice=tuple(advise(cpu, limit, memory, packages, backends)),
+        cache=cache,
+        advice=(*advise(cpu, limit, memory, packages, backends), *_cache_advice(cache)),
     )
 
 
@@ -160,6 +165,12 @@ def advise(
             f"Only {min(usable) / MIB:.0f} MiB of memory are free: running needs little, building wants about 2048."
         )
     return said
+
+
+def _cache_advice(cache: CacheContent) -> list[str]:
+    if cache.writable:
+        return []
+    return [f"The cache {cache.folder} cannot be written: builds keep nothing; EDGESEG_CACHE names another folder."]
 
 
 def _what_is_fast(cpu: Cpu) -> str:
@@ -229,7 +240,14 @@ def _machine_table(diagnosis: Diagnosis) -> Table:
         table.add_row("", f"{'yes' if present else 'no ':3} {name}: {explained[name]}")
     sizes = (("total", memory.total_bytes), ("available", memory.available_bytes), ("limit", memory.limit_bytes))
     table.add_row("memory", ", ".join(f"{b / MIB:.0f} MiB {word}" for word, b in sizes if b is not None) or "-")
+    table.add_row("cache", cache_line(diagnosis.cache))
     return table
+
+
+def cache_line(cache: CacheContent) -> str:
+    """Place, size and limit of the cache, in words."""
+    sizes = f"{cache.size_bytes / MIB:.0f} of at most {cache.max_size_bytes / MIB:.0f} MiB"
+    return f"{cache.folder}, {sizes}" + ("" if cache.writable else ", cannot be written")
 
 
 def _backend_table(diagnosis: Diagnosis) -> Table:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeseg.cli.parameters import ANY_PATH
+from edgeseg.errors import SpecError
 
 if TYPE_CHECKING:
     from edgeseg.decide.entries import Run
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     help='What an engine must keep, such as "p99_ms<=33 and miou>=0.68 and size_mb<=20". Exit 3 when none does on some '
     "device, or when it was not measured.",
 )
+@click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--title", default="edgeseg report", show_default=True, help="Of the HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as JSON instead of tables.")
 def command(
@@ -35,14 +37,18 @@ def command(
     markdown_path: Path | None,
     csv_path: Path | None,
     require: str | None,
+    force: bool,
     title: str,
     as_json: bool,
 ) -> None:
     """Put what edgeseg bench measured, on one device or several, into one report and decide what to deploy.
 
-    Needs no PyTorch; --html needs the extra edgeseg[report].
+    Needs no PyTorch; --html needs the extra edgeseg[report]. A FILE of - is standard output.
     """
     from edgeseg.decide.entries import read_runs
+    from edgeseg.store.outputs import check_outputs
+
+    check_outputs(list(filter(None, (html_path, markdown_path, csv_path))), force=force, inputs=reports)
 
     sys.exit(write_reports(read_runs(reports), html_path, markdown_path, csv_path, require, title, as_json))
 
@@ -66,7 +72,12 @@ def write_reports(
     from edgeseg.decide.verdict import decide
     from edgeseg.report import plain
     from edgeseg.store.artifacts import write_text
+    from edgeseg.store.outputs import is_stdout
 
+    files = list(filter(None, (html_path, markdown_path, csv_path)))
+    printed = [path for path in files if is_stdout(path)]
+    if len(printed) + as_json > 1:
+        raise SpecError("only one of --json and the files given as - can be printed; give the others a name")
     requirement = None if require is None else Requirement.parse(require)
     report = merge(runs)
     verdicts = decide(report, requirement)
@@ -84,9 +95,10 @@ def write_reports(
 
         print_json(plain.json_value(report, verdicts, failed))
     else:
-        _print_tables(verdicts, failed)
-        for path in filter(None, (html_path, markdown_path, csv_path)):
-            click.echo(f"written: {path}")
+        if not printed:
+            _print_tables(verdicts, failed)
+        for path in files:
+            click.echo(f"written: {path}", err=bool(printed))
     return 3 if require is not None and any(verdict.answer != "deploy" for verdict in verdicts) else 0
 
 

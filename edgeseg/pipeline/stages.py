@@ -35,14 +35,15 @@ from edgeseg.store.artifacts import (
     Manifest,
     OnnxGraph,
     Verification,
+    check_engine_folder,
+    engine_folder,
     open_engine,
     read_json,
     sha256_file,
     sha256_json,
     write_json,
 )
-from edgeseg.store.atomic import atomic_folder
-from edgeseg.store.cache import cached_folder, software
+from edgeseg.store.cache import cached_folder, software, usable_cache
 from edgeseg.version import __version__
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onn
 
 def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter: Reporter) -> Engine:
     """Run every stage of ``request`` and return the finished engine folder. See :func:`edgeseg.build`."""
+    if request.folder is not None:
+        check_engine_folder(request.folder, force=request.force)
     targets = choose_targets(request.target)
     for target in targets:
         # A backend that is not installed should say so before minutes of work, not after.
@@ -70,7 +73,7 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
     folder = request.folder or Path("engines") / default_name(request, loaded)
     if request.precision == "fp32" and request.calibration is not None:
         reporter.note("--calibration is not used: an fp32 engine has no ranges")
-    with atomic_folder(folder, force=request.force) as scratch:
+    with usable_cache(reporter.note), engine_folder(folder, force=request.force) as scratch:
         samples, held_out = calibration_and_held_out(request, loaded)
         graph, conversion = export_stage(loaded, spec, reporter)
         table = None if samples is None else calibration_stage(request, graph, samples, reporter)
@@ -226,8 +229,9 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     loaded = load_stage(request, None, reporter)
     spec = pipeline_spec(request, loaded)
     samples = calibration_source(request, loaded)
-    graph, _ = export_stage(loaded, spec, reporter)
-    table = calibration_stage(request, graph, samples, reporter)
+    with usable_cache(reporter.note):
+        graph, _ = export_stage(loaded, spec, reporter)
+        table = calibration_stage(request, graph, samples, reporter)
     table.save(path)
     return table
 

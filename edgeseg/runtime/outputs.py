@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
 from edgeseg.runtime.sources import import_cv2
+from edgeseg.store.atomic import replacing, write_bytes
+from edgeseg.store.outputs import refuse_existing
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def write_mask(path: Path, mask: NDArray[Any], palette: NDArray[np.uint8], *, overwrite: bool = False) -> None:
@@ -21,23 +27,29 @@ def write_mask(path: Path, mask: NDArray[Any], palette: NDArray[np.uint8], *, ov
     Uint8 is written with a palette, so that viewers show colours; uint16 as 16-bit grey.
 
     Raises:
-        InputError: the file exists, or cannot be written.
+        OutputExistsError: the file exists and ``overwrite`` is false.
+        InputError: it cannot be written.
     """
     from PIL import Image
 
     picture = Image.fromarray(np.ascontiguousarray(mask))
     if mask.dtype == np.uint8:
         picture.putpalette(palette.tobytes())
-    _write_whole(path, lambda part: picture.save(part, "PNG"), overwrite)
+    _write_png(path, picture, overwrite)
 
 
 def write_picture(path: Path, picture: NDArray[np.uint8], *, overwrite: bool = False) -> None:
-    """Write uint8 RGB ``(H, W, 3)`` as PNG. Raises ``InputError`` when the file exists, or cannot be written."""
+    """Write uint8 RGB ``(H, W, 3)`` as PNG.
+
+    Raises:
+        OutputExistsError: the file exists and ``overwrite`` is false.
+        InputError: it cannot be written.
+    """
     from PIL import Image
 
     # A photograph gains a few percent from more effort, at several times the time.
     image = Image.fromarray(np.ascontiguousarray(picture))
-    _write_whole(path, lambda part: image.save(part, "PNG", compress_level=1), overwrite)
+    _write_png(path, image, overwrite, compress_level=1)
 
 
 class VideoFile:
@@ -50,19 +62,20 @@ class VideoFile:
 
     Raises:
         MissingDependencyError: OpenCV is not installed.
-        InputError: the file exists, or cannot be written.
+        OutputExistsError: the file exists and ``overwrite`` is false.
+        InputError: it cannot be written.
     """
 
     def __init__(self, path: Path, fps: float, *, overwrite: bool = False) -> None:
         self._cv2 = import_cv2()
         self._path, self._overwrite = path, overwrite
         self._fps = fps
-        # OpenCV chooses the container by the suffix.
-        self._part = path.with_name(f".{path.stem}.partial-{os.getpid()}.mp4")
+        self._replacing = ExitStack()
+        self._part = path
         self._writer: Any = None
         self._size = (0, 0)
         self.frames = 0
-        _refuse_existing(path, overwrite)
+        refuse_existing(path, overwrite)
 
     def write(self, picture: NDArray[np.uint8]) -> None:
         """Append a frame, uint8 RGB ``(H, W, 3)``; all frames have the size of the first."""
@@ -78,7 +91,11 @@ class VideoFile:
 
     def _open(self, height: int, width: int) -> None:
         self._size = (height + height % 2, width + width % 2)
-        _make_folder(self._path.parent)
+        with _clear_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # OpenCV chooses the container by the suffix.
+            part = replacing(self._path, overwrite=self._overwrite, suffix=".mp4")
+            self._part = self._replacing.enter_context(part)
         code = self._cv2.VideoWriter.fourcc(*"mp4v")
         self._writer = self._cv2.VideoWriter(str(self._part), code, self._fps, self._size[::-1])
         if not self._writer.isOpened():
@@ -93,14 +110,13 @@ class VideoFile:
         if self._writer is None:
             return
         self._writer.release()
-        try:
-            if kind is None:
-                # OpenCV does not report a full disk; a file without a body is what is left of it.
-                if self._part.stat().st_size < 256:
-                    raise InputError(f"cannot write {self._path}: no space left on device?")
-                _publish(self._part, self._path, self._overwrite)
-        finally:
-            self._part.unlink(missing_ok=True)
+        with _clear_errors(self._path):
+            # OpenCV does not report a full disk; a file without a body is what is left of it.
+            if kind is None and self._part.stat().st_size < 256:
+                kind, error = InputError, InputError(f"cannot write {self._path}: no space left on device?")
+                self._replacing.__exit__(kind, error, None)
+                raise error
+            self._replacing.__exit__(kind, error, trace)
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
@@ -135,47 +151,17 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
-    """Raise :class:`InputError` for the first of ``paths`` that exists, unless it may be replaced."""
-    for path in paths:
-        _refuse_existing(path, overwrite)
-
-
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if not overwrite and path.exists():
-        raise InputError(f"{path} exists; give --force to replace it, or another --output")
-
-
-def _make_folder(folder: Path) -> None:
+@contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise InputError(f"cannot make the folder {folder}: {exc.strerror}; give another --output") from exc
-
-
-def _write_whole(path: Path, write: Callable[[Path], None], overwrite: bool) -> None:
-    _refuse_existing(path, overwrite)
-    _make_folder(path.parent)
-    part = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        write(part)
-        _publish(part, path, overwrite)
+        yield
     except OSError as exc:
         raise InputError(f"cannot write {path}: {exc.strerror or exc}; free space or give another --output") from exc
-    finally:
-        part.unlink(missing_ok=True)
 
 
-def _publish(part: Path, path: Path, overwrite: bool) -> None:
-    if overwrite:
-        os.replace(part, path)
-        return
-    try:
-        # Unlike a rename, a link fails if someone else made the file meanwhile.
-        os.link(part, path)
-    except FileExistsError as exc:
-        raise InputError(f"{path} exists; give --force to replace it, or another --output") from exc
-    except OSError:
-        # File systems without hard links (FAT on an SD card).
-        _refuse_existing(path, overwrite)
-        os.replace(part, path)
+def _write_png(path: Path, picture: Image.Image, overwrite: bool, compress_level: int = 6) -> None:
+    png = io.BytesIO()
+    picture.save(png, "PNG", compress_level=compress_level)
+    with _clear_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, png.getvalue(), overwrite=overwrite)

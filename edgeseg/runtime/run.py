@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
-from edgeseg.runtime.outputs import VideoFile, refuse_existing, unique_names, write_mask, write_picture
+from edgeseg.runtime.outputs import VideoFile, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlap import Overlapped
 from edgeseg.runtime.overlay import add_legend, colorize, legend_entries
 from edgeseg.runtime.overlay import overlay as lay_over
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
 from edgeseg.runtime.stream import Stream
+from edgeseg.store.outputs import check_outputs, refuse_existing
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -100,7 +101,9 @@ def run_inputs(
         progress: show a progress bar with frames per second, and failures, on standard error.
 
     Raises:
-        InputError: an input that is not there at all, an output that exists or cannot be written.
+        OutputExistsError: an output exists, and ``overwrite`` is false.
+        SpecError: an output would replace an input.
+        InputError: an input that is not there at all, an output that cannot be written.
         MissingDependencyError: OpenCV is not installed, and there is a video or camera.
         BuildError: the engine failed.
     """
@@ -108,7 +111,14 @@ def run_inputs(
         raise InputError(f"alpha is {alpha}; give an opacity from 0 to 1")
     tasks = _plan(inputs)
     run = _Run(segmenter, Path(output), overlay, alpha, frame_masks, limit, overwrite)
-    refuse_existing([path for task in tasks for path in run.outputs(task)], overwrite)
+    check_outputs(
+        [path for task in tasks for path in run.outputs(task)],
+        force=overwrite,
+        inputs=[task.source for task in tasks if isinstance(task.source, Path)],
+    )
+    for task in tasks:
+        if task.is_video and frame_masks:
+            refuse_existing(run.output / "masks" / task.name, overwrite)
     begin = time.perf_counter()
     with _Bar(len(tasks)) if progress else nullcontext(_Silent()) as bar:
         interrupted = run.all(tasks, bar)
@@ -172,10 +182,9 @@ class _Run:
     failed: list[Failure] = field(default_factory=list)
 
     def outputs(self, task: _Task) -> list[Path]:
-        """The files (or the folder of frames) a task will write."""
+        """The files a task will write, masks of frames apart."""
         if task.is_video:
-            paths = [self.output / "videos" / f"{task.name}.mp4"]
-            return paths + ([self.output / "masks" / task.name] if self.frame_masks else [])
+            return [self.output / "videos" / f"{task.name}.mp4"]
         paths = self._mask_paths(self.output / "masks" / task.name)
         return paths + ([self.output / "overlays" / f"{task.name}.png"] if self.overlay else [])
 

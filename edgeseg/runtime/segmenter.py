@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
-from edgeseg.errors import InputError, SpecError, StaleEngineError
+from edgeseg.errors import EdgesegError, InputError, SpecError, StaleEngineError
 from edgeseg.images.placement import Placement, Tiling, plan_fit
 from edgeseg.runtime.prediction import Prediction, stacked
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.tiling import blended_rows, stitched
 from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec, one_of
-from edgeseg.store.artifacts import Engine, open_engine
+from edgeseg.store.artifacts import Engine, open_engine, read_manifest
 
 if TYPE_CHECKING:
     from edgeseg.backends.cuda.arrays import DeviceTensor
@@ -338,8 +338,10 @@ def load(
         MissingDependencyError: the backend is not installed.
         SpecError, InputError: see :class:`Segmenter`.
     """
-    engine = folder if isinstance(folder, Engine) else open_engine(Path(folder))
-    session = _loaded(engine, recompile)
+    if isinstance(folder, Engine):
+        engine, session = folder, _loaded(folder, recompile)
+    else:
+        engine, session = _loaded_whole(Path(folder), recompile)
     try:
         return Segmenter(
             session,
@@ -352,6 +354,23 @@ def load(
     except BaseException:
         session.close()
         raise
+
+
+def _loaded_whole(folder: Path, recompile: bool) -> tuple[Engine, Session]:
+    """Open an engine folder that may be replaced meanwhile: the session is of the very engine that was checked."""
+    while True:
+        engine = open_engine(folder)
+        try:
+            session = _loaded(engine, recompile)
+        except EdgesegError:
+            if read_manifest(folder) == engine.manifest:
+                raise
+            continue
+        now = read_manifest(folder)
+        # Compiled again by us, perhaps: the graph is the same then.
+        if now.spec == engine.manifest.spec and now.graph == engine.manifest.graph:
+            return engine, session
+        session.close()
 
 
 def _loaded(engine: Engine, recompile: bool) -> Session:

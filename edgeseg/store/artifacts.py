@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -18,6 +19,7 @@ import msgspec
 
 from edgeseg.errors import ArtifactError, StaleEngineError
 from edgeseg.spec import PipelineSpec, Precision
+from edgeseg.store.atomic import atomic_folder, check_folder, recover_folder, write_bytes
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -231,7 +233,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically, making its folder if need be.
+    """Write UTF-8 text atomically, making its folder if need be; ``-`` is standard output.
 
     Raises:
         ArtifactError: the place cannot be written.
@@ -243,17 +245,45 @@ def write_text(path: Path, text: str) -> None:
         raise ArtifactError(f"cannot write {path}: {exc.strerror}; give another file") from exc
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: whoever reads it meanwhile gets the old content or the new. Raises ``OSError``."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextmanager
+def engine_folder(target: Path, *, force: bool) -> Iterator[Path]:
+    """Yield a scratch folder that becomes the engine folder ``target``; see :func:`edgeseg.store.atomic.atomic_folder`."""
+    with atomic_folder(target, force=force, ours=engine_files) as scratch:
+        yield scratch
+
+
+def check_engine_folder(target: Path, *, force: bool) -> None:
+    """Refuse, before the work, what :func:`engine_folder` would refuse after it."""
+    check_folder(target, force=force, ours=engine_files)
+
+
+@dataclass(frozen=True)
+class _Named:
+    name: str
+
+
+@dataclass(frozen=True)
+class _AnyManifest:
+    """What manifests of all versions have, and others' do not."""
+
+    edgeseg_version: str
+    graph: _Named
+    engine: _Named | None = None
+    calibration: _Named | None = None
+    extra_files: tuple[_Named, ...] = ()
+
+
+def engine_files(folder: Path) -> frozenset[str] | None:
+    """The names that edgeseg wrote in ``folder``; ``None`` when it is not empty and none of edgeseg's engine folders."""
     try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=_AnyManifest)
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError):
+        try:
+            return None if any(folder.iterdir()) else frozenset()
+        except OSError:
+            return None  # who cannot look into it cannot know
+    files = (manifest.graph, manifest.engine, manifest.calibration, *manifest.extra_files)
+    return frozenset({MANIFEST_NAME, *(file.name for file in files if file is not None)})
 
 
 def read_json(path: Path, kind: type[T], what: str) -> T:
@@ -262,10 +292,18 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     Raises:
         ArtifactError: missing, unreadable, not JSON, or of another shape; says which field.
     """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ArtifactError(f"{what} {path} is no regular file; save it as one first")  # reading it may never end
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        data = path.read_bytes()
     except OSError as exc:
         raise ArtifactError(f"cannot read {what} {path}: {exc.strerror}") from exc
+    return _decoded(data, path, kind, what)
+
+
+def _decoded(data: bytes, path: Path, kind: type[T], what: str) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, ValueError) as exc:
         raise ArtifactError(f"{what} {path} is damaged or not one: {exc}") from exc
 
@@ -277,7 +315,8 @@ def read_manifest(folder: Path) -> Manifest:
         ArtifactError: no folder, no manifest, a damaged one, or one of a newer schema.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    data = _manifest_bytes(path)
+    if data is None:
         what = "no such folder" if not folder.exists() else f"no {MANIFEST_NAME} in it"
         raise ArtifactError(
             f"{folder} is not an engine folder ({what}); make one with: edgeseg build --output {folder}"
@@ -287,14 +326,27 @@ def read_manifest(folder: Path) -> Manifest:
     class Versioned:
         schema_version: int
 
-    version = read_json(path, Versioned, "manifest").schema_version
+    version = _decoded(data, path, Versioned, "manifest").schema_version
     if version != SCHEMA_VERSION:
         word = "newer" if version > SCHEMA_VERSION else "older"
         raise ArtifactError(
             f"{path} has schema version {version}, {word} than this edgeseg reads ({SCHEMA_VERSION}); "
             + ("upgrade edgeseg" if version > SCHEMA_VERSION else "build the engine again")
         )
-    return read_json(path, Manifest, "manifest")
+    return _decoded(data, path, Manifest, "manifest")
+
+
+def _manifest_bytes(path: Path) -> bytes | None:
+    for _ in range(3):  # a folder that is replaced again and again can be missed more than once
+        if path.is_file():
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                continue
+            except OSError as exc:
+                raise ArtifactError(f"cannot read manifest {path}: {exc.strerror}") from exc
+        recover_folder(path.parent, engine_files)
+    return None
 
 
 def open_engine(folder: Path) -> Engine:
@@ -304,10 +356,18 @@ def open_engine(folder: Path) -> Engine:
         ArtifactError: see :func:`read_manifest`; or a file is missing, edited or truncated.
     """
     manifest = read_manifest(folder)
-    for ref in (manifest.graph, manifest.engine, manifest.calibration, *manifest.extra_files):
-        if ref is not None:
-            check_file(folder, ref)
-    return Engine(folder, manifest)
+    while True:
+        try:
+            for ref in (manifest.graph, manifest.engine, manifest.calibration, *manifest.extra_files):
+                if ref is not None:
+                    check_file(folder, ref)
+        except ArtifactError:
+            # The folder may have been replaced since its manifest was read.
+            before, manifest = manifest, read_manifest(folder)
+            if manifest == before:
+                raise
+        else:
+            return Engine(folder, manifest)
 
 
 def check_file(folder: Path, ref: FileRef) -> None:
@@ -320,12 +380,17 @@ def check_file(folder: Path, ref: FileRef) -> None:
     path = folder / ref.name
     if path.is_symlink() or not path.is_file():
         raise ArtifactError(f"{folder} lacks {ref.name}, which its manifest lists; build it again")
-    size = path.stat().st_size
-    if size != ref.size_bytes:
+    try:
+        size, sha256 = path.stat().st_size, None
+        if size == ref.size_bytes:
+            sha256 = sha256_file(path)
+    except OSError as exc:
+        raise ArtifactError(f"cannot read {path}: {exc.strerror}") from exc
+    if sha256 is None:
         raise ArtifactError(
             f"{path} has {size} bytes, its manifest says {ref.size_bytes}: truncated or edited; build it again"
         )
-    if sha256_file(path) != ref.sha256:
+    if sha256 != ref.sha256:
         raise ArtifactError(
             f"{path} does not have the hash its manifest vouches for: edited or damaged; build it again"
         )

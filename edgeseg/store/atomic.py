@@ -1,79 +1,365 @@
-"""Folders that appear complete or not at all."""
+"""Files and folders that appear complete or not at all: the one place where edgeseg locks, renames and removes.
+
+What is half done lies beside its target under a name that begins with a dot, and goes with the next write there when its
+writer was killed. A file or folder is replaced in one step, so that whoever reads meanwhile gets the old or the new one.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import fcntl
+import functools
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import filelock
-
 from edgeseg.errors import ArtifactError
-from edgeseg.store.artifacts import MANIFEST_NAME
+from edgeseg.store.outputs import is_stream, open_descriptor, refuse_existing
+
+Ours = Callable[[Path], "Collection[str] | None"]
+"""Names of the files in a folder that edgeseg wrote; ``None`` for a folder that is none of edgeseg's."""
+
+_PLACE_ERRORS = {
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EBUSY,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+"""What the place is to blame for, whoever met it."""
+
+
+class HeldError(Exception):
+    """Another process, or another thread of this one, holds the lock."""
 
 
 @contextmanager
-def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
-    """Yield an empty scratch folder beside ``target`` that becomes ``target`` when the block succeeds.
+def lock(path: Path, *, timeout_s: float | None = None) -> Iterator[None]:
+    """Hold the lock file ``path`` while the block runs; it is gone afterwards.
 
-    On any exception, Ctrl-C included, the scratch folder is removed, and so are the folders made to hold it. What a
-    killed process left behind is removed by the next build of the same folder. A lock keeps two builds of one folder
-    apart.
+    Args:
+        path: of the lock file; its folder must exist.
+        timeout_s: how long to wait for it; ``None``: for ever.
 
     Raises:
-        ArtifactError: ``target`` exists and ``force`` is false; another build holds it; the disk is full or read-only.
+        HeldError: someone else held it all the time.
+        OSError: the file cannot be made.
     """
-    target = Path(os.path.abspath(target))
-    if target.exists() and not force:
-        raise ArtifactError(f"{target} exists; give --force to replace it, or another --output")
-    if target.exists() and not (target / MANIFEST_NAME).is_file() and any(target.iterdir()):
-        raise ArtifactError(f"{target} is not an engine folder and is not empty; edgeseg will not replace it")
-    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _wait_for(handle, timeout_s)
+            held = _is_at(handle, path)
+        except BaseException:
+            os.close(handle)
+            raise
+        if held:
+            break
+        # Its last holder removed the file while we waited for it: another one may have the name by now.
+        os.close(handle)
     try:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError as exc:
-            # What /proc and some network file systems answer.
-            raise ArtifactError(f"cannot make folder {target.parent}; give another --output") from exc
-        lock = filelock.FileLock(target.parent / f".{target.name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise ArtifactError(f"another build is writing {target}; wait for it, or give another --output") from None
-        try:
-            for stale in target.parent.glob(f".{target.name}.partial-*"):
-                shutil.rmtree(stale)
-            scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-"))
+        yield
+    finally:
+        # Removed while it is held, never after: who waits for it notices, see above.
+        if _is_at(handle, path):
+            os.unlink(path)
+        os.close(handle)
+
+
+def _wait_for(handle: int, timeout_s: float | None) -> None:
+    if timeout_s is None:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return
+    deadline = time.monotonic() + timeout_s
+    while not _try_lock(handle):
+        if time.monotonic() >= deadline:
+            raise HeldError
+        time.sleep(0.02)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def write_bytes(path: Path, data: bytes, *, overwrite: bool = True) -> None:
+    """Write a file: whoever reads it meanwhile gets the old content or the new. Streams are written to.
+
+    Raises:
+        OutputExistsError: the file exists and ``overwrite`` is false.
+        OSError: the place cannot be written.
+    """
+    if not is_stream(path):
+        with replacing(path, overwrite=overwrite) as part:
+            part.write_bytes(data)
+        return
+    if str(path) == "-":
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+        return
+    number = open_descriptor(path)
+    with path.open("wb") if number is None else os.fdopen(os.dup(number), "wb") as stream:
+        stream.write(data)
+
+
+@contextmanager
+def replacing(path: Path, *, overwrite: bool = True, suffix: str = "") -> Iterator[Path]:
+    """Yield an empty file beside ``path`` that becomes ``path`` when the block succeeds, and is gone otherwise.
+
+    Where ``path`` is a symbolic link, the file it leads to is replaced.
+
+    Args:
+        path: a regular file, or a name that is free.
+        overwrite: replace a file that exists by the end.
+        suffix: of the file to write, for libraries that choose a format by it.
+
+    Raises:
+        OutputExistsError: the file exists and ``overwrite`` is false.
+        OSError: the place cannot be written, or there is something else than a file.
+    """
+    path = Path(os.path.realpath(path))
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    refuse_existing(path, overwrite)
+    _sweep_files(path.parent)
+    part, handle = _own_partial(path.parent, suffix)
+    try:
+        yield part
+        if overwrite:
+            os.replace(part, path)
+        else:
+            _publish_new(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _own_partial(folder: Path, suffix: str) -> tuple[Path, int]:
+    """A new file that is locked for as long as it is written: a lock outlives no process, whatever ends it."""
+    while True:
+        part = folder / f".edgeseg-partial-{secrets.token_hex(8)}{suffix}"
+        handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if _is_own(handle, part):
+            return part, handle
+        os.close(handle)
+
+
+def _is_own(handle: int, path: Path) -> bool:
+    """Lock what was just made; false when somebody who sweeps was faster."""
+    try:
+        locked = _try_lock(handle)
+    except OSError:
+        locked = True  # a file system without locks: nobody sweeps there either
+    return locked and _is_at(handle, path)
+
+
+_PARTIAL_FILE = re.compile(r"\.edgeseg-partial-[0-9a-f]{16}(\.\w+)?")
+
+
+@functools.cache
+def _sweep_files(folder: Path) -> None:
+    """Remove what killed writers left in ``folder``; once a process is enough."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _PARTIAL_FILE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError), open(entry.path, "rb+") as file:
+                    if _try_lock(file.fileno()):
+                        os.unlink(entry.path)
+
+
+def _publish_new(part: Path, path: Path) -> None:
+    try:
+        # Unlike a rename, a link fails if someone else made the file meanwhile.
+        os.link(part, path)
+    except FileExistsError:
+        refuse_existing(path, False)
+        raise
+    except OSError:
+        # File systems without hard links (FAT on an SD card).
+        refuse_existing(path, False)
+        os.replace(part, path)
+
+
+def check_folder(target: Path, *, force: bool, ours: Ours) -> None:
+    """Refuse, before the work, a folder that :func:`atomic_folder` would not replace.
+
+    Raises:
+        OutputExistsError: ``target`` exists and ``force`` is false.
+        ArtifactError: it is a file, or holds something that is none of edgeseg's.
+    """
+    if not os.path.exists(target):
+        return
+    refuse_existing(target, force)
+    if not os.path.isdir(target):
+        raise ArtifactError(f"{target} is a file; edgeseg replaces engine folders only: give another --output")
+    if ours(target) is None:
+        raise ArtifactError(
+            f"{target} is not an engine folder of edgeseg, and not empty; it is left as it is: give another --output"
+        )
+
+
+@contextmanager
+def atomic_folder(target: Path, *, force: bool, ours: Ours) -> Iterator[Path]:
+    """Yield an empty scratch folder beside ``target`` that becomes ``target`` when the block succeeds.
+
+    Files of a replaced folder that are not ``ours`` stay in it. On any exception, Ctrl-C included, the scratch folder is
+    removed, and so are the folders made to hold it. What a killed process left behind is put right by the next call. A lock
+    keeps two writers of one folder apart. Where ``target`` is a symbolic link, the folder it leads to is replaced.
+
+    Raises:
+        OutputExistsError: ``target`` exists and ``force`` is false.
+        ArtifactError: see :func:`check_folder`; another build holds it; the disk is full or read-only; a file that is not
+            ours has the name of a new one.
+    """
+    asked, target = target, Path(os.path.realpath(target))
+    check_folder(target, force=force, ours=ours)
+    made = [parent for parent in (target.parent, *target.parent.parents) if not os.path.exists(parent)]
+    try:
+        with contextlib.ExitStack() as held:
             try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # Not at once: a reader may hold it for the blink of an eye, see recover_folder.
+                held.enter_context(lock(_lock_path(target), timeout_s=0.2))
+            except FileNotFoundError as exc:
+                # What /proc and some network file systems answer.
+                raise ArtifactError(f"cannot make folder {target.parent}; give another --output") from exc
+            except HeldError as exc:
+                raise ArtifactError(f"another build is writing {asked}; wait for it, or give another --output") from exc
+            _put_right(target, ours)
+            check_folder(target, force=force, ours=ours)
+            scratch = target.parent / f".{target.name}.partial-{secrets.token_hex(8)}"
+            try:
+                scratch.mkdir()
                 yield scratch
-                os.chmod(scratch, 0o755)
-                _replace_folder(scratch, target)
+                _publish(scratch, target, ours)
             finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-        finally:
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
-            if not target.exists():
-                _remove_empty(made)
+                _put_right(target, ours)
     except OSError as exc:
-        if exc.errno in {
-            errno.ENOSPC,
-            errno.EROFS,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.ENOTDIR,
-            errno.EEXIST,
-        }:
+        if exc.errno in _PLACE_ERRORS:
+            place = asked if exc.filename is None or _is_of(str(exc.filename), target) else exc.filename
             raise ArtifactError(
-                f"cannot write {target}: {os.strerror(exc.errno)}; free space or give another --output"
+                f"cannot write {place}: {os.strerror(exc.errno)}; free space or give another --output"
             ) from exc
         raise
+    finally:
+        if not os.path.exists(target):
+            _remove_empty(made)
+
+
+def _is_of(name: str, target: Path) -> bool:
+    """Whether a file name is of the folder in the making, or of one above it."""
+    name = os.path.abspath(name)
+    return name.startswith(f"{target.parent}/.{target.name}.") or target.is_relative_to(name)
+
+
+def recover_folder(target: Path, ours: Ours) -> None:
+    """Give a folder its name back that lost it between two renames, or wait while another process does so.
+
+    Only where :func:`_exchange` cannot be had is there such a moment.
+    """
+    target = Path(os.path.realpath(target))
+    patience = time.monotonic() + 2.0
+    while not os.path.exists(target) and _beside(target, "replaced") and time.monotonic() < patience:
+        try:
+            with lock(_lock_path(target), timeout_s=0):
+                _put_right(target, ours)
+        except HeldError:
+            time.sleep(0.01)
+        except OSError:
+            return  # a place that cannot be written: the caller says that the folder is missing
+
+
+def _lock_path(target: Path) -> Path:
+    return target.parent / f".{target.name}.lock"
+
+
+def _beside(target: Path, word: str) -> list[Path]:
+    """The folders of ours beside ``target`` that are called ``.NAME.<word>-...``."""
+    # mkdtemp, which made these names before, takes eight of these characters.
+    name = re.compile(rf"\.{re.escape(target.name)}\.{word}-[0-9a-z_]{{8,16}}")
+    try:
+        with os.scandir(target.parent) as entries:
+            return [Path(e.path) for e in entries if name.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+
+
+def _publish(scratch: Path, target: Path, ours: Ours) -> None:
+    """Let ``scratch`` take the name ``target``. What was there is left as ``.NAME.replaced-...`` for :func:`_put_right`."""
+    if not os.path.exists(target) or not os.listdir(target):
+        os.rename(scratch, target)
+        return
+    known = ours(target)
+    if known is not None and (both := sorted(set(os.listdir(scratch)) & set(os.listdir(target)) - {*known})):
+        raise ArtifactError(f"{target / both[0]} is not edgeseg's and would be replaced; move it away and try again")
+    replaced = _sibling(target)
+    # From here on both folders are whole, and whichever is called "replaced" when this process is killed, nothing is lost.
+    os.rename(scratch, replaced)
+    if not _exchange(replaced, target):
+        os.rename(target, _sibling(target))
+        os.rename(replaced, target)
+
+
+def _sibling(target: Path) -> Path:
+    return target.parent / f".{target.name}.replaced-{secrets.token_hex(8)}"
+
+
+def _put_right(target: Path, ours: Ours) -> None:
+    """Tidy up after a replacement, or after one that was killed on the way. The lock must be held."""
+    for replaced in _beside(target, "replaced"):
+        if not os.path.exists(target):
+            os.rename(replaced, target)
+            continue
+        known = ours(replaced)
+        if known is None:
+            continue  # not to be told apart from what somebody wants to keep
+        for name in os.listdir(replaced):
+            if name not in known:
+                # A name that was given again after a kill: both are kept.
+                again = f".{secrets.token_hex(4)}" if os.path.lexists(target / name) else ""
+                os.rename(replaced / name, target / f"{name}{again}")
+        # Under this name it is rubbish, half removed or not.
+        os.rename(replaced, target.parent / f".{target.name}.partial-{secrets.token_hex(8)}")
+    for rubbish in _beside(target, "partial"):
+        shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; false where the C library, the kernel or the file system cannot (NFS, FAT)."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and (
+        renameat2(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(exchange)) == 0
+    )
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -85,16 +371,47 @@ def _remove_empty(folders: list[Path]) -> None:
             return
 
 
-def _replace_folder(scratch: Path, target: Path) -> None:
-    if target.exists():
-        # rename cannot replace a non-empty directory: the old one moves aside, and back if the second step fails.
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.partial-old-"))
-        os.rename(target, aside / "old")
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new empty folder in ``parent``, made if need be, that is removed at the end unless it has another name by then.
+
+    Those of killed processes are removed first. Raises ``OSError`` when the place cannot be written.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep_folders(parent)
+    scratch, handle = _own_folder(parent)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(handle)
+
+
+def _own_folder(parent: Path) -> tuple[Path, int]:
+    while True:
+        scratch = parent / f".partial-{secrets.token_hex(8)}"
+        scratch.mkdir()
         try:
-            os.rename(scratch, target)
-        except BaseException:
-            os.rename(aside / "old", target)
-            raise
-        shutil.rmtree(aside)
-    else:
-        os.rename(scratch, target)
+            handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        if _is_own(handle, scratch):
+            return scratch, handle
+        os.close(handle)
+
+
+_PARTIAL_FOLDER = re.compile(r"\.partial-[0-9a-z_]{8,16}")
+
+
+def sweep_folders(parent: Path) -> None:
+    """Remove the scratch folders that killed processes left in ``parent``."""
+    with os.scandir(parent) as entries:
+        names = [e.path for e in entries if _PARTIAL_FOLDER.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    for name in names:
+        with contextlib.suppress(OSError):
+            handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                if _try_lock(handle):
+                    shutil.rmtree(name, ignore_errors=True)
+            finally:
+                os.close(handle)

@@ -6,27 +6,85 @@ cache directory; it may be deleted at any time.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import platformdirs
 
+from edgeseg.errors import ArtifactError
 from edgeseg.machine.packages import COMPUTING_PACKAGES, package_versions
 from edgeseg.store.artifacts import sha256_json
+from edgeseg.store.atomic import scratch_folder, sweep_folders
 
 # A dozen fp32 graphs of large models; the least recently used go first.
 MAX_SIZE_BYTES = 4 << 30
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def cache_folder() -> Path:
-    """The cache's folder; need not exist yet."""
+Stage = Literal["accuracy", "calibration", "export", "tensorrt-log", "tensorrt-rtx-runtime"]
+"""What is kept, each in a folder of its own. Whatever else lies in the cache's folder is somebody's, and never removed."""
+
+_instead: ContextVar[Path | None] = ContextVar("_instead", default=None)
+
+
+def user_cache_folder() -> Path:
+    """``$EDGESEG_CACHE`` or the user's cache directory; need not exist yet."""
     return Path(os.environ.get("EDGESEG_CACHE") or platformdirs.user_cache_dir("edgeseg"))
+
+
+def cache_folder() -> Path:
+    """The cache's folder, or what stands for it within :func:`usable_cache`; need not exist yet."""
+    return _instead.get() or user_cache_folder()
+
+
+def stage_folder(stage: Stage) -> Path:
+    """Where the results of one stage are kept; need not exist yet."""
+    return cache_folder() / stage
+
+
+@contextmanager
+def usable_cache(note: Callable[[str], None]) -> Iterator[None]:
+    """Work without a cache, in a folder that is removed at the end, where the cache cannot be written.
+
+    Args:
+        note: told so, in one line.
+
+    Raises:
+        ArtifactError: there is no folder for temporary files either.
+    """
+    home = cache_folder()
+    try:
+        for place in (home, *filter(os.path.lexists, map(stage_folder, get_args(Stage)))):
+            with scratch_folder(place):
+                pass
+    except OSError as exc:
+        why = "not a folder" if isinstance(exc, FileExistsError) else exc.strerror
+        note(
+            f"nothing is kept for the next time: cannot write the cache {home}: {why}; EDGESEG_CACHE names another folder"
+        )
+    else:
+        yield
+        return
+    try:
+        instead = tempfile.TemporaryDirectory(prefix="edgeseg-cache-")
+    except OSError as exc:
+        raise ArtifactError(f"no folder for temporary files: {exc.strerror}; set TMPDIR to one") from exc
+    with instead as folder:
+        token = _instead.set(Path(folder))
+        try:
+            yield
+        finally:
+            _instead.reset(token)
 
 
 @functools.cache
@@ -42,25 +100,25 @@ def software() -> dict[str, str]:
     return {"edgeseg": digest.hexdigest(), **package_versions(*COMPUTING_PACKAGES)}
 
 
-def cached_folder(stage: str, inputs: object, make: Callable[[Path], None]) -> tuple[Path, bool]:
+def cached_folder(stage: Stage, inputs: object, make: Callable[[Path], None]) -> tuple[Path, bool]:
     """Return the folder that ``make`` filled for these ``inputs``, making it if need be.
 
     Args:
-        stage: name of the stage, such as ``"export"``.
+        stage: name of the stage.
         inputs: JSON-encodable; everything the result depends on, versions included.
         make: fills an empty folder; on any exception nothing is kept.
 
     Returns:
         the folder, and whether it was there already.
     """
-    home = cache_folder() / stage
+    home = stage_folder(stage)
     folder = home / sha256_json(inputs)
     if folder.is_dir():
-        os.utime(folder)
-        return folder, True
-    home.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=home, prefix=".partial-"))
-    try:
+        with contextlib.suppress(OSError):  # somebody else's, or gone this moment
+            os.utime(folder)
+        if folder.is_dir():
+            return folder, True
+    with scratch_folder(home) as scratch:
         make(scratch)
         try:
             os.rename(scratch, folder)
@@ -68,18 +126,92 @@ def cached_folder(stage: str, inputs: object, make: Callable[[Path], None]) -> t
             # Another build finished the same stage first; its result is the same by construction.
             if not folder.is_dir():
                 raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     prune(keep=folder)
     return folder, False
 
 
+@dataclass(frozen=True)
+class CacheContent:
+    """What the cache holds.
+
+    Attributes:
+        folder: where; need not exist.
+        size_bytes: of all files in it that are edgeseg's.
+        max_size_bytes: least recently used results go when there is more.
+        writable: whether results can be kept there; a folder that does not exist is made when it is needed.
+    """
+
+    folder: str
+    size_bytes: int
+    max_size_bytes: int
+    writable: bool
+
+
+def cache_content() -> CacheContent:
+    """Look at the cache; nothing is made or changed."""
+    home = cache_folder()
+    there = next(path for path in (home, *home.absolute().parents) if os.path.lexists(path))
+    writable = os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+    size = sum(_size_bytes(stage_folder(stage)) for stage in get_args(Stage))
+    return CacheContent(str(home), size, MAX_SIZE_BYTES, writable)
+
+
+def clear() -> int:
+    """Remove all that edgeseg keeps in the cache's folder, and the folder if it is empty then. Returns the bytes freed.
+
+    What another process is making at this moment stays.
+
+    Raises:
+        ArtifactError: something cannot be removed.
+    """
+    home = cache_folder()
+    stages = [folder for folder in map(stage_folder, get_args(Stage)) if folder.is_dir() and not folder.is_symlink()]
+    before = sum(map(_size_bytes, stages))
+    try:
+        for folder in stages:
+            sweep_folders(folder)
+            for path in folder.iterdir():
+                if not path.name.startswith("."):
+                    _remove(path)
+        left = sum(map(_size_bytes, stages))
+        for folder in (*stages, home):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+    except OSError as exc:
+        raise ArtifactError(f"cannot clear the cache {home}: {exc.strerror}: {exc.filename}") from exc
+    return before - left
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _size_bytes(path: Path) -> int:
+    """Of a file, or all files in a folder; what goes in this moment counts as nothing."""
+    files = [Path(place, name) for place, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
+    size = 0
+    for file in files:
+        with contextlib.suppress(OSError):
+            size += file.lstat().st_size
+    return size
+
+
 def prune(*, keep: Path | None = None, max_size_bytes: int = MAX_SIZE_BYTES) -> None:
     """Delete the least recently used results until the cache is no larger than ``max_size_bytes``."""
-    folders = [f for f in cache_folder().glob("*/*") if f.is_dir() and not f.name.startswith(".")]
-    newest_first = sorted(folders, key=lambda f: f.stat().st_mtime, reverse=True)
+    used: list[tuple[float, Path]] = []
+    for stage in get_args(Stage):
+        with contextlib.suppress(OSError), os.scandir(stage_folder(stage)) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    with contextlib.suppress(OSError):
+                        used.append((entry.stat(follow_symlinks=False).st_mtime, Path(entry.path)))
     total = 0
-    for folder in newest_first:
-        total += sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-        if total > max_size_bytes and folder != keep:
-            shutil.rmtree(folder, ignore_errors=True)
+    for _, path in sorted(used, reverse=True):
+        total += _size_bytes(path)
+        if total > max_size_bytes and path != keep:
+            # What another process removes or holds stays or goes without us.
+            with contextlib.suppress(OSError):
+                _remove(path)

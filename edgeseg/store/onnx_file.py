@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
@@ -13,6 +12,7 @@ from google.protobuf.message import DecodeError
 from onnx import external_data_helper
 
 from edgeseg.errors import ArtifactError
+from edgeseg.store.atomic import write_bytes
 
 MAX_PROTOBUF_BYTES = 2**31 - 1
 """Largest serialized message protobuf reads back; also the largest single-file graph."""
@@ -78,25 +78,12 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
     if size > MAX_PROTOBUF_BYTES:
         raise ArtifactError(f"the graph has {size / 2**30:.1f} GiB, an ONNX file holds 2; use a smaller encoder")
     data = model.SerializeToString(deterministic=True)
-    temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as exc:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(exc, OSError) and exc.errno is not None:
-            word = os.strerror(exc.errno)
-            hint = (
-                "free space"
-                if exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-                else "give a folder that can be written"
-            )
-            raise ArtifactError(f"cannot write {path}: {word}; {hint}") from exc
-        raise
+        write_bytes(path, data)
+    except OSError as exc:
+        full = exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        hint = "free space" if full else "give a folder that can be written"
+        raise ArtifactError(f"cannot write {path}: {exc.strerror}; {hint}") from exc
 
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")

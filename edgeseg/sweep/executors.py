@@ -16,7 +16,7 @@ from typing import Any
 
 from edgeseg.errors import EdgesegError, MissingDependencyError
 from edgeseg.machine.orphans import end_with_parent
-from edgeseg.store.atomic import atomic_folder
+from edgeseg.store.artifacts import engine_folder
 from edgeseg.sweep.config import Cell
 
 
@@ -122,7 +122,7 @@ def _build_and_pack(cell: Cell, builder: Builder) -> _Packed:
     with tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
         folder = Path(scratch) / cell.name
         built = builder(replace(cell, request=replace(cell.request, folder=folder)))
-        files = {path.name: path.read_bytes() for path in sorted(folder.glob("*")) if path.is_file()}
+        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
     return _Packed(built, files, platform.node())
 
 
@@ -132,7 +132,7 @@ def _unpack(cell: Cell, packed: Any) -> Built:
         return built
     assert cell.request.folder is not None  # expand gives every cell its folder
     cell.request.folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(cell.request.folder, force=True) as scratch:
+    with engine_folder(cell.request.folder, force=True) as scratch:
         for name, data in packed.files.items():
             (scratch / name).write_bytes(data)
     if packed.node == platform.node():

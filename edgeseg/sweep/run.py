@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import filelock
-
 from edgeseg.decide.entries import Run
 from edgeseg.errors import ArtifactError, BuildError, SpecError
 from edgeseg.evaluate.results import read_report
 from edgeseg.store.artifacts import open_engine
+from edgeseg.store.atomic import HeldError, lock
 from edgeseg.sweep.config import Cell, SweepConfig, data_folder, expand
 from edgeseg.sweep.executors import Built, build_locally, build_on_ray
 from edgeseg.sweep.state import CellState, bench_key, cell_key, is_done, remember
@@ -79,7 +78,7 @@ def run_sweep(
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(output / ".lock", timeout=0):
+        with lock(output / ".lock", timeout_s=0):
             keys = {cell.name: cell_key(cell) for cell in cells}
             todo = [cell for cell in cells if not is_done(cell, keys[cell.name])]
             say(f"{len(cells)} cells, {len(cells) - len(todo)} built before")
@@ -89,7 +88,7 @@ def run_sweep(
             runs, unmeasured = _measure(
                 config, tuple(cell for cell in cells if cell.name not in failed), bench or run_edgeseg, say
             )
-    except filelock.Timeout as exc:
+    except HeldError as exc:
         raise ArtifactError(f"another sweep is working in {output}; wait for it or give another output") from exc
     failures += unmeasured
     if not runs:

@@ -90,10 +90,11 @@ def test_two_builds_of_one_folder_at_once(tmp_path: Path) -> None:
     arguments = command("build", "--arch", "fpn", "--target", "onnxruntime", "--output", tmp_path / "e")
     both = [subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate(timeout=500)[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 1], errors
+    # 1: the other is at it; 2: it was done already.
+    assert sorted(process.returncode for process in both) in ([0, 1], [0, 2]), errors
     assert "Traceback" not in "".join(errors)
     open_engine(tmp_path / "e")
-    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["e"]
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
 
 
 def test_gate_not_met_exits_3_and_leaves_nothing(tmp_path: Path) -> None:

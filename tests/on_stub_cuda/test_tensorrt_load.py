@@ -13,7 +13,6 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
-import filelock
 import numpy as np
 import onnx
 import pytest
@@ -298,10 +297,10 @@ def test_a_folder_that_cannot_be_written_says_what_to_do(
     compile_folder(folder)
     tensorrt(monkeypatch, stub, "10.3.0")
 
-    def read_only(lock: object, *_: object, **__: object) -> None:
+    def read_only(path: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", read_only)
+    monkeypatch.setattr("edgeseg.backends.compile.lock", read_only)
     with pytest.raises(
         ArtifactError, match=r"cannot be compiled again where it is \(Read-only file system\); run: edgeseg"
     ):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeseg.errors import ArtifactError
+from edgeseg.errors import ArtifactError, OutputExistsError
 from edgeseg.spec import ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,
@@ -22,12 +22,12 @@ from edgeseg.store.artifacts import (
     FileRef,
     Manifest,
     PrecisionReport,
+    engine_folder,
     open_engine,
     read_manifest,
     sha256_json,
     write_json,
 )
-from edgeseg.store.atomic import atomic_folder
 
 
 def make_engine(folder: Path, **changes: object) -> Manifest:
@@ -108,7 +108,7 @@ def test_missing_folder_says_how_to_make_one(tmp_path: Path) -> None:
 
 def test_atomic_folder_appears_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "engines" / "a"
-    with atomic_folder(target, force=False) as scratch:
+    with engine_folder(target, force=False) as scratch:
         (scratch / "x").write_text("1")
         assert not target.exists()
     assert (target / "x").read_text() == "1"
@@ -117,7 +117,7 @@ def test_atomic_folder_appears_at_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_atomic_folder_leaves_nothing_behind(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), atomic_folder(tmp_path / "a", force=False) as scratch:
+    with pytest.raises(error), engine_folder(tmp_path / "a", force=False) as scratch:
         (scratch / "x").write_text("1")
         raise error
     assert os.listdir(tmp_path) == []
@@ -125,7 +125,7 @@ def test_atomic_folder_leaves_nothing_behind(tmp_path: Path, error: type[BaseExc
 
 def test_folders_made_on_the_way_go_as_well_unless_something_else_is_in_them(tmp_path: Path) -> None:
     for kept in (False, True):
-        with pytest.raises(ValueError, match="stop"), atomic_folder(tmp_path / "a" / "b" / "e", force=False):
+        with pytest.raises(ValueError, match="stop"), engine_folder(tmp_path / "a" / "b" / "e", force=False):
             if kept:
                 (tmp_path / "a" / "other").touch()
             raise ValueError("stop")
@@ -136,7 +136,7 @@ def test_folders_made_on_the_way_go_as_well_unless_something_else_is_in_them(tmp
 def test_a_parent_that_cannot_be_made_is_one_clear_error() -> None:
     with (
         pytest.raises(ArtifactError, match="cannot make folder /proc/x"),
-        atomic_folder(Path("/proc/x/e"), force=False),
+        engine_folder(Path("/proc/x/e"), force=False),
     ):
         pass
 
@@ -144,12 +144,12 @@ def test_a_parent_that_cannot_be_made_is_one_clear_error() -> None:
 def test_existing_folder_needs_force_and_survives_failure(tmp_path: Path) -> None:
     folder = tmp_path / "a"
     make_engine(folder)
-    with pytest.raises(ArtifactError, match="--force"), atomic_folder(folder, force=False):
+    with pytest.raises(OutputExistsError, match="--force"), engine_folder(folder, force=False):
         pass
-    with pytest.raises(RuntimeError), atomic_folder(folder, force=True):
+    with pytest.raises(RuntimeError), engine_folder(folder, force=True):
         raise RuntimeError
     open_engine(folder)
-    with atomic_folder(folder, force=True) as scratch:
+    with engine_folder(folder, force=True) as scratch:
         (scratch / "new").write_text("1")
     assert os.listdir(folder) == ["new"]
     assert os.listdir(tmp_path) == ["a"]
@@ -158,16 +158,16 @@ def test_existing_folder_needs_force_and_survives_failure(tmp_path: Path) -> Non
 def test_force_does_not_delete_what_is_no_engine(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ArtifactError, match="not an engine folder"), atomic_folder(tmp_path / "thesis", force=True):
+    with pytest.raises(ArtifactError, match="not an engine folder"), engine_folder(tmp_path / "thesis", force=True):
         pass
     assert (tmp_path / "thesis" / "thesis.tex").exists()
 
 
 def test_two_builds_of_one_folder(tmp_path: Path) -> None:
     with (
-        atomic_folder(tmp_path / "a", force=False),
+        engine_folder(tmp_path / "a", force=False),
         pytest.raises(ArtifactError, match="another build"),
-        atomic_folder(tmp_path / "a", force=False),
+        engine_folder(tmp_path / "a", force=False),
     ):
         pass
 
@@ -177,8 +177,8 @@ def test_killed_build_leaves_no_folder_and_the_next_one_works(tmp_path: Path) ->
         f"""
         import time
         from pathlib import Path
-        from edgeseg.store.atomic import atomic_folder
-        with atomic_folder(Path({str(tmp_path / "a")!r}), force=False) as scratch:
+        from edgeseg.store.artifacts import engine_folder
+        with engine_folder(Path({str(tmp_path / "a")!r}), force=False) as scratch:
             (scratch / "half").write_text("half")
             print("ready", flush=True)
             time.sleep(60)
@@ -191,7 +191,7 @@ def test_killed_build_leaves_no_folder_and_the_next_one_works(tmp_path: Path) ->
     process.wait()
     process.stdout.close()
     assert not (tmp_path / "a").exists()
-    with atomic_folder(tmp_path / "a", force=False) as scratch:
+    with engine_folder(tmp_path / "a", force=False) as scratch:
         (scratch / "whole").write_text("1")
     assert os.listdir(tmp_path) == ["a"]
     assert os.listdir(tmp_path / "a") == ["whole"]
@@ -201,7 +201,7 @@ def test_killed_build_leaves_no_folder_and_the_next_one_works(tmp_path: Path) ->
 def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     with (
         pytest.raises(ArtifactError, match="No space left"),
-        atomic_folder(tmp_path / "a", force=False),
+        engine_folder(tmp_path / "a", force=False),
         open("/dev/full", "wb") as f,
     ):
         f.write(b"x" * 100_000)
@@ -211,7 +211,7 @@ def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
 def test_read_only_parent_is_one_clear_error(tmp_path: Path) -> None:
     # As root, permissions do not stop anybody; a file where a folder should be stops everybody.
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="cannot write"), atomic_folder(tmp_path / "file" / "a", force=False):
+    with pytest.raises(ArtifactError, match="cannot write"), engine_folder(tmp_path / "file" / "a", force=False):
         pass
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from edgeseg.backends import BACKENDS
 from edgeseg.cli import bench as bench_verb
 from edgeseg.cli import report as report_verb
-from edgeseg.errors import ArtifactError, BuildError, CheckpointError, InputError, SpecError
+from edgeseg.errors import ArtifactError, BuildError, CheckpointError, InputError, OutputExistsError, SpecError
 from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
 from edgeseg.evaluate.bench import BenchRequest, run_bench
 from edgeseg.evaluate.bench_table import bench_summary, ratio_words
@@ -168,8 +168,13 @@ def test_the_command_writes_and_protects_the_report(engine: Path, tmp_path: Path
     assert done.exit_code == 0
     assert read_report(target).rows[0].engine.name == "int8"
     again = CliRunner().invoke(bench_verb.command, arguments)
-    assert isinstance(again.exception, ArtifactError)
+    assert isinstance(again.exception, OutputExistsError)
     assert "--force" in str(again.exception)
+    assert again.exception.exit_code == 2
+    manifest = (engine / MANIFEST_NAME).read_bytes()
+    over_engine = CliRunner().invoke(bench_verb.command, [*arguments[:-1], str(engine / MANIFEST_NAME), "--force"])
+    assert "would replace the input" in str(over_engine.exception)
+    assert (engine / MANIFEST_NAME).read_bytes() == manifest
 
 
 def test_json_on_standard_output_is_json_alone(engine: Path) -> None:

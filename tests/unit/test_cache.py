@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -17,13 +18,16 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGESEG_CACHE", str(tmp_path))
 
 
-def writer(text: str) -> object:
-    return lambda folder: (folder / "result").write_text(text)
+def writer(text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "result").write_text(text)
+
+    return write
 
 
 def test_same_inputs_are_made_once() -> None:
-    first, reused_first = cache.cached_folder("stage", {"weights": "a"}, writer("1"))  # type: ignore[arg-type]
-    second, reused_second = cache.cached_folder("stage", {"weights": "a"}, writer("2"))  # type: ignore[arg-type]
+    first, reused_first = cache.cached_folder("export", {"weights": "a"}, writer("1"))
+    second, reused_second = cache.cached_folder("export", {"weights": "a"}, writer("2"))
     assert (reused_first, reused_second) == (False, True)
     assert first == second
     assert (second / "result").read_text() == "1"
@@ -31,8 +35,8 @@ def test_same_inputs_are_made_once() -> None:
 
 @pytest.mark.parametrize("changed", [{"weights": "b"}, {"weights": "a", "size": 1}])
 def test_changed_inputs_are_made_again(changed: dict[str, object]) -> None:
-    cache.cached_folder("stage", {"weights": "a"}, writer("1"))  # type: ignore[arg-type]
-    folder, reused = cache.cached_folder("stage", changed, writer("2"))  # type: ignore[arg-type]
+    cache.cached_folder("export", {"weights": "a"}, writer("1"))
+    folder, reused = cache.cached_folder("export", changed, writer("2"))
     assert not reused
     assert (folder / "result").read_text() == "2"
 
@@ -43,12 +47,12 @@ def test_failure_keeps_nothing(tmp_path: Path) -> None:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        cache.cached_folder("stage", 1, fail)
-    assert os.listdir(tmp_path / "stage") == []
+        cache.cached_folder("export", 1, fail)
+    assert os.listdir(tmp_path / "export") == []
 
 
 def test_prune_drops_the_least_recently_used() -> None:
-    folders = [cache.cached_folder("stage", n, writer("x" * 100))[0] for n in range(4)]  # type: ignore[arg-type]
+    folders = [cache.cached_folder("export", n, writer("x" * 100))[0] for n in range(4)]
     for age, folder in enumerate(folders):
         os.utime(folder, (1_000_000 + age, 1_000_000 + age))
     cache.prune(max_size_bytes=250)
@@ -73,3 +77,70 @@ def test_the_key_of_the_software_names_what_is_installed() -> None:
     here = cache.software()
     assert here["numpy"] == metadata.version("numpy")
     assert "no-such-package" not in package_versions("numpy", "no-such-package")
+
+
+def test_prune_and_clear_leave_what_is_not_edgesegs(tmp_path: Path) -> None:
+    """EDGESEG_CACHE may name a folder that holds other things: somebody's home."""
+    mine = tmp_path / "photos" / "2024" / "a.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"x" * 1000)
+    (tmp_path / "tensorrt-log").mkdir()
+    (tmp_path / "tensorrt-log" / "a.log").write_text("x" * 100)
+    cache.cached_folder("export", 1, writer("x" * 100))
+    assert cache.cache_content() == cache.CacheContent(str(tmp_path), 200, cache.MAX_SIZE_BYTES, True)
+    cache.prune(max_size_bytes=0)
+    assert cache.cache_content().size_bytes == 0
+    cache.cached_folder("export", 1, writer("x" * 100))
+    assert cache.clear() == 100
+    assert os.listdir(tmp_path) == ["photos"]
+    assert mine.read_bytes() == b"x" * 1000
+
+
+def test_what_another_build_is_making_survives_a_clear(tmp_path: Path) -> None:
+    def make(folder: Path) -> None:
+        (folder / "result").write_text("1")
+        cache.clear()
+
+    folder, _ = cache.cached_folder("export", 1, make)
+    assert (folder / "result").read_text() == "1"
+    (tmp_path / "export" / ".partial-0123456789abcdef").mkdir()
+    cache.clear()
+    assert not tmp_path.exists()
+
+
+def test_a_cache_that_is_not_there_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGESEG_CACHE", str(tmp_path / "new" / "cache"))
+    assert cache.cache_content() == cache.CacheContent(str(tmp_path / "new" / "cache"), 0, cache.MAX_SIZE_BYTES, True)
+    assert cache.clear() == 0
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["file", "stage"])
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """As root, permissions do not stop anybody: a file where a folder should be stands for a read-only home."""
+    if damage == "file":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("EDGESEG_CACHE", str(tmp_path / "file"))
+    else:
+        (tmp_path / "export").write_text("")
+    notes: list[str] = []
+    with cache.usable_cache(notes.append):
+        folder, reused = cache.cached_folder("export", 1, writer("1"))
+        assert not reused
+        assert cache.cached_folder("export", 1, writer("2")) == (folder, True)
+        assert (folder / "result").read_text() == "1"
+    assert not folder.exists()
+    (note,) = notes
+    assert note.startswith(f"nothing is kept for the next time: cannot write the cache {os.environ['EDGESEG_CACHE']}")
+    assert "EDGESEG_CACHE" in note
+
+
+def test_a_usable_cache_is_used_without_a_word(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with cache.usable_cache(notes.append):
+        folder, _ = cache.cached_folder("export", 1, writer("1"))
+    assert folder.is_relative_to(tmp_path)
+    assert folder.exists()
+    assert notes == []

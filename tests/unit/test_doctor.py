@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -155,3 +156,23 @@ def test_it_is_one_json_object_and_reads_in_a_narrow_terminal(diagnosis: Diagnos
 def test_torch_is_never_imported() -> None:
     code = "import sys; from edgeseg.cli.doctor import diagnose; diagnose(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_no_backend_leaves_anything_in_the_home_folder(tmp_path: Path) -> None:
+    """ONNX Runtime and OpenVINO send usage data under an id they keep there, unless kept from it."""
+    names = (
+        "HOME",
+        "XDG_CACHE_HOME",
+        "XDG_CONFIG_HOME",
+        "XDG_DATA_HOME",
+        "CI",
+        "ORT_DISABLE_TELEMETRY",
+        "EDGESEG_CACHE",
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    code = "from edgeseg.cli.doctor import diagnose; diagnose()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, "HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.rglob("*")) == []

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -318,6 +319,35 @@ def test_command_writes_what_is_asked(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 500 for path in files)
     blocked = cli(str(EXAMPLE), "--csv", str(files[2] / "under-a-file.csv"))
     assert blocked.returncode == 1 and "cannot write" in blocked.stderr
+
+
+def test_files_are_replaced_only_when_asked_and_inputs_never(tmp_path: Path) -> None:
+    mine, copy = tmp_path / "mine.csv", tmp_path / "b.json"
+    mine.write_text("mine")
+    copy.write_bytes(EXAMPLE.read_bytes())
+    refused = cli(str(EXAMPLE), "--csv", str(mine))
+    assert (refused.returncode, refused.stderr.count("\n"), mine.read_text()) == (2, 1, "mine")
+    assert "exists; give --force" in refused.stderr
+    assert cli(str(EXAMPLE), "--csv", str(mine), "--force").returncode == 0
+    assert mine.read_text().startswith("number,device,")
+    for force in ([], ["--force"]):
+        done = cli(str(copy), "--csv", str(copy), *force)
+        assert done.returncode == 2 and "would replace the input" in done.stderr
+    assert copy.read_bytes() == EXAMPLE.read_bytes()
+    assert cli(str(EXAMPLE), "--csv", str(tmp_path / "n"), "--html", str(tmp_path / "n")).returncode == 2
+
+
+def test_files_can_be_printed_and_devices_stay_devices(tmp_path: Path) -> None:
+    printed = cli(str(EXAMPLE), "--csv", "-", "--markdown", "/dev/null")
+    assert printed.returncode == 0
+    assert {len(cells) for cells in csv.reader(io.StringIO(printed.stdout))} == {
+        printed.stdout.splitlines()[0].count(",") + 1
+    }
+    assert Path("/dev/null").is_char_device()
+    assert cli(str(EXAMPLE), "--csv", "-", "--json").returncode == 2
+    os.mkfifo(tmp_path / "pipe")
+    hangs_not = cli(str(tmp_path / "pipe"))
+    assert hangs_not.returncode == 1 and "is no regular file" in hangs_not.stderr
 
 
 def test_report_needs_no_torch(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from memory_backend import MemorySession
 from PIL import Image
 
-from edgeseg.errors import BuildError, InputError
-from edgeseg.runtime import outputs, sources
+from edgeseg.errors import BuildError, InputError, OutputExistsError, SpecError
+from edgeseg.runtime import sources
 from edgeseg.runtime.outputs import VideoFile, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlay import class_palette, colorize
 from edgeseg.runtime.run import run_inputs
@@ -159,7 +159,7 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
     (tmp_path / "out/masks").mkdir(parents=True)
     (tmp_path / "out/masks/b.png").write_text("mine")
     inputs = [tmp_path / "a.png", tmp_path / "b.png"]
-    with pytest.raises(InputError, match=r"b\.png exists; give --force"):
+    with pytest.raises(OutputExistsError, match=r"b\.png exists; give --force"):
         run_inputs(segmenter(), inputs, tmp_path / "out", progress=False)
     assert files(tmp_path / "out") == ["masks/b.png"]
     assert (tmp_path / "out/masks/b.png").read_text() == "mine"
@@ -168,25 +168,32 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path) -> None:
         assert png.size == (30, 20)
 
 
-def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
+def test_an_input_is_never_an_output(tmp_path: Path) -> None:
+    photo(tmp_path / "masks" / "a.png")
+    before = (tmp_path / "masks" / "a.png").read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(SpecError, match="would replace the input"):
+            run_inputs(segmenter(), [tmp_path / "masks"], tmp_path, overwrite=overwrite, progress=False)
+    assert (tmp_path / "masks" / "a.png").read_bytes() == before
 
-    def write(part: Path) -> None:
-        part.write_text("ours")
+
+def test_a_video_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    pytest.importorskip("cv2")
+    path = tmp_path / "a.mp4"
+    with pytest.raises(OutputExistsError, match="exists"), VideoFile(path, 10.0) as video:
+        video.write(np.zeros((16, 16, 3), np.uint8))
         path.write_text("theirs")
-
-    with pytest.raises(InputError, match="exists"):
-        outputs._write_whole(path, write, overwrite=False)
-    assert files(tmp_path) == ["a.png"]
+    assert files(tmp_path) == ["a.mp4"]
     assert path.read_text() == "theirs"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(self: Image.Image, part: Path, *args: object, **options: object) -> None:
-        Path(part).write_bytes(b"half")
+    def full_disk(part: Path, data: bytes) -> None:
+        with part.open("wb") as stream:
+            stream.write(data[:1])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     for write in (lambda p: write_mask(p, np.zeros((2, 2), np.uint8), class_palette(2)),
                   lambda p: write_picture(p, np.zeros((2, 2, 3), np.uint8))):  # fmt: skip
         with pytest.raises(InputError, match=r"cannot write .*a\.png: No space left on device"):
@@ -197,7 +204,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
     photo(tmp_path / "a.png")
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(InputError, match="cannot make the folder"):
+    with pytest.raises(InputError, match=r"cannot write .*a\.png: Not a directory"):
         run_inputs(segmenter(), [tmp_path / "a.png"], tmp_path / "out", progress=False)
 
 
@@ -285,7 +292,7 @@ def test_an_exception_in_a_video_leaves_no_file(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert files(tmp_path) == []
     (tmp_path / "a.mp4").write_text("mine")
-    with pytest.raises(InputError, match="exists"):
+    with pytest.raises(OutputExistsError, match="exists"):
         VideoFile(tmp_path / "a.mp4", 10.0)
 
 

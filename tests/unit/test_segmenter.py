@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_backend import MemorySession, write_memory_engine
+from memory_backend import MemoryBackend, MemorySession, write_memory_engine
 
 from edgeseg import backends
 from edgeseg.errors import ArtifactError, InputError, SpecError
@@ -21,6 +21,7 @@ from edgeseg.images.placement import fit
 from edgeseg.runtime.prediction import Prediction
 from edgeseg.runtime.segmenter import Segmenter, load
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
+from edgeseg.store.artifacts import Engine, engine_folder
 
 RNG = np.random.default_rng(11)
 POLICIES = ("resize", "letterbox", "tile")
@@ -462,3 +463,28 @@ def test_a_prediction_has_one_shape_for_one_image() -> None:
     assert isinstance(single, Prediction)
     assert single.mask.shape == (32, 48)
     assert (single.confidence, single.probabilities, single.logits, single.aux_logits) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_replaced_while_it_is_loaded_is_loaded_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Manifest and engine are of one build, whichever, also when the new file does not go with the old manifest."""
+    monkeypatch.setitem(backends.BACKENDS, "memory", "memory_backend")
+    folder, first, second = tmp_path / "engine", make_spec(classes=3), make_spec(classes=5)
+    write_memory_engine(folder, first)
+    inner, loaded = MemoryBackend.load, list[PipelineSpec]()
+
+    def load_slowly(self: MemoryBackend, engine: Engine) -> MemorySession:
+        loaded.append(engine.manifest.spec)
+        if len(loaded) == 1:
+            with engine_folder(folder, force=True) as scratch:
+                write_memory_engine(scratch, second)
+            if fails:
+                raise ArtifactError("the engine file is another's")
+        return inner(self, engine)
+
+    monkeypatch.setattr(MemoryBackend, "load", load_slowly)
+    with load(folder) as segmenter:
+        assert segmenter.spec == second
+    assert loaded == [first, second]

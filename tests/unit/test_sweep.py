@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
 import msgspec
 import pytest
 from bench_rows import report, row
@@ -20,6 +19,7 @@ from edgeseg.decide.entries import failed_measurements
 from edgeseg.errors import ArtifactError, BuildError, SpecError
 from edgeseg.evaluate.results import FailedMeasurement, read_report, write_report
 from edgeseg.store.artifacts import MANIFEST_NAME, open_engine, write_json
+from edgeseg.store.atomic import lock
 from edgeseg.sweep.config import BenchConfig, Cell, SweepConfig, expand, read_config
 from edgeseg.sweep.executors import Built, build_locally
 from edgeseg.sweep.run import bench_options, run_edgeseg, run_sweep
@@ -213,7 +213,7 @@ def test_models_can_be_measured_apart(tmp_path: Path) -> None:
 
 def test_two_sweeps_of_one_folder_are_kept_apart(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with filelock.FileLock(tmp_path / "out" / ".lock"), pytest.raises(ArtifactError, match="another sweep"):
+    with lock(tmp_path / "out" / ".lock"), pytest.raises(ArtifactError, match="another sweep"):
         Recorder().run(config(tmp_path))
 
 

@@ -6,6 +6,7 @@ The export holds choices made for this CPU and this OpenVINO, so ``load`` refuse
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -197,10 +198,18 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
 
 
 def _import_openvino() -> Any:
+    # Importing it sends usage data, keeps a client id in the home folder, and warns where it cannot. There is no setting:
+    # it does without where the package that does so is not installed.
+    hidden = "openvino_telemetry" not in sys.modules
+    if hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
         import openvino
     except ImportError as exc:
         raise MissingDependencyError("openvino", "openvino", "run engines with OpenVINO") from exc
+    finally:
+        if hidden:
+            del sys.modules["openvino_telemetry"]
     return openvino
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.store.cache import cache_folder
+from edgeseg.store.cache import user_cache_folder
 
 if TYPE_CHECKING:
     from tensorrt_surface import TensorRT
@@ -50,10 +51,17 @@ class LogCapture:
 
 
 def keep_log(log: LogCapture, graph_sha256: str) -> Path:
-    """Keep the log of a failed build, whose folder vanishes, in edgeseg's cache folder. Returns where."""
-    path = cache_folder() / "tensorrt-log" / f"{graph_sha256[:16]}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log.write(path)
+    """Keep the log of a failed build, whose folder vanishes, in edgeseg's cache folder or, failing that, a new one.
+
+    Returns where.
+    """
+    path = user_cache_folder() / "tensorrt-log" / f"{graph_sha256[:16]}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log.write(path)
+    except OSError:
+        path = Path(tempfile.mkdtemp(prefix="edgeseg-log-")) / path.name
+        log.write(path)
     return path
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.backends.tensorrt.device import Gpu
-from edgeseg.store.artifacts import sha256_json, write_bytes
-from edgeseg.store.cache import cache_folder
+from edgeseg.store.artifacts import sha256_json
+from edgeseg.store.atomic import write_bytes
+from edgeseg.store.cache import stage_folder
 
 if TYPE_CHECKING:
     from tensorrt import ICudaEngine, IExecutionContext
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 def runtime_cache_path(engine_sha256: str, gpu: Gpu, version: str) -> Path:
     """Where the kernels of one engine on one kind of GPU are kept."""
     key = sha256_json([engine_sha256, gpu.name, gpu.capability_text, version])[:16]
-    return cache_folder() / "tensorrt-rtx-runtime" / f"{key}.cache"
+    return stage_folder("tensorrt-rtx-runtime") / f"{key}.cache"
 
 
 class CachingEngine:
@@ -43,12 +45,21 @@ class CachingEngine:
         return self._engine.create_execution_context(self._config)
 
     def store(self) -> None:
-        """Write the kernels compiled so far, if there are new ones."""
+        """Write the kernels compiled so far, if there are new ones; a place that cannot be written is a warning."""
         compiled = bytes(self._cache.serialize())
-        if compiled != self._stored:
+        if compiled == self._stored:
+            return
+        try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(self._path, compiled)
-            self._stored = compiled
+        except OSError as exc:
+            warnings.warn(
+                f"edgeseg: compiled kernels are not kept for the next load: cannot write {self._path}: {exc.strerror}; "
+                "EDGESEG_CACHE names another folder",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._stored = compiled
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

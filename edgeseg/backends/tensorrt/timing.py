@@ -16,11 +16,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
-
 from edgeseg.backends.tensorrt.device import Gpu
 from edgeseg.errors import ArtifactError, SpecError
-from edgeseg.store.artifacts import FileRef, read_json, write_bytes, write_json
+from edgeseg.store.artifacts import FileRef, read_json, write_json
+from edgeseg.store.atomic import HeldError, lock, write_bytes
 
 if TYPE_CHECKING:
     from tensorrt import IBuilderConfig
@@ -123,7 +122,7 @@ class TimingCache:
         measured = config.get_timing_cache()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._lock:
+            with self._lock():
                 there = self._intact()
                 if there != self._read:
                     others = config.create_timing_cache(there)
@@ -138,7 +137,7 @@ class TimingCache:
                 f"kernel times are not kept for the next build: cannot write {self.path}: {why}; "
                 "make it writable, or give --backend-option timing_cache=FILE"
             )
-        except filelock.Timeout:
+        except HeldError:
             self._note(f"kernel times are not kept for the next build: another program holds {self.path}")
 
     def _note(self, text: str) -> None:
@@ -176,9 +175,8 @@ class TimingCache:
             return b""
         return content
 
-    @property
-    def _lock(self) -> filelock.BaseFileLock:
-        return filelock.FileLock(self.path.parent / f".{self.path.name}.lock", timeout=LOCK_SECONDS)
+    def _lock(self) -> contextlib.AbstractContextManager[None]:
+        return lock(self.path.parent / f".{self.path.name}.lock", timeout_s=LOCK_SECONDS)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -187,5 +185,5 @@ class TimingCache:
             # A folder that cannot be written, or that is not there yet: nobody replaces anything in it.
             with contextlib.suppress(OSError):
                 if self.path.is_file():
-                    stack.enter_context(self._lock)
+                    stack.enter_context(self._lock())
             yield

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from edgeseg.progress import Reporter, stage
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import sha256_json
-from edgeseg.store.cache import cache_folder, software
+from edgeseg.store.cache import software, stage_folder, usable_cache
 
 # Images judged ahead of the one whose turn it is to be written, per process.
 _AHEAD = 4
@@ -120,12 +120,13 @@ def evaluate(
         data = request.open(members[0].spec.model)
         pairs = {c.name: b.name for c in members if (b := first_baseline(c, members)) is not None}
         group = _Group(data, data_digest(data), tuple(members), pairs, request.resolution)
-        with stage(reporter, "accuracy") as said:
-            ledgers, reused = _records(group, request, opener, reporter)
-            said.append(f"{len(data)} images, {len(members)} engines")
-            if reused:
-                said.append(f"{reused} results of an earlier run reused")
-        found |= _figures(group, request, ledgers, opener)
+        with nullcontext() if request.state_folder else usable_cache(reporter.note):
+            with stage(reporter, "accuracy") as said:
+                ledgers, reused = _records(group, request, opener, reporter)
+                said.append(f"{len(data)} images, {len(members)} engines")
+                if reused:
+                    said.append(f"{reused} results of an earlier run reused")
+            found |= _figures(group, request, ledgers, opener)
     return found
 
 
@@ -160,7 +161,7 @@ def state_key(contender: Contender, group: _Group, opener: Opener) -> str:
 def _records(
     group: _Group, request: AccuracyRequest, opener: Opener, reporter: Reporter
 ) -> tuple[dict[str, Ledger], int]:
-    folder = request.state_folder or cache_folder() / "accuracy"
+    folder = request.state_folder or stage_folder("accuracy")
     ledgers = {c.name: Ledger(folder / state_key(c, group, opener) / "images.jsonl") for c in group.contenders}
     reused = sum(len(ledger) for ledger in ledgers.values())
     todo = [

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from edgeseg.evaluate.accuracy.dataset import ValidationSet
 from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution, segment
@@ -18,6 +17,7 @@ from edgeseg.evaluate.accuracy.ledger import Ledger
 from edgeseg.evaluate.accuracy.scores import image_miou
 from edgeseg.evaluate.contenders import Contender, Opener
 from edgeseg.evaluate.results import Resolution, WorstImage
+from edgeseg.runtime.outputs import write_picture
 from edgeseg.runtime.overlay import spec_palette
 from edgeseg.runtime.segmenter import Segmenter
 
@@ -86,9 +86,7 @@ def side_by_side(
 
 def _save(picture: NDArray[np.uint8], folder: Path, engine: str, record: ImageRecord) -> str:
     stem = re.sub(r"[^\w.-]+", "-", Path(record.name).stem)
-    place = folder / re.sub(r"[^\w.-]+", "-", engine)
-    place.mkdir(parents=True, exist_ok=True)
-    path = place / f"{record.index:05d}-{stem}.png"
-    Image.fromarray(picture).save(path)
+    path = folder / re.sub(r"[^\w.-]+", "-", engine) / f"{record.index:05d}-{stem}.png"
+    write_picture(path, picture, overwrite=True)
     # Relative to the report, which lies beside the folder.
     return path.relative_to(folder.parent).as_posix()

@@ -1,0 +1,80 @@
+"""What may be written where: refused before the work, and what is written to rather than replaced."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgeseg.errors import OutputExistsError, SpecError
+
+
+def check_outputs(outputs: Sequence[Path], *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse, before the work, files that must not be written. What :func:`is_stream` is written to, not replaced.
+
+    Args:
+        outputs: files to be written.
+        force: those that exist may be replaced.
+        inputs: files that are read; no output may be one of them.
+
+    Raises:
+        OutputExistsError: one exists and ``force`` is false.
+        SpecError: one is an input, a folder, a device, or named twice.
+    """
+    read = {_identity(path): path for path in inputs if not is_stream(path)}
+    written: dict[object, Path] = {}
+    for path in outputs:
+        if is_stream(path):
+            continue
+        if (known := read.get(_identity(path))) is not None:
+            raise SpecError(f"{path} would replace the input {known}; give another file")
+        if (known := written.setdefault(_identity(path), path)) is not path:
+            raise SpecError(f"{path} would replace {known}, which is written as well; give two files")
+        if os.path.isdir(path):
+            raise SpecError(f"{path} is a folder; give a file")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise SpecError(f"{path} is no regular file; give another file")
+        refuse_existing(path, force)
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise :class:`OutputExistsError` if there is something at ``path`` that may not be replaced."""
+    if not force and os.path.exists(path):
+        raise OutputExistsError(f"{path} exists; give --force to replace it, or another output")
+
+
+def _identity(path: Path) -> object:
+    try:
+        status = path.stat()
+    except OSError:
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
+
+
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
+_STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+
+
+def open_descriptor(path: Path) -> int | None:
+    """The number of the open file that ``/dev/stdout``, ``/dev/fd/3`` and the like stand for, else ``None``."""
+    text = os.path.abspath(path)
+    match = _DESCRIPTOR.fullmatch(text)
+    return int(match[1]) if match else _STANDARD.get(text)
+
+
+def is_stdout(path: Path) -> bool:
+    """Whether what is written to ``path`` is what the command prints."""
+    return str(path) == "-" or open_descriptor(path) == 1
+
+
+def is_stream(path: Path) -> bool:
+    """Whether ``path`` is written to rather than replaced: ``-`` (standard output), a device such as a terminal, a pipe."""
+    if str(path) == "-" or open_descriptor(path) is not None:
+        return True
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
