@@ -55,7 +55,7 @@ class Segmenter:
         tile_overlap: float = 0.25,
         palette: NDArray[np.uint8] | None = None,
     ) -> None:
-        one_of("channel order", channel_order, get_args(ChannelOrder))
+        _check_order(channel_order, spec.input.channels)
         if not 0.0 <= tile_overlap <= 0.9:
             raise SpecError(f"tile overlap is {tile_overlap}; give a share of the tile from 0 to 0.9")
         self.spec = spec
@@ -162,8 +162,7 @@ class Segmenter:
             yield from (self(image, channel_order=channel_order) for image in images)
             return
         assert isinstance(session, PipelinedSession)
-        order = self.channel_order if channel_order is None else channel_order
-        one_of("channel order", order, get_args(ChannelOrder))
+        swap = self._swaps_channels(channel_order)
         plans: deque[tuple[Placement, bool]] = deque()
 
         def fitted() -> Iterator[NDArray[np.uint8]]:
@@ -175,7 +174,7 @@ class Segmenter:
                 assert not isinstance(plan, Tiling)
                 plans.append((plan, single))
                 image = batch if plan.is_identity else plan.apply(batch[0])[None]
-                yield np.ascontiguousarray(_reversed_channels(image) if order == "bgr" else image)
+                yield np.ascontiguousarray(_reversed_channels(image) if swap else image)
 
         with closing(session.run_many(fitted())) as running:
             for outputs in running:
@@ -202,6 +201,12 @@ class Segmenter:
             raise InputError("this Segmenter is closed; load the engine again")
         return self._session
 
+    def _swaps_channels(self, channel_order: ChannelOrder | None) -> bool:
+        """Whether images of ``channel_order`` (``None``: the segmenter's) are turned for the engine, which takes RGB."""
+        order = self.channel_order if channel_order is None else channel_order
+        _check_order(order, self.spec.input.channels)
+        return order == "bgr"
+
     def _batch(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], bool]:
         """Check ``images`` and return them as ``(N, H, W, C)``, and whether it was one image."""
         channels = self.spec.input.channels
@@ -224,11 +229,7 @@ class Segmenter:
     def _predictions(
         self, batch: NDArray[np.uint8], channel_order: ChannelOrder | None, *, mask_only: bool
     ) -> Iterator[Prediction]:
-        order = self.channel_order if channel_order is None else channel_order
-        one_of("channel order", order, get_args(ChannelOrder))
-        if order == "bgr" and batch.shape[-1] != 3:
-            raise SpecError(f"channel order bgr means 3 channels, this model takes {batch.shape[-1]}; leave it out")
-        swap = order == "bgr"
+        swap = self._swaps_channels(channel_order)
         plan = plan_fit(batch.shape[1], batch.shape[2], self._input, self._overlap)
         if isinstance(plan, Tiling):
             for image in batch:
@@ -364,6 +365,12 @@ def _loaded(engine: Engine, recompile: bool) -> Session:
     from edgeseg.recompile import recompile as compile_again
 
     return backend.load(compile_again(engine))
+
+
+def _check_order(order: str, channels: int) -> None:
+    one_of("channel order", order, get_args(ChannelOrder))
+    if order == "bgr" and channels != 3:
+        raise SpecError(f"channel order bgr means 3 channels, this model takes {channels}; leave it out")
 
 
 def _reversed_channels(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -202,6 +202,29 @@ def test_other_channel_counts(channels: int, size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(segmenter(image), bands(image))
     with pytest.raises(SpecError, match="bgr means 3 channels"):
         segmenter(image, channel_order="bgr")
+
+
+class PairingSession(MemorySession):
+    """Takes images one after another, as a TensorRT session does."""
+
+    def run_many(self, batches: Iterable[np.ndarray]) -> Generator[Mapping[str, np.ndarray], None, None]:
+        for batch in batches:
+            yield self.run(batch)
+
+
+@pytest.mark.parametrize("session", [MemorySession, PairingSession])
+def test_many_images_and_one_are_checked_alike(session: type[MemorySession]) -> None:
+    colour = Segmenter(session(make_spec()), make_spec())
+    image = photo(32, 48, 3)
+    np.testing.assert_array_equal(next(colour.many([image], channel_order="bgr")), colour(image[..., ::-1]))
+    for channels in (1, 2, 4):
+        spec = make_spec(channels=channels)
+        engine = session(spec)
+        with pytest.raises(SpecError, match=f"bgr means 3 channels, this model takes {channels}"):
+            list(Segmenter(engine, spec).many([photo(32, 48, channels)], channel_order="bgr"))
+        assert engine.calls == []
+        with pytest.raises(SpecError, match="bgr means 3 channels"):
+            Segmenter(session(spec), spec, channel_order="bgr")
 
 
 def test_grey_images_need_no_channel_axis() -> None:
