@@ -107,7 +107,7 @@ def _unseen(pairs: ValidationSet, samples: Samples) -> VerificationData:
     """The validation images that were not calibrated on; all of them, saying so, if none is left."""
     description = str(pairs.source)
     if isinstance(samples, CalibrationSet):
-        rest = pairs.without(set(samples.content))
+        rest = pairs.without(set(samples.pixels))
         seen = len(pairs) - len(rest)
         if not len(rest):
             return VerificationData(pairs, f"{description}, all of which were also calibrated on")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from edgeseg.errors import InputError
-from edgeseg.runtime.images import list_images, read_image
+from edgeseg.runtime.images import list_images, pixel_digest, read_image
 from edgeseg.spec import ModelSpec
 
 T = TypeVar("T")
@@ -131,13 +131,22 @@ class ValidationSet:
     def has_masks(self) -> bool:
         return bool(self.masks)
 
-    def without(self, digests: Collection[str]) -> ValidationSet:
-        """The set without the images whose file content has one of these SHA-256 (images used for calibration)."""
-        return self._subset([k for k, path in enumerate(self.images) if file_digest(path) not in digests])
+    def without(self, pixels: Collection[str]) -> ValidationSet:
+        """The set without the pictures whose :func:`pixel_digest` is among these (images used for calibration).
+
+        Every image is decoded: a copy under another name or in another format shows the same.
+        """
+        channels = self.model.in_channels
+        return self._subset(
+            [k for k, path in enumerate(self.images) if pixel_digest(read_image(path, channels)) not in pixels]
+        )
 
     def only(self, digests: Collection[str]) -> ValidationSet:
-        """The set with just the images whose file content has one of these SHA-256."""
-        return self._subset([k for k, path in enumerate(self.images) if file_digest(path) in digests])
+        """The set with just the images whose file content has one of these SHA-256; of equal files the first."""
+        first: dict[str, int] = {}
+        for k, path in enumerate(self.images):
+            first.setdefault(file_digest(path), k)
+        return self._subset([k for digest, k in first.items() if digest in digests])
 
     def _subset(self, keep: list[int]) -> ValidationSet:
         masks = tuple(self.masks[k] for k in keep) if self.masks else ()
@@ -289,7 +298,7 @@ def _decoded(pixels: NDArray[np.uint8], colours: Mapping[tuple[int, int, int], i
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of an image file's content, hex: how calibration and validation images are told apart."""
+    """SHA-256 of a file's content, hex."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as exc:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgeseg.artifacts import sha256_file
 from edgeseg.errors import EdgesegError, InputError
-from edgeseg.runtime.images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, fit_windows, list_images, read_image
+from edgeseg.runtime.images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, fit_windows, list_images, pixel_digest, read_image
 from edgeseg.spec import InputSpec
 
 MINIMUM_IMAGES = 8
@@ -72,8 +72,7 @@ class _Array:
         return np.ascontiguousarray(self.pixels)
 
     def digest(self) -> str:
-        header = f"{self.pixels.shape}".encode()
-        return hashlib.sha256(header + np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
+        return pixel_digest(self.pixels)
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,13 @@ class CalibrationSet:
     Attributes:
         source: where they came from, in words.
         content: SHA-256 of each image taken, in order: of the file's bytes, or of an array's pixels.
+        pixels: SHA-256 of what each shows, which copies in other files or formats have in common; no two are equal.
         skipped: name and reason of every image that could not be used.
     """
 
     source: str
     content: tuple[str, ...]
+    pixels: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
     _images: tuple[_Image, ...]
 
@@ -101,7 +102,10 @@ class CalibrationSet:
         channels: int = 3,
         minimum: int = MINIMUM_IMAGES,
     ) -> CalibrationSet:
-        """Find the images, take a subset, and make sure that each can be decoded.
+        """Find the images, take a subset, and make sure that each can be decoded and shows something else.
+
+        A picture that is there twice, in whatever files, is taken once: it would count twice in every statistic, and
+        its copy would be held out to verify what was calibrated on it.
 
         Args:
             source: a folder of images (or one with them in ``images/``), a glob pattern, a ``.txt`` list with one
@@ -114,7 +118,8 @@ class CalibrationSet:
             minimum: refuse to calibrate on fewer; a smaller ``limit`` lowers it.
 
         Raises:
-            InputError: nothing there, not readable, or too few usable images; says which were skipped and why.
+            InputError: nothing there, not readable, too few usable images (says which were skipped and why), or
+                nothing but images of a single colour.
         """
         if limit is not None and limit < 1:
             raise InputError(f"calibration limit is {limit}; give at least 1 image, or none for all of them")
@@ -122,21 +127,36 @@ class CalibrationSet:
         order = list(range(len(found)))
         if limit is not None and limit < len(found):
             random.Random(seed).shuffle(order)
-        taken: list[tuple[int, str]] = []
+        taken: list[tuple[int, _Content]] = []
         skipped: list[tuple[str, str]] = []
+        name_of: dict[str, str] = {}
         for index in order:
             if len(taken) == limit:
                 break
             try:
-                taken.append((index, _check(found[index], channels)))
+                content = _check(found[index], channels)
+                if content.pixels in name_of:
+                    raise InputError(f"the same picture as {name_of[content.pixels]}")
+                name_of[content.pixels] = found[index].name
+                taken.append((index, content))
             except EdgesegError as exc:
                 skipped.append((found[index].name, str(exc)))
         needed = min(minimum, limit) if limit is not None else minimum
         if len(taken) < max(needed, 1):
             raise InputError(_too_few(words, len(taken), len(found), needed, skipped))
-        taken.sort()
-        content = tuple(sha for _, sha in taken)
-        return cls(words, content, tuple(sorted(skipped)), tuple(found[index] for index, _ in taken))
+        if all(content.is_one_colour for _, content in taken):
+            raise InputError(
+                f"each of the {len(taken)} images in {words} is of a single colour; ranges taken from them would fit no "
+                "real image: give images like those the model will see"
+            )
+        taken.sort(key=lambda item: item[0])
+        return cls(
+            source=words,
+            content=tuple(content.stored for _, content in taken),
+            pixels=tuple(content.pixels for _, content in taken),
+            skipped=tuple(sorted(skipped)),
+            _images=tuple(found[index] for index, _ in taken),
+        )
 
     @property
     def digest(self) -> str:
@@ -153,8 +173,12 @@ class CalibrationSet:
         return kept, self._part([k for k in numbers if not (k + 1) % every])
 
     def _part(self, indices: list[int]) -> CalibrationSet:
-        content = tuple(self.content[k] for k in indices)
-        return replace(self, content=content, _images=tuple(self._images[k] for k in indices))
+        return replace(
+            self,
+            content=tuple(self.content[k] for k in indices),
+            pixels=tuple(self.pixels[k] for k in indices),
+            _images=tuple(self._images[k] for k in indices),
+        )
 
     def named_images(self, channels: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """Yield each image's name and pixels, uint8 ``(H, W, channels)``, at its own size.
@@ -185,11 +209,21 @@ class CalibrationSet:
             yield name, [np.ascontiguousarray(window[None]) for window in fit_windows(pixels, spec)]
 
 
-def _check(image: _Image, channels: int) -> str:
-    height, width = image.read(channels).shape[:2]
+@dataclass(frozen=True)
+class _Content:
+    """What tells one candidate from another: SHA-256 of the stored bytes and of the pixels."""
+
+    stored: str
+    pixels: str
+    is_one_colour: bool
+
+
+def _check(image: _Image, channels: int) -> _Content:
+    pixels = image.read(channels)
+    height, width = pixels.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
         raise InputError(f"{height}x{width} pixels, at least {SMALLEST_SIDE}x{SMALLEST_SIDE} are needed")
-    return image.digest()
+    return _Content(image.digest(), pixel_digest(pixels), bool((pixels == pixels[0, 0]).all()))
 
 
 def _too_few(words: str, taken: int, found: int, needed: int, skipped: Sequence[tuple[str, str]]) -> str:

@@ -16,6 +16,7 @@ What :func:`read_image` makes of unusual files, so that a mask does not depend o
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import zipfile
@@ -29,7 +30,16 @@ from numpy.typing import NDArray
 from edgeseg.errors import InputError
 from edgeseg.runtime.placement import Placement, fit, fit_windows
 
-__all__ = ["IMAGE_SUFFIXES", "Placement", "fit", "fit_windows", "list_images", "natural_key", "read_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Placement",
+    "fit",
+    "fit_windows",
+    "list_images",
+    "natural_key",
+    "pixel_digest",
+    "read_image",
+]
 
 # EPS (which runs Ghostscript) and rarely exercised decoders stay closed to files of unknown origin.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
@@ -66,6 +76,11 @@ def read_image(path: str | Path, channels: int = 3) -> NDArray[np.uint8]:
     if path.suffix.lower() in ARRAY_SUFFIXES:
         return _from_array(path, _load_array(path), channels)
     return _read_with_pillow(path, channels)
+
+
+def pixel_digest(image: NDArray[np.uint8]) -> str:
+    """SHA-256 of what an image shows, hex: equal for copies of a picture, whatever their names and file formats."""
+    return hashlib.sha256(f"{image.shape}".encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
 def list_images(source: str | Path | Iterable[str | Path], *, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from edgeseg.errors import InputError
 from edgeseg.evaluate.dataset import IGNORED, LabelReader, ValidationSet, file_digest, read_label_file
+from edgeseg.runtime.images import pixel_digest, read_image
 from edgeseg.spec import ModelSpec
 
 MODEL = ModelSpec("fpn", "resnet18", classes=11)
@@ -107,10 +108,14 @@ def test_images_used_for_calibration_are_left_out_by_content(pairs: Path) -> Non
     write_image(pairs / "images" / "img3.jpg", value=77)
     write_mask(pairs / "masks" / "img3.png", mask_of(2))
     data = ValidationSet.open(pairs, MODEL)
-    copied_to_calibration = {file_digest(pairs / "images" / "img3.jpg")}
-    assert [p.name for p in data.without(copied_to_calibration).images] == ["img1.jpg", "img2.jpg", "img10.jpg"]
-    assert len(list(data.without(copied_to_calibration))) == 3
-    (held_out,) = data.only(copied_to_calibration)
+    Image.open(pairs / "images" / "img3.jpg").save(pairs / "calibrated.bmp")
+    calibrated = {pixel_digest(read_image(pairs / "calibrated.bmp"))}
+    assert [p.name for p in data.without(calibrated).images] == ["img1.jpg", "img2.jpg", "img10.jpg"]
+    assert len(list(data.without(calibrated))) == 3
+    write_image(pairs / "images" / "img4.jpg", value=77)
+    write_mask(pairs / "masks" / "img4.png", mask_of(2))
+    # A copy is not judged twice.
+    (held_out,) = ValidationSet.open(pairs, MODEL).only({file_digest(pairs / "images" / "img3.jpg")})
     assert held_out.name == "img3.jpg"
     assert held_out.mask is not None
     assert held_out.mask[0, 0] == 2
