@@ -105,7 +105,9 @@ def calibration_source(request: BuildRequest, loaded: LoadedModel) -> Calibratio
 
 def _unseen(pairs: ValidationSet, samples: Samples) -> VerificationData:
     """The validation images that were not calibrated on; all of them, saying so, if none is left."""
-    description = str(pairs.source)
+    # All masks are read here: what is wrong with them is said before the work.
+    meaning = pairs.labels.meaning
+    description = f"{pairs.source} ({meaning})" if meaning else str(pairs.source)
     if isinstance(samples, CalibrationSet):
         rest = pairs.without(set(samples.pixels))
         seen = len(pairs) - len(rest)

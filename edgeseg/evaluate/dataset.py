@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import tokenize
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ class Pair:
         mask: int32 ``(H, W)`` of class indices (binary: 0 and 1), or ``(classes, H, W)`` of 0 and 1 for multilabel;
             :data:`IGNORED` where unlabelled. ``None`` without a mask.
         digest: SHA-256 of the image file, hex.
-        ignore_index: the value of the mask files that is read as unlabelled, if one was met or given.
+        ignore_index: the value of the set's mask files that is read as unlabelled, if one was met or given.
     """
 
     name: str
@@ -68,8 +69,8 @@ class ValidationSet:
     not the colour), or ``.npy``; for ``binary`` 0 and 1, or 0 and 255; for ``multilabel`` a ``.npy`` of 0 and 1,
     ``(classes, H, W)``. One further value may mark unlabelled pixels. Without ``ignore_index`` it is recognized only
     where there can be little doubt: it must be 255 (65535 in 16 bits) or the number of classes, and the only such value
-    in the whole set. Every other value is an error that names the file, because a wrong label map that is quietly
-    ignored yields figures that look right.
+    in the whole set, which is read once to decide (:attr:`labels`). Every other value is an error that names the file,
+    because a wrong label map that is quietly ignored yields figures that look right.
 
     Attributes:
         source: the folder.
@@ -162,16 +163,21 @@ class ValidationSet:
         Raises:
             InputError: an unreadable file, a mask of another size than its image, or a value that is no class.
         """
-        labels = self.label_reader()
         for position in range(len(self)):
-            yield self.read(position, labels)
+            yield self.read(position)
 
-    def label_reader(self) -> LabelReader:
-        """A reader of this set's masks; use one for all of them, it learns which value means unlabelled."""
-        return LabelReader(self.model, self.ignore_index, self.coding)
+    @cached_property
+    def labels(self) -> LabelReader:
+        """The reader of this set's masks. All of them are read once to decide what their values mean.
 
-    def read(self, position: int, labels: LabelReader) -> Pair:
+        Raises:
+            InputError: see :meth:`LabelReader.of`.
+        """
+        return LabelReader.of(self.masks, self.model, self.ignore_index, self.coding)
+
+    def read(self, position: int) -> Pair:
         """Read one pair. Errors are those of iterating."""
+        labels = self.labels
         path = self.images[position]
         image = read_image(path, self.model.in_channels)
         mask = labels.read(self.masks[position]) if self.masks else None
@@ -184,15 +190,65 @@ class ValidationSet:
         return Pair(path.name, image, mask, file_digest(path), labels.ignore_index)
 
 
+@dataclass(frozen=True)
 class LabelReader:
-    """Reads mask files of one set into class indices, and remembers which value of theirs means "unlabelled"."""
+    """Reads mask files into class indices, each alike, whichever comes first and whoever reads it.
 
-    def __init__(self, model: ModelSpec, ignore_index: int | None = None, coding: LabelCoding | None = None) -> None:
-        self._model = model
-        self._coding = coding or LabelCoding()
-        self._explicit = ignore_index is not None
-        self.ignore_index = ignore_index
-        self._white: int | None = None
+    Attributes:
+        model: classes and task.
+        coding: how the values of the files become class indices.
+        ignore_index: the value of unlabelled pixels, if there is one.
+        white: files of a binary or multilabel set hold 255 for "yes".
+        met: the values of all files the reader was made from, after ``coding``, in order.
+    """
+
+    model: ModelSpec
+    coding: LabelCoding = field(default_factory=LabelCoding)
+    ignore_index: int | None = None
+    white: bool = False
+    met: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls, paths: Iterable[Path], model: ModelSpec, ignore_index: int | None = None, coding: LabelCoding | None = None
+    ) -> LabelReader:
+        """Read all masks of a set and decide what their values mean: one meaning for the whole set.
+
+        Raises:
+            InputError: a file that is unreadable or no mask; values that are neither classes nor unlabelled; 1 and 255
+                both for "yes"; classes counted from 1. The message names a file that holds the value.
+        """
+        reader = cls(model, coding or LabelCoding(), ignore_index)
+        first: dict[int, Path] = {}
+        for path in paths:
+            for value in reader._coded({int(v) for v in _present(reader._raw(path))}):
+                first.setdefault(value, path)
+        if model.task != "multiclass" and ignore_index != 255:
+            if {1, 255} <= first.keys():
+                raise InputError(
+                    f"{first[1]} holds 1 and {first[255]} 255, so these masks use both 1 and 255; if 255 means unlabelled "
+                    "give --ignore-index 255"
+                )
+            reader = replace(reader, white=255 in first)
+        limit = reader._limit
+        odd = sorted(v for v in first if not reader._is_known(v))
+        if len(odd) == 1 and ignore_index is None and odd[0] in {limit, 255, 65535}:
+            _refuse_counting_from_one(first, limit)
+            reader = replace(reader, ignore_index=odd.pop())
+        if odd:
+            raise reader._refusal({v: first[v] for v in odd})
+        return replace(reader, met=tuple(sorted(first)))
+
+    @property
+    def meaning(self) -> str:
+        """What the values of the files were taken for, in words, where that is not plain: or ``""``."""
+        words = ["255 read as 1"] if self.white else []
+        if self.ignore_index in self.met:
+            words.append(f"{self.ignore_index} read as unlabelled")
+        if not words:
+            return ""
+        shown = f"{self.met[0]}..{self.met[-1]}" if _is_run(self.met) and len(self.met) > 2 else _listed(self.met)
+        return f"masks hold {shown}, {' and '.join(words)}"
 
     def read(self, path: Path) -> NDArray[np.int32]:
         """Return int32 class indices with :data:`IGNORED` for unlabelled pixels.
@@ -200,51 +256,68 @@ class LabelReader:
         Raises:
             InputError: unreadable, a colour image, or values that are neither classes nor the ignore value.
         """
-        raw = read_label_file(path, self._coding.colours)
-        if self._model.task == "multilabel":
-            expected = (self._model.classes, "H", "W")
-            if raw.ndim != 3 or raw.shape[0] != self._model.classes:
+        raw = self._raw(path)
+        present = {int(v) for v in _present(raw)}
+        odd = {v: path for v in sorted(self._coded(present)) if not self._is_known(v)}
+        if odd:
+            raise self._refusal(odd)
+        mask = raw.astype(np.int32)
+        for value in present & self.coding.values.keys():
+            mask[raw == value] = self.coding.values[value]
+        if self.white:
+            mask[mask == 255] = 1
+        if self.ignore_index is not None:
+            mask[mask == self.ignore_index] = IGNORED
+        return mask
+
+    @property
+    def _limit(self) -> int:
+        return self.model.classes if self.model.task == "multiclass" else 2
+
+    def _is_known(self, value: int) -> bool:
+        return 0 <= value < self._limit or value == self.ignore_index or (self.white and value == 255)
+
+    def _raw(self, path: Path) -> NDArray[np.integer[Any]]:
+        raw = read_label_file(path, self.coding.colours)
+        if self.model.task == "multilabel":
+            expected = (self.model.classes, "H", "W")
+            if raw.ndim != 3 or raw.shape[0] != self.model.classes:
                 raise InputError(f"{path} has shape {raw.shape}; a multilabel mask is a .npy of shape {expected}")
         elif raw.ndim != 2:
             raise InputError(f"{path} has shape {raw.shape}; a mask has one class index per pixel, (H, W)")
-        values = {int(v) for v in _present(raw)}
-        mask = raw.astype(np.int32)
-        if self._coding.values:
-            for value in values & self._coding.values.keys():
-                mask[raw == value] = self._coding.values[value]
-            values = {self._coding.values.get(value, value) for value in values} - {IGNORED}
-        if self._model.task != "multiclass":
-            self._whiten(mask, values, path)
-        self._ignore(mask, values, path)
-        return mask
+        return raw
 
-    def _whiten(self, mask: NDArray[np.int32], values: set[int], path: Path) -> None:
-        """Turn 255 into 1 where files use it for "yes"; one set must not use both."""
-        if self.ignore_index == 255:
-            return
-        used = values & {1, 255}
-        if len(used) == 2 or (used and self._white is not None and used != {self._white}):
-            raise InputError(f"{path}: these masks use both 1 and 255; if 255 means unlabelled give --ignore-index 255")
-        if used:
-            self._white = used.pop()
-        if self._white == 255:
-            mask[mask == 255] = 1
-            values.discard(255)
+    def _coded(self, values: set[int]) -> set[int]:
+        """Values of a file after ``coding``, without those it says are unlabelled."""
+        coding = self.coding.values
+        return {coding.get(value, value) for value in values if coding.get(value) != IGNORED}
 
-    def _ignore(self, mask: NDArray[np.int32], values: set[int], path: Path) -> None:
-        limit = self._model.classes if self._model.task == "multiclass" else 2
-        odd = sorted(v for v in values if not 0 <= v < limit and v != self.ignore_index)
-        if odd and not self._explicit and self.ignore_index is None and len(odd) == 1 and odd[0] in {limit, 255, 65535}:
-            self.ignore_index = odd.pop()
-        if odd:
-            listed = ", ".join(map(str, odd[:8])) + (", ..." if len(odd) > 8 else "")
-            also = "" if self.ignore_index is None else f" and {self.ignore_index} (ignored)"
-            raise InputError(
-                f"{path} holds {listed}; this model's masks hold 0..{limit - 1}{also}: correct the masks, or give "
-                "--ignore-index N for the value of unlabelled pixels"
-            )
-        if self.ignore_index is not None:
-            mask[mask == self.ignore_index] = IGNORED
+    def _refusal(self, odd: Mapping[int, Path]) -> InputError:
+        """For values that are no class, each with a file that holds it; two of the files are named."""
+        files = list(dict.fromkeys(odd.values()))[:2]
+        held = " and ".join(f"{file} holds {_listed([v for v in odd if odd[v] == file])}" for file in files)
+        also = "" if self.ignore_index is None else f" and {self.ignore_index} (ignored)"
+        return InputError(
+            f"{held}; this model's masks hold 0..{self._limit - 1}{also}: correct the masks, or give "
+            "--ignore-index N for the value of unlabelled pixels"
+        )
+
+
+def _refuse_counting_from_one(first: Mapping[int, Path], limit: int) -> None:
+    """Refuse masks in which 0 never occurs and the number of classes does: its last class would count as unlabelled."""
+    if limit in first and 0 not in first and len(first) > 1:
+        raise InputError(
+            f"the masks hold {_listed(sorted(first))} and never 0, so their classes seem to count from 1: subtract 1 (bench: "
+            f"--label-map 1=0,2=1{',...' if limit > 2 else ''}), or give --ignore-index {limit} if {limit} means unlabelled"
+        )
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
+
+
+def _is_run(values: Sequence[int]) -> bool:
+    return values[-1] - values[0] == len(values) - 1
 
 
 def read_label_file(path: Path, colours: Mapping[tuple[int, int, int], int] | None = None) -> NDArray[np.integer[Any]]:
