@@ -10,7 +10,8 @@ What :func:`read_image` makes of unusual files, so that a mask does not depend o
   a 12-bit sensor stored in 16 bits comes out dark, scale it first.
 - CMYK, YCbCr and HSV are converted without colour profiles. Of an animation or a stack the first frame is read.
 - 32-bit integers, floats and CIELAB have no one meaning as 0..255 and are refused.
-- Four and more channels: RGBA or CMYK files (raw), TIFF stacks with a page per channel, ``.npy``, ``.npz``.
+- Four and more channels: RGBA or CMYK files (raw), TIFF with all bands in one page (extra ``tiff``) or a page per channel,
+  ``.npy``, ``.npz``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import InputError
+from edgeseg.errors import EdgesegError, InputError
 from edgeseg.runtime.placement import Placement, fit, fit_windows
+from edgeseg.runtime.tiff import TiffLayout, read_bands, tiff_layout
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -199,17 +201,37 @@ def _from_array(path: Path, array: NDArray[Any], channels: int) -> NDArray[np.ui
 def _read_with_pillow(path: Path, channels: int) -> NDArray[np.uint8]:
     from PIL import Image, UnidentifiedImageError
 
+    layout = tiff_layout(path)
+    if layout is not None and not layout.is_plain:
+        if layout.samples == channels:
+            return _from_tiff(path, layout, channels)
+        if channels not in (1, 3) or not layout.has_colours_for_pillow:
+            raise InputError(f"{path} holds {layout}; this model takes {channels} channels")
     try:
         with Image.open(path, formats=FORMATS) as image:
             return _from_pillow(path, image, channels)
     except InputError:
         raise
     except UnidentifiedImageError as exc:
+        if layout is not None:
+            raise InputError(
+                f"cannot read image {path}: a TIFF with {layout}, or damaged; store 8 or 16 unsigned bits per sample"
+            ) from exc
         raise InputError(f"cannot read image {path}: not one of {', '.join(FORMATS)}, or damaged") from exc
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise InputError(f"cannot read image {path}: {_reason(exc)}; cut it into parts") from exc
     except Exception as exc:
         # Decoders raise whatever their parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ...
+        raise InputError(f"cannot read image {path}: {_reason(exc)}") from exc
+
+
+def _from_tiff(path: Path, layout: TiffLayout, channels: int) -> NDArray[np.uint8]:
+    try:
+        return _from_array(path, read_bands(path, layout, MAX_ARRAY_BYTES), channels)
+    except EdgesegError:
+        raise
+    except Exception as exc:
+        # As with Pillow: anything a damaged file makes a decoder trip over.
         raise InputError(f"cannot read image {path}: {_reason(exc)}") from exc
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgeseg.errors import InputError
+from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.runtime import images
 from edgeseg.runtime.images import list_images, natural_key, read_image
 
@@ -291,6 +292,81 @@ def test_what_cannot_be_an_image_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(InputError, match="not a file"):
         read_image(tmp_path / "pipe.png")
+
+
+def multiband(path: Path, bands: np.ndarray, **options: object) -> Path:
+    tifffile = pytest.importorskip("tifffile")
+    data = np.moveaxis(bands, -1, 0) if options.get("planarconfig") == "separate" else bands
+    tifffile.imwrite(path, data, **{"planarconfig": "contig", **options})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype", "options"),
+    [
+        (2, "u1", {"photometric": "minisblack", "extrasamples": [0]}),
+        (3, "u1", {"photometric": "minisblack"}),
+        (4, "u1", {"photometric": "rgb", "extrasamples": [0]}),
+        (4, "u1", {"photometric": "rgb", "extrasamples": [1]}),
+        (4, ">u2", {"photometric": "rgb", "extrasamples": [0], "byteorder": ">"}),
+        (5, "u1", {"photometric": "minisblack", "planarconfig": "separate"}),
+        (5, "u2", {"photometric": "minisblack", "compression": "lzw", "predictor": True}),
+        (8, "u1", {"photometric": "rgb", "compression": "deflate", "tile": (16, 16)}),
+        (12, "u2", {"photometric": "minisblack", "bigtiff": True, "compression": "zstd"}),
+        (13, "u1", {"photometric": "minisblack", "compression": "packbits", "rowsperstrip": 7}),
+    ],
+)
+def test_bands_of_one_page_are_read_as_they_are_stored(
+    tmp_path: Path, count: int, dtype: str, options: dict[str, object]
+) -> None:
+    stored = RNG.integers(0, 256 ** np.dtype(dtype).itemsize, (40, 50, count)).astype(dtype)
+    path = multiband(tmp_path / "a.tif", stored, **options)
+    expected = stored if stored.dtype == np.uint8 else stored >> 8
+    np.testing.assert_array_equal(read_image(path, channels=count), expected)
+    with pytest.raises(InputError, match=rf"holds {count} samples per pixel in one page, .*; this model takes 6 chann"):
+        read_image(path, channels=6)
+
+
+def test_colours_beside_unnamed_bands_are_still_colours(tmp_path: Path) -> None:
+    stored = RNG.integers(0, 256, (9, 11, 5), dtype=np.uint8)
+    path = multiband(tmp_path / "a.tif", stored, photometric="rgb", extrasamples=[0, 0])
+    np.testing.assert_array_equal(read_image(path), stored[..., :3])
+
+
+@pytest.mark.parametrize("missing", ["tifffile", "imagecodecs"])
+def test_what_a_multiband_file_needs_is_said(tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"photometric": "minisblack", "compression": "deflate"}
+    path = multiband(tmp_path / "a.tif", np.zeros((9, 11, 8), np.uint8), **options)
+    plain = multiband(tmp_path / "b.tif", np.zeros((9, 11, 8), np.uint8), photometric="minisblack")
+    monkeypatch.setitem(sys.modules, missing, None)
+    words = rf"{missing} is needed to read a.tif, a TIFF of 8 samples per pixel in one page, 8-bit unsigned: .*edgeseg\[tiff\]"
+    with pytest.raises(MissingDependencyError, match=words):
+        read_image(path, channels=8)
+    if missing == "imagecodecs":
+        assert read_image(plain, channels=8).shape == (9, 11, 8)
+
+
+def test_multiband_files_that_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bands = np.zeros((40, 50, 8), np.uint8)
+    odd = {
+        "float.tif": (bands.astype("f4"), {}, "holds float32; an image holds uint8 or uint16"),
+        "turned.tif": (bands, {"extratags": [(274, 3, 1, 6, True)]}, "orientation 6"),
+        "lerc.tif": (bands, {"compression": "lerc"}, "compressed by method 34887; store it uncompressed"),
+    }
+    for name, (data, options, words) in odd.items():
+        path = multiband(tmp_path / name, data, photometric="minisblack", **options)
+        with pytest.raises(InputError, match=words) as caught:
+            read_image(path, channels=8)
+        assert "\n" not in str(caught.value)
+    colours = multiband(tmp_path / "colours.tif", bands[..., :3].astype("f4"), photometric="rgb")
+    with pytest.raises(
+        InputError, match=r"a TIFF with 3 samples per pixel in one page, 32-bit floating-point, or damaged"
+    ):
+        read_image(colours)
+    monkeypatch.setattr(images, "MAX_ARRAY_BYTES", 40 * 50 * 8 - 1)
+    large = multiband(tmp_path / "large.tif", bands, photometric="minisblack")
+    with pytest.raises(InputError, match="a page of 16000 bytes; 15999 are allowed"):
+        read_image(large, channels=8)
 
 
 @pytest.mark.parametrize(
