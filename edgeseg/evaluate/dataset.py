@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tokenize
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from edgeseg.errors import InputError
-from edgeseg.runtime.images import list_images, pixel_digest, read_image
+from edgeseg.runtime.arrays import read_array
+from edgeseg.runtime.files import reason, require_file
+from edgeseg.runtime.images import FORMATS, MAX_ARRAY_BYTES, list_images, pixel_digest, read_image
 from edgeseg.spec import ModelSpec
 
 T = TypeVar("T")
@@ -321,28 +322,25 @@ def _is_run(values: Sequence[int]) -> bool:
 
 
 def read_label_file(path: Path, colours: Mapping[tuple[int, int, int], int] | None = None) -> NDArray[np.integer[Any]]:
-    """Read a mask file as stored integers: ``(H, W)`` from an image, any shape from ``.npy`` (never unpickled).
+    """Read a mask file as stored integers: ``(H, W)`` from an image of one of :data:`FORMATS`, any shape from ``.npy``.
 
     Args:
         path: the file.
         colours: RGB -> value for colour images; without it they are refused.
 
     Raises:
-        InputError: unreadable, not integers, a colour image, or one with a colour that is not listed.
+        InputError: unreadable, too large, not integers, a colour image, or one with a colour that is not listed.
     """
     if path.suffix.lower() == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        # numpy parses the header of its oldest format with tokenize.
-        except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as exc:
-            raise InputError(f"cannot read mask {path}: {exc}") from exc
+        array = read_array(path, "mask", MAX_ARRAY_BYTES)
         if array.dtype == bool:
             return np.asarray(array, dtype=np.uint8)
         if not np.issubdtype(array.dtype, np.integer):
             raise InputError(f"{path} holds {array.dtype}; a mask holds integers")
-        return np.asarray(array)
+        return array
+    require_file(path, "mask")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if colours and image.mode in {"RGB", "RGBA", "P"}:
                 return _decoded(np.asarray(image.convert("RGB")), colours, path)
             if image.mode not in {"1", "L", "P", "I", "I;16", "I;16B", "I;16L"}:
@@ -353,8 +351,11 @@ def read_label_file(path: Path, colours: Mapping[tuple[int, int, int], int] | No
             array = np.asarray(image)
     except InputError:
         raise
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as exc:
-        raise InputError(f"cannot read mask {path}: {exc}") from exc
+    except UnidentifiedImageError as exc:
+        raise InputError(f"cannot read mask {path}: not one of {', '.join(FORMATS)}, or damaged") from exc
+    except Exception as exc:
+        # Decoders raise whatever their parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ...
+        raise InputError(f"cannot read mask {path}: {reason(exc)}") from exc
     return array.astype(np.uint8) if array.dtype == bool else array
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from edgeseg.errors import InputError
 from edgeseg.evaluate.dataset import IGNORED, LabelCoding, ValidationSet
+from edgeseg.runtime.files import read_lines, reason
 from edgeseg.spec import ModelSpec, one_of
 
 # Cityscapes' 19 training classes, by label id (cityscapesscripts/helpers/labels.py); every other id is not judged.
@@ -55,7 +57,7 @@ def open_layout(
     chosen = with_masks or pairs
     if not chosen:
         raise InputError(f"no images of split {split} in {source} as layout {layout}; {_EXPECTED[layout]}")
-    missing = next((path for pair in chosen for path in pair if path is not None and not path.is_file()), None)
+    missing = next((path for pair in chosen for path in pair if path is not None and not os.path.isfile(path)), None)
     if missing is not None:
         raise InputError(f"{source} names {missing}, which is not there; {_EXPECTED[layout]}")
     unpaired = tuple(image.name for image, mask in pairs if mask is None) if with_masks else ()
@@ -85,12 +87,8 @@ def parse_label_map(text: str) -> dict[int, int]:
 
 
 def _read_list(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InputError(f"cannot read list file {source}: {exc}") from exc
     pairs: Pairs = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(source, "list file"), start=1):
         # Names may hold blanks when a tab or a comma parts them.
         separator = next((s for s in ("\t", ",") if s in line), None)
         words = [word.strip() for word in line.split(separator)]
@@ -107,7 +105,7 @@ def _read_voc(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]
     names = source / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not names.is_file():
         raise InputError(f"{names} is not there; {_EXPECTED['voc']}")
-    stems = names.read_text(encoding="utf-8").split()
+    stems = [stem for line in read_lines(names, "the split") for stem in line.split()]
     images, masks = source / "JPEGImages", source / "SegmentationClass"
     return [(images / f"{stem}.jpg", masks / f"{stem}.png") for stem in stems], 255, LabelCoding()
 
@@ -139,13 +137,13 @@ def _read_camvid(source: Path, split: str) -> tuple[Pairs, int | None, LabelCodi
 
 
 def _class_colours(path: Path) -> dict[tuple[int, int, int], int]:
+    lines = read_lines(path, "class colours")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [
-                (int(row["r"]), int(row["g"]), int(row["b"])) for row in csv.DictReader(file, skipinitialspace=True)
-            ]
-    except (OSError, KeyError, TypeError, ValueError) as exc:
-        raise InputError(f"cannot read {path} (columns name, r, g, b): {exc}") from exc
+        rows = [(int(row["r"]), int(row["g"]), int(row["b"])) for row in csv.DictReader(lines, skipinitialspace=True)]
+    except (KeyError, TypeError, ValueError, csv.Error) as exc:
+        raise InputError(f"cannot read class colours {path} (columns name, r, g, b): {reason(exc)}") from exc
+    if any(not 0 <= value <= 255 for row in rows for value in row):
+        raise InputError(f"cannot read class colours {path}: a colour is beyond 0..255")
     return {colour: index for index, colour in enumerate(rows)}
 
 

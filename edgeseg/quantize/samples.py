@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
-import tokenize
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +15,18 @@ from numpy.typing import NDArray
 
 from edgeseg.artifacts import sha256_file
 from edgeseg.errors import EdgesegError, InputError
-from edgeseg.runtime.images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, fit_windows, list_images, pixel_digest, read_image
+from edgeseg.runtime.arrays import ARRAY_SUFFIXES, open_arrays
+from edgeseg.runtime.images import IMAGE_SUFFIXES, fit_windows, list_images, pixel_digest, read_image
 from edgeseg.spec import InputSpec
 
 MINIMUM_IMAGES = 8
 """Fewest images a calibration is made from, unless fewer are asked for."""
+
+MAX_ARCHIVE_BYTES = 2 << 30
+"""Most bytes the arrays of a ``.npz`` may have, which are kept in memory; a ``.npy`` is read from the disk as needed."""
+
+MAX_STACKED_IMAGES = 100_000
+"""Most images in one array."""
 
 SMALLEST_SIDE = 16
 """Images with a side of fewer pixels are thumbnails or accidents, and are skipped."""
@@ -240,32 +246,23 @@ def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:
     if not isinstance(source, (str, Path)):
         return "the given images", _from_items(source)
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES:
+    if os.path.isfile(path) and path.suffix.lower() in ARRAY_SUFFIXES:
         return str(path), _from_array_file(path)
-    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+    if os.path.isfile(path) and path.suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(
             f"{path} is one image; calibration takes a folder, a glob, a .txt list, or a .npy or .npz of many"
         )
     inner = path / "images"
-    files = list_images(inner if inner.is_dir() else path)
+    files = list_images(inner if os.path.isdir(inner) else path)
     # An image named twice would count twice in every statistic.
     return str(path), [_File(p) for p in dict.fromkeys(files)]
 
 
 def _from_array_file(path: Path) -> list[_Image]:
     try:
-        # A pickle inside an array file can run code; it is never loaded.
-        if path.suffix.lower() == ".npy":
-            arrays = {path.name: np.load(path, mmap_mode="r", allow_pickle=False)}
-        else:
-            # numpy leaves a damaged archive open when it is given a path.
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-                arrays = {f"{path.name}:{name}": archive[name] for name in sorted(archive.files)}
-    # numpy parses the header of its oldest format with tokenize.
-    except (
-        OSError, ValueError, EOFError, KeyError, MemoryError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile,
-    ) as exc:  # fmt: skip
-        raise InputError(f"cannot read {path}: {exc}; save uint8 (N, H, W, C) arrays, without pickled objects") from exc
+        arrays = open_arrays(path, "calibration images", MAX_ARCHIVE_BYTES)
+    except InputError as exc:
+        raise InputError(f"{exc}; save uint8 (N, H, W, C) arrays, without pickled objects") from exc
     return [image for name, array in arrays.items() for image in _split(name, array)]
 
 
@@ -288,5 +285,9 @@ def _split(name: str, array: NDArray[np.generic]) -> list[_Image]:
         )
     pixels = array.astype(np.uint8, copy=False)
     if array.ndim == 4:
+        if len(array) > MAX_STACKED_IMAGES:
+            raise InputError(
+                f"{name} holds {len(array)} images; calibration takes {MAX_STACKED_IMAGES} of one array at most"
+            )
         return [_Array(f"{name}[{index}]", image) for index, image in enumerate(pixels)]
     return [_Array(name, pixels if array.ndim == 3 else pixels[..., None])]

@@ -20,8 +20,7 @@ import glob
 import hashlib
 import os
 import re
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import EdgesegError, InputError
+from edgeseg.runtime.arrays import ARRAY_SUFFIXES, read_array
+from edgeseg.runtime.files import read_lines, reason, require_file
 from edgeseg.runtime.placement import Placement, fit, fit_windows
 from edgeseg.runtime.tiff import TiffLayout, read_bands, tiff_layout
 
@@ -45,7 +46,6 @@ __all__ = [
 
 # EPS (which runs Ghostscript) and rarely exercised decoders stay closed to files of unknown origin.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
 IMAGE_SUFFIXES = ARRAY_SUFFIXES | frozenset(
     {".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
@@ -70,13 +70,9 @@ def read_image(path: str | Path, channels: int = 3) -> NDArray[np.uint8]:
         InputError: no such file, not an image, truncated, too large, or of a kind that cannot be ``channels`` x uint8.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
-        raise InputError(f"cannot read image {path}: it {what}")
-    if path.stat().st_size == 0:
-        raise InputError(f"cannot read image {path}: the file is empty (0 bytes)")
+    require_file(path, "image")
     if path.suffix.lower() in ARRAY_SUFFIXES:
-        return _from_array(path, _load_array(path), channels)
+        return _from_array(path, read_array(path, "image", MAX_ARRAY_BYTES), channels)
     return _read_with_pillow(path, channels)
 
 
@@ -95,21 +91,37 @@ def list_images(source: str | Path | Iterable[str | Path], *, suffixes: frozense
         suffixes: what counts as an image in a folder, lower case.
 
     Raises:
-        InputError: nothing there, no image in a folder, or a glob without a match.
+        InputError: nothing there, no file, no image in a folder, or a glob without a match.
     """
     if not isinstance(source, (str, Path)):
         return [Path(item) for item in source]
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _list_folder(path, suffixes)
-    if path.is_file():
+    if os.path.isfile(path):
         return _read_list(path) if path.suffix.lower() == ".txt" else [path]
-    if glob.has_magic(str(source)):
-        found = sorted((Path(p) for p in glob.glob(str(source), recursive=True) if os.path.isfile(p)), key=natural_key)
-        if not found:
-            raise InputError(f"no file matches {source}; quote the pattern, and use ** for folders within folders")
-        return found
-    raise InputError(f"{source} does not exist; give an image, a folder, a glob or a .txt list of images")
+    if os.path.lexists(path):
+        return [path]  # a link to nothing, a pipe: whoever reads it says so
+    if not glob.has_magic(str(source)):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, ValueError):
+            why = "does not exist"
+        except OSError as exc:
+            why = f"cannot be reached ({reason(exc)})"
+        raise InputError(f"{source} {why}; give an image, a folder, a glob or a .txt list of images")
+    found = sorted((p for p in _matches(path) if not p.is_dir()), key=natural_key)
+    if not found:
+        raise InputError(f"no file matches {source}; quote the pattern, and use ** for folders within folders")
+    return found
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """Expand a pattern; leading folders that exist under their very name are no pattern, brackets or not."""
+    base, parts = Path(pattern.anchor), list(pattern.parts[1 if pattern.anchor else 0 :])
+    while len(parts) > 1 and os.path.isdir(base / parts[0]):
+        base /= parts.pop(0)
+    return (base / name for name in glob.glob(os.path.join(*parts), root_dir=base, recursive=True))
 
 
 def natural_key(path: Path) -> tuple[Any, ...]:
@@ -123,7 +135,8 @@ def _list_folder(folder: Path, suffixes: frozenset[str]) -> list[Path]:
         files = [p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     except OSError as exc:
         raise InputError(f"cannot list {folder}: {exc.strerror}") from exc
-    found = sorted((p for p in files if p.is_file()), key=natural_key)
+    # Links to nothing and the like are listed: whoever reads them says so.
+    found = sorted((p for p in files if not os.path.isdir(p)), key=natural_key)
     if not found:
         raise InputError(
             f"no images in {folder} (looked for {' '.join(sorted(suffixes))}); "
@@ -133,53 +146,19 @@ def _list_folder(folder: Path, suffixes: frozenset[str]) -> list[Path]:
 
 
 def _read_list(path: Path) -> list[Path]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InputError(f"cannot read the list {path}: {_reason(exc)}") from exc
+    lines = read_lines(path, "the list")
     found = []
     for number, line in enumerate(lines, start=1):
         name = line.strip()
         if not name or name.startswith("#"):
             continue
         image = path.parent / name
-        if not image.is_file():
+        if not os.path.isfile(image):
             raise InputError(f"{path}, line {number}: {name} does not exist")
         found.append(image)
     if not found:
         raise InputError(f"the list {path} names no images; write one path per line")
     return found
-
-
-def _load_array(path: Path) -> NDArray[Any]:
-    try:
-        if path.suffix.lower() == ".npz":
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                if len(names) != 1:
-                    raise InputError(f"{path} holds {len(names)} arrays; an image file holds one")
-                _check_bytes(path, archive.getinfo(names[0]).file_size)
-            with np.load(path, allow_pickle=False) as arrays:
-                return np.asarray(arrays[arrays.files[0]])
-        with path.open("rb") as stream:
-            # The header alone decides how much numpy allocates.
-            version = np.lib.format.read_magic(stream)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = header(stream)
-            _check_bytes(path, int(np.prod(shape, dtype=object)) * dtype.itemsize)
-        return np.asarray(np.load(path, allow_pickle=False))
-    except InputError:
-        raise
-    except Exception as exc:
-        # numpy raises whatever its parsing of a damaged header trips over: ValueError, tokenize.TokenError, ...
-        raise InputError(f"cannot read image {path}: {_reason(exc)}") from exc
-
-
-def _check_bytes(path: Path, size_bytes: int) -> None:
-    if size_bytes > MAX_ARRAY_BYTES:
-        raise InputError(
-            f"cannot read image {path}: {size_bytes} bytes decoded, more than the {MAX_ARRAY_BYTES} allowed"
-        )
 
 
 def _from_array(path: Path, array: NDArray[Any], channels: int) -> NDArray[np.uint8]:
@@ -219,10 +198,10 @@ def _read_with_pillow(path: Path, channels: int) -> NDArray[np.uint8]:
             ) from exc
         raise InputError(f"cannot read image {path}: not one of {', '.join(FORMATS)}, or damaged") from exc
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
-        raise InputError(f"cannot read image {path}: {_reason(exc)}; cut it into parts") from exc
+        raise InputError(f"cannot read image {path}: {reason(exc)}; cut it into parts") from exc
     except Exception as exc:
         # Decoders raise whatever their parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ...
-        raise InputError(f"cannot read image {path}: {_reason(exc)}") from exc
+        raise InputError(f"cannot read image {path}: {reason(exc)}") from exc
 
 
 def _from_tiff(path: Path, layout: TiffLayout, channels: int) -> NDArray[np.uint8]:
@@ -232,7 +211,7 @@ def _from_tiff(path: Path, layout: TiffLayout, channels: int) -> NDArray[np.uint
         raise
     except Exception as exc:
         # As with Pillow: anything a damaged file makes a decoder trip over.
-        raise InputError(f"cannot read image {path}: {_reason(exc)}") from exc
+        raise InputError(f"cannot read image {path}: {reason(exc)}") from exc
 
 
 def _from_pillow(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
@@ -284,9 +263,3 @@ def _bands(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
             f"{channels}: store them as a .npy of shape (H, W, {channels}) or a TIFF with a page per channel"
         )
     return np.array(ImageOps.exif_transpose(image), np.uint8)
-
-
-def _reason(exc: BaseException) -> str:
-    """An exception's text on one line, without the file name that decoders like to repeat."""
-    text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-    return " ".join(text.split())[:200] or type(exc).__name__

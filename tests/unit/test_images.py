@@ -235,11 +235,11 @@ def test_bad_files_are_one_line_naming_the_file(tmp_path: Path, name: str) -> No
 
 def test_arrays_that_would_fill_the_memory_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bomb.npy").write_bytes(npy_bomb())
-    with pytest.raises(InputError, match="30000000000 bytes decoded, more than"):
+    with pytest.raises(InputError, match="would take more than the 1073741824 bytes allowed"):
         read_image(tmp_path / "bomb.npy")
     np.savez_compressed(tmp_path / "bomb.npz", np.zeros((100, 100, 3), np.uint8))
     monkeypatch.setattr(images, "MAX_ARRAY_BYTES", 10_000)
-    with pytest.raises(InputError, match="bytes decoded, more than"):
+    with pytest.raises(InputError, match="more than the 10000 bytes allowed"):
         read_image(tmp_path / "bomb.npz")
 
 
@@ -279,7 +279,7 @@ class Payload:
 def test_pickles_are_never_loaded(tmp_path: Path, suffix: str) -> None:
     array, path = np.array([Payload()], dtype=object), tmp_path / f"a.{suffix}"
     np.save(path, array) if suffix == "npy" else np.savez(path, array)
-    with pytest.raises(InputError, match="allow_pickle=False"):
+    with pytest.raises(InputError, match="pickled objects, which could run code"):
         read_image(path)
     assert Payload.ran == []
 
@@ -290,7 +290,7 @@ def test_what_cannot_be_an_image_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read_image(tmp_path / "missing.png")
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(InputError, match="not a file"):
+    with pytest.raises(InputError, match="no regular file"):
         read_image(tmp_path / "pipe.png")
 
 
