@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from edgeseg.errors import InputError
 from edgeseg.runtime.arrays import read_array
 from edgeseg.runtime.files import reason, require_file
-from edgeseg.runtime.images import FORMATS, MAX_ARRAY_BYTES, list_images, pixel_digest, read_image
+from edgeseg.runtime.images import FORMATS, MAX_ARRAY_BYTES, list_images, open_picture, pixel_digest, read_image
 from edgeseg.spec import ModelSpec
 
 T = TypeVar("T")
@@ -26,6 +26,7 @@ IGNORED = -1
 
 IMAGE_FOLDERS = ("images", "image", "img", "img_dir")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "ann_dir")
+PART_PIXELS = 1 << 22
 MASK_SUFFIXES = ("_mask", "_label", "_labels", "_gt")
 
 
@@ -222,7 +223,7 @@ class LabelReader:
         reader = cls(model, coding or LabelCoding(), ignore_index)
         first: dict[int, Path] = {}
         for path in paths:
-            for value in reader._coded({int(v) for v in _present(reader._raw(path))}):
+            for value in reader._coded(_present(reader._raw(path))):
                 first.setdefault(value, path)
         if model.task != "multiclass" and ignore_index != 255:
             if {1, 255} <= first.keys():
@@ -258,7 +259,7 @@ class LabelReader:
             InputError: unreadable, a colour image, or values that are neither classes nor the ignore value.
         """
         raw = self._raw(path)
-        present = {int(v) for v in _present(raw)}
+        present = _present(raw)
         odd = {v: path for v in sorted(self._coded(present)) if not self._is_known(v)}
         if odd:
             raise self._refusal(odd)
@@ -340,7 +341,7 @@ def read_label_file(path: Path, colours: Mapping[tuple[int, int, int], int] | No
         return array
     require_file(path, "mask")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_picture(path) as image:
             if colours and image.mode in {"RGB", "RGBA", "P"}:
                 return _decoded(np.asarray(image.convert("RGB")), colours, path)
             if image.mode not in {"1", "L", "P", "I", "I;16", "I;16B", "I;16L"}:
@@ -379,9 +380,15 @@ def file_digest(path: Path) -> str:
         raise InputError(f"cannot read {path}: {exc.strerror}") from exc
 
 
-def _present(raw: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-    # np.unique sorts all pixels; a histogram of 8-bit values is 20 times as fast.
-    return np.flatnonzero(np.bincount(raw.ravel())) if raw.dtype == np.uint8 else np.unique(raw)
+def _present(raw: NDArray[np.integer[Any]]) -> set[int]:
+    """The values of a mask file."""
+    flat, values = raw.ravel(), set[int]()
+    # A part at a time: numpy counts in 64 bits, and sorts copies.
+    for start in range(0, flat.size, PART_PIXELS):
+        part = flat[start : start + PART_PIXELS]
+        # np.unique sorts all pixels; a histogram of 8-bit values is 20 times as fast.
+        values.update((np.flatnonzero(np.bincount(part)) if part.dtype == np.uint8 else np.unique(part)).tolist())
+    return values
 
 
 def _find(folder: Path, split: str | None) -> tuple[list[Path], dict[Path, Path]]:

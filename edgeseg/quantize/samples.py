@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgeseg.artifacts import sha256_file
 from edgeseg.errors import EdgesegError, InputError
 from edgeseg.runtime.arrays import ARRAY_SUFFIXES, open_arrays
-from edgeseg.runtime.images import IMAGE_SUFFIXES, fit_windows, list_images, pixel_digest, read_image
+from edgeseg.runtime.images import IMAGE_SUFFIXES, MAX_ARRAY_BYTES, fit_windows, list_images, pixel_digest, read_image
 from edgeseg.spec import InputSpec
 
 MINIMUM_IMAGES = 8
@@ -229,7 +229,9 @@ def _check(image: _Image, channels: int) -> _Content:
     height, width = pixels.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
         raise InputError(f"{height}x{width} pixels, at least {SMALLEST_SIDE}x{SMALLEST_SIDE} are needed")
-    return _Content(image.digest(), pixel_digest(pixels), bool((pixels == pixels[0, 0]).all()))
+    return _Content(
+        image.digest(), pixel_digest(pixels), bool((pixels.min(axis=(0, 1)) == pixels.max(axis=(0, 1))).all())
+    )
 
 
 def _too_few(words: str, taken: int, found: int, needed: int, skipped: Sequence[tuple[str, str]]) -> str:
@@ -283,6 +285,8 @@ def _split(name: str, array: NDArray[np.generic]) -> list[_Image]:
             f"{name} is {array.dtype} of shape {array.shape}; calibration arrays are uint8, (H, W, C) or (N, H, W, C), "
             "as decoded and before any normalization"
         )
+    if (array[0] if array.ndim == 4 else array).nbytes > MAX_ARRAY_BYTES:
+        raise InputError(f"{name} holds an image of more than {MAX_ARRAY_BYTES} bytes; cut it into parts")
     pixels = array.astype(np.uint8, copy=False)
     if array.ndim == 4:
         if len(array) > MAX_STACKED_IMAGES:

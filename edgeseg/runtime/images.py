@@ -10,6 +10,7 @@ What :func:`read_image` makes of unusual files, so that a mask does not depend o
   a 12-bit sensor stored in 16 bits comes out dark, scale it first.
 - CMYK, YCbCr and HSV are converted without colour profiles. Of an animation or a stack the first frame is read.
 - 32-bit integers, floats and CIELAB have no one meaning as 0..255 and are refused.
+- Larger than 178956970 pixels (Pillow's limit), or 1 GiB as an array or a stack, is refused.
 - Four and more channels: RGBA or CMYK files (raw), TIFF with all bands in one page (extra ``tiff``) or a page per channel,
   ``.npy``, ``.npz``.
 """
@@ -20,7 +21,10 @@ import glob
 import hashlib
 import os
 import re
+import threading
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +53,13 @@ FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 IMAGE_SUFFIXES = ARRAY_SUFFIXES | frozenset(
     {".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
-# Pillow's own limit for image files, applied to arrays too.
+# The number from which Pillow refuses a file itself.
+MAX_PIXELS = 178_956_970
 MAX_ARRAY_BYTES = 1 << 30
+# Taken from Pillow at a time.
+BAND_PIXELS = 1 << 22
+# The list of warning filters is one for the whole process.
+_filters_changing = threading.Lock()
 
 _WIDE_GREY = {"I;16", "I;16L", "I;16B", "I;16N"}
 
@@ -78,7 +87,9 @@ def read_image(path: str | Path, channels: int = 3) -> NDArray[np.uint8]:
 
 def pixel_digest(image: NDArray[np.uint8]) -> str:
     """SHA-256 of what an image shows, hex: equal for copies of a picture, whatever their names and file formats."""
-    return hashlib.sha256(f"{image.shape}".encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{image.shape}".encode())
+    digest.update(np.ascontiguousarray(image))
+    return digest.hexdigest()
 
 
 def list_images(source: str | Path | Iterable[str | Path], *, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path]:
@@ -177,8 +188,31 @@ def _from_array(path: Path, array: NDArray[Any], channels: int) -> NDArray[np.ui
     return np.ascontiguousarray(array, np.uint8)
 
 
+@contextmanager
+def open_picture(path: Path) -> Iterator[Any]:
+    """Open an image file of one of :data:`FORMATS` with Pillow; nothing is decoded yet.
+
+    Raises:
+        InputError: more than :data:`MAX_PIXELS`.
+        Exception: whatever Pillow raises for what is no image, or a damaged one.
+    """
+    from PIL import Image
+
+    try:
+        # Pillow warns of half the pixels it refuses: a second line beside ours, or an exception.
+        with _filters_changing, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError as exc:
+        raise InputError(f"cannot read {path}: more than {MAX_PIXELS} pixels; cut it into parts") from exc
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise InputError(f"cannot read {path}: more than {MAX_PIXELS} pixels; cut it into parts")
+        yield image
+
+
 def _read_with_pillow(path: Path, channels: int) -> NDArray[np.uint8]:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     layout = tiff_layout(path)
     if layout is not None and not layout.is_plain:
@@ -187,7 +221,7 @@ def _read_with_pillow(path: Path, channels: int) -> NDArray[np.uint8]:
         if channels not in (1, 3) or not layout.has_colours_for_pillow:
             raise InputError(f"{path} holds {layout}; this model takes {channels} channels")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_picture(path) as image:
             return _from_pillow(path, image, channels)
     except InputError:
         raise
@@ -197,8 +231,6 @@ def _read_with_pillow(path: Path, channels: int) -> NDArray[np.uint8]:
                 f"cannot read image {path}: a TIFF with {layout}, or damaged; store 8 or 16 unsigned bits per sample"
             ) from exc
         raise InputError(f"cannot read image {path}: not one of {', '.join(FORMATS)}, or damaged") from exc
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
-        raise InputError(f"cannot read image {path}: {reason(exc)}; cut it into parts") from exc
     except Exception as exc:
         # Decoders raise whatever their parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ...
         raise InputError(f"cannot read image {path}: {reason(exc)}") from exc
@@ -219,12 +251,28 @@ def _from_pillow(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
 
     if channels not in (1, 3):
         return _bands(path, image, channels)
-    image = ImageOps.exif_transpose(_eight_bit(path, image))
+    image, mode = _eight_bit(path, image), "RGB" if channels == 3 else "L"
+    # In place, and converted only where that changes something: Pillow would copy.
+    ImageOps.exif_transpose(image, in_place=True)
     # Pillow would warn about transparency it cannot carry over.
     image.info.pop("transparency", None)
-    converted = image.convert("RGB" if channels == 3 else "L")
-    array = np.array(converted, np.uint8)
+    array = _pixels(image if image.mode == mode else image.convert(mode))
     return array if channels == 3 else array[..., None]
+
+
+def _pixels(image: Any) -> NDArray[np.uint8]:
+    """Pixels of a decoded image, a band of rows at a time: Pillow needs two copies of what it hands over."""
+    width, height = image.size
+    rows = max(1, BAND_PIXELS // width)
+    if rows >= height:
+        return np.array(image, np.uint8)
+    bands = (image.crop((0, top, width, min(top + rows, height))) for top in range(0, height, rows))
+    first = np.asarray(next(bands))
+    pixels = np.empty((height, *first.shape[1:]), np.uint8)
+    pixels[:rows] = first
+    for number, band in enumerate(bands, start=1):
+        pixels[number * rows : (number + 1) * rows] = np.asarray(band)
+    return pixels
 
 
 def _eight_bit(path: Path, image: Any) -> Any:
@@ -253,6 +301,10 @@ def _bands(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
 
     pages = getattr(image, "n_frames", 1)
     if pages == channels:
+        if pages * image.width * image.height > MAX_ARRAY_BYTES:
+            raise InputError(
+                f"cannot read {path}: {pages} pages of more than {MAX_ARRAY_BYTES} bytes; cut it into parts"
+            )
         planes = [np.asarray(_eight_bit(path, page).convert("L")) for page in ImageSequence.Iterator(image)]
         if any(plane.shape != planes[0].shape for plane in planes):
             raise InputError(f"the {pages} pages of {path} differ in size; a page per channel is expected")

@@ -235,9 +235,12 @@ class _Run:
     def _write_image(self, task: _Task, image: NDArray[np.uint8], mask: NDArray[Any]) -> None:
         self._write_masks(self.output / "masks" / task.name, mask)
         if self.overlay:
-            picture = lay_over(image, mask, alpha=self.alpha, palette=self.segmenter.palette)
             path = self.output / "overlays" / f"{task.name}.png"
-            write_picture(path, add_legend(picture, self._legend(mask)), overwrite=self.overwrite)
+            # Not kept under a name: of a large picture every copy counts.
+            picture = add_legend(
+                lay_over(image, mask, alpha=self.alpha, palette=self.segmenter.palette), self._legend(mask)
+            )
+            write_picture(path, picture, overwrite=self.overwrite)
             self.written.append(path)
 
     def _write_masks(self, base: Path, mask: NDArray[Any]) -> None:

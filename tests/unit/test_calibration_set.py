@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeseg.errors import InputError
+from edgeseg.quantize import samples
 from edgeseg.quantize.samples import MINIMUM_IMAGES, CalibrationSet
 from edgeseg.runtime.images import fit
 from edgeseg.spec import InputSpec
@@ -268,6 +269,25 @@ def test_npy_stays_on_disk(tmp_path: Path) -> None:
     np.save(path, np.stack(pictures(10)))
     samples = CalibrationSet.open(path)
     assert all(isinstance(image.pixels, np.memmap) for image in samples._images)  # type: ignore[attr-defined]
+
+
+def sparse_npy(path: Path, shape: tuple[int, ...]) -> Path:
+    """A file that says it holds so much, of which the disk holds the header."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + int(np.prod(shape)))
+    return path
+
+
+def test_what_small_files_can_claim_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="an image of more than 1073741824 bytes; cut it into parts"):
+        CalibrationSet.open(sparse_npy(tmp_path / "a.npy", (2, 30_000, 30_000, 3)))
+    with pytest.raises(InputError, match="holds 2000000 images; calibration takes 100000"):
+        CalibrationSet.open(sparse_npy(tmp_path / "b.npy", (2_000_000, 16, 16, 3)))
+    np.savez_compressed(tmp_path / "c.npz", a=np.zeros((9, 30, 30, 3), np.uint8), b=np.zeros((9, 30, 30, 3), np.uint8))
+    monkeypatch.setattr(samples, "MAX_ARCHIVE_BYTES", 9 * 30 * 30 * 3 * 2 - 1)
+    with pytest.raises(InputError, match="c.npz: its arrays would take more than the 24299 bytes allowed"):
+        CalibrationSet.open(tmp_path / "c.npz")
 
 
 def test_image_that_vanishes_is_an_input_error(folder: Path) -> None:

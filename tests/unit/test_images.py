@@ -7,6 +7,7 @@ import io
 import os
 import struct
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from typing import ClassVar
@@ -292,6 +293,40 @@ def test_what_cannot_be_an_image_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(InputError, match="no regular file"):
         read_image(tmp_path / "pipe.png")
+
+
+def test_large_pictures_are_read_a_band_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = RNG.integers(0, 256, (23, 8, 3), dtype=np.uint8)
+    path, grey = tmp_path / "a.png", tmp_path / "grey.png"
+    saved(path, Image.fromarray(picture))
+    saved(grey, Image.fromarray(picture[..., 0]))
+    for pixels in (1, 8, 40, 8 * 22, 8 * 23):
+        monkeypatch.setattr(images, "BAND_PIXELS", pixels)
+        np.testing.assert_array_equal(read_image(path), picture)
+        np.testing.assert_array_equal(read_image(grey, channels=1), picture[..., :1])
+
+
+def test_the_number_of_pixels_is_limited_and_nothing_is_warned_of_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+
+    def claim(width: int, height: int) -> None:
+        size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        header = struct.pack(">I", 13) + b"IHDR" + size + struct.pack(">I", zlib.crc32(b"IHDR" + size))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + b"\0\0\0\0IDAT")
+
+    claim(20_000, 10_000)
+    with pytest.raises(InputError, match="a.png: more than 178956970 pixels; cut it into parts"):
+        read_image(path)
+    claim(9_500, 10_000)
+    with warnings.catch_warnings(record=True) as said, pytest.raises(InputError, match="cannot read image"):
+        warnings.simplefilter("always")
+        read_image(path)
+    assert said == []
+    monkeypatch.setattr(images, "MAX_PIXELS", 39)
+    with pytest.raises(InputError, match="more than 39 pixels"):
+        read_image(saved(path, Image.fromarray(PHOTO)))
 
 
 def multiband(path: Path, bands: np.ndarray, **options: object) -> Path:
