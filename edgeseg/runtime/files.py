@@ -15,17 +15,24 @@ from edgeseg.errors import EdgesegError, InputError
 MAX_TEXT_BYTES = 16 << 20
 
 
-def require_file(path: str | Path, what: str, error: type[EdgesegError] = InputError) -> int:
+def require_file(path: str | Path, what: str) -> int:
     """Return the size in bytes of a regular file that is not empty.
 
     Args:
         path: the file; links are followed.
         what: what it is to be, for the message: "image", "mask".
-        error: class to raise.
 
     Raises:
-        EdgesegError: of class ``error``: it does not exist, may not be looked at, or is something else.
+        InputError: it does not exist, may not be looked at, is something else, or is empty.
     """
+    size_bytes = require_regular(path, what, InputError)
+    if size_bytes == 0:
+        raise InputError(f"cannot read {what} {path}: the file is empty (0 bytes)")
+    return size_bytes
+
+
+def require_regular(path: str | Path, what: str, error: type[EdgesegError]) -> int:
+    """Return the size in bytes of a regular file; raise ``error`` for anything else."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as exc:
@@ -34,8 +41,6 @@ def require_file(path: str | Path, what: str, error: type[EdgesegError] = InputE
         raise error(f"cannot read {what} {path}: it is a folder")
     if not stat.S_ISREG(status.st_mode):
         raise error(f"cannot read {what} {path}: it is no regular file (a pipe, socket or device)")
-    if status.st_size == 0:
-        raise error(f"cannot read {what} {path}: the file is empty (0 bytes)")
     return status.st_size
 
 

@@ -462,6 +462,40 @@ def test_a_file_with_glob_characters_is_a_file(tmp_path: Path) -> None:
     assert list_images(str(tmp_path / "a[1].png")) == [tmp_path / "a[1].png"]
 
 
+@pytest.mark.parametrize("pattern", ["*.png", "im[0-9].png", "**/*.png", "[[]x]/*.png"])
+def test_brackets_in_a_folder_that_exists_are_no_pattern(
+    tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run [1]" / "a*b?"
+    inner = folder / "[x]" if "x" in pattern else folder
+    inner.mkdir(parents=True)
+    for name in ("im2.png", "im10.png", "im1.png"):
+        (inner / name).write_bytes(b"x")
+    found = [inner / name for name in ("im1.png", "im2.png", "im10.png") if "[0-9]" not in pattern or len(name) == 7]
+    assert list_images(folder / pattern) == found
+    monkeypatch.chdir(folder.parent)
+    assert list_images(f"a*b?/{pattern}") == [path.relative_to(folder.parent) for path in found]
+    with pytest.raises(InputError, match="no file matches"):
+        list_images(folder / "none[1].png")
+
+
+def test_links_to_nothing_are_listed_and_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "folder.png").mkdir()
+    for source in (tmp_path, tmp_path / "a.png", f"{tmp_path}/*.png"):
+        assert list_images(source) == [tmp_path / "a.png"]
+    with pytest.raises(InputError, match=r"a.png: it is a link to .*gone.png, which cannot be reached"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_either_byte_order_of_an_array_is_read(tmp_path: Path, order: str) -> None:
+    stored = RNG.integers(0, 65536, (5, 8, 3)).astype(f"{order}u2")
+    for name in ("a.npy", "a.npz"):
+        np.save(tmp_path / name, stored) if name == "a.npy" else np.savez(tmp_path / name, stored)
+        np.testing.assert_array_equal(read_image(tmp_path / name), stored >> 8)
+
+
 def test_nothing_to_list(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "missing", str(tmp_path / "*.png")):
         with pytest.raises(InputError):
