@@ -21,6 +21,7 @@ import glob
 import hashlib
 import os
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -88,7 +89,7 @@ def read_image(path: str | Path, channels: int = 3) -> NDArray[np.uint8]:
 def pixel_digest(image: NDArray[np.uint8]) -> str:
     """SHA-256 of what an image shows, hex: equal for copies of a picture, whatever their names and file formats."""
     digest = hashlib.sha256(f"{image.shape}".encode())
-    digest.update(np.ascontiguousarray(image))
+    digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()
 
 
@@ -234,6 +235,27 @@ def _read_with_pillow(path: Path, channels: int) -> NDArray[np.uint8]:
     except Exception as exc:
         # Decoders raise whatever their parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ...
         raise InputError(f"cannot read image {path}: {reason(exc)}") from exc
+
+
+def is_picture(value: object) -> bool:
+    """Whether ``value`` is a PIL image; Pillow is not imported for the question."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(value, pillow.Image)
+
+
+def picture_pixels(picture: Any, channels: int) -> NDArray[np.uint8]:
+    """Return what :func:`read_image` would of the file of a PIL image, uint8 ``(H, W, channels)``.
+
+    Raises:
+        InputError: truncated, or of a kind that cannot be ``channels`` x uint8.
+    """
+    name = Path(getattr(picture, "filename", "") or "the PIL image")
+    try:
+        return _from_pillow(name, picture.copy(), channels)
+    except InputError:
+        raise
+    except Exception as exc:
+        raise InputError(f"cannot read image {name}: {reason(exc)}") from exc
 
 
 def _from_tiff(path: Path, layout: TiffLayout, channels: int) -> NDArray[np.uint8]:

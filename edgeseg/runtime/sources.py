@@ -126,6 +126,8 @@ def open_source(source: object, channels: int) -> Video | Iterable[Picture]:
         return _read_files(list_images(source), channels)
     if isinstance(source, np.ndarray) and source.ndim == 3:
         raise InputError(f"one array of shape {source.shape} is no stream; give an iterable of images, such as [image]")
+    if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, Path)) for item in source):
+        return _read_files([Path(item) for item in source], channels)
     if isinstance(source, Iterable):
         return _number_arrays(source)
     raise InputError(
