@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ def _split(
     words = "held out of" if enough else "the same as for calibration, too few to hold some out of"
     description = f"{len(held)} images {words} {samples.source}"
     source = request.calibration
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
+    if isinstance(source, (str, Path)) and os.path.isdir(source):
         pairs = ValidationSet.open(source, loaded.model, ignore_index=request.ignore_index)
         return kept, VerificationData(pairs.only(set(held.content)), description)
     return kept, VerificationData(ImagesWithoutMasks(held, loaded.model.in_channels), description)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -118,7 +119,7 @@ class ValidationSet:
             InputError: no such folder, no images, or a mask folder in which no mask belongs to an image.
         """
         folder = Path(source)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(f"validation data {folder} is not a folder; give one with images/ and masks/")
         if limit is not None and limit < 1:
             raise InputError(f"{limit} validation images asked for; at least 1 is needed")
@@ -392,13 +393,13 @@ def _present(raw: NDArray[np.integer[Any]]) -> set[int]:
 
 
 def _find(folder: Path, split: str | None) -> tuple[list[Path], dict[Path, Path]]:
-    image_folder = next((folder / n for n in IMAGE_FOLDERS if (folder / n).is_dir()), None)
+    image_folder = next((folder / n for n in IMAGE_FOLDERS if os.path.isdir(folder / n)), None)
     if image_folder is None:
         return _find_flat(folder)
-    mask_folder = next((folder / n for n in MASK_FOLDERS if (folder / n).is_dir()), None)
-    if split and (image_folder / split).is_dir():
+    mask_folder = next((folder / n for n in MASK_FOLDERS if os.path.isdir(folder / n)), None)
+    if split and os.path.isdir(image_folder / split):
         image_folder = image_folder / split
-        mask_folder = mask_folder / split if mask_folder is not None and (mask_folder / split).is_dir() else None
+        mask_folder = mask_folder / split if mask_folder is not None and os.path.isdir(mask_folder / split) else None
     images = _images(image_folder)
     if mask_folder is None:
         return images, {}
@@ -440,7 +441,11 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _mask_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in {".png", ".npy", ".tif", ".tiff", ".bmp", ".gif"})
+    try:
+        files = list(folder.iterdir())
+    except OSError as exc:
+        raise InputError(f"cannot list {folder}: {exc.strerror}") from exc
+    return sorted(p for p in files if p.suffix.lower() in {".png", ".npy", ".tif", ".tiff", ".bmp", ".gif"})
 
 
 def _spread(items: list[T], limit: int | None) -> list[T]:

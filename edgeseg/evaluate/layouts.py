@@ -103,7 +103,7 @@ def _read_list(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding
 
 def _read_voc(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:
     names = source / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if not names.is_file():
+    if not os.path.isfile(names):
         raise InputError(f"{names} is not there; {_EXPECTED['voc']}")
     stems = [stem for line in read_lines(names, "the split") for stem in line.split()]
     images, masks = source / "JPEGImages", source / "SegmentationClass"
@@ -115,11 +115,11 @@ def _read_cityscapes(source: Path, split: str) -> tuple[Pairs, int | None, Label
     stems = [(image, image.name.removesuffix("_leftImg8bit.png")) for image in images]
     truth = source / "gtFine" / split
     train_ids = [truth / i.parent.name / f"{stem}_gtFine_labelTrainIds.png" for i, stem in stems]
-    if train_ids and train_ids[0].is_file():
+    if train_ids and os.path.isfile(train_ids[0]):
         return list(zip(images, train_ids, strict=True)), 255, LabelCoding()
     ids = [truth / i.parent.name / f"{stem}_gtFine_labelIds.png" for i, stem in stems]
     values = dict.fromkeys(range(-1, 256), IGNORED) | {v: k for k, v in enumerate(_CITYSCAPES_TRAIN_IDS)}
-    pairs: Pairs = [(image, mask if mask.is_file() else None) for image, mask in zip(images, ids, strict=True)]
+    pairs: Pairs = [(image, mask if os.path.isfile(mask) else None) for image, mask in zip(images, ids, strict=True)]
     return pairs, None, LabelCoding(values)
 
 
@@ -127,9 +127,9 @@ def _read_camvid(source: Path, split: str) -> tuple[Pairs, int | None, LabelCodi
     """SegNet's version (``val/``, ``valannot/``, 11 is void) or the colour-coded one (``val_labels/NAME_L.png``)."""
     images = sorted(p for p in (source / split).glob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg"})
     indexed, coloured = source / f"{split}annot", source / f"{split}_labels"
-    if indexed.is_dir():
+    if os.path.isdir(indexed):
         return [(image, indexed / f"{image.stem}.png") for image in images], 11, LabelCoding()
-    if not coloured.is_dir():
+    if not os.path.isdir(coloured):
         raise InputError(f"{source} has neither {indexed.name}/ nor {coloured.name}/; {_EXPECTED['camvid']}")
     colours = _class_colours(source / "class_dict.csv")
     pairs: Pairs = [(image, coloured / f"{image.stem}_L.png") for image in images]
@@ -148,10 +148,10 @@ def _class_colours(path: Path) -> dict[tuple[int, int, int], int]:
 
 
 def _read_coco_stuff(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:
-    folder = next((f for f in (source / "images" / f"{split}2017", source / f"{split}2017") if f.is_dir()), None)
+    folder = next((f for f in (source / "images" / f"{split}2017", source / f"{split}2017") if os.path.isdir(f)), None)
     images = sorted(folder.glob("*.jpg")) if folder is not None else []
     places = (source / n / f"{split}2017" for n in ("annotations", "stuffthingmaps", "pixelmaps"))
-    masks = next((f for f in places if f.is_dir()), None)
+    masks = next((f for f in places if os.path.isdir(f)), None)
     return [(i, None if masks is None else masks / f"{i.stem}.png") for i in images], 255, LabelCoding()
 
 

@@ -122,7 +122,7 @@ def list_images(source: str | Path | Iterable[str | Path], *, suffixes: frozense
         except OSError as exc:
             why = f"cannot be reached ({reason(exc)})"
         raise InputError(f"{source} {why}; give an image, a folder, a glob or a .txt list of images")
-    found = sorted((p for p in _matches(path) if not p.is_dir()), key=natural_key)
+    found = sorted((p for p in _matches(path) if not os.path.isdir(p)), key=natural_key)
     if not found:
         raise InputError(f"no file matches {source}; quote the pattern, and use ** for folders within folders")
     return found

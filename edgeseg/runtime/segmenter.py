@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -468,7 +469,7 @@ def load(
 
 def _folder_of(path: Path) -> Path:
     """The engine folder that ``path`` is, or that it is a file of: people give ``engine.onnx`` or ``manifest.json``."""
-    return path.parent if path.is_file() and (path.parent / MANIFEST_NAME).is_file() else path
+    return path.parent if os.path.isfile(path) and os.path.isfile(path.parent / MANIFEST_NAME) else path
 
 
 def _loaded(engine: Engine, recompile: bool) -> Session:
