@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -59,6 +60,9 @@ MAX_PIXELS = 178_956_970
 MAX_ARRAY_BYTES = 1 << 30
 # Taken from Pillow at a time.
 BAND_PIXELS = 1 << 22
+# They log what they raise anyway, and what they tolerate; without a handler Python prints it.
+for _name in ("PIL", "tifffile"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())
 # The list of warning filters is one for the whole process.
 _filters_changing = threading.Lock()
 

@@ -7,7 +7,6 @@ tifffile, an extra; what is in a file is said without it.
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +130,6 @@ def read_bands(path: Path, layout: TiffLayout, largest_bytes: int) -> NDArray[An
             import imagecodecs  # noqa: F401
     except ImportError as exc:
         raise MissingDependencyError(exc.name or "tifffile", "tiff", purpose) from exc
-    # It logs what it raises anyway, and what it tolerates.
-    logging.getLogger("tifffile").addHandler(logging.NullHandler())
     with tifffile.TiffFile(path) as file:
         page = file.pages.first
         for what, shape in (("a page", page.shape), ("a tile", page.chunks)):
