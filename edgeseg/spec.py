@@ -238,6 +238,15 @@ class PipelineSpec:
             )
 
     @property
+    def in_words(self) -> str:
+        """Short, for people: ``fpn-resnet34, 11 classes, 352x480 RGB (resize) -> mask``."""
+        model, given = self.model, self.input
+        classes = "1 class" if model.classes == 1 else f"{model.classes} classes"
+        size = "any size" if given.dynamic_size else f"{given.height}x{given.width}"
+        channels = {1: "grey", 3: "RGB"}.get(given.channels, f"{given.channels} channels")
+        return f"{model.display_name}, {classes}, {size} {channels} ({given.fit}) -> {self.output.kind}"
+
+    @property
     def mask_dtype(self) -> str:
         """numpy name of the mask's dtype: ``uint8`` up to 256 classes, else ``uint16``."""
         return "uint16" if self.model.task == "multiclass" and self.model.classes > 256 else "uint8"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
 from edgeseg.errors import CheckpointError
+from edgeseg.store.files import require_regular
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +108,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_file(path: Path, config: dict[str, Any], notes: tuple[str, ...]) -> Checkpoint:
+    require_regular(path, "weights", CheckpointError)
     try:
         size = path.stat().st_size
         with path.open("rb") as f:

@@ -10,35 +10,61 @@ What :func:`read_image` makes of unusual files, so that a mask does not depend o
   a 12-bit sensor stored in 16 bits comes out dark, scale it first.
 - CMYK, YCbCr and HSV are converted without colour profiles. Of an animation or a stack the first frame is read.
 - 32-bit integers, floats and CIELAB have no one meaning as 0..255 and are refused.
-- Four and more channels: RGBA or CMYK files (raw), TIFF stacks with a page per channel, ``.npy``, ``.npz``.
+- Larger than 178956970 pixels (Pillow's limit), or 1 GiB as an array or a stack, is refused.
+- Four and more channels: RGBA or CMYK files (raw), TIFF with all bands in one page (extra ``tiff``) or a page per channel,
+  ``.npy``, ``.npz``.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
+import logging
 import os
 import re
-import zipfile
-from collections.abc import Iterable
+import sys
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import InputError
+from edgeseg.errors import EdgesegError, InputError
+from edgeseg.images.arrays import ARRAY_SUFFIXES, read_array
 from edgeseg.images.placement import Placement, fit, fit_windows
+from edgeseg.images.tiff import TiffLayout, read_bands, tiff_layout
+from edgeseg.store.files import read_lines, reason, require_file
 
-__all__ = ["IMAGE_SUFFIXES", "Placement", "fit", "fit_windows", "list_images", "natural_key", "read_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Placement",
+    "fit",
+    "fit_windows",
+    "list_images",
+    "natural_key",
+    "pixel_digest",
+    "read_image",
+]
 
 # EPS (which runs Ghostscript) and rarely exercised decoders stay closed to files of unknown origin.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
 IMAGE_SUFFIXES = ARRAY_SUFFIXES | frozenset(
     {".bmp", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
-# Pillow's own limit for image files, applied to arrays too.
+# The number from which Pillow refuses a file itself.
+MAX_PIXELS = 178_956_970
 MAX_ARRAY_BYTES = 1 << 30
+# Taken from Pillow at a time.
+BAND_PIXELS = 1 << 22
+# They log what they raise anyway, and what they tolerate; without a handler Python prints it.
+for _name in ("PIL", "tifffile"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+# The list of warning filters is one for the whole process.
+_filters_changing = threading.Lock()
 
 _WIDE_GREY = {"I;16", "I;16L", "I;16B", "I;16N"}
 
@@ -58,14 +84,17 @@ def read_image(path: str | Path, channels: int = 3) -> NDArray[np.uint8]:
         InputError: no such file, not an image, truncated, too large, or of a kind that cannot be ``channels`` x uint8.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not a file" if path.exists() else "does not exist"
-        raise InputError(f"cannot read image {path}: it {what}")
-    if path.stat().st_size == 0:
-        raise InputError(f"cannot read image {path}: the file is empty (0 bytes)")
+    require_file(path, "image")
     if path.suffix.lower() in ARRAY_SUFFIXES:
-        return _from_array(path, _load_array(path), channels)
+        return _from_array(path, read_array(path, "image", MAX_ARRAY_BYTES), channels)
     return _read_with_pillow(path, channels)
+
+
+def pixel_digest(image: NDArray[np.uint8]) -> str:
+    """SHA-256 of what an image shows, hex: equal for copies of a picture, whatever their names and file formats."""
+    digest = hashlib.sha256(f"{image.shape}".encode())
+    digest.update(np.ascontiguousarray(image).data)
+    return digest.hexdigest()
 
 
 def list_images(source: str | Path | Iterable[str | Path], *, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path]:
@@ -78,21 +107,37 @@ def list_images(source: str | Path | Iterable[str | Path], *, suffixes: frozense
         suffixes: what counts as an image in a folder, lower case.
 
     Raises:
-        InputError: nothing there, no image in a folder, or a glob without a match.
+        InputError: nothing there, no file, no image in a folder, or a glob without a match.
     """
     if not isinstance(source, (str, Path)):
         return [Path(item) for item in source]
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _list_folder(path, suffixes)
-    if path.is_file():
+    if os.path.isfile(path):
         return _read_list(path) if path.suffix.lower() == ".txt" else [path]
-    if glob.has_magic(str(source)):
-        found = sorted((Path(p) for p in glob.glob(str(source), recursive=True) if os.path.isfile(p)), key=natural_key)
-        if not found:
-            raise InputError(f"no file matches {source}; quote the pattern, and use ** for folders within folders")
-        return found
-    raise InputError(f"{source} does not exist; give an image, a folder, a glob or a .txt list of images")
+    if os.path.lexists(path):
+        return [path]  # a link to nothing, a pipe: whoever reads it says so
+    if not glob.has_magic(str(source)):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, ValueError):
+            why = "does not exist"
+        except OSError as exc:
+            why = f"cannot be reached ({reason(exc)})"
+        raise InputError(f"{source} {why}; give an image, a folder, a glob or a .txt list of images")
+    found = sorted((p for p in _matches(path) if not os.path.isdir(p)), key=natural_key)
+    if not found:
+        raise InputError(f"no file matches {source}; quote the pattern, and use ** for folders within folders")
+    return found
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """Expand a pattern; leading folders that exist under their very name are no pattern, brackets or not."""
+    base, parts = Path(pattern.anchor), list(pattern.parts[1 if pattern.anchor else 0 :])
+    while len(parts) > 1 and os.path.isdir(base / parts[0]):
+        base /= parts.pop(0)
+    return (base / name for name in glob.glob(os.path.join(*parts), root_dir=base, recursive=True))
 
 
 def natural_key(path: Path) -> tuple[Any, ...]:
@@ -106,7 +151,8 @@ def _list_folder(folder: Path, suffixes: frozenset[str]) -> list[Path]:
         files = [p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith(".")]
     except OSError as exc:
         raise InputError(f"cannot list {folder}: {exc.strerror}") from exc
-    found = sorted((p for p in files if p.is_file()), key=natural_key)
+    # Links to nothing and the like are listed: whoever reads them says so.
+    found = sorted((p for p in files if not os.path.isdir(p)), key=natural_key)
     if not found:
         raise InputError(
             f"no images in {folder} (looked for {' '.join(sorted(suffixes))}); "
@@ -116,53 +162,19 @@ def _list_folder(folder: Path, suffixes: frozenset[str]) -> list[Path]:
 
 
 def _read_list(path: Path) -> list[Path]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InputError(f"cannot read the list {path}: {_reason(exc)}") from exc
+    lines = read_lines(path, "the list")
     found = []
     for number, line in enumerate(lines, start=1):
         name = line.strip()
         if not name or name.startswith("#"):
             continue
         image = path.parent / name
-        if not image.is_file():
+        if not os.path.isfile(image):
             raise InputError(f"{path}, line {number}: {name} does not exist")
         found.append(image)
     if not found:
         raise InputError(f"the list {path} names no images; write one path per line")
     return found
-
-
-def _load_array(path: Path) -> NDArray[Any]:
-    try:
-        if path.suffix.lower() == ".npz":
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                if len(names) != 1:
-                    raise InputError(f"{path} holds {len(names)} arrays; an image file holds one")
-                _check_bytes(path, archive.getinfo(names[0]).file_size)
-            with np.load(path, allow_pickle=False) as arrays:
-                return np.asarray(arrays[arrays.files[0]])
-        with path.open("rb") as stream:
-            # The header alone decides how much numpy allocates.
-            version = np.lib.format.read_magic(stream)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = header(stream)
-            _check_bytes(path, int(np.prod(shape, dtype=object)) * dtype.itemsize)
-        return np.asarray(np.load(path, allow_pickle=False))
-    except InputError:
-        raise
-    except Exception as exc:
-        # numpy raises whatever its parsing of a damaged header trips over: ValueError, tokenize.TokenError, ...
-        raise InputError(f"cannot read image {path}: {_reason(exc)}") from exc
-
-
-def _check_bytes(path: Path, size_bytes: int) -> None:
-    if size_bytes > MAX_ARRAY_BYTES:
-        raise InputError(
-            f"cannot read image {path}: {size_bytes} bytes decoded, more than the {MAX_ARRAY_BYTES} allowed"
-        )
 
 
 def _from_array(path: Path, array: NDArray[Any], channels: int) -> NDArray[np.uint8]:
@@ -181,21 +193,83 @@ def _from_array(path: Path, array: NDArray[Any], channels: int) -> NDArray[np.ui
     return np.ascontiguousarray(array, np.uint8)
 
 
-def _read_with_pillow(path: Path, channels: int) -> NDArray[np.uint8]:
-    from PIL import Image, UnidentifiedImageError
+@contextmanager
+def open_picture(path: Path) -> Iterator[Any]:
+    """Open an image file of one of :data:`FORMATS` with Pillow; nothing is decoded yet.
+
+    Raises:
+        InputError: more than :data:`MAX_PIXELS`.
+        Exception: whatever Pillow raises for what is no image, or a damaged one.
+    """
+    from PIL import Image
 
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        # Pillow warns of half the pixels it refuses: a second line beside ours, or an exception.
+        with _filters_changing, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError as exc:
+        raise InputError(f"cannot read {path}: more than {MAX_PIXELS} pixels; cut it into parts") from exc
+    with image:
+        if image.width * image.height > MAX_PIXELS:
+            raise InputError(f"cannot read {path}: more than {MAX_PIXELS} pixels; cut it into parts")
+        yield image
+
+
+def _read_with_pillow(path: Path, channels: int) -> NDArray[np.uint8]:
+    from PIL import UnidentifiedImageError
+
+    layout = tiff_layout(path)
+    if layout is not None and not layout.is_plain:
+        if layout.samples == channels:
+            return _from_tiff(path, layout, channels)
+        if channels not in (1, 3) or not layout.has_colours_for_pillow:
+            raise InputError(f"{path} holds {layout}; this model takes {channels} channels")
+    try:
+        with open_picture(path) as image:
             return _from_pillow(path, image, channels)
     except InputError:
         raise
     except UnidentifiedImageError as exc:
+        if layout is not None:
+            raise InputError(
+                f"cannot read image {path}: a TIFF with {layout}, or damaged; store 8 or 16 unsigned bits per sample"
+            ) from exc
         raise InputError(f"cannot read image {path}: not one of {', '.join(FORMATS)}, or damaged") from exc
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
-        raise InputError(f"cannot read image {path}: {_reason(exc)}; cut it into parts") from exc
     except Exception as exc:
         # Decoders raise whatever their parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ...
-        raise InputError(f"cannot read image {path}: {_reason(exc)}") from exc
+        raise InputError(f"cannot read image {path}: {reason(exc)}") from exc
+
+
+def is_picture(value: object) -> bool:
+    """Whether ``value`` is a PIL image; Pillow is not imported for the question."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(value, pillow.Image)
+
+
+def picture_pixels(picture: Any, channels: int) -> NDArray[np.uint8]:
+    """Return what :func:`read_image` would of the file of a PIL image, uint8 ``(H, W, channels)``.
+
+    Raises:
+        InputError: truncated, or of a kind that cannot be ``channels`` x uint8.
+    """
+    name = Path(getattr(picture, "filename", "") or "the PIL image")
+    try:
+        return _from_pillow(name, picture.copy(), channels)
+    except InputError:
+        raise
+    except Exception as exc:
+        raise InputError(f"cannot read image {name}: {reason(exc)}") from exc
+
+
+def _from_tiff(path: Path, layout: TiffLayout, channels: int) -> NDArray[np.uint8]:
+    try:
+        return _from_array(path, read_bands(path, layout, MAX_ARRAY_BYTES), channels)
+    except EdgesegError:
+        raise
+    except Exception as exc:
+        # As with Pillow: anything a damaged file makes a decoder trip over.
+        raise InputError(f"cannot read image {path}: {reason(exc)}") from exc
 
 
 def _from_pillow(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
@@ -203,12 +277,28 @@ def _from_pillow(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
 
     if channels not in (1, 3):
         return _bands(path, image, channels)
-    image = ImageOps.exif_transpose(_eight_bit(path, image))
+    image, mode = _eight_bit(path, image), "RGB" if channels == 3 else "L"
+    # In place, and converted only where that changes something: Pillow would copy.
+    ImageOps.exif_transpose(image, in_place=True)
     # Pillow would warn about transparency it cannot carry over.
     image.info.pop("transparency", None)
-    converted = image.convert("RGB" if channels == 3 else "L")
-    array = np.array(converted, np.uint8)
+    array = _pixels(image if image.mode == mode else image.convert(mode))
     return array if channels == 3 else array[..., None]
+
+
+def _pixels(image: Any) -> NDArray[np.uint8]:
+    """Pixels of a decoded image, a band of rows at a time: Pillow needs two copies of what it hands over."""
+    width, height = image.size
+    rows = max(1, BAND_PIXELS // width)
+    if rows >= height:
+        return np.array(image, np.uint8)
+    bands = (image.crop((0, top, width, min(top + rows, height))) for top in range(0, height, rows))
+    first = np.asarray(next(bands))
+    pixels = np.empty((height, *first.shape[1:]), np.uint8)
+    pixels[:rows] = first
+    for number, band in enumerate(bands, start=1):
+        pixels[number * rows : (number + 1) * rows] = np.asarray(band)
+    return pixels
 
 
 def _eight_bit(path: Path, image: Any) -> Any:
@@ -237,6 +327,10 @@ def _bands(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
 
     pages = getattr(image, "n_frames", 1)
     if pages == channels:
+        if pages * image.width * image.height > MAX_ARRAY_BYTES:
+            raise InputError(
+                f"cannot read {path}: {pages} pages of more than {MAX_ARRAY_BYTES} bytes; cut it into parts"
+            )
         planes = [np.asarray(_eight_bit(path, page).convert("L")) for page in ImageSequence.Iterator(image)]
         if any(plane.shape != planes[0].shape for plane in planes):
             raise InputError(f"the {pages} pages of {path} differ in size; a page per channel is expected")
@@ -247,9 +341,3 @@ def _bands(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
             f"{channels}: store them as a .npy of shape (H, W, {channels}) or a TIFF with a page per channel"
         )
     return np.array(ImageOps.exif_transpose(image), np.uint8)
-
-
-def _reason(exc: BaseException) -> str:
-    """An exception's text on one line, without the file name that decoders like to repeat."""
-    text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-    return " ".join(text.split())[:200] or type(exc).__name__

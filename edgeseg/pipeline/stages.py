@@ -194,6 +194,7 @@ def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) ->
 def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, reporter: Reporter) -> CalibrationTable:
     """Take the table that was given, find one in the cache, or calibrate."""
     from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
+    from edgeseg.quantize.samples import MINIMUM_IMAGES
     from edgeseg.quantize.table import CalibrationTable, check_fresh, load_table
 
     if isinstance(samples, (CalibrationTable, Path)):
@@ -207,6 +208,11 @@ def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, rep
         listed = "; ".join(f"{name}: {reason}" for name, reason in samples.skipped[:5])
         more = f"; and {len(samples.skipped) - 5} more" if len(samples.skipped) > 5 else ""
         reporter.note(f"{len(samples.skipped)} calibration images were skipped: {listed}{more}")
+    if len(samples) < MINIMUM_IMAGES:
+        images = "1 image" if len(samples) == 1 else f"{len(samples)} images"
+        reporter.note(
+            f"calibrated on {images}: what others need may lie outside the ranges; give {MINIMUM_IMAGES} or more"
+        )
     method = method_or_default(request.calibration_method)
     inputs = {"key": table_key(graph, samples, method, {}), "software": software()}
 

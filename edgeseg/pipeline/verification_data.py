@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +106,11 @@ def calibration_source(request: BuildRequest, loaded: LoadedModel) -> Calibratio
 
 def _unseen(pairs: ValidationSet, samples: Samples) -> VerificationData:
     """The validation images that were not calibrated on; all of them, saying so, if none is left."""
-    description = str(pairs.source)
+    # All masks are read here: what is wrong with them is said before the work.
+    meaning = pairs.labels.meaning
+    description = f"{pairs.source} ({meaning})" if meaning else str(pairs.source)
     if isinstance(samples, CalibrationSet):
-        rest = pairs.without(set(samples.content))
+        rest = pairs.without(set(samples.pixels))
         seen = len(pairs) - len(rest)
         if not len(rest):
             return VerificationData(pairs, f"{description}, all of which were also calibrated on")
@@ -125,7 +128,7 @@ def _split(
     words = "held out of" if enough else "the same as for calibration, too few to hold some out of"
     description = f"{len(held)} images {words} {samples.source}"
     source = request.calibration
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
+    if isinstance(source, (str, Path)) and os.path.isdir(source):
         pairs = ValidationSet.open(source, loaded.model, ignore_index=request.ignore_index)
         return kept, VerificationData(pairs.only(set(held.content)), description)
     return kept, VerificationData(ImagesWithoutMasks(held, loaded.model.in_channels), description)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
-import tokenize
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import EdgesegError, InputError
-from edgeseg.images.decoding import ARRAY_SUFFIXES, IMAGE_SUFFIXES, fit_windows, list_images, read_image
+from edgeseg.images.arrays import ARRAY_SUFFIXES, open_arrays
+from edgeseg.images.decoding import IMAGE_SUFFIXES, MAX_ARRAY_BYTES, fit_windows, list_images, pixel_digest, read_image
 from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import sha256_file
 
 MINIMUM_IMAGES = 8
 """Fewest images a calibration is made from, unless fewer are asked for."""
+
+MAX_ARCHIVE_BYTES = 2 << 30
+"""Most bytes the arrays of a ``.npz`` may have, which are kept in memory; a ``.npy`` is read from the disk as needed."""
+
+MAX_STACKED_IMAGES = 100_000
+"""Most images in one array."""
 
 SMALLEST_SIDE = 16
 """Images with a side of fewer pixels are thumbnails or accidents, and are skipped."""
@@ -72,8 +78,7 @@ class _Array:
         return np.ascontiguousarray(self.pixels)
 
     def digest(self) -> str:
-        header = f"{self.pixels.shape}".encode()
-        return hashlib.sha256(header + np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
+        return pixel_digest(self.pixels)
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,13 @@ class CalibrationSet:
     Attributes:
         source: where they came from, in words.
         content: SHA-256 of each image taken, in order: of the file's bytes, or of an array's pixels.
+        pixels: SHA-256 of what each shows, which copies in other files or formats have in common; no two are equal.
         skipped: name and reason of every image that could not be used.
     """
 
     source: str
     content: tuple[str, ...]
+    pixels: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
     _images: tuple[_Image, ...]
 
@@ -101,7 +108,10 @@ class CalibrationSet:
         channels: int = 3,
         minimum: int = MINIMUM_IMAGES,
     ) -> CalibrationSet:
-        """Find the images, take a subset, and make sure that each can be decoded.
+        """Find the images, take a subset, and make sure that each can be decoded and shows something else.
+
+        A picture that is there twice, in whatever files, is taken once: it would count twice in every statistic, and
+        its copy would be held out to verify what was calibrated on it.
 
         Args:
             source: a folder of images (or one with them in ``images/``), a glob pattern, a ``.txt`` list with one
@@ -114,7 +124,8 @@ class CalibrationSet:
             minimum: refuse to calibrate on fewer; a smaller ``limit`` lowers it.
 
         Raises:
-            InputError: nothing there, not readable, or too few usable images; says which were skipped and why.
+            InputError: nothing there, not readable, too few usable images (says which were skipped and why), or
+                nothing but images of a single colour.
         """
         if limit is not None and limit < 1:
             raise InputError(f"calibration limit is {limit}; give at least 1 image, or none for all of them")
@@ -122,21 +133,36 @@ class CalibrationSet:
         order = list(range(len(found)))
         if limit is not None and limit < len(found):
             random.Random(seed).shuffle(order)
-        taken: list[tuple[int, str]] = []
+        taken: list[tuple[int, _Content]] = []
         skipped: list[tuple[str, str]] = []
+        name_of: dict[str, str] = {}
         for index in order:
             if len(taken) == limit:
                 break
             try:
-                taken.append((index, _check(found[index], channels)))
+                content = _check(found[index], channels)
+                if content.pixels in name_of:
+                    raise InputError(f"the same picture as {name_of[content.pixels]}")
+                name_of[content.pixels] = found[index].name
+                taken.append((index, content))
             except EdgesegError as exc:
                 skipped.append((found[index].name, str(exc)))
         needed = min(minimum, limit) if limit is not None else minimum
         if len(taken) < max(needed, 1):
             raise InputError(_too_few(words, len(taken), len(found), needed, skipped))
-        taken.sort()
-        content = tuple(sha for _, sha in taken)
-        return cls(words, content, tuple(sorted(skipped)), tuple(found[index] for index, _ in taken))
+        if all(content.is_one_colour for _, content in taken):
+            raise InputError(
+                f"each of the {len(taken)} images in {words} is of a single colour; ranges taken from them would fit no "
+                "real image: give images like those the model will see"
+            )
+        taken.sort(key=lambda item: item[0])
+        return cls(
+            source=words,
+            content=tuple(content.stored for _, content in taken),
+            pixels=tuple(content.pixels for _, content in taken),
+            skipped=tuple(sorted(skipped)),
+            _images=tuple(found[index] for index, _ in taken),
+        )
 
     @property
     def digest(self) -> str:
@@ -153,8 +179,12 @@ class CalibrationSet:
         return kept, self._part([k for k in numbers if not (k + 1) % every])
 
     def _part(self, indices: list[int]) -> CalibrationSet:
-        content = tuple(self.content[k] for k in indices)
-        return replace(self, content=content, _images=tuple(self._images[k] for k in indices))
+        return replace(
+            self,
+            content=tuple(self.content[k] for k in indices),
+            pixels=tuple(self.pixels[k] for k in indices),
+            _images=tuple(self._images[k] for k in indices),
+        )
 
     def named_images(self, channels: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         """Yield each image's name and pixels, uint8 ``(H, W, channels)``, at its own size.
@@ -185,11 +215,23 @@ class CalibrationSet:
             yield name, [np.ascontiguousarray(window[None]) for window in fit_windows(pixels, spec)]
 
 
-def _check(image: _Image, channels: int) -> str:
-    height, width = image.read(channels).shape[:2]
+@dataclass(frozen=True)
+class _Content:
+    """What tells one candidate from another: SHA-256 of the stored bytes and of the pixels."""
+
+    stored: str
+    pixels: str
+    is_one_colour: bool
+
+
+def _check(image: _Image, channels: int) -> _Content:
+    pixels = image.read(channels)
+    height, width = pixels.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
         raise InputError(f"{height}x{width} pixels, at least {SMALLEST_SIDE}x{SMALLEST_SIDE} are needed")
-    return image.digest()
+    return _Content(
+        image.digest(), pixel_digest(pixels), bool((pixels.min(axis=(0, 1)) == pixels.max(axis=(0, 1))).all())
+    )
 
 
 def _too_few(words: str, taken: int, found: int, needed: int, skipped: Sequence[tuple[str, str]]) -> str:
@@ -206,32 +248,23 @@ def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:
     if not isinstance(source, (str, Path)):
         return "the given images", _from_items(source)
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES:
+    if os.path.isfile(path) and path.suffix.lower() in ARRAY_SUFFIXES:
         return str(path), _from_array_file(path)
-    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+    if os.path.isfile(path) and path.suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(
             f"{path} is one image; calibration takes a folder, a glob, a .txt list, or a .npy or .npz of many"
         )
     inner = path / "images"
-    files = list_images(inner if inner.is_dir() else path)
+    files = list_images(inner if os.path.isdir(inner) else path)
     # An image named twice would count twice in every statistic.
     return str(path), [_File(p) for p in dict.fromkeys(files)]
 
 
 def _from_array_file(path: Path) -> list[_Image]:
     try:
-        # A pickle inside an array file can run code; it is never loaded.
-        if path.suffix.lower() == ".npy":
-            arrays = {path.name: np.load(path, mmap_mode="r", allow_pickle=False)}
-        else:
-            # numpy leaves a damaged archive open when it is given a path.
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-                arrays = {f"{path.name}:{name}": archive[name] for name in sorted(archive.files)}
-    # numpy parses the header of its oldest format with tokenize.
-    except (
-        OSError, ValueError, EOFError, KeyError, MemoryError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile,
-    ) as exc:  # fmt: skip
-        raise InputError(f"cannot read {path}: {exc}; save uint8 (N, H, W, C) arrays, without pickled objects") from exc
+        arrays = open_arrays(path, "calibration images", MAX_ARCHIVE_BYTES)
+    except InputError as exc:
+        raise InputError(f"{exc}; save uint8 (N, H, W, C) arrays, without pickled objects") from exc
     return [image for name, array in arrays.items() for image in _split(name, array)]
 
 
@@ -252,7 +285,13 @@ def _split(name: str, array: NDArray[np.generic]) -> list[_Image]:
             f"{name} is {array.dtype} of shape {array.shape}; calibration arrays are uint8, (H, W, C) or (N, H, W, C), "
             "as decoded and before any normalization"
         )
+    if (array[0] if array.ndim == 4 else array).nbytes > MAX_ARRAY_BYTES:
+        raise InputError(f"{name} holds an image of more than {MAX_ARRAY_BYTES} bytes; cut it into parts")
     pixels = array.astype(np.uint8, copy=False)
     if array.ndim == 4:
+        if len(array) > MAX_STACKED_IMAGES:
+            raise InputError(
+                f"{name} holds {len(array)} images; calibration takes {MAX_STACKED_IMAGES} of one array at most"
+            )
         return [_Array(f"{name}[{index}]", image) for index, image in enumerate(pixels)]
     return [_Array(name, pixels if array.ndim == 3 else pixels[..., None])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
-from edgeseg.runtime.sources import import_cv2
+from edgeseg.runtime.sources import import_cv2, require_utf8
 from edgeseg.store.atomic import replacing, write_bytes
 from edgeseg.store.outputs import refuse_existing
 
 if TYPE_CHECKING:
     from PIL import Image
+
+# A file name holds 255 bytes: what is added are a number, a class, suffixes, and the mark of an unfinished file.
+MAX_NAME_BYTES = 170
 
 
 def write_mask(path: Path, mask: NDArray[Any], palette: NDArray[np.uint8], *, overwrite: bool = False) -> None:
@@ -76,6 +80,7 @@ class VideoFile:
         self._size = (0, 0)
         self.frames = 0
         refuse_existing(path, overwrite)
+        require_utf8(path)
 
     def write(self, picture: NDArray[np.uint8]) -> None:
         """Append a frame, uint8 RGB ``(H, W, 3)``; all frames have the size of the first."""
@@ -119,11 +124,19 @@ class VideoFile:
             self._replacing.__exit__(kind, error, trace)
 
 
+def cut_to_bytes(name: str, most: int) -> str:
+    """The start of ``name`` that has at most so many bytes as a file's name, whole characters."""
+    while len(os.fsencode(name)) > most:
+        name = name[:-1]
+    return name
+
+
 def unique_names(paths: Sequence[Path]) -> list[str]:
     """Return an output name (without suffix) for each input path, no two alike even where case is ignored.
 
     A stem that is alone keeps its name. Inputs that share one get their suffix (``a_jpg``, ``a_png``), their folder
-    (``left_a``, ``right_a``) or both, whichever tells them apart first, else a number.
+    (``left_a``, ``right_a``) or both, whichever tells them apart first, else a number. Names are cut to
+    :data:`MAX_NAME_BYTES`.
     """
     names = [path.stem for path in paths]
     by_name: dict[str, list[int]] = {}
@@ -142,6 +155,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
         for index, name in zip(group, proposed, strict=True):
             names[index] = name
     taken: set[str] = set()
+    names = [cut_to_bytes(name, MAX_NAME_BYTES) for name in names]
     for index, name in enumerate(names):
         number = 2
         while names[index].casefold() in taken:

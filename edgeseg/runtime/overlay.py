@@ -37,6 +37,8 @@ _COLOURS = bytes.fromhex(
 )
 
 NOT_A_CLASS = (128, 128, 128)
+# Laid over at a time: the six copies that takes are of a band, not of a picture of 100 megapixels.
+BAND_PIXELS = 1 << 22
 BACKGROUND_NAMES = frozenset({"background", "bg", "void", "unlabeled", "unlabelled", "ignore"})
 
 
@@ -137,6 +139,18 @@ def overlay(
     if image.shape[:2] != mask.shape[-2:]:
         (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[-2:]
         raise InputError(f"the image has {height}x{width} pixels and the mask {mask_height}x{mask_width}")
+    height, width = image.shape[:2]
+    laid = np.empty((height, width, 3), np.uint8)
+    rows = max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        band = slice(top, top + rows)
+        laid[band] = _laid_over(image[band], mask[..., band, :], alpha, palette)
+    return laid
+
+
+def _laid_over(
+    image: NDArray[np.uint8], mask: NDArray[Any], alpha: float, palette: NDArray[np.uint8] | None
+) -> NDArray[np.uint8]:
     from PIL import Image
 
     colours = colorize(mask, palette)
@@ -165,9 +179,13 @@ def legend_entries(
         if mask.ndim == 3:
             counts = np.count_nonzero(mask, axis=(1, 2))
         else:
-            counts = np.bincount(mask.ravel(), minlength=len(labels))[: len(labels)]
-        pixels = mask.shape[-2] * mask.shape[-1]
-        shares = [float(count) / pixels for count in counts]
+            counts = np.zeros(len(labels), np.int64)
+            pixels = mask.ravel()
+            # numpy counts in 64 bits: of all pixels at once that is eight times the mask.
+            for start in range(0, pixels.size, BAND_PIXELS):
+                counts += np.bincount(pixels[start : start + BAND_PIXELS], minlength=len(labels))[: len(labels)]
+        area = mask.shape[-2] * mask.shape[-1]
+        shares = [float(count) / area for count in counts]
     entries = [LegendEntry(n, c, s) for n, c, s in zip(labels, colours, shares, strict=True) if s is None or s > 0]  # type: ignore[arg-type]
     return entries if mask is None else sorted(entries, key=lambda entry: -(entry.share or 0.0))
 

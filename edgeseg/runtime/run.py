@@ -8,14 +8,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import InputError
+from edgeseg.errors import EdgesegError, InputError, MissingDependencyError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
-from edgeseg.runtime.outputs import VideoFile, unique_names, write_mask, write_picture
+from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlap import Overlapped
 from edgeseg.runtime.overlay import add_legend, colorize, legend_entries
 from edgeseg.runtime.overlay import overlay as lay_over
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 # A camera that does not say how fast it is.
 USUAL_FPS = 25.0
+# Of a class in a file's name, which holds 255 bytes at most.
+MAX_CLASS_NAME_BYTES = 40
+
+_Read: TypeAlias = "NDArray[np.uint8] | InputError | MissingDependencyError"
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class RunSummary:
         dropped: camera frames skipped because a newer one had come.
         seconds: from the first input to the last output written.
         written: files, in order.
-        failed: inputs that could not be used.
+        failed: inputs that could not be used, or not to their end.
         frames_per_second: images and frames over seconds, reading and writing included; ``None`` when there were none.
         interrupted: a camera was stopped with Ctrl-C.
     """
@@ -86,8 +90,9 @@ def run_inputs(
     - ``videos/NAME.mp4`` for each video or camera: the colours alone, or over the frames with ``overlay``, and a
       legend. With ``frame_masks`` also ``masks/NAME/000000.png`` and so on.
 
-    NAME is the input's stem, made unique where inputs share one. Images that cannot be read are listed in the summary,
-    and the others are processed. A camera runs until Ctrl-C or ``limit``.
+    NAME is the input's stem, cut where it is very long and made unique where inputs share one. Images that cannot be
+    read are listed in the summary, and the others are processed; so is a video of which frames are lost. A camera runs
+    until Ctrl-C or ``limit``.
 
     Args:
         segmenter: from :func:`edgeseg.load`.
@@ -209,25 +214,25 @@ class _Run:
     def _images(self, tasks: Sequence[_Task], bar: _Silent) -> None:
         channels = self.segmenter.spec.input.channels
 
-        def read() -> Iterator[tuple[_Task, NDArray[np.uint8] | InputError]]:
+        def read() -> Iterator[tuple[_Task, _Read]]:
             for task in tasks:
                 assert isinstance(task.source, Path)
                 try:
                     yield task, read_image(task.source, channels)
-                except InputError as exc:
+                except (InputError, MissingDependencyError) as exc:
                     yield task, exc
 
         def segment(
-            item: tuple[_Task, NDArray[np.uint8] | InputError],
-        ) -> tuple[_Task, NDArray[np.uint8] | InputError, NDArray[Any] | None]:
+            item: tuple[_Task, _Read],
+        ) -> tuple[_Task, _Read, NDArray[Any] | None]:
             task, image = item
-            if isinstance(image, InputError):
+            if isinstance(image, EdgesegError):
                 return task, image, None
             return task, image, self.segmenter(image, channel_order="rgb" if channels == 3 else None)
 
         with Overlapped(read(), segment) as results:
             for task, image, mask in results:
-                if isinstance(image, InputError) or mask is None:
+                if isinstance(image, EdgesegError) or mask is None:
                     self._fail(task, str(image), bar)
                 else:
                     self._write_image(task, image, mask)
@@ -239,9 +244,12 @@ class _Run:
     def _write_image(self, task: _Task, image: NDArray[np.uint8], mask: NDArray[Any]) -> None:
         self._write_masks(self.output / "masks" / task.name, mask)
         if self.overlay:
-            picture = lay_over(image, mask, alpha=self.alpha, palette=self.segmenter.palette)
             path = self.output / "overlays" / f"{task.name}.png"
-            write_picture(path, add_legend(picture, self._legend(mask)), overwrite=self.overwrite)
+            # Not kept under a name: of a large picture every copy counts.
+            picture = add_legend(
+                lay_over(image, mask, alpha=self.alpha, palette=self.segmenter.palette), self._legend(mask)
+            )
+            write_picture(path, picture, overwrite=self.overwrite)
             self.written.append(path)
 
     def _write_masks(self, base: Path, mask: NDArray[Any]) -> None:
@@ -256,7 +264,10 @@ class _Run:
     def _mask_paths(self, base: Path) -> list[Path]:
         if self.segmenter.spec.model.task != "multilabel":
             return [base.with_name(f"{base.name}.png")]
-        names = ("".join(c if c.isalnum() else "_" for c in name) for name in self.segmenter.class_names)
+        names = (
+            cut_to_bytes("".join(c if c.isalnum() else "_" for c in name), MAX_CLASS_NAME_BYTES)
+            for name in self.segmenter.class_names
+        )
         return [base.with_name(f"{base.name}.{index}-{name}.png") for index, name in enumerate(names)]
 
     def _legend(self, mask: NDArray[Any] | None) -> Any:
@@ -276,6 +287,11 @@ class _Run:
                 interrupted = self._write_frames(task, video, frames, file, bar)
                 self.dropped += frames.dropped
             self.written.append(path)
+            if video.lost:
+                decoded = (video.frames or 0) - video.lost
+                self._fail(
+                    task, f"{task.label}: {decoded} of {video.frames} frames could be decoded", bar, "incomplete"
+                )
         except InputError as exc:
             self._fail(task, str(exc), bar)
             return False
@@ -308,9 +324,9 @@ class _Run:
             return True
         return False
 
-    def _fail(self, task: _Task, reason: str, bar: _Silent) -> None:
+    def _fail(self, task: _Task, reason: str, bar: _Silent, what: str = "skipped") -> None:
         self.failed.append(Failure(task.label, reason))
-        bar.say(f"skipped: {reason}")
+        bar.say(f"{what}: {reason}")
 
 
 class _Silent:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,17 +18,44 @@ from numpy.typing import NDArray
 from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
 from edgeseg.errors import EdgesegError, InputError, SpecError, StaleEngineError
+from edgeseg.images.decoding import is_picture, picture_pixels, read_image
 from edgeseg.images.placement import Placement, Tiling, plan_fit
 from edgeseg.runtime.prediction import Prediction, stacked
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.tiling import blended_rows, stitched
 from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec, one_of
-from edgeseg.store.artifacts import Engine, open_engine, read_manifest
+from edgeseg.store.artifacts import MANIFEST_NAME, Engine, open_engine, read_manifest
+from edgeseg.store.files import reason
 
 if TYPE_CHECKING:
     from edgeseg.backends.cuda.arrays import DeviceTensor
 
 Outputs = Mapping[str, NDArray[Any]]
+
+
+class _Array(Protocol):
+    """What turns into a numpy array: a torch tensor on the CPU, among others."""
+
+    def __array__(self) -> NDArray[Any]: ...
+
+
+class _Picture(Protocol):
+    """A PIL image."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
+
+
+ImageLike: TypeAlias = "NDArray[np.uint8] | str | Path | _Array | _Picture"
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Images as they came, uint8 ``(N, H, W, C)``; one ``alone``; with channels to ``swap``."""
+
+    batch: NDArray[np.uint8]
+    alone: bool
+    swap: bool
 
 
 class Segmenter:
@@ -55,7 +84,7 @@ class Segmenter:
         tile_overlap: float = 0.25,
         palette: NDArray[np.uint8] | None = None,
     ) -> None:
-        one_of("channel order", channel_order, get_args(ChannelOrder))
+        _check_order(channel_order, spec.input.channels)
         if not 0.0 <= tile_overlap <= 0.9:
             raise SpecError(f"tile overlap is {tile_overlap}; give a share of the tile from 0 to 0.9")
         self.spec = spec
@@ -85,19 +114,36 @@ class Segmenter:
             self._palette = spec_palette(self.spec)
         return self._palette
 
-    def __call__(self, images: NDArray[np.uint8], *, channel_order: ChannelOrder | None = None) -> NDArray[Any]:
-        """Segment one image or a batch.
+    def __repr__(self) -> str:
+        closed = ", closed" if self._session is None else ""
+        return f"<Segmenter {replace(self.spec, input=self._input).in_words}{closed}>"
+
+    @overload
+    def __call__(self, images: ImageLike, *, channel_order: ChannelOrder | None = None) -> NDArray[Any]: ...
+
+    @overload
+    def __call__(
+        self, images: list[Any] | tuple[Any, ...], *, channel_order: ChannelOrder | None = None
+    ) -> NDArray[Any] | list[NDArray[Any]]: ...
+
+    def __call__(
+        self, images: ImageLike | list[Any] | tuple[Any, ...], *, channel_order: ChannelOrder | None = None
+    ) -> NDArray[Any] | list[NDArray[Any]]:
+        """Segment one image or several.
 
         Args:
-            images: uint8 ``(H, W, C)`` or ``(N, H, W, C)`` of any size; ``(H, W)`` too for a model with one channel.
-            channel_order: of these images; ``None`` for the segmenter's.
+            images: uint8 ``(H, W, C)`` or ``(N, H, W, C)`` of any size; ``(H, W)`` too for a model with one channel. A
+                numpy array, or what turns into one (a torch tensor on the CPU). Or the path of an image file, or a PIL
+                image. Or a list of single images, of any of these kinds and of different sizes.
+            channel_order: of arrays; ``None`` for the segmenter's. Files and PIL images know theirs.
 
         Returns:
             ``(H, W)`` or ``(N, H, W)`` class indices at the size of the images, uint8 (uint16 above 256 classes);
-            binary: 0/1; multilabel: ``(C, H, W)`` or ``(N, C, H, W)`` of 0/1. The caller owns the array.
+            binary: 0/1; multilabel: ``(C, H, W)`` or ``(N, C, H, W)`` of 0/1. For images of different sizes, a list
+            with a mask for each. The caller owns the arrays.
 
         Raises:
-            InputError: another dtype, shape or channel count; a closed segmenter.
+            InputError: another dtype, shape or channel count; a file that cannot be read; a closed segmenter.
         """
         if (
             channel_order is None
@@ -108,20 +154,33 @@ class Segmenter:
         ):
             mask: NDArray[Any] = self._open().run(images[None])["mask"][0]
             return mask
-        batch, single = self._batch(images)
-        masks = [p.mask for p in self._predictions(batch, channel_order, mask_only=True)]
-        return masks[0] if single else np.stack(masks)
+        predictions, alone = self._segment(images, channel_order, mask_only=True)
+        masks = [prediction.mask for prediction in predictions]
+        if alone:
+            return masks[0]
+        return np.stack(masks) if len({mask.shape for mask in masks}) == 1 else masks
 
-    def predict(self, images: NDArray[np.uint8], *, channel_order: ChannelOrder | None = None) -> Prediction:
-        """Segment one image or a batch and return everything the engine was built to say.
+    @overload
+    def predict(self, images: ImageLike, *, channel_order: ChannelOrder | None = None) -> Prediction: ...
+
+    @overload
+    def predict(
+        self, images: list[Any] | tuple[Any, ...], *, channel_order: ChannelOrder | None = None
+    ) -> Prediction | list[Prediction]: ...
+
+    def predict(
+        self, images: ImageLike | list[Any] | tuple[Any, ...], *, channel_order: ChannelOrder | None = None
+    ) -> Prediction | list[Prediction]:
+        """Segment one image or several and return everything the engine was built to say.
 
         Arguments and errors are those of calling the segmenter. Scores are resized bilinearly; the mask and the
         confidence are made of the resized scores. The confidence of a mask engine follows its mask, by nearest
         neighbour.
         """
-        batch, single = self._batch(images)
-        found = list(self._predictions(batch, channel_order, mask_only=False))
-        return found[0] if single else stacked(found)
+        predictions, alone = self._segment(images, channel_order, mask_only=False)
+        if alone:
+            return predictions[0]
+        return stacked(predictions) if len({p.mask.shape for p in predictions}) == 1 else predictions
 
     def run_device(self, images: object) -> Mapping[str, DeviceTensor]:
         """Segment images that are in the GPU's memory; the results stay there, nothing is copied or resized.
@@ -144,7 +203,7 @@ class Segmenter:
         return session.run_device(images)
 
     def many(
-        self, images: Iterable[NDArray[np.uint8]], *, channel_order: ChannelOrder | None = None
+        self, images: Iterable[ImageLike], *, channel_order: ChannelOrder | None = None
     ) -> Generator[NDArray[Any], None, None]:
         """Segment image after image; masks in order, each as calling the segmenter gives it.
 
@@ -162,26 +221,25 @@ class Segmenter:
             yield from (self(image, channel_order=channel_order) for image in images)
             return
         assert isinstance(session, PipelinedSession)
-        order = self.channel_order if channel_order is None else channel_order
-        one_of("channel order", order, get_args(ChannelOrder))
         plans: deque[tuple[Placement, bool]] = deque()
 
         def fitted() -> Iterator[NDArray[np.uint8]]:
-            for given in images:
-                batch, single = self._batch(given)
+            for image in images:
+                given = self._given(image, channel_order)
+                batch = given.batch
                 if len(batch) != 1:
-                    raise InputError(f"images have shape {given.shape}; give one image at a time")
+                    raise InputError(f"images have shape {batch.shape}; give one image at a time")
                 plan = plan_fit(batch.shape[1], batch.shape[2], self._input, self._overlap)
                 assert not isinstance(plan, Tiling)
-                plans.append((plan, single))
-                image = batch if plan.is_identity else plan.apply(batch[0])[None]
-                yield np.ascontiguousarray(_reversed_channels(image) if order == "bgr" else image)
+                plans.append((plan, given.alone))
+                placed = batch if plan.is_identity else plan.apply(batch[0])[None]
+                yield np.ascontiguousarray(_reversed_channels(placed) if given.swap else placed)
 
         with closing(session.run_many(fitted())) as running:
             for outputs in running:
-                plan, single = plans.popleft()
+                plan, alone = plans.popleft()
                 mask = plan.restore(outputs["mask"][0])
-                yield mask if single else mask[None]
+                yield mask if alone else mask[None]
 
     def close(self) -> None:
         """Free the engine. Calling the segmenter afterwards is an :class:`InputError`."""
@@ -202,12 +260,68 @@ class Segmenter:
             raise InputError("this Segmenter is closed; load the engine again")
         return self._session
 
-    def _batch(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], bool]:
-        """Check ``images`` and return them as ``(N, H, W, C)``, and whether it was one image."""
-        channels = self.spec.input.channels
+    def _swaps_channels(self, channel_order: ChannelOrder | None) -> bool:
+        """Whether images of ``channel_order`` (``None``: the segmenter's) are turned for the engine, which takes RGB."""
+        order = self.channel_order if channel_order is None else channel_order
+        _check_order(order, self.spec.input.channels)
+        return order == "bgr"
+
+    def _segment(
+        self, images: object, channel_order: ChannelOrder | None, *, mask_only: bool
+    ) -> tuple[list[Prediction], bool]:
+        """Predictions of all ``images``, and whether that is one image alone rather than a batch of one."""
+        if not isinstance(images, (list, tuple)):
+            given = self._given(images, channel_order)
+            return list(self._predictions(given.batch, given.swap, mask_only=mask_only)), given.alone
+        if not images:
+            raise InputError("images are an empty list; give at least one image")
+        step, predictions = self.spec.input.batch.maximum, list[Prediction]()
+        singles = self._singles(images, channel_order)
+        for _, alike in groupby(singles, key=lambda given: (given.batch.shape, given.swap)):
+            # No more at a time than the engine takes: paths of files may be many.
+            while part := list(islice(alike, step)):
+                batch = part[0].batch if len(part) == 1 else np.concatenate([given.batch for given in part])
+                predictions += self._predictions(batch, part[0].swap, mask_only=mask_only)
+        return predictions, False
+
+    def _singles(self, images: Sequence[object], channel_order: ChannelOrder | None) -> Iterator[_Given]:
+        def single(index: int) -> _Given:
+            try:
+                given = self._given(images[index], channel_order)
+            except InputError as exc:
+                raise InputError(f"image {index} of {len(images)}: {exc}") from exc
+            if not given.alone:
+                raise InputError(
+                    f"image {index} of {len(images)} has shape {given.batch.shape}; a list holds single images"
+                )
+            return given
+
+        # Arrays are checked before the work; files are read when their turn comes.
+        checked = {index: single(index) for index, image in enumerate(images) if not _is_file(image)}
+        for index in range(len(images)):
+            yield checked.get(index) or single(index)
+
+    def _given(self, images: object, channel_order: ChannelOrder | None) -> _Given:
+        """Check one image or a batch, whatever form it has, and return it as ``(N, H, W, C)``."""
+        swap, channels = self._swaps_channels(channel_order), self.spec.input.channels
         wanted = f"uint8 (H, W, {channels}) or (N, H, W, {channels})"
+        if images is None:
+            raise InputError("the image is None, which cv2.imread returns for a file it cannot read; check the path")
+        if isinstance(images, (str, Path)):
+            return _Given(read_image(images, channels)[None], True, False)
+        if is_picture(images):
+            return _Given(picture_pixels(images, channels)[None], True, False)
+        if not isinstance(images, np.ndarray) and hasattr(images, "__array__"):
+            try:
+                images = np.asarray(images.__array__())
+            except (TypeError, RuntimeError, ValueError) as exc:
+                raise InputError(
+                    f"images are a {type(images).__name__} ({reason(exc)}); give {wanted} on the CPU"
+                ) from exc
         if not isinstance(images, np.ndarray):
-            raise InputError(f"images are a {type(images).__name__}; give a numpy array, {wanted}")
+            raise InputError(
+                f"images are a {type(images).__name__}; give a numpy array, {wanted}, a path, a PIL image or a list of them"
+            )
         if images.dtype != np.uint8:
             raise InputError(f"images are {images.dtype}; give {wanted}: {_conversion(images.dtype)}")
         if channels == 1 and images.ndim == 2:
@@ -215,20 +329,19 @@ class Segmenter:
         if images.ndim not in (3, 4) or 0 in images.shape:
             raise InputError(f"images have shape {images.shape}; give {wanted}")
         if images.shape[-1] != channels:
+            axes = "(1, 2, 0)" if images.ndim == 3 else "(0, 2, 3, 1)"
+            first = (
+                f"; if channels come first: images.transpose{axes}, in torch permute{axes}"
+                if images.shape[-3] == channels
+                else ""
+            )
             raise InputError(
                 f"images have shape {images.shape}, so {images.shape[-1]} channels; this model takes {channels}: "
-                f"give {wanted}"
+                f"give {wanted}{first}"
             )
-        return (images[None], True) if images.ndim == 3 else (images, False)
+        return _Given(images[None], True, swap) if images.ndim == 3 else _Given(images, False, swap)
 
-    def _predictions(
-        self, batch: NDArray[np.uint8], channel_order: ChannelOrder | None, *, mask_only: bool
-    ) -> Iterator[Prediction]:
-        order = self.channel_order if channel_order is None else channel_order
-        one_of("channel order", order, get_args(ChannelOrder))
-        if order == "bgr" and batch.shape[-1] != 3:
-            raise SpecError(f"channel order bgr means 3 channels, this model takes {batch.shape[-1]}; leave it out")
-        swap = order == "bgr"
+    def _predictions(self, batch: NDArray[np.uint8], swap: bool, *, mask_only: bool) -> Iterator[Prediction]:
         plan = plan_fit(batch.shape[1], batch.shape[2], self._input, self._overlap)
         if isinstance(plan, Tiling):
             for image in batch:
@@ -324,7 +437,7 @@ def load(
     """Load an engine folder. torch, onnx and SMP are not imported.
 
     Args:
-        folder: made by ``edgeseg build`` or ``edgeseg compile``; its hashes are checked.
+        folder: made by ``edgeseg build`` or ``edgeseg compile``, or a file in it; its hashes are checked.
         channel_order: see :class:`Segmenter`.
         fit: see :class:`Segmenter`.
         tile_overlap: see :class:`Segmenter`.
@@ -341,7 +454,7 @@ def load(
     if isinstance(folder, Engine):
         engine, session = folder, _loaded(folder, recompile)
     else:
-        engine, session = _loaded_whole(Path(folder), recompile)
+        engine, session = _loaded_whole(_folder_of(Path(folder)), recompile)
     try:
         return Segmenter(
             session,
@@ -373,6 +486,11 @@ def _loaded_whole(folder: Path, recompile: bool) -> tuple[Engine, Session]:
         session.close()
 
 
+def _folder_of(path: Path) -> Path:
+    """The engine folder that ``path`` is, or that it is a file of: people give ``engine.onnx`` or ``manifest.json``."""
+    return path.parent if os.path.isfile(path) and os.path.isfile(path.parent / MANIFEST_NAME) else path
+
+
 def _loaded(engine: Engine, recompile: bool) -> Session:
     backend = get_backend(engine.manifest.target)
     try:
@@ -383,6 +501,16 @@ def _loaded(engine: Engine, recompile: bool) -> Session:
     from edgeseg.backends.compile import recompile as compile_again
 
     return backend.load(compile_again(engine))
+
+
+def _is_file(image: object) -> bool:
+    return isinstance(image, (str, Path)) or is_picture(image)
+
+
+def _check_order(order: str, channels: int) -> None:
+    one_of("channel order", order, get_args(ChannelOrder))
+    if order == "bgr" and channels != 3:
+        raise SpecError(f"channel order bgr means 3 channels, this model takes {channels}; leave it out")
 
 
 def _reversed_channels(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.images.decoding import list_images, read_image
 from edgeseg.spec import ChannelOrder
+from edgeseg.store.files import require_file
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
+# Their frame count is a table; elsewhere it is estimated from duration and rate.
+COUNTED_SUFFIXES = frozenset({".m4v", ".mov", ".mp4"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +62,7 @@ class Video:
         fps: frames per second the source says it has; ``None`` when it does not.
         frames: how many frames a file says it has, which need not be true; ``None`` for a camera.
         live: whether frames are lost unless taken in time.
+        lost: at the end of a file of a container that counts its frames: how many of them could not be decoded.
 
     Raises:
         MissingDependencyError: OpenCV is not installed.
@@ -71,9 +75,9 @@ class Video:
         self.source = source
         self.live = isinstance(source, int)
         self._name = f"camera {source}" if isinstance(source, int) else str(source)
-        if isinstance(source, Path) and (not source.is_file() or source.stat().st_size == 0):
-            what = "the file is empty (0 bytes)" if source.is_file() else "no such file"
-            raise InputError(f"cannot read video {source}: {what}")
+        if isinstance(source, Path):
+            require_file(source, "video")
+            require_utf8(source)
         self._cv2 = import_cv2()
         with _quiet(self._cv2):
             self._capture = self._cv2.VideoCapture(source if isinstance(source, int) else str(source))
@@ -84,6 +88,7 @@ class Video:
         count = int(self._capture.get(self._cv2.CAP_PROP_FRAME_COUNT))
         self.fps = fps if 0.0 < fps < 1000.0 else None
         self.frames = count if count > 0 and not self.live else None
+        self.lost = 0
         self._code = self._cv2.COLOR_BGR2RGB if channels == 3 else self._cv2.COLOR_BGR2GRAY
 
     def __iter__(self) -> Iterator[Picture]:
@@ -100,6 +105,8 @@ class Video:
             image = self._cv2.cvtColor(frame, self._code)
             yield Picture(index, seconds, image if image.ndim == 3 else image[..., None], channel_order="rgb")
             index += 1
+        if isinstance(self.source, Path) and self.source.suffix.lower() in COUNTED_SUFFIXES and self.frames:
+            self.lost = max(0, self.frames - index)
         if index == 0:
             raise InputError(f"cannot read {self._name}: no frame could be decoded")
 
@@ -119,6 +126,8 @@ def open_source(source: object, channels: int) -> Video | Iterable[Picture]:
         return _read_files(list_images(source), channels)
     if isinstance(source, np.ndarray) and source.ndim == 3:
         raise InputError(f"one array of shape {source.shape} is no stream; give an iterable of images, such as [image]")
+    if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, Path)) for item in source):
+        return _read_files([Path(item) for item in source], channels)
     if isinstance(source, Iterable):
         return _number_arrays(source)
     raise InputError(
@@ -133,6 +142,15 @@ def import_cv2() -> Any:
     except ImportError as exc:
         raise MissingDependencyError("cv2", "video", "read and write videos and cameras") from exc
     return cv2
+
+
+def require_utf8(path: Path) -> None:
+    """Refuse names OpenCV cannot be given: it crashes on them."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as exc:
+        shown = str(path).encode("utf-8", "backslashreplace").decode()
+        raise InputError(f"cannot open {shown}: OpenCV needs a name in UTF-8; rename it") from exc
 
 
 def _read_files(paths: list[Path], channels: int) -> Iterator[Picture]:

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,8 +78,8 @@ class Stream:
 
 
 def stream(
-    source: str | Path | int | Iterable[NDArray[np.uint8]],
-    segmenter: Segmenter,
+    source: str | Path | int | Iterable[NDArray[np.uint8]] | Segmenter,
+    segmenter: Segmenter | str | Path | int | Iterable[NDArray[np.uint8]],
     *,
     ahead: int = 2,
     drop: bool | None = None,
@@ -87,9 +87,9 @@ def stream(
     """Yield frames and their masks, in order, with reading, inference and the caller's own work overlapped.
 
     Args:
-        source: a video file; a camera's index (``0`` or ``"0"``); a folder, glob or ``.txt`` list of images; or any
-            iterable of uint8 arrays (drawn from in another thread), in the segmenter's channel order.
-        segmenter: from :func:`edgeseg.load`.
+        source: a video file; a camera's index (``0`` or ``"0"``); a folder, glob or ``.txt`` list of images; a list
+            of paths; or any iterable of uint8 arrays (drawn from in another thread), in the segmenter's channel order.
+        segmenter: from :func:`edgeseg.load`; the two may change places.
         ahead: frames read ahead, and masks waiting for the caller, at most.
         drop: skip older frames when the engine cannot keep up, so that the newest is always next; ``None``: for
             cameras only. :attr:`Stream.dropped` counts them.
@@ -101,9 +101,15 @@ def stream(
         an iterator of :class:`Frame` that ends its threads when exhausted, closed or dropped.
 
     Raises:
+        SpecError: no segmenter, or ``ahead`` below 1.
         InputError: nothing there, not readable, or not of the model's channels; also while iterating.
         MissingDependencyError: OpenCV is not installed, and the source is a video or camera.
     """
+    if isinstance(source, Segmenter):
+        # Either order is plain, and people write both.
+        source, segmenter = cast("tuple[Any, Any]", (segmenter, source))
+    if not isinstance(segmenter, Segmenter):
+        raise SpecError(f"segmenter is a {type(segmenter).__name__}; give what edgeseg.load returns")
     if ahead < 1:
         raise SpecError(f"ahead is {ahead}; at least 1 frame has to wait for another")
     return Stream(open_source(source, segmenter.spec.input.channels), segmenter, ahead, drop)

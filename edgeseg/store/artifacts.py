@@ -197,6 +197,11 @@ class Engine:
     folder: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        # The manifest alone would fill a page.
+        about = self.manifest
+        return f"<Engine {self.folder}: {about.spec.in_words}, {about.precision.requested} for {about.target}>"
+
     @property
     def engine_path(self) -> Path:
         if self.manifest.engine is None:

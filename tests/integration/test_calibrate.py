@@ -353,12 +353,12 @@ def broken(op: str, **attributes: object) -> Callable[[Path], OnnxGraph]:
     ("op", "pixel", "word"), [("Log", 7, "NaN"), ("Sqrt", 7, "NaN"), ("Exp", 255, "infinite"), ("Log", 30, "infinite")]
 )
 def test_first_bad_activation_and_its_image_are_named(tmp_path: Path, op: str, pixel: int, word: str) -> None:
-    good = np.full((24, 32, 3), 40, np.uint8)
-    worse = good.copy()
+    good = [np.full((24, 32, 3), 40 + k, np.uint8) for k in range(8)]
+    worse = good[0].copy()
     worse[3, 5, 1] = pixel
     graph = broken(op)(tmp_path / "bad.onnx")
     with pytest.raises(QuantizationError, match=rf"'bad' has {word} values on array 6;") as caught:
-        calibrate(graph, CalibrationSet.open([good] * 6 + [worse] + [good] * 2))
+        calibrate(graph, CalibrationSet.open([*good[:6], worse, *good[6:]]))
     assert "\n" not in str(caught.value)
 
 

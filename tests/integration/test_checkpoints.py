@@ -445,6 +445,8 @@ def test_checkpoints_without_a_model(tmp_path: Path) -> None:
 
 
 def test_paths_that_are_not_there(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt")
+    refuse(tmp_path / "pipe.pt", "no regular file")  # and does not wait for a writer
     refuse(tmp_path / "imagnet", "no such file or folder: .*imagenet or random")
     refuse(tmp_path, r"is not a save_pretrained folder \(no config.json\)")
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from edgeseg.errors import InputError
 from edgeseg.images.decoding import fit
+from edgeseg.quantize import samples
 from edgeseg.quantize.samples import MINIMUM_IMAGES, CalibrationSet
 from edgeseg.spec import InputSpec
 
@@ -70,6 +71,35 @@ def test_image_listed_twice_counts_once(folder: Path, tmp_path: Path) -> None:
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"photos/frame{k % 9}.png\n" for k in range(20)))
     assert len(CalibrationSet.open(listed)) == 9
+
+
+def test_a_picture_that_is_there_twice_is_taken_once_whatever_its_file(folder: Path) -> None:
+    (folder / "copy of frame3.png").write_bytes((folder / "frame3.png").read_bytes())
+    for name in ("frame4.bmp", "frame4 again.tif"):
+        Image.open(folder / "frame4.png").save(folder / name)
+    np.save(folder / "frame5.npy", pictures(6)[5])
+    samples = CalibrationSet.open(folder)
+    assert len(samples) == 10
+    assert {image.tobytes() for _, image in samples.named_images(3)} == {image.tobytes() for image in pictures(10)}
+    assert len(samples.skipped) == 4
+    assert all(reason.startswith("the same picture as ") for _, reason in samples.skipped)
+    # A copy never stands for another picture when some are chosen, and never is held out.
+    for seed in range(5):
+        chosen = CalibrationSet.open(folder, limit=10, seed=seed)
+        kept, held = chosen.hold_out(2)
+        assert (len(kept), len(held), set(kept.pixels) & set(held.pixels)) == (5, 5, set())
+
+
+def test_one_picture_many_times_is_one_picture() -> None:
+    with pytest.raises(InputError, match=r"only 1 of 20 images .*array 1: the same picture as array 0"):
+        CalibrationSet.open(pictures(1) * 20)
+
+
+def test_images_of_a_single_colour_give_no_ranges() -> None:
+    greys = [np.full((24, 40, 3), 20 * k, np.uint8) for k in range(9)]
+    with pytest.raises(InputError, match="each of the 9 images in the given images is of a single colour"):
+        CalibrationSet.open(greys)
+    assert len(CalibrationSet.open([*greys, *pictures(1)])) == 10
 
 
 def test_digest_is_of_content_not_of_names_or_order(folder: Path, tmp_path: Path) -> None:
@@ -138,8 +168,11 @@ def test_fewest_images_is_a_stated_number() -> None:
 
 @pytest.mark.parametrize("kind", ["L", "RGBA", "P", "CMYK", "I;16"])
 def test_other_modes_become_rgb(tmp_path: Path, kind: str) -> None:
-    for k in range(8):
-        image = Image.new(kind, (40, 24), k) if kind in {"L", "P", "I;16"} else Image.new(kind, (40, 24))
+    for k, grey in enumerate(pictures(8)):
+        if kind == "I;16":
+            image = Image.fromarray(grey[..., 0].astype(np.uint16) << 8)
+        else:
+            image = Image.fromarray(grey).convert(kind)
         image.save(tmp_path / f"{k}.{'tif' if kind in {'CMYK', 'I;16'} else 'png'}")
     shapes = {image.shape for image in CalibrationSet.open(tmp_path).images(SPEC)}
     assert shapes == {(1, 32, 64, 3)}
@@ -236,6 +269,25 @@ def test_npy_stays_on_disk(tmp_path: Path) -> None:
     np.save(path, np.stack(pictures(10)))
     samples = CalibrationSet.open(path)
     assert all(isinstance(image.pixels, np.memmap) for image in samples._images)  # type: ignore[attr-defined]
+
+
+def sparse_npy(path: Path, shape: tuple[int, ...]) -> Path:
+    """A file that says it holds so much, of which the disk holds the header."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + int(np.prod(shape)))
+    return path
+
+
+def test_what_small_files_can_claim_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="an image of more than 1073741824 bytes; cut it into parts"):
+        CalibrationSet.open(sparse_npy(tmp_path / "a.npy", (2, 30_000, 30_000, 3)))
+    with pytest.raises(InputError, match="holds 2000000 images; calibration takes 100000"):
+        CalibrationSet.open(sparse_npy(tmp_path / "b.npy", (2_000_000, 16, 16, 3)))
+    np.savez_compressed(tmp_path / "c.npz", a=np.zeros((9, 30, 30, 3), np.uint8), b=np.zeros((9, 30, 30, 3), np.uint8))
+    monkeypatch.setattr(samples, "MAX_ARCHIVE_BYTES", 9 * 30 * 30 * 3 * 2 - 1)
+    with pytest.raises(InputError, match="c.npz: its arrays would take more than the 24299 bytes allowed"):
+        CalibrationSet.open(tmp_path / "c.npz")
 
 
 def test_image_that_vanishes_is_an_input_error(folder: Path) -> None:

@@ -64,6 +64,7 @@ def test_options_have_defaults() -> None:
     [
         ({"thread": 2}, "no build option 'thread'; did you mean 'threads'"),
         ({"threads": -1}, "threads is -1; give a number from 0"),
+        ({"threads": 1 << 20}, "threads is 1048576; give a number from 0 (one per core) to "),
         ({"threads": True}, "threads is True"),
         ({"threads": "2"}, "threads is '2'"),
         ({"spinning": 1}, "spinning is 1; give true or false"),

@@ -6,6 +6,8 @@ import contextlib
 import io
 import os
 import struct
+import sys
+import warnings
 import zlib
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgeseg.errors import InputError
+from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.images import decoding as images
 from edgeseg.images.decoding import list_images, natural_key, read_image
 
@@ -234,11 +236,11 @@ def test_bad_files_are_one_line_naming_the_file(tmp_path: Path, name: str) -> No
 
 def test_arrays_that_would_fill_the_memory_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bomb.npy").write_bytes(npy_bomb())
-    with pytest.raises(InputError, match="30000000000 bytes decoded, more than"):
+    with pytest.raises(InputError, match="would take more than the 1073741824 bytes allowed"):
         read_image(tmp_path / "bomb.npy")
     np.savez_compressed(tmp_path / "bomb.npz", np.zeros((100, 100, 3), np.uint8))
     monkeypatch.setattr(images, "MAX_ARRAY_BYTES", 10_000)
-    with pytest.raises(InputError, match="bytes decoded, more than"):
+    with pytest.raises(InputError, match="more than the 10000 bytes allowed"):
         read_image(tmp_path / "bomb.npz")
 
 
@@ -278,7 +280,7 @@ class Payload:
 def test_pickles_are_never_loaded(tmp_path: Path, suffix: str) -> None:
     array, path = np.array([Payload()], dtype=object), tmp_path / f"a.{suffix}"
     np.save(path, array) if suffix == "npy" else np.savez(path, array)
-    with pytest.raises(InputError, match="allow_pickle=False"):
+    with pytest.raises(InputError, match="pickled objects, which could run code"):
         read_image(path)
     assert Payload.ran == []
 
@@ -289,8 +291,117 @@ def test_what_cannot_be_an_image_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read_image(tmp_path / "missing.png")
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(InputError, match="not a file"):
+    with pytest.raises(InputError, match="no regular file"):
         read_image(tmp_path / "pipe.png")
+
+
+def test_large_pictures_are_read_a_band_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = RNG.integers(0, 256, (23, 8, 3), dtype=np.uint8)
+    path, grey = tmp_path / "a.png", tmp_path / "grey.png"
+    saved(path, Image.fromarray(picture))
+    saved(grey, Image.fromarray(picture[..., 0]))
+    for pixels in (1, 8, 40, 8 * 22, 8 * 23):
+        monkeypatch.setattr(images, "BAND_PIXELS", pixels)
+        np.testing.assert_array_equal(read_image(path), picture)
+        np.testing.assert_array_equal(read_image(grey, channels=1), picture[..., :1])
+
+
+def test_the_number_of_pixels_is_limited_and_nothing_is_warned_of_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+
+    def claim(width: int, height: int) -> None:
+        size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        header = struct.pack(">I", 13) + b"IHDR" + size + struct.pack(">I", zlib.crc32(b"IHDR" + size))
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + b"\0\0\0\0IDAT")
+
+    claim(20_000, 10_000)
+    with pytest.raises(InputError, match="a.png: more than 178956970 pixels; cut it into parts"):
+        read_image(path)
+    claim(9_500, 10_000)
+    with warnings.catch_warnings(record=True) as said, pytest.raises(InputError, match="cannot read image"):
+        warnings.simplefilter("always")
+        read_image(path)
+    assert said == []
+    monkeypatch.setattr(images, "MAX_PIXELS", 39)
+    with pytest.raises(InputError, match="more than 39 pixels"):
+        read_image(saved(path, Image.fromarray(PHOTO)))
+
+
+def multiband(path: Path, bands: np.ndarray, **options: object) -> Path:
+    tifffile = pytest.importorskip("tifffile")
+    data = np.moveaxis(bands, -1, 0) if options.get("planarconfig") == "separate" else bands
+    tifffile.imwrite(path, data, **{"planarconfig": "contig", **options})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype", "options"),
+    [
+        (2, "u1", {"photometric": "minisblack", "extrasamples": [0]}),
+        (3, "u1", {"photometric": "minisblack"}),
+        (4, "u1", {"photometric": "rgb", "extrasamples": [0]}),
+        (4, "u1", {"photometric": "rgb", "extrasamples": [1]}),
+        (4, ">u2", {"photometric": "rgb", "extrasamples": [0], "byteorder": ">"}),
+        (5, "u1", {"photometric": "minisblack", "planarconfig": "separate"}),
+        (5, "u2", {"photometric": "minisblack", "compression": "lzw", "predictor": True}),
+        (8, "u1", {"photometric": "rgb", "compression": "deflate", "tile": (16, 16)}),
+        (12, "u2", {"photometric": "minisblack", "bigtiff": True, "compression": "zstd"}),
+        (13, "u1", {"photometric": "minisblack", "compression": "packbits", "rowsperstrip": 7}),
+    ],
+)
+def test_bands_of_one_page_are_read_as_they_are_stored(
+    tmp_path: Path, count: int, dtype: str, options: dict[str, object]
+) -> None:
+    stored = RNG.integers(0, 256 ** np.dtype(dtype).itemsize, (40, 50, count)).astype(dtype)
+    path = multiband(tmp_path / "a.tif", stored, **options)
+    expected = stored if stored.dtype == np.uint8 else stored >> 8
+    np.testing.assert_array_equal(read_image(path, channels=count), expected)
+    with pytest.raises(InputError, match=rf"holds {count} samples per pixel in one page, .*; this model takes 6 chann"):
+        read_image(path, channels=6)
+
+
+def test_colours_beside_unnamed_bands_are_still_colours(tmp_path: Path) -> None:
+    stored = RNG.integers(0, 256, (9, 11, 5), dtype=np.uint8)
+    path = multiband(tmp_path / "a.tif", stored, photometric="rgb", extrasamples=[0, 0])
+    np.testing.assert_array_equal(read_image(path), stored[..., :3])
+
+
+@pytest.mark.parametrize("missing", ["tifffile", "imagecodecs"])
+def test_what_a_multiband_file_needs_is_said(tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"photometric": "minisblack", "compression": "deflate"}
+    path = multiband(tmp_path / "a.tif", np.zeros((9, 11, 8), np.uint8), **options)
+    plain = multiband(tmp_path / "b.tif", np.zeros((9, 11, 8), np.uint8), photometric="minisblack")
+    monkeypatch.setitem(sys.modules, missing, None)
+    words = rf"{missing} is needed to read a.tif, a TIFF of 8 samples per pixel in one page, 8-bit unsigned: .*edgeseg\[tiff\]"
+    with pytest.raises(MissingDependencyError, match=words):
+        read_image(path, channels=8)
+    if missing == "imagecodecs":
+        assert read_image(plain, channels=8).shape == (9, 11, 8)
+
+
+def test_multiband_files_that_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bands = np.zeros((40, 50, 8), np.uint8)
+    odd = {
+        "float.tif": (bands.astype("f4"), {}, "holds float32; an image holds uint8 or uint16"),
+        "turned.tif": (bands, {"extratags": [(274, 3, 1, 6, True)]}, "orientation 6"),
+        "lerc.tif": (bands, {"compression": "lerc"}, "compressed by method 34887; store it uncompressed"),
+    }
+    for name, (data, options, words) in odd.items():
+        path = multiband(tmp_path / name, data, photometric="minisblack", **options)
+        with pytest.raises(InputError, match=words) as caught:
+            read_image(path, channels=8)
+        assert "\n" not in str(caught.value)
+    colours = multiband(tmp_path / "colours.tif", bands[..., :3].astype("f4"), photometric="rgb")
+    with pytest.raises(
+        InputError, match=r"a TIFF with 3 samples per pixel in one page, 32-bit floating-point, or damaged"
+    ):
+        read_image(colours)
+    monkeypatch.setattr(images, "MAX_ARRAY_BYTES", 40 * 50 * 8 - 1)
+    large = multiband(tmp_path / "large.tif", bands, photometric="minisblack")
+    with pytest.raises(InputError, match="a page of 16000 bytes; 15999 are allowed"):
+        read_image(large, channels=8)
 
 
 @pytest.mark.parametrize(
@@ -349,6 +460,40 @@ def test_list_file_keeps_its_order(tmp_path: Path) -> None:
 def test_a_file_with_glob_characters_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "a[1].png").write_bytes(b"x")
     assert list_images(str(tmp_path / "a[1].png")) == [tmp_path / "a[1].png"]
+
+
+@pytest.mark.parametrize("pattern", ["*.png", "im[0-9].png", "**/*.png", "[[]x]/*.png"])
+def test_brackets_in_a_folder_that_exists_are_no_pattern(
+    tmp_path: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run [1]" / "a*b?"
+    inner = folder / "[x]" if "x" in pattern else folder
+    inner.mkdir(parents=True)
+    for name in ("im2.png", "im10.png", "im1.png"):
+        (inner / name).write_bytes(b"x")
+    found = [inner / name for name in ("im1.png", "im2.png", "im10.png") if "[0-9]" not in pattern or len(name) == 7]
+    assert list_images(folder / pattern) == found
+    monkeypatch.chdir(folder.parent)
+    assert list_images(f"a*b?/{pattern}") == [path.relative_to(folder.parent) for path in found]
+    with pytest.raises(InputError, match="no file matches"):
+        list_images(folder / "none[1].png")
+
+
+def test_links_to_nothing_are_listed_and_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "folder.png").mkdir()
+    for source in (tmp_path, tmp_path / "a.png", f"{tmp_path}/*.png"):
+        assert list_images(source) == [tmp_path / "a.png"]
+    with pytest.raises(InputError, match=r"a.png: it is a link to .*gone.png, which cannot be reached"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_either_byte_order_of_an_array_is_read(tmp_path: Path, order: str) -> None:
+    stored = RNG.integers(0, 65536, (5, 8, 3)).astype(f"{order}u2")
+    for name in ("a.npy", "a.npz"):
+        np.save(tmp_path / name, stored) if name == "a.npy" else np.savez(tmp_path / name, stored)
+        np.testing.assert_array_equal(read_image(tmp_path / name), stored >> 8)
 
 
 def test_nothing_to_list(tmp_path: Path) -> None:

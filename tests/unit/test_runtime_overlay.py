@@ -158,3 +158,15 @@ def test_legend_stands_beside_the_picture(size: tuple[int, int], count: int) -> 
 def test_names_in_any_script_are_drawn() -> None:
     entry = LegendEntry("Straße 道路 дорога", (1, 2, 3), None)
     assert (legend_panel(64, (entry,)) == 0).any()
+
+
+def test_a_large_picture_is_laid_over_a_band_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    image = rng.integers(0, 256, (37, 20, 3), dtype=np.uint8)
+    for mask in (rng.integers(0, 5, (37, 20), dtype=np.uint8), rng.integers(0, 2, (4, 37, 20), dtype=np.uint8)):
+        whole, names = overlay(image, mask), [f"{k}" for k in range(5 if mask.ndim == 2 else 4)]
+        shares = legend_entries(mask, names, class_palette(5))
+        monkeypatch.setattr("edgeseg.runtime.overlay.BAND_PIXELS", 50)
+        np.testing.assert_array_equal(overlay(image, mask), whole)
+        assert legend_entries(mask, names, class_palette(5)) == shares
+        monkeypatch.undo()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from memory_backend import MemorySession
 from PIL import Image
 
+from edgeseg.cli.output import print_json
 from edgeseg.errors import BuildError, InputError, OutputExistsError, SpecError
 from edgeseg.runtime import sources
 from edgeseg.runtime.outputs import VideoFile, unique_names, write_mask, write_picture
@@ -109,6 +113,39 @@ def test_bad_images_are_named_and_the_rest_is_done(tmp_path: Path, capsys: pytes
     assert captured.out == ""
     assert "2.png" in captured.err
     assert "4/4" in captured.err
+
+
+def test_odd_names_stop_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    longest = {f"{letter * 249}.{suffix}" for letter in "ab" for suffix in ("png", "bmp")} | {"ü" * 125 + ".png"}
+    undecodable = os.fsdecode(b"bad\xff.png")
+    for name in (*longest, undecodable, "new\nline.png", "z.png"):
+        photo(folder / name)
+    (folder / "0.png").symlink_to(folder / "gone.png")
+    os.mkfifo(folder / "1.png")
+    (folder / os.fsdecode(b"2\xff.mp4")).write_bytes(b"OpenCV crashes when given this name")
+    summary = run_inputs(segmenter(), [folder], tmp_path / "out", overlay=True, progress=False)
+    assert summary.images == 8
+    assert len(set(summary.written)) == len(files(tmp_path / "out")) == 16
+    assert max(len(os.fsencode(Path(name).name)) for name in summary.written) < 200
+    reasons = [failure.reason for failure in summary.failed]
+    assert [Path(failure.input).name for failure in summary.failed] == ["0.png", "1.png", os.fsdecode(b"2\xff.mp4")]
+    for reason, words in zip(
+        reasons, ("a link to .*gone.png", "no regular file", "needs a name in UTF-8"), strict=True
+    ):
+        assert re.search(words, reason)
+    print_json(summary)
+    assert json.loads(capsys.readouterr().out)["written"] == list(summary.written)
+    planes = make_planes(tmp_path, "ü" * 300)
+    assert planes == ["masks/z.0-" + "ü" * 20 + ".png"]
+
+
+def make_planes(tmp_path: Path, class_name: str) -> list[str]:
+    spec = PipelineSpec(
+        ModelSpec("custom", classes=1, task="multilabel", class_names=(class_name,)), InputSpec(16, 16, stride=1)
+    )
+    run_inputs(segmenter(spec), [tmp_path / "in" / "z.png"], tmp_path / "planes", progress=False)
+    return files(tmp_path / "planes")
 
 
 def test_a_broken_engine_is_not_a_bad_image(tmp_path: Path) -> None:
@@ -283,6 +320,26 @@ def test_images_and_videos_together_and_a_broken_video(tmp_path: Path) -> None:
     assert files(tmp_path / "out") == ["masks/a.png", "masks/c.png", "videos/b.mp4"]
     assert (summary.images, summary.frames) == (2, 3)
     assert [failure.input for failure in summary.failed] == [str(tmp_path / "in/broken.mp4")]
+
+
+def test_frames_lost_in_a_damaged_video_are_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with VideoFile(tmp_path / "in/whole.mp4", 10.0) as file:
+        for _ in range(8):
+            file.write(RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    content = bytearray((tmp_path / "in/whole.mp4").read_bytes())
+    start, end = content.index(b"mdat") + 4, content.index(b"moov") - 4
+    last_quarter = (end - start) // 4
+    content[end - last_quarter : end] = bytes(last_quarter)
+    (tmp_path / "in/damaged.mp4").write_bytes(content)
+    summary = run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", progress=False)
+    ((name, reason),) = ((failure.input, failure.reason) for failure in summary.failed)
+    assert name == str(tmp_path / "in/damaged.mp4")
+    decoded = len(read_video(tmp_path / "out/videos/damaged.mp4")[0])
+    assert reason == f"{name}: {decoded} of 8 frames could be decoded"
+    assert (summary.frames, 0 < decoded < 8) == (8 + decoded, True)
+    assert (
+        run_inputs(segmenter(), [tmp_path / "in/damaged.mp4"], tmp_path / "few", limit=1, progress=False).failed == ()
+    )
 
 
 def test_an_exception_in_a_video_leaves_no_file(tmp_path: Path) -> None:

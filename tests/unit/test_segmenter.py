@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_backend import MemoryBackend, MemorySession, write_memory_engine
+from PIL import Image
 
 from edgeseg import backends
 from edgeseg.errors import ArtifactError, InputError, SpecError
@@ -206,11 +207,98 @@ def test_other_channel_counts(channels: int, size: tuple[int, int]) -> None:
         segmenter(image, channel_order="bgr")
 
 
+class PairingSession(MemorySession):
+    """Takes images one after another, as a TensorRT session does."""
+
+    def run_many(self, batches: Iterable[np.ndarray]) -> Generator[Mapping[str, np.ndarray], None, None]:
+        for batch in batches:
+            yield self.run(batch)
+
+
+@pytest.mark.parametrize("session", [MemorySession, PairingSession])
+def test_many_images_and_one_are_checked_alike(session: type[MemorySession]) -> None:
+    colour = Segmenter(session(make_spec()), make_spec())
+    image = photo(32, 48, 3)
+    np.testing.assert_array_equal(next(colour.many([image], channel_order="bgr")), colour(image[..., ::-1]))
+    for channels in (1, 2, 4):
+        spec = make_spec(channels=channels)
+        engine = session(spec)
+        with pytest.raises(SpecError, match=f"bgr means 3 channels, this model takes {channels}"):
+            list(Segmenter(engine, spec).many([photo(32, 48, channels)], channel_order="bgr"))
+        assert engine.calls == []
+        with pytest.raises(SpecError, match="bgr means 3 channels"):
+            Segmenter(session(spec), spec, channel_order="bgr")
+
+
 def test_grey_images_need_no_channel_axis() -> None:
     spec = make_spec(channels=1)
     segmenter = Segmenter(MemorySession(spec), spec)
     image = photo(32, 48)
     np.testing.assert_array_equal(segmenter(image), bands(image[..., None]))
+
+
+class OnTheGpu:
+    def __array__(self) -> np.ndarray:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu()")
+
+
+class Tensor:
+    """What a torch tensor on the CPU offers, as far as it is used."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __array__(self, dtype: object = None) -> np.ndarray:
+        return self.array
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_pictures_tensors_and_lists_are_images_too(tmp_path: Path, kind: str) -> None:
+    """Files and PIL images are RGB whatever order the arrays have."""
+    spec = make_spec(kind=kind, batch=BatchRange(1, 2, 2))
+
+    def red(images: np.ndarray) -> np.ndarray:
+        return np.eye(5, dtype=np.float32)[images[..., 0] // 52].transpose(0, 3, 1, 2)
+
+    image, path = photo(40, 60, 3), tmp_path / "a.png"
+    Image.fromarray(image).save(path)
+    picture, bgr = Image.open(path), image[..., ::-1]
+    expected = Segmenter(MemorySession(spec, red), spec)(image)
+    session = MemorySession(spec, red)
+    with Segmenter(session, spec, channel_order="bgr") as segmenter:
+        for one in (path, str(path), picture, bgr, Tensor(bgr)):
+            np.testing.assert_array_equal(segmenter(one), expected)
+            np.testing.assert_array_equal(segmenter.predict(one).mask, expected)
+        assert segmenter.predict([path]).mask.shape == (1, 40, 60)
+        session.calls.clear()
+        masks = segmenter([path, picture, bgr, Tensor(bgr), str(path)])
+        assert [shape[0] for shape in session.calls] == [2, 2, 1]
+        np.testing.assert_array_equal(masks, np.stack([expected] * 5))
+        np.testing.assert_array_equal(next(segmenter.many([path])), expected)
+        # Of different sizes: a list, in order, each as alone.
+        small = photo(20, 30, 3)
+        mixed = segmenter([small, path, (small.copy())])
+        assert isinstance(mixed, list)
+        for mask, one in zip(mixed, (small, path, small), strict=True):
+            np.testing.assert_array_equal(mask, segmenter(one))
+        assert [p.mask.shape for p in segmenter.predict((small, path))] == [(20, 30), (40, 60)]  # type: ignore[union-attr]
+    picture.close()
+
+
+def test_a_picture_given_is_not_changed(tmp_path: Path) -> None:
+    spec = make_spec()
+    turned = Image.fromarray(photo(20, 30, 3))
+    turned.getexif()[274] = 6
+    turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
+    with Image.open(tmp_path / "turned.jpg") as picture, Segmenter(MemorySession(spec), spec) as segmenter:
+        mask = segmenter(picture)
+        assert (mask.shape, picture.size) == ((30, 20), (30, 20))
+        np.testing.assert_array_equal(mask, segmenter(tmp_path / "turned.jpg"))
+        broken = tmp_path / "broken.png"
+        Image.fromarray(photo(50, 60, 3)).save(broken)
+        broken.write_bytes(broken.read_bytes()[:-4000])
+        with Image.open(broken) as half, pytest.raises(InputError, match=r"broken.png: .*truncated"):
+            segmenter(half)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +315,14 @@ def test_grey_images_need_no_channel_axis() -> None:
         (np.zeros((32, 48, 3), np.int64), "int64; .*astype"),
         (np.zeros((32, 48, 3), bool), "bool"),
         ([[[0, 0, 0]]], "a list; give a numpy array"),
-        (None, "NoneType"),
+        (None, "the image is None, which cv2.imread returns"),
+        ([photo(32, 48, 3), None], "image 1 of 2: the image is None"),
+        ([photo(2, 32, 48, 3)], r"image 0 of 1 has shape \(2, 32, 48, 3\); a list holds single images"),
+        ([], "empty list"),
+        ("no/such.png", "no/such.png: it does not exist"),
+        (photo(3, 32, 48), r"channels come first: images.transpose\(1, 2, 0\)"),
+        (photo(1, 3, 32, 48), r"channels come first: images.transpose\(0, 2, 3, 1\)"),
+        (OnTheGpu(), "a OnTheGpu .*use Tensor.cpu.*on the CPU"),
     ],
 )
 def test_what_is_no_image_is_refused_in_one_line(image: object, words: str) -> None:
@@ -405,6 +500,23 @@ def test_load_follows_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load(tmp_path / "engine")
     with pytest.raises(ArtifactError, match="not an engine folder"):
         load(tmp_path / "missing")
+
+
+def test_a_file_of_the_folder_stands_for_it_and_objects_say_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "memory", "memory_backend")
+    engine = write_memory_engine(tmp_path / "engine", make_spec(fit="tile"))
+    for name in ("manifest.json", engine.engine_path.name):
+        with load(tmp_path / "engine" / name, fit="resize") as segmenter:
+            assert repr(segmenter) == "<Segmenter custom-resnet34, 5 classes, 32x48 RGB (resize) -> mask>"
+    assert repr(segmenter) == "<Segmenter custom-resnet34, 5 classes, 32x48 RGB (resize) -> mask, closed>"
+    assert repr(engine) == (
+        f"<Engine {tmp_path / 'engine'}: custom-resnet34, 5 classes, 32x48 RGB (tile) -> mask, fp32 for memory>"
+    )
+    (tmp_path / "other.onnx").write_bytes(b"x")
+    with pytest.raises(ArtifactError, match="not an engine folder"):
+        load(tmp_path / "other.onnx")
 
 
 def test_load_closes_the_session_when_an_option_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -412,3 +412,15 @@ def test_cameras_drop_by_default_and_are_given_back(monkeypatch: pytest.MonkeyPa
     assert captures[0].released
     assert isinstance(sources.Video(0), sources.Video)
     assert Picture(0, None, level(0)).channel_order is None
+
+
+def test_source_and_segmenter_may_change_places(tmp_path: Path) -> None:
+    paths = []
+    for index in range(3):
+        paths.append(tmp_path / f"{index}.png")
+        Image.fromarray(level(index)).save(paths[-1])
+    engine = segmenter()
+    for frames in (stream(engine, tmp_path), stream(tmp_path, engine), stream(paths, engine), stream(engine, paths)):
+        assert [(frame.index, frame.path) for frame in frames] == list(enumerate(paths))
+    with pytest.raises(SpecError, match=r"segmenter is a str; give what edgeseg.load returns"):
+        stream(tmp_path, "engines/x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeseg.errors import InputError
-from edgeseg.evaluate.accuracy.dataset import IGNORED, LabelReader, ValidationSet, file_digest, read_label_file
+from edgeseg.evaluate.accuracy.dataset import (
+    IGNORED,
+    LabelCoding,
+    LabelReader,
+    ValidationSet,
+    file_digest,
+    read_label_file,
+)
+from edgeseg.images.decoding import pixel_digest, read_image
 from edgeseg.spec import ModelSpec
 
 MODEL = ModelSpec("fpn", "resnet18", classes=11)
@@ -57,7 +66,7 @@ def test_pairs_come_in_natural_order_with_their_masks(pairs: Path) -> None:
     assert second is not None
     assert second.dtype == np.int32
     assert second.ravel()[:3].tolist() == [10, IGNORED, 0]
-    assert [p.ignore_index for p in found] == [None, 11, 11]
+    assert [p.ignore_index for p in found] == [11, 11, 11]
 
 
 @pytest.mark.parametrize("folder", ["masks", "labels", "annotations"])
@@ -107,10 +116,14 @@ def test_images_used_for_calibration_are_left_out_by_content(pairs: Path) -> Non
     write_image(pairs / "images" / "img3.jpg", value=77)
     write_mask(pairs / "masks" / "img3.png", mask_of(2))
     data = ValidationSet.open(pairs, MODEL)
-    copied_to_calibration = {file_digest(pairs / "images" / "img3.jpg")}
-    assert [p.name for p in data.without(copied_to_calibration).images] == ["img1.jpg", "img2.jpg", "img10.jpg"]
-    assert len(list(data.without(copied_to_calibration))) == 3
-    (held_out,) = data.only(copied_to_calibration)
+    Image.open(pairs / "images" / "img3.jpg").save(pairs / "calibrated.bmp")
+    calibrated = {pixel_digest(read_image(pairs / "calibrated.bmp"))}
+    assert [p.name for p in data.without(calibrated).images] == ["img1.jpg", "img2.jpg", "img10.jpg"]
+    assert len(list(data.without(calibrated))) == 3
+    write_image(pairs / "images" / "img4.jpg", value=77)
+    write_mask(pairs / "masks" / "img4.png", mask_of(2))
+    # A copy is not judged twice.
+    (held_out,) = ValidationSet.open(pairs, MODEL).only({file_digest(pairs / "images" / "img3.jpg")})
     assert held_out.name == "img3.jpg"
     assert held_out.mask is not None
     assert held_out.mask[0, 0] == 2
@@ -141,13 +154,11 @@ def test_a_mask_of_another_size_is_refused_with_both_sizes(pairs: Path) -> None:
 
 
 def read(tmp_path: Path, *masks: NDArray[Any], model: ModelSpec = MODEL, ignore_index: int | None = None) -> list[Any]:
-    reader = LabelReader(model, ignore_index)
-    found = []
-    for index, values in enumerate(masks):
-        path = tmp_path / f"{index}.png"
+    paths = [tmp_path / f"{index}.png" for index in range(len(masks))]
+    for path, values in zip(paths, masks, strict=True):
         write_mask(path, values, values.dtype.type)
-        found.append(reader.read(path).ravel()[:4].tolist())
-    return found
+    reader = LabelReader.of(paths, model, ignore_index)
+    return [reader.read(path).ravel()[:4].tolist() for path in paths]
 
 
 @pytest.mark.parametrize("value", [11, 255])
@@ -173,7 +184,7 @@ def test_other_values_are_an_error_that_names_file_and_values(
 
 
 def test_the_unlabelled_value_is_one_for_the_whole_set(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"1.png holds 255; .* 0..10 and 11 \(ignored\)"):
+    with pytest.raises(InputError, match=r"0.png holds 11 and \S*1.png holds 255; .* 0..10: correct"):
         read(tmp_path, mask_of(11), mask_of(255))
 
 
@@ -200,9 +211,56 @@ def test_binary_masks_that_use_both_1_and_255_are_ambiguous(tmp_path: Path) -> N
     assert read(tmp_path, mask_of(1, 255), model=BINARY, ignore_index=255) == [[1, IGNORED, 0, 0]]
 
 
+def test_no_mask_is_read_before_the_meaning_of_all_is_decided(tmp_path: Path) -> None:
+    """Whoever starts in the middle (another process, a resumed run) reads as whoever starts at the front."""
+    for name, values in (("a", (1, 0)), ("b", (255, 0)), ("c", (1, 0))):
+        write_image(tmp_path / "images" / f"{name}.png")
+        write_mask(tmp_path / "masks" / f"{name}.png", mask_of(*values))
+    for position in range(3):
+        with pytest.raises(InputError, match=r"a.png holds 1 and \S*b.png 255, so these masks use both 1 and 255"):
+            ValidationSet.open(tmp_path, BINARY).read(position)
+    explicit = ValidationSet.open(tmp_path, BINARY, ignore_index=255)
+    assert [explicit.read(k).mask[0, 0] for k in range(3)] == [1, IGNORED, 1]  # type: ignore[index]
+    # Decided once, and carried along: a copy in another process opens no mask but its own.
+    white = ValidationSet.open(tmp_path, BINARY).limited(3)
+    write_mask(tmp_path / "masks" / "a.png", mask_of(0))
+    write_mask(tmp_path / "masks" / "c.png", mask_of(255))
+    assert white.labels.meaning == "masks hold 0, 255, 255 read as 1"
+    copied = pickle.loads(pickle.dumps(white))
+    (tmp_path / "masks" / "a.png").unlink()
+    assert [copied.read(k).mask[0, 0] for k in (1, 2)] == [1, 1]
+
+
+def test_masks_that_count_from_one_are_refused(tmp_path: Path) -> None:
+    ones = [np.full((6, 8), value, np.uint8) for value in (1, 5, 11)]
+    with pytest.raises(
+        InputError, match=r"hold 1, 5, 11 and never 0, .* from 1: .*1=0,2=1,\.\.\.\), or .*--ignore-index 11"
+    ):
+        read(tmp_path, *ones)
+    assert read(tmp_path, *ones, ignore_index=11) == [[1] * 4, [5] * 4, [IGNORED] * 4]
+    from_zero = LabelReader.of(
+        [tmp_path / f"{k}.png" for k in range(3)],
+        MODEL,
+        coding=LabelCoding({value: value - 1 for value in range(1, 12)}),
+    )
+    assert from_zero.read(tmp_path / "2.png")[0, 0] == 10
+    assert from_zero.meaning == ""
+
+
+def test_what_the_values_were_read_as_is_said(tmp_path: Path) -> None:
+    write_mask(tmp_path / "a.png", mask_of(*range(12)))
+    assert LabelReader.of([tmp_path / "a.png"], MODEL).meaning == "masks hold 0..11, 11 read as unlabelled"
+    np.save(tmp_path / "minus.npy", np.array([[-1, 0, 1]]))
+    with pytest.raises(InputError, match="holds -1"):
+        LabelReader.of([tmp_path / "minus.npy"], MODEL)
+    assert LabelReader.of([tmp_path / "minus.npy"], MODEL, -1).read(tmp_path / "minus.npy").tolist() == [
+        [IGNORED, 0, 1]
+    ]
+
+
 def test_16_bit_1_bit_and_palette_masks_are_read_as_indices(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 300, 65535]], np.uint16)).save(tmp_path / "wide.png")
-    wide = LabelReader(ModelSpec("fpn", classes=301)).read(tmp_path / "wide.png")
+    wide = LabelReader.of([tmp_path / "wide.png"], ModelSpec("fpn", classes=301)).read(tmp_path / "wide.png")
     assert wide.tolist() == [[0, 300, IGNORED]]
 
     Image.fromarray(np.array([[0, 1, 1]], np.uint8) > 0).save(tmp_path / "bits.png")

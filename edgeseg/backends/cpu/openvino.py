@@ -85,13 +85,16 @@ class OpenVinoBackend:
         ov = _import_openvino()
         check_built_for(engine, self.cpu, "openvino", _version(ov))
         manifest = engine.manifest
-        threads = manifest.options.get("threads", 0)
-        settings = self._settings(ov, threads, manifest.precision.requested)
+        settings = self._settings(ov, self._saved_threads(engine), manifest.precision.requested)
         try:
             compiled = ov.Core().import_model(engine.engine_path.read_bytes(), "CPU", settings)
         except Exception as exc:  # see build
             raise ArtifactError(f"OpenVINO cannot load {engine.engine_path}: {_one_line(exc)}") from exc
         return OpenVinoSession(compiled)
+
+    def _saved_threads(self, engine: Engine) -> int:
+        saved = {name: engine.manifest.options[name] for name in _OPTION_NAMES if name in engine.manifest.options}
+        return int(cpu_options(self.name, saved, _OPTION_NAMES)["threads"])
 
     def _settings(self, ov: Any, threads: int, precision: Precision) -> dict[str, Any]:
         hint = "f32"
@@ -175,7 +178,7 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
         BuildError: OpenVINO cannot compile or run it.
     """
     ov, found, manifest = _import_openvino(), backend(), engine.manifest
-    settings = found._settings(ov, manifest.options.get("threads", 0), manifest.precision.requested)
+    settings = found._settings(ov, found._saved_threads(engine), manifest.precision.requested)
     spec = manifest.spec.input
     image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, np.uint8)
     try:

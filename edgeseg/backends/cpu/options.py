@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,8 +29,11 @@ def cpu_options(backend: str, options: Mapping[str, Any], allowed: Sequence[str]
             )
     chosen = {name: options.get(name, _DEFAULTS[name]) for name in allowed}
     threads, spinning = chosen["threads"], chosen.get("spinning", True)
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= 1024:
-        raise SpecError(f"threads is {threads!r}; give a number from 0 (one per core) to 1024")
+    # Threads beyond the processors wait for each other: 40 small convolutions on 2 processors took 0.05 s with 2 of them,
+    # 0.46 with 16, 6.6 with 256.
+    most = max(16, 4 * (os.cpu_count() or 1))
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= most:
+        raise SpecError(f"threads is {threads!r}; give a number from 0 (one per core) to {most} on this machine")
     if not isinstance(spinning, bool):
         raise SpecError(f"spinning is {spinning!r}; give true or false")
     return chosen

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import tokenize
-from collections.abc import Collection, Iterator, Mapping
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from edgeseg.errors import InputError
-from edgeseg.images.decoding import list_images, read_image
+from edgeseg.images.arrays import read_array
+from edgeseg.images.decoding import FORMATS, MAX_ARRAY_BYTES, list_images, open_picture, pixel_digest, read_image
 from edgeseg.spec import ModelSpec
+from edgeseg.store.files import reason, require_file
 
 T = TypeVar("T")
 
@@ -24,6 +27,7 @@ IGNORED = -1
 
 IMAGE_FOLDERS = ("images", "image", "img", "img_dir")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "ann_dir")
+PART_PIXELS = 1 << 22
 MASK_SUFFIXES = ("_mask", "_label", "_labels", "_gt")
 
 
@@ -37,7 +41,7 @@ class Pair:
         mask: int32 ``(H, W)`` of class indices (binary: 0 and 1), or ``(classes, H, W)`` of 0 and 1 for multilabel;
             :data:`IGNORED` where unlabelled. ``None`` without a mask.
         digest: SHA-256 of the image file, hex.
-        ignore_index: the value of the mask files that is read as unlabelled, if one was met or given.
+        ignore_index: the value of the set's mask files that is read as unlabelled, if one was met or given.
     """
 
     name: str
@@ -68,8 +72,8 @@ class ValidationSet:
     not the colour), or ``.npy``; for ``binary`` 0 and 1, or 0 and 255; for ``multilabel`` a ``.npy`` of 0 and 1,
     ``(classes, H, W)``. One further value may mark unlabelled pixels. Without ``ignore_index`` it is recognized only
     where there can be little doubt: it must be 255 (65535 in 16 bits) or the number of classes, and the only such value
-    in the whole set. Every other value is an error that names the file, because a wrong label map that is quietly
-    ignored yields figures that look right.
+    in the whole set, which is read once to decide (:attr:`labels`). Every other value is an error that names the file,
+    because a wrong label map that is quietly ignored yields figures that look right.
 
     Attributes:
         source: the folder.
@@ -115,7 +119,7 @@ class ValidationSet:
             InputError: no such folder, no images, or a mask folder in which no mask belongs to an image.
         """
         folder = Path(source)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(f"validation data {folder} is not a folder; give one with images/ and masks/")
         if limit is not None and limit < 1:
             raise InputError(f"{limit} validation images asked for; at least 1 is needed")
@@ -131,13 +135,22 @@ class ValidationSet:
     def has_masks(self) -> bool:
         return bool(self.masks)
 
-    def without(self, digests: Collection[str]) -> ValidationSet:
-        """The set without the images whose file content has one of these SHA-256 (images used for calibration)."""
-        return self._subset([k for k, path in enumerate(self.images) if file_digest(path) not in digests])
+    def without(self, pixels: Collection[str]) -> ValidationSet:
+        """The set without the pictures whose :func:`pixel_digest` is among these (images used for calibration).
+
+        Every image is decoded: a copy under another name or in another format shows the same.
+        """
+        channels = self.model.in_channels
+        return self._subset(
+            [k for k, path in enumerate(self.images) if pixel_digest(read_image(path, channels)) not in pixels]
+        )
 
     def only(self, digests: Collection[str]) -> ValidationSet:
-        """The set with just the images whose file content has one of these SHA-256."""
-        return self._subset([k for k, path in enumerate(self.images) if file_digest(path) in digests])
+        """The set with just the images whose file content has one of these SHA-256; of equal files the first."""
+        first: dict[str, int] = {}
+        for k, path in enumerate(self.images):
+            first.setdefault(file_digest(path), k)
+        return self._subset([k for digest, k in first.items() if digest in digests])
 
     def _subset(self, keep: list[int]) -> ValidationSet:
         masks = tuple(self.masks[k] for k in keep) if self.masks else ()
@@ -153,16 +166,21 @@ class ValidationSet:
         Raises:
             InputError: an unreadable file, a mask of another size than its image, or a value that is no class.
         """
-        labels = self.label_reader()
         for position in range(len(self)):
-            yield self.read(position, labels)
+            yield self.read(position)
 
-    def label_reader(self) -> LabelReader:
-        """A reader of this set's masks; use one for all of them, it learns which value means unlabelled."""
-        return LabelReader(self.model, self.ignore_index, self.coding)
+    @cached_property
+    def labels(self) -> LabelReader:
+        """The reader of this set's masks. All of them are read once to decide what their values mean.
 
-    def read(self, position: int, labels: LabelReader) -> Pair:
+        Raises:
+            InputError: see :meth:`LabelReader.of`.
+        """
+        return LabelReader.of(self.masks, self.model, self.ignore_index, self.coding)
+
+    def read(self, position: int) -> Pair:
         """Read one pair. Errors are those of iterating."""
+        labels = self.labels
         path = self.images[position]
         image = read_image(path, self.model.in_channels)
         mask = labels.read(self.masks[position]) if self.masks else None
@@ -175,15 +193,65 @@ class ValidationSet:
         return Pair(path.name, image, mask, file_digest(path), labels.ignore_index)
 
 
+@dataclass(frozen=True)
 class LabelReader:
-    """Reads mask files of one set into class indices, and remembers which value of theirs means "unlabelled"."""
+    """Reads mask files into class indices, each alike, whichever comes first and whoever reads it.
 
-    def __init__(self, model: ModelSpec, ignore_index: int | None = None, coding: LabelCoding | None = None) -> None:
-        self._model = model
-        self._coding = coding or LabelCoding()
-        self._explicit = ignore_index is not None
-        self.ignore_index = ignore_index
-        self._white: int | None = None
+    Attributes:
+        model: classes and task.
+        coding: how the values of the files become class indices.
+        ignore_index: the value of unlabelled pixels, if there is one.
+        white: files of a binary or multilabel set hold 255 for "yes".
+        met: the values of all files the reader was made from, after ``coding``, in order.
+    """
+
+    model: ModelSpec
+    coding: LabelCoding = field(default_factory=LabelCoding)
+    ignore_index: int | None = None
+    white: bool = False
+    met: tuple[int, ...] = ()
+
+    @classmethod
+    def of(
+        cls, paths: Iterable[Path], model: ModelSpec, ignore_index: int | None = None, coding: LabelCoding | None = None
+    ) -> LabelReader:
+        """Read all masks of a set and decide what their values mean: one meaning for the whole set.
+
+        Raises:
+            InputError: a file that is unreadable or no mask; values that are neither classes nor unlabelled; 1 and 255
+                both for "yes"; classes counted from 1. The message names a file that holds the value.
+        """
+        reader = cls(model, coding or LabelCoding(), ignore_index)
+        first: dict[int, Path] = {}
+        for path in paths:
+            for value in reader._coded(_present(reader._raw(path))):
+                first.setdefault(value, path)
+        if model.task != "multiclass" and ignore_index != 255:
+            if {1, 255} <= first.keys():
+                raise InputError(
+                    f"{first[1]} holds 1 and {first[255]} 255, so these masks use both 1 and 255; if 255 means unlabelled "
+                    "give --ignore-index 255"
+                )
+            reader = replace(reader, white=255 in first)
+        limit = reader._limit
+        odd = sorted(v for v in first if not reader._is_known(v))
+        if len(odd) == 1 and ignore_index is None and odd[0] in {limit, 255, 65535}:
+            _refuse_counting_from_one(first, limit)
+            reader = replace(reader, ignore_index=odd.pop())
+        if odd:
+            raise reader._refusal({v: first[v] for v in odd})
+        return replace(reader, met=tuple(sorted(first)))
+
+    @property
+    def meaning(self) -> str:
+        """What the values of the files were taken for, in words, where that is not plain: or ``""``."""
+        words = ["255 read as 1"] if self.white else []
+        if self.ignore_index in self.met:
+            words.append(f"{self.ignore_index} read as unlabelled")
+        if not words:
+            return ""
+        shown = f"{self.met[0]}..{self.met[-1]}" if _is_run(self.met) and len(self.met) > 2 else _listed(self.met)
+        return f"masks hold {shown}, {' and '.join(words)}"
 
     def read(self, path: Path) -> NDArray[np.int32]:
         """Return int32 class indices with :data:`IGNORED` for unlabelled pixels.
@@ -191,76 +259,90 @@ class LabelReader:
         Raises:
             InputError: unreadable, a colour image, or values that are neither classes nor the ignore value.
         """
-        raw = read_label_file(path, self._coding.colours)
-        if self._model.task == "multilabel":
-            expected = (self._model.classes, "H", "W")
-            if raw.ndim != 3 or raw.shape[0] != self._model.classes:
+        raw = self._raw(path)
+        present = _present(raw)
+        odd = {v: path for v in sorted(self._coded(present)) if not self._is_known(v)}
+        if odd:
+            raise self._refusal(odd)
+        mask = raw.astype(np.int32)
+        for value in present & self.coding.values.keys():
+            mask[raw == value] = self.coding.values[value]
+        if self.white:
+            mask[mask == 255] = 1
+        if self.ignore_index is not None:
+            mask[mask == self.ignore_index] = IGNORED
+        return mask
+
+    @property
+    def _limit(self) -> int:
+        return self.model.classes if self.model.task == "multiclass" else 2
+
+    def _is_known(self, value: int) -> bool:
+        return 0 <= value < self._limit or value == self.ignore_index or (self.white and value == 255)
+
+    def _raw(self, path: Path) -> NDArray[np.integer[Any]]:
+        raw = read_label_file(path, self.coding.colours)
+        if self.model.task == "multilabel":
+            expected = (self.model.classes, "H", "W")
+            if raw.ndim != 3 or raw.shape[0] != self.model.classes:
                 raise InputError(f"{path} has shape {raw.shape}; a multilabel mask is a .npy of shape {expected}")
         elif raw.ndim != 2:
             raise InputError(f"{path} has shape {raw.shape}; a mask has one class index per pixel, (H, W)")
-        values = {int(v) for v in _present(raw)}
-        mask = raw.astype(np.int32)
-        if self._coding.values:
-            for value in values & self._coding.values.keys():
-                mask[raw == value] = self._coding.values[value]
-            values = {self._coding.values.get(value, value) for value in values} - {IGNORED}
-        if self._model.task != "multiclass":
-            self._whiten(mask, values, path)
-        self._ignore(mask, values, path)
-        return mask
+        return raw
 
-    def _whiten(self, mask: NDArray[np.int32], values: set[int], path: Path) -> None:
-        """Turn 255 into 1 where files use it for "yes"; one set must not use both."""
-        if self.ignore_index == 255:
-            return
-        used = values & {1, 255}
-        if len(used) == 2 or (used and self._white is not None and used != {self._white}):
-            raise InputError(f"{path}: these masks use both 1 and 255; if 255 means unlabelled give --ignore-index 255")
-        if used:
-            self._white = used.pop()
-        if self._white == 255:
-            mask[mask == 255] = 1
-            values.discard(255)
+    def _coded(self, values: set[int]) -> set[int]:
+        """Values of a file after ``coding``, without those it says are unlabelled."""
+        coding = self.coding.values
+        return {coding.get(value, value) for value in values if coding.get(value) != IGNORED}
 
-    def _ignore(self, mask: NDArray[np.int32], values: set[int], path: Path) -> None:
-        limit = self._model.classes if self._model.task == "multiclass" else 2
-        odd = sorted(v for v in values if not 0 <= v < limit and v != self.ignore_index)
-        if odd and not self._explicit and self.ignore_index is None and len(odd) == 1 and odd[0] in {limit, 255, 65535}:
-            self.ignore_index = odd.pop()
-        if odd:
-            listed = ", ".join(map(str, odd[:8])) + (", ..." if len(odd) > 8 else "")
-            also = "" if self.ignore_index is None else f" and {self.ignore_index} (ignored)"
-            raise InputError(
-                f"{path} holds {listed}; this model's masks hold 0..{limit - 1}{also}: correct the masks, or give "
-                "--ignore-index N for the value of unlabelled pixels"
-            )
-        if self.ignore_index is not None:
-            mask[mask == self.ignore_index] = IGNORED
+    def _refusal(self, odd: Mapping[int, Path]) -> InputError:
+        """For values that are no class, each with a file that holds it; two of the files are named."""
+        files = list(dict.fromkeys(odd.values()))[:2]
+        held = " and ".join(f"{file} holds {_listed([v for v in odd if odd[v] == file])}" for file in files)
+        also = "" if self.ignore_index is None else f" and {self.ignore_index} (ignored)"
+        return InputError(
+            f"{held}; this model's masks hold 0..{self._limit - 1}{also}: correct the masks, or give "
+            "--ignore-index N for the value of unlabelled pixels"
+        )
+
+
+def _refuse_counting_from_one(first: Mapping[int, Path], limit: int) -> None:
+    """Refuse masks in which 0 never occurs and the number of classes does: its last class would count as unlabelled."""
+    if limit in first and 0 not in first and len(first) > 1:
+        raise InputError(
+            f"the masks hold {_listed(sorted(first))} and never 0, so their classes seem to count from 1: subtract 1 (bench: "
+            f"--label-map 1=0,2=1{',...' if limit > 2 else ''}), or give --ignore-index {limit} if {limit} means unlabelled"
+        )
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
+
+
+def _is_run(values: Sequence[int]) -> bool:
+    return values[-1] - values[0] == len(values) - 1
 
 
 def read_label_file(path: Path, colours: Mapping[tuple[int, int, int], int] | None = None) -> NDArray[np.integer[Any]]:
-    """Read a mask file as stored integers: ``(H, W)`` from an image, any shape from ``.npy`` (never unpickled).
+    """Read a mask file as stored integers: ``(H, W)`` from an image of one of :data:`FORMATS`, any shape from ``.npy``.
 
     Args:
         path: the file.
         colours: RGB -> value for colour images; without it they are refused.
 
     Raises:
-        InputError: unreadable, not integers, a colour image, or one with a colour that is not listed.
+        InputError: unreadable, too large, not integers, a colour image, or one with a colour that is not listed.
     """
     if path.suffix.lower() == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        # numpy parses the header of its oldest format with tokenize.
-        except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError) as exc:
-            raise InputError(f"cannot read mask {path}: {exc}") from exc
+        array = read_array(path, "mask", MAX_ARRAY_BYTES)
         if array.dtype == bool:
             return np.asarray(array, dtype=np.uint8)
         if not np.issubdtype(array.dtype, np.integer):
             raise InputError(f"{path} holds {array.dtype}; a mask holds integers")
-        return np.asarray(array)
+        return array
+    require_file(path, "mask")
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             if colours and image.mode in {"RGB", "RGBA", "P"}:
                 return _decoded(np.asarray(image.convert("RGB")), colours, path)
             if image.mode not in {"1", "L", "P", "I", "I;16", "I;16B", "I;16L"}:
@@ -271,8 +353,11 @@ def read_label_file(path: Path, colours: Mapping[tuple[int, int, int], int] | No
             array = np.asarray(image)
     except InputError:
         raise
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as exc:
-        raise InputError(f"cannot read mask {path}: {exc}") from exc
+    except UnidentifiedImageError as exc:
+        raise InputError(f"cannot read mask {path}: not one of {', '.join(FORMATS)}, or damaged") from exc
+    except Exception as exc:
+        # Decoders raise whatever their parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ...
+        raise InputError(f"cannot read mask {path}: {reason(exc)}") from exc
     return array.astype(np.uint8) if array.dtype == bool else array
 
 
@@ -289,26 +374,32 @@ def _decoded(pixels: NDArray[np.uint8], colours: Mapping[tuple[int, int, int], i
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of an image file's content, hex: how calibration and validation images are told apart."""
+    """SHA-256 of a file's content, hex."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as exc:
         raise InputError(f"cannot read {path}: {exc.strerror}") from exc
 
 
-def _present(raw: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-    # np.unique sorts all pixels; a histogram of 8-bit values is 20 times as fast.
-    return np.flatnonzero(np.bincount(raw.ravel())) if raw.dtype == np.uint8 else np.unique(raw)
+def _present(raw: NDArray[np.integer[Any]]) -> set[int]:
+    """The values of a mask file."""
+    flat, values = raw.ravel(), set[int]()
+    # A part at a time: numpy counts in 64 bits, and sorts copies.
+    for start in range(0, flat.size, PART_PIXELS):
+        part = flat[start : start + PART_PIXELS]
+        # np.unique sorts all pixels; a histogram of 8-bit values is 20 times as fast.
+        values.update((np.flatnonzero(np.bincount(part)) if part.dtype == np.uint8 else np.unique(part)).tolist())
+    return values
 
 
 def _find(folder: Path, split: str | None) -> tuple[list[Path], dict[Path, Path]]:
-    image_folder = next((folder / n for n in IMAGE_FOLDERS if (folder / n).is_dir()), None)
+    image_folder = next((folder / n for n in IMAGE_FOLDERS if os.path.isdir(folder / n)), None)
     if image_folder is None:
         return _find_flat(folder)
-    mask_folder = next((folder / n for n in MASK_FOLDERS if (folder / n).is_dir()), None)
-    if split and (image_folder / split).is_dir():
+    mask_folder = next((folder / n for n in MASK_FOLDERS if os.path.isdir(folder / n)), None)
+    if split and os.path.isdir(image_folder / split):
         image_folder = image_folder / split
-        mask_folder = mask_folder / split if mask_folder is not None and (mask_folder / split).is_dir() else None
+        mask_folder = mask_folder / split if mask_folder is not None and os.path.isdir(mask_folder / split) else None
     images = _images(image_folder)
     if mask_folder is None:
         return images, {}
@@ -350,7 +441,11 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _mask_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in {".png", ".npy", ".tif", ".tiff", ".bmp", ".gif"})
+    try:
+        files = list(folder.iterdir())
+    except OSError as exc:
+        raise InputError(f"cannot list {folder}: {exc.strerror}") from exc
+    return sorted(p for p in files if p.suffix.lower() in {".png", ".npy", ".tif", ".tiff", ".bmp", ".gif"})
 
 
 def _spread(items: list[T], limit: int | None) -> list[T]:

@@ -22,7 +22,7 @@ import msgspec
 from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
-from edgeseg.evaluate.accuracy.dataset import LabelReader, Pair, ValidationSet, file_digest
+from edgeseg.evaluate.accuracy.dataset import Pair, ValidationSet, file_digest
 from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution, judge, segment, truth_of_scores
 from edgeseg.evaluate.accuracy.layouts import open_layout
 from edgeseg.evaluate.accuracy.ledger import Ledger
@@ -119,11 +119,15 @@ def evaluate(
     for members in by_model.values():
         data = request.open(members[0].spec.model)
         pairs = {c.name: b.name for c in members if (b := first_baseline(c, members)) is not None}
+        # Decided here, before the work, and carried to every process: none of them decides for itself.
+        meaning = data.labels.meaning
         group = _Group(data, data_digest(data), tuple(members), pairs, request.resolution)
         with nullcontext() if request.state_folder else usable_cache(reporter.note):
             with stage(reporter, "accuracy") as said:
                 ledgers, reused = _records(group, request, opener, reporter)
                 said.append(f"{len(data)} images, {len(members)} engines")
+                if meaning:
+                    said.append(meaning)
                 if reused:
                     said.append(f"{reused} results of an earlier run reused")
             found |= _figures(group, request, ledgers, opener)
@@ -222,16 +226,15 @@ def _judged(
 
 @dataclass(frozen=True)
 class _Worker:
-    """All contenders of a group, opened, and a reader of the masks."""
+    """All contenders of a group, opened."""
 
     group: _Group
     segmenters: dict[str, Segmenter]
     taps: dict[str, ScoreTap]
-    labels: LabelReader
 
     def judge(self, index: int, names: Sequence[str]) -> list[tuple[str, ImageRecord]]:
         """Judge the contenders ``names`` on one image."""
-        pair = self.group.data.read(index, self.labels)
+        pair = self.group.data.read(index)
         masks: dict[str, NDArray[Any]] = {}
         sums: dict[str, LossSums | None] = {}
         by_name = {c.name: c for c in self.group.contenders}
@@ -266,7 +269,7 @@ def _bench(group: _Group, opener: Opener, threads: int | None) -> Iterator[_Work
             tap = ScoreTap(opener.open(contender, threads if known else None, with_scores=group.data.has_masks))
             taps[contender.name] = tap
             segmenters[contender.name] = stack.enter_context(Segmenter(tap, contender.spec))
-        yield _Worker(group, segmenters, taps, group.data.label_reader())
+        yield _Worker(group, segmenters, taps)
 
 
 _worker: _Worker | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.dataset import IGNORED, LabelCoding, ValidationSet
 from edgeseg.spec import ModelSpec, one_of
+from edgeseg.store.files import read_lines, reason
 
 # Cityscapes' 19 training classes, by label id (cityscapesscripts/helpers/labels.py); every other id is not judged.
 _CITYSCAPES_TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -55,7 +57,7 @@ def open_layout(
     chosen = with_masks or pairs
     if not chosen:
         raise InputError(f"no images of split {split} in {source} as layout {layout}; {_EXPECTED[layout]}")
-    missing = next((path for pair in chosen for path in pair if path is not None and not path.is_file()), None)
+    missing = next((path for pair in chosen for path in pair if path is not None and not os.path.isfile(path)), None)
     if missing is not None:
         raise InputError(f"{source} names {missing}, which is not there; {_EXPECTED[layout]}")
     unpaired = tuple(image.name for image, mask in pairs if mask is None) if with_masks else ()
@@ -85,12 +87,8 @@ def parse_label_map(text: str) -> dict[int, int]:
 
 
 def _read_list(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InputError(f"cannot read list file {source}: {exc}") from exc
     pairs: Pairs = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(source, "list file"), start=1):
         # Names may hold blanks when a tab or a comma parts them.
         separator = next((s for s in ("\t", ",") if s in line), None)
         words = [word.strip() for word in line.split(separator)]
@@ -105,9 +103,9 @@ def _read_list(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding
 
 def _read_voc(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:
     names = source / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if not names.is_file():
+    if not os.path.isfile(names):
         raise InputError(f"{names} is not there; {_EXPECTED['voc']}")
-    stems = names.read_text(encoding="utf-8").split()
+    stems = [stem for line in read_lines(names, "the split") for stem in line.split()]
     images, masks = source / "JPEGImages", source / "SegmentationClass"
     return [(images / f"{stem}.jpg", masks / f"{stem}.png") for stem in stems], 255, LabelCoding()
 
@@ -117,11 +115,11 @@ def _read_cityscapes(source: Path, split: str) -> tuple[Pairs, int | None, Label
     stems = [(image, image.name.removesuffix("_leftImg8bit.png")) for image in images]
     truth = source / "gtFine" / split
     train_ids = [truth / i.parent.name / f"{stem}_gtFine_labelTrainIds.png" for i, stem in stems]
-    if train_ids and train_ids[0].is_file():
+    if train_ids and os.path.isfile(train_ids[0]):
         return list(zip(images, train_ids, strict=True)), 255, LabelCoding()
     ids = [truth / i.parent.name / f"{stem}_gtFine_labelIds.png" for i, stem in stems]
     values = dict.fromkeys(range(-1, 256), IGNORED) | {v: k for k, v in enumerate(_CITYSCAPES_TRAIN_IDS)}
-    pairs: Pairs = [(image, mask if mask.is_file() else None) for image, mask in zip(images, ids, strict=True)]
+    pairs: Pairs = [(image, mask if os.path.isfile(mask) else None) for image, mask in zip(images, ids, strict=True)]
     return pairs, None, LabelCoding(values)
 
 
@@ -129,9 +127,9 @@ def _read_camvid(source: Path, split: str) -> tuple[Pairs, int | None, LabelCodi
     """SegNet's version (``val/``, ``valannot/``, 11 is void) or the colour-coded one (``val_labels/NAME_L.png``)."""
     images = sorted(p for p in (source / split).glob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg"})
     indexed, coloured = source / f"{split}annot", source / f"{split}_labels"
-    if indexed.is_dir():
+    if os.path.isdir(indexed):
         return [(image, indexed / f"{image.stem}.png") for image in images], 11, LabelCoding()
-    if not coloured.is_dir():
+    if not os.path.isdir(coloured):
         raise InputError(f"{source} has neither {indexed.name}/ nor {coloured.name}/; {_EXPECTED['camvid']}")
     colours = _class_colours(source / "class_dict.csv")
     pairs: Pairs = [(image, coloured / f"{image.stem}_L.png") for image in images]
@@ -139,21 +137,21 @@ def _read_camvid(source: Path, split: str) -> tuple[Pairs, int | None, LabelCodi
 
 
 def _class_colours(path: Path) -> dict[tuple[int, int, int], int]:
+    lines = read_lines(path, "class colours")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [
-                (int(row["r"]), int(row["g"]), int(row["b"])) for row in csv.DictReader(file, skipinitialspace=True)
-            ]
-    except (OSError, KeyError, TypeError, ValueError) as exc:
-        raise InputError(f"cannot read {path} (columns name, r, g, b): {exc}") from exc
+        rows = [(int(row["r"]), int(row["g"]), int(row["b"])) for row in csv.DictReader(lines, skipinitialspace=True)]
+    except (KeyError, TypeError, ValueError, csv.Error) as exc:
+        raise InputError(f"cannot read class colours {path} (columns name, r, g, b): {reason(exc)}") from exc
+    if any(not 0 <= value <= 255 for row in rows for value in row):
+        raise InputError(f"cannot read class colours {path}: a colour is beyond 0..255")
     return {colour: index for index, colour in enumerate(rows)}
 
 
 def _read_coco_stuff(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:
-    folder = next((f for f in (source / "images" / f"{split}2017", source / f"{split}2017") if f.is_dir()), None)
+    folder = next((f for f in (source / "images" / f"{split}2017", source / f"{split}2017") if os.path.isdir(f)), None)
     images = sorted(folder.glob("*.jpg")) if folder is not None else []
     places = (source / n / f"{split}2017" for n in ("annotations", "stuffthingmaps", "pixelmaps"))
-    masks = next((f for f in places if f.is_dir()), None)
+    masks = next((f for f in places if os.path.isdir(f)), None)
     return [(i, None if masks is None else masks / f"{i.stem}.png") for i in images], 255, LabelCoding()
 
 

@@ -51,9 +51,8 @@ def save_worst(
             Segmenter(opener.open(reference), reference.spec) as before,
             Segmenter(opener.open(contender), contender.spec) as after,
         ):
-            labels = data.label_reader()
             for _, record in chosen:
-                pair = data.read(record.index, labels)
+                pair = data.read(record.index)
                 image, _ = at_resolution(pair, contender.spec, resolution)
                 picture = side_by_side(
                     image, segment(before, image), segment(after, image), spec_palette(contender.spec)

@@ -1,0 +1,70 @@
+"""Files a user gives: that they can be opened at all is checked before a decoder sees them.
+
+A pipe would be waited for, a device may never end, and a file system answers a bad name with an error of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from edgeseg.errors import EdgesegError, InputError
+
+# Lists of images, splits, colour tables: some hundred thousand lines.
+MAX_TEXT_BYTES = 16 << 20
+
+
+def require_file(path: str | Path, what: str) -> int:
+    """Return the size in bytes of a regular file that is not empty.
+
+    Args:
+        path: the file; links are followed.
+        what: what it is to be, for the message: "image", "mask".
+
+    Raises:
+        InputError: it does not exist, may not be looked at, is something else, or is empty.
+    """
+    size_bytes = require_regular(path, what, InputError)
+    if size_bytes == 0:
+        raise InputError(f"cannot read {what} {path}: the file is empty (0 bytes)")
+    return size_bytes
+
+
+def require_regular(path: str | Path, what: str, error: type[EdgesegError]) -> int:
+    """Return the size in bytes of a regular file; raise ``error`` for anything else."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as exc:
+        raise error(f"cannot read {what} {path}: {_why_not(path, exc)}") from exc
+    if stat.S_ISDIR(status.st_mode):
+        raise error(f"cannot read {what} {path}: it is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"cannot read {what} {path}: it is no regular file (a pipe, socket or device)")
+    return status.st_size
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """Return the lines of a UTF-8 text file of at most :data:`MAX_TEXT_BYTES`.
+
+    Raises:
+        InputError: not a readable file, too large, or not UTF-8.
+    """
+    if require_file(path, what) > MAX_TEXT_BYTES:
+        raise InputError(f"cannot read {what} {path}: more than {MAX_TEXT_BYTES} bytes; split it")
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InputError(f"cannot read {what} {path}: {reason(exc)}") from exc
+
+
+def reason(exc: BaseException) -> str:
+    """An exception's text on one line, without the file name that decoders like to repeat."""
+    text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+    return " ".join(text.split())[:200] or type(exc).__name__
+
+
+def _why_not(path: str | Path, exc: OSError | ValueError) -> str:
+    if os.path.islink(path) and not os.path.exists(path):
+        return f"it is a link to {os.readlink(path)}, which cannot be reached"
+    return "it does not exist" if isinstance(exc, FileNotFoundError) else reason(exc)
