@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeseg.errors import InputError
+from edgeseg.evaluate.batches import Estimate
 from edgeseg.evaluate.latency import LatencySamples, Ratio, compare
 from edgeseg.evaluate.results import BenchReport, Environment, Row, SpeedComparison, read_report
 
@@ -154,3 +155,19 @@ def paired_ratio(slow: Entry, fast: Entry) -> Ratio | None:
     if len(a.samples_ms) < 2 or len(a.samples_ms) != len(b.samples_ms):
         return None
     return compare(LatencySamples(slow.name, a.samples_ms, 0), LatencySamples(fast.name, b.samples_ms, 0))
+
+
+def speed_ratio(slow: Entry, fast: Entry) -> Ratio | None:
+    """How many times faster ``fast`` is than ``slow``; ``None`` where one has no latency.
+
+    Of samples taken in turns the paired ratio, else what follows from the intervals of both medians.
+    """
+    if (paired := paired_ratio(slow, fast)) is not None:
+        return paired
+    a, b = (None if entry.row.latency is None else entry.row.latency.end_to_end for entry in (slow, fast))
+    if a is None or b is None:
+        return None
+    ratio = Estimate(a.median_ms, a.median_low_ms, a.median_high_ms).over(
+        Estimate(b.median_ms, b.median_low_ms, b.median_high_ms)
+    )
+    return Ratio(ratio.value, ratio.low, ratio.high, 0)

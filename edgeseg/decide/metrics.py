@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeseg.decide.entries import Entry
+from edgeseg.evaluate.batches import bootstrap_interval
+from edgeseg.evaluate.latency import percentile_of_rows
 from edgeseg.evaluate.results import Row
 
 Getter = Callable[[Entry], "float | None"]
+IntervalGetter = Callable[[Entry], "tuple[float, float] | None"]
 
 
 def _no_interval(entry: Entry) -> None:
@@ -30,6 +37,8 @@ class Metric:
         help: what it is.
         get: reads it; ``None`` when it was not measured.
         interval: reads its 95 % interval, where one was measured.
+        noise: the 95 % interval another run of the same engine on the same data could fall in; ``None`` for figures that
+            come out the same each time, and where it is not known.
     """
 
     name: str
@@ -39,7 +48,8 @@ class Metric:
     title: str
     help: str
     get: Getter
-    interval: Callable[[Entry], tuple[float, float] | None] = _no_interval
+    interval: IntervalGetter = _no_interval
+    noise: IntervalGetter = _no_interval
 
     def value(self, entry: Entry) -> float | None:
         """The figure, or ``None`` when it was not measured (a NaN counts as such)."""
@@ -162,15 +172,90 @@ def _speedup_interval(entry: Entry) -> tuple[float, float] | None:
     return None if entry.comparison is None else (entry.comparison.low, entry.comparison.high)
 
 
+def _of_samples(statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> IntervalGetter:
+    def interval(entry: Entry) -> tuple[float, float] | None:
+        latency = entry.row.latency
+        if latency is None or len(latency.samples_ms) < 2:
+            return None
+        return bootstrap_interval(np.asarray(latency.samples_ms, np.float64), statistic)
+
+    return interval
+
+
+def _mean_of_rows(samples: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(samples.mean(axis=1))
+
+
+def _rate_interval(entry: Entry) -> tuple[float, float] | None:
+    """Images per second as the mean of a call lets them vary."""
+    latency, mean_ms = entry.row.latency, _of_samples(_mean_of_rows)(entry)
+    if latency is None or mean_ms is None:
+        return None
+    middle = latency.end_to_end.mean_ms
+    return latency.images_per_s * middle / mean_ms[1], latency.images_per_s * middle / mean_ms[0]
+
+
+def _processes_interval(entry: Entry) -> tuple[float, float] | None:
+    """From the fastest to the slowest of a few fresh processes: too few for an interval."""
+    cold = entry.row.cold_start
+    return None if cold is None or len(cold.totals_ms) < 2 else (min(cold.totals_ms), max(cold.totals_ms))
+
+
 _CALL = "of one call, decoded image(s) to mask(s)"
 
 _ALL = (
-    Metric("median_ms", "ms", "lower", 2, "Median", f"median {_CALL}", _latency("median_ms"), _median_interval),
-    Metric("mean_ms", "ms", "lower", 2, "Mean", f"mean {_CALL}", _latency("mean_ms")),
+    Metric(
+        "median_ms",
+        "ms",
+        "lower",
+        2,
+        "Median",
+        f"median {_CALL}",
+        _latency("median_ms"),
+        _median_interval,
+        _median_interval,
+    ),
+    Metric(
+        "mean_ms",
+        "ms",
+        "lower",
+        2,
+        "Mean",
+        f"mean {_CALL}",
+        _latency("mean_ms"),
+        noise=_of_samples(_mean_of_rows),
+    ),
     Metric("min_ms", "ms", "lower", 2, "Min", f"shortest {_CALL}", _latency("min_ms")),
-    Metric("p90_ms", "ms", "lower", 2, "p90", f"90 % percentile {_CALL}", _latency("p90_ms")),
-    Metric("p95_ms", "ms", "lower", 2, "p95", f"95 % percentile {_CALL}", _latency("p95_ms")),
-    Metric("p99_ms", "ms", "lower", 2, "p99", f"99 % percentile {_CALL}", _latency("p99_ms")),
+    Metric(
+        "p90_ms",
+        "ms",
+        "lower",
+        2,
+        "p90",
+        f"90 % percentile {_CALL}",
+        _latency("p90_ms"),
+        noise=_of_samples(partial(percentile_of_rows, percent=90)),
+    ),
+    Metric(
+        "p95_ms",
+        "ms",
+        "lower",
+        2,
+        "p95",
+        f"95 % percentile {_CALL}",
+        _latency("p95_ms"),
+        noise=_of_samples(partial(percentile_of_rows, percent=95)),
+    ),
+    Metric(
+        "p99_ms",
+        "ms",
+        "lower",
+        2,
+        "p99",
+        f"99 % percentile {_CALL}",
+        _latency("p99_ms"),
+        noise=_of_samples(partial(percentile_of_rows, percent=99)),
+    ),
     Metric("max_ms", "ms", "lower", 2, "Max", f"longest {_CALL}", _latency("max_ms")),
     Metric("compute_ms", "ms", "lower", 2, "Compute", "median of the engine alone", _stage("compute_ms")),
     Metric(
@@ -181,6 +266,7 @@ _ALL = (
         "Throughput",
         "images over wall-clock time of all callers",
         _optional("latency", "images_per_s"),
+        noise=_rate_interval,
     ),
     Metric(
         "speedup",
@@ -191,6 +277,7 @@ _ALL = (
         "times as fast as the baseline, paired in the same run",
         _speedup,
         _speedup_interval,
+        _speedup_interval,
     ),
     Metric(
         "cold_start_ms",
@@ -200,6 +287,7 @@ _ALL = (
         "Cold start",
         "load to first mask in a fresh process",
         _optional("cold_start", "total_ms"),
+        noise=_processes_interval,
     ),
     Metric(
         "size_mb",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport, paired_ratio
+from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport, paired_ratio, speed_ratio
 from edgeseg.decide.metrics import METRICS, Metric
 from edgeseg.decide.requirement import Outcome, Requirement, Status, comparisons
 
@@ -16,7 +16,9 @@ DEFAULT_WITHOUT_MASKS = "agreement >= 0.99"
 
 _FLOAT_WIDTH = {"int8": 8, "fp16": 16, "fp32": 32}
 
-Answer: TypeAlias = Literal["deploy", "none fits", "not measured"]
+Answer: TypeAlias = Literal["deploy", "none fits", "cannot tell", "not measured"]
+
+MEASURE_LONGER = "measure longer (edgeseg bench --duration-s) on a quiet machine"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class DeviceVerdict:
 
     Attributes:
         group: its rows.
-        answer: whether there is an engine to deploy.
+        answer: whether there is an engine to deploy; ``cannot tell`` where another run could say something else.
         deploy: which.
         reason: one sentence.
         requirement: judged by; ``None`` when nothing was asked and accuracy was not measured.
@@ -77,8 +79,9 @@ def decide_device(group: DeviceGroup, requirement: Requirement | None) -> Device
     """Which of one device's engines to deploy.
 
     Of the engines that meet the requirement the fastest (lowest median) is taken; of those whose speed cannot be told
-    from its (paired 95 % interval of the ratio holds 1) the most accurate, then the smallest. Baselines are never
-    recommended.
+    from its (95 % interval of the paired ratio holds 1 and no difference beyond 10 %) the most accurate, then the smallest.
+    Baselines are never recommended. Where the noise of the measurement leaves open which one that is, the answer is
+    ``cannot tell``.
     """
     is_default = requirement is None
     if requirement is None:
@@ -92,6 +95,7 @@ def decide_device(group: DeviceGroup, requirement: Requirement | None) -> Device
     remarks = (*_remarks(group, metric), *_few_samples(group.engines, requirement))
     engines = [one for one in judged if not one.entry.row.engine.is_baseline]
     fitting = [one.entry for one in engines if one.status == "pass" and _median(one.entry) is not None]
+    doubts = _doubts(fitting, [one for one in engines if one.status == "cannot tell"])
 
     answer: Answer
     deploy: Entry | None = None
@@ -100,6 +104,9 @@ def decide_device(group: DeviceGroup, requirement: Requirement | None) -> Device
     elif requirement is None:
         answer = "not measured"
         reason = "accuracy was not measured: bench with --data, or say with --require what you need"
+    elif doubts:
+        more = f"; and {len(doubts) - 2} more" if len(doubts) > 2 else ""
+        answer, reason = "cannot tell", f"{'; '.join(doubts[:2])}{more}; {MEASURE_LONGER}"
     elif fitting:
         deploy = fastest(fitting, metric)
         answer, reason = "deploy", _why(deploy, fitting, engines)
@@ -163,9 +170,29 @@ def data_key(entry: Entry) -> str | None:
     return None if accuracy is None else f"{accuracy.data_sha256} {accuracy.resolution} {accuracy.images}"
 
 
+def _doubts(fitting: Sequence[Entry], near: Sequence[Judged]) -> list[str]:
+    """What another run could turn, a sentence each: rows that may or may not be faster than the fastest that fits, and
+    rows so near a limit that they may or may not fit, unless they are slower than one that does."""
+    first = min(fitting, key=_median_or_never) if fitting else None
+    found = []
+    for entry in fitting:
+        ratio = None if first is None or entry is first else speed_ratio(entry, first)
+        if first is not None and ratio is not None and ratio.low <= 1.0 and not ratio.is_same:
+            found.append(
+                f"{entry.name} ({METRICS['median_ms'].with_unit(_median(entry))}) may be faster or slower than {first.name} "
+                f"({METRICS['median_ms'].with_unit(_median(first))}): {ratio.median:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
+            )
+    for one in near:
+        ratio = None if first is None else speed_ratio(one.entry, first)
+        if (ratio is None or ratio.low <= 1.0) and one.outcome is not None:
+            checks = [check.text for check in one.outcome.checks if check.status == "cannot tell"]
+            found.append(f"{one.entry.name} may or may not fit: {', '.join(checks)}")
+    return found
+
+
 def fastest(entries: Sequence[Entry], metric: Metric | None) -> Entry:
     """The fastest; among those as fast within the interval the most accurate, then the smallest."""
-    first = min(entries, key=lambda entry: _median(entry) or float("inf"))
+    first = min(entries, key=_median_or_never)
     tied = [entry for entry in entries if entry is first or _is_tie(entry, first)]
 
     def order(entry: Entry) -> tuple[float, int, float]:
@@ -179,18 +206,22 @@ def _is_tie(slow: Entry, fast: Entry) -> bool:
     if slow.row.setting != fast.row.setting:
         return False
     ratio = paired_ratio(slow, fast)
-    return ratio is not None and not ratio.is_difference
+    return ratio is not None and ratio.is_same
 
 
 def _median(entry: Entry) -> float | None:
     return METRICS["median_ms"].value(entry)
 
 
+def _median_or_never(entry: Entry) -> float:
+    return _median(entry) or float("inf")
+
+
 def _why(deploy: Entry, fitting: Sequence[Entry], engines: Sequence[Judged]) -> str:
     count = f"{len(fitting)} of {len(engines)} rows meet the requirement"
     if len(fitting) == 1:
         return f"the only one of {len(engines)} rows that meets the requirement"
-    first = min(fitting, key=lambda entry: _median(entry) or float("inf"))
+    first = min(fitting, key=_median_or_never)
     if first is deploy:
         return f"the fastest that meets the requirement ({count})"
     return f"as fast as {first.name} within the interval, and more accurate or smaller ({count})"
@@ -268,11 +299,16 @@ def _not_worth_it(engines: Sequence[Entry], metric: Metric | None) -> list[str]:
             ratio = paired_ratio(high, low)
             if ratio is None or ratio.low > 1.0:
                 continue
-            speed = "is as fast within the interval" if not ratio.is_difference else "is faster"
+            reduced, full = low.row.engine.precision.upper(), high.row.engine.precision.upper()
+            runs = f"{reduced} runs at {ratio.median:.2f}x its speed, {ratio.low:.2f} to {ratio.high:.2f}"
+            if not ratio.is_same and not ratio.is_difference:
+                remarks.append(
+                    f"cannot tell whether {reduced} is worth it for {low.name} beside {full} ({high.name}): {runs}"
+                )
+                break
+            speed = "is faster" if ratio.is_difference else "is as fast within the interval"
             remarks.append(
-                f"{low.row.engine.precision.upper()} is not worth it for {low.name}: "
-                f"{high.row.engine.precision.upper()} ({high.name}) {speed} "
-                f"({low.row.engine.precision.upper()} runs at {ratio.median:.2f}x its speed, {ratio.low:.2f} to {ratio.high:.2f})"
+                f"{reduced} is not worth it for {low.name}: {full} ({high.name}) {speed} ({runs})"
                 + _accuracy_gap(low, high, metric)
             )
             break

@@ -67,10 +67,10 @@ def _speed_table(report: BenchReport) -> Table:
 
 
 def ratio_words(comparison: SpeedComparison | None) -> str:
-    """``6.50x (6.31-6.62)``, above 1 is faster; ``no difference``; ``-`` without a comparison."""
+    """``6.50x (6.31-6.62)``, above 1 is faster; ``no difference``; ``cannot tell``; ``-`` without a comparison."""
     if comparison is None:
         return MISSING
-    if comparison.verdict == "no difference":
+    if comparison.verdict in {"no difference", "cannot tell"}:
         return comparison.verdict
     return f"{comparison.ratio:.2f}x ({comparison.low:.2f}-{comparison.high:.2f})"
 

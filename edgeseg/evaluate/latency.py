@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeseg.artifacts import LatencyFigures
 from edgeseg.backends.base import Session
@@ -110,6 +111,11 @@ class LatencySamples:
         )
 
 
+SAME_WITHIN = 1.10
+"""Two speeds are called the same when the whole interval of their ratio lies within this factor; an interval that holds 1
+and reaches further shows neither a difference nor its absence."""
+
+
 @dataclass(frozen=True)
 class Ratio:
     """How many times faster ``b`` is than ``a``: median of the paired ratios ``a / b``, with its interval.
@@ -130,6 +136,11 @@ class Ratio:
         """False when the interval spans 1: no difference was shown."""
         return not self.low <= 1.0 <= self.high
 
+    @property
+    def is_same(self) -> bool:
+        """No difference was shown, and none larger than :data:`SAME_WITHIN` is possible."""
+        return not self.is_difference and self.low >= 1 / SAME_WITHIN and self.high <= SAME_WITHIN
+
 
 def percentile(samples: tuple[float, ...] | list[float], percent: float) -> float:
     """trtexec's percentile: ``sorted[max(n - 1 - int((1 - percent / 100) * n), 0)]``; an observed sample.
@@ -144,6 +155,13 @@ def percentile(samples: tuple[float, ...] | list[float], percent: float) -> floa
         raise ValueError(f"percentile {percent} of {len(samples)} samples: need at least one sample and 0..100")
     excluded = int((100 - percent) * len(samples) / 100)
     return sorted(samples)[max(len(samples) - 1 - excluded, 0)]
+
+
+def percentile_of_rows(samples: NDArray[np.float64], percent: float) -> NDArray[np.float64]:
+    """:func:`percentile` of each row of ``(R, N)``."""
+    excluded = int((100 - percent) * samples.shape[1] / 100)
+    place = max(samples.shape[1] - 1 - excluded, 0)
+    return np.asarray(np.partition(samples, place, axis=1)[:, place])
 
 
 def median(samples: tuple[float, ...] | list[float]) -> float:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import GateError, InputError, SpecError
-from edgeseg.evaluate.batches import bootstrap_interval
-from edgeseg.evaluate.latency import LatencySamples, compare
+from edgeseg.evaluate.batches import Estimate, bootstrap_interval
+from edgeseg.evaluate.latency import SAME_WITHIN, LatencySamples, compare, percentile_of_rows
 from edgeseg.evaluate.results import BenchReport, Row
 from edgeseg.evaluate.summary import MISSING
 from edgeseg.spec import one_of
@@ -25,7 +26,7 @@ METRICS = ("median_ms", "p99_ms", "cold_start_ms", "peak_rss_bytes", "size_bytes
 # of which not every process's time is in both reports.
 _NOISE = {"peak_rss_bytes": 2.0, "cold_start_ms": 10.0}
 
-Verdict = Literal["worse", "better", "no difference", "not measured"]
+Verdict = Literal["worse", "better", "no difference", "cannot tell", "not measured"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Change:
         percent: how much worse, in percent of the old; of ``miou``: in points (0.01 = 1). Negative is better.
         low, high: 95 % interval of ``percent`` (cold start: from the closest to the farthest processes), ``None`` for a
             figure without samples.
-        verdict: ``no difference`` when the interval holds 0.
+        verdict: ``no difference`` when the interval holds 0; of latency ``cannot tell`` when it also holds changes by more
+            than :data:`~edgeseg.evaluate.latency.SAME_WITHIN`.
         beside: id of the baseline's row that ``percent`` is relative to; ``None``: the bare figures are compared.
     """
 
@@ -52,23 +54,6 @@ class Change:
     high: float | None = None
     verdict: Verdict = "not measured"
     beside: str | None = None
-
-
-@dataclass(frozen=True)
-class _Estimate:
-    """A positive figure with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def over(self, other: _Estimate) -> _Estimate:
-        """The ratio of two figures from different runs, with the interval that follows from both intervals (Zou and
-        Donner, "Construction of confidence limits about effect measures", 2008), on a logarithmic scale."""
-        down = math.hypot(math.log(self.value / self.low), math.log(other.high / other.value))
-        up = math.hypot(math.log(self.high / self.value), math.log(other.value / other.low))
-        ratio = self.value / other.value
-        return _Estimate(ratio, ratio * math.exp(-down), ratio * math.exp(up))
 
 
 def compare_reports(old: BenchReport, new: BenchReport, *, across_devices: bool = False) -> tuple[Change, ...]:
@@ -128,19 +113,25 @@ def _latency_change(old: Row, new: Row, metric: str, baseline: tuple[Row, Row] |
         if relative[0] is not None and relative[1] is not None:
             ratio, beside = relative[1].over(relative[0]), baseline[1].id
     percent, low, high = ((value - 1) * 100 for value in (ratio.value, ratio.low, ratio.high))
-    return Change(new.id, metric, before, after, percent, low, high, _verdict(percent, low, high), beside)
+    verdict = _verdict(percent, low, high)
+    if verdict == "no difference" and (ratio.low < 1 / SAME_WITHIN or ratio.high > SAME_WITHIN):
+        verdict = "cannot tell"
+    return Change(new.id, metric, before, after, percent, low, high, verdict, beside)
 
 
-def _estimate(row: Row, metric: str) -> _Estimate | None:
+def _estimate(row: Row, metric: str) -> Estimate | None:
     """A row's median or p99 with its interval within the run."""
     if row.latency is None or len(row.latency.samples_ms) < 2:
         return None
     samples = np.asarray(row.latency.samples_ms, np.float64)
     value = float(getattr(row.latency.end_to_end, metric))
-    return _Estimate(value, *bootstrap_interval(samples, median_of if metric == "median_ms" else p99_of))
+    return Estimate(
+        value,
+        *bootstrap_interval(samples, median_of if metric == "median_ms" else partial(percentile_of_rows, percent=99)),
+    )
 
 
-def _beside(row: Row, baseline: Row, metric: str) -> _Estimate | None:
+def _beside(row: Row, baseline: Row, metric: str) -> Estimate | None:
     """A row's figure as a multiple of the baseline's median in the same run: of medians from pairs taken in turns."""
     own, base = row.latency, baseline.latency
     if (
@@ -152,7 +143,7 @@ def _beside(row: Row, baseline: Row, metric: str) -> _Estimate | None:
         return None
     if metric == "median_ms":
         found = compare(LatencySamples("", own.samples_ms, 0), LatencySamples("", base.samples_ms, 0))
-        return _Estimate(found.median, found.low, found.high)
+        return Estimate(found.median, found.low, found.high)
     figure, middle = _estimate(row, metric), _estimate(baseline, "median_ms")
     return None if figure is None or middle is None else figure.over(middle)
 
@@ -160,12 +151,6 @@ def _beside(row: Row, baseline: Row, metric: str) -> _Estimate | None:
 def median_of(samples: NDArray[Any]) -> NDArray[Any]:
     """Median of each row of ``(R, N)``."""
     return np.asarray(np.median(samples, axis=1))
-
-
-def p99_of(samples: NDArray[Any]) -> NDArray[Any]:
-    """trtexec's p99 of each row of ``(R, N)``."""
-    place = max(samples.shape[1] - 1 - int(samples.shape[1] / 100), 0)
-    return np.asarray(np.partition(samples, place, axis=1)[:, place])
 
 
 def _change(old: Row, new: Row, metric: str) -> Change:
@@ -255,10 +240,11 @@ def parse_limits(texts: Sequence[str]) -> dict[str, float]:
 
 
 def check_limits(changes: Sequence[Change], limits: Mapping[str, float]) -> None:
-    """Raise unless every row keeps the limits; a change inside the noise keeps them, one not measured does not.
+    """Raise unless every row keeps the limits; a change inside the noise keeps them, one not measured, or so noisy that it
+    cannot be told, does not.
 
     Raises:
-        GateError: names every row and figure that got worse by more than its limit.
+        GateError: names every row and figure that got worse by more than its limit, or of which that cannot be told.
     """
     failed = []
     for change in changes:
@@ -267,6 +253,16 @@ def check_limits(changes: Sequence[Change], limits: Mapping[str, float]) -> None
         limit, unit = limits[change.metric], " points" if change.metric == "miou" else " %"
         if change.percent is None:
             failed.append(f"{change.row}: {change.metric} is not in both reports, so its limit could not be checked")
+        elif (
+            change.verdict == "cannot tell"
+            and change.low is not None
+            and change.high is not None
+            and change.high > limit
+        ):
+            failed.append(
+                f"{change.row}: cannot tell whether {change.metric} keeps {limit:g}{unit} ({change.low:+.1f} to "
+                f"{change.high:+.1f}{unit}); measure longer"
+            )
         elif change.verdict == "worse" and change.percent > limit:
             failed.append(f"{change.row}: {change.metric} is {change.percent:.1f}{unit} worse, {limit:g}{unit} allowed")
     if failed:

@@ -38,7 +38,7 @@ from edgeseg.evaluate.rows import (
 
 SCHEMA_VERSION = 1
 
-SpeedVerdict: TypeAlias = Literal["faster", "slower", "no difference"]
+SpeedVerdict: TypeAlias = Literal["faster", "slower", "no difference", "cannot tell"]
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -81,7 +81,7 @@ class SpeedComparison:
     """How many times faster ``row`` is than ``baseline`` (row ids) in the same setting.
 
     ``ratio``: median of the paired ratios; ``low``, ``high``: its 95 % interval, over up to ten stretches of the run;
-    ``verdict`` is ``no difference`` when the interval holds 1.
+    ``verdict`` is ``no difference`` when the interval holds 1 and no ratio beyond 1.1, ``cannot tell`` when it holds both.
     """
 
     baseline: str

@@ -21,6 +21,7 @@ from edgeseg.decide.entries import MergedReport, Run, merge, read_runs
 from edgeseg.decide.requirement import Requirement
 from edgeseg.decide.verdict import decide
 from edgeseg.errors import ArtifactError, InputError
+from edgeseg.evaluate.results import write_report
 from edgeseg.evaluate.rows import ModuleTime, Profile, Row, WorstImage
 from edgeseg.report.charts import Scale, latency_scale, nice_step
 from edgeseg.report.details import CHANGES_SHOWN, PNG
@@ -308,6 +309,22 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_exit_codes_gate(require: str, code: int) -> None:
     assert cli(str(EXAMPLE), "--require", require).returncode == code
+
+
+def test_a_verdict_that_noise_could_turn_is_none(tmp_path: Path) -> None:
+    """Two engines of 12 samples that vary from 20 to 200 ms; where each pair is 3 to 1, it is decided."""
+    calls = (55.0, 20.0, 60.0, 58.0, 200.0, 50.0, 45.0, 52.0, 61.0, 30.0, 56.0, 57.0)
+    slow = row("full", 55.5, miou=0.7, drop=0.0, samples_ms=calls)
+    fast = row("quant", 24.0, miou=0.7, drop=0.0, precision="int8", samples_ms=(*calls[6:], *calls[:6]))
+    write_report(tmp_path / "noisy.json", report(slow, fast))
+    for options in ((), ("--require", "miou >= 0.1")):
+        done = cli(str(tmp_path / "noisy.json"), "--json", *options)
+        assert done.returncode == 3, done.stderr
+        (device,) = json.loads(done.stdout)["devices"]
+        assert device["answer"] == "cannot tell" and device["deploy"] is None and "measure longer" in device["reason"]
+    steady = replace(fast, latency=replace(fast.latency, samples_ms=tuple(ms / 3 for ms in calls)))
+    write_report(tmp_path / "steady.json", report(slow, steady))
+    assert cli(str(tmp_path / "steady.json")).returncode == 0
 
 
 def test_command_writes_what_is_asked(tmp_path: Path) -> None:

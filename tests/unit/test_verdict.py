@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from bench_rows import merged, on, report, row
@@ -81,6 +82,60 @@ def test_int8_that_is_no_faster_is_not_worth_it() -> None:
     assert judge(None, fp16, faster).remarks == ()
     slower = row("quant", 12.0, miou=0.70, samples_ms=around(12.0, 2), precision="int8")
     assert "FP16 (half) is faster (INT8 runs at 0.83x its speed" in judge(None, fp16, slower).remarks[0]
+
+
+NOISY_MS = (55.0, 20.0, 60.0, 58.0, 200.0, 50.0, 45.0, 52.0, 61.0, 30.0, 56.0, 57.0)
+
+
+def test_what_another_run_could_turn_is_no_verdict() -> None:
+    """Twelve samples each: the medians are 55.5 and 24 ms, the paired ratio's interval holds 1 and reaches far beyond."""
+    full = row("full", 55.5, miou=0.72, drop=0.0, samples_ms=NOISY_MS)
+    int8 = row(
+        "quant", 24.0, miou=0.71, drop=0.0, precision="int8",
+        samples_ms=(24.0, 70.0, 25.0, 23.0, 22.0, 24.0, 90.0, 80.0, 24.0, 24.0, 21.0, 130.0),
+    )  # fmt: skip
+    ratio = paired_ratio(*merged(full, int8).entries)
+    assert ratio is not None and ratio.low < 1 < ratio.high and not ratio.is_same and not ratio.is_difference
+    verdict = judge(None, full, int8)
+    assert verdict.answer == "cannot tell" and verdict.deploy is None
+    assert verdict.reason.startswith("full (55.50 ms) may be faster or slower than quant (24.00 ms): ")
+    assert verdict.reason.endswith("; measure longer (edgeseg bench --duration-s) on a quiet machine")
+    assert [r for r in verdict.remarks if "worth" in r] == [
+        f"cannot tell whether INT8 is worth it for quant beside FP32 (full): INT8 runs at {ratio.median:.2f}x its speed, "
+        f"{ratio.low:.2f} to {ratio.high:.2f}"
+    ]
+    longer = row("quant", 24.0, miou=0.71, drop=0.0, precision="int8", samples_ms=tuple(ms / 2 for ms in NOISY_MS))
+    sure = judge(None, full, longer)
+    assert sure.answer == "deploy" and sure.deploy is not None and sure.deploy.row.engine.name == "quant"
+
+
+def test_rows_of_two_runs_are_told_apart_by_the_intervals_of_their_medians() -> None:
+    def judged(spread_ms: float) -> DeviceVerdict:
+        runs = []
+        for name, ms in (("a", 10.0), ("b", 12.0)):
+            one = row(name, ms, miou=0.7)
+            assert one.latency is not None
+            wide = replace(one.latency.end_to_end, median_low_ms=ms - spread_ms, median_high_ms=ms + spread_ms)
+            runs.append(Run(report(replace(one, latency=replace(one.latency, end_to_end=wide)))))
+        (verdict,) = decide(merge(runs), Requirement.parse("miou >= 0.5"))
+        return verdict
+
+    assert judged(0.5).deploy is not None
+    assert judged(3.0).answer == "cannot tell"
+
+
+def test_a_limit_within_the_noise_is_no_verdict_unless_another_row_is_faster() -> None:
+    near = row("near", 10.0, miou=0.7)
+    verdict = judge("median_ms <= 10.05", near, row("slow", 20, miou=0.7))
+    assert verdict.answer == "cannot tell" and [judged.status for judged in verdict.judged] == ["cannot tell", "fail"]
+    assert (
+        "near may or may not fit: median_ms 10.00 ms, limit <= 10.05: cannot tell, another run could give 9.90 to 10.10"
+        in (verdict.reason)
+    )
+    faster = judge("median_ms <= 10.05", near, row("fast", 5, miou=0.7))
+    assert faster.deploy is not None and faster.deploy.row.engine.name == "fast"
+    # "slow" fits for certain, but "near" would be taken before it if it fitted.
+    assert judge("median_ms > 9.95", near, row("slow", 20, miou=0.7)).answer == "cannot tell"
 
 
 def test_a_p99_of_a_few_samples_is_no_p99() -> None:
