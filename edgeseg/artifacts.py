@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import msgspec
 
 from edgeseg.errors import ArtifactError, StaleEngineError
-from edgeseg.spec import PipelineSpec, Precision
+from edgeseg.spec import ModelRequest, PipelineSpec, Precision
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -151,7 +151,9 @@ class Manifest:
         engine: the backend's file; ``None`` in a portable folder that still has to be compiled.
         calibration: the calibration table of an int8 graph.
         extra_files: further files the engine file needs beside it.
-        weights: where the weights came from, in words.
+        weights: where the weights came from, in words, for people.
+        model_request: what was asked of the model, so that it can be loaded again; ``None`` when it was a module object, and
+            in folders of before it was recorded.
         inputs_sha256: hash per input of the build (weights, fp32 graph, calibration images, options).
         options: backend build options and session settings, as chosen, defaults included.
         options_given: those of them someone asked for; what building the engine again keeps. ``None`` in folders of before
@@ -186,6 +188,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     verification: Verification | None = None
     options_given: dict[str, Any] | None = None
+    model_request: ModelRequest | None = None
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from edgeseg.cache import cached_folder, package_versions, source_sha256
 from edgeseg.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
 from edgeseg.progress import Reporter, stage
-from edgeseg.spec import InputSpec, PipelineSpec
+from edgeseg.spec import InputSpec, ModelRequest, PipelineSpec
 from edgeseg.verification_data import VerificationData, calibration_and_held_out
 
 if TYPE_CHECKING:
@@ -88,8 +88,9 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
                     raise
                 reporter.note(f"{target} is left out: {exc}")
 
-        command = None if model is not None else build_command(request)
-        make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name, command)
+        # What no file describes cannot be loaded again, nor built by a command.
+        command, asked = (None, None) if model is not None else (build_command(request), request.model)
+        make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name, command, asked)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
         verification = verify_stage(request, loaded, engine, held_out, reporter)
@@ -325,6 +326,7 @@ class _ManifestMaker:
     notes: tuple[str, ...]
     name: str
     command: str | None
+    model_request: ModelRequest | None
 
     def write(
         self,
@@ -355,6 +357,7 @@ class _ManifestMaker:
             calibration=calibration,
             extra_files=tuple(FileRef.of(folder / path.name) for path in candidate.built.extra_files),
             weights=self.loaded.weights,
+            model_request=self.model_request,
             inputs_sha256={
                 "weights": self.loaded.weights_sha256,
                 "spec": sha256_json(self.spec),

@@ -32,7 +32,7 @@ from edgeseg.evaluate.contenders import (
 from edgeseg.evaluate.evaluation import AccuracyRequest
 from edgeseg.evaluate.results import SpeedComparison, read_report
 from edgeseg.progress import SilentReporter
-from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
+from edgeseg.spec import BatchRange, InputSpec, ModelRequest, ModelSpec, PipelineSpec
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(32, 32, batch=BatchRange(1, 2, 2)))
@@ -115,29 +115,31 @@ def edited(engine: Path, **change: object) -> Path:
     return engine
 
 
-def test_where_the_baseline_s_weights_come_from(engine: Path, tmp_path: Path) -> None:
-    spec = replace(SPEC, model=ModelSpec("fpn", "resnet18", classes=4, model_args={"decoder_dropout": 0.0}))
-    manifest = replace(read_manifest(engine), spec=spec)
-    demo, _ = baseline_request(replace(manifest, weights="demo weights (trained on street scenes)"), None)
-    assert demo is not None and (demo.arch, demo.weights) == ("fpn", None)
-    checkpoint = tmp_path / "model.pt"
-    checkpoint.write_bytes(b"")
-    found, _ = baseline_request(replace(manifest, weights=f"weights of {checkpoint}"), None)
-    assert found is not None
-    assert (found.weights, found.encoder, found.model_args) == (str(checkpoint), "resnet18", {"decoder_dropout": 0.0})
-    for words in ("weights of gone.pt", "random weights (untrained)"):
-        missing, reason = baseline_request(replace(manifest, weights=words), None)
-        assert missing is None
-        assert "--weights" in reason
-        given, _ = baseline_request(replace(manifest, weights=words), checkpoint)
-        assert given is not None and given.weights == str(checkpoint)
+def test_the_baseline_is_what_was_asked_of_the_model(engine: Path, tmp_path: Path) -> None:
+    """Read from the manifest's fields: whatever words are used for the weights."""
+    args = {"decoder_dropout": 0.0, "aux_params": {"classes": 2}}
+    model = ModelSpec("fpn", "resnet18", classes=4, model_args=args)
+    asked = ModelRequest(arch="fpn", weights="model.pt", model_args=args, keep_aux=True, mean=(0.5, 0.5, 0.5))
+    edited(engine, spec=replace(SPEC, model=model), model_request=asked, weights="demo weights (not these)")
+    manifest = read_manifest(engine)
+    assert baseline_request(manifest, None) == (asked, "")
+    elsewhere = tmp_path / "model.pt"
+    given, _ = baseline_request(manifest, elsewhere)
+    assert given is not None
+    assert (given.weights, given.encoder, given.classes, given.model_args) == (str(elsewhere), "resnet18", 4, args)
+    assert (given.keep_aux, given.mean) == (True, (0.5, 0.5, 0.5))
+    # A folder of before this was recorded, or of a module object: the user has to say where the weights are.
+    silent = replace(manifest, model_request=None)
+    missing, reason = baseline_request(silent, None)
+    assert missing is None and "--weights" in reason
+    assert baseline_request(silent, elsewhere)[0] == replace(given, mean=None)
 
 
 def test_weights_that_were_given_and_do_not_load_are_an_error(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = replace(SPEC, model=ModelSpec("fpn", "resnet18", classes=4))
-    edited(engine, spec=spec, weights="weights of gone.pt")
+    edited(engine, spec=spec, model_request=ModelRequest(arch="fpn", weights="gone.pt"))
 
     class Refusing(Opener):
         def loaded(self, contender: object) -> object:  # type: ignore[override]
