@@ -99,12 +99,30 @@ class AccuracyFigures:
 
 @dataclass(frozen=True)
 class LatencyFigures:
-    """Milliseconds from a uint8 image in memory to a uint8 mask in memory, batch 1, short protocol."""
+    """Milliseconds from a uint8 image in memory to a uint8 mask in memory, batch 1, short protocol.
+
+    ``noise``: reasons not to trust them, a line each, as ``edgeseg bench`` flags them; empty for a quiet run.
+    """
 
     median_ms: float
     p90_ms: float
     p99_ms: float
     iterations: int
+    noise: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times faster the engine is than PyTorch: median of the paired ratios of samples taken in turns.
+
+    ``low``, ``high``: its 95 % interval; ``verdict`` as in a bench report: ``faster``, ``slower``, ``no difference`` or
+    ``cannot tell``.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,7 @@ class Verification:
         miou_vs_pytorch: mean IoU of the engine's masks against PyTorch's; ``None`` when neither shows any foreground.
         images: how many images were compared.
         data: where they came from, in words; whether they were also used for calibration.
+        speedup: ``None`` where latency was not measured, and in folders of before it was recorded.
     """
 
     agreement: float
@@ -130,6 +149,7 @@ class Verification:
     engine_latency: LatencyFigures | None
     pytorch_size_bytes: int
     engine_size_bytes: int
+    speedup: SpeedUp | None = None
 
     @property
     def miou_drop(self) -> float | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.artifacts import Engine, FileRef, Manifest, open_engine
 from edgeseg.errors import ArtifactError
 from edgeseg.evaluate.profile import module_of as module_group
-from edgeseg.evaluate.summary import MISSING, class_table, precision_line, time_line, verification_table
+from edgeseg.evaluate.summary import MISSING, class_table, noise_lines, precision_line, time_line, verification_table
 
 if TYPE_CHECKING:
     import onnx
@@ -189,6 +189,7 @@ def render(report: EngineReport, *, layers: bool = False) -> Group:
     parts.extend(Text(f"  float: {name}: {why}", style="dim") for name, why in manifest.precision.float_layers.items())
     if manifest.verification is not None:
         parts.append(verification_table(manifest.verification, manifest.name))
+        parts += [Text(line, style="yellow") for line in noise_lines(manifest.verification)]
         parts.append(Text(f"measured on {manifest.verification.data}", style="dim"))
         classes = class_table(manifest.verification, manifest.spec.model.class_names)
         parts.extend([classes] if classes is not None else [])

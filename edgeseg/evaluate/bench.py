@@ -21,7 +21,7 @@ from edgeseg.evaluate.contenders import (
     engine_names,
 )
 from edgeseg.evaluate.fresh import measure_fresh
-from edgeseg.evaluate.latency import LatencyProtocol
+from edgeseg.evaluate.latency import BENCH, LatencyProtocol
 from edgeseg.evaluate.machine import describe_machine, machine_state
 from edgeseg.evaluate.measure import Timed, idle_power, measure_setting
 from edgeseg.evaluate.power import find_source
@@ -43,8 +43,6 @@ from edgeseg.evaluate.results import (
 from edgeseg.evaluate.statistics import speed_comparison
 from edgeseg.progress import Reporter, stage
 from edgeseg.spec import one_of
-
-WARMUP_STABLE_WITHIN = 0.03
 
 
 class AccuracyStep(Protocol):
@@ -104,7 +102,7 @@ class BenchRequest:
     @property
     def protocol(self) -> LatencyProtocol:
         """trtexec's protocol, warm-up until stable, for this duration."""
-        return LatencyProtocol(min_duration_ms=self.duration_s * 1000, stable_within=WARMUP_STABLE_WITHIN)
+        return dataclasses.replace(BENCH, min_duration_ms=self.duration_s * 1000)
 
 
 @dataclass

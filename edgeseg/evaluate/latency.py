@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -77,8 +77,10 @@ STABLE_CALLS = 5
 """Calls whose median is compared with that of as many before, see ``LatencyProtocol.stable_within``."""
 
 TRTEXEC = LatencyProtocol()
-SHORT = LatencyProtocol(warmup_ms=100.0, min_iterations=12, min_duration_ms=800.0, max_iterations=400)
-"""The protocol at the end of a build: about a second for each contender."""
+BENCH = LatencyProtocol(stable_within=0.03)
+"""The protocol of ``edgeseg bench``: trtexec's, warmed up until times settle."""
+SHORT = replace(BENCH, min_duration_ms=1000.0, min_iterations=12, max_iterations=400, max_warmup_ms=2000.0)
+"""The protocol at the end of a build: bench's, a second for each contender."""
 
 
 @dataclass(frozen=True)

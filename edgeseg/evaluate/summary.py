@@ -26,6 +26,7 @@ def build_summary(engine: Engine) -> Group:
         parts.append(Text("not verified: no images were given (--validation DIR)", style="yellow"))
     else:
         parts.append(verification_table(manifest.verification, f"{manifest.name} ({manifest.target})"))
+        parts += [Text(line, style="yellow") for line in noise_lines(manifest.verification)]
         parts.append(Text(f"measured on {manifest.verification.data}", style="dim"))
     parts.append(Text(precision_line(manifest.precision)))
     if manifest.candidates:
@@ -55,7 +56,8 @@ def verification_table(verification: Verification, engine_name: str) -> Table:
     table.add_row("agreement with PyTorch", MISSING, share(v.agreement), "")
     table.add_row("  near class boundaries", MISSING, share(v.boundary_agreement), "")
     table.add_row("mIoU, PyTorch's as truth", MISSING, share(v.miou_vs_pytorch), "")
-    table.add_row("median ms", *_milliseconds(v, "median_ms"), _speed_up(speed_up(v)))
+    noisy = " *" if noise_lines(v) else ""
+    table.add_row("median ms", *_milliseconds(v, "median_ms"), speed_words(v) + noisy)
     table.add_row("p99 ms", *_milliseconds(v, "p99_ms"), "")
     sizes = v.pytorch_size_bytes, v.engine_size_bytes
     table.add_row(
@@ -100,11 +102,29 @@ def time_line(report: PrecisionReport) -> str:
     return f"time: {', '.join(f'{value:.1%} in {dtype}' for dtype, value in shares) or MISSING}"
 
 
-def speed_up(verification: Verification) -> float | None:
-    """How many times faster the engine's median is than PyTorch's."""
-    if verification.pytorch_latency is None or verification.engine_latency is None:
-        return None
-    return verification.pytorch_latency.median_ms / verification.engine_latency.median_ms
+def speed_words(verification: Verification) -> str:
+    """``5.0x faster``, ``2.0x slower``, ``no difference``, ``cannot tell``, or ``-`` where latency was not measured."""
+    v = verification
+    if v.speedup is not None and v.speedup.verdict not in {"faster", "slower"}:
+        return v.speedup.verdict
+    if v.speedup is not None:
+        ratio = v.speedup.ratio
+    elif v.pytorch_latency is not None and v.engine_latency is not None:
+        ratio = v.pytorch_latency.median_ms / v.engine_latency.median_ms
+    else:
+        return MISSING
+    return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+
+
+def noise_lines(verification: Verification) -> list[str]:
+    """Why the times are to be read with care, a line each; empty for a quiet run."""
+    both = (("PyTorch", verification.pytorch_latency), ("engine", verification.engine_latency))
+    seen: dict[str, list[str]] = {}
+    for name, latency in both:
+        for detail in () if latency is None else latency.noise:
+            seen.setdefault(detail, []).append(name)
+    lines = [f"  {' and '.join(names)}: {detail}" for detail, names in seen.items()]
+    return ["* times are noisy, read with care (edgeseg bench measures longer):", *lines] if lines else []
 
 
 def share(value: float | None) -> str:
@@ -119,9 +139,3 @@ def _points(before: float | None, after: float | None) -> str:
 def _milliseconds(verification: Verification, figure: str) -> list[str]:
     both = (verification.pytorch_latency, verification.engine_latency)
     return [MISSING if latency is None else f"{getattr(latency, figure):.1f}" for latency in both]
-
-
-def _speed_up(value: float | None) -> str:
-    if value is None:
-        return MISSING
-    return f"{value:.1f}x faster" if value >= 1 else f"{1 / value:.1f}x slower"
