@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgeseg.decide.entries import Entry
 from edgeseg.evaluate.batches import bootstrap_interval
+from edgeseg.evaluate.intervals import MIN_IMAGES
 from edgeseg.evaluate.latency import percentile_of_rows
 from edgeseg.evaluate.results import Row
 
@@ -403,7 +404,38 @@ _ALL = (
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+AGAINST_MASKS = frozenset(
+    (
+        "miou",
+        "dice",
+        "loss",
+        "cross_entropy",
+        "dice_loss",
+        "pixel_accuracy",
+        "boundary_iou",
+        "boundary_f",
+        "miou_drop",
+    )
+)
+AGAINST_BASELINE = frozenset(("miou_drop", "agreement", "boundary_agreement", "speedup"))
 WITH_INTERVAL = tuple(metric for metric in _ALL if metric.interval is not _no_interval)
+
+
+def why_missing(name: str, entry: Entry) -> str | None:
+    """Why a row lacks a figure and what brings it, in words; ``None`` where the row does not tell."""
+    accuracy = entry.row.accuracy
+    if name in AGAINST_MASKS or name in {"agreement", "boundary_agreement"}:
+        if accuracy is None:
+            return "no accuracy was judged: bench with --data"
+        if name in AGAINST_MASKS and accuracy.truth is None:
+            return f"{accuracy.data} has no masks"
+        if name == "miou_drop" and accuracy.images < MIN_IMAGES:
+            return (
+                f"{accuracy.images} images were judged, a drop needs at least {MIN_IMAGES}: raise --limit, or give more"
+            )
+    if name in AGAINST_BASELINE:
+        return "there is no baseline of the same model in the run"
+    return None
 
 
 def listed() -> str:

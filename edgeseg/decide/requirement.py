@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn, TypeAlias
 
 from edgeseg.decide.entries import Entry
-from edgeseg.decide.metrics import METRICS, Metric, listed
+from edgeseg.decide.metrics import METRICS, Metric, listed, why_missing
 from edgeseg.errors import SpecError, did_you_mean
 
 Status: TypeAlias = Literal["pass", "fail", "cannot tell", "not measured"]
@@ -79,6 +79,7 @@ class Check:
         is_close: a 95 % interval of the figure holds the limit: that of its noise, or, for accuracy, the one over
             images, when other images could say the opposite.
         noise: the interval another run could fall in, where it is known.
+        missing: why it was not measured, where that is known.
     """
 
     comparison: Comparison
@@ -86,6 +87,7 @@ class Check:
     status: Status
     is_close: bool = False
     noise: tuple[float, float] | None = None
+    missing: str | None = None
 
     @property
     def margin(self) -> float | None:
@@ -97,7 +99,8 @@ class Check:
         """``p99_ms 41.20 ms, limit <= 33: 8.20 ms (25 %) too much``."""
         metric, op, limit = self.comparison.metric, self.comparison.op, self.comparison.limit
         if self.value is None or self.margin is None:
-            return f"{metric.name} not measured, limit {op} {limit:g}"
+            why = f" ({self.missing})" if self.missing is not None else ""
+            return f"{metric.name} not measured{why}, limit {op} {limit:g}"
         what = f"{metric.name} {metric.with_unit(self.value)}, limit {op} {limit:g}"
         if self.status == "cannot tell" and self.noise is not None:
             low, high = (metric.text(bound) for bound in self.noise)
@@ -171,7 +174,7 @@ def _judge(node: Node, entry: Entry, checks: list[Check]) -> Status:
 def _check(comparison: Comparison, entry: Entry) -> Check:
     value = comparison.metric.value(entry)
     if value is None:
-        return Check(comparison, None, "not measured")
+        return Check(comparison, None, "not measured", missing=why_missing(comparison.metric.name, entry))
     interval, noise = comparison.metric.interval(entry), comparison.metric.noise(entry)
     is_close = any(i is not None and i[0] <= comparison.limit <= i[1] for i in (interval, noise))
     # Compared at both ends, not only whether the interval holds the limit: a limit at its very end may be met by all of it.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport, paired_ratio, speed_ratio
-from edgeseg.decide.metrics import METRICS, Metric
+from edgeseg.decide.metrics import METRICS, Metric, why_missing
 from edgeseg.decide.requirement import Outcome, Requirement, Status, comparisons
 
 DEFAULT_REQUIREMENT = "miou_drop <= 0.01"
@@ -92,7 +92,11 @@ def decide_device(group: DeviceGroup, requirement: Requirement | None) -> Device
         Judged(entry, None if requirement is None else requirement.evaluate(entry), id(entry) in front)
         for entry in group.entries
     )
-    remarks = (*_remarks(group, metric), *_few_samples(group.engines, requirement))
+    remarks = (
+        *_remarks(group, metric),
+        *_few_samples(group.engines, requirement),
+        *(_few_images(group.engines) if is_default else ()),
+    )
     engines = [one for one in judged if not one.entry.row.engine.is_baseline]
     fitting = [one.entry for one in engines if one.status == "pass" and _median(one.entry) is not None]
     doubts = _doubts(fitting, [one for one in engines if one.status == "cannot tell"])
@@ -103,7 +107,7 @@ def decide_device(group: DeviceGroup, requirement: Requirement | None) -> Device
         answer, reason = "not measured", "only baselines were measured; give bench an engine folder"
     elif requirement is None:
         answer = "not measured"
-        reason = "accuracy was not measured: bench with --data, or say with --require what you need"
+        reason = "accuracy beside a baseline was not measured: bench with --data, or say with --require what you need"
     elif doubts:
         more = f"; and {len(doubts) - 2} more" if len(doubts) > 2 else ""
         answer, reason = "cannot tell", f"{'; '.join(doubts[:2])}{more}; {MEASURE_LONGER}"
@@ -228,16 +232,19 @@ def _why(deploy: Entry, fitting: Sequence[Entry], engines: Sequence[Judged]) -> 
 
 
 def _missing(engines: Sequence[Judged]) -> str:
-    names = {
-        check.comparison.metric.name
+    unmeasured = [
+        check
         for one in engines
         if one.outcome is not None
         for check in one.outcome.checks
         if check.status == "not measured"
-    }
+    ]
+    names = {check.comparison.metric.name for check in unmeasured}
     if any(one.status == "pass" and _median(one.entry) is None for one in engines):
         names.add("median_ms")
-    return f"{', '.join(sorted(names))} was not measured, so no row can pass; bench again and measure it"
+    causes = "; ".join(dict.fromkeys(check.missing for check in unmeasured if check.missing is not None))
+    why = f" ({causes})" if causes else ""
+    return f"{', '.join(sorted(names))} was not measured{why}, so no row can pass; bench again and measure it"
 
 
 def _nearest_miss(engines: Sequence[Judged]) -> str:
@@ -281,6 +288,17 @@ def _few_samples(engines: Sequence[Entry], requirement: Requirement | None) -> l
                 f"(--duration-s): {counts}"
             )
     return remarks
+
+
+def _few_images(engines: Sequence[Entry]) -> list[str]:
+    """Masks that are there and were not judged by."""
+    judged = [e.row.accuracy for e in engines if e.row.accuracy is not None and e.row.accuracy.truth is not None]
+    if not judged or any(METRICS["miou_drop"].value(entry) is not None for entry in engines):
+        return []
+    causes = dict.fromkeys(why_missing("miou_drop", e) for e in engines if e.row.accuracy in judged)
+    return [
+        f"there are masks, but no mIoU drop to judge by: {'; '.join(cause for cause in causes if cause is not None)}"
+    ]
 
 
 def _not_worth_it(engines: Sequence[Entry], metric: Metric | None) -> list[str]:

@@ -48,8 +48,9 @@ from edgeseg.spec import one_of
 class AccuracyStep(Protocol):
     """How accuracy is judged; :class:`edgeseg.evaluate.evaluation.AccuracyRequest` is one."""
 
-    def check(self, contenders: Sequence[Contender]) -> None:
-        """Raise what :meth:`__call__` would raise about the data, before minutes are spent on measuring."""
+    def check(self, contenders: Sequence[Contender]) -> tuple[str, ...]:
+        """Raise what :meth:`__call__` would raise about the data, before minutes are spent on measuring; return what it
+        will not be able to judge, a sentence each."""
         ...
 
     def __call__(self, contenders: Sequence[Contender], opener: Opener, reporter: Reporter) -> dict[str, Accuracy]:
@@ -97,7 +98,9 @@ class BenchRequest:
         if not self.batches or not self.streams or not self.threads or any(n < 1 for n in numbers):
             raise SpecError("batch sizes, threads and streams are counted from 1; give at least one of each")
         if not 0 <= self.duration_s < float("inf") or self.fresh_processes < 0:
-            raise SpecError("duration and fresh processes must not be negative")
+            raise SpecError(
+                f"duration is {self.duration_s:g} s with {self.fresh_processes} fresh processes; give 0 or more of each, finite"
+            )
 
     @property
     def protocol(self) -> LatencyProtocol:
@@ -165,7 +168,7 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
         notes.append("no baseline asked for: nothing is compared with PyTorch")
     contenders = [*baselines, *engines]
     if accuracy is not None:
-        accuracy.check(contenders)
+        notes += accuracy.check(contenders)
     if request.duration_s > 0:
         contenders, timed = _latency_stage(request, contenders, opener, reporter, notes, failures)
     else:

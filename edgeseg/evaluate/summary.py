@@ -124,6 +124,8 @@ def noise_lines(verification: Verification) -> list[str]:
         for detail in () if latency is None else latency.noise:
             seen.setdefault(detail, []).append(name)
     lines = [f"  {' and '.join(names)}: {detail}" for detail, names in seen.items()]
+    if lines and (ratio := verification.speedup) is not None:
+        lines.append(f"  speed-up {ratio.ratio:.1f}x (95 %: {ratio.low:.1f} to {ratio.high:.1f})")
     return ["* times are noisy, read with care (edgeseg bench measures longer):", *lines] if lines else []
 
 

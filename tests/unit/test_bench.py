@@ -278,6 +278,24 @@ def test_an_engine_that_fails_in_one_setting_keeps_the_rows_of_the_others(
     ]
 
 
+@pytest.mark.parametrize(
+    ("count", "limit", "advice"), [(4, None, "give more with --data"), (6, 4, "raise --limit"), (6, None, None)]
+)
+def test_too_few_masks_for_a_drop_are_said(
+    engine: Path, tmp_path: Path, count: int, limit: int | None, advice: str | None
+) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "data" / kind / f"{index}.png")
+    accuracy = AccuracyRequest(tmp_path / "data", limit=limit, state_folder=tmp_path / "state")
+    notes = accuracy.check(engine_contenders([engine])[0])
+    expected = f"4 images with masks: no drop against the baseline is judged, that needs at least 5; {advice}"
+    assert notes == (() if advice is None else (expected,))
+    report = run_bench(BenchRequest((engine,), duration_s=0, fresh_processes=0), SilentReporter(), accuracy)
+    assert set(notes) <= set(report.notes)
+
+
 def test_a_broken_mask_does_not_throw_the_latency_away(engine: Path, tmp_path: Path) -> None:
     for kind in ("images", "masks"):
         (tmp_path / "data" / kind).mkdir(parents=True)

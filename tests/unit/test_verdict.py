@@ -72,16 +72,20 @@ def test_of_engines_as_fast_the_more_accurate_is_taken() -> None:
     assert "as fast as fast within the interval" in verdict.reason
 
 
+def worth(*rows: Row) -> list[str]:
+    return [remark for remark in judge(None, *rows).remarks if "worth" in remark]
+
+
 def test_int8_that_is_no_faster_is_not_worth_it() -> None:
     fp16 = row("half", 10.0, miou=0.72, samples_ms=around(10.0, 1), precision="fp16")
     int8 = row("quant", 10.0, miou=0.70, samples_ms=around(10.0, 2), precision="int8")
-    (remark,) = judge(None, fp16, int8).remarks
+    (remark,) = worth(fp16, int8)
     assert remark.startswith("INT8 is not worth it for quant: FP16 (half) is as fast within the interval")
     assert "mIoU 0.7000 against 0.7200" in remark
     faster = row("quant", 5.0, miou=0.70, samples_ms=around(5.0, 2), precision="int8")
-    assert judge(None, fp16, faster).remarks == ()
+    assert worth(fp16, faster) == []
     slower = row("quant", 12.0, miou=0.70, samples_ms=around(12.0, 2), precision="int8")
-    assert "FP16 (half) is faster (INT8 runs at 0.83x its speed" in judge(None, fp16, slower).remarks[0]
+    assert "FP16 (half) is faster (INT8 runs at 0.83x its speed" in worth(fp16, slower)[0]
 
 
 NOISY_MS = (55.0, 20.0, 60.0, 58.0, 200.0, 50.0, 45.0, 52.0, 61.0, 30.0, 56.0, 57.0)
@@ -100,7 +104,7 @@ def test_what_another_run_could_turn_is_no_verdict() -> None:
     assert verdict.answer == "cannot tell" and verdict.deploy is None
     assert verdict.reason.startswith("full (55.50 ms) may be faster or slower than quant (24.00 ms): ")
     assert verdict.reason.endswith("; measure longer (edgeseg bench --duration-s) on a quiet machine")
-    assert [r for r in verdict.remarks if "worth" in r] == [
+    assert worth(full, int8) == [
         f"cannot tell whether INT8 is worth it for quant beside FP32 (full): INT8 runs at {ratio.median:.2f}x its speed, "
         f"{ratio.low:.2f} to {ratio.high:.2f}"
     ]
@@ -178,6 +182,35 @@ def test_the_default_requirement_is_stated_and_needs_accuracy() -> None:
     assert without_masks.requirement is not None and without_masks.requirement.text == "agreement >= 0.99"
     assert without_masks.answer == "deploy"
     assert judge(None, row("e", 5)).answer == "not measured"
+
+
+def few_images(images: int, *, baseline: bool = True) -> DeviceVerdict:
+    one = row("e", 5, miou=0.7, agreement=0.995)
+    assert one.accuracy is not None
+    agreement = one.accuracy.agreement if baseline else None
+    one = replace(one, accuracy=replace(one.accuracy, images=images, agreement=agreement))
+    return judge(None if baseline else "miou_drop <= 0.01 and miou >= 0.1", one)
+
+
+def test_masks_that_are_too_few_to_judge_by_are_said() -> None:
+    verdict = few_images(4)
+    assert verdict.requirement is not None and verdict.requirement.text == "agreement >= 0.99"
+    assert (
+        "there are masks, but no mIoU drop to judge by: 4 images were judged, a drop needs at least 5"
+        in verdict.remarks[-1]
+    )
+    required = judge("miou_drop <= 0.01", *[judged.entry.row for judged in verdict.judged])
+    assert required.answer == "not measured"
+    assert required.reason.startswith(
+        "miou_drop was not measured (4 images were judged, a drop needs at least 5: raise --limit, or give more), so"
+    )
+    assert few_images(6, baseline=False).reason.startswith(
+        "miou_drop was not measured (there is no baseline of the same model in the run)"
+    )
+    assert (
+        "miou was not measured (no accuracy was judged: bench with --data), so"
+        in judge("miou >= 0.1", row("e", 5)).reason
+    )
 
 
 def test_pareto_front_by_brute_force() -> None:

@@ -311,7 +311,10 @@ def test_noise_is_said_where_the_speed_up_is() -> None:
     varying = dataclasses.replace(FIGURES, median_ms=50.0, noise=("samples vary by 45% around the median",))
     flagged = dataclasses.replace(GOOD, pytorch_latency=varying, speedup=SpeedUp(4.8, 3.1, 6.0, "faster"))
     assert rows(verification_table(flagged, "e"))["median ms"] == ["50.0", "10.0", "4.8x faster *"]
-    assert noise_lines(flagged)[1:] == ["  PyTorch: samples vary by 45% around the median"]
+    assert noise_lines(flagged)[1:] == [
+        "  PyTorch: samples vary by 45% around the median",
+        "  speed-up 4.8x (95 %: 3.1 to 6.0)",
+    ]
     unclear = dataclasses.replace(flagged, speedup=SpeedUp(2.58, 0.74, 9.03, "cannot tell"))
     assert rows(verification_table(unclear, "e"))["median ms"][2] == "cannot tell *"
 
