@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from edgeseg.errors import InputError
@@ -75,10 +76,15 @@ class DeviceGroup:
     runs: tuple[int, ...]
     entries: tuple[Entry, ...]
 
-    @property
+    @cached_property
     def engines(self) -> tuple[Entry, ...]:
         """The entries that are no baselines."""
         return tuple(entry for entry in self.entries if not entry.row.engine.is_baseline)
+
+    @cached_property
+    def baselines(self) -> tuple[Entry, ...]:
+        """The entries that are baselines."""
+        return tuple(entry for entry in self.entries if entry.row.engine.is_baseline)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport, paired_ratio, speed_ratio
@@ -67,7 +68,11 @@ class DeviceVerdict:
     remarks: tuple[str, ...] = ()
 
     def of(self, entry: Entry) -> Judged:
-        return next(judged for judged in self.judged if judged.entry is entry)
+        return self._by_number[entry.number]
+
+    @cached_property
+    def _by_number(self) -> dict[int, Judged]:
+        return {judged.entry.number: judged for judged in self.judged}
 
 
 def decide(report: MergedReport, requirement: Requirement | None = None) -> tuple[DeviceVerdict, ...]:
@@ -152,15 +157,15 @@ def pareto_front(entries: Sequence[Entry], metric: Metric | None) -> tuple[Entry
         for entry in entries
         if (ms := _median(entry)) is not None and (score := metric.value(entry)) is not None
     ]
-    return tuple(
-        entry
-        for entry, ms, score in points
-        if not any(
-            other_ms <= ms and other_score >= score and (other_ms < ms or other_score > score)
-            for other, other_ms, other_score in points
-            if comparable_key(other) == comparable_key(entry)
-        )
-    )
+    # From the fastest on, the more accurate of two as fast first: whoever comes later must be more accurate than all before.
+    front: set[int] = set()
+    best: dict[tuple[str | None, int, int], tuple[float, float]] = {}
+    for entry, ms, score in sorted(points, key=lambda point: (point[1], -point[2])):
+        before = best.get(comparable_key(entry))
+        if before is None or score > before[1] or (ms, score) == before:
+            best[comparable_key(entry)] = (ms, score)
+            front.add(entry.number)
+    return tuple(entry for entry, _, _ in points if entry.number in front)
 
 
 def comparable_key(entry: Entry) -> tuple[str | None, int, int]:
@@ -292,10 +297,10 @@ def _few_samples(engines: Sequence[Entry], requirement: Requirement | None) -> l
 
 def _few_images(engines: Sequence[Entry]) -> list[str]:
     """Masks that are there and were not judged by."""
-    judged = [e.row.accuracy for e in engines if e.row.accuracy is not None and e.row.accuracy.truth is not None]
+    judged = [e for e in engines if e.row.accuracy is not None and e.row.accuracy.truth is not None]
     if not judged or any(METRICS["miou_drop"].value(entry) is not None for entry in engines):
         return []
-    causes = dict.fromkeys(why_missing("miou_drop", e) for e in engines if e.row.accuracy in judged)
+    causes = dict.fromkeys(why_missing("miou_drop", entry) for entry in judged)
     return [
         f"there are masks, but no mIoU drop to judge by: {'; '.join(cause for cause in causes if cause is not None)}"
     ]
@@ -303,16 +308,17 @@ def _few_images(engines: Sequence[Entry]) -> list[str]:
 
 def _not_worth_it(engines: Sequence[Entry], metric: Metric | None) -> list[str]:
     """Rows of lower precision that are not faster than one of higher precision, same model, backend and setting."""
+    # The fastest of each precision stands for all of it.
+    fastest_of: dict[tuple[object, ...], dict[str, Entry]] = {}
+    for entry in engines:
+        of_precision = fastest_of.setdefault(_rivals_key(entry), {})
+        rival = of_precision.setdefault(entry.row.engine.precision, entry)
+        if _median_or_never(entry) < _median_or_never(rival):
+            of_precision[entry.row.engine.precision] = entry
     remarks = []
     for low in engines:
-        rivals = [
-            high
-            for high in engines
-            if high.run == low.run
-            and high.row.setting == low.row.setting
-            and _model(high) == _model(low)
-            and _FLOAT_WIDTH.get(high.row.engine.precision, 0) > _FLOAT_WIDTH.get(low.row.engine.precision, 64)
-        ]
+        width = _FLOAT_WIDTH.get(low.row.engine.precision, 64)
+        rivals = [high for name, high in fastest_of[_rivals_key(low)].items() if _FLOAT_WIDTH.get(name, 0) > width]
         for high in sorted(rivals, key=lambda entry: _FLOAT_WIDTH[entry.row.engine.precision]):
             ratio = paired_ratio(high, low)
             if ratio is None or ratio.low > 1.0:
@@ -340,6 +346,8 @@ def _accuracy_gap(low: Entry, high: Entry, metric: Metric | None) -> str:
     return "" if a is None or b is None else f"; {metric.title} {metric.text(a)} against {metric.text(b)}"
 
 
-def _model(entry: Entry) -> tuple[object, ...]:
+def _rivals_key(entry: Entry) -> tuple[object, ...]:
+    """Equal for rows of one run that differ in precision alone."""
     engine = entry.row.engine
-    return engine.backend, engine.arch, engine.encoder, engine.height, engine.width, engine.weights_sha256
+    model = (engine.backend, engine.arch, engine.encoder, engine.height, engine.width, engine.weights_sha256)
+    return (entry.run, entry.row.setting, *model)

@@ -74,10 +74,11 @@ def compare_reports(old: BenchReport, new: BenchReport, *, across_devices: bool 
         )
     before = {row.id: row for row in old.rows}
     pairs = [(before[row.id], row) for row in new.rows if row.id in before]
+    baselines = [pair for pair in pairs if pair[1].engine.is_baseline]
     if not pairs:
         raise InputError(f"no row in common: the old report has {', '.join(before) or 'none'}")
     return tuple(
-        _latency_change(a, b, metric, _baseline(pairs, b)) if metric in _LATENCY else _change(a, b, metric)
+        _latency_change(a, b, metric, _baseline(baselines, b)) if metric in _LATENCY else _change(a, b, metric)
         for a, b in pairs
         for metric in METRICS
     )
@@ -86,13 +87,13 @@ def compare_reports(old: BenchReport, new: BenchReport, *, across_devices: bool 
 _LATENCY = ("median_ms", "p99_ms")
 
 
-def _baseline(pairs: Sequence[tuple[Row, Row]], row: Row) -> tuple[Row, Row] | None:
+def _baseline(baselines: Sequence[tuple[Row, Row]], row: Row) -> tuple[Row, Row] | None:
     """The baseline's rows measured in turns with ``row``, if it is the same program in both reports."""
     if row.engine.is_baseline or row.latency is None or not row.latency.round_group:
         return None
-    for old, new in pairs:
+    for old, new in baselines:
         a, b = old.engine, new.engine
-        if not b.is_baseline or new.latency is None or new.latency.round_group != row.latency.round_group:
+        if new.latency is None or new.latency.round_group != row.latency.round_group:
             continue
         model = (b.arch, b.encoder, b.height, b.width)
         if model == (row.engine.arch, row.engine.encoder, row.engine.height, row.engine.width) and (

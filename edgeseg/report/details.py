@@ -198,11 +198,11 @@ def _baseline(group: DeviceGroup, entry: Entry) -> Entry | None:
     """The baseline of the same run, judged on the same data and with the same classes."""
     accuracy = entry.row.accuracy
     named = {drop.baseline for drop in accuracy.truth.drops} if accuracy and accuracy.truth else set()
-    for other in group.entries:
+    for other in group.baselines:
         engine = other.row.engine
-        if other.run != entry.run or not engine.is_baseline or data_key(other) != data_key(entry):
+        if other.run != entry.run or engine.classes != entry.row.engine.classes or (named and engine.name not in named):
             continue
-        if engine.classes == entry.row.engine.classes and (not named or engine.name in named):
+        if data_key(other) == data_key(entry):
             return other
     return None
 

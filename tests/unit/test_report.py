@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import random
 import re
 import subprocess
 import sys
@@ -309,6 +310,36 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_exit_codes_gate(require: str, code: int) -> None:
     assert cli(str(EXAMPLE), "--require", require).returncode == code
+
+
+def calls_of(rows: int) -> int:
+    """How many function calls it takes to decide on so many rows and to write every form of the report."""
+    generator = random.Random(0)
+    made = [
+        row(
+            f"e{k}", 5 + 50 * generator.random(), miou=generator.random(), drop=0.0, agreement=0.995,
+            precision=("fp32", "int8")[k % 2], samples_ms=tuple(5 + generator.random() for _ in range(8)),
+            is_baseline=k % 10 == 0,
+        )
+        for k in range(rows)
+    ]  # fmt: skip
+    together = merge([Run(report(*made))])
+    count = itertools.count()
+    sys.setprofile(lambda frame, event, argument: next(count) and None)
+    try:
+        verdicts = decide(together)
+        texts = html(together, verdicts), markdown(together, verdicts), csv_text(together, verdicts)
+        json_value(together, verdicts)
+        terminal(verdicts, width=80)
+    finally:
+        sys.setprofile(None)
+    assert all(f"e{rows - 1}" in text for text in texts)
+    return next(count)
+
+
+def test_work_grows_with_the_rows_not_with_their_square() -> None:
+    few, many = calls_of(250), calls_of(1000)
+    assert many < 6 * few  # a square would be 16 times as much
 
 
 def test_a_verdict_that_noise_could_turn_is_none(tmp_path: Path) -> None:
