@@ -289,6 +289,8 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as exc:
         raise ArtifactError(f"cannot read {what} {path}: {exc.strerror}") from exc
+    except RecursionError as exc:
+        raise ArtifactError(f"{what} {path} is damaged or not one: it is nested too deeply") from exc
     except (msgspec.DecodeError, ValueError) as exc:
         raise ArtifactError(f"{what} {path} is damaged or not one: {exc}") from exc
 

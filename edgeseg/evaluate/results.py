@@ -17,8 +17,10 @@ from edgeseg.evaluate.rows import (
     AccuracyVerdict,
     Agreement,
     ColdStart,
+    Count,
     Distribution,
     Drop,
+    Finite,
     Identity,
     Interval,
     Latency,
@@ -28,6 +30,7 @@ from edgeseg.evaluate.rows import (
     NoiseKind,
     Power,
     Profile,
+    Ratio,
     Resolution,
     Row,
     Setting,
@@ -86,10 +89,10 @@ class SpeedComparison:
 
     baseline: str
     row: str
-    ratio: float
-    low: float
-    high: float
-    pairs: int
+    ratio: Ratio
+    low: Ratio
+    high: Ratio
+    pairs: Count
     verdict: SpeedVerdict
 
 
@@ -98,9 +101,9 @@ class Gpu:
     """A GPU as its driver describes it."""
 
     name: str
-    memory_bytes: int | None = None
+    memory_bytes: Count | None = None
     driver: str | None = None
-    power_limit_w: float | None = None
+    power_limit_w: Finite | None = None
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,11 @@ class MachineState:
     sensor; ``load``: 1, 5 and 15 minutes; ``throttled``: why the machine holds its clocks back right now, a line each.
     """
 
-    cpu_mhz: tuple[float, float, float] | None = None
-    temperatures_c: dict[str, float] = field(default_factory=dict)
-    load: tuple[float, float, float] | None = None
-    memory_available_bytes: int | None = None
-    gpu_mhz: dict[str, float] = field(default_factory=dict)
+    cpu_mhz: tuple[Finite, Finite, Finite] | None = None
+    temperatures_c: dict[str, Finite] = field(default_factory=dict)
+    load: tuple[Finite, Finite, Finite] | None = None
+    memory_available_bytes: Count | None = None
+    gpu_mhz: dict[str, Finite] = field(default_factory=dict)
     throttled: tuple[str, ...] = ()
 
 
@@ -130,14 +133,14 @@ class Environment:
     system: str
     python: str
     cpu: str
-    cores: int
+    cores: Count
     cpu_flags: tuple[str, ...] = ()
-    core_limit: float | None = None
+    core_limit: Finite | None = None
     board: str | None = None
     gpus: tuple[Gpu, ...] = ()
-    memory_bytes: int | None = None
+    memory_bytes: Count | None = None
     governor: str | None = None
-    cpu_max_mhz: float | None = None
+    cpu_max_mhz: Finite | None = None
     power_mode: str | None = None
     thread_variables: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -197,7 +200,7 @@ class BenchReport:
 
 @dataclass(frozen=True)
 class _Versioned:
-    schema_version: int
+    schema_version: Count
 
 
 def write_report(path: Path, report: BenchReport) -> None:
