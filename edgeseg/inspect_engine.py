@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.artifacts import Engine, FileRef, Manifest, open_engine
 from edgeseg.errors import ArtifactError
 from edgeseg.evaluate.profile import module_of as module_group
-from edgeseg.evaluate.summary import MISSING, class_table, noise_lines, precision_line, time_line, verification_table
+from edgeseg.evaluate.summary import class_table, noise_lines, precision_line, time_line, verification_table
+from edgeseg.evaluate.tables import MISSING
 
 if TYPE_CHECKING:
     import onnx
@@ -185,7 +186,8 @@ def render(report: EngineReport, *, layers: bool = False) -> Group:
     manifest = report.manifest
     parts: list[RenderableType] = [_spec_table(manifest), _file_table(report.files)]
     parts.append(Text(precision_line(manifest.precision)))
-    parts.append(Text(time_line(manifest.precision)))
+    if (time := time_line(manifest.precision)) is not None:
+        parts.append(Text(time))
     parts.extend(Text(f"  float: {name}: {why}", style="dim") for name, why in manifest.precision.float_layers.items())
     if manifest.verification is not None:
         parts.append(verification_table(manifest.verification, manifest.name))

@@ -16,6 +16,7 @@ from edgeseg.evaluate.batches import bootstrap_interval
 from edgeseg.evaluate.intervals import MIN_IMAGES
 from edgeseg.evaluate.latency import percentile_of_rows
 from edgeseg.evaluate.results import Row
+from edgeseg.evaluate.tables import MISSING, number
 
 Getter = Callable[[Entry], "float | None"]
 IntervalGetter = Callable[[Entry], "tuple[float, float] | None"]
@@ -59,7 +60,7 @@ class Metric:
 
     def text(self, value: float | None) -> str:
         """The figure without its unit; ``-`` when it was not measured."""
-        return "-" if value is None else f"{value:.{self.digits}f}"
+        return MISSING if value is None else number(value, self.digits)
 
     def with_unit(self, value: float | None) -> str:
         """The figure with its unit; ``-`` when it was not measured."""

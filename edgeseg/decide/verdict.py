@@ -228,6 +228,8 @@ def _median_or_never(entry: Entry) -> float:
 
 def _why(deploy: Entry, fitting: Sequence[Entry], engines: Sequence[Judged]) -> str:
     count = f"{len(fitting)} of {len(engines)} rows meet the requirement"
+    if len(engines) == 1:
+        return "it meets the requirement"
     if len(fitting) == 1:
         return f"the only one of {len(engines)} rows that meets the requirement"
     first = min(fitting, key=_median_or_never)
@@ -261,6 +263,8 @@ def _nearest_miss(engines: Sequence[Judged]) -> str:
 
     near = min(engines, key=distance)
     missed = [check.text for check in near.outcome.missed] if near.outcome else []
+    if len(engines) == 1:
+        return f"{near.entry.name} does not meet the requirement: {'; '.join(missed)}"
     return f"none of {len(engines)} rows meets the requirement; nearest is {near.entry.name}: {'; '.join(missed)}"
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,8 @@ from edgeseg.errors import GateError, InputError, SpecError
 from edgeseg.evaluate.batches import Estimate, bootstrap_interval
 from edgeseg.evaluate.latency import SAME_WITHIN, LatencySamples, compare, percentile_of_rows
 from edgeseg.evaluate.results import BenchReport, Row
-from edgeseg.evaluate.summary import MISSING
+from edgeseg.evaluate.tables import MISSING, FigureTable, milliseconds, number
 from edgeseg.spec import one_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 METRICS = ("median_ms", "p99_ms", "cold_start_ms", "peak_rss_bytes", "size_bytes", "miou")
 # What differs from process to process by itself, percent: allocators round up, pages are shared or not; a cold start
@@ -270,28 +267,25 @@ def check_limits(changes: Sequence[Change], limits: Mapping[str, float]) -> None
         raise GateError("; ".join(failed))
 
 
-def change_table(changes: Sequence[Change]) -> Table:
+def change_table(changes: Sequence[Change]) -> FigureTable:
     """One line per row and figure that was measured in both reports."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("", "old", "new", "change", "95 %"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    figures = ("old", "new", "change", "95 %", "verdict")
+    table = FigureTable.of("", *figures)
     row = None
     for change in changes:
         if change.percent is None:
             continue
         if change.row != row:
-            table.add_row(change.row, style="bold")
+            table.add(change.row, style="bold")
             row = change.row
         unit = "points" if change.metric == "miou" else "%"
-        shown = 0.0 - change.percent if change.metric == "miou" else change.percent
-        bounds = MISSING if change.low is None or change.high is None else f"{change.low:+.1f} to {change.high:+.1f}"
+        shown = number(-change.percent if change.metric == "miou" else change.percent, 1, signed=True)
+        bounds = MISSING
+        if change.low is not None and change.high is not None:
+            bounds = " to ".join(number(bound, 1, signed=True) for bound in (change.low, change.high))
         star = "" if change.beside is None else "*"
         old, new = (_shown(change.metric, value) for value in (change.old, change.new))
-        table.add_row(f"  {_NAMES[change.metric]}", old, new, f"{shown:+.1f} {unit}{star}", bounds, change.verdict)
+        table.add(f"  {_NAMES[change.metric]}", old, new, f"{shown} {unit}{star}", bounds, change.verdict)
     return table
 
 
@@ -310,4 +304,4 @@ def _shown(metric: str, value: float | None) -> str:
         return MISSING
     if metric.endswith("_bytes"):
         return f"{value / 1e6:.1f}"
-    return f"{value:.4f}" if metric == "miou" else f"{value:.2f}"
+    return f"{value:.4f}" if metric == "miou" else milliseconds(value)

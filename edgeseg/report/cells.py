@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from edgeseg.decide.entries import Entry
 from edgeseg.decide.metrics import METRICS, Metric
 from edgeseg.decide.verdict import DeviceVerdict, Judged
+from edgeseg.evaluate.tables import MISSING
 
-MISSING = "-"
 ALWAYS = ("median_ms", "p99_ms", "miou", "size_mb")
 """Shown even where no row has them, so that their absence is seen."""
 WHERE_MEASURED = (

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport
 from edgeseg.decide.verdict import data_key
 from edgeseg.evaluate.results import Accuracy, Identity, Profile, Truth, WorstImage
+from edgeseg.evaluate.tables import number
 from edgeseg.report.charts import STYLES, bar
 from edgeseg.runtime.overlay import legend_entries, mask_palette
 
@@ -230,7 +231,7 @@ def _classes(truth: Truth | None, reference: Truth | None, names: Sequence[str])
                 class_name(names, k),
                 "-" if value is None else f"{value:.4f}",
                 "-" if base is None else f"{base:.4f}",
-                "-" if value is None or base is None else f"{value - base:+.4f}",
+                "-" if value is None or base is None else number(value - base, 4, signed=True),
                 bar([("engine", value)] if value is not None else [], 1.0, tick=base),
             )
         )

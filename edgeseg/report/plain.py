@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.decide.entries import MergedReport
 from edgeseg.decide.metrics import METRICS, WITH_INTERVAL
 from edgeseg.decide.verdict import DeviceVerdict
+from edgeseg.evaluate.tables import FigureTable
 from edgeseg.report.cells import (
     MISSING,
     TEXT_COLUMNS,
@@ -177,9 +178,7 @@ def json_value(
 
 def terminal(verdicts: Sequence[DeviceVerdict], failed: Sequence[tuple[str, str]] = (), *, width: int) -> Group:
     """The report for a terminal of ``width`` columns: intervals only where there is room for them."""
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     parts: list[RenderableType] = []
@@ -187,26 +186,21 @@ def terminal(verdicts: Sequence[DeviceVerdict], failed: Sequence[tuple[str, str]
         metrics = metrics_of(verdict.group.entries)
         shown = TERMINAL[: 3 if width < 100 else 6 if width < 140 else None]
         metrics = tuple(metric for metric in metrics if metric.name in shown)
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-            title=Text(verdict.group.label),
-            title_justify="left",
+        headings = (metric.title + (f"\n{metric.unit}" if metric.unit else "") for metric in metrics)
+        table = FigureTable(
+            (
+                ("#", "figure"),
+                ("engine", "name"),
+                ("backend", "name"),
+                ("prec.", "words"),
+                *((heading, "figure") for heading in headings),
+                ("verdict", "words"),
+            ),
+            title=verdict.group.label,
         )
-        table.add_column("#", justify="right")
-        longest = max(len(entry.name) for entry in verdict.group.entries)
-        table.add_column("engine", overflow="fold", min_width=min(longest, 17 if width < 100 else 28))
-        table.add_column("backend", no_wrap=True)
-        table.add_column("prec.", no_wrap=True)
-        for metric in metrics:
-            unit = f"\n{metric.unit}" if metric.unit else ""
-            table.add_column(Text(f"{metric.title}{unit}"), justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
         for line in lines(verdict, metrics, with_intervals=width >= 180):
-            # Text, not str: rich would read [brackets] in a name as markup.
-            cells = [str(line.judged.entry.number), *line.texts[:3], *line.figures, line.verdict]
-            table.add_row(*map(Text, cells), style="bold" if line.is_deployed else None)
+            cells = (str(line.judged.entry.number), *line.texts[:3], *line.figures, line.verdict)
+            table.add(*cells, style="bold" if line.is_deployed else None)
         parts += [table, Text(f"{headline(verdict)}: {verdict.reason}", style="bold")]
         parts.append(Text(f"judged by {requirement_line(verdict)}", style="dim"))
         parts += [Text(f"  {name}: {'; '.join(missed)}") for name, missed in failures(verdict)]
