@@ -234,7 +234,8 @@ def _spec_table(manifest: Manifest) -> Table:
         ("edgeseg", manifest.edgeseg_version),
         ("to repeat", manifest.command or MISSING),
     ):
-        table.add_row(name, value)
+        if value != MISSING:
+            table.add_row(name, value)
     return table
 
 

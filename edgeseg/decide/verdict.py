@@ -188,14 +188,14 @@ def _doubts(fitting: Sequence[Entry], near: Sequence[Judged]) -> list[str]:
         ratio = None if first is None or entry is first else speed_ratio(entry, first)
         if first is not None and ratio is not None and ratio.low <= 1.0 and not ratio.is_same:
             found.append(
-                f"{entry.name} ({METRICS['median_ms'].with_unit(_median(entry))}) may be faster or slower than {first.name} "
-                f"({METRICS['median_ms'].with_unit(_median(first))}): {ratio.median:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
+                f"which is faster, {entry.name} ({METRICS['median_ms'].with_unit(_median(entry))}) or {first.name} "
+                f"({METRICS['median_ms'].with_unit(_median(first))}), is not known: {ratio.median:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
             )
     for one in near:
         ratio = None if first is None else speed_ratio(one.entry, first)
         if (ratio is None or ratio.low <= 1.0) and one.outcome is not None:
             checks = [check.text for check in one.outcome.checks if check.status == "cannot tell"]
-            found.append(f"{one.entry.name} may or may not fit: {', '.join(checks)}")
+            found.append(f"whether {one.entry.name} fits is not known: {', '.join(checks)}")
     return found
 
 
@@ -264,7 +264,7 @@ def _nearest_miss(engines: Sequence[Judged]) -> str:
     near = min(engines, key=distance)
     missed = [check.text for check in near.outcome.missed] if near.outcome else []
     if len(engines) == 1:
-        return f"{near.entry.name} does not meet the requirement: {'; '.join(missed)}"
+        return f"the only row, {near.entry.name}, does not meet the requirement: {'; '.join(missed)}"
     return f"none of {len(engines)} rows meets the requirement; nearest is {near.entry.name}: {'; '.join(missed)}"
 
 

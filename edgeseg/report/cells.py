@@ -130,7 +130,9 @@ def headline(verdict: DeviceVerdict) -> str:
     """The decision in one line, without its reason."""
     if verdict.answer == "deploy" and verdict.deploy is not None:
         return f"Deploy {verdict.deploy.name}"
-    return "No engine fits" if verdict.answer == "none fits" else f"Not decided: {verdict.answer}"
+    return {"none fits": "No engine fits", "cannot tell": "Cannot tell which to deploy"}.get(
+        verdict.answer, "Not decided: not measured"
+    )
 
 
 def requirement_line(verdict: DeviceVerdict) -> str:

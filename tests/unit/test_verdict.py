@@ -102,7 +102,7 @@ def test_what_another_run_could_turn_is_no_verdict() -> None:
     assert ratio is not None and ratio.low < 1 < ratio.high and not ratio.is_same and not ratio.is_difference
     verdict = judge(None, full, int8)
     assert verdict.answer == "cannot tell" and verdict.deploy is None
-    assert verdict.reason.startswith("full (55.50 ms) may be faster or slower than quant (24.00 ms): ")
+    assert verdict.reason.startswith("which is faster, full (55.50 ms) or quant (24.00 ms), is not known: ")
     assert verdict.reason.endswith("; measure longer (edgeseg bench --duration-s) on a quiet machine")
     assert worth(full, int8) == [
         f"cannot tell whether INT8 is worth it for quant beside FP32 (full): INT8 runs at {ratio.median:.2f}x its speed, "
@@ -133,7 +133,7 @@ def test_a_limit_within_the_noise_is_no_verdict_unless_another_row_is_faster() -
     verdict = judge("median_ms <= 10.05", near, row("slow", 20, miou=0.7))
     assert verdict.answer == "cannot tell" and [judged.status for judged in verdict.judged] == ["cannot tell", "fail"]
     assert (
-        "near may or may not fit: median_ms 10.00 ms, limit <= 10.05: cannot tell, another run could give 9.90 to 10.10"
+        "whether near fits is not known: median_ms 10.00 ms, limit <= 10.05: cannot tell, another run could give 9.90 to 10.10"
         in (verdict.reason)
     )
     faster = judge("median_ms <= 10.05", near, row("fast", 5, miou=0.7))
