@@ -187,10 +187,9 @@ def _doubts(fitting: Sequence[Entry], near: Sequence[Judged]) -> list[str]:
     for entry in fitting:
         ratio = None if first is None or entry is first else speed_ratio(entry, first)
         if first is not None and ratio is not None and ratio.low <= 1.0 and not ratio.is_same:
-            found.append(
-                f"which is faster, {entry.name} ({METRICS['median_ms'].with_unit(_median(entry))}) or {first.name} "
-                f"({METRICS['median_ms'].with_unit(_median(first))}), is not known: {ratio.median:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
-            )
+            both = " or ".join(f"{e.name} ({METRICS['median_ms'].with_unit(_median(e))})" for e in (entry, first))
+            interval = f"{ratio.median:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
+            found.append(f"which is faster, {both}, is not known: {interval}")
     for one in near:
         ratio = None if first is None else speed_ratio(one.entry, first)
         if (ratio is None or ratio.low <= 1.0) and one.outcome is not None:

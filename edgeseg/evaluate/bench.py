@@ -225,7 +225,7 @@ def _latency_stage(
     failures: _Failures,
 ) -> tuple[list[Contender], dict[Setting, dict[str, Timed]]]:
     """(the contenders that ran in at least one setting, their times by setting and name)."""
-    source = find_source()
+    source = find_source(say=notes.append)
     if source is None:
         notes.append("no power source could be read (INA3221, tegrastats, NVML, RAPL): power and energy are '-'")
     idle_w = None if source is None else idle_power(source)
