@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 JSON_SCHEMA_VERSION = 1
 TERMINAL = ("median_ms", "p99_ms", "miou", "speedup", "miou_drop", "agreement", "size_mb")
+_FORMULA = frozenset("=+-@;\uff1d\uff0b\uff0d\uff20")
 SEPARATE_DEVICES = "Each device has a table of its own: speeds of different devices are not ranked against each other."
 
 
@@ -97,10 +98,10 @@ def _code(text: str) -> str:
 
 def csv_text(report: MergedReport, verdicts: Sequence[DeviceVerdict]) -> str:
     """One line per row, every metric a column; empty where it was not measured. Numbers are not rounded."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
     bounds = [f"{metric.name}_{end}" for metric in WITH_INTERVAL for end in ("low", "high")]
-    writer.writerow(["number", "device", *TEXT_COLUMNS, "arch", "encoder", *METRICS, *bounds, "on_front", "verdict"])
+    written = [
+        _csv_line(["number", "device", *TEXT_COLUMNS, "arch", "encoder", *METRICS, *bounds, "on_front", "verdict"])
+    ]
     for verdict in verdicts:
         for judged in verdict.judged:
             entry = judged.entry
@@ -108,24 +109,36 @@ def csv_text(report: MergedReport, verdicts: Sequence[DeviceVerdict]) -> str:
             ends: list[float | None] = []
             for metric in WITH_INTERVAL:
                 ends += metric.interval(entry) or (None, None)
-            writer.writerow(
-                [
-                    entry.number,
-                    _spreadsheet(verdict.group.label),
-                    *map(_spreadsheet, texts_of(entry)),
-                    _spreadsheet(entry.row.engine.arch),
-                    _spreadsheet(entry.row.engine.encoder),
-                    *("" if value is None else repr(float(value)) for value in [*values, *ends]),
-                    "yes" if judged.is_on_front else "no",
-                    verdict_word(judged, verdict),
-                ]
-            )
-    return stream.getvalue()
+            cells = [
+                entry.number,
+                _spreadsheet(verdict.group.label),
+                *map(_spreadsheet, texts_of(entry)),
+                _spreadsheet(entry.row.engine.arch),
+                _spreadsheet(entry.row.engine.encoder),
+                *("" if value is None else repr(float(value)) for value in [*values, *ends]),
+                "yes" if judged.is_on_front else "no",
+                verdict_word(judged, verdict),
+            ]
+            written.append(_csv_line(cells))
+    return "".join(written)
+
+
+def _csv_line(cells: Sequence[object]) -> str:
+    """One line. With a line end of "\\n" the writer would leave a "\\r" bare, and readers would begin a row there."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\r\n").writerow(cells)
+    return stream.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _spreadsheet(text: str) -> str:
-    """Spreadsheets execute cells that begin like a formula; an apostrophe makes them text (OWASP, CSV injection)."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    """Spreadsheets execute cells that begin like a formula; an apostrophe makes them text (OWASP, CSV injection).
+
+    So they do behind blanks and control characters, which some strip; behind a semicolon, where that separates cells; and
+    with the full-width forms of the signs.
+    """
+    begins = text[:1]
+    is_risky = begins in _FORMULA or not begins.isprintable() or begins.isspace()
+    return f"'{text}" if text and is_risky else text
 
 
 def json_value(

@@ -161,6 +161,32 @@ def test_csv_has_every_row_and_no_formula() -> None:
     assert table[1]["median_ms"] == table[1]["miou"] == table[1]["gpu_mb"] == ""
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "=1+1",
+        "+1",
+        "-1",
+        "@SUM(A1)",
+        "\t=1",
+        "\r=1",
+        "\n=1",
+        " =1",
+        "\u00a0=1",
+        ";=1",
+        "\uff1d1",
+        "\uff0b1",
+        "\x00=1",
+        "\ufeff=1",
+    ],
+)
+def test_no_cell_begins_like_a_formula(name: str) -> None:
+    bench = merged(row(name, 12.5), row("e\r=1", 12.5), row("", 12.5))
+    first, inside, empty = csv.DictReader(io.StringIO(csv_text(bench, decide(bench)), newline=""))
+    assert first["engine"] == f"'{name}"
+    assert (inside["engine"], empty["engine"]) == ("e\r=1", "")
+
+
 def test_json_is_for_programs() -> None:
     bench = merged(row("a", 5, miou=0.7), row("b", 9, miou=0.5))
     verdicts = decide(bench, Requirement.parse("miou >= 0.6"))
