@@ -288,6 +288,7 @@ def verify_stage(
         return None
     if request.max_drop is not None and not data.has_masks:
         raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
+    from edgeseg.backends.cpu import this_cpu
     from edgeseg.backends.pytorch import PyTorchSession
     from edgeseg.evaluate.latency import SHORT
     from edgeseg.evaluate.verify import check_gates, verify
@@ -297,7 +298,8 @@ def verify_stage(
         backend = get_backend(engine.manifest.target)
         runs_here = engine.manifest.engine is not None and backend.status().available
         opened = backend.load(engine) if runs_here else open_graph(engine)
-        with PyTorchSession(loaded, spec) as reference, opened as session:
+        # As bench runs it: by itself PyTorch may take more threads than this process has cores.
+        with PyTorchSession(loaded, spec, threads=this_cpu().cores) as reference, opened as session:
             verification = verify(
                 reference,
                 session,

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.decide.entries import MergedReport
 from edgeseg.decide.metrics import METRICS, WITH_INTERVAL
 from edgeseg.decide.verdict import DeviceVerdict
-from edgeseg.evaluate.tables import FigureTable
+from edgeseg.evaluate.tables import MISSING, FigureTable
 from edgeseg.report.cells import (
-    MISSING,
     TEXT_COLUMNS,
     close_calls,
     failures,

@@ -190,7 +190,7 @@ def expand(config: SweepConfig) -> tuple[Cell, ...]:
 
 def _check_require(requirement: Requirement, bench: BenchConfig) -> None:
     """Raise ``SpecError`` for a requirement that the bench cannot meet, because it does not measure what it names."""
-    causes = {}
+    causes: dict[str, str] = {}
     if bench.data is None:
         causes |= dict.fromkeys(
             (*AGAINST_MASKS, "agreement", "boundary_agreement"), "there is no bench.data to judge it on"
