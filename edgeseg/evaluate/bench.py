@@ -44,6 +44,10 @@ from edgeseg.evaluate.statistics import speed_comparison
 from edgeseg.progress import Reporter, stage
 from edgeseg.spec import one_of
 
+MAX_STREAMS = 1024
+MAX_CALL_BYTES = 4_000_000_000
+"""Of the images of one call; what is asked for beyond is a slip of the keyboard, and would end for want of memory."""
+
 
 class AccuracyStep(Protocol):
     """How accuracy is judged; :class:`edgeseg.evaluate.evaluation.AccuracyRequest` is one."""
@@ -97,6 +101,8 @@ class BenchRequest:
         numbers = (*self.batches, *self.streams, *(n for n in self.threads if n is not None))
         if not self.batches or not self.streams or not self.threads or any(n < 1 for n in numbers):
             raise SpecError("batch sizes, threads and streams are counted from 1; give at least one of each")
+        if max(self.streams) > MAX_STREAMS:
+            raise SpecError(f"{max(self.streams)} streams; at most {MAX_STREAMS} callers at the same time are measured")
         if not 0 <= self.duration_s < float("inf") or self.fresh_processes < 0:
             raise SpecError(
                 f"duration is {self.duration_s:g} s with {self.fresh_processes} fresh processes; give 0 or more of each, finite"
@@ -162,6 +168,7 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
     for folder, error in broken.items():
         failures.add(names[folder], str(folder), "load", error)
     failures.raise_if_none_left(engines)
+    _check_call_size(request, engines)
     baselines, missing = baseline_contenders(engines, request.baselines, request.weights, opener)
     notes += missing
     if not request.baselines:
@@ -200,6 +207,19 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
         notes=tuple(notes),
         failed=tuple(failures.listed),
     )
+
+
+def _check_call_size(request: BenchRequest, engines: Sequence[Contender]) -> None:
+    """Raise ``SpecError`` for calls whose images alone would fill the memory."""
+    for spec in (engine.spec.input for engine in engines):
+        height, width = request.source_size or (spec.height, spec.width)
+        needed = max(request.batches) * height * width * spec.channels * max(request.streams)
+        if request.duration_s and needed > MAX_CALL_BYTES:
+            raise SpecError(
+                f"{max(request.batches)} images of {height}x{width} for each of {max(request.streams)} callers are "
+                f"{needed / 1e9:.3g} GB; at most {MAX_CALL_BYTES / 1e9:g} GB are measured: give a smaller --batch, "
+                "--source-size or --streams"
+            )
 
 
 def _loadable(contenders: Sequence[Contender], opener: Opener, failures: _Failures) -> list[Contender]:

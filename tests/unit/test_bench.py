@@ -101,6 +101,8 @@ def test_engines_of_one_name_are_told_apart(engine: Path, tmp_path: Path) -> Non
         {"engines": ()},
         {"batches": (0,)},
         {"streams": ()},
+        {"streams": (1, 10**9)},
+        {"duration_s": float("inf")},
         {"duration_s": -1.0},
         {"baselines": ("tensorflow",)},
     ],
@@ -108,6 +110,17 @@ def test_engines_of_one_name_are_told_apart(engine: Path, tmp_path: Path) -> Non
 def test_impossible_requests_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(SpecError):
         replace(BenchRequest((Path("x"),)), **change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"batches": (1, 10**14)}, {"batches": (10**30,)}, {"source_size": (9_999_999, 9_999_999)}]
+)
+def test_images_that_fit_no_memory_are_refused_before_anything_is_loaded(
+    engine: Path, change: dict[str, object]
+) -> None:
+    request = replace(BenchRequest((engine,), baselines=(), fresh_processes=0), **change)
+    with pytest.raises(SpecError, match="GB; at most 4 GB are measured"):
+        run_bench(request, SilentReporter())
 
 
 def edited(engine: Path, **change: object) -> Path:
