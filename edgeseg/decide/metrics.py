@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edgeseg.decide.entries import Entry
-from edgeseg.evaluate.batches import bootstrap_interval
+from edgeseg.decide.noise import of_mean, of_percentile, of_processes, of_rate
 from edgeseg.evaluate.intervals import MIN_IMAGES
-from edgeseg.evaluate.latency import percentile_of_rows
 from edgeseg.evaluate.results import Row
 from edgeseg.evaluate.tables import MISSING, number
 
@@ -174,35 +169,6 @@ def _speedup_interval(entry: Entry) -> tuple[float, float] | None:
     return None if entry.comparison is None else (entry.comparison.low, entry.comparison.high)
 
 
-def _of_samples(statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> IntervalGetter:
-    def interval(entry: Entry) -> tuple[float, float] | None:
-        latency = entry.row.latency
-        if latency is None or len(latency.samples_ms) < 2:
-            return None
-        return bootstrap_interval(np.asarray(latency.samples_ms, np.float64), statistic)
-
-    return interval
-
-
-def _mean_of_rows(samples: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(samples.mean(axis=1))
-
-
-def _rate_interval(entry: Entry) -> tuple[float, float] | None:
-    """Images per second as the mean of a call lets them vary."""
-    latency, mean_ms = entry.row.latency, _of_samples(_mean_of_rows)(entry)
-    if latency is None or mean_ms is None:
-        return None
-    middle = latency.end_to_end.mean_ms
-    return latency.images_per_s * middle / mean_ms[1], latency.images_per_s * middle / mean_ms[0]
-
-
-def _processes_interval(entry: Entry) -> tuple[float, float] | None:
-    """From the fastest to the slowest of a few fresh processes: too few for an interval."""
-    cold = entry.row.cold_start
-    return None if cold is None or len(cold.totals_ms) < 2 else (min(cold.totals_ms), max(cold.totals_ms))
-
-
 _CALL = "of one call, decoded image(s) to mask(s)"
 
 _ALL = (
@@ -225,7 +191,7 @@ _ALL = (
         "Mean",
         f"mean {_CALL}",
         _latency("mean_ms"),
-        noise=_of_samples(_mean_of_rows),
+        noise=of_mean,
     ),
     Metric("min_ms", "ms", "lower", 2, "Min", f"shortest {_CALL}", _latency("min_ms")),
     Metric(
@@ -236,7 +202,7 @@ _ALL = (
         "p90",
         f"90 % percentile {_CALL}",
         _latency("p90_ms"),
-        noise=_of_samples(partial(percentile_of_rows, percent=90)),
+        noise=of_percentile(90),
     ),
     Metric(
         "p95_ms",
@@ -246,7 +212,7 @@ _ALL = (
         "p95",
         f"95 % percentile {_CALL}",
         _latency("p95_ms"),
-        noise=_of_samples(partial(percentile_of_rows, percent=95)),
+        noise=of_percentile(95),
     ),
     Metric(
         "p99_ms",
@@ -256,7 +222,7 @@ _ALL = (
         "p99",
         f"99 % percentile {_CALL}",
         _latency("p99_ms"),
-        noise=_of_samples(partial(percentile_of_rows, percent=99)),
+        noise=of_percentile(99),
     ),
     Metric("max_ms", "ms", "lower", 2, "Max", f"longest {_CALL}", _latency("max_ms")),
     Metric("compute_ms", "ms", "lower", 2, "Compute", "median of the engine alone", _stage("compute_ms")),
@@ -268,7 +234,7 @@ _ALL = (
         "Throughput",
         "images over wall-clock time of all callers",
         _optional("latency", "images_per_s"),
-        noise=_rate_interval,
+        noise=of_rate,
     ),
     Metric(
         "speedup",
@@ -289,7 +255,7 @@ _ALL = (
         "Cold start",
         "load to first mask in a fresh process",
         _optional("cold_start", "total_ms"),
-        noise=_processes_interval,
+        noise=of_processes,
     ),
     Metric(
         "size_mb",
@@ -406,17 +372,7 @@ _ALL = (
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 AGAINST_MASKS = frozenset(
-    (
-        "miou",
-        "dice",
-        "loss",
-        "cross_entropy",
-        "dice_loss",
-        "pixel_accuracy",
-        "boundary_iou",
-        "boundary_f",
-        "miou_drop",
-    )
+    ["miou", "dice", "loss", "cross_entropy", "dice_loss", "pixel_accuracy", "boundary_iou", "boundary_f", "miou_drop"]
 )
 AGAINST_BASELINE = frozenset(("miou_drop", "agreement", "boundary_agreement", "speedup"))
 WITH_INTERVAL = tuple(metric for metric in _ALL if metric.interval is not _no_interval)
