@@ -136,11 +136,12 @@ def _drop_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def drop_words(drop: Drop) -> str:
-    """One line about a drop; one inside the noise says so."""
+    """One line about a drop, and what it comes to."""
     d = drop.drop
     change, low, high = (number(-value, 4, signed=True) for value in (d.value, d.high, d.low))
     words = f"{drop.metric} {change} against {drop.baseline} (95 %: {low} to {high})"
-    return f"{words}: no difference" if drop.verdict == "no difference" else f"{words}: {drop.verdict}"
+    more = ", judge more images" if drop.verdict == "cannot tell" else ""
+    return f"{words}: {drop.verdict}{more}"
 
 
 def _profile_table(name: str, profile: Profile) -> FigureTable:

@@ -22,7 +22,7 @@ Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 Classes: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=65536)]
 
-AccuracyVerdict: TypeAlias = Literal["loss", "gain", "no difference"]
+AccuracyVerdict: TypeAlias = Literal["loss", "gain", "no difference", "cannot tell"]
 NoiseKind: TypeAlias = Literal["variation", "outliers", "drift", "few-samples", "frequency", "throttled", "other-load"]
 Resolution: TypeAlias = Literal["source", "engine"]
 
@@ -260,7 +260,8 @@ class Interval:
 class Drop:
     """What is lost against the baseline on the same images: baseline minus engine, so positive is worse.
 
-    ``verdict`` is ``no difference`` when the interval holds 0.
+    ``verdict`` is ``no difference`` when the interval holds 0 and nothing beyond a point (0.01), ``cannot tell`` when it holds
+    both: the images are too few.
     """
 
     baseline: str
