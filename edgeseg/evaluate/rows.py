@@ -17,6 +17,7 @@ import msgspec
 Milliseconds: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e12)]
 Ratio: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-12, le=1e12)]
 Share: TypeAlias = Annotated[float, msgspec.Meta(ge=-1.000001, le=1.000001)]
+Bound: TypeAlias = Annotated[float, msgspec.Meta(ge=-2, le=2)]  # of an interval that was made symmetrical
 Finite: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
@@ -252,8 +253,8 @@ class Interval:
     """A figure with its 95 % bootstrap interval over images."""
 
     value: Share
-    low: Share
-    high: Share
+    low: Bound
+    high: Bound
 
 
 @dataclass(frozen=True)
