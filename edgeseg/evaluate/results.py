@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
 
 from edgeseg.errors import ArtifactError
 from edgeseg.machine.record import NoiseFlag, NoiseKind, Power
 from edgeseg.store.artifacts import read_json, write_json
 
-AccuracyVerdict: TypeAlias = Literal["loss", "gain", "no difference"]
+# What a report from elsewhere may say: figures are divided by, and their logarithms taken.
+Milliseconds: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e12)]
+Ratio: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-12, le=1e12)]
+Share: TypeAlias = Annotated[float, msgspec.Meta(ge=-1.000001, le=1.000001)]
+Bound: TypeAlias = Annotated[float, msgspec.Meta(ge=-2, le=2)]  # of an interval that was made symmetrical
+Finite: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+Classes: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=65536)]
+
+AccuracyVerdict: TypeAlias = Literal["loss", "gain", "no difference", "cannot tell"]
 NoiseKind: TypeAlias = Literal["variation", "outliers", "drift", "few-samples", "frequency", "throttled", "other-load"]
 Resolution: TypeAlias = Literal["source", "engine"]
 
@@ -48,16 +60,16 @@ class Identity:
     arch: str
     encoder: str
     task: str
-    classes: int
-    height: int
-    width: int
+    classes: Classes
+    height: Positive
+    width: Positive
     precision: str
-    size_bytes: int
+    size_bytes: Count
     class_names: tuple[str, ...] = ()
     is_baseline: bool = False
     fit: str = "resize"
-    mac_share: dict[str, float] = field(default_factory=dict)
-    macs: int | None = None
+    mac_share: dict[str, Share] = field(default_factory=dict)
+    macs: Count | None = None
     scheme: str | None = None
     weights: str = ""
     engine_sha256: str | None = None
@@ -80,11 +92,11 @@ class Setting:
         source_height, source_width: of the images given; the engine's own size unless asked otherwise.
     """
 
-    batch: int = 1
-    threads: int | None = None
-    streams: int = 1
-    source_height: int | None = None
-    source_width: int | None = None
+    batch: Positive = 1
+    threads: Positive | None = None
+    streams: Positive = 1
+    source_height: Positive | None = None
+    source_width: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -95,17 +107,17 @@ class Distribution:
     median, a bootstrap over up to ten stretches of the run. ``std_ms``: sample standard deviation, ``None`` of a single sample.
     """
 
-    count: int
-    min_ms: float
-    mean_ms: float
-    median_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
-    max_ms: float
-    median_low_ms: float
-    median_high_ms: float
-    std_ms: float | None = None
+    count: Count
+    min_ms: Milliseconds
+    mean_ms: Milliseconds
+    median_ms: Milliseconds
+    p90_ms: Milliseconds
+    p95_ms: Milliseconds
+    p99_ms: Milliseconds
+    max_ms: Milliseconds
+    median_low_ms: Milliseconds
+    median_high_ms: Milliseconds
+    std_ms: Finite | None = None
 
 
 @dataclass(frozen=True)
@@ -117,12 +129,12 @@ class StageSplit:
     engine's output to the mask. ``enqueue``: host time of the call that hands the work to a GPU; it overlaps the others.
     """
 
-    pre_ms: float | None = None
-    h2d_ms: float | None = None
-    compute_ms: float | None = None
-    d2h_ms: float | None = None
-    post_ms: float | None = None
-    enqueue_ms: float | None = None
+    pre_ms: Finite | None = None
+    h2d_ms: Finite | None = None
+    compute_ms: Finite | None = None
+    d2h_ms: Finite | None = None
+    post_ms: Finite | None = None
+    enqueue_ms: Finite | None = None
 
 
 @dataclass(frozen=True)
@@ -151,11 +163,11 @@ class Latency:
 
     end_to_end: Distribution
     stages: StageSplit
-    images_per_s: float
-    warmup_iterations: int
+    images_per_s: Finite
+    warmup_iterations: Count
     warmup_stable: bool | None = None
     flags: tuple[NoiseFlag, ...] = ()
-    samples_ms: tuple[float, ...] = ()
+    samples_ms: tuple[Milliseconds, ...] = ()
     round_group: str = ""
 
 
@@ -167,12 +179,12 @@ class ColdStart:
     call; ``total_ms``: load to first mask, imports not included; ``totals_ms``: that of each process.
     """
 
-    import_ms: float
-    load_ms: float
-    first_mask_ms: float
-    total_ms: float
-    processes: int
-    totals_ms: tuple[float, ...] = ()
+    import_ms: Milliseconds
+    load_ms: Milliseconds
+    first_mask_ms: Milliseconds
+    total_ms: Milliseconds
+    processes: Count
+    totals_ms: tuple[Milliseconds, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,10 +195,10 @@ class Memory:
     loaded; ``activation``: growth of the peak from "loaded" to "ran"; ``gpu``: device memory the process held.
     """
 
-    peak_rss_bytes: int | None = None
-    base_rss_bytes: int | None = None
-    activation_bytes: int | None = None
-    gpu_bytes: int | None = None
+    peak_rss_bytes: Count | None = None
+    base_rss_bytes: Count | None = None
+    activation_bytes: Count | None = None
+    gpu_bytes: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -205,11 +217,11 @@ class Power:
 
     source: str
     covers: str
-    mean_w: float
-    energy_per_image_j: float
-    readings: int
-    idle_w: float | None = None
-    rails_w: dict[str, float] = field(default_factory=dict)
+    mean_w: Finite
+    energy_per_image_j: Finite
+    readings: Count
+    idle_w: Finite | None = None
+    rails_w: dict[str, Finite] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -220,10 +232,10 @@ class ModuleTime:
     """
 
     module: str
-    nodes: int
-    time_ms: float
-    share: float
-    dtypes: dict[str, float] = field(default_factory=dict)
+    nodes: Count
+    time_ms: Finite
+    share: Share
+    dtypes: dict[str, Share] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -234,8 +246,8 @@ class Profile:
     """
 
     source: str
-    runs: int
-    total_ms: float
+    runs: Count
+    total_ms: Finite
     modules: tuple[ModuleTime, ...]
 
 
@@ -243,16 +255,17 @@ class Profile:
 class Interval:
     """A figure with its 95 % bootstrap interval over images."""
 
-    value: float
-    low: float
-    high: float
+    value: Share
+    low: Bound
+    high: Bound
 
 
 @dataclass(frozen=True)
 class Drop:
     """What is lost against the baseline on the same images: baseline minus engine, so positive is worse.
 
-    ``verdict`` is ``no difference`` when the interval holds 0.
+    ``verdict`` is ``no difference`` when the interval holds 0 and nothing beyond a point (0.01), ``cannot tell`` when it holds
+    both: the images are too few.
     """
 
     baseline: str
@@ -277,18 +290,22 @@ class Truth:
     """
 
     miou: Interval | None
-    dice: float | None
-    pixel_accuracy: float | None
-    boundary_iou: float | None
-    boundary_f: float | None
-    per_class_iou: tuple[float | None, ...]
-    per_class_dice: tuple[float | None, ...]
-    per_class_boundary_iou: tuple[float | None, ...]
-    per_class_boundary_f: tuple[float | None, ...]
-    confusion: tuple[tuple[int, ...], ...] | None = None
+    dice: Share | None
+    pixel_accuracy: Share | None
+    boundary_iou: Share | None
+    boundary_f: Share | None
+    per_class_iou: tuple[Share | None, ...]
+    per_class_dice: tuple[Share | None, ...]
+    per_class_boundary_iou: tuple[Share | None, ...]
+    per_class_boundary_f: tuple[Share | None, ...]
+    confusion: tuple[tuple[Count, ...], ...] | None = None
     drops: tuple[Drop, ...] = ()
-    loss: float | None = None
-    cross_entropy: float | None = None
+    loss: Finite | None = None
+    cross_entropy: Finite | None = None
+
+    def __post_init__(self) -> None:
+        if self.confusion is not None and any(len(row) != len(self.confusion) for row in self.confusion):
+            raise ValueError("the confusion matrix is not square")
 
 
 @dataclass(frozen=True)
@@ -301,10 +318,10 @@ class Agreement:
 
     baseline: str
     overall: Interval
-    boundary: float | None
-    interior: float | None
-    per_class: tuple[float | None, ...]
-    boundary_px: int
+    boundary: Share | None
+    interior: Share | None
+    per_class: tuple[Share | None, ...]
+    boundary_px: Count
 
 
 @dataclass(frozen=True)
@@ -316,8 +333,8 @@ class WorstImage:
     """
 
     name: str
-    agreement: float
-    miou: float | None = None
+    agreement: Share
+    miou: Share | None = None
     side_by_side: str | None = None
 
 
@@ -338,9 +355,9 @@ class Accuracy:
 
     data: str
     data_sha256: str
-    images: int
+    images: Count
     resolution: Resolution
-    ignored_share: float | None = None
+    ignored_share: Share | None = None
     truth: Truth | None = None
     agreement: Agreement | None = None
     worst: tuple[WorstImage, ...] = ()
@@ -367,7 +384,7 @@ class Row:
 
 SCHEMA_VERSION = 1
 
-SpeedVerdict: TypeAlias = Literal["faster", "slower", "no difference"]
+SpeedVerdict: TypeAlias = Literal["faster", "slower", "no difference", "cannot tell"]
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -410,15 +427,15 @@ class SpeedComparison:
     """How many times faster ``row`` is than ``baseline`` (row ids) in the same setting.
 
     ``ratio``: median of the paired ratios; ``low``, ``high``: its 95 % interval, over up to ten stretches of the run;
-    ``verdict`` is ``no difference`` when the interval holds 1.
+    ``verdict`` is ``no difference`` when the interval holds 1 and no ratio beyond 1.1, ``cannot tell`` when it holds both.
     """
 
     baseline: str
     row: str
-    ratio: float
-    low: float
-    high: float
-    pairs: int
+    ratio: Ratio
+    low: Ratio
+    high: Ratio
+    pairs: Count
     verdict: SpeedVerdict
 
 
@@ -427,9 +444,9 @@ class Gpu:
     """A GPU as its driver describes it."""
 
     name: str
-    memory_bytes: int | None = None
+    memory_bytes: Count | None = None
     driver: str | None = None
-    power_limit_w: float | None = None
+    power_limit_w: Finite | None = None
 
 
 @dataclass(frozen=True)
@@ -440,11 +457,11 @@ class MachineState:
     sensor; ``load``: 1, 5 and 15 minutes; ``throttled``: why the machine holds its clocks back right now, a line each.
     """
 
-    cpu_mhz: tuple[float, float, float] | None = None
-    temperatures_c: dict[str, float] = field(default_factory=dict)
-    load: tuple[float, float, float] | None = None
-    memory_available_bytes: int | None = None
-    gpu_mhz: dict[str, float] = field(default_factory=dict)
+    cpu_mhz: tuple[Finite, Finite, Finite] | None = None
+    temperatures_c: dict[str, Finite] = field(default_factory=dict)
+    load: tuple[Finite, Finite, Finite] | None = None
+    memory_available_bytes: Count | None = None
+    gpu_mhz: dict[str, Finite] = field(default_factory=dict)
     throttled: tuple[str, ...] = ()
 
 
@@ -459,14 +476,14 @@ class Environment:
     system: str
     python: str
     cpu: str
-    cores: int
+    cores: Count
     cpu_flags: tuple[str, ...] = ()
-    core_limit: float | None = None
+    core_limit: Finite | None = None
     board: str | None = None
     gpus: tuple[Gpu, ...] = ()
-    memory_bytes: int | None = None
+    memory_bytes: Count | None = None
     governor: str | None = None
-    cpu_max_mhz: float | None = None
+    cpu_max_mhz: Finite | None = None
     power_mode: str | None = None
     thread_variables: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -526,7 +543,7 @@ class BenchReport:
 
 @dataclass(frozen=True)
 class _Versioned:
-    schema_version: int
+    schema_version: Count
 
 
 def write_report(path: Path, report: BenchReport) -> None:
