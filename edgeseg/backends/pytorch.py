@@ -36,7 +36,8 @@ class PyTorchSession:
         channels_last: run in the ``channels_last`` memory format (same results up to rounding, usually faster on CPU).
         compiled: run through ``torch.compile``; the first call takes tens of seconds.
         bfloat16: run the network under bfloat16 autocast, which some CPUs multiply faster; its outputs are float32 again.
-        threads: of PyTorch's intra-op pool, for the whole process; ``None`` leaves it. Recorded in :attr:`options`.
+        threads: of PyTorch's intra-op pool, for the whole process until the session is closed; ``None`` leaves it. Recorded
+            in :attr:`options`.
         with_scores: return what a mask is made of as well: ``logits``, or ``probabilities`` of a model with an
             activation; nothing of one that ends in an argmax.
 
@@ -55,6 +56,7 @@ class PyTorchSession:
         threads: int | None = None,
         with_scores: bool = False,
     ) -> None:
+        self._threads_before = None if threads is None else torch.get_num_threads()
         if threads is not None:
             torch.set_num_threads(threads)
         self.spec = spec
@@ -108,6 +110,9 @@ class PyTorchSession:
     def close(self) -> None:
         """Forget the model. The caller's :class:`LoadedModel` keeps it."""
         self._call = _closed
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
+            self._threads_before = None
 
     def __enter__(self) -> PyTorchSession:
         return self

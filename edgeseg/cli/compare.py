@@ -17,8 +17,8 @@ from edgeseg.cli.parameters import ANY_PATH
     "limits",
     multiple=True,
     metavar="[METRIC=]PERCENT",
-    help="Exit 3 when a figure got worse by more, and by more than noise; repeatable. Without METRIC: median_ms. Others: "
-    "p99_ms, cold_start_ms, peak_rss_bytes, size_bytes, and miou (in points).",
+    help="Exit 3 when a figure got worse by more, and by more than noise, or when noise hides it; repeatable. Without METRIC: "
+    "median_ms. Others: p99_ms, cold_start_ms, peak_rss_bytes, size_bytes, and miou (in points).",
 )
 @click.option("--across-devices", is_flag=True, help="Compare reports of different devices all the same.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -40,4 +40,5 @@ def command(
         report = engine.manifest.precision
         share = report.mac_share.get(report.requested, 0.0)
         click.echo(f"engine: {engine.folder} ({engine.manifest.target}, {share:.1%} of MACs in {report.requested})")
-        click.echo(time_line(report))
+        if (time := time_line(report)) is not None:
+            click.echo(time)

@@ -11,7 +11,8 @@ import click
 
 from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.errors import ArtifactError
-from edgeseg.evaluate.summary import MISSING, class_table, precision_line, time_line, verification_table
+from edgeseg.evaluate.summary import class_table, noise_lines, precision_line, time_line, verification_table
+from edgeseg.evaluate.tables import MISSING
 from edgeseg.graph.modules import module_group, module_of
 from edgeseg.store.artifacts import Engine, FileRef, Manifest, open_engine
 
@@ -179,10 +180,12 @@ def render(report: EngineReport, *, layers: bool = False) -> Group:
     manifest = report.manifest
     parts: list[RenderableType] = [_spec_table(manifest), _file_table(report.files)]
     parts.append(Text(precision_line(manifest.precision)))
-    parts.append(Text(time_line(manifest.precision)))
+    if (time := time_line(manifest.precision)) is not None:
+        parts.append(Text(time))
     parts.extend(Text(f"  float: {name}: {why}", style="dim") for name, why in manifest.precision.float_layers.items())
     if manifest.verification is not None:
         parts.append(verification_table(manifest.verification, manifest.name))
+        parts += [Text(line, style="yellow") for line in noise_lines(manifest.verification)]
         parts.append(Text(f"measured on {manifest.verification.data}", style="dim"))
         classes = class_table(manifest.verification, manifest.spec.model.class_names)
         parts.extend([classes] if classes is not None else [])
@@ -225,7 +228,8 @@ def _spec_table(manifest: Manifest) -> Table:
         ("edgeseg", manifest.edgeseg_version),
         ("to repeat", manifest.command or MISSING),
     ):
-        table.add_row(name, value)
+        if value != MISSING:
+            table.add_row(name, value)
     return table
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "--require",
     metavar="EXPRESSION",
     help='What an engine must keep, such as "p99_ms<=33 and miou>=0.68 and size_mb<=20". Exit 3 when none does on some '
-    "device, or when it was not measured.",
+    "device, when it was not measured, or when noise could turn the verdict.",
 )
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--title", default="edgeseg report", show_default=True, help="Of the HTML page.")
@@ -63,7 +63,8 @@ def write_reports(
     as_json: bool,
     failed: Sequence[tuple[str, str]] = (),
 ) -> int:
-    """Decide, write the files asked for, print the result, and return the exit code: 3 when ``require`` is not met.
+    """Decide, write the files asked for, print the result, and return the exit code: 3 when ``require`` is not met, or when
+    another run could say something else, whether anything was required or not.
 
     ``failed``: engines that were never measured, and why; those the runs could not measure are added.
     """
@@ -99,7 +100,8 @@ def write_reports(
             _print_tables(verdicts, failed)
         for path in files:
             click.echo(f"written: {path}", err=bool(printed))
-    return 3 if require is not None and any(verdict.answer != "deploy" for verdict in verdicts) else 0
+    answers = {verdict.answer for verdict in verdicts}
+    return 3 if "cannot tell" in answers or (require is not None and answers != {"deploy"}) else 0
 
 
 def _print_tables(verdicts: tuple[DeviceVerdict, ...], failed: Sequence[tuple[str, str]]) -> None:

@@ -42,7 +42,8 @@ def command(
     """Build every combination of SWEEP.toml, measure all engines in turns, write one report.
 
     A sweep that was interrupted, or whose config has grown, goes on where it stopped. A cell that fails does not stop
-    the others; the exit code is 1 then, or 3 when no engine meets the requirement.
+    the others; the exit code is 1 then, or 3 when no engine meets the requirement or noise
+    could turn the verdict.
     """
     from edgeseg.cli.report import write_reports
     from edgeseg.decide.entries import failed_measurements

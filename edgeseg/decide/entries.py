@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from edgeseg.errors import InputError
+from edgeseg.evaluate.latency.batches import Estimate
 from edgeseg.evaluate.latency.protocol import LatencySamples, Ratio, compare
 from edgeseg.evaluate.results import BenchReport, Row, SpeedComparison, read_report
 from edgeseg.machine.record import Environment
@@ -75,10 +77,15 @@ class DeviceGroup:
     runs: tuple[int, ...]
     entries: tuple[Entry, ...]
 
-    @property
+    @cached_property
     def engines(self) -> tuple[Entry, ...]:
         """The entries that are no baselines."""
         return tuple(entry for entry in self.entries if not entry.row.engine.is_baseline)
+
+    @cached_property
+    def baselines(self) -> tuple[Entry, ...]:
+        """The entries that are baselines."""
+        return tuple(entry for entry in self.entries if entry.row.engine.is_baseline)
 
 
 @dataclass(frozen=True)
@@ -155,3 +162,19 @@ def paired_ratio(slow: Entry, fast: Entry) -> Ratio | None:
     if len(a.samples_ms) < 2 or len(a.samples_ms) != len(b.samples_ms):
         return None
     return compare(LatencySamples(slow.name, a.samples_ms, 0), LatencySamples(fast.name, b.samples_ms, 0))
+
+
+def speed_ratio(slow: Entry, fast: Entry) -> Ratio | None:
+    """How many times faster ``fast`` is than ``slow``; ``None`` where one has no latency.
+
+    Of samples taken in turns the paired ratio, else what follows from the intervals of both medians.
+    """
+    if (paired := paired_ratio(slow, fast)) is not None:
+        return paired
+    a, b = (None if entry.row.latency is None else entry.row.latency.end_to_end for entry in (slow, fast))
+    if a is None or b is None:
+        return None
+    ratio = Estimate(a.median_ms, a.median_low_ms, a.median_high_ms).over(
+        Estimate(b.median_ms, b.median_low_ms, b.median_high_ms)
+    )
+    return Ratio(ratio.value, ratio.low, ratio.high, 0)

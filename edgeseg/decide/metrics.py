@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgeseg.decide.entries import Entry
+from edgeseg.decide.noise import of_mean, of_percentile, of_processes, of_rate
+from edgeseg.evaluate.intervals import MIN_IMAGES
 from edgeseg.evaluate.results import Row
+from edgeseg.evaluate.tables import MISSING, number
 
 Getter = Callable[[Entry], "float | None"]
+IntervalGetter = Callable[[Entry], "tuple[float, float] | None"]
 
 
 def _no_interval(entry: Entry) -> None:
@@ -30,6 +34,8 @@ class Metric:
         help: what it is.
         get: reads it; ``None`` when it was not measured.
         interval: reads its 95 % interval, where one was measured.
+        noise: the 95 % interval another run of the same engine on the same data could fall in; ``None`` for figures that
+            come out the same each time, and where it is not known.
     """
 
     name: str
@@ -39,7 +45,8 @@ class Metric:
     title: str
     help: str
     get: Getter
-    interval: Callable[[Entry], tuple[float, float] | None] = _no_interval
+    interval: IntervalGetter = _no_interval
+    noise: IntervalGetter = _no_interval
 
     def value(self, entry: Entry) -> float | None:
         """The figure, or ``None`` when it was not measured (a NaN counts as such)."""
@@ -48,7 +55,7 @@ class Metric:
 
     def text(self, value: float | None) -> str:
         """The figure without its unit; ``-`` when it was not measured."""
-        return "-" if value is None else f"{value:.{self.digits}f}"
+        return MISSING if value is None else number(value, self.digits)
 
     def with_unit(self, value: float | None) -> str:
         """The figure with its unit; ``-`` when it was not measured."""
@@ -165,12 +172,58 @@ def _speedup_interval(entry: Entry) -> tuple[float, float] | None:
 _CALL = "of one call, decoded image(s) to mask(s)"
 
 _ALL = (
-    Metric("median_ms", "ms", "lower", 2, "Median", f"median {_CALL}", _latency("median_ms"), _median_interval),
-    Metric("mean_ms", "ms", "lower", 2, "Mean", f"mean {_CALL}", _latency("mean_ms")),
+    Metric(
+        "median_ms",
+        "ms",
+        "lower",
+        2,
+        "Median",
+        f"median {_CALL}",
+        _latency("median_ms"),
+        _median_interval,
+        _median_interval,
+    ),
+    Metric(
+        "mean_ms",
+        "ms",
+        "lower",
+        2,
+        "Mean",
+        f"mean {_CALL}",
+        _latency("mean_ms"),
+        noise=of_mean,
+    ),
     Metric("min_ms", "ms", "lower", 2, "Min", f"shortest {_CALL}", _latency("min_ms")),
-    Metric("p90_ms", "ms", "lower", 2, "p90", f"90 % percentile {_CALL}", _latency("p90_ms")),
-    Metric("p95_ms", "ms", "lower", 2, "p95", f"95 % percentile {_CALL}", _latency("p95_ms")),
-    Metric("p99_ms", "ms", "lower", 2, "p99", f"99 % percentile {_CALL}", _latency("p99_ms")),
+    Metric(
+        "p90_ms",
+        "ms",
+        "lower",
+        2,
+        "p90",
+        f"90 % percentile {_CALL}",
+        _latency("p90_ms"),
+        noise=of_percentile(90),
+    ),
+    Metric(
+        "p95_ms",
+        "ms",
+        "lower",
+        2,
+        "p95",
+        f"95 % percentile {_CALL}",
+        _latency("p95_ms"),
+        noise=of_percentile(95),
+    ),
+    Metric(
+        "p99_ms",
+        "ms",
+        "lower",
+        2,
+        "p99",
+        f"99 % percentile {_CALL}",
+        _latency("p99_ms"),
+        noise=of_percentile(99),
+    ),
     Metric("max_ms", "ms", "lower", 2, "Max", f"longest {_CALL}", _latency("max_ms")),
     Metric("compute_ms", "ms", "lower", 2, "Compute", "median of the engine alone", _stage("compute_ms")),
     Metric(
@@ -181,6 +234,7 @@ _ALL = (
         "Throughput",
         "images over wall-clock time of all callers",
         _optional("latency", "images_per_s"),
+        noise=of_rate,
     ),
     Metric(
         "speedup",
@@ -191,6 +245,7 @@ _ALL = (
         "times as fast as the baseline, paired in the same run",
         _speedup,
         _speedup_interval,
+        _speedup_interval,
     ),
     Metric(
         "cold_start_ms",
@@ -200,6 +255,7 @@ _ALL = (
         "Cold start",
         "load to first mask in a fresh process",
         _optional("cold_start", "total_ms"),
+        noise=of_processes,
     ),
     Metric(
         "size_mb",
@@ -315,7 +371,28 @@ _ALL = (
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+AGAINST_MASKS = frozenset(
+    ["miou", "dice", "loss", "cross_entropy", "dice_loss", "pixel_accuracy", "boundary_iou", "boundary_f", "miou_drop"]
+)
+AGAINST_BASELINE = frozenset(("miou_drop", "agreement", "boundary_agreement", "speedup"))
 WITH_INTERVAL = tuple(metric for metric in _ALL if metric.interval is not _no_interval)
+
+
+def why_missing(name: str, entry: Entry) -> str | None:
+    """Why a row lacks a figure and what brings it, in words; ``None`` where the row does not tell."""
+    accuracy = entry.row.accuracy
+    if name in AGAINST_MASKS or name in {"agreement", "boundary_agreement"}:
+        if accuracy is None:
+            return "no accuracy was judged: bench with --data"
+        if name in AGAINST_MASKS and accuracy.truth is None:
+            return f"{accuracy.data} has no masks"
+        if name == "miou_drop" and accuracy.images < MIN_IMAGES:
+            return (
+                f"{accuracy.images} images were judged, a drop needs at least {MIN_IMAGES}: raise --limit, or give more"
+            )
+    if name in AGAINST_BASELINE:
+        return "there is no baseline of the same model in the run"
+    return None
 
 
 def listed() -> str:

@@ -1,7 +1,8 @@
 """The language of ``--require``: ``p99_ms <= 33 and (miou >= 0.68 or agreement >= 0.99)``.
 
-Comparisons of a metric with a number, ``and``, ``or``, parentheses; nothing is executed. Three-valued (Kleene): what was
-not measured is neither met nor missed, and never passes.
+Comparisons of a metric with a number, ``and``, ``or``, parentheses; nothing is executed. Many-valued (Kleene): what was
+not measured, or lies so near its limit that another run could say the opposite, is neither met nor missed, and never
+passes.
 
     expression := term ("or" term)*
     term       := factor ("and" factor)*
@@ -19,10 +20,10 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn, TypeAlias
 
 from edgeseg.decide.entries import Entry
-from edgeseg.decide.metrics import METRICS, Metric, listed
+from edgeseg.decide.metrics import METRICS, Metric, listed, why_missing
 from edgeseg.errors import SpecError, did_you_mean
 
-Status: TypeAlias = Literal["pass", "fail", "not measured"]
+Status: TypeAlias = Literal["pass", "fail", "cannot tell", "not measured"]
 
 COMPARE: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -73,14 +74,20 @@ class Check:
     Attributes:
         comparison: what was asked.
         value: what was measured.
-        status: whether it holds.
-        is_close: the 95 % interval of the figure holds the limit, so that another run could say the opposite.
+        status: whether it holds; ``cannot tell`` when the noise of the measurement holds the limit, so that another run
+            could say the opposite.
+        is_close: a 95 % interval of the figure holds the limit: that of its noise, or, for accuracy, the one over
+            images, when other images could say the opposite.
+        noise: the interval another run could fall in, where it is known.
+        missing: why it was not measured, where that is known.
     """
 
     comparison: Comparison
     value: float | None
     status: Status
     is_close: bool = False
+    noise: tuple[float, float] | None = None
+    missing: str | None = None
 
     @property
     def margin(self) -> float | None:
@@ -92,8 +99,12 @@ class Check:
         """``p99_ms 41.20 ms, limit <= 33: 8.20 ms (25 %) too much``."""
         metric, op, limit = self.comparison.metric, self.comparison.op, self.comparison.limit
         if self.value is None or self.margin is None:
-            return f"{metric.name} not measured, limit {op} {limit:g}"
+            why = f" ({self.missing})" if self.missing is not None else ""
+            return f"{metric.name} not measured{why}, limit {op} {limit:g}"
         what = f"{metric.name} {metric.with_unit(self.value)}, limit {op} {limit:g}"
+        if self.status == "cannot tell" and self.noise is not None:
+            low, high = (metric.text(bound) for bound in self.noise)
+            return f"{what}: cannot tell, another run could give {low} to {high}"
         close = "; the interval holds the limit" if self.is_close else ""
         if self.status == "pass" or op in {"==", "!="}:
             return what + (": met" if self.status == "pass" else ": missed") + close
@@ -112,7 +123,7 @@ class Outcome:
 
     @property
     def missed(self) -> tuple[Check, ...]:
-        """The comparisons that are not met or not measured."""
+        """The comparisons that are not met, not measured, or too near to tell."""
         return tuple(check for check in self.checks if check.status != "pass")
 
 
@@ -157,17 +168,21 @@ def _judge(node: Node, entry: Entry, checks: list[Check]) -> Status:
     deciding: Status = "fail" if node.kind == "and" else "pass"
     if deciding in found:
         return deciding
-    return "not measured" if "not measured" in found else found[0]
+    return next((status for status in ("not measured", "cannot tell") if status in found), found[0])
 
 
 def _check(comparison: Comparison, entry: Entry) -> Check:
     value = comparison.metric.value(entry)
     if value is None:
-        return Check(comparison, None, "not measured")
-    interval = comparison.metric.interval(entry)
-    is_close = interval is not None and interval[0] <= comparison.limit <= interval[1]
-    holds = COMPARE[comparison.op](value, comparison.limit)
-    return Check(comparison, value, "pass" if holds else "fail", is_close)
+        return Check(comparison, None, "not measured", missing=why_missing(comparison.metric.name, entry))
+    interval, noise = comparison.metric.interval(entry), comparison.metric.noise(entry)
+    is_close = any(i is not None and i[0] <= comparison.limit <= i[1] for i in (interval, noise))
+    # Compared at both ends, not only whether the interval holds the limit: a limit at its very end may be met by all of it.
+    holds = COMPARE[comparison.op]
+    passes = holds(value, comparison.limit)
+    if noise is not None and is_close and any(holds(bound, comparison.limit) != passes for bound in noise):
+        return Check(comparison, value, "cannot tell", True, noise)
+    return Check(comparison, value, "pass" if passes else "fail", is_close, noise)
 
 
 class _Parser:

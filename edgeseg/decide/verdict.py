@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
-from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport, paired_ratio
-from edgeseg.decide.metrics import METRICS, Metric
+from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport, paired_ratio, speed_ratio
+from edgeseg.decide.metrics import METRICS, Metric, why_missing
 from edgeseg.decide.requirement import Outcome, Requirement, Status, comparisons
 
 DEFAULT_REQUIREMENT = "miou_drop <= 0.01"
@@ -16,7 +17,9 @@ DEFAULT_WITHOUT_MASKS = "agreement >= 0.99"
 
 _FLOAT_WIDTH = {"int8": 8, "fp16": 16, "fp32": 32}
 
-Answer: TypeAlias = Literal["deploy", "none fits", "not measured"]
+Answer: TypeAlias = Literal["deploy", "none fits", "cannot tell", "not measured"]
+
+MEASURE_LONGER = "measure longer (edgeseg bench --duration-s) on a quiet machine"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class DeviceVerdict:
 
     Attributes:
         group: its rows.
-        answer: whether there is an engine to deploy.
+        answer: whether there is an engine to deploy; ``cannot tell`` where another run could say something else.
         deploy: which.
         reason: one sentence.
         requirement: judged by; ``None`` when nothing was asked and accuracy was not measured.
@@ -65,7 +68,11 @@ class DeviceVerdict:
     remarks: tuple[str, ...] = ()
 
     def of(self, entry: Entry) -> Judged:
-        return next(judged for judged in self.judged if judged.entry is entry)
+        return self._by_number[entry.number]
+
+    @cached_property
+    def _by_number(self) -> dict[int, Judged]:
+        return {judged.entry.number: judged for judged in self.judged}
 
 
 def decide(report: MergedReport, requirement: Requirement | None = None) -> tuple[DeviceVerdict, ...]:
@@ -77,8 +84,9 @@ def decide_device(group: DeviceGroup, requirement: Requirement | None) -> Device
     """Which of one device's engines to deploy.
 
     Of the engines that meet the requirement the fastest (lowest median) is taken; of those whose speed cannot be told
-    from its (paired 95 % interval of the ratio holds 1) the most accurate, then the smallest. Baselines are never
-    recommended.
+    from its (95 % interval of the paired ratio holds 1 and no difference beyond 10 %) the most accurate, then the smallest.
+    Baselines are never recommended. Where the noise of the measurement leaves open which one that is, the answer is
+    ``cannot tell``.
     """
     is_default = requirement is None
     if requirement is None:
@@ -89,9 +97,14 @@ def decide_device(group: DeviceGroup, requirement: Requirement | None) -> Device
         Judged(entry, None if requirement is None else requirement.evaluate(entry), id(entry) in front)
         for entry in group.entries
     )
-    remarks = (*_remarks(group, metric), *_few_samples(group.engines, requirement))
+    remarks = (
+        *_remarks(group, metric),
+        *_few_samples(group.engines, requirement),
+        *(_few_images(group.engines) if is_default else ()),
+    )
     engines = [one for one in judged if not one.entry.row.engine.is_baseline]
     fitting = [one.entry for one in engines if one.status == "pass" and _median(one.entry) is not None]
+    doubts = _doubts(fitting, [one for one in engines if one.status == "cannot tell"])
 
     answer: Answer
     deploy: Entry | None = None
@@ -99,7 +112,10 @@ def decide_device(group: DeviceGroup, requirement: Requirement | None) -> Device
         answer, reason = "not measured", "only baselines were measured; give bench an engine folder"
     elif requirement is None:
         answer = "not measured"
-        reason = "accuracy was not measured: bench with --data, or say with --require what you need"
+        reason = "accuracy beside a baseline was not measured: bench with --data, or say with --require what you need"
+    elif doubts:
+        more = f"; and {len(doubts) - 2} more" if len(doubts) > 2 else ""
+        answer, reason = "cannot tell", f"{'; '.join(doubts[:2])}{more}; {MEASURE_LONGER}"
     elif fitting:
         deploy = fastest(fitting, metric)
         answer, reason = "deploy", _why(deploy, fitting, engines)
@@ -141,15 +157,15 @@ def pareto_front(entries: Sequence[Entry], metric: Metric | None) -> tuple[Entry
         for entry in entries
         if (ms := _median(entry)) is not None and (score := metric.value(entry)) is not None
     ]
-    return tuple(
-        entry
-        for entry, ms, score in points
-        if not any(
-            other_ms <= ms and other_score >= score and (other_ms < ms or other_score > score)
-            for other, other_ms, other_score in points
-            if comparable_key(other) == comparable_key(entry)
-        )
-    )
+    # From the fastest on, the more accurate of two as fast first: whoever comes later must be more accurate than all before.
+    front: set[int] = set()
+    best: dict[tuple[str | None, int, int], tuple[float, float]] = {}
+    for entry, ms, score in sorted(points, key=lambda point: (point[1], -point[2])):
+        before = best.get(comparable_key(entry))
+        if before is None or score > before[1] or (ms, score) == before:
+            best[comparable_key(entry)] = (ms, score)
+            front.add(entry.number)
+    return tuple(entry for entry, _, _ in points if entry.number in front)
 
 
 def comparable_key(entry: Entry) -> tuple[str | None, int, int]:
@@ -163,9 +179,28 @@ def data_key(entry: Entry) -> str | None:
     return None if accuracy is None else f"{accuracy.data_sha256} {accuracy.resolution} {accuracy.images}"
 
 
+def _doubts(fitting: Sequence[Entry], near: Sequence[Judged]) -> list[str]:
+    """What another run could turn, a sentence each: rows that may or may not be faster than the fastest that fits, and
+    rows so near a limit that they may or may not fit, unless they are slower than one that does."""
+    first = min(fitting, key=_median_or_never) if fitting else None
+    found = []
+    for entry in fitting:
+        ratio = None if first is None or entry is first else speed_ratio(entry, first)
+        if first is not None and ratio is not None and ratio.low <= 1.0 and not ratio.is_same:
+            both = " or ".join(f"{e.name} ({METRICS['median_ms'].with_unit(_median(e))})" for e in (entry, first))
+            interval = f"{ratio.median:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
+            found.append(f"which is faster, {both}, is not known: {interval}")
+    for one in near:
+        ratio = None if first is None else speed_ratio(one.entry, first)
+        if (ratio is None or ratio.low <= 1.0) and one.outcome is not None:
+            checks = [check.text for check in one.outcome.checks if check.status == "cannot tell"]
+            found.append(f"whether {one.entry.name} fits is not known: {', '.join(checks)}")
+    return found
+
+
 def fastest(entries: Sequence[Entry], metric: Metric | None) -> Entry:
     """The fastest; among those as fast within the interval the most accurate, then the smallest."""
-    first = min(entries, key=lambda entry: _median(entry) or float("inf"))
+    first = min(entries, key=_median_or_never)
     tied = [entry for entry in entries if entry is first or _is_tie(entry, first)]
 
     def order(entry: Entry) -> tuple[float, int, float]:
@@ -179,34 +214,43 @@ def _is_tie(slow: Entry, fast: Entry) -> bool:
     if slow.row.setting != fast.row.setting:
         return False
     ratio = paired_ratio(slow, fast)
-    return ratio is not None and not ratio.is_difference
+    return ratio is not None and ratio.is_same
 
 
 def _median(entry: Entry) -> float | None:
     return METRICS["median_ms"].value(entry)
 
 
+def _median_or_never(entry: Entry) -> float:
+    return _median(entry) or float("inf")
+
+
 def _why(deploy: Entry, fitting: Sequence[Entry], engines: Sequence[Judged]) -> str:
     count = f"{len(fitting)} of {len(engines)} rows meet the requirement"
+    if len(engines) == 1:
+        return "it meets the requirement"
     if len(fitting) == 1:
         return f"the only one of {len(engines)} rows that meets the requirement"
-    first = min(fitting, key=lambda entry: _median(entry) or float("inf"))
+    first = min(fitting, key=_median_or_never)
     if first is deploy:
         return f"the fastest that meets the requirement ({count})"
     return f"as fast as {first.name} within the interval, and more accurate or smaller ({count})"
 
 
 def _missing(engines: Sequence[Judged]) -> str:
-    names = {
-        check.comparison.metric.name
+    unmeasured = [
+        check
         for one in engines
         if one.outcome is not None
         for check in one.outcome.checks
         if check.status == "not measured"
-    }
+    ]
+    names = {check.comparison.metric.name for check in unmeasured}
     if any(one.status == "pass" and _median(one.entry) is None for one in engines):
         names.add("median_ms")
-    return f"{', '.join(sorted(names))} was not measured, so no row can pass; bench again and measure it"
+    causes = "; ".join(dict.fromkeys(check.missing for check in unmeasured if check.missing is not None))
+    why = f" ({causes})" if causes else ""
+    return f"{', '.join(sorted(names))} was not measured{why}, so no row can pass; bench again and measure it"
 
 
 def _nearest_miss(engines: Sequence[Judged]) -> str:
@@ -218,6 +262,8 @@ def _nearest_miss(engines: Sequence[Judged]) -> str:
 
     near = min(engines, key=distance)
     missed = [check.text for check in near.outcome.missed] if near.outcome else []
+    if len(engines) == 1:
+        return f"the only row, {near.entry.name}, does not meet the requirement: {'; '.join(missed)}"
     return f"none of {len(engines)} rows meets the requirement; nearest is {near.entry.name}: {'; '.join(missed)}"
 
 
@@ -252,27 +298,44 @@ def _few_samples(engines: Sequence[Entry], requirement: Requirement | None) -> l
     return remarks
 
 
+def _few_images(engines: Sequence[Entry]) -> list[str]:
+    """Masks that are there and were not judged by."""
+    judged = [e for e in engines if e.row.accuracy is not None and e.row.accuracy.truth is not None]
+    if not judged or any(METRICS["miou_drop"].value(entry) is not None for entry in engines):
+        return []
+    causes = dict.fromkeys(why_missing("miou_drop", entry) for entry in judged)
+    return [
+        f"there are masks, but no mIoU drop to judge by: {'; '.join(cause for cause in causes if cause is not None)}"
+    ]
+
+
 def _not_worth_it(engines: Sequence[Entry], metric: Metric | None) -> list[str]:
     """Rows of lower precision that are not faster than one of higher precision, same model, backend and setting."""
+    # The fastest of each precision stands for all of it.
+    fastest_of: dict[tuple[object, ...], dict[str, Entry]] = {}
+    for entry in engines:
+        of_precision = fastest_of.setdefault(_rivals_key(entry), {})
+        rival = of_precision.setdefault(entry.row.engine.precision, entry)
+        if _median_or_never(entry) < _median_or_never(rival):
+            of_precision[entry.row.engine.precision] = entry
     remarks = []
     for low in engines:
-        rivals = [
-            high
-            for high in engines
-            if high.run == low.run
-            and high.row.setting == low.row.setting
-            and _model(high) == _model(low)
-            and _FLOAT_WIDTH.get(high.row.engine.precision, 0) > _FLOAT_WIDTH.get(low.row.engine.precision, 64)
-        ]
+        width = _FLOAT_WIDTH.get(low.row.engine.precision, 64)
+        rivals = [high for name, high in fastest_of[_rivals_key(low)].items() if _FLOAT_WIDTH.get(name, 0) > width]
         for high in sorted(rivals, key=lambda entry: _FLOAT_WIDTH[entry.row.engine.precision]):
             ratio = paired_ratio(high, low)
             if ratio is None or ratio.low > 1.0:
                 continue
-            speed = "is as fast within the interval" if not ratio.is_difference else "is faster"
+            reduced, full = low.row.engine.precision.upper(), high.row.engine.precision.upper()
+            runs = f"{reduced} runs at {ratio.median:.2f}x its speed, {ratio.low:.2f} to {ratio.high:.2f}"
+            if not ratio.is_same and not ratio.is_difference:
+                remarks.append(
+                    f"cannot tell whether {reduced} is worth it for {low.name} beside {full} ({high.name}): {runs}"
+                )
+                break
+            speed = "is faster" if ratio.is_difference else "is as fast within the interval"
             remarks.append(
-                f"{low.row.engine.precision.upper()} is not worth it for {low.name}: "
-                f"{high.row.engine.precision.upper()} ({high.name}) {speed} "
-                f"({low.row.engine.precision.upper()} runs at {ratio.median:.2f}x its speed, {ratio.low:.2f} to {ratio.high:.2f})"
+                f"{reduced} is not worth it for {low.name}: {full} ({high.name}) {speed} ({runs})"
                 + _accuracy_gap(low, high, metric)
             )
             break
@@ -286,6 +349,8 @@ def _accuracy_gap(low: Entry, high: Entry, metric: Metric | None) -> str:
     return "" if a is None or b is None else f"; {metric.title} {metric.text(a)} against {metric.text(b)}"
 
 
-def _model(entry: Entry) -> tuple[object, ...]:
+def _rivals_key(entry: Entry) -> tuple[object, ...]:
+    """Equal for rows of one run that differ in precision alone."""
     engine = entry.row.engine
-    return engine.backend, engine.arch, engine.encoder, engine.height, engine.width, engine.weights_sha256
+    model = (engine.backend, engine.arch, engine.encoder, engine.height, engine.width, engine.weights_sha256)
+    return (entry.run, entry.row.setting, *model)

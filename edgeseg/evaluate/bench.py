@@ -23,7 +23,7 @@ from edgeseg.evaluate.contenders import (
 from edgeseg.evaluate.latency.fresh import measure_fresh
 from edgeseg.evaluate.latency.measure import Timed, idle_power, measure_setting
 from edgeseg.evaluate.latency.profile import profile_engine
-from edgeseg.evaluate.latency.protocol import LatencyProtocol
+from edgeseg.evaluate.latency.protocol import BENCH, LatencyProtocol
 from edgeseg.evaluate.latency.statistics import speed_comparison
 from edgeseg.evaluate.results import (
     SCHEMA_VERSION,
@@ -45,14 +45,17 @@ from edgeseg.progress import Reporter, stage
 from edgeseg.spec import one_of
 from edgeseg.version import __version__
 
-WARMUP_STABLE_WITHIN = 0.03
+MAX_STREAMS = 1024
+MAX_CALL_BYTES = 4_000_000_000
+"""Of the images of one call; what is asked for beyond is a slip of the keyboard, and would end for want of memory."""
 
 
 class AccuracyStep(Protocol):
     """How accuracy is judged; :class:`edgeseg.evaluate.accuracy.evaluation.AccuracyRequest` is one."""
 
-    def check(self, contenders: Sequence[Contender]) -> None:
-        """Raise what :meth:`__call__` would raise about the data, before minutes are spent on measuring."""
+    def check(self, contenders: Sequence[Contender]) -> tuple[str, ...]:
+        """Raise what :meth:`__call__` would raise about the data, before minutes are spent on measuring; return what it
+        will not be able to judge, a sentence each."""
         ...
 
     def __call__(self, contenders: Sequence[Contender], opener: Opener, reporter: Reporter) -> dict[str, Accuracy]:
@@ -99,13 +102,17 @@ class BenchRequest:
         numbers = (*self.batches, *self.streams, *(n for n in self.threads if n is not None))
         if not self.batches or not self.streams or not self.threads or any(n < 1 for n in numbers):
             raise SpecError("batch sizes, threads and streams are counted from 1; give at least one of each")
+        if max(self.streams) > MAX_STREAMS:
+            raise SpecError(f"{max(self.streams)} streams; at most {MAX_STREAMS} callers at the same time are measured")
         if not 0 <= self.duration_s < float("inf") or self.fresh_processes < 0:
-            raise SpecError("duration and fresh processes must not be negative")
+            raise SpecError(
+                f"duration is {self.duration_s:g} s with {self.fresh_processes} fresh processes; give 0 or more of each, finite"
+            )
 
     @property
     def protocol(self) -> LatencyProtocol:
         """trtexec's protocol, warm-up until stable, for this duration."""
-        return LatencyProtocol(min_duration_ms=self.duration_s * 1000, stable_within=WARMUP_STABLE_WITHIN)
+        return dataclasses.replace(BENCH, min_duration_ms=self.duration_s * 1000)
 
 
 @dataclass
@@ -162,13 +169,14 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
     for folder, error in broken.items():
         failures.add(names[folder], str(folder), "load", error)
     failures.raise_if_none_left(engines)
+    _check_call_size(request, engines)
     baselines, missing = baseline_contenders(engines, request.baselines, request.weights, opener)
     notes += missing
     if not request.baselines:
         notes.append("no baseline asked for: nothing is compared with PyTorch")
     contenders = [*baselines, *engines]
     if accuracy is not None:
-        accuracy.check(contenders)
+        notes += accuracy.check(contenders)
     if request.duration_s > 0:
         contenders, timed = _latency_stage(request, contenders, opener, reporter, notes, failures)
     else:
@@ -202,6 +210,19 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
     )
 
 
+def _check_call_size(request: BenchRequest, engines: Sequence[Contender]) -> None:
+    """Raise ``SpecError`` for calls whose images alone would fill the memory."""
+    for spec in (engine.spec.input for engine in engines):
+        height, width = request.source_size or (spec.height, spec.width)
+        needed = max(request.batches) * height * width * spec.channels * max(request.streams)
+        if request.duration_s and needed > MAX_CALL_BYTES:
+            raise SpecError(
+                f"{max(request.batches)} images of {height}x{width} for each of {max(request.streams)} callers are "
+                f"{needed / 1e9:.3g} GB; at most {MAX_CALL_BYTES / 1e9:g} GB are measured: give a smaller --batch, "
+                "--source-size or --streams"
+            )
+
+
 def _loadable(contenders: Sequence[Contender], opener: Opener, failures: _Failures) -> list[Contender]:
     """The contenders that can be opened."""
     found = []
@@ -225,7 +246,7 @@ def _latency_stage(
     failures: _Failures,
 ) -> tuple[list[Contender], dict[Setting, dict[str, Timed]]]:
     """(the contenders that ran in at least one setting, their times by setting and name)."""
-    source = find_source()
+    source = find_source(say=notes.append)
     if source is None:
         notes.append("no power source could be read (INA3221, tegrastats, NVML, RAPL): power and energy are '-'")
     idle_w = None if source is None else idle_power(source)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgeseg.evaluate.results import BenchReport, Drop, Profile, Row, SpeedComparison
-from edgeseg.evaluate.summary import MISSING, share
+from edgeseg.evaluate.summary import share
+from edgeseg.evaluate.tables import MISSING, FigureTable, counted, milliseconds, number
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
-    from rich.table import Table
 
 
 def bench_summary(report: BenchReport) -> Group:
@@ -33,20 +33,10 @@ def bench_summary(report: BenchReport) -> Group:
     return Group(*parts)
 
 
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index > 0)
-    return table
-
-
-def _speed_table(report: BenchReport) -> Table:
+def _speed_table(report: BenchReport) -> FigureTable:
     metered = any(row.power is not None for row in report.rows)
     energy = ("J/image",) if metered else ()
-    table = _table("end to end, ms", "median", "p90", "p99", "images/s", *energy, "vs baseline")
+    table = FigureTable.of("end to end, ms", "median", "p90", "p99", "images/s", *energy, "vs baseline")
     against = {c.row: c for c in report.comparisons}
     for row in report.rows:
         if row.latency is None:
@@ -54,11 +44,9 @@ def _speed_table(report: BenchReport) -> Table:
         d = row.latency.end_to_end
         noisy = " *" if row.latency.flags else ""
         joules = MISSING if row.power is None else f"{row.power.energy_per_image_j:.3f}"
-        table.add_row(
+        table.add(
             row.id + noisy,
-            f"{d.median_ms:.2f}",
-            f"{d.p90_ms:.2f}",
-            f"{d.p99_ms:.2f}",
+            *map(milliseconds, (d.median_ms, d.p90_ms, d.p99_ms)),
             f"{row.latency.images_per_s:.1f}",
             *((joules,) if metered else ()),
             ratio_words(against.get(row.id)),
@@ -67,10 +55,10 @@ def _speed_table(report: BenchReport) -> Table:
 
 
 def ratio_words(comparison: SpeedComparison | None) -> str:
-    """``6.50x (6.31-6.62)``, above 1 is faster; ``no difference``; ``-`` without a comparison."""
+    """``6.50x (6.31-6.62)``, above 1 is faster; ``no difference``; ``cannot tell``; ``-`` without a comparison."""
     if comparison is None:
         return MISSING
-    if comparison.verdict == "no difference":
+    if comparison.verdict in {"no difference", "cannot tell"}:
         return comparison.verdict
     return f"{comparison.ratio:.2f}x ({comparison.low:.2f}-{comparison.high:.2f})"
 
@@ -83,18 +71,25 @@ def _noise_lines(rows: Sequence[Row]) -> list[str]:
             seen.setdefault(flag.kind, []).append(f"{row.id}: {flag.detail}")
     if not seen:
         return []
-    lines = [
-        f"  {details[0]}" + (f" (and {len(details) - 1} more rows)" if details[1:] else "") for details in seen.values()
-    ]
-    return ["* noisy, read with care:", *lines]
+    lines = ["* noisy, read with care:"]
+    for first, *others in seen.values():
+        lines.append(f"  {first}" + (f" (and {counted(len(others), 'more row')})" if others else ""))
+    return lines
 
 
-def _engine_table(rows: Sequence[Row]) -> Table:
-    table = _table("engine", "backend", "executed", "MB", "load ms", "RSS MB", "activ. MB")
+def _engine_table(rows: Sequence[Row]) -> FigureTable:
+    table = FigureTable(
+        (
+            ("engine", "name"),
+            ("backend", "words"),
+            ("executed", "words"),
+            *((heading, "figure") for heading in ("MB", "load ms", "RSS MB", "activ. MB")),
+        )
+    )
     for row in _one_per_engine(rows):
         engine, memory = row.engine, row.memory
-        executed = ", ".join(f"{value:.0%} {dtype}" for dtype, value in sorted(engine.mac_share.items()))
-        table.add_row(
+        executed = ", ".join(f"{value:.0%}\u00a0{dtype}" for dtype, value in sorted(engine.mac_share.items()))
+        table.add(
             engine.name,
             engine.backend,
             executed or engine.precision,
@@ -106,15 +101,15 @@ def _engine_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _accuracy_table(rows: Sequence[Row]) -> Table:
-    table = _table("accuracy", "mIoU", "95 %", "Dice", "pixels", "bound. F", "agrees", "near edges")
+def _accuracy_table(rows: Sequence[Row]) -> FigureTable:
+    table = FigureTable.of("accuracy", "mIoU", "95 %", "Dice", "pixels", "bound. F", "agrees", "edges")
     for row in _one_per_engine(rows):
         found = row.accuracy
         if found is None:
             continue
         truth, agreement = found.truth, found.agreement
         miou = None if truth is None else truth.miou
-        table.add_row(
+        table.add(
             row.engine.name,
             share(None if miou is None else miou.value),
             MISSING if miou is None else f"{miou.low:.3f}-{miou.high:.3f}",
@@ -141,21 +136,19 @@ def _drop_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def drop_words(drop: Drop) -> str:
-    """One line about a drop; one inside the noise says so."""
+    """One line about a drop, and what it comes to."""
     d = drop.drop
-    # 0.0 minus it, not minus it: no drop is no negative zero.
-    change, low, high = 0.0 - d.value, 0.0 - d.high, 0.0 - d.low
-    words = f"{drop.metric} {change:+.4f} against {drop.baseline} (95 %: {low:+.4f} to {high:+.4f})"
-    return f"{words}: no difference" if drop.verdict == "no difference" else f"{words}: {drop.verdict}"
+    change, low, high = (number(-value, 4, signed=True) for value in (d.value, d.high, d.low))
+    words = f"{drop.metric} {change} against {drop.baseline} (95 %: {low} to {high})"
+    more = ", judge more images" if drop.verdict == "cannot tell" else ""
+    return f"{words}: {drop.verdict}{more}"
 
 
-def _profile_table(name: str, profile: Profile) -> Table:
-    table = _table(f"{name}, by module", "nodes", "ms", "share", "dtypes")
+def _profile_table(name: str, profile: Profile) -> FigureTable:
+    table = FigureTable.of(f"{name}, by module", "nodes", "ms", "share", "dtypes")
     for module in profile.modules:
         dtypes = ", ".join(f"{value:.0%} {dtype}" for dtype, value in module.dtypes.items())
-        table.add_row(
-            module.module, str(module.nodes), f"{module.time_ms:.3f}", f"{module.share:.1%}", dtypes or MISSING
-        )
+        table.add(module.module, str(module.nodes), f"{module.time_ms:.3f}", f"{module.share:.1%}", dtypes or MISSING)
     return table
 
 

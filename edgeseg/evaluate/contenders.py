@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-bf16")
 
-# How a manifest says where the weights came from (edgeseg.convert.load).
-_FILE_WORDS = "weights of "
-_DEMO_WORDS = "demo weights"
-
 
 @dataclass(frozen=True)
 class Contender:
@@ -257,22 +253,17 @@ def baseline_contenders(
 
 def baseline_request(manifest: Manifest, weights: Path | None) -> tuple[ModelRequest | None, str]:
     """How to load the model an engine was built from, or why that is not known."""
-    model = manifest.spec.model
+    model, asked = manifest.spec.model, manifest.model_request
     if model.arch == "custom":
         return None, "it was built from a module object, which no file describes"
-    demo = manifest.weights.startswith(_DEMO_WORDS)
-    if weights is None and demo:
-        return ModelRequest(arch=model.arch), ""
+    if weights is None and asked is not None:
+        return asked, ""
     if weights is None:
-        path = Path(manifest.weights.removeprefix(_FILE_WORDS))
-        if not manifest.weights.startswith(_FILE_WORDS) or not path.exists():
-            return (
-                None,
-                f"its manifest says '{manifest.weights}', which is not at hand; give the checkpoint with --weights",
-            )
-        weights = path
+        return None, "its manifest does not say how the model is loaded; give the checkpoint with --weights"
+    # Another file may say less of the model than the one asked for then: all that is known is said.
     return (
-        ModelRequest(
+        dataclasses.replace(
+            asked or ModelRequest(),
             arch=model.arch,
             encoder=model.encoder,
             weights=str(weights),
@@ -282,6 +273,7 @@ def baseline_request(manifest: Manifest, weights: Path | None) -> tuple[ModelReq
             in_channels=model.in_channels,
             activation=model.activation,
             model_args=dict(model.model_args),
+            keep_aux="aux_params" in model.model_args,
         ),
         "",
     )

@@ -14,6 +14,8 @@ from edgeseg.evaluate.results import AccuracyVerdict, Drop, Interval
 RESAMPLES = 1000
 MIN_IMAGES = 5
 """With fewer images a drop is not judged: resampling three images says nothing about the next one."""
+SAME_WITHIN = 0.01
+"""Two scores are called the same when the whole interval of their difference lies within a point."""
 METRICS = ("miou", "dice", "pixel_accuracy", "boundary_iou", "boundary_f")
 COLUMNS = 9
 """True positives, false positives, false negatives; boundary intersection and union; predicted contour pixels and those
@@ -118,7 +120,8 @@ def drops(baseline_name: str, baseline: Counts, engine: Counts) -> tuple[Drop, .
 
         found = interval(images, difference)
         if found is not None:
-            verdict: AccuracyVerdict = "no difference"
+            is_same = found.low >= -SAME_WITHIN and found.high <= SAME_WITHIN
+            verdict: AccuracyVerdict = "no difference" if is_same else "cannot tell"
             if not found.low <= 0.0 <= found.high:
                 verdict = "loss" if found.value > 0 else "gain"
             result.append(Drop(baseline_name, metric, found, verdict))

@@ -5,27 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import GateError, InputError, SpecError
-from edgeseg.evaluate.latency.batches import bootstrap_interval
-from edgeseg.evaluate.latency.protocol import LatencySamples, compare
+from edgeseg.evaluate.latency.batches import Estimate, bootstrap_interval
+from edgeseg.evaluate.latency.protocol import SAME_WITHIN, LatencySamples, compare, percentile_of_rows
 from edgeseg.evaluate.results import BenchReport, Row
-from edgeseg.evaluate.summary import MISSING
+from edgeseg.evaluate.tables import MISSING, FigureTable, milliseconds, number
 from edgeseg.spec import one_of
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 METRICS = ("median_ms", "p99_ms", "cold_start_ms", "peak_rss_bytes", "size_bytes", "miou")
 # What differs from process to process by itself, percent: allocators round up, pages are shared or not; a cold start
 # of which not every process's time is in both reports.
 _NOISE = {"peak_rss_bytes": 2.0, "cold_start_ms": 10.0}
 
-Verdict = Literal["worse", "better", "no difference", "not measured"]
+Verdict = Literal["worse", "better", "no difference", "cannot tell", "not measured"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,8 @@ class Change:
         percent: how much worse, in percent of the old; of ``miou``: in points (0.01 = 1). Negative is better.
         low, high: 95 % interval of ``percent`` (cold start: from the closest to the farthest processes), ``None`` for a
             figure without samples.
-        verdict: ``no difference`` when the interval holds 0.
+        verdict: ``no difference`` when the interval holds 0; of latency ``cannot tell`` when it also holds changes by more
+            than :data:`~edgeseg.evaluate.latency.protocol.SAME_WITHIN`.
         beside: id of the baseline's row that ``percent`` is relative to; ``None``: the bare figures are compared.
     """
 
@@ -52,23 +51,6 @@ class Change:
     high: float | None = None
     verdict: Verdict = "not measured"
     beside: str | None = None
-
-
-@dataclass(frozen=True)
-class _Estimate:
-    """A positive figure with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def over(self, other: _Estimate) -> _Estimate:
-        """The ratio of two figures from different runs, with the interval that follows from both intervals (Zou and
-        Donner, "Construction of confidence limits about effect measures", 2008), on a logarithmic scale."""
-        down = math.hypot(math.log(self.value / self.low), math.log(other.high / other.value))
-        up = math.hypot(math.log(self.high / self.value), math.log(other.value / other.low))
-        ratio = self.value / other.value
-        return _Estimate(ratio, ratio * math.exp(-down), ratio * math.exp(up))
 
 
 def compare_reports(old: BenchReport, new: BenchReport, *, across_devices: bool = False) -> tuple[Change, ...]:
@@ -89,10 +71,11 @@ def compare_reports(old: BenchReport, new: BenchReport, *, across_devices: bool 
         )
     before = {row.id: row for row in old.rows}
     pairs = [(before[row.id], row) for row in new.rows if row.id in before]
+    baselines = [pair for pair in pairs if pair[1].engine.is_baseline]
     if not pairs:
         raise InputError(f"no row in common: the old report has {', '.join(before) or 'none'}")
     return tuple(
-        _latency_change(a, b, metric, _baseline(pairs, b)) if metric in _LATENCY else _change(a, b, metric)
+        _latency_change(a, b, metric, _baseline(baselines, b)) if metric in _LATENCY else _change(a, b, metric)
         for a, b in pairs
         for metric in METRICS
     )
@@ -101,13 +84,13 @@ def compare_reports(old: BenchReport, new: BenchReport, *, across_devices: bool 
 _LATENCY = ("median_ms", "p99_ms")
 
 
-def _baseline(pairs: Sequence[tuple[Row, Row]], row: Row) -> tuple[Row, Row] | None:
+def _baseline(baselines: Sequence[tuple[Row, Row]], row: Row) -> tuple[Row, Row] | None:
     """The baseline's rows measured in turns with ``row``, if it is the same program in both reports."""
     if row.engine.is_baseline or row.latency is None or not row.latency.round_group:
         return None
-    for old, new in pairs:
+    for old, new in baselines:
         a, b = old.engine, new.engine
-        if not b.is_baseline or new.latency is None or new.latency.round_group != row.latency.round_group:
+        if new.latency is None or new.latency.round_group != row.latency.round_group:
             continue
         model = (b.arch, b.encoder, b.height, b.width)
         if model == (row.engine.arch, row.engine.encoder, row.engine.height, row.engine.width) and (
@@ -128,19 +111,25 @@ def _latency_change(old: Row, new: Row, metric: str, baseline: tuple[Row, Row] |
         if relative[0] is not None and relative[1] is not None:
             ratio, beside = relative[1].over(relative[0]), baseline[1].id
     percent, low, high = ((value - 1) * 100 for value in (ratio.value, ratio.low, ratio.high))
-    return Change(new.id, metric, before, after, percent, low, high, _verdict(percent, low, high), beside)
+    verdict = _verdict(percent, low, high)
+    if verdict == "no difference" and (ratio.low < 1 / SAME_WITHIN or ratio.high > SAME_WITHIN):
+        verdict = "cannot tell"
+    return Change(new.id, metric, before, after, percent, low, high, verdict, beside)
 
 
-def _estimate(row: Row, metric: str) -> _Estimate | None:
+def _estimate(row: Row, metric: str) -> Estimate | None:
     """A row's median or p99 with its interval within the run."""
     if row.latency is None or len(row.latency.samples_ms) < 2:
         return None
     samples = np.asarray(row.latency.samples_ms, np.float64)
     value = float(getattr(row.latency.end_to_end, metric))
-    return _Estimate(value, *bootstrap_interval(samples, median_of if metric == "median_ms" else p99_of))
+    return Estimate(
+        value,
+        *bootstrap_interval(samples, median_of if metric == "median_ms" else partial(percentile_of_rows, percent=99)),
+    )
 
 
-def _beside(row: Row, baseline: Row, metric: str) -> _Estimate | None:
+def _beside(row: Row, baseline: Row, metric: str) -> Estimate | None:
     """A row's figure as a multiple of the baseline's median in the same run: of medians from pairs taken in turns."""
     own, base = row.latency, baseline.latency
     if (
@@ -152,7 +141,7 @@ def _beside(row: Row, baseline: Row, metric: str) -> _Estimate | None:
         return None
     if metric == "median_ms":
         found = compare(LatencySamples("", own.samples_ms, 0), LatencySamples("", base.samples_ms, 0))
-        return _Estimate(found.median, found.low, found.high)
+        return Estimate(found.median, found.low, found.high)
     figure, middle = _estimate(row, metric), _estimate(baseline, "median_ms")
     return None if figure is None or middle is None else figure.over(middle)
 
@@ -160,12 +149,6 @@ def _beside(row: Row, baseline: Row, metric: str) -> _Estimate | None:
 def median_of(samples: NDArray[Any]) -> NDArray[Any]:
     """Median of each row of ``(R, N)``."""
     return np.asarray(np.median(samples, axis=1))
-
-
-def p99_of(samples: NDArray[Any]) -> NDArray[Any]:
-    """trtexec's p99 of each row of ``(R, N)``."""
-    place = max(samples.shape[1] - 1 - int(samples.shape[1] / 100), 0)
-    return np.asarray(np.partition(samples, place, axis=1)[:, place])
 
 
 def _change(old: Row, new: Row, metric: str) -> Change:
@@ -255,10 +238,11 @@ def parse_limits(texts: Sequence[str]) -> dict[str, float]:
 
 
 def check_limits(changes: Sequence[Change], limits: Mapping[str, float]) -> None:
-    """Raise unless every row keeps the limits; a change inside the noise keeps them, one not measured does not.
+    """Raise unless every row keeps the limits; a change inside the noise keeps them, one not measured, or so noisy that it
+    cannot be told, does not.
 
     Raises:
-        GateError: names every row and figure that got worse by more than its limit.
+        GateError: names every row and figure that got worse by more than its limit, or of which that cannot be told.
     """
     failed = []
     for change in changes:
@@ -267,34 +251,41 @@ def check_limits(changes: Sequence[Change], limits: Mapping[str, float]) -> None
         limit, unit = limits[change.metric], " points" if change.metric == "miou" else " %"
         if change.percent is None:
             failed.append(f"{change.row}: {change.metric} is not in both reports, so its limit could not be checked")
+        elif (
+            change.verdict == "cannot tell"
+            and change.low is not None
+            and change.high is not None
+            and change.high > limit
+        ):
+            failed.append(
+                f"{change.row}: cannot tell whether {change.metric} keeps {limit:g}{unit} ({change.low:+.1f} to "
+                f"{change.high:+.1f}{unit}); measure longer"
+            )
         elif change.verdict == "worse" and change.percent > limit:
             failed.append(f"{change.row}: {change.metric} is {change.percent:.1f}{unit} worse, {limit:g}{unit} allowed")
     if failed:
         raise GateError("; ".join(failed))
 
 
-def change_table(changes: Sequence[Change]) -> Table:
+def change_table(changes: Sequence[Change]) -> FigureTable:
     """One line per row and figure that was measured in both reports."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("", "old", "new", "change", "95 %"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
+    figures = ("old", "new", "change", "95 %", "verdict")
+    table = FigureTable.of("", *figures)
     row = None
     for change in changes:
         if change.percent is None:
             continue
         if change.row != row:
-            table.add_row(change.row, style="bold")
+            table.add(change.row, style="bold")
             row = change.row
         unit = "points" if change.metric == "miou" else "%"
-        shown = 0.0 - change.percent if change.metric == "miou" else change.percent
-        bounds = MISSING if change.low is None or change.high is None else f"{change.low:+.1f} to {change.high:+.1f}"
+        shown = number(-change.percent if change.metric == "miou" else change.percent, 1, signed=True)
+        bounds = MISSING
+        if change.low is not None and change.high is not None:
+            bounds = " to ".join(number(bound, 1, signed=True) for bound in (change.low, change.high))
         star = "" if change.beside is None else "*"
         old, new = (_shown(change.metric, value) for value in (change.old, change.new))
-        table.add_row(f"  {_NAMES[change.metric]}", old, new, f"{shown:+.1f} {unit}{star}", bounds, change.verdict)
+        table.add(f"  {_NAMES[change.metric]}", old, new, f"{shown} {unit}{star}", bounds, change.verdict)
     return table
 
 
@@ -313,4 +304,4 @@ def _shown(metric: str, value: float | None) -> str:
         return MISSING
     if metric.endswith("_bytes"):
         return f"{value / 1e6:.1f}"
-    return f"{value:.4f}" if metric == "miou" else f"{value:.2f}"
+    return f"{value:.4f}" if metric == "miou" else milliseconds(value)

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
 
 from edgeseg.errors import ArtifactError
-from edgeseg.machine.record import Environment, NoiseFlag, Power
+from edgeseg.machine.record import Count, Environment, Finite, NoiseFlag, Power
 from edgeseg.store.artifacts import read_json, write_json
 
-AccuracyVerdict: TypeAlias = Literal["loss", "gain", "no difference"]
+# What a report from elsewhere may say: figures are divided by, and their logarithms taken.
+Milliseconds: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e12)]
+Ratio: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-12, le=1e12)]
+Share: TypeAlias = Annotated[float, msgspec.Meta(ge=-1.000001, le=1.000001)]
+Bound: TypeAlias = Annotated[float, msgspec.Meta(ge=-2, le=2)]  # of an interval that was made symmetrical
+Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+Classes: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=65536)]
+
+AccuracyVerdict: TypeAlias = Literal["loss", "gain", "no difference", "cannot tell"]
 Resolution: TypeAlias = Literal["source", "engine"]
 
 
@@ -46,16 +56,16 @@ class Identity:
     arch: str
     encoder: str
     task: str
-    classes: int
-    height: int
-    width: int
+    classes: Classes
+    height: Positive
+    width: Positive
     precision: str
-    size_bytes: int
+    size_bytes: Count
     class_names: tuple[str, ...] = ()
     is_baseline: bool = False
     fit: str = "resize"
-    mac_share: dict[str, float] = field(default_factory=dict)
-    macs: int | None = None
+    mac_share: dict[str, Share] = field(default_factory=dict)
+    macs: Count | None = None
     scheme: str | None = None
     weights: str = ""
     engine_sha256: str | None = None
@@ -78,11 +88,11 @@ class Setting:
         source_height, source_width: of the images given; the engine's own size unless asked otherwise.
     """
 
-    batch: int = 1
-    threads: int | None = None
-    streams: int = 1
-    source_height: int | None = None
-    source_width: int | None = None
+    batch: Positive = 1
+    threads: Positive | None = None
+    streams: Positive = 1
+    source_height: Positive | None = None
+    source_width: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -93,17 +103,17 @@ class Distribution:
     median, a bootstrap over up to ten stretches of the run. ``std_ms``: sample standard deviation, ``None`` of a single sample.
     """
 
-    count: int
-    min_ms: float
-    mean_ms: float
-    median_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
-    max_ms: float
-    median_low_ms: float
-    median_high_ms: float
-    std_ms: float | None = None
+    count: Count
+    min_ms: Milliseconds
+    mean_ms: Milliseconds
+    median_ms: Milliseconds
+    p90_ms: Milliseconds
+    p95_ms: Milliseconds
+    p99_ms: Milliseconds
+    max_ms: Milliseconds
+    median_low_ms: Milliseconds
+    median_high_ms: Milliseconds
+    std_ms: Finite | None = None
 
 
 @dataclass(frozen=True)
@@ -115,12 +125,12 @@ class StageSplit:
     engine's output to the mask. ``enqueue``: host time of the call that hands the work to a GPU; it overlaps the others.
     """
 
-    pre_ms: float | None = None
-    h2d_ms: float | None = None
-    compute_ms: float | None = None
-    d2h_ms: float | None = None
-    post_ms: float | None = None
-    enqueue_ms: float | None = None
+    pre_ms: Finite | None = None
+    h2d_ms: Finite | None = None
+    compute_ms: Finite | None = None
+    d2h_ms: Finite | None = None
+    post_ms: Finite | None = None
+    enqueue_ms: Finite | None = None
 
 
 @dataclass(frozen=True)
@@ -141,11 +151,11 @@ class Latency:
 
     end_to_end: Distribution
     stages: StageSplit
-    images_per_s: float
-    warmup_iterations: int
+    images_per_s: Finite
+    warmup_iterations: Count
     warmup_stable: bool | None = None
     flags: tuple[NoiseFlag, ...] = ()
-    samples_ms: tuple[float, ...] = ()
+    samples_ms: tuple[Milliseconds, ...] = ()
     round_group: str = ""
 
 
@@ -157,12 +167,12 @@ class ColdStart:
     call; ``total_ms``: load to first mask, imports not included; ``totals_ms``: that of each process.
     """
 
-    import_ms: float
-    load_ms: float
-    first_mask_ms: float
-    total_ms: float
-    processes: int
-    totals_ms: tuple[float, ...] = ()
+    import_ms: Milliseconds
+    load_ms: Milliseconds
+    first_mask_ms: Milliseconds
+    total_ms: Milliseconds
+    processes: Count
+    totals_ms: tuple[Milliseconds, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,10 +183,10 @@ class Memory:
     loaded; ``activation``: growth of the peak from "loaded" to "ran"; ``gpu``: device memory the process held.
     """
 
-    peak_rss_bytes: int | None = None
-    base_rss_bytes: int | None = None
-    activation_bytes: int | None = None
-    gpu_bytes: int | None = None
+    peak_rss_bytes: Count | None = None
+    base_rss_bytes: Count | None = None
+    activation_bytes: Count | None = None
+    gpu_bytes: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -187,10 +197,10 @@ class ModuleTime:
     """
 
     module: str
-    nodes: int
-    time_ms: float
-    share: float
-    dtypes: dict[str, float] = field(default_factory=dict)
+    nodes: Count
+    time_ms: Finite
+    share: Share
+    dtypes: dict[str, Share] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -201,8 +211,8 @@ class Profile:
     """
 
     source: str
-    runs: int
-    total_ms: float
+    runs: Count
+    total_ms: Finite
     modules: tuple[ModuleTime, ...]
 
 
@@ -210,16 +220,17 @@ class Profile:
 class Interval:
     """A figure with its 95 % bootstrap interval over images."""
 
-    value: float
-    low: float
-    high: float
+    value: Share
+    low: Bound
+    high: Bound
 
 
 @dataclass(frozen=True)
 class Drop:
     """What is lost against the baseline on the same images: baseline minus engine, so positive is worse.
 
-    ``verdict`` is ``no difference`` when the interval holds 0.
+    ``verdict`` is ``no difference`` when the interval holds 0 and nothing beyond a point (0.01), ``cannot tell`` when it holds
+    both: the images are too few.
     """
 
     baseline: str
@@ -244,18 +255,22 @@ class Truth:
     """
 
     miou: Interval | None
-    dice: float | None
-    pixel_accuracy: float | None
-    boundary_iou: float | None
-    boundary_f: float | None
-    per_class_iou: tuple[float | None, ...]
-    per_class_dice: tuple[float | None, ...]
-    per_class_boundary_iou: tuple[float | None, ...]
-    per_class_boundary_f: tuple[float | None, ...]
-    confusion: tuple[tuple[int, ...], ...] | None = None
+    dice: Share | None
+    pixel_accuracy: Share | None
+    boundary_iou: Share | None
+    boundary_f: Share | None
+    per_class_iou: tuple[Share | None, ...]
+    per_class_dice: tuple[Share | None, ...]
+    per_class_boundary_iou: tuple[Share | None, ...]
+    per_class_boundary_f: tuple[Share | None, ...]
+    confusion: tuple[tuple[Count, ...], ...] | None = None
     drops: tuple[Drop, ...] = ()
-    loss: float | None = None
-    cross_entropy: float | None = None
+    loss: Finite | None = None
+    cross_entropy: Finite | None = None
+
+    def __post_init__(self) -> None:
+        if self.confusion is not None and any(len(row) != len(self.confusion) for row in self.confusion):
+            raise ValueError("the confusion matrix is not square")
 
 
 @dataclass(frozen=True)
@@ -268,10 +283,10 @@ class Agreement:
 
     baseline: str
     overall: Interval
-    boundary: float | None
-    interior: float | None
-    per_class: tuple[float | None, ...]
-    boundary_px: int
+    boundary: Share | None
+    interior: Share | None
+    per_class: tuple[Share | None, ...]
+    boundary_px: Count
 
 
 @dataclass(frozen=True)
@@ -283,8 +298,8 @@ class WorstImage:
     """
 
     name: str
-    agreement: float
-    miou: float | None = None
+    agreement: Share
+    miou: Share | None = None
     side_by_side: str | None = None
 
 
@@ -305,9 +320,9 @@ class Accuracy:
 
     data: str
     data_sha256: str
-    images: int
+    images: Count
     resolution: Resolution
-    ignored_share: float | None = None
+    ignored_share: Share | None = None
     truth: Truth | None = None
     agreement: Agreement | None = None
     worst: tuple[WorstImage, ...] = ()
@@ -334,7 +349,7 @@ class Row:
 
 SCHEMA_VERSION = 1
 
-SpeedVerdict: TypeAlias = Literal["faster", "slower", "no difference"]
+SpeedVerdict: TypeAlias = Literal["faster", "slower", "no difference", "cannot tell"]
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -371,15 +386,15 @@ class SpeedComparison:
     """How many times faster ``row`` is than ``baseline`` (row ids) in the same setting.
 
     ``ratio``: median of the paired ratios; ``low``, ``high``: its 95 % interval, over up to ten stretches of the run;
-    ``verdict`` is ``no difference`` when the interval holds 1.
+    ``verdict`` is ``no difference`` when the interval holds 1 and no ratio beyond 1.1, ``cannot tell`` when it holds both.
     """
 
     baseline: str
     row: str
-    ratio: float
-    low: float
-    high: float
-    pairs: int
+    ratio: Ratio
+    low: Ratio
+    high: Ratio
+    pairs: Count
     verdict: SpeedVerdict
 
 
@@ -435,7 +450,7 @@ class BenchReport:
 
 @dataclass(frozen=True)
 class _Versioned:
-    schema_version: int
+    schema_version: Count
 
 
 def write_report(path: Path, report: BenchReport) -> None:

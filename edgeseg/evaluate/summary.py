@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgeseg.store.artifacts import Engine, PrecisionReport, Verification
+from edgeseg.evaluate.tables import MISSING, FigureTable, number
+from edgeseg.store.artifacts import AccuracyFigures, Engine, PrecisionReport, Verification
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
-    from rich.table import Table
-
-MISSING = "-"
-"""Printed for what was not measured; never 0."""
 
 
 def build_summary(engine: Engine) -> Group:
@@ -26,6 +23,9 @@ def build_summary(engine: Engine) -> Group:
         parts.append(Text("not verified: no images were given (--validation DIR)", style="yellow"))
     else:
         parts.append(verification_table(manifest.verification, f"{manifest.name} ({manifest.target})"))
+        parts += [Text(line, style="yellow") for line in noise_lines(manifest.verification)]
+        if manifest.verification.engine_accuracy == AccuracyFigures():
+            parts.append(Text("no masks: only the agreement with PyTorch was judged (--validation DIR with masks/)"))
         parts.append(Text(f"measured on {manifest.verification.data}", style="dim"))
     parts.append(Text(precision_line(manifest.precision)))
     if manifest.candidates:
@@ -34,50 +34,46 @@ def build_summary(engine: Engine) -> Group:
     return Group(*parts)
 
 
-def verification_table(verification: Verification, engine_name: str) -> Table:
-    """A line per figure, PyTorch beside the engine; what was not measured is ``-``. Fits 80 columns."""
-    from rich import box
-    from rich.table import Table
-
+def verification_table(verification: Verification, engine_name: str) -> FigureTable:
+    """A line per figure that was measured, PyTorch beside the engine; ``-`` where one of both has none."""
     v = verification
     before, after = v.pytorch_accuracy, v.engine_accuracy
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("PyTorch", justify="right", no_wrap=True)
-    table.add_column(engine_name, justify="right", overflow="fold", style="bold")
-    table.add_column("difference", justify="right", no_wrap=True)
-    for name, first, second in (
-        ("mIoU", before.miou, after.miou),
-        ("Dice", before.dice, after.dice),
-        ("pixel accuracy", before.pixel_accuracy, after.pixel_accuracy),
+    table = FigureTable((("", "words"), ("PyTorch", "figure"), (engine_name, "name"), ("difference", "figure")))
+    noisy = " *" if noise_lines(v) else ""
+    for name, first, second, difference in (
+        *(
+            (name, share(one), share(other), _points(one, other))
+            for name, one, other in (
+                ("mIoU", before.miou, after.miou),
+                ("Dice", before.dice, after.dice),
+                ("pixel accuracy", before.pixel_accuracy, after.pixel_accuracy),
+            )
+        ),
+        ("agreement with PyTorch", MISSING, share(v.agreement), ""),
+        ("  near class boundaries", MISSING, share(v.boundary_agreement), ""),
+        ("mIoU, PyTorch's as truth", MISSING, share(v.miou_vs_pytorch), ""),
+        ("median ms", *_milliseconds(v, "median_ms"), speed_words(v) + noisy),
+        ("p99 ms", *_milliseconds(v, "p99_ms"), ""),
     ):
-        table.add_row(name, share(first), share(second), _points(first, second))
-    table.add_row("agreement with PyTorch", MISSING, share(v.agreement), "")
-    table.add_row("  near class boundaries", MISSING, share(v.boundary_agreement), "")
-    table.add_row("mIoU, PyTorch's as truth", MISSING, share(v.miou_vs_pytorch), "")
-    table.add_row("median ms", *_milliseconds(v, "median_ms"), _speed_up(speed_up(v)))
-    table.add_row("p99 ms", *_milliseconds(v, "p99_ms"), "")
+        if (first, second) != (MISSING, MISSING):
+            table.add(name, first, second, difference)
     sizes = v.pytorch_size_bytes, v.engine_size_bytes
-    table.add_row(
+    table.add(
         "size", *(f"{size / 1e6:.1f} MB" for size in sizes), f"{sizes[1] / sizes[0]:.2f}x" if sizes[0] else MISSING
     )
     return table
 
 
-def class_table(verification: Verification, class_names: Sequence[str]) -> Table | None:
-    """IoU per class of both, or ``None`` where there were no masks."""
-    from rich import box
-    from rich.table import Table
-
+def class_table(verification: Verification, class_names: Sequence[str]) -> FigureTable | None:
+    """IoU per class of both, or ``None`` where there were no masks; a class that neither shows has no line."""
     reference, engine = verification.pytorch_accuracy.per_class_iou, verification.engine_accuracy.per_class_iou
     if not reference or all(value is None for value in reference):
         return None
-    table = Table("class", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("PyTorch IoU", "engine IoU", "difference"):
-        table.add_column(name, justify="right")
+    table = FigureTable.of("class", "PyTorch IoU", "engine IoU", "difference")
     for index, (before, after) in enumerate(zip(reference, engine, strict=True)):
         name = class_names[index] if index < len(class_names) else str(index)
-        table.add_row(name, share(before), share(after), _points(before, after))
+        if before is not None or after is not None:
+            table.add(name, share(before), share(after), _points(before, after))
     return table
 
 
@@ -94,17 +90,39 @@ def precision_line(report: PrecisionReport) -> str:
     return line
 
 
-def time_line(report: PrecisionReport) -> str:
-    """``time: 71.2% in int8, 28.8% in fp32``, by the backend's profiler when the engine was built; ``time: -`` without."""
-    shares = sorted((report.time_share or {}).items(), key=lambda item: -item[1])
-    return f"time: {', '.join(f'{value:.1%} in {dtype}' for dtype, value in shares) or MISSING}"
-
-
-def speed_up(verification: Verification) -> float | None:
-    """How many times faster the engine's median is than PyTorch's."""
-    if verification.pytorch_latency is None or verification.engine_latency is None:
+def time_line(report: PrecisionReport) -> str | None:
+    """``time: 71.2% in int8, 28.8% in fp32``, by the backend's profiler when the engine was built; ``None`` without."""
+    if not report.time_share:
         return None
-    return verification.pytorch_latency.median_ms / verification.engine_latency.median_ms
+    shares = sorted(report.time_share.items(), key=lambda item: -item[1])
+    return f"time: {', '.join(f'{value:.1%} in {dtype}' for dtype, value in shares)}"
+
+
+def speed_words(verification: Verification) -> str:
+    """``5.0x faster``, ``2.0x slower``, ``no difference``, ``cannot tell``, or ``-`` where latency was not measured."""
+    v = verification
+    if v.speedup is not None and v.speedup.verdict not in {"faster", "slower"}:
+        return v.speedup.verdict
+    if v.speedup is not None:
+        ratio = v.speedup.ratio
+    elif v.pytorch_latency is not None and v.engine_latency is not None:
+        ratio = v.pytorch_latency.median_ms / v.engine_latency.median_ms
+    else:
+        return MISSING
+    return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
+
+
+def noise_lines(verification: Verification) -> list[str]:
+    """Why the times are to be read with care, a line each; empty for a quiet run."""
+    both = (("PyTorch", verification.pytorch_latency), ("engine", verification.engine_latency))
+    seen: dict[str, list[str]] = {}
+    for name, latency in both:
+        for detail in () if latency is None else latency.noise:
+            seen.setdefault(detail, []).append(name)
+    lines = [f"  {' and '.join(names)}: {detail}" for detail, names in seen.items()]
+    if lines and (ratio := verification.speedup) is not None:
+        lines.append(f"  speed-up {ratio.ratio:.1f}x (95 %: {ratio.low:.1f} to {ratio.high:.1f})")
+    return ["* times are noisy, read with care (edgeseg bench measures longer):", *lines] if lines else []
 
 
 def share(value: float | None) -> str:
@@ -113,15 +131,9 @@ def share(value: float | None) -> str:
 
 
 def _points(before: float | None, after: float | None) -> str:
-    return MISSING if before is None or after is None else f"{after - before:+.4f}"
+    return MISSING if before is None or after is None else number(after - before, 4, signed=True)
 
 
 def _milliseconds(verification: Verification, figure: str) -> list[str]:
     both = (verification.pytorch_latency, verification.engine_latency)
     return [MISSING if latency is None else f"{getattr(latency, figure):.1f}" for latency in both]
-
-
-def _speed_up(value: float | None) -> str:
-    if value is None:
-        return MISSING
-    return f"{value:.1f}x faster" if value >= 1 else f"{1 / value:.1f}x slower"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -15,12 +15,14 @@ from edgeseg.backends.base import Session
 from edgeseg.errors import GateError, InputError
 from edgeseg.evaluate.accuracy.dataset import IGNORED, Pair
 from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter
-from edgeseg.evaluate.latency.protocol import SHORT, LatencyProtocol, measure_interleaved
+from edgeseg.evaluate.latency.protocol import SHORT, LatencyProtocol, LatencySamples, measure_interleaved
+from edgeseg.evaluate.latency.statistics import noise_flags, speed_comparison
 from edgeseg.images.placement import fit_windows
+from edgeseg.machine.state import MachineWatch
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import PipelineSpec
-from edgeseg.store.artifacts import AccuracyFigures, LatencyFigures, Verification
+from edgeseg.store.artifacts import AccuracyFigures, LatencyFigures, SpeedUp, Verification
 
 Progress = Callable[[int, int], None]
 
@@ -79,7 +81,7 @@ def verify(
     found = compare_masks(reference, engine, spec, pairs, progress)
     agreement = found.agreement.agreement
     assert agreement is not None  # compare_masks saw at least one image
-    latency = latency_figures(reference, engine, spec, found.sample, protocol) if protocol else (None, None)
+    latency = latency_figures(reference, engine, spec, found.sample, protocol) if protocol else (None, None, None)
     return Verification(
         agreement=agreement,
         boundary_agreement=found.agreement.boundary_agreement,
@@ -92,6 +94,7 @@ def verify(
         engine_latency=latency[1],
         pytorch_size_bytes=reference_size_bytes,
         engine_size_bytes=engine_size_bytes,
+        speedup=latency[2],
     )
 
 
@@ -135,12 +138,27 @@ def compare_masks(
 
 def latency_figures(
     reference: Session, engine: Session, spec: PipelineSpec, sample: NDArray[np.uint8], protocol: LatencyProtocol
-) -> tuple[LatencyFigures, LatencyFigures]:
-    """Time both in turns, uint8 image to mask, through the runtime's :class:`Segmenter`: (reference, engine)."""
+) -> tuple[LatencyFigures, LatencyFigures, SpeedUp]:
+    """Time both in turns, uint8 image to mask, through the runtime's :class:`Segmenter`, with the doubts and the paired
+    ratio that ``edgeseg bench`` has: (reference, engine, how many times faster the engine is)."""
     first, second = Segmenter(reference, spec), Segmenter(engine, spec)
     image = sample[0] if len(sample) == 1 else sample
-    measured = measure_interleaved({"reference": lambda: first(image), "engine": lambda: second(image)}, protocol)
-    return measured["reference"].figures(), measured["engine"].figures()
+    watch = MachineWatch()
+    measured = measure_interleaved(
+        {"reference": lambda: first(image), "engine": lambda: second(image)}, protocol, progress=lambda *_: watch.warm()
+    )
+    machine = watch.flags()
+
+    def figures(samples: LatencySamples) -> LatencyFigures:
+        flags = (*noise_flags(samples.samples_ms), *machine)
+        return replace(samples.figures(), noise=tuple(flag.detail for flag in flags))
+
+    ratio = speed_comparison("", "", measured["reference"], measured["engine"])
+    return (
+        figures(measured["reference"]),
+        figures(measured["engine"]),
+        SpeedUp(ratio.ratio, ratio.low, ratio.high, ratio.verdict),
+    )
 
 
 def check_gates(

@@ -118,13 +118,21 @@ class InaSource:
 
 
 class TegrastatsSource:
-    """Lines of a running ``tegrastats``; some rails are told to root alone."""
+    """Lines of a running ``tegrastats``; some rails are told to root alone.
+
+    Raises:
+        OSError: the command cannot be started.
+    """
 
     name = "tegrastats"
 
     def __init__(self, command: str, interval_ms: int = 100) -> None:
         self._process = subprocess.Popen(
-            [command, "--interval", str(interval_ms)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [command, "--interval", str(interval_ms)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            errors="replace",
         )
         self._last: Mapping[str, float] = {}
         self._first = threading.Event()
@@ -136,6 +144,8 @@ class TegrastatsSource:
         for line in self._process.stdout:
             self._last = parse_tegrastats(line)
             self._first.set()
+        # It has ended: its last line is not what is drawn from now on.
+        self._last = {}
         self._first.set()
 
     def watts(self) -> Mapping[str, float]:
@@ -146,7 +156,11 @@ class TegrastatsSource:
     def close(self) -> None:
         """End the process that was started."""
         self._process.terminate()
-        self._process.wait(timeout=5)
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self._thread.join(timeout=5)
         if self._process.stdout is not None:
             self._process.stdout.close()
@@ -199,19 +213,27 @@ class RaplSource:
         """Nothing was opened."""
 
 
-def find_source(root: Path = ROOT, *, nvml: Any = None, tegrastats: str | None = None) -> PowerSource | None:
+def find_source(
+    root: Path = ROOT, *, nvml: Any = None, tegrastats: str | None = None, say: Callable[[str], None] | None = None
+) -> PowerSource | None:
     """The best power source that really answers here, or ``None``.
 
     Args:
         root: where ``/sys`` is.
         nvml: the nvidia-ml-py module; ``None`` imports it if it is installed.
         tegrastats: its command; ``None`` looks for it.
+        say: told of a source that is there and cannot be used, and why.
     """
     if read_ina3221(root):
         return InaSource(root)
     command = tegrastats or shutil.which("tegrastats")
-    if command is not None and (source := _answering(TegrastatsSource(command))) is not None:
-        return source
+    if command is not None:
+        try:
+            if (source := _answering(TegrastatsSource(command))) is not None:
+                return source
+        except OSError as exc:
+            if say is not None:
+                say(f"{command} cannot be started ({exc.strerror}): its power rails are not read")
     module = nvml or import_nvml()
     if module is not None:
         try:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+# What a report from elsewhere may say: figures are divided by, and their logarithms taken.
+Finite: TypeAlias = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 NoiseKind: TypeAlias = Literal["variation", "outliers", "drift", "few-samples", "frequency", "throttled", "other-load"]
 
@@ -32,11 +38,11 @@ class Power:
 
     source: str
     covers: str
-    mean_w: float
-    energy_per_image_j: float
-    readings: int
-    idle_w: float | None = None
-    rails_w: dict[str, float] = field(default_factory=dict)
+    mean_w: Finite
+    energy_per_image_j: Finite
+    readings: Count
+    idle_w: Finite | None = None
+    rails_w: dict[str, Finite] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,9 @@ class Gpu:
     """A GPU as its driver describes it."""
 
     name: str
-    memory_bytes: int | None = None
+    memory_bytes: Count | None = None
     driver: str | None = None
-    power_limit_w: float | None = None
+    power_limit_w: Finite | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,11 @@ class MachineState:
     sensor; ``load``: 1, 5 and 15 minutes; ``throttled``: why the machine holds its clocks back right now, a line each.
     """
 
-    cpu_mhz: tuple[float, float, float] | None = None
-    temperatures_c: dict[str, float] = field(default_factory=dict)
-    load: tuple[float, float, float] | None = None
-    memory_available_bytes: int | None = None
-    gpu_mhz: dict[str, float] = field(default_factory=dict)
+    cpu_mhz: tuple[Finite, Finite, Finite] | None = None
+    temperatures_c: dict[str, Finite] = field(default_factory=dict)
+    load: tuple[Finite, Finite, Finite] | None = None
+    memory_available_bytes: Count | None = None
+    gpu_mhz: dict[str, Finite] = field(default_factory=dict)
     throttled: tuple[str, ...] = ()
 
 
@@ -76,14 +82,14 @@ class Environment:
     system: str
     python: str
     cpu: str
-    cores: int
+    cores: Count
     cpu_flags: tuple[str, ...] = ()
-    core_limit: float | None = None
+    core_limit: Finite | None = None
     board: str | None = None
     gpus: tuple[Gpu, ...] = ()
-    memory_bytes: int | None = None
+    memory_bytes: Count | None = None
     governor: str | None = None
-    cpu_max_mhz: float | None = None
+    cpu_max_mhz: Finite | None = None
     power_mode: str | None = None
     thread_variables: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

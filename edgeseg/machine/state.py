@@ -154,6 +154,23 @@ def machine_flags(
     return tuple(flags)
 
 
+class MachineWatch:
+    """What the machine says against a run that begins now; :meth:`warm` is told when all that is measured is warm."""
+
+    def __init__(self) -> None:
+        self._before = read_counters()
+        self._warm: MachineState | None = None
+
+    def warm(self) -> None:
+        """A clock that rises when work begins is no reason to distrust what follows: only the first call counts."""
+        self._warm = self._warm or machine_state()
+
+    def flags(self) -> tuple[NoiseFlag, ...]:
+        """The flags of the run that ends now."""
+        now = machine_state()
+        return machine_flags(self._before, read_counters(), (self._warm or now, now))
+
+
 def _busy_seconds(stat: str | None) -> float | None:
     # "cpu  user nice system idle iowait irq softirq steal guest guest_nice"; guest time is inside user time already.
     fields = (stat or "").partition("\n")[0].split()

@@ -26,7 +26,7 @@ from edgeseg.pipeline.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_
 from edgeseg.pipeline.command import build_command
 from edgeseg.pipeline.verification_data import VerificationData, calibration_and_held_out
 from edgeseg.progress import Reporter, stage
-from edgeseg.spec import InputSpec, PipelineSpec
+from edgeseg.spec import InputSpec, ModelRequest, PipelineSpec
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -92,8 +92,9 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
                     raise
                 reporter.note(f"{target} is left out: {exc}")
 
-        command = None if model is not None else build_command(request)
-        make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name, command)
+        # What no file describes cannot be loaded again, nor built by a command.
+        command, asked = (None, None) if model is not None else (build_command(request), request.model)
+        make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name, command, asked)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
         verification = verify_stage(request, loaded, engine, held_out, reporter)
@@ -300,13 +301,15 @@ def verify_stage(
     from edgeseg.backends.pytorch import PyTorchSession
     from edgeseg.evaluate.latency.protocol import SHORT
     from edgeseg.evaluate.verify import check_gates, verify
+    from edgeseg.machine.cpu import this_cpu
 
     spec = engine.manifest.spec
     with stage(reporter, "verify") as said:
         backend = get_backend(engine.manifest.target)
         runs_here = engine.manifest.engine is not None and backend.status().available
         opened = backend.load(engine) if runs_here else open_graph(engine)
-        with PyTorchSession(loaded, spec) as reference, opened as session:
+        # As bench runs it: by itself PyTorch may take more threads than this process has cores.
+        with PyTorchSession(loaded, spec, threads=this_cpu().cores) as reference, opened as session:
             verification = verify(
                 reference,
                 session,
@@ -335,6 +338,7 @@ class _ManifestMaker:
     notes: tuple[str, ...]
     name: str
     command: str | None
+    model_request: ModelRequest | None
 
     def write(
         self,
@@ -365,6 +369,7 @@ class _ManifestMaker:
             calibration=calibration,
             extra_files=tuple(FileRef.of(folder / path.name) for path in candidate.built.extra_files),
             weights=self.loaded.weights,
+            model_request=self.model_request,
             inputs_sha256={
                 "weights": self.loaded.weights_sha256,
                 "spec": sha256_json(self.spec),

@@ -240,7 +240,8 @@ def _too_few(words: str, taken: int, found: int, needed: int, skipped: Sequence[
     reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
     reasons += f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
     why = f" ({len(skipped)} skipped: {reasons})" if skipped else ""
-    return f"only {taken} of {found} images in {words} can be used{why}; calibration needs at least {needed}: add some"
+    count = f"{found} images in {words}" if taken == found else f"{taken} of {found} images in {words} can be used"
+    return f"only {count}{why}; calibration needs at least {needed}: add some"
 
 
 def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from edgeseg.decide.entries import Entry
 from edgeseg.decide.metrics import METRICS, Metric
 from edgeseg.decide.verdict import DeviceVerdict, Judged
+from edgeseg.evaluate.tables import MISSING
 
-MISSING = "-"
 ALWAYS = ("median_ms", "p99_ms", "miou", "size_mb")
 """Shown even where no row has them, so that their absence is seen."""
 WHERE_MEASURED = (
@@ -61,7 +61,7 @@ class Line:
         judged: the row and its verdict.
         texts: engine, backend, precision, input size.
         figures: one text per metric of the table, intervals included.
-        verdict: ``deploy``, ``fits``, ``fails``, ``not measured``, ``baseline`` or ``-``.
+        verdict: ``deploy``, ``fits``, ``fails``, ``cannot tell``, ``not measured``, ``baseline`` or ``-``.
         is_deployed: it is the engine to deploy.
     """
 
@@ -121,14 +121,18 @@ def verdict_word(judged: Judged, verdict: DeviceVerdict) -> str:
         return "baseline"
     if judged.entry is verdict.deploy:
         return "deploy"
-    return {"pass": "fits", "fail": "fails", "not measured": "not measured", None: MISSING}[judged.status]
+    if judged.status is None:
+        return MISSING
+    return {"pass": "fits", "fail": "fails"}.get(judged.status, judged.status)
 
 
 def headline(verdict: DeviceVerdict) -> str:
     """The decision in one line, without its reason."""
     if verdict.answer == "deploy" and verdict.deploy is not None:
         return f"Deploy {verdict.deploy.name}"
-    return "No engine fits" if verdict.answer == "none fits" else "Not decided: not measured"
+    return {"none fits": "No engine fits", "cannot tell": "Cannot tell which to deploy"}.get(
+        verdict.answer, "Not decided: not measured"
+    )
 
 
 def requirement_line(verdict: DeviceVerdict) -> str:
@@ -149,7 +153,7 @@ def failures(verdict: DeviceVerdict) -> tuple[tuple[str, tuple[str, ...]], ...]:
 
 
 def close_calls(verdict: DeviceVerdict) -> tuple[str, ...]:
-    """Passing engines with a figure whose interval holds its limit: another run could say the opposite."""
+    """Passing engines with a figure whose interval over images holds its limit: other images could say the opposite."""
     return tuple(
         f"{judged.entry.name}: {check.text}"
         for judged in verdict.judged

@@ -16,6 +16,8 @@ WIDTH = 360
 STYLES = ("fp32", "fp16", "int8", "baseline", "other")
 """Classes of marks, one per precision; their colours are Okabe and Ito's, their shapes are in :func:`mark`."""
 BINS = 48
+NUMBERED = 200
+"""Up to so many marks have their row's number beside them: of more, none could be read."""
 LOG_FROM = 10.0
 """A latency axis that spans more than this factor is logarithmic."""
 
@@ -129,7 +131,7 @@ def pareto(points: Sequence[Point], *, x_title: str, y_title: str, title: str, k
         parts.append(Markup('<g class="mark {}">{}</g>').format(_style(point.style), Markup().join(group)))
     # Numbers last, and clear of every mark: one that is drawn later would hide them.
     marks = [(x(p.x), y(p.y)) for p in points]
-    for point, (px, py) in zip(points, marks, strict=True):
+    for point, (px, py) in zip(points, marks, strict=True) if len(points) <= NUMBERED else ():
         tx, ty = _free_place(px, py, placed, marks, WIDTH - right)
         placed.append((tx, ty))
         parts.append(Markup('<text class="number" x="{}" y="{}">{}</text>').format(tx, ty, point.number))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport
 from edgeseg.decide.verdict import data_key
 from edgeseg.evaluate.results import Accuracy, Identity, Profile, Truth, WorstImage
+from edgeseg.evaluate.tables import number
 from edgeseg.report.charts import STYLES, bar
 from edgeseg.runtime.overlay import legend_entries, mask_palette
 
@@ -198,11 +199,11 @@ def _baseline(group: DeviceGroup, entry: Entry) -> Entry | None:
     """The baseline of the same run, judged on the same data and with the same classes."""
     accuracy = entry.row.accuracy
     named = {drop.baseline for drop in accuracy.truth.drops} if accuracy and accuracy.truth else set()
-    for other in group.entries:
+    for other in group.baselines:
         engine = other.row.engine
-        if other.run != entry.run or not engine.is_baseline or data_key(other) != data_key(entry):
+        if other.run != entry.run or engine.classes != entry.row.engine.classes or (named and engine.name not in named):
             continue
-        if engine.classes == entry.row.engine.classes and (not named or engine.name in named):
+        if data_key(other) == data_key(entry):
             return other
     return None
 
@@ -230,7 +231,7 @@ def _classes(truth: Truth | None, reference: Truth | None, names: Sequence[str])
                 class_name(names, k),
                 "-" if value is None else f"{value:.4f}",
                 "-" if base is None else f"{base:.4f}",
-                "-" if value is None or base is None else f"{value - base:+.4f}",
+                "-" if value is None or base is None else number(value - base, 4, signed=True),
                 bar([("engine", value)] if value is not None else [], 1.0, tick=base),
             )
         )

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.decide.entries import MergedReport
 from edgeseg.decide.metrics import METRICS, WITH_INTERVAL
 from edgeseg.decide.verdict import DeviceVerdict
+from edgeseg.evaluate.tables import MISSING, FigureTable
 from edgeseg.report.cells import (
-    MISSING,
     TEXT_COLUMNS,
     close_calls,
     failures,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 JSON_SCHEMA_VERSION = 1
 TERMINAL = ("median_ms", "p99_ms", "miou", "speedup", "miou_drop", "agreement", "size_mb")
+_FORMULA = frozenset("=+-@;\uff1d\uff0b\uff0d\uff20")
 SEPARATE_DEVICES = "Each device has a table of its own: speeds of different devices are not ranked against each other."
 
 
@@ -96,10 +97,10 @@ def _code(text: str) -> str:
 
 def csv_text(report: MergedReport, verdicts: Sequence[DeviceVerdict]) -> str:
     """One line per row, every metric a column; empty where it was not measured. Numbers are not rounded."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
     bounds = [f"{metric.name}_{end}" for metric in WITH_INTERVAL for end in ("low", "high")]
-    writer.writerow(["number", "device", *TEXT_COLUMNS, "arch", "encoder", *METRICS, *bounds, "on_front", "verdict"])
+    written = [
+        _csv_line(["number", "device", *TEXT_COLUMNS, "arch", "encoder", *METRICS, *bounds, "on_front", "verdict"])
+    ]
     for verdict in verdicts:
         for judged in verdict.judged:
             entry = judged.entry
@@ -107,24 +108,36 @@ def csv_text(report: MergedReport, verdicts: Sequence[DeviceVerdict]) -> str:
             ends: list[float | None] = []
             for metric in WITH_INTERVAL:
                 ends += metric.interval(entry) or (None, None)
-            writer.writerow(
-                [
-                    entry.number,
-                    _spreadsheet(verdict.group.label),
-                    *map(_spreadsheet, texts_of(entry)),
-                    _spreadsheet(entry.row.engine.arch),
-                    _spreadsheet(entry.row.engine.encoder),
-                    *("" if value is None else repr(float(value)) for value in [*values, *ends]),
-                    "yes" if judged.is_on_front else "no",
-                    verdict_word(judged, verdict),
-                ]
-            )
-    return stream.getvalue()
+            cells = [
+                entry.number,
+                _spreadsheet(verdict.group.label),
+                *map(_spreadsheet, texts_of(entry)),
+                _spreadsheet(entry.row.engine.arch),
+                _spreadsheet(entry.row.engine.encoder),
+                *("" if value is None else repr(float(value)) for value in [*values, *ends]),
+                "yes" if judged.is_on_front else "no",
+                verdict_word(judged, verdict),
+            ]
+            written.append(_csv_line(cells))
+    return "".join(written)
+
+
+def _csv_line(cells: Sequence[object]) -> str:
+    """One line. With a line end of "\\n" the writer would leave a "\\r" bare, and readers would begin a row there."""
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\r\n").writerow(cells)
+    return stream.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _spreadsheet(text: str) -> str:
-    """Spreadsheets execute cells that begin like a formula; an apostrophe makes them text (OWASP, CSV injection)."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    """Spreadsheets execute cells that begin like a formula; an apostrophe makes them text (OWASP, CSV injection).
+
+    So they do behind blanks and control characters, which some strip; behind a semicolon, where that separates cells; and
+    with the full-width forms of the signs.
+    """
+    begins = text[:1]
+    is_risky = begins in _FORMULA or not begins.isprintable() or begins.isspace()
+    return f"'{text}" if text and is_risky else text
 
 
 def json_value(
@@ -177,9 +190,7 @@ def json_value(
 
 def terminal(verdicts: Sequence[DeviceVerdict], failed: Sequence[tuple[str, str]] = (), *, width: int) -> Group:
     """The report for a terminal of ``width`` columns: intervals only where there is room for them."""
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     parts: list[RenderableType] = []
@@ -187,26 +198,21 @@ def terminal(verdicts: Sequence[DeviceVerdict], failed: Sequence[tuple[str, str]
         metrics = metrics_of(verdict.group.entries)
         shown = TERMINAL[: 3 if width < 100 else 6 if width < 140 else None]
         metrics = tuple(metric for metric in metrics if metric.name in shown)
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-            title=Text(verdict.group.label),
-            title_justify="left",
+        headings = (metric.title + (f"\n{metric.unit}" if metric.unit else "") for metric in metrics)
+        table = FigureTable(
+            (
+                ("#", "figure"),
+                ("engine", "name"),
+                ("backend", "name"),
+                ("prec.", "words"),
+                *((heading, "figure") for heading in headings),
+                ("verdict", "words"),
+            ),
+            title=verdict.group.label,
         )
-        table.add_column("#", justify="right")
-        longest = max(len(entry.name) for entry in verdict.group.entries)
-        table.add_column("engine", overflow="fold", min_width=min(longest, 17 if width < 100 else 28))
-        table.add_column("backend", no_wrap=True)
-        table.add_column("prec.", no_wrap=True)
-        for metric in metrics:
-            unit = f"\n{metric.unit}" if metric.unit else ""
-            table.add_column(Text(f"{metric.title}{unit}"), justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
         for line in lines(verdict, metrics, with_intervals=width >= 180):
-            # Text, not str: rich would read [brackets] in a name as markup.
-            cells = [str(line.judged.entry.number), *line.texts[:3], *line.figures, line.verdict]
-            table.add_row(*map(Text, cells), style="bold" if line.is_deployed else None)
+            cells = (str(line.judged.entry.number), *line.texts[:3], *line.figures, line.verdict)
+            table.add(*cells, style="bold" if line.is_deployed else None)
         parts += [table, Text(f"{headline(verdict)}: {verdict.reason}", style="bold")]
         parts.append(Text(f"judged by {requirement_line(verdict)}", style="dim"))
         parts += [Text(f"  {name}: {'; '.join(missed)}") for name, missed in failures(verdict)]

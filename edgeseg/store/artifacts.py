@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import msgspec
 
 from edgeseg.errors import ArtifactError, StaleEngineError
-from edgeseg.spec import PipelineSpec, Precision
+from edgeseg.spec import ModelRequest, PipelineSpec, Precision
 from edgeseg.store.atomic import atomic_folder, check_folder, recover_folder, write_bytes
 
 SCHEMA_VERSION = 1
@@ -101,12 +101,30 @@ class AccuracyFigures:
 
 @dataclass(frozen=True)
 class LatencyFigures:
-    """Milliseconds from a uint8 image in memory to a uint8 mask in memory, batch 1, short protocol."""
+    """Milliseconds from a uint8 image in memory to a uint8 mask in memory, batch 1, short protocol.
+
+    ``noise``: reasons not to trust them, a line each, as ``edgeseg bench`` flags them; empty for a quiet run.
+    """
 
     median_ms: float
     p90_ms: float
     p99_ms: float
     iterations: int
+    noise: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times faster the engine is than PyTorch: median of the paired ratios of samples taken in turns.
+
+    ``low``, ``high``: its 95 % interval; ``verdict`` as in a bench report: ``faster``, ``slower``, ``no difference`` or
+    ``cannot tell``.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -119,6 +137,7 @@ class Verification:
         miou_vs_pytorch: mean IoU of the engine's masks against PyTorch's; ``None`` when neither shows any foreground.
         images: how many images were compared.
         data: where they came from, in words; whether they were also used for calibration.
+        speedup: ``None`` where latency was not measured, and in folders of before it was recorded.
     """
 
     agreement: float
@@ -132,6 +151,7 @@ class Verification:
     engine_latency: LatencyFigures | None
     pytorch_size_bytes: int
     engine_size_bytes: int
+    speedup: SpeedUp | None = None
 
     @property
     def miou_drop(self) -> float | None:
@@ -153,7 +173,9 @@ class Manifest:
         engine: the backend's file; ``None`` in a portable folder that still has to be compiled.
         calibration: the calibration table of an int8 graph.
         extra_files: further files the engine file needs beside it.
-        weights: where the weights came from, in words.
+        weights: where the weights came from, in words, for people.
+        model_request: what was asked of the model, so that it can be loaded again; ``None`` when it was a module object, and
+            in folders of before it was recorded.
         inputs_sha256: hash per input of the build (weights, fp32 graph, calibration images, options).
         options: backend build options and session settings, as chosen, defaults included.
         options_given: those of them someone asked for; what building the engine again keeps. ``None`` in folders of before
@@ -188,6 +210,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     verification: Verification | None = None
     options_given: dict[str, Any] | None = None
+    model_request: ModelRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -309,6 +332,8 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
 def _decoded(data: bytes, path: Path, kind: type[T], what: str) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
+    except RecursionError as exc:
+        raise ArtifactError(f"{what} {path} is damaged or not one: it is nested too deeply") from exc
     except (msgspec.DecodeError, ValueError) as exc:
         raise ArtifactError(f"{what} {path} is damaged or not one: {exc}") from exc
 

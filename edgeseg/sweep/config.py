@@ -6,21 +6,24 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import msgspec
 
 from edgeseg.backends import BACKENDS
-from edgeseg.decide.requirement import Requirement
+from edgeseg.decide.metrics import AGAINST_BASELINE, AGAINST_MASKS
+from edgeseg.decide.requirement import Comparison, Node, Requirement
 from edgeseg.demo import demo_models, sample_folder
 from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.evaluate.accuracy.layouts import parse_label_map
 from edgeseg.evaluate.contenders import BASELINES
+from edgeseg.evaluate.intervals import MIN_IMAGES
 from edgeseg.evaluate.results import Resolution
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import ARCHITECTURES, PRECISIONS, ModelRequest, OutputKind, OutputSpec, Precision, one_of
 
 DEMO = "demo"
+Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 Layout = Literal["images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff"]
 
 
@@ -45,13 +48,13 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     split: str = "val"
     label_map: str | None = None
     resolution: Resolution = "source"
-    limit: int | None = None
-    jobs: int = 1
+    limit: Positive | None = None
+    jobs: Positive = 1
     batch: str = "1"
     threads: str | None = None
     streams: str = "1"
-    duration_s: float = 3.0
-    fresh_processes: int = 1
+    duration_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 3.0
+    fresh_processes: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 1
     profile: bool = False
     together: Literal["all", "model"] = "all"
 
@@ -82,9 +85,9 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     targets: tuple[str, ...] = ("auto",)
     weights: dict[str, str] = {}  # msgspec copies empty defaults
     output_kind: OutputKind = "mask"
-    classes: int | None = None
+    classes: Annotated[int, msgspec.Meta(ge=1, le=65536)] | None = None
     calibration: str | None = None
-    calibration_limit: int | None = None
+    calibration_limit: Positive | None = None
     validation: str | None = None
     ignore_index: int | None = None
     require: str | None = None
@@ -114,6 +117,8 @@ def read_config(path: Path) -> SweepConfig:
         config = msgspec.toml.decode(path.read_bytes(), type=SweepConfig)
     except OSError as exc:
         raise SpecError(f"cannot read {path}: {exc.strerror}; docs/sweep.md has an example") from exc
+    except RecursionError as exc:
+        raise SpecError(f"{path} is no sweep: it is nested too deeply; docs/sweep.md has an example") from exc
     except (msgspec.DecodeError, ValueError) as exc:
         said = " ".join(str(exc).split())
         unknown = re.search(r"unknown field `(\w+)`", said)
@@ -143,10 +148,16 @@ def expand(config: SweepConfig) -> tuple[Cell, ...]:
     """All combinations, in the order of the lists.
 
     Raises:
-        SpecError: an empty list, an unknown name, a size that is none, or the same combination twice.
+        SpecError: a value out of range, an empty list, an unknown name, a size that is none, the same combination twice, or a
+            requirement on what is not measured.
     """
+    try:
+        # A struct made in Python has checked nothing yet.
+        msgspec.convert(msgspec.to_builtins(config), SweepConfig)
+    except msgspec.ValidationError as exc:
+        raise SpecError(f"the sweep cannot be: {exc}") from exc
     if config.require is not None:
-        Requirement.parse(config.require)
+        _check_require(Requirement.parse(config.require), config.bench)
     for field, allowed in (("archs", ARCHITECTURES), ("precisions", PRECISIONS), ("targets", ("auto", *BACKENDS))):
         if not getattr(config, field):
             raise SpecError(f"{field} of the sweep is empty; give at least one of {', '.join(allowed)}")
@@ -175,6 +186,29 @@ def expand(config: SweepConfig) -> tuple[Cell, ...]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise SpecError(f"the sweep has {min(twice)} twice; name each architecture, encoder, size and target once")
     return cells
+
+
+def _check_require(requirement: Requirement, bench: BenchConfig) -> None:
+    """Raise ``SpecError`` for a requirement that the bench cannot meet, because it does not measure what it names."""
+    causes: dict[str, str] = {}
+    if bench.data is None:
+        causes |= dict.fromkeys(
+            (*AGAINST_MASKS, "agreement", "boundary_agreement"), "there is no bench.data to judge it on"
+        )
+    if bench.baseline == "none":
+        causes |= dict.fromkeys(AGAINST_BASELINE, "bench.baseline is none")
+    if bench.limit is not None and bench.limit < MIN_IMAGES:
+        causes["miou_drop"] = f"bench.limit is {bench.limit}, and a drop needs at least {MIN_IMAGES} images"
+
+    def missing(node: Node) -> tuple[str, ...]:
+        """The figures without which the node cannot be met."""
+        if isinstance(node, Comparison):
+            return (node.metric.name,) if node.metric.name in causes else ()
+        parts = [missing(part) for part in node.parts]
+        return sum(parts, ()) if node.kind == "and" or all(parts) else ()
+
+    for name in missing(requirement.root):
+        raise SpecError(f"require of the sweep names {name}, which would not be measured: {causes[name]}")
 
 
 def _cell(config: SweepConfig, arch: str, encoder: str | None, size: str | None, precision: str, target: str) -> Cell:

@@ -71,6 +71,8 @@ def run_sweep(
         ArtifactError: another sweep works in the same folder.
         BuildError: not one cell could be built and measured.
     """
+    if jobs < 1:
+        raise SpecError(f"{jobs} jobs for the sweep; give 1 or more")
     cells = expand(config)
     data = data_folder(config.bench)
     if data is not None and not data.exists():  # said before hours of building, not after

@@ -21,7 +21,7 @@ from edgeseg.evaluate.accuracy.judge import ImageRecord, count_truth
 from edgeseg.evaluate.accuracy.meters import AccuracyMeter
 from edgeseg.evaluate.accuracy.scores import accuracy_of
 from edgeseg.evaluate.bench import BenchRequest, run_bench
-from edgeseg.evaluate.contenders import Contender, Opener, engine_contenders
+from edgeseg.evaluate.contenders import Contender, Opener, baseline_contenders, engine_contenders
 from edgeseg.evaluate.latency.fresh import measure_fresh
 from edgeseg.evaluate.latency.profile import profile_engine
 from edgeseg.evaluate.results import read_report, write_report
@@ -217,3 +217,38 @@ def test_an_engine_beside_the_model_it_came_from(tmp_path: Path) -> None:
     write_json(built.folder / MANIFEST_NAME, manifest)
     notes = run_bench(replace(request, duration_s=0.0), SilentReporter()).notes
     assert any("not what the engine was built from" in note for note in notes)
+
+
+def test_an_engine_with_an_auxiliary_head_has_its_pytorch_baseline(tmp_path: Path) -> None:
+    """Built from a bare state dict with arguments that only the request knows."""
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    torch = pytest.importorskip("torch")
+    args: dict[str, Any] = {
+        "aux_params": {"classes": 2},
+        "decoder_segmentation_channels": 32,
+        "decoder_pyramid_channels": 64,
+    }
+    torch.manual_seed(0)
+    network = smp.FPN("resnet18", encoder_weights=None, classes=3, **args)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    folder = tmp_path / "kept"
+    edgeseg.build(
+        "fpn", encoder="resnet18", weights=tmp_path / "model.pt", model_args=args, keep_aux=True, size=(64, 64),
+        precision="fp32", target="onnxruntime", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2), output=folder,
+    )  # fmt: skip
+    report = run_bench(BenchRequest((folder,), duration_s=0.05, fresh_processes=0), SilentReporter())
+    assert not [note for note in report.notes if "baseline" in note]
+    assert [(c.baseline, c.row) for c in report.comparisons] == [("pytorch b1 t- s1", "kept b1 t- s1")]
+    # The baseline's masks are those of the network itself, normalized as was asked.
+    (kept,), _ = engine_contenders([folder])
+    image = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    baseline = next(c for c in report.rows if c.engine.is_baseline).engine
+    assert baseline.weights_sha256 == kept.weights_sha256
+    pixels = (torch.from_numpy(image).float() / 255 - torch.tensor([0.5, 0.4, 0.3])) / 0.2
+    with torch.no_grad():
+        logits, labels = network.eval()(pixels.permute(0, 3, 1, 2))
+    opener = Opener()
+    (first,), _ = baseline_contenders([kept], ("pytorch",), None, opener)
+    with opener.open(first) as session:
+        assert np.array_equal(session.run(image)["mask"], logits.argmax(1).numpy())
+    assert labels.shape == (1, 2)

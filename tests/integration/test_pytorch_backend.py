@@ -47,7 +47,7 @@ def model(classes: int, activation: str | None, *, labels: int = 0) -> Any:
 
 def session(module: Any, task: str, classes: int, activation: str | None, **options: Any) -> PyTorchSession:
     preprocess = options.pop("preprocess", Preprocess(mean=MEAN, std=STD))
-    flags = {k: options.pop(k) for k in ("channels_last", "compiled", "bfloat16") if k in options}
+    flags = {k: options.pop(k) for k in ("channels_last", "compiled", "bfloat16", "threads") if k in options}
     spec = PipelineSpec(
         model=ModelSpec("fpn", "resnet18", classes=classes, task=task, activation=activation),  # type: ignore[arg-type]
         input=InputSpec(64, 96),
@@ -188,6 +188,16 @@ def test_a_closed_session_says_so(images: NDArray[np.uint8]) -> None:
         opened.run(images)
     with pytest.raises(BuildError, match="closed"):
         opened.run(images)
+
+
+def test_the_number_of_threads_is_given_back() -> None:
+    before = torch.get_num_threads()
+    with session(model(5, None), "multiclass", 5, None, threads=before + 1) as opened:
+        assert torch.get_num_threads() == opened.options["threads"] == before + 1
+    assert torch.get_num_threads() == before
+    opened.close()
+    session(model(5, None), "multiclass", 5, None).close()
+    assert torch.get_num_threads() == before
 
 
 def test_it_serves_a_segmenter_from_several_threads(images: NDArray[np.uint8]) -> None:

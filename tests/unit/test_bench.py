@@ -31,7 +31,7 @@ from edgeseg.evaluate.contenders import (
 )
 from edgeseg.evaluate.results import SpeedComparison, read_report
 from edgeseg.progress import SilentReporter
-from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
+from edgeseg.spec import BatchRange, InputSpec, ModelRequest, ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, read_manifest, write_json
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
@@ -101,6 +101,8 @@ def test_engines_of_one_name_are_told_apart(engine: Path, tmp_path: Path) -> Non
         {"engines": ()},
         {"batches": (0,)},
         {"streams": ()},
+        {"streams": (1, 10**9)},
+        {"duration_s": float("inf")},
         {"duration_s": -1.0},
         {"baselines": ("tensorflow",)},
     ],
@@ -110,34 +112,47 @@ def test_impossible_requests_are_refused(change: dict[str, object]) -> None:
         replace(BenchRequest((Path("x"),)), **change)
 
 
+@pytest.mark.parametrize(
+    "change", [{"batches": (1, 10**14)}, {"batches": (10**30,)}, {"source_size": (9_999_999, 9_999_999)}]
+)
+def test_images_that_fit_no_memory_are_refused_before_anything_is_loaded(
+    engine: Path, change: dict[str, object]
+) -> None:
+    request = replace(BenchRequest((engine,), baselines=(), fresh_processes=0), **change)
+    with pytest.raises(SpecError, match="GB; at most 4 GB are measured"):
+        run_bench(request, SilentReporter())
+
+
 def edited(engine: Path, **change: object) -> Path:
     write_json(engine / MANIFEST_NAME, replace(read_manifest(engine), **change))  # type: ignore[arg-type]
     return engine
 
 
-def test_where_the_baseline_s_weights_come_from(engine: Path, tmp_path: Path) -> None:
-    spec = replace(SPEC, model=ModelSpec("fpn", "resnet18", classes=4, model_args={"decoder_dropout": 0.0}))
-    manifest = replace(read_manifest(engine), spec=spec)
-    demo, _ = baseline_request(replace(manifest, weights="demo weights (trained on street scenes)"), None)
-    assert demo is not None and (demo.arch, demo.weights) == ("fpn", None)
-    checkpoint = tmp_path / "model.pt"
-    checkpoint.write_bytes(b"")
-    found, _ = baseline_request(replace(manifest, weights=f"weights of {checkpoint}"), None)
-    assert found is not None
-    assert (found.weights, found.encoder, found.model_args) == (str(checkpoint), "resnet18", {"decoder_dropout": 0.0})
-    for words in ("weights of gone.pt", "random weights (untrained)"):
-        missing, reason = baseline_request(replace(manifest, weights=words), None)
-        assert missing is None
-        assert "--weights" in reason
-        given, _ = baseline_request(replace(manifest, weights=words), checkpoint)
-        assert given is not None and given.weights == str(checkpoint)
+def test_the_baseline_is_what_was_asked_of_the_model(engine: Path, tmp_path: Path) -> None:
+    """Read from the manifest's fields: whatever words are used for the weights."""
+    args = {"decoder_dropout": 0.0, "aux_params": {"classes": 2}}
+    model = ModelSpec("fpn", "resnet18", classes=4, model_args=args)
+    asked = ModelRequest(arch="fpn", weights="model.pt", model_args=args, keep_aux=True, mean=(0.5, 0.5, 0.5))
+    edited(engine, spec=replace(SPEC, model=model), model_request=asked, weights="demo weights (not these)")
+    manifest = read_manifest(engine)
+    assert baseline_request(manifest, None) == (asked, "")
+    elsewhere = tmp_path / "model.pt"
+    given, _ = baseline_request(manifest, elsewhere)
+    assert given is not None
+    assert (given.weights, given.encoder, given.classes, given.model_args) == (str(elsewhere), "resnet18", 4, args)
+    assert (given.keep_aux, given.mean) == (True, (0.5, 0.5, 0.5))
+    # A folder of before this was recorded, or of a module object: the user has to say where the weights are.
+    silent = replace(manifest, model_request=None)
+    missing, reason = baseline_request(silent, None)
+    assert missing is None and "--weights" in reason
+    assert baseline_request(silent, elsewhere)[0] == replace(given, mean=None)
 
 
 def test_weights_that_were_given_and_do_not_load_are_an_error(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = replace(SPEC, model=ModelSpec("fpn", "resnet18", classes=4))
-    edited(engine, spec=spec, weights="weights of gone.pt")
+    edited(engine, spec=spec, model_request=ModelRequest(arch="fpn", weights="gone.pt"))
 
     class Refusing(Opener):
         def loaded(self, contender: object) -> object:  # type: ignore[override]
@@ -279,6 +294,24 @@ def test_an_engine_that_fails_in_one_setting_keeps_the_rows_of_the_others(
         ("small", "latency b2 t- s1", "out of memory"),
         ("small", "latency b2 t- s2", "out of memory"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("count", "limit", "advice"), [(4, None, "give more with --data"), (6, 4, "raise --limit"), (6, None, None)]
+)
+def test_too_few_masks_for_a_drop_are_said(
+    engine: Path, tmp_path: Path, count: int, limit: int | None, advice: str | None
+) -> None:
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for index in range(count):
+            Image.fromarray(np.zeros((32, 32), np.uint8)).save(tmp_path / "data" / kind / f"{index}.png")
+    accuracy = AccuracyRequest(tmp_path / "data", limit=limit, state_folder=tmp_path / "state")
+    notes = accuracy.check(engine_contenders([engine])[0])
+    expected = f"4 images with masks: no drop against the baseline is judged, that needs at least 5; {advice}"
+    assert notes == (() if advice is None else (expected,))
+    report = run_bench(BenchRequest((engine,), duration_s=0, fresh_processes=0), SilentReporter(), accuracy)
+    assert set(notes) <= set(report.notes)
 
 
 def test_a_broken_mask_does_not_throw_the_latency_away(engine: Path, tmp_path: Path) -> None:

@@ -143,9 +143,9 @@ def test_shares_of_macs_and_time_are_printed_and_kept(
     assert "\ntime: 75.0% in int8, 25.0% in fp32\n" in capsys.readouterr().out
     on_device(version)
     assert edgeseg("compile", folder) == 0
-    assert capsys.readouterr().out.splitlines()[1] == "time: -"
+    assert len(capsys.readouterr().out.splitlines()) == 1
     assert edgeseg("inspect", folder) == 0
-    assert "\ntime: -\n" in capsys.readouterr().out
+    assert "time:" not in capsys.readouterr().out
 
 
 def test_a_manifest_of_before_times_were_measured_is_read(tmp_path: Path) -> None:

@@ -266,9 +266,11 @@ def counts_of(rows: NDArray[Any]) -> Counts:
 def test_a_drop_inside_the_noise_says_so() -> None:
     rng = np.random.default_rng(0)
     before = rng.integers(50, 90, 40)
-    noisy = before + rng.integers(-6, 7, 40)
-    verdicts = {d.metric: d.verdict for d in drops("pytorch", counts_of(before), counts_of(noisy))}
-    assert verdicts["miou"] == "no difference"
+    for reach, verdict in ((1, "no difference"), (6, "cannot tell")):
+        noisy = before + rng.integers(-reach, reach + 1, 40)
+        (miou, *_) = drops("pytorch", counts_of(before), counts_of(noisy))
+        assert miou.drop.low <= 0 <= miou.drop.high
+        assert miou.verdict == verdict and (max(-miou.drop.low, miou.drop.high) > 0.01) == (verdict == "cannot tell")
     worse = before - 3 + rng.integers(-2, 3, 40)
     (miou, *_) = drops("pytorch", counts_of(before), counts_of(worse))
     assert miou.verdict == "loss"

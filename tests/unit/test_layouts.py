@@ -102,6 +102,10 @@ def test_a_label_map_goes_over_any_layout(tmp_path: Path) -> None:
     assert rows(found) == [("1.png", [5, 0, IGNORED, 0])]
     with pytest.raises(InputError, match="FILE_VALUE=CLASS"):
         parse_label_map("road=1")
+    for text in ("1=99999999999999999999", "1=" + "9" * 5000, f"{2**31}=0"):
+        with pytest.raises(InputError, match="FILE_VALUE=CLASS") as caught:
+            parse_label_map(text)
+        assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize(("images", "masks"), [("images", "masks"), ("img_dir", "ann_dir")])

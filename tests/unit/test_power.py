@@ -271,6 +271,38 @@ def test_a_running_tegrastats_is_read_and_ended(tmp_path: Path) -> None:
     assert source._process.returncode is not None
 
 
+@pytest.mark.parametrize(
+    ("content", "mode", "reason"),
+    [
+        (None, 0, "No such file or directory"),
+        ("echo", 0o644, "Permission denied"),
+        ("no program", 0o755, "Exec format error"),
+        ("#!/no/such/interpreter\n", 0o755, "No such file or directory"),
+    ],
+)
+def test_a_tegrastats_that_cannot_start_is_said_and_the_next_source_is_taken(
+    tmp_path: Path, content: str | None, mode: int, reason: str
+) -> None:
+    program, said = tmp_path / "tegrastats", list[str]()
+    if content is not None:
+        program.write_text(content)
+        program.chmod(mode)
+    source = find_source(tmp_path, nvml=fake_nvml(), tegrastats=str(program), say=said.append)
+    assert source is not None and source.name == "nvml"
+    assert said == [f"{program} cannot be started ({reason}): its power rails are not read"]
+
+
+def test_a_tegrastats_that_ended_tells_nothing_more(tmp_path: Path) -> None:
+    program = tmp_path / "tegrastats"
+    program.write_text("#!/bin/sh\nprintf '\\377 VDD_IN 3325mW/3325mW\\n'\nread line\n")
+    program.chmod(0o755)
+    source = TegrastatsSource(str(program))
+    wait_for(lambda: source._process.poll() is not None)
+    source._thread.join()
+    assert source.watts() == {}
+    source.close()
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():

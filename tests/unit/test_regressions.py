@@ -161,3 +161,24 @@ def test_the_table_fits_80_columns_and_names_every_row() -> None:
     assert ROW in text
     assert "+20.0 %*" in text
     assert "worse" in text
+
+
+def test_a_change_that_noise_hides_is_no_pass() -> None:
+    """The engine's calls take 10 or 30 ms in spells: twice as slow or as fast would look the same."""
+    old = read_report(EXAMPLE)
+    row = old.row(ROW)
+    assert row.latency is not None
+
+    def spells(*ms: float) -> BenchReport:
+        samples = tuple(value for value in ms for _ in range(8))
+        latency = replace(row.latency, samples_ms=samples, end_to_end=distribution(samples))
+        return replace(old, rows=(replace(row, latency=latency),))
+
+    noisy = spells(10, 30, 11, 29, 10, 31, 30, 12, 30, 10), spells(30, 10, 12, 28, 31, 10, 30, 11, 10, 30)
+    found = [c for c in compare_reports(*noisy) if c.metric == "median_ms"]
+    assert [c.verdict for c in found] == ["cannot tell"]
+    with pytest.raises(GateError, match=r"cannot tell whether median_ms keeps 5 % \(-.*; measure longer"):
+        check_limits(found, {"median_ms": 5.0})
+    check_limits(found, {"median_ms": 1000.0})
+    steady = spells(*[10.0] * 10), spells(*[10.1] * 10)
+    assert [c.verdict for c in compare_reports(*steady) if c.metric == "median_ms"] == ["worse"]

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from edgeseg.decide.entries import MergedReport, Run, merge, read_runs
 from edgeseg.decide.requirement import Requirement
 from edgeseg.decide.verdict import decide
 from edgeseg.errors import ArtifactError, InputError
-from edgeseg.evaluate.results import ModuleTime, Profile, Row, WorstImage
+from edgeseg.evaluate.results import ModuleTime, Profile, Row, WorstImage, write_report
 from edgeseg.report.charts import Scale, latency_scale, nice_step
 from edgeseg.report.details import CHANGES_SHOWN, PNG
 from edgeseg.report.html import html
@@ -158,6 +159,32 @@ def test_csv_has_every_row_and_no_formula() -> None:
     assert [line["engine"] for line in table] == ["'=cmd()", "plain"]
     assert float(table[0]["median_ms"]) == 12.5 and float(table[0]["miou_low"]) == pytest.approx(0.69)
     assert table[1]["median_ms"] == table[1]["miou"] == table[1]["gpu_mb"] == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "=1+1",
+        "+1",
+        "-1",
+        "@SUM(A1)",
+        "\t=1",
+        "\r=1",
+        "\n=1",
+        " =1",
+        "\u00a0=1",
+        ";=1",
+        "\uff1d1",
+        "\uff0b1",
+        "\x00=1",
+        "\ufeff=1",
+    ],
+)
+def test_no_cell_begins_like_a_formula(name: str) -> None:
+    bench = merged(row(name, 12.5), row("e\r=1", 12.5), row("", 12.5))
+    first, inside, empty = csv.DictReader(io.StringIO(csv_text(bench, decide(bench)), newline=""))
+    assert first["engine"] == f"'{name}"
+    assert (inside["engine"], empty["engine"]) == ("e\r=1", "")
 
 
 def test_json_is_for_programs() -> None:
@@ -309,6 +336,52 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_exit_codes_gate(require: str, code: int) -> None:
     assert cli(str(EXAMPLE), "--require", require).returncode == code
+
+
+def calls_of(rows: int) -> int:
+    """How many function calls it takes to decide on so many rows and to write every form of the report."""
+    generator = random.Random(0)
+    made = [
+        row(
+            f"e{k}", 5 + 50 * generator.random(), miou=generator.random(), drop=0.0, agreement=0.995,
+            precision=("fp32", "int8")[k % 2], samples_ms=tuple(5 + generator.random() for _ in range(8)),
+            is_baseline=k % 10 == 0,
+        )
+        for k in range(rows)
+    ]  # fmt: skip
+    together = merge([Run(report(*made))])
+    count = itertools.count()
+    sys.setprofile(lambda frame, event, argument: next(count) and None)
+    try:
+        verdicts = decide(together)
+        texts = html(together, verdicts), markdown(together, verdicts), csv_text(together, verdicts)
+        json_value(together, verdicts)
+        terminal(verdicts, width=80)
+    finally:
+        sys.setprofile(None)
+    assert all(f"e{rows - 1}" in text for text in texts)
+    return next(count)
+
+
+def test_work_grows_with_the_rows_not_with_their_square() -> None:
+    few, many = calls_of(250), calls_of(1000)
+    assert many < 6 * few  # a square would be 16 times as much
+
+
+def test_a_verdict_that_noise_could_turn_is_none(tmp_path: Path) -> None:
+    """Two engines of 12 samples that vary from 20 to 200 ms; where each pair is 3 to 1, it is decided."""
+    calls = (55.0, 20.0, 60.0, 58.0, 200.0, 50.0, 45.0, 52.0, 61.0, 30.0, 56.0, 57.0)
+    slow = row("full", 55.5, miou=0.7, drop=0.0, samples_ms=calls)
+    fast = row("quant", 24.0, miou=0.7, drop=0.0, precision="int8", samples_ms=(*calls[6:], *calls[:6]))
+    write_report(tmp_path / "noisy.json", report(slow, fast))
+    for options in ((), ("--require", "miou >= 0.1")):
+        done = cli(str(tmp_path / "noisy.json"), "--json", *options)
+        assert done.returncode == 3, done.stderr
+        (device,) = json.loads(done.stdout)["devices"]
+        assert device["answer"] == "cannot tell" and device["deploy"] is None and "measure longer" in device["reason"]
+    steady = replace(fast, latency=replace(fast.latency, samples_ms=tuple(ms / 3 for ms in calls)))
+    write_report(tmp_path / "steady.json", report(slow, steady))
+    assert cli(str(tmp_path / "steady.json")).returncode == 0
 
 
 def test_command_writes_what_is_asked(tmp_path: Path) -> None:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from edgeseg.decide.entries import Run, merge
+from edgeseg.decide.verdict import decide
 from edgeseg.errors import ArtifactError
+from edgeseg.evaluate.bench_table import bench_summary
+from edgeseg.evaluate.regressions import change_table, compare_reports
 from edgeseg.evaluate.results import BenchReport, Setting, read_report, row_id, write_report
+from edgeseg.report.html import html
+from edgeseg.report.plain import csv_text, json_value, markdown, terminal
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "tests" / "data" / "bench-report-example.json"
@@ -78,3 +87,71 @@ def test_the_page_names_every_top_level_and_row_field() -> None:
     for value in (BenchReport, type(row), type(row.engine), type(row.latency), type(row.latency.end_to_end)):
         for field in dataclasses.fields(value):
             assert field.name in page or field.name.endswith("_sha256"), field.name
+
+
+def places(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    """Where the numbers of a JSON value are, one of each list of numbers."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from places(inner, (*path, name))
+    elif isinstance(value, list) and value:
+        for index in range(len(value) if isinstance(value[0], dict) else 1):
+            yield from places(value[index], (*path, index))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path
+
+
+NUMBERS = tuple(places(json.loads(EXAMPLE.read_text())))
+
+
+def put(value: Any, place: tuple[Any, ...], number: float) -> None:
+    for step in place[:-1]:
+        value = value[step]
+    value[place[-1]] = number
+
+
+@pytest.mark.parametrize("number", [0, -1, 10**400, 5e-324, 1e15], ids=lambda n: f"{str(n)[:5]}-{len(str(n))}")
+def test_a_number_that_cannot_be_is_refused_and_any_other_is_harmless(tmp_path: Path, number: float) -> None:
+    """Every number of a report in turn: refused in one line, or all that reads the report can live with it."""
+    assert len(NUMBERS) > 150
+    path = tmp_path / "r.json"
+    accepted = []
+    for place in NUMBERS:
+        value = json.loads(EXAMPLE.read_text())
+        put(value, place, number)
+        path.write_text(json.dumps(value))
+        try:
+            read_report(path)
+        except ArtifactError as exc:
+            assert "\n" not in str(exc) and len(str(exc)) < 400
+        else:
+            accepted.append(place)
+    value = json.loads(EXAMPLE.read_text())
+    for place in accepted:
+        put(value, place, number)
+    path.write_text(json.dumps(value))
+    good, odd = read_report(EXAMPLE), read_report(path)
+    for old, new in ((good, odd), (odd, good), (odd, odd)):
+        Console(file=io.StringIO(), width=80).print(change_table(compare_reports(old, new)))
+    Console(file=io.StringIO(), width=80).print(bench_summary(odd))
+    together = merge([Run(odd)])
+    verdicts = decide(together)
+    assert all((html(together, verdicts), markdown(together, verdicts), csv_text(together, verdicts)))
+    json.dumps(json_value(together, verdicts))
+    Console(file=io.StringIO(), width=80).print(terminal(verdicts, width=80))
+
+
+def test_json_that_is_nested_deeply_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "deep.json"
+    path.write_text('{"schema_version": 1, "protocol": {"a": ' + "[" * 100_000)
+    with pytest.raises(ArtifactError, match="nested too deeply"):
+        read_report(path)
+
+
+def test_a_confusion_matrix_that_is_not_square_is_refused(tmp_path: Path) -> None:
+    value = json.loads(EXAMPLE.read_text())
+    row = next(row for row in value["rows"] if (row["accuracy"] or {}).get("truth", {}).get("confusion"))
+    row["accuracy"]["truth"]["confusion"][0].pop()
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    with pytest.raises(ArtifactError, match="not square"):
+        read_report(tmp_path / "r.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -252,6 +253,20 @@ def test_lists_are_multiplied_and_names_are_unique(tmp_path: Path) -> None:
         ({"encoders": ("resnet18",)}, "no demo model of encoder resnet18"),
         ({"weights": {"unett": "x"}}, "unett"),
         ({"require": "p99<=3"}, "p99_ms"),
+        (
+            {"require": "p99_ms<=3 and miou_drop<=0.01"},
+            "miou_drop, which would not be measured: there is no bench.data",
+        ),
+        ({"require": "miou_drop<=0.01 or agreement>=0.9"}, "there is no bench.data"),
+        ({"require": "speedup>=2", "bench": BenchConfig(baseline="none")}, "speedup, .*: bench.baseline is none"),
+        (
+            {"require": "miou_drop<=0.01", "bench": BenchConfig(data="demo", limit=4)},
+            "bench.limit is 4, and a drop needs at least 5 images",
+        ),
+        ({"bench": BenchConfig(duration_s=math.inf)}, r"<= 86400.0 - at `\$.bench.duration_s`"),
+        ({"bench": BenchConfig(duration_s=-1.0)}, r">= 0.0 - at `\$.bench.duration_s`"),
+        ({"bench": BenchConfig(jobs=-1)}, r">= 1 - at `\$.bench.jobs`"),
+        ({"classes": 0}, r">= 1 - at `\$.classes`"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -267,6 +282,10 @@ def test_a_config_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, o
         ("archs = [", "no sweep"),
         ("archs = ['unet']\n[bench]\ntogether = 'some'", "some"),
         ("precisions = ['int8']", "archs"),
+        ("archs = ['unet']\n[bench]\nduration_s = inf", r"\$.bench.duration_s"),
+        ("archs = ['unet']\n[bench]\njobs = -1", r"\$.bench.jobs"),
+        ("archs = ['unet']\nclasses = 1" + "0" * 400, "no sweep"),
+        ("archs = " + "[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -275,6 +294,12 @@ def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, message: 
     with pytest.raises(SpecError, match=message) as caught:
         read_config(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_requirement_that_can_be_met_without_what_is_not_measured_is_no_mistake(tmp_path: Path) -> None:
+    assert expand(config(tmp_path, require="miou_drop <= 0.01 or p99_ms <= 30"))
+    with pytest.raises(SpecError, match="-1 jobs"):
+        run_sweep(config(tmp_path), jobs=-1, say=print)
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from rich.console import Console
 
 from edgeseg.errors import GateError, InputError
 from edgeseg.evaluate.accuracy.dataset import IGNORED, Pair
-from edgeseg.evaluate.latency.protocol import LatencyProtocol, median_ms_interleaved
-from edgeseg.evaluate.summary import build_summary, class_table, speed_up, verification_table
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, measure_interleaved, median_ms_interleaved
+from edgeseg.evaluate.summary import build_summary, class_table, noise_lines, speed_words, verification_table
 from edgeseg.evaluate.verify import check_gates, compare_masks, verify
 from edgeseg.images.placement import fit, fit_windows
 from edgeseg.runtime.segmenter import Segmenter
@@ -29,6 +31,7 @@ from edgeseg.store.artifacts import (
     LatencyFigures,
     Manifest,
     PrecisionReport,
+    SpeedUp,
     Verification,
 )
 
@@ -303,7 +306,46 @@ def test_a_slower_engine_is_called_slower() -> None:
     assert rows(verification_table(slow, "e"))["median ms"] == ["50.0", "100.0", "2.0x slower"]
 
 
-def test_what_was_not_measured_is_a_dash() -> None:
+def test_noise_is_said_where_the_speed_up_is() -> None:
+    """As bench says it: a star, the reason, and no factor where the interval holds 1 and reaches far beyond."""
+    varying = dataclasses.replace(FIGURES, median_ms=50.0, noise=("samples vary by 45% around the median",))
+    flagged = dataclasses.replace(GOOD, pytorch_latency=varying, speedup=SpeedUp(4.8, 3.1, 6.0, "faster"))
+    assert rows(verification_table(flagged, "e"))["median ms"] == ["50.0", "10.0", "4.8x faster *"]
+    assert noise_lines(flagged)[1:] == [
+        "  PyTorch: samples vary by 45% around the median",
+        "  speed-up 4.8x (95 %: 3.1 to 6.0)",
+    ]
+    unclear = dataclasses.replace(flagged, speedup=SpeedUp(2.58, 0.74, 9.03, "cannot tell"))
+    assert rows(verification_table(unclear, "e"))["median ms"][2] == "cannot tell *"
+
+
+def test_a_build_on_a_busy_machine_has_the_flags_of_a_bench() -> None:
+    """PyTorch takes 10 ms, now and then 300: the same samples through both commands' figures give the same doubts."""
+    ticks = itertools.count()
+    now_ns = [0]
+
+    class Slow(FakeSession):
+        def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+            now_ns[0] += 300_000_000 if next(ticks) % 7 == 0 else 10_000_000
+            return super().run(images)
+
+    spec, protocol = pipeline(), LatencyProtocol(warmup_ms=0, min_iterations=40, min_duration_ms=0, max_iterations=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "edgeseg.evaluate.verify.measure_interleaved", partial(measure_interleaved, clock_ns=lambda: now_ns[0])
+        )
+        found = verify(
+            Slow(spec, right), Slow(spec, right), spec, scenes(), data="", reference_size_bytes=1, engine_size_bytes=1,
+            protocol=protocol,
+        )  # fmt: skip
+    assert found.pytorch_latency is not None and found.speedup is not None
+    assert any(
+        "of 40 samples above 1.5 times the median, slowest 300.0 ms" in line for line in found.pytorch_latency.noise
+    )
+    assert found.speedup.low <= 1 <= found.speedup.high
+
+
+def test_what_was_not_measured_has_no_line_and_a_dash_beside_what_was() -> None:
     bare = dataclasses.replace(
         GOOD,
         boundary_agreement=None,
@@ -314,11 +356,10 @@ def test_what_was_not_measured_is_a_dash() -> None:
         engine_latency=None,
     )
     found = rows(verification_table(bare, "fpn-int8"))
-    for name in ("mIoU", "Dice", "pixel accuracy", "median ms"):
-        assert found[name] == ["-", "-", "-"]
-    for name in ("near class boundaries", "mIoU, PyTorch's as truth", "p99 ms"):
-        assert found[name] == ["-", "-"]
-    assert speed_up(bare) is None
+    assert [name for name in found if set(name) != {"\u2500"}] == ["PyTorch", "agreement with PyTorch", "size"]
+    half = dataclasses.replace(GOOD, pytorch_latency=None, pytorch_accuracy=AccuracyFigures())
+    assert rows(verification_table(half, "fpn-int8"))["mIoU"] == ["-", "0.6900", "-"]
+    assert speed_words(bare) == "-" and noise_lines(bare) == []
     assert class_table(bare, ()) is None
 
 
@@ -328,11 +369,11 @@ def test_long_names_do_not_break_an_80_column_terminal() -> None:
     assert "0.6900" in text
 
 
-def test_classes_are_listed_by_name_and_an_absent_one_has_no_score() -> None:
+def test_classes_are_listed_by_name_and_an_absent_one_has_no_line() -> None:
     table = class_table(GOOD, ("road", "car", "pole"))
     rows = [line.split() for line in shown(table).splitlines()]
     assert ["car", "0.5000", "0.4800", "-0.0200"] in rows
-    assert ["pole", "-", "-", "-"] in rows
+    assert not any("pole" in row for row in rows)
 
 
 def engine_with(verification: Verification | None, **changes: Any) -> Engine:

@@ -30,7 +30,7 @@ from edgeseg.evaluate.accuracy.loss import LossSums, ScoreTap, loss_sums
 from edgeseg.evaluate.accuracy.scores import accuracy_of, truth_counts
 from edgeseg.evaluate.accuracy.worst import save_worst
 from edgeseg.evaluate.contenders import Contender, Opener, first_baseline
-from edgeseg.evaluate.intervals import Counts
+from edgeseg.evaluate.intervals import MIN_IMAGES, Counts
 from edgeseg.evaluate.results import Accuracy, Resolution, WorstImage
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.orphans import end_with_parent
@@ -70,10 +70,19 @@ class AccuracyRequest:
     images_folder: Path | None = None
     state_folder: Path | None = None
 
-    def check(self, contenders: Sequence[Contender]) -> None:
-        """Find the data as each model would; raises ``InputError`` or ``SpecError`` where that fails."""
-        for model in {sha256_json(c.spec.model): c.spec.model for c in contenders}.values():
-            self.open(model)
+    def check(self, contenders: Sequence[Contender]) -> tuple[str, ...]:
+        """Find the data as each model would; raises ``InputError`` or ``SpecError`` where that fails.
+
+        Returns what cannot be judged on it, a sentence each.
+        """
+        models = {sha256_json(c.spec.model): c.spec.model for c in contenders}.values()
+        sizes = {len(data) for data in map(self.open, models) if data.masks}
+        if not any(images < MIN_IMAGES for images in sizes):
+            return ()
+        return (
+            f"{min(sizes)} images with masks: no drop against the baseline is judged, that needs at least {MIN_IMAGES}; "
+            + ("raise --limit" if self.limit is not None else "give more with --data"),
+        )
 
     def open(self, model: ModelSpec) -> ValidationSet:
         """The data set as ``model`` is to be judged on it."""

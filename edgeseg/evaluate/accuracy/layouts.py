@@ -78,11 +78,13 @@ def parse_label_map(text: str) -> dict[int, int]:
     for part in text.split(","):
         key, _, value = part.strip().partition("=")
         try:
-            result[int(key)] = IGNORED if value.strip() == "ignore" else int(value)
+            read = int(key), IGNORED if value.strip() == "ignore" else int(value)
         except ValueError:
-            raise InputError(
-                f"label map {part.strip()!r} is not FILE_VALUE=CLASS, such as 7=0,8=1,255=ignore"
-            ) from None
+            read = None
+        # Masks are int32 once they are read.
+        if read is None or max(map(abs, read)) >= 2**31:
+            raise InputError(f"label map {part.strip()[:60]!r} is not FILE_VALUE=CLASS, such as 7=0,8=1,255=ignore")
+        result[read[0]] = read[1]
     return result
 
 

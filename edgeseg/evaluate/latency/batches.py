@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -24,6 +25,23 @@ MIN_PER_BATCH = 4
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # Resamples at a time: memory stays at a few dozen MB for any number of samples.
 _CHUNK_CELLS = 2_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A positive figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def over(self, other: Estimate) -> Estimate:
+        """The ratio of two figures from different runs, with the interval that follows from both intervals (Zou and
+        Donner, "Construction of confidence limits about effect measures", 2008), on a logarithmic scale."""
+        down = math.hypot(math.log(self.value / self.low), math.log(other.high / other.value))
+        up = math.hypot(math.log(self.high / self.value), math.log(other.value / other.low))
+        ratio = self.value / other.value
+        return Estimate(ratio, ratio * math.exp(-down), ratio * math.exp(up))
 
 
 def batch_count(samples: int) -> int:

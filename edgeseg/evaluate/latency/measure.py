@@ -19,8 +19,8 @@ from edgeseg.evaluate.latency.statistics import distribution, noise_flags
 from edgeseg.evaluate.latency.streams import measure_streams
 from edgeseg.evaluate.results import Latency, Setting, StageSplit, row_id
 from edgeseg.machine.power import PowerSource, power_log
-from edgeseg.machine.record import MachineState, Power
-from edgeseg.machine.state import machine_flags, machine_state, read_counters
+from edgeseg.machine.record import Power
+from edgeseg.machine.state import MachineWatch
 from edgeseg.runtime.segmenter import Segmenter
 
 POWER_SECONDS = 2.0
@@ -123,12 +123,10 @@ def _measure(
     calls: dict[str, Call] = {
         c.name: _named(c.name, partial(Segmenter(sessions[c.name], c.spec), noise(c, setting))) for c in contenders
     }
-    counters, states = read_counters(), list[MachineState]()
+    watch = MachineWatch()
 
     def after_round(done: int, total: int) -> None:
-        # Taken when all are warm: a clock that rises when work begins is no reason to distrust what follows.
-        if not states:
-            states.append(machine_state())
+        watch.warm()
         if progress is not None:
             progress(done, total)
 
@@ -141,7 +139,7 @@ def _measure(
         )
         samples = {n: LatencySamples(n, s.samples_ms, s.warmup_iterations, protocol) for n, s in under_load.items()}
         rates = {n: setting.batch * s.calls_per_s for n, s in under_load.items()}
-    flags = machine_flags(counters, read_counters(), (states[0], machine_state()))
+    flags = watch.flags()
     powers = {} if power is None else {n: _power(call, power, setting, idle_w) for n, call in calls.items()}
     stages = {c.name: _stages(sessions[c.name], c, setting) for c in contenders}
     group = row_id("", setting).strip()

@@ -13,10 +13,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
 from edgeseg.errors import SpecError
@@ -76,8 +77,10 @@ STABLE_CALLS = 5
 """Calls whose median is compared with that of as many before, see ``LatencyProtocol.stable_within``."""
 
 TRTEXEC = LatencyProtocol()
-SHORT = LatencyProtocol(warmup_ms=100.0, min_iterations=12, min_duration_ms=800.0, max_iterations=400)
-"""The protocol at the end of a build: about a second for each contender."""
+BENCH = LatencyProtocol(stable_within=0.03)
+"""The protocol of ``edgeseg bench``: trtexec's, warmed up until times settle."""
+SHORT = replace(BENCH, min_duration_ms=1000.0, min_iterations=12, max_iterations=400, max_warmup_ms=2000.0)
+"""The protocol at the end of a build: bench's, a second for each contender."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,11 @@ class LatencySamples:
         )
 
 
+SAME_WITHIN = 1.10
+"""Two speeds are called the same when the whole interval of their ratio lies within this factor; an interval that holds 1
+and reaches further shows neither a difference nor its absence."""
+
+
 @dataclass(frozen=True)
 class Ratio:
     """How many times faster ``b`` is than ``a``: median of the paired ratios ``a / b``, with its interval.
@@ -130,6 +138,11 @@ class Ratio:
         """False when the interval spans 1: no difference was shown."""
         return not self.low <= 1.0 <= self.high
 
+    @property
+    def is_same(self) -> bool:
+        """No difference was shown, and none larger than :data:`SAME_WITHIN` is possible."""
+        return not self.is_difference and self.low >= 1 / SAME_WITHIN and self.high <= SAME_WITHIN
+
 
 def percentile(samples: tuple[float, ...] | list[float], percent: float) -> float:
     """trtexec's percentile: ``sorted[max(n - 1 - int((1 - percent / 100) * n), 0)]``; an observed sample.
@@ -144,6 +157,13 @@ def percentile(samples: tuple[float, ...] | list[float], percent: float) -> floa
         raise ValueError(f"percentile {percent} of {len(samples)} samples: need at least one sample and 0..100")
     excluded = int((100 - percent) * len(samples) / 100)
     return sorted(samples)[max(len(samples) - 1 - excluded, 0)]
+
+
+def percentile_of_rows(samples: NDArray[np.float64], percent: float) -> NDArray[np.float64]:
+    """:func:`percentile` of each row of ``(R, N)``."""
+    excluded = int((100 - percent) * samples.shape[1] / 100)
+    place = max(samples.shape[1] - 1 - excluded, 0)
+    return np.asarray(np.partition(samples, place, axis=1)[:, place])
 
 
 def median(samples: tuple[float, ...] | list[float]) -> float:

@@ -75,7 +75,7 @@ def speed_comparison(
 ) -> SpeedComparison:
     """How many times faster the contender is, from samples taken in turns; see :func:`.protocol.compare`."""
     ratio = compare(baseline, contender)
-    verdict: SpeedVerdict = "no difference"
+    verdict: SpeedVerdict = "no difference" if ratio.is_same else "cannot tell"
     if ratio.is_difference:
         verdict = "faster" if ratio.median > 1 else "slower"
     return SpeedComparison(baseline_id, row_id, ratio.median, ratio.low, ratio.high, ratio.pairs, verdict)

@@ -1,0 +1,116 @@
+"""What a terminal of 80 columns shows: whole figures, names that wrap at hyphens, no sign on zero."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bench_rows import merged, row
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from edgeseg.decide.verdict import decide
+from edgeseg.evaluate.bench_table import bench_summary
+from edgeseg.evaluate.latency.statistics import distribution
+from edgeseg.evaluate.regressions import change_table, compare_reports
+from edgeseg.evaluate.results import BenchReport, read_report
+from edgeseg.evaluate.tables import FigureTable, counted, number, wrapped
+from edgeseg.report.plain import terminal
+
+EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
+LONG = "deeplabv3plus-tu-tf_efficientnet_lite0-demo-int8"
+
+
+def printed(renderable: object, width: int = 80) -> list[str]:
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(renderable)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    return lines
+
+
+def slow_with_long_names(report: BenchReport, factor: float) -> BenchReport:
+    """Latencies of seconds, and engines with names as long as real ones."""
+    rows, names = [], {}
+    for one in report.rows:
+        name = one.engine.name if one.engine.is_baseline else f"{LONG}-{one.engine.name}"
+        names[one.id] = one.id.replace(one.engine.name, name)
+        assert one.latency is not None
+        samples = tuple(ms * factor for ms in one.latency.samples_ms)
+        latency = replace(one.latency, samples_ms=samples, end_to_end=distribution(samples))
+        rows.append(replace(one, id=names[one.id], engine=replace(one.engine, name=name), latency=latency))
+    comparisons = tuple(replace(c, row=names[c.row], baseline=names[c.baseline]) for c in report.comparisons)
+    return replace(report, rows=tuple(rows), comparisons=comparisons)
+
+
+def test_compare_shows_every_figure_whole_at_80_columns() -> None:
+    report = read_report(EXAMPLE)
+    old, new = slow_with_long_names(report, 230.0), slow_with_long_names(report, 251.0)
+    changes = compare_reports(old, new)
+    text = "\n".join(printed(change_table(changes)))
+    assert "\u2026" not in text
+    for change in changes:
+        if change.metric == "median_ms":
+            (line,) = [
+                line for line in text.splitlines() if f" {change.old:.0f} " in line or f" {change.old:.2f} " in line
+            ]
+            assert change.verdict in line
+    # The name can be put together again from its lines.
+    assert f"{LONG}-fpn-int8b1t-s1" in re.sub(r"\s", "", text)
+
+
+def test_bench_and_report_split_names_at_hyphens_only() -> None:
+    report = slow_with_long_names(read_report(EXAMPLE), 230.0)
+    for lines in (printed(bench_summary(report)), printed(terminal(decide(merged(*report.rows)), width=80))):
+        assert not any("\u2026" in line for line in lines)
+        ends = [m[1] for line in lines if (m := re.match(r" *(?:\d+  )?(deeplabv3plus\S*)", line))]
+        assert ends and all(re.search(r"[-_:]$|int8|fp32", end) for end in ends)
+
+
+def test_a_word_is_not_split_where_it_fits() -> None:
+    table = FigureTable.of("engine", "median", "p99")
+    table.add("fpn-resnet18-demo-int8", "2327.10", "12345.67")
+    lines = printed(table, 36)
+    assert [line.split() for line in lines[-3:-1]] == [["fpn-resnet18-", "2327.10", "12345.67"], ["demo-int8"]]
+
+
+@given(st.text("ab1-_/, .", max_size=60), st.integers(1, 30))
+def test_wrapping_keeps_every_character_and_the_width(name: str, width: int) -> None:
+    lines = wrapped(name, width).split("\n")
+    assert all(len(line) <= width for line in lines)
+    assert "".join(lines).replace(" ", "") == name.replace(" ", "")
+
+
+def test_a_column_nobody_measured_is_left_out() -> None:
+    table = FigureTable.of("engine", "ms", "RSS MB")
+    table.add("a", "1.00", "-")
+    table.add("b", "-", "-")
+    text = "\n".join(printed(table))
+    assert "RSS" not in text and re.search(r"b +-", text)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(-0.00001, "0.0000"), (0.00001, "0.0000"), (-0.0, "0.0000"), (-0.00006, "-0.0001"), (0.25, "+0.2500")],
+)
+def test_zero_has_no_sign(value: float, text: str) -> None:
+    assert number(value, 4, signed=True) == text
+    assert number(value, 4) == text.lstrip("+")
+
+
+def test_a_drop_of_nothing_is_zero_in_the_report() -> None:
+    one = row("e", 5.0, miou=0.7, drop=-0.000001)
+    lines = printed(terminal(decide(merged(one)), width=140), width=140)
+    assert any(" 0.0000 " in line for line in lines) and not any("-0.0000" in line for line in lines)
+
+
+def test_one_is_no_plural() -> None:
+    assert (counted(1, "more row"), counted(2, "more row"), counted(0, "row")) == (
+        "1 more row",
+        "2 more rows",
+        "0 rows",
+    )
