@@ -34,6 +34,9 @@ _SESSION_ENTRIES = {
     "session.force_spinning_stop": "1",
 }
 
+_DISABLED_OPTIMIZERS = ("WeightBiasQuantization",)
+"""Writes float biases as int32, which overflows for filters that are nearly zero. Schemes that want it have int32 biases."""
+
 
 @dataclass(frozen=True)
 class OnnxRuntimeBackend:
@@ -148,6 +151,8 @@ def open_unoptimized(path: Path) -> OnnxRuntimeSession:
     """Run an ONNX file as it is, a portable graph of another target too. Raises ``ArtifactError``."""
     ort, cpu = _import_ort(), this_cpu()
     settings = _session_options(ort, cpu_options("onnxruntime", {}, _OPTION_NAMES), cpu)
+    # Optimizing writes another graph: float biases become int32, which overflows for filters that are nearly zero.
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return OnnxRuntimeSession(_open(ort, path, settings, ArtifactError))
 
 
@@ -180,7 +185,9 @@ def _session_options(ort: Any, options: Mapping[str, Any], cpu: Cpu) -> Any:
 
 def _open(ort: Any, path: Path, settings: Any, error: type[BuildError] | type[ArtifactError]) -> Any:
     try:
-        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            str(path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED_OPTIMIZERS
+        )
     except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception
         written = settings.optimized_model_filepath
         if written and "serialization failed" in str(exc):
