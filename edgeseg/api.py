@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.artifacts import Engine
+from edgeseg.artifacts import MIN_INT8_SHARE, Engine
 from edgeseg.backends import BACKENDS
 from edgeseg.errors import SpecError
 from edgeseg.progress import Reporter, SilentReporter
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeseg.quantize.table import CalibrationTable
-
-# Below this share of int8 multiply-accumulates an engine is not what "int8" promises.
-MIN_INT8_SHARE = 0.7
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from edgeseg.artifacts import Engine, OnnxGraph
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu import Cpu, this_cpu
-from edgeseg.backends.options import check_built_for, cpu_options
+from edgeseg.backends.options import CPU_OPTIONS, check_built_for, cpu_options
 from edgeseg.backends.precision import executed_precision, node_times, profiled_events, run_profiled
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 
 ENGINE_NAME = "engine.onnx"
-_OPTION_NAMES = ("threads", "spinning")
 
 _SESSION_ENTRIES = {
     # Denormals cost hundreds of cycles each; a segmentation logit that small decides nothing.
@@ -69,7 +68,7 @@ class OnnxRuntimeBackend:
         engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Optimize the graph for this CPU and save it in ``folder``."""
-        chosen = cpu_options(self.name, options, _OPTION_NAMES)
+        chosen = cpu_options(self.name, options)
         ort = _import_ort()
         path = folder / ENGINE_NAME
         settings = _session_options(ort, chosen, self.cpu)
@@ -89,14 +88,15 @@ class OnnxRuntimeBackend:
 
     def load(self, engine: Engine) -> OnnxRuntimeSession:
         """Load an engine folder built by :meth:`build` on a CPU with the same instruction set."""
-        ort = _import_ort()
+        ort, path = _import_ort(), engine.engine_path
         check_built_for(engine, self.cpu, "onnxruntime", str(ort.__version__))
-        return OnnxRuntimeSession(_open(ort, engine.engine_path, self.load_settings(ort, engine), ArtifactError))
+        return OnnxRuntimeSession(_open(ort, path, self.load_settings(ort, engine), ArtifactError))
 
     def load_settings(self, ort: Any, engine: Engine) -> Any:
         """The session options ``engine`` is run with."""
-        saved = {name: engine.manifest.options[name] for name in _OPTION_NAMES if name in engine.manifest.options}
-        settings = _session_options(ort, cpu_options(self.name, saved, _OPTION_NAMES), self.cpu)
+        options = engine.manifest.options
+        saved = {name: options[name] for name in CPU_OPTIONS[self.name] if name in options}
+        settings = _session_options(ort, cpu_options(self.name, saved), self.cpu)
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         return settings
 
@@ -150,7 +150,7 @@ def backend() -> OnnxRuntimeBackend:
 def open_unoptimized(path: Path) -> OnnxRuntimeSession:
     """Run an ONNX file as it is, a portable graph of another target too. Raises ``ArtifactError``."""
     ort, cpu = _import_ort(), this_cpu()
-    settings = _session_options(ort, cpu_options("onnxruntime", {}, _OPTION_NAMES), cpu)
+    settings = _session_options(ort, cpu_options("onnxruntime", {}), cpu)
     # Optimizing writes another graph: float biases become int32, which overflows for filters that are nearly zero.
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return OnnxRuntimeSession(_open(ort, path, settings, ArtifactError))

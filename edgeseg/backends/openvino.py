@@ -26,7 +26,6 @@ from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDepende
 from edgeseg.spec import Precision
 
 ENGINE_NAME = "engine.blob"
-_OPTION_NAMES = ("threads",)
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class OpenVinoBackend:
         engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Compile the graph for this CPU and export it into ``folder``."""
-        chosen = cpu_options(self.name, options, _OPTION_NAMES)
+        chosen = cpu_options(self.name, options)
         ov = _import_openvino()
         settings = self._settings(ov, chosen["threads"], graph.precision)
         path = folder / ENGINE_NAME
@@ -81,15 +80,15 @@ class OpenVinoBackend:
 
     def load(self, engine: Engine) -> OpenVinoSession:
         """Load an engine folder built by :meth:`build` on a CPU with the same instruction set."""
-        ov = _import_openvino()
+        ov, path = _import_openvino(), engine.engine_path
         check_built_for(engine, self.cpu, "openvino", _version(ov))
         manifest = engine.manifest
         threads = manifest.options.get("threads", 0)
         settings = self._settings(ov, threads, manifest.precision.requested)
         try:
-            compiled = ov.Core().import_model(engine.engine_path.read_bytes(), "CPU", settings)
+            compiled = ov.Core().import_model(path.read_bytes(), "CPU", settings)
         except Exception as exc:  # see build
-            raise ArtifactError(f"OpenVINO cannot load {engine.engine_path}: {_one_line(exc)}") from exc
+            raise ArtifactError(f"OpenVINO cannot load {path}: {_one_line(exc)}") from exc
         return OpenVinoSession(compiled)
 
     def _settings(self, ov: Any, threads: int, precision: Precision) -> dict[str, Any]:
@@ -244,6 +243,7 @@ def _executed_precision(compiled: Any, graph: OnnxGraph) -> PrecisionReport:
         mac_share={dtype: count / total for dtype, count in sorted(shares.items())} if total else {},
         node_share={dtype: count / len(nodes) for dtype, count in sorted(Counter(nodes).items())},
         macs=total // batch,
+        evidence="inspected",
         float_layers={
             name: f"OpenVINO runs it in {executed.get(name, 'fp32')}"
             for name in macs

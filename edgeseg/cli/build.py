@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import click
 
-from edgeseg.api import MIN_INT8_SHARE, BuildRequest
+from edgeseg.api import BuildRequest
+from edgeseg.artifacts import MIN_INT8_SHARE
 from edgeseg.backends import BACKENDS
 from edgeseg.cli.parameters import ANY_PATH, BatchType, SizeType
 from edgeseg.cli.shared_options import backend_options, model_options

@@ -12,8 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgeseg.api import MIN_INT8_SHARE
-from edgeseg.artifacts import OnnxGraph
+from edgeseg.artifacts import MIN_INT8_SHARE, OnnxGraph
 from edgeseg.backends import get_backend
 from edgeseg.convert.export import export_onnx
 from edgeseg.convert.load import load_model
