@@ -22,6 +22,7 @@ from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu import Cpu, this_cpu
 from edgeseg.backends.options import CPU_OPTIONS, check_built_for, cpu_options
 from edgeseg.backends.precision import executed_precision, node_times, profiled_events, run_profiled
+from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 
 ENGINE_NAME = "engine.onnx"
@@ -68,8 +69,11 @@ class OnnxRuntimeBackend:
         engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Optimize the graph for this CPU and save it in ``folder``."""
+        from edgeseg.onnx_file import read_onnx
+
         chosen = cpu_options(self.name, options)
         ort = _import_ort()
+        read_onnx(graph.path)  # refused here, not by a parser in native code
         path = folder / ENGINE_NAME
         settings = _session_options(ort, chosen, self.cpu)
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -161,6 +165,7 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
     ort, found = _import_ort(), backend()
     check_built_for(engine, found.cpu, "onnxruntime", str(ort.__version__))
     settings = found.load_settings(ort, engine)
+    require_self_contained(engine.engine_path)
     return node_times(profiled_events(ort, engine.engine_path, settings, engine.manifest.spec.input, runs), runs)
 
 
@@ -184,6 +189,7 @@ def _session_options(ort: Any, options: Mapping[str, Any], cpu: Cpu) -> Any:
 
 
 def _open(ort: Any, path: Path, settings: Any, error: type[BuildError] | type[ArtifactError]) -> Any:
+    require_self_contained(path)
     try:
         return ort.InferenceSession(
             str(path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED_OPTIMIZERS

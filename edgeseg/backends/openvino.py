@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from edgeseg.backends.openvino_argmax import replace_argmax
 from edgeseg.backends.options import check_built_for, cpu_options
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 from edgeseg.spec import Precision
+
+if TYPE_CHECKING:
+    import onnx
 
 ENGINE_NAME = "engine.blob"
 
@@ -59,10 +62,13 @@ class OpenVinoBackend:
         engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Compile the graph for this CPU and export it into ``folder``."""
+        from edgeseg.onnx_file import read_onnx
+
         chosen = cpu_options(self.name, options)
         ov = _import_openvino()
         settings = self._settings(ov, chosen["threads"], graph.precision)
         path = folder / ENGINE_NAME
+        source = read_onnx(graph.path)  # refused here, not by a parser in native code
         try:
             model = ov.Core().read_model(str(graph.path))
             replace_argmax(ov, model)
@@ -72,7 +78,7 @@ class OpenVinoBackend:
             raise BuildError(f"OpenVINO {_version(ov)} cannot compile {graph.path}: {_one_line(exc)}") from exc
         return BuiltEngine(
             path=path,
-            precision=_executed_precision(compiled, graph),
+            precision=_executed_precision(compiled, graph, source),
             options={"threads": chosen["threads"], **{k: str(v) for k, v in settings.items()}},
             versions={"openvino": _version(ov)},
             device={"cpu": self.cpu.name, "isa": self.cpu.isa},
@@ -172,7 +178,10 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
     Raises:
         BuildError: OpenVINO cannot compile or run it.
     """
+    from edgeseg.onnx_file import read_onnx
+
     ov, found, manifest = _import_openvino(), backend(), engine.manifest
+    read_onnx(engine.graph_path)
     settings = found._settings(ov, manifest.options.get("threads", 0), manifest.precision.requested)
     spec = manifest.spec.input
     image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, np.uint8)
@@ -213,12 +222,11 @@ def _version(ov: Any) -> str:
     return str(ov.__version__).split("-")[0]
 
 
-def _executed_precision(compiled: Any, graph: OnnxGraph) -> PrecisionReport:
+def _executed_precision(compiled: Any, graph: OnnxGraph, model: onnx.ModelProto) -> PrecisionReport:
     """Join the runtime model's precision per layer with the portable graph's multiply-accumulates."""
     from edgeseg.convert.macs import count_macs
-    from edgeseg.onnx_file import read_onnx
 
-    model, spec = read_onnx(graph.path), graph.spec.input
+    spec = graph.spec.input
     symbols = (d.dim_param for d in model.graph.input[0].type.tensor_type.shape.dim)
     sizes = dict(zip(symbols, (spec.batch.minimum, spec.height, spec.width, spec.channels), strict=True))
     macs = count_macs(model, sizes)

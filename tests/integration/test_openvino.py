@@ -141,8 +141,14 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     built.path.write_bytes(built.path.read_bytes()[:100])
     with pytest.raises(ArtifactError, match="cannot load"):
         backend.load(engine(tmp_path, built))
-    source.path.write_bytes(b"not a graph")
+    unknown = mask_model()
+    unknown.graph.node[-1].domain = "nowhere"
+    unknown.opset_import.append(onnx.helper.make_opsetid("nowhere", 1))
+    source.path.write_bytes(unknown.SerializeToString())
     with pytest.raises(BuildError, match="cannot compile"):
+        backend.build(replace(source), tmp_path, {})
+    source.path.write_bytes(b"not a graph")
+    with pytest.raises(ArtifactError, match="is not an ONNX file"):
         backend.build(replace(source), tmp_path, {})
 
 
