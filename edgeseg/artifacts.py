@@ -21,6 +21,8 @@ from edgeseg.spec import PipelineSpec, Precision
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+MAX_JSON_BYTES = 64 << 20
+"""Of a manifest, table or report; the largest, a bench of hundreds of engines, has a few."""
 
 T = TypeVar("T")
 
@@ -277,10 +279,14 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     """Read JSON into a dataclass, every field type-checked.
 
     Raises:
-        ArtifactError: missing, unreadable, not JSON, or of another shape; says which field.
+        ArtifactError: missing, unreadable, above 64 MiB, not JSON, or of another shape; says which field.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        with path.open("rb") as stream:
+            text = stream.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise ArtifactError(f"{what} {path} is larger than {MAX_JSON_BYTES >> 20} MiB, which none of edgeseg's is")
+        return msgspec.json.decode(text, type=kind)
     except OSError as exc:
         raise ArtifactError(f"cannot read {what} {path}: {exc.strerror}") from exc
     except (msgspec.DecodeError, ValueError) as exc:

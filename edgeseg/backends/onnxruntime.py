@@ -8,7 +8,7 @@ chosen for this CPU, so ``load`` refuses one made for another instruction set.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from edgeseg.backends.cpu import Cpu, this_cpu
 from edgeseg.backends.options import CPU_OPTIONS, check_built_for, cpu_options
 from edgeseg.backends.precision import executed_precision, node_times, profiled_events, run_profiled
 from edgeseg.backends.self_contained import require_self_contained
+from edgeseg.backends.signature import ANY, TensorInfo, check_signature
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 
 ENGINE_NAME = "engine.onnx"
@@ -94,7 +95,9 @@ class OnnxRuntimeBackend:
         """Load an engine folder built by :meth:`build` on a CPU with the same instruction set."""
         ort, path = _import_ort(), engine.engine_path
         check_built_for(engine, self.cpu, "onnxruntime", str(ort.__version__))
-        return OnnxRuntimeSession(_open(ort, path, self.load_settings(ort, engine), ArtifactError))
+        session = _open(ort, path, self.load_settings(ort, engine), ArtifactError)
+        check_signature(_tensors(session.get_inputs()), _tensors(session.get_outputs()), engine.manifest.spec)
+        return OnnxRuntimeSession(session)
 
     def load_settings(self, ort: Any, engine: Engine) -> Any:
         """The session options ``engine`` is run with."""
@@ -203,6 +206,17 @@ def _open(ort: Any, path: Path, settings: Any, error: type[BuildError] | type[Ar
                 f"ONNX Runtime could not write {written}, with {free_mb:.1f} MB free there; free space or give another --output"
             ) from exc
         raise error(f"ONNX Runtime {ort.__version__} cannot load {path}: {_one_line(exc)}") from exc
+
+
+def _tensors(arguments: Sequence[Any]) -> list[TensorInfo]:
+    """What ONNX Runtime says of a session's inputs or outputs: ``tensor(uint8)``, a number or a name per dimension."""
+    found = []
+    for argument in arguments:
+        dtype = argument.type.removeprefix("tensor(").removesuffix(")")
+        # A scalar and a shape nobody knows look alike.
+        shape = [(size, size) if isinstance(size, int) else ANY for size in argument.shape] or None
+        found.append(TensorInfo(argument.name, {"float": "float32"}.get(dtype, dtype), shape and tuple(shape)))
+    return found
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[Any, ...]) -> bool:

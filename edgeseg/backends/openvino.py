@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu import Cpu, this_cpu
 from edgeseg.backends.openvino_argmax import replace_argmax
 from edgeseg.backends.options import check_built_for, cpu_options
+from edgeseg.backends.signature import TensorInfo, check_signature
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 from edgeseg.spec import Precision
 
@@ -95,6 +96,7 @@ class OpenVinoBackend:
             compiled = ov.Core().import_model(path.read_bytes(), "CPU", settings)
         except Exception as exc:  # see build
             raise ArtifactError(f"OpenVINO cannot load {path}: {_one_line(exc)}") from exc
+        check_signature(_tensors(compiled.inputs), _tensors(compiled.outputs), manifest.spec)
         return OpenVinoSession(compiled)
 
     def _settings(self, ov: Any, threads: int, precision: Precision) -> dict[str, Any]:
@@ -210,6 +212,17 @@ def _import_openvino() -> Any:
     except ImportError as exc:
         raise MissingDependencyError("openvino", "openvino", "run engines with OpenVINO") from exc
     return openvino
+
+
+def _tensors(ports: Sequence[Any]) -> list[TensorInfo]:
+    """What OpenVINO says of a compiled model's inputs or outputs."""
+    found = []
+    for port in ports:
+        shape, name = port.get_partial_shape(), port.get_any_name() if port.get_names() else ""
+        sizes = tuple((d.get_min_length(), d.get_max_length() if d.get_max_length() > 0 else None) for d in shape)
+        dtype = np.dtype(port.get_element_type().to_dtype()).name
+        found.append(TensorInfo(name, dtype, sizes))
+    return found
 
 
 def _exported(compiled: Any) -> bytes:

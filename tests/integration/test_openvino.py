@@ -25,6 +25,7 @@ from edgeseg.backends.openvino_argmax import replace_argmax  # noqa: E402
 from edgeseg.errors import ArtifactError, BuildError, InputError, SpecError  # noqa: E402
 from edgeseg.quantize.qdq import write_qdq  # noqa: E402
 from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
+from edgeseg.spec import BatchRange  # noqa: E402
 
 pytestmark = pytest.mark.integration
 
@@ -55,9 +56,14 @@ def saved(model: onnx.ModelProto, path: Path) -> OnnxGraph:
     return OnnxGraph(path, sha256_file(path), "fp32", spec(HEIGHT, WIDTH, CLASSES), "0" * 64)
 
 
-def engine(folder: Path, built: Any, **device: str) -> Any:
+def engine(folder: Path, built: Any, batch: BatchRange = BatchRange(), **device: str) -> Any:  # noqa: B008
+    contract = spec(HEIGHT, WIDTH, CLASSES)
     manifest = SimpleNamespace(
-        device={**built.device, **device}, versions=built.versions, options=built.options, precision=built.precision
+        device={**built.device, **device},
+        versions=built.versions,
+        options=built.options,
+        precision=built.precision,
+        spec=replace(contract, input=replace(contract.input, batch=batch)),
     )
     return SimpleNamespace(folder=folder, engine_path=built.path, manifest=manifest)
 
@@ -88,7 +94,8 @@ def test_build_load_run(batch: int | str, tmp_path: Path) -> None:
     backend = get_backend("openvino")
     built = backend.build(saved(model, tmp_path / "model.onnx"), tmp_path, {"threads": 1})
     assert built.precision.mac_share == {"fp32": 1.0}
-    with backend.load(engine(tmp_path, built)) as session:
+    sizes = BatchRange(1, 1, 3) if batch == "n" else BatchRange(batch, batch, batch)  # type: ignore[arg-type]
+    with backend.load(engine(tmp_path, built, sizes)) as session:
         batches = [images(batch if isinstance(batch, int) else count) for count in (1, 2, 3)]
         for given in batches:
             np.testing.assert_array_equal(session.run(given)["mask"], run(model, image=given)[0])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from small_graphs import RNG, floats, graph, spec, table_for
+from numpy.typing import NDArray
+from small_graphs import graph, spec, table_for
 
 from edgeseg.artifacts import (
     MANIFEST_NAME,
@@ -25,11 +26,17 @@ from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.schemes import SCHEMES
 
 SIDE, CLASSES = 16, 5
-IMAGES = RNG.integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8)
+IMAGES = np.random.default_rng(5).integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8)
 COMMAND = "edgeseg build --arch fpn --target onnxruntime --output engines/a"
 
 
 def model() -> onnx.ModelProto:
+    """Always the same network; its mask of ``IMAGES`` shows every class."""
+    rng = np.random.default_rng(6)
+
+    def floats(*shape: int) -> NDArray[np.float32]:
+        return rng.standard_normal(shape).astype(np.float32)
+
     return graph(
         f"(uint8[1, {SIDE}, {SIDE}, 3] image) => (uint8[1, {SIDE}, {SIDE}] mask)",
         """real = Cast <to = 1> (image) planes = Transpose <perm = [0, 3, 1, 2]> (real) x = Mul(planes, gain)
