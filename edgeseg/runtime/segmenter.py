@@ -108,7 +108,8 @@ class Segmenter:
             and images.dtype == np.uint8
             and images.flags.c_contiguous
         ):
-            return self._values_checked(self._open().run(images[None])["mask"])[0]
+            mask: NDArray[Any] = self._values_checked(self._open().run(images[None])["mask"])[0]
+            return mask
         batch, single = self._batch(images)
         masks = [p.mask for p in self._predictions(batch, channel_order, mask_only=True)]
         return masks[0] if single else np.stack(masks)
