@@ -216,7 +216,7 @@ class Engine:
         if self.manifest.engine is None:
             # A graph for one kind of CPU is compiled there; TensorRT's is for whatever GPU is at hand.
             scheme = self.manifest.scheme or ""
-            where = f" ({scheme}); run on its device" if scheme.startswith("onnxruntime-") else "; run"
+            where = f" ({scheme}); run on its device" if scheme.startswith(("onnxruntime", "openvino")) else "; run"
             raise StaleEngineError(f"{self.folder} holds a portable graph only{where}: edgeseg compile {self.folder}")
         return self.folder / self.manifest.engine.name
 
@@ -289,7 +289,7 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
         return msgspec.json.decode(text, type=kind)
     except OSError as exc:
         raise ArtifactError(f"cannot read {what} {path}: {exc.strerror}") from exc
-    except (msgspec.DecodeError, ValueError) as exc:
+    except (msgspec.DecodeError, ValueError, RecursionError) as exc:
         raise ArtifactError(f"{what} {path} is damaged or not one: {exc}") from exc
 
 

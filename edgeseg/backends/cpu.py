@@ -36,7 +36,7 @@ class Cpu:
         return "avx512_vnni" in self.flags or "avx_vnni" in self.flags
 
     def computes(self, scheme: str | None) -> bool:
-        """Whether ONNX Runtime's kernels for this CPU compute a graph of ``scheme`` as it is meant.
+        """Whether the kernels of ONNX Runtime and OpenVINO for this CPU compute a graph of ``scheme`` as it is meant.
 
         Without VNNI the sums of 8-bit products saturate: the masks would be wrong, not just slow. A scheme of another
         architecture runs in float.
@@ -45,6 +45,7 @@ class Cpu:
             "onnxruntime-vnni": self.arch != "arm" and self.has_vnni,
             "onnxruntime-avx2": self.arch != "arm",
             "onnxruntime-arm": self.arch == "arm",
+            "openvino-avx2": True,
         }
         return scheme is None or fits.get(scheme, self.arch == "arm" or self.has_vnni)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -193,10 +195,18 @@ def _session_options(ort: Any, options: Mapping[str, Any], cpu: Cpu) -> Any:
 
 def _open(ort: Any, path: Path, settings: Any, error: type[BuildError] | type[ArtifactError]) -> Any:
     require_self_contained(path)
+    make = partial(
+        ort.InferenceSession,
+        str(path),
+        settings,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=_DISABLED_OPTIMIZERS,
+    )
     try:
-        return ort.InferenceSession(
-            str(path), settings, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED_OPTIMIZERS
-        )
+        # The first session of a process lets the thread that makes it flush denormals for good, numpy's and PyTorch's as
+        # well. A thread of its own takes that with it; those of the session's pool flush theirs in any case.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(make).result()
     except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception
         written = settings.optimized_model_filepath
         if written and "serialization failed" in str(exc):

@@ -44,7 +44,7 @@ def check_options(target: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def builds_here(backend: Backend, scheme: str | None) -> bool:
     """Whether this machine can build the backend's engine of a graph of ``scheme`` (``None``: not quantized)."""
-    if backend.name == "onnxruntime":
+    if backend.name in CPU_OPTIONS:
         return this_cpu().computes(scheme)
     status = backend.status()
     return backend.name not in DEVICE_TARGETS or status.available or status.can_build
@@ -55,7 +55,7 @@ def portable_engine(graph: OnnxGraph, target: str, precision: Precision, options
 
     Args:
         graph: the typed graph.
-        target: one of :data:`DEVICE_TARGETS`, or ``onnxruntime`` for another kind of CPU.
+        target: one of :data:`DEVICE_TARGETS`, or a CPU's for another kind of CPU.
         precision: asked for. An fp32 graph with ``int8`` is one for implicit calibration.
         options: checked now, used when the folder is compiled.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 ov = pytest.importorskip("openvino", reason="openvino is not installed")
@@ -21,9 +24,11 @@ from small_graphs import RNG, floats, graph, run, spec, table_for  # noqa: E402
 
 from edgeseg.artifacts import OnnxGraph, sha256_file  # noqa: E402
 from edgeseg.backends import get_backend  # noqa: E402
+from edgeseg.backends.cpu import Cpu, this_cpu  # noqa: E402
+from edgeseg.backends.openvino import OpenVinoBackend  # noqa: E402
 from edgeseg.backends.openvino_argmax import replace_argmax  # noqa: E402
 from edgeseg.errors import ArtifactError, BuildError, InputError, SpecError  # noqa: E402
-from edgeseg.quantize.qdq import write_qdq  # noqa: E402
+from edgeseg.quantize.qdq import quantize_model, write_qdq  # noqa: E402
 from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
 from edgeseg.spec import BatchRange  # noqa: E402
 
@@ -115,6 +120,47 @@ def test_int8_runs_in_int8_and_agrees(tmp_path: Path) -> None:
     assert built.precision.macs == HEIGHT * WIDTH * (8 * 3 * 9 + CLASSES * 8)
     mask = backend.load(engine(tmp_path, built)).run(given)["mask"]
     assert (mask == run(model, image=given)[0]).mean() > 0.9
+
+
+def one_layer(scheme: str) -> tuple[onnx.ModelProto, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A quantized layer whose products are as large as they can be, its input, and the float layer's result."""
+    model = graph(
+        "(float[1, 16, 8, 8] x) => (float[1, 16, 8, 8] y)",
+        "n = Relu(x) a = Conv <pads = [1, 1, 1, 1]> (n, w) r = Relu(a) y = Conv(r, v)",
+        w=np.ones((16, 16, 3, 3), np.float32),
+        v=np.ones((16, 16, 1, 1), np.float32),
+    )
+    x = np.ones((1, 16, 8, 8), np.float32)
+    written = ir.serde.deserialize_model(model)
+    quantize_model(written, table_for(model, x=x), SCHEMES[scheme])
+    return ir.serde.serialize_model(written), x, run(model, x=x)[0]
+
+
+def largest_error(scheme: str) -> float:
+    model, x, expected = one_layer(scheme)
+    core = ov.Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    result = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)([x])[0]
+    return float(np.abs(result - expected).max() / expected.max())
+
+
+@pytest.mark.skipif(this_cpu().arch != "x86", reason="x86 instructions")
+def test_without_vnni_sums_saturate_so_weights_have_seven_bits() -> None:
+    """In a process whose kernels are those of a CPU with AVX2 alone."""
+    old = OpenVinoBackend(Cpu("old", "x86", ("avx2",), 2))
+    assert old.scheme == "openvino-avx2"
+    code = f"from test_openvino import largest_error as e; print(e({old.scheme!r}), e('openvino'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    )
+    seven, eight = map(float, done.stdout.split())
+    assert seven < 0.01
+    assert eight > 0.1, "the process was to run AVX2's kernels"
 
 
 def test_results_belong_to_the_caller_and_threads_do_not_mix(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from cpu_folders import CLASSES, IMAGES, folder_for, own_scheme
 
 import edgeseg
 from edgeseg.artifacts import MANIFEST_NAME, MAX_JSON_BYTES, FileRef, read_json, read_manifest
+from edgeseg.backends import get_backend
 from edgeseg.backends.signature import TensorInfo, check_signature, expected_image, expected_outputs
 from edgeseg.errors import ArtifactError, EdgesegError, SpecError
 from edgeseg.recompile import compile_folder
@@ -34,7 +35,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def with_openvino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("openvino")
-    return folder_for(tmp_path_factory.mktemp("engines") / "b", "openvino", "openvino")
+    return folder_for(tmp_path_factory.mktemp("engines") / "b", "openvino", get_backend("openvino").scheme)
 
 
 @pytest.fixture(params=["onnxruntime", "openvino"])
@@ -207,6 +208,14 @@ def test_a_hostile_manifest_ends_in_one_line(folder: Path, tmp_path: Path, case:
         except EdgesegError as exc:
             assert "\n" not in str(exc)
             assert len(str(exc)) < 1000
+
+
+def test_options_without_a_bottom_end_in_one_line(folder: Path) -> None:
+    edit(folder, options="deep")
+    path = folder / MANIFEST_NAME
+    path.write_text(path.read_text().replace('"deep"', '{"a":' * 30_000 + "1" + "}" * 30_000))
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged or not one: maximum recursion depth"):
+        read_manifest(folder)
 
 
 def test_a_manifest_of_gigabytes_is_not_read(folder: Path) -> None:

@@ -23,6 +23,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 from small_graphs import RNG, floats, graph, run, spec, table_for  # noqa: E402
 
 from edgeseg.artifacts import OnnxGraph, sha256_file  # noqa: E402
+from edgeseg.backends import get_backend  # noqa: E402
 from edgeseg.backends.cpu import this_cpu  # noqa: E402
 from edgeseg.backends.onnxruntime import _open, _session_options, open_unoptimized  # noqa: E402
 from edgeseg.errors import ArtifactError, BuildError, QuantizationError  # noqa: E402
@@ -94,7 +95,9 @@ TWO = "a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1) r = Relu(a) y = Conv(r, w2, b2
 TWO_WEIGHTS = {"w1": floats(5, 3, 3, 3), "b1": floats(5), "w2": floats(4, 5, 1, 1), "b2": floats(4)}
 
 
-@pytest.mark.parametrize("scheme", ["onnxruntime-vnni", "onnxruntime-avx2", "onnxruntime-arm", "tensorrt", "openvino"])
+@pytest.mark.parametrize(
+    "scheme", ["onnxruntime-vnni", "onnxruntime-avx2", "onnxruntime-arm", "tensorrt", "openvino", "openvino-avx2"]
+)
 def test_the_graph_computes_what_a_plain_quantizer_computes(scheme: str) -> None:
     model = network(TWO, **TWO_WEIGHTS)
     table = table_for(model, image=IMAGE)
@@ -266,7 +269,8 @@ def test_filters_that_weight_decay_drove_to_zero_keep_their_bias(weight: float, 
     written = quantized(model, scheme)
     (expected,) = run(model, image=IMAGE)
     assert signal_to_noise_db(expected, run(written, image=IMAGE)[0]) > 25
-    assert signal_to_noise_db(expected, engine_of(written)(IMAGE)) > 25
+    if this_cpu().computes(scheme):
+        assert signal_to_noise_db(expected, engine_of(written)(IMAGE)) > 25
 
 
 @pytest.mark.filterwarnings("error")
@@ -286,7 +290,7 @@ def test_a_dead_layer_behind_a_dead_layer(weight: float, scheme: str) -> None:
 def test_openvino_computes_dead_filters_right(weight: float) -> None:
     openvino = pytest.importorskip("openvino")
     model = with_dead_filters(weight, 0.3)
-    read = openvino.Core().read_model(quantized(model, "openvino").SerializeToString())
+    read = openvino.Core().read_model(quantized(model, get_backend("openvino").scheme).SerializeToString())
     compiled = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert signal_to_noise_db(run(model, image=IMAGE)[0], compiled([IMAGE])[0]) > 25
 
