@@ -22,7 +22,7 @@ from edgeseg.spec import (
     Task,
     one_of,
 )
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeseg.quantize.table import CalibrationTable
-
-# Below this share of int8 multiply-accumulates an engine is not what "int8" promises.
-MIN_INT8_SHARE = 0.7
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,6 @@ def bench_key(cells: tuple[Cell, ...], options: tuple[str, ...], data: Path | No
     engines = []
     for cell in cells:
         assert cell.request.folder is not None
-        manifest = open_engine(cell.request.folder).manifest
-        engines.append([cell.name, manifest.graph.sha256, manifest.engine.sha256 if manifest.engine else None])
+        engines.append([cell.name, open_engine(cell.request.folder).manifest.engine_key])
     sources = [edgeseg.__version__, source_sha256("evaluate"), source_sha256("backends"), package_versions(*PACKAGES)]
     return sha256_json([engines, options, _content(data), sources])
