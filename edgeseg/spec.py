@@ -34,6 +34,10 @@ ARCHITECTURES: tuple[str, ...] = (
 )
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
+MAX_CLASSES = 65536
+MAX_INPUT_BYTES = 2**31
+"""Of one batch of images: what a runtime allocates before it has seen any."""
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -135,6 +139,12 @@ class InputSpec:
         one_of("fit policy", self.fit, get_args(FitPolicy))
         if self.height < 1 or self.width < 1 or self.channels < 1 or self.stride < 1:
             raise SpecError(f"size {self.height}x{self.width} with {self.channels} channels is not positive")
+        size_bytes = self.batch.maximum * self.height * self.width * self.channels
+        if size_bytes > MAX_INPUT_BYTES:
+            raise SpecError(
+                f"{self.batch.maximum} images of {self.height}x{self.width} with {self.channels} channels are "
+                f"{size_bytes / 2**30:.3g} GiB; at most {MAX_INPUT_BYTES >> 30} in a batch"
+            )
         if self.height % self.stride or self.width % self.stride:
             near_h, near_w = (max(self.stride, round(v / self.stride) * self.stride) for v in (self.height, self.width))
             raise SpecError(
@@ -207,8 +217,8 @@ class ModelSpec:
             raise SpecError(f"task binary has 1 class, got {self.classes}; use --task multiclass or multilabel")
         if self.task == "multiclass" and self.classes < 2:
             raise SpecError("task multiclass needs at least 2 classes; use --task binary for 1")
-        if self.task == "multiclass" and self.classes > 65536:
-            raise SpecError(f"{self.classes} classes do not fit a uint16 mask (at most 65536)")
+        if self.classes > MAX_CLASSES:
+            raise SpecError(f"{self.classes} classes; at most {MAX_CLASSES}, what a uint16 mask holds")
         if self.class_names and len(self.class_names) != self.classes:
             raise SpecError(f"{len(self.class_names)} class names for {self.classes} classes")
         if self.in_channels < 1:

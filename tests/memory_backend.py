@@ -220,4 +220,4 @@ def _write_engine(folder: Path) -> Path:
 
 
 def _no_precision() -> PrecisionReport:
-    return PrecisionReport("fp32", mac_share={}, node_share={}, macs=0)
+    return PrecisionReport("fp32", mac_share={}, node_share={}, macs=0, evidence="typed")

@@ -10,12 +10,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgeseg.backends import require_builder
-from edgeseg.backends.portable import check_options
+from edgeseg.backends import BACKENDS, Backend, require_builder
+from edgeseg.backends.portable import builds_here, check_options
 from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.machine.cpu import this_cpu
 from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,
+    MIN_INT8_SHARE,
     Engine,
     FileRef,
     Manifest,
@@ -133,18 +135,19 @@ def compile_folder(
     check_engine_folder(target_folder, force=force or output is None)
     check_file(folder, old.graph)
     backend = require_builder(target or old.target)
-    if old.scheme == "onnxruntime-vnni" and backend.scheme == "onnxruntime-avx2":
-        # Without VNNI, sums of u8 x s8 products saturate 16 bits: the masks would be wrong, not just slow.
+    if not builds_here(backend, old.scheme):
+        cpu = this_cpu()
         raise BuildError(
-            f"{folder} is quantized for onnxruntime-vnni, which gives wrong results on this CPU without VNNI; "
-            "build it with: edgeseg build ... --scheme onnxruntime-avx2"
+            f"{folder} is quantized for another CPU than this one ({old.scheme}; {cpu.name} takes {backend.scheme}), which "
+            "would compute it wrongly or slowly; compile it on its device, or make one for this CPU: "
+            f"edgeseg build ... --scheme {backend.scheme}"
         )
     graph = OnnxGraph(
         path=folder / old.graph.name,
         sha256=old.graph.sha256,
         precision=old.precision.requested,
         spec=old.spec,
-        weights_sha256=old.inputs_sha256["weights"],
+        weights_sha256=old.inputs_sha256.get("weights", ""),
         scheme=old.scheme,
     )
     kept = kept_options(old) if backend.name == old.target else {}
@@ -165,6 +168,8 @@ def compile_folder(
                 reporter.note(note)
             share = built.precision.mac_share.get(built.precision.requested, 0.0)
             said.append(f"{backend.name}: {share:.1%} of MACs in {built.precision.requested}")
+        if built.precision.requested == "int8" and share < MIN_INT8_SHARE:
+            reporter.note(_says_float(folder, old.scheme, backend, share))
         assert built.path is not None  # a backend that can build here does
         manifest = dataclasses.replace(
             old,
@@ -175,14 +180,26 @@ def compile_folder(
             extra_files=tuple(FileRef.of(path) for path in built.extra_files),
             options=dict(built.options),
             options_given=given,
-            versions={**old.versions, **built.versions},
+            # What made the graph stays; the backend that made the engine before is none of this one's.
+            versions={name: v for name, v in old.versions.items() if name not in BACKENDS} | dict(built.versions),
             device=dict(built.device),
             candidates={},
-            # The figures were measured on the machine that built the first engine; they are not this engine's.
-            verification=None if built.device != old.device else old.verification,
+            command=old.command if (backend.name, given) == (old.target, kept_options(old)) else None,
         )
+        if manifest.engine_key != old.engine_key:
+            manifest = dataclasses.replace(manifest, verification=None)
         write_json(scratch / MANIFEST_NAME, manifest)
     return open_engine(target_folder)
+
+
+def _says_float(folder: Path, scheme: str | None, backend: Backend, share: float) -> str:
+    said = f"int8 was asked for, but {backend.name} executes only {share:.1%} of the multiply-accumulates in int8"
+    if scheme == backend.scheme:
+        return said
+    return (
+        f"{said}: {folder} is quantized for {scheme}; for an engine that is int8, build it for this target: "
+        f"edgeseg build ... --target {backend.name}"
+    )
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Folders whose engine is built on the device: the typed graph is what is built here, and ONNX Runtime checks it.
 
-TensorRT plans can only be built on the GPU that runs them. Without one, a build stops at the portable graph; what it is
-worth is measured by running that graph on this CPU, which says nothing about speed.
+TensorRT plans can only be built on the GPU that runs them, and a graph quantized for another kind of CPU is run in
+integers by that one only. Such a build stops at the portable graph; what it is worth is measured by running that graph on
+this CPU as it is written, which says nothing about speed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgeseg.backends.base import Backend, BuiltEngine, Session
+from edgeseg.backends.cpu.options import CPU_OPTIONS, cpu_options
 from edgeseg.backends.tensorrt.options import RtxOptions, TensorRTOptions, parse_options
+from edgeseg.machine.cpu import this_cpu
 from edgeseg.spec import Precision
 from edgeseg.store.artifacts import Engine, Manifest, OnnxGraph, PrecisionReport
 
@@ -29,19 +32,22 @@ def check_options(target: str, options: Mapping[str, Any]) -> dict[str, Any]:
         since the engine may be built again from another folder.
 
     Raises:
-        SpecError: one a TensorRT target does not take; other backends say so when they build.
+        SpecError: one the target does not take.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    if target not in _OPTIONS:
+    if target in CPU_OPTIONS:
+        cpu_options(target, options)
         return given
     parsed = parse_options(_OPTIONS[target], target, options)
     return {name: getattr(parsed, name) for name in given}
 
 
-def builds_here(backend: Backend) -> bool:
-    """Whether this machine can build the backend's engines."""
+def builds_here(backend: Backend, scheme: str | None) -> bool:
+    """Whether this machine can build the backend's engine of a graph of ``scheme`` (``None``: not quantized)."""
+    if backend.name in CPU_OPTIONS:
+        return this_cpu().computes(scheme)
     status = backend.status()
-    return status.available or status.can_build
+    return backend.name not in DEVICE_TARGETS or status.available or status.can_build
 
 
 def portable_engine(graph: OnnxGraph, target: str, precision: Precision, options: Mapping[str, Any]) -> BuiltEngine:
@@ -49,7 +55,7 @@ def portable_engine(graph: OnnxGraph, target: str, precision: Precision, options
 
     Args:
         graph: the typed graph.
-        target: one of :data:`DEVICE_TARGETS`.
+        target: one of :data:`DEVICE_TARGETS`, or a CPU's for another kind of CPU.
         precision: asked for. An fp32 graph with ``int8`` is one for implicit calibration.
         options: checked now, used when the folder is compiled.
 

@@ -10,7 +10,7 @@ import click
 from edgeseg.backends import BACKENDS
 from edgeseg.cli.parameters import ANY_PATH, BatchType, SizeType
 from edgeseg.cli.shared_options import backend_options, model_options
-from edgeseg.pipeline.request import MIN_INT8_SHARE, BuildRequest
+from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import (
     PRECISIONS,
     BatchRange,
@@ -20,6 +20,7 @@ from edgeseg.spec import (
     OutputSpec,
     Precision,
 )
+from edgeseg.store.artifacts import MIN_INT8_SHARE
 
 
 @click.command("build", short_help="Convert, quantize, build and verify an engine.")

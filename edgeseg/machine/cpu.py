@@ -37,6 +37,20 @@ class Cpu:
         """Whether u8 x s8 dot products accumulate in 32 bits, so that 8-bit weights cannot saturate."""
         return "avx512_vnni" in self.flags or "avx_vnni" in self.flags
 
+    def computes(self, scheme: str | None) -> bool:
+        """Whether the kernels of ONNX Runtime and OpenVINO for this CPU compute a graph of ``scheme`` as it is meant.
+
+        Without VNNI the sums of 8-bit products saturate: the masks would be wrong, not just slow. A scheme of another
+        architecture runs in float.
+        """
+        fits = {
+            "onnxruntime-vnni": self.arch != "arm" and self.has_vnni,
+            "onnxruntime-avx2": self.arch != "arm",
+            "onnxruntime-arm": self.arch == "arm",
+            "openvino-avx2": True,
+        }
+        return scheme is None or fits.get(scheme, self.arch == "arm" or self.has_vnni)
+
     @property
     def isa(self) -> str:
         """Architecture and flags in one word list, for manifests: an engine tuned on one does not fit another."""

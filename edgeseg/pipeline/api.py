@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.pipeline.request import MIN_INT8_SHARE, BuildRequest
+from edgeseg.pipeline.request import BuildRequest
 from edgeseg.progress import Reporter, SilentReporter
 from edgeseg.spec import (
     BatchRange,
@@ -18,7 +18,7 @@ from edgeseg.spec import (
     Precision,
     Task,
 )
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeseg.backends.base import Backend, BuiltEngine
-from edgeseg.backends.portable import DEVICE_TARGETS, builds_here, portable_engine
+from edgeseg.backends.portable import builds_here, portable_engine
 from edgeseg.errors import QuantizationError
 from edgeseg.progress import Reporter
-from edgeseg.spec import one_of
 from edgeseg.store.artifacts import OnnxGraph
 
 if TYPE_CHECKING:
@@ -64,7 +63,6 @@ def build_candidate(
 
         assert table is not None  # run_build calibrates before an int8 graph is written
         scheme = request.scheme or backend.scheme
-        one_of("scheme", scheme, tuple(SCHEMES))
         graph = write_qdq(graph, table, SCHEMES[scheme], typed)
     elif request.precision == "fp16":
         from edgeseg.quantize.fp16 import write_fp16
@@ -73,7 +71,7 @@ def build_candidate(
     else:
         shutil.copyfile(graph.path, typed)
         graph = dataclasses.replace(graph, path=typed)
-    if backend.name in DEVICE_TARGETS and not builds_here(backend):
+    if not builds_here(backend, graph.scheme):
         built = portable_engine(graph, backend.name, request.precision, options)
     else:
         built = backend.build(graph, folder, options, reporter.progress, engines_folder)

@@ -10,9 +10,7 @@ from typing import Any
 from edgeseg.backends import BACKENDS
 from edgeseg.errors import SpecError
 from edgeseg.spec import PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputSpec, Precision, one_of
-
-# Below this share of int8 multiply-accumulates an engine is not what "int8" promises.
-MIN_INT8_SHARE = 0.7
+from edgeseg.store.artifacts import MIN_INT8_SHARE
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ from edgeseg.pipeline.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_
 from edgeseg.pipeline.command import build_command
 from edgeseg.pipeline.verification_data import VerificationData, calibration_and_held_out
 from edgeseg.progress import Reporter, stage
-from edgeseg.spec import InputSpec, ModelRequest, PipelineSpec
+from edgeseg.quantize.schemes import SCHEMES
+from edgeseg.spec import InputSpec, ModelRequest, PipelineSpec, one_of
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -61,13 +63,7 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
     """Run every stage of ``request`` and return the finished engine folder. See :func:`edgeseg.build`."""
     if request.folder is not None:
         check_engine_folder(request.folder, force=request.force)
-    targets = choose_targets(request.target)
-    for target in targets:
-        # A backend that is not installed should say so before minutes of work, not after.
-        if target not in DEVICE_TARGETS:
-            require_builder(target)
-        check_options(target, request.backend_options)
-
+    targets = choose_targets(request, reporter)
     loaded = load_stage(request, model, reporter)
     spec = pipeline_spec(request, loaded)
     folder = request.folder or Path("engines") / default_name(request, loaded)
@@ -121,15 +117,42 @@ def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: R
     return loaded
 
 
-def choose_targets(target: str) -> tuple[str, ...]:
-    """The backends to build for: the one named, or for ``auto`` every one that can run here, to be measured."""
+def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]:
+    """The backends to build for: the one named, or for ``auto`` every one that can run here, to be measured.
+
+    What cannot be had is said before minutes of work, not after: a backend that is not installed, an option nobody takes.
+
+    Raises:
+        BuildError: the backend cannot be used here.
+        SpecError: an option, or a scheme, that the backend (with ``auto``: each of them) does not take.
+    """
+    target, scheme = request.target, request.scheme
+    if scheme is not None:
+        one_of("scheme", scheme, tuple(SCHEMES))
     if target != "auto":
+        if target not in DEVICE_TARGETS:
+            require_builder(target)
+        check_options(target, request.backend_options)
         return (target,)
-    usable = tuple(name for name in AUTO_TARGETS if get_backend(name).status().available)
+    usable = [name for name in AUTO_TARGETS if get_backend(name).status().available]
     if not usable:
         # Raises, naming the pip line of the default backend.
         require_backend(AUTO_TARGETS[0])
-    return usable
+    if scheme is not None:
+        usable = [name for name in usable if scheme.startswith(name)]
+        if not usable:
+            raise SpecError(f"scheme {scheme} is for none of {', '.join(AUTO_TARGETS)}; name its target with --target")
+    refusals: dict[str, SpecError] = {}
+    for name in usable:
+        try:
+            check_options(name, request.backend_options)
+        except SpecError as exc:
+            refusals[name] = exc
+    if len(refusals) == len(usable):
+        raise next(iter(refusals.values()))
+    for name, refusal in refusals.items():
+        reporter.note(f"{name} is left out: {refusal}")
+    return tuple(name for name in usable if name not in refusals)
 
 
 def pipeline_spec(request: BuildRequest, loaded: LoadedModel) -> PipelineSpec:
@@ -260,7 +283,12 @@ def candidate_stage(
     if candidate.built.path is not None or not awaits_calibration(candidate.built.precision, request.backend_options):
         require_precision(candidate, request.min_int8_share)
     if request.precision == "fp16" and target not in DEVICE_TARGETS and share < 0.5:
-        reporter.note(f"{target} computes most of this FP16 graph in FP32 here: half the file, no more speed")
+        path = candidate.built.path or candidate.graph.path
+        size, fp32_size = path.stat().st_size / 1e6, graph.path.stat().st_size / 1e6
+        reporter.note(
+            f"{target} computes most of this FP16 graph in FP32 here: no more speed than fp32, and its file has "
+            f"{size:.1f} MB where the fp32 graph has {fp32_size:.1f} MB"
+        )
     return candidate
 
 
@@ -273,13 +301,12 @@ def choose_fastest(
     from edgeseg.evaluate.latency.protocol import median_ms_interleaved
 
     with stage(reporter, "measure") as said:
-        sessions = {}
-        for candidate in candidates:
-            engine = make.write(candidate, {}, table, candidate.folder, None)
-            sessions[candidate.backend.name] = candidate.backend.load(engine)
-        medians = median_ms_interleaved(sessions, make.spec.input)
-        for session in sessions.values():
-            session.close()
+        with ExitStack() as opened:
+            sessions = {}
+            for candidate in candidates:
+                engine = make.write(candidate, {}, table, candidate.folder, None)
+                sessions[candidate.backend.name] = opened.enter_context(candidate.backend.load(engine))
+            medians = median_ms_interleaved(sessions, make.spec.input)
         said.append(", ".join(f"{name} {ms:.1f} ms" for name, ms in medians.items()))
     best = min(candidates, key=lambda c: medians[c.backend.name])
     said_choice = f"target auto: {best.backend.name} is the fastest here; name one with --target"

@@ -14,6 +14,10 @@ from edgeseg.quantize.schemes import QuantScheme
 SMALLEST_SCALE = 1e-8
 """Of an activation that is zero on every calibration image."""
 
+SMALLEST_WEIGHT_SCALE = 1e-20
+"""Of a filter that weight decay drove to zero. Its product with any activation's scale is still a normal float32, and a bias
+divided by that product a finite one; a smaller weight is rounded to 0, which nothing behind it can tell from what it is."""
+
 
 @dataclass(frozen=True)
 class ActivationParameters:
@@ -94,7 +98,7 @@ def quantize_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme)
     largest = np.abs(weight).max(axis=rest) if weight.size else np.zeros(weight.shape[axis], np.float32)
     # A channel of zeros gets scale 1: its integers are zero whatever the scale, and a tiny one would overflow the bias.
     scale = np.where(largest > 0, largest / scheme.weight_limit, 1.0).astype(np.float32)
-    scale = np.maximum(scale, np.float32(np.finfo(np.float32).tiny))
+    scale = np.maximum(scale, np.float32(SMALLEST_WEIGHT_SCALE))
     shape = [1] * weight.ndim
     shape[axis] = -1
     limit = scheme.weight_limit

@@ -53,22 +53,16 @@ _ONNXRUNTIME_PASSES = (
     "pointwise_head",
 )
 
+_OPENVINO_PASSES = ("fold_preprocessing_in_float", "own_transposed_input")
+
 SCHEMES: dict[str, QuantScheme] = {
     scheme.name: scheme
     for scheme in (
         QuantScheme("onnxruntime-vnni", "u8", False, 8, True, "operators", _IMAGE_PASSES + _ONNXRUNTIME_PASSES),
         QuantScheme("onnxruntime-avx2", "u8", False, 7, True, "operators", _IMAGE_PASSES + _ONNXRUNTIME_PASSES),
         QuantScheme("onnxruntime-arm", "s8", False, 8, True, "operators", _ONNXRUNTIME_PASSES),
-        QuantScheme(
-            "openvino",
-            "u8",
-            False,
-            8,
-            False,
-            "inputs",
-            ("fold_preprocessing_in_float", "own_transposed_input"),
-            signed_transposed=True,
-        ),
+        QuantScheme("openvino", "u8", False, 8, False, "inputs", _OPENVINO_PASSES, signed_transposed=True),
+        QuantScheme("openvino-avx2", "u8", False, 7, False, "inputs", _OPENVINO_PASSES, signed_transposed=True),
         QuantScheme("tensorrt", "s8", True, 8, False, "inputs"),
     )
 }

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
-from edgeseg.errors import EdgesegError, InputError, SpecError, StaleEngineError
+from edgeseg.errors import ArtifactError, EdgesegError, InputError, SpecError, StaleEngineError
 from edgeseg.images.decoding import is_picture, picture_pixels, read_image
 from edgeseg.images.placement import Placement, Tiling, plan_fit
 from edgeseg.runtime.prediction import Prediction, stacked
@@ -93,6 +93,7 @@ class Segmenter:
         self._input = spec.input if fit is None else replace(spec.input, fit=fit)
         self._overlap = tile_overlap
         self._rule = None if spec.output.kind == "mask" else ScoreRule.of(spec)
+        self._values = spec.model.classes if spec.model.task == "multiclass" else 2
         self._palette = None if palette is None else _checked_palette(palette, spec)
         single = spec.input.batch.minimum == 1 and not spec.input.dynamic_size and channel_order == "rgb"
         size = (spec.input.height, spec.input.width, spec.input.channels)
@@ -144,6 +145,7 @@ class Segmenter:
 
         Raises:
             InputError: another dtype, shape or channel count; a file that cannot be read; a closed segmenter.
+            ArtifactError: the engine gives a class its manifest does not know.
         """
         if (
             channel_order is None
@@ -152,7 +154,7 @@ class Segmenter:
             and images.dtype == np.uint8
             and images.flags.c_contiguous
         ):
-            mask: NDArray[Any] = self._open().run(images[None])["mask"][0]
+            mask: NDArray[Any] = self._values_checked(self._open().run(images[None])["mask"])[0]
             return mask
         predictions, alone = self._segment(images, channel_order, mask_only=True)
         masks = [prediction.mask for prediction in predictions]
@@ -238,7 +240,7 @@ class Segmenter:
         with closing(session.run_many(fitted())) as running:
             for outputs in running:
                 plan, alone = plans.popleft()
-                mask = plan.restore(outputs["mask"][0])
+                mask = plan.restore(self._values_checked(outputs["mask"])[0])
                 yield mask if alone else mask[None]
 
     def close(self) -> None:
@@ -259,6 +261,15 @@ class Segmenter:
         if self._session is None:
             raise InputError("this Segmenter is closed; load the engine again")
         return self._session
+
+    def _values_checked(self, masks: NDArray[Any]) -> NDArray[Any]:
+        """Raise ``ArtifactError`` for a class the manifest does not know: its names and counts are not this engine's."""
+        if masks.size and (largest := int(masks.max())) >= self._values:
+            raise ArtifactError(
+                f"the engine's mask has the value {largest}, its manifest says {self._values} values "
+                f"({self.spec.model.task}, {self.spec.model.classes} classes): edited, or of another engine; build it again"
+            )
+        return masks
 
     def _swaps_channels(self, channel_order: ChannelOrder | None) -> bool:
         """Whether images of ``channel_order`` (``None``: the segmenter's) are turned for the engine, which takes RGB."""
@@ -371,6 +382,8 @@ class Segmenter:
                 # The last image again: as likely as any to keep the engine on its usual path.
                 chunk = np.concatenate((chunk, np.repeat(chunk[-1:], limits.minimum - count, axis=0)))
             outputs = session.run(np.ascontiguousarray(chunk))
+            if "mask" in outputs:
+                self._values_checked(outputs["mask"])
             for index in range(count):
                 yield {name: array[index] for name, array in outputs.items()}
 

@@ -23,6 +23,8 @@ from edgeseg.store.atomic import atomic_folder, check_folder, recover_folder, wr
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+MAX_JSON_BYTES = 64 << 20
+"""Of a manifest, table or report; the largest, a bench of hundreds of engines, has a few."""
 
 T = TypeVar("T")
 
@@ -61,6 +63,9 @@ class OnnxGraph:
     scheme: str | None = None
 
 
+MIN_INT8_SHARE = 0.7
+"""Below this share of int8 multiply-accumulates an engine is not what "int8" promises."""
+
 Evidence: TypeAlias = Literal["executed", "inspected", "typed"]
 
 
@@ -76,7 +81,7 @@ class PrecisionReport:
         time_share: share of the engine's time in layers of each dtype, measured with the backend's profiler when the engine
             was built; ``None`` where it was not measured.
         float_layers: names of the MAC-carrying layers not executed in the requested precision, with the reason.
-        evidence: ``executed``: counted from a profiled run; ``inspected``: from what TensorRT says of the built engine;
+        evidence: ``executed``: counted from a profiled run; ``inspected``: from what the backend says of the built engine;
             ``typed``: from the types of the graph or network, nothing was run.
     """
 
@@ -84,9 +89,9 @@ class PrecisionReport:
     mac_share: dict[str, float]
     node_share: dict[str, float]
     macs: int
+    evidence: Evidence
     float_layers: dict[str, str] = field(default_factory=dict)
     time_share: dict[str, float] | None = None
-    evidence: Evidence = "executed"
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,8 @@ class Manifest:
         versions: packages that took part.
         device: what the engine was built on (CPU model or GPU name, flags that matter).
         conversion: nodes and MACs before and after simplification, parity of the fp32 graph with PyTorch.
-        command: the ``edgeseg build`` that makes the folder again; ``None`` when it was built from objects in Python.
+        command: the ``edgeseg build`` that makes the engine again; ``None`` when it was built from objects in Python, or
+            compiled for another target or with other options than that command says.
         notes: everything assumed, stripped or dropped on the way; the same lines the build printed.
     """
 
@@ -212,6 +218,16 @@ class Manifest:
     options_given: dict[str, Any] | None = None
     model_request: ModelRequest | None = None
 
+    @property
+    def engine_key(self) -> str:
+        """SHA-256 over all that makes an engine the one it is; a figure is true of engines with the same key only.
+
+        The file is not enough: threads and the like are set when it is loaded, and the same file runs another way in another
+        version or on another device.
+        """
+        parts = (self.target, self.engine, self.extra_files, self.graph, self.spec)
+        return sha256_json([*parts, self.options, self.versions, self.device])
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -228,7 +244,10 @@ class Engine:
     @property
     def engine_path(self) -> Path:
         if self.manifest.engine is None:
-            raise StaleEngineError(f"{self.folder} holds a portable graph only; run: edgeseg compile {self.folder}")
+            # A graph for one kind of CPU is compiled there; TensorRT's is for whatever GPU is at hand.
+            scheme = self.manifest.scheme or ""
+            where = f" ({scheme}); run on its device" if scheme.startswith(("onnxruntime", "openvino")) else "; run"
+            raise StaleEngineError(f"{self.folder} holds a portable graph only{where}: edgeseg compile {self.folder}")
         return self.folder / self.manifest.engine.name
 
     @property
@@ -318,14 +337,17 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     """Read JSON into a dataclass, every field type-checked.
 
     Raises:
-        ArtifactError: missing, unreadable, not JSON, or of another shape; says which field.
+        ArtifactError: missing, unreadable, above 64 MiB, not JSON, or of another shape; says which field.
     """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise ArtifactError(f"{what} {path} is no regular file; save it as one first")  # reading it may never end
     try:
-        data = path.read_bytes()
+        with path.open("rb") as stream:
+            data = stream.read(MAX_JSON_BYTES + 1)
     except OSError as exc:
         raise ArtifactError(f"cannot read {what} {path}: {exc.strerror}") from exc
+    if len(data) > MAX_JSON_BYTES:
+        raise ArtifactError(f"{what} {path} is larger than {MAX_JSON_BYTES >> 20} MiB, which none of edgeseg's is")
     return _decoded(data, path, kind, what)
 
 

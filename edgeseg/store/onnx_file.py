@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -21,14 +21,18 @@ MAX_PROTOBUF_BYTES = 2**31 - 1
 def read_onnx(path: Path) -> onnx.ModelProto:
     """Read and check an ONNX file that may come from anywhere.
 
-    External data is read only from plain relative names below the file's own folder: a tensor that points elsewhere
-    (absolute, ``..``, a symbolic link) could make a conversion leak or read arbitrary files.
+    A tensor that keeps its values elsewhere is refused: in another file, which no manifest vouches for, or at an address in
+    memory, which some runtimes follow.
 
     Raises:
-        ArtifactError: not readable, not ONNX, structurally invalid, or with external data outside its folder.
+        ArtifactError: not readable, above 2 GiB, not ONNX, structurally invalid, or with external data.
     """
     path = Path(path)
     try:
+        if path.stat().st_size > MAX_PROTOBUF_BYTES:
+            raise ArtifactError(
+                f"{path} has {path.stat().st_size / 2**30:.1f} GiB, an ONNX file holds 2; export it again"
+            )
         model = onnx.load_model(path, load_external_data=False)
     except OSError as exc:
         raise ArtifactError(f"cannot read {path}: {exc.strerror or exc}; give the path of an .onnx file") from exc
@@ -36,29 +40,21 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise ArtifactError(f"{path} is not an ONNX file or is truncated; export it again") from exc
     if not model.graph.node:
         raise ArtifactError(f"{path} holds no ONNX graph; export it again")
-    _check_external_data(model, path)
+    _refuse_external_data(model, path)
     try:
-        # Checked by path, so that external data is validated against the file's folder too.
         onnx.checker.check_model(os.path.abspath(path))
-        external_data_helper.load_external_data_for_model(model, os.path.dirname(os.path.abspath(path)))
     except (onnx.checker.ValidationError, ValueError, OSError, RuntimeError) as exc:
         raise ArtifactError(f"{path} is not a valid ONNX graph: {first_line(exc)}; export it again") from exc
     return model
 
 
-def _check_external_data(model: onnx.ModelProto, path: Path) -> None:
-    folder = Path(os.path.realpath(path.parent))
+def _refuse_external_data(model: onnx.ModelProto, path: Path) -> None:
     # onnx offers the traversal of every tensor (nested graphs, attributes and functions too) under a private name only.
     for tensor in external_data_helper._get_all_tensors(model):
-        if not external_data_helper.uses_external_data(tensor):
-            continue
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        posix, windows = PurePosixPath(location), PureWindowsPath(location)
-        outside = posix.is_absolute() or windows.is_absolute() or bool(windows.drive) or ".." in windows.parts
-        if not location or outside or not Path(os.path.realpath(folder / location)).is_relative_to(folder):
+        if tensor.external_data or tensor.data_location != onnx.TensorProto.DEFAULT:
+            location = next((e.value for e in tensor.external_data if e.key == "location"), "")
             raise ArtifactError(
-                f"{path} keeps tensor {tensor.name!r} in {location!r}, outside its folder; "
-                "only external data beside the file is read: save the model again as one file"
+                f"{path} keeps tensor {tensor.name!r} outside the file, in {location!r}; save the model again as one file"
             )
 
 

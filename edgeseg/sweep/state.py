@@ -87,6 +87,5 @@ def bench_key(cells: tuple[Cell, ...], options: tuple[str, ...], data: Path | No
     engines = []
     for cell in cells:
         assert cell.request.folder is not None
-        manifest = open_engine(cell.request.folder).manifest
-        engines.append([cell.name, manifest.graph.sha256, manifest.engine.sha256 if manifest.engine else None])
+        engines.append([cell.name, open_engine(cell.request.folder).manifest.engine_key])
     return sha256_json([engines, options, _content(data), software()])

@@ -83,7 +83,7 @@ def portable(
         edgeseg_version=edgeseg.__version__,
         name=folder.name,
         spec=portable_spec(batch, dynamic_size),
-        precision=PrecisionReport("int8" if table is not None else precision, {}, {}, 0),  # type: ignore[arg-type]
+        precision=PrecisionReport("int8" if table is not None else precision, {}, {}, 0, "typed"),  # type: ignore[arg-type]
         target="tensorrt",
         scheme="tensorrt" if precision == "int8" else None,
         graph=FileRef.of(folder / "model.onnx"),

@@ -17,6 +17,7 @@ from PIL import Image
 
 import edgeseg
 from edgeseg.demo import demo_models, sample_folder
+from edgeseg.machine.cpu import this_cpu
 from edgeseg.store.artifacts import open_engine
 
 pytestmark = pytest.mark.integration
@@ -176,6 +177,26 @@ def test_other_precisions(tmp_path: Path, precision: str) -> None:
     # FP16 is calibrated where there are images: ranges decide which layers stay in float32.
     assert (manifest["calibration"] is not None) == (precision == "fp16")
     assert ("no more speed" in done.stderr) == (precision == "fp16")
+    # The size that is said is the file's, not what half-sized weights would make it.
+    size = f"its file has {manifest['engine']['size_bytes'] / 1e6:.1f} MB where the fp32 graph has "
+    assert (size in done.stderr) == (precision == "fp16")
+
+
+def test_a_graph_for_another_kind_of_cpu_is_a_portable_folder(tmp_path: Path) -> None:
+    """README's command for a board: checked here, compiled there, refused where its kernels are not."""
+    scheme = "onnxruntime-vnni" if this_cpu().arch == "arm" else "onnxruntime-arm"
+    folder = tmp_path / "for-a-board"
+    engine = edgeseg.build(arch="fpn", size=(64, 64), target="onnxruntime", scheme=scheme, output=folder)
+    manifest = engine.manifest
+    assert manifest.engine is None and manifest.scheme == scheme
+    assert manifest.precision.mac_share["int8"] > 0.9 and manifest.precision.evidence == "typed"
+    assert manifest.verification is not None and manifest.verification.agreement > 0.95
+    assert manifest.verification.engine_latency is None
+    for words in (["compile", folder], ["run", folder, sample_folder() / "val", "--output", tmp_path / "out"]):
+        done = run(*words)
+        assert done.returncode == 1
+        assert scheme in done.stderr and len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["calibration.json", "manifest.json", "model.onnx"]
 
 
 def test_calibrate_then_build_and_stale_table(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 ov = pytest.importorskip("openvino", reason="openvino is not installed")
@@ -20,10 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from small_graphs import RNG, floats, graph, run, spec, table_for  # noqa: E402
 
 from edgeseg.backends import get_backend  # noqa: E402
+from edgeseg.backends.cpu.openvino import OpenVinoBackend  # noqa: E402
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax  # noqa: E402
 from edgeseg.errors import ArtifactError, BuildError, InputError, SpecError  # noqa: E402
-from edgeseg.quantize.qdq import write_qdq  # noqa: E402
+from edgeseg.machine.cpu import Cpu, this_cpu  # noqa: E402
+from edgeseg.quantize.qdq import quantize_model, write_qdq  # noqa: E402
 from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
+from edgeseg.spec import BatchRange  # noqa: E402
 from edgeseg.store.artifacts import OnnxGraph, sha256_file  # noqa: E402
 
 pytestmark = pytest.mark.integration
@@ -55,9 +61,14 @@ def saved(model: onnx.ModelProto, path: Path) -> OnnxGraph:
     return OnnxGraph(path, sha256_file(path), "fp32", spec(HEIGHT, WIDTH, CLASSES), "0" * 64)
 
 
-def engine(folder: Path, built: Any, **device: str) -> Any:
+def engine(folder: Path, built: Any, batch: BatchRange = BatchRange(), **device: str) -> Any:  # noqa: B008
+    contract = spec(HEIGHT, WIDTH, CLASSES)
     manifest = SimpleNamespace(
-        device={**built.device, **device}, versions=built.versions, options=built.options, precision=built.precision
+        device={**built.device, **device},
+        versions=built.versions,
+        options=built.options,
+        precision=built.precision,
+        spec=replace(contract, input=replace(contract.input, batch=batch)),
     )
     return SimpleNamespace(folder=folder, engine_path=built.path, manifest=manifest)
 
@@ -88,7 +99,8 @@ def test_build_load_run(batch: int | str, tmp_path: Path) -> None:
     backend = get_backend("openvino")
     built = backend.build(saved(model, tmp_path / "model.onnx"), tmp_path, {"threads": 1})
     assert built.precision.mac_share == {"fp32": 1.0}
-    with backend.load(engine(tmp_path, built)) as session:
+    sizes = BatchRange(1, 1, 3) if batch == "n" else BatchRange(batch, batch, batch)  # type: ignore[arg-type]
+    with backend.load(engine(tmp_path, built, sizes)) as session:
         batches = [images(batch if isinstance(batch, int) else count) for count in (1, 2, 3)]
         for given in batches:
             np.testing.assert_array_equal(session.run(given)["mask"], run(model, image=given)[0])
@@ -108,6 +120,47 @@ def test_int8_runs_in_int8_and_agrees(tmp_path: Path) -> None:
     assert built.precision.macs == HEIGHT * WIDTH * (8 * 3 * 9 + CLASSES * 8)
     mask = backend.load(engine(tmp_path, built)).run(given)["mask"]
     assert (mask == run(model, image=given)[0]).mean() > 0.9
+
+
+def one_layer(scheme: str) -> tuple[onnx.ModelProto, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A quantized layer whose products are as large as they can be, its input, and the float layer's result."""
+    model = graph(
+        "(float[1, 16, 8, 8] x) => (float[1, 16, 8, 8] y)",
+        "n = Relu(x) a = Conv <pads = [1, 1, 1, 1]> (n, w) r = Relu(a) y = Conv(r, v)",
+        w=np.ones((16, 16, 3, 3), np.float32),
+        v=np.ones((16, 16, 1, 1), np.float32),
+    )
+    x = np.ones((1, 16, 8, 8), np.float32)
+    written = ir.serde.deserialize_model(model)
+    quantize_model(written, table_for(model, x=x), SCHEMES[scheme])
+    return ir.serde.serialize_model(written), x, run(model, x=x)[0]
+
+
+def largest_error(scheme: str) -> float:
+    model, x, expected = one_layer(scheme)
+    core = ov.Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    result = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)([x])[0]
+    return float(np.abs(result - expected).max() / expected.max())
+
+
+@pytest.mark.skipif(this_cpu().arch != "x86", reason="x86 instructions")
+def test_without_vnni_sums_saturate_so_weights_have_seven_bits() -> None:
+    """In a process whose kernels are those of a CPU with AVX2 alone."""
+    old = OpenVinoBackend(Cpu("old", "x86", ("avx2",), 2))
+    assert old.scheme == "openvino-avx2"
+    code = f"from test_openvino import largest_error as e; print(e({old.scheme!r}), e('openvino'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    )
+    seven, eight = map(float, done.stdout.split())
+    assert seven < 0.01
+    assert eight > 0.1, "the process was to run AVX2's kernels"
 
 
 def test_results_belong_to_the_caller_and_threads_do_not_mix(tmp_path: Path) -> None:
@@ -141,8 +194,14 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     built.path.write_bytes(built.path.read_bytes()[:100])
     with pytest.raises(ArtifactError, match="cannot load"):
         backend.load(engine(tmp_path, built))
-    source.path.write_bytes(b"not a graph")
+    unknown = mask_model()
+    unknown.graph.node[-1].domain = "nowhere"
+    unknown.opset_import.append(onnx.helper.make_opsetid("nowhere", 1))
+    source.path.write_bytes(unknown.SerializeToString())
     with pytest.raises(BuildError, match="cannot compile"):
+        backend.build(replace(source), tmp_path, {})
+    source.path.write_bytes(b"not a graph")
+    with pytest.raises(ArtifactError, match="is not an ONNX file"):
         backend.build(replace(source), tmp_path, {})
 
 

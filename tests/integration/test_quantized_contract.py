@@ -16,7 +16,6 @@ from edgeseg.backends import get_backend
 from edgeseg.convert.export import export_onnx
 from edgeseg.convert.load import load_model
 from edgeseg.demo import sample_folder
-from edgeseg.pipeline.request import MIN_INT8_SHARE
 from edgeseg.quantize.calibration import CalibrationSet, calibrate
 from edgeseg.quantize.fp16 import write_fp16
 from edgeseg.quantize.lint import lint
@@ -24,7 +23,7 @@ from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import ARCHITECTURES, InputSpec, ModelRequest, OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import OnnxGraph
+from edgeseg.store.artifacts import MIN_INT8_SHARE, OnnxGraph
 
 pytestmark = pytest.mark.integration
 

@@ -66,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         edgeseg_version=edgeseg.__version__,
         name="engine",
         spec=spec(),
-        precision=PrecisionReport("fp32", {}, {}, 0),
+        precision=PrecisionReport("fp32", {}, {}, 0, "typed"),
         target="tensorrt",
         scheme=None,
         graph=FileRef.of(folder / "model.onnx"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,11 +21,11 @@ from edgeseg.backends.base import DeviceSession, PipelinedSession, TimedSession
 from edgeseg.backends.cuda import dlpack
 from edgeseg.backends.cuda.device import DriverName, open_cuda
 from edgeseg.backends.tensorrt.session import SessionOptions, TensorRTSession
-from edgeseg.errors import DeviceError, EdgesegError, InputError
+from edgeseg.errors import ArtifactError, DeviceError, EdgesegError, InputError
 from edgeseg.runtime.segmenter import Segmenter
-from edgeseg.spec import BatchRange
+from edgeseg.spec import BatchRange, OutputSpec
 
-DEFAULT = SessionOptions()
+DEFAULT, MASK = SessionOptions(), OutputSpec()
 RNG = np.random.default_rng(11)
 DYNAMIC = [(1, 16, 16, 3), (2, SIDE, SIDE, 3), (4, 64, 64, 3)]
 
@@ -39,10 +40,11 @@ def session(
     driver: DriverName,
     options: SessionOptions = DEFAULT,
     batch: BatchRange = ONE,
+    output: OutputSpec = MASK,
 ) -> TensorRTSession:
-    cuda = open_cuda(driver)
+    cuda, contract = open_cuda(driver), replace(spec(batch), output=output)
     try:
-        return TensorRTSession(simulation.trt, simulation.engine, spec(batch), cuda, options)
+        return TensorRTSession(simulation.trt, simulation.engine, contract, cuda, options)
     except BaseException:
         cuda.close()
         raise
@@ -100,12 +102,26 @@ def test_results_belong_to_the_caller(stub: Stub, driver: DriverName) -> None:
 
 def test_several_outputs(stub: Stub, driver: DriverName) -> None:
     simulation = Simulation(stub, model(confidence=True))
-    with session(simulation, driver) as opened:
+    with session(simulation, driver, output=OutputSpec(confidence=True)) as opened:
         image = images()
         found = opened.run(image)
         mask, confidence = simulation.reference.run(["mask", "confidence"], {"image": image})
         np.testing.assert_array_equal(found["mask"], mask)
         np.testing.assert_array_equal(found["confidence"], confidence)
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (OutputSpec(confidence=True), r"outputs is mask uint8 .* manifest says mask uint8 .*, confidence float32"),
+        (OutputSpec("logits"), r"outputs is mask uint8 .* manifest says logits float32 \(1, \d+, 32, 32\)"),
+    ],
+)
+def test_an_engine_of_another_contract_is_refused(
+    stub: Stub, driver: DriverName, output: OutputSpec, words: str
+) -> None:
+    with pytest.raises(ArtifactError, match=words):
+        session(Simulation(stub, model()), driver, output=output)
 
 
 def test_stage_times(stub: Stub, driver: DriverName) -> None:

@@ -39,7 +39,7 @@ def make_engine(folder: Path, **changes: object) -> Manifest:
         edgeseg_version="0.1.0",
         name=folder.name,
         spec=PipelineSpec(ModelSpec("fpn", classes=3, model_args={"decoder_merge_policy": "add"})),
-        precision=PrecisionReport("fp32", {"fp32": 1.0}, {"fp32": 1.0}, 10),
+        precision=PrecisionReport("fp32", {"fp32": 1.0}, {"fp32": 1.0}, 10, "executed"),
         target="onnxruntime",
         scheme=None,
         graph=FileRef.of(folder / "model.onnx"),

@@ -78,7 +78,7 @@ def manifest_of(folder: Path, *, verified: bool = True, names: tuple[str, ...] =
         name="fpn-small",
         spec=PipelineSpec(ModelSpec("fpn", "resnet18", classes=2, class_names=names), InputSpec(64, 96)),
         precision=PrecisionReport(
-            "int8", {"int8": 0.9, "fp32": 0.1}, {"int8": 0.5, "fp32": 0.5}, 7424, {"x/Conv": "first layer"}
+            "int8", {"int8": 0.9, "fp32": 0.1}, {"int8": 0.5, "fp32": 0.5}, 7424, "executed", {"x/Conv": "first layer"}
         ),
         target="onnxruntime",
         scheme="onnxruntime-vnni",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -58,32 +57,22 @@ def test_the_order_of_initializers_does_not_change_the_bytes(tmp_path: Path) -> 
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "other.onnx").read_bytes()
 
 
-@pytest.mark.parametrize("location", ["/etc/hostname", "../secret.bin", "a/../../secret.bin", "C:\\secret.bin", ""])
-def test_external_data_elsewhere_is_refused(tmp_path: Path, location: str) -> None:
-    (tmp_path / "secret.bin").write_bytes(bytes(24))
-    folder = tmp_path / "inner"
-    folder.mkdir()
-    (folder / "m.onnx").write_bytes(with_external_weight(location))
-    with pytest.raises(ArtifactError, match="outside its folder"):
-        read_onnx(folder / "m.onnx")
+@pytest.mark.parametrize(
+    "location", ["/etc/hostname", "../secret.bin", "w.bin", "C:\\secret.bin", "", "*/_ORT_MEM_ADDR_/*"]
+)
+def test_external_data_is_refused(tmp_path: Path, location: str) -> None:
+    (tmp_path / "w.bin").write_bytes(bytes(24))
+    (tmp_path / "m.onnx").write_bytes(with_external_weight(location))
+    with pytest.raises(ArtifactError) as caught:
+        read_onnx(tmp_path / "m.onnx")
+    assert f"keeps tensor 'w' outside the file, in {location!r}; save the model again as one file" in str(caught.value)
 
 
-def test_external_data_behind_a_symbolic_link_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "secret.bin").write_bytes(bytes(24))
-    folder = tmp_path / "inner"
-    folder.mkdir()
-    os.symlink(tmp_path / "secret.bin", folder / "w.bin")
-    (folder / "m.onnx").write_bytes(with_external_weight("w.bin"))
-    with pytest.raises(ArtifactError, match="outside its folder"):
-        read_onnx(folder / "m.onnx")
-
-
-def test_external_data_in_the_folder_is_read(tmp_path: Path) -> None:
-    values = np.arange(6, dtype=np.float32).reshape(2, 3)
-    (tmp_path / "w.bin").write_bytes(values.tobytes())
-    (tmp_path / "m.onnx").write_bytes(with_external_weight("w.bin"))
-    read = numpy_helper.to_array(read_onnx(tmp_path / "m.onnx").graph.initializer[0])
-    np.testing.assert_array_equal(read, values)
+def test_a_file_above_protobufs_limit_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "m.onnx").open("wb") as stream:
+        stream.truncate(6 << 30)
+    with pytest.raises(ArtifactError, match=r"has 6\.0 GiB, an ONNX file holds 2"):
+        read_onnx(tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", small_model().SerializeToString()[:-20]])

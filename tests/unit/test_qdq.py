@@ -5,12 +5,15 @@ Oracle: numpy, written out below; and ONNX Runtime executing the float graph.
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
@@ -19,7 +22,10 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 from small_graphs import RNG, floats, graph, run, spec, table_for  # noqa: E402
 
-from edgeseg.errors import ArtifactError, QuantizationError  # noqa: E402
+from edgeseg.backends import get_backend  # noqa: E402
+from edgeseg.backends.cpu.onnxruntime import _open, _session_options, open_unoptimized  # noqa: E402
+from edgeseg.errors import ArtifactError, BuildError, QuantizationError  # noqa: E402
+from edgeseg.machine.cpu import this_cpu  # noqa: E402
 from edgeseg.quantize.lint import lint  # noqa: E402
 from edgeseg.quantize.qdq import quantize_model, write_qdq  # noqa: E402
 from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
@@ -89,7 +95,9 @@ TWO = "a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1) r = Relu(a) y = Conv(r, w2, b2
 TWO_WEIGHTS = {"w1": floats(5, 3, 3, 3), "b1": floats(5), "w2": floats(4, 5, 1, 1), "b2": floats(4)}
 
 
-@pytest.mark.parametrize("scheme", ["onnxruntime-vnni", "onnxruntime-avx2", "onnxruntime-arm", "tensorrt", "openvino"])
+@pytest.mark.parametrize(
+    "scheme", ["onnxruntime-vnni", "onnxruntime-avx2", "onnxruntime-arm", "tensorrt", "openvino", "openvino-avx2"]
+)
 def test_the_graph_computes_what_a_plain_quantizer_computes(scheme: str) -> None:
     model = network(TWO, **TWO_WEIGHTS)
     table = table_for(model, image=IMAGE)
@@ -228,6 +236,87 @@ def test_a_graph_output_keeps_its_name_and_type() -> None:
     (output,) = model.graph.output
     assert output.name == "y"
     assert output.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+DEAD = (0.0, 1e-9, 1e-20, 1e-38, 1e-42)
+
+
+def with_dead_filters(weight: float, bias: float, *, all_dead: bool = False) -> onnx.ModelProto:
+    """Two convolutions and a residual addition, half of the filters (or all) of the size of ``weight``."""
+    first, second = 0.2 * floats(8, 3, 3, 3), 0.2 * floats(8, 8, 3, 3)
+    biases = 0.3 * floats(2, 8)
+    dead = slice(0, 8 if all_dead else 4)
+    first[dead] *= np.float32(weight)
+    second[dead] *= np.float32(weight)
+    biases[:, dead] = bias
+    return network(
+        "a = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(x, w1, b1) r = Relu(a) "
+        "b = Conv<kernel_shape=[3,3], pads=[1,1,1,1]>(r, w2, b2) s = Add(b, r) t = Relu(s) y = Conv(t, w3)",
+        w1=first,
+        b1=biases[0],
+        w2=second,
+        b2=biases[1],
+        w3=0.2 * floats(3, 8, 1, 1),
+    )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bias", [0.0, 0.3, 30.0])
+@pytest.mark.parametrize("weight", DEAD)
+def test_filters_that_weight_decay_drove_to_zero_keep_their_bias(weight: float, bias: float, scheme: str) -> None:
+    model = with_dead_filters(weight, bias)
+    written = quantized(model, scheme)
+    (expected,) = run(model, image=IMAGE)
+    assert signal_to_noise_db(expected, run(written, image=IMAGE)[0]) > 25
+    if this_cpu().computes(scheme):
+        assert signal_to_noise_db(expected, engine_of(written)(IMAGE)) > 25
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("weight", DEAD)
+def test_a_dead_layer_behind_a_dead_layer(weight: float, scheme: str) -> None:
+    """The smallest activation scale times the smallest weight scale is still a scale."""
+    model = with_dead_filters(weight, 0.0, all_dead=True)
+    written = quantized(model, scheme)
+    for result in (run(written, image=IMAGE)[0], engine_of(written)(IMAGE)):
+        assert np.isfinite(result).all()
+        assert np.abs(result).max() < 1e-6
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("weight", DEAD)
+def test_openvino_computes_dead_filters_right(weight: float) -> None:
+    openvino = pytest.importorskip("openvino")
+    model = with_dead_filters(weight, 0.3)
+    read = openvino.Core().read_model(quantized(model, get_backend("openvino").scheme).SerializeToString())
+    compiled = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert signal_to_noise_db(run(model, image=IMAGE)[0], compiled([IMAGE])[0]) > 25
+
+
+def test_a_portable_graph_runs_by_its_own_semantics(tmp_path: Path) -> None:
+    """ONNX Runtime, left to itself, writes the float biases of TensorRT's graph as int32 that overflow."""
+    model = with_dead_filters(1e-9, 0.3)
+    written = quantized(model, "tensorrt")
+    onnx.save(written, tmp_path / "model.onnx")
+    with open_unoptimized(tmp_path / "model.onnx") as session:
+        np.testing.assert_array_equal(session.run(IMAGE)["y"], run(written, image=IMAGE)[0])
+
+
+def engine_of(model: onnx.ModelProto) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """The graph as ONNX Runtime optimizes it with the settings engines are built with."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, path)
+        settings = _session_options(ort, {"threads": 1, "spinning": False}, this_cpu())
+        session = _open(ort, path, settings, BuildError)
+    return lambda image: np.asarray(session.run(None, {"image": image})[0])
+
+
+def signal_to_noise_db(expected: NDArray[Any], actual: NDArray[Any]) -> float:
+    noise = np.square(expected - actual, dtype=np.float64).mean()
+    return float(10 * np.log10(np.var(expected, dtype=np.float64) / max(noise, 1e-30)))
 
 
 def test_seven_bit_weights_for_avx2() -> None:

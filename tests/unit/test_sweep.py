@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -105,6 +106,17 @@ def test_a_damaged_engine_is_built_again(tmp_path: Path) -> None:
     again = Recorder()
     again.run(config(tmp_path, archs=("unet",)))
     assert again.built == ["unet-demo-fp32-onnxruntime"]
+
+
+@pytest.mark.parametrize("change", [{"options": {"threads": 1}}, {"versions": {"onnxruntime": "0"}}])
+def test_an_engine_that_runs_another_way_is_measured_again(tmp_path: Path, change: dict[str, Any]) -> None:
+    """The engine's file is the same: what it is run with is not."""
+    Recorder().run(config(tmp_path, archs=("unet",)))
+    folder = tmp_path / "out/engines/unet-demo-fp32-onnxruntime"
+    write_json(folder / MANIFEST_NAME, dataclasses.replace(open_engine(folder).manifest, **change))
+    again = Recorder()
+    again.run(config(tmp_path, archs=("unet",)))
+    assert (again.built, len(again.benched)) == ([], 1)
 
 
 def test_key_follows_the_content_of_weights_and_images(tmp_path: Path) -> None:

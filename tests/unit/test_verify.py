@@ -388,6 +388,7 @@ def engine_with(verification: Verification | None, **changes: Any) -> Engine:
             {"fp32": 0.025, "int8": 0.975},
             {"int8": 1.0},
             6_380_000_000,
+            "executed",
             {f"head.{k}/Conv": "float" for k in range(5)},
         ),
         target="onnxruntime",

@@ -8,8 +8,10 @@ chosen for this CPU, so ``load`` refuses one made for another instruction set.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,14 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
-from edgeseg.backends.cpu.options import check_built_for, cpu_options
+from edgeseg.backends.cpu.options import CPU_OPTIONS, check_built_for, cpu_options
 from edgeseg.backends.cpu.precision import executed_precision, node_times, profiled_events, run_profiled
+from edgeseg.backends.self_contained import require_self_contained
+from edgeseg.backends.signature import ANY, TensorInfo, check_signature
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.store.artifacts import Engine, OnnxGraph
 
 ENGINE_NAME = "engine.onnx"
-_OPTION_NAMES = ("threads", "spinning")
 
 _SESSION_ENTRIES = {
     # Denormals cost hundreds of cycles each; a segmentation logit that small decides nothing.
@@ -33,6 +36,9 @@ _SESSION_ENTRIES = {
     # One caller thread is the common case on an edge device: do not let pool threads burn a core between frames.
     "session.force_spinning_stop": "1",
 }
+
+_DISABLED_OPTIMIZERS = ("WeightBiasQuantization",)
+"""Writes float biases as int32, which overflows for filters that are nearly zero. Schemes that want it have int32 biases."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,11 @@ class OnnxRuntimeBackend:
         engines_folder: Path | None = None,
     ) -> BuiltEngine:
         """Optimize the graph for this CPU and save it in ``folder``."""
-        chosen = cpu_options(self.name, options, _OPTION_NAMES)
+        from edgeseg.store.onnx_file import read_onnx
+
+        chosen = cpu_options(self.name, options)
         ort = _import_ort()
+        read_onnx(graph.path)  # refused here, not by a parser in native code
         path = folder / ENGINE_NAME
         settings = _session_options(ort, chosen, self.cpu)
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -86,14 +95,17 @@ class OnnxRuntimeBackend:
 
     def load(self, engine: Engine) -> OnnxRuntimeSession:
         """Load an engine folder built by :meth:`build` on a CPU with the same instruction set."""
-        ort = _import_ort()
+        ort, path = _import_ort(), engine.engine_path
         check_built_for(engine, self.cpu, "onnxruntime", str(ort.__version__))
-        return OnnxRuntimeSession(_open(ort, engine.engine_path, self.load_settings(ort, engine), ArtifactError))
+        session = _open(ort, path, self.load_settings(ort, engine), ArtifactError)
+        check_signature(_tensors(session.get_inputs()), _tensors(session.get_outputs()), engine.manifest.spec)
+        return OnnxRuntimeSession(session)
 
     def load_settings(self, ort: Any, engine: Engine) -> Any:
         """The session options ``engine`` is run with."""
-        saved = {name: engine.manifest.options[name] for name in _OPTION_NAMES if name in engine.manifest.options}
-        settings = _session_options(ort, cpu_options(self.name, saved, _OPTION_NAMES), self.cpu)
+        options = engine.manifest.options
+        saved = {name: options[name] for name in CPU_OPTIONS[self.name] if name in options}
+        settings = _session_options(ort, cpu_options(self.name, saved), self.cpu)
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         return settings
 
@@ -147,7 +159,9 @@ def backend() -> OnnxRuntimeBackend:
 def open_unoptimized(path: Path) -> OnnxRuntimeSession:
     """Run an ONNX file as it is, a portable graph of another target too. Raises ``ArtifactError``."""
     ort, cpu = _import_ort(), this_cpu()
-    settings = _session_options(ort, cpu_options("onnxruntime", {}, _OPTION_NAMES), cpu)
+    settings = _session_options(ort, cpu_options("onnxruntime", {}), cpu)
+    # Optimizing writes another graph: float biases become int32, which overflows for filters that are nearly zero.
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return OnnxRuntimeSession(_open(ort, path, settings, ArtifactError))
 
 
@@ -156,6 +170,7 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
     ort, found = _import_ort(), backend()
     check_built_for(engine, found.cpu, "onnxruntime", str(ort.__version__))
     settings = found.load_settings(ort, engine)
+    require_self_contained(engine.engine_path)
     return node_times(profiled_events(ort, engine.engine_path, settings, engine.manifest.spec.input, runs), runs)
 
 
@@ -179,8 +194,19 @@ def _session_options(ort: Any, options: Mapping[str, Any], cpu: Cpu) -> Any:
 
 
 def _open(ort: Any, path: Path, settings: Any, error: type[BuildError] | type[ArtifactError]) -> Any:
+    require_self_contained(path)
+    make = partial(
+        ort.InferenceSession,
+        str(path),
+        settings,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=_DISABLED_OPTIMIZERS,
+    )
     try:
-        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        # The first session of a process lets the thread that makes it flush denormals for good, numpy's and PyTorch's as
+        # well. A thread of its own takes that with it; those of the session's pool flush theirs in any case.
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(make).result()
     except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception
         written = settings.optimized_model_filepath
         if written and "serialization failed" in str(exc):
@@ -190,6 +216,17 @@ def _open(ort: Any, path: Path, settings: Any, error: type[BuildError] | type[Ar
                 f"ONNX Runtime could not write {written}, with {free_mb:.1f} MB free there; free space or give another --output"
             ) from exc
         raise error(f"ONNX Runtime {ort.__version__} cannot load {path}: {_one_line(exc)}") from exc
+
+
+def _tensors(arguments: Sequence[Any]) -> list[TensorInfo]:
+    """What ONNX Runtime says of a session's inputs or outputs: ``tensor(uint8)``, a number or a name per dimension."""
+    found = []
+    for argument in arguments:
+        dtype = argument.type.removeprefix("tensor(").removesuffix(")")
+        # A scalar and a shape nobody knows look alike.
+        shape = [(size, size) if isinstance(size, int) else ANY for size in argument.shape] or None
+        found.append(TensorInfo(argument.name, {"float": "float32"}.get(dtype, dtype), shape and tuple(shape)))
+    return found
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[Any, ...]) -> bool:

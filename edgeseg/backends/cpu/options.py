@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from edgeseg.errors import SpecError, StaleEngineError, did_you_mean
 from edgeseg.machine.cpu import Cpu
 from edgeseg.store.artifacts import Engine
 
+CPU_OPTIONS: Mapping[str, tuple[str, ...]] = {"onnxruntime": ("threads", "spinning"), "openvino": ("threads",)}
+"""Build options by backend."""
+
 _DEFAULTS: dict[str, Any] = {"threads": 0, "spinning": True}
 
 
-def cpu_options(backend: str, options: Mapping[str, Any], allowed: Sequence[str]) -> dict[str, Any]:
-    """Check a backend's build options and add defaults.
+def cpu_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a backend's build options and add defaults, also for those that are ``None``.
 
     ``threads``: threads of one inference, 0 for one per core this process may use. ``spinning``: pool threads spin a
     little before they sleep, for lower latency at more power.
@@ -22,12 +25,14 @@ def cpu_options(backend: str, options: Mapping[str, Any], allowed: Sequence[str]
     Raises:
         SpecError: an unknown option, or a value out of range.
     """
+    allowed = CPU_OPTIONS[backend]
     for key in options:
         if key not in allowed:
             raise SpecError(
                 f"target {backend} has no build option {key!r}{did_you_mean(key, allowed)} (allowed: {', '.join(allowed)})"
             )
-    chosen = {name: options.get(name, _DEFAULTS[name]) for name in allowed}
+    given = {name: value for name, value in options.items() if value is not None}
+    chosen = {name: given.get(name, _DEFAULTS[name]) for name in allowed}
     threads, spinning = chosen["threads"], chosen.get("spinning", True)
     # Threads beyond the processors wait for each other: 40 small convolutions on 2 processors took 0.05 s with 2 of them,
     # 0.46 with 16, 6.6 with 256.

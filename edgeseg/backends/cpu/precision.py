@@ -148,6 +148,7 @@ def executed_precision(path: Path, requested: Precision, executed: list[Executed
         mac_share={k: v / total for k, v in sorted(mac_totals.items())} if total else {},
         node_share={k: v / len(executed) for k, v in sorted(node_totals.items())},
         macs=total,
+        evidence="executed",
         float_layers=float_layers,
     )
 

@@ -17,6 +17,7 @@ from edgeseg.backends.base import StageTimes
 from edgeseg.backends.cuda.arrays import DeviceImages
 from edgeseg.backends.cuda.device import LEGACY_STREAM, Cuda, DeviceMemory, Graph, HostMemory, Stream
 from edgeseg.backends.cuda.result_memory import Lease
+from edgeseg.backends.signature import ANY, TensorInfo
 from edgeseg.errors import DeviceError, InputError
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ class IoTensor:
         return len(shape) == len(self.smallest) and all(
             low <= n <= high for low, n, high in zip(self.smallest, shape, self.largest, strict=True)
         )
+
+    def described(self) -> TensorInfo:
+        """The tensor as its manifest is compared with; an output's open sizes have no limit of their own."""
+        sizes = zip(self.smallest, self.largest, strict=True)
+        return TensorInfo(self.name, self.dtype.name, tuple(ANY if high == -1 else (low, high) for low, high in sizes))
 
     @property
     def shape_text(self) -> str:

@@ -26,6 +26,7 @@ from edgeseg.backends.base import StageTimes
 from edgeseg.backends.cuda.arrays import DeviceTensor, device_images
 from edgeseg.backends.cuda.device import Cuda
 from edgeseg.backends.cuda.result_memory import Lease, ResultMemory
+from edgeseg.backends.signature import check_signature
 from edgeseg.backends.tensorrt.lane import Lane, io_tensors
 from edgeseg.backends.tensorrt.lanes import LanePool
 from edgeseg.errors import DeviceError, InputError, SpecError
@@ -101,7 +102,7 @@ class TensorRTSession:
 
     Raises:
         DeviceError: an engine that is not edgeseg's, or no memory for the first context. ``cuda`` stays open then.
-        InputError: an engine whose outputs are not those of ``spec``.
+        ArtifactError: an engine whose input or outputs are not those of ``spec``.
     """
 
     def __init__(
@@ -116,11 +117,8 @@ class TensorRTSession:
         self._trt = trt
         self._cuda = cuda
         self._image, self._outputs = io_tensors(trt, engine)
-        names = [tensor.name for tensor in self._outputs]
-        if spec.output.kind not in names:
-            raise DeviceError(
-                f"the engine's outputs are {', '.join(names)}, not {spec.output.kind}; build the engine again"
-            )
+        described = [tensor.described() for tensor in self._outputs]
+        check_signature([self._image.described()], described, spec, wide_masks=True)
         # TensorRT has no 16-bit integers: masks of more than 256 classes leave the engine wider.
         self._mask_dtype = np.dtype(spec.mask_dtype)
         # On a Jetson (from SM 7.2) the CPU caches page-locked memory and the GPU does not: no matter for bytes that it

@@ -1,0 +1,124 @@
+"""What goes into a loaded engine and what comes out, compared with what its manifest says of it.
+
+A manifest is a text file: edited, or beside the engine of another build, it would give results another meaning. So every
+backend asks, when it has loaded an engine, whether it is one of the contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from edgeseg.errors import ArtifactError
+from edgeseg.spec import PipelineSpec
+
+Extent: TypeAlias = "tuple[int, int | None]"
+"""Smallest and largest size of a dimension an engine says it takes; ``None``: it sets no limit."""
+
+ANY: Extent = (0, None)
+
+AUXILIARY = "aux_logits"
+"""A second output a model may have; nothing else depends on it."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of a loaded engine.
+
+    Attributes:
+        name: of the tensor.
+        dtype: numpy's name.
+        shape: of each dimension; ``None`` where the backend does not tell how many there are.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Extent, ...] | None
+
+    def __str__(self) -> str:
+        sizes = [_text(extent) for extent in self.shape] if self.shape is not None else ["..."]
+        return f"{self.name} {self.dtype} ({', '.join(sizes)})"
+
+
+def check_signature(
+    inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], spec: PipelineSpec, *, wide_masks: bool = False
+) -> None:
+    """Raise :class:`ArtifactError` unless the engine takes and gives what ``spec`` says.
+
+    Args:
+        inputs: of the engine.
+        outputs: of the engine.
+        spec: of its manifest.
+        wide_masks: the backend has no 16-bit integers and gives wider ones in their place.
+    """
+    image = expected_image(spec)
+    if len(inputs) != 1:
+        raise _other("inputs", inputs, [image])
+    if not _fits(inputs[0], image):
+        raise _other("input", inputs, [image])
+    expected = expected_outputs(spec)
+    found = {tensor.name: tensor for tensor in outputs}
+    if set(found) - {AUXILIARY} != {tensor.name for tensor in expected}:
+        raise _other("outputs", outputs, expected)
+    for tensor in expected:
+        has = found[tensor.name]
+        wide = wide_masks and tensor.dtype == "uint16" and has.dtype in {"int32", "int64"}
+        if not (_fits(has, tensor) or (wide and _fits(TensorInfo(has.name, tensor.dtype, has.shape), tensor))):
+            raise _other("output", [has], [tensor])
+
+
+def expected_image(spec: PipelineSpec) -> TensorInfo:
+    """The image input of the contract."""
+    size = spec.input
+    sides: tuple[Extent, Extent] = ((size.height, size.height), (size.width, size.width))
+    if size.dynamic_size:
+        low, high = size.min_size or (size.height, size.width), size.max_size or (size.height, size.width)
+        sides = ((low[0], high[0]), (low[1], high[1]))
+    return TensorInfo("image", "uint8", (_batch(spec), *sides, (size.channels, size.channels)))
+
+
+def expected_outputs(spec: PipelineSpec) -> list[TensorInfo]:
+    """The outputs of the contract, without the auxiliary one."""
+    _, height, width, _ = expected_image(spec).shape or ()
+    classes: Extent = (spec.model.classes, spec.model.classes)
+    per_class = (_batch(spec), classes, height, width)
+    per_pixel = per_class if spec.model.task == "multilabel" else (_batch(spec), height, width)
+    kind = spec.output.kind
+    first = TensorInfo(kind, spec.mask_dtype, per_pixel) if kind == "mask" else TensorInfo(kind, "float32", per_class)
+    return [first, TensorInfo("confidence", "float32", per_pixel)] if spec.output.confidence else [first]
+
+
+def _batch(spec: PipelineSpec) -> Extent:
+    return (spec.input.batch.minimum, spec.input.batch.maximum)
+
+
+def _fits(has: TensorInfo, wanted: TensorInfo) -> bool:
+    """Whether the engine's tensor can be what is wanted, sizes it leaves open included."""
+    if (has.name, has.dtype) != (wanted.name, wanted.dtype):
+        return False
+    if has.shape is None or wanted.shape is None:
+        return True
+    return len(has.shape) == len(wanted.shape) and all(
+        low <= (least or 0) and (high is None or high >= (most or 0))
+        for (low, high), (least, most) in zip(has.shape, wanted.shape, strict=True)
+    )
+
+
+def _other(what: str, has: Sequence[TensorInfo], wanted: Sequence[TensorInfo]) -> ArtifactError:
+    return ArtifactError(
+        f"the engine's {what} {_listed(has)}, its manifest says {_listed(wanted, bare=True)}: edited, or of another "
+        "engine; build it again"
+    )
+
+
+def _listed(tensors: Sequence[TensorInfo], *, bare: bool = False) -> str:
+    words = ", ".join(map(str, tensors)) or "nothing"
+    return words if bare else f"{'are' if len(tensors) != 1 else 'is'} {words}"
+
+
+def _text(extent: Extent) -> str:
+    low, high = extent
+    if high is None:
+        return "any"
+    return str(low) if low == high else f"{low}..{high}"

@@ -1,0 +1,225 @@
+"""``edgeseg compile`` for the CPU backends: whose figures stay, and graphs that were made for another target or CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("onnxruntime")
+sys.path.insert(0, str(Path(__file__).parent))
+from cpu_folders import COMMAND, SIDE, folder_for, own_scheme, verification
+from small_graphs import spec
+
+import edgeseg
+from edgeseg.backends import compile as recompile
+from edgeseg.backends import get_backend, portable
+from edgeseg.backends.compile import compile_folder
+from edgeseg.backends.cpu import onnxruntime
+from edgeseg.errors import BuildError, SpecError, StaleEngineError
+from edgeseg.machine.cpu import Cpu, this_cpu
+from edgeseg.pipeline import stages as pipeline
+from edgeseg.pipeline.request import BuildRequest
+from edgeseg.progress import SilentReporter
+from edgeseg.quantize.schemes import SCHEMES
+from edgeseg.spec import ModelRequest
+from edgeseg.store.artifacts import MANIFEST_NAME, open_engine, write_json
+
+VNNI = Cpu("Some Xeon", "x86", ("avx2", "avx512_vnni"), 2)
+AVX2 = Cpu("Old Xeon", "x86", ("avx2",), 2)
+ARM = Cpu("Cortex", "arm", ("asimddp",), 2)
+
+
+class Notes(SilentReporter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_for(tmp_path_factory.mktemp("engines") / "a", "onnxruntime", own_scheme())
+
+
+def test_the_very_same_engine_keeps_its_figures_and_its_command(verified: Path, tmp_path: Path) -> None:
+    manifest = compile_folder(verified, output=tmp_path / "again").manifest
+    assert manifest.engine == open_engine(verified).manifest.engine
+    assert manifest.verification == verification()
+    assert manifest.command == COMMAND
+
+
+@pytest.mark.parametrize("options", [{"threads": 1}, {"spinning": False}])
+def test_other_options_are_another_engine(verified: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    manifest = compile_folder(verified, options=options, output=tmp_path / "b").manifest
+    assert manifest.engine == open_engine(verified).manifest.engine  # the file alone does not tell
+    assert manifest.verification is None and manifest.candidates == {}
+    assert manifest.command is None
+
+
+def test_another_target_is_another_engine(verified: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    manifest = compile_folder(verified, target="openvino", output=tmp_path / "b").manifest
+    assert manifest.verification is None and manifest.candidates == {} and manifest.command is None
+    assert manifest.precision.evidence == "inspected"
+    assert set(manifest.versions) == {"torch", "openvino"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"versions": {"torch": "2.0", "onnxruntime": "1.0"}}, {"device": {"cpu": "Other", "isa": "x86"}}]
+)
+def test_another_version_or_device_is_another_engine(verified: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    manifest = open_engine(verified).manifest
+    before = tmp_path / "before"
+    before.mkdir()
+    for file in verified.iterdir():
+        (before / file.name).write_bytes(file.read_bytes())
+    write_json(before / MANIFEST_NAME, dataclasses.replace(manifest, **change))
+    after = compile_folder(before).manifest
+    assert after.verification is None
+    assert after.command == COMMAND  # the same build, run here, makes this engine
+
+
+def test_a_graph_of_another_target_that_runs_in_float_says_what_to_build(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    folder = folder_for(tmp_path / "ov", "openvino", get_backend("openvino").scheme)
+    notes = Notes()
+    share = compile_folder(folder, target="onnxruntime", output=tmp_path / "ort", reporter=notes).manifest.precision
+    (note,) = notes.notes
+    assert share.mac_share.get("int8", 0.0) < 0.7
+    assert note.startswith(
+        f"int8 was asked for, but onnxruntime executes only {share.mac_share.get('int8', 0.0):.1%} of"
+    )
+    assert "is quantized for openvino" in note and "edgeseg build ... --target onnxruntime" in note
+
+
+def test_an_engine_in_the_precision_asked_for_is_said_nothing_of(verified: Path, tmp_path: Path) -> None:
+    notes = Notes()
+    compile_folder(verified, output=tmp_path / "b", reporter=notes)
+    assert notes.notes == []
+
+
+@pytest.mark.parametrize(
+    ("cpu", "computed"),
+    [
+        (VNNI, {"onnxruntime-vnni", "onnxruntime-avx2", "openvino", "openvino-avx2", "tensorrt"}),
+        (AVX2, {"onnxruntime-avx2", "openvino-avx2"}),
+        (ARM, {"onnxruntime-arm", "openvino", "openvino-avx2", "tensorrt"}),
+    ],
+)
+def test_a_cpu_computes_the_schemes_it_has_kernels_for(cpu: Cpu, computed: set[str]) -> None:
+    assert {name for name in SCHEMES if cpu.computes(name)} == computed
+    assert cpu.computes(None)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cpu], None]:
+    def install(cpu: Cpu) -> None:
+        for module in (portable, recompile, onnxruntime):
+            monkeypatch.setattr(module, "this_cpu", lambda: cpu)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("scheme", "wrong", "right"),
+    [("onnxruntime-arm", VNNI, ARM), ("onnxruntime-vnni", AVX2, VNNI), ("onnxruntime-avx2", ARM, AVX2)],
+)
+def test_a_graph_for_another_cpu_is_compiled_on_its_device_only(
+    tmp_path: Path, on_cpu: Callable[[Cpu], None], scheme: str, wrong: Cpu, right: Cpu
+) -> None:
+    folder = folder_for(tmp_path / "a", "onnxruntime", scheme, portable_only=True)
+    manifest = open_engine(folder).manifest
+    assert manifest.engine is None and manifest.precision.evidence == "typed"
+    assert manifest.precision.mac_share["int8"] > 0.9
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    on_cpu(wrong)
+    for refused in (lambda: compile_folder(folder), lambda: edgeseg.load(folder, recompile=True)):
+        with pytest.raises(BuildError) as caught:
+            refused()
+        assert f"({scheme}; {wrong.name} takes " in str(caught.value)
+        assert "compile it on its device" in str(caught.value)
+    with pytest.raises(
+        StaleEngineError, match=rf"portable graph only \({scheme}\); run on its device: edgeseg compile"
+    ):
+        edgeseg.load(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    on_cpu(right)
+    compiled = compile_folder(folder).manifest
+    assert compiled.engine is not None and compiled.scheme == scheme
+    assert compiled.device["isa"] == right.isa
+    assert compiled.verification is None  # what the portable graph was worth elsewhere is not this engine's
+
+
+def request(**changes: Any) -> BuildRequest:
+    return BuildRequest(ModelRequest(arch="fpn"), **changes)
+
+
+def test_auto_leaves_out_who_does_not_know_an_option_before_any_work() -> None:
+    pytest.importorskip("openvino")
+    assert pipeline.choose_targets(request(), Notes()) == ("onnxruntime", "openvino")
+    notes = Notes()
+    assert pipeline.choose_targets(request(backend_options={"spinning": False}), notes) == ("onnxruntime",)
+    (note,) = notes.notes
+    assert note.startswith("openvino is left out: target openvino has no build option 'spinning'")
+    with pytest.raises(SpecError, match="threads is -1; give a number"):
+        pipeline.choose_targets(request(backend_options={"threads": -1}), Notes())
+    with pytest.raises(SpecError, match="target onnxruntime has no build option 'thread'"):
+        pipeline.choose_targets(request(backend_options={"thread": 1}), Notes())
+
+
+def test_with_a_scheme_auto_is_the_target_it_is_for() -> None:
+    pytest.importorskip("openvino")
+    assert pipeline.choose_targets(request(scheme="onnxruntime-arm"), Notes()) == ("onnxruntime",)
+    assert pipeline.choose_targets(request(scheme="openvino"), Notes()) == ("openvino",)
+    with pytest.raises(SpecError, match="scheme tensorrt is for none of onnxruntime, openvino; name its target"):
+        pipeline.choose_targets(request(scheme="tensorrt"), Notes())
+    with pytest.raises(SpecError, match="unknown scheme 'onnxruntime-arn'; did you mean"):
+        pipeline.choose_targets(request(scheme="onnxruntime-arn"), Notes())
+
+
+def test_sessions_are_closed_when_measuring_raises() -> None:
+    class Session:
+        closed = False
+
+        def run(self, images: Any) -> Any:
+            raise BuildError("the engine does not run")
+
+        def __enter__(self) -> Session:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.closed = True
+
+    sessions = [Session(), Session()]
+
+    def candidate(name: str, session: Session) -> Any:
+        backend = type("B", (), {"name": name, "load": lambda self, engine: session})()
+        return type("C", (), {"backend": backend, "folder": Path()})()
+
+    make = type("M", (), {"spec": spec(SIDE, SIDE), "write": lambda *_: None})()
+    candidates = [candidate(name, session) for name, session in zip("ab", sessions, strict=True)]
+    with pytest.raises(BuildError, match="does not run"):
+        pipeline.choose_fastest(candidates, make, None, Notes())
+    assert [session.closed for session in sessions] == [True, True]
+
+
+def test_loading_leaves_the_callers_arithmetic_as_it_was(verified: Path) -> None:
+    """In a process of its own: ONNX Runtime changes how a thread computes with the first session it makes."""
+    code = (
+        "import sys, numpy as np, edgeseg; seg = edgeseg.load(sys.argv[1]); seg(np.zeros((16, 16, 3), np.uint8)); "
+        "print(np.float32(1e-40) * np.float32(0.5) > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, verified], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
+def test_this_cpu_computes_its_own_scheme() -> None:
+    assert this_cpu().computes(own_scheme())

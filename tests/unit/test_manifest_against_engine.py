@@ -1,0 +1,318 @@
+"""A manifest that says something else than its engine is refused: names, types, shapes, batch, values, sizes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+sys.path.insert(0, str(Path(__file__).parent))
+from cpu_folders import CLASSES, IMAGES, folder_for, own_scheme
+
+import edgeseg
+from edgeseg.backends import get_backend
+from edgeseg.backends.compile import compile_folder
+from edgeseg.backends.signature import TensorInfo, check_signature, expected_image, expected_outputs
+from edgeseg.errors import ArtifactError, EdgesegError, SpecError
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
+from edgeseg.store.artifacts import MANIFEST_NAME, MAX_JSON_BYTES, FileRef, read_json, read_manifest
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_for(tmp_path_factory.mktemp("engines") / "a", "onnxruntime", own_scheme())
+
+
+@pytest.fixture(scope="module")
+def with_openvino(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("openvino")
+    return folder_for(tmp_path_factory.mktemp("engines") / "b", "openvino", get_backend("openvino").scheme)
+
+
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder of its own to spoil."""
+    source: Path = request.getfixturevalue("whole" if request.param == "onnxruntime" else "with_openvino")
+    copy = tmp_path / "engine"
+    copy.mkdir()
+    for file in source.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Set fields of the manifest; ``model__classes=3`` sets ``spec.model.classes``."""
+    path = folder / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        place = manifest["spec"] if parents else manifest
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    path.write_text(json.dumps(manifest))
+
+
+def test_the_folder_as_it_was_built_loads(folder: Path) -> None:
+    with edgeseg.load(folder) as segmenter:
+        assert segmenter(IMAGES[0]).max() < CLASSES
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"output__kind": "logits"},
+            "outputs is mask uint8 (1, 16, 16), its manifest says logits float32 (1, 5, 16, 16)",
+        ),
+        ({"output__kind": "probabilities"}, "its manifest says probabilities float32"),
+        ({"output__confidence": True}, "its manifest says mask uint8 (1, 16, 16), confidence float32 (1, 16, 16)"),
+        (
+            {"model__task": "multilabel"},
+            "output is mask uint8 (1, 16, 16), its manifest says mask uint8 (1, 5, 16, 16)",
+        ),
+        ({"model__classes": 300}, "its manifest says mask uint16 (1, 16, 16)"),
+        ({"input__batch": {"minimum": 1, "optimum": 2, "maximum": 4}}, "manifest says image uint8 (1..4, 16, 16, 3)"),
+        ({"input__batch": {"minimum": 2, "optimum": 2, "maximum": 2}}, "manifest says image uint8 (2, 16, 16, 3)"),
+        ({"input__height": 32}, "input is image uint8 (1, 16, 16, 3), its manifest says image uint8 (1, 32, 16, 3)"),
+        (
+            {
+                "input__channels": 1,
+                "model__in_channels": 1,
+                "preprocess__mean": [0.5],
+                "preprocess__std": [0.5],
+            },
+            "manifest says image uint8 (1, 16, 16, 1)",
+        ),
+    ],
+)
+def test_another_contract_than_the_engines_is_refused_when_it_is_loaded(
+    folder: Path, changes: dict[str, Any], words: str
+) -> None:
+    edit(folder, **changes)
+    with pytest.raises(ArtifactError) as caught:
+        edgeseg.load(folder)
+    assert words in str(caught.value)
+    assert str(caught.value).endswith("edited, or of another engine; build it again")
+
+
+@pytest.mark.parametrize(
+    ("changes", "values"),
+    [({"model__classes": 2}, 2), ({"model__classes": 1, "model__task": "binary"}, 2), ({"model__classes": 3}, 3)],
+)
+def test_a_class_the_manifest_does_not_know_is_refused_when_it_is_met(
+    folder: Path, changes: dict[str, Any], values: int
+) -> None:
+    with edgeseg.load(folder) as segmenter:
+        largest = int(segmenter(IMAGES[0]).max())
+        assert largest == CLASSES - 1
+    edit(folder, **changes)
+    with edgeseg.load(folder) as segmenter:
+        for call in (
+            lambda: segmenter(IMAGES[0]),
+            lambda: segmenter(np.repeat(IMAGES, 2, axis=1)),
+            lambda: segmenter.predict(IMAGES),
+            lambda: list(segmenter.many([IMAGES[0]])),
+        ):
+            with pytest.raises(
+                ArtifactError, match=rf"mask has the value {largest}, its manifest says {values} values"
+            ):
+                call()
+
+
+def second_input(model: onnx.ModelProto) -> None:
+    model.graph.input.append(onnx.helper.make_tensor_value_info("more", onnx.TensorProto.FLOAT, [1]))
+
+
+def renamed_output(model: onnx.ModelProto) -> None:
+    name = model.graph.output[0].name
+    model.graph.node.append(onnx.helper.make_node("Identity", [name], ["masks"]))
+    model.graph.output[0].name = "masks"
+
+
+def renamed_input(model: onnx.ModelProto) -> None:
+    name = model.graph.input[0].name
+    for node in model.graph.node:
+        node.input[:] = ["picture" if used == name else used for used in node.input]
+    model.graph.input[0].name = "picture"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (second_input, r"inputs are image uint8 \(1, 16, 16, 3\), more float32 \(1\), its manifest says image"),
+        (renamed_output, "outputs is masks uint8"),
+        (renamed_input, r"input is picture uint8 \(1, 16, 16, 3\), its manifest says image"),
+    ],
+)
+def test_another_engine_under_the_manifest_is_refused(
+    whole: Path, tmp_path: Path, change: Callable[[onnx.ModelProto], None], words: str
+) -> None:
+    """The hashes are right, as an attacker, or a script that means well, would make them."""
+    copy = tmp_path / "engine"
+    copy.mkdir()
+    for file in whole.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    model = onnx.load(str(copy / "engine.onnx"))
+    change(model)
+    (copy / "engine.onnx").write_bytes(model.SerializeToString())
+    ref = FileRef.of(copy / "engine.onnx")
+    edit(copy, engine={"name": ref.name, "sha256": ref.sha256, "size_bytes": ref.size_bytes})
+    with pytest.raises(ArtifactError, match=words):
+        edgeseg.load(copy)
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "classes that fill the memory": {"model__classes": 10**12, "model__task": "multilabel"},
+    "classes of a binary model": {"model__classes": 10**12, "model__task": "binary"},
+    "classes above 64 bits": {"model__classes": 2**70},
+    "a batch that fills the memory": {"input__batch": {"minimum": 10**9, "optimum": 10**9, "maximum": 10**9}},
+    "a size that fills the memory": {"input__height": 2**20, "input__width": 2**20, "input__dynamic_size": True},
+    "a negative batch": {"input__batch": {"minimum": -1, "optimum": 1, "maximum": 1}},
+    "a stride of nothing": {"input__stride": 0},
+    "no hash of the weights": {"inputs_sha256": {}},
+    "a target nobody knows": {"target": "../../x"},
+    "a scheme nobody knows": {"scheme": "x"},
+    "threads that are none": {"options": {"threads": "many", "spinning": []}},
+    "options that are no settings": {"options": {"threads": {"a": 1}}},
+    "no versions": {"versions": {}},
+    "no device": {"device": {}},
+    "a folder as engine": {"engine": {"name": "..", "sha256": "0", "size_bytes": 1}},
+    "names for other classes": {"model__class_names": ["a"]},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_manifest_ends_in_one_line(folder: Path, tmp_path: Path, case: str) -> None:
+    """Whatever is done with the folder: an engine, or one of edgeseg's own errors."""
+    edit(folder, **HOSTILE[case])
+    image = tmp_path / "image.png"
+    Image.fromarray(IMAGES[0]).save(image)
+
+    def use() -> None:
+        with edgeseg.load(folder) as segmenter:
+            segmenter(IMAGES[0])
+
+    for attempt in (use, lambda: compile_folder(folder, output=tmp_path / "compiled")):
+        try:
+            attempt()
+        except EdgesegError as exc:
+            assert "\n" not in str(exc)
+            assert len(str(exc)) < 1000
+
+
+def test_options_without_a_bottom_end_in_one_line(folder: Path) -> None:
+    edit(folder, options="deep")
+    path = folder / MANIFEST_NAME
+    path.write_text(path.read_text().replace('"deep"', '{"a":' * 30_000 + "1" + "}" * 30_000))
+    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged or not one: maximum recursion depth"):
+        read_manifest(folder)
+
+
+def test_a_manifest_of_gigabytes_is_not_read(folder: Path) -> None:
+    with (folder / MANIFEST_NAME).open("wb") as stream:
+        stream.truncate(6 << 30)
+    with pytest.raises(ArtifactError, match=r"manifest\.json is larger than 64 MiB"):
+        read_manifest(folder)
+
+
+def test_a_json_of_the_largest_size_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b"[]".ljust(MAX_JSON_BYTES))
+    assert read_json(path, list[int], "list") == []
+    path.write_bytes(b"[]".ljust(MAX_JSON_BYTES + 1))
+    with pytest.raises(ArtifactError, match="larger than 64 MiB"):
+        read_json(path, list[int], "list")
+
+
+def test_the_command_line_refuses_it_as_well(whole: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "engine"
+    copy.mkdir()
+    for file in whole.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    edit(copy, model__task="binary", model__classes=1)
+    image = tmp_path / "image.png"
+    Image.fromarray(IMAGES[0]).save(image)
+    command = [sys.executable, "-m", "edgeseg", "run", copy, image, "--output", tmp_path / "out"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "its manifest says 2 values (binary, 1 classes)" in done.stderr
+    assert "internal error" not in done.stderr
+
+
+# Without an engine: what is compared, for every kind of contract.
+SPECS = [
+    PipelineSpec(
+        ModelSpec("fpn", classes=1 if task == "binary" else classes, task=task),
+        InputSpec(64, 96, batch=batch, dynamic_size=dynamic),
+        output=OutputSpec(kind, confidence),
+    )
+    for task in ("multiclass", "binary", "multilabel")
+    for classes in (4, 300)
+    for kind in ("mask", "logits", "probabilities")
+    for confidence in (False, True)
+    for batch in (BatchRange(), BatchRange(1, 2, 4))
+    for dynamic in (False, True)
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_an_engine_of_the_contract_passes_and_sizes_left_open_too(spec: PipelineSpec) -> None:
+    inputs, outputs = [expected_image(spec)], expected_outputs(spec)
+    check_signature(inputs, outputs, spec)
+    check_signature(inputs, [*outputs, TensorInfo("aux_logits", "float32", ((1, 1), (4, 4)))], spec)
+
+    def opened(tensor: TensorInfo) -> TensorInfo:
+        assert tensor.shape is not None
+        return TensorInfo(tensor.name, tensor.dtype, tuple((0, None) for _ in tensor.shape))
+
+    check_signature([opened(t) for t in inputs], [opened(t) for t in outputs], spec)
+    check_signature(inputs, [TensorInfo(t.name, t.dtype, None) for t in outputs], spec)
+    if spec.mask_dtype == "uint16" and spec.output.kind == "mask":
+        wide = [TensorInfo(t.name, t.dtype.replace("uint16", "int32"), t.shape) for t in outputs]
+        check_signature(inputs, wide, spec, wide_masks=True)
+        with pytest.raises(ArtifactError, match="mask int32"):
+            check_signature(inputs, wide, spec)
+
+
+@pytest.mark.parametrize("spec", SPECS[::7])
+def test_every_difference_is_refused(spec: PipelineSpec) -> None:
+    inputs, outputs = [expected_image(spec)], expected_outputs(spec)
+    for tensors in (inputs, outputs):
+        for index, tensor in enumerate(tensors):
+            assert tensor.shape is not None
+            others = [
+                TensorInfo("other", tensor.dtype, tensor.shape),
+                TensorInfo(tensor.name, "float16", tensor.shape),
+                TensorInfo(tensor.name, tensor.dtype, tensor.shape[:-1]),
+                TensorInfo(tensor.name, tensor.dtype, (*tensor.shape[:-1], (1, 1))),
+            ]
+            for other in others:
+                changed = [*tensors[:index], other, *tensors[index + 1 :]]
+                with pytest.raises(ArtifactError, match="its manifest says"):
+                    check_signature(
+                        changed if tensors is inputs else inputs, changed if tensors is outputs else outputs, spec
+                    )
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ModelSpec("fpn", classes=65537, task="multilabel"), "65537 classes; at most 65536"),
+        (lambda: InputSpec(2**15, 2**15, batch=BatchRange(1, 1, 1)), "are 3 GiB; at most 2 in a batch"),
+        (lambda: InputSpec(1024, 1024, batch=BatchRange(1, 1, 10**6)), "1000000 images of 1024x1024"),
+    ],
+)
+def test_every_size_has_a_limit_that_is_said(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        make()
+    assert words in str(caught.value)
