@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeseg.cli.parameters import ANY_PATH, CountsType, SizeType
+from edgeseg.arguments import SIZE
+from edgeseg.cli.parameters import ANY_PATH, CountsType, KindType
 
 if TYPE_CHECKING:
     from edgeseg.evaluate.results import Resolution
@@ -39,7 +40,7 @@ _BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-bf
     show_default=True,
     help="Of each engine in each setting; 0: no latency.",
 )
-@click.option("--source-size", type=SizeType(), help="Size of the images given.  [default: the engine's]")
+@click.option("--source-size", type=KindType(SIZE), help="Size of the images given.  [default: the engine's]")
 @click.option(
     "--fresh-processes", type=click.IntRange(min=0), default=3, show_default=True, help="For cold start and memory."
 )

@@ -9,19 +9,19 @@ import click
 
 from edgeseg.backends import BACKENDS
 from edgeseg.cli.parameters import ANY_PATH
-from edgeseg.cli.shared_options import backend_options
+from edgeseg.cli.shared_options import request_options
 
 
 @click.command("compile", short_help="Build this machine's engine from a folder's portable graph.")
 @click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
 @click.option("--target", type=click.Choice(tuple(BACKENDS)), help="[default: the folder's own]")
-@backend_options
+@request_options("backend_options")
 @click.option("--output", type=ANY_PATH, help="Write a new folder instead of replacing the engine in ENGINE_DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(
     folder: Path,
     target: str | None,
-    options: dict[str, Any],
+    given: dict[str, Any],
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -31,7 +31,9 @@ def command(
     from edgeseg.recompile import compile_folder
 
     with console_reporter() as reporter:
-        engine = compile_folder(folder, target=target, options=options, output=output, reporter=reporter)
+        engine = compile_folder(
+            folder, target=target, options=given["backend_options"], output=output, reporter=reporter
+        )
     if as_json:
         print_json(engine.manifest)
     else:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from edgeseg.cli.parameters import ANY_PATH, NamesType
+from edgeseg.arguments import NAMES
+from edgeseg.cli.parameters import ANY_PATH, KindType
 
 if TYPE_CHECKING:
     from edgeseg.sweep.config import SweepConfig
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 
 @click.command("sweep", short_help="Build and measure many combinations; one report.")
 @click.argument("config_path", required=False, type=ANY_PATH, metavar="[SWEEP.toml]")
-@click.option("--archs", type=NamesType(), default=(), help="Instead of a file: architectures (demo weights).")
-@click.option("--precisions", type=NamesType(), default=(), help="Instead of the file's.")
-@click.option("--targets", type=NamesType(), default=(), help="Instead of the file's.")
+@click.option("--archs", type=KindType(NAMES), default=(), help="Instead of a file: architectures (demo weights).")
+@click.option("--precisions", type=KindType(NAMES), default=(), help="Instead of the file's.")
+@click.option("--targets", type=KindType(NAMES), default=(), help="Instead of the file's.")
 @click.option("--data", help="Instead of the file's: images to judge accuracy on, or demo.")
 @click.option("--require", metavar="EXPRESSION", help="Instead of the file's: see edgeseg report --help.")
 @click.option("--output", type=ANY_PATH, help="Instead of the file's: folder of engines, results and reports.")

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 
 import edgeseg
+from edgeseg.arguments import parse_settings
 from edgeseg.cli.app import VERBS
-from edgeseg.cli.parameters import parse_key_values
+from edgeseg.errors import SpecError
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +96,7 @@ def test_doctor_prints_only_json_with_json() -> None:
 
 def test_key_values() -> None:
     pairs = ("depth=4", "channels=[64,32]", "kind=scse", "batchnorm=True", "x=None", 'name="a=b"')
-    assert parse_key_values("--model-arg", pairs) == {
+    assert parse_settings(pairs) == {
         "depth": 4,
         "channels": [64, 32],
         "kind": "scse",
@@ -105,8 +105,8 @@ def test_key_values() -> None:
         "name": "a=b",
     }
     for bad in (("depth",), ("=4",), ("a=1", "a=2")):
-        with pytest.raises(click.BadParameter):
-            parse_key_values("--model-arg", bad)
+        with pytest.raises(SpecError):
+            parse_settings(bad)
 
 
 def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
