@@ -27,7 +27,7 @@ from edgeseg.artifacts import (
     sha256_json,
     write_json,
 )
-from edgeseg.atomic import atomic_folder
+from edgeseg.atomic import atomic_folder, refuse_existing_folder
 from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require_builder
 from edgeseg.backends.portable import (
     DEVICE_TARGETS,
@@ -37,12 +37,19 @@ from edgeseg.backends.portable import (
     open_graph,
 )
 from edgeseg.build_command import build_command
+from edgeseg.build_plan import BuildPlan, refuse_early, with_options
 from edgeseg.cache import cached_folder, package_versions, source_sha256
 from edgeseg.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
+from edgeseg.evaluate.summary import input_line
 from edgeseg.progress import Reporter, stage
+from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
 from edgeseg.spec import InputSpec, PipelineSpec
-from edgeseg.verification_data import VerificationData, calibration_and_held_out
+from edgeseg.verification_data import (
+    VerificationData,
+    calibration_and_held_out,
+    calibration_source,
+)
 
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only
@@ -57,22 +64,11 @@ CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onn
 
 def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter: Reporter) -> Engine:
     """Run every stage of ``request`` and return the finished engine folder. See :func:`edgeseg.build`."""
-    targets = choose_targets(request.target)
-    for target in targets:
-        # A backend that is not installed should say so before minutes of work, not after.
-        if target not in DEVICE_TARGETS:
-            require_builder(target)
-        check_options(target, request.backend_options)
-
-    loaded = load_stage(request, model, reporter)
-    spec = pipeline_spec(request, loaded)
-    folder = request.folder or Path("engines") / default_name(request, loaded)
-    if request.precision == "fp32" and request.calibration is not None:
-        reporter.note("--calibration is not used: an fp32 engine has no ranges")
+    plan = plan_build(request, model, reporter)
+    targets, loaded, spec, folder = plan.targets, plan.loaded, plan.spec, plan.folder
     with atomic_folder(folder, force=request.force) as scratch:
-        samples, held_out = calibration_and_held_out(request, loaded)
         graph, conversion = export_stage(loaded, spec, reporter)
-        table = None if samples is None else calibration_stage(request, graph, samples, reporter)
+        table = None if plan.samples is None else calibration_stage(request, graph, plan.samples, reporter)
         if request.precision == "fp16" and table is None:
             reporter.note(
                 "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
@@ -92,11 +88,32 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name, command)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
-        verification = verify_stage(request, loaded, engine, held_out, reporter)
+        verification = verify_stage(request, loaded, engine, plan.held_out, reporter)
         make.write(best, medians, table, scratch, verification)
         for target in targets:
             shutil.rmtree(scratch / f"target-{target}", ignore_errors=True)
     return open_engine(folder)
+
+
+def plan_build(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> BuildPlan:
+    """Refuse what cannot be, load the model, open the images, and say what the engine takes. Errors are the build's."""
+    refuse_early(request, is_module=model is not None)
+    targets = choose_targets(request.target)
+    for target in targets:
+        # A backend that is not installed should say so before minutes of work, not after.
+        if target not in DEVICE_TARGETS:
+            require_builder(target)
+    targets = with_options(targets, request.backend_options)
+    loaded = load_stage(request, model, reporter)
+    spec = pipeline_spec(request, loaded)
+    folder = request.folder or Path("engines") / default_name(request, loaded)
+    refuse_existing_folder(folder, force=request.force)
+    if request.precision == "fp32" and request.calibration is not None:
+        reporter.note("--calibration is not used: an fp32 engine has no ranges")
+    with stage(reporter, "input") as said:
+        samples, held_out = calibration_and_held_out(request, loaded)
+        said.append(input_line(spec, is_default_size=request.size is None and not loaded.has_own_size))
+    return BuildPlan(targets, loaded, spec, folder, samples, held_out)
 
 
 def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> LoadedModel:
@@ -190,7 +207,6 @@ def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) ->
 
 def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, reporter: Reporter) -> CalibrationTable:
     """Take the table that was given, find one in the cache, or calibrate."""
-    from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
     from edgeseg.quantize.table import CalibrationTable, check_fresh, load_table
 
     if isinstance(samples, (CalibrationTable, Path)):
@@ -221,8 +237,6 @@ def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, rep
 
 def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> CalibrationTable:
     """Load, export and calibrate, and write the table to ``path``: ``edgeseg calibrate``."""
-    from edgeseg.verification_data import calibration_source
-
     loaded = load_stage(request, None, reporter)
     spec = pipeline_spec(request, loaded)
     samples = calibration_source(request, loaded)

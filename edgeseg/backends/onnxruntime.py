@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from edgeseg.artifacts import Engine, OnnxGraph
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu import Cpu, this_cpu
-from edgeseg.backends.options import check_built_for, cpu_options
+from edgeseg.backends.options import CPU_OPTIONS, check_built_for, cpu_options
 from edgeseg.backends.precision import executed_precision, node_times, profiled_events, run_profiled
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 
 ENGINE_NAME = "engine.onnx"
-_OPTION_NAMES = ("threads", "spinning")
+_OPTION_NAMES = CPU_OPTIONS["onnxruntime"]
 
 _SESSION_ENTRIES = {
     # Denormals cost hundreds of cycles each; a segmentation logit that small decides nothing.

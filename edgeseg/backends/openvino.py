@@ -21,12 +21,12 @@ from edgeseg.artifacts import Engine, OnnxGraph, PrecisionReport
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu import Cpu, this_cpu
 from edgeseg.backends.openvino_argmax import replace_argmax
-from edgeseg.backends.options import check_built_for, cpu_options
+from edgeseg.backends.options import CPU_OPTIONS, check_built_for, cpu_options
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 from edgeseg.spec import Precision
 
 ENGINE_NAME = "engine.blob"
-_OPTION_NAMES = ("threads",)
+_OPTION_NAMES = CPU_OPTIONS["openvino"]
 
 
 @dataclass(frozen=True)

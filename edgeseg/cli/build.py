@@ -12,13 +12,32 @@ from edgeseg.cli.shared_options import argument_names, request_options
 
 @click.command("build", short_help="Convert, quantize, build and verify an engine.")
 @request_options(*argument_names())
+@click.option("--dry-run", is_flag=True, help="Load the model, say what would be built, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON instead of a table.")
-def command(given: dict[str, Any], as_json: bool) -> None:
+def command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
     """Convert, quantize, build and verify an engine.
 
     Without --weights the demo model of the architecture is built (unet, fpn, pspnet, deeplabv3plus).
     """
-    _build_and_print(BuildRequest.of(given), as_json)
+    request = BuildRequest.of(given)
+    if dry_run:
+        _plan_and_print(request, as_json)
+    else:
+        _build_and_print(request, as_json)
+
+
+def _plan_and_print(request: BuildRequest, as_json: bool) -> None:
+    from edgeseg.cli.output import console_reporter, print_json
+    from edgeseg.pipeline import plan_build
+
+    with console_reporter() as reporter:
+        plan = plan_build(request, None, reporter)
+    if as_json:
+        print_json(plan.summary(request))
+    else:
+        for name, value in plan.summary(request).items():
+            shown = ", ".join(value) if isinstance(value, list) else value
+            click.echo(f"{name:<12} {'-' if shown is None else shown}")
 
 
 def _build_and_print(request: BuildRequest, as_json: bool) -> None:

@@ -185,6 +185,15 @@ class CalibrationSet:
             yield name, [np.ascontiguousarray(window[None]) for window in fit_windows(pixels, spec)]
 
 
+def check_source(source: CalibrationSource, limit: int | None) -> None:
+    """Raise ``InputError`` where a look at the names shows that there is nothing, or too little, to calibrate on."""
+    if isinstance(source, (str, Path)) or (isinstance(source, Sequence) and not len(source)):
+        words, found = _find(source)
+        needed = MINIMUM_IMAGES if limit is None else min(MINIMUM_IMAGES, limit)
+        if len(found) < needed:
+            raise InputError(_too_few(words, len(found), len(found), needed, ()))
+
+
 def _check(image: _Image, channels: int) -> str:
     height, width = image.read(channels).shape[:2]
     if min(height, width) < SMALLEST_SIDE:

@@ -13,7 +13,7 @@ import edgeseg
 from edgeseg.api import BuildRequest
 from edgeseg.arguments import arguments_of
 from edgeseg.cli import build as build_verb
-from edgeseg.errors import SpecError
+from edgeseg.errors import InputError, SpecError
 from edgeseg.progress import LineReporter, reporter_of, stage
 from edgeseg.spec import BatchRange
 
@@ -113,10 +113,9 @@ def test_what_cannot_be_names_the_argument(said: dict[str, Any], message: str) -
 
 
 def test_errors_speak_python_to_python(tmp_path: Path) -> None:
-    with pytest.raises(SpecError) as caught:
-        edgeseg.build("fpn", max_drop=0.01, validation=tmp_path / "none", output=tmp_path / "e")
-    assert "validation" in str(caught.value)
-    assert "--" not in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        edgeseg.build("fpn", weights="random", max_drop=0.01, precision="fp32", output=tmp_path / "e")
+    assert str(caught.value) == "max_drop needs masks: give validation DIR with images/ and masks/"
     with pytest.raises(SpecError, match="model is 'fpn'; give an SMP module"):
         edgeseg.build(model="fpn")  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="reporter is 3"):

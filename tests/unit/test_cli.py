@@ -11,7 +11,7 @@ import pytest
 
 import edgeseg
 from edgeseg.arguments import parse_settings
-from edgeseg.cli.app import VERBS
+from edgeseg.cli.app import VERBS, main
 from edgeseg.errors import SpecError
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +82,66 @@ def test_bad_input_is_one_line(arguments: list[str], code: int, message: str) ->
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "unett"], "unknown architecture 'unett'; did you mean 'unet'"),
+        (["--arch", "linknet"], "no demo model for 'linknet'"),
+        (["--arch", "unet", "--weights", "random"], "int8 needs calibration images"),
+        (["--arch", "fpn", "--calibration", "{tmp}/none"], "does not exist"),
+        (["--arch", "fpn", "--calibration", "{tmp}/none.json"], "none.json does not exist; edgeseg calibrate"),
+        (["--arch", "fpn", "--calibration", "{tmp}/empty"], "no images in"),
+        (["--arch", "fpn", "--calibration", "{tmp}/few"], "only 1 of 1 images"),
+        (["--arch", "fpn", "--validation", "{tmp}/none"], "is not a folder; give one with images/ and masks/"),
+        (["--arch", "fpn", "--validation", "{tmp}/empty"], "no images in"),
+        (["--arch", "fpn", "--validation", "{tmp}/few", "--max-drop", "0.01"], "--max-drop needs masks"),
+        (["--arch", "unet", "--weights", "random", "--precision", "fp32", "--max-drop", "0.1"], "--max-drop needs masks"),
+        (["--arch", "fpn", "--output", "{tmp}/few"], "exists; give --force"),
+        (["--arch", "fpn", "--output", "{tmp}/few", "--force"], "is not an engine folder"),
+        (["--arch", "fpn", "--output", "{tmp}/few/a.png", "--force"], "is not an engine folder"),
+        (["--arch", "fpn", "--scheme", "onnxruntime-vni"], "did you mean 'onnxruntime-vnni'"),
+        (["--arch", "fpn", "--calibration-method", "kl"], "unknown calibration method 'kl'"),
+        (["--arch", "fpn", "--target", "openvino", "--backend-option", "spinning=false"], "no build option 'spinning'"),
+        (["--arch", "fpn", "--backend-option", "thread=2"], "no build option 'thread'; did you mean 'threads'"),
+        (["--arch", "fpn", "--target", "tensorrt", "--backend-option", "threads=2"], "no build option 'threads'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_torch_is_imported(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    for name in ("empty", "few"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "few" / "a.png")
+
+    def refuse(request: object) -> None:
+        raise AssertionError("the model is being loaded")
+
+    monkeypatch.setattr("edgeseg.convert.load.load_model", refuse)
+    monkeypatch.setattr(sys, "argv", ["edgeseg", "build", *(a.replace("{tmp}", str(tmp_path)) for a in arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    assert end.value.code in (1, 2)
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_a_refused_build_has_not_imported_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['edgeseg', 'build', '--arch', 'fpn', '--max-drop', '0.1', '--calibration', 'no']\n"
+        "from edgeseg.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as e: assert e.code == 1\n"
+        "heavy = {'torch', 'timm', 'segmentation_models_pytorch', 'onnxruntime', 'openvino'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_debug_shows_the_traceback() -> None:
