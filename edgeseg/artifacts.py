@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-from edgeseg.errors import ArtifactError, StaleEngineError
+from edgeseg.errors import ArtifactError, StaleEngineError, typed
 from edgeseg.spec import PipelineSpec, Precision
 
 SCHEMA_VERSION = 1
@@ -198,7 +198,7 @@ class Engine:
     @property
     def engine_path(self) -> Path:
         if self.manifest.engine is None:
-            raise StaleEngineError(f"{self.folder} holds a portable graph only; run: edgeseg compile {self.folder}")
+            raise StaleEngineError(f"{self.folder} holds a portable graph only; run: {typed('compile', self.folder)}")
         return self.folder / self.manifest.engine.name
 
     @property
@@ -280,7 +280,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         what = "no such folder" if not folder.exists() else f"no {MANIFEST_NAME} in it"
         raise ArtifactError(
-            f"{folder} is not an engine folder ({what}); make one with: edgeseg build --output {folder}"
+            f"{folder} is not an engine folder ({what}); make one with: {typed('build', '--output', folder)}"
         )
 
     @dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-
 from edgeseg.api import BuildRequest
 from edgeseg.arguments import words_of
+from edgeseg.errors import typed
 
 
 def build_command(request: BuildRequest) -> str | None:
@@ -14,4 +13,4 @@ def build_command(request: BuildRequest) -> str | None:
     Only what differs from the defaults is named, so the command stays readable and means the same in later versions.
     """
     words = words_of(request)
-    return None if words is None else shlex.join(["edgeseg", "build", *words])
+    return None if words is None else typed("build", *words)

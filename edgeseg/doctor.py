@@ -273,8 +273,8 @@ def render(diagnosis: Diagnosis) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    advice = Text("\n".join(f"* {sentence}" for sentence in diagnosis.advice))
-    return Group(_machine_table(diagnosis), _backend_table(diagnosis), _package_table(diagnosis), advice)
+    advice = [Text(f"* {sentence}") for sentence in diagnosis.advice]
+    return Group(_machine_table(diagnosis), _backend_table(diagnosis), _package_table(diagnosis), *advice)
 
 
 def _plain_table(*columns: str) -> Table:

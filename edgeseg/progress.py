@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, cast
 
+from edgeseg.console import draws_bars
 from edgeseg.errors import SpecError
 
 if TYPE_CHECKING:
@@ -110,8 +111,8 @@ class ConsoleReporter:
         )
 
         self._stage = stage
-        if not self._console.is_terminal:
-            # Into a file or a log, a bar is noise: the line at the end of the stage says it all.
+        if not draws_bars(self._console):
+            # The line at the end of the stage says it all.
             return
         columns = (
             SpinnerColumn(),

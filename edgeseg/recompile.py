@@ -26,7 +26,7 @@ from edgeseg.artifacts import (
 from edgeseg.atomic import atomic_folder
 from edgeseg.backends import require_builder
 from edgeseg.backends.portable import check_options
-from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.progress import Reporter, SilentReporter, stage
 
 _MACHINE_INDEPENDENT: dict[str, tuple[str, ...]] = {
@@ -97,7 +97,7 @@ def _turn(folder: Path) -> Iterator[None]:
     except OSError as exc:
         raise ArtifactError(
             f"{folder} was built for another device or version, and cannot be compiled again where it is "
-            f"({exc.strerror}); run: edgeseg compile {folder} --output FOLDER"
+            f"({exc.strerror}); run: {typed('compile', folder, '--output', 'FOLDER')}"
         ) from exc
     try:
         yield

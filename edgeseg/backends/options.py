@@ -7,7 +7,7 @@ from typing import Any
 
 from edgeseg.artifacts import Engine
 from edgeseg.backends.cpu import Cpu
-from edgeseg.errors import SpecError, StaleEngineError, did_you_mean
+from edgeseg.errors import SpecError, StaleEngineError, did_you_mean, typed
 
 CPU_OPTIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("threads", "spinning"), "openvino": ("threads",)}
 """The build options each CPU backend knows."""
@@ -42,7 +42,7 @@ def cpu_options(backend: str, options: Mapping[str, Any], allowed: Sequence[str]
 def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> None:
     """Raise ``StaleEngineError`` if the engine was built for another instruction set or with another package version."""
     manifest = engine.manifest
-    again = f"run: edgeseg compile {engine.folder}"
+    again = f"run: {typed('compile', engine.folder)}"
     built_for, built_with = manifest.device.get("isa"), manifest.versions.get(package)
     if built_for != cpu.isa:
         raise StaleEngineError(

@@ -21,7 +21,7 @@ from edgeseg.backends.tensorrt_module import MIB, TENSORRT_RTX
 from edgeseg.backends.tensorrt_options import RTX_SMS, RtxOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt_progress import progress_monitor
 from edgeseg.backends.tensorrt_rtx_cache import CachingEngine, runtime_cache_path
-from edgeseg.errors import BuildError, EdgesegError, StaleEngineError
+from edgeseg.errors import BuildError, EdgesegError, StaleEngineError, typed
 
 if TYPE_CHECKING:
     from tensorrt import Builder, IBuilderConfig, INetworkDefinition
@@ -238,5 +238,5 @@ def check_sm(engine: Engine, version: str, gpu: Gpu) -> None:
     if built_with != version or (sms != "default" and here not in sms.split(",")):
         raise StaleEngineError(
             f"{engine.folder} was built with TensorRT-RTX {built_with} for SM {sms}, this is {version} on {gpu.name} "
-            f"(SM {here}); run: edgeseg compile {engine.folder} --sm {here}"
+            f"(SM {here}); run: {typed('compile', engine.folder, '--sm', str(here))}"
         )

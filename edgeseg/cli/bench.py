@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeseg.arguments import SIZE
+from edgeseg.cli.output import console_reporter, echo, print_json, result_console
 from edgeseg.cli.parameters import ANY_PATH, CountsType, KindType
 
 if TYPE_CHECKING:
@@ -92,7 +93,6 @@ def command(
     Latency is end to end: decoded uint8 image in memory to uint8 mask in memory. Counts are comma-separated: --batch
     1,4,8. An engine that fails does not stop the others; it is named, and the exit code is 1.
     """
-    from edgeseg.cli.output import console_reporter, print_json
     from edgeseg.errors import ArtifactError
     from edgeseg.evaluate.bench import BenchRequest, run_bench
     from edgeseg.evaluate.evaluation import AccuracyRequest
@@ -133,11 +133,10 @@ def command(
         report = run_bench(request, reporter, accuracy)
     if json_path is not None and not to_stdout:
         write_report(json_path, report)
-        click.echo(f"report: {json_path}", err=True)
+        echo(f"report: {json_path}", err=True)
     if to_stdout:
         print_json(report)
     else:
-        from edgeseg.cli.output import result_console
         from edgeseg.evaluate.bench_table import bench_summary
 
         result_console().print(bench_summary(report))

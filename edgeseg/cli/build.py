@@ -7,7 +7,9 @@ from typing import Any
 import click
 
 from edgeseg.api import BuildRequest
+from edgeseg.cli.output import console_reporter, echo, print_json, result_console
 from edgeseg.cli.shared_options import argument_names, request_options
+from edgeseg.errors import typed
 
 
 @click.command("build", short_help="Convert, quantize, build and verify an engine.")
@@ -27,7 +29,6 @@ def command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
 
 
 def _plan_and_print(request: BuildRequest, as_json: bool) -> None:
-    from edgeseg.cli.output import console_reporter, print_json
     from edgeseg.pipeline import plan_build
 
     with console_reporter() as reporter:
@@ -37,11 +38,10 @@ def _plan_and_print(request: BuildRequest, as_json: bool) -> None:
     else:
         for name, value in plan.summary(request).items():
             shown = ", ".join(value) if isinstance(value, list) else value
-            click.echo(f"{name:<12} {'-' if shown is None else shown}")
+            echo(f"{name:<12} {'-' if shown is None else shown}")
 
 
 def _build_and_print(request: BuildRequest, as_json: bool) -> None:
-    from edgeseg.cli.output import console_reporter, print_json
     from edgeseg.pipeline import run_build
 
     with console_reporter() as reporter:
@@ -49,23 +49,18 @@ def _build_and_print(request: BuildRequest, as_json: bool) -> None:
     if as_json:
         print_json(engine.manifest)
         return
-    from edgeseg.cli.output import result_console
     from edgeseg.evaluate.summary import build_summary
 
     result_console().print(build_summary(engine))
     if engine.manifest.engine is None:
         target = engine.manifest.target
-        click.echo(
-            f"portable folder: {engine.folder}, no {target} engine yet: it is built on the device that runs it\n"
-            f"on the device: edgeseg compile {engine.folder} --target {target}"
-        )
+        echo(f"portable folder: {engine.folder}, no {target} engine yet: it is built on the device that runs it")
+        echo(f"on the device: {typed('compile', engine.folder, '--target', target)}")
         return
     from edgeseg.backends import get_backend
 
     if not get_backend(engine.manifest.target).status().available:
-        click.echo(
-            f"engine: {engine.folder}, built here for {engine.manifest.target}; it runs where there is a GPU for it"
-        )
+        echo(f"engine: {engine.folder}, built here for {engine.manifest.target}; it runs where there is a GPU for it")
         return
-    example: Any = "IMAGE..."
-    click.echo(f"engine: {engine.folder}\nrun it: edgeseg run {engine.folder} {example} --output out --overlay")
+    echo(f"engine: {engine.folder}")
+    echo(f"run it: {typed('run', engine.folder, 'IMAGE...', '--output', 'out', '--overlay')}")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from edgeseg.api import BuildRequest
+from edgeseg.cli.output import console_reporter, echo
 from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.cli.shared_options import argument_names, request_options
 from edgeseg.spec import ModelRequest
@@ -33,9 +34,8 @@ def command(given: dict[str, Any], images: str, output: Path, force: bool) -> No
     if output.exists() and not force:
         raise click.UsageError(f"{output} exists; give --force to replace it, or another --output")
     request = BuildRequest.of({**given, "calibration": images})
-    from edgeseg.cli.output import console_reporter
     from edgeseg.pipeline import run_calibration
 
     with console_reporter() as reporter:
         table = run_calibration(request, output, reporter)
-    click.echo(f"table: {output} ({len(table.ranges)} tensors, {table.method} over {table.images} images)")
+    echo(f"table: {output} ({len(table.ranges)} tensors, {table.method} over {table.images} images)")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from edgeseg.backends import BACKENDS
+from edgeseg.cli.output import console_reporter, echo, print_json
 from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.cli.shared_options import request_options
 
@@ -26,7 +27,6 @@ def command(
     as_json: bool,
 ) -> None:
     """Build this machine's engine from the portable graph in ENGINE_DIR. Needs no PyTorch."""
-    from edgeseg.cli.output import console_reporter, print_json
     from edgeseg.evaluate.summary import time_line
     from edgeseg.recompile import compile_folder
 
@@ -39,5 +39,5 @@ def command(
     else:
         report = engine.manifest.precision
         share = report.mac_share.get(report.requested, 0.0)
-        click.echo(f"engine: {engine.folder} ({engine.manifest.target}, {share:.1%} of MACs in {report.requested})")
-        click.echo(time_line(report))
+        echo(f"engine: {engine.folder} ({engine.manifest.target}, {share:.1%} of MACs in {report.requested})")
+        echo(time_line(report))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from edgeseg.cli.output import print_json, result_console
+
 
 @click.command("doctor", short_help="Show what this machine has and what will be fast on it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -13,10 +15,6 @@ def command(as_json: bool) -> None:
 
     diagnosis = diagnose()
     if as_json:
-        from edgeseg.cli.output import print_json
-
         print_json(diagnosis)
     else:
-        from edgeseg.cli.output import result_console
-
         result_console().print(render(diagnosis))

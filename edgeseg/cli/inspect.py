@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from edgeseg.cli.output import print_json, result_console
 from edgeseg.cli.parameters import ANY_PATH
 
 
@@ -19,10 +20,6 @@ def command(folder: Path, layers: bool, as_json: bool) -> None:
 
     found = inspect_engine(folder)
     if as_json:
-        from edgeseg.cli.output import print_json
-
         print_json(found)
     else:
-        from edgeseg.cli.output import result_console
-
         result_console().print(render(found, layers=layers))

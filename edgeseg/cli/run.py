@@ -8,6 +8,7 @@ from typing import get_args
 
 import click
 
+from edgeseg.cli.output import echo, print_json
 from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.spec import FitPolicy
 
@@ -65,11 +66,9 @@ def command(
             overwrite=force,
         )
     if as_json:
-        from edgeseg.cli.output import print_json
-
         print_json(summary)
     else:
         for path in summary.written:
-            click.echo(path)
+            echo(path)
     if summary.failed:
         sys.exit(1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from edgeseg.arguments import NAMES
+from edgeseg.cli.output import echo
 from edgeseg.cli.parameters import ANY_PATH, KindType
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def command(
         jobs=jobs,
         executor=executor,
         ray_address=ray_address,
-        say=lambda line: click.echo(f"  {line}", err=True),
+        say=lambda line: echo(f"  {line}", err=True),
     )
     folder = Path(config.output)
     failed: tuple[tuple[str, str], ...] = tuple((failure.name, failure.reason) for failure in result.failures)
@@ -71,7 +72,7 @@ def command(
     )
     failed = (*failed, *failed_measurements(result.runs))
     for name, reason in failed:
-        click.echo(f"failed: {name}: {reason}", err=True)
+        echo(f"failed: {name}: {reason}", err=True)
     sys.exit(code or (1 if failed else 0))
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from edgeseg.artifacts import Engine, PrecisionReport, Verification
 
 if TYPE_CHECKING:
-    from edgeseg.spec import PipelineSpec
     from rich.console import Group, RenderableType
     from rich.table import Table
+
+    from edgeseg.spec import PipelineSpec
 
 MISSING = "-"
 """Printed for what was not measured; never 0."""

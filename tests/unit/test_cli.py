@@ -97,7 +97,10 @@ def test_bad_input_is_one_line(arguments: list[str], code: int, message: str) ->
         (["--arch", "fpn", "--validation", "{tmp}/none"], "is not a folder; give one with images/ and masks/"),
         (["--arch", "fpn", "--validation", "{tmp}/empty"], "no images in"),
         (["--arch", "fpn", "--validation", "{tmp}/few", "--max-drop", "0.01"], "--max-drop needs masks"),
-        (["--arch", "unet", "--weights", "random", "--precision", "fp32", "--max-drop", "0.1"], "--max-drop needs masks"),
+        (
+            ["--arch", "unet", "--weights", "random", "--precision", "fp32", "--max-drop", "0.1"],
+            "--max-drop needs masks",
+        ),
         (["--arch", "fpn", "--output", "{tmp}/few"], "exists; give --force"),
         (["--arch", "fpn", "--output", "{tmp}/few", "--force"], "is not an engine folder"),
         (["--arch", "fpn", "--output", "{tmp}/few/a.png", "--force"], "is not an engine folder"),
@@ -109,7 +112,11 @@ def test_bad_input_is_one_line(arguments: list[str], code: int, message: str) ->
     ],
 )
 def test_what_cannot_be_is_refused_before_torch_is_imported(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from PIL import Image
 
@@ -179,3 +186,110 @@ def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) ->
     table.add_row("pip install 'edgeseg[tensorrt]' [bold]x")
     result_console().print(table)
     assert "edgeseg[tensorrt]' [bold]x" in capsys.readouterr().out
+
+
+HOSTILE = "a\x1b]0;owned\x07\x1b[31mb\u202ec\nd\x9be"
+
+
+def test_nothing_a_terminal_would_obey_reaches_it(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from edgeseg.cli.output import console_reporter, echo, print_json, result_console
+
+    table = Table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE)
+    table.add_row(Text(HOSTILE))
+    result_console().print(table, Text(f"note: {HOSTILE}"), HOSTILE, soft_wrap=True)
+    echo(HOSTILE)
+    echo(HOSTILE, err=True)
+    print_json({HOSTILE: [HOSTILE, "\udcff"]})
+    with console_reporter() as reporter:
+        reporter.start(HOSTILE)
+        reporter.note(HOSTILE)
+        reporter.finish(HOSTILE, 1.0)
+    for said in capsys.readouterr():
+        assert not set(said) & {"\x1b", "\x07", "\u202e", "\x9b"}, said
+        assert "\\x1b" in said and "\\u202e" in said
+    assert len(said.splitlines()) == 3, said
+
+
+def test_an_error_with_escapes_stays_one_line(tmp_path: Path) -> None:
+    done = run("inspect", str(tmp_path / HOSTILE))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "\\x1b]0;owned\\x07" in done.stderr
+    assert "\x1b" not in run("build", "--precision", HOSTILE, "--json").stderr
+
+
+def test_people_see_their_own_alphabet() -> None:
+    from edgeseg.console import printable
+
+    for text in ("café — 道路 دوچرخه‌سوار 👩‍🌾", "C:\\data [void] edgeseg[tensorrt]"):
+        assert printable(text) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind"),
+    [
+        (["inspect", "no-such-folder", "--json"], 1, "ArtifactError"),
+        (["build", "--arch", "unett", "--json"], 2, "SpecError"),
+        (["build", "--json", "--size", "big"], 2, "BadParameter"),
+        (["compile", "--json"], 2, "MissingParameter"),
+        (["bench", "no-such-folder", "--json", "-"], 1, "ArtifactError"),
+    ],
+)
+def test_json_in_every_end(arguments: list[str], code: int, kind: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == code
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == kind
+    assert error["message"] in done.stderr
+
+
+def test_an_unmet_gate_gives_its_figures_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    from edgeseg.cli.app import _Ending
+    from edgeseg.errors import GateError
+
+    ending = _Ending.of(GateError("the engine loses 0.0200 mIoU", {"agreement": 0.5}))
+    ending.tell(as_json=True)
+    assert json.loads(capsys.readouterr().out) == {
+        "error": {"kind": "GateError", "message": "the engine loses 0.0200 mIoU"},
+        "figures": {"agreement": 0.5},
+    }
+    assert ending.code == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("doctor > /dev/full", 1, "cannot read or write: No space left on device"),
+        ("doctor --json > /dev/full", 1, "No space left on device"),
+        ("doctor | true", 130, ""),
+        ("inspect $(printf 'x%.0s' $(seq 300))", 1, "File name too long"),
+        ("doctor >&-", 0, ""),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(command: str, code: int, message: str) -> None:
+    import os
+
+    shell = f"set -o pipefail; {sys.executable} -m edgeseg {command}"
+    done = subprocess.run(
+        ["bash", "-c", shell], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, env={**os.environ}
+    )
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == (1 if message else 0)
+    assert "internal error" not in done.stderr
+
+
+def test_printed_commands_can_be_typed() -> None:
+    from edgeseg.errors import typed
+
+    assert typed("compile", Path("my engines/it's")) == "edgeseg compile 'my engines/it'\"'\"'s'"
+    assert typed("compile", Path("-x")) == "edgeseg compile ./-x"
+
+
+def test_help_has_the_exit_codes() -> None:
+    said = run("--help").stdout
+    assert all(line in said for line in ("0    done", "3    a limit", "130  interrupted"))
