@@ -26,7 +26,7 @@ from edgeseg.arguments import (
 )
 from edgeseg.artifacts import Engine
 from edgeseg.backends import BACKENDS
-from edgeseg.errors import EdgesegError, SpecError, did_you_mean
+from edgeseg.errors import ArtifactError, EdgesegError, SpecError, did_you_mean, refusals_as
 from edgeseg.progress import Reporter, reporter_of
 from edgeseg.spec import (
     BATCH,
@@ -246,7 +246,8 @@ def build(
     from edgeseg.pipeline import run_build
 
     try:
-        return run_build(BuildRequest.of(given), model=model, reporter=reporter_of(reporter))
+        with refusals_as(ArtifactError):
+            return run_build(BuildRequest.of(given), model=model, reporter=reporter_of(reporter))
     except EdgesegError as exc:
         exc.args = tuple(_in_python_words(part) if isinstance(part, str) else part for part in exc.args)
         raise

@@ -83,7 +83,10 @@ def _text(value: Any) -> str:
 
 
 def _path_text(value: Any) -> str:
-    return str(value) if isinstance(value, Path) else _text(value)
+    path = str(value) if isinstance(value, Path) else _text(value)
+    if "\0" in path:
+        raise ValueError
+    return path
 
 
 def _path(value: Any) -> Path:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,9 @@ def printable_json(text: str) -> str:
 def plain_console(*, stderr: bool = False) -> Console:
     """A console that prints names as they are, brackets included, and as escapes what a terminal would obey."""
     # rich would read edgeseg[tensorrt], or a class called [void], as a style and drop it.
-    return _console_class()(markup=False, stderr=stderr)
+    # NO_COLOR: whoever asks for no colours wants no escape sequences for bold either.
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    return _console_class()(markup=False, stderr=stderr, color_system=colours)
 
 
 @lru_cache(maxsize=1)

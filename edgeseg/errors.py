@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -108,14 +109,23 @@ class GateError(EdgesegError):
         self.figures = figures
 
 
-def of_system(error: OSError) -> EdgesegError:
+@contextmanager
+def refusals_as(kind: type[EdgesegError]) -> Iterator[None]:
+    """Make one line of the system's refusals (permissions, names too long, a full disk): of a block, or of a function."""
+    try:
+        yield
+    except OSError as exc:
+        raise kind(refusal(exc)) from exc
+
+
+def refusal(error: OSError) -> str:
     """The system's refusal to read or write a file as one line that names it."""
     reason = error.strerror or type(error).__name__
     if error.filename is None and isinstance(error, FileNotFoundError):
-        return ArtifactError("the working folder is not there any more; go to another")
+        return "the working folder is not there any more; go to another"
     if error.filename is None:
-        return ArtifactError(f"cannot read or write: {reason}")
-    return ArtifactError(f"cannot read or write {error.filename!s}: {reason}; check the path and its permissions")
+        return f"cannot read or write: {reason}"
+    return f"cannot read or write {error.filename!s}: {reason}; check the path and its permissions"
 
 
 def typed(*words: str | Path) -> str:

@@ -23,6 +23,7 @@ from edgeseg.arguments import (
     argument,
     choice,
     settle,
+    shortened,
     whole,
 )
 from edgeseg.errors import SpecError, did_you_mean
@@ -225,8 +226,8 @@ class ModelSpec:
             raise SpecError(f"task binary has 1 class, got {self.classes}; use --task multiclass or multilabel")
         if self.task == "multiclass" and self.classes < 2:
             raise SpecError("task multiclass needs at least 2 classes; use --task binary for 1")
-        if self.task == "multiclass" and self.classes > 65536:
-            raise SpecError(f"{self.classes} classes do not fit a uint16 mask (at most 65536)")
+        if self.classes > 65536:
+            raise SpecError(f"{shortened(self.classes)} classes do not fit a uint16 mask (at most 65536)")
         if self.class_names and len(self.class_names) != self.classes:
             raise SpecError(f"{len(self.class_names)} class names for {self.classes} classes")
         if self.in_channels < 1:

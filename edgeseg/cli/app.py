@@ -20,7 +20,7 @@ import click
 
 import edgeseg
 from edgeseg.console import printable
-from edgeseg.errors import EdgesegError, of_system
+from edgeseg.errors import EdgesegError, refusal
 
 EXIT_CODES: dict[int, str] = {
     0: "done",
@@ -154,7 +154,7 @@ class _Ending:
         if isinstance(error, EdgesegError):
             return cls(error.exit_code, kind, str(error), getattr(error, "figures", None))
         if isinstance(error, OSError):
-            return cls.of(of_system(error))
+            return cls(1, kind, refusal(error))
         if isinstance(error, MemoryError):
             return cls(1, kind, "out of memory; close other programs, or ask for less: a smaller --size or --batch")
         said = " ".join(str(error).split())[:300]

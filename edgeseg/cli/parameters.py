@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgeseg.arguments import Kind
+from edgeseg.arguments import MOST, Kind
 from edgeseg.errors import SpecError
 
 EXISTING_FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -40,6 +40,6 @@ class CountsType(click.ParamType):  # type: ignore[type-arg]  # generic from cli
             numbers = [int(part) for part in value.split(",")]
         except ValueError:
             numbers = []
-        if not numbers or min(numbers) < 1 or len(set(numbers)) != len(numbers):
-            self.fail(f"{value!r} is not a list of different counts from 1 on, such as 1,4,8", param, ctx)
+        if not numbers or min(numbers) < 1 or max(numbers) > MOST or len(set(numbers)) != len(numbers):
+            self.fail(f"{value!r} is not a list of different counts from 1 to {MOST}, such as 1,4,8", param, ctx)
         return tuple(numbers)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--data", help="Instead of the file's: images to judge accuracy on, or demo.")
 @click.option("--require", metavar="EXPRESSION", help="Instead of the file's: see edgeseg report --help.")
 @click.option("--output", type=ANY_PATH, help="Instead of the file's: folder of engines, results and reports.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that build.")
+@click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that build.")
 @click.option("--executor", type=click.Choice(("local", "ray")), default="local", show_default=True)
 @click.option("--ray-address", help="Of a Ray cluster.  [default: RAY_ADDRESS, else one started here]")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as JSON instead of tables.")

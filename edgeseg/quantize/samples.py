@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.artifacts import sha256_file
-from edgeseg.errors import EdgesegError, InputError
+from edgeseg.errors import EdgesegError, InputError, refusals_as
 from edgeseg.runtime.images import ARRAY_SUFFIXES, IMAGE_SUFFIXES, fit_windows, list_images, read_image
 from edgeseg.spec import InputSpec
 
@@ -210,6 +210,7 @@ def _too_few(words: str, taken: int, found: int, needed: int, skipped: Sequence[
     return f"only {taken} of {found} images in {words} can be used{why}; calibration needs at least {needed}: add some"
 
 
+@refusals_as(InputError)
 def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:
     """What ``source`` is called in messages, and its candidates in a fixed order."""
     if not isinstance(source, (str, Path)):

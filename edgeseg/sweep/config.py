@@ -117,7 +117,7 @@ def read_config(path: Path) -> SweepConfig:
         config = msgspec.toml.decode(path.read_bytes(), type=SweepConfig)
     except OSError as exc:
         raise SpecError(f"cannot read {path}: {exc.strerror}; docs/sweep.md has an example") from exc
-    except (msgspec.DecodeError, ValueError) as exc:
+    except (msgspec.DecodeError, ValueError, RecursionError) as exc:
         said = " ".join(str(exc).split())
         unknown = re.search(r"unknown field `(\w+)`", said)
         near = "" if unknown is None else did_you_mean(unknown[1], _FIELDS)

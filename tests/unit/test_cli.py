@@ -72,6 +72,13 @@ def test_version() -> None:
         (["bench", "no-such-folder"], 1, "no such folder"),
         (["bench", "x", "--batch", "1,0"], 2, "different counts"),
         (["bench", "x", "--baseline", "keras"], 2, "keras"),
+        (["bench", "x", "--duration-s", "nan"], 2, "duration_s is 'nan'; give seconds"),
+        (["bench", "x", "--ignore-index", "9" * 400], 2, "give a whole number from"),
+        (["bench", "x", "--limit", "9" * 5000], 2, "not a valid integer"),
+        (["bench", "x", "--batch", "4611686018427387904"], 2, "different counts"),
+        (["build", "--arch", "fpn", "--classes", "9" * 400], 2, "give a whole number from 1 to 65535"),
+        (["build", "--arch", "fpn", "--size", "4611686018427387904"], 2, "HEIGHTxWIDTH"),
+        (["build", "--arch", "fpn", "--model-arg", "x=" + "[" * 100_000], 2, "nested too deep"),
         (["compare", "old.json", "new.json"], 1, "cannot read bench report old.json"),
         (["compare", "old.json", "new.json", "--max-regression", "fps=3"], 2, "unknown metric 'fps'"),
     ],
@@ -263,6 +270,7 @@ def test_an_unmet_gate_gives_its_figures_as_json(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
+        ("--help > /dev/full", 1, "No space left on device"),
         ("doctor > /dev/full", 1, "cannot read or write: No space left on device"),
         ("doctor --json > /dev/full", 1, "No space left on device"),
         ("doctor | true", 130, ""),
@@ -281,6 +289,22 @@ def test_what_the_system_refuses_is_one_line(command: str, code: int, message: s
     assert message in done.stderr
     assert done.stderr.count("\n") == (1 if message else 0)
     assert "internal error" not in done.stderr
+
+
+def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
+    import os
+
+    code = (
+        "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')\n"
+        "sys.argv = ['edgeseg', 'build', '--arch', 'fpn']\n"
+        "from edgeseg.cli import main; main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the working folder is not there any more" in done.stderr.splitlines()[-1]
 
 
 def test_printed_commands_can_be_typed() -> None:
