@@ -25,19 +25,25 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "segmentation-models-pytorch",
         "timm",
         "safetensors",
+        "onnx",
         "onnx-ir",
         "onnxscript",
         "onnxsim",
+        "onnxruntime",
+        "jinja2",
     ),
     "onnxruntime": ("onnxruntime", "onnx"),
-    "openvino": ("openvino",),
-    "tensorrt": ("tensorrt",),
-    "jetson": ("cuda-bindings",),
-    "pycuda": ("pycuda",),
-    "tensorrt-rtx": ("tensorrt-rtx-cu12",),
+    "openvino": ("openvino", "onnx"),
+    "tensorrt": ("tensorrt", "cuda-bindings", "onnx"),
+    "jetson": ("cuda-bindings", "onnx"),
+    "pycuda": ("pycuda", "onnx"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu12", "onnx"),
     "video": ("opencv-python-headless",),
+    "report": ("jinja2",),
+    "sweep": ("ray",),
+    "power": ("nvidia-ml-py",),
 }
-"""Packages that matter, by the extra of edgeseg that brings them."""
+"""Every package edgeseg uses, by the extra that brings it; ``base`` always comes."""
 
 # OpenCV's four distributions install the same module; any of them does.
 _SAME_MODULE = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")}

@@ -35,8 +35,9 @@ def request_options(*names: str, flags: dict[str, str] | None = None) -> Callabl
         def with_given(*args: P.args, **options: P.kwargs) -> R:
             given = {argument.name: options.pop(argument.field) for argument in chosen}
             sm = options.pop("sm", None)
-            if sm is not None:
-                given["backend_options"] = {**dict(given["backend_options"] or {}), "sm": sm}
+            settings = given.get("backend_options")
+            if sm is not None and isinstance(settings, dict):
+                given["backend_options"] = {**settings, "sm": sm}
             options["given"] = given
             return command(*args, **options)
 

@@ -136,7 +136,7 @@ def _measure(
         failures += [
             Failure(
                 cell.name,
-                f"built, not measured: it holds a portable graph only; run: {typed('compile', cell.request.folder)}",
+                f"built, not measured: it holds a portable graph only; run: {typed('compile', cell.request.folder or cell.name)}",
             )
             for cell in built
             if cell not in members

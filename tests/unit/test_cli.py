@@ -317,3 +317,27 @@ def test_printed_commands_can_be_typed() -> None:
 def test_help_has_the_exit_codes() -> None:
     said = run("--help").stdout
     assert all(line in said for line in ("0    done", "3    a limit", "130  interrupted"))
+
+
+def test_the_json_of_every_verb_is_documented() -> None:
+    import dataclasses
+
+    from edgeseg.backends import BackendStatus
+    from edgeseg.backends.cpu import Cpu
+    from edgeseg.cli.app import EXIT_CODES
+    from edgeseg.doctor import Diagnosis, Memory, Package
+    from edgeseg.evaluate.regressions import Change
+    from edgeseg.inspect_engine import CheckedFile, EngineReport, Layer
+    from edgeseg.runtime.run import Failure, RunSummary
+
+    page = (ROOT / "docs" / "json.md").read_text()
+    for heading, kinds in {
+        "run": (RunSummary, Failure),
+        "inspect": (EngineReport, CheckedFile, Layer),
+        "doctor": (Diagnosis, Cpu, Memory, Package, BackendStatus),
+        "compare": (Change,),
+    }.items():
+        section = page.split(f"## `{heading}`\n")[1].split("\n## ")[0]
+        named = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+        assert {name for name in named if f"`{name}`" not in section} == set(), heading
+    assert all(f"| {code} | {meaning.split(',')[0]}" in page for code, meaning in EXIT_CODES.items())
