@@ -71,5 +71,5 @@ def _console_class() -> type[Console]:
 
 
 def draws_bars(console: Console) -> bool:
-    """Whether progress bars make sense: into a file or a log they are noise, forced colours or not."""
-    return console.is_terminal and console.file.isatty()
+    """Whether progress bars make sense: into a file or a log they are noise. FORCE_COLOR says that a pipe ends on one."""
+    return console.is_terminal

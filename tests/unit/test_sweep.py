@@ -157,7 +157,7 @@ def test_an_engine_that_could_not_be_measured_is_measured_again_with_all_others(
 
 
 def test_the_measuring_process_tells_its_error(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_edgeseg(["bench"]) == "edgeseg bench ended with code 2"  # click's own words, on several lines
+    assert run_edgeseg(["bench"]) == "Missing argument 'ENGINE_DIR...'."  # click's own words, on several lines
     reason = run_edgeseg(["report", "missing.json"])
     assert reason is not None and "missing.json" in reason
     assert f"edgeseg: {reason}" in capfd.readouterr().err
