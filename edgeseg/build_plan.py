@@ -56,7 +56,7 @@ class BuildPlan:
         return None if self.samples is None else f"table {self.samples if isinstance(self.samples, Path) else 'given'}"
 
 
-def refuse_early(request: BuildRequest, *, is_module: bool) -> None:
+def refuse_early(request: BuildRequest, *, is_module: bool, makes_engine: bool = True) -> None:
     """Refuse what can be seen to be impossible within a second, before torch is imported.
 
     Raises:
@@ -70,9 +70,21 @@ def refuse_early(request: BuildRequest, *, is_module: bool) -> None:
     if request.scheme is not None:
         one_of("scheme", request.scheme, tuple(SCHEMES))
     method_or_default(request.calibration_method)
-    if request.folder is not None:
-        refuse_existing_folder(request.folder, force=request.force)
+    folder = request.folder
+    if folder is None and is_demo:
+        folder = Path("engines") / default_name(require_arch(request.arch), DEMO_NAME, request.precision)
+    if folder is not None and makes_engine:
+        refuse_existing_folder(folder, force=request.force)
     check_images(request, is_demo=is_demo)
+
+
+DEMO_NAME = "demo"
+"""What the folder of a demo model is called by, in place of its encoder."""
+
+
+def default_name(arch: str, encoder: str, precision: str) -> str:
+    """``<arch>-<encoder>-<precision>``."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{arch}-{encoder}-{precision}".lower())
 
 
 def with_options(targets: tuple[str, ...], options: Mapping[str, Any]) -> tuple[str, ...]:

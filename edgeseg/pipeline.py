@@ -37,7 +37,7 @@ from edgeseg.backends.portable import (
     open_graph,
 )
 from edgeseg.build_command import build_command
-from edgeseg.build_plan import BuildPlan, refuse_early, with_options
+from edgeseg.build_plan import DEMO_NAME, BuildPlan, default_name, refuse_early, with_options
 from edgeseg.cache import cached_folder, package_versions, source_sha256
 from edgeseg.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
@@ -106,7 +106,8 @@ def plan_build(request: BuildRequest, model: torch.nn.Module | None, reporter: R
     targets = with_options(targets, request.backend_options)
     loaded = load_stage(request, model, reporter)
     spec = pipeline_spec(request, loaded)
-    folder = request.folder or Path("engines") / default_name(request, loaded)
+    encoder = DEMO_NAME if loaded.is_demo else loaded.model.encoder
+    folder = request.folder or Path("engines") / default_name(loaded.model.arch, encoder, request.precision)
     refuse_existing_folder(folder, force=request.force)
     if request.precision == "fp32" and request.calibration is not None:
         reporter.note("--calibration is not used: an fp32 engine has no ranges")
@@ -162,13 +163,6 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel) -> PipelineSpec:
         preprocess=loaded.preprocess,
         output=request.output,
     )
-
-
-def default_name(request: BuildRequest, loaded: LoadedModel) -> str:
-    """``<arch>-<encoder>-<precision>``, or ``<arch>-demo-<precision>`` for a demo model."""
-    encoder = "demo" if loaded.is_demo else loaded.model.encoder
-    name = f"{loaded.model.arch}-{encoder}-{request.precision}".lower()
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
 
 
 def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) -> tuple[OnnxGraph, ConversionReport]:
@@ -237,6 +231,7 @@ def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, rep
 
 def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> CalibrationTable:
     """Load, export and calibrate, and write the table to ``path``: ``edgeseg calibrate``."""
+    refuse_early(request, is_module=False, makes_engine=False)
     loaded = load_stage(request, None, reporter)
     spec = pipeline_spec(request, loaded)
     samples = calibration_source(request, loaded)

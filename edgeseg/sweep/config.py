@@ -6,7 +6,7 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -71,6 +71,7 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         classes, calibration, calibration_limit, validation, ignore_index: as ``edgeseg build``.
         require: as ``edgeseg report --require``.
         title: of the report.
+        build: any other argument of :func:`edgeseg.build`, by Python's name; the same for every cell.
         bench: how to measure.
     """
 
@@ -89,6 +90,7 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ignore_index: int | None = None
     require: str | None = None
     title: str = "edgeseg sweep"
+    build: dict[str, Any] = {}
     bench: BenchConfig = BenchConfig()
 
 
@@ -193,19 +195,20 @@ def _cell(config: SweepConfig, arch: str, encoder: str | None, size: str | None,
         weights = weights.replace("{arch}", arch).replace("{encoder}", encoder or "")
     model = "-".join(filter(None, (arch, encoder or (DEMO if is_demo else None), size)))
     name = re.sub(r"[^a-z0-9._-]", "-", f"{model}-{precision}-{target}".lower())
-    request = BuildRequest.of(
-        {
-            "arch": arch,
-            "encoder": encoder,
-            "weights": None if is_demo else weights,
-            "precision": precision,
-            "size": size,
-            "target": target,
-            "output": Path(config.output) / "engines" / name,
-            "force": True,
-            **{argument: getattr(config, argument) for argument in _PASSED_ON},
-        }
-    )
+    arguments = {
+        "arch": arch,
+        "encoder": encoder,
+        "weights": None if is_demo else weights,
+        "precision": precision,
+        "size": size,
+        "target": target,
+        "output": Path(config.output) / "engines" / name,
+        "force": True,
+        **{argument: getattr(config, argument) for argument in _PASSED_ON},
+    }
+    if twice := sorted(arguments.keys() & config.build.keys()):
+        raise SpecError(f"{twice[0]} in [build] of the sweep is a field of the sweep itself; say it there")
+    request = BuildRequest.of({**arguments, **config.build})
     return Cell(name, model, request)
 
 

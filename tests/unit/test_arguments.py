@@ -14,8 +14,9 @@ from edgeseg.api import BuildRequest
 from edgeseg.arguments import arguments_of
 from edgeseg.cli import build as build_verb
 from edgeseg.errors import InputError, SpecError
+from edgeseg.evaluate.summary import input_line
 from edgeseg.progress import LineReporter, reporter_of, stage
-from edgeseg.spec import BatchRange
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 
 ARGUMENTS = {argument.name: argument for argument in arguments_of(BuildRequest).values()}
 
@@ -120,6 +121,41 @@ def test_errors_speak_python_to_python(tmp_path: Path) -> None:
         edgeseg.build(model="fpn")  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="reporter is 3"):
         edgeseg.build("fpn", reporter=3)  # type: ignore[arg-type]
+
+
+class Module:
+    """As much of torch's as edgeseg looks at before it imports torch."""
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+    def __call__(self, images: object) -> object:
+        return images
+
+
+def test_a_module_may_come_first_or_as_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[BuildRequest, object]] = []
+
+    def keep(request: BuildRequest, *, model: object, reporter: object) -> None:
+        asked.append((request, model))
+
+    monkeypatch.setattr("edgeseg.pipeline.run_build", keep)
+    module: Any = Module()
+    edgeseg.build(module, size=64)
+    edgeseg.build(model=module, size=64)
+    edgeseg.build(weights=module, size=64)
+    assert asked == [(BuildRequest(size=(64, 64)), module)] * 3
+    with pytest.raises(SpecError, match="two modules were given"):
+        edgeseg.build(module, model=module)
+
+
+def test_the_input_in_one_line() -> None:
+    spec = PipelineSpec(ModelSpec("fpn", classes=2), InputSpec(64, 96, batch=BatchRange(1, 2, 4), fit="tile"))
+    line = input_line(spec, is_default_size=False)
+    assert line == (
+        "64x96 RGB, batch 1:2:4, tiled; mean 0.485,0.456,0.406 std 0.229,0.224,0.225 of 0..1 (from ImageNet default)"
+    )
+    assert input_line(spec, is_default_size=True) == f"{line}; the size is only a default, give --size"
 
 
 def test_a_function_is_told_a_line_per_stage_and_note() -> None:
