@@ -11,6 +11,7 @@ from edgeseg.atomic import refuse_existing_folder
 from edgeseg.backends.portable import check_options
 from edgeseg.build_command import build_command
 from edgeseg.convert.architectures import require_arch, resolve_arch
+from edgeseg.convert.checkpoint import existing_checkpoint
 from edgeseg.demo import demo_files
 from edgeseg.errors import SpecError
 from edgeseg.evaluate.summary import input_line
@@ -60,12 +61,15 @@ def refuse_early(request: BuildRequest, *, is_module: bool, makes_engine: bool =
     """Refuse what can be seen to be impossible within a second, before torch is imported.
 
     Raises:
-        SpecError, InputError, ArtifactError, BuildError: see :func:`edgeseg.build`.
+        SpecError, InputError, CheckpointError, ArtifactError, BuildError: see :func:`edgeseg.build`.
     """
     is_demo = not is_module and request.weights is None
     if is_demo:
         demo_files(require_arch(request.arch))
-    elif request.arch is not None:
+    elif request.weights is not None and (Path(request.weights).suffix or "/" in request.weights):
+        # Other words may name weights of the hub.
+        existing_checkpoint(request.weights)
+    if request.arch is not None:
         resolve_arch(request.arch)
     if request.scheme is not None:
         one_of("scheme", request.scheme, tuple(SCHEMES))

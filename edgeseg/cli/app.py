@@ -113,7 +113,8 @@ def main() -> NoReturn:
         code = 130
     except BaseException as exc:
         if debug and not isinstance(exc, (click.ClickException, click.Abort)):
-            traceback.print_exc()
+            for line in "".join(traceback.format_exception(exc)).splitlines():
+                click.echo(printable(line), err=True)
         ending = _Ending.of(exc)
         code = ending.code
         with contextlib.suppress(OSError):  # nobody is left to tell

@@ -97,6 +97,7 @@ def test_bad_input_is_one_line(arguments: list[str], code: int, message: str) ->
         (["--arch", "unett"], "unknown architecture 'unett'; did you mean 'unet'"),
         (["--arch", "linknet"], "no demo model for 'linknet'"),
         (["--arch", "unet", "--weights", "random"], "int8 needs calibration images"),
+        (["--arch", "unet", "--weights", "{tmp}/none.pt", "--precision", "fp32"], "no such file or folder"),
         (["--arch", "fpn", "--calibration", "{tmp}/none"], "does not exist"),
         (["--arch", "fpn", "--calibration", "{tmp}/none.json"], "none.json does not exist; edgeseg calibrate"),
         (["--arch", "fpn", "--calibration", "{tmp}/empty"], "no images in"),
@@ -312,6 +313,20 @@ def test_printed_commands_can_be_typed() -> None:
 
     assert typed("compile", Path("my engines/it's")) == "edgeseg compile 'my engines/it'\"'\"'s'"
     assert typed("compile", Path("-x")) == "edgeseg compile ./-x"
+
+
+def test_how_a_command_ended_in_words() -> None:
+    from edgeseg.cli.app import _Ending
+
+    for error, code, kind, words in (
+        (KeyboardInterrupt(), 130, "Interrupted", "interrupted"),
+        (MemoryError(), 1, "MemoryError", "out of memory"),
+        (PermissionError(13, "Permission denied", "a b"), 1, "PermissionError", "a b: Permission denied"),
+        (KeyError("x"), 1, "InternalError", "this is a bug"),
+    ):
+        ending = _Ending.of(error)
+        assert (ending.code, ending.kind) == (code, kind)
+        assert words in ending.message
 
 
 def test_help_has_the_exit_codes() -> None:
