@@ -14,7 +14,7 @@ import filelock
 
 from edgeseg.backends import require_builder
 from edgeseg.backends.portable import check_options
-from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,
@@ -97,7 +97,7 @@ def _turn(folder: Path) -> Iterator[None]:
     except OSError as exc:
         raise ArtifactError(
             f"{folder} was built for another device or version, and cannot be compiled again where it is "
-            f"({exc.strerror}); run: edgeseg compile {folder} --output FOLDER"
+            f"({exc.strerror}); run: {typed('compile', folder, '--output', 'FOLDER')}"
         ) from exc
     try:
         yield

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgeseg.backends.base import Backend, BuiltEngine, Session
+from edgeseg.backends.cpu.options import CPU_OPTIONS, cpu_options
 from edgeseg.backends.tensorrt.options import RtxOptions, TensorRTOptions, parse_options
 from edgeseg.spec import Precision
 from edgeseg.store.artifacts import Engine, Manifest, OnnxGraph, PrecisionReport
@@ -29,10 +30,11 @@ def check_options(target: str, options: Mapping[str, Any]) -> dict[str, Any]:
         since the engine may be built again from another folder.
 
     Raises:
-        SpecError: one a TensorRT target does not take; other backends say so when they build.
+        SpecError: one the target does not take.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    if target not in _OPTIONS:
+    if target in CPU_OPTIONS:
+        cpu_options(target, options, CPU_OPTIONS[target])
         return given
     parsed = parse_options(_OPTIONS[target], target, options)
     return {name: getattr(parsed, name) for name in given}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeseg.cli.output import echo, print_json, result_console
 from edgeseg.cli.parameters import ANY_PATH
 
 if TYPE_CHECKING:
@@ -80,18 +81,15 @@ def write_reports(
     if csv_path is not None:
         write_text(csv_path, plain.csv_text(report, verdicts))
     if as_json:
-        from edgeseg.cli.output import print_json
-
         print_json(plain.json_value(report, verdicts, failed))
     else:
         _print_tables(verdicts, failed)
         for path in filter(None, (html_path, markdown_path, csv_path)):
-            click.echo(f"written: {path}")
+            echo(f"written: {path}")
     return 3 if require is not None and any(verdict.answer != "deploy" for verdict in verdicts) else 0
 
 
 def _print_tables(verdicts: tuple[DeviceVerdict, ...], failed: Sequence[tuple[str, str]]) -> None:
-    from edgeseg.cli.output import result_console
     from edgeseg.report.plain import terminal
 
     console = result_console()

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import InputError
+from edgeseg.errors import InputError, refusals_as
 from edgeseg.images.placement import Placement, fit, fit_windows
 
 __all__ = ["IMAGE_SUFFIXES", "Placement", "fit", "fit_windows", "list_images", "natural_key", "read_image"]
@@ -43,6 +43,7 @@ MAX_ARRAY_BYTES = 1 << 30
 _WIDE_GREY = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
+@refusals_as(InputError)
 def read_image(path: str | Path, channels: int = 3) -> NDArray[np.uint8]:
     """Read an image file; see the module for how unusual ones are handled.
 
@@ -68,6 +69,7 @@ def read_image(path: str | Path, channels: int = 3) -> NDArray[np.uint8]:
     return _read_with_pillow(path, channels)
 
 
+@refusals_as(InputError)
 def list_images(source: str | Path | Iterable[str | Path], *, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path]:
     """Find image files, in an order that is the same on every machine: ``img2`` before ``img10``.
 

@@ -22,11 +22,18 @@ from edgeseg.backends.portable import (
     open_graph,
 )
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
+from edgeseg.evaluate.summary import input_line
 from edgeseg.machine.packages import package_versions
 from edgeseg.pipeline.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.pipeline.command import build_command
-from edgeseg.pipeline.verification_data import VerificationData, calibration_and_held_out
+from edgeseg.pipeline.plan import DEMO_NAME, BuildPlan, default_name, refuse_early, with_options
+from edgeseg.pipeline.verification_data import (
+    VerificationData,
+    calibration_and_held_out,
+    calibration_source,
+)
 from edgeseg.progress import Reporter, stage
+from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
 from edgeseg.spec import InputSpec, PipelineSpec
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,
@@ -42,7 +49,7 @@ from edgeseg.store.artifacts import (
     sha256_json,
     write_json,
 )
-from edgeseg.store.atomic import atomic_folder
+from edgeseg.store.atomic import atomic_folder, refuse_existing_folder
 from edgeseg.store.cache import cached_folder, source_sha256
 
 if TYPE_CHECKING:
@@ -50,7 +57,7 @@ if TYPE_CHECKING:
 
     from edgeseg.convert.export import ConversionReport
     from edgeseg.convert.load import LoadedModel
-    from edgeseg.pipeline.api import BuildRequest
+    from edgeseg.pipeline.request import BuildRequest
     from edgeseg.quantize.table import CalibrationTable
 
 CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
@@ -58,22 +65,11 @@ CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onn
 
 def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter: Reporter) -> Engine:
     """Run every stage of ``request`` and return the finished engine folder. See :func:`edgeseg.build`."""
-    targets = choose_targets(request.target)
-    for target in targets:
-        # A backend that is not installed should say so before minutes of work, not after.
-        if target not in DEVICE_TARGETS:
-            require_builder(target)
-        check_options(target, request.backend_options)
-
-    loaded = load_stage(request, model, reporter)
-    spec = pipeline_spec(request, loaded)
-    folder = request.folder or Path("engines") / default_name(request, loaded)
-    if request.precision == "fp32" and request.calibration is not None:
-        reporter.note("--calibration is not used: an fp32 engine has no ranges")
+    plan = plan_build(request, model, reporter)
+    targets, loaded, spec, folder = plan.targets, plan.loaded, plan.spec, plan.folder
     with atomic_folder(folder, force=request.force) as scratch:
-        samples, held_out = calibration_and_held_out(request, loaded)
         graph, conversion = export_stage(loaded, spec, reporter)
-        table = None if samples is None else calibration_stage(request, graph, samples, reporter)
+        table = None if plan.samples is None else calibration_stage(request, graph, plan.samples, reporter)
         if request.precision == "fp16" and table is None:
             reporter.note(
                 "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
@@ -93,11 +89,33 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name, command)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
-        verification = verify_stage(request, loaded, engine, held_out, reporter)
+        verification = verify_stage(request, loaded, engine, plan.held_out, reporter)
         make.write(best, medians, table, scratch, verification)
         for target in targets:
             shutil.rmtree(scratch / f"target-{target}", ignore_errors=True)
     return open_engine(folder)
+
+
+def plan_build(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> BuildPlan:
+    """Refuse what cannot be, load the model, open the images, and say what the engine takes. Errors are the build's."""
+    refuse_early(request, is_module=model is not None)
+    targets = choose_targets(request.target)
+    for target in targets:
+        # A backend that is not installed should say so before minutes of work, not after.
+        if target not in DEVICE_TARGETS:
+            require_builder(target)
+    targets = with_options(targets, request.backend_options)
+    loaded = load_stage(request, model, reporter)
+    spec = pipeline_spec(request, loaded)
+    encoder = DEMO_NAME if loaded.is_demo else loaded.model.encoder
+    folder = request.folder or Path("engines") / default_name(loaded.model.arch, encoder, request.precision)
+    refuse_existing_folder(folder, force=request.force)
+    if request.precision == "fp32" and request.calibration is not None:
+        reporter.note("--calibration is not used: an fp32 engine has no ranges")
+    with stage(reporter, "input") as said:
+        samples, held_out = calibration_and_held_out(request, loaded)
+        said.append(input_line(spec, is_default_size=request.size is None and not loaded.has_own_size))
+    return BuildPlan(targets, loaded, spec, folder, samples, held_out)
 
 
 def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> LoadedModel:
@@ -148,13 +166,6 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel) -> PipelineSpec:
     )
 
 
-def default_name(request: BuildRequest, loaded: LoadedModel) -> str:
-    """``<arch>-<encoder>-<precision>``, or ``<arch>-demo-<precision>`` for a demo model."""
-    encoder = "demo" if loaded.is_demo else loaded.model.encoder
-    name = f"{loaded.model.arch}-{encoder}-{request.precision}".lower()
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-
-
 def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) -> tuple[OnnxGraph, ConversionReport]:
     """Export, simplify and check the fp32 graph, or find it in the cache."""
     from edgeseg.convert.export import ConversionReport, export_onnx
@@ -191,7 +202,6 @@ def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) ->
 
 def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, reporter: Reporter) -> CalibrationTable:
     """Take the table that was given, find one in the cache, or calibrate."""
-    from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
     from edgeseg.quantize.table import CalibrationTable, check_fresh, load_table
 
     if isinstance(samples, (CalibrationTable, Path)):
@@ -222,8 +232,7 @@ def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, rep
 
 def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> CalibrationTable:
     """Load, export and calibrate, and write the table to ``path``: ``edgeseg calibrate``."""
-    from edgeseg.pipeline.verification_data import calibration_source
-
+    refuse_early(request, is_module=False, makes_engine=False)
     loaded = load_stage(request, None, reporter)
     spec = pipeline_spec(request, loaded)
     samples = calibration_source(request, loaded)

@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import EdgesegError, InputError
+from edgeseg.errors import EdgesegError, InputError, refusals_as
 from edgeseg.images.decoding import ARRAY_SUFFIXES, IMAGE_SUFFIXES, fit_windows, list_images, read_image
 from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import sha256_file
@@ -185,6 +185,15 @@ class CalibrationSet:
             yield name, [np.ascontiguousarray(window[None]) for window in fit_windows(pixels, spec)]
 
 
+def check_source(source: CalibrationSource, limit: int | None) -> None:
+    """Raise ``InputError`` where a look at the names shows that there is nothing, or too little, to calibrate on."""
+    if isinstance(source, (str, Path)) or (isinstance(source, Sequence) and not len(source)):
+        words, found = _find(source)
+        needed = MINIMUM_IMAGES if limit is None else min(MINIMUM_IMAGES, limit)
+        if len(found) < needed:
+            raise InputError(_too_few(words, len(found), len(found), needed, ()))
+
+
 def _check(image: _Image, channels: int) -> str:
     height, width = image.read(channels).shape[:2]
     if min(height, width) < SMALLEST_SIDE:
@@ -201,6 +210,7 @@ def _too_few(words: str, taken: int, found: int, needed: int, skipped: Sequence[
     return f"only {taken} of {found} images in {words} can be used{why}; calibration needs at least {needed}: add some"
 
 
+@refusals_as(InputError)
 def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:
     """What ``source`` is called in messages, and its candidates in a fixed order."""
     if not isinstance(source, (str, Path)):

@@ -9,11 +9,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.arguments import shortened
 from edgeseg.errors import SpecError
 from edgeseg.runtime.overlap import Overlapped
 from edgeseg.runtime.segmenter import Segmenter
@@ -77,9 +78,12 @@ class Stream:
         self.close()
 
 
+Source: TypeAlias = "str | Path | int | Iterable[NDArray[np.uint8]]"
+
+
 def stream(
-    source: str | Path | int | Iterable[NDArray[np.uint8]],
-    segmenter: Segmenter,
+    source: Source | Segmenter,
+    segmenter: Segmenter | Source,
     *,
     ahead: int = 2,
     drop: bool | None = None,
@@ -89,7 +93,7 @@ def stream(
     Args:
         source: a video file; a camera's index (``0`` or ``"0"``); a folder, glob or ``.txt`` list of images; or any
             iterable of uint8 arrays (drawn from in another thread), in the segmenter's channel order.
-        segmenter: from :func:`edgeseg.load`.
+        segmenter: from :func:`edgeseg.load`. The two may change places.
         ahead: frames read ahead, and masks waiting for the caller, at most.
         drop: skip older frames when the engine cannot keep up, so that the newest is always next; ``None``: for
             cameras only. :attr:`Stream.dropped` counts them.
@@ -104,6 +108,10 @@ def stream(
         InputError: nothing there, not readable, or not of the model's channels; also while iterating.
         MissingDependencyError: OpenCV is not installed, and the source is a video or camera.
     """
+    if isinstance(source, Segmenter):
+        source, segmenter = segmenter, source
+    if not isinstance(segmenter, Segmenter) or isinstance(source, Segmenter):
+        raise SpecError(f"segmenter is {shortened(segmenter)}; give a source of images and what edgeseg.load returns")
     if ahead < 1:
         raise SpecError(f"ahead is {ahead}; at least 1 frame has to wait for another")
     return Stream(open_source(source, segmenter.spec.input.channels), segmenter, ahead, drop)

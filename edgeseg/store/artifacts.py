@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-from edgeseg.errors import ArtifactError, StaleEngineError
+from edgeseg.errors import ArtifactError, StaleEngineError, refusals_as, typed
 from edgeseg.spec import PipelineSpec, Precision
 
 SCHEMA_VERSION = 1
@@ -198,7 +198,7 @@ class Engine:
     @property
     def engine_path(self) -> Path:
         if self.manifest.engine is None:
-            raise StaleEngineError(f"{self.folder} holds a portable graph only; run: edgeseg compile {self.folder}")
+            raise StaleEngineError(f"{self.folder} holds a portable graph only; run: {typed('compile', self.folder)}")
         return self.folder / self.manifest.engine.name
 
     @property
@@ -266,10 +266,11 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as exc:
         raise ArtifactError(f"cannot read {what} {path}: {exc.strerror}") from exc
-    except (msgspec.DecodeError, ValueError) as exc:
+    except (msgspec.DecodeError, ValueError, RecursionError) as exc:
         raise ArtifactError(f"{what} {path} is damaged or not one: {exc}") from exc
 
 
+@refusals_as(ArtifactError)
 def read_manifest(folder: Path) -> Manifest:
     """Read ``manifest.json`` of an engine folder without checking the files beside it.
 
@@ -280,7 +281,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         what = "no such folder" if not folder.exists() else f"no {MANIFEST_NAME} in it"
         raise ArtifactError(
-            f"{folder} is not an engine folder ({what}); make one with: edgeseg build --output {folder}"
+            f"{folder} is not an engine folder ({what}); make one with: {typed('build', '--output', folder)}"
         )
 
     @dataclass(frozen=True)
@@ -310,6 +311,7 @@ def open_engine(folder: Path) -> Engine:
     return Engine(folder, manifest)
 
 
+@refusals_as(ArtifactError)
 def check_file(folder: Path, ref: FileRef) -> None:
     """Raise :class:`ArtifactError` unless the file is in the folder with the size and hash of ``ref``."""
     # A manifest is untrusted input: a name with a directory in it would reach outside the folder.

@@ -16,6 +16,14 @@ from edgeseg.errors import ArtifactError
 from edgeseg.store.artifacts import MANIFEST_NAME
 
 
+def refuse_existing_folder(target: Path, *, force: bool) -> None:
+    """Raise :class:`ArtifactError` if an engine folder may not be written to ``target``."""
+    if target.exists() and not force:
+        raise ArtifactError(f"{target} exists; give --force to replace it, or another --output")
+    if target.exists() and not (target.is_dir() and ((target / MANIFEST_NAME).is_file() or not any(target.iterdir()))):
+        raise ArtifactError(f"{target} is not an engine folder and is not empty; edgeseg will not replace it")
+
+
 @contextmanager
 def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
     """Yield an empty scratch folder beside ``target`` that becomes ``target`` when the block succeeds.
@@ -28,10 +36,7 @@ def atomic_folder(target: Path, *, force: bool) -> Iterator[Path]:
         ArtifactError: ``target`` exists and ``force`` is false; another build holds it; the disk is full or read-only.
     """
     target = Path(os.path.abspath(target))
-    if target.exists() and not force:
-        raise ArtifactError(f"{target} exists; give --force to replace it, or another --output")
-    if target.exists() and not (target / MANIFEST_NAME).is_file() and any(target.iterdir()):
-        raise ArtifactError(f"{target} is not an engine folder and is not empty; edgeseg will not replace it")
+    refuse_existing_folder(target, force=force)
     made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
         try:

@@ -13,7 +13,7 @@ from typing import Literal
 import filelock
 
 from edgeseg.decide.entries import Run
-from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.evaluate.results import read_report
 from edgeseg.store.artifacts import open_engine
 from edgeseg.sweep.config import Cell, SweepConfig, data_folder, expand
@@ -136,7 +136,7 @@ def _measure(
         failures += [
             Failure(
                 cell.name,
-                f"built, not measured: it holds a portable graph only; run: edgeseg compile {cell.request.folder}",
+                f"built, not measured: it holds a portable graph only; run: {typed('compile', cell.request.folder or cell.name)}",
             )
             for cell in built
             if cell not in members

@@ -371,7 +371,9 @@ def test_options_are_checked_when_the_folder_is_made() -> None:
         check_options("tensorrt", {"dla_core": -1})
     with pytest.raises(SpecError, match="no build option 'dla_core'"):
         check_options("tensorrt-rtx", {"dla_core": 0})
-    check_options("onnxruntime", {"anything": "the backend itself says"})
+    with pytest.raises(SpecError, match="no build option 'spin'; did you mean 'spinning'"):
+        check_options("onnxruntime", {"spin": True})
+    assert check_options("onnxruntime", {"threads": 2, "spinning": None}) == {"threads": 2}
 
 
 def test_building_for_tensorrt_imports_no_torch() -> None:

@@ -155,3 +155,17 @@ def test_it_is_one_json_object_and_reads_in_a_narrow_terminal(diagnosis: Diagnos
 def test_torch_is_never_imported() -> None:
     code = "import sys; from edgeseg.cli.doctor import diagnose; diagnose(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_extra_is_listed_with_its_packages() -> None:
+    import re
+
+    import msgspec
+
+    project = msgspec.toml.decode((Path(__file__).parents[2] / "pyproject.toml").read_bytes())["project"]
+    wanted = {"base": project["dependencies"], **project["optional-dependencies"]}
+    del wanted["dev"]
+    names = {extra: {re.split("[<>=;]", line)[0].strip() for line in lines} for extra, lines in wanted.items()}
+    # The TOML reader of Python 3.10; Python 3.11 has its own.
+    names["base"].discard("tomli")
+    assert {extra: set(packages) for extra, packages in EXTRAS.items()} == names

@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
-from edgeseg.backends.cpu.options import check_built_for, cpu_options
+from edgeseg.backends.cpu.options import CPU_OPTIONS, check_built_for, cpu_options
 from edgeseg.backends.cpu.precision import executed_precision, node_times, profiled_events, run_profiled
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.store.artifacts import Engine, OnnxGraph
 
 ENGINE_NAME = "engine.onnx"
-_OPTION_NAMES = ("threads", "spinning")
+_OPTION_NAMES = CPU_OPTIONS["onnxruntime"]
 
 _SESSION_ENTRIES = {
     # Denormals cost hundreds of cycles each; a segmentation logit that small decides nothing.

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
-from edgeseg.backends.cpu.options import check_built_for, cpu_options
+from edgeseg.backends.cpu.options import CPU_OPTIONS, check_built_for, cpu_options
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.spec import Precision
 from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
 
 ENGINE_NAME = "engine.blob"
-_OPTION_NAMES = ("threads",)
+_OPTION_NAMES = CPU_OPTIONS["openvino"]
 
 
 @dataclass(frozen=True)

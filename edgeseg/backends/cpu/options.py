@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgeseg.errors import SpecError, StaleEngineError, did_you_mean
+from edgeseg.errors import SpecError, StaleEngineError, did_you_mean, typed
 from edgeseg.machine.cpu import Cpu
 from edgeseg.store.artifacts import Engine
+
+CPU_OPTIONS: dict[str, tuple[str, ...]] = {"onnxruntime": ("threads", "spinning"), "openvino": ("threads",)}
+"""The build options each CPU backend knows."""
 
 _DEFAULTS: dict[str, Any] = {"threads": 0, "spinning": True}
 
@@ -26,7 +29,8 @@ def cpu_options(backend: str, options: Mapping[str, Any], allowed: Sequence[str]
             raise SpecError(
                 f"target {backend} has no build option {key!r}{did_you_mean(key, allowed)} (allowed: {', '.join(allowed)})"
             )
-    chosen = {name: options.get(name, _DEFAULTS[name]) for name in allowed}
+    # ``None`` asks for the default, as in the TensorRT backends.
+    chosen = {name: _DEFAULTS[name] if options.get(name) is None else options[name] for name in allowed}
     threads, spinning = chosen["threads"], chosen.get("spinning", True)
     if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= 1024:
         raise SpecError(f"threads is {threads!r}; give a number from 0 (one per core) to 1024")
@@ -38,7 +42,7 @@ def cpu_options(backend: str, options: Mapping[str, Any], allowed: Sequence[str]
 def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> None:
     """Raise ``StaleEngineError`` if the engine was built for another instruction set or with another package version."""
     manifest = engine.manifest
-    again = f"run: edgeseg compile {engine.folder}"
+    again = f"run: {typed('compile', engine.folder)}"
     built_for, built_with = manifest.device.get("isa"), manifest.versions.get(package)
     if built_for != cpu.isa:
         raise StaleEngineError(

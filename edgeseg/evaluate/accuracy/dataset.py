@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from edgeseg.errors import InputError
+from edgeseg.errors import InputError, refusals_as
 from edgeseg.images.decoding import list_images, read_image
 from edgeseg.spec import ModelSpec
 
@@ -90,6 +90,7 @@ class ValidationSet:
     coding: LabelCoding = field(default_factory=lambda: LabelCoding())
 
     @classmethod
+    @refusals_as(InputError)
     def open(
         cls,
         source: str | Path,
