@@ -21,7 +21,10 @@ EdgesegError                                        exit 1
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class EdgesegError(Exception):
@@ -97,9 +100,44 @@ class DeviceError(EdgesegError):
 
 
 class GateError(EdgesegError):
-    """The engine works, but a limit the user set (``--max-drop``, ``--min-agreement``) is not met."""
+    """The engine works, but a limit the user set (``--max-drop``, ``--min-agreement``) is not met.
+
+    Args:
+        message: the line to show.
+        figures: what was measured, for ``--json``.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, figures: object = None) -> None:
+        super().__init__(message)
+        self.figures = figures
+
+
+@contextmanager
+def refusals_as(kind: type[EdgesegError]) -> Iterator[None]:
+    """Make one line of the system's refusals (permissions, names too long, a full disk): of a block, or of a function."""
+    try:
+        yield
+    except OSError as exc:
+        raise kind(refusal(exc)) from exc
+
+
+def refusal(error: OSError) -> str:
+    """The system's refusal to read or write a file as one line that names it."""
+    reason = error.strerror or type(error).__name__
+    if error.filename is None and isinstance(error, FileNotFoundError):
+        return "the working folder is not there any more; go to another"
+    if error.filename is None:
+        return f"cannot read or write: {reason}"
+    return f"cannot read or write {error.filename!s}: {reason}; check the path and its permissions"
+
+
+def typed(*words: str | Path) -> str:
+    """A command of ours as a shell reads it back: ``typed("compile", folder)``. Paths are quoted where need be."""
+    # A path that begins with a dash would be read as an option.
+    said = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
+    return shlex.join(["edgeseg", *said])
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

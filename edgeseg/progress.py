@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
+
+from edgeseg.console import draws_bars
+from edgeseg.errors import SpecError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +55,41 @@ class SilentReporter:
         pass
 
 
+class LineReporter(SilentReporter):
+    """Hands a line per finished stage and per note to a function, such as ``print``."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        super().__init__()
+        self._say = say
+
+    def finish(self, detail: str, seconds: float) -> None:
+        super().finish(detail, seconds)
+        self._say(stage_line(self._stage, detail, seconds))
+
+    def note(self, text: str) -> None:
+        self._say(f"note: {text}")
+
+
+def reporter_of(given: Reporter | Callable[[str], object] | None) -> Reporter:
+    """A reporter of what :func:`edgeseg.build` was given: one, a function that takes a line, or ``None`` for silence.
+
+    Raises:
+        SpecError: neither.
+    """
+    if given is None:
+        return SilentReporter()
+    if all(callable(getattr(given, name, None)) for name in ("start", "progress", "finish", "note")):
+        return cast("Reporter", given)
+    if not callable(given):
+        raise SpecError(f"reporter is {given!r}; give a function that takes a line, such as print")
+    return LineReporter(given)
+
+
+def stage_line(name: str, detail: str, seconds: float) -> str:
+    """What a person reads of a finished stage."""
+    return f"{name:<10} {seconds:6.1f} s  {detail}"
+
+
 class ConsoleReporter:
     """One line a stage on standard error, with a progress bar and an estimate while it lasts."""
 
@@ -73,8 +111,8 @@ class ConsoleReporter:
         )
 
         self._stage = stage
-        if not self._console.is_terminal:
-            # Into a file or a log, a bar is noise: the line at the end of the stage says it all.
+        if not draws_bars(self._console):
+            # The line at the end of the stage says it all.
             return
         columns = (
             SpinnerColumn(),
@@ -95,7 +133,7 @@ class ConsoleReporter:
     def finish(self, detail: str, seconds: float) -> None:
         self.close()
         self._console.print(
-            f"  {self._stage:<10} {seconds:6.1f} s  {detail}", highlight=False, markup=False, soft_wrap=True
+            f"  {stage_line(self._stage, detail, seconds)}", highlight=False, markup=False, soft_wrap=True
         )
 
     def note(self, text: str) -> None:

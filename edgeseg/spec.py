@@ -7,9 +7,25 @@ an instance that exists is consistent. Nothing here imports torch, onnx or a bac
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
+from edgeseg.arguments import (
+    FLAG,
+    MOST,
+    NAMES,
+    NUMBERS,
+    PATH_OR_WORD,
+    SETTINGS,
+    TEXT,
+    Kind,
+    argument,
+    choice,
+    settle,
+    shortened,
+    whole,
+)
 from edgeseg.errors import SpecError, did_you_mean
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
@@ -93,22 +109,25 @@ class BatchRange:
             )
 
     @classmethod
-    def parse(cls, text: str) -> BatchRange:
-        """Read ``"N"`` or ``"MIN:OPT:MAX"``. Raises :class:`SpecError`."""
-        parts = text.split(":")
-        try:
-            numbers = [int(p) for p in parts]
-        except ValueError:
-            numbers = []
-        if len(numbers) == 1:
-            return cls(numbers[0], numbers[0], numbers[0])
-        if len(numbers) == 3:
-            return cls(*numbers)
-        raise SpecError(f"batch {text!r} is neither N nor MIN:OPT:MAX, such as 1 or 1:4:8")
+    def read(cls, value: Any) -> BatchRange:
+        """``4``, ``"4"``, ``"1:4:8"`` or ``(1, 4, 8)``. Raises ``TypeError``, ``ValueError``, :class:`SpecError`."""
+        if isinstance(value, BatchRange):
+            return value
+        parts = value.split(":") if isinstance(value, str) else value if isinstance(value, Iterable) else [value]
+        numbers = [whole(0, MOST, 1).read(part) for part in parts]
+        if len(numbers) not in (1, 3):
+            raise ValueError
+        return cls(*numbers) if len(numbers) == 3 else cls(*numbers * 3)
+
+    def __str__(self) -> str:
+        return f"{self.minimum}:{self.optimum}:{self.maximum}" if self.is_dynamic else str(self.minimum)
 
     @property
     def is_dynamic(self) -> bool:
         return self.minimum != self.maximum
+
+
+BATCH = Kind("N or MIN:OPT:MAX, such as 1 or 1:4:8", BatchRange.read, metavar="N|MIN:OPT:MAX")
 
 
 @dataclass(frozen=True)
@@ -218,7 +237,7 @@ class ModelSpec:
         if self.task == "multiclass" and self.classes < 2:
             raise SpecError("task multiclass needs at least 2 classes; use --task binary for 1")
         if self.classes > MAX_CLASSES:
-            raise SpecError(f"{self.classes} classes; at most {MAX_CLASSES}, what a uint16 mask holds")
+            raise SpecError(f"{shortened(self.classes)} classes; at most {MAX_CLASSES}, what a uint16 mask holds")
         if self.class_names and len(self.class_names) != self.classes:
             raise SpecError(f"{len(self.class_names)} class names for {self.classes} classes")
         if self.in_channels < 1:
@@ -271,18 +290,42 @@ class ModelRequest:
             ``None`` for the demo model of ``arch``.
         keep_aux: keep an auxiliary classification head as a second output (dropped by default).
         mean, std, channel_order: preprocessing overrides.
+
+    Raises:
+        SpecError: a value of another kind; names the argument.
     """
 
-    arch: str | None = None
-    encoder: str | None = None
-    weights: str | None = None
-    classes: int | None = None
-    class_names: tuple[str, ...] = ()
-    task: Task | None = None
-    in_channels: int | None = None
-    activation: str | None = None
-    model_args: dict[str, Any] = field(default_factory=dict)
-    keep_aux: bool = False
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    channel_order: ChannelOrder | None = None
+    arch: str | None = argument(
+        TEXT,
+        help=f"{', '.join(ARCHITECTURES[:-1])} or {ARCHITECTURES[-1]}.  [default: what the checkpoint says]",
+    )
+    _: KW_ONLY
+    encoder: str | None = argument(
+        TEXT, help="SMP encoder; tu-NAME for timm's.  [default: the checkpoint's, else resnet34]"
+    )
+    weights: str | None = argument(
+        PATH_OR_WORD,
+        metavar="PATH|imagenet|random",
+        help="Checkpoint (.safetensors, .pt, .pth, .ckpt) or save_pretrained folder.  [default: the demo model of --arch]",
+    )
+    classes: int | None = argument(whole(1, MOST, 3), help="Output channels.  [default: what the checkpoint says]")
+    class_names: tuple[str, ...] = argument(NAMES, (), help="One name per class.")
+    task: Task | None = argument(choice(get_args(Task)), help="[default: binary for 1 class, else multiclass]")
+    in_channels: int | None = argument(whole(1, MOST, 3), help="Image channels.  [default: 3]")
+    activation: str | None = argument(TEXT, help="SMP's activation argument: softmax, sigmoid, none, ...")
+    model_args: dict[str, Any] = argument(
+        SETTINGS, dict, help="Any other argument of the SMP constructor, value as JSON; repeatable."
+    )
+    keep_aux: bool = argument(FLAG, False, help="Keep the auxiliary classification head as a second output.")
+    mean: tuple[float, ...] | None = argument(
+        NUMBERS, help="Of pixels scaled to 0..1.  [default: the checkpoint's or encoder's]"
+    )
+    std: tuple[float, ...] | None = argument(
+        NUMBERS, help="Of pixels scaled to 0..1.  [default: the checkpoint's or encoder's]"
+    )
+    channel_order: ChannelOrder | None = argument(
+        choice(get_args(ChannelOrder)), help="Order the network was trained with."
+    )
+
+    def __post_init__(self) -> None:
+        settle(self)

@@ -12,7 +12,7 @@ from typing import Any
 
 from edgeseg.backends import BACKENDS, Backend, require_builder
 from edgeseg.backends.portable import builds_here, check_options
-from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.store.artifacts import (
@@ -99,7 +99,7 @@ def _turn(folder: Path) -> Iterator[None]:
         except OSError as exc:
             raise ArtifactError(
                 f"{folder} was built for another device or version, and cannot be compiled again where it is "
-                f"({exc.strerror}); run: edgeseg compile {folder} --output FOLDER"
+                f"({exc.strerror}); run: {typed('compile', folder, '--output', 'FOLDER')}"
             ) from exc
         yield
 

@@ -1,21 +1,34 @@
 """The command group: which verbs there are, and what an error looks like to a person.
 
-Standard output carries the result (with ``--json`` only JSON), standard error progress and messages. Exit code 0 ok,
-1 a problem the message explains, 2 usage, 3 a gate not met, 130 interrupted.
+Standard output carries the result (with ``--json`` only JSON, in every end), standard error progress and messages.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
+import os
 import signal
 import sys
+import traceback
+from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
 import click
 
-from edgeseg.errors import EdgesegError
+from edgeseg.console import printable
+from edgeseg.errors import EdgesegError, refusal
 from edgeseg.version import __version__
+
+EXIT_CODES: dict[int, str] = {
+    0: "done",
+    1: "a problem the message explains",
+    2: "a request that cannot be met: usage, options, sizes, outputs that exist",
+    3: "a limit that was set is not met, or noise hides whether it is",
+    130: "interrupted, or the reader of the output went away",
+}
 
 VERBS: dict[str, tuple[str, str]] = {
     "build": ("edgeseg.cli.build", "Convert, quantize, build and verify an engine."),
@@ -30,6 +43,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "cache": ("edgeseg.cli.cache", "Show or clear what is kept between builds."),
     "doctor": ("edgeseg.cli.doctor", "Show what this machine has and what will be fast on it."),
 }
+
+
+class _ReaderGone(Exception):  # noqa: N818  # no error of ours, and nobody is left to tell
+    """Whoever read standard output (head, less) went away."""
 
 
 class _LazyGroup(click.Group):
@@ -48,6 +65,15 @@ class _LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in VERBS.items()])
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as exc:
+            # click would exit with 1: the code of a problem, which a reader such as head is not.
+            raise _ReaderGone from exc
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -72,41 +98,97 @@ def cli(debug: bool) -> None:
 
 
 def main() -> NoReturn:
-    """Entry point: run the command, print one line for an error, exit with its code."""
+    """Entry point: run the command, tell how it ended, exit with its code (:data:`EXIT_CODES`)."""
     debug = "--debug" in sys.argv[1:]
     # --debug is accepted anywhere: people add it at the end of the command that just failed.
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     signal.signal(signal.SIGTERM, _terminate)
     try:
         cli.main(args=arguments, prog_name="edgeseg", standalone_mode=False)
-    except click.UsageError as exc:
-        exc.show()
-        sys.exit(2)
-    except click.ClickException as exc:
-        exc.show()
-        sys.exit(exc.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("edgeseg: interrupted; nothing half-done was left behind", err=True)
-        sys.exit(130)
-    except EdgesegError as exc:
-        if debug:
-            raise
-        click.echo(f"edgeseg: {exc}", err=True)
-        sys.exit(exc.exit_code)
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) went away: not an error of ours, and nobody is left to tell.
-        sys.stderr.close()
-        sys.exit(1)
-    except Exception as exc:
-        if debug:
-            raise
-        text = " ".join(str(exc).split())[:300]
-        click.echo(
-            f"edgeseg: internal error, {type(exc).__name__}: {text}; this is a bug: report it with the output of --debug",
-            err=True,
-        )
-        sys.exit(1)
-    sys.exit(0)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        code = 0
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    except (BrokenPipeError, _ReaderGone):
+        code = 130
+    except BaseException as exc:
+        if debug and not isinstance(exc, (click.ClickException, click.Abort)):
+            for line in "".join(traceback.format_exception(exc)).splitlines():
+                click.echo(printable(line), err=True)
+        ending = _Ending.of(exc)
+        code = ending.code
+        with contextlib.suppress(OSError):  # nobody is left to tell
+            ending.tell(as_json=_asks_for_json(arguments))
+    _let_go_of_output()
+    sys.exit(code)
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """How a command ended that did not succeed.
+
+    Attributes:
+        code: one of :data:`EXIT_CODES`.
+        kind: the error's class.
+        message: one line.
+        figures: what was measured, where a gate was not met.
+        usage: what to print before the message.
+    """
+
+    code: int
+    kind: str
+    message: str
+    figures: object = None
+    usage: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Ending:
+        kind = type(error).__name__
+        if isinstance(error, click.ClickException):
+            context = getattr(error, "ctx", None)
+            help_line = (
+                "" if context is None else f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n"
+            )
+            return cls(error.exit_code, kind, error.format_message(), usage=help_line)
+        if isinstance(error, (KeyboardInterrupt, click.Abort)):
+            return cls(130, "Interrupted", "interrupted; nothing half-done was left behind")
+        if isinstance(error, EdgesegError):
+            return cls(error.exit_code, kind, str(error), getattr(error, "figures", None))
+        if isinstance(error, OSError):
+            return cls(1, kind, refusal(error))
+        if isinstance(error, MemoryError):
+            return cls(1, kind, "out of memory; close other programs, or ask for less: a smaller --size or --batch")
+        said = " ".join(str(error).split())[:300]
+        message = f"internal error, {kind}: {said}; this is a bug: report it with the output of --debug"
+        return cls(1, "InternalError", message)
+
+    def tell(self, *, as_json: bool) -> None:
+        """Print the message on standard error and, where JSON was asked for, JSON on standard output."""
+        if self.usage:
+            click.echo(self.usage, err=True)
+        click.echo(f"edgeseg: {printable(self.message)}", err=True)
+        if as_json:
+            from edgeseg.cli.output import print_json
+
+            ending: dict[str, object] = {"error": {"kind": self.kind, "message": self.message}}
+            print_json(ending if self.figures is None else {**ending, "figures": self.figures})
+
+
+def _asks_for_json(arguments: list[str]) -> bool:
+    """Whether standard output was to be JSON: ``--json``, or ``--json -`` where a file may be named."""
+    if arguments[:1] == ["bench"]:
+        return "--json=-" in arguments or ("--json", "-") in itertools.pairwise(arguments)
+    return "--json" in arguments
+
+
+def _let_go_of_output() -> None:
+    """Flush; what cannot be written any more would make Python complain at exit, so it goes nowhere."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

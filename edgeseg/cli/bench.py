@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeseg.cli.parameters import ANY_PATH, CountsType, SizeType
+from edgeseg.arguments import INT32, SIZE, number, whole
+from edgeseg.cli.output import console_reporter, echo, print_json, result_console
+from edgeseg.cli.parameters import ANY_PATH, CountsType, KindType
 
 if TYPE_CHECKING:
     from edgeseg.evaluate.results import Resolution
@@ -34,20 +36,20 @@ _BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-bf
 @click.option("--streams", type=CountsType(), default="1", show_default=True, help="Callers at the same time.")
 @click.option(
     "--duration-s",
-    type=click.FloatRange(min=0),
-    default=3.0,
+    type=KindType(number(0, 86400, "seconds, from 0 to 86400")),
+    default="3.0",
     show_default=True,
     help="Of each engine in each setting; 0: no latency.",
 )
-@click.option("--source-size", type=SizeType(), help="Size of the images given.  [default: the engine's]")
+@click.option("--source-size", type=KindType(SIZE), help="Size of the images given.  [default: the engine's]")
 @click.option(
-    "--fresh-processes", type=click.IntRange(min=0), default=3, show_default=True, help="For cold start and memory."
+    "--fresh-processes", type=click.IntRange(0, 100), default=3, show_default=True, help="For cold start and memory."
 )
 @click.option("--profile", is_flag=True, help="Also measure where the time goes, by module of the model.")
 @click.option("--data", type=ANY_PATH, help="Labelled (or plain) images to judge accuracy on.")
 @click.option("--layout", type=click.Choice(_LAYOUTS), default="images-masks", show_default=True, help="Of --data.")
 @click.option("--split", default="val", show_default=True, help="Of --data, where the layout has splits.")
-@click.option("--ignore-index", type=int, help="Mask value that counts for nothing.")
+@click.option("--ignore-index", type=KindType(whole(-INT32, INT32, 255)), help="Mask value that counts for nothing.")
 @click.option("--label-map", metavar="V=C,...", help="Mask value to class, such as 7=0,8=1,255=ignore.")
 @click.option(
     "--resolution",
@@ -56,10 +58,14 @@ _BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-bf
     show_default=True,
     help="Judge masks at this size.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Judge so many images, evenly spread.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that judge images.")
+@click.option("--limit", type=click.IntRange(1, INT32), help="Judge so many images, evenly spread.")
+@click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that judge images.")
 @click.option(
-    "--worst", type=click.IntRange(min=0), default=5, show_default=True, help="Worst images to save beside the report."
+    "--worst",
+    type=click.IntRange(0, INT32),
+    default=5,
+    show_default=True,
+    help="Worst images to save beside the report.",
 )
 @click.option("--json", "json_path", metavar="FILE", type=ANY_PATH, help="Write the report there; - prints it.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
@@ -91,7 +97,6 @@ def command(
     Latency is end to end: decoded uint8 image in memory to uint8 mask in memory. Counts are comma-separated: --batch
     1,4,8. An engine that fails does not stop the others; it is named, and the exit code is 1.
     """
-    from edgeseg.cli.output import console_reporter, print_json
     from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
     from edgeseg.evaluate.accuracy.layouts import parse_label_map
     from edgeseg.evaluate.bench import BenchRequest, run_bench
@@ -136,11 +141,10 @@ def command(
         report = run_bench(request, reporter, accuracy)
     if json_path is not None and not to_stdout:
         write_report(json_path, report)
-        click.echo(f"report: {json_path}", err=True)
+        echo(f"report: {json_path}", err=True)
     if to_stdout:
         print_json(report)
     else:
-        from edgeseg.cli.output import result_console
         from edgeseg.evaluate.bench_table import bench_summary
 
         result_console().print(bench_summary(report))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from edgeseg.cli.output import echo, print_json, result_console
 from edgeseg.cli.parameters import ANY_PATH
 
 
@@ -34,14 +35,10 @@ def command(old: Path, new: Path, limits: tuple[str, ...], across_devices: bool,
     gates = parse_limits(limits)
     first, second = read_report(old), read_report(new)
     changes = compare_reports(first, second, across_devices=across_devices)
-    if as_json:
-        from edgeseg.cli.output import print_json
-
-        print_json(changes)
-    else:
-        from edgeseg.cli.output import result_console
-
+    if not as_json:
         result_console().print(change_table(changes))
     for remark in remarks(first, second, changes):
-        click.echo(remark, err=as_json)
+        echo(remark, err=as_json)
     check_limits(changes, gates)
+    if as_json:
+        print_json(changes)

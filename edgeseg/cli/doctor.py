@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeseg.backends import BACKENDS, BackendStatus, get_backend
+from edgeseg.cli.output import print_json, result_console
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.machine.limits import Memory, core_limit, read_memory
 from edgeseg.machine.packages import installed_version
@@ -30,19 +31,25 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "segmentation-models-pytorch",
         "timm",
         "safetensors",
+        "onnx",
         "onnx-ir",
         "onnxscript",
         "onnxsim",
+        "onnxruntime",
+        "jinja2",
     ),
     "onnxruntime": ("onnxruntime", "onnx"),
-    "openvino": ("openvino",),
-    "tensorrt": ("tensorrt",),
-    "jetson": ("cuda-bindings",),
-    "pycuda": ("pycuda",),
-    "tensorrt-rtx": ("tensorrt-rtx-cu12",),
+    "openvino": ("openvino", "onnx"),
+    "tensorrt": ("tensorrt", "cuda-bindings", "onnx"),
+    "jetson": ("cuda-bindings", "onnx"),
+    "pycuda": ("pycuda", "onnx"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu12", "onnx"),
     "video": ("opencv-python-headless",),
+    "report": ("jinja2",),
+    "sweep": ("ray",),
+    "power": ("nvidia-ml-py",),
 }
-"""Packages that matter, by the extra of edgeseg that brings them."""
+"""Every package edgeseg uses, by the extra that brings it; ``base`` always comes."""
 
 
 FEATURES: dict[str, dict[str, str]] = {
@@ -212,8 +219,8 @@ def render(diagnosis: Diagnosis) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    advice = Text("\n".join(f"* {sentence}" for sentence in diagnosis.advice))
-    return Group(_machine_table(diagnosis), _backend_table(diagnosis), _package_table(diagnosis), advice)
+    advice = [Text(f"* {sentence}") for sentence in diagnosis.advice]
+    return Group(_machine_table(diagnosis), _backend_table(diagnosis), _package_table(diagnosis), *advice)
 
 
 def _plain_table(*columns: str) -> Table:
@@ -274,10 +281,6 @@ def command(as_json: bool) -> None:
 
     diagnosis = diagnose()
     if as_json:
-        from edgeseg.cli.output import print_json
-
         print_json(diagnosis)
     else:
-        from edgeseg.cli.output import result_console
-
         result_console().print(render(diagnosis))

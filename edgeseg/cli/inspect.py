@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeseg.cli.output import print_json, result_console
 from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.errors import ArtifactError
 from edgeseg.evaluate.summary import class_table, noise_lines, precision_line, time_line, verification_table
@@ -125,10 +126,14 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
         model = onnx.load_model(str(path), load_external_data=False)
     except (DecodeError, OSError, ValueError) as exc:
         raise ArtifactError(f"{path} is not an ONNX file: {exc}; build the engine again") from exc
+    names = (name for node in model.graph.node for name in (node.name, node.op_type, *node.input, *node.output))
+    if not all(isinstance(name, str) for name in names):
+        # protobuf gives bytes for a string that is no UTF-8.
+        raise ArtifactError(f"{path} is damaged: a name in it is not text; build the engine again")
     try:
         macs = count_macs(model)
     except ArtifactError:
-        # A dynamic size has no one number of multiply-accumulates.
+        # A dynamic size has no one number of multiply-accumulates, a graph without its shapes none at all.
         macs = {}
     types = _tensor_types(model)
     # What ONNX Runtime saves knows no shapes for its own operators: nothing could be counted, which is not zero.
@@ -288,10 +293,6 @@ def command(folder: Path, layers: bool, as_json: bool) -> None:
 
     found = inspect_engine(folder)
     if as_json:
-        from edgeseg.cli.output import print_json
-
         print_json(found)
     else:
-        from edgeseg.cli.output import result_console
-
         result_console().print(render(found, layers=layers))

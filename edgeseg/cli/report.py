@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgeseg.cli.output import echo, print_json, result_console
 from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.errors import SpecError
 
@@ -92,20 +93,17 @@ def write_reports(
     if csv_path is not None:
         write_text(csv_path, plain.csv_text(report, verdicts))
     if as_json:
-        from edgeseg.cli.output import print_json
-
         print_json(plain.json_value(report, verdicts, failed))
     else:
         if not printed:
             _print_tables(verdicts, failed)
         for path in files:
-            click.echo(f"written: {path}", err=bool(printed))
+            echo(f"written: {path}", err=bool(printed))
     answers = {verdict.answer for verdict in verdicts}
     return 3 if "cannot tell" in answers or (require is not None and answers != {"deploy"}) else 0
 
 
 def _print_tables(verdicts: tuple[DeviceVerdict, ...], failed: Sequence[tuple[str, str]]) -> None:
-    from edgeseg.cli.output import result_console
     from edgeseg.report.plain import terminal
 
     console = result_console()

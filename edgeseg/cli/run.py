@@ -8,7 +8,9 @@ from typing import get_args
 
 import click
 
-from edgeseg.cli.parameters import ANY_PATH
+from edgeseg.arguments import INT32, number
+from edgeseg.cli.output import echo, print_json
+from edgeseg.cli.parameters import ANY_PATH, KindType
 from edgeseg.spec import FitPolicy
 
 
@@ -17,7 +19,13 @@ from edgeseg.spec import FitPolicy
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--output", type=ANY_PATH, required=True, help="Folder for masks, overlays and videos.")
 @click.option("--overlay", is_flag=True, help="Also write colour overlays with a legend.")
-@click.option("--alpha", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Opacity of the overlay.")
+@click.option(
+    "--alpha",
+    type=KindType(number(0, 1, "an opacity from 0 to 1")),
+    default="0.5",
+    show_default=True,
+    help="Opacity of the overlay.",
+)
 @click.option("--frame-masks", is_flag=True, help="Also write the index mask of every video frame.")
 @click.option(
     "--fit",
@@ -26,12 +34,12 @@ from edgeseg.spec import FitPolicy
 )
 @click.option(
     "--tile-overlap",
-    type=click.FloatRange(0, 0.9),
-    default=0.25,
+    type=KindType(number(0, 0.9, "a share from 0 to 0.9")),
+    default="0.25",
     show_default=True,
     help="Share of a tile that its neighbour covers too, with --fit tile.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Stop after so many images or frames.")
+@click.option("--limit", type=click.IntRange(1, INT32), help="Stop after so many images or frames.")
 @click.option("--force", is_flag=True, help="Replace files that exist in --output.")
 @click.option("--recompile", is_flag=True, help="Build the engine again if it was built for another device or version.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -65,11 +73,9 @@ def command(
             overwrite=force,
         )
     if as_json:
-        from edgeseg.cli.output import print_json
-
         print_json(summary)
     else:
         for path in summary.written:
-            click.echo(path)
+            echo(path)
     if summary.failed:
         sys.exit(1)

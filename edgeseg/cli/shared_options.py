@@ -1,112 +1,88 @@
-"""Options that several verbs take: which model, and how a backend builds."""
+"""Options of the command line made from the arguments of a request, which are defined where the request is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import Any, ParamSpec, TypeVar
 
 import click
 
-from edgeseg.cli.parameters import NamesType, NumbersType, parse_key_values
-from edgeseg.spec import ChannelOrder, ModelRequest, Task
+from edgeseg.arguments import Argument, Kind, arguments_of
+from edgeseg.cli.parameters import KindType
+from edgeseg.errors import SpecError
+from edgeseg.pipeline.request import BuildRequest
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# On the command line alone: another word for a backend option.
+_SM = click.option("--sm", help="Compute capabilities for tensorrt-rtx, such as 86,89,120; one engine holds them all.")
 
-def model_options(command: Callable[P, R]) -> Callable[..., R]:
-    """Add the options that say which model; the command gets them as ``model``, one :class:`ModelRequest`."""
 
-    @click.option(
-        "--arch",
-        help="unet, unetplusplus, manet, linknet, fpn, pspnet, deeplabv3, deeplabv3plus, pan, upernet, "
-        "segformer or dpt.  [default: what the checkpoint says]",
-    )
-    @click.option("--encoder", help="SMP encoder; tu-NAME for timm's.  [default: the checkpoint's, else resnet34]")
-    @click.option(
-        "--weights",
-        metavar="PATH|imagenet|random",
-        help="Checkpoint (.safetensors, .pt, .pth, .ckpt) or save_pretrained folder.  "
-        "[default: the demo model of --arch]",
-    )
-    @click.option("--classes", type=int, help="Output channels.  [default: what the checkpoint says]")
-    @click.option("--class-names", type=NamesType(), default=(), help="One name per class.")
-    @click.option("--task", type=click.Choice(get_args(Task)), help="[default: binary for 1 class, else multiclass]")
-    @click.option("--in-channels", type=int, help="Image channels.  [default: 3]")
-    @click.option("--activation", help="SMP's activation argument: softmax, sigmoid, none, ...")
-    @click.option(
-        "--model-arg",
-        "model_args",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Any other argument of the SMP constructor, value as JSON; repeatable.",
-    )
-    @click.option("--keep-aux", is_flag=True, help="Keep the auxiliary classification head as a second output.")
-    @click.option(
-        "--mean", type=NumbersType(), help="Of pixels scaled to 0..1.  [default: the checkpoint's or encoder's]"
-    )
-    @click.option(
-        "--std", type=NumbersType(), help="Of pixels scaled to 0..1.  [default: the checkpoint's or encoder's]"
-    )
-    @click.option(
-        "--channel-order", type=click.Choice(get_args(ChannelOrder)), help="Order the network was trained with."
-    )
-    @wraps(command)
-    def with_model(
-        arch: str | None,
-        encoder: str | None,
-        weights: str | None,
-        classes: int | None,
-        class_names: tuple[str, ...],
-        task: Task | None,
-        in_channels: int | None,
-        activation: str | None,
-        model_args: tuple[str, ...],
-        keep_aux: bool,
-        mean: tuple[float, ...] | None,
-        std: tuple[float, ...] | None,
-        channel_order: ChannelOrder | None,
-        *args: P.args,
-        **others: P.kwargs,
-    ) -> R:
-        others["model"] = ModelRequest(
-            arch=arch,
-            encoder=encoder,
-            weights=weights,
-            classes=classes,
-            class_names=class_names,
-            task=task,
-            in_channels=in_channels,
-            activation=activation,
-            model_args=parse_key_values("--model-arg", model_args),
-            keep_aux=keep_aux,
-            mean=mean,
-            std=std,
-            channel_order=channel_order,
+def request_options(*names: str, flags: dict[str, str] | None = None) -> Callable[[Callable[P, R]], Callable[..., R]]:
+    """Add the options of these arguments of a build; the command gets them as ``given``, by Python's names.
+
+    Args:
+        names: of :class:`~edgeseg.pipeline.api.BuildRequest`'s arguments, as Python calls them.
+        flags: options this verb calls by another name.
+    """
+    arguments = {argument.name: argument for argument in arguments_of(BuildRequest).values()}
+    chosen = [arguments[name] for name in names]
+
+    def add(command: Callable[P, R]) -> Callable[..., R]:
+        @wraps(command)
+        def with_given(*args: P.args, **options: P.kwargs) -> R:
+            given = {argument.name: options.pop(argument.field) for argument in chosen}
+            sm = options.pop("sm", None)
+            settings = given.get("backend_options")
+            if sm is not None and isinstance(settings, dict):
+                given["backend_options"] = {**settings, "sm": sm}
+            options["given"] = given
+            return command(*args, **options)
+
+        decorated: Callable[..., R] = with_given
+        for argument in reversed(chosen):
+            if argument.name == "backend_options":
+                decorated = _SM(decorated)
+            decorated = _option(argument, (flags or {}).get(argument.name, argument.flag))(decorated)
+        return decorated
+
+    return add
+
+
+def argument_names(request: type[Any] = BuildRequest) -> Iterable[str]:
+    """Python's names of a request's arguments, in order."""
+    return [argument.name for argument in arguments_of(request).values()]
+
+
+def _option(argument: Argument, flag: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    kind = argument.kind
+    if kind.is_flag:
+        return click.option(flag, argument.field, is_flag=True, help=argument.help)
+    if kind.repeats:
+        return click.option(
+            flag, argument.field, multiple=True, metavar=kind.metavar, help=argument.help, callback=_all_of(kind)
         )
-        return command(*args, **others)
-
-    return with_model
-
-
-def backend_options(command: Callable[P, R]) -> Callable[..., R]:
-    """Add the backend's own settings; the command gets them as ``options``, a dict."""
-
-    @click.option(
-        "--backend-option",
-        "settings",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help="Setting of the backend, such as threads=2; repeatable.",
+    default = argument.default or None
+    return click.option(
+        flag,
+        argument.field,
+        type=click.Choice(kind.choices, case_sensitive=False) if kind.choices else KindType(kind),
+        default=None if default is None else str(default),
+        show_default=default is not None,
+        metavar=None if kind.choices else argument.metavar or kind.metavar,
+        help=argument.help,
     )
-    @click.option("--sm", help="Compute capabilities for tensorrt-rtx, such as 86,89,120; one engine holds them all.")
-    @wraps(command)
-    def with_options(settings: tuple[str, ...], sm: str | None, *args: P.args, **others: P.kwargs) -> R:
-        options: dict[str, Any] = parse_key_values("--backend-option", settings)
-        if sm is not None:
-            options["sm"] = sm
-        others["options"] = options
-        return command(*args, **others)
 
-    return with_options
+
+def _all_of(kind: Kind) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], Any]:
+    """What makes one value of an option that was given several times."""
+
+    def read(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Any:
+        try:
+            return kind.accept(str(param.name), values)
+        except SpecError as exc:
+            raise click.BadParameter(str(exc), ctx, param) from exc
+
+    return read

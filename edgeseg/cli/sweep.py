@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from edgeseg.cli.parameters import ANY_PATH, NamesType
+from edgeseg.arguments import NAMES
+from edgeseg.cli.output import echo
+from edgeseg.cli.parameters import ANY_PATH, KindType
 
 if TYPE_CHECKING:
     from edgeseg.sweep.config import SweepConfig
@@ -16,13 +18,13 @@ if TYPE_CHECKING:
 
 @click.command("sweep", short_help="Build and measure many combinations; one report.")
 @click.argument("config_path", required=False, type=ANY_PATH, metavar="[SWEEP.toml]")
-@click.option("--archs", type=NamesType(), default=(), help="Instead of a file: architectures (demo weights).")
-@click.option("--precisions", type=NamesType(), default=(), help="Instead of the file's.")
-@click.option("--targets", type=NamesType(), default=(), help="Instead of the file's.")
+@click.option("--archs", type=KindType(NAMES), default=(), help="Instead of a file: architectures (demo weights).")
+@click.option("--precisions", type=KindType(NAMES), default=(), help="Instead of the file's.")
+@click.option("--targets", type=KindType(NAMES), default=(), help="Instead of the file's.")
 @click.option("--data", help="Instead of the file's: images to judge accuracy on, or demo.")
 @click.option("--require", metavar="EXPRESSION", help="Instead of the file's: see edgeseg report --help.")
 @click.option("--output", type=ANY_PATH, help="Instead of the file's: folder of engines, results and reports.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that build.")
+@click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that build.")
 @click.option("--executor", type=click.Choice(("local", "ray")), default="local", show_default=True)
 @click.option("--ray-address", help="Of a Ray cluster.  [default: RAY_ADDRESS, else one started here]")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as JSON instead of tables.")
@@ -55,7 +57,7 @@ def command(
         jobs=jobs,
         executor=executor,
         ray_address=ray_address,
-        say=lambda line: click.echo(f"  {line}", err=True),
+        say=lambda line: echo(f"  {line}", err=True),
     )
     folder = Path(config.output)
     failed: tuple[tuple[str, str], ...] = tuple((failure.name, failure.reason) for failure in result.failures)
@@ -71,7 +73,7 @@ def command(
     )
     failed = (*failed, *failed_measurements(result.runs))
     for name, reason in failed:
-        click.echo(f"failed: {name}: {reason}", err=True)
+        echo(f"failed: {name}: {reason}", err=True)
     sys.exit(code or (1 if failed else 0))
 
 

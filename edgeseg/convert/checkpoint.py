@@ -59,17 +59,23 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: missing, empty, truncated, too large, foreign, or it would need to run code.
     """
-    path = Path(source).expanduser()
+    path = existing_checkpoint(source)
     if path.is_dir():
         return _read_folder(path)
+    config = _config_beside(path)
+    notes = (f"architecture and arguments read from config.json beside {path.name}",) if config else ()
+    return _read_file(path, config, notes)
+
+
+def existing_checkpoint(source: str | Path) -> Path:
+    """The path of a file or folder that is there. Raises :class:`CheckpointError`."""
+    path = Path(source).expanduser()
     if not path.exists():
         raise CheckpointError(
             f"no such file or folder: {path}; give --weights PATH (save_pretrained folder, .safetensors, .pt, .pth or "
             ".ckpt), imagenet or random"
         )
-    config = _config_beside(path)
-    notes = (f"architecture and arguments read from config.json beside {path.name}",) if config else ()
-    return _read_file(path, config, notes)
+    return path
 
 
 def _read_folder(folder: Path) -> Checkpoint:

@@ -44,6 +44,11 @@ class LoadedModel:
     is_demo: bool = False
     fixed_size: tuple[int, int] | None = None
 
+    @property
+    def has_own_size(self) -> bool:
+        """Whether ``size`` is one the model was made for, not a default."""
+        return self.is_demo or self.fixed_size is not None
+
     def check_size(self, height: int, width: int) -> None:
         """Raise :class:`SpecError` unless the model takes images of this size, naming one that fits."""
         if self.fixed_size is not None and (height, width) != self.fixed_size:

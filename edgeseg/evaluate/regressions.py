@@ -264,7 +264,7 @@ def check_limits(changes: Sequence[Change], limits: Mapping[str, float]) -> None
         elif change.verdict == "worse" and change.percent > limit:
             failed.append(f"{change.row}: {change.metric} is {change.percent:.1f}{unit} worse, {limit:g}{unit} allowed")
     if failed:
-        raise GateError("; ".join(failed))
+        raise GateError("; ".join(failed), changes)
 
 
 def change_table(changes: Sequence[Change]) -> FigureTable:

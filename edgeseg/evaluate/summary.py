@@ -11,6 +11,28 @@ from edgeseg.store.artifacts import AccuracyFigures, Engine, PrecisionReport, Ve
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
+    from edgeseg.spec import PipelineSpec
+
+
+_FITTED = {"resize": "resized", "letterbox": "letterboxed", "tile": "tiled"}
+
+
+def input_line(spec: PipelineSpec, *, is_default_size: bool) -> str:
+    """``256x256 RGB, resized; mean ... std ... (from ...)``: what the engine takes and what is done with it."""
+    image, preprocess = spec.input, spec.preprocess
+    colours = {1: "grey", 3: "RGB"}.get(image.channels, f"{image.channels} channels")
+    parts = [f"{image.height}x{image.width} {colours}"]
+    if image.dynamic_size:
+        parts.append(f"or any multiple of {image.stride}")
+    if str(image.batch) != "1":
+        parts.append(f"batch {image.batch}")
+    parts.append(_FITTED[image.fit])
+    mean, std = (",".join(f"{value:.4g}" for value in values) for values in (preprocess.mean, preprocess.std))
+    values = "0..1" if preprocess.scale != 1 else "0..255"
+    order = "" if preprocess.channel_order == "rgb" else f", {preprocess.channel_order.upper()} inside"
+    line = f"{', '.join(parts)}; mean {mean} std {std} of {values}{order} (from {preprocess.source})"
+    return line + ("; the size is only a default, give --size" if is_default_size else "")
+
 
 def build_summary(engine: Engine) -> Group:
     """Everything a build ends with: the comparison, what it was measured on, the precision delivered, and notes."""

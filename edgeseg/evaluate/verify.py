@@ -189,7 +189,7 @@ def check_gates(
         )
     if failed:
         remedy = "more or better calibration images, another --calibration-method, or --precision fp16"
-        raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}")
+        raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}", verification)
 
 
 class _Recorder:

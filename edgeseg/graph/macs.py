@@ -65,12 +65,21 @@ def count_macs(
         shapes: of the tensors, as they were seen at run time; without them they are inferred.
 
     Raises:
-        ArtifactError: a shape that neither the file nor shape inference knows, or a symbolic dimension without a size.
+        ArtifactError: a shape that neither the file nor shape inference knows, a symbolic dimension without a size, or a
+            damaged graph.
     """
-    if shapes is None:
-        shapes = _known_shapes(model, {"batch": 1, **(sizes or {})})
-    else:
-        shapes = {**{t.name: tuple(t.dims) for t in model.graph.initializer}, **shapes}
+    try:
+        if shapes is None:
+            shapes = _known_shapes(model, {"batch": 1, **(sizes or {})})
+        else:
+            shapes = {**{t.name: tuple(t.dims) for t in model.graph.initializer}, **shapes}
+        return _counted(model, shapes)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as exc:
+        # A damaged graph: nodes without their inputs, tensors without their data. onnx's own operators raise all kinds.
+        raise ArtifactError(f"the graph is damaged: {first_line(exc)}; export it again") from exc
+
+
+def _counted(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> dict[str, int]:
     macs: dict[str, int] = {}
     for index, node in enumerate(model.graph.node):
         count = _node_macs(node, shapes)

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import EdgesegError, InputError
+from edgeseg.errors import EdgesegError, InputError, refusals_as
 from edgeseg.images.arrays import ARRAY_SUFFIXES, read_array
 from edgeseg.images.placement import Placement, fit, fit_windows
 from edgeseg.images.tiff import TiffLayout, read_bands, tiff_layout
@@ -69,6 +69,7 @@ _filters_changing = threading.Lock()
 _WIDE_GREY = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
+@refusals_as(InputError)
 def read_image(path: str | Path, channels: int = 3) -> NDArray[np.uint8]:
     """Read an image file; see the module for how unusual ones are handled.
 
@@ -97,6 +98,7 @@ def pixel_digest(image: NDArray[np.uint8]) -> str:
     return digest.hexdigest()
 
 
+@refusals_as(InputError)
 def list_images(source: str | Path | Iterable[str | Path], *, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> list[Path]:
     """Find image files, in an order that is the same on every machine: ``img2`` before ``img10``.
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeseg.arguments import (
+    arguments_of,
+    shortened,
+)
+from edgeseg.errors import ArtifactError, EdgesegError, SpecError, refusals_as
 from edgeseg.pipeline.request import BuildRequest
-from edgeseg.progress import Reporter, SilentReporter
+from edgeseg.progress import Reporter, reporter_of
 from edgeseg.spec import (
-    BatchRange,
     ChannelOrder,
     FitPolicy,
-    ModelRequest,
     OutputKind,
-    OutputSpec,
     Precision,
     Task,
 )
@@ -29,24 +32,24 @@ if TYPE_CHECKING:
 
 
 def build(
-    arch: str | None = None,
+    arch: str | torch.nn.Module | None = None,
     *,
     precision: Precision = "int8",
     model: torch.nn.Module | None = None,
     encoder: str | None = None,
-    weights: str | Path | None = None,
+    weights: str | Path | torch.nn.Module | None = None,
     classes: int | None = None,
-    class_names: Iterable[str] = (),
+    class_names: str | Iterable[str] = (),
     task: Task | None = None,
     in_channels: int | None = None,
     activation: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     keep_aux: bool = False,
-    mean: Iterable[float] | None = None,
-    std: Iterable[float] | None = None,
+    mean: float | Iterable[float] | None = None,
+    std: float | Iterable[float] | None = None,
     channel_order: ChannelOrder | None = None,
-    size: tuple[int, int] | None = None,
-    batch: int | tuple[int, int, int] = 1,
+    size: int | str | Sequence[int] | None = None,
+    batch: int | str | Sequence[int] = 1,
     dynamic_size: bool = False,
     fit: FitPolicy = "resize",
     output_kind: OutputKind = "mask",
@@ -65,28 +68,31 @@ def build(
     min_int8_share: float = MIN_INT8_SHARE,
     output: str | Path | None = None,
     force: bool = False,
-    reporter: Reporter | None = None,
+    reporter: Reporter | Callable[[str], object] | None = None,
 ) -> Engine:
     """Build a verified engine folder from an SMP model.
 
+    Numbers may be numpy's or torch's, choices in any case, and ``None`` asks for the default.
+
     Args:
-        arch: one of the twelve SMP architectures; may be left out when the checkpoint or ``model`` tells.
+        arch: one of the twelve SMP architectures; may be left out when the checkpoint or ``model`` tells. Or the module
+            itself, as ``model``.
         precision: ``fp32``, ``fp16`` or ``int8``.
         model: an SMP module, a subclass or a wrapper of one, instead of ``arch`` and ``weights``.
         encoder: SMP's name, ``tu-`` names are timm's; default the checkpoint's, else ``resnet34``.
         weights: a checkpoint's path, ``"imagenet"``, ``"random"``, or ``None`` for the demo model of ``arch``.
         classes: output channels; default what the checkpoint says.
-        class_names: one per class.
+        class_names: one per class; a list, or one string of names separated by commas.
         task: ``multiclass``, ``binary`` or ``multilabel``; default by the number of classes.
         in_channels: image channels; default 3.
         activation: SMP's ``activation`` argument as trained.
         model_args: any other argument of the SMP constructor.
         keep_aux: keep the auxiliary classification head as a second output.
-        mean: per channel, of pixel values scaled to [0, 1]; default the checkpoint's or the encoder's.
+        mean: per channel, or one for all, of pixel values scaled to [0, 1]; default the checkpoint's or the encoder's.
         std: the same.
         channel_order: ``rgb`` or ``bgr``, as the network was trained; the engine's input is RGB either way.
-        size: ``(height, width)`` in pixels; default the model's own.
-        batch: ``N`` or ``(MIN, OPT, MAX)``.
+        size: ``(height, width)`` in pixels, ``"HxW"`` or one number for a square; default the model's own.
+        batch: ``N``, ``(MIN, OPT, MAX)`` or ``"MIN:OPT:MAX"``.
         dynamic_size: accept any size that is a multiple of the model's stride.
         fit: ``resize``, ``letterbox`` or ``tile``: how images of another size are brought to the engine's.
         output_kind: ``mask``, ``logits`` or ``probabilities``.
@@ -106,50 +112,45 @@ def build(
         min_int8_share: fail when a smaller share of the multiply-accumulates runs in int8.
         output: the engine folder; default ``engines/<arch>-<encoder>-<precision>``.
         force: replace an existing engine folder.
-        reporter: told about stages and progress; default silent.
+        reporter: told about stages and progress; a callable, such as ``print``, gets a line per stage and note; default
+            silent.
 
     Raises:
         SpecError, InputError, CheckpointError, ExportError, QuantizationError, BuildError, ArtifactError,
         MissingDependencyError: see :mod:`edgeseg.errors`; nothing is left behind.
         GateError: ``max_drop`` or ``min_agreement`` is not met; nothing is left behind.
     """
-    batch_range = BatchRange(*batch) if isinstance(batch, tuple) else BatchRange(batch, batch, batch)
-    request = BuildRequest(
-        model=ModelRequest(
-            arch=arch,
-            encoder=encoder,
-            weights=None if weights is None else str(weights),
-            classes=classes,
-            class_names=tuple(class_names),
-            task=task,
-            in_channels=in_channels,
-            activation=activation,
-            model_args=dict(model_args or {}),
-            keep_aux=keep_aux,
-            mean=None if mean is None else tuple(mean),
-            std=None if std is None else tuple(std),
-            channel_order=channel_order,
-        ),
-        precision=precision,
-        size=size,
-        batch=batch_range,
-        dynamic_size=dynamic_size,
-        fit=fit,
-        output=OutputSpec(output_kind, confidence, threshold),
-        calibration=calibration,
-        calibration_method=calibration_method,
-        calibration_limit=calibration_limit,
-        validation=None if validation is None else Path(validation),
-        ignore_index=ignore_index,
-        target=target,
-        scheme=scheme,
-        backend_options=dict(backend_options or {}),
-        max_drop=max_drop,
-        min_agreement=min_agreement,
-        min_int8_share=min_int8_share,
-        folder=None if output is None else Path(output),
-        force=force,
-    )
+    given = dict(locals())
+    del given["model"], given["reporter"]
+    model, given = _module_of(model, given)
     from edgeseg.pipeline.stages import run_build
 
-    return run_build(request, model=model, reporter=reporter or SilentReporter())
+    try:
+        with refusals_as(ArtifactError):
+            return run_build(BuildRequest.of(given), model=model, reporter=reporter_of(reporter))
+    except EdgesegError as exc:
+        exc.args = tuple(_in_python_words(part) if isinstance(part, str) else part for part in exc.args)
+        raise
+
+
+def _module_of(model: torch.nn.Module | None, given: dict[str, Any]) -> tuple[torch.nn.Module | None, dict[str, Any]]:
+    """The module, wherever it was given: as ``model``, first of all, or as ``weights``."""
+    places = [name for name in ("arch", "weights") if _is_module(given[name])]
+    if model is not None and not _is_module(model):
+        raise SpecError(f"model is {shortened(model)}; give an SMP module, or name an architecture by arch")
+    if len(places) + (model is not None) > 1:
+        raise SpecError("two modules were given; give one, as model")
+    if not places:
+        return model, given
+    return given[places[0]], {**given, places[0]: None}
+
+
+def _is_module(value: object) -> bool:
+    # Whoever has a module has imported torch; asking so does not import it here.
+    return not isinstance(value, type) and callable(getattr(value, "state_dict", None)) and callable(value)
+
+
+def _in_python_words(message: str) -> str:
+    """The message with options called as :func:`build` calls them: ``calibration`` for ``--calibration``."""
+    names = {argument.flag: argument.name for argument in arguments_of(BuildRequest).values()}
+    return re.sub(r"--[a-z][a-z0-9-]*", lambda option: names.get(option[0], option[0]), message)

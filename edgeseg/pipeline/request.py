@@ -1,53 +1,126 @@
-"""What a build can be asked for, checked before any work is done."""
+"""What a build can be asked for, each argument defined once and checked before any work is done."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from edgeseg.arguments import (
+    FLAG,
+    INT32,
+    PATH,
+    SETTINGS,
+    SIZE,
+    TEXT,
+    Kind,
+    argument,
+    arguments_of,
+    choice,
+    number,
+    whole,
+)
 from edgeseg.backends import BACKENDS
-from edgeseg.errors import SpecError
-from edgeseg.spec import PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputSpec, Precision, one_of
+from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.spec import BATCH, PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputKind, OutputSpec, Precision
 from edgeseg.store.artifacts import MIN_INT8_SHARE
+
+IMAGES = Kind(
+    "a folder, a glob, a list, arrays or a table",
+    lambda value: value,
+    write=lambda value: [str(value)] if isinstance(value, (str, Path)) else None,
+    metavar="DIR|GLOB|FILE",
+)
 
 
 @dataclass(frozen=True)
-class BuildRequest:
-    """Everything ``edgeseg build`` can be asked. See the command's help for the meaning of each option."""
+class BuildRequest(ModelRequest):
+    """Everything ``edgeseg build`` can be asked, each argument defined here or in :class:`~edgeseg.spec.ModelRequest`.
 
-    model: ModelRequest
-    precision: Precision = "int8"
-    size: tuple[int, int] | None = None
-    batch: BatchRange = field(default_factory=BatchRange)
-    dynamic_size: bool = False
-    fit: FitPolicy = "resize"
-    output: OutputSpec = field(default_factory=OutputSpec)
-    calibration: Any = None
-    calibration_method: str | None = None
-    calibration_limit: int | None = None
-    validation: Path | None = None
-    ignore_index: int | None = None
-    target: str = "auto"
-    scheme: str | None = None
-    backend_options: Mapping[str, Any] = field(default_factory=dict)
-    max_drop: float | None = None
-    min_agreement: float | None = None
-    min_int8_share: float = MIN_INT8_SHARE
-    folder: Path | None = None
-    force: bool = False
+    The command line's options, :func:`build`'s arguments, the command in a manifest and a sweep's cells come from these
+    fields; an instance that exists is consistent.
+
+    Raises:
+        SpecError: a value that is not allowed; names the argument.
+    """
+
+    precision: Precision = argument(choice(PRECISIONS), "int8", repeated="always")
+    size: tuple[int, int] | None = argument(SIZE, help="Engine input size.  [default: the model's, else 256x256]")
+    batch: BatchRange = argument(BATCH, BatchRange, help="Batch size or range.")
+    dynamic_size: bool = argument(FLAG, False, help="Accept any size that is a multiple of the model's stride.")
+    fit: FitPolicy = argument(
+        choice(get_args(FitPolicy)), "resize", help="How images of another size are brought to the engine's."
+    )
+    output_kind: OutputKind = argument(choice(get_args(OutputKind)), "mask")
+    confidence: bool = argument(FLAG, False, help="Also return each pixel's probability of its class.")
+    threshold: float = argument(
+        number(0, 1, "a probability between 0 and 1, such as 0.5"), 0.5, help="For binary and multilabel masks."
+    )
+    calibration: Any = argument(
+        IMAGES,
+        help="Images for int8: a folder, glob, list file, .npy, or a finished table (.json).  "
+        "[default: the demo set, for a demo model only]",
+    )
+    calibration_method: str | None = argument(TEXT, help="minmax, moving-average, percentile, entropy or mse.")
+    calibration_limit: int | None = argument(
+        whole(1, INT32, 64), help="Use at most so many calibration images (a seeded subset)."
+    )
+    validation: Path | None = argument(
+        PATH, help="Folder with images/ and, for mIoU, masks/.  [default: images held out of --calibration]"
+    )
+    ignore_index: int | None = argument(whole(-INT32, INT32, 255), help="Mask value that counts for nothing.")
+    target: str = argument(
+        choice(("auto", *BACKENDS)),
+        "auto",
+        help="auto measures the backends installed here and takes the fastest.",
+    )
+    scheme: str | None = argument(TEXT, help="Q/DQ scheme.  [default: what is fast on the target here]")
+    backend_options: dict[str, Any] = argument(
+        SETTINGS, dict, help="Setting of the backend, such as threads=2; repeatable."
+    )
+    max_drop: float | None = argument(
+        number(0, 1, "a share of mIoU between 0 and 1, such as 0.01 for one point"),
+        help="Exit 3 when more mIoU is lost (0.01 = one point).",
+    )
+    min_agreement: float | None = argument(
+        number(0, 1, "a share of pixels between 0 and 1, such as 0.99"),
+        help="Exit 3 when a smaller share of pixels agrees with PyTorch.",
+    )
+    min_int8_share: float = argument(
+        number(0, 1, "a share between 0 and 1, such as 0.7"),
+        MIN_INT8_SHARE,
+        help="Fail when less of the work runs in int8.",
+    )
+    folder: Path | None = argument(
+        PATH, name="output", help="Engine folder.  [default: engines/ARCH-ENCODER-PRECISION]"
+    )
+    force: bool = argument(FLAG, False, help="Replace an existing engine folder.", repeated="never")
 
     def __post_init__(self) -> None:
-        one_of("precision", self.precision, PRECISIONS)
-        one_of("target", self.target, ("auto", *BACKENDS))
-        if self.max_drop is not None and not 0 <= self.max_drop <= 1:
-            raise SpecError(
-                f"max drop is {self.max_drop}; give a share of mIoU between 0 and 1, such as 0.01 for one point"
-            )
-        if self.min_agreement is not None and not 0 <= self.min_agreement <= 1:
-            raise SpecError(
-                f"min agreement is {self.min_agreement}; give a share of pixels between 0 and 1, such as 0.99"
-            )
-        if not 0 <= self.min_int8_share <= 1:
-            raise SpecError(f"min int8 share is {self.min_int8_share}; give a share between 0 and 1")
+        super().__post_init__()
+        _ = self.output
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> BuildRequest:
+        """The request of arguments by Python's names, whatever kind of value people wrote.
+
+        Raises:
+            SpecError: an argument there is not, or a value that is not allowed.
+        """
+        fields = {argument.name: argument.field for argument in arguments_of(cls).values()}
+        for name in arguments:
+            if name not in fields:
+                raise SpecError(f"a build has no argument {name!r}{did_you_mean(name, fields)}")
+        return cls(**{fields[name]: value for name, value in arguments.items()})
+
+    @property
+    def model(self) -> ModelRequest:
+        """What was said about the model alone."""
+        return ModelRequest(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelRequest)})
+
+    @property
+    def output(self) -> OutputSpec:
+        """What the engine is to return."""
+        return OutputSpec(self.output_kind, self.confidence, self.threshold)

@@ -22,11 +22,18 @@ from edgeseg.backends.portable import (
     open_graph,
 )
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
+from edgeseg.evaluate.summary import input_line
 from edgeseg.machine.packages import package_versions
 from edgeseg.pipeline.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.pipeline.command import build_command
-from edgeseg.pipeline.verification_data import VerificationData, calibration_and_held_out
+from edgeseg.pipeline.plan import DEMO_NAME, BuildPlan, default_name, refuse_early
+from edgeseg.pipeline.verification_data import (
+    VerificationData,
+    calibration_and_held_out,
+    calibration_source,
+)
 from edgeseg.progress import Reporter, stage
+from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import InputSpec, ModelRequest, PipelineSpec, one_of
 from edgeseg.store.artifacts import (
@@ -61,18 +68,11 @@ CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onn
 
 def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter: Reporter) -> Engine:
     """Run every stage of ``request`` and return the finished engine folder. See :func:`edgeseg.build`."""
-    if request.folder is not None:
-        check_engine_folder(request.folder, force=request.force)
-    targets = choose_targets(request, reporter)
-    loaded = load_stage(request, model, reporter)
-    spec = pipeline_spec(request, loaded)
-    folder = request.folder or Path("engines") / default_name(request, loaded)
-    if request.precision == "fp32" and request.calibration is not None:
-        reporter.note("--calibration is not used: an fp32 engine has no ranges")
+    plan = plan_build(request, model, reporter)
+    targets, loaded, spec, folder = plan.targets, plan.loaded, plan.spec, plan.folder
     with usable_cache(reporter.note), engine_folder(folder, force=request.force) as scratch:
-        samples, held_out = calibration_and_held_out(request, loaded)
         graph, conversion = export_stage(loaded, spec, reporter)
-        table = None if samples is None else calibration_stage(request, graph, samples, reporter)
+        table = None if plan.samples is None else calibration_stage(request, graph, plan.samples, reporter)
         if request.precision == "fp16" and table is None:
             reporter.note(
                 "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
@@ -93,11 +93,28 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name, command, asked)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
-        verification = verify_stage(request, loaded, engine, held_out, reporter)
+        verification = verify_stage(request, loaded, engine, plan.held_out, reporter)
         make.write(best, medians, table, scratch, verification)
         for target in targets:
             shutil.rmtree(scratch / f"target-{target}", ignore_errors=True)
     return open_engine(folder)
+
+
+def plan_build(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> BuildPlan:
+    """Refuse what cannot be, load the model, open the images, and say what the engine takes. Errors are the build's."""
+    refuse_early(request, is_module=model is not None)
+    targets = choose_targets(request, reporter)
+    loaded = load_stage(request, model, reporter)
+    spec = pipeline_spec(request, loaded)
+    encoder = DEMO_NAME if loaded.is_demo else loaded.model.encoder
+    folder = request.folder or Path("engines") / default_name(loaded.model.arch, encoder, request.precision)
+    check_engine_folder(folder, force=request.force)
+    if request.precision == "fp32" and request.calibration is not None:
+        reporter.note("--calibration is not used: an fp32 engine has no ranges")
+    with stage(reporter, "input") as said:
+        samples, held_out = calibration_and_held_out(request, loaded)
+        said.append(input_line(spec, is_default_size=request.size is None and not loaded.has_own_size))
+    return BuildPlan(targets, loaded, spec, folder, samples, held_out)
 
 
 def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> LoadedModel:
@@ -175,13 +192,6 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel) -> PipelineSpec:
     )
 
 
-def default_name(request: BuildRequest, loaded: LoadedModel) -> str:
-    """``<arch>-<encoder>-<precision>``, or ``<arch>-demo-<precision>`` for a demo model."""
-    encoder = "demo" if loaded.is_demo else loaded.model.encoder
-    name = f"{loaded.model.arch}-{encoder}-{request.precision}".lower()
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-
-
 def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) -> tuple[OnnxGraph, ConversionReport]:
     """Export, simplify and check the fp32 graph, or find it in the cache."""
     from edgeseg.convert.export import ConversionReport, export_onnx
@@ -217,7 +227,6 @@ def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) ->
 
 def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, reporter: Reporter) -> CalibrationTable:
     """Take the table that was given, find one in the cache, or calibrate."""
-    from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
     from edgeseg.quantize.samples import MINIMUM_IMAGES
     from edgeseg.quantize.table import CalibrationTable, check_fresh, load_table
 
@@ -254,8 +263,7 @@ def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, rep
 
 def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> CalibrationTable:
     """Load, export and calibrate, and write the table to ``path``: ``edgeseg calibrate``."""
-    from edgeseg.pipeline.verification_data import calibration_source
-
+    refuse_early(request, is_module=False, makes_engine=False)
     loaded = load_stage(request, None, reporter)
     spec = pipeline_spec(request, loaded)
     samples = calibration_source(request, loaded)

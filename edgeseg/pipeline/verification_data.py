@@ -12,7 +12,9 @@ from edgeseg.demo import sample_folder
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.dataset import Pair, ValidationSet
 from edgeseg.quantize.calibration import CalibrationSet
+from edgeseg.quantize.samples import check_source
 from edgeseg.quantize.table import CalibrationTable
+from edgeseg.spec import ModelSpec
 
 if TYPE_CHECKING:
     from edgeseg.convert.load import LoadedModel
@@ -21,6 +23,14 @@ if TYPE_CHECKING:
 # Without --validation, every n-th calibration image is kept for verification, if that leaves enough to calibrate on.
 HELD_OUT_EVERY = 5
 MIN_TO_HOLD_OUT = 20
+
+NO_CALIBRATION = (
+    "int8 needs calibration images and none were given; put a few dozen images like those the model will see in a folder "
+    "and give --calibration DIR"
+)
+
+# Which files there are does not depend on the model that will be judged on them.
+_ANY_MODEL = ModelSpec("custom", classes=2)
 
 Samples: TypeAlias = "CalibrationSet | CalibrationTable | Path | None"
 
@@ -79,8 +89,36 @@ def calibration_and_held_out(request: BuildRequest, loaded: LoadedModel) -> tupl
     )
 
 
+def check_images(request: BuildRequest, *, is_demo: bool) -> None:
+    """Refuse, before the model is loaded, what a look at the files shows to be impossible.
+
+    Raises:
+        InputError: calibration or validation images that are missing or too few, or ``max_drop`` without masks.
+    """
+    source = request.calibration
+    if request.precision == "int8" and source is None and not is_demo:
+        raise InputError(NO_CALIBRATION)
+    if request.precision != "fp32" and source is not None:
+        if _is_table(source):
+            if not Path(source).is_file():
+                raise InputError(f"calibration table {source} does not exist; edgeseg calibrate makes one")
+        elif not isinstance(source, CalibrationTable):
+            check_source(source, request.calibration_limit)
+    has_masks = is_demo and source is None
+    if request.validation is not None:
+        has_masks = ValidationSet.open(request.validation, _ANY_MODEL).has_masks
+    elif request.precision != "fp32" and isinstance(source, (str, Path)) and Path(source).is_dir():
+        has_masks = ValidationSet.open(source, _ANY_MODEL).has_masks
+    if request.max_drop is not None and not has_masks:
+        raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
+
+
 def _has_calibration(request: BuildRequest, loaded: LoadedModel) -> bool:
     return request.calibration is not None or loaded.is_demo
+
+
+def _is_table(source: object) -> bool:
+    return isinstance(source, (str, Path)) and str(source).lower().endswith(".json")
 
 
 def calibration_source(request: BuildRequest, loaded: LoadedModel) -> CalibrationSet | CalibrationTable | Path:
@@ -92,14 +130,11 @@ def calibration_source(request: BuildRequest, loaded: LoadedModel) -> Calibratio
     source = request.calibration
     if isinstance(source, CalibrationTable):
         return source
-    if isinstance(source, (str, Path)) and str(source).lower().endswith(".json"):
+    if _is_table(source):
         return Path(source)
     if source is None:
         if not loaded.is_demo:
-            raise InputError(
-                "int8 needs calibration images and none were given; put a few dozen images like those the model will see "
-                "in a folder and give --calibration DIR"
-            )
+            raise InputError(NO_CALIBRATION)
         source = sample_folder() / "calib"
     return CalibrationSet.open(source, limit=request.calibration_limit, channels=loaded.model.in_channels)
 

@@ -13,9 +13,16 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import EdgesegError, InputError
+from edgeseg.errors import EdgesegError, InputError, refusals_as
 from edgeseg.images.arrays import ARRAY_SUFFIXES, open_arrays
-from edgeseg.images.decoding import IMAGE_SUFFIXES, MAX_ARRAY_BYTES, fit_windows, list_images, pixel_digest, read_image
+from edgeseg.images.decoding import (
+    IMAGE_SUFFIXES,
+    MAX_ARRAY_BYTES,
+    fit_windows,
+    list_images,
+    pixel_digest,
+    read_image,
+)
 from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import sha256_file
 
@@ -215,6 +222,15 @@ class CalibrationSet:
             yield name, [np.ascontiguousarray(window[None]) for window in fit_windows(pixels, spec)]
 
 
+def check_source(source: CalibrationSource, limit: int | None) -> None:
+    """Raise ``InputError`` where a look at the names shows that there is nothing, or too little, to calibrate on."""
+    if isinstance(source, (str, Path)) or (isinstance(source, Sequence) and not len(source)):
+        words, found = _find(source)
+        needed = MINIMUM_IMAGES if limit is None else min(MINIMUM_IMAGES, limit)
+        if len(found) < needed:
+            raise InputError(_too_few(words, len(found), len(found), needed, ()))
+
+
 @dataclass(frozen=True)
 class _Content:
     """What tells one candidate from another: SHA-256 of the stored bytes and of the pixels."""
@@ -240,10 +256,15 @@ def _too_few(words: str, taken: int, found: int, needed: int, skipped: Sequence[
     reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
     reasons += f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
     why = f" ({len(skipped)} skipped: {reasons})" if skipped else ""
-    count = f"{found} images in {words}" if taken == found else f"{taken} of {found} images in {words} can be used"
+    count = (
+        f"{found} image{'' if found == 1 else 's'} in {words}"
+        if taken == found
+        else f"{taken} of {found} images in {words} can be used"
+    )
     return f"only {count}{why}; calibration needs at least {needed}: add some"
 
 
+@refusals_as(InputError)
 def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:
     """What ``source`` is called in messages, and its candidates in a fixed order."""
     if not isinstance(source, (str, Path)):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.console import draws_bars, plain_console
 from edgeseg.errors import EdgesegError, InputError, MissingDependencyError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
 from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write_mask, write_picture
@@ -125,7 +126,7 @@ def run_inputs(
         if task.is_video and frame_masks:
             refuse_existing(run.output / "masks" / task.name, overwrite)
     begin = time.perf_counter()
-    with _Bar(len(tasks)) if progress else nullcontext(_Silent()) as bar:
+    with _Bar(len(tasks), limit) if progress else nullcontext(_Silent()) as bar:
         interrupted = run.all(tasks, bar)
     seconds, count = time.perf_counter() - begin, run.images + run.frames
     return RunSummary(
@@ -237,7 +238,7 @@ class _Run:
                 else:
                     self._write_image(task, image, mask)
                     self.images += 1
-                bar.advance()
+                bar.advance(failed=mask is None)
                 if self._finished():
                     break
 
@@ -335,8 +336,8 @@ class _Silent:
     def expect(self, frames: int | None) -> None:
         """The next input, counted as one so far, has ``frames`` frames (``None``: nobody knows)."""
 
-    def advance(self) -> None:
-        """One more image or frame is done."""
+    def advance(self, *, failed: bool = False) -> None:
+        """One more image or frame is done, or an input has failed."""
 
     def say(self, text: str) -> None:
         """Something a person should read."""
@@ -345,8 +346,7 @@ class _Silent:
 class _Bar(_Silent):
     """A progress bar with frames per second on standard error."""
 
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
+    def __init__(self, inputs: int, limit: int | None) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
@@ -356,20 +356,29 @@ class _Bar(_Silent):
             TextColumn("{task.fields[fps]:.1f} frames/s"),
             TimeRemainingColumn(),
         )
-        self._bar: Progress = Progress(*columns, console=Console(stderr=True))
-        self._task: TaskID = self._bar.add_task("segment", total=total, fps=0.0)
-        self._total: int | None = total
-        self._done = 0
+        console = plain_console(stderr=True)
+        self._bar: Progress = Progress(*columns, console=console, disable=not draws_bars(console))
+        self._inputs: int | None = inputs
+        self._limit = limit
+        self._done = self._failed = 0
+        self._task: TaskID = self._bar.add_task("segment", total=self._total, fps=0.0)
         self._begin = time.perf_counter()
 
+    @property
+    def _total(self) -> int | None:
+        """What there will be at the end; inputs that fail do not count towards the limit."""
+        most = None if self._limit is None else self._limit + self._failed
+        return min((n for n in (self._inputs, most) if n is not None), default=None)
+
     def expect(self, frames: int | None) -> None:
-        self._total = None if frames is None or self._total is None else self._total - 1 + frames
+        self._inputs = None if frames is None or self._inputs is None else self._inputs - 1 + frames
         self._bar.update(self._task, total=self._total)
 
-    def advance(self) -> None:
+    def advance(self, *, failed: bool = False) -> None:
         self._done += 1
+        self._failed += failed
         seconds = time.perf_counter() - self._begin
-        self._bar.update(self._task, completed=self._done, fps=self._done / seconds)
+        self._bar.update(self._task, completed=self._done, total=self._total, fps=self._done / seconds)
 
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -9,11 +9,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.arguments import shortened
 from edgeseg.errors import SpecError
 from edgeseg.runtime.overlap import Overlapped
 from edgeseg.runtime.segmenter import Segmenter
@@ -77,9 +78,12 @@ class Stream:
         self.close()
 
 
+Source: TypeAlias = "str | Path | int | Iterable[NDArray[np.uint8]]"
+
+
 def stream(
-    source: str | Path | int | Iterable[NDArray[np.uint8]] | Segmenter,
-    segmenter: Segmenter | str | Path | int | Iterable[NDArray[np.uint8]],
+    source: Source | Segmenter,
+    segmenter: Segmenter | Source,
     *,
     ahead: int = 2,
     drop: bool | None = None,
@@ -106,10 +110,9 @@ def stream(
         MissingDependencyError: OpenCV is not installed, and the source is a video or camera.
     """
     if isinstance(source, Segmenter):
-        # Either order is plain, and people write both.
-        source, segmenter = cast("tuple[Any, Any]", (segmenter, source))
-    if not isinstance(segmenter, Segmenter):
-        raise SpecError(f"segmenter is a {type(segmenter).__name__}; give what edgeseg.load returns")
+        source, segmenter = segmenter, source
+    if not isinstance(segmenter, Segmenter) or isinstance(source, Segmenter):
+        raise SpecError(f"segmenter is {shortened(segmenter)}; give a source of images and what edgeseg.load returns")
     if ahead < 1:
         raise SpecError(f"ahead is {ahead}; at least 1 frame has to wait for another")
     return Stream(open_source(source, segmenter.spec.input.channels), segmenter, ahead, drop)

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-from edgeseg.errors import ArtifactError, StaleEngineError
+from edgeseg.errors import ArtifactError, StaleEngineError, refusals_as, typed
 from edgeseg.spec import ModelRequest, PipelineSpec, Precision
 from edgeseg.store.atomic import atomic_folder, check_folder, recover_folder, write_bytes
 
@@ -247,7 +247,7 @@ class Engine:
             # A graph for one kind of CPU is compiled there; TensorRT's is for whatever GPU is at hand.
             scheme = self.manifest.scheme or ""
             where = f" ({scheme}); run on its device" if scheme.startswith(("onnxruntime", "openvino")) else "; run"
-            raise StaleEngineError(f"{self.folder} holds a portable graph only{where}: edgeseg compile {self.folder}")
+            raise StaleEngineError(f"{self.folder} holds a portable graph only{where}: {typed('compile', self.folder)}")
         return self.folder / self.manifest.engine.name
 
     @property
@@ -360,6 +360,7 @@ def _decoded(data: bytes, path: Path, kind: type[T], what: str) -> T:
         raise ArtifactError(f"{what} {path} is damaged or not one: {exc}") from exc
 
 
+@refusals_as(ArtifactError)
 def read_manifest(folder: Path) -> Manifest:
     """Read ``manifest.json`` of an engine folder without checking the files beside it.
 
@@ -371,7 +372,7 @@ def read_manifest(folder: Path) -> Manifest:
     if data is None:
         what = "no such folder" if not folder.exists() else f"no {MANIFEST_NAME} in it"
         raise ArtifactError(
-            f"{folder} is not an engine folder ({what}); make one with: edgeseg build --output {folder}"
+            f"{folder} is not an engine folder ({what}); make one with: {typed('build', '--output', folder)}"
         )
 
     @dataclass(frozen=True)
@@ -422,6 +423,7 @@ def open_engine(folder: Path) -> Engine:
             return Engine(folder, manifest)
 
 
+@refusals_as(ArtifactError)
 def check_file(folder: Path, ref: FileRef) -> None:
     """Raise :class:`ArtifactError` unless the file is in the folder with the size and hash of ``ref``."""
     # A manifest is untrusted input: a name with a directory in it would reach outside the folder.

@@ -6,7 +6,7 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -20,7 +20,7 @@ from edgeseg.evaluate.contenders import BASELINES
 from edgeseg.evaluate.intervals import MIN_IMAGES
 from edgeseg.evaluate.results import Resolution
 from edgeseg.pipeline.request import BuildRequest
-from edgeseg.spec import ARCHITECTURES, PRECISIONS, ModelRequest, OutputKind, OutputSpec, Precision, one_of
+from edgeseg.spec import ARCHITECTURES, PRECISIONS, OutputKind, one_of
 
 DEMO = "demo"
 Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
@@ -74,6 +74,7 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         classes, calibration, calibration_limit, validation, ignore_index: as ``edgeseg build``.
         require: as ``edgeseg report --require``.
         title: of the report.
+        build: any other argument of :func:`edgeseg.build`, by Python's name; the same for every cell.
         bench: how to measure.
     """
 
@@ -92,8 +93,12 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ignore_index: int | None = None
     require: str | None = None
     title: str = "edgeseg sweep"
+    build: dict[str, Any] = {}
     bench: BenchConfig = BenchConfig()
 
+
+_PASSED_ON = ("output_kind", "classes", "calibration", "calibration_limit", "validation", "ignore_index")
+"""Arguments of a build that are the same in every cell."""
 
 _FIELDS = (*SweepConfig.__struct_fields__, *BenchConfig.__struct_fields__)
 
@@ -224,28 +229,21 @@ def _cell(config: SweepConfig, arch: str, encoder: str | None, size: str | None,
         weights = weights.replace("{arch}", arch).replace("{encoder}", encoder or "")
     model = "-".join(filter(None, (arch, encoder or (DEMO if is_demo else None), size)))
     name = re.sub(r"[^a-z0-9._-]", "-", f"{model}-{precision}-{target}".lower())
-    checked: Precision = next(p for p in get_args(Precision) if p == precision)
-    request = BuildRequest(
-        model=ModelRequest(arch=arch, encoder=encoder, weights=None if is_demo else weights, classes=config.classes),
-        precision=checked,
-        size=None if size is None else _size(size),
-        calibration=config.calibration,
-        calibration_limit=config.calibration_limit,
-        validation=None if config.validation is None else Path(config.validation),
-        ignore_index=config.ignore_index,
-        target=target,
-        output=OutputSpec(config.output_kind),
-        folder=Path(config.output) / "engines" / name,
-        force=True,
-    )
+    arguments = {
+        "arch": arch,
+        "encoder": encoder,
+        "weights": None if is_demo else weights,
+        "precision": precision,
+        "size": size,
+        "target": target,
+        "output": Path(config.output) / "engines" / name,
+        "force": True,
+        **{argument: getattr(config, argument) for argument in _PASSED_ON},
+    }
+    if twice := sorted(arguments.keys() & config.build.keys()):
+        raise SpecError(f"{twice[0]} in [build] of the sweep is a field of the sweep itself; say it there")
+    request = BuildRequest.of({**arguments, **config.build})
     return Cell(name, model, request)
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)[xX]([1-9]\d*)", text)
-    if match is None:
-        raise SpecError(f"size {text!r} of the sweep is not HEIGHTxWIDTH in pixels, such as 352x480")
-    return int(match[1]), int(match[2])
 
 
 def data_folder(config: BenchConfig) -> Path | None:

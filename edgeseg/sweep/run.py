@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgeseg.decide.entries import Run
-from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.evaluate.results import read_report
 from edgeseg.store.artifacts import open_engine
 from edgeseg.store.atomic import HeldError, lock
@@ -137,7 +137,7 @@ def _measure(
         failures += [
             Failure(
                 cell.name,
-                f"built, not measured: it holds a portable graph only; run: edgeseg compile {cell.request.folder}",
+                f"built, not measured: it holds a portable graph only; run: {typed('compile', cell.request.folder or cell.name)}",
             )
             for cell in built
             if cell not in members

@@ -12,31 +12,31 @@ import pytest
 from edgeseg.cli import build as verb
 from edgeseg.pipeline.command import build_command
 from edgeseg.pipeline.request import BuildRequest
-from edgeseg.spec import BatchRange, ModelRequest, OutputSpec
+from edgeseg.spec import BatchRange
 
-PLAIN = BuildRequest(ModelRequest(arch="fpn"))
+PLAIN = BuildRequest("fpn")
 FULL = BuildRequest(
-    model=ModelRequest(
-        arch="unet",
-        encoder="tu-mobilenetv4_conv_small",
-        weights="my models/unet 1.safetensors",
-        classes=3,
-        class_names=("sky", "side walk", "it's"),
-        task="multilabel",
-        in_channels=1,
-        activation="sigmoid",
-        model_args={"decoder_channels": (64, 32), "decoder_dropout": 0.0, "norm": "true", "name": "a b", "on": True},
-        keep_aux=True,
-        mean=(-0.5,),
-        std=(0.1 + 0.2,),
-        channel_order="bgr",
-    ),
+    arch="unet",
+    encoder="tu-mobilenetv4_conv_small",
+    weights="my models/unet 1.safetensors",
+    classes=3,
+    class_names=("sky", "side walk", "it's"),
+    task="multilabel",
+    in_channels=1,
+    activation="sigmoid",
+    model_args={"decoder_channels": (64, 32), "decoder_dropout": 0.0, "norm": "true", "name": "a b", "on": True},
+    keep_aux=True,
+    mean=(-0.5,),
+    std=(0.1 + 0.2,),
+    channel_order="bgr",
     precision="fp16",
     size=(352, 480),
     batch=BatchRange(1, 4, 8),
     dynamic_size=True,
     fit="letterbox",
-    output=OutputSpec("probabilities", True, 0.25),
+    output_kind="probabilities",
+    confidence=True,
+    threshold=0.25,
     calibration="photos/*.jpg",
     calibration_method="entropy",
     calibration_limit=32,
@@ -71,15 +71,15 @@ def test_the_command_asks_for_the_same_build(request_: BuildRequest, monkeypatch
     text = build_command(request_)
     assert text is not None
     # JSON has no tuples.
-    as_typed = {k: list(v) if isinstance(v, tuple) else v for k, v in request_.model.model_args.items()}
-    assert asked(text, monkeypatch) == replace(request_, model=replace(request_.model, model_args=as_typed))
+    as_typed = {k: list(v) if isinstance(v, tuple) else v for k, v in request_.model_args.items()}
+    assert asked(text, monkeypatch) == replace(request_, model_args=as_typed)
 
 
 @pytest.mark.parametrize(
     "request_",
     [
         replace(PLAIN, calibration=[np.zeros((8, 8, 3), np.uint8)]),
-        replace(PLAIN, model=ModelRequest(arch="fpn", class_names=("car, parked", "sky"))),
+        replace(PLAIN, class_names=("car, parked", "sky")),
     ],
 )
 def test_what_no_command_line_can_say_has_no_command(request_: BuildRequest) -> None:

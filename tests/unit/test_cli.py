@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 
 import edgeseg
-from edgeseg.cli.app import VERBS
-from edgeseg.cli.parameters import parse_key_values
+from edgeseg.arguments import parse_settings
+from edgeseg.cli.app import VERBS, main
+from edgeseg.errors import SpecError
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,6 +72,13 @@ def test_version() -> None:
         (["bench", "no-such-folder"], 1, "no such folder"),
         (["bench", "x", "--batch", "1,0"], 2, "different counts"),
         (["bench", "x", "--baseline", "keras"], 2, "keras"),
+        (["bench", "x", "--duration-s", "nan"], 2, "duration_s is 'nan'; give seconds"),
+        (["bench", "x", "--ignore-index", "9" * 400], 2, "give a whole number from"),
+        (["bench", "x", "--limit", "9" * 5000], 2, "not a valid integer"),
+        (["bench", "x", "--batch", "4611686018427387904"], 2, "different counts"),
+        (["build", "--arch", "fpn", "--classes", "9" * 400], 2, "give a whole number from 1 to 65535"),
+        (["build", "--arch", "fpn", "--size", "4611686018427387904"], 2, "HEIGHTxWIDTH"),
+        (["build", "--arch", "fpn", "--model-arg", "x=" + "[" * 100_000], 2, "nested too deep"),
         (["compare", "old.json", "new.json"], 1, "cannot read bench report old.json"),
         (["compare", "old.json", "new.json", "--max-regression", "fps=3"], 2, "unknown metric 'fps'"),
     ],
@@ -82,6 +89,74 @@ def test_bad_input_is_one_line(arguments: list[str], code: int, message: str) ->
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arch", "unett"], "unknown architecture 'unett'; did you mean 'unet'"),
+        (["--arch", "linknet"], "no demo model for 'linknet'"),
+        (["--arch", "unet", "--weights", "random"], "int8 needs calibration images"),
+        (["--arch", "unet", "--weights", "{tmp}/none.pt", "--precision", "fp32"], "no such file or folder"),
+        (["--arch", "fpn", "--calibration", "{tmp}/none"], "does not exist"),
+        (["--arch", "fpn", "--calibration", "{tmp}/none.json"], "none.json does not exist; edgeseg calibrate"),
+        (["--arch", "fpn", "--calibration", "{tmp}/empty"], "no images in"),
+        (["--arch", "fpn", "--calibration", "{tmp}/few"], "only 1 image in"),
+        (["--arch", "fpn", "--validation", "{tmp}/none"], "is not a folder; give one with images/ and masks/"),
+        (["--arch", "fpn", "--validation", "{tmp}/empty"], "no images in"),
+        (["--arch", "fpn", "--validation", "{tmp}/few", "--max-drop", "0.01"], "--max-drop needs masks"),
+        (
+            ["--arch", "unet", "--weights", "random", "--precision", "fp32", "--max-drop", "0.1"],
+            "--max-drop needs masks",
+        ),
+        (["--arch", "fpn", "--output", "{tmp}/few"], "exists; give --force"),
+        (["--arch", "fpn", "--output", "{tmp}/few", "--force"], "is not an engine folder"),
+        (["--arch", "fpn", "--output", "{tmp}/few/a.png", "--force"], "is not an engine folder"),
+        (["--arch", "fpn", "--scheme", "onnxruntime-vni"], "did you mean 'onnxruntime-vnni'"),
+        (["--arch", "fpn", "--calibration-method", "kl"], "unknown calibration method 'kl'"),
+        (["--arch", "fpn", "--target", "openvino", "--backend-option", "spinning=false"], "no build option 'spinning'"),
+        (["--arch", "fpn", "--backend-option", "thread=2"], "no build option 'thread'; did you mean 'threads'"),
+        (["--arch", "fpn", "--target", "tensorrt", "--backend-option", "threads=2"], "no build option 'threads'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_torch_is_imported(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from PIL import Image
+
+    for name in ("empty", "few"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "few" / "a.png")
+
+    def refuse(request: object) -> None:
+        raise AssertionError("the model is being loaded")
+
+    monkeypatch.setattr("edgeseg.convert.load.load_model", refuse)
+    monkeypatch.setattr(sys, "argv", ["edgeseg", "build", *(a.replace("{tmp}", str(tmp_path)) for a in arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    assert end.value.code in (1, 2)
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_a_refused_build_has_not_imported_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['edgeseg', 'build', '--arch', 'fpn', '--max-drop', '0.1', '--calibration', 'no']\n"
+        "from edgeseg.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as e: assert e.code == 1\n"
+        "heavy = {'torch', 'timm', 'segmentation_models_pytorch', 'onnxruntime', 'openvino'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -96,7 +171,7 @@ def test_doctor_prints_only_json_with_json() -> None:
 
 def test_key_values() -> None:
     pairs = ("depth=4", "channels=[64,32]", "kind=scse", "batchnorm=True", "x=None", 'name="a=b"')
-    assert parse_key_values("--model-arg", pairs) == {
+    assert parse_settings(pairs) == {
         "depth": 4,
         "channels": [64, 32],
         "kind": "scse",
@@ -105,8 +180,8 @@ def test_key_values() -> None:
         "name": "a=b",
     }
     for bad in (("depth",), ("=4",), ("a=1", "a=2")):
-        with pytest.raises(click.BadParameter):
-            parse_key_values("--model-arg", bad)
+        with pytest.raises(SpecError):
+            parse_settings(bad)
 
 
 def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,3 +194,166 @@ def test_brackets_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) ->
     table.add_row("pip install 'edgeseg[tensorrt]' [bold]x")
     result_console().print(table)
     assert "edgeseg[tensorrt]' [bold]x" in capsys.readouterr().out
+
+
+HOSTILE = "a\x1b]0;owned\x07\x1b[31mb\u202ec\nd\x9be"
+
+
+def test_nothing_a_terminal_would_obey_reaches_it(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from edgeseg.cli.output import console_reporter, echo, print_json, result_console
+
+    table = Table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE)
+    table.add_row(Text(HOSTILE))
+    result_console().print(table, Text(f"note: {HOSTILE}"), HOSTILE, soft_wrap=True)
+    echo(HOSTILE)
+    echo(HOSTILE, err=True)
+    print_json({HOSTILE: [HOSTILE, "\udcff"]})
+    with console_reporter() as reporter:
+        reporter.start(HOSTILE)
+        reporter.note(HOSTILE)
+        reporter.finish(HOSTILE, 1.0)
+    for said in capsys.readouterr():
+        assert not set(said) & {"\x1b", "\x07", "\u202e", "\x9b"}, said
+        assert "\\x1b" in said and "\\u202e" in said
+    assert len(said.splitlines()) == 3, said
+
+
+def test_an_error_with_escapes_stays_one_line(tmp_path: Path) -> None:
+    done = run("inspect", str(tmp_path / HOSTILE))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "\\x1b]0;owned\\x07" in done.stderr
+    assert "\x1b" not in run("build", "--precision", HOSTILE, "--json").stderr
+
+
+def test_people_see_their_own_alphabet() -> None:
+    from edgeseg.console import printable
+
+    for text in ("café — 道路 دوچرخه‌سوار 👩‍🌾", "C:\\data [void] edgeseg[tensorrt]"):
+        assert printable(text) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "kind"),
+    [
+        (["inspect", "no-such-folder", "--json"], 1, "ArtifactError"),
+        (["build", "--arch", "unett", "--json"], 2, "SpecError"),
+        (["build", "--json", "--size", "big"], 2, "BadParameter"),
+        (["compile", "--json"], 2, "MissingParameter"),
+        (["bench", "no-such-folder", "--json", "-"], 1, "ArtifactError"),
+    ],
+)
+def test_json_in_every_end(arguments: list[str], code: int, kind: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == code
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == kind
+    assert error["message"] in done.stderr
+
+
+def test_an_unmet_gate_gives_its_figures_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    from edgeseg.cli.app import _Ending
+    from edgeseg.errors import GateError
+
+    ending = _Ending.of(GateError("the engine loses 0.0200 mIoU", {"agreement": 0.5}))
+    ending.tell(as_json=True)
+    assert json.loads(capsys.readouterr().out) == {
+        "error": {"kind": "GateError", "message": "the engine loses 0.0200 mIoU"},
+        "figures": {"agreement": 0.5},
+    }
+    assert ending.code == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("--help > /dev/full", 1, "No space left on device"),
+        ("doctor > /dev/full", 1, "cannot read or write: No space left on device"),
+        ("doctor --json > /dev/full", 1, "No space left on device"),
+        ("doctor | true", 130, ""),
+        ("inspect $(printf 'x%.0s' $(seq 300))", 1, "File name too long"),
+        ("doctor >&-", 0, ""),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(command: str, code: int, message: str) -> None:
+    import os
+
+    shell = f"set -o pipefail; {sys.executable} -m edgeseg {command}"
+    done = subprocess.run(
+        ["bash", "-c", shell], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, env={**os.environ}
+    )
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert done.stderr.count("\n") == (1 if message else 0)
+    assert "internal error" not in done.stderr
+
+
+def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
+    import os
+
+    code = (
+        "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')\n"
+        "sys.argv = ['edgeseg', 'build', '--arch', 'fpn']\n"
+        "from edgeseg.cli import main; main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the working folder is not there any more" in done.stderr.splitlines()[-1]
+
+
+def test_printed_commands_can_be_typed() -> None:
+    from edgeseg.errors import typed
+
+    assert typed("compile", Path("my engines/it's")) == "edgeseg compile 'my engines/it'\"'\"'s'"
+    assert typed("compile", Path("-x")) == "edgeseg compile ./-x"
+
+
+def test_how_a_command_ended_in_words() -> None:
+    from edgeseg.cli.app import _Ending
+
+    for error, code, kind, words in (
+        (KeyboardInterrupt(), 130, "Interrupted", "interrupted"),
+        (MemoryError(), 1, "MemoryError", "out of memory"),
+        (PermissionError(13, "Permission denied", "a b"), 1, "PermissionError", "a b: Permission denied"),
+        (KeyError("x"), 1, "InternalError", "this is a bug"),
+    ):
+        ending = _Ending.of(error)
+        assert (ending.code, ending.kind) == (code, kind)
+        assert words in ending.message
+
+
+def test_help_has_the_exit_codes() -> None:
+    said = run("--help").stdout
+    assert all(line in said for line in ("0    done", "3    a limit", "130  interrupted"))
+
+
+def test_the_json_of_every_verb_is_documented() -> None:
+    import dataclasses
+
+    from edgeseg.backends import BackendStatus
+    from edgeseg.cli.app import EXIT_CODES
+    from edgeseg.cli.doctor import Diagnosis, Package
+    from edgeseg.cli.inspect import CheckedFile, EngineReport, Layer
+    from edgeseg.evaluate.regressions import Change
+    from edgeseg.machine.cpu import Cpu
+    from edgeseg.machine.limits import Memory
+    from edgeseg.runtime.run import Failure, RunSummary
+
+    page = (ROOT / "docs" / "json.md").read_text()
+    for heading, kinds in {
+        "run": (RunSummary, Failure),
+        "inspect": (EngineReport, CheckedFile, Layer),
+        "doctor": (Diagnosis, Cpu, Memory, Package, BackendStatus),
+        "compare": (Change,),
+    }.items():
+        section = page.split(f"## `{heading}`\n")[1].split("\n## ")[0]
+        named = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+        assert {name for name in named if f"`{name}`" not in section} == set(), heading
+    assert all(f"| {code} | {meaning.split(',')[0]}" in page for code, meaning in EXIT_CODES.items())

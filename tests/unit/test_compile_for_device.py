@@ -373,6 +373,9 @@ def test_options_are_checked_when_the_folder_is_made() -> None:
         check_options("tensorrt-rtx", {"dla_core": 0})
     with pytest.raises(SpecError, match="target onnxruntime has no build option 'thread'; did you mean 'threads'"):
         check_options("onnxruntime", {"thread": 2})
+    with pytest.raises(SpecError, match="no build option 'spin'; did you mean 'spinning'"):
+        check_options("onnxruntime", {"spin": True})
+    assert check_options("onnxruntime", {"threads": 2, "spinning": None}) == {"threads": 2}
     assert check_options("openvino", {"threads": None}) == {}
 
 

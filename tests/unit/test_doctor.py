@@ -176,3 +176,17 @@ def test_no_backend_leaves_anything_in_the_home_folder(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_every_extra_is_listed_with_its_packages() -> None:
+    import re
+
+    import msgspec
+
+    project = msgspec.toml.decode((Path(__file__).parents[2] / "pyproject.toml").read_bytes())["project"]
+    wanted = {"base": project["dependencies"], **project["optional-dependencies"]}
+    del wanted["dev"]
+    names = {extra: {re.split("[<>=;]", line)[0].strip() for line in lines} for extra, lines in wanted.items()}
+    # The TOML reader of Python 3.10; Python 3.11 has its own.
+    names["base"].discard("tomli")
+    assert {extra: set(packages) for extra, packages in EXTRAS.items()} == names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import msgspec
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from edgeseg.cli.app import main
 from edgeseg.cli.inspect import inspect_engine, render
 from edgeseg.errors import ArtifactError
 from edgeseg.graph.modules import module_of
@@ -221,3 +223,36 @@ def test_an_unverified_engine_says_so(folder: Path) -> None:
 )
 def test_module_of_a_node(name: str, module: str) -> None:
     assert module_of(name) == module
+
+
+@pytest.mark.parametrize("arguments", [(), ("--layers",), ("--json",)])
+def test_what_a_manifest_holds_cannot_steer_the_terminal(
+    folder: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "\x1b]0;owned\x07\x1b[2J\u202eevil\nedgeseg: all is well"
+    graph = onnx.load(str(folder / "engine.onnx"))
+    graph.graph.node[0].name = hostile
+    onnx.save(graph, str(folder / "engine.onnx"))
+    manifest = dataclasses.replace(
+        manifest_of(folder, names=(hostile, "car")),
+        name=hostile,
+        weights=hostile,
+        scheme=hostile,
+        device={"cpu": hostile},
+        options={hostile: hostile},
+        notes=(hostile,),
+        command=hostile,
+        precision=PrecisionReport("int8", {hostile: 0.9}, {}, 7424, {hostile: hostile}),
+    )
+    write_json(folder / MANIFEST_NAME, manifest)
+    monkeypatch.setattr(sys, "argv", ["edgeseg", "inspect", str(folder), *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().out
+    assert end.value.code == 0
+    assert not set(said) & {"\x1b", "\x07", "\u202e"}
+    assert not any(line.startswith("edgeseg: all is well") for line in said.splitlines())
+    if "--json" in arguments:
+        assert json.loads(said)["manifest"]["weights"] == hostile
+    else:
+        assert said.count("\\x1b") >= 8

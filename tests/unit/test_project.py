@@ -51,3 +51,16 @@ def test_lazy_names_are_what_they_say() -> None:
     assert set(edgeseg.__all__) <= set(dir(edgeseg))
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = edgeseg.no_such_name
+
+
+def test_only_two_files_write_to_the_terminal() -> None:
+    """What a terminal would obey is written out there; whoever prints elsewhere goes around it."""
+    allowed = {"cli/output.py": "click.echo", "cli/app.py": "click.echo", "console.py": "Console("}
+    # Pass on what another process of ours has printed, and answer one.
+    allowed |= {"sweep/run.py": "sys.stderr.write", "evaluate/fresh.py": "print("}
+    for path in SOURCES:
+        printing = set(
+            re.findall(r"(?<![\w.])print\(|click\.echo|\bConsole\(|sys\.std(?:out|err)\.write", path.read_text())
+        )
+        place = path.relative_to(ROOT / "edgeseg").as_posix()
+        assert printing <= {allowed.get(place)}, place

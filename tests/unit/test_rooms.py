@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up. What stands on one line could stand in any order.
 ROOMS = (
-    *("errors", "version", "progress"),
+    *("errors", "version", "console"),
+    *("arguments", "progress"),
     *("spec", "machine", "demo"),
     "store",
     *("images", "graph"),

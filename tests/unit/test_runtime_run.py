@@ -111,8 +111,20 @@ def test_bad_images_are_named_and_the_rest_is_done(tmp_path: Path, capsys: pytes
     assert [failure.input for failure in summary.failed] == [str(tmp_path / "2.png"), str(tmp_path / "4.png")]
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "2.png" in captured.err
-    assert "4/4" in captured.err
+    assert [line.startswith("skipped: ") for line in captured.err.splitlines()] == [True, True], captured.err
+
+
+@pytest.mark.parametrize(("limit", "end"), [(None, "5/5"), (2, "3/3"), (3, "4/4"), (9, "5/5")])
+def test_the_bar_ends_at_its_total(
+    limit: int | None, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of five images is broken and does not count towards the limit."""
+    monkeypatch.setattr("edgeseg.runtime.run.draws_bars", lambda console: True)
+    for i in (1, 3, 4, 5):
+        photo(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"broken")
+    run_inputs(segmenter(), [tmp_path], tmp_path / "out", limit=limit)
+    assert capsys.readouterr().err.count(end) == 1
 
 
 def test_odd_names_stop_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgeseg.errors import SpecError
-from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess, one_of
+from edgeseg.spec import BATCH, BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess, one_of
 
 
 @pytest.mark.parametrize(
@@ -22,10 +22,10 @@ from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineS
         (lambda: InputSpec(0, 256), "not positive"),
         (lambda: InputSpec(256, 256, min_size=(288, 64)), "not between the smallest 288x64 and the largest 256x256"),
         (lambda: InputSpec(256, 256, max_size=(128, 512)), "not between the smallest 1x1 and the largest 128x512"),
-        (lambda: BatchRange.parse("0"), "1 <= MIN"),
-        (lambda: BatchRange.parse("4:2:8"), "1 <= MIN"),
-        (lambda: BatchRange.parse("1:2"), "MIN:OPT:MAX"),
-        (lambda: BatchRange.parse("many"), "MIN:OPT:MAX"),
+        (lambda: BATCH.accept("batch", "0"), "1 <= MIN"),
+        (lambda: BATCH.accept("batch", "4:2:8"), "1 <= MIN"),
+        (lambda: BATCH.accept("batch", "1:2"), "MIN:OPT:MAX"),
+        (lambda: BATCH.accept("batch", "many"), "MIN:OPT:MAX"),
         (lambda: Preprocess((0.5,), (0.5, 0.5)), "one of each per channel"),
         (lambda: Preprocess((0.5,), (0.0,)), "> 0"),
         (lambda: Preprocess((float("nan"),), (1.0,)), "finite"),
@@ -42,9 +42,9 @@ def test_impossible_requests_say_what_fits(make: object, message: str) -> None:
 
 
 def test_batch_range() -> None:
-    assert BatchRange.parse("4") == BatchRange(4, 4, 4)
-    assert not BatchRange.parse("4").is_dynamic
-    assert BatchRange.parse("1:4:8").is_dynamic
+    assert BATCH.accept("batch", "4") == BatchRange(4, 4, 4)
+    assert not BATCH.accept("batch", "4").is_dynamic
+    assert BATCH.accept("batch", "1:4:8").is_dynamic
 
 
 @pytest.mark.parametrize(("classes", "dtype"), [(2, "uint8"), (256, "uint8"), (257, "uint16")])

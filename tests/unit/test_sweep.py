@@ -169,8 +169,23 @@ def test_an_engine_that_could_not_be_measured_is_measured_again_with_all_others(
     assert len(run.report.rows) == 3 and run.report.failed == ()
 
 
+def test_any_argument_of_a_build_can_be_said(tmp_path: Path) -> None:
+    options = {"batch": "1:4:8", "fit": "letterbox", "backend_options": {"threads": 2}}
+    (cell, *_) = expand(config(tmp_path, build=options, sizes=("64x96",)))
+    assert (cell.request.size, str(cell.request.batch), cell.request.fit) == ((64, 96), "1:4:8", "letterbox")
+    assert cell.request.backend_options == {"threads": 2}
+    for wrong, message in (
+        ({"bacth": 4}, "no argument 'bacth'; did you mean 'batch'"),
+        ({"batch": "x"}, "batch is 'x'; give N or MIN:OPT:MAX"),
+        ({"size": 64}, "size in [build] of the sweep is a field of the sweep itself"),
+    ):
+        with pytest.raises(SpecError) as caught:
+            expand(config(tmp_path, build=wrong))
+        assert message in str(caught.value)
+
+
 def test_the_measuring_process_tells_its_error(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_edgeseg(["bench"]) == "edgeseg bench ended with code 2"  # click's own words, on several lines
+    assert run_edgeseg(["bench"]) == "Missing argument 'ENGINE_DIR...'."
     reason = run_edgeseg(["report", "missing.json"])
     assert reason is not None and "missing.json" in reason
     assert f"edgeseg: {reason}" in capfd.readouterr().err

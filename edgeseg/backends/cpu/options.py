@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from edgeseg.errors import SpecError, StaleEngineError, did_you_mean
+from edgeseg.errors import SpecError, StaleEngineError, did_you_mean, typed
 from edgeseg.machine.cpu import Cpu
 from edgeseg.store.artifacts import Engine
 
@@ -31,8 +31,8 @@ def cpu_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
             raise SpecError(
                 f"target {backend} has no build option {key!r}{did_you_mean(key, allowed)} (allowed: {', '.join(allowed)})"
             )
-    given = {name: value for name, value in options.items() if value is not None}
-    chosen = {name: given.get(name, _DEFAULTS[name]) for name in allowed}
+    # ``None`` asks for the default, as in the TensorRT backends.
+    chosen = {name: _DEFAULTS[name] if options.get(name) is None else options[name] for name in allowed}
     threads, spinning = chosen["threads"], chosen.get("spinning", True)
     # Threads beyond the processors wait for each other: 40 small convolutions on 2 processors took 0.05 s with 2 of them,
     # 0.46 with 16, 6.6 with 256.
@@ -47,7 +47,7 @@ def cpu_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> None:
     """Raise ``StaleEngineError`` if the engine was built for another instruction set or with another package version."""
     manifest = engine.manifest
-    again = f"run: edgeseg compile {engine.folder}"
+    again = f"run: {typed('compile', engine.folder)}"
     built_for, built_with = manifest.device.get("isa"), manifest.versions.get(package)
     if built_for != cpu.isa:
         raise StaleEngineError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from edgeseg.backends.cuda.device import Cuda, open_cuda
-from edgeseg.errors import DeviceError, StaleEngineError
+from edgeseg.errors import DeviceError, StaleEngineError, typed
 from edgeseg.store.artifacts import Engine
 
 
@@ -81,7 +81,7 @@ def check_built_for(engine: Engine, package: str, version: str, gpu: Gpu) -> Non
     if not same_version or not same_device:
         raise StaleEngineError(
             f"{engine.folder} was built with {package} {built_with} for {built_on} (compute capability {capability}), this "
-            f"is {package} {version} on {gpu.name} ({gpu.capability_text}); run: edgeseg compile {engine.folder}"
+            f"is {package} {version} on {gpu.name} ({gpu.capability_text}); run: {typed('compile', engine.folder)}"
         )
 
 

@@ -21,7 +21,7 @@ from edgeseg.backends.tensorrt.options import RTX_SMS, RtxOptions, parse_options
 from edgeseg.backends.tensorrt.progress import progress_monitor
 from edgeseg.backends.tensorrt.rtx_cache import CachingEngine, runtime_cache_path
 from edgeseg.backends.tensorrt.session import open_session
-from edgeseg.errors import BuildError, EdgesegError, StaleEngineError
+from edgeseg.errors import BuildError, EdgesegError, StaleEngineError, typed
 from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
 
 if TYPE_CHECKING:
@@ -239,5 +239,5 @@ def check_sm(engine: Engine, version: str, gpu: Gpu) -> None:
     if built_with != version or (sms != "default" and here not in sms.split(",")):
         raise StaleEngineError(
             f"{engine.folder} was built with TensorRT-RTX {built_with} for SM {sms}, this is {version} on {gpu.name} "
-            f"(SM {here}); run: edgeseg compile {engine.folder} --sm {here}"
+            f"(SM {here}); run: {typed('compile', engine.folder, '--sm', str(here))}"
         )

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
-from edgeseg.errors import InputError
+from edgeseg.errors import InputError, refusals_as
 from edgeseg.images.arrays import read_array
 from edgeseg.images.decoding import FORMATS, MAX_ARRAY_BYTES, list_images, open_picture, pixel_digest, read_image
 from edgeseg.spec import ModelSpec
@@ -94,6 +94,7 @@ class ValidationSet:
     coding: LabelCoding = field(default_factory=lambda: LabelCoding())
 
     @classmethod
+    @refusals_as(InputError)
     def open(
         cls,
         source: str | Path,

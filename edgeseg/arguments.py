@@ -1,0 +1,360 @@
+"""A request's fields as people write them: Python arguments, command-line options, lines of a sweep's TOML.
+
+A field is defined once, where its dataclass is: its :class:`Kind` says how a value is read from any of the three and
+written back as words of a command, its help what it means. The options of the command line, the command a manifest
+keeps and the check of Python's arguments all come from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from edgeseg.errors import SpecError, did_you_mean
+
+MOST = 65535
+"""Largest count of classes, channels, pixels of a side or images of a batch that a request may name."""
+
+INT32 = (1 << 31) - 1
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How values of one sort are read and written.
+
+    Attributes:
+        wanted: what is allowed, as the rest of "give ...".
+        read: makes the field's value of what a person wrote; raises ``TypeError``, ``ValueError`` or ``OverflowError``.
+        write: the words after the option, one option each; ``None`` where no command line can say the value.
+        metavar: of the value in the help.
+        choices: the words allowed, if it is a choice.
+        is_flag: without a value on the command line.
+        repeats: may be given several times.
+    """
+
+    wanted: str
+    read: Callable[[Any], Any]
+    write: Callable[[Any], list[str] | None] = lambda value: [str(value)]
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    is_flag: bool = False
+    repeats: bool = False
+
+    def accept(self, name: str, value: object) -> Any:
+        """Return the value as the field holds it. Raises :class:`SpecError`, naming the argument."""
+        if self.choices and isinstance(value, str):
+            word = value.strip().lower()
+            if word not in self.choices:
+                raise SpecError(
+                    f"unknown {name.replace('_', ' ')} {shortened(value)}{did_you_mean(word, self.choices)} "
+                    f"(allowed: {', '.join(self.choices)})"
+                )
+            return word
+        try:
+            return self.read(value)
+        except SpecError:
+            raise
+        except (TypeError, ValueError, OverflowError) as exc:
+            raise SpecError(f"{name} is {shortened(value)}; give {self.wanted}") from exc
+
+
+def shortened(value: object) -> str:
+    """A value for a message: one line, no longer than a message can bear."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        # Python refuses to print what has thousands of digits.
+        return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:40]}... ({type(value).__name__})"
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _path_text(value: Any) -> str:
+    path = str(value) if isinstance(value, Path) else _text(value)
+    if "\0" in path:
+        raise ValueError
+    return path
+
+
+def _path(value: Any) -> Path:
+    return Path(_path_text(value))
+
+
+def _flag(value: Any) -> bool:
+    # numpy.bool_ and a torch tensor of one truth value give one.
+    plain = value.item() if hasattr(value, "item") else value
+    if not isinstance(plain, bool):
+        raise TypeError
+    return plain
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return int(value) if isinstance(value, str) else operator.index(value)
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def whole(low: int, high: int, example: int) -> Kind:
+    """A whole number: Python's, numpy's, or a torch tensor of one."""
+
+    def read(value: Any) -> int:
+        number = _integer(value)
+        if not low <= number <= high:
+            raise ValueError
+        return number
+
+    return Kind(f"a whole number from {low} to {high}, such as {example}", read, metavar="N")
+
+
+def number(low: float, high: float, wanted: str) -> Kind:
+    """A number within bounds."""
+
+    def read(value: Any) -> float:
+        plain = _float(value)
+        if not low <= plain <= high:
+            raise ValueError
+        return plain
+
+    return Kind(wanted, read, metavar="X")
+
+
+def choice(words: tuple[str, ...]) -> Kind:
+    """One of a few words, in any case."""
+    return Kind(f"one of {', '.join(words)}", _text, choices=words)
+
+
+def read_size(value: Any) -> tuple[int, int]:
+    """``256``, ``"256"``, ``"352x480"`` or a pair -> ``(height, width)`` in pixels."""
+    if isinstance(value, str):
+        sides: Iterable[Any] = re.split("[xX]", value.strip())
+    elif hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0:
+        sides = [value]
+    else:
+        sides = value
+    numbers = [_integer(side) for side in sides]
+    if len(numbers) not in (1, 2) or not all(1 <= side <= MOST for side in numbers):
+        raise ValueError
+    return numbers[0], numbers[-1]
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    if isinstance(value, str):
+        parts: Iterable[Any] = value.split(",")
+    elif hasattr(value, "flatten") and hasattr(value, "tolist"):
+        # An array or tensor of any shape: SMP's own buffers are (1, 3, 1, 1).
+        parts = value.flatten().tolist()
+    else:
+        parts = value if isinstance(value, Iterable) else [value]
+    numbers = tuple(_float(part) for part in parts)
+    if not numbers:
+        raise ValueError
+    return numbers
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) and value.startswith("@"):
+        try:
+            lines = Path(value[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as exc:
+            raise SpecError(f"cannot read the names in {value[1:]}: {exc}") from exc
+        return tuple(line.strip() for line in lines if line.strip())
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",")) if value else ()
+    return tuple(_text(name) for name in value)
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {_text(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, str):
+        raise TypeError
+    return parse_settings(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold: what travels into the manifest and back."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {_text(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    raise SpecError(f"a setting is {shortened(value)}; give numbers, words, true or false, null, or lists of them")
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """``("a=1", "b=[1,2]", "c=word")`` -> ``{"a": 1, "b": [1, 2], "c": "word"}``; values are JSON where they parse.
+
+    Raises:
+        SpecError: no ``=``, a key twice, or JSON nested too deep.
+    """
+    result: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = _text(pair).partition("=")
+        if not separator or not key:
+            raise SpecError(f"{shortened(pair)} is not key=value")
+        if key in result:
+            raise SpecError(f"{key} is given twice")
+        # Python's spellings are what people copy from their training script.
+        spelled = {"True": "true", "False": "false", "None": "null"}.get(text, text)
+        try:
+            result[key] = msgspec.json.decode(spelled)
+        except msgspec.DecodeError:
+            result[key] = text
+        except RecursionError as exc:
+            raise SpecError(f"{key} is {shortened(text)}, nested too deep") from exc
+    return result
+
+
+def write_settings(settings: Mapping[str, Any]) -> list[str]:
+    """``KEY=VALUE`` words; a value is written as JSON unless it is a word that reads as itself."""
+    words = []
+    for key, value in settings.items():
+        plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./x+-]*", value) is not None
+        is_word = plain and value not in {"true", "false", "null", "True", "False", "None"}
+        words.append(f"{key}={value}" if is_word else f"{key}={json.dumps(value)}")
+    return words
+
+
+def _write_names(names: tuple[str, ...]) -> list[str] | None:
+    if any("," in name or name != name.strip() for name in names) or names[0].startswith("@"):
+        return None
+    return [",".join(names)]
+
+
+TEXT = Kind("a name", _text)
+PATH = Kind("a path", _path, metavar="PATH")
+PATH_OR_WORD = Kind("a path or a name", _path_text)
+FLAG = Kind("true or false", _flag, write=lambda value: [], is_flag=True)
+SIZE = Kind(
+    f"HEIGHTxWIDTH in pixels, such as 352x480, each from 1 to {MOST}",
+    read_size,
+    write=lambda size: [f"{size[0]}x{size[1]}"],
+    metavar="HxW",
+)
+NUMBERS = Kind(
+    "a list of numbers, such as 0.485,0.456,0.406, or one for all channels",
+    _numbers,
+    write=lambda values: [",".join(repr(value) for value in values)],
+    metavar="r,g,b",
+)
+NAMES = Kind("names, such as road,sky", _names, write=_write_names, metavar="a,b,c|@FILE")
+SETTINGS = Kind(
+    "settings by name, such as threads=2", _settings, write=write_settings, metavar="KEY=VALUE", repeats=True
+)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One field of a request, as people say it.
+
+    Attributes:
+        kind: how it is read and written.
+        help: what it means, for the command line's help.
+        field: the dataclass's name of it.
+        name: Python's name of it: the field's, unless it differs.
+        metavar: instead of the kind's.
+        repeated: whether the command that makes an engine again names it.
+        default: of the field; ``None`` where nothing said means something of its own.
+    """
+
+    kind: Kind
+    help: str | None
+    field: str
+    name: str
+    metavar: str | None
+    repeated: Literal["changed", "always", "never"]
+    default: Any
+
+    @property
+    def flag(self) -> str:
+        """The option; of what may be given several times each gives one: ``--model-arg`` for ``model_args``."""
+        return "--" + (self.name.removesuffix("s") if self.kind.repeats else self.name).replace("_", "-")
+
+
+def argument(
+    kind: Kind,
+    default: Any = None,
+    *,
+    help: str | None = None,
+    name: str | None = None,
+    metavar: str | None = None,
+    repeated: Literal["changed", "always", "never"] = "changed",
+) -> Any:
+    """A dataclass field people can say; see :class:`Argument`. ``default`` may be a callable that makes it."""
+    settings = {"argument": (kind, help, name, metavar, repeated)}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=settings)
+    return dataclasses.field(default=default, metadata=settings)
+
+
+def arguments_of(request: Any) -> dict[str, Argument]:
+    """Every argument of a request class or instance, by field, in order."""
+    arguments = {}
+    for field in dataclasses.fields(request):
+        if "argument" in field.metadata:
+            kind, help_text, name, metavar, repeated = field.metadata["argument"]
+            made = field.default_factory
+            default = field.default if made is dataclasses.MISSING else made()
+            arguments[field.name] = Argument(
+                kind, help_text, field.name, name or field.name, metavar, repeated, default
+            )
+    return arguments
+
+
+def settle(request: Any) -> None:
+    """Bring every field of a frozen request to the value it stands for; ``None`` stands for the default.
+
+    Raises:
+        SpecError: a value of another kind; names the argument.
+    """
+    for argument in arguments_of(request).values():
+        value = getattr(request, argument.field)
+        settled = argument.default if value is None else argument.kind.accept(argument.name, value)
+        object.__setattr__(request, argument.field, settled)
+
+
+def words_of(request: Any) -> list[str] | None:
+    """The command-line options that say what differs from the defaults; ``None`` where no command line can say it."""
+    words = []
+    for argument in arguments_of(request).values():
+        value = getattr(request, argument.field)
+        # Images given as arrays compare element by element: what has no default is asked for by identity.
+        is_default = value is None if argument.default is None else value == argument.default
+        if argument.repeated == "never" or (is_default and argument.repeated != "always"):
+            continue
+        said = argument.kind.write(value)
+        if said is None:
+            return None
+        if argument.kind.is_flag:
+            words.append(argument.flag)
+        for word in said:
+            # A value that begins with a dash would be read as an option.
+            words += [f"{argument.flag}={word}"] if word.startswith("-") else [argument.flag, word]
+    return words

@@ -1,0 +1,88 @@
+"""What a build is about to do: refused early where it cannot be, else found, checked and told before the work begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeseg.convert.architectures import require_arch, resolve_arch
+from edgeseg.convert.checkpoint import existing_checkpoint
+from edgeseg.demo import demo_files
+from edgeseg.evaluate.summary import input_line
+from edgeseg.pipeline.command import build_command
+from edgeseg.pipeline.verification_data import Samples, VerificationData, check_images
+from edgeseg.quantize.calibration import CalibrationSet, method_or_default
+from edgeseg.quantize.schemes import SCHEMES
+from edgeseg.spec import PipelineSpec, one_of
+from edgeseg.store.artifacts import check_engine_folder
+
+if TYPE_CHECKING:
+    from edgeseg.convert.load import LoadedModel
+    from edgeseg.pipeline.request import BuildRequest
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What a build is about to do, with everything it asks for found and checked."""
+
+    targets: tuple[str, ...]
+    loaded: LoadedModel
+    spec: PipelineSpec
+    folder: Path
+    samples: Samples
+    held_out: VerificationData | None
+
+    def summary(self, request: BuildRequest) -> dict[str, Any]:
+        """What ``--dry-run`` prints; ``None`` for what the build would do without."""
+        return {
+            "folder": str(self.folder),
+            "model": f"{self.loaded.model.display_name}, {self.loaded.model.classes} classes, {self.loaded.model.task}",
+            "weights": self.loaded.weights,
+            "input": input_line(self.spec, is_default_size=request.size is None and not self.loaded.has_own_size),
+            "output": self.spec.output.kind,
+            "precision": request.precision,
+            "targets": list(self.targets),
+            "calibration": self._calibration(),
+            "verification": None if self.held_out is None else self.held_out.description,
+            "command": build_command(request),
+        }
+
+    def _calibration(self) -> str | None:
+        if isinstance(self.samples, CalibrationSet):
+            return f"{len(self.samples)} images of {self.samples.source}"
+        return None if self.samples is None else f"table {self.samples if isinstance(self.samples, Path) else 'given'}"
+
+
+def refuse_early(request: BuildRequest, *, is_module: bool, makes_engine: bool = True) -> None:
+    """Refuse what can be seen to be impossible within a second, before torch is imported.
+
+    Raises:
+        SpecError, InputError, CheckpointError, ArtifactError, BuildError: see :func:`edgeseg.build`.
+    """
+    is_demo = not is_module and request.weights is None
+    if is_demo:
+        demo_files(require_arch(request.arch))
+    elif request.weights is not None and (Path(request.weights).suffix or "/" in request.weights):
+        # Other words may name weights of the hub.
+        existing_checkpoint(request.weights)
+    if request.arch is not None:
+        resolve_arch(request.arch)
+    if request.scheme is not None:
+        one_of("scheme", request.scheme, tuple(SCHEMES))
+    method_or_default(request.calibration_method)
+    folder = request.folder
+    if folder is None and is_demo:
+        folder = Path("engines") / default_name(require_arch(request.arch), DEMO_NAME, request.precision)
+    if folder is not None and makes_engine:
+        check_engine_folder(folder, force=request.force)
+    check_images(request, is_demo=is_demo)
+
+
+DEMO_NAME = "demo"
+"""What the folder of a demo model is called by, in place of its encoder."""
+
+
+def default_name(arch: str, encoder: str, precision: str) -> str:
+    """``<arch>-<encoder>-<precision>``."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{arch}-{encoder}-{precision}".lower())
