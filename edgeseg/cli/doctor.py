@@ -44,6 +44,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "jetson": ("cuda-bindings", "onnx"),
     "pycuda": ("pycuda", "onnx"),
     "tensorrt-rtx": ("tensorrt-rtx-cu12", "onnx"),
+    "tiff": ("tifffile", "imagecodecs"),
     "video": ("opencv-python-headless",),
     "report": ("jinja2",),
     "sweep": ("ray",),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -25,19 +25,11 @@ def echo(text: object, *, err: bool = False) -> None:
 def print_json(value: object) -> None:
     """Print a dataclass as indented JSON on standard output."""
     try:
-        text = msgspec.json.encode(value)
+        text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
     except UnicodeEncodeError:
-        # A file name that is no UTF-8: JSON has no bytes, so they are written as printed.
-        text = msgspec.json.encode(_encodable(msgspec.to_builtins(value)))
-    click.echo(printable_json(msgspec.json.format(text, indent=2).decode()))
-
-
-def _encodable(value: Any) -> Any:
-    if isinstance(value, str):
-        return re.sub("[\ud800-\udfff]", lambda found: printable(found[0]), value)
-    if isinstance(value, dict):
-        return {_encodable(key): _encodable(item) for key, item in value.items()}
-    return [_encodable(item) for item in value] if isinstance(value, (list, tuple)) else value
+        # A file name that is no UTF-8: Python holds its bytes as halves of surrogate pairs, which JSON can escape.
+        text = json.dumps(msgspec.to_builtins(value), indent=2)
+    click.echo(printable_json(text))
 
 
 def result_console() -> Console:

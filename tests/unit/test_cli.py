@@ -111,7 +111,7 @@ def test_bad_input_is_one_line(arguments: list[str], code: int, message: str) ->
         ),
         (["--arch", "fpn", "--output", "{tmp}/few"], "exists; give --force"),
         (["--arch", "fpn", "--output", "{tmp}/few", "--force"], "is not an engine folder"),
-        (["--arch", "fpn", "--output", "{tmp}/few/a.png", "--force"], "is not an engine folder"),
+        (["--arch", "fpn", "--output", "{tmp}/few/a.png", "--force"], "edgeseg replaces engine folders only"),
         (["--arch", "fpn", "--scheme", "onnxruntime-vni"], "did you mean 'onnxruntime-vnni'"),
         (["--arch", "fpn", "--calibration-method", "kl"], "unknown calibration method 'kl'"),
         (["--arch", "fpn", "--target", "openvino", "--backend-option", "spinning=false"], "no build option 'spinning'"),

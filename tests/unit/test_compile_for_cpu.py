@@ -27,7 +27,6 @@ from edgeseg.pipeline import stages as pipeline
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.progress import SilentReporter
 from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.spec import ModelRequest
 from edgeseg.store.artifacts import MANIFEST_NAME, open_engine, write_json
 
 VNNI = Cpu("Some Xeon", "x86", ("avx2", "avx512_vnni"), 2)
@@ -159,7 +158,7 @@ def test_a_graph_for_another_cpu_is_compiled_on_its_device_only(
 
 
 def request(**changes: Any) -> BuildRequest:
-    return BuildRequest(ModelRequest(arch="fpn"), **changes)
+    return BuildRequest("fpn", **changes)
 
 
 def test_auto_leaves_out_who_does_not_know_an_option_before_any_work() -> None:
