@@ -42,6 +42,7 @@ class ConversionReport:
         max_abs_error: largest difference of a logit from PyTorch's, on the probe images.
         mask_agreement: share of mask pixels equal to PyTorch's, ties aside.
         seconds: wall time of the whole conversion.
+        layers_merged: how many layers fewer the network has since its training branches were merged.
     """
 
     nodes_exported: int
@@ -52,6 +53,7 @@ class ConversionReport:
     max_abs_error: float
     mask_agreement: float
     seconds: float
+    layers_merged: int = 0
 
 
 def export_onnx(

@@ -92,6 +92,7 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest) -> LoadedModel:
         size=geometry.size,
         notes=tuple(dict.fromkeys(notes)),
         fixed_size=geometry.fixed,
+        users_module=True,
     )
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from edgeseg.artifacts import sha256_json
 from edgeseg.backends.cpu import this_cpu
-from edgeseg.cache import cache_folder, source_sha256
+from edgeseg.cache import cache_folder, package_versions, source_sha256
 from edgeseg.errors import InputError
 from edgeseg.evaluate.bench import first_baseline
 from edgeseg.evaluate.contenders import Contender, Opener
@@ -33,6 +33,7 @@ from edgeseg.evaluate.judge import ImageRecord, at_resolution, judge, segment, t
 from edgeseg.evaluate.layouts import open_layout
 from edgeseg.evaluate.ledger import Ledger
 from edgeseg.evaluate.loss import LossSums, ScoreTap, loss_sums
+from edgeseg.evaluate.machine import PACKAGES
 from edgeseg.evaluate.results import Accuracy, Resolution, WorstImage
 from edgeseg.evaluate.scores import accuracy_of, truth_counts
 from edgeseg.evaluate.worst import save_worst
@@ -148,13 +149,15 @@ def state_key(contender: Contender, group: _Group, opener: Opener) -> str:
         [
             contender.baseline,
             contender.weights_sha256,
-            None if engine is None or engine.engine is None else engine.engine.sha256,
+            # What one file computes depends on how it is run, and by which version of what.
+            None if engine is None else [engine.target, engine.engine, engine.graph, engine.options],
             contender.spec,
             None if baseline is None else [baseline.baseline, baseline.weights_sha256],
             group.digest,
             group.resolution,
-            source_sha256("evaluate"),
-            source_sha256("runtime"),
+            package_versions(*PACKAGES),
+            this_cpu(),
+            source_sha256(),
         ]
     )
 
