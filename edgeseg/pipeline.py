@@ -7,6 +7,7 @@ folder appear at the end or not at all.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from edgeseg.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
 from edgeseg.progress import Reporter, stage
 from edgeseg.spec import InputSpec, PipelineSpec
-from edgeseg.verification_data import VerificationData, calibration_and_held_out
+from edgeseg.verification_data import VerificationData, calibration_and_held_out, sample_images
 
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only
@@ -103,15 +104,16 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
 
 def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> LoadedModel:
     """Load the model and tell the user all that was assumed on the way."""
+    images = functools.partial(sample_images, request)
     with stage(reporter, "load") as said:
         if model is None:
             from edgeseg.convert.load import load_model
 
-            loaded = load_model(request.model)
+            loaded = load_model(request.model, images)
         else:
             from edgeseg.convert.load import wrap_module
 
-            loaded = wrap_module(model, request.model)
+            loaded = wrap_module(model, request.model, images)
         said.append(f"{loaded.model.display_name}, {loaded.model.classes} classes, {loaded.weights}")
     for note in loaded.notes:
         reporter.note(note)
