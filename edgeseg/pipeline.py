@@ -310,7 +310,7 @@ def verify_stage(
         raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
     from edgeseg.backends.pytorch import PyTorchSession
     from edgeseg.evaluate.latency import SHORT
-    from edgeseg.evaluate.verify import check_gates, verify
+    from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, check_gates, verify
 
     spec = engine.manifest.spec
     with stage(reporter, "verify") as said:
@@ -329,7 +329,16 @@ def verify_stage(
                 protocol=SHORT if runs_here else None,
                 progress=reporter.progress,
             )
-        said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
+            said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
+
+            def without_ties() -> float:
+                tie = TIE_TF32 if engine.manifest.options.get("tf32") else TIE
+                with PyTorchSession(loaded, spec, with_scores=True) as telling:
+                    return agreement_without_ties(telling, session, spec, data.pairs, tie)
+
+            note = check_fidelity(verification, request.precision, without_ties)
+    if note is not None:
+        reporter.note(note)
     check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
     return verification
 
