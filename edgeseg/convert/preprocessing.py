@@ -120,23 +120,28 @@ def resolve_preprocess(
     else:
         assumed, notes = _from_encoder(request, encoder, encoder_weights, in_channels, untrained)
         settled = untrained
-        plain = replace(assumed, mean=(0.0,) * in_channels, std=(1.0,) * in_channels)
-        candidates = (assumed, _other_scale(assumed), plain, _other_scale(plain))
+        usual = [assumed, replace(assumed, mean=(0.0,) * in_channels, std=(1.0,) * in_channels)]
+        if in_channels == 3:
+            usual.append(_with_order(Preprocess(IMAGENET_MEAN, IMAGENET_STD), request.channel_order))
+        # The same values once more, wherever they came from, are no rival.
+        alone = dict.fromkeys(replace(p, source=assumed.source) for p in usual)
+        candidates = tuple(p for one in alone for p in (one, _other_scale(one)))
     if settled:
         return assumed, notes
-    best = None if judge is None else judge(tuple(dict.fromkeys(candidates)))
+    best = None if judge is None else judge(candidates)
     if best is not None:
-        said = () if best == assumed and whole is None else (f"{_evidence(best)}; {_SETTLE}",)
-        return replace(best, source=f"{assumed.source if best == assumed else 'chosen'}, by the first batch norm"), said
+        if best == assumed and whole is None:
+            return replace(
+                best, source=f"{assumed.source}, as the first batch norm confirms"
+            ), notes if recorded else ()
+        note = f"{_evidence(best)}; --mean, --std and --scale say otherwise"
+        return replace(best, source="what fits the first batch norm"), (note,)
     before = "" if whole is None else f"the whole of {whole} is converted; before it, "
     if whole is not None or recorded is not None:
         doubt = "if it normalizes by itself" if whole is not None else "if it was trained otherwise"
         hint = "--mean 0 --std 1" if whole is not None else "--scale 1 for pixel values 0..255"
         return assumed, (*notes, f"{before}{in_words(assumed)} ({assumed.source}): assumed; {doubt}, give {hint}")
     return assumed, notes
-
-
-_SETTLE = "--mean, --std and --scale say otherwise"
 
 
 def _evidence(preprocess: Preprocess) -> str:

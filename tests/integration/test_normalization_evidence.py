@@ -134,7 +134,7 @@ def test_a_module_that_normalizes_by_itself_gets_nothing_in_front_or_a_note() ->
 
 
 def test_real_training_is_recognized() -> None:
-    """The demo models were trained behind ImageNet's normalization; as a user's checkpoint nothing says so."""
+    """The demo model was trained behind ImageNet's normalization, which is not timm's for its encoder."""
     arch = "fpn"
     demo = load_model(ModelRequest(arch=arch))
     _, weights = demo_files(arch)
