@@ -66,7 +66,8 @@ def normalized(images: NDArray[np.uint8], preprocess: Preprocess) -> torch.Tenso
     pixels = images.astype(np.float32) * np.float32(preprocess.scale)
     if preprocess.channel_order == "bgr":
         pixels = pixels[..., ::-1]
-    pixels = (pixels - np.float32(preprocess.mean)) / np.float32(preprocess.std)
+    mean, std = (np.asarray(values, np.float32) for values in (preprocess.mean, preprocess.std))
+    pixels = (pixels - mean) / std
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 

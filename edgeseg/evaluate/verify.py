@@ -21,7 +21,7 @@ from edgeseg.evaluate.latency import SHORT, LatencyProtocol, measure_interleaved
 from edgeseg.runtime.placement import fit_windows
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.segmenter import Segmenter
-from edgeseg.spec import PipelineSpec
+from edgeseg.spec import OutputKind, PipelineSpec
 
 Progress = Callable[[int, int], None]
 
@@ -146,7 +146,7 @@ def agreement_without_ties(
         for window in fit_windows(pair.image, spec.input):
             batch = np.repeat(window[None], spec.input.batch.minimum, axis=0)
             expected, got = reference.run(batch), engine.run(batch)
-            kind = next(kind for kind in ("logits", "probabilities") if kind in expected)
+            kind: OutputKind = "logits" if "logits" in expected else "probabilities"
             rule = ScoreRule.of(dataclasses.replace(spec, output=dataclasses.replace(spec.output, kind=kind)))
             scores = expected[kind][0]
             mine = rule.mask(scores)

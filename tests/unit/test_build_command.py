@@ -29,6 +29,7 @@ FULL = BuildRequest(
         keep_aux=True,
         mean=(-0.5,),
         std=(0.1 + 0.2,),
+        scale=0.1 + 0.2,
         channel_order="bgr",
     ),
     precision="fp16",
