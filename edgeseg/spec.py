@@ -251,7 +251,7 @@ class ModelRequest:
         weights: path of a checkpoint or ``save_pretrained`` folder, ``"imagenet"`` (encoder only), ``"random"``, or
             ``None`` for the demo model of ``arch``.
         keep_aux: keep an auxiliary classification head as a second output (dropped by default).
-        mean, std, channel_order: preprocessing overrides.
+        mean, std, scale, channel_order: preprocessing overrides, as in :class:`Preprocess`.
     """
 
     arch: str | None = None
@@ -266,4 +266,9 @@ class ModelRequest:
     keep_aux: bool = False
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    scale: float | None = None
     channel_order: ChannelOrder | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not (math.isfinite(self.scale) and self.scale > 0):
+            raise SpecError(f"scale is {self.scale}; give a factor above 0: 1 for pixel values 0..255, else 1/255")

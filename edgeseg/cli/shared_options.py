@@ -50,6 +50,11 @@ def model_options(command: Callable[P, R]) -> Callable[..., R]:
         "--std", type=NumbersType(), help="Of pixels scaled to 0..1.  [default: the checkpoint's or encoder's]"
     )
     @click.option(
+        "--scale",
+        type=float,
+        help="Factor on pixel values before mean and std: 1 for a network that takes 0..255.  [default: 1/255]",
+    )
+    @click.option(
         "--channel-order", type=click.Choice(get_args(ChannelOrder)), help="Order the network was trained with."
     )
     @wraps(command)
@@ -66,6 +71,7 @@ def model_options(command: Callable[P, R]) -> Callable[..., R]:
         keep_aux: bool,
         mean: tuple[float, ...] | None,
         std: tuple[float, ...] | None,
+        scale: float | None,
         channel_order: ChannelOrder | None,
         *args: P.args,
         **others: P.kwargs,
@@ -83,6 +89,7 @@ def model_options(command: Callable[P, R]) -> Callable[..., R]:
             keep_aux=keep_aux,
             mean=mean,
             std=std,
+            scale=scale,
             channel_order=channel_order,
         )
         return command(*args, **others)

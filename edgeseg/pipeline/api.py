@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,7 @@ def build(
     keep_aux: bool = False,
     mean: Iterable[float] | None = None,
     std: Iterable[float] | None = None,
+    scale: float | None = None,
     channel_order: ChannelOrder | None = None,
     size: tuple[int, int] | None = None,
     batch: int | tuple[int, int, int] = 1,
@@ -131,6 +132,8 @@ def build(
         keep_aux: keep the auxiliary classification head as a second output.
         mean: per channel, of pixel values scaled to [0, 1]; default the checkpoint's or the encoder's.
         std: the same.
+        scale: factor on pixel values 0..255 before mean and std, whose units are then those: 1, or 1/255; default 1/255
+            for mean and std up to 1.
         channel_order: ``rgb`` or ``bgr``, as the network was trained; the engine's input is RGB either way.
         size: ``(height, width)`` in pixels; default the model's own.
         batch: ``N`` or ``(MIN, OPT, MAX)``.
@@ -175,6 +178,7 @@ def build(
             keep_aux=keep_aux,
             mean=None if mean is None else tuple(mean),
             std=None if std is None else tuple(std),
+            scale=scale,
             channel_order=channel_order,
         ),
         precision=precision,
@@ -183,7 +187,8 @@ def build(
         dynamic_size=dynamic_size,
         fit=fit,
         output=OutputSpec(output_kind, confidence, threshold),
-        calibration=calibration,
+        # Looked at more than once, which an iterator does not survive.
+        calibration=tuple(calibration) if isinstance(calibration, Iterator) else calibration,
         calibration_method=calibration_method,
         calibration_limit=calibration_limit,
         validation=None if validation is None else Path(validation),

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from edgeseg.pipeline.api import BuildRequest
+from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import BatchRange
 
 
@@ -37,6 +37,7 @@ def build_command(request: BuildRequest) -> str | None:
         "keep-aux": model.keep_aux,
         "mean": _numbers(model.mean),
         "std": _numbers(model.std),
+        "scale": None if model.scale is None else repr(float(model.scale)),
         "channel-order": model.channel_order,
         "precision": request.precision,
         "size": None if request.size is None else f"{request.size[0]}x{request.size[1]}",

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import platformdirs
 
+import edgeseg
 from edgeseg.store.artifacts import sha256_json
 
 # A dozen fp32 graphs of large models; the least recently used go first.
@@ -29,11 +30,12 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def source_sha256(package: str) -> str:
-    """SHA-256 over the Python sources of one of edgeseg's subpackages: its results depend on its code."""
+def source_sha256() -> str:
+    """SHA-256 over all of edgeseg's Python sources: what a stage makes depends on more code than its own subpackage's."""
+    root = Path(edgeseg.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / package).rglob("*.py")):
-        digest.update(path.read_bytes())
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import edgeseg
-from edgeseg.errors import ArtifactError
+from edgeseg.errors import ArtifactError, InputError
+from edgeseg.images.decoding import list_images
+from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.packages import package_versions
-from edgeseg.store.artifacts import open_engine, read_json, sha256_file, sha256_json, write_json
+from edgeseg.machine.state import PACKAGES
+from edgeseg.pipeline.stages import CONVERT_PACKAGES
+from edgeseg.store.artifacts import MANIFEST_NAME, open_engine, read_json, sha256_file, sha256_json, write_json
 from edgeseg.store.cache import source_sha256
 from edgeseg.sweep.config import Cell
-
-PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxsim", "onnxruntime", "openvino")
-ROOMS = ("convert", "quantize", "backends")
-"""Subpackages whose code decides what an engine is."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ def cell_key(cell: Cell) -> str:
             "calibration": _content(request.calibration),
             "validation": _content(request.validation),
             "edgeseg": edgeseg.__version__,
-            "source": [source_sha256(room) for room in ROOMS],
-            "versions": package_versions(*PACKAGES),
+            "source": source_sha256(),
+            "versions": package_versions(*CONVERT_PACKAGES, *PACKAGES),
+            # An engine is chosen, tuned and timed on one machine.
+            "cpu": this_cpu(),
         }
     )
 
@@ -51,15 +54,26 @@ def _plain(request: Any) -> str:
 
 
 def _content(place: str | Path | None) -> str | None:
-    """SHA-256 of a file, or over the names and content of a folder's files; ``None`` for what is no path."""
-    path = None if place is None else Path(place)
-    if path is None or not path.exists():
+    """SHA-256 of a file, over the names and content of a folder's files, or of all images that a list or a glob names.
+
+    ``None`` for what is no path.
+    """
+    if place is None:
         return None
-    if path.is_file():
-        return sha256_file(path)
+    path = Path(place)
+    try:
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+        elif path.is_file() and path.suffix.lower() != ".txt":
+            files = [path]
+        else:
+            files = [path] * path.is_file() + list_images(path)
+    except InputError:
+        return None  # a word, or images that are not there, which the build itself refuses
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
+    for file in files:
+        content = sha256_file(file) if file.is_file() else None
+        digest.update(f"{os.path.relpath(file, path.parent)} {content}\n".encode())
     return digest.hexdigest()
 
 
@@ -91,11 +105,10 @@ def remember(cell: Cell, state: CellState) -> None:
 
 
 def bench_key(cells: tuple[Cell, ...], options: tuple[str, ...], data: Path | None) -> str:
-    """SHA-256 over the engines to be measured, how, and on which images."""
+    """SHA-256 over the engines to be measured, how, on which images, and on what."""
     engines = []
     for cell in cells:
         assert cell.request.folder is not None
-        manifest = open_engine(cell.request.folder).manifest
-        engines.append([cell.name, manifest.graph.sha256, manifest.engine.sha256 if manifest.engine else None])
-    sources = [edgeseg.__version__, source_sha256("evaluate"), source_sha256("backends"), package_versions(*PACKAGES)]
-    return sha256_json([engines, options, _content(data), sources])
+        engines.append([cell.name, sha256_file(cell.request.folder / MANIFEST_NAME)])
+    versions = package_versions(*CONVERT_PACKAGES, *PACKAGES)
+    return sha256_json([engines, options, _content(data), edgeseg.__version__, source_sha256(), versions, this_cpu()])

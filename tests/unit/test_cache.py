@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+import edgeseg
 from edgeseg.store import cache
 
 
@@ -53,6 +55,17 @@ def test_prune_drops_the_least_recently_used() -> None:
     assert [f.exists() for f in folders] == [False, False, True, True]
 
 
-def test_source_hash_covers_the_code() -> None:
-    assert cache.source_sha256("runtime") != cache.source_sha256("convert")
+def test_source_hash_covers_all_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cache.source_sha256()
+    copied = tmp_path / "edgeseg"
+    shutil.copytree(Path(edgeseg.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(edgeseg, "__file__", str(copied / "__init__.py"))
+    cache.source_sha256.cache_clear()
+    assert cache.source_sha256() == before
+    with (copied / "spec.py").open("a") as stream:
+        stream.write("# changed")
+    cache.source_sha256.cache_clear()
+    assert cache.source_sha256() != before
+    monkeypatch.undo()
+    cache.source_sha256.cache_clear()
     assert cache.package_versions("numpy", "no-such-package").keys() == {"numpy"}

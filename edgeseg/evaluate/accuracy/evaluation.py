@@ -34,6 +34,8 @@ from edgeseg.evaluate.intervals import Counts
 from edgeseg.evaluate.results import Accuracy, Resolution, WorstImage
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.orphans import end_with_parent
+from edgeseg.machine.packages import package_versions
+from edgeseg.machine.state import PACKAGES
 from edgeseg.progress import Reporter, stage
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import ModelSpec, PipelineSpec
@@ -147,13 +149,15 @@ def state_key(contender: Contender, group: _Group, opener: Opener) -> str:
         [
             contender.baseline,
             contender.weights_sha256,
-            None if engine is None or engine.engine is None else engine.engine.sha256,
+            # What one file computes depends on how it is run, and by which version of what.
+            None if engine is None else [engine.target, engine.engine, engine.graph, engine.options],
             contender.spec,
             None if baseline is None else [baseline.baseline, baseline.weights_sha256],
             group.digest,
             group.resolution,
-            source_sha256("evaluate"),
-            source_sha256("runtime"),
+            package_versions(*PACKAGES),
+            this_cpu(),
+            source_sha256(),
         ]
     )
 
