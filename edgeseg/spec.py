@@ -22,6 +22,7 @@ from edgeseg.arguments import (
     Kind,
     argument,
     choice,
+    number,
     settle,
     shortened,
     whole,
@@ -289,7 +290,7 @@ class ModelRequest:
         weights: path of a checkpoint or ``save_pretrained`` folder, ``"imagenet"`` (encoder only), ``"random"``, or
             ``None`` for the demo model of ``arch``.
         keep_aux: keep an auxiliary classification head as a second output (dropped by default).
-        mean, std, channel_order: preprocessing overrides.
+        mean, std, scale, channel_order: preprocessing overrides, as in :class:`Preprocess`.
 
     Raises:
         SpecError: a value of another kind; names the argument.
@@ -322,6 +323,10 @@ class ModelRequest:
     )
     std: tuple[float, ...] | None = argument(
         NUMBERS, help="Of pixels scaled to 0..1.  [default: the checkpoint's or encoder's]"
+    )
+    scale: float | None = argument(
+        number(1e-9, 1e9, "a factor above 0: 1 for pixel values 0..255, else 1/255"),
+        help="Factor on pixel values before mean and std: 1 for a network that takes 0..255.  [default: 1/255]",
     )
     channel_order: ChannelOrder | None = argument(
         choice(get_args(ChannelOrder)), help="Order the network was trained with."

@@ -80,7 +80,9 @@ class PyTorchSession:
         if self._activation in _IMPLICIT_DIM or (self._activation is not None and spec.output.kind == "logits"):
             from edgeseg.convert.heads import without_activation
 
-            self._module, self._stripped = without_activation(self._module)
+            side = (spec.input.height, spec.input.width)
+            noise = torch.rand(1, spec.input.channels, *side, generator=torch.Generator().manual_seed(0))
+            self._module, self._stripped = without_activation(self._module, self._activation, noise)
         self._mean = _channels(spec.preprocess.mean)
         self._std = _channels(spec.preprocess.std)
         self._call: Callable[[Tensor], dict[str, Tensor]] = torch.compile(self._forward) if compiled else self._forward

@@ -70,6 +70,7 @@ def _conflicts(request: ModelRequest, demo: DemoModel) -> list[str]:
         ("in_channels", request.in_channels, len(demo.preprocess.mean)),
         ("mean", request.mean, demo.preprocess.mean),
         ("std", request.std, demo.preprocess.std),
+        ("scale", request.scale, demo.normalization.scale),
         ("channel order", request.channel_order, demo.preprocess.channel_order),
         *((name, value, demo.model_args.get(name)) for name, value in request.model_args.items()),
     ]

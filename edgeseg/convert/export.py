@@ -42,6 +42,7 @@ class ConversionReport:
         max_abs_error: largest difference of a logit from PyTorch's, on the probe images.
         mask_agreement: share of mask pixels equal to PyTorch's, ties aside.
         seconds: wall time of the whole conversion.
+        layers_merged: how many layers fewer the network has since its training branches were merged.
     """
 
     nodes_exported: int
@@ -52,6 +53,7 @@ class ConversionReport:
     max_abs_error: float
     mask_agreement: float
     seconds: float
+    layers_merged: int = 0
 
 
 def export_onnx(
@@ -151,8 +153,24 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
         name_dynamic_axes(program.model)
         return ir.serde.serialize_model(program.model)
     except Exception as exc:
+        if depends_on_values(exc):
+            raise SpecError(
+                f"torch cannot export {spec.model.display_name}: its forward decides by the values of the image (an if, "
+                "a loop, .item() or .numpy()), and a graph has one way only; give the network inside it, or write the "
+                "choice with torch.where"
+            ) from exc
         hint = " with dynamic shapes; try static ones" if shapes else ""
         raise ExportError(f"torch cannot export {spec.model.display_name}{hint}: {first_line(exc)}") from exc
+
+
+def depends_on_values(exc: BaseException) -> bool:
+    """Whether tracing stopped because Python asked for a tensor's values."""
+    reason: BaseException | None = exc
+    while reason is not None:
+        if "data-dependent" in str(reason).lower() or "is not supported for tensor subclasses" in str(reason):
+            return True
+        reason = reason.__cause__ or reason.__context__
+    return False
 
 
 def _dynamic_shapes(spec: InputSpec) -> dict[str, dict[int, Any]] | None:

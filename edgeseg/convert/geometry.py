@@ -25,7 +25,12 @@ def run_raw(module: Callable[..., Any], channels: int, height: int, width: int) 
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, channels, height, width, generator=generator)
+    return _run(module, torch.rand(1, channels, height, width, generator=generator))
+
+
+def _run(module: Callable[..., Any], image: torch.Tensor) -> tuple[Any, str]:
+    import torch
+
     try:
         with torch.no_grad(), quiet_libraries():
             return module(image), ""
@@ -35,9 +40,17 @@ def run_raw(module: Callable[..., Any], channels: int, height: int, width: int) 
 
 def run_once(module: Callable[..., Any], channels: int, height: int, width: int) -> torch.Tensor | None:
     """Return the first output tensor for a random image, ``None`` when the model cannot take the size."""
+    return _first_tensor(run_raw(module, channels, height, width)[0])
+
+
+def run_on(module: Callable[..., Any], image: torch.Tensor) -> torch.Tensor | None:
+    """Return the first output tensor for ``image``, ``None`` when the model cannot take it."""
+    return _first_tensor(_run(module, image)[0])
+
+
+def _first_tensor(output: Any) -> torch.Tensor | None:
     import torch
 
-    output, _ = run_raw(module, channels, height, width)
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     return output if isinstance(output, torch.Tensor) else None

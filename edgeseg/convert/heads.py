@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from segmentation_models_pytorch.base.modules import Activation
 from torch import nn
 
+from edgeseg.convert.silence import silenced
 from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.spec import PipelineSpec, Preprocess
 
@@ -163,7 +164,9 @@ class Pipeline(nn.Module):
     def __init__(self, module: nn.Module, spec: PipelineSpec) -> None:
         super().__init__()
         self.preprocess = Normalize(spec.preprocess)
-        self.model, removed = without_activation(module)
+        side = (spec.input.height, spec.input.width)
+        noise = torch.rand(1, spec.input.channels, *side, generator=torch.Generator().manual_seed(0))
+        self.model, removed = without_activation(module, spec.model.activation, noise)
         _check_activation(spec, removed)
         self.postprocess = Outputs(spec, removed)
 
@@ -195,19 +198,56 @@ def _check_activation(spec: PipelineSpec, removed: bool) -> None:
         )
 
 
-def without_activation(module: nn.Module) -> tuple[nn.Module, bool]:
-    """Return ``module`` with its segmentation head's SMP ``Activation`` replaced by identity, and whether it had one.
+def without_activation(module: nn.Module, activation: str | None, image: torch.Tensor) -> tuple[nn.Module, bool]:
+    """Return ``module`` without the SMP ``Activation`` of that name that it ends in, and whether it was taken off.
 
-    Works on a copy of the modules on the way to it: the module given is not changed, parameters are shared.
+    It is only taken off when ``module`` returns nothing but its result: one that is followed by something else, or is
+    another, stays. Works on a copy of the modules on the way to it: the module given is not changed, parameters are shared.
+
+    Args:
+        module: returns the map, or a tuple that starts with it.
+        activation: SMP's name.
+        image: float32 ``(N, C, H, W)`` to compare on.
     """
+    apply = _APPLIED.get("argmax" if activation in ("argmax", "argmax2d") else ACTIVATIONS.get(activation, "none"))
     paths = [
         name
         for name, child in module.named_modules()
-        if isinstance(child, Activation) and "classification_head" not in name.split(".")
+        if isinstance(child, Activation)
+        and not isinstance(child.activation, nn.Identity)
+        and "classification_head" not in name.split(".")
     ]
+    if apply is None or not paths:
+        return module, False
+    bare = module
     for path in paths:
-        module = _replaced(module, path.split("."), nn.Identity())
-    return module, bool(paths)
+        bare = _replaced(bare, path.split("."), nn.Identity())
+    with silenced(), torch.inference_mode():
+        try:
+            whole, logits = _first(module(image)), _first(bare(image))
+        except Exception:  # a user's forward may raise anything: who runs it in earnest says what is wrong
+            return module, False
+        applied = apply(logits)
+        if activation == "argmax":  # SMP's takes it over all axes at once
+            applied = logits.argmax()
+        alike = whole.shape == applied.shape and torch.allclose(whole, applied, rtol=1e-4, atol=1e-5)
+    return (bare, True) if alike else (module, False)
+
+
+_APPLIED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda x: x.softmax(dim=1),
+    "logsoftmax": lambda x: x.log_softmax(dim=1),
+    "tanh": torch.tanh,
+    "clamp": lambda x: x.clamp(0.0, 1.0),
+    "argmax": lambda x: x.argmax(dim=1),
+}
+
+
+def _first(output: object) -> torch.Tensor:
+    first = output[0] if isinstance(output, (tuple, list)) else output
+    assert isinstance(first, torch.Tensor)
+    return first
 
 
 def _replaced(module: nn.Module, path: list[str], new: nn.Module) -> nn.Module:

@@ -14,7 +14,9 @@ from edgeseg.convert.assemble import Assembly, assemble, settle_geometry
 from edgeseg.convert.checkpoint import Checkpoint, read_checkpoint
 from edgeseg.convert.demo import read_demo
 from edgeseg.convert.diagnosis import likely_cause
+from edgeseg.convert.evidence import ImageSource, best_fit, no_images
 from edgeseg.convert.fit import NamedTensors, checkpoint_classes, guess_arch, load_tensors, strip_prefixes
+from edgeseg.convert.geometry import DEFAULT_PIXELS
 from edgeseg.convert.hub import hub_weights_names, prepare_hub_weights, refuse_early
 from edgeseg.convert.loaded import LoadedModel, freeze, hash_weights
 from edgeseg.convert.preprocessing import recorded_preprocess, resolve_preprocess
@@ -26,8 +28,8 @@ from edgeseg.spec import ModelRequest, Preprocess
 __all__ = ["LoadedModel", "hash_weights", "load_model", "wrap_module"]
 
 
-def load_model(request: ModelRequest) -> LoadedModel:
-    """Load the model a request describes.
+def load_model(request: ModelRequest, images: ImageSource = no_images) -> LoadedModel:
+    """Load the model a request describes; ``images`` of its kind tell the normalization of one that records none.
 
     Raises:
         SpecError: unknown or impossible architecture, encoder or arguments; options that contradict the checkpoint.
@@ -46,7 +48,7 @@ def load_model(request: ModelRequest) -> LoadedModel:
         return _load_random(request)
     if not Path(weights).expanduser().exists() and _is_hub_name(request, weights):
         return _load_pretrained_encoder(request, weights)
-    return _load_checkpoint(request, read_checkpoint(weights))
+    return _load_checkpoint(request, read_checkpoint(weights), images)
 
 
 def _is_hub_name(request: ModelRequest, weights: str) -> bool:
@@ -117,12 +119,14 @@ def _load_pretrained_encoder(request: ModelRequest, name: str) -> LoadedModel:
     return _finish(assembly, preprocess, words, (loud, *assembly.notes, *notes))
 
 
-def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint) -> LoadedModel:
+def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint, images: ImageSource) -> LoadedModel:
     recorded = recorded_model(checkpoint)
     named = strip_prefixes(checkpoint)
     settled, notes = _settle(merge(request, recorded), checkpoint, named)
     assembly = assemble(settled)
     fit_notes = _fill(assembly, checkpoint, named)
+    freeze(assembly.module)
+    samples = images(assembly.model.in_channels)
     preprocess, preprocess_notes = resolve_preprocess(
         request,
         encoder=assembly.model.encoder,
@@ -130,6 +134,7 @@ def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint) -> LoadedMod
         in_channels=assembly.model.in_channels,
         recorded=recorded_preprocess(checkpoint.config, named.outside),
         untrained=False,
+        judge=lambda candidates: best_fit(assembly.module, samples, (DEFAULT_PIXELS,) * 2, candidates),
     )
     every = (*checkpoint.notes, *recorded.notes, *named.notes, *notes, *assembly.notes, *fit_notes, *preprocess_notes)
     return _finish(assembly, preprocess, f"weights of {checkpoint.path}", every)

@@ -31,6 +31,8 @@ class LoadedModel:
         notes: everything assumed, stripped or dropped, a sentence each, for the user.
         is_demo: these are the shipped demo weights.
         fixed_size: the only height and width its encoder takes, or ``None``.
+        users_module: an object of the user's: neither ``model`` nor the weights tell what its code computes, so nothing
+            made of it may be found again by them.
     """
 
     module: torch.nn.Module
@@ -43,6 +45,7 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     is_demo: bool = False
     fixed_size: tuple[int, int] | None = None
+    users_module: bool = False
 
     @property
     def has_own_size(self) -> bool:
@@ -76,6 +79,31 @@ def hash_weights(module: torch.nn.Module) -> str:
         digest.update(f"{name} {values.dtype.str} {values.shape}\n".encode())
         digest.update(values.tobytes())
     return digest.hexdigest()
+
+
+def hash_structure(module: torch.nn.Module) -> str:
+    """SHA-256 over every submodule's name, class and plain attributes, and the buffers its state dict leaves out.
+
+    Beside the weights, what decides an SMP model's results: padding, eps, dilation, activations. Complete for classes of
+    one installed version only, since it knows no code.
+    """
+    digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        plain = {k: v for k, v in sorted(vars(part).items()) if _is_plain(v)}
+        digest.update(f"{name} {type(part).__module__}.{type(part).__qualname__} {plain!r}\n".encode())
+    kept = module.state_dict().keys()
+    for name, buffer in sorted(module.named_buffers()):
+        if name not in kept:
+            digest.update(
+                f"{name} {tuple(buffer.shape)}\n".encode() + buffer.detach().cpu().contiguous().numpy().tobytes()
+            )
+    return digest.hexdigest()
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def freeze(module: torch.nn.Module) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert import architectures
+from edgeseg.convert.architectures import quiet_libraries
 from edgeseg.convert.geometry import PROBE_SIZES, run_raw
 from edgeseg.errors import SpecError
 
@@ -81,14 +83,78 @@ def _choose(module: torch.nn.Module, key: Any) -> torch.nn.Module:
     return ChosenOutput().eval()
 
 
-def observed_activation(module: torch.nn.Module, channels: int, size: tuple[int, int]) -> str | None:
-    """Tell by the values whether a module ends in a softmax or a sigmoid; ``None`` when neither fits."""
+@dataclass(frozen=True)
+class Ending:
+    """What a module's output ends in, told by its last operator and its values.
+
+    Attributes:
+        activation: SMP's name, ``None`` for raw scores.
+        sure: whether that can be told: ``False`` for values in 0..1 that no known operator explains.
+        low, high: least and largest value.
+    """
+
+    activation: str | None
+    sure: bool
+    low: float
+    high: float
+
+
+def output_ending(module: torch.nn.Module, inputs: torch.Tensor) -> Ending:
+    """Find out whether a module returns raw scores or the result of an activation.
+
+    Args:
+        module: returns ``(N, classes, H, W)``, or a tuple that starts with it.
+        inputs: what it gets from real images, float32 ``(N, C, H, W)``.
+    """
     import torch
 
-    output, _ = run_raw(module, channels, *size)
-    if isinstance(output, (tuple, list)):
-        output = output[0]
-    if not isinstance(output, torch.Tensor) or output.min() < 0 or output.max() > 1:
-        return None
-    sums = output.sum(dim=1)
-    return "softmax" if output.shape[1] > 1 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3) else "sigmoid"
+    with torch.enable_grad(), quiet_libraries():
+        output = module(inputs.clone().requires_grad_(True))
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    values = output.detach()
+    low, high = float(values.min()), float(values.max())
+    shares = values.shape[1] > 1 and _sums_to_one(values)
+    log_shares = values.shape[1] > 1 and high <= 0 and _sums_to_one(values.exp())
+    last = _OPERATORS.get(_last_operator(output))
+    if last == "softmax" and not shares:
+        return Ending(None, False, low, high)  # over another axis than the classes
+    if shares or log_shares:
+        return Ending("softmax" if shares else "logsoftmax", True, low, high)
+    within = low >= 0 and high <= 1
+    if last in ("sigmoid", "tanh") or (last == "clamp" and within):
+        return Ending(last, True, low, high)
+    return Ending(None, not within, low, high)
+
+
+# As autograd calls them, without the word Backward and what follows it.
+_OPERATORS: Mapping[str, str] = {
+    "Sigmoid": "sigmoid",
+    "Softmax": "softmax",
+    "LogSoftmax": "logsoftmax",
+    "Tanh": "tanh",
+    "Clamp": "clamp",
+    "Hardtanh": "clamp",
+}
+# Between an activation and the output these change no value, or only blend neighbours.
+_KEEPS_RANGE = frozenset(
+    ("Alias", "AsStrided", "Clone", "Contiguous", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze")
+    + ("ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "UpsampleBilinear2D", "UpsampleNearest2D", "View")
+)
+
+
+def _last_operator(output: torch.Tensor) -> str:
+    """Name of the operator that made the values of ``output``, ``""`` where autograd was switched off."""
+    node = output.grad_fn
+    while node is not None:
+        name = node.name().split("::")[-1].split("Backward")[0]
+        if name not in _KEEPS_RANGE or not node.next_functions:
+            return name
+        node = node.next_functions[0][0]
+    return ""
+
+
+def _sums_to_one(values: torch.Tensor) -> bool:
+    import torch
+
+    sums = values.sum(dim=1)
+    return bool(values.min() >= 0) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)

@@ -6,9 +6,9 @@ values are kept here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from edgeseg.convert.architectures import import_for_conversion
 from edgeseg.errors import SpecError
@@ -62,41 +62,135 @@ def _timm_statistics(name: str) -> KnownStatistics | None:
     return KnownStatistics(tuple(settings.mean), tuple(settings.std), f"timm's settings for {name}")
 
 
+@dataclass(frozen=True)
+class RecordedNormalization:
+    """What a checkpoint or a wrapper carries; ``scale_known``: whether it also says which scale its images have."""
+
+    preprocess: Preprocess
+    scale_known: bool
+
+
+Judge: TypeAlias = "Callable[[Sequence[Preprocess]], Preprocess | None]"
+"""Given candidates: the one that the network itself bears out, ``None`` when nothing tells."""
+
+
 def resolve_preprocess(
     request: ModelRequest,
     *,
     encoder: str,
     encoder_weights: str | None,
     in_channels: int,
-    recorded: Preprocess | None,
+    recorded: RecordedNormalization | None,
     untrained: bool,
+    judge: Judge | None = None,
+    whole: str | None = None,
 ) -> tuple[Preprocess, tuple[str, ...]]:
     """Decide on the normalization: the user's, else the checkpoint's, else the encoder's, else ImageNet's.
 
+    Where neither the user nor the checkpoint is explicit, evidence decides, if there is some.
+
     Args:
-        request: the user's mean, std and channel order count before all else.
+        request: the user's mean, std, scale and channel order count before all else.
         encoder: its name.
         encoder_weights: SMP's name of the pretrained weights training started from, where recorded.
         in_channels: of the model.
         recorded: what the checkpoint's own config or buffers say.
         untrained: random weights, for which any choice is as good.
+        judge: see :data:`Judge`; ``None`` where there is no evidence to ask for.
+        whole: name of a user's class whose forward may normalize by itself.
 
     Returns:
         the preprocessing and notes on what was assumed.
 
     Raises:
-        SpecError: mean without std, a wrong number of values, or in_channels for which nothing can be assumed.
+        SpecError: mean without std, scale without both, a wrong number of values, or in_channels for which nothing can
+            be assumed.
     """
-    order = request.channel_order
     if request.mean is not None or request.std is not None:
-        return _from_user(request, in_channels)
+        given, notes = _from_user(request, in_channels)
+        if request.scale is None and judge is not None:
+            better = judge((given, _other_scale(given)))
+            if better is not None and better != given:
+                notes = (*notes, f"{_evidence(better)}, and not as given: {in_words(given)}; --scale settles it")
+        return given, notes
     if recorded is not None:
-        if len(recorded.mean) != in_channels:
-            raise SpecError(
-                f"the checkpoint records {len(recorded.mean)} mean/std values for {in_channels} input channels; "
-                "give --mean and --std"
-            )
-        return _with_order(recorded, order), (f"normalization: {recorded.source}",)
+        assumed, notes = _from_record(request, recorded, in_channels)
+        settled = recorded.scale_known or request.scale is not None
+        candidates: tuple[Preprocess, ...] = (assumed, _other_scale(assumed))
+    else:
+        assumed, notes = _from_encoder(request, encoder, encoder_weights, in_channels, untrained)
+        settled = untrained
+        usual = [assumed, replace(assumed, mean=(0.0,) * in_channels, std=(1.0,) * in_channels)]
+        if in_channels == 3:
+            usual.append(_with_order(Preprocess(IMAGENET_MEAN, IMAGENET_STD), request.channel_order))
+        # The same values once more, wherever they came from, are no rival.
+        alone = dict.fromkeys(replace(p, source=assumed.source) for p in usual)
+        candidates = tuple(p for one in alone for p in (one, _other_scale(one)))
+    if settled:
+        return assumed, notes
+    best = None if judge is None else judge(candidates)
+    if best is not None:
+        if best == assumed and whole is None:
+            return replace(
+                best, source=f"{assumed.source}, as the first batch norm confirms"
+            ), notes if recorded else ()
+        note = f"{_evidence(best)}; --mean, --std and --scale say otherwise"
+        return replace(best, source="what fits the first batch norm"), (note,)
+    before = "" if whole is None else f"the whole of {whole} is converted; before it, "
+    if whole is not None or recorded is not None:
+        doubt = "if it normalizes by itself" if whole is not None else "if it was trained otherwise"
+        hint = "--mean 0 --std 1" if whole is not None else "--scale 1 for pixel values 0..255"
+        return assumed, (*notes, f"{before}{in_words(assumed)} ({assumed.source}): assumed; {doubt}, give {hint}")
+    return assumed, notes
+
+
+def _evidence(preprocess: Preprocess) -> str:
+    return f"the network's first batch norm fits the images given when {in_words(preprocess)}"
+
+
+def in_words(preprocess: Preprocess) -> str:
+    """What is done to pixel values, as a clause: ``images are divided by 255, then ...``."""
+    scale = preprocess.scale
+    if scale == 1.0:
+        first = "images keep their values 0..255"
+    else:
+        first = "images are divided by 255" if scale == 1.0 / 255.0 else f"images are multiplied by {scale:g}"
+    if set(preprocess.mean) == {0.0} and set(preprocess.std) == {1.0}:
+        return f"{first} and not normalized further"
+    return f"{first}, then normalized with mean {_listed(preprocess.mean)} and std {_listed(preprocess.std)}"
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{v:.4g}" for v in (values[:1] if len(set(values)) == 1 else values))
+
+
+def _other_scale(preprocess: Preprocess) -> Preprocess:
+    """The same numbers on the other usual scale: images of 0..255 in place of 0..1, or the reverse."""
+    return replace(preprocess, scale=1.0 if preprocess.scale != 1.0 else 1.0 / 255.0)
+
+
+def _from_record(
+    request: ModelRequest, recorded: RecordedNormalization, in_channels: int
+) -> tuple[Preprocess, tuple[str, ...]]:
+    known = recorded.preprocess
+    if len(known.mean) != in_channels:
+        raise SpecError(
+            f"the checkpoint records {len(known.mean)} mean/std values for {in_channels} input channels; "
+            "give --mean and --std"
+        )
+    if request.scale is not None and request.scale != known.scale:
+        known = replace(known, scale=request.scale, source=f"{known.source}, scale by request")
+    return _with_order(known, request.channel_order), (f"normalization: {known.source}",)
+
+
+def _from_encoder(
+    request: ModelRequest, encoder: str, encoder_weights: str | None, in_channels: int, untrained: bool
+) -> tuple[Preprocess, tuple[str, ...]]:
+    if request.scale is not None and request.scale != 1.0 / 255.0:
+        raise SpecError(
+            f"--scale {request.scale:g} was given, and neither mean nor std is recorded; give --mean and --std in the "
+            "same units (0 and 1 if images were not normalized)"
+        )
     known = encoder_statistics(encoder, encoder_weights)
     notes: list[str] = []
     if known is None:
@@ -108,8 +202,8 @@ def resolve_preprocess(
     if in_channels != len(known.mean):
         known, note = _adapt(known, in_channels, untrained)
         notes.append(note)
-    found = Preprocess(known.mean, known.std, 1.0 / 255.0, "rgb", known.source)
-    return _with_order(found, order), tuple(notes)
+    assumed = Preprocess(known.mean, known.std, 1.0 / 255.0, "rgb", known.source)
+    return _with_order(assumed, request.channel_order), tuple(notes)
 
 
 def _with_order(preprocess: Preprocess, order: ChannelOrder | None) -> Preprocess:
@@ -131,6 +225,8 @@ def _from_user(request: ModelRequest, in_channels: int) -> tuple[Preprocess, tup
     order: ChannelOrder = request.channel_order or "rgb"
     if order == "bgr" and in_channels != 3:
         raise SpecError(f"channel order 'bgr' is for 3 channels, the model takes {in_channels}")
+    if request.scale is not None:
+        return Preprocess(mean, std, request.scale, order, "given"), ()
     # In units of [0, 1] neither can exceed 1; mmsegmentation and others write them for 0..255.
     if max(*mean, *std) > 1.0:
         return Preprocess(mean, std, 1.0, order, "given, for pixel values 0..255"), (
@@ -167,7 +263,7 @@ def _adapt(known: KnownStatistics, in_channels: int, untrained: bool) -> tuple[K
     return KnownStatistics(repeated[0], repeated[1], known.source), note
 
 
-def recorded_preprocess(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Preprocess | None:
+def recorded_preprocess(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> RecordedNormalization | None:
     """Return the normalization a checkpoint carries: ``preprocess`` in its config, or Lightning's mean/std buffers.
 
     SMP's own training examples register buffers ``mean`` and ``std`` of shape ``(1, C, 1, 1)``.
@@ -183,11 +279,17 @@ def recorded_preprocess(config: Mapping[str, Any], tensors: Mapping[str, Any]) -
             order = str(settings.get("channel_order") or settings.get("input_space") or "rgb").lower()
         except (TypeError, ValueError, IndexError) as exc:
             raise SpecError("preprocess in the checkpoint's config.json is not numbers; give --mean and --std") from exc
-        return Preprocess(mean, std, top / 255.0, "bgr" if order == "bgr" else "rgb", "the checkpoint's config")
+        channel_order: ChannelOrder = "bgr" if order == "bgr" else "rgb"
+        return RecordedNormalization(
+            Preprocess(mean, std, top / 255.0, channel_order, "the checkpoint's config"), scale_known=True
+        )
     buffers = [tensors.get("mean"), tensors.get("std")]
     if any(b is None or not 1 <= b.numel() <= 64 for b in buffers):
         return None
     values = [tuple(float(v) for v in b.flatten().tolist()) for b in buffers if b is not None]
-    scale = 1.0 if max(*values[0], *values[1]) > 1.0 else 1.0 / 255.0
-    words = "buffers mean and std, " + ("for 0..255" if scale == 1.0 else "for images divided by 255")
-    return Preprocess(values[0], values[1], scale, "rgb", words)
+    # SMP's example has ImageNet's mean and std for 0..1, and was often fed images of 0..255: only above 1 are they clear.
+    above = max(*values[0], *values[1]) > 1.0
+    return RecordedNormalization(
+        Preprocess(values[0], values[1], 1.0 if above else 1.0 / 255.0, "rgb", "buffers mean and std"),
+        scale_known=above,
+    )

@@ -143,6 +143,7 @@ def merge(request: ModelRequest, recorded: RecordedModel) -> ModelRequest:
         keep_aux=request.keep_aux,
         mean=request.mean,
         std=request.std,
+        scale=request.scale,
         channel_order=request.channel_order,
     )
 

@@ -6,18 +6,24 @@ The user's object is copied, never changed.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgeseg.convert import architectures
 from edgeseg.convert.assemble import Geometry, resolve_activation, resolve_task, settle_geometry
+from edgeseg.convert.evidence import ImageSource, best_fit, no_images, normalized
 from edgeseg.convert.fit import require_finite
-from edgeseg.convert.geometry import custom_geometry, run_once
+from edgeseg.convert.geometry import custom_geometry, run_on
 from edgeseg.convert.loaded import LoadedModel, freeze, hash_weights
-from edgeseg.convert.outputs import adapt_outputs, observed_activation
-from edgeseg.convert.preprocessing import recorded_preprocess, resolve_preprocess
+from edgeseg.convert.outputs import adapt_outputs, output_ending
+from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
+from edgeseg.convert.silence import silenced
 from edgeseg.errors import SpecError
-from edgeseg.spec import ModelRequest, ModelSpec, Preprocess
+from edgeseg.images.resize import resize_image
+from edgeseg.spec import ModelRequest, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -29,21 +35,25 @@ _PROBE_STRIDES = 8
 
 @dataclass(frozen=True)
 class _Network:
-    """What of the user's object is converted: ``smp`` when it is an SMP model whose forward is the whole story."""
+    """What of the user's object is converted: ``smp`` when it is an SMP model whose forward is SMP's own.
+
+    ``recorded`` is the normalization a wrapper was seen to do, which then is none of ``module``'s.
+    """
 
     module: torch.nn.Module
     smp: bool
     inner: torch.nn.Module | None = None
-    recorded: Preprocess | None = None
+    recorded: RecordedNormalization | None = None
     notes: tuple[str, ...] = ()
 
 
-def wrap_module(module: torch.nn.Module, request: ModelRequest) -> LoadedModel:
+def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSource = no_images) -> LoadedModel:
     """Describe a user's module so that it can be converted like a loaded one.
 
     Args:
-        module: takes float32 ``(N, C, H, W)``, returns ``(N, classes, H, W)``, or a tuple or mapping that holds it.
+        module: takes float32 ``(N, C, H, W)``, returns ``(N, classes, H, W)``, or a tuple, list or mapping that holds it.
         request: what the user says beside it; ``weights`` and ``model_args`` belong to models built here.
+        images: a few of the kind it was trained on, to tell its normalization and activation by.
 
     Raises:
         SpecError: it cannot be copied or run, its output is no map of the input's size, or options contradict it.
@@ -56,9 +66,9 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest) -> LoadedModel:
         raise SpecError(f"model is a {type(module).__name__}; give a torch.nn.Module, or weights=PATH of a checkpoint")
     if request.weights is not None or request.model_args:
         raise SpecError("weights and model_args are for models edgeseg builds; load the weights into the module first")
+    _require_python(module)
     name = type(_unwrapped(module)).__name__
     network = _find_network(_copied(_unwrapped(module)), request)
-    found = network.module if network.smp else network.inner
     channels = _input_channels(network, request)
     notes = list(network.notes)
     described: torch.nn.Module = network.module
@@ -66,22 +76,38 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest) -> LoadedModel:
         described, more = adapt_outputs(network.module, channels, keep_aux=request.keep_aux)
         notes.extend(more)
     else:
-        notes.extend(_settle_auxiliary_head(described, request.keep_aux))
+        notes.extend(_settle_head(described, request.keep_aux))
     freeze(described)
     require_finite(described, f"the {name} module")
-    encoder = (_encoder_of(found) if found is not None else None) or request.encoder or name
-    spec, geometry, more = _describe(described, network, request, encoder, channels)
-    _check_request(request, spec.arch, encoder if found is not None else None)
-    notes.extend(more)
+    encoder = (_encoder_of(network.inner) if network.inner is not None else None) or request.encoder or name
+    if network.smp:
+        classes, size = (
+            int(_last_convolution(described).out_channels),
+            (_PROBE_STRIDES * _output_stride(described),) * 2,
+        )
+        geometry = None
+    else:
+        stride, size, classes = custom_geometry(described, channels)
+        geometry = Geometry(stride, size, None, ())
+    samples = images(channels)
     preprocess, more = resolve_preprocess(
         request,
         encoder=encoder,
-        encoder_weights=_config_of(found).get("encoder_weights"),
+        encoder_weights=_config_of(network.inner).get("encoder_weights"),
         in_channels=channels,
         recorded=network.recorded,
         untrained=False,
+        judge=lambda candidates: best_fit(described, samples, size, candidates),
+        whole=None if network.smp else name,
     )
-    notes.extend(more)
+    from edgeseg.convert.parity import make_probe_images
+
+    shown = np.stack([resize_image(s, size) for s in samples]) if len(samples) else make_probe_images(*size, channels)
+    activation, activation_notes = _activation(described, network, request, normalized(shown, preprocess))
+    spec, geometry = _describe(described, network, request, encoder, channels, classes, activation, geometry)
+    _check_request(request, spec.arch, encoder if network.inner is not None else None)
+    _, task_notes = resolve_task(request.task, classes, activation)
+    notes.extend((*activation_notes, *task_notes, *geometry.notes, *more))
     return LoadedModel(
         module=described,
         model=spec,
@@ -92,7 +118,19 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest) -> LoadedModel:
         size=geometry.size,
         notes=tuple(dict.fromkeys(notes)),
         fixed_size=geometry.fixed,
+        users_module=True,
     )
+
+
+def _require_python(module: torch.nn.Module) -> None:
+    torch = architectures.import_for_conversion("torch")
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            what = f"its part {path} is" if path else "it is"
+            raise SpecError(
+                f"{type(module).__name__} cannot be exported: {what} TorchScript, which keeps no Python; give the "
+                "torch.nn.Module it was made from, or the weights in its state_dict() with arch and encoder"
+            )
 
 
 def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
@@ -120,46 +158,80 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
 def _find_network(module: torch.nn.Module, request: ModelRequest) -> _Network:
     """Decide whether an SMP model inside does all the work, or the wrapper takes part."""
     base = architectures.import_for_conversion("segmentation_models_pytorch.base").SegmentationModel
+    name = type(module).__name__
     if isinstance(module, base):
-        return _Network(module, smp=_arch_of(module) != "custom", inner=module)
+        if _is_plain_smp(module):
+            return _Network(module, smp=True, inner=module)
+        return _Network(module, smp=False, inner=module, notes=(f"{name} has its own forward, which is converted",))
     inside = [(path, part) for path, part in module.named_modules() if isinstance(part, base)]
     if len(inside) != 1:
         return _Network(module, smp=False)
     path, inner = inside[0]
     channels = _first_channels(inner) if request.in_channels is None else request.in_channels
-    agreement = _same_work(module, inner, channels)
-    if agreement is None or _arch_of(inner) == "custom":
-        return _Network(
-            module,
-            smp=False,
-            inner=inner,
-            notes=(f"{type(module).__name__} does more than its network .{path}: the whole of it is converted",),
-        )
-    note = f"the network .{path} of {type(module).__name__} is converted; the wrapper adds nothing to it"
+    agreement = _same_work(module, inner, channels) if _is_plain_smp(inner) else None
+    if agreement is None:
+        note = f"{name} does more than its network .{path}: the whole of it is converted"
+        return _Network(module, smp=False, inner=inner, notes=(note,))
+    note = f"the network .{path} of {name} is converted; the wrapper adds nothing to it"
     if agreement == "same":
         return _Network(inner, smp=True, inner=inner, notes=(note,))
-    buffers = {"mean": module.mean, "std": module.std}
-    recorded = recorded_preprocess({}, buffers)
+    recorded = recorded_preprocess({}, {"mean": module.mean, "std": module.std})
     return _Network(inner, smp=True, inner=inner, recorded=recorded, notes=(f"{note} but the normalization",))
 
 
+def _is_plain_smp(module: torch.nn.Module) -> bool:
+    """Whether an SMP model runs SMP's own forward and nothing else: no override, no hooks."""
+    own = architectures.import_smp().MODEL_ARCHITECTURES_MAPPING.get(_arch_of(module))
+    changed = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    return own is not None and type(module).forward is own.forward and not changed
+
+
 def _same_work(wrapper: torch.nn.Module, inner: torch.nn.Module, channels: int) -> str | None:
-    """Compare the two on one image: ``"same"``, ``"normalized"`` (by buffers mean and std), or ``None``."""
-    torch = architectures.import_for_conversion("torch")
+    """Compare the two on several images: ``"same"``, ``"normalized"`` (by buffers mean and std), or ``None``.
+
+    Dark and bright ones in 0..1 and 0..255, so that a branch that depends on the image shows; one that no image of these
+    takes is found by tracing, which such a branch stops.
+    """
+    import torch
+
+    from edgeseg.convert.parity import make_probe_images
+
     side = _PROBE_STRIDES * _output_stride(inner)
-    theirs = run_once(wrapper, channels, side, side)
-    plain = run_once(inner, channels, side, side)
-    if theirs is None or plain is None or theirs.shape != plain.shape:
-        return None
-    if torch.allclose(theirs, plain, rtol=1e-4, atol=1e-5):
-        return "same"
+    pixels = torch.from_numpy(make_probe_images(side, side, channels)).permute(0, 3, 1, 2).float() / 255.0
+    noise = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0))
+    images = (noise, pixels[:1], 0.1 * pixels[1:], 1.0 - 0.1 * pixels[1:], 255.0 * pixels[:1], 4.0 * pixels[1:] - 2.0)
     mean, std = getattr(wrapper, "mean", None), getattr(wrapper, "std", None)
-    if not isinstance(mean, torch.Tensor) or not isinstance(std, torch.Tensor):
+    candidates: dict[str, Callable[[torch.Tensor], Any]] = {"same": inner}
+    if isinstance(mean, torch.Tensor) and isinstance(std, torch.Tensor):
+        shaped = [t.detach().float().reshape(1, -1, 1, 1) for t in (mean, std)]
+        candidates["normalized"] = _Normalized(inner, *shaped)
+    theirs = [run_on(wrapper, image) for image in images]
+    if any(output is None for output in theirs):
         return None
-    shaped = [t.detach().float().reshape(1, -1, 1, 1) for t in (mean, std)]
-    normalized = run_once(_Normalized(inner, *shaped), channels, side, side)
-    alike = normalized is not None and torch.allclose(theirs, normalized, rtol=1e-4, atol=1e-5)
-    return "normalized" if alike else None
+    for word, candidate in candidates.items():
+        mine = [run_on(candidate, image) for image in images]
+        if all(_alike(a, b) for a, b in zip(theirs, mine, strict=True)):
+            return word if _is_traceable(wrapper, noise) else None
+    return None
+
+
+def _alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    import torch
+
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+
+def _is_traceable(module: torch.nn.Module, image: torch.Tensor) -> bool:
+    import torch
+
+    try:
+        with silenced(), torch.no_grad():
+            torch.export.export(module, (image,), strict=False)
+    except Exception:  # a user's forward may raise anything; the export of the whole of it then says why
+        return False
+    return True
 
 
 class _Normalized:
@@ -225,13 +297,19 @@ def _first_channels(module: torch.nn.Module) -> int:
     return int(first.in_channels) if first is not None else 3
 
 
-def _settle_auxiliary_head(module: torch.nn.Module, keep: bool) -> tuple[str, ...]:
-    if keep and module.classification_head is None:
+def _settle_head(module: torch.nn.Module, keep_aux: bool) -> tuple[str, ...]:
+    """Drop what an SMP model has beside its map: the auxiliary head, and an argmax in the place of the activation."""
+    if keep_aux and module.classification_head is None:
         raise SpecError("the module has no auxiliary head to keep; leave keep_aux out")
-    if keep or module.classification_head is None:
-        return ()
-    module.classification_head = None  # type: ignore[assignment]
-    return ("auxiliary classification head dropped; keep it with --keep-aux",)
+    notes = []
+    if not keep_aux and module.classification_head is not None:
+        module.classification_head = None  # type: ignore[assignment]
+        notes.append("auxiliary classification head dropped; keep it with --keep-aux")
+    if type(_last_layer(module)).__name__ == "ArgMax":
+        head: Any = module.segmentation_head
+        head[-1].activation = architectures.import_for_conversion("torch.nn").Identity()
+        notes.append("activation argmax dropped: the mask output is the argmax")
+    return tuple(notes)
 
 
 def _check_request(request: ModelRequest, arch: str, encoder: str | None) -> None:
@@ -242,31 +320,57 @@ def _check_request(request: ModelRequest, arch: str, encoder: str | None) -> Non
         raise SpecError(f"encoder {request.encoder!r} was given, but the module's is {encoder}; leave encoder out")
 
 
+def _activation(
+    module: torch.nn.Module, network: _Network, request: ModelRequest, inputs: torch.Tensor
+) -> tuple[str | None, tuple[str, ...]]:
+    """SMP's name of the activation that the module ends in, and notes.
+
+    Raises:
+        SpecError: it cannot be told, or is not what the request says.
+    """
+    ending = output_ending(module, inputs)
+    values = f"values from {ending.low:.3g} to {ending.high:.3g}"
+    if request.activation is None:
+        head = _head_activation(module) if network.smp else None
+        if head is not None:
+            return head, ()
+        if not ending.sure:
+            raise SpecError(
+                f"the module returns {values} and does not end in a sigmoid, or a softmax over the classes, that "
+                "could be recognized; say activation='sigmoid' or 'softmax' if these are probabilities, 'none' if logits"
+            )
+        if ending.activation is None:
+            return None, ()
+        note = f"the module returns the result of {ending.activation}: its masks and probabilities are made of that"
+        return ending.activation, (note,)
+    asked = resolve_activation(request.activation)
+    if asked is None and ending.activation is not None:
+        return None, (f"the module ends in {ending.activation}; its values are taken for logits, as asked",)
+    probable = ("sigmoid", "softmax", "softmax2d", "clamp")
+    if asked in probable and not (ending.low >= -1e-5 and ending.high <= 1 + 1e-5):
+        raise SpecError(
+            f"activation {asked!r} was given, but the module returns {values}, which are no probabilities: leave it out "
+            "(task says whether the classes exclude each other)"
+        )
+    return asked, ()
+
+
 def _describe(
-    module: torch.nn.Module, network: _Network, request: ModelRequest, encoder: str, channels: int
-) -> tuple[ModelSpec, Geometry, tuple[str, ...]]:
-    geometry = None
-    if network.smp:
-        classes = int(_last_convolution(module).out_channels)
-        probe = (_PROBE_STRIDES * _output_stride(module),) * 2
-    else:
-        stride, size, classes = custom_geometry(module, channels)
-        geometry, probe = Geometry(stride, size, None, ()), size
+    module: torch.nn.Module,
+    network: _Network,
+    request: ModelRequest,
+    encoder: str,
+    channels: int,
+    classes: int,
+    activation: str | None,
+    geometry: Geometry | None,
+) -> tuple[ModelSpec, Geometry]:
     asked = request.classes if request.classes is not None else len(request.class_names) or classes
     if asked != classes:
         raise SpecError(f"{asked} classes were asked for, the module returns {classes}; leave classes out")
-    notes: list[str] = []
-    activation = resolve_activation(request.activation)
-    if request.activation is None and network.smp:
-        activation = _head_activation(module)
-    if request.activation is None and activation is None:
-        activation = observed_activation(module, channels, probe)
-        if activation is not None:
-            notes.append(f"the module returns probabilities: activation {activation}; else give activation 'none'")
-    task, task_notes = resolve_task(request.task, classes, activation)
-    notes.extend(task_notes)
+    task, _ = resolve_task(request.task, classes, activation)
     spec = ModelSpec(
-        arch=_arch_of(module) if network.smp else "custom",
+        arch=_arch_of(network.module),
         encoder=encoder,
         classes=classes,
         class_names=request.class_names,
@@ -275,8 +379,13 @@ def _describe(
         activation=activation,
         model_args=_recorded_args(module) if network.smp else {},
     )
-    geometry = geometry or settle_geometry(module, spec, check_output=True)
-    return spec, geometry, (*notes, *geometry.notes)
+    return spec, geometry or settle_geometry(module, spec, check_output=True)
+
+
+def _last_layer(module: torch.nn.Module) -> torch.nn.Module:
+    head: Any = module.segmentation_head
+    last: torch.nn.Module = list(head.modules())[-1]
+    return last
 
 
 def _last_convolution(module: torch.nn.Module) -> torch.nn.Conv2d:
@@ -290,12 +399,10 @@ def _head_activation(module: torch.nn.Module) -> str | None:
     """Read the activation SMP put at the end of the segmentation head."""
     import torch
 
-    head: Any = module.segmentation_head
-    last = list(head.modules())[-1]
     names: dict[type[torch.nn.Module], str] = {
         torch.nn.Sigmoid: "sigmoid",
         torch.nn.Softmax: "softmax",
         torch.nn.LogSoftmax: "logsoftmax",
         torch.nn.Tanh: "tanh",
     }
-    return names.get(type(last))
+    return names.get(type(_last_layer(module)))

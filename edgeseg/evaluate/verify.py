@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
-from edgeseg.errors import GateError, InputError
+from edgeseg.errors import BuildError, GateError, InputError
 from edgeseg.evaluate.accuracy.dataset import IGNORED, Pair
 from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter
 from edgeseg.evaluate.latency.protocol import SHORT, LatencyProtocol, LatencySamples, measure_interleaved
@@ -21,7 +22,7 @@ from edgeseg.images.placement import fit_windows
 from edgeseg.machine.state import MachineWatch
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.segmenter import Segmenter
-from edgeseg.spec import PipelineSpec
+from edgeseg.spec import OutputKind, PipelineSpec
 from edgeseg.store.artifacts import AccuracyFigures, LatencyFigures, SpeedUp, Verification
 
 Progress = Callable[[int, int], None]
@@ -96,6 +97,66 @@ def verify(
         engine_size_bytes=engine_size_bytes,
         speedup=latency[2],
     )
+
+
+AGREEMENT_FLOOR: Mapping[str, float] = {"fp32": 0.999, "fp16": 0.98, "int8": 0.9}
+"""Least share of pixels expected to agree with PyTorch, by precision; of fp32, ties aside."""
+TIE, TIE_TF32 = 2e-3, 1e-2
+"""Scores closer than this share of the largest (at least 1) are a tie: twice the error that the graph itself may have,
+and the more that TF32 rounds off."""
+
+
+def check_fidelity(verification: Verification, precision: str, without_ties: Callable[[], float]) -> str | None:
+    """Compare the agreement with what a precision promises; returns a note where it is less than that.
+
+    Args:
+        verification: what was measured.
+        precision: asked for.
+        without_ties: the share from :func:`agreement_without_ties`; asked for only where it matters.
+
+    Raises:
+        BuildError: an fp32 engine that is another function than its model.
+    """
+    agreement, floor = verification.agreement, AGREEMENT_FLOOR[precision]
+    if agreement >= floor:
+        return None
+    if precision != "fp32":
+        return (
+            f"{agreement:.4f} of pixels agree with PyTorch, less than the {floor:g} usual for {precision}: look at the "
+            "masks before using it, or set --min-agreement"
+        )
+    untied = without_ties()
+    if untied < floor:
+        raise BuildError(
+            f"the fp32 engine is not its model: {untied:.4f} of pixels agree with PyTorch, ties aside, at least {floor:g} "
+            f"must ({verification.images} images, {verification.data}); please report the model"
+        )
+    return (
+        f"{agreement:.4f} of pixels agree with PyTorch; all but {1 - untied:.4f} of the others are ties, where PyTorch's "
+        "own scores differ by less than rounding"
+    )
+
+
+def agreement_without_ties(
+    reference: Session, engine: Session, spec: PipelineSpec, pairs: Iterable[Pair], tie: float
+) -> float:
+    """Share of mask pixels that are equal, or that ``reference`` decides by less than ``tie`` of its largest score.
+
+    ``reference`` returns its scores beside the mask; see :class:`edgeseg.backends.pytorch.PyTorchSession`.
+    """
+    wrong, pixels = 0, 0
+    for pair in pairs:
+        for window in fit_windows(pair.image, spec.input):
+            batch = np.repeat(window[None], spec.input.batch.minimum, axis=0)
+            expected, got = reference.run(batch), engine.run(batch)
+            kind: OutputKind = "logits" if "logits" in expected else "probabilities"
+            rule = ScoreRule.of(dataclasses.replace(spec, output=dataclasses.replace(spec.output, kind=kind)))
+            scores = expected[kind][0]
+            mine = rule.mask(scores)
+            theirs = got["mask"][0] if spec.output.kind == "mask" else rule.mask(got[kind][0])
+            tied = rule.margin(scores) <= tie * max(1.0, float(np.abs(scores).max()))
+            wrong, pixels = wrong + int(np.count_nonzero((mine != theirs) & ~tied)), pixels + mine.size
+    return 1.0 - wrong / pixels
 
 
 def compare_masks(

@@ -47,6 +47,7 @@ def build(
     keep_aux: bool = False,
     mean: float | Iterable[float] | None = None,
     std: float | Iterable[float] | None = None,
+    scale: float | None = None,
     channel_order: ChannelOrder | None = None,
     size: int | str | Sequence[int] | None = None,
     batch: int | str | Sequence[int] = 1,
@@ -90,6 +91,8 @@ def build(
         keep_aux: keep the auxiliary classification head as a second output.
         mean: per channel, or one for all, of pixel values scaled to [0, 1]; default the checkpoint's or the encoder's.
         std: the same.
+        scale: factor on pixel values 0..255 before mean and std, whose units are then those: 1, or 1/255; default 1/255
+            for mean and std up to 1.
         channel_order: ``rgb`` or ``bgr``, as the network was trained; the engine's input is RGB either way.
         size: ``(height, width)`` in pixels, ``"HxW"`` or one number for a square; default the model's own.
         batch: ``N``, ``(MIN, OPT, MAX)`` or ``"MIN:OPT:MAX"``.

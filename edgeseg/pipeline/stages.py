@@ -7,7 +7,9 @@ folder appear at the end or not at all.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from edgeseg.pipeline.verification_data import (
     VerificationData,
     calibration_and_held_out,
     calibration_source,
+    sample_images,
 )
 from edgeseg.progress import Reporter, stage
 from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
@@ -64,6 +67,7 @@ if TYPE_CHECKING:
     from edgeseg.quantize.table import CalibrationTable
 
 CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
+EXPORT_FOLDER = "export"
 
 
 def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter: Reporter) -> Engine:
@@ -71,7 +75,7 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
     plan = plan_build(request, model, reporter)
     targets, loaded, spec, folder = plan.targets, plan.loaded, plan.spec, plan.folder
     with usable_cache(reporter.note), engine_folder(folder, force=request.force) as scratch:
-        graph, conversion = export_stage(loaded, spec, reporter)
+        graph, conversion = export_stage(loaded, spec, scratch, reporter)
         table = None if plan.samples is None else calibration_stage(request, graph, plan.samples, reporter)
         if request.precision == "fp16" and table is None:
             reporter.note(
@@ -95,8 +99,8 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         engine = make.write(best, medians, table, scratch, None)
         verification = verify_stage(request, loaded, engine, plan.held_out, reporter)
         make.write(best, medians, table, scratch, verification)
-        for target in targets:
-            shutil.rmtree(scratch / f"target-{target}", ignore_errors=True)
+        for name in (EXPORT_FOLDER, *(f"target-{target}" for target in targets)):
+            shutil.rmtree(scratch / name, ignore_errors=True)
     return open_engine(folder)
 
 
@@ -119,15 +123,16 @@ def plan_build(request: BuildRequest, model: torch.nn.Module | None, reporter: R
 
 def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> LoadedModel:
     """Load the model and tell the user all that was assumed on the way."""
+    images = functools.partial(sample_images, request)
     with stage(reporter, "load") as said:
         if model is None:
             from edgeseg.convert.load import load_model
 
-            loaded = load_model(request.model)
+            loaded = load_model(request.model, images)
         else:
             from edgeseg.convert.load import wrap_module
 
-            loaded = wrap_module(model, request.model)
+            loaded = wrap_module(model, request.model, images)
         said.append(f"{loaded.model.display_name}, {loaded.model.classes} classes, {loaded.weights}")
     for note in loaded.notes:
         reporter.note(note)
@@ -192,28 +197,38 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel) -> PipelineSpec:
     )
 
 
-def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) -> tuple[OnnxGraph, ConversionReport]:
-    """Export, simplify and check the fp32 graph, or find it in the cache."""
-    from edgeseg.convert.export import ConversionReport, export_onnx
-    from edgeseg.convert.reparameterize import merge_branches
+def export_stage(
+    loaded: LoadedModel, spec: PipelineSpec, scratch: Path, reporter: Reporter
+) -> tuple[OnnxGraph, ConversionReport]:
+    """Export, simplify and check the fp32 graph, or find it in the cache.
 
-    inputs = {
-        "weights": loaded.weights_sha256,
-        "spec": spec,
-        "software": software(),
-    }
+    Only a model that edgeseg built is found again: a user's module computes what its code says, which no key knows. Its
+    graph is made in ``scratch``.
+    """
+    from edgeseg.convert.export import ConversionReport, export_onnx
+    from edgeseg.convert.loaded import hash_structure
+    from edgeseg.convert.reparameterize import merge_branches
 
     def make(folder: Path) -> None:
         # The merged module is only what is exported; the verification compares with the one that was loaded.
         side = loaded.fixed_size[0] if loaded.fixed_size else max(spec.input.height, spec.input.width)
         module, saved = merge_branches(loaded.module, spec.input.channels, side)
-        if saved:
-            reporter.note(f"the encoder's training branches were merged: {saved} layers fewer, same results")
         _, report = export_onnx(dataclasses.replace(loaded, module=module), spec, folder / GRAPH_NAME)
-        write_json(folder / "report.json", report)
+        write_json(folder / "report.json", dataclasses.replace(report, layers_merged=saved))
 
     with stage(reporter, "export") as said:
-        folder, reused = cached_folder("export", inputs, make)
+        if loaded.users_module:
+            folder, reused = scratch / EXPORT_FOLDER, False
+            folder.mkdir()
+            make(folder)
+        else:
+            inputs = {
+                "weights": loaded.weights_sha256,
+                "structure": hash_structure(loaded.module),
+                "spec": spec,
+                "software": software(),
+            }
+            folder, reused = cached_folder("export", inputs, make)
         report = read_json(folder / "report.json", ConversionReport, "conversion report")
         graph = OnnxGraph(folder / GRAPH_NAME, sha256_file(folder / GRAPH_NAME), "fp32", spec, loaded.weights_sha256)
         said.append(
@@ -222,6 +237,8 @@ def export_stage(loaded: LoadedModel, spec: PipelineSpec, reporter: Reporter) ->
         )
         if reused:
             said.append("reused")
+    if report.layers_merged:
+        reporter.note(f"the encoder's training branches were merged: {report.layers_merged} layers fewer, same results")
     return graph, report
 
 
@@ -267,8 +284,8 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     loaded = load_stage(request, None, reporter)
     spec = pipeline_spec(request, loaded)
     samples = calibration_source(request, loaded)
-    with usable_cache(reporter.note):
-        graph, _ = export_stage(loaded, spec, reporter)
+    with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
+        graph, _ = export_stage(loaded, spec, Path(scratch), reporter)
         table = calibration_stage(request, graph, samples, reporter)
     table.save(path)
     return table
@@ -335,7 +352,7 @@ def verify_stage(
         raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
     from edgeseg.backends.pytorch import PyTorchSession
     from edgeseg.evaluate.latency.protocol import SHORT
-    from edgeseg.evaluate.verify import check_gates, verify
+    from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, check_gates, verify
     from edgeseg.machine.cpu import this_cpu
 
     spec = engine.manifest.spec
@@ -356,7 +373,16 @@ def verify_stage(
                 protocol=SHORT if runs_here else None,
                 progress=reporter.progress,
             )
-        said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
+            said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
+
+            def without_ties() -> float:
+                tie = TIE_TF32 if engine.manifest.options.get("tf32") else TIE
+                with PyTorchSession(loaded, spec, with_scores=True) as telling:
+                    return agreement_without_ties(telling, session, spec, data.pairs, tie)
+
+            note = check_fidelity(verification, request.precision, without_ties)
+    if note is not None:
+        reporter.note(note)
     check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
     return verification
 

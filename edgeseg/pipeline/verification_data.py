@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeseg.demo import sample_folder
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.dataset import Pair, ValidationSet
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 # Without --validation, every n-th calibration image is kept for verification, if that leaves enough to calibrate on.
 HELD_OUT_EVERY = 5
 MIN_TO_HOLD_OUT = 20
+# Enough to tell a network's normalization by.
+SAMPLES = 8
 
 NO_CALIBRATION = (
     "int8 needs calibration images and none were given; put a few dozen images like those the model will see in a folder "
@@ -118,7 +123,9 @@ def _has_calibration(request: BuildRequest, loaded: LoadedModel) -> bool:
 
 
 def _is_table(source: object) -> bool:
-    return isinstance(source, (str, Path)) and str(source).lower().endswith(".json")
+    return isinstance(source, CalibrationTable) or (
+        isinstance(source, (str, Path)) and str(source).lower().endswith(".json")
+    )
 
 
 def calibration_source(request: BuildRequest, loaded: LoadedModel) -> CalibrationSet | CalibrationTable | Path:
@@ -128,15 +135,29 @@ def calibration_source(request: BuildRequest, loaded: LoadedModel) -> Calibratio
         InputError: nothing was given and the model is no demo model, or the images cannot be used.
     """
     source = request.calibration
-    if isinstance(source, CalibrationTable):
-        return source
     if _is_table(source):
-        return Path(source)
+        return source if isinstance(source, CalibrationTable) else Path(source)
     if source is None:
         if not loaded.is_demo:
             raise InputError(NO_CALIBRATION)
         source = sample_folder() / "calib"
     return CalibrationSet.open(source, limit=request.calibration_limit, channels=loaded.model.in_channels)
+
+
+def sample_images(request: BuildRequest, channels: int) -> list[NDArray[np.uint8]]:
+    """A few of the images given, uint8 ``(H, W, channels)``: what they show tells how the network wants them.
+
+    Empty where none are given, or none can be read, which the stage that needs them refuses.
+    """
+    for source in (request.calibration, request.validation):
+        if source is None or _is_table(source):
+            continue
+        try:
+            samples = CalibrationSet.open(source, limit=SAMPLES, channels=channels, minimum=1)
+            return [image for _, image in samples.named_images(channels)]
+        except InputError:
+            continue
+    return []
 
 
 def _unseen(pairs: ValidationSet, samples: Samples) -> VerificationData:

@@ -86,6 +86,17 @@ class ScoreRule:
         probabilities = probabilities[0] if self.task == "binary" else probabilities
         return np.where(mask == 1, probabilities, np.float32(1.0) - probabilities)
 
+    def margin(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """How far, in scores, each pixel of :meth:`mask` is from another value."""
+        if self.task == "multiclass":
+            best = np.partition(self._comparable(scores), -2, axis=0)
+            return np.asarray(best[-1] - best[-2])
+        if self.activation in {"none", "clamp", "softmax"}:
+            away = np.abs(self.probabilities(scores) - np.float32(self.threshold))
+        else:
+            away = np.abs(scores - np.float32(self._limit()))
+        return np.asarray(away[0] if self.task == "binary" else away)
+
     def _comparable(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         # Softmax, sigmoid and tanh keep the order of scores; clamping makes ties of everything above 1.
         return np.clip(scores, 0.0, 1.0) if self.activation == "clamp" else scores
@@ -93,8 +104,11 @@ class ScoreRule:
     def _above(self, scores: NDArray[np.float32]) -> NDArray[np.bool_]:
         if self.activation in {"none", "clamp", "softmax"}:
             return np.asarray(self.probabilities(scores) > np.float32(self.threshold))
-        limit = math.log(self.threshold / (1.0 - self.threshold))
-        return np.asarray(scores > np.float32(limit / 2.0 if self.activation == "tanh" else limit))
+        return np.asarray(scores > np.float32(self._limit()))
+
+    def _limit(self) -> float:
+        odds = math.log(self.threshold / (1.0 - self.threshold))
+        return odds / 2.0 if self.activation == "tanh" else odds
 
 
 def argmax_planes(scores: NDArray[np.float32]) -> NDArray[Any]:

@@ -22,6 +22,7 @@ from typing import Literal, get_args
 import platformdirs
 
 from edgeseg.errors import ArtifactError
+from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.packages import COMPUTING_PACKAGES, package_versions
 from edgeseg.store.artifacts import sha256_json
 from edgeseg.store.atomic import scratch_folder, sweep_folders
@@ -89,7 +90,7 @@ def usable_cache(note: Callable[[str], None]) -> Iterator[None]:
 
 @functools.cache
 def software() -> dict[str, str]:
-    """What computes: the hash of edgeseg's own sources and the versions of the packages that may take part.
+    """What computes: the hash of edgeseg's own sources, the kind of CPU, and versions of the packages that may take part.
 
     Part of every key: which of them a result really went through is not known before it was made, and a list by hand goes
     stale. A changed line costs a developer some recomputing and a user nothing.
@@ -97,7 +98,8 @@ def software() -> dict[str, str]:
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
-    return {"edgeseg": digest.hexdigest(), **package_versions(*COMPUTING_PACKAGES)}
+    # An engine is chosen, tuned and timed on one kind of machine.
+    return {"edgeseg": digest.hexdigest(), "cpu": this_cpu().isa, **package_versions(*COMPUTING_PACKAGES)}
 
 
 def cached_folder(stage: Stage, inputs: object, make: Callable[[Path], None]) -> tuple[Path, bool]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeseg.errors import ArtifactError
+from edgeseg.errors import ArtifactError, InputError
+from edgeseg.images.decoding import list_images
 from edgeseg.store.artifacts import open_engine, read_json, sha256_file, sha256_json, write_json
 from edgeseg.store.cache import software
 from edgeseg.sweep.config import Cell
@@ -43,15 +45,26 @@ def _plain(request: Any) -> str:
 
 
 def _content(place: str | Path | None) -> str | None:
-    """SHA-256 of a file, or over the names and content of a folder's files; ``None`` for what is no path."""
-    path = None if place is None else Path(place)
-    if path is None or not path.exists():
+    """SHA-256 of a file, over the names and content of a folder's files, or of all images that a list or a glob names.
+
+    ``None`` for what is no path.
+    """
+    if place is None:
         return None
-    if path.is_file():
-        return sha256_file(path)
+    path = Path(place)
+    try:
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file())
+        elif path.is_file() and path.suffix.lower() != ".txt":
+            files = [path]
+        else:
+            files = [path] * path.is_file() + list_images(path)
+    except InputError:
+        return None  # a word, or images that are not there, which the build itself refuses
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
+    for file in files:
+        content = sha256_file(file) if file.is_file() else None
+        digest.update(f"{os.path.relpath(file, path.parent)} {content}\n".encode())
     return digest.hexdigest()
 
 
@@ -83,7 +96,7 @@ def remember(cell: Cell, state: CellState) -> None:
 
 
 def bench_key(cells: tuple[Cell, ...], options: tuple[str, ...], data: Path | None) -> str:
-    """SHA-256 over the engines to be measured, how, and on which images."""
+    """SHA-256 over the engines to be measured, how, on which images, and on what."""
     engines = []
     for cell in cells:
         assert cell.request.folder is not None

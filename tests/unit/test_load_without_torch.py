@@ -15,7 +15,7 @@ from edgeseg import demo
 from edgeseg.convert import hub
 from edgeseg.convert.architectures import resolve_arch
 from edgeseg.convert.assemble import resolve_activation, resolve_task
-from edgeseg.convert.preprocessing import recorded_preprocess, resolve_preprocess
+from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
 from edgeseg.convert.recorded import RecordedModel, merge
 from edgeseg.errors import ArtifactError, SpecError
 from edgeseg.spec import ARCHITECTURES, ModelRequest, Preprocess
@@ -106,9 +106,8 @@ def test_impossible_normalization_is_refused(request_: ModelRequest, channels: i
 
 def test_normalization_in_a_config_is_read_with_its_range_and_order() -> None:
     settings = {"mean": [1, 2, 3], "std": [4, 5, 6], "input_range": [0, 255], "input_space": "BGR"}
-    assert recorded_preprocess({"preprocess": settings}, {}) == Preprocess(
-        (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 1.0, "bgr", "the checkpoint's config"
-    )
+    expected = Preprocess((1.0, 2.0, 3.0), (4.0, 5.0, 6.0), 1.0, "bgr", "the checkpoint's config")
+    assert recorded_preprocess({"preprocess": settings}, {}) == RecordedNormalization(expected, scale_known=True)
     assert recorded_preprocess({"preprocess": {"mean": [0.5]}}, {}) is None
     with pytest.raises(SpecError, match="not numbers"):
         recorded_preprocess({"preprocess": {"mean": ["x"], "std": [1]}}, {})

@@ -428,5 +428,7 @@ def test_source_and_segmenter_may_change_places(tmp_path: Path) -> None:
     engine = segmenter()
     for frames in (stream(engine, tmp_path), stream(tmp_path, engine), stream(paths, engine), stream(engine, paths)):
         assert [(frame.index, frame.path) for frame in frames] == list(enumerate(paths))
-    with pytest.raises(SpecError, match=r"segmenter is a str; give what edgeseg.load returns"):
+    with pytest.raises(
+        SpecError, match=r"segmenter is 'engines.*'; give a source of images and what edgeseg.load returns"
+    ):
         stream(tmp_path, "engines/x")

@@ -141,6 +141,18 @@ def test_key_follows_the_content_of_weights_and_images(tmp_path: Path) -> None:
     assert cell_key(expand(moved)[1]) == key()
 
 
+@pytest.mark.parametrize("form", ["glob", "list"])
+def test_key_follows_the_images_that_a_glob_or_a_list_names(tmp_path: Path, form: str) -> None:
+    (tmp_path / "a.png").write_bytes(b"a")
+    (tmp_path / "list.txt").write_text("a.png\n")
+    source = str(tmp_path / ("*.png" if form == "glob" else "list.txt"))
+    sweep = config(tmp_path, archs=("unet",), calibration=source)
+    before = cell_key(expand(sweep)[1])
+    assert cell_key(expand(sweep)[1]) == before
+    (tmp_path / "a.png").write_bytes(b"b")
+    assert cell_key(expand(sweep)[1]) != before
+
+
 def test_measuring_that_fails_is_every_cells_reason(tmp_path: Path) -> None:
     recorder = Recorder()
     recorder.bench_reason = "code 1"

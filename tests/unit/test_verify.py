@@ -16,11 +16,11 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from edgeseg.errors import GateError, InputError
+from edgeseg.errors import BuildError, GateError, InputError
 from edgeseg.evaluate.accuracy.dataset import IGNORED, Pair
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, measure_interleaved, median_ms_interleaved
 from edgeseg.evaluate.summary import build_summary, class_table, noise_lines, speed_words, verification_table
-from edgeseg.evaluate.verify import check_gates, compare_masks, verify
+from edgeseg.evaluate.verify import TIE, agreement_without_ties, check_fidelity, check_gates, compare_masks, verify
 from edgeseg.images.placement import fit, fit_windows
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
@@ -240,6 +240,48 @@ GOOD = Verification(
     pytorch_size_bytes=20_000_000,
     engine_size_bytes=5_500_000,
 )
+
+
+class Telling(FakeSession):
+    """Returns scores beside the mask: the winner leads by ``lead``."""
+
+    lead = 1.0
+
+    def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+        mask = self.decide(images[..., 0])
+        scores = np.stack([(mask == c) * np.float32(self.lead) for c in range(CLASSES)], axis=1)
+        return {"mask": mask.astype(np.uint8), "logits": scores}
+
+
+@pytest.mark.parametrize(("lead", "share"), [(1.0, 1 - 12 / (32 * 64)), (TIE / 2, 1.0)])
+def test_only_pixels_that_pytorch_is_sure_of_count_against_an_fp32_engine(lead: float, share: float) -> None:
+    spec = pipeline()
+    reference = Telling(spec, right)
+    reference.lead = lead
+    engine = FakeSession(spec, wrong_in_the_corner)
+    assert agreement_without_ties(reference, engine, spec, scenes(), TIE) == pytest.approx(share)
+
+
+def test_an_fp32_engine_that_is_not_its_model_is_an_error() -> None:
+    def never() -> float:
+        raise AssertionError
+
+    equal = dataclasses.replace(GOOD, agreement=0.9995)
+    for precision in ("fp32", "fp16", "int8"):
+        assert check_fidelity(equal, precision, never) is None
+    note = check_fidelity(GOOD, "fp32", lambda: 1.0)
+    assert note is not None
+    assert "0.9900 of pixels agree" in note
+    assert "ties" in note
+    with pytest.raises(
+        BuildError, match=r"fp32 engine is not its model: 0\.9900 of pixels agree .* ties aside"
+    ) as caught:
+        check_fidelity(GOOD, "fp32", lambda: 0.99)
+    assert "\n" not in str(caught.value)
+    assert check_fidelity(GOOD, "int8", never) is None
+    bad = check_fidelity(dataclasses.replace(GOOD, agreement=0.3), "int8", never)
+    assert bad is not None
+    assert "0.3000 of pixels agree with PyTorch, less than the 0.9 usual for int8" in bad
 
 
 @pytest.mark.parametrize(("max_drop", "min_agreement"), [(None, None), (0.011, None), (None, 0.99), (0.02, 0.9)])

@@ -161,7 +161,8 @@ def state_key(contender: Contender, group: _Group, opener: Opener) -> str:
         [
             contender.baseline,
             contender.weights_sha256,
-            None if engine is None or engine.engine is None else engine.engine.sha256,
+            # What one file computes depends on how it is run, and by which version of what.
+            None if engine is None else [engine.target, engine.engine, engine.graph, engine.options],
             contender.spec,
             None if baseline is None else [baseline.baseline, baseline.weights_sha256],
             group.digest,
