@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from edgeseg.convert import older_smp
 from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean
 from edgeseg.spec import ARCHITECTURES, ModelSpec
 
@@ -35,8 +36,6 @@ _RENAMED_ARGUMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 # nn.Softmax() without a dimension warns; these are the ones a mask can be made from.
 ACTIVATIONS = ("identity", "sigmoid", "softmax", "softmax2d", "logsoftmax", "tanh")
-
-_DILATING = ("deeplabv3", "deeplabv3plus", "pan")
 
 # Downsampling by pooling cannot be replaced by dilation (SMP 0.6.0: each of these raises in make_dilated).
 _NOT_DILATABLE = ("vgg", "densenet", "inceptionresnetv2", "inceptionv4", "xception")
@@ -159,7 +158,7 @@ def _check_pair(arch: str, encoder: str, model_args: Mapping[str, Any]) -> None:
             f"upernet with {encoder}, or {arch} with a convolutional encoder such as resnet34"
         )
     undilated_pan = arch == "pan" and model_args.get("encoder_output_stride") == 32
-    if arch in _DILATING and not undilated_pan and encoder.startswith(_NOT_DILATABLE):
+    if arch in older_smp.DILATING and not undilated_pan and encoder.startswith(_NOT_DILATABLE):
         raise SpecError(_cannot_dilate(arch, encoder))
 
 
@@ -172,10 +171,10 @@ def _cannot_dilate(arch: str, encoder: str) -> str:
 
 
 def accepted_arguments(arch: str) -> tuple[str, ...]:
-    """Return the names ``model_args`` may hold: those of SMP's constructor, and ``psp_sizes`` for pspnet."""
+    """Return the names ``model_args`` may hold: those of SMP's constructor, ``smp_version``, and pspnet's ``psp_sizes``."""
     parameters = inspect.signature(model_class(arch).__init__).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"]
-    own = ("psp_sizes",) if arch == "pspnet" else ()
+    own = ("psp_sizes", older_smp.ARGUMENT) if arch == "pspnet" else (older_smp.ARGUMENT,)
     return (*(n for n in names if n not in SPEC_ARGUMENTS), *own)
 
 
@@ -242,6 +241,7 @@ def build_model(
         **loading_args,
     }
     sizes = arguments.pop("psp_sizes", None)
+    old = older_smp.ARGUMENT in arguments and older_smp.is_old(arguments.pop(older_smp.ARGUMENT))
     if spec.arch == "dpt" and "dynamic_img_size" not in arguments:
         # Without it a vision transformer takes the one size of its name; the weights are the same either way.
         with contextlib.suppress(SpecError):
@@ -250,6 +250,9 @@ def build_model(
     module = _construct(spec, arguments)
     if sizes is not None:
         _replace_pyramid(module, spec, sizes)
+    if old and older_smp.builds_otherwise(spec.arch, spec.encoder, spec.model_args):
+        with quiet_libraries():
+            older_smp.dilate_as_before(module, spec.arch, spec.encoder, spec.model_args)
     return module, ()
 
 
@@ -264,7 +267,7 @@ def _construct(spec: ModelSpec, arguments: Mapping[str, Any]) -> torch.nn.Module
 def _rejection(spec: ModelSpec, exc: Exception) -> str:
     """Say why a constructor raised; timm's own words are often an empty assertion."""
     reason = " ".join(str(exc).split())[:200]
-    if spec.arch in _DILATING and (isinstance(exc, AssertionError) or "output_stride" in reason):
+    if spec.arch in older_smp.DILATING and (isinstance(exc, AssertionError) or "output_stride" in reason):
         return _cannot_dilate(spec.arch, spec.encoder)
     if "downsampling pattern" in reason:
         return (

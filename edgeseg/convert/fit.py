@@ -29,7 +29,7 @@ ARCH_MARKERS: tuple[tuple[str, str], ...] = (
     ("linknet", r"^decoder\.blocks\.0\.block\."),
     ("fpn", r"^decoder\.seg_blocks\."),
     ("pan", r"^decoder\.fpa\."),
-    ("upernet", r"^decoder\.fpn_lateral_blocks\."),
+    ("upernet", r"^decoder\.fpn_lateral_blocks\.|^decoder\.fpn_stages\."),
     ("pspnet", r"^decoder\.psp\."),
     ("deeplabv3plus", r"^decoder\.block2\."),
     ("deeplabv3", r"^decoder\.aspp\.convs\.|^decoder\.0\.convs\."),

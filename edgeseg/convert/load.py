@@ -17,6 +17,7 @@ from edgeseg.convert.diagnosis import likely_cause
 from edgeseg.convert.fit import NamedTensors, checkpoint_classes, guess_arch, load_tensors, strip_prefixes
 from edgeseg.convert.hub import hub_weights_names, prepare_hub_weights, refuse_early
 from edgeseg.convert.loaded import LoadedModel, freeze, hash_weights
+from edgeseg.convert.older_smp import settle_version
 from edgeseg.convert.preprocessing import recorded_preprocess, resolve_preprocess
 from edgeseg.convert.recorded import merge, recorded_model
 from edgeseg.convert.wrap import wrap_module
@@ -121,6 +122,8 @@ def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint) -> LoadedMod
     recorded = recorded_model(checkpoint)
     named = strip_prefixes(checkpoint)
     settled, notes = _settle(merge(request, recorded), checkpoint, named)
+    settled, version_notes = _settle_version(settled, checkpoint, named)
+    notes = (*notes, *version_notes)
     assembly = assemble(settled)
     fit_notes = _fill(assembly, checkpoint, named)
     preprocess, preprocess_notes = resolve_preprocess(
@@ -154,6 +157,16 @@ def _settle(request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors) 
             f"{checkpoint.path.name} has {found} classes, {asked} were asked for; give --classes {found}"
         )
     return request, tuple(notes)
+
+
+def _settle_version(
+    request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors
+) -> tuple[ModelRequest, tuple[str, ...]]:
+    arch = architectures.require_arch(request.arch)
+    encoder = request.encoder or architectures.default_encoder(arch)
+    encoder = architectures.resolve_encoder(encoder, arch, request.model_args)
+    model_args, notes = settle_version(arch, encoder, request.model_args, named.tensors, checkpoint.config)
+    return replace(request, model_args=model_args), notes
 
 
 def _fill(assembly: Assembly, checkpoint: Checkpoint, named: NamedTensors) -> tuple[str, ...]:
