@@ -34,6 +34,9 @@ _RENAMED_ARGUMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "upscale_mode": ("decoder_interpolation", ("pan",)),
 }
 
+# ``64,32,16`` as written on a command line, for the arguments that take a list.
+_NUMBERS = re.compile(r"\d{1,6}(,\d{1,6}){1,63}")
+
 # nn.Softmax() without a dimension warns; these are the ones a mask can be made from.
 ACTIVATIONS = ("identity", "sigmoid", "softmax", "softmax2d", "logsoftmax", "tanh")
 
@@ -200,7 +203,8 @@ def check_arguments(arch: str, encoder: str, arguments: Mapping[str, Any]) -> tu
     accepted = accepted_arguments(arch)
     checked: dict[str, Any] = {}
     notes: list[str] = []
-    for name, value in arguments.items():
+    for name, given in arguments.items():
+        value = [int(v) for v in given.split(",")] if isinstance(given, str) and _NUMBERS.fullmatch(given) else given
         new, archs = _RENAMED_ARGUMENTS.get(name, ("", ()))
         if name in SPEC_ARGUMENTS:
             option = name.removeprefix("encoder_") if name == "encoder_weights" else name.removesuffix("_name")

@@ -157,7 +157,10 @@ def settle_output_size(module: torch.nn.Module, spec: ModelSpec, size: tuple[int
     head = module.segmentation_head
     if factor < 1 or (height * factor, width * factor) != size or not isinstance(head, torch.nn.Sequential):
         sizes = f"{height}x{width} for {size[0]}x{size[1]}"
-        raise SpecError(f"{what} returns {sizes}; the output must have the input's size, check --model-arg")
+        upsampling = spec.model_args.get("upsampling", 4)
+        fitting = upsampling * size[0] // height if height and isinstance(upsampling, int) else 0
+        advice = f"give --model-arg upsampling={fitting}" if spec.arch == "fpn" and fitting else "check --model-arg"
+        raise SpecError(f"{what} returns {sizes}; the output must have the input's size, {advice}")
     head[1] = torch.nn.Sequential(head[1], torch.nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=True))
     return (f"the network's output is 1/{factor} of its input's size; enlarged bilinearly, as SMP's head does",)
 
