@@ -37,6 +37,21 @@ _RENAMED_ARGUMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
 # ``64,32,16`` as written on a command line, for the arguments that take a list.
 _NUMBERS = re.compile(r"\d{1,6}(,\d{1,6}){1,63}")
 
+# What may reach timm's constructors for ``tu-`` encoders, since config.json may come from anywhere: sizes of images and
+# windows, and what only training uses. ``checkpoint_path`` would open any file, ``layers`` build a network of any size.
+TIMM_ARGUMENTS = (
+    *("img_size", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "always_partition"),
+    *("patch_size", "window_size", "class_token", "reg_tokens", "no_embed_class", "pos_embed"),
+    *("drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate"),
+    *("patch_drop_rate", "act_layer", "norm_layer"),
+)
+
+# The largest numbers arguments may hold: what an image is enlarged, pooled or dilated by is memory in every run.
+MAX_NUMBER = 16384
+_MAX_NUMBERS = {"upsampling": 64, "psp_sizes": 256, "decoder_atrous_rates": 256}
+_MAX_ITEMS = 64
+MAX_CHANNELS = 4096
+
 # nn.Softmax() without a dimension warns; these are the ones a mask can be made from.
 ACTIVATIONS = ("identity", "sigmoid", "softmax", "softmax2d", "logsoftmax", "tanh")
 
@@ -181,9 +196,14 @@ def accepted_arguments(arch: str) -> tuple[str, ...]:
     return (*(n for n in names if n not in SPEC_ARGUMENTS), *own)
 
 
+def default_arguments(arch: str) -> dict[str, Any]:
+    """Return the constructor's arguments with their defaults."""
+    return {n: p.default for n, p in inspect.signature(model_class(arch).__init__).parameters.items()}
+
+
 def without_defaults(arch: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that differ from the constructor's defaults; lists and tuples count as the same."""
-    defaults = {n: p.default for n, p in inspect.signature(model_class(arch).__init__).parameters.items()}
+    defaults = default_arguments(arch)
     return {k: v for k, v in arguments.items() if _plain(defaults.get(k, ...)) != _plain(v)}
 
 
@@ -194,13 +214,15 @@ def _plain(value: object) -> object:
 def check_arguments(arch: str, encoder: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return ``model_args`` in today's spelling, and notes on what was translated.
 
-    Arguments the constructor does not know go to timm for ``tu-`` encoders; SMP ignores them silently for its own
-    encoders, which is refused here.
+    Arguments the constructor does not know go to timm for ``tu-`` encoders, those of ``TIMM_ARGUMENTS`` only; SMP
+    ignores them silently for its own encoders, which is refused here.
 
     Raises:
-        SpecError: an unknown argument; lists the accepted ones.
+        SpecError: an unknown argument (lists the accepted ones), or a number beyond what any model has.
     """
     accepted = accepted_arguments(arch)
+    if encoder.startswith("tu-"):
+        accepted = (*accepted, *TIMM_ARGUMENTS)
     checked: dict[str, Any] = {}
     notes: list[str] = []
     for name, given in arguments.items():
@@ -213,13 +235,29 @@ def check_arguments(arch: str, encoder: str, arguments: Mapping[str, Any]) -> tu
         if arch in archs:
             checked[new] = value
             notes.append(f"model argument {name} is called {new} now")
-        elif name in accepted or encoder.startswith("tu-"):
+        elif name in accepted:
             checked[name] = value
         else:
             raise SpecError(
                 f"{arch} has no argument {name!r}{did_you_mean(name, accepted)} (accepted: {', '.join(accepted)})"
             )
+        _require_bounded(name, value, _MAX_NUMBERS.get(name, MAX_NUMBER))
     return checked, tuple(notes)
+
+
+def _require_bounded(name: str, value: object, largest: int) -> None:
+    """Raise :class:`SpecError` for values no model has: memory and time grow with them."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        if len(value) > _MAX_ITEMS:
+            raise SpecError(f"model argument {name} has {len(value)} values; at most {_MAX_ITEMS} are taken")
+        for item in value:
+            _require_bounded(name, item, largest)
+    elif isinstance(value, (int, float)) and not -largest <= value <= largest:
+        raise SpecError(f"model argument {name} holds {value:.6g}; numbers up to {largest} are taken")
+    elif isinstance(value, str) and len(value) > _MAX_ITEMS:
+        raise SpecError(f"model argument {name} is a text of {len(value)} characters; at most {_MAX_ITEMS} are taken")
 
 
 def build_model(

@@ -64,13 +64,16 @@ def assemble(
     model_args = architectures.without_defaults(arch, model_args)
     model_args, aux_notes = _settle_auxiliary_head(model_args, request.keep_aux)
     notes.extend(aux_notes)
+    channels = request.in_channels if request.in_channels is not None else 3
+    if channels > architectures.MAX_CHANNELS:
+        raise SpecError(f"in_channels is {channels}; at most {architectures.MAX_CHANNELS} are built")
     spec = ModelSpec(
         arch=arch,
         encoder=encoder,
         classes=classes,
         class_names=request.class_names,
         task=task,
-        in_channels=request.in_channels if request.in_channels is not None else 3,
+        in_channels=channels,
         activation=activation,
         model_args=model_args,
     )

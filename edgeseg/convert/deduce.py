@@ -8,11 +8,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgeseg.convert.architectures import accepted_arguments, import_for_conversion, quiet_libraries, without_defaults
+from edgeseg.convert.architectures import (
+    accepted_arguments,
+    default_arguments,
+    import_for_conversion,
+    quiet_libraries,
+    without_defaults,
+)
 from edgeseg.convert.assemble import Assembly, assemble
 from edgeseg.convert.fit import deeper_stages, parameter_shapes, translated_shapes
-from edgeseg.errors import SpecError
+from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.spec import ModelRequest
+
+# A wrong guess of the encoder is no attack: up to here it is built, and told what does not fit.
+_SLACK_VALUES = 200_000_000
 
 _BLOCK_OUTPUT = re.compile(r"^decoder\.blocks\.(?:x_0_)?(\d+)\.conv2\.0\.weight$")
 _HEAD = "segmentation_head.0.weight"
@@ -68,13 +77,35 @@ def build_without_memory(request: ModelRequest) -> Assembly:
     return assemble(request)
 
 
+def require_fitting_size(request: ModelRequest, tensors: Mapping[str, Any]) -> None:
+    """Refuse a model far larger than its checkpoint before memory is taken for it.
+
+    Raises:
+        CheckpointError: it has more than twice the checkpoint's values.
+        SpecError: SMP refuses its arguments.
+    """
+    if (request.encoder or "").startswith("mit_b"):
+        # Built in memory, it would be too late; it is small itself, so its decoder is counted with another.
+        request = replace(request, encoder="resnet18")
+    module = build_without_memory(request).module
+    needed = sum(t.numel() for t in module.state_dict().values())
+    stored = sum(t.numel() for t in tensors.values())
+    if needed > 2 * stored + _SLACK_VALUES:
+        raise CheckpointError(
+            f"the model described has {needed / 1e6:.0f} million values, its checkpoint {stored / 1e6:.1f} million: "
+            "it is another model's; check config.json, --encoder and --model-arg"
+        )
+
+
 def _hypotheses(request: ModelRequest, said: ModelRequest, tensors: Mapping[str, Any]) -> Iterator[ModelRequest]:
     arch = request.arch or ""
     widths = _widths(arch, tensors)
     channels = request.in_channels if request.in_channels is not None else 3
     for depth in (5, 4, 3, 2, 1):
         guessed: dict[str, Any] = {**widths, "encoder_depth": depth}
-        if arch == "fpn" and depth > 2:
+        if "upsampling" in request.model_args:
+            pass  # no tensor contradicts it
+        elif arch == "fpn" and depth > 2:
             guessed["upsampling"] = 2 ** (depth - 3)  # its finest features are at 2**(3 - depth) of the image's size
         elif arch == "pspnet":
             guessed["upsampling"] = 2**depth
@@ -136,9 +167,13 @@ def differences(before: ModelRequest, after: ModelRequest) -> dict[str, str]:
         changed["--encoder"] = str(after.encoder)
     if (before.in_channels or 3) != (after.in_channels or 3):
         changed["--in-channels"] = str(after.in_channels)
-    for name, value in after.model_args.items():
-        if before.model_args.get(name, ...) != value:
-            changed[f"--model-arg {name}"] = json.dumps(value, separators=(",", ":"))
+    defaults = default_arguments(after.arch or "")
+    for name in sorted(before.model_args.keys() | after.model_args.keys()):
+        old, new = (
+            json.dumps(r.model_args.get(name, defaults.get(name)), separators=(",", ":")) for r in (before, after)
+        )
+        if old != new:
+            changed[f"--model-arg {name}"] = new
     return changed
 
 

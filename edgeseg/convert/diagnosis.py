@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert.architectures import accepted_arguments, import_for_conversion, quiet_libraries
@@ -156,10 +157,13 @@ def _timm_candidates(encoder: str) -> list[str]:
 
 
 def _relatives(encoder: str) -> list[str]:
-    """A few timm encoders of the family of ``tu-NAME``."""
+    """A few timm encoders of the family of ``tu-NAME``, those first whose names are most alike."""
     timm = import_for_conversion("timm")
-    stem = re.split(r"[\d_]", encoder.removeprefix("tu-").split(".")[0])[0]
-    return [f"tu-{n}" for n in timm.list_models(f"{stem}*")[:_MAX_BUILDS]] if len(stem) > 2 else []
+    base = encoder.removeprefix("tu-").split(".")[0]
+    stem = re.split(r"[\d_]", base)[0]
+    names = timm.list_models(f"{stem}*") if len(stem) > 2 else []
+    alike = sorted(names, key=lambda name: SequenceMatcher(None, name, base).ratio(), reverse=True)
+    return [f"tu-{n}" for n in alike[:_MAX_BUILDS]]
 
 
 def _built(names: list[str], depth: int) -> Iterator[tuple[str, Shapes]]:

@@ -17,6 +17,8 @@ from edgeseg.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from edgeseg.spec import ModelSpec
+
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 # The last convolution before the mask: its first dimension is the number of classes.
@@ -155,11 +157,11 @@ def translated_shapes(module: torch.nn.Module, tensors: Mapping[str, torch.Tenso
 
 
 def _translate(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # SMP translates names of older versions in place, in load_state_dict; given no tensor of a name the module has
-    # it would load nothing, and meta tensors have no values to load: either way only the names change.
+    # SMP translates names of older versions in place, in load_state_dict, before it compares. Meta tensors have no
+    # values to load, and strict because SMP takes mismatched tensors out of the dictionary otherwise.
     renamed = dict(tensors)
     with quiet_libraries(), contextlib.suppress(RuntimeError, KeyError, AttributeError, NotImplementedError):
-        module.load_state_dict(renamed, strict=False)
+        module.load_state_dict(renamed, strict=True)
     return renamed
 
 
@@ -175,18 +177,19 @@ def deeper_stages(module: torch.nn.Module, encoder: str, names: Iterable[str]) -
     with torch.device(device), quiet_libraries():
         whole = smp.encoders.get_encoder(encoder, in_channels=built._in_channels, depth=5, weights=None)
     deeper = {f"encoder.{k}" for k in whole.state_dict()} - {f"encoder.{k}" for k in built.state_dict()}
-    # Timm's MobileNets lose nothing but whole blocks; what a head had lies beyond the deepest stage too.
     return deeper & set(names)
 
 
-def load_tensors(module: torch.nn.Module, named: NamedTensors, checkpoint: Checkpoint, encoder: str) -> tuple[str, ...]:
+def load_tensors(
+    module: torch.nn.Module, named: NamedTensors, checkpoint: Checkpoint, model: ModelSpec
+) -> tuple[str, ...]:
     """Copy the tensors into the model, in its float32, and check that every value is finite.
 
     Args:
         module: filled in place.
         named: from :func:`strip_prefixes`.
         checkpoint: where they came from.
-        encoder: the model's, by name.
+        model: what ``module`` was built as.
 
     Returns:
         notes.
@@ -201,7 +204,8 @@ def load_tensors(module: torch.nn.Module, named: NamedTensors, checkpoint: Check
     integers = [k for k, t in translated.items() if k in floats and not t.is_floating_point()]
     if integers:
         raise CheckpointError(
-            f"{checkpoint.path}: {_names(integers)} hold integers, the model has floats: quantized? give the float ones"
+            f"{checkpoint.path}: {_names(integers)} hold integers, {model.arch} with encoder {model.encoder} has floats: "
+            "quantized? give the float ones"
         )
     notes: list[str] = []
     try:
@@ -210,7 +214,7 @@ def load_tensors(module: torch.nn.Module, named: NamedTensors, checkpoint: Check
             module.load_state_dict(translated, strict=True)
     except (RuntimeError, KeyError, AttributeError) as exc:
         surplus = translated.keys() - own.keys()
-        deeper = deeper_stages(module, encoder, translated) if surplus else set()
+        deeper = deeper_stages(module, model.encoder, translated) if surplus else set()
         if (
             not surplus
             or surplus != deeper

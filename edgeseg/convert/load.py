@@ -12,7 +12,7 @@ from pathlib import Path
 from edgeseg.convert import architectures
 from edgeseg.convert.assemble import Assembly, assemble, settle_geometry
 from edgeseg.convert.checkpoint import Checkpoint, read_checkpoint
-from edgeseg.convert.deduce import as_options, differences, fitting_request
+from edgeseg.convert.deduce import as_options, differences, fitting_request, require_fitting_size
 from edgeseg.convert.demo import read_demo
 from edgeseg.convert.diagnosis import likely_cause, matching_encoders
 from edgeseg.convert.fit import (
@@ -202,7 +202,9 @@ def _assemble_version(
     encoder = request.encoder or architectures.default_encoder(arch)
     encoder = architectures.resolve_encoder(encoder, arch, request.model_args)
     model_args, notes = settle_version(arch, encoder, request.model_args, named.tensors, checkpoint.config)
-    return assemble(replace(request, model_args=model_args)), notes
+    request = replace(request, model_args=model_args)
+    require_fitting_size(request, named.tensors)
+    return assemble(request), notes
 
 
 def _settle(request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors) -> tuple[ModelRequest, tuple[str, ...]]:
@@ -233,7 +235,7 @@ def _fill(assembly: Assembly, checkpoint: Checkpoint, named: NamedTensors) -> tu
     if head and assembly.module.classification_head is None:
         named = replace(named, tensors={k: v for k, v in named.tensors.items() if k not in head})
         notes = ("auxiliary classification head of the checkpoint dropped",)
-    return *notes, *load_tensors(assembly.module, named, checkpoint, assembly.model.encoder)
+    return *notes, *load_tensors(assembly.module, named, checkpoint, assembly.model)
 
 
 def _finish(assembly: Assembly, preprocess: Preprocess, weights: str, notes: tuple[str, ...]) -> LoadedModel:
