@@ -44,9 +44,19 @@ def fitting_request(request: ModelRequest, said: ModelRequest, tensors: Mapping[
         said: what the user said, which is not changed.
         tensors: of the checkpoint, prefixes stripped.
     """
-    fitting = [r for r in _hypotheses(request, said, tensors) if fits(r, tensors)]
+    own = request.model_args.get("encoder_depth", default_arguments(request.arch or "").get("encoder_depth", 5))
+    if (usual := _fitting_at(own, request, said, tensors)) is not None:
+        return usual
+    others = [_fitting_at(depth, request, said, tensors) for depth in (5, 4, 3, 2, 1) if depth != own]
+    fitting = [r for r in others if r is not None]
     # Two depths that both fit are two networks: nothing here tells which was trained.
     return fitting[0] if len(fitting) == 1 else None
+
+
+def _fitting_at(
+    depth: int, request: ModelRequest, said: ModelRequest, tensors: Mapping[str, Any]
+) -> ModelRequest | None:
+    return next((r for r in _hypotheses(depth, request, said, tensors) if fits(r, tensors)), None)
 
 
 def fits(request: ModelRequest, tensors: Mapping[str, Any]) -> bool:
@@ -97,25 +107,23 @@ def require_fitting_size(request: ModelRequest, tensors: Mapping[str, Any]) -> N
         )
 
 
-def _hypotheses(request: ModelRequest, said: ModelRequest, tensors: Mapping[str, Any]) -> Iterator[ModelRequest]:
+def _hypotheses(
+    depth: int, request: ModelRequest, said: ModelRequest, tensors: Mapping[str, Any]
+) -> Iterator[ModelRequest]:
     arch = request.arch or ""
-    widths = _widths(arch, tensors)
-    channels = request.in_channels if request.in_channels is not None else 3
-    for depth in (5, 4, 3, 2, 1):
-        guessed: dict[str, Any] = {**widths, "encoder_depth": depth}
-        if "upsampling" in request.model_args:
-            pass  # no tensor contradicts it
-        elif arch == "fpn" and depth > 2:
+    guessed: dict[str, Any] = {**_widths(arch, tensors), "encoder_depth": depth}
+    if "upsampling" not in request.model_args:  # no tensor contradicts one that is known
+        if arch == "fpn" and depth > 2:
             guessed["upsampling"] = 2 ** (depth - 3)  # its finest features are at 2**(3 - depth) of the image's size
         elif arch == "pspnet":
             guessed["upsampling"] = 2**depth
-        guessed = {k: v for k, v in guessed.items() if k in accepted_arguments(arch)}
-        model_args = without_defaults(arch, {**request.model_args, **guessed, **said.model_args})
-        hypothesis = replace(request, model_args=model_args)
-        yield hypothesis
-        stored = None if said.in_channels is not None else _input_channels(hypothesis, tensors)
-        if stored is not None and stored != channels:
-            yield replace(hypothesis, in_channels=stored)
+    guessed = {k: v for k, v in guessed.items() if k in accepted_arguments(arch)}
+    model_args = without_defaults(arch, {**request.model_args, **guessed, **said.model_args})
+    hypothesis = replace(request, model_args=model_args)
+    yield hypothesis
+    stored = None if said.in_channels is not None else _input_channels(hypothesis, tensors)
+    if stored is not None and stored != (request.in_channels if request.in_channels is not None else 3):
+        yield replace(hypothesis, in_channels=stored)
 
 
 def _input_channels(request: ModelRequest, tensors: Mapping[str, Any]) -> int | None:

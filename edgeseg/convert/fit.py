@@ -44,11 +44,7 @@ ARCH_MARKERS: tuple[tuple[str, str], ...] = (
 
 
 class MisfitError(CheckpointError):
-    """The tensors are not those of the model: what differs in words, and the tensors under the model's names."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], differences: str) -> None:
-        super().__init__(differences)
-        self.tensors = tensors
+    """The tensors are not those of the model; the message says how they differ."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +216,7 @@ def load_tensors(
             or surplus != deeper
             or not parameter_shapes(own).items() <= parameter_shapes(translated).items()
         ):
-            raise MisfitError(translated, _differences(translated, module)) from exc
+            raise MisfitError(_differences(translated, module)) from exc
         with quiet_libraries():
             module.load_state_dict({k: t for k, t in translated.items() if k not in deeper}, strict=True)
         notes.append(f"dropped {_count(len(deeper), 'tensor')} of deeper encoder stages, which the model does not use")

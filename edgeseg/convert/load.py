@@ -179,7 +179,7 @@ def _assemble_for(
         cause = f"its tensors are those of another model: give {as_options(differences(settled, contradicted))}"
     else:
         own = parameter_shapes(assembly.module.state_dict())
-        cause = likely_cause(failure.tensors, own, spec.arch, spec.encoder, assembly.depth)
+        cause = likely_cause(named.tensors, own, spec.arch, spec.encoder, assembly.depth)
     what = f"{checkpoint.path.name} does not fit {spec.arch} with encoder {spec.encoder} and {spec.classes} classes"
     raise CheckpointError(f"{what}: {failure}" + (f"; {cause}" if cause else "")) from failure
 
