@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from edgeseg.convert.export import ConversionReport
     from edgeseg.convert.load import LoadedModel
-    from edgeseg.pipeline.api import BuildRequest
+    from edgeseg.pipeline.request import BuildRequest
     from edgeseg.quantize.table import CalibrationTable
 
 CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")

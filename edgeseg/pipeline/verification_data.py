@@ -15,7 +15,7 @@ from edgeseg.quantize.table import CalibrationTable
 
 if TYPE_CHECKING:
     from edgeseg.convert.load import LoadedModel
-    from edgeseg.pipeline.api import BuildRequest
+    from edgeseg.pipeline.request import BuildRequest
 
 # Without --validation, every n-th calibration image is kept for verification, if that leaves enough to calibrate on.
 HELD_OUT_EVERY = 5
