@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from edgeseg.convert import older_smp
 from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean
 from edgeseg.spec import ARCHITECTURES, ModelSpec
 
@@ -33,10 +34,26 @@ _RENAMED_ARGUMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "upscale_mode": ("decoder_interpolation", ("pan",)),
 }
 
+# ``64,32,16`` as written on a command line, for the arguments that take a list.
+_NUMBERS = re.compile(r"\d{1,6}(,\d{1,6}){1,63}")
+
+# What may reach timm's constructors for ``tu-`` encoders, since config.json may come from anywhere: sizes of images and
+# windows, and what only training uses. ``checkpoint_path`` would open any file, ``layers`` build a network of any size.
+TIMM_ARGUMENTS = (
+    *("img_size", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "always_partition"),
+    *("patch_size", "window_size", "class_token", "reg_tokens", "no_embed_class", "pos_embed"),
+    *("drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate"),
+    *("patch_drop_rate", "act_layer", "norm_layer"),
+)
+
+# The largest numbers arguments may hold: what an image is enlarged, pooled or dilated by is memory in every run.
+MAX_NUMBER = 16384
+_MAX_NUMBERS = {"upsampling": 64, "psp_sizes": 256, "decoder_atrous_rates": 256}
+_MAX_ITEMS = 64
+MAX_CHANNELS = 4096
+
 # nn.Softmax() without a dimension warns; these are the ones a mask can be made from.
 ACTIVATIONS = ("identity", "sigmoid", "softmax", "softmax2d", "logsoftmax", "tanh")
-
-_DILATING = ("deeplabv3", "deeplabv3plus", "pan")
 
 # Downsampling by pooling cannot be replaced by dilation (SMP 0.6.0: each of these raises in make_dilated).
 _NOT_DILATABLE = ("vgg", "densenet", "inceptionresnetv2", "inceptionv4", "xception")
@@ -159,7 +176,7 @@ def _check_pair(arch: str, encoder: str, model_args: Mapping[str, Any]) -> None:
             f"upernet with {encoder}, or {arch} with a convolutional encoder such as resnet34"
         )
     undilated_pan = arch == "pan" and model_args.get("encoder_output_stride") == 32
-    if arch in _DILATING and not undilated_pan and encoder.startswith(_NOT_DILATABLE):
+    if arch in older_smp.DILATING and not undilated_pan and encoder.startswith(_NOT_DILATABLE):
         raise SpecError(_cannot_dilate(arch, encoder))
 
 
@@ -172,16 +189,21 @@ def _cannot_dilate(arch: str, encoder: str) -> str:
 
 
 def accepted_arguments(arch: str) -> tuple[str, ...]:
-    """Return the names ``model_args`` may hold: those of SMP's constructor, and ``psp_sizes`` for pspnet."""
+    """Return the names ``model_args`` may hold: those of SMP's constructor, ``smp_version``, and pspnet's ``psp_sizes``."""
     parameters = inspect.signature(model_class(arch).__init__).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "self"]
-    own = ("psp_sizes",) if arch == "pspnet" else ()
+    own = ("psp_sizes", older_smp.ARGUMENT) if arch == "pspnet" else (older_smp.ARGUMENT,)
     return (*(n for n in names if n not in SPEC_ARGUMENTS), *own)
+
+
+def default_arguments(arch: str) -> dict[str, Any]:
+    """Return the constructor's arguments with their defaults."""
+    return {n: p.default for n, p in inspect.signature(model_class(arch).__init__).parameters.items()}
 
 
 def without_defaults(arch: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments that differ from the constructor's defaults; lists and tuples count as the same."""
-    defaults = {n: p.default for n, p in inspect.signature(model_class(arch).__init__).parameters.items()}
+    defaults = default_arguments(arch)
     return {k: v for k, v in arguments.items() if _plain(defaults.get(k, ...)) != _plain(v)}
 
 
@@ -192,16 +214,19 @@ def _plain(value: object) -> object:
 def check_arguments(arch: str, encoder: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return ``model_args`` in today's spelling, and notes on what was translated.
 
-    Arguments the constructor does not know go to timm for ``tu-`` encoders; SMP ignores them silently for its own
-    encoders, which is refused here.
+    Arguments the constructor does not know go to timm for ``tu-`` encoders, those of ``TIMM_ARGUMENTS`` only; SMP
+    ignores them silently for its own encoders, which is refused here.
 
     Raises:
-        SpecError: an unknown argument; lists the accepted ones.
+        SpecError: an unknown argument (lists the accepted ones), or a number beyond what any model has.
     """
     accepted = accepted_arguments(arch)
+    if encoder.startswith("tu-"):
+        accepted = (*accepted, *TIMM_ARGUMENTS)
     checked: dict[str, Any] = {}
     notes: list[str] = []
-    for name, value in arguments.items():
+    for name, given in arguments.items():
+        value = [int(v) for v in given.split(",")] if isinstance(given, str) and _NUMBERS.fullmatch(given) else given
         new, archs = _RENAMED_ARGUMENTS.get(name, ("", ()))
         if name in SPEC_ARGUMENTS:
             option = name.removeprefix("encoder_") if name == "encoder_weights" else name.removesuffix("_name")
@@ -210,13 +235,29 @@ def check_arguments(arch: str, encoder: str, arguments: Mapping[str, Any]) -> tu
         if arch in archs:
             checked[new] = value
             notes.append(f"model argument {name} is called {new} now")
-        elif name in accepted or encoder.startswith("tu-"):
+        elif name in accepted:
             checked[name] = value
         else:
             raise SpecError(
                 f"{arch} has no argument {name!r}{did_you_mean(name, accepted)} (accepted: {', '.join(accepted)})"
             )
+        _require_bounded(name, value, _MAX_NUMBERS.get(name, MAX_NUMBER))
     return checked, tuple(notes)
+
+
+def _require_bounded(name: str, value: object, largest: int) -> None:
+    """Raise :class:`SpecError` for values no model has: memory and time grow with them."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        if len(value) > _MAX_ITEMS:
+            raise SpecError(f"model argument {name} has {len(value)} values; at most {_MAX_ITEMS} are taken")
+        for item in value:
+            _require_bounded(name, item, largest)
+    elif isinstance(value, (int, float)) and not -largest <= value <= largest:
+        raise SpecError(f"model argument {name} holds {value:.6g}; numbers up to {largest} are taken")
+    elif isinstance(value, str) and len(value) > _MAX_ITEMS:
+        raise SpecError(f"model argument {name} is a text of {len(value)} characters; at most {_MAX_ITEMS} are taken")
 
 
 def build_model(
@@ -242,6 +283,7 @@ def build_model(
         **loading_args,
     }
     sizes = arguments.pop("psp_sizes", None)
+    old = older_smp.ARGUMENT in arguments and older_smp.is_old(arguments.pop(older_smp.ARGUMENT))
     if spec.arch == "dpt" and "dynamic_img_size" not in arguments:
         # Without it a vision transformer takes the one size of its name; the weights are the same either way.
         with contextlib.suppress(SpecError):
@@ -250,6 +292,9 @@ def build_model(
     module = _construct(spec, arguments)
     if sizes is not None:
         _replace_pyramid(module, spec, sizes)
+    if old and older_smp.builds_otherwise(spec.arch, spec.encoder, spec.model_args):
+        with quiet_libraries():
+            older_smp.dilate_as_before(module, spec.arch, spec.encoder, spec.model_args)
     return module, ()
 
 
@@ -264,7 +309,7 @@ def _construct(spec: ModelSpec, arguments: Mapping[str, Any]) -> torch.nn.Module
 def _rejection(spec: ModelSpec, exc: Exception) -> str:
     """Say why a constructor raised; timm's own words are often an empty assertion."""
     reason = " ".join(str(exc).split())[:200]
-    if spec.arch in _DILATING and (isinstance(exc, AssertionError) or "output_stride" in reason):
+    if spec.arch in older_smp.DILATING and (isinstance(exc, AssertionError) or "output_stride" in reason):
         return _cannot_dilate(spec.arch, spec.encoder)
     if "downsampling pattern" in reason:
         return (

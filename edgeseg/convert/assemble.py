@@ -64,13 +64,16 @@ def assemble(
     model_args = architectures.without_defaults(arch, model_args)
     model_args, aux_notes = _settle_auxiliary_head(model_args, request.keep_aux)
     notes.extend(aux_notes)
+    channels = request.in_channels if request.in_channels is not None else 3
+    if channels > architectures.MAX_CHANNELS:
+        raise SpecError(f"in_channels is {channels}; at most {architectures.MAX_CHANNELS} are built")
     spec = ModelSpec(
         arch=arch,
         encoder=encoder,
         classes=classes,
         class_names=request.class_names,
         task=task,
-        in_channels=request.in_channels if request.in_channels is not None else 3,
+        in_channels=channels,
         activation=activation,
         model_args=model_args,
     )
@@ -157,7 +160,10 @@ def settle_output_size(module: torch.nn.Module, spec: ModelSpec, size: tuple[int
     head = module.segmentation_head
     if factor < 1 or (height * factor, width * factor) != size or not isinstance(head, torch.nn.Sequential):
         sizes = f"{height}x{width} for {size[0]}x{size[1]}"
-        raise SpecError(f"{what} returns {sizes}; the output must have the input's size, check --model-arg")
+        upsampling = spec.model_args.get("upsampling", 4)
+        fitting = upsampling * size[0] // height if height and isinstance(upsampling, int) else 0
+        advice = f"give --model-arg upsampling={fitting}" if spec.arch == "fpn" and fitting else "check --model-arg"
+        raise SpecError(f"{what} returns {sizes}; the output must have the input's size, {advice}")
     head[1] = torch.nn.Sequential(head[1], torch.nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=True))
     return (f"the network's output is 1/{factor} of its input's size; enlarged bilinearly, as SMP's head does",)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert.architectures import accepted_arguments, import_for_conversion, quiet_libraries
-from edgeseg.convert.fit import Shapes, guess_arch
+from edgeseg.convert.fit import Shapes, guess_arch, parameter_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -31,15 +32,27 @@ def likely_cause(given: Mapping[str, torch.Tensor], own: Shapes, arch: str, enco
         own: the model's shapes.
         depth: the model's ``encoder_depth``.
     """
-    theirs: Shapes = {k: tuple(t.shape) for k, t in given.items() if not k.endswith("num_batches_tracked")}
+    theirs = parameter_shapes(given)
     found = guess_arch(theirs)
     if found is not None and found != arch:
         return f"its decoder is that of {found}: give --arch {found}"
-    wrong = {k for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k)}
+    missing = own.keys() - theirs.keys()
+    changed = {k for k in own.keys() & theirs.keys() if own[k] != theirs[k]}
+    if missing and not changed and all(k.endswith((".running_mean", ".running_var")) for k in missing):
+        return (
+            "it holds parameters without BatchNorm's running_mean and running_var: save model.state_dict(), which has "
+            "both, not model.parameters()"
+        )
+    if not missing and not changed:
+        added = ", ".join(sorted(theirs.keys() - own.keys())[:2])
+        return (
+            f"the model's own tensors are all there, so delete from the state dict what training added ({added}, ...)"
+        )
+    wrong = missing | changed | (theirs.keys() - own.keys())
     inside = {k for k in wrong if k.startswith("encoder.")}
     if inside:
         return _input_cause(inside, own, theirs) or _encoder_cause(theirs, encoder, depth)
-    return _decoder_cause(wrong, own, theirs, arch)
+    return _decoder_cause(wrong, own, arch)
 
 
 def _input_cause(wrong: set[str], own: Shapes, theirs: Shapes) -> str:
@@ -65,19 +78,60 @@ def _image_size_cause(shape: tuple[int, ...]) -> str:
     return "its position embedding is for another image size: give --model-arg img_size=..."
 
 
+def matching_encoders(theirs: Shapes) -> list[str]:
+    """Return the encoders whose tensors have the names and shapes of the stored ones (the first convolution aside).
+
+    Several are twins that compute otherwise: timm's ``efficientnet_b0`` and ``tf_efficientnet_b0``, say.
+    """
+    stored = _encoder_shapes(theirs)
+    if not stored:
+        return []
+    candidates = _candidates(stored, "")
+    for depth in (5, 4, 3):
+        likeness = {name: _similarity(shapes, stored) for name, shapes in _built(candidates, depth)}
+        exact = [name for name, alike in likeness.items() if alike == 1.0]
+        if exact or not likeness:
+            return [*exact, *_twins(exact[0], exact, stored, depth)] if exact else []
+        nearest = max(likeness, key=lambda name: likeness[name])
+        if nearest.startswith("tu-"):
+            relatives = [n for n in _relatives(nearest) if n not in likeness]
+            exact = [n for n, shapes in _built(relatives, depth) if _similarity(shapes, stored) == 1.0]
+            if exact:
+                return [*exact, *_twins(exact[0], exact, stored, depth)]
+    return []
+
+
+def _twins(name: str, known: list[str], stored: Shapes, depth: int) -> list[str]:
+    if not name.startswith("tu-"):
+        return []
+    timm = import_for_conversion("timm")
+    base = name.removeprefix("tu-").removeprefix("tf_")
+    others = [f"tu-{n}" for n in timm.list_models(f"*{base}*") if f"tu-{n}" not in known]
+    return [n for n, shapes in _built(others, depth) if _similarity(shapes, stored) == 1.0]
+
+
+def _encoder_shapes(theirs: Shapes) -> Shapes:
+    return {k.removeprefix("encoder."): v for k, v in theirs.items() if k.startswith("encoder.")}
+
+
+def _candidates(stored: Shapes, encoder: str) -> list[str]:
+    return _timm_candidates(encoder) if any(k.startswith("model.") for k in stored) else _smp_candidates(stored)
+
+
 def _encoder_cause(theirs: Shapes, encoder: str, depth: int) -> str:
-    stored = {k.removeprefix("encoder."): v for k, v in theirs.items() if k.startswith("encoder.")}
+    stored = _encoder_shapes(theirs)
     if not stored:
         return "it holds no encoder"
-    candidates = _timm_candidates(encoder) if any(k.startswith("model.") for k in stored) else _smp_candidates(stored)
     best, score = "", 0.0
-    for name, shapes in _built(candidates, depth):
+    for name, shapes in _built(_candidates(stored, encoder), depth):
         alike = _similarity(shapes, stored)
-        if alike == 1.0:
+        if alike == 1.0 and name != encoder:
             return f"its encoder is that of {name}: give --encoder {name}"
         if alike > score:
             best, score = name, alike
-    if score > 0.6 and best != encoder:
+    if best == encoder:
+        return f"its encoder is {encoder} with other tensors than SMP's: changed in training?"
+    if score > 0.6:
         return f"its encoder is not {encoder}; the nearest known is {best}"
     return f"its encoder is not {encoder}: give --encoder as in training"
 
@@ -98,11 +152,18 @@ def _smp_candidates(stored: Shapes) -> list[str]:
 
 
 def _timm_candidates(encoder: str) -> list[str]:
+    relatives = _relatives(encoder) if encoder.startswith("tu-") else []
+    return [*dict.fromkeys([*(f"tu-{n}" for n in _TIMM_SAMPLE), *relatives])][: 2 * _MAX_BUILDS]
+
+
+def _relatives(encoder: str) -> list[str]:
+    """A few timm encoders of the family of ``tu-NAME``, those first whose names are most alike."""
     timm = import_for_conversion("timm")
     base = encoder.removeprefix("tu-").split(".")[0]
     stem = re.split(r"[\d_]", base)[0]
-    relatives = timm.list_models(f"{stem}*")[:_MAX_BUILDS] if encoder.startswith("tu-") and len(stem) > 2 else []
-    return [f"tu-{n}" for n in dict.fromkeys([*_TIMM_SAMPLE, *relatives])][: 2 * _MAX_BUILDS]
+    names = timm.list_models(f"{stem}*") if len(stem) > 2 else []
+    alike = sorted(names, key=lambda name: SequenceMatcher(None, name, base).ratio(), reverse=True)
+    return [f"tu-{n}" for n in alike[:_MAX_BUILDS]]
 
 
 def _built(names: list[str], depth: int) -> Iterator[tuple[str, Shapes]]:
@@ -116,10 +177,7 @@ def _built(names: list[str], depth: int) -> Iterator[tuple[str, Shapes]]:
                     module = smp.encoders.get_encoder(name, in_channels=3, depth=depth, weights=None)
             except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError):
                 continue  # mit encoders compute on values while they are built, which meta tensors have not
-            yield (
-                name,
-                {k: tuple(t.shape) for k, t in module.state_dict().items() if not k.endswith("num_batches_tracked")},
-            )
+            yield name, parameter_shapes(module.state_dict())
             break
 
 
@@ -134,17 +192,8 @@ def _first_convolution(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> 
     return a is not None and b is not None and len(a) == len(b) == 4 and a[1] == 3 and (a[0], *a[2:]) == (b[0], *b[2:])
 
 
-def _decoder_cause(wrong: set[str], own: Shapes, theirs: Shapes, arch: str) -> str:
-    extra = wrong - own.keys()
-    if any(".attention" in k for k in extra):
+def _decoder_cause(wrong: set[str], own: Shapes, arch: str) -> str:
+    if any(".attention" in k for k in wrong - own.keys()):
         return "it has attention blocks: give --model-arg decoder_attention_type=scse"
-    blocks = sorted((int(m.group(1)), shape[0]) for k, shape in theirs.items() if (m := _BLOCK_OUTPUT.match(k)))
-    mine = sorted((int(m.group(1)), shape[0]) for k, shape in own.items() if (m := _BLOCK_OUTPUT.match(k)))
-    if arch in ("unet", "manet") and blocks and blocks != mine:
-        channels = ",".join(str(c) for _, c in blocks)
-        return f"its decoder has other widths: give --model-arg decoder_channels={channels}"
     decoder = ", ".join(a for a in accepted_arguments(arch) if a.startswith(("decoder_", "psp_")))
     return f"its decoder was built with other arguments: give them with --model-arg ({decoder})" if decoder else ""
-
-
-_BLOCK_OUTPUT = re.compile(r"^decoder\.blocks\.(\d+)\.conv2\.0\.weight$")

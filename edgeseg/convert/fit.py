@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgeseg.convert.architectures import quiet_libraries
+from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
 from edgeseg.convert.checkpoint import Checkpoint
+from edgeseg.convert.leftovers import refuse_reparametrized, without_wrappers
 from edgeseg.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+    from edgeseg.spec import ModelSpec
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
@@ -29,7 +33,7 @@ ARCH_MARKERS: tuple[tuple[str, str], ...] = (
     ("linknet", r"^decoder\.blocks\.0\.block\."),
     ("fpn", r"^decoder\.seg_blocks\."),
     ("pan", r"^decoder\.fpa\."),
-    ("upernet", r"^decoder\.fpn_lateral_blocks\."),
+    ("upernet", r"^decoder\.fpn_lateral_blocks\.|^decoder\.fpn_stages\."),
     ("pspnet", r"^decoder\.psp\."),
     ("deeplabv3plus", r"^decoder\.block2\."),
     ("deeplabv3", r"^decoder\.aspp\.convs\.|^decoder\.0\.convs\."),
@@ -37,6 +41,10 @@ ARCH_MARKERS: tuple[tuple[str, str], ...] = (
     ("dpt", r"^decoder\.projection_blocks\.|^decoder\.reassemble_blocks\.|^decoder\.fusion_blocks\."),
     ("unet", r"^decoder\.blocks\.0\.conv1\."),
 )
+
+
+class MisfitError(CheckpointError):
+    """The tensors are not those of the model; the message says how they differ."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,11 @@ def strip_prefixes(checkpoint: Checkpoint) -> NamedTensors:
     Raises:
         CheckpointError: there is no segmentation model among the keys, or several that cannot be told apart.
     """
-    notes: list[str] = []
-    tensors = {key.replace("_orig_mod.", ""): value for key, value in checkpoint.tensors.items()}
-    if any("_orig_mod." in key for key in checkpoint.tensors):
-        notes.append("stripped '_orig_mod.' (torch.compile) from the checkpoint's keys")
+    tensors, cleaned = without_wrappers(checkpoint.tensors)
+    notes = list(cleaned)
     found = _model_prefixes(tensors)
     if not found:
+        refuse_reparametrized(checkpoint.path, tensors)
         raise CheckpointError(_no_head(checkpoint, tensors))
     prefix = _preferred(found)
     others = [p for p in found if p != prefix]
@@ -82,6 +89,7 @@ def strip_prefixes(checkpoint: Checkpoint) -> NamedTensors:
         # Without a prefix, what belongs to something else can only be told by name.
         outside = {k: v for k, v in inside.items() if not k.startswith(_MODEL_PARTS)}
         inside = {k: v for k, v in inside.items() if k not in outside}
+    refuse_reparametrized(checkpoint.path, inside)
     rest = [k for k in outside if not any(o and k.startswith(o) for o in others)]
     if rest:
         notes.append(f"dropped {_count(len(rest), 'tensor')} outside the model ({', '.join(sorted(rest)[:3])})")
@@ -134,12 +142,42 @@ def guess_arch(keys: Iterable[str]) -> str | None:
     return None
 
 
+def parameter_shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    """Return names and shapes; BatchNorm's counters, which some savers leave out, do not count."""
+    return {k: tuple(t.shape) for k, t in tensors.items() if not k.endswith("num_batches_tracked")}
+
+
+def translated_shapes(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    """Return the tensors' shapes under the names of this version; the module keeps the values it has."""
+    return parameter_shapes(_translate(module, {k: t.to("meta") for k, t in tensors.items()}))
+
+
+def _translate(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    # SMP translates names of older versions in place, in load_state_dict, before it compares. Meta tensors have no
+    # values to load, and strict because SMP takes mismatched tensors out of the dictionary otherwise.
+    renamed = dict(tensors)
+    with quiet_libraries(), contextlib.suppress(RuntimeError, KeyError, AttributeError, NotImplementedError):
+        module.load_state_dict(renamed, strict=True)
+    return renamed
+
+
+def deeper_stages(module: torch.nn.Module, encoder: str, names: Iterable[str]) -> set[str]:
+    """Return those of the names that belong to stages of the encoder beyond the depth it was built with.
+
+    SMP 0.4 and older kept such stages of some encoders in the model, and in its checkpoints, without using them.
+    """
+    smp = import_for_conversion("segmentation_models_pytorch")
+    torch = import_for_conversion("torch")
+    built: Any = module.encoder
+    device = "cpu" if encoder.startswith("mit_b") else "meta"
+    with torch.device(device), quiet_libraries():
+        whole = smp.encoders.get_encoder(encoder, in_channels=built._in_channels, depth=5, weights=None)
+    deeper = {f"encoder.{k}" for k in whole.state_dict()} - {f"encoder.{k}" for k in built.state_dict()}
+    return deeper & set(names)
+
+
 def load_tensors(
-    module: torch.nn.Module,
-    named: NamedTensors,
-    checkpoint: Checkpoint,
-    what: str,
-    guess: Callable[[Mapping[str, torch.Tensor], Shapes], str],
+    module: torch.nn.Module, named: NamedTensors, checkpoint: Checkpoint, model: ModelSpec
 ) -> tuple[str, ...]:
     """Copy the tensors into the model, in its float32, and check that every value is finite.
 
@@ -147,36 +185,46 @@ def load_tensors(
         module: filled in place.
         named: from :func:`strip_prefixes`.
         checkpoint: where they came from.
-        what: the model in words, for messages.
-        guess: called with the tensors and the model's shapes when they do not fit; returns the likely cause, or "".
+        model: what ``module`` was built as.
 
     Returns:
         notes.
 
     Raises:
-        CheckpointError: missing, unexpected or mismatched tensors, or NaN and Inf among the values.
+        MisfitError: missing, unexpected or mismatched tensors.
+        CheckpointError: integers among the weights, or NaN and Inf among the values.
     """
     own = module.state_dict()
-    # SMP translates keys of older versions in place, in load_state_dict: what it leaves is what gets compared.
     translated: dict[str, torch.Tensor] = dict(named.tensors)
     floats = {k for k, t in own.items() if t.is_floating_point()}
     integers = [k for k, t in translated.items() if k in floats and not t.is_floating_point()]
     if integers:
         raise CheckpointError(
-            f"{checkpoint.path}: {_names(integers)} hold integers, {what} has floats: quantized? give the float ones"
+            f"{checkpoint.path}: {_names(integers)} hold integers, {model.arch} with encoder {model.encoder} has floats: "
+            "quantized? give the float ones"
         )
+    notes: list[str] = []
     try:
         with quiet_libraries():
+            # It translates the names in place, then compares: what it leaves is what gets compared below.
             module.load_state_dict(translated, strict=True)
     except (RuntimeError, KeyError, AttributeError) as exc:
-        problem = _differences(translated, module)
-        own_shapes = {k: tuple(t.shape) for k, t in own.items() if not k.endswith("num_batches_tracked")}
-        cause = guess(named.tensors, own_shapes)
-        message = f"{checkpoint.path.name} does not fit {what}: {problem}" + (f"; {cause}" if cause else "")
-        raise CheckpointError(message) from exc
+        surplus = translated.keys() - own.keys()
+        deeper = deeper_stages(module, model.encoder, translated) if surplus else set()
+        if (
+            not surplus
+            or surplus != deeper
+            or not parameter_shapes(own).items() <= parameter_shapes(translated).items()
+        ):
+            raise MisfitError(_differences(translated, module)) from exc
+        with quiet_libraries():
+            module.load_state_dict({k: t for k, t in translated.items() if k not in deeper}, strict=True)
+        notes.append(f"dropped {_count(len(deeper), 'tensor')} of deeper encoder stages, which the model does not use")
     require_finite(module, str(checkpoint.path))
     kinds = {str(t.dtype).removeprefix("torch.") for t in named.tensors.values() if t.is_floating_point()} - {"float32"}
-    return (f"weights cast from {' and '.join(sorted(kinds))} to float32",) if kinds else ()
+    if kinds:
+        notes.append(f"weights cast from {' and '.join(sorted(kinds))} to float32")
+    return tuple(notes)
 
 
 def require_finite(module: torch.nn.Module, what: str) -> None:
@@ -192,8 +240,7 @@ def require_finite(module: torch.nn.Module, what: str) -> None:
 
 
 def _differences(given: Mapping[str, torch.Tensor], module: torch.nn.Module) -> str:
-    own = {k: tuple(t.shape) for k, t in module.state_dict().items() if not k.endswith("num_batches_tracked")}
-    theirs = {k: tuple(t.shape) for k, t in given.items() if not k.endswith("num_batches_tracked")}
+    own, theirs = parameter_shapes(module.state_dict()), parameter_shapes(given)
     groups = {
         "missing": own.keys() - theirs.keys(),
         "unexpected": theirs.keys() - own.keys(),

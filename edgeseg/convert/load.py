@@ -12,13 +12,23 @@ from pathlib import Path
 from edgeseg.convert import architectures
 from edgeseg.convert.assemble import Assembly, assemble, settle_geometry
 from edgeseg.convert.checkpoint import Checkpoint, read_checkpoint
+from edgeseg.convert.deduce import as_options, differences, fitting_request, require_fitting_size
 from edgeseg.convert.demo import read_demo
-from edgeseg.convert.diagnosis import likely_cause
+from edgeseg.convert.diagnosis import likely_cause, matching_encoders
 from edgeseg.convert.evidence import ImageSource, best_fit, no_images
-from edgeseg.convert.fit import NamedTensors, checkpoint_classes, guess_arch, load_tensors, strip_prefixes
+from edgeseg.convert.fit import (
+    MisfitError,
+    NamedTensors,
+    checkpoint_classes,
+    guess_arch,
+    load_tensors,
+    parameter_shapes,
+    strip_prefixes,
+)
 from edgeseg.convert.geometry import DEFAULT_PIXELS
 from edgeseg.convert.hub import hub_weights_names, prepare_hub_weights, refuse_early
 from edgeseg.convert.loaded import LoadedModel, freeze, hash_weights
+from edgeseg.convert.older_smp import settle_version
 from edgeseg.convert.preprocessing import recorded_preprocess, resolve_preprocess
 from edgeseg.convert.recorded import merge, recorded_model
 from edgeseg.convert.wrap import wrap_module
@@ -123,8 +133,7 @@ def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint, images: Imag
     recorded = recorded_model(checkpoint)
     named = strip_prefixes(checkpoint)
     settled, notes = _settle(merge(request, recorded), checkpoint, named)
-    assembly = assemble(settled)
-    fit_notes = _fill(assembly, checkpoint, named)
+    assembly, fit_notes = _assemble_for(settled, request, checkpoint, named)
     freeze(assembly.module)
     samples = images(assembly.model.in_channels)
     preprocess, preprocess_notes = resolve_preprocess(
@@ -138,6 +147,69 @@ def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint, images: Imag
     )
     every = (*checkpoint.notes, *recorded.notes, *named.notes, *notes, *assembly.notes, *fit_notes, *preprocess_notes)
     return _finish(assembly, preprocess, f"weights of {checkpoint.path}", every)
+
+
+def _assemble_for(
+    settled: ModelRequest, said: ModelRequest, checkpoint: Checkpoint, named: NamedTensors
+) -> tuple[Assembly, tuple[str, ...]]:
+    """Build the model and load the tensors; where they do not fit, what the tensors themselves tell is used.
+
+    Args:
+        settled: the request with what is recorded filled in.
+        said: the user's own words, which win over the tensors; a contradiction is an error.
+        checkpoint: where the tensors came from.
+        named: its tensors.
+
+    Raises:
+        CheckpointError: no model that agrees with what was said has these tensors.
+    """
+    try:
+        assembly, notes = _assemble_version(settled, checkpoint, named)
+        return assembly, (*notes, *_fill(assembly, checkpoint, named))
+    except (MisfitError, SpecError) as exc:
+        # SpecError: decoder_channels of four blocks, say, with the encoder_depth of five that nobody said.
+        failure: EdgesegError = exc
+    by_tensors = _by_tensors(settled, said, named)
+    if by_tensors is not None:
+        changed = differences(settled, by_tensors)
+        assembly, notes = _assemble_version(by_tensors, checkpoint, named)
+        told = ", ".join(f"{option.split()[-1].removeprefix('--')} {value}" for option, value in changed.items())
+        note = f"by the shapes of the checkpoint's tensors: {told}"
+        return assembly, (note, *notes, *_fill(assembly, checkpoint, named))
+    if not isinstance(failure, MisfitError):
+        raise failure
+    spec = assembly.model
+    contradicted = _by_tensors(settled, ModelRequest(encoder=said.encoder), named)
+    if contradicted is not None:
+        cause = f"its tensors are those of another model: give {as_options(differences(settled, contradicted))}"
+    else:
+        own = parameter_shapes(assembly.module.state_dict())
+        cause = likely_cause(named.tensors, own, spec.arch, spec.encoder, assembly.depth)
+    what = f"{checkpoint.path.name} does not fit {spec.arch} with encoder {spec.encoder} and {spec.classes} classes"
+    raise CheckpointError(f"{what}: {failure}" + (f"; {cause}" if cause else "")) from failure
+
+
+def _by_tensors(settled: ModelRequest, said: ModelRequest, named: NamedTensors) -> ModelRequest | None:
+    if settled.encoder is None:
+        encoders = matching_encoders(parameter_shapes(named.tensors))
+        if len(encoders) > 1:
+            names = " or ".join(encoders[:4])
+            raise CheckpointError(f"its tensors are those of {names}, which compute otherwise; give --encoder")
+        settled = replace(settled, encoder=encoders[0]) if encoders else settled
+    return fitting_request(settled, said, named.tensors)
+
+
+def _assemble_version(
+    request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors
+) -> tuple[Assembly, tuple[str, ...]]:
+    """Build the model as the version of SMP that trained it did."""
+    arch = architectures.require_arch(request.arch)
+    encoder = request.encoder or architectures.default_encoder(arch)
+    encoder = architectures.resolve_encoder(encoder, arch, request.model_args)
+    model_args, notes = settle_version(arch, encoder, request.model_args, named.tensors, checkpoint.config)
+    request = replace(request, model_args=model_args)
+    require_fitting_size(request, named.tensors)
+    return assemble(request), notes
 
 
 def _settle(request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors) -> tuple[ModelRequest, tuple[str, ...]]:
@@ -164,19 +236,11 @@ def _settle(request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors) 
 def _fill(assembly: Assembly, checkpoint: Checkpoint, named: NamedTensors) -> tuple[str, ...]:
     """Load the tensors; an auxiliary head's are left out when the model was built without one."""
     notes: tuple[str, ...] = ()
-    spec = assembly.model
     head = [k for k in named.tensors if k.startswith("classification_head.")]
     if head and assembly.module.classification_head is None:
         named = replace(named, tensors={k: v for k, v in named.tensors.items() if k not in head})
         notes = ("auxiliary classification head of the checkpoint dropped",)
-    what = f"{spec.arch} with encoder {spec.encoder} and {spec.classes} classes"
-    return *notes, *load_tensors(
-        assembly.module,
-        named,
-        checkpoint,
-        what,
-        lambda given, own: likely_cause(given, own, spec.arch, spec.encoder, assembly.depth),
-    )
+    return *notes, *load_tensors(assembly.module, named, checkpoint, assembly.model)
 
 
 def _finish(assembly: Assembly, preprocess: Preprocess, weights: str, notes: tuple[str, ...]) -> LoadedModel:

@@ -15,6 +15,7 @@ import random
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from edgeseg.spec import ModelRequest
 
 torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402  these need torch
+from torch.nn.utils import prune  # noqa: E402
 
 from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E402
 from edgeseg.convert.checkpoint import read_checkpoint  # noqa: E402
@@ -248,8 +250,12 @@ def test_the_architecture_is_recognized_by_its_tensors(arch: str) -> None:
             {"arch": "unet", "model_args": {}},
             r"missing \(decoder\.blocks: \d+\).*its decoder is that of fpn: give --arch fpn",
         ),
-        ({"in_channels": 4}, r"it takes 3 input channels: give --in-channels 3"),
-        ({"model_args": {}}, r"of another shape \(decoder\..*--model-arg \(decoder_pyramid_channels,"),
+        ({"in_channels": 4}, r"its tensors are those of another model: give --in-channels 3$"),
+        (
+            {"model_args": {"decoder_pyramid_channels": 32}},
+            r"of another shape \(decoder\..*another model: give --model-arg decoder_pyramid_channels=16 --model-arg "
+            r"decoder_segmentation_channels=32$",
+        ),
         ({"model_args": {**ARGS, "aux_params": {"classes": 2}}, "keep_aux": True}, r"2 missing \(classification_head"),
     ],
 )
@@ -264,26 +270,151 @@ def test_weights_that_do_not_fit_say_why(
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize(
-    ("built", "asked_args", "message"),
-    [
-        ({"decoder_attention_type": "scse"}, {}, "decoder_attention_type=scse"),
-        ({"decoder_channels": (64, 32, 16, 16, 16)}, {}, "decoder_channels=64,32,16,16,16"),
-    ],
-)
-def test_other_decoder_arguments_are_read_off_the_tensors(
-    built: dict[str, Any], asked_args: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    torch.save(smp.Unet(ENCODER, encoder_weights=None, **built).state_dict(), tmp_path / "u.pt")
-    with pytest.raises(CheckpointError, match=f"give --model-arg {message}"):
-        load_model(ModelRequest(arch="unet", encoder=ENCODER, weights=str(tmp_path / "u.pt"), model_args=asked_args))
-    load_model(ModelRequest(arch="unet", encoder=ENCODER, weights=str(tmp_path / "u.pt"), model_args=built))
+READ_OFF: dict[str, tuple[str, dict[str, Any], str]] = {
+    "attention": ("unet", {"decoder_attention_type": "scse"}, 'decoder_attention_type "scse"'),
+    "widths": ("unet", {"decoder_channels": [64, 32, 16, 16, 8]}, "decoder_channels [64,32,16,16,8]"),
+    "depth": ("unet", {"encoder_depth": 4, "decoder_channels": [32, 16, 16, 8]}, "encoder_depth 4"),
+    "no norm": ("manet", {"decoder_use_norm": False, "decoder_pab_channels": 32}, "decoder_use_norm false"),
+    "unetplusplus": ("unetplusplus", {"encoder_depth": 3, "decoder_channels": [32, 16, 8]}, "encoder_depth 3"),
+    "linknet": ("linknet", {"encoder_depth": 4}, "encoder_depth 4"),
+    "fpn": ("fpn", {"encoder_depth": 4, "upsampling": 2, **ARGS}, "encoder_depth 4"),
+    "merged": ("fpn", {"decoder_merge_policy": "cat", **ARGS}, 'decoder_merge_policy "cat"'),
+    "pspnet": ("pspnet", {"encoder_depth": 4, "upsampling": 16, "psp_out_channels": 64}, "psp_out_channels 64"),
+    "separable": ("deeplabv3", {"decoder_channels": 16, "decoder_aspp_separable": True}, "decoder_channels 16"),
+}
 
 
-def test_a_timm_encoder_is_recognized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", READ_OFF)
+def test_depth_and_widths_are_read_off_the_tensors(case: str, tmp_path: Path) -> None:
+    arch, built, told = READ_OFF[case]
+    made = smp.create_model(arch, ENCODER, encoder_weights=None, classes=2, **built).eval()
+    torch.save(made.state_dict(), tmp_path / "w.pt")
+    loaded = assert_same(made, ModelRequest(arch=arch, encoder=ENCODER, weights=str(tmp_path / "w.pt")))
+    assert loaded.model.model_args == built
+    note = next(n for n in loaded.notes if n.startswith("by the shapes of the checkpoint's tensors: "))
+    assert told in note
+
+
+@pytest.mark.parametrize("said", ["64,32,16,16,8", [64, 32, 16, 16, 8], (64, 32, 16, 16, 8)])
+def test_advice_on_the_decoder_loads_the_model_in_each_spelling(said: Any, tmp_path: Path) -> None:
+    built = [64, 32, 16, 16, 8]
+    made = smp.Unet(ENCODER, encoder_weights=None, decoder_channels=built).eval()
+    torch.save(made.state_dict(), tmp_path / "u.pt")
+    request = ModelRequest(arch="unet", encoder=ENCODER, weights=str(tmp_path / "u.pt"))
+    with pytest.raises(CheckpointError, match=r"give --model-arg 'decoder_channels=\[64,32,16,16,8\]'$"):
+        load_model(replace(request, model_args={"decoder_channels": [64, 32, 16, 16, 16]}))
+    loaded = assert_same(made, replace(request, model_args={"decoder_channels": said}))
+    assert list(loaded.model.model_args["decoder_channels"]) == built
+
+
+def test_blocks_of_a_smaller_depth_need_no_depth_said(tmp_path: Path) -> None:
+    made = smp.Unet(ENCODER, encoder_weights=None, encoder_depth=4, decoder_channels=[32, 16, 16, 8]).eval()
+    torch.save(made.state_dict(), tmp_path / "u.pt")
+    args = {"decoder_channels": [32, 16, 16, 8]}
+    request = ModelRequest(arch="unet", encoder=ENCODER, weights=str(tmp_path / "u.pt"), model_args=args)
+    assert assert_same(made, request).model.model_args == {**args, "encoder_depth": 4}
+
+
+@pytest.mark.parametrize("encoder", [ENCODER, "tu-mobilenetv3_small_050"])
+def test_an_encoder_that_nobody_named_is_recognized(encoder: str, tmp_path: Path) -> None:
+    made = smp.FPN(encoder, encoder_weights=None, **ARGS).eval()
+    torch.save(made.state_dict(), tmp_path / "w.pt")
+    loaded = assert_same(made, ModelRequest(weights=str(tmp_path / "w.pt")))
+    assert loaded.model.encoder == encoder
+    assert any(f"checkpoint's tensors: encoder {encoder}" in n for n in loaded.notes)
+
+
+def test_encoders_that_tensors_cannot_tell_apart_are_asked_for(tmp_path: Path) -> None:
+    torch.save(smp.FPN("tu-mobilenetv3_small_100", encoder_weights=None).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"tu-mobilenetv3_small_100 or .*which compute otherwise; give --encoder"):
+        load_model(ModelRequest(weights=str(tmp_path / "w.pt")))
+
+
+def test_a_timm_encoder_that_contradicts_is_told(tmp_path: Path) -> None:
     torch.save(smp.FPN("tu-resnet18", encoder_weights=None).state_dict(), tmp_path / "u.pt")
     with pytest.raises(CheckpointError, match="its encoder is that of tu-resnet18: give --encoder tu-resnet18"):
         load_model(ModelRequest(arch="fpn", encoder="tu-resnet34", weights=str(tmp_path / "u.pt")))
+
+
+def test_a_replaced_first_convolution_decides_the_channels(tmp_path: Path) -> None:
+    made = smp.Unet("resnet18", encoder_weights=None, classes=2)
+    made.encoder.conv1 = torch.nn.Conv2d(8, 64, 7, 2, 3, bias=False)
+    made.save_pretrained(tmp_path)  # config.json still says 3
+    eight = {"mean": (0.0,) * 8, "std": (1.0,) * 8}
+    for channels in (None, 8):
+        loaded = load_model(ModelRequest(weights=str(tmp_path), in_channels=channels, **eight))
+        assert loaded.model.in_channels == 8
+    with pytest.raises(CheckpointError, match="give --in-channels 8$"):
+        load_model(ModelRequest(weights=str(tmp_path), in_channels=3))
+
+
+@pytest.mark.parametrize("encoder", ["timm-regnetx_002", "timm-resnest14d", "timm-gernet_s"])
+def test_unused_stages_of_old_encoders_are_dropped(encoder: str, tmp_path: Path) -> None:
+    """SMP 0.4 kept all stages whatever the depth, under these names; PSPNet's default depth is 3."""
+    with quiet_libraries():
+        made = smp.PSPNet(encoder, encoder_weights=None, psp_out_channels=16).eval()
+        whole = smp.encoders.get_encoder(encoder, weights=None).state_dict()
+    old = {f"encoder.{k}": v for k, v in whole.items()} | dict(made.state_dict())
+    renamed = {k.replace("encoder.model.", "encoder.").replace(".stages_", ".stages."): v for k, v in old.items()}
+    torch.save(renamed, tmp_path / "w.pt")
+    loaded = assert_same(made, ModelRequest(arch="pspnet", encoder=encoder, weights=str(tmp_path / "w.pt")))
+    assert any("of deeper encoder stages, which the model does not use" in n for n in loaded.notes)
+
+
+HARMLESS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "thop's counters": lambda s: {**s, "total_ops": torch.zeros(1), "encoder.features.0.total_params": torch.zeros(1)},
+    "(activation checkpointing)": lambda s: {
+        k.replace("features.1.", "features.1._checkpoint_wrapped_module."): v for k, v in s.items()
+    },
+    "(DataParallel of a part)": lambda s: {k.replace("encoder.", "encoder.module."): v for k, v in s.items()},
+    "observers of": lambda s: {**s, "decoder.p5.activation_post_process.eps": torch.zeros(1)},
+}
+
+
+@pytest.mark.parametrize("what", HARMLESS)
+def test_harmless_leftovers_of_training_tools_are_dropped(
+    what: str, model: Any, state: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.save(HARMLESS[what](state), tmp_path / "w.pt")
+    assert any(what in n for n in assert_same(model, asked(tmp_path / "w.pt")).notes)
+
+
+def reparametrized(apply: Callable[[Any], Any]) -> dict[str, Any]:
+    made = smp.FPN(ENCODER, encoder_weights=None, classes=4, **ARGS)
+    for part in list(made.modules()):
+        if isinstance(part, torch.nn.Conv2d):
+            apply(part)
+    return dict(made.state_dict())
+
+
+IN_PARTS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "pruned": (
+        lambda: reparametrized(lambda m: prune.identity(m, "weight")),
+        r"holds pruning masks .*call torch\.nn\.utils\.prune\.remove",
+    ),
+    "weight norm": (
+        lambda: reparametrized(torch.nn.utils.parametrizations.weight_norm),
+        r"holds parametrized weights .*remove_parametrizations",
+    ),
+    "LoRA": (
+        lambda: {"base_model.model.segmentation_head.0.base_layer.weight": torch.ones(1), "x.lora_A.w": torch.ones(1)},
+        r"holds LoRA adapters .*merge_and_unload",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_PARTS)
+def test_weights_kept_in_parts_are_named_with_what_joins_them(case: str, tmp_path: Path) -> None:
+    make, message = IN_PARTS[case]
+    torch.save(make(), tmp_path / "w.pt")
+    refuse(tmp_path / "w.pt", message)
+
+
+def test_what_is_missing_or_added_is_named(model: Any, state: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(dict(model.named_parameters()), tmp_path / "w.pt")
+    refuse(tmp_path / "w.pt", r"without BatchNorm's running_mean and running_var: save model\.state_dict\(\)")
+    torch.save({**state, "encoder.fc.weight": torch.ones(1)}, tmp_path / "w.pt")
+    refuse(tmp_path / "w.pt", r"are all there, so delete .* what training added \(encoder\.fc\.weight, \.\.\.\)")
 
 
 def test_keys_of_older_smp_versions_still_load(tmp_path: Path) -> None:
@@ -460,6 +591,30 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "another class": (b'{"_model_class": "MyNet"}', "of the class 'MyNet', which is not SMP's"),
     "wrong types": (b'{"_model_class": "FPN", "classes": "four"}', "classes is 'four', not int"),
     "unknown encoder": (b'{"_model_class": "FPN", "encoder_name": "../../etc"}', "unknown encoder"),
+    "a local file": (
+        b'{"_model_class": "FPN", "encoder_name": "tu-resnet18", "checkpoint_path": "/etc/passwd"}',
+        "no argument 'checkpoint_path'",
+    ),
+    "a million layers": (
+        b'{"_model_class": "FPN", "encoder_name": "tu-resnet18", "layers": [1000000, 1, 1, 1]}',
+        "no argument 'layers'",
+    ),
+    "wide decoder": (
+        b'{"_model_class": "Unet", "encoder_name": "mobilenet_v2", "decoder_channels": [9000, 9000, 9000, 9000, 9000]}',
+        r"the model described has \d{4} million values, its checkpoint \d\.\d million",
+    ),
+    "large encoder": (
+        b'{"_model_class": "DPT", "encoder_name": "tu-vit_giant_patch14_224"}',
+        r"the model described has \d{4} million values",
+    ),
+    "large number": (
+        b'{"_model_class": "FPN", "encoder_name": "mobilenet_v2", "upsampling": 4000}',
+        "upsampling holds 4000; numbers up to 64",
+    ),
+    "many channels": (
+        b'{"_model_class": "FPN", "encoder_name": "mobilenet_v2", "in_channels": 1000000}',
+        "in_channels is 1000000; at most 4096",
+    ),
     "unknown argument": (
         b'{"_model_class": "FPN", "encoder_name": "mobilenet_v2", "shell": "rm"}',
         "no argument 'shell'",
