@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgeseg.artifacts import OnnxGraph, sha256_file
+from edgeseg.convert.dynamic_size import constant_same_padding
 from edgeseg.convert.heads import LOGITS, Pipeline
 from edgeseg.convert.macs import count_macs
 from edgeseg.convert.naming import name_by_scope, name_dynamic_axes
@@ -76,6 +77,9 @@ def export_onnx(
     pipeline = Pipeline(loaded.module, spec).eval()
     probes = _probes(spec.input, probe_images)
     reference = [_reference(pipeline, image, spec) for image in probes]
+    if spec.input.dynamic_size:
+        module = constant_same_padding(loaded.module, spec.input.channels, spec.input.stride)
+        pipeline = Pipeline(module, spec).eval()
     exported = export_graph(pipeline, spec)
     model, applied = simplify(exported)
     parity = check(model, spec, probes, reference)
@@ -103,8 +107,9 @@ def _probes(spec: InputSpec, given: NDArray[np.uint8] | None) -> list[NDArray[np
         probes.append(np.concatenate([images[:1], images[-1:]])[: spec.batch.maximum])
     if spec.dynamic_size:
         height, width = (_another(v, spec, i) for i, v in enumerate((spec.height, spec.width)))
-        other = make_probe_images(height, width, spec.channels, count=1, seed=1)
-        probes.append(np.repeat(other, static, axis=0))
+        for size in {(height, width), spec.min_size or (height, width)}:
+            other = make_probe_images(*size, spec.channels, count=1, seed=1)
+            probes.append(np.repeat(other, static, axis=0))
     return probes
 
 
@@ -149,10 +154,19 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
             assert program is not None
         name_by_scope(program.model)
         name_dynamic_axes(program.model)
-        return ir.serde.serialize_model(program.model)
+        exported = ir.serde.serialize_model(program.model)
     except Exception as exc:
         hint = " with dynamic shapes; try static ones" if shapes else ""
         raise ExportError(f"torch cannot export {spec.model.display_name}{hint}: {first_line(exc)}") from exc
+    given = exported.graph.input[0].type.tensor_type.shape.dim
+    if shapes and (fixed := [axis for axis in shapes["image"] if given[axis].HasField("dim_value")]):
+        # torch.export answers code that branches on a size by fixing the size.
+        what = " and ".join(f"{('batch', 'height', 'width')[axis]} {given[axis].dim_value}" for axis in fixed)
+        raise ExportError(
+            f"{spec.model.display_name} can only be exported for {what}: its code depends on the size; build it without "
+            f"{'a range of batch sizes' if fixed == [0] else '--dynamic-size'}"
+        )
+    return exported
 
 
 def _dynamic_shapes(spec: InputSpec) -> dict[str, dict[int, Any]] | None:
