@@ -135,8 +135,10 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter
     if request.dynamic_size:
         from edgeseg.convert.dynamic_size import dynamic_sizes
 
-        sizes = dynamic_sizes(loaded, height, width)
-        stride, min_size = sizes.stride, sizes.min_size
+        with stage(reporter, "sizes") as said:
+            sizes = dynamic_sizes(loaded, height, width)
+            stride, min_size = sizes.stride, sizes.min_size
+            said.append(f"multiples of {stride}, from {min_size[0]}x{min_size[1]}")
         for note in sizes.notes:
             reporter.note(note)
     return PipelineSpec(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,15 @@ from edgeseg.convert.dynamic_size import constant_same_padding
 from edgeseg.convert.heads import LOGITS, Pipeline
 from edgeseg.convert.macs import count_macs
 from edgeseg.convert.naming import name_by_scope, name_dynamic_axes
-from edgeseg.convert.parity import Parity, compare, make_probe_images, ort_session, run_session, torch_outputs
+from edgeseg.convert.parity import (
+    RELATIVE_TOLERANCE,
+    Parity,
+    compare,
+    make_probe_images,
+    ort_session,
+    run_session,
+    torch_outputs,
+)
 from edgeseg.convert.silence import silenced
 from edgeseg.convert.simplify import simplify
 from edgeseg.convert.translations import TRANSLATIONS
@@ -82,7 +92,16 @@ def export_onnx(
         pipeline = Pipeline(module, spec).eval()
     exported = export_graph(pipeline, spec)
     model, applied = simplify(exported)
-    parity = check(model, spec, probes, reference)
+    try:
+        parity = check(model, spec, probes, reference)
+    except ExportError as exc:
+        if (own := rounding_error(loaded, probes[0])) > RELATIVE_TOLERANCE:
+            raise ExportError(
+                f"{spec.model.display_name} with {loaded.weights} cannot be compared: PyTorch's own float32 logits are {own:.2g} "
+                f"of their range from its float64 ones (allowed {RELATIVE_TOLERANCE:g}), so no engine could agree; it is the "
+                "weights, trained ones do not do this"
+            ) from exc
+        raise
     delivered = without_extra_logits(model, spec)
     write_onnx(delivered, path)
     report = ConversionReport(
@@ -125,10 +144,22 @@ def _reference(pipeline: Pipeline, images: NDArray[np.uint8], spec: PipelineSpec
     try:
         return torch_outputs(pipeline, images)
     except Exception as exc:
-        size = f"{images.shape[1]}x{images.shape[2]}"
-        raise SpecError(
-            f"{spec.model.display_name} does not take {size} images of {images.shape[3]} channels: {first_line(exc)}"
-        ) from exc
+        _, height, width, channels = images.shape
+        what = f"{spec.model.display_name} does not take {height}x{width} images of {channels} channels"
+        if (smallest := _smallest_above(pipeline, height, width, spec.input)) is not None:
+            raise SpecError(f"{what}, it needs at least {smallest[0]}x{smallest[1]}; give that as --size") from exc
+        raise SpecError(f"{what}: {first_line(exc)}") from exc
+
+
+def _smallest_above(pipeline: Pipeline, height: int, width: int, spec: InputSpec) -> tuple[int, int] | None:
+    """A larger size that the model takes, the smallest whose shorter side decides; ``None`` up to 512."""
+    first = (min(height, width) // spec.stride + 1) * spec.stride
+    for side in range(first, 512 + 1, spec.stride):
+        size = (max(side, height), max(side, width))
+        with contextlib.suppress(Exception):  # a model may refuse a size with any error
+            torch_outputs(pipeline, np.zeros((1, *size, spec.channels), np.uint8))
+            return size
+    return None
 
 
 def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
@@ -202,6 +233,23 @@ def without_extra_logits(model: onnx.ModelProto, spec: PipelineSpec) -> onnx.Mod
     del result.graph.output[:]
     result.graph.output.extend(kept)
     return result
+
+
+def rounding_error(loaded: LoadedModel, images: NDArray[np.uint8]) -> float:
+    """How far PyTorch's float32 logits are from its float64 ones, relative to the largest: what rounding alone does.
+
+    Untrained networks without working normalization amplify it from layer to layer.
+    """
+    preprocess = loaded.preprocess
+    values = (images * preprocess.scale - np.array(preprocess.mean)) / np.array(preprocess.std)
+    x = torch.from_numpy(values.transpose(0, 3, 1, 2).copy())
+    with silenced(), torch.inference_mode():
+        try:
+            outputs = [copy.deepcopy(loaded.module).to(dtype)(x.to(dtype)) for dtype in (torch.float32, torch.float64)]
+        except RuntimeError:  # a module with constants of its own in float32
+            return 0.0
+    single, double = (o[0] if isinstance(o, (tuple, list)) else o for o in outputs)
+    return float((single - double).abs().max() / double.abs().max().clamp(min=1.0))
 
 
 def _macs_per_image(model: onnx.ModelProto, spec: InputSpec) -> int:
