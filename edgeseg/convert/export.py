@@ -95,11 +95,13 @@ def export_onnx(
     try:
         parity = check(model, spec, probes, reference)
     except ExportError as exc:
-        if (own := rounding_error(loaded, probes[0])) > RELATIVE_TOLERANCE:
+        own = max(rounding_error(loaded, images) for images in probes)
+        # Two float32 computations differ by up to the sum of what each is off.
+        if 2 * own > RELATIVE_TOLERANCE:
             raise ExportError(
                 f"{spec.model.display_name} with {loaded.weights} cannot be compared: PyTorch's own float32 logits are {own:.2g} "
-                f"of their range from its float64 ones (allowed {RELATIVE_TOLERANCE:g}), so no engine could agree; it is the "
-                "weights, trained ones do not do this"
+                f"of their range off its float64 ones (engines may be {RELATIVE_TOLERANCE:g} off PyTorch), for this network "
+                "amplifies rounding; with trained weights it should not"
             ) from exc
         raise
     delivered = without_extra_logits(model, spec)
