@@ -119,7 +119,7 @@ def executed_precision(path: Path, requested: Precision, executed: list[Executed
     """
     import onnx
 
-    from edgeseg.convert.macs import count_macs
+    from edgeseg.convert.macs import CONV_WEIGHT, MATMUL_OPERANDS, count_macs
 
     model = onnx.load(str(path))
     ran = {node.name: node for node in executed}
@@ -128,12 +128,12 @@ def executed_precision(path: Path, requested: Precision, executed: list[Executed
         node.name = node.name or f"{node.op_type}_{index}"  # what ONNX Runtime's profiler calls a node without a name
         if node.name in ran:
             shapes.update(zip(node.output, ran[node.name].output_shapes, strict=False))
+        elif node.op_type in {*CONV_WEIGHT, *MATMUL_OPERANDS, "ConvTranspose"}:
+            raise BuildError(f"ONNX Runtime's profile of {path} holds no node {node.name!r}; please report the model")
     op_types = {node.name: node.op_type for node in model.graph.node}
     mac_totals: Counter[str] = Counter()
     float_layers: dict[str, str] = {}
     for name, macs in count_macs(model, shapes=shapes).items():
-        if name not in ran:
-            raise BuildError(f"ONNX Runtime's profile of {path} holds no node {name!r}; report the model")
         dtype = ran[name].dtype
         mac_totals[dtype] += macs // batch
         if dtype != requested:
