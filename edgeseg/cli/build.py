@@ -10,7 +10,7 @@ import click
 from edgeseg.backends import BACKENDS
 from edgeseg.cli.parameters import ANY_PATH, BatchType, SizeType
 from edgeseg.cli.shared_options import backend_options, model_options
-from edgeseg.pipeline.api import MIN_INT8_SHARE, BuildRequest
+from edgeseg.pipeline.request import MIN_INT8_SHARE, BuildRequest
 from edgeseg.spec import (
     PRECISIONS,
     BatchRange,

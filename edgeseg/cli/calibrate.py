@@ -9,7 +9,7 @@ import click
 
 from edgeseg.cli.parameters import ANY_PATH, SizeType
 from edgeseg.cli.shared_options import model_options
-from edgeseg.pipeline.api import BuildRequest
+from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import FitPolicy, ModelRequest
 
 

@@ -16,7 +16,7 @@ from edgeseg.spec import one_of
 from edgeseg.store.artifacts import OnnxGraph
 
 if TYPE_CHECKING:
-    from edgeseg.pipeline.api import BuildRequest
+    from edgeseg.pipeline.request import BuildRequest
     from edgeseg.quantize.table import CalibrationTable
 
 GRAPH_NAME = "model.onnx"

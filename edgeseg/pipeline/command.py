@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from edgeseg.pipeline.api import BuildRequest
+from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import BatchRange
 
 

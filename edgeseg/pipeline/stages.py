@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from edgeseg.convert.export import ConversionReport
     from edgeseg.convert.load import LoadedModel
-    from edgeseg.pipeline.api import BuildRequest
+    from edgeseg.pipeline.request import BuildRequest
     from edgeseg.quantize.table import CalibrationTable
 
 CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
@@ -66,7 +66,7 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         check_options(target, request.backend_options)
 
     loaded = load_stage(request, model, reporter)
-    spec = pipeline_spec(request, loaded)
+    spec = pipeline_spec(request, loaded, reporter)
     folder = request.folder or Path("engines") / default_name(request, loaded)
     if request.precision == "fp32" and request.calibration is not None:
         reporter.note("--calibration is not used: an fp32 engine has no ranges")
@@ -128,10 +128,20 @@ def choose_targets(target: str) -> tuple[str, ...]:
     return usable
 
 
-def pipeline_spec(request: BuildRequest, loaded: LoadedModel) -> PipelineSpec:
+def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter) -> PipelineSpec:
     """Join what was asked for and what the model needs into the one contract."""
     height, width = request.size or loaded.size
     loaded.check_size(height, width)
+    stride, min_size = loaded.stride, None
+    if request.dynamic_size:
+        from edgeseg.convert.dynamic_size import dynamic_sizes
+
+        with stage(reporter, "sizes") as said:
+            sizes = dynamic_sizes(loaded, height, width)
+            stride, min_size = sizes.stride, sizes.min_size
+            said.append(f"multiples of {stride}, from {min_size[0]}x{min_size[1]}")
+        for note in sizes.notes:
+            reporter.note(note)
     return PipelineSpec(
         model=loaded.model,
         input=InputSpec(
@@ -139,8 +149,9 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel) -> PipelineSpec:
             width=width,
             channels=loaded.model.in_channels,
             batch=request.batch,
-            stride=loaded.stride,
+            stride=stride,
             dynamic_size=request.dynamic_size,
+            min_size=min_size,
             fit=request.fit,
         ),
         preprocess=loaded.preprocess,
@@ -225,7 +236,7 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     from edgeseg.pipeline.verification_data import calibration_source
 
     loaded = load_stage(request, None, reporter)
-    spec = pipeline_spec(request, loaded)
+    spec = pipeline_spec(request, loaded, reporter)
     samples = calibration_source(request, loaded)
     graph, _ = export_stage(loaded, spec, reporter)
     table = calibration_stage(request, graph, samples, reporter)

@@ -15,11 +15,13 @@ from edgeseg.quantize.table import CalibrationTable
 
 if TYPE_CHECKING:
     from edgeseg.convert.load import LoadedModel
-    from edgeseg.pipeline.api import BuildRequest
+    from edgeseg.pipeline.request import BuildRequest
 
 # Without --validation, every n-th calibration image is kept for verification, if that leaves enough to calibrate on.
 HELD_OUT_EVERY = 5
 MIN_TO_HOLD_OUT = 20
+# Generated scenes that stand in for images of one's own show whether the engine is the model; a few do.
+STAND_INS = 8
 
 Samples: TypeAlias = "CalibrationSet | CalibrationTable | Path | None"
 
@@ -71,7 +73,7 @@ def calibration_and_held_out(request: BuildRequest, loaded: LoadedModel) -> tupl
         return _split(request, loaded, samples)
     if loaded.model.in_channels != 3:
         return samples, None
-    stand_in = ValidationSet.open(sample_folder() / "val" / "images", loaded.model)
+    stand_in = ValidationSet.open(sample_folder() / "val" / "images", loaded.model).limited(STAND_INS)
     return samples, VerificationData(
         stand_in,
         "generated street scenes for want of your own images (--validation DIR): fidelity, not accuracy",

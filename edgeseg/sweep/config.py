@@ -17,7 +17,7 @@ from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.evaluate.accuracy.layouts import parse_label_map
 from edgeseg.evaluate.contenders import BASELINES
 from edgeseg.evaluate.results import Resolution
-from edgeseg.pipeline.api import BuildRequest
+from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import ARCHITECTURES, PRECISIONS, ModelRequest, OutputKind, OutputSpec, Precision, one_of
 
 DEMO = "demo"

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from edgeseg.pipeline.request import MIN_INT8_SHARE
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,7 +17,6 @@ from edgeseg.backends import get_backend
 from edgeseg.convert.export import export_onnx
 from edgeseg.convert.load import load_model
 from edgeseg.demo import sample_folder
-from edgeseg.pipeline.api import MIN_INT8_SHARE
 from edgeseg.quantize.calibration import CalibrationSet, calibrate
 from edgeseg.quantize.fp16 import write_fp16
 from edgeseg.quantize.lint import lint

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edgeseg.pipeline.request import BuildRequest
 
 from edgeseg.cli import build as verb
-from edgeseg.pipeline.api import BuildRequest
 from edgeseg.pipeline.command import build_command
 from edgeseg.spec import BatchRange, ModelRequest, OutputSpec
 
