@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.edgeseg-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit gpu lint typecheck check pycuda docs pictures format coverage modelopt bench clean
+.PHONY: help venv demo test unit gpu lint typecheck check pycuda docs pictures format coverage modelopt bench encoders clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ bench: venv modelopt ## Measure everything in benchmarks/README.md again (about 
 	$(BIN)/pip install --quiet -c constraints.txt -r benchmarks/requirements-peers.txt
 	for name in end_to_end architectures overhead calibration harness_check tensorrt_rtx tensorrt_accuracy results; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
+
+encoders: venv   ## Build every family of encoders that benchmarks/results/encoders.json does not hold yet (hours); writes docs/encoders.md
+	$(BIN)/python -m benchmarks.encoders
 
 clean:           ## Remove caches and outputs, not the virtual environment
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov demo-output site dist build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,10 +92,16 @@ def stage_line(name: str, detail: str, seconds: float) -> str:
 
 
 class ConsoleReporter:
-    """One line a stage on standard error, with a progress bar and an estimate while it lasts."""
+    """One line a stage on standard error, with a progress bar and an estimate while it lasts.
 
-    def __init__(self, console: Console) -> None:
+    Without a terminal there is no bar: a stage that lasts says so with a line every ``remind_after_s`` seconds.
+    """
+
+    def __init__(self, console: Console, remind_after_s: float = 60.0) -> None:
         self._console = console
+        self._remind_after_s = remind_after_s
+        self._ended: threading.Event | None = None
+        self._done = ""
         self._stage = ""
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -112,7 +119,10 @@ class ConsoleReporter:
 
         self._stage = stage
         if not draws_bars(self._console):
-            # The line at the end of the stage says it all.
+            # Into a file or a log, a bar is noise; but minutes without a word look like a hang.
+            self._done = ""
+            self._ended = threading.Event()
+            threading.Thread(target=self._remind, args=(self._ended, stage), daemon=True).start()
             return
         columns = (
             SpinnerColumn(),
@@ -126,7 +136,14 @@ class ConsoleReporter:
         self._task = self._bar.add_task(stage, total=None)
         self._bar.start()
 
+    def _remind(self, ended: threading.Event, stage: str) -> None:
+        begin = time.perf_counter()
+        while not ended.wait(self._remind_after_s):
+            seconds = time.perf_counter() - begin
+            self._console.print(f"  {stage:<10} {seconds:6.1f} s  so far{self._done}", highlight=False, markup=False)
+
     def progress(self, done: int, total: int) -> None:
+        self._done = f", {done} of {total}" if total else f", {done} done"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total)
 
@@ -141,7 +158,10 @@ class ConsoleReporter:
         console.print(f"  note: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take the progress bar off the terminal; called when a stage ends, well or not."""
+        """Take the progress bar off the terminal, end the reminders; called when a stage ends, well or not."""
+        if self._ended is not None:
+            self._ended.set()
+            self._ended = None
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -109,7 +109,7 @@ def plan_build(request: BuildRequest, model: torch.nn.Module | None, reporter: R
     refuse_early(request, is_module=model is not None)
     targets = choose_targets(request, reporter)
     loaded = load_stage(request, model, reporter)
-    spec = pipeline_spec(request, loaded)
+    spec = pipeline_spec(request, loaded, reporter)
     encoder = DEMO_NAME if loaded.is_demo else loaded.model.encoder
     folder = request.folder or Path("engines") / default_name(loaded.model.arch, encoder, request.precision)
     check_engine_folder(folder, force=request.force)
@@ -177,10 +177,20 @@ def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]
     return tuple(name for name in usable if name not in refusals)
 
 
-def pipeline_spec(request: BuildRequest, loaded: LoadedModel) -> PipelineSpec:
+def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter) -> PipelineSpec:
     """Join what was asked for and what the model needs into the one contract."""
     height, width = request.size or loaded.size
     loaded.check_size(height, width)
+    stride, min_size = loaded.stride, None
+    if request.dynamic_size:
+        from edgeseg.convert.dynamic_size import dynamic_sizes
+
+        with stage(reporter, "sizes") as said:
+            sizes = dynamic_sizes(loaded, height, width)
+            stride, min_size = sizes.stride, sizes.min_size
+            said.append(f"multiples of {stride}, from {min_size[0]}x{min_size[1]}")
+        for note in sizes.notes:
+            reporter.note(note)
     return PipelineSpec(
         model=loaded.model,
         input=InputSpec(
@@ -188,8 +198,9 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel) -> PipelineSpec:
             width=width,
             channels=loaded.model.in_channels,
             batch=request.batch,
-            stride=loaded.stride,
+            stride=stride,
             dynamic_size=request.dynamic_size,
+            min_size=min_size,
             fit=request.fit,
         ),
         preprocess=loaded.preprocess,
@@ -282,7 +293,7 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     """Load, export and calibrate, and write the table to ``path``: ``edgeseg calibrate``."""
     refuse_early(request, is_module=False, makes_engine=False)
     loaded = load_stage(request, None, reporter)
-    spec = pipeline_spec(request, loaded)
+    spec = pipeline_spec(request, loaded, reporter)
     samples = calibration_source(request, loaded)
     with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
         graph, _ = export_stage(loaded, spec, Path(scratch), reporter)

@@ -201,17 +201,20 @@ def _transposed_convolutions_meet_no_zero_point(graph: _Graph, scheme: QuantSche
 def _integers_are_read_right(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
     allowed = _INTEGER_MOVES | {"DequantizeLinear"} if scheme.placement == "operators" else {"DequantizeLinear"}
     integers = {node.output[0] for node in graph.each("QuantizeLinear")}
+    unread = {name for name in integers if name not in graph.readers}
     for node in graph.nodes:
         taken = [name for name in node.input if name in integers]
         if taken and node.op_type == "Concat" and len(taken) < len(node.input):
             yield f"{node.name} joins integers with float values"
         if taken and node.op_type in _INTEGER_MOVES & allowed:
             integers.update(node.output)
+            # Of a Split, one part may be for nobody: that costs nothing.
+            if not any(name in graph.readers for name in node.output):
+                unread.update(node.output)
         elif taken and node.op_type not in allowed:
             yield f"{node.name} ({node.op_type}) reads integers of {taken[0]}; only {', '.join(sorted(allowed))} may"
-    for name in sorted(integers):
-        if name not in graph.readers:
-            yield f"{name} is quantized, and nothing reads it"
+    for name in sorted(unread):
+        yield f"{name} is quantized, and nothing reads it"
 
 
 def _constants_are_read(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:

@@ -267,3 +267,16 @@ def test_every_rule_is_broken_by_a_mutation() -> None:
 def test_a_scheme_is_not_another() -> None:
     assert lint(written("tensorrt"), SCHEMES["onnxruntime-vnni"])
     assert lint(written("onnxruntime-vnni"), SCHEMES["tensorrt"])
+
+
+@pytest.mark.parametrize(("read", "problems"), [((1,), 0), ((), 2)], ids=["one part unread", "both unread"])
+def test_a_part_of_a_split_may_be_for_nobody(read: tuple[int, ...], problems: int) -> None:
+    model = written("onnxruntime-vnni")
+    quantizer = node(model, "QuantizeLinear", "x/")
+    parts = helper.make_node("Split", [quantizer.output[0]], ["part0", "part1"], "Split", num_outputs=2, axis=1)
+    readers = [
+        helper.make_node("DequantizeLinear", [f"part{k}", *quantizer.input[1:]], [f"float{k}"], f"DQ{k}") for k in read
+    ]
+    insert_before(model, node(model, "Conv", "a"), [parts, *readers])
+    found = [line for line in lint(model, SCHEMES["onnxruntime-vnni"]) if "nothing reads it" in line]
+    assert len(found) == problems

@@ -39,28 +39,25 @@ class ExecutedNode:
     """A node as ONNX Runtime ran it.
 
     Attributes:
-        index: in the optimized file's node list.
+        name: as ONNX Runtime calls it. On loading it adds nodes of its own (a DequantizeLinear for each reader), which the file
+            does not hold.
         op_type: of the kernel.
         dtype: ``int8``, ``fp16``, ``fp32``, ...: type of its first input, or ``other`` for index arithmetic.
         output_shapes: of its outputs.
     """
 
-    index: int
+    name: str
     op_type: str
     dtype: str
     output_shapes: tuple[tuple[int, ...], ...]
 
 
 def run_profiled(ort: Any, path: Path, settings: Any, spec: InputSpec) -> list[ExecutedNode]:
-    """Run the graph once on a grey image and return what was executed, in the order of the file's nodes.
+    """Run the graph once on a grey image and return what was executed, in the order it ran.
 
     Arguments and errors are those of :func:`profiled_events`.
     """
-    nodes = {}
-    for event in profiled_events(ort, path, settings, spec, runs=1):
-        node = _executed(event["args"])
-        nodes[node.index] = node
-    return [nodes[index] for index in sorted(nodes)]
+    return [_executed(event) for event in profiled_events(ort, path, settings, spec, runs=1)]
 
 
 def profiled_events(ort: Any, path: Path, settings: Any, spec: InputSpec, runs: int) -> list[dict[str, Any]]:
@@ -104,7 +101,7 @@ def node_times(events: list[dict[str, Any]], runs: int) -> list[tuple[str, float
     for event in events:
         name = event["name"].removesuffix(_KERNEL)
         total[name] = total.get(name, 0.0) + event["dur"] / 1000
-        dtypes[name] = _executed(event["args"]).dtype
+        dtypes[name] = _executed(event).dtype
     return [(name, ms / runs, dtypes[name]) for name, ms in total.items()]
 
 
@@ -116,31 +113,31 @@ def executed_precision(path: Path, requested: Precision, executed: list[Executed
         requested: the precision asked for.
         executed: from :func:`run_profiled` on that file.
         batch: the batch size it was run with; MACs are reported for one image.
+
+    Raises:
+        BuildError: a node that multiplies was not executed under its name.
     """
     import onnx
 
-    from edgeseg.graph.macs import count_macs
+    from edgeseg.graph.macs import CONV_WEIGHT, MATMUL_OPERANDS, count_macs
 
     model = onnx.load(str(path))
-    nodes = model.graph.node
+    ran = {node.name: node for node in executed}
     shapes = {}
-    for node in executed:
-        for name, shape in zip(nodes[node.index].output, node.output_shapes, strict=False):
-            shapes[name] = shape
-    names = [node.name or f"node {index}" for index, node in enumerate(nodes)]
-    for node, name in zip(nodes, names, strict=True):
-        node.name = name
-    macs = count_macs(model, shapes=shapes)
-    dtype_of = {names[node.index]: node.dtype for node in executed}
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"  # what ONNX Runtime's profiler calls a node without a name
+        if node.name in ran:
+            shapes.update(zip(node.output, ran[node.name].output_shapes, strict=False))
+        elif node.op_type in {*CONV_WEIGHT, *MATMUL_OPERANDS, "ConvTranspose"}:
+            raise BuildError(f"ONNX Runtime's profile of {path} holds no node {node.name!r}; please report the model")
+    op_types = {node.name: node.op_type for node in model.graph.node}
     mac_totals: Counter[str] = Counter()
     float_layers: dict[str, str] = {}
-    for node, name in zip(nodes, names, strict=True):
-        if name not in macs:
-            continue
-        dtype = dtype_of[name]
-        mac_totals[dtype] += macs[name] // batch
+    for name, macs in count_macs(model, shapes=shapes).items():
+        dtype = ran[name].dtype
+        mac_totals[dtype] += macs // batch
         if dtype != requested:
-            float_layers[name] = f"{node.op_type} runs in {dtype}"
+            float_layers[name] = f"{op_types[name]} runs in {dtype}"
     node_totals = Counter(node.dtype for node in executed)
     total = sum(mac_totals.values())
     return PrecisionReport(
@@ -153,13 +150,14 @@ def executed_precision(path: Path, requested: Precision, executed: list[Executed
     )
 
 
-def _executed(args: dict[str, Any]) -> ExecutedNode:
+def _executed(event: dict[str, Any]) -> ExecutedNode:
+    args = event["args"]
     inputs = [next(iter(entry.items())) for entry in args.get("input_type_shape", [])]
     outputs = [next(iter(entry.items())) for entry in args.get("output_type_shape", [])]
     op_type = str(args["op_name"])
     dtype = DTYPE_NAMES.get(inputs[0][0], "other") if inputs else "other"
     return ExecutedNode(
-        index=int(args["node_index"]),
+        name=event["name"].removesuffix(_KERNEL),
         op_type=op_type,
         dtype="int8" if op_type in _QUANTIZING else dtype,
         output_shapes=tuple(tuple(int(d) for d in shape) for _, shape in outputs if math.prod(shape) >= 0),

@@ -232,7 +232,7 @@ def profile_shapes(spec: InputSpec, min_size: str | None, max_size: str | None) 
 
     Args:
         spec: the engine's input.
-        min_size: ``HxW``; default the spec's own, else half the engine's size.
+        min_size: ``HxW``; default half the engine's size, or the spec's own where that is larger.
         max_size: the same; default double.
 
     Raises:
@@ -247,7 +247,9 @@ def profile_shapes(spec: InputSpec, min_size: str | None, max_size: str | None) 
     if spec.dynamic_size:
         step = spec.stride
         # The spec's bounds need not be multiples of the stride; an engine's shapes are.
-        small = tuple(-(-side // step) * step for side in spec.min_size or (spec.height // 2, spec.width // 2))
+        own = spec.min_size or (1, 1)
+        halves = (spec.height // 2, spec.width // 2)
+        small = tuple(-(-max(sides) // step) * step for sides in zip(own, halves, strict=True))
         large = tuple(side // step * step for side in spec.max_size or (2 * spec.height, 2 * spec.width))
         least = _bound("min_size", min_size, (small[0], small[1]), spec)
         most = _bound("max_size", max_size, (large[0], large[1]), spec)
