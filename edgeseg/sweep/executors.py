@@ -122,7 +122,7 @@ def _build_and_pack(cell: Cell, builder: Builder) -> _Packed:
     with tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
         folder = Path(scratch) / cell.name
         built = builder(replace(cell, request=replace(cell.request, folder=folder)))
-        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+        files = {path.name: path.read_bytes() for path in sorted(folder.glob("*")) if path.is_file()}
     return _Packed(built, files, platform.node())
 
 
