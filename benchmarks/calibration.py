@@ -216,7 +216,7 @@ def masks_of(graph: OnnxGraph, images: tuple[NDArray[np.uint8], ...]) -> list[ND
 
 def miou(masks: list[NDArray[np.integer[Any]]], work: Any) -> float:
     from edgeseg.evaluate.accuracy import AccuracyMeter
-    from edgeseg.evaluate.dataset import IGNORED
+    from edgeseg.evaluate.labels import IGNORED
 
     meter = AccuracyMeter(work.spec.model.classes, ignore_index=IGNORED)
     for mask, truth in zip(masks, work.masks, strict=True):

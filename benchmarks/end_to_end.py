@@ -27,7 +27,7 @@ from benchmarks.record import RESULTS, Machine, Record, ratios, this_machine, ve
 from benchmarks.workload import Workload, camvid, camvid_folder, demo
 from edgeseg.demo import demo_models
 from edgeseg.evaluate.accuracy import AccuracyMeter, AgreementMeter
-from edgeseg.evaluate.dataset import IGNORED
+from edgeseg.evaluate.labels import IGNORED
 from edgeseg.evaluate.latency import LatencyProtocol, LatencySamples, measure_interleaved
 
 REFERENCE = "pytorch-eager"

@@ -23,7 +23,7 @@ from edgeseg.artifacts import Verification
 from edgeseg.backends.portable import open_graph
 from edgeseg.demo import demo_models
 from edgeseg.evaluate.accuracy import AccuracyMeter, AgreementMeter
-from edgeseg.evaluate.dataset import IGNORED
+from edgeseg.evaluate.labels import IGNORED
 from edgeseg.spec import Precision
 
 PRECISIONS: tuple[Precision, ...] = ("fp16", "int8")

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from edgeseg.errors import SpecError
 from edgeseg.evaluate.accuracy import AccuracyMeter
 from edgeseg.evaluate.boundary import DEFAULT_BOUNDARY_PX, boundary_band, contour_counts
-from edgeseg.evaluate.dataset import IGNORED, Pair
+from edgeseg.evaluate.dataset import Pair
+from edgeseg.evaluate.labels import IGNORED
 from edgeseg.evaluate.loss import LossSums
 from edgeseg.evaluate.results import Resolution
 from edgeseg.runtime.placement import Placement, plan_fit

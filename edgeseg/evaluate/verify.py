@@ -15,7 +15,8 @@ from edgeseg.artifacts import AccuracyFigures, LatencyFigures, Verification
 from edgeseg.backends.base import Session
 from edgeseg.errors import GateError, InputError
 from edgeseg.evaluate.accuracy import AccuracyMeter, AgreementMeter
-from edgeseg.evaluate.dataset import IGNORED, Pair
+from edgeseg.evaluate.dataset import Pair
+from edgeseg.evaluate.labels import IGNORED
 from edgeseg.evaluate.latency import SHORT, LatencyProtocol, measure_interleaved
 from edgeseg.runtime.placement import fit_windows
 from edgeseg.runtime.scores import ScoreRule

@@ -28,10 +28,10 @@ from edgeseg.errors import BuildError
 from edgeseg.evaluate.accuracy import AccuracyMeter
 from edgeseg.evaluate.bench import BenchRequest, run_bench
 from edgeseg.evaluate.contenders import Contender, Opener, engine_contenders
-from edgeseg.evaluate.dataset import IGNORED
 from edgeseg.evaluate.evaluation import AccuracyRequest, evaluate
 from edgeseg.evaluate.fresh import measure_fresh
 from edgeseg.evaluate.judge import ImageRecord, count_truth
+from edgeseg.evaluate.labels import IGNORED
 from edgeseg.evaluate.profile import profile_engine
 from edgeseg.evaluate.results import read_report, write_report
 from edgeseg.evaluate.scores import accuracy_of

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgeseg.artifacts import AccuracyFigures
 from edgeseg.evaluate.accuracy import AccuracyMeter
-from edgeseg.evaluate.dataset import IGNORED
+from edgeseg.evaluate.labels import IGNORED
 from edgeseg.evaluate.loss import ScoreTap, loss_sums, losses
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Task
 

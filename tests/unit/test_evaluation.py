@@ -19,10 +19,11 @@ from edgeseg.backends.memory import MemorySession, write_memory_engine
 from edgeseg.errors import ArtifactError, InputError, SpecError
 from edgeseg.evaluate import evaluation
 from edgeseg.evaluate.contenders import Contender, Opener, engine_contenders
-from edgeseg.evaluate.dataset import IGNORED, Pair
+from edgeseg.evaluate.dataset import Pair
 from edgeseg.evaluate.evaluation import AccuracyRequest, evaluate
 from edgeseg.evaluate.intervals import METRICS, Counts, drops, interval, metric_interval
 from edgeseg.evaluate.judge import ImageRecord, TruthCounts, at_resolution, count_agreement, count_truth
+from edgeseg.evaluate.labels import IGNORED
 from edgeseg.evaluate.ledger import Ledger
 from edgeseg.evaluate.results import Accuracy
 from edgeseg.progress import SilentReporter

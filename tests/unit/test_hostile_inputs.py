@@ -24,7 +24,8 @@ import pytest
 from PIL import Image
 
 from edgeseg.errors import EdgesegError
-from edgeseg.evaluate.dataset import LabelReader, ValidationSet
+from edgeseg.evaluate.dataset import ValidationSet
+from edgeseg.evaluate.labels import LabelReader
 from edgeseg.evaluate.layouts import open_layout
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.runtime.images import list_images, read_image

@@ -12,7 +12,8 @@ from PIL import Image
 from edgeseg.cli import bench as bench_verb
 from edgeseg.errors import InputError, SpecError
 from edgeseg.evaluate.contenders import BASELINES
-from edgeseg.evaluate.dataset import IGNORED, ValidationSet
+from edgeseg.evaluate.dataset import ValidationSet
+from edgeseg.evaluate.labels import IGNORED
 from edgeseg.evaluate.layouts import LAYOUTS, open_layout, parse_label_map
 from edgeseg.spec import ModelSpec
 

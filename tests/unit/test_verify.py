@@ -24,7 +24,8 @@ from edgeseg.artifacts import (
     Verification,
 )
 from edgeseg.errors import GateError, InputError
-from edgeseg.evaluate.dataset import IGNORED, Pair
+from edgeseg.evaluate.dataset import Pair
+from edgeseg.evaluate.labels import IGNORED
 from edgeseg.evaluate.latency import LatencyProtocol, median_ms_interleaved
 from edgeseg.evaluate.summary import build_summary, class_table, speed_up, verification_table
 from edgeseg.evaluate.verify import check_gates, compare_masks, verify

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeseg.errors import InputError
-from edgeseg.evaluate.dataset import IGNORED, LabelCoding, LabelReader, ValidationSet, file_digest, read_label_file
+from edgeseg.evaluate.dataset import ValidationSet, file_digest
+from edgeseg.evaluate.labels import IGNORED, LabelCoding, LabelReader, read_label_file
 from edgeseg.runtime.images import pixel_digest, read_image
 from edgeseg.spec import ModelSpec
 
