@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
 from edgeseg.errors import CheckpointError
-from edgeseg.runtime.files import require_regular
+from edgeseg.store.files import require_regular
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import EdgesegError, InputError
+from edgeseg.images.arrays import ARRAY_SUFFIXES, open_arrays
 from edgeseg.images.decoding import IMAGE_SUFFIXES, MAX_ARRAY_BYTES, fit_windows, list_images, pixel_digest, read_image
-from edgeseg.runtime.arrays import ARRAY_SUFFIXES, open_arrays
 from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import sha256_file
 

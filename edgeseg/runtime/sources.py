@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.images.decoding import list_images, read_image
-from edgeseg.runtime.files import require_file
 from edgeseg.spec import ChannelOrder
+from edgeseg.store.files import require_file
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
 # Their frame count is a table; elsewhere it is estimated from duration and rate.

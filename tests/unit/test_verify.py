@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from edgeseg.errors import GateError, InputError
-from edgeseg.evaluate.accuracy.dataset import IGNORED, Pair
+from edgeseg.evaluate.accuracy.dataset import Pair
+from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, median_ms_interleaved
 from edgeseg.evaluate.summary import build_summary, class_table, speed_up, verification_table
 from edgeseg.evaluate.verify import check_gates, compare_masks, verify

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
-from edgeseg.runtime.files import reason, require_file
+from edgeseg.store.files import reason, require_file
 
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
 # An archive member may say it is larger than it is by its headers; more of them than this is no set of images.
@@ -59,7 +59,7 @@ def open_arrays(path: Path, what: str, largest_bytes: int) -> dict[str, NDArray[
         return {f"{path.name}:{name}": array for name, array in sorted(arrays.items())}
     require_file(path, what)
     try:
-        return {path.name: np.load(path, mmap_mode="r", allow_pickle=False)}
+        return {path.name: np.lib.format.open_memmap(path, mode="r")}
     except Exception as exc:
         raise InputError(f"cannot read {what} {path}: {reason(exc)}") from exc
 
