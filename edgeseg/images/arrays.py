@@ -59,7 +59,7 @@ def open_arrays(path: Path, what: str, largest_bytes: int) -> dict[str, NDArray[
         return {f"{path.name}:{name}": array for name, array in sorted(arrays.items())}
     require_file(path, what)
     try:
-        return {path.name: np.load(path, mmap_mode="r", allow_pickle=False)}
+        return {path.name: np.lib.format.open_memmap(path, mode="r")}
     except Exception as exc:
         raise InputError(f"cannot read {what} {path}: {reason(exc)}") from exc
 

@@ -23,8 +23,6 @@ import logging
 import os
 import re
 import sys
-import threading
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +35,7 @@ from edgeseg.errors import EdgesegError, InputError, refusals_as
 from edgeseg.images.arrays import ARRAY_SUFFIXES, read_array
 from edgeseg.images.placement import Placement, fit, fit_windows
 from edgeseg.images.tiff import TiffLayout, read_bands, tiff_layout
-from edgeseg.store.files import read_lines, reason, require_file
+from edgeseg.store.files import read_lines, reason, require_file, without_warnings
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -63,8 +61,6 @@ BAND_PIXELS = 1 << 22
 # They log what they raise anyway, and what they tolerate; without a handler Python prints it.
 for _name in ("PIL", "tifffile"):
     logging.getLogger(_name).addHandler(logging.NullHandler())
-# The list of warning filters is one for the whole process.
-_filters_changing = threading.Lock()
 
 _WIDE_GREY = {"I;16", "I;16L", "I;16B", "I;16N"}
 
@@ -206,9 +202,8 @@ def open_picture(path: Path) -> Iterator[Any]:
     from PIL import Image
 
     try:
-        # Pillow warns of half the pixels it refuses: a second line beside ours, or an exception.
-        with _filters_changing, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # Among others Pillow warns of half the pixels it refuses.
+        with without_warnings():
             image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as exc:
         raise InputError(f"cannot read {path}: more than {MAX_PIXELS} pixels; cut it into parts") from exc
@@ -281,7 +276,9 @@ def _from_pillow(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
         return _bands(path, image, channels)
     image, mode = _eight_bit(path, image), "RGB" if channels == 3 else "L"
     # In place, and converted only where that changes something: Pillow would copy.
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    with without_warnings():
+        ImageOps.exif_transpose(image, in_place=True)
     # Pillow would warn about transparency it cannot carry over.
     image.info.pop("transparency", None)
     array = _pixels(image if image.mode == mode else image.convert(mode))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, MissingDependencyError
+from edgeseg.store.files import without_warnings
 
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Tags of the TIFF 6.0 specification.
@@ -83,7 +84,8 @@ def tiff_layout(path: Path) -> TiffLayout | None:
         try:
             tags = ImageFileDirectory_v2(head + file.read(8) if head[2:4] in {b"+\0", b"\0+"} else head)
             file.seek(tags.next)
-            tags.load(file)
+            with without_warnings():
+                tags.load(file)
             return TiffLayout(
                 height=int(tags[_HEIGHT]),
                 width=int(tags[_WIDTH]),
@@ -136,6 +138,10 @@ def read_bands(path: Path, layout: TiffLayout, largest_bytes: int) -> NDArray[An
             size_bytes = math.prod(int(n) for n in shape) * ((page.bitspersample + 7) // 8)
             if size_bytes > largest_bytes:
                 raise InputError(f"cannot read image {path}: {what} of {size_bytes} bytes; {largest_bytes} are allowed")
+        parts, needed = len(page.dataoffsets), math.prod(page.chunked)
+        if parts != needed:
+            # They would be read as black.
+            raise InputError(f"cannot read image {path}: damaged, it holds {parts} of its {needed} strips or tiles")
         pixels = np.asarray(page.asarray(maxworkers=1))
     if layout.planar == 2 and layout.samples > 1:
         pixels = np.moveaxis(pixels, 0, -1)

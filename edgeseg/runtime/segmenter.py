@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, get_args, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,44 +18,18 @@ from numpy.typing import NDArray
 from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
 from edgeseg.errors import ArtifactError, EdgesegError, InputError, SpecError, StaleEngineError
-from edgeseg.images.decoding import is_picture, picture_pixels, read_image
 from edgeseg.images.placement import Placement, Tiling, plan_fit
+from edgeseg.runtime.given import Given, ImageLike, check_order, given_images, reversed_channels, single_images
 from edgeseg.runtime.prediction import Prediction, stacked
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.tiling import blended_rows, stitched
-from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec, one_of
+from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine, open_engine, read_manifest
-from edgeseg.store.files import reason
 
 if TYPE_CHECKING:
     from edgeseg.backends.cuda.arrays import DeviceTensor
 
 Outputs = Mapping[str, NDArray[Any]]
-
-
-class _Array(Protocol):
-    """What turns into a numpy array: a torch tensor on the CPU, among others."""
-
-    def __array__(self) -> NDArray[Any]: ...
-
-
-class _Picture(Protocol):
-    """A PIL image."""
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]: ...
-
-
-ImageLike: TypeAlias = "NDArray[np.uint8] | str | Path | _Array | _Picture"
-
-
-@dataclass(frozen=True)
-class _Given:
-    """Images as they came, uint8 ``(N, H, W, C)``; one ``alone``; with channels to ``swap``."""
-
-    batch: NDArray[np.uint8]
-    alone: bool
-    swap: bool
 
 
 class Segmenter:
@@ -84,7 +58,7 @@ class Segmenter:
         tile_overlap: float = 0.25,
         palette: NDArray[np.uint8] | None = None,
     ) -> None:
-        _check_order(channel_order, spec.input.channels)
+        check_order(channel_order, spec.input.channels)
         if not 0.0 <= tile_overlap <= 0.9:
             raise SpecError(f"tile overlap is {tile_overlap}; give a share of the tile from 0 to 0.9")
         self.spec = spec
@@ -235,7 +209,7 @@ class Segmenter:
                 assert not isinstance(plan, Tiling)
                 plans.append((plan, given.alone))
                 placed = batch if plan.is_identity else plan.apply(batch[0])[None]
-                yield np.ascontiguousarray(_reversed_channels(placed) if given.swap else placed)
+                yield np.ascontiguousarray(reversed_channels(placed) if given.swap else placed)
 
         with closing(session.run_many(fitted())) as running:
             for outputs in running:
@@ -274,7 +248,7 @@ class Segmenter:
     def _swaps_channels(self, channel_order: ChannelOrder | None) -> bool:
         """Whether images of ``channel_order`` (``None``: the segmenter's) are turned for the engine, which takes RGB."""
         order = self.channel_order if channel_order is None else channel_order
-        _check_order(order, self.spec.input.channels)
+        check_order(order, self.spec.input.channels)
         return order == "bgr"
 
     def _segment(
@@ -287,7 +261,7 @@ class Segmenter:
         if not images:
             raise InputError("images are an empty list; give at least one image")
         step, predictions = self.spec.input.batch.maximum, list[Prediction]()
-        singles = self._singles(images, channel_order)
+        singles = single_images(images, self.spec.input.channels, swap=self._swaps_channels(channel_order))
         for _, alike in groupby(singles, key=lambda given: (given.batch.shape, given.swap)):
             # No more at a time than the engine takes: paths of files may be many.
             while part := list(islice(alike, step)):
@@ -295,62 +269,8 @@ class Segmenter:
                 predictions += self._predictions(batch, part[0].swap, mask_only=mask_only)
         return predictions, False
 
-    def _singles(self, images: Sequence[object], channel_order: ChannelOrder | None) -> Iterator[_Given]:
-        def single(index: int) -> _Given:
-            try:
-                given = self._given(images[index], channel_order)
-            except InputError as exc:
-                raise InputError(f"image {index} of {len(images)}: {exc}") from exc
-            if not given.alone:
-                raise InputError(
-                    f"image {index} of {len(images)} has shape {given.batch.shape}; a list holds single images"
-                )
-            return given
-
-        # Arrays are checked before the work; files are read when their turn comes.
-        checked = {index: single(index) for index, image in enumerate(images) if not _is_file(image)}
-        for index in range(len(images)):
-            yield checked.get(index) or single(index)
-
-    def _given(self, images: object, channel_order: ChannelOrder | None) -> _Given:
-        """Check one image or a batch, whatever form it has, and return it as ``(N, H, W, C)``."""
-        swap, channels = self._swaps_channels(channel_order), self.spec.input.channels
-        wanted = f"uint8 (H, W, {channels}) or (N, H, W, {channels})"
-        if images is None:
-            raise InputError("the image is None, which cv2.imread returns for a file it cannot read; check the path")
-        if isinstance(images, (str, Path)):
-            return _Given(read_image(images, channels)[None], True, False)
-        if is_picture(images):
-            return _Given(picture_pixels(images, channels)[None], True, False)
-        if not isinstance(images, np.ndarray) and hasattr(images, "__array__"):
-            try:
-                images = np.asarray(images.__array__())
-            except (TypeError, RuntimeError, ValueError) as exc:
-                raise InputError(
-                    f"images are a {type(images).__name__} ({reason(exc)}); give {wanted} on the CPU"
-                ) from exc
-        if not isinstance(images, np.ndarray):
-            raise InputError(
-                f"images are a {type(images).__name__}; give a numpy array, {wanted}, a path, a PIL image or a list of them"
-            )
-        if images.dtype != np.uint8:
-            raise InputError(f"images are {images.dtype}; give {wanted}: {_conversion(images.dtype)}")
-        if channels == 1 and images.ndim == 2:
-            images = images[..., None]
-        if images.ndim not in (3, 4) or 0 in images.shape:
-            raise InputError(f"images have shape {images.shape}; give {wanted}")
-        if images.shape[-1] != channels:
-            axes = "(1, 2, 0)" if images.ndim == 3 else "(0, 2, 3, 1)"
-            first = (
-                f"; if channels come first: images.transpose{axes}, in torch permute{axes}"
-                if images.shape[-3] == channels
-                else ""
-            )
-            raise InputError(
-                f"images have shape {images.shape}, so {images.shape[-1]} channels; this model takes {channels}: "
-                f"give {wanted}{first}"
-            )
-        return _Given(images[None], True, swap) if images.ndim == 3 else _Given(images, False, swap)
+    def _given(self, images: object, channel_order: ChannelOrder | None) -> Given:
+        return given_images(images, self.spec.input.channels, swap=self._swaps_channels(channel_order))
 
     def _predictions(self, batch: NDArray[np.uint8], swap: bool, *, mask_only: bool) -> Iterator[Prediction]:
         plan = plan_fit(batch.shape[1], batch.shape[2], self._input, self._overlap)
@@ -377,7 +297,7 @@ class Segmenter:
             chunk = images[start : start + limits.maximum]
             count = len(chunk)
             if swap:
-                chunk = _reversed_channels(chunk)
+                chunk = reversed_channels(chunk)
             if count < limits.minimum:
                 # The last image again: as likely as any to keep the engine on its usual path.
                 chunk = np.concatenate((chunk, np.repeat(chunk[-1:], limits.minimum - count, axis=0)))
@@ -516,34 +436,8 @@ def _loaded(engine: Engine, recompile: bool) -> Session:
     return backend.load(compile_again(engine))
 
 
-def _is_file(image: object) -> bool:
-    return isinstance(image, (str, Path)) or is_picture(image)
-
-
-def _check_order(order: str, channels: int) -> None:
-    one_of("channel order", order, get_args(ChannelOrder))
-    if order == "bgr" and channels != 3:
-        raise SpecError(f"channel order bgr means 3 channels, this model takes {channels}; leave it out")
-
-
-def _reversed_channels(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    # Channel by channel takes a third of the time of copying a view with a negative stride.
-    swapped = np.empty(images.shape, np.uint8)
-    for channel in range(3):
-        swapped[..., channel] = images[..., 2 - channel]
-    return swapped
-
-
 def _mean(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32] | None:
     return np.mean(arrays, axis=0, dtype=np.float32) if arrays else None
-
-
-def _conversion(dtype: np.dtype[Any]) -> str:
-    if dtype.kind == "f":
-        return "(x * 255).round().clip(0, 255).astype(np.uint8) for values in [0, 1]"
-    if dtype == np.uint16:
-        return "(x >> 8).astype(np.uint8) for the full 16-bit range"
-    return "scale to 0..255, then .astype(np.uint8)"
 
 
 def _checked_palette(palette: NDArray[np.uint8], spec: PipelineSpec) -> NDArray[np.uint8]:

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edgeseg.errors import EdgesegError, InputError
 
+_filters_changing = threading.Lock()
 # Lists of images, splits, colour tables: some hundred thousand lines.
 MAX_TEXT_BYTES = 16 << 20
 
@@ -56,6 +61,15 @@ def read_lines(path: Path, what: str) -> list[str]:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
         raise InputError(f"cannot read {what} {path}: {reason(exc)}") from exc
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep back what Pillow warns of while it parses headers: what matters of it becomes an error of ours."""
+    # The list of warning filters is one for the whole process.
+    with _filters_changing, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def reason(exc: BaseException) -> str:

@@ -15,9 +15,9 @@ from PIL import Image
 import edgeseg
 from edgeseg.backends import get_backend
 from edgeseg.errors import BuildError
-from edgeseg.evaluate.accuracy.dataset import IGNORED
 from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest, evaluate
 from edgeseg.evaluate.accuracy.judge import ImageRecord, count_truth
+from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.meters import AccuracyMeter
 from edgeseg.evaluate.accuracy.scores import accuracy_of
 from edgeseg.evaluate.bench import BenchRequest, run_bench

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeseg.evaluate.accuracy.dataset import IGNORED
+from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.loss import ScoreTap, loss_sums, losses
 from edgeseg.evaluate.accuracy.meters import AccuracyMeter
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Task

@@ -18,9 +18,10 @@ from PIL import Image
 from edgeseg.backends import BACKENDS
 from edgeseg.errors import ArtifactError, InputError, SpecError
 from edgeseg.evaluate.accuracy import evaluation
-from edgeseg.evaluate.accuracy.dataset import IGNORED, Pair
+from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest, evaluate
 from edgeseg.evaluate.accuracy.judge import ImageRecord, TruthCounts, at_resolution, count_agreement, count_truth
+from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.ledger import Ledger
 from edgeseg.evaluate.contenders import Contender, Opener, engine_contenders
 from edgeseg.evaluate.intervals import METRICS, Counts, drops, interval, metric_interval

@@ -11,7 +11,8 @@ from PIL import Image
 
 from edgeseg.cli import bench as bench_verb
 from edgeseg.errors import InputError, SpecError
-from edgeseg.evaluate.accuracy.dataset import IGNORED, ValidationSet
+from edgeseg.evaluate.accuracy.dataset import ValidationSet
+from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.layouts import LAYOUTS, open_layout, parse_label_map
 from edgeseg.evaluate.contenders import BASELINES
 from edgeseg.spec import ModelSpec

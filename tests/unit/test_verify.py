@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from edgeseg.errors import BuildError, GateError, InputError
-from edgeseg.evaluate.accuracy.dataset import IGNORED, Pair
+from edgeseg.evaluate.accuracy.dataset import Pair
+from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, measure_interleaved, median_ms_interleaved
 from edgeseg.evaluate.summary import build_summary, class_table, noise_lines, speed_words, verification_table
 from edgeseg.evaluate.verify import TIE, agreement_without_ties, check_fidelity, check_gates, compare_masks, verify

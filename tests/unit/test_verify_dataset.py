@@ -12,14 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeseg.errors import InputError
-from edgeseg.evaluate.accuracy.dataset import (
-    IGNORED,
-    LabelCoding,
-    LabelReader,
-    ValidationSet,
-    file_digest,
-    read_label_file,
-)
+from edgeseg.evaluate.accuracy.dataset import ValidationSet, file_digest
+from edgeseg.evaluate.accuracy.labels import IGNORED, LabelCoding, LabelReader, read_label_file
 from edgeseg.images.decoding import pixel_digest, read_image
 from edgeseg.spec import ModelSpec
 

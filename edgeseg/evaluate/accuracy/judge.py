@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import SpecError
 from edgeseg.evaluate.accuracy.boundary import DEFAULT_BOUNDARY_PX, boundary_band, contour_counts
-from edgeseg.evaluate.accuracy.dataset import IGNORED, Pair
+from edgeseg.evaluate.accuracy.dataset import Pair
+from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.loss import LossSums
 from edgeseg.evaluate.accuracy.meters import AccuracyMeter
 from edgeseg.evaluate.results import Resolution

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgeseg.errors import InputError
-from edgeseg.evaluate.accuracy.dataset import IGNORED, LabelCoding, ValidationSet
+from edgeseg.evaluate.accuracy.dataset import ValidationSet
+from edgeseg.evaluate.accuracy.labels import IGNORED, LabelCoding
 from edgeseg.spec import ModelSpec, one_of
 from edgeseg.store.files import read_lines, reason
 
@@ -38,7 +39,7 @@ def open_layout(
         model: classes, task and channels.
         split: ``train``, ``val``, ... where the layout has splits.
         ignore_index: value of unlabelled pixels; ``None``: the layout's own, or recognized.
-        label_map: file value -> class index or :data:`~edgeseg.evaluate.accuracy.dataset.IGNORED`, over the layout's own.
+        label_map: file value -> class index or :data:`~edgeseg.evaluate.accuracy.labels.IGNORED`, over the layout's own.
         limit: keep this many, evenly spread.
 
     Raises:

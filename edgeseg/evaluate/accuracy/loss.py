@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
-from edgeseg.evaluate.accuracy.dataset import IGNORED
+from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.spec import Task
 
 SCORES = ("logits", "probabilities")

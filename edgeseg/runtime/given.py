@@ -1,0 +1,137 @@
+"""What people give a segmenter as images, and what it makes of that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.errors import InputError, SpecError
+from edgeseg.images.decoding import is_picture, picture_pixels, read_image
+from edgeseg.spec import ChannelOrder, one_of
+from edgeseg.store.files import reason
+
+
+class _Array(Protocol):
+    """What turns into a numpy array: a torch tensor on the CPU, among others."""
+
+    def __array__(self) -> NDArray[Any]: ...
+
+
+class _Picture(Protocol):
+    """A PIL image."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
+
+
+ImageLike: TypeAlias = "NDArray[np.uint8] | str | Path | _Array | _Picture"
+
+
+@dataclass(frozen=True)
+class Given:
+    """Images as they came, uint8 ``(N, H, W, C)``; one ``alone``; with channels to ``swap``."""
+
+    batch: NDArray[np.uint8]
+    alone: bool
+    swap: bool
+
+
+def given_images(images: object, channels: int, *, swap: bool) -> Given:
+    """Check one image or a batch, whatever form it has.
+
+    Args:
+        images: see :meth:`edgeseg.Segmenter.__call__`; no list.
+        channels: of the model.
+        swap: arrays have their channels in reverse order; files and PIL images never do.
+
+    Raises:
+        InputError: no image, or not of these channels.
+    """
+    wanted = f"uint8 (H, W, {channels}) or (N, H, W, {channels})"
+    if images is None:
+        raise InputError("the image is None, which cv2.imread returns for a file it cannot read; check the path")
+    if isinstance(images, (str, Path)):
+        return Given(read_image(images, channels)[None], True, False)
+    if is_picture(images):
+        return Given(picture_pixels(images, channels)[None], True, False)
+    if not isinstance(images, np.ndarray) and hasattr(images, "__array__"):
+        try:
+            images = np.asarray(images.__array__())
+        except (TypeError, RuntimeError, ValueError) as exc:
+            raise InputError(f"images are a {type(images).__name__} ({reason(exc)}); give {wanted} on the CPU") from exc
+    if not isinstance(images, np.ndarray):
+        raise InputError(
+            f"images are a {type(images).__name__}; give a numpy array, {wanted}, a path, a PIL image or a list of them"
+        )
+    if images.dtype != np.uint8:
+        raise InputError(f"images are {images.dtype}; give {wanted}: {_conversion(images.dtype)}")
+    if channels == 1 and images.ndim == 2:
+        images = images[..., None]
+    if images.ndim not in (3, 4) or 0 in images.shape:
+        raise InputError(f"images have shape {images.shape}; give {wanted}")
+    if images.shape[-1] != channels:
+        axes = "(1, 2, 0)" if images.ndim == 3 else "(0, 2, 3, 1)"
+        first = (
+            f"; if channels come first: images.transpose{axes}, in torch permute{axes}"
+            if images.shape[-3] == channels
+            else ""
+        )
+        raise InputError(
+            f"images have shape {images.shape}, so {images.shape[-1]} channels; this model takes {channels}: "
+            f"give {wanted}{first}"
+        )
+    return Given(images[None], True, swap) if images.ndim == 3 else Given(images, False, swap)
+
+
+def single_images(images: Sequence[object], channels: int, *, swap: bool) -> Iterator[Given]:
+    """Check single images of a list, each as :func:`given_images` does; the message of an error counts them."""
+
+    def single(index: int) -> Given:
+        try:
+            given = given_images(images[index], channels, swap=swap)
+        except InputError as exc:
+            raise InputError(f"image {index} of {len(images)}: {exc}") from exc
+        if not given.alone:
+            raise InputError(
+                f"image {index} of {len(images)} has shape {given.batch.shape}; a list holds single images"
+            )
+        return given
+
+    # Arrays are checked before the work; files are read when their turn comes.
+    checked = {index: single(index) for index, image in enumerate(images) if not is_file(image)}
+    for index in range(len(images)):
+        yield checked.get(index) or single(index)
+
+
+def is_file(image: object) -> bool:
+    """Whether ``image`` still has to be read or decoded."""
+    return isinstance(image, (str, Path)) or is_picture(image)
+
+
+def _conversion(dtype: np.dtype[Any]) -> str:
+    if dtype.kind == "f":
+        return "(x * 255).round().clip(0, 255).astype(np.uint8) for values in [0, 1]"
+    if dtype == np.uint16:
+        return "(x >> 8).astype(np.uint8) for the full 16-bit range"
+    return "scale to 0..255, then .astype(np.uint8)"
+
+
+def reversed_channels(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A copy of ``(N, H, W, 3)`` with BGR turned into RGB."""
+    # Channel by channel takes a third of the time of copying a view with a negative stride.
+    swapped = np.empty(images.shape, np.uint8)
+    for channel in range(3):
+        swapped[..., channel] = images[..., 2 - channel]
+    return swapped
+
+
+def check_order(order: str, channels: int) -> None:
+    """Raise ``SpecError`` for a channel order that is none, or none of this model."""
+    one_of("channel order", order, get_args(ChannelOrder))
+    if order == "bgr" and channels != 3:
+        raise SpecError(f"channel order bgr means 3 channels, this model takes {channels}; leave it out")
