@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.backends.tensorrt.log import LogCapture
 from edgeseg.errors import ArtifactError, BuildError, MissingDependencyError
 
@@ -113,6 +114,7 @@ class Product:
 
     def refit(self, trt: TensorRT, logger: Any, log: LogCapture, engine: ICudaEngine, graph: Path) -> None:
         """Put the weights of the portable graph into a stripped engine. Raises ``ArtifactError``."""
+        require_self_contained(graph)
         refitter = trt.Refitter(engine, logger)
         parser = trt.OnnxParserRefitter(refitter, logger)
         if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
