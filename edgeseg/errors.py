@@ -121,6 +121,10 @@ def refusals_as(kind: type[EdgesegError]) -> Iterator[None]:
         yield
     except OSError as exc:
         raise kind(refusal(exc)) from exc
+    except ValueError as exc:
+        if "null byte" not in str(exc):
+            raise
+        raise kind("the path holds a NUL character; no file's name does") from exc
 
 
 def refusal(error: OSError) -> str:

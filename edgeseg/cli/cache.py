@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from edgeseg.cli.output import echo
+
 
 @click.command("cache", short_help="Show or clear what is kept between builds.")
 @click.option("--clear", is_flag=True, help="Remove what is kept; the next build makes it again.")
@@ -18,11 +20,11 @@ def command(clear: bool, as_json: bool) -> None:
 
     if clear:
         freed_bytes = cache.clear()
-        click.echo(f"removed {freed_bytes / MIB:.0f} MiB", err=as_json)
+        echo(f"removed {freed_bytes / MIB:.0f} MiB", err=as_json)
     content = cache.cache_content()
     if as_json:
         from edgeseg.cli.output import print_json
 
         print_json(content)
     else:
-        click.echo(cache_line(content))
+        echo(cache_line(content))

@@ -342,13 +342,18 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise ArtifactError(f"{what} {path} is no regular file; save it as one first")  # reading it may never end
     try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_JSON_BYTES + 1)
+        data = _bounded(path, what)
     except OSError as exc:
         raise ArtifactError(f"cannot read {what} {path}: {exc.strerror}") from exc
+    return _decoded(data, path, kind, what)
+
+
+def _bounded(path: Path, what: str) -> bytes:
+    with path.open("rb") as stream:
+        data = stream.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         raise ArtifactError(f"{what} {path} is larger than {MAX_JSON_BYTES >> 20} MiB, which none of edgeseg's is")
-    return _decoded(data, path, kind, what)
+    return data
 
 
 def _decoded(data: bytes, path: Path, kind: type[T], what: str) -> T:
@@ -393,7 +398,7 @@ def _manifest_bytes(path: Path) -> bytes | None:
     for _ in range(3):  # a folder that is replaced again and again can be missed more than once
         if path.is_file():
             try:
-                return path.read_bytes()
+                return _bounded(path, "manifest")
             except FileNotFoundError:
                 continue
             except OSError as exc:

@@ -252,7 +252,7 @@ CALIBRATION |= {
     "none.npz": (zipped(), "holds 0 arrays; 1 to 100000 can be read"),
     "magic alone.npy": (b"\x93NUMPY\x01\x00", "cannot read calibration images"),
     "floats.npy": (saved(np.zeros((9, 20, 20, 3))), "is float64 of shape .*; calibration arrays are uint8"),
-    "few.npy": (saved(RNG.integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)), "only 3 of 3 images .* at least 8"),
+    "few.npy": (saved(RNG.integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)), "only 3 images .* at least 8"),
     "small.npy": (saved(RNG.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)), "8x8 pixels, at least 16x16 are needed"),
     "one colour.npy": (saved(np.arange(9, dtype=np.uint8).repeat(1200).reshape(9, 20, 20, 3)), "is of a single colour"),
     "one picture.npy": (saved(np.stack([PHOTO] * 9)), "the same picture as one picture.npy.0"),
@@ -368,7 +368,7 @@ def special_files(folder: Path) -> Iterator[tuple[str, str]]:
     yield "folder.png", "it is a folder"
     yield "missing.png", "it does not exist"
     yield "n" * 300 + ".png", "File name too long"
-    yield "nul\0.png", "null byte|does not exist"
+    yield "nul\0.png", "NUL character|does not exist"
     yield "a.png/b.png", "Not a directory|does not exist"
 
 

@@ -242,7 +242,7 @@ def test_what_a_manifest_holds_cannot_steer_the_terminal(
         options={hostile: hostile},
         notes=(hostile,),
         command=hostile,
-        precision=PrecisionReport("int8", {hostile: 0.9}, {}, 7424, {hostile: hostile}),
+        precision=PrecisionReport("int8", {hostile: 0.9}, {}, 7424, "executed", float_layers={hostile: hostile}),
     )
     write_json(folder / MANIFEST_NAME, manifest)
     monkeypatch.setattr(sys, "argv", ["edgeseg", "inspect", str(folder), *arguments])

@@ -214,7 +214,8 @@ def test_dynamic_shapes_become_a_profile(tmp_path: Path, version: str) -> None:
     ("bounds", "options", "least", "most"),
     [
         ({}, {}, (64, 96), (256, 384)),
-        ({"min_size": (33, 40), "max_size": (200, 192)}, {}, (64, 64), (192, 192)),
+        ({"min_size": (33, 40), "max_size": (200, 192)}, {}, (64, 96), (192, 192)),
+        ({"min_size": (100, 40)}, {}, (128, 96), (256, 384)),
         ({"min_size": (33, 40)}, {"min_size": "32x32", "max_size": "128x192"}, (32, 32), (128, 192)),
     ],
 )
@@ -532,7 +533,8 @@ def test_an_image_that_vanishes_is_the_error_and_nothing_stays_open(
     cuda = FakeCuda()
     monkeypatch.setattr(tensorrt_implicit, "open_cuda", lambda: cuda)
     for number in range(9):
-        Image.new("RGB", (SIDE, SIDE), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
 
     def remove(builder: Any, network: Any, config: Any) -> Any:
         (tmp_path / "5.png").unlink()
