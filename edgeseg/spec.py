@@ -250,6 +250,7 @@ class ModelRequest:
     Attributes:
         weights: path of a checkpoint or ``save_pretrained`` folder, ``"imagenet"`` (encoder only), ``"random"``, or
             ``None`` for the demo model of ``arch``.
+        weights_key: where the state dict is in a checkpoint that holds several, such as ``"state_dict_ema"``.
         keep_aux: keep an auxiliary classification head as a second output (dropped by default).
         mean, std, channel_order: preprocessing overrides.
     """
@@ -267,3 +268,4 @@ class ModelRequest:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     channel_order: ChannelOrder | None = None
+    weights_key: str | None = None

@@ -30,6 +30,7 @@ def model_options(command: Callable[P, R]) -> Callable[..., R]:
         help="Checkpoint (.safetensors, .pt, .pth, .ckpt) or save_pretrained folder.  "
         "[default: the demo model of --arch]",
     )
+    @click.option("--weights-key", help="Where the state dict is in a checkpoint with several, such as state_dict_ema.")
     @click.option("--classes", type=int, help="Output channels.  [default: what the checkpoint says]")
     @click.option("--class-names", type=NamesType(), default=(), help="One name per class.")
     @click.option("--task", type=click.Choice(get_args(Task)), help="[default: binary for 1 class, else multiclass]")
@@ -57,6 +58,7 @@ def model_options(command: Callable[P, R]) -> Callable[..., R]:
         arch: str | None,
         encoder: str | None,
         weights: str | None,
+        weights_key: str | None,
         classes: int | None,
         class_names: tuple[str, ...],
         task: Task | None,
@@ -74,6 +76,7 @@ def model_options(command: Callable[P, R]) -> Callable[..., R]:
             arch=arch,
             encoder=encoder,
             weights=weights,
+            weights_key=weights_key,
             classes=classes,
             class_names=class_names,
             task=task,

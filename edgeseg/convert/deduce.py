@@ -133,7 +133,8 @@ def _input_channels(request: ModelRequest, tensors: Mapping[str, Any]) -> int | 
     except SpecError:
         return None
     theirs = translated_shapes(assembly.module, tensors)
-    for name, shape in parameter_shapes(assembly.module.encoder.state_dict()).items():
+    encoder: Any = assembly.module.encoder
+    for name, shape in parameter_shapes(encoder.state_dict()).items():
         if len(shape) == 4:
             stored = theirs.get(f"encoder.{name}", ())
             return stored[1] if len(stored) == 4 and shape[1] == assembly.model.in_channels else None

@@ -82,6 +82,7 @@ def build(
     model: torch.nn.Module | None = None,
     encoder: str | None = None,
     weights: str | Path | None = None,
+    weights_key: str | None = None,
     classes: int | None = None,
     class_names: Iterable[str] = (),
     task: Task | None = None,
@@ -122,6 +123,7 @@ def build(
         model: an SMP module, a subclass or a wrapper of one, instead of ``arch`` and ``weights``.
         encoder: SMP's name, ``tu-`` names are timm's; default the checkpoint's, else ``resnet34``.
         weights: a checkpoint's path, ``"imagenet"``, ``"random"``, or ``None`` for the demo model of ``arch``.
+        weights_key: where the state dict is in a checkpoint with several, such as ``"state_dict_ema"``.
         classes: output channels; default what the checkpoint says.
         class_names: one per class.
         task: ``multiclass``, ``binary`` or ``multilabel``; default by the number of classes.
@@ -176,6 +178,7 @@ def build(
             mean=None if mean is None else tuple(mean),
             std=None if std is None else tuple(std),
             channel_order=channel_order,
+            weights_key=weights_key,
         ),
         precision=precision,
         size=size,

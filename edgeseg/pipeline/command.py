@@ -28,6 +28,7 @@ def build_command(request: BuildRequest) -> str | None:
         "arch": model.arch,
         "encoder": model.encoder,
         "weights": model.weights,
+        "weights-key": model.weights_key,
         "classes": model.classes,
         "class-names": ",".join(model.class_names) or None,
         "task": model.task,
