@@ -289,6 +289,7 @@ class ModelRequest:
     Attributes:
         weights: path of a checkpoint or ``save_pretrained`` folder, ``"imagenet"`` (encoder only), ``"random"``, or
             ``None`` for the demo model of ``arch``.
+        weights_key: where the state dict is in a checkpoint that holds several, such as ``"state_dict_ema"``.
         keep_aux: keep an auxiliary classification head as a second output (dropped by default).
         mean, std, scale, channel_order: preprocessing overrides, as in :class:`Preprocess`.
 
@@ -308,6 +309,9 @@ class ModelRequest:
         PATH_OR_WORD,
         metavar="PATH|imagenet|random",
         help="Checkpoint (.safetensors, .pt, .pth, .ckpt) or save_pretrained folder.  [default: the demo model of --arch]",
+    )
+    weights_key: str | None = argument(
+        TEXT, help="Where the state dict is in a checkpoint with several, such as state_dict_ema."
     )
     classes: int | None = argument(whole(1, MOST, 3), help="Output channels.  [default: what the checkpoint says]")
     class_names: tuple[str, ...] = argument(NAMES, (), help="One name per class.")

@@ -220,9 +220,9 @@ def check_arguments(arch: str, encoder: str, arguments: Mapping[str, Any]) -> tu
     Raises:
         SpecError: an unknown argument (lists the accepted ones), or a number beyond what any model has.
     """
-    accepted = accepted_arguments(arch)
-    if encoder.startswith("tu-"):
-        accepted = (*accepted, *TIMM_ARGUMENTS)
+    own = accepted_arguments(arch)
+    timms = TIMM_ARGUMENTS if encoder.startswith("tu-") else ()
+    accepted = (*own, *timms)
     checked: dict[str, Any] = {}
     notes: list[str] = []
     for name, given in arguments.items():
@@ -239,7 +239,8 @@ def check_arguments(arch: str, encoder: str, arguments: Mapping[str, Any]) -> tu
             checked[name] = value
         else:
             raise SpecError(
-                f"{arch} has no argument {name!r}{did_you_mean(name, accepted)} (accepted: {', '.join(accepted)})"
+                f"{arch} has no argument {name!r}{did_you_mean(name, accepted)} (accepted: {', '.join(own)}"
+                + (f"; of timm's: {', '.join(timms[:8])}, ...)" if timms else ")")
             )
         _require_bounded(name, value, _MAX_NUMBERS.get(name, MAX_NUMBER))
     return checked, tuple(notes)

@@ -7,9 +7,11 @@ before they are opened, and every tensor is checked to be backed by the bytes it
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import pathlib
 import re
+import types
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,8 +28,14 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = 16 << 30
 MAX_CONFIG_BYTES = 1 << 20
 
-# Keys under which trainers nest the state dict, in the order they are looked for.
-_NESTED_UNDER = ("state_dict", "model_state_dict", "model", "net", "module", "model_state", "weights")
+# Keys under which trainers nest the state dict, in the order they are looked for; averaged weights only where there are
+# no plain ones, or when they are asked for.
+_PLAIN_UNDER = (
+    *("state_dict", "model_state_dict", "model", "net", "module", "model_state", "weights", "network", "state"),
+    *("params", "generator", "student"),
+)
+_AVERAGED_UNDER = ("ema", "state_dict_ema", "ema_state_dict", "model_ema", "params_ema", "ema_model", "swa_state_dict")
+_NESTED_UNDER = (*_PLAIN_UNDER, *_AVERAGED_UNDER)
 
 _RESAVE = 'in Python, torch.save(model.state_dict(), "weights.pt") and give that file (or .safetensors)'
 
@@ -51,20 +59,25 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
 
-def read_checkpoint(source: str | Path) -> Checkpoint:
+def read_checkpoint(source: str | Path, key: str | None = None) -> Checkpoint:
     """Read a ``save_pretrained`` folder, ``.safetensors``, or a state dict in a ``.pt``/``.pth``/``.ckpt``/``.bin``.
 
     The content decides the format, not the file's name.
 
+    Args:
+        source: the file or folder.
+        key: under which the state dict stands in a pickled checkpoint, such as ``"state_dict_ema"``; default the usual
+            ones, plain weights before averaged ones.
+
     Raises:
-        CheckpointError: missing, empty, truncated, too large, foreign, or it would need to run code.
+        CheckpointError: no state dict under ``key``; missing, empty, truncated, too large, foreign, or it would need to run code.
     """
     path = existing_checkpoint(source)
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, key)
     config = _config_beside(path)
     notes = (f"architecture and arguments read from config.json beside {path.name}",) if config else ()
-    return _read_file(path, config, notes)
+    return _read_file(path, config, notes, key)
 
 
 def existing_checkpoint(source: str | Path) -> Path:
@@ -78,7 +91,7 @@ def existing_checkpoint(source: str | Path) -> Path:
     return path
 
 
-def _read_folder(folder: Path) -> Checkpoint:
+def _read_folder(folder: Path, key: str | None) -> Checkpoint:
     config_path = folder / "config.json"
     names = ("model.safetensors", "pytorch_model.bin")
     weights = next((folder / n for n in names if (folder / n).is_file()), None)
@@ -88,7 +101,7 @@ def _read_folder(folder: Path) -> Checkpoint:
             f"{folder} is not a save_pretrained folder (no {lacks}); make one with model.save_pretrained(folder), or "
             "give the weights file itself"
         )
-    return _read_file(weights, _read_config(config_path), ())
+    return _read_file(weights, _read_config(config_path), (), key)
 
 
 def _config_beside(path: Path) -> dict[str, Any]:
@@ -113,7 +126,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_file(path: Path, config: dict[str, Any], notes: tuple[str, ...]) -> Checkpoint:
+def _read_file(path: Path, config: dict[str, Any], notes: tuple[str, ...], key: str | None) -> Checkpoint:
     require_regular(path, "weights", CheckpointError)
     try:
         size = path.stat().st_size
@@ -130,8 +143,11 @@ def _read_file(path: Path, config: dict[str, Any], notes: tuple[str, ...]) -> Ch
     hyper: dict[str, Any] = {}
     if _looks_like_safetensors(head, size, path):
         tensors = _read_safetensors(path)
+        if key is not None:
+            raise CheckpointError(f"{path} is a safetensors file, which holds one state dict; leave --weights-key out")
     else:
-        tensors, hyper = _read_pickle(path, head, size)
+        tensors, hyper, chosen = _read_pickle(path, head, size, key)
+        notes = (*notes, *chosen)
     _check_backing(path, tensors, size)
     return Checkpoint(path, tensors, config, hyper, notes)
 
@@ -157,7 +173,9 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _read_pickle(path: Path, head: bytes, size: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read_pickle(
+    path: Path, head: bytes, size: int, key: str | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], tuple[str, ...]]:
     torch = import_for_conversion("torch")
     if head.startswith(b"PK"):
         _check_archive(path, size)
@@ -171,9 +189,9 @@ def _read_pickle(path: Path, head: bytes, size: int) -> tuple[dict[str, torch.Te
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as exc:  # a broken pickle can raise nearly anything; all of it means "cannot be read"
         raise _pickle_error(path, exc) from exc
-    tensors = _find_state_dict(path, content)
+    tensors, notes = _find_state_dict(path, content, key)
     hyper = content.get("hyper_parameters") if isinstance(content, Mapping) else None
-    return tensors, dict(hyper) if isinstance(hyper, Mapping) else {}
+    return tensors, dict(hyper) if isinstance(hyper, Mapping) else {}, notes
 
 
 def _check_archive(path: Path, size: int) -> None:
@@ -193,21 +211,51 @@ def _check_archive(path: Path, size: int) -> None:
 
 
 def _harmless_types() -> list[Any]:
-    """Return the types trainers leave in a checkpoint that hold data only: paths, argparse results, numpy scalars."""
+    """Return the types trainers leave in a checkpoint that hold data only, and whose making runs no code of the file.
+
+    A pair gives the name a type has in the file, where that differs from today's or from this machine's.
+    """
     import numpy as np
 
-    numeric = {type(np.dtype(t)) for t in "?bBhHiIlLqQefd"}
+    numeric = {type(np.dtype(t)) for t in "?bBhHiIlLqQefdUSMm"}
     multiarray = getattr(np, "_core", None) or np.core
+    arrays = [
+        (function, f"numpy.{package}.multiarray.{function.__name__}")
+        for function in (multiarray.multiarray.scalar, multiarray.multiarray._reconstruct)
+        for package in ("core", "_core")
+    ]
+    paths = [
+        (kind, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for kind, name in (
+            (pathlib.PurePosixPath, "PosixPath"),
+            (pathlib.PurePosixPath, "PurePosixPath"),
+            (pathlib.PureWindowsPath, "WindowsPath"),
+            (pathlib.PureWindowsPath, "PureWindowsPath"),
+        )
+    ]
     return [
         argparse.Namespace,
-        pathlib.PosixPath,
-        pathlib.PurePosixPath,
-        (pathlib.PosixPath, "pathlib._local.PosixPath"),
+        types.SimpleNamespace,
+        # torch fills plain dictionaries and lists only.
+        (_empty_dict, "collections.defaultdict"),
+        (_empty_list, "collections.deque"),
+        *(list, dict, tuple, set, frozenset, int, float, str, bool),
+        *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
+        np.ndarray,
         np.dtype,
         *numeric,
-        (multiarray.multiarray.scalar, "numpy.core.multiarray.scalar"),
-        (multiarray.multiarray.scalar, "numpy._core.multiarray.scalar"),
+        *arrays,
+        *paths,
     ]
+
+
+def _empty_dict(*_factory: object) -> dict[Any, Any]:
+    return {}
+
+
+def _empty_list(*_limit: object) -> list[Any]:
+    return []
 
 
 def _pickle_error(path: Path, exc: Exception) -> CheckpointError:
@@ -216,9 +264,13 @@ def _pickle_error(path: Path, exc: Exception) -> CheckpointError:
     needed = re.search(r"GLOBAL ([\w.]+)", text)
     if needed is not None:
         name = needed.group(1)
-        whole = name.startswith(("segmentation_models_pytorch.", "torch.nn.modules.", "timm.", "torchvision.models."))
-        what = f"a whole pickled model ({name})" if whole else f"a pickle that would run code to open ({name})"
-        return CheckpointError(f"{path} is {what}, which is refused; where you trust it, {_RESAVE}")
+        if re.match(r"(segmentation_models_pytorch|torch\.nn\.modules)\.(.*\.)?(loss(es)?)\.", name):
+            what = f"holds a loss object ({name}) beside its weights"
+        elif name.startswith(("segmentation_models_pytorch.", "torch.nn.modules.", "timm.", "torchvision.models.")):
+            what = f"is a whole pickled model ({name})"
+        else:
+            what = f"is a pickle that would run code to open ({name})"
+        return CheckpointError(f"{path} {what}, which is refused; where you trust it, {_RESAVE}")
     if "Unsupported operand" in text or "Unsupported class" in text:
         return CheckpointError(
             f"{path} is a pickle that torch.save did not write, which is refused; where you trust it, {_RESAVE}"
@@ -229,27 +281,49 @@ def _pickle_error(path: Path, exc: Exception) -> CheckpointError:
     )
 
 
-def _find_state_dict(path: Path, content: object) -> dict[str, torch.Tensor]:
-    """Return the mapping of names to tensors inside what torch.load returned, at most two levels deep."""
-    torch = import_for_conversion("torch")
-    for candidate in _candidates(content):
-        tensors = {k: v for k, v in candidate.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-        if tensors:
-            return {k: v.detach() for k, v in tensors.items()}
+def _find_state_dict(path: Path, content: object, key: str | None) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """Return the mapping of names to tensors inside what torch.load returned, at most two levels deep, and notes."""
+    candidates = {name: found for name, inner in _candidates(content) if (found := _tensors(inner))}
+    if key is not None:
+        if key not in candidates:
+            have = ", ".join(n for n in candidates if n) or "none under a key"
+            raise CheckpointError(
+                f"{path} holds no state dict under {key[:60]!r} (it has: {have}); change --weights-key"
+            )
+        return candidates[key], (f"the state dict under {key!r} is used, as asked",)
+    if candidates:
+        chosen = next(iter(candidates))
+        averaged = [n for n in candidates if n.split(".")[-1] in _AVERAGED_UNDER]
+        if chosen in averaged:
+            return candidates[chosen], (f"averaged weights are used, those under {chosen!r}: there are no others",)
+        beside = ", ".join(repr(n) for n in averaged)
+        note = f"the weights under {chosen!r} are used; averaged ones are under {beside}: --weights-key takes those"
+        return candidates[chosen], (note,) if averaged else ()
     if isinstance(content, Mapping):
         keys = ", ".join(repr(k) for k in list(content)[:6]) or "nothing"
         raise CheckpointError(f"{path} holds no state dict (it has {keys[:120]}); {_RESAVE}")
     raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict; {_RESAVE}")
 
 
-def _candidates(content: object) -> Iterator[Mapping[Any, Any]]:
+def _tensors(mapping: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    torch = import_for_conversion("torch")
+    return {k: v.detach() for k, v in mapping.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+
+
+def _candidates(content: object) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Where a state dict may be: the names of keys, joined by dots, and what is there; the plain ones first."""
     if not isinstance(content, Mapping):
         return
-    nested = [content[k] for k in _NESTED_UNDER if isinstance(content.get(k), Mapping)]
-    yield from nested
-    for inner in nested:
-        yield from (inner[k] for k in _NESTED_UNDER if isinstance(inner.get(k), Mapping))
-    yield content
+    nested = {k: content[k] for k in _NESTED_UNDER if isinstance(content.get(k), Mapping)}
+    deeper = {
+        f"{outer}.{k}": inner[k]
+        for outer, inner in nested.items()
+        for k in _NESTED_UNDER
+        if isinstance(inner.get(k), Mapping)
+    }
+    every = {**nested, **deeper, "": content}
+    for name in sorted(every, key=lambda n: any(part in _AVERAGED_UNDER for part in n.split("."))):
+        yield name, every[name]
 
 
 def _check_backing(path: Path, tensors: Mapping[str, torch.Tensor], size: int) -> None:

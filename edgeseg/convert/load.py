@@ -52,13 +52,15 @@ def load_model(request: ModelRequest, images: ImageSource = no_images) -> Loaded
         refuse_early(request.encoder or architectures.default_encoder(arch))
     architectures.import_for_conversion("torch")
     architectures.import_smp()
+    if request.weights_key is not None and (weights is None or not Path(weights).expanduser().is_file()):
+        raise SpecError(f"weights_key is {request.weights_key!r}, but the weights are no checkpoint file; leave it out")
     if weights is None:
         return _load_demo(request)
     if weights == "random":
         return _load_random(request)
     if not Path(weights).expanduser().exists() and _is_hub_name(request, weights):
         return _load_pretrained_encoder(request, weights)
-    return _load_checkpoint(request, read_checkpoint(weights), images)
+    return _load_checkpoint(request, read_checkpoint(weights, request.weights_key), images)
 
 
 def _is_hub_name(request: ModelRequest, weights: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgeseg.convert import architectures
@@ -136,17 +136,12 @@ def merge(request: ModelRequest, recorded: RecordedModel) -> ModelRequest:
                 "leave it out"
             )
         model_args[name] = value
-    return ModelRequest(
+    return replace(
+        request,
         **merged,
-        weights=request.weights,
         class_names=request.class_names or recorded.class_names,
         task=request.task or recorded.task,  # type: ignore[arg-type]
         model_args=model_args,
-        keep_aux=request.keep_aux,
-        mean=request.mean,
-        std=request.std,
-        scale=request.scale,
-        channel_order=request.channel_order,
     )
 
 

@@ -38,6 +38,7 @@ def build(
     model: torch.nn.Module | None = None,
     encoder: str | None = None,
     weights: str | Path | torch.nn.Module | None = None,
+    weights_key: str | None = None,
     classes: int | None = None,
     class_names: str | Iterable[str] = (),
     task: Task | None = None,
@@ -82,6 +83,7 @@ def build(
         model: an SMP module, a subclass or a wrapper of one, instead of ``arch`` and ``weights``.
         encoder: SMP's name, ``tu-`` names are timm's; default the checkpoint's, else ``resnet34``.
         weights: a checkpoint's path, ``"imagenet"``, ``"random"``, or ``None`` for the demo model of ``arch``.
+        weights_key: where the state dict is in a checkpoint with several, such as ``"state_dict_ema"``.
         classes: output channels; default what the checkpoint says.
         class_names: one per class; a list, or one string of names separated by commas.
         task: ``multiclass``, ``binary`` or ``multilabel``; default by the number of classes.

@@ -7,12 +7,15 @@ what it carries and without filling memory.
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
 import json
 import os
 import pathlib
 import pickle
 import random
 import struct
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -108,6 +111,24 @@ CONTAINERS: dict[str, Callable[[dict[str, Any]], Any]] = {
         "best_iou": np.float64(0.7),
         "best_loss": np.float32(0.1),
     },
+    "harmless hyper-parameters": lambda s: {
+        "state_dict": s,
+        "hyper_parameters": {
+            "weights": np.array([1.0, 2.0]),
+            "names": np.array(["road", "car"]),
+            "counts": collections.defaultdict(list, {"a": [1]}),
+            "last": collections.deque([1, 2], maxlen=3),
+            "started": datetime.datetime(2024, 1, 2, tzinfo=datetime.timezone.utc),
+            "space": types.SimpleNamespace(lr=0.1),
+        },
+    },
+    "of Windows": lambda s: {"state_dict": s, "data": pathlib.PureWindowsPath("C:/data")},
+    "network": lambda s: {"network": s},
+    "state": lambda s: {"state": s},
+    "ema only": lambda s: {"ema": s},
+    "params_ema only": lambda s: {"params_ema": s},
+    "beside averaged ones": lambda s: {"state_dict_ema": {k: v * 0 for k, v in s.items()}, "state_dict": s},
+    "averaged ones within": lambda s: {"model": {"ema": {k: v * 0 for k, v in s.items()}, "net": s}},
     "teacher and student": lambda s: {
         **prefixed({k: v * 0 for k, v in s.items()}, "ema_model."),
         **prefixed(s, "model."),
@@ -129,6 +150,22 @@ def test_weights_are_the_same_from_every_container(
         "prefix" in container or container in ("compiled", "compiled within", "lightning", "teacher and student")
     )
     assert loaded.weights == f"weights of {path}"
+
+
+def test_averaged_weights_are_told_and_taken_when_asked_for(model: Any, state: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"state_dict": {k: v * 0 for k, v in state.items()}, "state_dict_ema": state}, path)
+    said = (
+        "the weights under 'state_dict' are used; averaged ones are under 'state_dict_ema': --weights-key takes those"
+    )
+    assert said in load_model(asked(path)).notes
+    assert_same(model, asked(path, weights_key="state_dict_ema"))
+    with pytest.raises(CheckpointError, match=r"no state dict under 'ema' \(it has: state_dict, state_dict_ema\)"):
+        load_model(asked(path, weights_key="ema"))
+    torch.save({"ema": state}, path)
+    assert "averaged weights are used, those under 'ema': there are no others" in load_model(asked(path)).notes
+    with pytest.raises(SpecError, match="but the weights are no checkpoint file"):
+        load_model(asked(path, weights="random", weights_key="ema"))
 
 
 def test_the_hash_is_of_the_weights_not_of_the_file(model: Any, state: dict[str, Any], tmp_path: Path) -> None:
@@ -481,6 +518,12 @@ def test_code_in_a_pickle_is_not_run(form: str, state: dict[str, Any], tmp_path:
 def test_a_whole_pickled_model_is_refused(model: Any, tmp_path: Path) -> None:
     torch.save(model, tmp_path / "whole.pt")
     refuse(tmp_path / "whole.pt", r"a whole pickled model \(segmentation_models_pytorch\.decoders\.fpn\.model\.FPN\)")
+
+
+def test_a_loss_object_is_named(state: dict[str, Any], tmp_path: Path) -> None:
+    for loss in (smp.losses.DiceLoss("multiclass"), torch.nn.CrossEntropyLoss()):
+        torch.save({"state_dict": state, "hyper_parameters": {"loss": loss}}, tmp_path / "w.ckpt")
+        refuse(tmp_path / "w.ckpt", r"holds a loss object \(.*Loss\) beside its weights, which is refused")
 
 
 def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def special_files(folder: Path) -> Iterator[tuple[str, str]]:
     yield "folder.png", "it is a folder"
     yield "missing.png", "it does not exist"
     yield "n" * 300 + ".png", "File name too long"
-    yield "nul\0.png", "NUL character|does not exist"
+    yield "nul\0.png", "NUL character|null byte|does not exist"
     yield "a.png/b.png", "Not a directory|does not exist"
 
 
