@@ -70,7 +70,7 @@ def dynamic_sizes(loaded: LoadedModel, height: int, width: int) -> DynamicSizes:
             f"size {height}x{width} does not fit {name} with --dynamic-size: its code does the same at multiples of {step} only; "
             f"nearest is {near[0]}x{near[1]}"
         )
-    notes = ()
+    notes: tuple[str, ...] = ()
     if step != loaded.stride:
         notes = (f"dynamic size: any multiple of {step} (with a static size, of {loaded.stride}); others are padded",)
     sides = range(step, min(height, width), step)
