@@ -57,7 +57,11 @@ def saved(model: onnx.ModelProto, path: Path) -> OnnxGraph:
 
 def engine(folder: Path, built: Any, **device: str) -> Any:
     manifest = SimpleNamespace(
-        device={**built.device, **device}, versions=built.versions, options=built.options, precision=built.precision
+        device={**built.device, **device},
+        versions=built.versions,
+        options=built.options,
+        precision=built.precision,
+        spec=spec(HEIGHT, WIDTH, CLASSES),
     )
     return SimpleNamespace(folder=folder, engine_path=built.path, manifest=manifest)
 

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
-from edgeseg.backends.cpu.options import check_built_for, cpu_options
+from edgeseg.backends.cpu.options import check_built_for, check_image_size, cpu_options
 from edgeseg.backends.cpu.precision import executed_precision, node_times, profiled_events, run_profiled
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 from edgeseg.machine.cpu import Cpu, this_cpu
+from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import Engine, OnnxGraph
 
 ENGINE_NAME = "engine.onnx"
@@ -88,7 +89,8 @@ class OnnxRuntimeBackend:
         """Load an engine folder built by :meth:`build` on a CPU with the same instruction set."""
         ort = _import_ort()
         check_built_for(engine, self.cpu, "onnxruntime", str(ort.__version__))
-        return OnnxRuntimeSession(_open(ort, engine.engine_path, self.load_settings(ort, engine), ArtifactError))
+        session = _open(ort, engine.engine_path, self.load_settings(ort, engine), ArtifactError)
+        return OnnxRuntimeSession(session, engine.manifest.spec.input)
 
     def load_settings(self, ort: Any, engine: Engine) -> Any:
         """The session options ``engine`` is run with."""
@@ -101,8 +103,9 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeSession:
     """A loaded engine; ``run`` may be called from several threads at once."""
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, spec: InputSpec | None = None) -> None:
         self._session = session
+        self._spec = spec
         (image,) = session.get_inputs()
         self._input = image.name
         self._shape = tuple(image.shape)
@@ -116,6 +119,8 @@ class OnnxRuntimeSession:
         """
         if self._session is None:
             raise InputError("this session is closed; load the engine again")
+        if self._spec is not None:
+            check_image_size(images.shape, self._spec)
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, {self._input: images}), strict=True))
         except Exception as exc:

@@ -123,7 +123,7 @@ def executed_precision(path: Path, requested: Precision, executed: list[Executed
 
     model = onnx.load(str(path))
     ran = {node.name: node for node in executed}
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for index, node in enumerate(model.graph.node):
         node.name = node.name or f"{node.op_type}_{index}"  # what ONNX Runtime's profiler calls a node without a name
         if node.name in ran:
