@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgeseg.convert.loaded import LoadedModel
 
 _MULTIPLES = (1, 2, 4)
+_LARGEST_TRIED = 512  # pixels
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,17 @@ def dynamic_sizes(loaded: LoadedModel, height: int, width: int) -> DynamicSizes:
     if _same_padded(module):
         stride = math.lcm(stride, int(getattr(getattr(module, "encoder", None), "output_stride", 32)))
     own = _path(module, channels, height, width)
+    if own is None:
+        sides = range((min(height, width) // stride + 1) * stride, _LARGEST_TRIED + 1, stride)
+        side = next((s for s in sides if _path(module, channels, max(s, height), max(s, width)) is not None), None)
+        least = (
+            "" if side is None else f", it needs at least {max(side, height)}x{max(side, width)}; give that as --size"
+        )
+        raise SpecError(f"{name} does not take {height}x{width} images{least}")
     for step in (stride * multiple for multiple in _MULTIPLES):
         # Odd and even multiples of the step, unequal for height and width.
         others = ((height + step, width + 2 * step), (height + 2 * step, width + 3 * step))
-        if own is not None and all(_path(module, channels, *other) == own for other in others):
+        if all(_path(module, channels, *other) == own for other in others):
             break
     else:
         raise SpecError(

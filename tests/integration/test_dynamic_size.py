@@ -158,6 +158,11 @@ def test_a_size_between_is_refused_with_the_nearest() -> None:
         dynamic_sizes(loaded(ResizesOddSides(nn.Conv2d(3, 3, 3, 8, 1)), 8), 64, 80 + 8)
 
 
+def test_a_size_that_the_model_refuses_is_refused_before_the_export() -> None:
+    with pytest.raises(SpecError, match="does not take 16x64 images, it needs at least 32x64; give that as --size"):
+        dynamic_sizes(loaded(NeedsFour(nn.Conv2d(3, 3, 3, 8, 1)), 8), 16, 64)
+
+
 def static(model: LoadedModel, height: int, width: int) -> PipelineSpec:
     return PipelineSpec(model.model, InputSpec(height, width, stride=model.stride), model.preprocess)
 

@@ -11,10 +11,21 @@ import numpy as np
 import pytest
 
 import edgeseg
+from edgeseg.backends import get_backend
+from edgeseg.errors import InputError
 from edgeseg.images.placement import fit
 from edgeseg.images.resize import resize_scores
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, SCHEMA_VERSION, FileRef, Manifest, OnnxGraph, sha256_file, write_json
+from edgeseg.store.artifacts import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    FileRef,
+    Manifest,
+    OnnxGraph,
+    open_engine,
+    sha256_file,
+    write_json,
+)
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -122,6 +133,20 @@ def test_dynamic_size_is_padded_and_cropped(tmp_path: Path) -> None:
             padded = np.pad(image, ((0, -size[0] % 32), (0, -size[1] % 32), (0, 0)), mode="edge")
             expected = network(padded[None])[0].argmax(axis=0)[: size[0], : size[1]]
             np.testing.assert_array_equal(segmenter(image), expected)
+
+
+def test_sizes_the_model_refuses_are_refused_and_smaller_images_padded(tmp_path: Path) -> None:
+    """The graph itself would run at any size."""
+    folder = build(tmp_path / "engine", dynamic_size=True, min_size=(64, 64))
+    image = photo(40, 70, 3)
+    padded = np.pad(image, ((0, 24), (0, 26), (0, 0)), mode="edge")
+    with edgeseg.load(folder) as segmenter:
+        np.testing.assert_array_equal(segmenter(image), network(padded[None])[0].argmax(axis=0)[:40, :70])
+    with get_backend("onnxruntime").load(open_engine(folder)) as session:
+        session.run(padded[None])
+        for size in ((32, 96), (80, 96)):
+            with pytest.raises(InputError, match=f"images have {size[0]}x96 pixels, .* multiples of 32 from 64x64"):
+                session.run(np.zeros((1, *size, 3), np.uint8))
 
 
 def test_tiles_of_a_mask_engine_equal_the_whole_away_from_the_cuts(tmp_path: Path) -> None:

@@ -216,6 +216,7 @@ def test_dynamic_shapes_become_a_profile(tmp_path: Path, version: str) -> None:
         ({}, {}, (64, 96), (256, 384)),
         ({"min_size": (33, 40), "max_size": (200, 192)}, {}, (64, 96), (192, 192)),
         ({"min_size": (100, 40)}, {}, (128, 96), (256, 384)),
+        ({"min_size": (128, 128)}, {}, (128, 128), (256, 384)),
         ({"min_size": (33, 40)}, {"min_size": "32x32", "max_size": "128x192"}, (32, 32), (128, 192)),
     ],
 )

@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
-from edgeseg.backends.cpu.options import CPU_OPTIONS, check_built_for, cpu_options
+from edgeseg.backends.cpu.options import CPU_OPTIONS, check_built_for, check_image_size, cpu_options
 from edgeseg.backends.cpu.precision import executed_precision, node_times, profiled_events, run_profiled
 from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.backends.signature import ANY, TensorInfo, check_signature
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 from edgeseg.machine.cpu import Cpu, this_cpu
+from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import Engine, OnnxGraph
 
 ENGINE_NAME = "engine.onnx"
@@ -99,7 +100,7 @@ class OnnxRuntimeBackend:
         check_built_for(engine, self.cpu, "onnxruntime", str(ort.__version__))
         session = _open(ort, path, self.load_settings(ort, engine), ArtifactError)
         check_signature(_tensors(session.get_inputs()), _tensors(session.get_outputs()), engine.manifest.spec)
-        return OnnxRuntimeSession(session)
+        return OnnxRuntimeSession(session, engine.manifest.spec.input)
 
     def load_settings(self, ort: Any, engine: Engine) -> Any:
         """The session options ``engine`` is run with."""
@@ -113,8 +114,9 @@ class OnnxRuntimeBackend:
 class OnnxRuntimeSession:
     """A loaded engine; ``run`` may be called from several threads at once."""
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, spec: InputSpec | None = None) -> None:
         self._session = session
+        self._spec = spec
         (image,) = session.get_inputs()
         self._input = image.name
         self._shape = tuple(image.shape)
@@ -128,6 +130,8 @@ class OnnxRuntimeSession:
         """
         if self._session is None:
             raise InputError("this session is closed; load the engine again")
+        if self._spec is not None:
+            check_image_size(images.shape, self._spec)
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, {self._input: images}), strict=True))
         except Exception as exc:

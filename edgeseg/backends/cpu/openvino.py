@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
-from edgeseg.backends.cpu.options import CPU_OPTIONS, check_built_for, cpu_options
+from edgeseg.backends.cpu.options import CPU_OPTIONS, check_built_for, check_image_size, cpu_options
 from edgeseg.backends.signature import TensorInfo, check_signature
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 from edgeseg.machine.cpu import Cpu, this_cpu
-from edgeseg.spec import Precision
+from edgeseg.spec import InputSpec, Precision
 from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class OpenVinoBackend:
         except Exception as exc:  # see build
             raise ArtifactError(f"OpenVINO cannot load {path}: {_one_line(exc)}") from exc
         check_signature(_tensors(compiled.inputs), _tensors(compiled.outputs), manifest.spec)
-        return OpenVinoSession(compiled)
+        return OpenVinoSession(compiled, manifest.spec.input)
 
     def _saved_threads(self, engine: Engine) -> int:
         saved = {
@@ -125,8 +125,9 @@ class OpenVinoBackend:
 class OpenVinoSession:
     """A loaded engine; ``run`` may be called from several threads at once."""
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, spec: InputSpec) -> None:
         self._compiled = compiled
+        self._spec = spec
         self._idle = [compiled.create_infer_request()]
         self._lock = threading.Lock()
         self._outputs = [output.get_any_name() for output in compiled.outputs]
@@ -144,6 +145,7 @@ class OpenVinoSession:
         if images.dtype != np.uint8 or not self._fits(images.shape):
             # Asked first: OpenVINO would convert another dtype without a word.
             raise InputError(f"images are {images.dtype} {images.shape}, this engine takes uint8 {self._shape}")
+        check_image_size(images.shape, self._spec)
         with self._lock:
             request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
         try:

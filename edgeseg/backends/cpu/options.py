@@ -1,13 +1,14 @@
-"""What the CPU backends share: their build options, and the check that an engine was made for this machine."""
+"""What the CPU backends share: their build options, and the checks that an engine was made for this machine and image size."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgeseg.errors import SpecError, StaleEngineError, did_you_mean, typed
+from edgeseg.errors import InputError, SpecError, StaleEngineError, did_you_mean, typed
 from edgeseg.machine.cpu import Cpu
+from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import Engine
 
 CPU_OPTIONS: Mapping[str, tuple[str, ...]] = {"onnxruntime": ("threads", "spinning"), "openvino": ("threads",)}
@@ -55,3 +56,14 @@ def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> Non
         )
     if built_with != version:
         raise StaleEngineError(f"{engine.folder} was built with {package} {built_with}, this is {version}; {again}")
+
+
+def check_image_size(shape: Sequence[int], spec: InputSpec) -> None:
+    """Raise ``InputError`` for images ``(N, H, W, C)`` of a size that the model refuses and its graph would run."""
+    if not spec.dynamic_size or len(shape) != 4:
+        return
+    least = spec.min_size or (spec.stride, spec.stride)
+    if any(n % spec.stride or n < low for n, low in zip(shape[1:3], least, strict=True)):
+        raise InputError(
+            f"images have {shape[1]}x{shape[2]} pixels, this engine takes multiples of {spec.stride} from {least[0]}x{least[1]}"
+        )
