@@ -353,7 +353,7 @@ def words_of(request: Any) -> list[str] | None:
         if said is None:
             return None
         if argument.kind.is_flag:
-            words.append(argument.flag)
+            words.append(argument.flag if value else f"--no-{argument.flag[2:]}")
         for word in said:
             # A value that begins with a dash would be read as an option.
             words += [f"{argument.flag}={word}"] if word.startswith("-") else [argument.flag, word]

@@ -22,6 +22,7 @@ from edgeseg.spec import ModelRequest
     "size",
     "fit",
     "calibration_method",
+    "equalize",
     "calibration_limit",
     flags={"calibration_method": "--method", "calibration_limit": "--limit"},
 )

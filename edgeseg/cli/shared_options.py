@@ -59,7 +59,8 @@ def argument_names(request: type[Any] = BuildRequest) -> Iterable[str]:
 def _option(argument: Argument, flag: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
     kind = argument.kind
     if kind.is_flag:
-        return click.option(flag, argument.field, is_flag=True, help=argument.help)
+        spelled = f"{flag}/--no-{flag[2:]}" if argument.default else flag
+        return click.option(spelled, argument.field, is_flag=True, default=bool(argument.default), help=argument.help)
     if kind.repeats:
         return click.option(
             flag, argument.field, multiple=True, metavar=kind.metavar, help=argument.help, callback=_all_of(kind)

@@ -59,6 +59,7 @@ def build(
     threshold: float = 0.5,
     calibration: str | Path | Iterable[NDArray[np.uint8]] | CalibrationTable | None = None,
     calibration_method: str | None = None,
+    equalize: bool = True,
     calibration_limit: int | None = None,
     validation: str | Path | None = None,
     ignore_index: int | None = None,
@@ -106,6 +107,8 @@ def build(
         calibration: images an int8 engine is calibrated with (a folder, glob, list file, ``.npy``, or uint8 RGB arrays
             ``(H, W, 3)``), or a finished table (``.json`` path or object).
         calibration_method: ``minmax``, ``moving-average``, ``percentile``, ``entropy`` or ``mse``.
+        equalize: for int8, scale channels so that activations are even over them; the float graph computes the same. A
+            finished table decides by itself.
         calibration_limit: use at most so many images, a seeded subset.
         validation: folder with ``images/`` and, for mIoU, ``masks/``; default: images held out of ``calibration``.
         ignore_index: mask value that counts for nothing.

@@ -64,6 +64,11 @@ class BuildRequest(ModelRequest):
         "[default: the demo set, for a demo model only]",
     )
     calibration_method: str | None = argument(TEXT, help="minmax, moving-average, percentile, entropy or mse.")
+    equalize: bool = argument(
+        FLAG,
+        True,
+        help="Make the channels of int8's activations even first: exact, and recovers badly scaled channels.",
+    )
     calibration_limit: int | None = argument(
         whole(1, INT32, 64), help="Use at most so many calibration images (a seeded subset)."
     )

@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     from edgeseg.quantize.table import CalibrationTable
 
 CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
+EQUALIZED_NAME = "equalized.onnx"
+EQUALIZED_NOTE = "channels of the activations were equalized before calibration; the float graph computes the same"
 EXPORT_FOLDER = "export"
 
 
@@ -76,7 +78,9 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
     targets, loaded, spec, folder = plan.targets, plan.loaded, plan.spec, plan.folder
     with usable_cache(reporter.note), engine_folder(folder, force=request.force) as scratch:
         graph, conversion = export_stage(loaded, spec, scratch, reporter)
-        table = None if plan.samples is None else calibration_stage(request, graph, plan.samples, reporter)
+        table = None
+        if plan.samples is not None:
+            graph, table = calibration_stage(request, graph, plan.samples, scratch, reporter)
         if request.precision == "fp16" and table is None:
             reporter.note(
                 "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
@@ -94,13 +98,15 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
 
         # What no file describes cannot be loaded again, nor built by a command.
         command, asked = (None, None) if model is not None else (build_command(request), request.model)
-        make = _ManifestMaker(request, loaded, spec, conversion, table, loaded.notes, folder.name, command, asked)
+        notes = loaded.notes if table is None or not table.equalization else (*loaded.notes, EQUALIZED_NOTE)
+        make = _ManifestMaker(request, loaded, spec, conversion, table, notes, folder.name, command, asked)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
         verification = verify_stage(request, loaded, engine, plan.held_out, reporter)
         make.write(best, medians, table, scratch, verification)
         for name in (EXPORT_FOLDER, *(f"target-{target}" for target in targets)):
             shutil.rmtree(scratch / name, ignore_errors=True)
+        (scratch / EQUALIZED_NAME).unlink(missing_ok=True)
     return open_engine(folder)
 
 
@@ -253,17 +259,22 @@ def export_stage(
     return graph, report
 
 
-def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, reporter: Reporter) -> CalibrationTable:
-    """Take the table that was given, find one in the cache, or calibrate."""
+def calibration_stage(
+    request: BuildRequest, graph: OnnxGraph, samples: Any, scratch: Path, reporter: Reporter
+) -> tuple[OnnxGraph, CalibrationTable]:
+    """Take the table that was given, find one in the cache, or calibrate; return the graph it is for, channels equalized."""
+    from edgeseg.quantize.repair.equalization import channel_magnitudes, require_equal, write_equalized
     from edgeseg.quantize.samples import MINIMUM_IMAGES
     from edgeseg.quantize.table import CalibrationTable, check_fresh, load_table
 
     if isinstance(samples, (CalibrationTable, Path)):
         table = load_table(samples) if isinstance(samples, Path) else samples
         with stage(reporter, "calibrate") as said:
+            if table.equalization:
+                graph, _ = write_equalized(graph, table.equalization, scratch / EQUALIZED_NAME)
             check_fresh(table, table_key(graph, None, table.method, table.options))
             said.append(f"table given: {table.method} over {table.images} images")
-        return table
+        return graph, table
 
     if samples.skipped:
         listed = "; ".join(f"{name}: {reason}" for name, reason in samples.skipped[:5])
@@ -275,18 +286,29 @@ def calibration_stage(request: BuildRequest, graph: OnnxGraph, samples: Any, rep
             f"calibrated on {images}: what others need may lie outside the ranges; give {MINIMUM_IMAGES} or more"
         )
     method = method_or_default(request.calibration_method)
-    inputs = {"key": table_key(graph, samples, method, {}), "software": software()}
+    equalizes = request.equalize and request.precision == "int8"
+    inputs = {"key": table_key(graph, samples, method, {}), "equalizes": equalizes, "software": software()}
 
     def make(folder: Path) -> None:
-        calibrate(graph, samples, method=method, progress=reporter.progress).save(folder / TABLE_NAME)
+        calibrated, magnitudes = graph, {}
+        if equalizes:
+            magnitudes = channel_magnitudes(graph, samples)
+            calibrated, _ = write_equalized(graph, magnitudes, folder / EQUALIZED_NAME)
+            require_equal(graph, calibrated, samples)
+        table = calibrate(calibrated, samples, method=method, progress=reporter.progress)
+        dataclasses.replace(table, equalization=magnitudes).save(folder / TABLE_NAME)
 
     with stage(reporter, "calibrate") as said:
         folder, reused = cached_folder("calibration", inputs, make)
         table = load_table(folder / TABLE_NAME)
         said.append(f"{table.method} over {table.images} images")
+        if equalizes:
+            equalized = folder / EQUALIZED_NAME
+            graph = dataclasses.replace(graph, path=equalized, sha256=sha256_file(equalized))
+            said.append("channels equalized")
         if reused:
             said.append("reused")
-    return table
+    return graph, table
 
 
 def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> CalibrationTable:
@@ -297,7 +319,7 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     samples = calibration_source(request, loaded)
     with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
         graph, _ = export_stage(loaded, spec, Path(scratch), reporter)
-        table = calibration_stage(request, graph, samples, reporter)
+        _, table = calibration_stage(request, graph, samples, Path(scratch), reporter)
     table.save(path)
     return table
 

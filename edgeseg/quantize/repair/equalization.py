@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from edgeseg.errors import QuantizationError
 from edgeseg.graph.editing import Editor, constant_array
 from edgeseg.machine.cpu import this_cpu
-from edgeseg.quantize.activations import ActivationSession
+from edgeseg.quantize.activations import ActivationSession, find_activations, group_by_size
+from edgeseg.quantize.calibration import ACTIVATION_BUDGET_BYTES
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import OnnxGraph, sha256_file
@@ -92,13 +93,18 @@ def channel_magnitudes(graph: OnnxGraph, samples: CalibrationSet) -> dict[str, t
         InputError: an image changed or vanished since the set was opened.
     """
     model = read_onnx(graph.path)
-    names = image_values(ir.serde.deserialize_model(model))
-    session = ActivationSession(model, names, this_cpu().cores)
-    largest = [np.zeros(1, np.float32) for _ in names]
-    for images, name in _windows(samples, graph.spec.input):
-        for index, values in enumerate(session.run(images, name)):
-            largest[index] = np.maximum(largest[index], np.abs(values).max(axis=(0, 2, 3)))
-    return {name: tuple(map(float, seen)) for name, seen in zip(names, largest, strict=True)}
+    names = set(image_values(ir.serde.deserialize_model(model)))
+    activations = [a for a in find_activations(model, graph.spec.input) if a.name in names]
+    largest: dict[str, NDArray[np.float32]] = {}
+    for group in group_by_size(activations, ACTIVATION_BUDGET_BYTES):
+        watched = [a.name for a in group]
+        session = ActivationSession(model, watched, this_cpu().cores)
+        for images, what in _windows(samples, graph.spec.input):
+            for name, values in zip(watched, session.run(images, what), strict=True):
+                # Two reductions without a copy of the tensor between them.
+                seen = np.maximum(values.max(axis=(0, 2, 3)), -values.min(axis=(0, 2, 3)))
+                largest[name] = np.maximum(largest.get(name, seen), seen)
+    return {name: tuple(map(float, seen)) for name, seen in largest.items()}
 
 
 def write_equalized(
@@ -224,7 +230,11 @@ def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) ->
         _scale(node, scaled)
     seen = [np.asarray(m, np.float64) for m in magnitudes.values()]
     values = {str(v.name): v for v in channels.first}
-    after = [np.asarray(m, np.float64) * scaled.of(values[name]) for name, m in magnitudes.items() if name in values]
+    after = [
+        np.asarray(m, np.float64) * factor
+        for name, m in magnitudes.items()
+        if name in values and len(factor := scaled.of(values[name])) == len(m)
+    ]
     return Equalization(
         channels=int(np.count_nonzero(factors != 1.0)),
         groups=len(

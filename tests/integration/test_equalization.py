@@ -1,0 +1,66 @@
+"""A badly scaled network through ``edgeseg.build``: with equalization INT8 is that of the network it was made from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import edgeseg
+from benchmarks.badly_scaled import badly_scaled
+from edgeseg.convert.load import load_model
+from edgeseg.demo import sample_folder
+from edgeseg.quantize.table import load_table
+from edgeseg.spec import ModelRequest
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["EDGESEG_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def test_the_recipe_keeps_the_float_network() -> None:
+    module, _ = badly_scaled("unet")
+    image = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 3, 64, 64)).astype(np.float32))
+    with torch.inference_mode():
+        before, after = load_model(ModelRequest(arch="unet")).module(image), module(image)
+    assert (before - after).abs().max() < 1e-4 * before.abs().max()
+
+
+def test_int8_of_a_badly_scaled_network(tmp_path: Path) -> None:
+    module, preprocess = badly_scaled("unet")
+    agreement = {}
+    for equalize in (False, True):
+        engine = edgeseg.build(
+            module,
+            size=(128, 128),
+            mean=preprocess.mean,
+            std=preprocess.std,
+            calibration=sample_folder() / "calib" / "images",
+            calibration_limit=24,  # of which every fifth is kept for the verification
+            target="onnxruntime",
+            equalize=equalize,
+            output=tmp_path / f"{equalize}",
+        )
+        assert engine.manifest.verification is not None
+        agreement[equalize] = engine.manifest.verification.agreement
+        assert engine.manifest.precision.mac_share["int8"] > 0.95
+        assert any("equalized" in note for note in engine.manifest.notes) is equalize
+        assert bool(load_table(engine.folder / "calibration.json").equalization) is equalize
+    assert agreement[False] < 0.9
+    assert agreement[True] > 0.985
+
+
+def test_a_table_brings_the_equalization_it_was_made_with(tmp_path: Path) -> None:
+    images = sample_folder() / "calib" / "images"
+    first = edgeseg.build(
+        "pspnet", calibration=images, calibration_limit=8, target="onnxruntime", output=tmp_path / "a"
+    )
+    table = first.folder / "calibration.json"
+    second = edgeseg.build("pspnet", size=96, calibration=table, target="onnxruntime", output=tmp_path / "b")
+    assert second.manifest.graph.sha256 == first.manifest.graph.sha256
