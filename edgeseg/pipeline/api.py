@@ -124,8 +124,8 @@ def build(
             silent.
 
     Raises:
-        SpecError, InputError, CheckpointError, ExportError, QuantizationError, BuildError, ArtifactError,
-        MissingDependencyError: see :mod:`edgeseg.errors`; nothing is left behind.
+        EdgesegError: the request, an input, or a step failed; see :mod:`edgeseg.errors` for which class says what. Nothing is
+            left behind.
         GateError: ``max_drop`` or ``min_agreement`` is not met; nothing is left behind.
     """
     given = dict(locals())
