@@ -20,12 +20,12 @@ demo: venv       ## Build the demo FPN in INT8, run it on sample images, show th
 	$(BIN)/edgeseg build --arch fpn --precision int8 --force
 	$(BIN)/edgeseg run engines/fpn-demo-int8 calibration/demo/val/images --output demo-output --overlay --limit 8 --force
 
-test: lint docs  ## Lint, type-check, build the docs and run the whole test suite
+test: lint docs  ## Lint, type-check, build the docs and run the whole test suite, two files at a time
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 unit: venv       ## Run the fast tests only (seconds)
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit
 
 gpu:             ## On a device: the tests that need a GPU and TensorRT, with PYTHON, which has them; leaves report.json
 	$(PYTHON) -m pytest -m gpu tests/gpu --device-report report.json
