@@ -303,7 +303,15 @@ def _construct(spec: ModelSpec, arguments: Mapping[str, Any]) -> torch.nn.Module
     try:
         with quiet_libraries():
             return model_class(spec.arch)(**arguments)
-    except (ValueError, TypeError, KeyError, NotImplementedError, AssertionError, IndexError, RuntimeError) as exc:
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
+    ) as exc:
         raise SpecError(_rejection(spec, exc)) from exc
 
 
@@ -316,6 +324,16 @@ def _rejection(spec: ModelSpec, exc: Exception) -> str:
         return (
             f"{spec.arch} needs an encoder that halves its features stage by stage, {spec.encoder} does not; vision "
             "transformers go with dpt"
+        )
+    norm = spec.model_args.get("decoder_use_norm")
+    if isinstance(exc, AttributeError) and "instancenorm" in (
+        norm,
+        norm.get("type") if isinstance(norm, dict) else None,
+    ):
+        # Its initialization sets scale and shift, which torch's instance norm has only when asked.
+        return (
+            "SMP cannot build a decoder with instance norm that has no scale and shift; give "
+            """--model-arg 'decoder_use_norm={"type": "instancenorm", "affine": true}'"""
         )
     given = f" and {spec.model_args}" if spec.model_args else ""
     return f"SMP cannot build {spec.arch} with encoder {spec.encoder}{given}: {reason or type(exc).__name__}"

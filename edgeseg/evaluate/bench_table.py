@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from edgeseg.console import printable
 from edgeseg.evaluate.results import BenchReport, Drop, Profile, Row, SpeedComparison
 from edgeseg.evaluate.summary import share
 from edgeseg.evaluate.tables import MISSING, FigureTable, counted, milliseconds, number
@@ -145,7 +146,7 @@ def drop_words(drop: Drop) -> str:
 
 
 def _profile_table(name: str, profile: Profile) -> FigureTable:
-    table = FigureTable.of(f"{name}, by module", "nodes", "ms", "share", "dtypes")
+    table = FigureTable.of(f"{printable(name)}, by module", "nodes", "ms", "share", "dtypes")
     for module in profile.modules:
         dtypes = ", ".join(f"{value:.0%} {dtype}" for dtype, value in module.dtypes.items())
         table.add(module.module, str(module.nodes), f"{module.time_ms:.3f}", f"{module.share:.1%}", dtypes or MISSING)

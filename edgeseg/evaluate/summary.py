@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from edgeseg.console import printable
 from edgeseg.evaluate.tables import MISSING, FigureTable, number
 from edgeseg.store.artifacts import AccuracyFigures, Engine, PrecisionReport, Verification
 
@@ -60,7 +61,9 @@ def verification_table(verification: Verification, engine_name: str) -> FigureTa
     """A line per figure that was measured, PyTorch beside the engine; ``-`` where one of both has none."""
     v = verification
     before, after = v.pytorch_accuracy, v.engine_accuracy
-    table = FigureTable((("", "words"), ("PyTorch", "figure"), (engine_name, "name"), ("difference", "figure")))
+    table = FigureTable(
+        (("", "words"), ("PyTorch", "figure"), (printable(engine_name), "name"), ("difference", "figure"))
+    )
     noisy = " *" if noise_lines(v) else ""
     for name, first, second, difference in (
         *(

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from edgeseg.console import printable
+
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions
+    from rich.console import Console, ConsoleOptions, Group
     from rich.table import Table
 
 MISSING = "-"
@@ -53,8 +55,8 @@ class FigureTable:
     A column of figures in which nothing was measured is left out.
 
     Attributes:
-        columns: heading and kind. ``figure``: right-aligned, never wrapped; ``words``: wraps at spaces and commas; ``name``:
-            gives way last and most, see :func:`wrapped`.
+        columns: heading, in which a line end starts a line, and kind. ``figure``: right-aligned, never wrapped; ``words``:
+            wraps at spaces and commas; ``name``: gives way last and most, see :func:`wrapped`.
         title: above the table.
         has_header: whether the headings are printed.
     """
@@ -71,7 +73,8 @@ class FigureTable:
 
     def add(self, *cells: str, style: str | None = None) -> None:
         """Add a row; one with fewer cells than columns is filled up with empty ones."""
-        self.rows.append(((*cells, *[""] * (len(self.columns) - len(cells))), style))
+        shown = map(printable, cells)
+        self.rows.append(((*shown, *[""] * (len(self.columns) - len(cells))), style))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         """Wrap words, then names, by as much as the table is too wide."""
@@ -106,16 +109,22 @@ class FigureTable:
         )
         for k in shown:
             heading, kind = self.columns[k]
-            table.add_column(
-                Text(wrapped(heading, widths[k])), justify="right" if kind == "figure" else "left", no_wrap=True
-            )
+            table.add_column(_lines(heading, widths[k]), justify="right" if kind == "figure" else "left", no_wrap=True)
         for cells, style in self.rows:
-            # Text, not str: rich would read [brackets] in a name as markup.
-            table.add_row(*(Text(wrapped(cells[k], widths[k])) for k in shown), style=style)
+            table.add_row(*(_lines(cells[k], widths[k]) for k in shown), style=style)
         return table
 
     def _is_measured(self, index: int) -> bool:
         return not self.rows or any(cells[index] not in {"", MISSING} for cells, _ in self.rows)
+
+
+def _lines(text: str, width: int) -> Group:
+    """``text`` wrapped, each line by itself: our console writes out a line end that is within a text."""
+    from rich.console import Group
+    from rich.text import Text
+
+    # Text, not str: rich would read [brackets] in a name as markup.
+    return Group(*map(Text, wrapped(text, width).split("\n")))
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

@@ -223,8 +223,9 @@ class CalibrationSet:
 
 
 def check_source(source: CalibrationSource, limit: int | None) -> None:
-    """Raise ``InputError`` where a look at the names shows that there is nothing, or too little, to calibrate on."""
-    if isinstance(source, (str, Path)) or (isinstance(source, Sequence) and not len(source)):
+    """Raise ``InputError`` where a look at the names, or at the arrays' shapes, shows that there is too little to calibrate
+    on, or nothing. What can be gone through only once is left alone."""
+    if isinstance(source, (str, Path, Sequence, np.ndarray)):
         words, found = _find(source)
         needed = MINIMUM_IMAGES if limit is None else min(MINIMUM_IMAGES, limit)
         if len(found) < needed:

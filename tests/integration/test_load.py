@@ -189,6 +189,7 @@ def test_the_auxiliary_head_is_dropped_unless_kept() -> None:
             {"encoder": "tu-mobilenetv3_small_050", "model_args": {"nonsense": 1}},
             r"fpn has no argument 'nonsense' .*timm's: img_size",
         ),
+        ({"arch": "unet", "model_args": {"decoder_use_norm": "instancenorm"}}, r'give --model-arg .*"affine": true'),
         ({"arch": "pspnet", "model_args": {"psp_sizes": [0]}}, r"psp_sizes is \[0\]; give positive whole numbers"),
         ({"activation": "relu"}, r"unknown activation 'relu'"),
         ({"classes": 2, "task": "binary"}, r"task binary has 1 class, got 2"),

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from onnx import helper
@@ -47,6 +48,23 @@ def test_names_no_system_takes(act: Callable[[], object], kind: type[Exception])
     with pytest.raises(kind) as caught:
         act()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([np.zeros((64, 64, 3), np.uint8)], "only 1 image in the given images; calibration needs at least 8"),
+        (np.zeros((3, 64, 64, 3), np.uint8), "only 3 images in the given images; calibration needs at least 8"),
+        ([np.zeros((64, 64, 3), np.float32)], "array 0 is float32 of shape"),
+        ([], "the given images holds no images"),
+    ],
+)
+def test_arrays_that_cannot_be_calibrated_on_are_refused_before_the_work(
+    given: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeseg.pipeline.stages.load_stage", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(InputError, match=message):
+        edgeseg.build("fpn", calibration=given, target="onnxruntime", output=tmp_path / "engine")
 
 
 def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

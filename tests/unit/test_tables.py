@@ -11,8 +11,8 @@ import pytest
 from bench_rows import merged, row
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
+from edgeseg.console import plain_console
 from edgeseg.decide.verdict import decide
 from edgeseg.evaluate.bench_table import bench_summary
 from edgeseg.evaluate.latency.statistics import distribution
@@ -27,7 +27,9 @@ LONG = "deeplabv3plus-tu-tf_efficientnet_lite0-demo-int8"
 
 def printed(renderable: object, width: int = 80) -> list[str]:
     stream = io.StringIO()
-    Console(file=stream, width=width).print(renderable)
+    console = plain_console()
+    console.file, console.width = stream, width
+    console.print(renderable)
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     return lines
@@ -76,6 +78,13 @@ def test_a_word_is_not_split_where_it_fits() -> None:
     table.add("fpn-resnet18-demo-int8", "2327.10", "12345.67")
     lines = printed(table, 36)
     assert [line.split() for line in lines[-3:-1]] == [["fpn-resnet18-", "2327.10", "12345.67"], ["demo-int8"]]
+
+
+def test_line_ends_of_headings_hold_and_those_of_names_are_written_out() -> None:
+    table = FigureTable.of("engine", "median\nms")
+    table.add("two\nlines", "1.00")
+    lines = [line.split() for line in printed(table) if line.strip()]
+    assert lines[:2] + lines[3:] == [["median"], ["engine", "ms"], ["two\\nlines", "1.00"]]
 
 
 @given(st.text("ab1-_/, .", max_size=60), st.integers(1, 30))
