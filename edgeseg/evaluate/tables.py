@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from edgeseg.console import printable
+
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions
+    from rich.console import Console, ConsoleOptions, Group
     from rich.table import Table
 
 MISSING = "-"
@@ -71,7 +73,9 @@ class FigureTable:
 
     def add(self, *cells: str, style: str | None = None) -> None:
         """Add a row; one with fewer cells than columns is filled up with empty ones."""
-        self.rows.append(((*cells, *[""] * (len(self.columns) - len(cells))), style))
+        # Escaped before it is wrapped: the line ends that wrapping puts in are no name's own.
+        shown = (printable(cell) for cell in cells)
+        self.rows.append(((*shown, *[""] * (len(self.columns) - len(cells))), style))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         """Wrap words, then names, by as much as the table is too wide."""
@@ -107,15 +111,23 @@ class FigureTable:
         for k in shown:
             heading, kind = self.columns[k]
             table.add_column(
-                Text(wrapped(heading, widths[k])), justify="right" if kind == "figure" else "left", no_wrap=True
+                _lines(wrapped(heading, widths[k])), justify="right" if kind == "figure" else "left", no_wrap=True
             )
         for cells, style in self.rows:
-            # Text, not str: rich would read [brackets] in a name as markup.
-            table.add_row(*(Text(wrapped(cells[k], widths[k])) for k in shown), style=style)
+            table.add_row(*(_lines(wrapped(cells[k], widths[k])) for k in shown), style=style)
         return table
 
     def _is_measured(self, index: int) -> bool:
         return not self.rows or any(cells[index] not in {"", MISSING} for cells, _ in self.rows)
+
+
+def _lines(text: str) -> Group:
+    """A cell of several lines; a line end within one text is a name's own for the console."""
+    from rich.console import Group
+    from rich.text import Text
+
+    # Text, not str: rich would read [brackets] in a name as markup.
+    return Group(*map(Text, text.split("\n")))
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:
