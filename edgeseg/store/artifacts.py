@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import msgspec
 
 from edgeseg.errors import ArtifactError, StaleEngineError, refusals_as, typed
+from edgeseg.machine.record import Count
 from edgeseg.spec import ModelRequest, PipelineSpec, Precision
 from edgeseg.store.atomic import atomic_folder, check_folder, recover_folder, write_bytes
 
@@ -35,7 +36,7 @@ class FileRef:
 
     name: str
     sha256: str
-    size_bytes: int
+    size_bytes: Count
 
     @classmethod
     def of(cls, path: Path) -> FileRef:
@@ -88,7 +89,7 @@ class PrecisionReport:
     requested: Precision
     mac_share: dict[str, float]
     node_share: dict[str, float]
-    macs: int
+    macs: Count
     evidence: Evidence
     float_layers: dict[str, str] = field(default_factory=dict)
     time_share: dict[str, float] | None = None
@@ -114,7 +115,7 @@ class LatencyFigures:
     median_ms: float
     p90_ms: float
     p99_ms: float
-    iterations: int
+    iterations: Count
     noise: tuple[str, ...] = ()
 
 
@@ -148,14 +149,14 @@ class Verification:
     agreement: float
     boundary_agreement: float | None
     miou_vs_pytorch: float | None
-    images: int
+    images: Count
     data: str
     pytorch_accuracy: AccuracyFigures
     engine_accuracy: AccuracyFigures
     pytorch_latency: LatencyFigures | None
     engine_latency: LatencyFigures | None
-    pytorch_size_bytes: int
-    engine_size_bytes: int
+    pytorch_size_bytes: Count
+    engine_size_bytes: Count
     speedup: SpeedUp | None = None
 
     @property
