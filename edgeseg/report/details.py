@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,7 +306,7 @@ def _data_uri(name: str | None, folder: Path | None) -> tuple[str | None, str | 
         return None, "no picture was saved"
     relative = Path(name)
     path = folder / relative
-    if relative.is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+    if relative.is_absolute() or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         return None, "the report names a picture outside its own folder: not shown"
     if not path.is_file():
         return None, f"{name} is not beside the report"
