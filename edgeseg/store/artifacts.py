@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from edgeseg.console import printable
 from edgeseg.errors import ArtifactError, StaleEngineError, refusals_as, typed
 from edgeseg.machine.record import Count
 from edgeseg.spec import ModelRequest, PipelineSpec, Precision
@@ -432,6 +433,10 @@ def open_engine(folder: Path) -> Engine:
 @refusals_as(ArtifactError)
 def check_file(folder: Path, ref: FileRef) -> None:
     """Raise :class:`ArtifactError` unless the file is in the folder with the size and hash of ``ref``."""
+    if printable(ref.name) != ref.name:
+        raise ArtifactError(
+            f"manifest of {folder} names a file {ref.name!r}, which none of edgeseg's is; build it again"
+        )
     # A manifest is untrusted input: a name with a directory in it would reach outside the folder.
     if ref.name != Path(ref.name).name or ref.name in {"", ".", ".."}:
         raise ArtifactError(
