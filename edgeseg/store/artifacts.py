@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import msgspec
 
 from edgeseg.console import printable
-from edgeseg.errors import ArtifactError, StaleEngineError, refusals_as, typed
+from edgeseg.errors import ArtifactError, SpecError, StaleEngineError, refusals_as, typed
 from edgeseg.machine.record import Count
 from edgeseg.spec import ModelRequest, PipelineSpec, Precision
 from edgeseg.store.atomic import atomic_folder, check_folder, recover_folder, write_bytes
@@ -159,6 +159,11 @@ class Verification:
     pytorch_size_bytes: Count
     engine_size_bytes: Count
     speedup: SpeedUp | None = None
+
+    def __post_init__(self) -> None:
+        classes = len(self.pytorch_accuracy.per_class_iou), len(self.engine_accuracy.per_class_iou)
+        if classes[0] != classes[1]:
+            raise SpecError(f"figures of {classes[0]} classes for PyTorch and of {classes[1]} for the engine")
 
     @property
     def miou_drop(self) -> float | None:

@@ -115,6 +115,10 @@ MANIFESTS: dict[str, tuple[Change, str]] = ANY_JSON | {
     "minus size": (put("engine", "size_bytes", value=-3), "size_bytes|engine.onnx"),
     "digits of a size": (put("engine", "size_bytes", value=10**400), "size_bytes"),
     "digits of a figure": (put("verification", "engine_size_bytes", value=10**400), "engine_size_bytes"),
+    "figures of other classes": (
+        put("verification", "pytorch_accuracy", "per_class_iou", value=[0.5, 0.5]),
+        "figures of 2 classes for PyTorch and of 0 for the engine",
+    ),
     "no MACs": (put("precision", "macs", value=-1), "macs"),
     "threads": (put("options", "threads", value=10**6), "threads is 1000000; give a number from 0"),
     "words as threads": (put("options", "threads", value="all"), "threads is 'all'; give a number from 0"),
