@@ -162,7 +162,7 @@ class Verification:
 
     def __post_init__(self) -> None:
         classes = len(self.pytorch_accuracy.per_class_iou), len(self.engine_accuracy.per_class_iou)
-        if classes[0] != classes[1]:
+        if all(classes) and classes[0] != classes[1]:
             raise SpecError(f"figures of {classes[0]} classes for PyTorch and of {classes[1]} for the engine")
 
     @property

@@ -116,8 +116,10 @@ MANIFESTS: dict[str, tuple[Change, str]] = ANY_JSON | {
     "digits of a size": (put("engine", "size_bytes", value=10**400), "size_bytes"),
     "digits of a figure": (put("verification", "engine_size_bytes", value=10**400), "engine_size_bytes"),
     "figures of other classes": (
-        put("verification", "pytorch_accuracy", "per_class_iou", value=[0.5, 0.5]),
-        "figures of 2 classes for PyTorch and of 0 for the engine",
+        lambda d: d["verification"].update(
+            pytorch_accuracy={"per_class_iou": [0.5, 0.5]}, engine_accuracy={"per_class_iou": [0.5]}
+        ),
+        "figures of 2 classes for PyTorch and of 1 for the engine",
     ),
     "no MACs": (put("precision", "macs", value=-1), "macs"),
     "threads": (put("options", "threads", value=10**6), "threads is 1000000; give a number from 0"),
