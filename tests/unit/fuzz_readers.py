@@ -132,9 +132,7 @@ def mutated_json(content: bytes, rng: random.Random) -> bytes:
             other, there = rng.choice(places)
             container[key] = copy.deepcopy(other[there])
         elif how == 2 and isinstance(container[key], int | float):
-            container[key] = rng.choice(
-                [-container[key], container[key] * 1000, container[key] + 1, float(container[key])]
-            )
+            container[key] = rng.choice([-container[key], container[key] * 1000, container[key] + 1])
         elif how == 3 and isinstance(container, dict):
             container[rng.choice(["unknown", "", "\x1b[2J", str(key) + "s"])] = copy.deepcopy(container[key])
         else:
