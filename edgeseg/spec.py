@@ -162,8 +162,9 @@ class InputSpec:
         size_bytes = self.batch.maximum * self.height * self.width * self.channels
         if size_bytes > MAX_INPUT_BYTES:
             raise SpecError(
-                f"{self.batch.maximum} images of {self.height}x{self.width} with {self.channels} channels are "
-                f"{size_bytes / 2**30:.3g} GiB; at most {MAX_INPUT_BYTES >> 30} in a batch"
+                f"{shortened(self.batch.maximum)} images of {shortened(self.height)}x{shortened(self.width)} with "
+                f"{shortened(self.channels)} channels are {min(size_bytes, 2**1000) / 2**30:.3g} GiB; "
+                f"at most {MAX_INPUT_BYTES >> 30} in a batch"
             )
         if self.height % self.stride or self.width % self.stride:
             near_h, near_w = (max(self.stride, round(v / self.stride) * self.stride) for v in (self.height, self.width))

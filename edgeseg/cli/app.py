@@ -95,6 +95,7 @@ def cli(debug: bool) -> None:
     edgeseg build --arch fpn --precision int8          the demo model, built and verified
     edgeseg run engines/fpn-demo-int8 photos/ --output out --overlay
     """
+    os.getcwd()  # one that was deleted is refused here: libraries of PyTorch would end the process, in words of their own
 
 
 def main() -> NoReturn:

@@ -16,6 +16,7 @@ from edgeseg.evaluate.summary import class_table, noise_lines, precision_line, t
 from edgeseg.evaluate.tables import MISSING
 from edgeseg.graph.modules import module_group, module_of
 from edgeseg.store.artifacts import Engine, FileRef, Manifest, open_engine
+from edgeseg.store.files import require_regular
 
 if TYPE_CHECKING:
     import onnx
@@ -122,6 +123,7 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
 
     from edgeseg.graph.macs import count_macs
 
+    require_regular(path, "ONNX file", ArtifactError)
     try:
         model = onnx.load_model(str(path), load_external_data=False)
     except (DecodeError, OSError, ValueError) as exc:

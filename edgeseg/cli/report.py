@@ -98,7 +98,8 @@ def write_reports(
         if not printed:
             _print_tables(verdicts, failed)
         for path in files:
-            echo(f"written: {path}", err=bool(printed))
+            if path not in printed:
+                echo(f"written: {path}", err=bool(printed))
     answers = {verdict.answer for verdict in verdicts}
     return 3 if "cannot tell" in answers or (require is not None and answers != {"deploy"}) else 0
 

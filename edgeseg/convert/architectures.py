@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from edgeseg.arguments import shortened
 from edgeseg.convert import older_smp
 from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean
 from edgeseg.spec import ARCHITECTURES, ModelSpec
@@ -256,7 +257,7 @@ def _require_bounded(name: str, value: object, largest: int) -> None:
         for item in value:
             _require_bounded(name, item, largest)
     elif isinstance(value, (int, float)) and not -largest <= value <= largest:
-        raise SpecError(f"model argument {name} holds {value:.6g}; numbers up to {largest} are taken")
+        raise SpecError(f"model argument {name} holds {shortened(value)}; numbers up to {largest} are taken")
     elif isinstance(value, str) and len(value) > _MAX_ITEMS:
         raise SpecError(f"model argument {name} is a text of {len(value)} characters; at most {_MAX_ITEMS} are taken")
 

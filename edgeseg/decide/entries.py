@@ -6,6 +6,7 @@ Milliseconds of two devices are never ranked against each other: whatever compar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,11 +139,11 @@ def failed_measurements(runs: Sequence[Run]) -> tuple[tuple[str, str], ...]:
 
 def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
     """Read bench reports. Raises ``ArtifactError`` for a file that is none, ``InputError`` for one given twice."""
-    seen: dict[Path, Path] = {}
-    for path in paths:
-        if path.resolve() in seen:
+    # Path.resolve() raises what is no OSError for a link to itself.
+    places = [os.path.realpath(path) for path in paths]
+    for number, path in enumerate(paths):
+        if places[number] in places[:number]:
             raise InputError(f"{path} was given twice; give each report once")
-        seen[path.resolve()] = path
     return tuple(Run(read_report(path), path.parent, path.name) for path in paths)
 
 

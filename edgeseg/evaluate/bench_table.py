@@ -23,8 +23,10 @@ def bench_summary(report: BenchReport) -> Group:
     if any(row.latency is not None for row in report.rows):
         parts.append(_speed_table(report))
     parts.append(_engine_table(report.rows))
-    if any(row.accuracy is not None for row in report.rows):
+    judged = [row.accuracy for row in report.rows if row.accuracy is not None]
+    if any(accuracy.truth is not None or accuracy.agreement is not None for accuracy in judged):
         parts.append(_accuracy_table(report.rows))
+    if judged:
         parts += [Text(line) for line in _drop_lines(report.rows)]
     for row in _one_per_engine(report.rows):
         if row.profile is not None:

@@ -4,6 +4,7 @@ open it again."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,7 @@ def engine_contenders(folders: Sequence[Path]) -> tuple[list[Contender], dict[Pa
     Raises:
         SpecError: a folder given twice.
     """
-    if len({folder.resolve() for folder in folders}) != len(folders):
+    if len({os.path.realpath(folder) for folder in folders}) != len(folders):
         raise SpecError("an engine folder was given twice; give each once")
     found: list[Contender] = []
     broken: dict[Path, EdgesegError] = {}
@@ -192,7 +193,7 @@ def engine_contenders(folders: Sequence[Path]) -> tuple[list[Contender], dict[Pa
 
 def engine_names(folders: Sequence[Path]) -> dict[Path, str]:
     """A name for each folder, unique among them."""
-    names = [folder.resolve().name for folder in folders]
+    names = [os.path.basename(os.path.realpath(folder)) for folder in folders]
     return {
         folder: name if names.count(name) == 1 else str(folder).strip("/").replace("/", "-")
         for folder, name in zip(folders, names, strict=True)

@@ -92,7 +92,7 @@ def verification_table(verification: Verification, engine_name: str) -> FigureTa
 def class_table(verification: Verification, class_names: Sequence[str]) -> FigureTable | None:
     """IoU per class of both, or ``None`` where there were no masks; a class that neither shows has no line."""
     reference, engine = verification.pytorch_accuracy.per_class_iou, verification.engine_accuracy.per_class_iou
-    if not reference or all(value is None for value in reference):
+    if not reference or not engine or all(value is None for value in reference):
         return None
     table = FigureTable.of("class", "PyTorch IoU", "engine IoU", "difference")
     for index, (before, after) in enumerate(zip(reference, engine, strict=True)):

@@ -241,7 +241,9 @@ def _read_with_pillow(path: Path, channels: int) -> NDArray[np.uint8]:
 def is_picture(value: object) -> bool:
     """Whether ``value`` is a PIL image; Pillow is not imported for the question."""
     pillow = sys.modules.get("PIL.Image")
-    return pillow is not None and isinstance(value, pillow.Image)
+    # Another thread may be importing it; whoever holds a picture has imported it whole.
+    kind = getattr(pillow, "Image", None)
+    return kind is not None and isinstance(value, kind)
 
 
 def picture_pixels(picture: Any, channels: int) -> NDArray[np.uint8]:

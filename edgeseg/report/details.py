@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from edgeseg.evaluate.results import Accuracy, Identity, Profile, Truth, WorstIm
 from edgeseg.evaluate.tables import number
 from edgeseg.report.charts import STYLES, bar
 from edgeseg.runtime.overlay import legend_entries, mask_palette
+from edgeseg.store.files import reason
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -303,9 +305,16 @@ def _data_uri(name: str | None, folder: Path | None) -> tuple[str | None, str | 
     """The picture for an ``<img>``, or why there is none. A report from elsewhere must not reach other files."""
     if name is None or folder is None:
         return None, "no picture was saved"
+    try:
+        return _picture_data(name, folder)
+    except (OSError, ValueError) as exc:  # a name that is too long, or holds a NUL
+        return None, f"{name} cannot be read ({reason(exc)}): not shown"
+
+
+def _picture_data(name: str, folder: Path) -> tuple[str | None, str | None]:
     relative = Path(name)
     path = folder / relative
-    if relative.is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+    if relative.is_absolute() or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         return None, "the report names a picture outside its own folder: not shown"
     if not path.is_file():
         return None, f"{name} is not beside the report"

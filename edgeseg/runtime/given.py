@@ -10,9 +10,10 @@ from typing import Any, Protocol, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.arguments import choice
 from edgeseg.errors import InputError, SpecError
 from edgeseg.images.decoding import is_picture, picture_pixels, read_image
-from edgeseg.spec import ChannelOrder, one_of
+from edgeseg.spec import ChannelOrder
 from edgeseg.store.files import reason
 
 
@@ -130,8 +131,9 @@ def reversed_channels(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return swapped
 
 
-def check_order(order: str, channels: int) -> None:
-    """Raise ``SpecError`` for a channel order that is none, or none of this model."""
-    one_of("channel order", order, get_args(ChannelOrder))
-    if order == "bgr" and channels != 3:
+def accepted_order(order: object, channels: int) -> ChannelOrder:
+    """The channel order meant, in any case. Raises ``SpecError`` for one that is none, or none of this model."""
+    accepted: ChannelOrder = choice(get_args(ChannelOrder)).accept("channel_order", order)
+    if accepted == "bgr" and channels != 3:
         raise SpecError(f"channel order bgr means 3 channels, this model takes {channels}; leave it out")
+    return accepted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -164,7 +165,7 @@ def _plan(inputs: Iterable[str | Path | int]) -> list[_Task]:
             found.setdefault(f"camera {camera}", camera)
             continue
         for path in list_images(str(item), suffixes=IMAGE_SUFFIXES | VIDEO_SUFFIXES):
-            found.setdefault(str(path.resolve()), path)
+            found.setdefault(os.path.realpath(path), path)
     if not found:
         raise InputError("no input; give images, folders, globs, videos or a camera index")
     sources = list(found.values())

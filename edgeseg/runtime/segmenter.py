@@ -10,16 +10,17 @@ from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.arguments import choice, shortened
 from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
 from edgeseg.errors import ArtifactError, EdgesegError, InputError, SpecError, StaleEngineError
 from edgeseg.images.placement import Placement, Tiling, plan_fit
-from edgeseg.runtime.given import Given, ImageLike, check_order, given_images, reversed_channels, single_images
+from edgeseg.runtime.given import Given, ImageLike, accepted_order, given_images, reversed_channels, single_images
 from edgeseg.runtime.prediction import Prediction, stacked
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.tiling import blended_rows, stitched
@@ -58,13 +59,15 @@ class Segmenter:
         tile_overlap: float = 0.25,
         palette: NDArray[np.uint8] | None = None,
     ) -> None:
-        check_order(channel_order, spec.input.channels)
+        channel_order = accepted_order(channel_order, spec.input.channels)
         if not 0.0 <= tile_overlap <= 0.9:
             raise SpecError(f"tile overlap is {tile_overlap}; give a share of the tile from 0 to 0.9")
         self.spec = spec
         self.channel_order = channel_order
         self._session: Session | None = session
-        self._input = spec.input if fit is None else replace(spec.input, fit=fit)
+        self._input = (
+            spec.input if fit is None else replace(spec.input, fit=choice(get_args(FitPolicy)).accept("fit", fit))
+        )
         self._overlap = tile_overlap
         self._rule = None if spec.output.kind == "mask" else ScoreRule.of(spec)
         self._values = spec.model.classes if spec.model.task == "multiclass" else 2
@@ -248,8 +251,7 @@ class Segmenter:
     def _swaps_channels(self, channel_order: ChannelOrder | None) -> bool:
         """Whether images of ``channel_order`` (``None``: the segmenter's) are turned for the engine, which takes RGB."""
         order = self.channel_order if channel_order is None else channel_order
-        check_order(order, self.spec.input.channels)
-        return order == "bgr"
+        return accepted_order(order, self.spec.input.channels) == "bgr"
 
     def _segment(
         self, images: object, channel_order: ChannelOrder | None, *, mask_only: bool
@@ -387,7 +389,7 @@ def load(
     if isinstance(folder, Engine):
         engine, session = folder, _loaded(folder, recompile)
     else:
-        engine, session = _loaded_whole(_folder_of(Path(folder)), recompile)
+        engine, session = _loaded_whole(_folder_of(folder), recompile)
     try:
         return Segmenter(
             session,
@@ -419,8 +421,11 @@ def _loaded_whole(folder: Path, recompile: bool) -> tuple[Engine, Session]:
         session.close()
 
 
-def _folder_of(path: Path) -> Path:
-    """The engine folder that ``path`` is, or that it is a file of: people give ``engine.onnx`` or ``manifest.json``."""
+def _folder_of(given: object) -> Path:
+    """The engine folder given, or that of the file given: people give ``engine.onnx`` or ``manifest.json``."""
+    if not isinstance(given, str | os.PathLike):
+        raise SpecError(f"folder is {shortened(given)}; give the path of an engine folder")
+    path = Path(given)
     return path.parent if os.path.isfile(path) and os.path.isfile(path.parent / MANIFEST_NAME) else path
 
 

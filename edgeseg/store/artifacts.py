@@ -17,7 +17,9 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-from edgeseg.errors import ArtifactError, StaleEngineError, refusals_as, typed
+from edgeseg.console import printable
+from edgeseg.errors import ArtifactError, SpecError, StaleEngineError, refusals_as, typed
+from edgeseg.machine.record import Count
 from edgeseg.spec import ModelRequest, PipelineSpec, Precision
 from edgeseg.store.atomic import atomic_folder, check_folder, recover_folder, write_bytes
 
@@ -35,7 +37,7 @@ class FileRef:
 
     name: str
     sha256: str
-    size_bytes: int
+    size_bytes: Count
 
     @classmethod
     def of(cls, path: Path) -> FileRef:
@@ -88,7 +90,7 @@ class PrecisionReport:
     requested: Precision
     mac_share: dict[str, float]
     node_share: dict[str, float]
-    macs: int
+    macs: Count
     evidence: Evidence
     float_layers: dict[str, str] = field(default_factory=dict)
     time_share: dict[str, float] | None = None
@@ -114,7 +116,7 @@ class LatencyFigures:
     median_ms: float
     p90_ms: float
     p99_ms: float
-    iterations: int
+    iterations: Count
     noise: tuple[str, ...] = ()
 
 
@@ -148,15 +150,20 @@ class Verification:
     agreement: float
     boundary_agreement: float | None
     miou_vs_pytorch: float | None
-    images: int
+    images: Count
     data: str
     pytorch_accuracy: AccuracyFigures
     engine_accuracy: AccuracyFigures
     pytorch_latency: LatencyFigures | None
     engine_latency: LatencyFigures | None
-    pytorch_size_bytes: int
-    engine_size_bytes: int
+    pytorch_size_bytes: Count
+    engine_size_bytes: Count
     speedup: SpeedUp | None = None
+
+    def __post_init__(self) -> None:
+        classes = len(self.pytorch_accuracy.per_class_iou), len(self.engine_accuracy.per_class_iou)
+        if all(classes) and classes[0] != classes[1]:
+            raise SpecError(f"figures of {classes[0]} classes for PyTorch and of {classes[1]} for the engine")
 
     @property
     def miou_drop(self) -> float | None:
@@ -431,6 +438,10 @@ def open_engine(folder: Path) -> Engine:
 @refusals_as(ArtifactError)
 def check_file(folder: Path, ref: FileRef) -> None:
     """Raise :class:`ArtifactError` unless the file is in the folder with the size and hash of ``ref``."""
+    if printable(ref.name) != ref.name:
+        raise ArtifactError(
+            f"manifest of {folder} names a file {ref.name!r}, which none of edgeseg's is; build it again"
+        )
     # A manifest is untrusted input: a name with a directory in it would reach outside the folder.
     if ref.name != Path(ref.name).name or ref.name in {"", ".", ".."}:
         raise ArtifactError(

@@ -214,9 +214,10 @@ def check_folder(target: Path, *, force: bool, ours: Ours) -> None:
 
     Raises:
         OutputExistsError: ``target`` exists and ``force`` is false.
-        ArtifactError: it is a file, or holds something that is none of edgeseg's.
+        ArtifactError: it is a file, or holds something that is none of edgeseg's; no folder can be made there.
     """
     if not os.path.exists(target):
+        _check_place(target)
         return
     refuse_existing(target, force)
     if not os.path.isdir(target):
@@ -225,6 +226,27 @@ def check_folder(target: Path, *, force: bool, ours: Ours) -> None:
         raise ArtifactError(
             f"{target} is not an engine folder of edgeseg, and not empty; it is left as it is: give another --output"
         )
+
+
+def _check_place(target: Path) -> None:
+    """Refuse a new folder where the system would not make one, or not the scratch folder beside it."""
+    above = next(parent for parent in target.parents if os.path.exists(parent))
+    reason = None
+    if not os.path.isdir(above):
+        reason = f"{above} is a file"
+    elif not os.access(above, os.W_OK | os.X_OK):
+        reason = f"no permission to write in {above}"
+    else:
+        *parents, name = target.relative_to(above).parts
+        for part in (*parents, f".{name}.partial-{'0' * 16}"):
+            try:
+                os.lstat(above / part)
+            except FileNotFoundError:
+                continue
+            except OSError as exc:
+                reason = exc.strerror
+    if reason is not None:
+        raise ArtifactError(f"cannot write {target}: {reason}; give another --output")
 
 
 @contextmanager

@@ -55,12 +55,21 @@ def read_lines(path: Path, what: str) -> list[str]:
     Raises:
         InputError: not a readable file, too large, or not UTF-8.
     """
-    if require_file(path, what) > MAX_TEXT_BYTES:
-        raise InputError(f"cannot read {what} {path}: more than {MAX_TEXT_BYTES} bytes; split it")
+    require_file(path, what)
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
+        return read_bounded(path, what, InputError).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as exc:
         raise InputError(f"cannot read {what} {path}: {reason(exc)}") from exc
+
+
+def read_bounded(path: Path, what: str, error: type[EdgesegError]) -> bytes:
+    """Return the bytes of a text file a person wrote; raise ``error`` above :data:`MAX_TEXT_BYTES`, or for no regular file."""
+    if require_regular(path, what, error) > MAX_TEXT_BYTES:
+        raise error(f"cannot read {what} {path}: more than {MAX_TEXT_BYTES} bytes; split it")
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise error(f"cannot read {what} {path}: {reason(exc)}") from exc
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from onnx import external_data_helper
 
 from edgeseg.errors import ArtifactError
 from edgeseg.store.atomic import write_bytes
+from edgeseg.store.files import require_regular
 
 MAX_PROTOBUF_BYTES = 2**31 - 1
 """Largest serialized message protobuf reads back; also the largest single-file graph."""
@@ -29,10 +30,9 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_PROTOBUF_BYTES:
-            raise ArtifactError(
-                f"{path} has {path.stat().st_size / 2**30:.1f} GiB, an ONNX file holds 2; export it again"
-            )
+        size_bytes = require_regular(path, "ONNX file", ArtifactError)
+        if size_bytes > MAX_PROTOBUF_BYTES:
+            raise ArtifactError(f"{path} has {size_bytes / 2**30:.1f} GiB, an ONNX file holds 2; export it again")
         model = onnx.load_model(path, load_external_data=False)
     except OSError as exc:
         raise ArtifactError(f"cannot read {path}: {exc.strerror or exc}; give the path of an .onnx file") from exc

@@ -21,6 +21,7 @@ from edgeseg.evaluate.intervals import MIN_IMAGES
 from edgeseg.evaluate.results import Resolution
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import ARCHITECTURES, PRECISIONS, OutputKind, one_of
+from edgeseg.store.files import read_bounded
 
 DEMO = "demo"
 Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
@@ -119,17 +120,26 @@ def read_config(path: Path) -> SweepConfig:
         SpecError: cannot be read, no TOML, an unknown or wrong field (named), or a combination that cannot be.
     """
     try:
-        config = msgspec.toml.decode(path.read_bytes(), type=SweepConfig)
-    except OSError as exc:
-        raise SpecError(f"cannot read {path}: {exc.strerror}; docs/sweep.md has an example") from exc
+        config = msgspec.toml.decode(read_bounded(path, "sweep", SpecError), type=SweepConfig)
+    except SpecError:
+        raise  # a ValueError too
     except RecursionError as exc:
         raise SpecError(f"{path} is no sweep: it is nested too deeply; docs/sweep.md has an example") from exc
     except (msgspec.DecodeError, ValueError) as exc:
         said = " ".join(str(exc).split())
         unknown = re.search(r"unknown field `(\w+)`", said)
-        near = "" if unknown is None else did_you_mean(unknown[1], _FIELDS)
+        near = "" if unknown is None else _where(unknown[1])
         raise SpecError(f"{path} is no sweep: {said}{near or ';'} docs/sweep.md has an example") from exc
     return relative_to(config, path.parent)
+
+
+def _where(field: str) -> str:
+    """What was meant by a field that is not known where it stands."""
+    if field in BenchConfig.__struct_fields__:
+        return "; it belongs in [bench];"
+    if field in SweepConfig.__struct_fields__:
+        return "; it belongs above the first [table];"
+    return did_you_mean(field, _FIELDS)
 
 
 def relative_to(config: SweepConfig, folder: Path) -> SweepConfig:

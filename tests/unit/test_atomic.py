@@ -18,7 +18,7 @@ from test_artifacts import make_engine
 
 from edgeseg.errors import ArtifactError, OutputExistsError, SpecError
 from edgeseg.store import atomic
-from edgeseg.store.artifacts import MANIFEST_NAME, engine_folder, open_engine
+from edgeseg.store.artifacts import MANIFEST_NAME, check_engine_folder, engine_folder, open_engine
 from edgeseg.store.atomic import HeldError, lock, replacing, scratch_folder, write_bytes
 from edgeseg.store.outputs import check_outputs
 
@@ -109,6 +109,23 @@ for number in range(10**9):
     with engine_folder(Path(sys.argv[1]), force=True) as scratch:
         make_engine(scratch, weights=str(number))
 """
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("file/e", "file is a file"),
+        ("file/a/b/e", "file is a file"),
+        ("n" * 300, "File name too long"),
+        ("n" * 250, "File name too long"),  # the scratch folder's is longer
+        ("new/" + "n" * 300 + "/e", "File name too long"),
+    ],
+)
+def test_a_place_for_no_folder_is_refused_before_the_work(tmp_path: Path, place: str, words: str) -> None:
+    (tmp_path / "file").write_text("a user's")
+    with pytest.raises(ArtifactError, match=f"^cannot write .*{words}; give another --output$"):
+        check_engine_folder(tmp_path / place, force=False)
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert "the working folder is not there any more" in done.stderr.splitlines()[-1]
+    assert done.stderr == "edgeseg: the working folder is not there any more; go to another\n"
 
 
 def test_printed_commands_can_be_typed() -> None:

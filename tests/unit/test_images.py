@@ -10,6 +10,7 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
+from types import ModuleType
 from typing import ClassVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 
 from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.images import decoding as images
-from edgeseg.images.decoding import list_images, natural_key, read_image
+from edgeseg.images.decoding import is_picture, list_images, natural_key, read_image
 
 RNG = np.random.default_rng(7)
 PHOTO = RNG.integers(0, 256, (5, 8, 3), dtype=np.uint8)
@@ -509,3 +510,9 @@ def test_order_does_not_depend_on_the_order_found(names: list[str], random: obje
     shuffled = list(paths)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     assert sorted(shuffled, key=natural_key) == sorted(paths, key=natural_key)
+
+
+def test_pillow_half_imported_by_another_thread_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A video's reader has images checked while the writer of masks imports Pillow for the first time."""
+    monkeypatch.setitem(sys.modules, "PIL.Image", ModuleType("PIL.Image"))
+    assert not is_picture(np.zeros((4, 4, 3), np.uint8))

@@ -205,6 +205,8 @@ def test_pictures_are_embedded_only_from_beside_the_report(tmp_path: Path) -> No
     (tmp_path / "secret.png").write_bytes(PNG + b"secret")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     names = ["good.png", "fake.png", "../secret.png", str(tmp_path / "secret.png"), "link.png", "gone.png"]
+    (folder / "loop.png").symlink_to("loop.png")
+    names += ["loop.png", "n" * 300, "a\0b"]
     rows = [full_row(f"e{k}", name, miou=0.6) for k, name in enumerate(names)]
     page = Page(page_of(merge([Run(report(*rows), folder)])))
     images = [attributes for tag, attributes in page.elements if tag == "img"]
@@ -213,7 +215,8 @@ def test_pictures_are_embedded_only_from_beside_the_report(tmp_path: Path) -> No
     assert "image, baseline's mask, engine's mask" in (images[0]["alt"] or "")
     text = " ".join(page.texts)
     assert text.count("outside its own folder") == 3
-    assert "fake.png is no PNG" in text and "gone.png is not beside" in text
+    assert "fake.png is no PNG" in text and "gone.png is not beside" in text and "loop.png is not beside" in text
+    assert "cannot be read (File name too long)" in text and "cannot be read (embedded null byte)" in text
 
 
 def test_confusion_difference_is_in_points_of_the_truth() -> None:

@@ -464,13 +464,28 @@ def test_closing_closes_the_session_and_refuses_calls() -> None:
 
 def test_options_out_of_range() -> None:
     spec = make_spec()
-    for options in ({"channel_order": "gbr"}, {"fit": "crop"}, {"tile_overlap": 1.0}, {"tile_overlap": -0.1}):
+    wrong = ({"channel_order": "gbr"}, {"channel_order": 3}, {"fit": "crop"}, {"fit": 3})
+    for options in (*wrong, {"tile_overlap": 1.0}, {"tile_overlap": -0.1}):
         with pytest.raises(SpecError):
             Segmenter(MemorySession(spec), spec, **options)
     with pytest.raises(InputError, match=r"give uint8 \(5, 3\)"):
         Segmenter(MemorySession(spec), spec, palette=np.zeros((4, 3), np.uint8))
     with pytest.raises(SpecError, match="channel order"):
         Segmenter(MemorySession(spec), spec)(photo(32, 48, 3), channel_order="xyz")
+
+
+def test_names_of_choices_ignore_case() -> None:
+    spec, image = make_spec(), photo(32, 48, 3)
+    expected = Segmenter(MemorySession(spec), spec)(image[..., ::-1])
+    loud = Segmenter(MemorySession(spec), spec, channel_order="BGR", fit="Resize")
+    np.testing.assert_array_equal(loud(image), expected)
+    np.testing.assert_array_equal(next(loud.many([image], channel_order="Bgr")), expected)
+
+
+@pytest.mark.parametrize("given", [None, 3, [], object()])
+def test_what_is_no_path_is_no_engine_folder(given: object) -> None:
+    with pytest.raises(SpecError, match=r"^folder is .*; give the path of an engine folder$"):
+        load(given)
 
 
 def test_names_and_colours() -> None:

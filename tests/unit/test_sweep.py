@@ -242,6 +242,12 @@ def test_what_only_the_bench_would_find_is_said_before_anything_is_built(tmp_pat
     (tmp_path / "sweep.toml").write_text('archs = ["fpn"]\nprecision = ["int8"]\n')
     with pytest.raises(SpecError, match=r"unknown field `precision`; did you mean 'precisions'"):
         read_config(tmp_path / "sweep.toml")
+    (tmp_path / "sweep.toml").write_text('archs = ["fpn"]\njobs = 2\n')
+    with pytest.raises(SpecError, match=r"unknown field `jobs`; it belongs in \[bench\];"):
+        read_config(tmp_path / "sweep.toml")
+    (tmp_path / "sweep.toml").write_text('archs = ["fpn"]\n[bench]\nsizes = ["64x64"]\n')
+    with pytest.raises(SpecError, match=r"unknown field `sizes`.*; it belongs above the first \[table\];"):
+        read_config(tmp_path / "sweep.toml")
 
 
 def test_models_can_be_measured_apart(tmp_path: Path) -> None:

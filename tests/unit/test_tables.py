@@ -35,6 +35,19 @@ def printed(renderable: object, width: int = 80) -> list[str]:
     return lines
 
 
+def test_on_the_tools_console_a_wrapped_name_has_lines_and_its_own_line_ends_are_written_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    table = FigureTable((("engine", "name"), ("Median\nms", "figure")))
+    table.add("an-engine-with-a-name-that-is-long\x1b[2J", "12.34")
+    table.add("two\nlines", "5.00")
+    plain_console().print(table)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:3] == [["Median"], ["engine", "ms"]]
+    assert lines[4:7] == [["an-engine-with-a-name-that-is-", "12.34"], [r"long\x1b[2J"], [r"two\nlines", "5.00"]]
+
+
 def slow_with_long_names(report: BenchReport, factor: float) -> BenchReport:
     """Latencies of seconds, and engines with names as long as real ones."""
     rows, names = [], {}

@@ -205,6 +205,7 @@ def _open(ort: Any, path: Path, settings: Any, error: type[BuildError] | type[Ar
         settings,
         providers=["CPUExecutionProvider"],
         disabled_optimizers=_DISABLED_OPTIMIZERS,
+        enable_fallback=0,  # it tries the same again, and prints lines to standard output
     )
     try:
         # The first session of a process lets the thread that makes it flush denormals for good, numpy's and PyTorch's as

@@ -82,7 +82,7 @@ def profiled_events(ort: Any, path: Path, settings: Any, spec: InputSpec, runs: 
     with tempfile.TemporaryDirectory(prefix="edgeseg-profile-") as folder:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / "run")
-        session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"], enable_fallback=0)
         name = session.get_inputs()[0].name
         for _ in range(runs if runs == 1 else runs + 1):
             session.run(None, {name: image})

@@ -1,0 +1,411 @@
+"""Every reader of files from outside, put through damaged files: no exception but edgeseg's own, said in one line.
+
+A few seconds of it run with the tests. By hand: ``python tests/unit/fuzz_readers.py --minutes 10``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import copy
+import io
+import json
+import logging
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_rows import report, row
+from PIL import Image
+from rich.console import Console
+
+import edgeseg
+from edgeseg.cli.inspect import inspect_engine, read_layers, render
+from edgeseg.decide.entries import merge, read_runs
+from edgeseg.decide.verdict import decide
+from edgeseg.errors import EdgesegError
+from edgeseg.evaluate.accuracy.labels import LabelReader
+from edgeseg.evaluate.accuracy.layouts import open_layout
+from edgeseg.evaluate.results import write_report
+from edgeseg.images.decoding import read_image
+from edgeseg.quantize.samples import CalibrationSet
+from edgeseg.quantize.table import load_table
+from edgeseg.report import plain
+from edgeseg.report.html import html
+from edgeseg.spec import ModelRequest, ModelSpec
+from edgeseg.store.artifacts import MANIFEST_NAME, sha256_file
+from edgeseg.sweep.config import expand, read_config
+
+RNG = np.random.default_rng(15)
+PHOTO = RNG.integers(0, 256, (19, 23, 3), dtype=np.uint8)
+LABELS = (PHOTO[..., 0] % 5).astype(np.uint8)
+STACK = RNG.integers(0, 256, (9, 17, 18, 3), dtype=np.uint8)
+MODEL = ModelSpec("fpn", classes=5)
+
+SWEEP = b"""archs = ["fpn", "unet"]
+encoders = ["resnet18"]
+sizes = ["64x64"]
+precisions = ["fp32", "int8"]
+targets = ["onnxruntime", "openvino"]
+output = "engines"
+require = "p99_ms<=33"
+[weights]
+default = "random"
+[bench]
+duration_s = 2.5
+threads = "1,2"
+batch = "1"
+data = "demo"
+"""
+
+HOSTILE_VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 2**62, 10**400, -0.5, 1e308, float("nan"), float("inf"), "", "x" * 1000, "\x1b[2J\n\0", "../../etc",
+    "\ud800", [], {}, [[]] * 3, {"a": {"b": []}}, [1] * 300, "9" * 400,
+)  # fmt: skip
+HOSTILE_WORDS = (
+    *(b"\0", b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"999999999999"),
+    *(b"-1", b"inf", b"nan", b"\x1b[2J", b"\n", b"(", b"[[", b"="),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One file to damage, and what reads it."""
+
+    path: Path
+    read: Callable[[Path], object]
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """A few bytes of a file changed, put in, repeated, taken out, or its end cut off."""
+    changed = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 3, 5])):
+        # Headers decide more than pixels do.
+        at = rng.randrange(min(len(changed), rng.choice([120, len(changed)])) or 1)
+        how = rng.randrange(7)
+        if how == 0 and changed:
+            changed[at] ^= 1 << rng.randrange(8)
+        elif how == 1:
+            changed[at : at + 1] = bytes([rng.randrange(256)])
+        elif how == 2:
+            word = rng.choice(HOSTILE_WORDS)
+            changed[at : at + len(word)] = word
+        elif how == 3:
+            changed[at:at] = rng.choice(HOSTILE_WORDS)
+        elif how == 4:
+            del changed[at : at + rng.choice([1, 4, 40])]
+        elif how == 5:
+            changed[at:at] = changed[at : at + rng.choice([1, 4, 40])]
+        else:
+            changed = changed[: at + 1]
+    return bytes(changed)
+
+
+def mutated_json(content: bytes, rng: random.Random) -> bytes:
+    """Still JSON, with some values of other types and sizes, fields gone or twice."""
+    document = json.loads(content)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        places: list[tuple[Any, Any]] = []
+        pending = [document]
+        while pending:
+            container = pending.pop()
+            keys = list(container) if isinstance(container, dict) else range(len(container))
+            places += [(container, key) for key in keys]
+            pending += [container[key] for key in keys if isinstance(container[key], dict | list)]
+        if not places:
+            break
+        container, key = rng.choice(places)
+        how = rng.randrange(6)
+        if how == 0:
+            del container[key]
+        elif how == 1:
+            other, there = rng.choice(places)
+            container[key] = copy.deepcopy(other[there])
+        elif how == 2 and isinstance(container[key], int | float):
+            container[key] = rng.choice([-container[key], container[key] * 1000, container[key] + 1])
+        elif how == 3 and isinstance(container, dict):
+            container[rng.choice(["unknown", "", "\x1b[2J", str(key) + "s"])] = copy.deepcopy(container[key])
+        else:
+            container[key] = copy.deepcopy(rng.choice(HOSTILE_VALUES))
+    return json.dumps(document).encode("utf-8", "surrogatepass")
+
+
+def encoded(array: np.ndarray, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def arrays(*members: np.ndarray, compressed: bool = False) -> bytes:
+    stream = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(stream, *members)
+    return stream.getvalue()
+
+
+def saved(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def read_bands(path: Path) -> object:
+    return read_image(path, channels=8)
+
+
+def read_mask(path: Path) -> object:
+    return LabelReader.of([path], MODEL).read(path)
+
+
+def calibrate(path: Path) -> object:
+    return list(CalibrationSet.open(path).named_images(3))
+
+
+def read_list(path: Path) -> object:
+    return list(open_layout(path, "list", MODEL))
+
+
+def read_colours(path: Path) -> object:
+    return list(open_layout(path.parent, "camvid", MODEL))
+
+
+def read_folder(path: Path) -> object:
+    """As an attacker's folder: what the manifest says of its files is true of them again."""
+    folder = path.parent
+    if path.name != MANIFEST_NAME:
+        manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
+        for place in ("engine", "graph"):
+            if manifest[place] is not None and manifest[place]["name"] == path.name:
+                manifest[place] |= {"sha256": sha256_file(path), "size_bytes": path.stat().st_size}
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    said: object = None
+    try:
+        said = shown(render(inspect_engine(folder), layers=True))
+    finally:
+        with edgeseg.load(folder) as segmenter:
+            segmenter(PHOTO[:16, :16])
+    return said
+
+
+def shown(renderable: Any) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(renderable)
+    return stream.getvalue()
+
+
+def read_graph(path: Path) -> object:
+    from edgeseg.store.onnx_file import read_onnx
+
+    try:
+        return read_layers(path)
+    finally:
+        read_onnx(path)
+
+
+def read_reports(path: Path) -> object:
+    merged = merge(read_runs([path]))
+    verdicts = decide(merged, None)
+    plain.json_value(merged, verdicts)
+    pages = html(merged, verdicts, title="t"), plain.markdown(merged, verdicts), plain.csv_text(merged, verdicts)
+    return *pages, shown(plain.terminal(verdicts, width=80))
+
+
+def read_sweep(path: Path) -> object:
+    return expand(read_config(path))
+
+
+def subjects(place: Path) -> dict[str, Subject]:
+    """Whole files of every kind that needs no torch, below ``place``; of others what can be read with what is installed."""
+    found: dict[str, Subject] = {}
+
+    def add(kind: str, name: str, content: bytes, read: Callable[[Path], object]) -> Path:
+        path = place / kind / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        found[f"{kind}/{name}"] = Subject(path, read)
+        return path
+
+    for kind, options in {
+        "png": {}, "jpeg": {}, "webp": {}, "gif": {}, "bmp": {}, "ppm": {}, "jpeg2000": {}, "tiff": {"compression": "tiff_lzw"},
+    }.items():  # fmt: skip
+        add("image", f"a.{'jp2' if kind == 'jpeg2000' else kind}", encoded(PHOTO, kind, **options), read_image)
+    add("image", "a.npy", saved(PHOTO), read_image)
+    add("image", "a.npz", arrays(PHOTO, compressed=True), read_image)
+    add("mask", "m.png", encoded(LABELS, "PNG"), read_mask)
+    add("mask", "m.tif", encoded(LABELS, "TIFF"), read_mask)
+    add("mask", "m.npy", saved(LABELS.astype(np.int64)), read_mask)
+    add("calibration", "c.npy", saved(STACK), calibrate)
+    add("calibration", "c.npz", arrays(STACK, STACK[::-1], compressed=True), calibrate)
+    add("calibration", "c.txt", b"# those\n" + b"".join(b"c%d.png\n" % i for i in range(9)), calibrate)
+    for index, picture in enumerate(STACK):
+        (place / "calibration" / f"c{index}.png").write_bytes(encoded(picture, "PNG"))
+    lists = add("list", "pairs.txt", b"a.png\tm.png\nb.png,m.png\n# x\n\na.png m.png\n", read_list).parent
+    colours = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9]], np.uint8)
+    classes = b"name,r,g,b\nA,0,0,0\nB, 255,0,0\nC,0,255,0\nD,0,0,255\nE,9,9,9\n"
+    camvid = add("camvid", "class_dict.csv", classes, read_colours).parent
+    for path, picture in {
+        lists / "a.png": PHOTO, lists / "b.png": PHOTO, lists / "m.png": LABELS,
+        camvid / "val" / "a.png": PHOTO, camvid / "val_labels" / "a_L.png": colours[LABELS],
+    }.items():  # fmt: skip
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(picture, "PNG"))
+    try:
+        import imagecodecs  # noqa: F401  what compressed bands need
+        import tifffile
+    except ImportError:
+        pass
+    else:
+        stream = io.BytesIO()
+        bands = RNG.integers(0, 256, (19, 23, 8), dtype=np.uint8)
+        tifffile.imwrite(stream, bands, photometric="minisblack", planarconfig="contig", compression="lzw")
+        add("bands", "a.tif", stream.getvalue(), read_bands)
+    add("sweep", "sweep.toml", SWEEP, read_sweep)
+    (place / "report").mkdir()
+    write_report(
+        place / "report" / "bench.json",
+        report(
+            row("pytorch", 30.0, miou=0.7, is_baseline=True, samples_ms=(30.0, 31.0, 29.5) * 5),
+            row("fp32", 12.0, miou=0.7, drop=0.0, agreement=0.99, samples_ms=(12.0, 12.5, 11.5) * 5),
+            row("int8", 6.0, miou=0.69, drop=0.01, agreement=0.98, precision="int8", samples_ms=(6.0, 6.5, 5.5) * 5),
+        ),
+    )
+    found["report/bench.json"] = Subject(place / "report" / "bench.json", read_reports)
+    with contextlib.suppress(ImportError):
+        found |= engines(place)
+    return found
+
+
+def engines(place: Path) -> dict[str, Subject]:
+    """A graph, a table, and the files of an engine folder."""
+    import onnxruntime  # noqa: F401  before anything is written
+    from cpu_folders import IMAGES, folder_for, model, own_scheme
+    from small_graphs import table_for
+
+    from edgeseg.store.onnx_file import write_onnx
+
+    graph, table = place / "onnx" / "a.onnx", place / "table" / "table.json"
+    for path in (graph, table):
+        path.parent.mkdir()
+    write_onnx(model(), graph)
+    table_for(model(), image=IMAGES).save(table)
+    folder = folder_for(place / "engine", "onnxruntime", own_scheme())
+    files = {f"engine/{path.name}": Subject(path, read_folder) for path in sorted(folder.iterdir())}
+    return {"onnx/a.onnx": Subject(graph, read_graph), "table/table.json": Subject(table, load_table)} | files
+
+
+def checkpoints(place: Path) -> dict[str, Subject]:
+    """What training leaves behind, and a save_pretrained folder. Needs torch and SMP."""
+    import torch
+    from safetensors.torch import save_file
+
+    from edgeseg.convert.architectures import import_smp
+    from edgeseg.convert.load import load_model
+
+    found: dict[str, Subject] = {}
+
+    def load(path: Path) -> object:
+        return load_model(ModelRequest(weights=str(path)))
+
+    def load_folder(path: Path) -> object:
+        return load_model(ModelRequest(weights=str(path.parent)))
+
+    settings = {"encoder_depth": 3, "decoder_channels": [16, 8, 8]}
+    network = import_smp().Unet("mobilenet_v2", encoder_weights=None, classes=5, **settings)
+    tensors = network.state_dict()
+    parameters = {"arch": "unet", "encoder_name": "mobilenet_v2", "classes": 5, **settings}
+    (place / "checkpoint").mkdir()
+    content = {
+        "state_dict": {f"model.{name}": value for name, value in tensors.items()},
+        "hyper_parameters": parameters,
+    }
+    torch.save(content, place / "checkpoint" / "a.ckpt")
+    torch.save(tensors, place / "checkpoint" / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(dict(tensors), place / "checkpoint" / "a.safetensors")
+    for name in ("a.ckpt", "old.pt", "a.safetensors"):
+        found[f"checkpoint/{name}"] = Subject(place / "checkpoint" / name, load)
+    network.save_pretrained(place / "hub")
+    for name in ("config.json", "model.safetensors"):
+        found[f"hub/{name}"] = Subject(place / "hub" / name, load_folder)
+    return found
+
+
+def fault_of(subject: Subject, content: bytes) -> str | None:
+    """What is wrong with how ``content`` is read; ``None`` when it is accepted, or refused as it should be."""
+    subject.path.write_bytes(content)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            subject.read(subject.path)
+    except EdgesegError as exc:
+        said = str(exc)
+        return f"more than one line: {said!r}" if "\n" in said else None
+    except Exception as exc:
+        where = [frame for frame in traceback.extract_tb(exc.__traceback__) if "edgeseg/" in frame.filename]
+        place = f"{where[-1].filename.split('edgeseg/')[-1]}:{where[-1].lineno}" if where else "?"
+        return f"{type(exc).__name__}: {str(exc)[:150]!r} at {place}"
+    return None
+
+
+def fuzz(subject: Subject, rng: random.Random, count: int) -> list[str]:
+    """Damage one file ``count`` times; every fault met. What lies beside it is as before afterwards."""
+    whole = subject.path.read_bytes()
+    manifest = subject.path.with_name(MANIFEST_NAME)
+    told = manifest.read_bytes() if manifest.exists() else None
+    faults = []
+    for _ in range(count):
+        is_json = subject.path.suffix == ".json" and rng.random() < 0.7
+        fault = fault_of(subject, (mutated_json if is_json else mutated)(whole, rng))
+        if fault is not None:
+            faults.append(fault)
+    subject.path.write_bytes(whole)
+    if told is not None:
+        manifest.write_bytes(told)
+    return faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="part of a subject's name")
+    arguments = parser.parse_args()
+    logging.disable()
+    place = Path(tempfile.mkdtemp(prefix="edgeseg-fuzz-"))
+    counts: collections.Counter[str] = collections.Counter()
+    faults: collections.Counter[str] = collections.Counter()
+    every = subjects(place) | checkpoints(place)
+    chosen = {name: subject for name, subject in every.items() if arguments.only in name}
+    for subject in chosen.values():
+        subject.read(subject.path)  # whole files are read
+    start, turn = time.monotonic(), arguments.seed * 1_000_000
+    while time.monotonic() - start < arguments.minutes * 60:
+        turn += 1
+        for name, subject in chosen.items():
+            # What a crash of the process was about is the last line written.
+            (place / "last").write_text(f"{name} {turn}")
+            count = 2 if name.split("/")[0] in {"checkpoint", "hub"} else 20
+            counts[name] += count
+            for fault in fuzz(subject, random.Random(f"{name} {turn}"), count):
+                if not faults[f"{name}: {fault}"]:
+                    print(f"{name} {turn}: {fault}", flush=True)
+                faults[f"{name}: {fault}"] += 1
+    for name, count in counts.items():
+        print(f"{count:8} {name}")
+    print(
+        f"{counts.total()} damaged files in {time.monotonic() - start:.0f} s, {faults.total()} faults ({len(faults)} kinds)"
+    )
+    shutil.rmtree(place)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
