@@ -303,7 +303,7 @@ def test_what_torch_cannot_export_is_one_line(tmp_path: Path) -> None:
 
     _, spec = small()
     model = loaded(Branching().eval(), spec.model, spec.preprocess, stride=8)
-    with pytest.raises(ExportError, match="torch cannot export custom-small") as caught:
+    with pytest.raises(SpecError, match="torch cannot export custom-small") as caught:
         export_onnx(model, spec, tmp_path / "graph.onnx")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
