@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +54,19 @@ def test_the_very_same_engine_keeps_its_figures_and_its_command(verified: Path, 
     assert manifest.engine == open_engine(verified).manifest.engine
     assert manifest.verification == verification()
     assert manifest.command == COMMAND
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+def test_every_file_follows_the_umask(verified: Path, tmp_path: Path, umask: int) -> None:
+    """ONNX Runtime, which writes the engine, sets a mode of its own."""
+    before = os.umask(umask)
+    try:
+        folder = compile_folder(verified, output=tmp_path / "again").folder
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {
+        path.name: oct(0o666 & ~umask) for path in folder.iterdir()
+    }
 
 
 @pytest.mark.parametrize("options", [{"threads": 1}, {"spinning": False}])

@@ -83,6 +83,10 @@ class OnnxRuntimeBackend:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         settings.optimized_model_filepath = str(path)
         _open(ort, graph.path, settings, BuildError)
+        # ONNX Runtime makes the file with a mode of its own; what edgeseg leaves follows the umask.
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
         settings = _session_options(ort, chosen, self.cpu)
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         executed = run_profiled(ort, path, settings, graph.spec.input)
