@@ -1,4 +1,4 @@
-"""What README and docs tell a reader to type does what they say: page by page, in one folder, in the order they are read."""
+"""What README and docs tell a reader to type does what they say: page by page, each in a folder of its own."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ RUN = {page: [block for block in blocks(page) if block.reason is None] for page 
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh checkout, as far as a reader needs it."""
-    folder = tmp_path_factory.mktemp("reader")
-    (folder / "calibration").symlink_to(ROOT / "calibration")
-    return folder
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if RUN[p]], ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_blocks_of_the_page(page: Path, reader: Path) -> None:
+def test_the_blocks_of_the_page(page: Path, cache: Path, tmp_path: Path) -> None:
+    # A fresh checkout, as far as a reader needs it.
+    (tmp_path / "calibration").symlink_to(ROOT / "calibration")
     for block in RUN[page]:
         for command in commands(block):
             done = subprocess.run(
                 [sys.executable, *command],
-                cwd=reader,
-                env={**os.environ, "EDGESEG_CACHE": str(reader / "cache"), "PYTHONPATH": str(ROOT)},
+                cwd=tmp_path,
+                env={**os.environ, "EDGESEG_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
                 capture_output=True,
                 text=True,
                 timeout=500,
                 check=False,
             )
-            assert done.returncode == 0, f"{command}\n{done.stderr}"
+            # On a busy machine "cannot tell, measure longer" is the right answer of a report, with a code of its own.
+            allowed = (0, 3) if "report" in command else (0,)
+            assert done.returncode in allowed, f"{command}\n{done.stderr}"
 
 
 def commands(block: Block) -> list[list[str]]:
