@@ -59,7 +59,7 @@ def test_int8_of_a_badly_scaled_network(tmp_path: Path) -> None:
 def test_a_table_brings_the_equalization_it_was_made_with(tmp_path: Path) -> None:
     images = sample_folder() / "calib" / "images"
     first = edgeseg.build(
-        "pspnet", calibration=images, calibration_limit=8, target="onnxruntime", output=tmp_path / "a"
+        "pspnet", size=96, calibration=images, calibration_limit=8, target="onnxruntime", output=tmp_path / "a"
     )
     table = first.folder / "calibration.json"
     second = edgeseg.build("pspnet", size=96, calibration=table, target="onnxruntime", output=tmp_path / "b")
