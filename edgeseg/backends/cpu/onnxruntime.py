@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
-from edgeseg.backends.cpu.options import CPU_OPTIONS, check_built_for, check_image_size, cpu_options
+from edgeseg.backends.cpu.options import check_built_for, check_image_size, cpu_options, saved_options
 from edgeseg.backends.cpu.precision import executed_precision, node_times, profiled_events, run_profiled
 from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.backends.signature import ANY, TensorInfo, check_signature
@@ -108,9 +108,7 @@ class OnnxRuntimeBackend:
 
     def load_settings(self, ort: Any, engine: Engine) -> Any:
         """The session options ``engine`` is run with."""
-        options = engine.manifest.options
-        saved = {name: options[name] for name in CPU_OPTIONS[self.name] if name in options}
-        settings = _session_options(ort, cpu_options(self.name, saved), self.cpu)
+        settings = _session_options(ort, saved_options(engine, self.name), self.cpu)
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         return settings
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
-from edgeseg.backends.cpu.options import CPU_OPTIONS, check_built_for, check_image_size, cpu_options
+from edgeseg.backends.cpu.options import check_built_for, check_image_size, cpu_options, saved_options
 from edgeseg.backends.signature import TensorInfo, check_signature
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
 from edgeseg.machine.cpu import Cpu, this_cpu
@@ -95,19 +95,13 @@ class OpenVinoBackend:
         ov, path = _import_openvino(), engine.engine_path
         check_built_for(engine, self.cpu, "openvino", _version(ov))
         manifest = engine.manifest
-        settings = self._settings(ov, self._saved_threads(engine), manifest.precision.requested)
+        settings = self._settings(ov, saved_options(engine, self.name)["threads"], manifest.precision.requested)
         try:
             compiled = ov.Core().import_model(path.read_bytes(), "CPU", settings)
         except Exception as exc:  # see build
             raise ArtifactError(f"OpenVINO cannot load {path}: {_one_line(exc)}") from exc
         check_signature(_tensors(compiled.inputs), _tensors(compiled.outputs), manifest.spec)
         return OpenVinoSession(compiled, manifest.spec.input)
-
-    def _saved_threads(self, engine: Engine) -> int:
-        saved = {
-            name: engine.manifest.options[name] for name in CPU_OPTIONS[self.name] if name in engine.manifest.options
-        }
-        return int(cpu_options(self.name, saved)["threads"])
 
     def _settings(self, ov: Any, threads: int, precision: Precision) -> dict[str, Any]:
         hint = "f32"
@@ -196,7 +190,7 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
 
     ov, found, manifest = _import_openvino(), backend(), engine.manifest
     read_onnx(engine.graph_path)
-    settings = found._settings(ov, found._saved_threads(engine), manifest.precision.requested)
+    settings = found._settings(ov, saved_options(engine, found.name)["threads"], manifest.precision.requested)
     spec = manifest.spec.input
     image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, np.uint8)
     try:

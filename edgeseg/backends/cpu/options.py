@@ -45,6 +45,12 @@ def cpu_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
+def saved_options(engine: Engine, backend: str) -> dict[str, Any]:
+    """The options an engine was built with, checked again: a manifest may have been edited. Raises ``SpecError``."""
+    saved = engine.manifest.options
+    return cpu_options(backend, {name: saved[name] for name in CPU_OPTIONS[backend] if name in saved})
+
+
 def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> None:
     """Raise ``StaleEngineError`` if the engine was built for another instruction set or with another package version."""
     manifest = engine.manifest
