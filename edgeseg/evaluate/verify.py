@@ -62,6 +62,7 @@ def verify(
     reference_size_bytes: int,
     engine_size_bytes: int,
     protocol: LatencyProtocol | None = SHORT,
+    timed: Session | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare an engine with the model it came from, and time both in turns.
@@ -75,6 +76,7 @@ def verify(
         reference_size_bytes: of the model's parameters.
         engine_size_bytes: of the engine file.
         protocol: how long to time both; ``None`` not to.
+        timed: what to time in place of ``reference``, where that remembers what it returned before.
         progress: called with (images done, images in all or 0 when unknown).
 
     Raises:
@@ -83,7 +85,9 @@ def verify(
     found = compare_masks(reference, engine, spec, pairs, progress)
     agreement = found.agreement.agreement
     assert agreement is not None  # compare_masks saw at least one image
-    latency = latency_figures(reference, engine, spec, found.sample, protocol) if protocol else (None, None, None)
+    latency = (
+        latency_figures(timed or reference, engine, spec, found.sample, protocol) if protocol else (None, None, None)
+    )
     return Verification(
         agreement=agreement,
         boundary_agreement=found.agreement.boundary_agreement,
@@ -236,6 +240,16 @@ def check_gates(
     Raises:
         GateError: a limit is not met, or was not measured; names all that failed.
     """
+    failed = missed_gates(verification, max_drop=max_drop, min_agreement=min_agreement)
+    if failed:
+        remedy = "more or better calibration images, another --calibration-method, or --precision fp16"
+        raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}", verification)
+
+
+def missed_gates(
+    verification: Verification, *, max_drop: float | None = None, min_agreement: float | None = None
+) -> list[str]:
+    """What :func:`check_gates` would raise for, in words."""
     failed = []
     if max_drop is not None:
         drop = verification.miou_drop
@@ -249,9 +263,7 @@ def check_gates(
         failed.append(
             f"{verification.agreement:.4f} of pixels agree with PyTorch, --min-agreement wants {min_agreement:g}"
         )
-    if failed:
-        remedy = "more or better calibration images, another --calibration-method, or --precision fp16"
-        raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}", verification)
+    return failed
 
 
 class _Recorder:

@@ -87,11 +87,22 @@ class BuildRequest(ModelRequest):
     )
     max_drop: float | None = argument(
         number(0, 1, "a share of mIoU between 0 and 1, such as 0.01 for one point"),
-        help="Exit 3 when more mIoU is lost (0.01 = one point).",
+        help="Lose no more mIoU than this (0.01 = one point); what costs most stays float.  [exit 3 if that fails]",
     )
     min_agreement: float | None = argument(
         number(0, 1, "a share of pixels between 0 and 1, such as 0.99"),
-        help="Exit 3 when a smaller share of pixels agrees with PyTorch.",
+        help="Agree with PyTorch on at least this share of pixels; as --max-drop, without masks.",
+    )
+    search: bool = argument(
+        FLAG, True, help="Where plain int8 misses --max-drop or --min-agreement, find the fastest mix that meets it."
+    )
+    search_minutes: float = argument(
+        number(0, 10000, "minutes, such as 20"), 20.0, help="End that search here, with the best engine so far."
+    )
+    latency_from: Path | None = argument(
+        PATH,
+        help="For that search: JSON of an `edgeseg bench --profile` of the device, for its milliseconds by module.",
+        metavar="FILE",
     )
     min_int8_share: float = argument(
         number(0, 1, "a share between 0 and 1, such as 0.7"),

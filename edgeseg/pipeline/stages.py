@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,11 @@ from edgeseg.backends.portable import (
 )
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
 from edgeseg.evaluate.summary import input_line
+from edgeseg.evaluate.verify import check_gates, missed_gates
 from edgeseg.machine.packages import package_versions
 from edgeseg.pipeline.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.pipeline.command import build_command
+from edgeseg.pipeline.goal import Reached, carried_names, has_goal
 from edgeseg.pipeline.plan import DEMO_NAME, BuildPlan, default_name, refuse_early
 from edgeseg.pipeline.verification_data import (
     VerificationData,
@@ -46,6 +49,7 @@ from edgeseg.store.artifacts import (
     FileRef,
     Manifest,
     OnnxGraph,
+    Search,
     Verification,
     check_engine_folder,
     engine_folder,
@@ -61,6 +65,7 @@ from edgeseg.version import __version__
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only
 
+    from edgeseg.backends.base import Session
     from edgeseg.convert.export import ConversionReport
     from edgeseg.convert.load import LoadedModel
     from edgeseg.pipeline.request import BuildRequest
@@ -102,7 +107,27 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         make = _ManifestMaker(request, loaded, spec, conversion, table, notes, folder.name, command, asked)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
-        verification = verify_stage(request, loaded, engine, plan.held_out, reporter)
+        with ExitStack() as opened:
+            verifier = (
+                None if plan.held_out is None else opened.enter_context(_Verifier(request, loaded, plan.held_out))
+            )
+            verification = verify_stage(request, engine, verifier, reporter)
+            if (
+                verifier is not None
+                and verification is not None
+                and table is not None
+                and verifier.misses(verification)
+            ):
+                plain = [best, *(candidate for candidate in candidates if candidate is not best)]
+                reached = goal_stage(request, graph, table, plain, verifier, make, reporter)
+                best, make = reached.candidate, dataclasses.replace(make, search=reached.record)
+                for path, name in zip(reached.carried, carried_names(len(reached.carried)), strict=True):
+                    shutil.copyfile(path, scratch / name)
+                remove_built(engine)
+                engine = make.write(best, medians, table, scratch, None)
+                verification = verify_stage(request, engine, verifier, reporter)
+        if verification is not None:
+            check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
         make.write(best, medians, table, scratch, verification)
         for name in (EXPORT_FOLDER, *(f"target-{target}" for target in targets)):
             shutil.rmtree(scratch / name, ignore_errors=True)
@@ -372,29 +397,74 @@ def choose_fastest(
     return best, medians
 
 
+class _Verifier:
+    """The PyTorch model as the reference of a build, and the images it is run on.
+
+    With a goal, several engines are compared with it: what it returned is kept until the build ends.
+    """
+
+    def __init__(self, request: BuildRequest, loaded: LoadedModel, data: VerificationData) -> None:
+        if request.max_drop is not None and not data.has_masks:
+            raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
+        self.request = request
+        self.loaded = loaded
+        self.data = data
+        self._opened = ExitStack()
+
+    def __enter__(self) -> _Verifier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    @functools.cached_property
+    def memory(self) -> Path | None:
+        """Where PyTorch's results are kept; ``None`` when they are needed once only."""
+        if not has_goal(self.request):
+            return None
+        return Path(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="edgeseg-")))
+
+    @contextmanager
+    def reference(self, spec: PipelineSpec) -> Iterator[tuple[Session, Session]]:
+        """(what to compare with, what to time) while it is open."""
+        from edgeseg.backends.pytorch import PyTorchSession
+        from edgeseg.machine.cpu import this_cpu
+
+        # As bench runs it: by itself PyTorch may take more threads than this process has cores.
+        with PyTorchSession(self.loaded, spec, threads=this_cpu().cores) as session:
+            if self.memory is None:
+                yield session, session
+            else:
+                from edgeseg.mixed.judge import Remembered
+
+                yield Remembered(session, self.memory), session
+
+    def misses(self, verification: Verification) -> bool:
+        """Whether the engine misses a goal that a search may reach."""
+        request = self.request
+        limits = {"max_drop": request.max_drop, "min_agreement": request.min_agreement}
+        return has_goal(request) and bool(missed_gates(verification, **limits))
+
+
 def verify_stage(
-    request: BuildRequest, loaded: LoadedModel, engine: Engine, data: VerificationData | None, reporter: Reporter
+    request: BuildRequest, engine: Engine, verifier: _Verifier | None, reporter: Reporter
 ) -> Verification | None:
-    """Compare the engine with the PyTorch model on held-out images and apply the gates."""
-    if data is None:
+    """Compare the engine with the PyTorch model on held-out images."""
+    if verifier is None:
         if request.max_drop is not None or request.min_agreement is not None:
             raise SpecError("--max-drop and --min-agreement need images to verify on; give --validation DIR")
         reporter.note("not verified: no images were given; --validation DIR compares the engine with PyTorch")
         return None
-    if request.max_drop is not None and not data.has_masks:
-        raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
     from edgeseg.backends.pytorch import PyTorchSession
     from edgeseg.evaluate.latency.protocol import SHORT
-    from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, check_gates, verify
-    from edgeseg.machine.cpu import this_cpu
+    from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, verify
 
-    spec = engine.manifest.spec
+    spec, data, loaded = engine.manifest.spec, verifier.data, verifier.loaded
     with stage(reporter, "verify") as said:
         backend = get_backend(engine.manifest.target)
         runs_here = engine.manifest.engine is not None and backend.status().available
         opened = backend.load(engine) if runs_here else open_graph(engine)
-        # As bench runs it: by itself PyTorch may take more threads than this process has cores.
-        with PyTorchSession(loaded, spec, threads=this_cpu().cores) as reference, opened as session:
+        with verifier.reference(spec) as (reference, timed), opened as session:
             verification = verify(
                 reference,
                 session,
@@ -404,6 +474,7 @@ def verify_stage(
                 reference_size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
                 engine_size_bytes=(engine.manifest.engine or engine.manifest.graph).size_bytes,
                 protocol=SHORT if runs_here else None,
+                timed=timed,
                 progress=reporter.progress,
             )
             said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
@@ -413,11 +484,43 @@ def verify_stage(
                 with PyTorchSession(loaded, spec, with_scores=True) as telling:
                     return agreement_without_ties(telling, session, spec, data.pairs, tie)
 
-            note = check_fidelity(verification, request.precision, without_ties)
+            note = check_fidelity(verification, engine.manifest.precision.requested, without_ties)
     if note is not None:
         reporter.note(note)
-    check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
     return verification
+
+
+def goal_stage(
+    request: BuildRequest,
+    graph: OnnxGraph,
+    table: CalibrationTable,
+    plain: list[Candidate],
+    verifier: _Verifier,
+    make: _ManifestMaker,
+    reporter: Reporter,
+) -> Reached:
+    """Find the fastest engine that keeps the limits which plain INT8 did not keep."""
+    from edgeseg.pipeline.goal import GoalSearch
+
+    reporter.note("plain INT8 misses the goal: looking for modules to leave in float (--no-search does not)")
+    with verifier.reference(graph.spec) as (reference, _):
+        return GoalSearch(
+            request=request,
+            graph=graph,
+            table=table,
+            pairs=verifier.data.pairs,
+            reference=reference,
+            write=lambda candidate: make.write(candidate, {}, table, candidate.folder, None),
+            engines_folder=plain[0].folder.parent.parent,
+            reporter=reporter,
+        ).run(plain)
+
+
+def remove_built(engine: Engine) -> None:
+    """Take an engine's own files out of a folder that another engine is to have."""
+    for file in (engine.manifest.engine, *engine.manifest.extra_files):
+        if file is not None:
+            (engine.folder / file.name).unlink()
 
 
 @dataclass(frozen=True)
@@ -433,6 +536,7 @@ class _ManifestMaker:
     name: str
     command: str | None
     model_request: ModelRequest | None
+    search: Search | None = None
 
     def write(
         self,
@@ -478,6 +582,7 @@ class _ManifestMaker:
             command=self.command,
             notes=self.notes,
             verification=verification,
+            search=self.search,
         )
         write_json(folder / MANIFEST_NAME, manifest)
         return Engine(folder, manifest)

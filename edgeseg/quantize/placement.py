@@ -129,9 +129,7 @@ def tail(graph: ir.Graph) -> set[ir.Node]:
 class _OperatorPlacement:
     """The ``operators`` policy: one backward pass over who wants integers, one forward pass over who has them."""
 
-    def __init__(
-        self, graph: ir.Graph, ranges: Mapping[str, Range], stays_float: Callable[[ir.Node], bool]
-    ) -> None:
+    def __init__(self, graph: ir.Graph, ranges: Mapping[str, Range], stays_float: Callable[[ir.Node], bool]) -> None:
         self._nodes = list(graph)
         self._ranges = ranges
         self._floats = {node for node in self._nodes if stays_float(node)}
@@ -249,9 +247,7 @@ class _OperatorPlacement:
                     self._result.quantized.add(value)
 
 
-def _place_inputs(
-    graph: ir.Graph, ranges: Mapping[str, Range], stays_float: Callable[[ir.Node], bool]
-) -> Placement:
+def _place_inputs(graph: ir.Graph, ranges: Mapping[str, Range], stays_float: Callable[[ir.Node], bool]) -> Placement:
     result = Placement()
     for node in graph:
         weighted = is_weighted(node) or (node.op_type == "ConvTranspose" and constant_array(node.inputs[1]) is not None)
