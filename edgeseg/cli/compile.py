@@ -28,12 +28,16 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Build this machine's engine from the portable graph in ENGINE_DIR. Needs no PyTorch."""
-    from edgeseg.backends.compile import compile_folder
+    """Build this machine's engine from the portable graph in ENGINE_DIR. Needs no PyTorch.
+
+    Where the folder carries several graphs that meet its --max-drop or --min-agreement, all are built and timed, and the
+    fastest is kept.
+    """
     from edgeseg.evaluate.summary import time_line
+    from edgeseg.pipeline.fastest import compile_fastest
 
     with console_reporter() as reporter:
-        engine = compile_folder(
+        engine = compile_fastest(
             folder,
             target=target,
             options=given["backend_options"],

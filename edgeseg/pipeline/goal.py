@@ -92,6 +92,12 @@ def has_goal(request: BuildRequest) -> bool:
     return wanted and request.search and request.precision == "int8"
 
 
+def in_float(request: BuildRequest, backend: Backend) -> BuildRequest:
+    """The request for what an int8 engine's float modules are, throughout: FP16 where the target has it."""
+    half = SCHEMES[request.scheme or backend.scheme].half
+    return dataclasses.replace(request, precision="fp16" if half else "fp32")
+
+
 @dataclass
 class GoalSearch:
     """What all targets of one build have in common.
@@ -157,7 +163,10 @@ class GoalSearch:
             first.estimated_ms = times.estimate_ms(())
             floats.estimated_ms = times.estimate_ms(network.modules.names)
         saved = {} if times is None else times.saved_ms
-        is_over = lambda: time.monotonic() > until  # noqa: E731
+
+        def is_over() -> bool:
+            return time.monotonic() > until
+
         with stage(self.reporter, "modules") as said:
             judged = judge_modules(
                 network,
@@ -193,9 +202,8 @@ class GoalSearch:
         return found
 
     def _float_engine(self, backend: Backend, folder: Path) -> Trial:
-        """The engine with every module in float: FP16 where the target has it."""
-        half = SCHEMES[self.request.scheme or backend.scheme].half
-        request = dataclasses.replace(self.request, precision="fp16" if half else "fp32")
+        """The engine with every module in float."""
+        request = in_float(self.request, backend)
         place = folder / "float"
         place.mkdir()
         graph = write_typed(request, backend, self.graph, self.table, place)
@@ -269,17 +277,7 @@ class GoalSearch:
             return times_from_file(self.request.latency_from, self.graph.spec.model, network.modules)
         if not self._runs_here(int8):
             return None
-        from edgeseg.evaluate.latency.profile import profile_engine
-
-        engines = [self.write(self._built(trial)) for trial in (int8, floats)]
-        profiles: list[list[Profile]] = [[], []]
-        for _ in range(PROFILES):
-            for engine, mine in zip(engines, profiles, strict=True):
-                profile = profile_engine(engine)
-                if profile is None:
-                    return None
-                mine.append(profile)
-        return module_times(*profiles, network.modules, f"the {profiles[0][0].source} on this machine")
+        return measured_times(network, *(self.write(self._built(trial)) for trial in (int8, floats)))
 
     def _sample(self) -> list[Pair]:
         """Images to judge modules on, evenly spread over all."""
@@ -382,12 +380,28 @@ class GoalSearch:
                     median_ms=trial.median_ms,
                     estimated_ms=trial.estimated_ms,
                     size_bytes=_size_bytes(trial),
+                    scheme=trial.graph.scheme,
                     graph=files.get(id(trial)),
                 )
                 for trial in everything
             ),
             chosen=list(map(id, everything)).index(id(chosen)),
         )
+
+
+def measured_times(network: NetworkModules, int8: Engine, floats: Engine) -> ModuleTimes | None:
+    """Milliseconds by module of both engines, profiled in turns; ``None`` where the backend has no profile."""
+    from edgeseg.evaluate.latency.profile import profile_engine
+
+    ours: list[Profile] = []
+    theirs: list[Profile] = []
+    for _ in range(PROFILES):
+        for engine, profiles in ((int8, ours), (floats, theirs)):
+            profile = profile_engine(engine)
+            if profile is None:
+                return None
+            profiles.append(profile)
+    return module_times(ours, theirs, network.modules, f"the {ours[0].source} on this machine")
 
 
 def carried_names(count: int) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require
 from edgeseg.backends.portable import (
     DEVICE_TARGETS,
     awaits_calibration,
+    builds_here,
     check_options,
     measured_on,
     open_graph,
@@ -38,7 +39,7 @@ from edgeseg.pipeline.verification_data import (
     calibration_source,
     sample_images,
 )
-from edgeseg.progress import Reporter, stage
+from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import InputSpec, ModelRequest, PipelineSpec, one_of
@@ -50,6 +51,7 @@ from edgeseg.store.artifacts import (
     Manifest,
     OnnxGraph,
     Search,
+    SensitivityReport,
     Verification,
     check_engine_folder,
     engine_folder,
@@ -347,6 +349,60 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
         _, table = calibration_stage(request, graph, samples, Path(scratch), reporter)
     table.save(path)
     return table
+
+
+def run_sensitivity(request: BuildRequest, reporter: Reporter) -> SensitivityReport:
+    """Judge and time INT8 of each module by itself: ``edgeseg sensitivity``. Errors are those of a build.
+
+    Raises:
+        InputError: no images to judge on.
+    """
+    from edgeseg.mixed.costs import times_from_file
+    from edgeseg.mixed.sensitivity import NetworkModules, judge_modules, sensitivities
+    from edgeseg.pipeline.goal import in_float, measured_times
+
+    refuse_early(request, is_module=False, makes_engine=False)
+    backend = get_backend(choose_targets(request, reporter)[0])
+    scheme = request.scheme or backend.scheme
+    loaded = load_stage(request, None, reporter)
+    spec = pipeline_spec(request, loaded, reporter)
+    samples, data = calibration_and_held_out(request, loaded)
+    if data is None:
+        raise InputError("no images to judge modules on; give --data DIR")
+    with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as folder:
+        scratch = Path(folder)
+        graph, conversion = export_stage(loaded, spec, scratch, reporter)
+        graph, table = calibration_stage(request, graph, samples, scratch, reporter)
+        network, times = NetworkModules.of(graph), None
+        if request.latency_from is not None:
+            times = times_from_file(request.latency_from, spec.model, network.modules)
+        elif builds_here(backend, scheme) and backend.status().available:
+            make = _ManifestMaker(request, loaded, spec, conversion, table, (), "sensitivity", None, request.model)
+            with stage(reporter, "measure") as said:
+                engines = []
+                for name, wanted in (("int8", request), ("float", in_float(request, backend))):
+                    candidate = build_candidate(
+                        wanted, backend, graph, table, scratch / name, SilentReporter(), scratch
+                    )
+                    engines.append(make.write(candidate, {}, table, scratch / name, None))
+                times = measured_times(network, *engines)
+                said.append(f"{backend.name}: {len(network.modules.names)} modules, in int8 and in float")
+        with stage(reporter, "modules") as said:
+            judged = judge_modules(network, table, SCHEMES[scheme], list(data.pairs), progress=reporter.progress)
+            modules = sensitivities(network, judged, {} if times is None else times.saved_ms)
+            images = max((len(one.images) for one in judged.values()), default=0)
+            said.append(f"{scheme}: {len(modules)} modules judged on {images} images")
+    return SensitivityReport(
+        schema_version=SCHEMA_VERSION,
+        edgeseg_version=__version__,
+        spec=spec,
+        target=backend.name,
+        scheme=scheme,
+        images=images,
+        data=data.description,
+        latency_source=None if times is None else times.source,
+        modules=modules,
+    )
 
 
 def candidate_stage(

@@ -79,7 +79,7 @@ def cut(model: onnx.ModelProto, known: Mapping[str, onnx.ValueInfoProto]) -> onn
 
 def value_bytes(value: onnx.ValueInfoProto) -> int:
     """Of a float value, with 1 in place of a size that only the run knows."""
-    return 4 * prod(dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim)
+    return 4 * prod(int(dim.dim_value) or 1 for dim in value.type.tensor_type.shape.dim)
 
 
 class SharedPrefix:

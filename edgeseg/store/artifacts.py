@@ -204,12 +204,39 @@ class ModuleSensitivity:
 
 
 @dataclass(frozen=True)
+class SensitivityReport:
+    """What ``edgeseg sensitivity`` found of one network, as it is written to JSON.
+
+    Attributes:
+        schema_version: of this layout.
+        edgeseg_version: that wrote it.
+        spec: of the network.
+        target, scheme: that INT8 is judged and timed for.
+        images: modules were judged on.
+        data: where they came from, in words.
+        latency_source: where milliseconds by module came from; ``None`` where none are known.
+        modules: in the network's order.
+    """
+
+    schema_version: int
+    edgeseg_version: str
+    spec: PipelineSpec
+    target: str
+    scheme: str
+    images: Count
+    data: str
+    latency_source: str | None
+    modules: tuple[ModuleSensitivity, ...]
+
+
+@dataclass(frozen=True)
 class SearchCandidate:
     """An engine that a search for ``--max-drop`` or ``--min-agreement`` looked at.
 
     Attributes:
         target: its backend.
         precision: of its graph: ``int8``, ``float_modules`` excepted, or a float type throughout.
+        scheme: Q/DQ scheme of an int8 graph, else ``None``.
         float_modules: modules of the SMP model that are not INT8.
         mac_share: share of multiply-accumulates per dtype.
         agreement: with PyTorch.
@@ -231,6 +258,7 @@ class SearchCandidate:
     median_ms: Finite | None
     estimated_ms: Finite | None
     size_bytes: Count
+    scheme: str | None = None
     graph: FileRef | None = None
 
 
