@@ -11,8 +11,7 @@ from edgeseg.convert.rewrites import REWRITES
 from edgeseg.convert.rewrites.driver import apply_rewrites
 from edgeseg.convert.rewrites.graph import tidy
 from edgeseg.convert.silence import silenced
-from edgeseg.errors import ExportError
-from edgeseg.store.onnx_file import first_line
+from edgeseg.errors import ExportError, first_line
 
 
 def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:
