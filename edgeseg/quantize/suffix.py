@@ -16,9 +16,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeseg.errors import MissingDependencyError, QuantizationError
+from edgeseg.errors import MissingDependencyError, QuantizationError, first_line
 from edgeseg.machine.cpu import this_cpu
-from edgeseg.store.onnx_file import first_line
 
 Values = Mapping[str, NDArray[Any]]
 _PAIR = frozenset({"QuantizeLinear", "DequantizeLinear"})
