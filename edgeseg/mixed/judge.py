@@ -56,10 +56,12 @@ class Judged:
     def agreement(self) -> Estimate:
         """Share of pixels that agree with the reference."""
         shares = np.array([image.agreement for image in self.images])
-        return _estimate(len(shares), lambda weights: (weights @ shares) / weights.sum(axis=1))
+        estimate = _estimate(len(shares), lambda weights: (weights @ shares) / weights.sum(axis=1))
+        assert estimate is not None  # every image has pixels
+        return estimate
 
     def miou_drop(self) -> Estimate | None:
-        """mIoU lost against the reference, with the interval of the paired difference; ``None`` without masks."""
+        """mIoU lost against the reference, with the interval of the paired difference; ``None`` without labels."""
         if not self.has_masks:
             return None
         before, after = self._counts("reference"), self._counts("session")
@@ -81,12 +83,12 @@ class Judged:
         return counts
 
 
-def _estimate(images: int, statistic: Callable[[NDArray[Any]], NDArray[Any]]) -> Estimate:
+def _estimate(images: int, statistic: Callable[[NDArray[Any]], NDArray[Any]]) -> Estimate | None:
     if images < MIN_IMAGES:
-        return Estimate(float(statistic(np.ones((1, images), np.int64))[0]))
+        value = float(statistic(np.ones((1, images), np.int64))[0])
+        return None if np.isnan(value) else Estimate(value)
     result = interval(images, statistic)
-    assert result is not None  # every image has pixels, and every mask a class
-    return Estimate(result.value, result.low, result.high)
+    return None if result is None else Estimate(result.value, result.low, result.high)
 
 
 def _iou(totals: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -97,7 +99,8 @@ def _iou(totals: NDArray[np.float64]) -> NDArray[np.float64]:
 def _miou(weights: NDArray[Any], counts: NDArray[np.float64]) -> NDArray[np.float64]:
     scores = _iou(np.tensordot(weights.astype(np.float64), counts, axes=1))
     known = ~np.isnan(scores)
-    return np.asarray(np.where(known, scores, 0.0).sum(axis=-1) / known.sum(axis=-1))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(known, scores, 0.0).sum(axis=-1) / known.sum(axis=-1))
 
 
 def judge(
@@ -126,9 +129,9 @@ def judge(
 
 
 def _class_counts(meter: AccuracyMeter) -> ClassCounts:
-    (image,) = meter.images
-    rows = zip(image.classes, image.counts[:, :3], strict=True)
-    return tuple((int(index), int(tp), int(fp), int(fn)) for index, (tp, fp, fn) in rows)
+    """Of a meter that saw one image."""
+    rows = enumerate(meter.counts[:, :3].tolist())
+    return tuple((index, tp, fp, fn) for index, (tp, fp, fn) in rows if tp or fp or fn)
 
 
 class Remembered:
