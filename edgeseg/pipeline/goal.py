@@ -30,6 +30,7 @@ from edgeseg.mixed.sensitivity import IMAGES, NetworkModules, judge_modules, sen
 from edgeseg.pipeline.candidate import GRAPH_NAME, Candidate, build_typed, write_typed
 from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.quantize.schemes import SCHEMES
+from edgeseg.spec import Precision
 from edgeseg.store.artifacts import (
     MIN_INT8_SHARE,
     Engine,
@@ -75,6 +76,11 @@ class Trial:
     def name(self) -> str:
         """The folder's: unique in a build."""
         return f"{self.folder.parent.name}/{self.folder.name}"
+
+    @property
+    def is_mixed(self) -> bool:
+        """Neither INT8 nor float throughout."""
+        return self.graph.precision == "int8" and bool(self.floats)
 
 
 @dataclass(frozen=True)
@@ -150,14 +156,21 @@ class GoalSearch:
         )
 
     def _search(self, plain: Candidate, until: float) -> list[Trial]:
-        """All that was tried for one target: plain INT8 first, its float engine second."""
+        """All that was tried for one target: plain INT8, what is all in float, mixes of both."""
         backend, folder = plain.backend, plain.folder
-        first = self._judged(backend, plain.graph, folder, frozenset(), plain)
-        floats = self._float_engine(backend, folder)
-        found = [first, floats]
-        if first.meets_goal or not self._meets(floats.judged):
-            return found
         network = NetworkModules.of(self.graph)
+        first = self._judged(backend, plain.graph, folder, frozenset(), plain)
+        floats = self._in_float(backend, folder, in_float(self.request, backend).precision, network)
+        tried = [first, floats]
+        if first.meets_goal:
+            return tried
+        if not self._meets(floats.judged):
+            # A mix with FP16 has no more than FP16 itself has.
+            return (
+                [*tried, self._in_float(backend, folder, "fp32", network)]
+                if floats.graph.precision == "fp16"
+                else tried
+            )
         times = self._times[backend.name] = self._module_times(network, first, floats)
         if times is not None:
             first.estimated_ms = times.estimate_ms(())
@@ -185,29 +198,29 @@ class GoalSearch:
         with stage(self.reporter, "search") as said:
 
             def meets(names: frozenset[str]) -> bool:
-                place = folder / f"mixed{len(found)}"
+                place = folder / f"mixed{len(tried)}"
                 place.mkdir()
                 graph = write_typed(self.request, backend, self.graph, self.table, place, names)
                 trial = self._judged(backend, graph, place, names)
                 trial.estimated_ms = None if times is None else times.estimate_ms(names)
-                found.append(trial)
-                self.reporter.progress(len(found) - 2, 0)
+                tried.append(trial)
+                self.reporter.progress(len(tried) - 2, 0)
                 return trial.meets_goal
 
             for _ in trials(order, costs, meets):
                 if is_over():
                     break
-            met = sum(trial.meets_goal for trial in found[2:])
-            said.append(f"{backend.name}: {len(found) - 2} mixes judged, {met} meet the goal")
-        return found
+            met = sum(trial.meets_goal for trial in tried[2:])
+            said.append(f"{backend.name}: {len(tried) - 2} mixes judged, {met} meet the goal")
+        return tried
 
-    def _float_engine(self, backend: Backend, folder: Path) -> Trial:
+    def _in_float(self, backend: Backend, folder: Path, precision: Precision, network: NetworkModules) -> Trial:
         """The engine with every module in float."""
-        request = in_float(self.request, backend)
-        place = folder / "float"
+        place = folder / precision
         place.mkdir()
+        request = dataclasses.replace(self.request, precision=precision)
         graph = write_typed(request, backend, self.graph, self.table, place)
-        return self._judged(backend, graph, place, frozenset(NetworkModules.of(self.graph).modules.names))
+        return self._judged(backend, graph, place, frozenset(network.modules.names))
 
     def _judged(
         self,
@@ -297,8 +310,8 @@ class GoalSearch:
         timed = []
         for name in dict.fromkeys(trial.backend.name for trial in everything):
             mine = [trial for trial in everything if trial.backend.name == name]
-            mixed = [trial for trial in mine[2:] if trial.meets_goal]
-            timed += [*mine[:2], *self._finalists(mixed)]
+            mixed = [trial for trial in mine if trial.is_mixed and trial.meets_goal]
+            timed += [*(trial for trial in mine if not trial.is_mixed), *self._finalists(mixed)]
         with stage(self.reporter, "measure") as said, ExitStack() as opened:
             engines = {trial.name: self.write(self._built(trial)) for trial in timed}
             sessions = {trial.name: opened.enter_context(trial.backend.load(engines[trial.name])) for trial in timed}
@@ -311,7 +324,9 @@ class GoalSearch:
     def _carried(self, chosen: Trial, eligible: Sequence[Trial]) -> list[Trial]:
         """The engines the device chooses from, the one that is expected to be the fastest first."""
         mine = [trial for trial in eligible if trial.backend is chosen.backend]
-        mixed = self._finalists([trial for trial in mine if trial.graph.precision == "int8"])
+        mixed = self._finalists(
+            [trial for trial in mine if trial.graph.precision == "int8"]
+        )  # plain INT8 may meet it too
         carried = [*mixed, *(trial for trial in mine if trial.graph.precision != "int8")]
         carried.remove(chosen)
         return [chosen, *carried]
@@ -339,7 +354,7 @@ class GoalSearch:
 
     def _missed(self, everything: Sequence[Trial]) -> str:
         """Why no engine can be delivered, with figures."""
-        floats = next(trial for trial in everything if trial.graph.precision != "int8")
+        floats = [trial for trial in everything if trial.graph.precision != "int8"][-1]
         said, request = [], self.request
         agreement, drop = floats.judged.agreement(), floats.judged.miou_drop()
         if request.min_agreement is not None:

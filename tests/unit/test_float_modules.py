@@ -29,11 +29,14 @@ def network(seed: int) -> onnx.ModelProto:
     model = graph(
         "(uint8[1, 16, 16, 3] image) => (float[1, 4, h, w] y)",
         """real = Cast <to = 1> (image) planes = Transpose <perm = [0, 3, 1, 2]> (real) x = Mul(planes, gain)
-        a = Conv <pads = [1, 1, 1, 1], strides = [2, 2]> (x, w1, b1) r = Relu(a) p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r)
+        a = Conv <pads = [1, 1, 1, 1], strides = [2, 2]> (x, w1, b1) r = Relu(a)
+        p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r)
         c = Conv(p, w2) d = Relu(c) e = Conv(d, w2) f = Add(e, p) g = Relu(f)
         s = GlobalAveragePool(g) t = Conv(s, w2) u = Sigmoid(t) v = Mul(g, u)
-        up = ConvTranspose <strides = [2, 2]> (v, w3) cat = Concat <axis = 1> (up, r) h = Conv <pads = [1, 1, 1, 1]> (cat, w4, b1) i = Relu(h)
-        half1, half2 = Split <axis = 1, num_outputs = 2> (i) both = Concat <axis = 1> (half2, half1) j = Conv(both, w2)
+        up = ConvTranspose <strides = [2, 2]> (v, w3) cat = Concat <axis = 1> (up, r)
+        h = Conv <pads = [1, 1, 1, 1]> (cat, w4, b1) i = Relu(h)
+        half1, half2 = Split <axis = 1, num_outputs = 2> (i)
+        both = Concat <axis = 1> (half2, half1) j = Conv(both, w2)
         y = Conv(j, w5, b5)""",
         gain=np.array(1 / 128, np.float32),
         w1=floats(8, 3, 3, 3) / 4,

@@ -47,7 +47,7 @@ def test_what_comes_last_meets_the_goal_with_no_module_too_many(seed: int) -> No
     # No module of it can be taken back.
     for name in best:
         left = sum(losses[n] for n in names if n not in best - {name})
-        assert left > allowed or best - {name} in met or best == everything and len(names) == 1
+        assert left > allowed or best - {name} in met or (best == everything and len(names) == 1)
     # Never far from the best there is, counted out.
     every = (frozenset(c) for k in range(len(names) + 1) for c in itertools.combinations(names, k))
     least = min(sum(costs[n] for n in s) for s in every if sum(losses[n] for n in names if n not in s) <= allowed)
@@ -56,7 +56,7 @@ def test_what_comes_last_meets_the_goal_with_no_module_too_many(seed: int) -> No
 
 def test_one_module_that_loses_everything_is_found_at_once() -> None:
     names = [f"m{k}" for k in range(30)]
-    losses = {name: 0.0001 for name in names} | {"m17": 0.5}
+    losses = dict.fromkeys(names, 0.0001) | {"m17": 0.5}
     costs = dict.fromkeys(names, 1.0)
     asked = run(list(by_gain(losses, costs, names)), costs, losses, 0.01)
     assert asked == [frozenset({"m17"})]
