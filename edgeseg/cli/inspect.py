@@ -91,6 +91,7 @@ def _files(manifest: Manifest) -> Iterable[CheckedFile]:
     listed: tuple[tuple[str, FileRef | None], ...] = (
         ("engine", manifest.engine),
         ("portable graph", manifest.graph),
+        *(("candidate graph", ref) for ref in manifest.candidate_graphs),
         ("calibration table", manifest.calibration),
         *(("engine data", ref) for ref in manifest.extra_files),
     )

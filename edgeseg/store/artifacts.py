@@ -290,6 +290,11 @@ class Search:
             raise SpecError(f"candidate {self.chosen} was chosen of {len(self.candidates)}")
 
     @property
+    def float_modules(self) -> tuple[str, ...]:
+        """Those of the engine that was chosen; none of an engine that is float throughout."""
+        return self.candidates[self.chosen].float_modules
+
+    @property
     def graphs(self) -> tuple[FileRef, ...]:
         """Of the candidates that travel with the folder."""
         return tuple(c.graph for c in self.candidates if c.graph is not None)
@@ -350,11 +355,15 @@ class Manifest:
     search: Search | None = None
 
     @property
+    def candidate_graphs(self) -> tuple[FileRef, ...]:
+        """Those the device may choose instead of ``graph``."""
+        return () if self.search is None else tuple(file for file in self.search.graphs if file != self.graph)
+
+    @property
     def files(self) -> tuple[FileRef, ...]:
         """All files of the folder but the manifest itself."""
         single = (self.graph, self.engine, self.calibration)
-        others = () if self.search is None else (g for g in self.search.graphs if g != self.graph)
-        return (*(file for file in single if file is not None), *self.extra_files, *others)
+        return (*(file for file in single if file is not None), *self.extra_files, *self.candidate_graphs)
 
     @property
     def engine_key(self) -> str:
