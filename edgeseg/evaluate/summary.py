@@ -75,7 +75,7 @@ def build_summary(engine: Engine) -> Group:
 
 def sensitivity_table(modules: Sequence[ModuleSensitivity]) -> FigureTable:
     """A line per module: what INT8 of it alone loses and saves."""
-    table = FigureTable.of("INT8 alone of", "MACs", "agreement", "mIoU drop", "worst class", "saves ms")
+    table = FigureTable.of("INT8 of", "MACs", "agreement", "mIoU drop", "worst\nclass", "saves\nms")
     for module in modules:
         known = [drop for drop in module.class_drops if drop is not None]
         table.add(
@@ -179,12 +179,13 @@ def time_words(candidate: SearchCandidate) -> str:
 
 
 def estimate_words(estimate: Estimate | None) -> str:
-    """``0.0031 (0.0008 to 0.0055)``."""
+    """``0.0031 ±0.0022``: the figure and how far its interval reaches."""
     if estimate is None:
         return MISSING
+    text = number(estimate.value, 4)
     if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.4f}"
-    return f"{estimate.value:.4f} ({estimate.low:.4f}..{estimate.high:.4f})"
+        return text
+    return f"{text} ±{max(estimate.high - estimate.value, estimate.value - estimate.low):.4f}"
 
 
 def verification_table(verification: Verification, engine_name: str) -> FigureTable:

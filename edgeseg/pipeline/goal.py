@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 FINALISTS = 3
 """Mixed engines of a target that are timed against each other, beside its float engine."""
 
-PROFILES = 3
-"""Of each engine, in turns."""
+PROFILES, RUNS = 6, 5
+"""Profiles of each engine, in turns, and runs of each: short ones, of which one at least is not disturbed."""
 
 WriteEngine = Callable[[Candidate], Engine]
 
@@ -412,7 +412,7 @@ def measured_times(network: NetworkModules, int8: Engine, floats: Engine) -> Mod
     theirs: list[Profile] = []
     for _ in range(PROFILES):
         for engine, profiles in ((int8, ours), (floats, theirs)):
-            profile = profile_engine(engine)
+            profile = profile_engine(engine, RUNS)
             if profile is None:
                 return None
             profiles.append(profile)
