@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 import edgeseg
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
+from edgeseg.closing import Closing
 from edgeseg.errors import InputError, SpecError
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.spec import OutputSpec, PipelineSpec
@@ -64,7 +64,7 @@ def brightness_logits(classes: int) -> LogitsFunction:
     return logits
 
 
-class MemorySession:
+class MemorySession(Closing):
     """A loaded engine that calls a function.
 
     Args:
@@ -117,14 +117,6 @@ class MemorySession:
     def close(self) -> None:
         """Refuse further calls."""
         self.closed = True
-
-    def __enter__(self) -> MemorySession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check(self, images: NDArray[np.uint8]) -> None:
         spec = self._spec.input

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgeseg.closing import Closing
 from edgeseg.errors import BuildError, InputError
 from edgeseg.spec import PipelineSpec
 
@@ -27,7 +27,7 @@ _IMPLICIT_DIM = {"softmax", "logsoftmax"}
 _NO_ACTIVATION = {None, "identity", "argmax", "argmax2d"}
 
 
-class PyTorchSession:
+class PyTorchSession(Closing):
     """Runs a loaded model in PyTorch: uint8 images in, the outputs of ``spec`` out.
 
     Args:
@@ -115,14 +115,6 @@ class PyTorchSession:
         if self._threads_before is not None:
             torch.set_num_threads(self._threads_before)
             self._threads_before = None
-
-    def __enter__(self) -> PyTorchSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _forward(self, images: Tensor) -> dict[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):

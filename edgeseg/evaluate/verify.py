@@ -6,13 +6,13 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
+from edgeseg.closing import Closing
 from edgeseg.errors import BuildError, GateError, InputError
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.accuracy.labels import IGNORED
@@ -254,7 +254,7 @@ def check_gates(
         raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}", verification)
 
 
-class _Recorder:
+class _Recorder(Closing):
     """A session that keeps the masks, at the engine's size, of what it ran since they were last taken."""
 
     def __init__(self, session: Session, spec: PipelineSpec) -> None:
@@ -275,11 +275,3 @@ class _Recorder:
 
     def close(self) -> None:
         """The session belongs to the caller of :func:`verify`."""
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -19,14 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.cuda.driver import Driver, DriverName
+from edgeseg.closing import Closing
 from edgeseg.errors import DeviceError, MissingDependencyError
 from edgeseg.spec import one_of
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 
-class Resource:
+class Resource(Closing):
     """Something the driver made. ``close`` frees it; closing again, or after the device, does nothing."""
 
     def __init__(self, cuda: Cuda, handle: Any) -> None:
@@ -45,14 +46,6 @@ class Resource:
 
     def _free(self, handle: Any) -> None:
         raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class DeviceMemory(Resource):
@@ -236,7 +229,7 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_Process.after_fork)
 
 
-class Cuda:
+class Cuda(Closing):
     """An opened GPU. Use as a context manager, or call :meth:`close`.
 
     Attributes:
@@ -342,14 +335,6 @@ class Cuda:
                 refused.append(exc)
         if refused:
             raise refused[0]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def adopt(self, resource: Resource) -> None:
         """Remember a resource, to free it when the device is closed."""
