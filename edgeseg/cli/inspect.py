@@ -175,12 +175,7 @@ def _dtype(node: onnx.NodeProto, types: dict[str, int]) -> str | None:
 
 
 def render(report: EngineReport, *, layers: bool = False) -> Group:
-    """The report for a terminal.
-
-    Args:
-        report: of :func:`inspect_engine`.
-        layers: list every layer instead of a line per module.
-    """
+    """The report for a terminal."""
     from rich.console import Group
     from rich.text import Text
 

@@ -10,7 +10,6 @@ import click
 from edgeseg.arguments import MOST, Kind
 from edgeseg.errors import SpecError
 
-EXISTING_FOLDER = click.Path(path_type=Path, file_okay=False)
 ANY_PATH = click.Path(path_type=Path)
 
 

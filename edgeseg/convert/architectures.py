@@ -267,11 +267,6 @@ def build_model(
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """Build an SMP model, randomly initialized unless ``encoder_weights`` is given, and say what was added.
 
-    Args:
-        spec: the model; its names are resolved and its ``model_args`` checked.
-        encoder_weights: SMP's argument of that name.
-        loading_args: constructor arguments beside those of the spec that only serve to load.
-
     Raises:
         SpecError: the constructor rejects the arguments.
     """

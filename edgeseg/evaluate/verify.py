@@ -110,11 +110,6 @@ and the more that TF32 rounds off."""
 def check_fidelity(verification: Verification, precision: str, without_ties: Callable[[], float]) -> str | None:
     """Compare the agreement with what a precision promises; returns a note where it is less than that.
 
-    Args:
-        verification: what was measured.
-        precision: asked for.
-        without_ties: the share from :func:`agreement_without_ties`; asked for only where it matters.
-
     Raises:
         BuildError: an fp32 engine that is another function than its model.
     """
@@ -227,11 +222,6 @@ def check_gates(
     verification: Verification, *, max_drop: float | None = None, min_agreement: float | None = None
 ) -> None:
     """Raise unless the engine keeps the limits that were set. A limit that could not be checked is not kept.
-
-    Args:
-        verification: what was measured.
-        max_drop: most mIoU that may be lost against PyTorch (0.01 = one point).
-        min_agreement: least share of pixels that must agree with PyTorch.
 
     Raises:
         GateError: a limit is not met, or was not measured; names all that failed.

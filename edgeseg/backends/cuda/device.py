@@ -140,12 +140,7 @@ class Stream(Resource):
         self._cuda.driver.wait(self.handle, event.handle)
 
     def wait_for_stream(self, foreign: int, event: Event) -> None:
-        """Do nothing more until the work given so far to a stream of somebody else is done.
-
-        Args:
-            foreign: its ``cudaStream_t``; 1 and 2 are CUDA's legacy and per-thread default streams.
-            event: recorded on it to find out when.
-        """
+        """Do nothing more until the work given so far to a stream of somebody else is done."""
         self._cuda.driver.wait_for_foreign(self.handle, foreign, event.handle)
 
     def synchronize(self) -> None:
@@ -392,10 +387,6 @@ class _Active:
 
 def open_cuda(preferred: DriverName | None = None, index: int = 0) -> Cuda:
     """Open a GPU through ``cuda-bindings``, or ``pycuda`` where only that is installed.
-
-    Args:
-        preferred: take this package or fail.
-        index: of the GPU, among those visible.
 
     Raises:
         MissingDependencyError: the package, or both, are not installed; names the pip line.

@@ -51,11 +51,7 @@ class Losses:
 
 
 class ScoreTap(Closing):
-    """A session that keeps the scores of its last run; for one caller at a time.
-
-    Args:
-        session: the engine; its outputs may hold scores or not.
-    """
+    """A session that keeps the scores of its last run; for one caller at a time."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

@@ -25,10 +25,6 @@ class StageClock(Closing):
 
     Of a session that has the device's own times (:class:`~edgeseg.backends.base.TimedSession`), those are taken; asking for
     them costs it the recording of four events a run.
-
-    Args:
-        session: the engine; belongs to the caller of :meth:`close` like any session.
-        clock_ns: monotonic clock, nanoseconds.
     """
 
     def __init__(self, session: Session, clock_ns: Clock = time.perf_counter_ns) -> None:
