@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engine_folders import write_manifest
 from numpy.typing import NDArray
 
 import edgeseg
@@ -29,16 +30,7 @@ from edgeseg.closing import Closing
 from edgeseg.errors import InputError, SpecError
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.spec import OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    Engine,
-    FileRef,
-    Manifest,
-    OnnxGraph,
-    PrecisionReport,
-    write_json,
-)
+from edgeseg.store.artifacts import Engine, FileRef, OnnxGraph, PrecisionReport, write_json
 
 LogitsFunction = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """uint8 ``(N, H, W, C)`` -> float32 ``(N, classes, H, W)``."""
@@ -184,24 +176,17 @@ def write_memory_engine(folder: Path, spec: PipelineSpec) -> Engine:
     """
     folder.mkdir(parents=True, exist_ok=True)
     engine = FileRef.of(_write_engine(folder))
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        edgeseg_version=edgeseg.__version__,
-        name=folder.name,
-        spec=spec,
-        precision=_no_precision(),
-        target=MemoryBackend.name,
-        scheme=None,
-        graph=engine,
-        engine=engine,
-        calibration=None,
+    manifest = write_manifest(
+        folder,
+        spec,
+        _no_precision(),
+        MemoryBackend.name,
+        graph=engine.name,
+        engine=engine.name,
         weights="none: masks come from the brightness of each pixel",
         inputs_sha256={},
-        options={},
         versions={"edgeseg": edgeseg.__version__},
-        device={},
     )
-    write_json(folder / MANIFEST_NAME, manifest)
     return Engine(folder, manifest)
 
 
