@@ -146,13 +146,17 @@ def images(n: int, batch: int = 1, seed: int = 0) -> list[np.ndarray]:
     return list(np.ascontiguousarray(coarse.repeat(8, 2).repeat(8, 3)))
 
 
-def measured(session: TensorRTSession, image: np.ndarray, iterations: int = 200) -> dict[str, float | None]:
+ITERATIONS = 200
+"""Counted calls of a measurement."""
+
+
+def measured(session: TensorRTSession, image: np.ndarray) -> dict[str, float | None]:
     """Medians in milliseconds, after 200 ms of warm-up; ``None``: there is no such stage."""
     until = time.perf_counter() + 0.2
     while time.perf_counter() < until:
         session.run(image)
     whole, stages = [], []
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         begun = time.perf_counter()
         session.run(image)
         whole.append((time.perf_counter() - begun) * 1e3)
