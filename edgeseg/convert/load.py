@@ -29,8 +29,9 @@ from edgeseg.convert.geometry import DEFAULT_PIXELS
 from edgeseg.convert.hub import hub_weights_names, prepare_hub_weights, refuse_early
 from edgeseg.convert.loaded import LoadedModel, freeze, hash_weights
 from edgeseg.convert.older_smp import settle_version
-from edgeseg.convert.preprocessing import recorded_preprocess, resolve_preprocess
+from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
 from edgeseg.convert.recorded import merge, recorded_model
+from edgeseg.convert.saved_preprocessing import saved_beside
 from edgeseg.convert.wrap import wrap_module
 from edgeseg.errors import CheckpointError, EdgesegError, SpecError
 from edgeseg.spec import ModelRequest, Preprocess
@@ -133,22 +134,32 @@ def _load_pretrained_encoder(request: ModelRequest, name: str) -> LoadedModel:
 
 def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint, images: ImageSource) -> LoadedModel:
     recorded = recorded_model(checkpoint)
+    saved = saved_beside(checkpoint.path)
     named = strip_prefixes(checkpoint)
     settled, notes = _settle(merge(request, recorded), checkpoint, named)
     assembly, fit_notes = _assemble_for(settled, request, checkpoint, named)
     freeze(assembly.module)
     samples = images(assembly.model.in_channels)
+    normalization = recorded_preprocess(checkpoint.config, named.outside)
+    saved_notes: tuple[str, ...] = ()
+    if saved is not None:
+        saved_notes = (saved.note,)
+        known = saved.for_channels(assembly.model.in_channels)
+        if known is not None and request.mean is not None:
+            saved_notes = (saved.note, "--mean and --std override the saved normalization")
+        normalization = normalization if known is None else RecordedNormalization(known, scale_known=True)
     preprocess, preprocess_notes = resolve_preprocess(
         request,
         encoder=assembly.model.encoder,
         encoder_weights=recorded.encoder_weights,
         in_channels=assembly.model.in_channels,
-        recorded=recorded_preprocess(checkpoint.config, named.outside),
+        recorded=normalization,
         untrained=False,
         judge=lambda candidates: best_fit(assembly.module, samples, (DEFAULT_PIXELS,) * 2, candidates),
     )
-    every = (*checkpoint.notes, *recorded.notes, *named.notes, *notes, *assembly.notes, *fit_notes, *preprocess_notes)
-    return _finish(assembly, preprocess, f"weights of {checkpoint.path}", every)
+    every = (*checkpoint.notes, *recorded.notes, *named.notes, *notes, *assembly.notes, *fit_notes, *saved_notes)
+    loaded = _finish(assembly, preprocess, f"weights of {checkpoint.path}", (*every, *preprocess_notes))
+    return replace(loaded, saved=saved)
 
 
 def _assemble_for(

@@ -53,7 +53,7 @@ def build(
     size: int | str | Sequence[int] | None = None,
     batch: int | str | Sequence[int] = 1,
     dynamic_size: bool = False,
-    fit: FitPolicy = "resize",
+    fit: FitPolicy | None = None,
     output_kind: OutputKind = "mask",
     confidence: bool = False,
     threshold: float = 0.5,
@@ -100,7 +100,8 @@ def build(
         size: ``(height, width)`` in pixels, ``"HxW"`` or one number for a square; default the model's own.
         batch: ``N``, ``(MIN, OPT, MAX)`` or ``"MIN:OPT:MAX"``.
         dynamic_size: accept any size that is a multiple of the model's stride.
-        fit: ``resize``, ``letterbox`` or ``tile``: how images of another size are brought to the engine's.
+        fit: ``resize``, ``letterbox`` or ``tile``: how images of another size are brought to the engine's; default as the
+            preprocessing saved with the model says, else ``resize``.
         output_kind: ``mask``, ``logits`` or ``probabilities``.
         confidence: also return each pixel's probability of its class.
         threshold: probability above which binary and multilabel pixels are 1.

@@ -23,6 +23,7 @@ from edgeseg.backends.portable import (
     measured_on,
     open_graph,
 )
+from edgeseg.convert.saved_preprocessing import CONFIG_NAME
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
 from edgeseg.evaluate.summary import input_line
 from edgeseg.machine.packages import package_versions
@@ -140,9 +141,34 @@ def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: R
 
             loaded = wrap_module(model, request.model, images)
         said.append(f"{loaded.model.display_name}, {loaded.model.classes} classes, {loaded.weights}")
+    loaded = fitted(request, loaded)
     for note in loaded.notes:
         reporter.note(note)
     return loaded
+
+
+def fitted(request: BuildRequest, loaded: LoadedModel) -> LoadedModel:
+    """Settle how the preprocessing saved with the model brings images to the engine; the user's size and fit win.
+
+    Raises:
+        SpecError: the preprocessing has a transform that no engine can hold, and no option takes its place.
+    """
+    saved = loaded.saved
+    if saved is None:
+        return loaded
+    saved.require_fit({name for name in ("mean", "std", "size", "fit") if getattr(request, name) is not None})
+    channels = loaded.model.in_channels
+    shapes = ((image.shape[0], image.shape[1]) for image in sample_images(request, channels))
+    fitting = saved.fitting(request.size, request.fit, shapes, channels)
+    notes = fitting.notes
+    if request.dynamic_size and saved.scaling is not None:
+        notes = (*notes, f"--dynamic-size overrides the saved {saved.scaling.words}: images keep their own scale")
+    return dataclasses.replace(
+        loaded,
+        size=fitting.size or loaded.size,
+        fitting=fitting,
+        notes=tuple(dict.fromkeys((*loaded.notes, *notes))),
+    )
 
 
 def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]:
@@ -186,7 +212,12 @@ def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]
 def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter) -> PipelineSpec:
     """Join what was asked for and what the model needs into the one contract."""
     height, width = request.size or loaded.size
-    loaded.check_size(height, width)
+    try:
+        loaded.check_size(height, width)
+    except SpecError as exc:
+        if request.size is None and loaded.fitting.size is not None:
+            raise SpecError(f"{exc} with --size: {height}x{width} is of {CONFIG_NAME}") from exc
+        raise
     stride, min_size = loaded.stride, None
     if request.dynamic_size:
         from edgeseg.convert.dynamic_size import dynamic_sizes
@@ -207,7 +238,9 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter
             stride=stride,
             dynamic_size=request.dynamic_size,
             min_size=min_size,
-            fit=request.fit,
+            fit=request.fit or loaded.fitting.fit or "resize",
+            interpolation=loaded.fitting.interpolation,
+            padding=loaded.fitting.padding,
         ),
         preprocess=loaded.preprocess,
         output=request.output,
