@@ -323,7 +323,8 @@ class ModelRequest:
     """What the user said about the model; ``None`` means "not said": the checkpoint or a default decides.
 
     Attributes:
-        weights: path of a checkpoint or ``save_pretrained`` folder, ``"imagenet"`` (encoder only), ``"random"``, or
+        weights: path of a checkpoint or ``save_pretrained`` folder, ``"user/model[@revision]"`` of the Hugging Face hub,
+            ``"imagenet"`` (encoder only), ``"random"``, or
             ``None`` for the demo model of ``arch``.
         weights_key: where the state dict is in a checkpoint that holds several, such as ``"state_dict_ema"``.
         keep_aux: keep an auxiliary classification head as a second output (dropped by default).
@@ -343,8 +344,9 @@ class ModelRequest:
     )
     weights: str | None = argument(
         PATH_OR_WORD,
-        metavar="PATH|imagenet|random",
-        help="Checkpoint (.safetensors, .pt, .pth, .ckpt) or save_pretrained folder.  [default: the demo model of --arch]",
+        metavar="PATH|ID|imagenet|random",
+        help="Checkpoint (.safetensors, .pt, .pth, .ckpt), save_pretrained folder, or user/model[@REVISION] of the "
+        "Hugging Face hub.  [default: the demo model of --arch]",
     )
     weights_key: str | None = argument(
         TEXT, help="Where the state dict is in a checkpoint with several, such as state_dict_ema."

@@ -86,7 +86,7 @@ def existing_checkpoint(source: str | Path) -> Path:
     if not path.exists():
         raise CheckpointError(
             f"no such file or folder: {path}; give --weights PATH (save_pretrained folder, .safetensors, .pt, .pth or "
-            ".ckpt), imagenet or random"
+            ".ckpt), user/model of the Hugging Face hub, imagenet or random"
         )
     return path
 

@@ -10,6 +10,7 @@ from edgeseg.convert.architectures import name_softmax_axis
 from edgeseg.convert.saved_preprocessing import Fitting, SavedPreprocessing
 from edgeseg.errors import SpecError
 from edgeseg.spec import ModelSpec, Preprocess
+from edgeseg.store.artifacts import WeightsOrigin
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ class LoadedModel:
         fixed_size: the only height and width its encoder takes, or ``None``.
         saved: the preprocessing that was saved beside the weights.
         fitting: how it brings images to the engine, once it is settled with the user's size and fit policy.
+        origin: the hub's repository or the model card beside the weights.
         users_module: an object of the user's: neither ``model`` nor the weights tell what its code computes, so nothing
             made of it may be found again by them.
     """
@@ -50,6 +52,7 @@ class LoadedModel:
     fixed_size: tuple[int, int] | None = None
     users_module: bool = False
     saved: SavedPreprocessing | None = None
+    origin: WeightsOrigin | None = None
     fitting: Fitting = field(default_factory=Fitting)
 
     @property

@@ -98,6 +98,9 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
                 reporter.note(f"{target} is left out: {exc}")
 
         # What no file describes cannot be loaded again, nor built by a command.
+        if loaded.origin is not None and loaded.origin.hub_id is not None:
+            # A branch moves on; the engine is made again from the commit it was made from.
+            request = dataclasses.replace(request, weights=loaded.origin.hub_id)
         command, asked = (None, None) if model is not None else (build_command(request), request.model)
         notes = loaded.notes if table is None or not table.equalization else (*loaded.notes, EQUALIZED_NOTE)
         make = _ManifestMaker(request, loaded, spec, conversion, table, notes, folder.name, command, asked)
@@ -496,6 +499,7 @@ class _ManifestMaker:
             calibration=calibration,
             extra_files=tuple(FileRef.of(folder / path.name) for path in candidate.built.extra_files),
             weights=self.loaded.weights,
+            origin=self.loaded.origin,
             model_request=self.model_request,
             inputs_sha256={
                 "weights": self.loaded.weights_sha256,
