@@ -111,10 +111,8 @@ def test_a_cached_model_is_the_one_that_was_saved(cache: Path, saved: Path) -> N
 
 def test_an_engine_knows_where_it_is_from_and_how_to_be_made_again(cache: Path, saved: Path, tmp_path: Path) -> None:
     put(cache, saved, *EVERY)
-    images = np.random.default_rng(0).integers(0, 256, (8, 64, 96, 3), dtype=np.uint8)
-    np.save(tmp_path / "images.npy", images)
     engine = edgeseg.build(
-        weights=NAME, precision="fp16", calibration=tmp_path / "images.npy", target="onnxruntime", output=tmp_path / "e"
+        weights=NAME, precision="fp32", output_kind="logits", target="onnxruntime", output=tmp_path / "engine"
     )
     manifest = engine.manifest
     assert manifest.origin is not None
@@ -124,6 +122,13 @@ def test_an_engine_knows_where_it_is_from_and_how_to_be_made_again(cache: Path, 
     assert manifest.model_request is not None
     assert manifest.model_request.weights == f"{NAME}@{COMMIT}"
     assert (manifest.spec.input.height, manifest.spec.input.width) == (64, 96)
+    assert any(CONFIG_NAME in note and "Resize(64, 96)" in note for note in manifest.notes)
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    tensor = (torch.from_numpy(image).float() - torch.tensor([120, 110, 100])) / torch.tensor([60, 50, 40])
+    with torch.no_grad():
+        expected = smp.from_pretrained(saved).eval()(tensor.permute(2, 0, 1)[None])[0].numpy()
+    with edgeseg.load(engine.folder) as segmenter:
+        np.testing.assert_allclose(segmenter.predict(image).logits, expected, atol=2e-4)
 
 
 def test_offline_without_the_model_is_one_line(cache: Path) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import edgeseg
 from edgeseg.convert.saved_preprocessing import CONFIG_NAME, SavedPreprocessing, saved_beside
 from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.images.placement import fit
-from edgeseg.spec import InputSpec, Padding, Preprocess
+from edgeseg.spec import InputSpec, ModelRequest, Padding, Preprocess
 
 # It asks a server for its newest version otherwise.
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
@@ -287,24 +286,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_an_engine_computes_what_the_model_does_after_albumentations(folder: Path, tmp_path: Path) -> None:
+def test_the_model_computes_what_it_does_after_albumentations(folder: Path) -> None:
     torch = pytest.importorskip("torch")
     from edgeseg.convert.architectures import import_smp
+    from edgeseg.convert.evidence import normalized
+    from edgeseg.convert.load import load_model
 
-    engine = edgeseg.build(
-        weights=folder, precision="fp32", output_kind="logits", target="onnxruntime", output=tmp_path / "engine"
-    )
-    spec = engine.manifest.spec
-    assert (spec.input.height, spec.input.width, spec.input.fit) == (64, 96, "resize")
-    assert spec.preprocess.source == CONFIG_NAME
-    assert any(CONFIG_NAME in note and "Resize(64, 96)" in note for note in engine.manifest.notes)
+    loaded = load_model(ModelRequest(weights=str(folder)))
+    assert loaded.preprocess.source == CONFIG_NAME
+    assert any(CONFIG_NAME in note and "Resize(64, 96)" in note for note in loaded.notes)
     model = import_smp().from_pretrained(folder).eval()
     image = RNG.integers(0, 256, (64, 96, 3), dtype=np.uint8)
     tensor = A.Compose([A.Resize(64, 96), A.Normalize(**ADE)])(image=image)["image"]
     with torch.no_grad():
-        expected = model(torch.from_numpy(tensor).permute(2, 0, 1)[None])[0].numpy()
-    with edgeseg.load(engine.folder) as segmenter:
-        np.testing.assert_allclose(segmenter.predict(image).logits, expected, atol=2e-4)
+        expected = model(torch.from_numpy(tensor).permute(2, 0, 1)[None])
+        actual = loaded.module(normalized(image[None], loaded.preprocess))
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-4)
 
 
 def test_the_users_words_win_and_say_over_what(folder: Path) -> None:
