@@ -35,7 +35,7 @@ from edgeseg.convert.preprocessing import RecordedNormalization, recorded_prepro
 from edgeseg.convert.recorded import merge, recorded_model
 from edgeseg.convert.saved_preprocessing import saved_beside
 from edgeseg.convert.wrap import wrap_module
-from edgeseg.errors import CheckpointError, EdgesegError, SpecError
+from edgeseg.errors import CheckpointError, EdgesegError, SpecError, one_line
 from edgeseg.spec import ModelRequest, Preprocess
 from edgeseg.store.artifacts import WeightsOrigin
 
@@ -124,9 +124,8 @@ def _load_pretrained_encoder(request: ModelRequest, name: str) -> LoadedModel:
     except EdgesegError:
         raise
     except Exception as exc:  # the hub's client raises errors of several HTTP libraries
-        reason = " ".join(str(exc).split())[:150]
         what = f"the weights of {encoder} ({found.repository})"
-        raise CheckpointError(f"fetching {what} failed: {reason}; try again, or give --weights PATH") from exc
+        raise CheckpointError(f"fetching {what} failed: {one_line(exc)}; try again, or give --weights PATH") from exc
     preprocess, notes = resolve_preprocess(
         request,
         encoder=encoder,
