@@ -45,7 +45,8 @@ def test_schemas_are_those_of_the_types() -> None:
 def manifest() -> Manifest:
     file = FileRef("model.onnx", "0" * 64, 10)
     return Manifest(
-        SCHEMA_VERSION, "1", "a", spec(16, 3), PrecisionReport("fp32", {"fp32": 1.0}, {"Conv": 1}, 10, "typed"), "onnxruntime", None,
+        SCHEMA_VERSION, "1", "a", spec(16, 3), PrecisionReport("fp32", {"fp32": 1.0}, {"Conv": 1}, 10, "typed"),
+        "onnxruntime", None,
         file, file, None, "weights of a", {"weights": "0" * 64}, {"threads": None}, {}, {}, verification=verification(),
         model_request=ModelRequest(arch="fpn", weights="a/b@c", mean=(0.5,) * 3, std=(0.5,) * 3),
         origin=WeightsOrigin("a/b", "c", {"license": "mit", "tags": ["x"]}),
