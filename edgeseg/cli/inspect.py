@@ -217,6 +217,7 @@ def _spec_table(manifest: Manifest) -> Table:
         ("model", f"{spec.model.display_name}, {spec.model.classes} classes, {spec.model.task}"),
         ("classes", ", ".join(spec.model.class_names) or MISSING),
         ("weights", manifest.weights),
+        ("licence", (manifest.origin and manifest.origin.licence_words) or MISSING),
         ("input", f"image uint8 ({batches}, {size}{dynamic}, {spec.input.channels}), others by {spec.input.fit}"),
         (
             "normalization",

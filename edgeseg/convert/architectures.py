@@ -197,6 +197,11 @@ def accepted_arguments(arch: str) -> tuple[str, ...]:
     return (*(n for n in names if n not in SPEC_ARGUMENTS), *own)
 
 
+def renamed_arguments(arch: str) -> tuple[str, ...]:
+    """Return the names ``model_args`` may hold as SMP called them until 0.4."""
+    return tuple(old for old, (_, archs) in _RENAMED_ARGUMENTS.items() if arch in archs)
+
+
 def default_arguments(arch: str) -> dict[str, Any]:
     """Return the constructor's arguments with their defaults."""
     return {n: p.default for n, p in inspect.signature(model_class(arch).__init__).parameters.items()}
