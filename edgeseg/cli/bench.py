@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 # Repeated here from edgeseg.evaluate, which imports numpy: help has to be fast. A test compares them.
 _LAYOUTS = ("images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff")
-_BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-bf16", "none")
+_BASELINES = (
+    "pytorch",
+    "pytorch-channels-last",
+    "pytorch-compile",
+    "pytorch-bf16",
+    "pytorch-fp16",
+    "pytorch-cpu",
+    "none",
+)
 
 
 @click.command("bench", short_help="Measure engines: latency, memory, power, profile, accuracy.")
@@ -28,7 +36,7 @@ _BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-bf
     "baselines",
     multiple=True,
     type=click.Choice(_BASELINES),
-    help="What to compare with; repeatable, the first counts.  [default: pytorch]",
+    help="What to compare with, on the engine's device; repeatable, the first counts.  [default: pytorch]",
 )
 @click.option("--weights", type=ANY_PATH, help="The checkpoint, if it is no longer where the engine was built from.")
 @click.option("--batch", "batches", type=CountsType(), default="1", show_default=True, help="Images of one call.")

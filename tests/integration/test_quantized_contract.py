@@ -95,7 +95,7 @@ def test_tensorrt_8_takes_every_precision_and_computes_the_same(
         onnx.checker.check_model(made.model, full_check=True)
         assert list(complaints(made.model, "8.5")) == []
         assert list(complaints(for_tensorrt_8(given, has_normalization=True).model, "8.6")) == []
-        before, after = (run_plainly(model, images[:2]) for model in (given, made.model))
+        before, after = (run_plainly(model, images[:1]) for model in (given, made.model))
         if precision == "int8":
             assert weights_of(made.model) == weights_of(given)
         if not set(made.origins) & {f"{node}/variance" for node in made.origins.values()}:
