@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,10 @@ def why_no_cuda() -> str | None:
     return f"the PyTorch here ({torch.__version__}, for CUDA {torch.version.cuda}) finds no GPU it can use"
 
 
+def _timed_event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True)
 class CudaRuntime:
     """What a session on a GPU asks of CUDA beside tensors; tests have one without.
@@ -55,7 +58,7 @@ class CudaRuntime:
     """
 
     pin: Callable[[Tensor], Tensor] = Tensor.pin_memory
-    event: Callable[[], Any] = partial(torch.cuda.Event, enable_timing=True)
+    event: Callable[[], Any] = _timed_event
     name: Callable[[torch.device], str] = torch.cuda.get_device_name
     peak_bytes: Callable[[torch.device], int] = torch.cuda.max_memory_reserved
     release: Callable[[], None] = torch.cuda.empty_cache
@@ -156,8 +159,9 @@ class PyTorchSession:
         }
         try:
             with _gpu_errors(self._device):
-                memory = torch.channels_last if self._channels_last else torch.preserve_format
-                self._module = copy.deepcopy(self._module).to(device=self._device, memory_format=memory)
+                self._module = copy.deepcopy(self._module).to(self._device)
+                if self._channels_last:
+                    self._module = self._module.to(memory_format=torch.channels_last)
                 self._mean, self._std = self._mean.to(self._device), self._std.to(self._device)
         except DeviceError:
             self.close()
@@ -365,7 +369,9 @@ def _gpu_errors(device: torch.device) -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as exc:
         first = str(exc).strip().splitlines()[0]
-        raise DeviceError(f"PyTorch has too little memory on {device}: {first}; close other programs on the GPU") from exc
+        raise DeviceError(
+            f"PyTorch has too little memory on {device}: {first}; close other programs on the GPU"
+        ) from exc
 
 
 def _activate(logits: Tensor, name: str) -> Tensor:

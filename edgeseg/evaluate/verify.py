@@ -85,7 +85,7 @@ def verify(
     found = compare_masks(reference, engine, spec, pairs, progress)
     agreement = found.agreement.agreement
     assert agreement is not None  # compare_masks saw at least one image
-    latency = (None, None, None)
+    latency: tuple[LatencyFigures, LatencyFigures, SpeedUp] | tuple[None, None, None] = (None, None, None)
     if protocol:
         latency = latency_figures(timed_reference or reference, engine, spec, found.sample, protocol)
     return Verification(

@@ -277,7 +277,10 @@ def _bench(group: _Group, opener: Opener, threads: int | None) -> Iterator[_Work
         for contender in group.contenders:
             known = contender.is_baseline or "threads" in opener.engine(contender).manifest.options
             session = opener.open(
-                contender, threads if known else None, with_scores=group.data.has_masks, exact=contender.baseline == "pytorch"
+                contender,
+                threads if known else None,
+                with_scores=group.data.has_masks,
+                exact=contender.baseline == "pytorch",
             )
             tap = ScoreTap(session)
             taps[contender.name] = tap
