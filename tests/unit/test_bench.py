@@ -367,8 +367,10 @@ def test_one_command_from_engines_to_page_and_answer(engine: Path, tmp_path: Pat
     )
     assert shown.exit_code in (0, 3)
     assert page.read_text() == (tmp_path / "other.html").read_text(), "the page edgeseg report makes of the JSON"
-    again = bench("--html", page)
-    assert (again.exit_code != 0 and isinstance(again.exception, SystemExit)) or "exists" in str(again.exception)
+    with pytest.raises(OutputExistsError):
+        bench("--html", page)
+    with pytest.raises(SpecError, match="only one thing can be printed"):
+        bench("--json", "-", "--html", "-")
     assert bench("--require", "size_mb<=1000").exit_code == 0
     refused = bench("--require", "size_mb<=0.0000001")
     assert refused.exit_code == 3 and "size" in refused.stdout
