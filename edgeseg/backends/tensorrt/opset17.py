@@ -26,8 +26,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from edgeseg.errors import BuildError
-from edgeseg.store.onnx_file import first_line
+from edgeseg.errors import BuildError, first_line
 
 OPSET = 17
 _IR_VERSION = 8
