@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require_builder
+from edgeseg.backends import AUTO_TARGETS, GPU_TARGETS, get_backend, require_backend, require_builder
 from edgeseg.backends.portable import (
     DEVICE_TARGETS,
     awaits_calibration,
@@ -419,7 +419,7 @@ def verify_stage(
         return None
     if request.max_drop is not None and not data.has_masks:
         raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
-    from edgeseg.backends.pytorch import PyTorchSession
+    from edgeseg.backends.pytorch import PyTorchSession, why_no_cuda
     from edgeseg.evaluate.latency.protocol import SHORT
     from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, check_gates, verify
     from edgeseg.machine.cpu import this_cpu
@@ -429,8 +429,19 @@ def verify_stage(
         backend = get_backend(engine.manifest.target)
         runs_here = engine.manifest.engine is not None and backend.status().available
         opened = backend.load(engine) if runs_here else open_graph(engine)
+        on_gpu = runs_here and backend.name in GPU_TARGETS
+        missing = why_no_cuda() if on_gpu else None
+        device = "cuda" if on_gpu and missing is None else "cpu"
         # As bench runs it: by itself PyTorch may take more threads than this process has cores.
-        with PyTorchSession(loaded, spec, threads=this_cpu().cores) as reference, opened as session:
+        threads = this_cpu().cores
+        with ExitStack() as stack:
+            session = stack.enter_context(opened)
+            reference = stack.enter_context(
+                PyTorchSession(loaded, spec, threads=threads, device=device, exact=device == "cuda")
+            )
+            timed = reference
+            if device == "cuda":
+                timed = stack.enter_context(PyTorchSession(loaded, spec, threads=threads, device=device))
             verification = verify(
                 reference,
                 session,
@@ -439,7 +450,9 @@ def verify_stage(
                 data=data.description if runs_here else f"{data.description}; {measured_on(engine.manifest)}",
                 reference_size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
                 engine_size_bytes=(engine.manifest.engine or engine.manifest.graph).size_bytes,
-                protocol=SHORT if runs_here else None,
+                # Never beside PyTorch on another device: the ratio would be of a GPU and a CPU.
+                protocol=SHORT if runs_here and missing is None else None,
+                timed_reference=timed,
                 progress=reporter.progress,
             )
             said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
@@ -450,6 +463,8 @@ def verify_stage(
                     return agreement_without_ties(telling, session, spec, data.pairs, tie)
 
             note = check_fidelity(verification, request.precision, without_ties)
+    if missing is not None:
+        reporter.note(f"not timed beside PyTorch: {missing}, and the engine runs on the GPU; edgeseg bench times it")
     if note is not None:
         reporter.note(note)
     check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
