@@ -114,7 +114,8 @@ def build(
         calibration_limit: use at most so many images, a seeded subset.
         validation: folder with ``images/`` and, for mIoU, ``masks/``; default: images held out of ``calibration``.
         ignore_index: mask value that counts for nothing.
-        target: a backend's name, or ``auto`` to measure those installed here and take the fastest.
+        target: a backend's name, or ``auto`` to measure those installed here and take the fastest, the
+            first of them where noise could turn it.
         scheme: Q/DQ scheme; default what is fast on the target here.
         backend_options: settings of the backend, such as ``{"threads": 2}``; recorded in the manifest.
         max_drop: fail when more mIoU than this is lost (0.01 = one point). Needs masks.

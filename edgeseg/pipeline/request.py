@@ -80,7 +80,7 @@ class BuildRequest(ModelRequest):
     target: str = argument(
         choice(("auto", *BACKENDS)),
         "auto",
-        help="auto measures the backends installed here and takes the fastest.",
+        help="auto measures the backends installed here and takes the fastest, onnxruntime where noise could turn it.",
     )
     scheme: str | None = argument(TEXT, help="Q/DQ scheme.  [default: what is fast on the target here]")
     backend_options: dict[str, Any] = argument(

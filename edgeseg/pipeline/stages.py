@@ -389,10 +389,11 @@ def candidate_stage(
 def choose_fastest(
     candidates: list[Candidate], make: _ManifestMaker, table: CalibrationTable | None, reporter: Reporter
 ) -> tuple[Candidate, dict[str, float]]:
-    """With several candidates, measure them in turn on one image and return the fastest and all medians."""
+    """With several candidates, measure them in turns on one image; return the one to take and all medians."""
     if len(candidates) == 1:
         return candidates[0], {}
-    from edgeseg.evaluate.latency.protocol import median_ms_interleaved
+    from edgeseg.evaluate.latency.protocol import measure_sessions
+    from edgeseg.evaluate.latency.statistics import fastest_or_first
 
     with stage(reporter, "measure") as said:
         with ExitStack() as opened:
@@ -400,12 +401,12 @@ def choose_fastest(
             for candidate in candidates:
                 engine = make.write(candidate, {}, table, candidate.folder, None)
                 sessions[candidate.backend.name] = opened.enter_context(candidate.backend.load(engine))
-            medians = median_ms_interleaved(sessions, make.spec.input)
+            measured = measure_sessions(sessions, make.spec.input)
+        medians = {name: samples.median_ms for name, samples in measured.items()}
         said.append(", ".join(f"{name} {ms:.1f} ms" for name, ms in medians.items()))
-    best = min(candidates, key=lambda c: medians[c.backend.name])
-    said_choice = f"target auto: {best.backend.name} is the fastest here; name one with --target"
-    reporter.note(said_choice)
-    return best, medians
+    name, why = fastest_or_first(measured)
+    reporter.note(f"target auto took {name}: {why}; name one with --target")
+    return next(candidate for candidate in candidates if candidate.backend.name == name), medians
 
 
 def verify_stage(
