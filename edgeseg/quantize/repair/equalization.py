@@ -18,21 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
 from edgeseg.graph.editing import Editor, constant_array
 from edgeseg.machine.cpu import this_cpu
-from edgeseg.quantize.activations import ActivationSession, find_activations, group_by_size
-from edgeseg.quantize.calibration import ACTIVATION_BUDGET_BYTES
+from edgeseg.quantize.activations import ActivationSession
+from edgeseg.quantize.repair.fidelity import score_names, windows
 from edgeseg.quantize.samples import CalibrationSet
-from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import OnnxGraph, sha256_file
 from edgeseg.store.onnx_file import read_onnx, write_onnx
 
@@ -85,28 +82,6 @@ class Equalization:
     spread_after: float
 
 
-def channel_magnitudes(graph: OnnxGraph, samples: CalibrationSet) -> dict[str, tuple[float, ...]]:
-    """Run up to :data:`IMAGES` images through the fp32 graph: what :func:`equalize` wants to know.
-
-    Raises:
-        QuantizationError: ONNX Runtime fails on the graph.
-        InputError: an image changed or vanished since the set was opened.
-    """
-    model = read_onnx(graph.path)
-    names = set(image_values(ir.serde.deserialize_model(model)))
-    activations = [a for a in find_activations(model, graph.spec.input) if a.name in names]
-    largest: dict[str, NDArray[np.float32]] = {}
-    for group in group_by_size(activations, ACTIVATION_BUDGET_BYTES):
-        watched = [a.name for a in group]
-        session = ActivationSession(model, watched, this_cpu().cores)
-        for images, what in _windows(samples, graph.spec.input):
-            for name, values in zip(watched, session.run(images, what), strict=True):
-                # Two reductions without a copy of the tensor between them.
-                seen = np.maximum(values.max(axis=(0, 2, 3)), -values.min(axis=(0, 2, 3)))
-                largest[name] = np.maximum(largest.get(name, seen), seen)
-    return {name: tuple(map(float, seen)) for name, seen in largest.items()}
-
-
 def write_equalized(
     graph: OnnxGraph, magnitudes: Mapping[str, Sequence[float]], path: Path
 ) -> tuple[OnnxGraph, Equalization]:
@@ -114,7 +89,7 @@ def write_equalized(
 
     Args:
         graph: the fp32 graph.
-        magnitudes: of :func:`channel_magnitudes`.
+        magnitudes: of :meth:`edgeseg.quantize.calibration.Observation.magnitudes`, of :func:`image_values`.
         path: where the new graph goes.
 
     Raises:
@@ -129,9 +104,9 @@ def write_equalized(
 def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet, images: int = 2) -> None:
     """Raise :class:`QuantizationError` unless both graphs give the same scores, up to :data:`TOLERANCE`."""
     models = [read_onnx(graph.path) for graph in (before, after)]
-    names = _scores(models[0])
+    names = score_names(models[0])
     first, second = (ActivationSession(model, names, this_cpu().cores) for model in models)
-    for window, what in islice(_windows(samples, before.spec.input), images):
+    for window, what in windows(samples.take(range(images)), before.spec.input):
         for one, other in zip(first.run(window, what), second.run(window, what), strict=True):
             difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
             if difference > TOLERANCE * scale:
@@ -139,26 +114,6 @@ def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet, 
                     f"equalization of channels changed scores by {difference:.2g} of {scale:.2g} on {what}; build with "
                     "equalization off (--no-equalize), and please report the model"
                 )
-
-
-def _windows(samples: CalibrationSet, spec: InputSpec) -> Iterable[tuple[NDArray[np.uint8], str]]:
-    """Batches of the smallest size the graph takes, each of one image repeated."""
-    for name, windows in islice(samples.named_windows(spec), IMAGES):
-        for window in windows:
-            yield np.repeat(window, spec.batch.minimum, axis=0), name
-
-
-def _scores(model: onnx.ModelProto) -> list[str]:
-    """The float values the outputs are decided from."""
-    makers = {name: node for node in model.graph.node for name in node.output}
-    types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
-    names = []
-    for output in model.graph.output:
-        name = output.name
-        while types.get(name) != onnx.TensorProto.FLOAT and name in makers:
-            name = makers[name].input[0]
-        names.append(name)
-    return list(dict.fromkeys(names))
 
 
 @dataclass
