@@ -168,6 +168,7 @@ class Opener:
             build_command=manifest.command,
             options=dict(manifest.options),
             versions=dict(manifest.versions),
+            repairs=manifest.repairs,
         )
 
 
