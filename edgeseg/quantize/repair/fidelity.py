@@ -8,7 +8,6 @@ Runtime as they are written, with optimizations off: what is judged are the rang
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.quantize.activations import ActivationSession
+from edgeseg.quantize.calibration import sample_stride
 from edgeseg.quantize.qdq import quantize_model
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES, QuantScheme
@@ -35,9 +35,6 @@ MIN_TO_HOLD_OUT = 16
 
 IMAGES = 8
 """Images that judge: a repair is worth seconds, not minutes."""
-
-PIXELS = 32768
-"""Most pixels of an image that are compared, on a grid."""
 
 _DECISIONS = frozenset({"ArgMax", "Cast", "Greater", "GreaterOrEqual", "Squeeze", "Softmax", "Sigmoid", "Identity"})
 
@@ -131,16 +128,29 @@ class Judge:
         return {scheme: self.fidelity(graph, table, scheme) for scheme in schemes}
 
     def _scores(self, model: onnx.ModelProto) -> Iterator[NDArray[np.float32]]:
-        session = ActivationSession(model, score_names(model)[:1], this_cpu().cores, optimized=False)
-        for images, name in self._images:
-            yield session.run(np.repeat(images, self._spec.input.batch.minimum, axis=0), name)[0][0]
+        (name, *_), axis = score_names(model), _class_axis(model)
+        session = ActivationSession(model, [name], this_cpu().cores, optimized=False)
+        for images, shown in self._images:
+            scores = session.run(np.repeat(images, self._spec.input.batch.minimum, axis=0), shown)[0]
+            yield np.moveaxis(scores, axis, 1)[0]
 
     def _log_probabilities(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Scores ``(C, H, W)`` -> log probability of each class, ``(C, ...)``, or of no and yes, ``(2, C, ...)``."""
-        # Neighbouring pixels were made from the same features: a part of them tells as much.
-        stride = max(2, math.ceil(math.sqrt(scores[0].size / PIXELS)))
-        sparse = scores[:, ::stride, ::stride].astype(np.float32)
+        """Scores ``(C, H, W)`` -> log probability of each class, ``(C, pixels)``, or of no and yes, ``(2, pixels)``."""
+        classes = scores.reshape(len(scores), -1)
         if self._spec.model.task != "multiclass":
-            sparse = np.stack([np.zeros_like(sparse), sparse])
+            classes = np.stack([np.zeros(classes.size, np.float32), classes.reshape(-1)])
+        # Neighbouring pixels were made from the same features: a part of them tells as much.
+        sparse = classes[:, :: sample_stride(scores.shape[1:])].astype(np.float32)
         shifted = sparse - sparse.max(axis=0)
         return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=0)))
+
+
+def _class_axis(model: onnx.ModelProto) -> int:
+    """Of the first output's scores: what the ArgMax is taken over, else that of images, 1."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    name = model.graph.output[0].name
+    while name in makers and makers[name].op_type in _DECISIONS:
+        if makers[name].op_type == "ArgMax":
+            return next((a.i for a in makers[name].attribute if a.name == "axis"), 0)
+        name = makers[name].input[0]
+    return 1
