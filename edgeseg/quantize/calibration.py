@@ -10,7 +10,7 @@ values, of which 99.99 % leaves 52 beyond either end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -129,7 +129,7 @@ class Observation:
     Args:
         graph: the fp32 graph, input uint8 ``(N, H, W, C)``.
         histograms: keep what methods other than ``minmax`` and ``moving-average`` need.
-        magnitudes_of: image-like tensors whose magnitude per channel is kept, too.
+        magnitudes_of: by tensor, the axis of its channels, where the magnitude of each is kept, too.
         activation_budget_bytes: most activations to fetch at once.
 
     Raises:
@@ -141,7 +141,7 @@ class Observation:
         graph: OnnxGraph,
         *,
         histograms: bool,
-        magnitudes_of: Collection[str] = (),
+        magnitudes_of: Mapping[str, int] | None = None,
         activation_budget_bytes: int = ACTIVATION_BUDGET_BYTES,
     ) -> None:
         if graph.precision != "fp32":
@@ -153,7 +153,7 @@ class Observation:
         self._activations = find_activations(self._model, self._spec)
         self._groups = group_by_size(self._activations, activation_budget_bytes)
         self._watches = {
-            a.name: _Watch.of(a, histograms=histograms, magnitudes=a.name in magnitudes_of)
+            a.name: _Watch.of(a, histograms=histograms, magnitude_axis=(magnitudes_of or {}).get(a.name))
             for a in self._activations
             if a.is_fetched
         }
@@ -212,16 +212,16 @@ class _Watch:
 
     activation: Activation
     statistics: RangeStatistics | None
-    magnitudes: bool = False
+    magnitude_axis: int | None = None
     channel_sum: NDArray[np.float64] | None = None
     per_channel: int = 0
     channel_magnitude: NDArray[np.float32] | None = None
 
     @classmethod
-    def of(cls, activation: Activation, *, histograms: bool, magnitudes: bool) -> _Watch:
+    def of(cls, activation: Activation, *, histograms: bool, magnitude_axis: int | None) -> _Watch:
         is_source = activation.values_of == activation.name
         statistics = RangeStatistics(histogram=Histogram() if histograms else None) if is_source else None
-        return cls(activation, statistics, magnitudes)
+        return cls(activation, statistics, magnitude_axis)
 
     def add(self, values: NDArray[np.float32]) -> bool:
         """Take in the tensor of one image; ``False``, and nothing is counted, when a value is NaN or infinite."""
@@ -232,9 +232,10 @@ class _Watch:
                 return False
             sample = values.reshape(-1)[:: sample_stride(values.shape)] if self.statistics.histogram else None
             self.statistics.add(low, high, sample)
-        if self.magnitudes:
+        if self.magnitude_axis is not None:
+            others = tuple(k for k in range(values.ndim) if k != self.magnitude_axis)
             # Two reductions without a copy of the tensor between them.
-            seen = np.maximum(values.max(axis=(0, 2, 3)), -values.min(axis=(0, 2, 3)))
+            seen = np.maximum(values.max(axis=others), -values.min(axis=others))
             before = self.channel_magnitude
             self.channel_magnitude = seen if before is None else np.maximum(before, seen)
         axis = self.activation.channel_axis

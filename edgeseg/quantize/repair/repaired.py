@@ -18,7 +18,7 @@ from edgeseg.errors import QuantizationError
 from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, Observation, table_key
 from edgeseg.quantize.qdq import quantize_model
 from edgeseg.quantize.ranges import METHODS, RangeMethod, range_method
-from edgeseg.quantize.repair.equalization import IMAGES, image_values, require_equal, write_equalized
+from edgeseg.quantize.repair.equalization import IMAGES, channel_axes, require_equal, write_equalized
 from edgeseg.quantize.repair.fidelity import JUDGES, Fidelity, Judge, hold_out
 from edgeseg.quantize.repair.range_choice import choose_methods
 from edgeseg.quantize.samples import CalibrationSet
@@ -65,8 +65,8 @@ def calibrate_repaired(
     judge = Judge(graph, held or samples)
     original, magnitudes, course = graph, {}, None
     if equalized is not None:
-        names = image_values(ir.serde.deserialize_model(read_onnx(graph.path)))
-        seen = Observation(graph, histograms=rule.needs_histogram, magnitudes_of=names)
+        axes = channel_axes(ir.serde.deserialize_model(read_onnx(graph.path)))
+        seen = Observation(graph, histograms=rule.needs_histogram, magnitudes_of=axes)
         seen.add(kept.take(range(IMAGES)), progress)
         magnitudes = seen.magnitudes()
         graph, report = write_equalized(original, magnitudes, equalized)
