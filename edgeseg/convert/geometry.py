@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert.architectures import quiet_libraries
-from edgeseg.errors import SpecError
+from edgeseg.errors import SpecError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def _run(module: Callable[..., Any], image: torch.Tensor) -> tuple[Any, str]:
         with torch.no_grad(), quiet_libraries():
             return module(image), ""
     except Exception as exc:  # a user's forward may raise anything; all of it means "does not take this image"
-        return None, " ".join(str(exc).split())[:120] or type(exc).__name__
+        return None, one_line(exc)
 
 
 def run_once(module: Callable[..., Any], channels: int, height: int, width: int) -> torch.Tensor | None:

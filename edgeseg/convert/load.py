@@ -32,7 +32,7 @@ from edgeseg.convert.older_smp import settle_version
 from edgeseg.convert.preprocessing import recorded_preprocess, resolve_preprocess
 from edgeseg.convert.recorded import merge, recorded_model
 from edgeseg.convert.wrap import wrap_module
-from edgeseg.errors import CheckpointError, EdgesegError, SpecError
+from edgeseg.errors import CheckpointError, EdgesegError, SpecError, one_line
 from edgeseg.spec import ModelRequest, Preprocess
 
 __all__ = ["LoadedModel", "hash_weights", "load_model", "wrap_module"]
@@ -115,9 +115,8 @@ def _load_pretrained_encoder(request: ModelRequest, name: str) -> LoadedModel:
     except EdgesegError:
         raise
     except Exception as exc:  # the hub's client raises errors of several HTTP libraries
-        reason = " ".join(str(exc).split())[:150]
         what = f"the weights of {encoder} ({found.repository})"
-        raise CheckpointError(f"fetching {what} failed: {reason}; try again, or give --weights PATH") from exc
+        raise CheckpointError(f"fetching {what} failed: {one_line(exc)}; try again, or give --weights PATH") from exc
     preprocess, notes = resolve_preprocess(
         request,
         encoder=encoder,

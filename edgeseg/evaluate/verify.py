@@ -24,7 +24,7 @@ from edgeseg.machine.state import MachineWatch
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import OutputKind, PipelineSpec
-from edgeseg.store.artifacts import AccuracyFigures, LatencyFigures, SpeedUp, Verification
+from edgeseg.store.artifacts import LatencyFigures, SpeedUp, Verification
 
 Progress = Callable[[int, int], None]
 
@@ -80,18 +80,18 @@ def verify(
     Raises:
         InputError: no images, or one that cannot be used.
     """
-    found = compare_masks(reference, engine, spec, pairs, progress)
-    agreement = found.agreement.agreement
+    compared = compare_masks(reference, engine, spec, pairs, progress)
+    agreement = compared.agreement.agreement
     assert agreement is not None  # compare_masks saw at least one image
-    latency = latency_figures(reference, engine, spec, found.sample, protocol) if protocol else (None, None, None)
+    latency = latency_figures(reference, engine, spec, compared.sample, protocol) if protocol else (None, None, None)
     return Verification(
         agreement=agreement,
-        boundary_agreement=found.agreement.boundary_agreement,
-        miou_vs_pytorch=found.fidelity.figures().miou,
-        images=found.images,
-        data=data + found.unlabelled,
-        pytorch_accuracy=_figures(found.reference),
-        engine_accuracy=_figures(found.engine),
+        boundary_agreement=compared.agreement.boundary,
+        miou_vs_pytorch=compared.fidelity.figures().miou,
+        images=compared.images,
+        data=data + compared.unlabelled,
+        pytorch_accuracy=compared.reference.figures(),
+        engine_accuracy=compared.engine.figures(),
         pytorch_latency=latency[0],
         engine_latency=latency[1],
         pytorch_size_bytes=reference_size_bytes,
@@ -169,8 +169,8 @@ def compare_masks(
         InputError: no images, or one that cannot be used.
     """
     task, classes = spec.model.task, spec.model.classes
-    agreement, fidelity = AgreementMeter(), AccuracyMeter(classes, task)
-    truth_reference, truth_engine = (AccuracyMeter(classes, task, ignore_index=IGNORED) for _ in range(2))
+    agreement, fidelity = AgreementMeter(classes, task), AccuracyMeter(classes, task)
+    truth_reference, truth_engine = (AccuracyMeter(classes, task) for _ in range(2))
     recorders = (_Recorder(reference, spec), _Recorder(engine, spec))
     expected, by_engine = (Segmenter(recorder, spec) for recorder in recorders)
     total, done, ignored = operator.length_hint(pairs), 0, 0
@@ -179,7 +179,7 @@ def compare_masks(
     for pair in pairs:
         true_to, answer = expected(pair.image), by_engine(pair.image)
         for wanted, got in zip(recorders[0].take(), recorders[1].take(), strict=True):
-            agreement.update(got, wanted, pair.name)
+            agreement.update(got, wanted)
             fidelity.update(got, wanted, pair.name)
         if pair.mask is not None:
             truth_reference.update(true_to, pair.mask, pair.name)
@@ -265,8 +265,8 @@ class _Recorder:
 
     def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
         outputs = self._session.run(images)
-        found = outputs[self._kind]
-        self._masks.extend(found if self._rule is None else [self._rule.mask(scores) for scores in found])
+        answers = outputs[self._kind]
+        self._masks.extend(answers if self._rule is None else [self._rule.mask(scores) for scores in answers])
         return outputs
 
     def take(self) -> list[NDArray[Any]]:
@@ -283,7 +283,3 @@ class _Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _figures(meter: AccuracyMeter) -> AccuracyFigures:
-    return meter.figures() if meter.images else AccuracyFigures()

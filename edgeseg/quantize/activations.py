@@ -20,9 +20,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, shape_inference
 
-from edgeseg.errors import MissingDependencyError, QuantizationError
+from edgeseg.errors import MissingDependencyError, QuantizationError, first_line
 from edgeseg.spec import InputSpec
-from edgeseg.store.onnx_file import first_line
 
 _REARRANGING = frozenset(
     {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout", "DepthToSpace", "SpaceToDepth"}

@@ -372,12 +372,39 @@ def read_json(path: Path, kind: type[T], what: str) -> T:
     Raises:
         ArtifactError: missing, unreadable, above 64 MiB, not JSON, or of another shape; says which field.
     """
+    return _decoded(_regular(path, what), path, kind, what)
+
+
+def read_versioned(path: Path, kind: type[T], what: str, *, version: int, again: str) -> T:
+    """:func:`read_json` of a file that states its ``schema_version``; ``again`` says how to make one anew.
+
+    Raises:
+        ArtifactError: see :func:`read_json`; or another version.
+    """
+    return _of_version(_regular(path, what), path, kind, what, version, again)
+
+
+def _regular(path: Path, what: str) -> bytes:
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise ArtifactError(f"{what} {path} is no regular file; save it as one first")  # reading it may never end
     try:
-        data = _bounded(path, what)
+        return _bounded(path, what)
     except OSError as exc:
         raise ArtifactError(f"cannot read {what} {path}: {exc.strerror}") from exc
+
+
+@dataclass(frozen=True)
+class _Versioned:
+    schema_version: Count
+
+
+def _of_version(data: bytes, path: Path, kind: type[T], what: str, version: int, again: str) -> T:
+    stated = _decoded(data, path, _Versioned, what).schema_version
+    if stated != version:
+        raise ArtifactError(
+            f"{what} {path} has schema version {stated}, this edgeseg reads {version}; "
+            + ("upgrade edgeseg" if stated > version else again)
+        )
     return _decoded(data, path, kind, what)
 
 
@@ -412,19 +439,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(
             f"{folder} is not an engine folder ({what}); make one with: {typed('build', '--output', folder)}"
         )
-
-    @dataclass(frozen=True)
-    class Versioned:
-        schema_version: int
-
-    version = _decoded(data, path, Versioned, "manifest").schema_version
-    if version != SCHEMA_VERSION:
-        word = "newer" if version > SCHEMA_VERSION else "older"
-        raise ArtifactError(
-            f"{path} has schema version {version}, {word} than this edgeseg reads ({SCHEMA_VERSION}); "
-            + ("upgrade edgeseg" if version > SCHEMA_VERSION else "build the engine again")
-        )
-    return _decoded(data, path, Manifest, "manifest")
+    return _of_version(data, path, Manifest, "manifest", SCHEMA_VERSION, "build the engine again")
 
 
 def _manifest_bytes(path: Path) -> bytes | None:

@@ -22,7 +22,7 @@ from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
 from edgeseg.backends.cpu.options import check_built_for, check_image_size, cpu_options, saved_options
 from edgeseg.backends.signature import TensorInfo, check_signature
-from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
+from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, one_line
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.spec import InputSpec, Precision
 from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
@@ -81,7 +81,7 @@ class OpenVinoBackend:
             compiled = ov.Core().compile_model(model, "CPU", settings)
             path.write_bytes(_exported(compiled))
         except Exception as exc:  # OpenVINO raises RuntimeError subclasses and pybind's own alike
-            raise BuildError(f"OpenVINO {_version(ov)} cannot compile {graph.path}: {_one_line(exc)}") from exc
+            raise BuildError(f"OpenVINO {_version(ov)} cannot compile {graph.path}: {one_line(exc)}") from exc
         return BuiltEngine(
             path=path,
             precision=_executed_precision(compiled, graph, source),
@@ -99,7 +99,7 @@ class OpenVinoBackend:
         try:
             compiled = ov.Core().import_model(path.read_bytes(), "CPU", settings)
         except Exception as exc:  # see build
-            raise ArtifactError(f"OpenVINO cannot load {path}: {_one_line(exc)}") from exc
+            raise ArtifactError(f"OpenVINO cannot load {path}: {one_line(exc)}") from exc
         check_signature(_tensors(compiled.inputs), _tensors(compiled.outputs), manifest.spec)
         return OpenVinoSession(compiled, manifest.spec.input)
 
@@ -147,7 +147,7 @@ class OpenVinoSession:
             # Copies: the request's own memory is written again by the next call.
             return {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs)}
         except Exception as exc:  # see OpenVinoBackend.build
-            raise BuildError(f"OpenVINO failed to run the engine: {_one_line(exc)}") from exc
+            raise BuildError(f"OpenVINO failed to run the engine: {one_line(exc)}") from exc
         finally:
             with self._lock:
                 self._idle.append(request)
@@ -208,7 +208,7 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
                     kernel_dtype = str(layer.exec_type).rpartition("_")[2].lower()
                     dtypes[layer.node_name] = _DTYPES.get(kernel_dtype, kernel_dtype)
     except Exception as exc:  # see OpenVinoBackend.build
-        raise BuildError(f"OpenVINO {_version(ov)} cannot profile {engine.graph_path}: {_one_line(exc)}") from exc
+        raise BuildError(f"OpenVINO {_version(ov)} cannot profile {engine.graph_path}: {one_line(exc)}") from exc
     return [(name, ms / runs, dtypes[name]) for name, ms in total.items()]
 
 
@@ -288,7 +288,3 @@ def _executed_precision(compiled: Any, graph: OnnxGraph, model: onnx.ModelProto)
 
 
 _DTYPES = {"u8": "int8", "i8": "int8", "f32": "fp32", "f16": "fp16", "fp32": "fp32", "fp16": "fp16"}
-
-
-def _one_line(exc: BaseException) -> str:
-    return " ".join(str(exc).split())[:400]

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import nodes, tidy
 from edgeseg.errors import ExportError
+from edgeseg.graph.editing import nodes, tidy
 
 # Each sweep leaves fewer or cheaper operators; deep networks take two or three.
 MAX_SWEEPS = 100
