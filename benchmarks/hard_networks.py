@@ -9,17 +9,19 @@ where the scenes have them, and no better: what INT8 loses of them is compared w
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import segmentation_models_pytorch as smp
 import torch
 from safetensors.torch import load_file, save_file
 
+# A folder of scripts, whose recipe this is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "calibration"))
-
-import train_demo
+train_demo: Any = importlib.import_module("train_demo")
 
 NETWORKS = {"segformer": ("segformer", "mit_b0"), "fpn": ("fpn", "mobilenet_v2")}
 """Name -> architecture and encoder: layer normalization and GELU, and clips at 6."""

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from small_graphs import graph as graph_of
 from small_graphs import run
 
-from edgeseg.quantize.calibration import AUTO, CalibrationSet, Observation, calibrate, range_method, table_key
+from edgeseg.quantize.calibration import AUTO, CalibrationSet, Observation, calibrate, table_key
 from edgeseg.quantize.qdq import write_qdq
-from edgeseg.quantize.ranges import METHODS
+from edgeseg.quantize.ranges import METHODS, range_method
 from edgeseg.quantize.repair.fidelity import JUDGES, Judge, hold_out, judge_of
 from edgeseg.quantize.repair.range_choice import choose_methods
 from edgeseg.quantize.repair.repaired import calibrate_repaired
@@ -132,7 +132,8 @@ def test_where_no_method_is_better_the_default_stays(tmp_path: Path) -> None:
     same = dict.fromkeys(METHODS, calibrate(graph, kept))
     choice = choose_methods(graph, same, Judge(graph, held), JUDGES)
     assert set(choice.methods.values()) == {"minmax"}
-    assert (choice.trials, choice.chosen) == (0, pytest.approx(1.0))
+    assert choice.trials == 0
+    assert choice.chosen == pytest.approx(1.0)
 
 
 def test_modules_get_methods_of_their_own_where_that_pays(graph: OnnxGraph) -> None:
@@ -187,7 +188,8 @@ def test_each_repair_says_what_it_changed_and_what_it_gained(graph: OnnxGraph, t
         seen = Observation(calibrated, histograms=True)
         seen.add(kept)
         chosen = {name: limits.method or "" for name, limits in table.ranges.items()}
-        before = dataclasses.replace(table, ranges=seen.ranges(lambda name, of=chosen: range_method(of[name])))
+        rules = {name: range_method(method) for name, method in chosen.items()}
+        before = dataclasses.replace(table, ranges=seen.ranges(rules.__getitem__))
         assert repairs[-1].agreement_after == Judge(graph, held).fidelity(calibrated, before, scheme).agreement
         # Each of the three convolutions reads values whose means are known; one is written as a matrix product in between.
         assert repairs[0].changed["biases"] == (3 if scheme == "tensorrt" else 2)

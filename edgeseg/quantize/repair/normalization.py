@@ -44,21 +44,20 @@ class Normalization:
 
 def free_normalizations(graph: ir.Graph) -> list[Normalization]:
     """Those of ``graph`` whose every reader has constant weights, in its order."""
-    found = []
+    free = []
     for node in graph:
         if node.op_type != "LayerNormalization" or node.domain or len(node.outputs) != 1:
             continue
-        output = node.outputs[0]
-        rank = None if output.shape is None else len(output.shape)
-        gain = constant_array(node.inputs[1])
-        if rank is None or gain is None or gain.ndim != 1 or gain.dtype != np.float32 or gain.size != output.shape[-1]:
+        output, gain = node.outputs[0], constant_array(node.inputs[1])
+        if output.shape is None or gain is None or gain.dtype != np.float32 or gain.shape != (output.shape[-1],):
             continue
         if len(node.inputs) > 2 and node.inputs[2] is not None and constant_array(node.inputs[2]) is None:
             continue
-        readers = _readers(output, rank - 1)
-        if readers and node.attributes.get_int("axis", -1) % rank == rank - 1:
-            found.append(Normalization(node, output, tuple(readers)))
-    return found
+        last = len(output.shape) - 1
+        readers = _readers(output, last)
+        if readers and node.attributes.get_int("axis", -1) in (-1, last):
+            free.append(Normalization(node, output, tuple(readers)))
+    return free
 
 
 def balance(normalization: Normalization, magnitude: NDArray[np.floating], limit: float) -> Factors:
