@@ -7,13 +7,13 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
+from edgeseg.closing import Closing
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.accuracy.meters import AccuracyMeter
 from edgeseg.evaluate.intervals import MIN_IMAGES, interval
@@ -134,7 +134,7 @@ def _class_counts(meter: AccuracyMeter) -> ClassCounts:
     return tuple((index, tp, fp, fn) for index, (tp, fp, fn) in rows if tp or fp or fn)
 
 
-class Remembered:
+class Remembered(Closing):
     """A session that runs each batch once and reads what came out from a folder after that.
 
     Args:
@@ -156,14 +156,6 @@ class Remembered:
 
     def close(self) -> None:
         """The session belongs to the caller."""
-
-    def __enter__(self) -> Remembered:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def batch_key(images: NDArray[np.uint8]) -> str:

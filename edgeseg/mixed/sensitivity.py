@@ -183,7 +183,7 @@ def _alone(
     """The graph with this module on integers and all others in float; ``None`` where no layer of it can be."""
     copy = ir.serde.deserialize_model(model)
     try:
-        quantize_model(copy, table, scheme, [other for other in modules.names if other != name])
+        quantize_model(copy, table, scheme, modules.holds([other for other in modules.names if other != name]))
     except QuantizationError:
         return None
     return ir.serde.serialize_model(copy)

@@ -13,7 +13,7 @@ from typing import Any
 from edgeseg.backends import get_backend
 from edgeseg.backends.compile import compile_folder
 from edgeseg.errors import BuildError
-from edgeseg.evaluate.latency.protocol import median_ms_interleaved
+from edgeseg.evaluate.latency.protocol import measure_sessions
 from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,
@@ -67,7 +67,8 @@ def compile_fastest(
                     str(index): opened.enter_context(get_backend(name).load(engine))
                     for index, engine in engines.items()
                 }
-                medians = median_ms_interleaved(sessions, manifest.spec.input)
+                measured = measure_sessions(sessions, manifest.spec.input)
+            medians = {index: samples.median_ms for index, samples in measured.items()}
             said.append(", ".join(f"{ms:.1f} ms" for ms in medians.values()))
         best = min(engines, key=lambda index: medians[str(index)])
         chosen = engines[best].manifest

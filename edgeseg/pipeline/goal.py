@@ -305,7 +305,7 @@ class GoalSearch:
         """Time plain INT8, float and the finalists of every target in turns; whether engines run here at all."""
         if not all(map(self._runs_here, everything)):
             return False
-        from edgeseg.evaluate.latency.protocol import median_ms_interleaved
+        from edgeseg.evaluate.latency.protocol import measure_sessions
 
         timed = []
         for name in dict.fromkeys(trial.backend.name for trial in everything):
@@ -315,9 +315,9 @@ class GoalSearch:
         with stage(self.reporter, "measure") as said, ExitStack() as opened:
             engines = {trial.name: self.write(self._built(trial)) for trial in timed}
             sessions = {trial.name: opened.enter_context(trial.backend.load(engines[trial.name])) for trial in timed}
-            medians = median_ms_interleaved(sessions, self.graph.spec.input)
+            measured = measure_sessions(sessions, self.graph.spec.input)
             for trial in timed:
-                trial.median_ms = medians[trial.name]
+                trial.median_ms = measured[trial.name].median_ms
             said.append(f"{len(timed)} engines in turns")
         return True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -40,6 +40,11 @@ class Modules:
             if owner is not None:
                 owners[group] = owner
         return cls(tuple(dict.fromkeys(g for g in groups.values() if g in weighted and g is not None)), owners)
+
+    def holds(self, names: Collection[str]) -> Callable[[ir.Node], bool]:
+        """Of a node: whether it belongs to one of these modules."""
+        chosen = frozenset(names)
+        return lambda node: bool(chosen) and self.owner(str(node.name)) in chosen
 
     def owner(self, node_name: str) -> str | None:
         """The module of a node, of one that a pass made around it too; ``None`` for what surrounds the network."""

@@ -56,7 +56,8 @@ def write_qdq(
         ArtifactError: ``graph`` cannot be read.
     """
     model = ir.serde.deserialize_model(read_onnx(graph.path))
-    stays_float = quantize_model(model, table, scheme, float_modules)
+    stays_float = Modules.of(model.graph).holds(float_modules)
+    quantize_model(model, table, scheme, stays_float)
     floats = {str(node.name) for node in model.graph if stays_float(node)}
     proto = ir.serde.serialize_model(model)
     if problems := lint(proto, scheme, floats):
@@ -71,22 +72,19 @@ def write_qdq(
 
 
 def quantize_model(
-    model: ir.Model, table: CalibrationTable, scheme: QuantScheme, float_modules: Collection[str] = ()
-) -> Callable[[ir.Node], bool]:
-    """Run the scheme's passes on ``model`` in place and insert its Q/DQ pairs.
+    model: ir.Model,
+    table: CalibrationTable,
+    scheme: QuantScheme,
+    stays_float: Callable[[ir.Node], bool] = lambda node: False,
+) -> int:
+    """Run the scheme's passes on ``model`` in place and insert its Q/DQ pairs; returns how many biases were corrected.
 
-    Returns:
-        of a node: whether it belongs to one of ``float_modules``.
+    ``stays_float``: of a node: whether it is to take no part.
 
     Raises:
         QuantizationError: see :func:`write_qdq`.
     """
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    modules, floats = Modules.of(model.graph), frozenset(float_modules)
-
-    def stays_float(node: ir.Node) -> bool:
-        return bool(floats) and modules.owner(str(node.name)) in floats
-
     observed = Observed.of(table, stays_float)
     for name in scheme.passes:
         PASSES[name](model, observed)
@@ -97,6 +95,6 @@ def quantize_model(
             "no convolution or matrix product of the graph can be quantized: the calibration table covers none of their "
             "inputs; calibrate this graph again"
         )
-    insert_pairs(model.graph, observed, placement, scheme)
+    corrected = insert_pairs(model.graph, observed, placement, scheme)
     remove_unread_constants(model.graph)
-    return stays_float
+    return corrected

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from edgeseg.closing import Closing
 from edgeseg.errors import MissingDependencyError, QuantizationError, first_line
 from edgeseg.machine.cpu import this_cpu
 
@@ -81,7 +81,7 @@ def value_bytes(value: onnx.ValueInfoProto) -> int:
     return 4 * prod(int(dim.dim_value) or 1 for dim in value.type.tensor_type.shape.dim)
 
 
-class SharedPrefix:
+class SharedPrefix(Closing):
     """The float graph, which keeps what it computed for the batches it ran: a session whose values others begin with.
 
     Args:
@@ -122,16 +122,8 @@ class SharedPrefix:
     def close(self) -> None:
         self.forget()
 
-    def __enter__(self) -> SharedPrefix:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class SuffixSession:
+class SuffixSession(Closing):
     """A partly quantized graph, run as it is written from the values of ``prefix``.
 
     Args:
@@ -149,14 +141,6 @@ class SuffixSession:
 
     def close(self) -> None:
         """Nothing outlives the session."""
-
-    def __enter__(self) -> SuffixSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class _Part:
