@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeseg.backends.base import StageTimes
-from edgeseg.errors import BuildError, DeviceError, InputError, SpecError
+from edgeseg.errors import BuildError, DeviceError, InputError, SpecError, first_line
 from edgeseg.spec import PipelineSpec
 
 if TYPE_CHECKING:
@@ -200,8 +200,9 @@ class PyTorchSession:
         except RuntimeError as exc:
             if not self._compiled:
                 raise
-            first = str(exc).strip().splitlines()[0]
-            raise BuildError(f"torch.compile failed: {first}; it needs a C++ compiler, or run without it") from exc
+            raise BuildError(
+                f"torch.compile failed: {first_line(exc)}; it needs a C++ compiler, or run without it"
+            ) from exc
 
     def _run_on_device(
         self, runtime: CudaRuntime, images: NDArray[np.uint8]

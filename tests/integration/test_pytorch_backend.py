@@ -367,7 +367,7 @@ def test_a_full_gpu_is_one_line() -> None:
     with (
         session(Full(), "multiclass", 2, None, runtime=stand_in([])) as opened,
         pytest.raises(
-            DeviceError, match="too little memory on cpu: CUDA out of memory. Tried to allocate 2 GiB.; close"
+            DeviceError, match="too little memory on cpu: CUDA out of memory. Tried to allocate 2 GiB; close"
         ),
     ):
         opened.run(np.zeros((1, 64, 96, 3), np.uint8))
