@@ -157,8 +157,9 @@ def result(cuda: Cuda, memory: ResultMemory, array: NDArray[np.uint8]) -> Device
 
 def torch_with_cuda() -> Any:
     torch = pytest.importorskip("torch", reason="PyTorch with CUDA")
-    if not torch.cuda.is_available():
-        pytest.skip("this PyTorch has no CUDA")
+    pytorch = pytest.importorskip("edgeseg.backends.pytorch")
+    if (reason := pytorch.why_no_cuda()) is not None:
+        pytest.skip(reason)
     return torch
 
 
