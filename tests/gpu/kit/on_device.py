@@ -146,6 +146,10 @@ def _pytest(session: Session, name: str, *words: str | Path, python: str = sys.e
     tail = done["stdout"].strip().splitlines()[-1:] or [done["stderr"][-500:]]
     if done["ended"] not in (0, 5) or not report.is_file():
         raise RuntimeError(f"pytest {name}: {done['ended']}: {tail[0]}; {report} says more")
+    outcomes = json.loads(report.read_text())["tests"].values()
+    if not any(test["outcome"] == "passed" for test in outcomes):
+        reasons = sorted({str(test["said"]) for test in outcomes})
+        raise RuntimeError(f"pytest {name}: no test ran: {'; '.join(reasons)[:600]}")
     return {"summary": tail[0], "seconds": done["seconds"], "report": report.name}
 
 
