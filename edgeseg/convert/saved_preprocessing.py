@@ -145,7 +145,8 @@ class SavedPreprocessing:
         for unfit in self.unfit:
             missing = [name for name in unfit.instead if name not in given]
             if missing:
-                options = " and ".join(f"--{name}" for name in missing)
+                *first, last = (f"--{name}" for name in missing)
+                options = f"{', '.join(first)} and {last}" if first else last
                 raise SpecError(f"{CONFIG_NAME}: {unfit.reason}; give {options} to build without it")
 
     def fitting(
@@ -170,7 +171,7 @@ class SavedPreprocessing:
         if policy is None:
             return Fitting(notes=self.rounded)
         padding = self._padding
-        notes = list(self.rounded)
+        notes = list(self.rounded if (fit or policy) != "resize" else ())
         steps = " and ".join(step.words for step in (self.scaling, self.canvas, self.crop) if step is not None)
         if size is not None and size != (self.scaling.size if self.scaling and policy == "resize" else None):
             notes.append(f"--size {size[0]}x{size[1]} overrides the saved {steps}")
@@ -221,9 +222,8 @@ class SavedPreprocessing:
         if len(canvases) == 1 and (common := canvases.pop()) and self._is_exact(images, common, policy, channels):
             if common == _both(least):
                 return common, None
-            shapes = "images given" if len(images) > 1 else "image given"
             return common, (
-                f"size {common[0]}x{common[1]}: what the saved preprocessing makes of the {shapes}; images of another "
+                f"size {common[0]}x{common[1]}: what the saved preprocessing makes of the images given; images of another "
                 "shape get the same size here (--size says another)"
             )
         if self.scaling is None:

@@ -194,7 +194,8 @@ def test_what_no_engine_can_hold_is_refused_by_name(
     with pytest.raises(SpecError) as refusal:
         preprocessing.require_fit(())
     assert named in str(refusal.value)
-    assert " and ".join(f"--{name}" for name in instead) in str(refusal.value)
+    *first, last = (f"--{name}" for name in instead)
+    assert f"give {', '.join(first)} and {last} to build without it" in str(refusal.value)
     with pytest.raises(SpecError):
         preprocessing.require_fit(instead[1:])
     preprocessing.require_fit(instead)
