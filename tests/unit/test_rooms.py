@@ -20,7 +20,7 @@ ROOMS = (
     "backends",
     "runtime",
     "evaluate",
-    *("decide", "pipeline"),
+    *("decide", "pipeline", "handover"),
     "report",
     "sweep",
     "cli",
