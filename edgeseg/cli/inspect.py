@@ -12,7 +12,7 @@ import click
 from edgeseg.cli.output import print_json, result_console
 from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.errors import ArtifactError
-from edgeseg.evaluate.summary import class_table, noise_lines, precision_line, time_line, verification_table
+from edgeseg.evaluate.summary import class_table, fit_words, noise_lines, precision_line, time_line, verification_table
 from edgeseg.evaluate.tables import MISSING
 from edgeseg.graph.modules import module_group, module_of
 from edgeseg.store.artifacts import Engine, FileRef, Manifest, open_engine
@@ -223,7 +223,7 @@ def _spec_table(manifest: Manifest) -> Table:
         ("classes", ", ".join(spec.model.class_names) or MISSING),
         ("weights", manifest.weights),
         ("licence", (manifest.origin and manifest.origin.licence_words) or MISSING),
-        ("input", f"image uint8 ({batches}, {size}{dynamic}, {spec.input.channels}), others by {spec.input.fit}"),
+        ("input", f"image uint8 ({batches}, {size}{dynamic}, {spec.input.channels}), others {fit_words(spec.input)}"),
         (
             "normalization",
             f"mean {_numbers(preprocess.mean)} std {_numbers(preprocess.std)}, {preprocess.channel_order}",
