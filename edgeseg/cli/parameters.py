@@ -12,7 +12,6 @@ from edgeseg.arguments import MOST, PATH_OR_WORD, Kind
 from edgeseg.errors import SpecError
 from edgeseg.spec import ARCHITECTURES
 
-EXISTING_FOLDER = click.Path(path_type=Path, file_okay=False)
 ANY_PATH = click.Path(path_type=Path)
 
 

@@ -63,11 +63,14 @@ def write_reports(
     title: str,
     as_json: bool,
     failed: Sequence[tuple[str, str]] = (),
+    *,
+    tables: bool = True,
 ) -> int:
     """Decide, write the files asked for, print the result, and return the exit code: 3 when ``require`` is not met, or when
     another run could say something else, whether anything was required or not.
 
-    ``failed``: engines that were never measured, and why; those the runs could not measure are added.
+    ``failed``: engines that were never measured, and why; those the runs could not measure are added. ``tables``: print the
+    decision.
     """
     from edgeseg.decide.entries import failed_measurements, merge
     from edgeseg.decide.requirement import Requirement
@@ -96,7 +99,7 @@ def write_reports(
     if as_json:
         print_json(decision_of(report, verdicts, failed))
     else:
-        if not printed:
+        if tables and not printed:
             _print_tables(verdicts, failed)
         for path in files:
             if path not in printed:

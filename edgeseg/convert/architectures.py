@@ -272,11 +272,6 @@ def build_model(
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """Build an SMP model, randomly initialized unless ``encoder_weights`` is given, and say what was added.
 
-    Args:
-        spec: the model; its names are resolved and its ``model_args`` checked.
-        encoder_weights: SMP's argument of that name.
-        loading_args: constructor arguments beside those of the spec that only serve to load.
-
     Raises:
         SpecError: the constructor rejects the arguments.
     """
@@ -290,7 +285,7 @@ def build_model(
         **loading_args,
     }
     sizes = arguments.pop("psp_sizes", None)
-    old = older_smp.ARGUMENT in arguments and older_smp.is_old(arguments.pop(older_smp.ARGUMENT))
+    arguments.pop(older_smp.ARGUMENT, None)
     if spec.arch == "dpt" and "dynamic_img_size" not in arguments:
         # Without it a vision transformer takes the one size of its name; the weights are the same either way.
         with contextlib.suppress(SpecError):
@@ -299,9 +294,8 @@ def build_model(
     module = _construct(spec, arguments)
     if sizes is not None:
         _replace_pyramid(module, spec, sizes)
-    if old and older_smp.builds_otherwise(spec.arch, spec.encoder, spec.model_args):
-        with quiet_libraries():
-            older_smp.dilate_as_before(module, spec.arch, spec.encoder, spec.model_args)
+    with quiet_libraries():
+        older_smp.rebuild_encoder(module, spec.arch, spec.encoder, spec.model_args)
     return module, ()
 
 

@@ -188,12 +188,6 @@ def _assemble_for(
 ) -> tuple[Assembly, tuple[str, ...]]:
     """Build the model and load the tensors; where they do not fit, what the tensors themselves tell is used.
 
-    Args:
-        settled: the request with what is recorded filled in.
-        said: the user's own words, which win over the tensors; a contradiction is an error.
-        checkpoint: where the tensors came from.
-        named: its tensors.
-
     Raises:
         CheckpointError: no model that agrees with what was said has these tensors.
     """

@@ -71,8 +71,8 @@ def _configuration(name: str, manifest: Manifest, *, is_plan: bool) -> str:
         lines += _tensor("output", output, batches, "labels.txt" if index == 0 else None)
     if batches:
         lines.append(f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_DELAY_US} }}")
-    on_cpu = not is_plan and manifest.precision.requested != "fp16"
-    kind = "KIND_GPU" if is_plan else "KIND_CPU" if on_cpu else "KIND_AUTO"
+    # INT8 is written for a kind of CPU; on a GPU, ONNX Runtime would compute it in float.
+    kind = "KIND_GPU" if is_plan else "KIND_CPU" if manifest.precision.requested == "int8" else "KIND_AUTO"
     lines.append(f"instance_group [ {{ count: 1 kind: {kind} }} ]")
     threads = manifest.options.get("threads")
     if not is_plan and isinstance(threads, int) and threads > 0:

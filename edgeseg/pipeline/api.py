@@ -108,13 +108,15 @@ def build(
         threshold: probability above which binary and multilabel pixels are 1.
         calibration: images an int8 engine is calibrated with (a folder, glob, list file, ``.npy``, or uint8 RGB arrays
             ``(H, W, 3)``), or a finished table (``.json`` path or object).
-        calibration_method: ``minmax``, ``moving-average``, ``percentile``, ``entropy`` or ``mse``.
+        calibration_method: ``minmax``, ``moving-average``, ``percentile``, ``entropy``, ``mse``, or ``auto``: by
+            what the network's output loses.
         equalize: for int8, scale channels so that activations are even over them; the float graph computes the same. A
             finished table decides by itself.
         calibration_limit: use at most so many images, a seeded subset.
         validation: folder with ``images/`` and, for mIoU, ``masks/``; default: images held out of ``calibration``.
         ignore_index: mask value that counts for nothing.
-        target: a backend's name, or ``auto`` to measure those installed here and take the fastest.
+        target: a backend's name, or ``auto`` to measure those installed here and take the fastest, the
+            first of them where noise could turn it.
         scheme: Q/DQ scheme; default what is fast on the target here.
         backend_options: settings of the backend, such as ``{"threads": 2}``; recorded in the manifest.
         max_drop: fail when more mIoU than this is lost (0.01 = one point). Needs masks.

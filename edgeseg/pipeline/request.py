@@ -64,7 +64,7 @@ class BuildRequest(ModelRequest):
         help="Images for int8: a folder, glob, list file, .npy, or a finished table (.json).  "
         "[default: the demo set, for a demo model only]",
     )
-    calibration_method: str | None = argument(TEXT, help="minmax, moving-average, percentile, entropy or mse.")
+    calibration_method: str | None = argument(TEXT, help="minmax, moving-average, percentile, entropy, mse, or auto.")
     equalize: bool = argument(
         FLAG,
         True,
@@ -80,7 +80,7 @@ class BuildRequest(ModelRequest):
     target: str = argument(
         choice(("auto", *BACKENDS)),
         "auto",
-        help="auto measures the backends installed here and takes the fastest.",
+        help="auto measures the backends installed here and takes the fastest, onnxruntime where noise could turn it.",
     )
     scheme: str | None = argument(TEXT, help="Q/DQ scheme.  [default: what is fast on the target here]")
     backend_options: dict[str, Any] = argument(

@@ -17,7 +17,7 @@ import random
 import struct
 import types
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,11 @@ from edgeseg.convert.fit import ARCH_MARKERS, guess_arch  # noqa: E402
 from edgeseg.convert.load import load_model  # noqa: E402
 
 smp = import_smp()
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 ENCODER = "mobilenet_v2"
 ARGS = {"decoder_pyramid_channels": 16, "decoder_segmentation_channels": 32}
 REQUEST = ModelRequest(arch="fpn", encoder=ENCODER, model_args=ARGS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The models are tiny: threads would wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

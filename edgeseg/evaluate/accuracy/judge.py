@@ -76,17 +76,7 @@ def judge(
     model: ModelSpec,
     loss: LossSums | None = None,
 ) -> ImageRecord:
-    """Count one image.
-
-    Args:
-        index: in the data set.
-        pair: for its name.
-        prediction: the engine's mask.
-        truth: of the same shape, :data:`IGNORED` where unlabelled; ``None`` without a mask.
-        reference: the baseline's mask; ``None`` without a baseline.
-        model: classes and task.
-        loss: what the image adds to the losses, if the engine tells its scores.
-    """
+    """Count one image."""
     return ImageRecord(
         index,
         pair.name,
