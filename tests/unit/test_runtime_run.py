@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
@@ -152,11 +151,11 @@ def test_on_a_terminal_no_color_holds(no_color: bool, tmp_path: Path, monkeypatc
 
 
 OVERLAY_PEAK = """
-import resource, sys
+import dataclasses, resource, sys
 sys.path[:0] = [{tests!r}, {unit!r}]
 from pathlib import Path
-from test_runtime_run import SPEC, InputSpec, replace, run_inputs, segmenter
-resizing = segmenter(replace(SPEC, input=InputSpec(16, 16, stride=1)))
+from test_runtime_run import SPEC, InputSpec, run_inputs, segmenter
+resizing = segmenter(dataclasses.replace(SPEC, input=InputSpec(16, 16, stride=1)))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run_inputs(resizing, [Path("big.png")], Path("out"), overlay=True, progress=False)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
