@@ -65,13 +65,6 @@ def settle_version(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Find out which SMP's network the tensors are of, where it matters.
 
-    Args:
-        arch: resolved name.
-        encoder: resolved name.
-        model_args: ``smp_version`` among them is what the user says.
-        keys: of the tensors, prefixes stripped.
-        config: ``config.json`` of ``save_pretrained``, or empty.
-
     Returns:
         ``model_args``, with ``smp_version`` only where an old network is to be built, and notes.
 

@@ -20,9 +20,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, shape_inference
 
-from edgeseg.errors import MissingDependencyError, QuantizationError
+from edgeseg.errors import MissingDependencyError, QuantizationError, first_line
 from edgeseg.spec import InputSpec
-from edgeseg.store.onnx_file import first_line
 
 _REARRANGING = frozenset(
     {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout", "DepthToSpace", "SpaceToDepth"}
@@ -55,10 +54,6 @@ class Activation:
 
 def find_activations(model: onnx.ModelProto, spec: InputSpec) -> list[Activation]:
     """List the float tensors of ``model`` that depend on its input, in the graph's order.
-
-    Args:
-        model: the fp32 graph, input ``image`` uint8 ``(N, H, W, C)``.
-        spec: the size to count elements at.
 
     Raises:
         QuantizationError: the type of a tensor cannot be told, or there is no float activation.
@@ -107,11 +102,6 @@ def group_by_size(activations: Sequence[Activation], budget_bytes: int) -> list[
 class ActivationSession:
     """The graph in ONNX Runtime on the CPU, with some of its tensors as its outputs.
 
-    Args:
-        model: the fp32 graph.
-        names: tensors to fetch, in the order :meth:`run` returns them.
-        threads: of one inference.
-
     Raises:
         QuantizationError: ONNX Runtime refuses the graph.
         MissingDependencyError: it is not installed.
@@ -138,10 +128,6 @@ class ActivationSession:
 
     def run(self, images: NDArray[np.uint8], what: str) -> list[NDArray[np.float32]]:
         """Run uint8 ``(N, H, W, C)`` and return the tensors, C-contiguous float32.
-
-        Args:
-            images: the batch.
-            what: names it in an error.
 
         Raises:
             QuantizationError: ONNX Runtime failed.

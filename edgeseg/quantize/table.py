@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgeseg.errors import ArtifactError
-from edgeseg.store.artifacts import read_json, write_json
+from edgeseg.store.artifacts import read_versioned, write_json
 
 TABLE_SCHEMA_VERSION = 1
 
@@ -116,18 +116,9 @@ def load_table(path: Path) -> CalibrationTable:
         ArtifactError: missing, unreadable, damaged (NaN, infinite, empty or inverted ranges included), or of another
             schema version.
     """
-
-    @dataclass(frozen=True)
-    class Versioned:
-        schema_version: int
-
-    version = read_json(path, Versioned, "calibration table").schema_version
-    if version != TABLE_SCHEMA_VERSION:
-        raise ArtifactError(
-            f"calibration table {path} has schema version {version}, this edgeseg reads {TABLE_SCHEMA_VERSION}; "
-            + ("upgrade edgeseg" if version > TABLE_SCHEMA_VERSION else "calibrate again")
-        )
-    return read_json(path, CalibrationTable, "calibration table")
+    return read_versioned(
+        path, CalibrationTable, "calibration table", version=TABLE_SCHEMA_VERSION, again="calibrate again"
+    )
 
 
 def check_fresh(table: CalibrationTable, expected_key: Mapping[str, str]) -> None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport
 from edgeseg.decide.verdict import data_key
+from edgeseg.errors import one_line
 from edgeseg.evaluate.results import Accuracy, Identity, Profile, Truth, WorstImage
 from edgeseg.evaluate.tables import number
 from edgeseg.report.charts import STYLES, bar
 from edgeseg.runtime.overlay import legend_entries, mask_palette
-from edgeseg.store.files import reason
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -308,7 +308,7 @@ def _data_uri(name: str | None, folder: Path | None) -> tuple[str | None, str | 
     try:
         return _picture_data(name, folder)
     except (OSError, ValueError) as exc:  # a name that is too long, or holds a NUL
-        return None, f"{name} cannot be read ({reason(exc)}): not shown"
+        return None, f"{name} cannot be read ({one_line(exc)}): not shown"
 
 
 def _picture_data(name: str, folder: Path) -> tuple[str | None, str | None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E
 from edgeseg.convert.load import load_model  # noqa: E402
 
 smp = import_smp()
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 # (architecture, encoder): the outputs of SMP 0.4.0 and of 0.5.0.
 RECORDED = {
@@ -108,15 +108,6 @@ def outputs(path: Path, arch: str, encoder: str, **model_args: Any) -> tuple[Any
     loaded = load_model(ModelRequest(arch=arch, encoder=encoder, weights=str(path), model_args=model_args))
     with torch.no_grad():
         return loaded, loaded.module(image())[0, :, 40::80, 48::96].flatten()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The models are tiny: threads would wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("arch", "encoder"), RECORDED)
