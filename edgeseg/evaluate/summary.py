@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgeseg.console import printable
 from edgeseg.evaluate.tables import MISSING, FigureTable, number
-from edgeseg.store.artifacts import AccuracyFigures, Engine, PrecisionReport, Verification
+from edgeseg.store.artifacts import AccuracyFigures, Engine, PrecisionReport, Repair, Verification
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -110,6 +110,43 @@ def class_table(verification: Verification, class_names: Sequence[str]) -> Figur
         if before is not None or after is not None:
             table.add(name, share(before), share(after), _points(before, after))
     return table
+
+
+REPAIRS = {
+    "bias-correction": "biases corrected",
+    "equalization": "channels equalized",
+    "calibration-method": "range methods chosen",
+}
+"""What was done, in words, by :attr:`edgeseg.store.artifacts.Repair.name`."""
+
+
+def repair_rows(repairs: Sequence[Repair]) -> list[tuple[str, str, str, str]]:
+    """By repair: what was done, to how many of what, and the agreement before and after; ``-`` where it was not measured."""
+    return [
+        (
+            REPAIRS[repair.name],
+            ", ".join(f"{count:,} {what}" for what, count in repair.changed.items()),
+            share(repair.agreement_before),
+            share(repair.agreement_after),
+        )
+        for repair in repairs
+    ]
+
+
+def repair_table(repairs: Sequence[Repair]) -> FigureTable:
+    """A line per repair, each on top of those before it."""
+    table = FigureTable(
+        (("done for int8", "words"), ("changed", "words"), ("agreement before", "figure"), ("after", "figure"))
+    )
+    for row in repair_rows(repairs):
+        table.add(*row)
+    return table
+
+
+def repairs_line(repairs: Sequence[Repair]) -> str:
+    """What the agreement of :func:`repair_table` is that of."""
+    images = f"{repairs[0].images} image{'' if repairs[0].images == 1 else 's'}"
+    return f"agreement with the float graph in scheme {repairs[0].scheme}, on {images} of the calibration set"
 
 
 def precision_line(report: PrecisionReport) -> str:

@@ -37,7 +37,7 @@ from edgeseg.pipeline.verification_data import (
     sample_images,
 )
 from edgeseg.progress import Reporter, stage
-from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
+from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, calibrate, method_or_default, table_key
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import InputSpec, ModelRequest, PipelineSpec, one_of
 from edgeseg.store.artifacts import (
@@ -47,6 +47,7 @@ from edgeseg.store.artifacts import (
     FileRef,
     Manifest,
     OnnxGraph,
+    Repair,
     Verification,
     check_engine_folder,
     engine_folder,
@@ -69,7 +70,6 @@ if TYPE_CHECKING:
 
 CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
 EQUALIZED_NAME = "equalized.onnx"
-EQUALIZED_NOTE = "channels of the activations were equalized before calibration; the float graph computes the same"
 EXPORT_FOLDER = "export"
 
 
@@ -81,7 +81,8 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         graph, conversion = export_stage(loaded, spec, scratch, reporter)
         table = None
         if plan.samples is not None:
-            graph, table = calibration_stage(request, graph, plan.samples, scratch, reporter)
+            judges = judging_schemes(request, targets)
+            graph, table = calibration_stage(request, graph, plan.samples, judges, scratch, reporter)
         if request.precision == "fp16" and table is None:
             reporter.note(
                 "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
@@ -102,8 +103,7 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
             # A branch moves on; the engine is made again from the commit it was made from.
             request = dataclasses.replace(request, weights=loaded.origin.hub_id)
         command, asked = (None, None) if model is not None else (build_command(request), request.model)
-        notes = loaded.notes if table is None or not table.equalization else (*loaded.notes, EQUALIZED_NOTE)
-        make = _ManifestMaker(request, loaded, spec, conversion, table, notes, folder.name, command, asked)
+        make = _ManifestMaker(request, loaded, spec, conversion, table, folder.name, command, asked)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
         verification = verify_stage(request, loaded, engine, plan.held_out, reporter)
@@ -295,11 +295,28 @@ def export_stage(
     return graph, report
 
 
+def judging_schemes(request: BuildRequest, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The schemes whose rounding decides about repairs: the targets', or ones that round alike."""
+    from edgeseg.quantize.repair.fidelity import judge_of
+
+    schemes = [request.scheme or get_backend(target).scheme for target in targets]
+    return tuple(dict.fromkeys(judge_of(SCHEMES[scheme]) for scheme in schemes))
+
+
 def calibration_stage(
-    request: BuildRequest, graph: OnnxGraph, samples: Any, scratch: Path, reporter: Reporter
+    request: BuildRequest,
+    graph: OnnxGraph,
+    samples: Any,
+    judges: tuple[str, ...] | None,
+    scratch: Path,
+    reporter: Reporter,
 ) -> tuple[OnnxGraph, CalibrationTable]:
-    """Take the table that was given, find one in the cache, or calibrate; return the graph it is for, channels equalized."""
-    from edgeseg.quantize.repair.equalization import channel_magnitudes, require_equal, write_equalized
+    """Take the table that was given, find one in the cache, or calibrate; return the graph it is for, channels equalized.
+
+    ``judges``: the schemes that decide about repairs; ``None``, for a table of no target, all that can.
+    """
+    from edgeseg.quantize.repair.equalization import write_equalized
+    from edgeseg.quantize.repair.repaired import calibrate_repaired
     from edgeseg.quantize.samples import MINIMUM_IMAGES
     from edgeseg.quantize.table import CalibrationTable, check_fresh, load_table
 
@@ -322,17 +339,27 @@ def calibration_stage(
             f"calibrated on {images}: what others need may lie outside the ranges; give {MINIMUM_IMAGES} or more"
         )
     method = method_or_default(request.calibration_method)
-    equalizes = request.equalize and request.precision == "int8"
-    inputs = {"key": table_key(graph, samples, method, {}), "equalizes": equalizes, "software": software()}
+    repairs = request.precision == "int8"
+    equalizes = request.equalize and repairs
+    inputs = {
+        "key": table_key(graph, samples, method, {}),
+        "equalizes": equalizes,
+        "judges": judges if repairs else None,
+        "repairs": repairs,
+        "software": software(),
+    }
 
     def make(folder: Path) -> None:
-        calibrated, magnitudes = graph, {}
-        if equalizes:
-            magnitudes = channel_magnitudes(graph, samples)
-            calibrated, _ = write_equalized(graph, magnitudes, folder / EQUALIZED_NAME)
-            require_equal(graph, calibrated, samples)
-        table = calibrate(calibrated, samples, method=method, progress=reporter.progress)
-        dataclasses.replace(table, equalization=magnitudes).save(folder / TABLE_NAME)
+        if repairs:
+            equalized = folder / EQUALIZED_NAME if equalizes else None
+            _, table = calibrate_repaired(
+                graph, samples, equalized, method=method, judges=judges, progress=reporter.progress
+            )
+        else:
+            # Ranges for FP16 are what the values reach, which no method cuts.
+            chosen = DEFAULT_METHOD if method == AUTO else method
+            table = calibrate(graph, samples, method=chosen, progress=reporter.progress)
+        table.save(folder / TABLE_NAME)
 
     with stage(reporter, "calibrate") as said:
         folder, reused = cached_folder("calibration", inputs, make)
@@ -355,7 +382,7 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     samples = calibration_source(request, loaded)
     with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
         graph, _ = export_stage(loaded, spec, Path(scratch), reporter)
-        _, table = calibration_stage(request, graph, samples, Path(scratch), reporter)
+        _, table = calibration_stage(request, graph, samples, None, Path(scratch), reporter)
     table.save(path)
     return table
 
@@ -481,7 +508,6 @@ class _ManifestMaker:
     spec: PipelineSpec
     conversion: ConversionReport
     table: CalibrationTable | None
-    notes: tuple[str, ...]
     name: str
     command: str | None
     model_request: ModelRequest | None
@@ -529,11 +555,21 @@ class _ManifestMaker:
             candidates=medians,
             conversion=dataclasses.asdict(self.conversion),
             command=self.command,
-            notes=self.notes,
+            notes=self.loaded.notes,
             verification=verification,
+            repairs=self._repairs(candidate),
         )
         write_json(folder / MANIFEST_NAME, manifest)
         return Engine(folder, manifest)
+
+    def _repairs(self, candidate: Candidate) -> tuple[Repair, ...]:
+        """Those of the table, judged in the scheme that rounds like the engine's; none for FP16, which takes its graph only."""
+        from edgeseg.quantize.repair.fidelity import judge_of
+
+        if self.table is None or candidate.built.precision.requested != "int8":
+            return ()
+        judge = judge_of(SCHEMES[candidate.graph.scheme or candidate.backend.scheme])
+        return tuple(repair for repair in self.table.repairs if repair.scheme == judge)
 
     def _options_given(self, candidate: Candidate) -> dict[str, Any]:
         given = self.request.backend_options

@@ -173,6 +173,30 @@ class Verification:
         return self.pytorch_accuracy.miou - self.engine_accuracy.miou
 
 
+RepairName = Literal["equalization", "calibration-method", "bias-correction"]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Something that was done so that INT8 keeps its accuracy.
+
+    Attributes:
+        name: ``equalization`` of channels, ``calibration-method`` by what the output loses, ``bias-correction``.
+        changed: how many of what: ``channels``, ``biases``; for the methods, tensors by method.
+        scheme: the Q/DQ scheme it was judged in, which rounds as the engine's does.
+        images: that judged; none of them gave ranges where there are enough calibration images for both.
+        agreement_before, agreement_after: share of the pixels that the Q/DQ graph decides as the float graph, 0..1, without
+            this repair and with it, each on top of those before; ``None`` where it was not measured.
+    """
+
+    name: RepairName
+    changed: dict[str, Count]
+    scheme: str
+    images: Count
+    agreement_before: float | None
+    agreement_after: float | None
+
+
 @dataclass(frozen=True)
 class WeightsOrigin:
     """Where weights are from, as their own files say; nothing of it was checked.
@@ -233,6 +257,7 @@ class Manifest:
         command: the ``edgeseg build`` that makes the engine again; ``None`` when it was built from objects in Python, or
             compiled for another target or with other options than that command says.
         notes: everything assumed, stripped or dropped on the way; the same lines the build printed.
+        repairs: what was done so that INT8 keeps its accuracy, in order.
     """
 
     schema_version: int
@@ -259,6 +284,7 @@ class Manifest:
     options_given: dict[str, Any] | None = None
     model_request: ModelRequest | None = None
     origin: WeightsOrigin | None = None
+    repairs: tuple[Repair, ...] = ()
 
     @property
     def engine_key(self) -> str:
