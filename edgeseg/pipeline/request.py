@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -27,9 +27,21 @@ from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.spec import BATCH, PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputKind, OutputSpec, Precision
 from edgeseg.store.artifacts import MIN_INT8_SHARE
 
+
+def _images(value: Any) -> Any:
+    if isinstance(value, (bytes, Mapping)):
+        raise TypeError
+    if not isinstance(value, (str, Path, Iterable)):
+        from edgeseg.quantize.table import CalibrationTable
+
+        if not isinstance(value, CalibrationTable):
+            raise TypeError
+    return value
+
+
 IMAGES = Kind(
     "a folder, a glob, a list, arrays or a table",
-    lambda value: value,
+    _images,
     write=lambda value: [str(value)] if isinstance(value, (str, Path)) else None,
     metavar="DIR|GLOB|FILE",
 )
