@@ -119,7 +119,7 @@ def calibrate(
         options=rule.options,
         key=table_key(graph, samples, rule.name, rule.options),
         images=len(samples),
-        ranges=observation.ranges(lambda _: rule),
+        ranges=observation.ranges(rule),
     )
 
 
@@ -185,8 +185,8 @@ class Observation:
         seen = {name: watch.channel_magnitude for name, watch in self._watches.items()}
         return {name: tuple(map(float, values)) for name, values in seen.items() if values is not None}
 
-    def ranges(self, method_of: Callable[[str], RangeMethod]) -> dict[str, TensorRange]:
-        """By tensor, in the graph's order: what ``method_of`` its name chooses.
+    def ranges(self, methods: RangeMethod | Mapping[str, RangeMethod]) -> dict[str, TensorRange]:
+        """By tensor, in the graph's order: what the method, or that of its name, chooses.
 
         What rearranges another tensor has that one's range.
         """
@@ -198,7 +198,8 @@ class Observation:
             if statistics is None or not statistics.images:
                 raise QuantizationError(f"activation {activation.name!r} was never computed; export the model again")
             if source not in chosen:
-                chosen[source] = method_of(source).choose(statistics)
+                method = methods if isinstance(methods, RangeMethod) else methods[source]
+                chosen[source] = method.choose(statistics)
             low, high = chosen[source]
             mean = self._watches[activation.name].channel_mean if activation.is_fetched else None
             axis = activation.channel_axis if mean is not None else None
