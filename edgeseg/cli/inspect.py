@@ -183,12 +183,7 @@ def _dtype(node: onnx.NodeProto, types: dict[str, int]) -> str | None:
 
 
 def render(report: EngineReport, *, layers: bool = False) -> Group:
-    """The report for a terminal.
-
-    Args:
-        report: of :func:`inspect_engine`.
-        layers: list every layer instead of a line per module.
-    """
+    """The report for a terminal."""
     from rich.console import Group
     from rich.text import Text
 
@@ -233,6 +228,7 @@ def _spec_table(manifest: Manifest) -> Table:
         ("model", f"{spec.model.display_name}, {spec.model.classes} classes, {spec.model.task}"),
         ("classes", ", ".join(spec.model.class_names) or MISSING),
         ("weights", manifest.weights),
+        ("licence", (manifest.origin and manifest.origin.licence_words) or MISSING),
         ("input", f"image uint8 ({batches}, {size}{dynamic}, {spec.input.channels}), others by {spec.input.fit}"),
         (
             "normalization",

@@ -353,35 +353,6 @@ SCHEMA_VERSION = 1
 
 SpeedVerdict: TypeAlias = Literal["faster", "slower", "no difference", "cannot tell"]
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "Accuracy",
-    "AccuracyVerdict",
-    "Agreement",
-    "BenchReport",
-    "ColdStart",
-    "Distribution",
-    "Drop",
-    "FailedMeasurement",
-    "Identity",
-    "Interval",
-    "Latency",
-    "Memory",
-    "ModuleTime",
-    "Profile",
-    "Resolution",
-    "Row",
-    "Setting",
-    "SpeedComparison",
-    "SpeedVerdict",
-    "StageSplit",
-    "Truth",
-    "WorstImage",
-    "read_report",
-    "row_id",
-    "write_report",
-]
-
 
 @dataclass(frozen=True)
 class SpeedComparison:

@@ -12,7 +12,7 @@ from edgeseg.store.artifacts import AccuracyFigures, Engine, PrecisionReport, Re
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
-    from edgeseg.spec import PipelineSpec
+    from edgeseg.spec import Padding, PipelineSpec
 
 
 _FITTED = {"resize": "resized", "letterbox": "letterboxed", "tile": "tiled"}
@@ -27,12 +27,22 @@ def input_line(spec: PipelineSpec, *, is_default_size: bool) -> str:
         parts.append(f"or any multiple of {image.stride}")
     if str(image.batch) != "1":
         parts.append(f"batch {image.batch}")
-    parts.append(_FITTED[image.fit])
+    how = "" if image.interpolation == "linear" else f" ({image.interpolation})"
+    parts.append(_FITTED[image.fit] + how)
+    if image.padding is not None and image.fit != "resize":
+        parts.append(_padded(image.padding))
     mean, std = (",".join(f"{value:.4g}" for value in values) for values in (preprocess.mean, preprocess.std))
     values = "0..1" if preprocess.scale != 1 else "0..255"
     order = "" if preprocess.channel_order == "rgb" else f", {preprocess.channel_order.upper()} inside"
     line = f"{', '.join(parts)}; mean {mean} std {std} of {values}{order} (from {preprocess.source})"
     return line + ("; the size is only a default, give --size" if is_default_size else "")
+
+
+def _padded(padding: Padding) -> str:
+    """``padded around with 128``, ``padded right and below by reflect_101``."""
+    where = "around" if padding.position == "center" else "right and below"
+    border = f"with {','.join(map(str, padding.value))}" if padding.border == "constant" else f"by {padding.border}"
+    return f"padded {where} {border}"
 
 
 def build_summary(engine: Engine) -> Group:

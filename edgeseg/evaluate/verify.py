@@ -6,13 +6,13 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
+from edgeseg.closing import Closing
 from edgeseg.errors import BuildError, GateError, InputError
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.accuracy.labels import IGNORED
@@ -62,6 +62,7 @@ def verify(
     reference_size_bytes: int,
     engine_size_bytes: int,
     protocol: LatencyProtocol | None = SHORT,
+    timed_reference: Session | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare an engine with the model it came from, and time both in turns.
@@ -75,6 +76,7 @@ def verify(
         reference_size_bytes: of the model's parameters.
         engine_size_bytes: of the engine file.
         protocol: how long to time both; ``None`` not to.
+        timed_reference: the PyTorch model as it is timed, where that is not as its accuracy is judged.
         progress: called with (images done, images in all or 0 when unknown).
 
     Raises:
@@ -83,7 +85,9 @@ def verify(
     compared = compare_masks(reference, engine, spec, pairs, progress)
     agreement = compared.agreement.agreement
     assert agreement is not None  # compare_masks saw at least one image
-    latency = latency_figures(reference, engine, spec, compared.sample, protocol) if protocol else (None, None, None)
+    latency: tuple[LatencyFigures, LatencyFigures, SpeedUp] | tuple[None, None, None] = (None, None, None)
+    if protocol:
+        latency = latency_figures(timed_reference or reference, engine, spec, compared.sample, protocol)
     return Verification(
         agreement=agreement,
         boundary_agreement=compared.agreement.boundary,
@@ -109,11 +113,6 @@ and the more that TF32 rounds off."""
 
 def check_fidelity(verification: Verification, precision: str, without_ties: Callable[[], float]) -> str | None:
     """Compare the agreement with what a precision promises; returns a note where it is less than that.
-
-    Args:
-        verification: what was measured.
-        precision: asked for.
-        without_ties: the share from :func:`agreement_without_ties`; asked for only where it matters.
 
     Raises:
         BuildError: an fp32 engine that is another function than its model.
@@ -228,11 +227,6 @@ def check_gates(
 ) -> None:
     """Raise unless the engine keeps the limits that were set. A limit that could not be checked is not kept.
 
-    Args:
-        verification: what was measured.
-        max_drop: most mIoU that may be lost against PyTorch (0.01 = one point).
-        min_agreement: least share of pixels that must agree with PyTorch.
-
     Raises:
         GateError: a limit is not met, or was not measured; names all that failed.
     """
@@ -254,7 +248,7 @@ def check_gates(
         raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}", verification)
 
 
-class _Recorder:
+class _Recorder(Closing):
     """A session that keeps the masks, at the engine's size, of what it ran since they were last taken."""
 
     def __init__(self, session: Session, spec: PipelineSpec) -> None:
@@ -275,11 +269,3 @@ class _Recorder:
 
     def close(self) -> None:
         """The session belongs to the caller of :func:`verify`."""
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require_builder
+from edgeseg.backends import AUTO_TARGETS, GPU_TARGETS, get_backend, require_backend, require_builder
 from edgeseg.backends.portable import (
     DEVICE_TARGETS,
     awaits_calibration,
@@ -24,6 +24,7 @@ from edgeseg.backends.portable import (
     measured_on,
     open_graph,
 )
+from edgeseg.convert.saved_preprocessing import CONFIG_NAME
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
 from edgeseg.evaluate.summary import input_line
 from edgeseg.machine.packages import package_versions
@@ -99,6 +100,9 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
                 reporter.note(f"{target} is left out: {exc}")
 
         # What no file describes cannot be loaded again, nor built by a command.
+        if loaded.origin is not None and loaded.origin.hub_id is not None:
+            # A branch moves on; the engine is made again from the commit it was made from.
+            request = dataclasses.replace(request, weights=loaded.origin.hub_id)
         command, asked = (None, None) if model is not None else (build_command(request), request.model)
         make = _ManifestMaker(request, loaded, spec, conversion, table, folder.name, command, asked)
         best, medians = choose_fastest(candidates, make, table, reporter)
@@ -141,9 +145,34 @@ def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: R
 
             loaded = wrap_module(model, request.model, images)
         said.append(f"{loaded.model.display_name}, {loaded.model.classes} classes, {loaded.weights}")
+    loaded = fitted(request, loaded)
     for note in loaded.notes:
         reporter.note(note)
     return loaded
+
+
+def fitted(request: BuildRequest, loaded: LoadedModel) -> LoadedModel:
+    """Settle how the preprocessing saved with the model brings images to the engine; the user's size and fit win.
+
+    Raises:
+        SpecError: the preprocessing has a transform that no engine can hold, and no option takes its place.
+    """
+    saved = loaded.saved
+    if saved is None:
+        return loaded
+    saved.require_fit({name for name in ("mean", "std", "size", "fit") if getattr(request, name) is not None})
+    channels = loaded.model.in_channels
+    shapes = ((image.shape[0], image.shape[1]) for image in sample_images(request, channels))
+    fitting = saved.fitting(request.size, request.fit, shapes, channels)
+    notes = fitting.notes
+    if request.dynamic_size and saved.scaling is not None:
+        notes = (*notes, f"--dynamic-size overrides the saved {saved.scaling.words}: images keep their own scale")
+    return dataclasses.replace(
+        loaded,
+        size=fitting.size or loaded.size,
+        fitting=fitting,
+        notes=tuple(dict.fromkeys((*loaded.notes, *notes))),
+    )
 
 
 def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]:
@@ -187,7 +216,12 @@ def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]
 def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter) -> PipelineSpec:
     """Join what was asked for and what the model needs into the one contract."""
     height, width = request.size or loaded.size
-    loaded.check_size(height, width)
+    try:
+        loaded.check_size(height, width)
+    except SpecError as exc:
+        if request.size is None and loaded.fitting.size is not None:
+            raise SpecError(f"{exc} with --size: {height}x{width} is of {CONFIG_NAME}") from exc
+        raise
     stride, min_size = loaded.stride, None
     if request.dynamic_size:
         from edgeseg.convert.dynamic_size import dynamic_sizes
@@ -208,7 +242,9 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter
             stride=stride,
             dynamic_size=request.dynamic_size,
             min_size=min_size,
-            fit=request.fit,
+            fit=request.fit or loaded.fitting.fit or "resize",
+            interpolation=loaded.fitting.interpolation,
+            padding=loaded.fitting.padding,
         ),
         preprocess=loaded.preprocess,
         output=request.output,
@@ -388,10 +424,11 @@ def candidate_stage(
 def choose_fastest(
     candidates: list[Candidate], make: _ManifestMaker, table: CalibrationTable | None, reporter: Reporter
 ) -> tuple[Candidate, dict[str, float]]:
-    """With several candidates, measure them in turn on one image and return the fastest and all medians."""
+    """With several candidates, measure them in turns on one image; return the one to take and all medians."""
     if len(candidates) == 1:
         return candidates[0], {}
-    from edgeseg.evaluate.latency.protocol import median_ms_interleaved
+    from edgeseg.evaluate.latency.protocol import measure_sessions
+    from edgeseg.evaluate.latency.statistics import fastest_or_first
 
     with stage(reporter, "measure") as said:
         with ExitStack() as opened:
@@ -399,12 +436,12 @@ def choose_fastest(
             for candidate in candidates:
                 engine = make.write(candidate, {}, table, candidate.folder, None)
                 sessions[candidate.backend.name] = opened.enter_context(candidate.backend.load(engine))
-            medians = median_ms_interleaved(sessions, make.spec.input)
+            measured = measure_sessions(sessions, make.spec.input)
+        medians = {name: samples.median_ms for name, samples in measured.items()}
         said.append(", ".join(f"{name} {ms:.1f} ms" for name, ms in medians.items()))
-    best = min(candidates, key=lambda c: medians[c.backend.name])
-    said_choice = f"target auto: {best.backend.name} is the fastest here; name one with --target"
-    reporter.note(said_choice)
-    return best, medians
+    name, why = fastest_or_first(measured)
+    reporter.note(f"target auto took {name}: {why}; name one with --target")
+    return next(candidate for candidate in candidates if candidate.backend.name == name), medians
 
 
 def verify_stage(
@@ -418,7 +455,7 @@ def verify_stage(
         return None
     if request.max_drop is not None and not data.has_masks:
         raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
-    from edgeseg.backends.pytorch import PyTorchSession
+    from edgeseg.backends.pytorch import PyTorchSession, why_no_cuda
     from edgeseg.evaluate.latency.protocol import SHORT
     from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, check_gates, verify
     from edgeseg.machine.cpu import this_cpu
@@ -428,8 +465,19 @@ def verify_stage(
         backend = get_backend(engine.manifest.target)
         runs_here = engine.manifest.engine is not None and backend.status().available
         opened = backend.load(engine) if runs_here else open_graph(engine)
+        on_gpu = runs_here and backend.name in GPU_TARGETS
+        missing = why_no_cuda() if on_gpu else None
+        device = "cuda" if on_gpu and missing is None else "cpu"
         # As bench runs it: by itself PyTorch may take more threads than this process has cores.
-        with PyTorchSession(loaded, spec, threads=this_cpu().cores) as reference, opened as session:
+        threads = this_cpu().cores
+        with ExitStack() as stack:
+            session = stack.enter_context(opened)
+            reference = stack.enter_context(
+                PyTorchSession(loaded, spec, threads=threads, device=device, exact=device == "cuda")
+            )
+            timed = reference
+            if device == "cuda":
+                timed = stack.enter_context(PyTorchSession(loaded, spec, threads=threads, device=device))
             verification = verify(
                 reference,
                 session,
@@ -438,7 +486,9 @@ def verify_stage(
                 data=data.description if runs_here else f"{data.description}; {measured_on(engine.manifest)}",
                 reference_size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
                 engine_size_bytes=(engine.manifest.engine or engine.manifest.graph).size_bytes,
-                protocol=SHORT if runs_here else None,
+                # Never beside PyTorch on another device: the ratio would be of a GPU and a CPU.
+                protocol=SHORT if runs_here and missing is None else None,
+                timed_reference=timed,
                 progress=reporter.progress,
             )
             said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
@@ -449,6 +499,8 @@ def verify_stage(
                     return agreement_without_ties(telling, session, spec, data.pairs, tie)
 
             note = check_fidelity(verification, request.precision, without_ties)
+    if missing is not None:
+        reporter.note(f"not timed beside PyTorch: {missing}, and the engine runs on the GPU; edgeseg bench times it")
     if note is not None:
         reporter.note(note)
     check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
@@ -497,6 +549,7 @@ class _ManifestMaker:
             calibration=calibration,
             extra_files=tuple(FileRef.of(folder / path.name) for path in candidate.built.extra_files),
             weights=self.loaded.weights,
+            origin=self.loaded.origin,
             model_request=self.model_request,
             inputs_sha256={
                 "weights": self.loaded.weights_sha256,

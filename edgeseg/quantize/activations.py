@@ -55,10 +55,6 @@ class Activation:
 def find_activations(model: onnx.ModelProto, spec: InputSpec) -> list[Activation]:
     """List the float tensors of ``model`` that depend on its input, in the graph's order.
 
-    Args:
-        model: the fp32 graph, input ``image`` uint8 ``(N, H, W, C)``.
-        spec: the size to count elements at.
-
     Raises:
         QuantizationError: the type of a tensor cannot be told, or there is no float activation.
     """
@@ -140,10 +136,6 @@ class ActivationSession:
 
     def run(self, images: NDArray[np.uint8], what: str) -> list[NDArray[np.float32]]:
         """Run uint8 ``(N, H, W, C)`` and return the tensors, C-contiguous float32.
-
-        Args:
-            images: the batch.
-            what: names it in an error.
 
         Raises:
             QuantizationError: ONNX Runtime failed.

@@ -198,6 +198,39 @@ class Repair:
 
 
 @dataclass(frozen=True)
+class WeightsOrigin:
+    """Where weights are from, as their own files say; nothing of it was checked.
+
+    Attributes:
+        repository: ``user/model`` of the Hugging Face hub; ``None`` for a folder here.
+        revision: the commit of it.
+        card: metadata of the model card beside the weights: ``license``, ``datasets``, ``tags`` and the like.
+    """
+
+    repository: str | None = None
+    revision: str | None = None
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The id that always means this very commit."""
+        return None if self.repository is None else f"{self.repository}@{self.revision}"
+
+    @property
+    def licence_words(self) -> str | None:
+        """``says "mit"``: what the card says, which is not what is so; ``None`` where it says nothing."""
+        said = self.card.get("license")
+        if said is None:
+            return None
+        name = self.card.get("license_name")
+        words = f'says "{said}"' + (f" ({name})" if name else "")
+        if said == "mit" and self.card.get("library_name") == "segmentation-models-pytorch":
+            # SMPHubMixin.generate_model_card has no other.
+            words += "; SMP writes that into every card, whatever the weights are"
+        return words
+
+
+@dataclass(frozen=True)
 class Manifest:
     """``manifest.json`` of an engine folder.
 
@@ -212,6 +245,7 @@ class Manifest:
         weights: where the weights came from, in words, for people.
         model_request: what was asked of the model, so that it can be loaded again; ``None`` when it was a module object, and
             in folders of before it was recorded.
+        origin: repository, revision and model card of the weights; ``None`` where nothing says.
         inputs_sha256: hash per input of the build (weights, fp32 graph, calibration images, options).
         options: backend build options and session settings, as chosen, defaults included.
         options_given: those of them someone asked for; what building the engine again keeps. ``None`` in folders of before
@@ -249,6 +283,7 @@ class Manifest:
     verification: Verification | None = None
     options_given: dict[str, Any] | None = None
     model_request: ModelRequest | None = None
+    origin: WeightsOrigin | None = None
     repairs: tuple[Repair, ...] = ()
 
     @property
