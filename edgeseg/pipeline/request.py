@@ -76,7 +76,9 @@ class BuildRequest(ModelRequest):
         help="Images for int8: a folder, glob, list file, .npy, or a finished table (.json).  "
         "[default: the demo set, for a demo model only]",
     )
-    calibration_method: str | None = argument(TEXT, help="minmax, moving-average, percentile, entropy, mse, or auto.")
+    calibration_method: str | None = argument(
+        TEXT, help="minmax, moving-average, percentile, entropy or mse.  [default: what the output loses least by]"
+    )
     equalize: bool = argument(
         FLAG,
         True,

@@ -18,6 +18,7 @@ from PIL import Image
 import edgeseg
 from edgeseg.demo import demo_models, sample_folder
 from edgeseg.machine.cpu import this_cpu
+from edgeseg.quantize.table import load_table
 from edgeseg.store.artifacts import open_engine
 
 pytestmark = pytest.mark.integration
@@ -50,6 +51,10 @@ def test_demo_engine_is_int8_and_verified(demo_engine: Path) -> None:
     assert verification.pytorch_latency is not None
     assert manifest.precision.evidence == "executed"
     assert set(manifest.inputs_sha256) >= {"weights", "spec", "calibration_images", "calibration_graph"}
+    # Only what rounds as the engine does counts; the demo networks are hurt so little that no repair can take much from them.
+    assert [repair.name for repair in manifest.repairs] == ["bias-correction", "equalization", "calibration-method"]
+    assert {repair.scheme for repair in manifest.repairs} == {"onnxruntime-vnni"}
+    assert all((repair.agreement_after or 0) > 0.95 for repair in manifest.repairs)
 
 
 def test_reported_accuracy_is_what_the_runtime_gives(demo_engine: Path) -> None:
@@ -234,6 +239,11 @@ def test_calibrate_then_build_and_stale_table(tmp_path: Path) -> None:
     arguments = ["--target", "onnxruntime", "--calibration", table, "--output", tmp_path / "e"]
     done = run("build", "--arch", "fpn", *arguments)
     assert done.returncode == 0, done.stderr
+    # The table, made for no target, was judged for each, and brings what was done.
+    made = load_table(table)
+    assert {repair.scheme for repair in made.repairs} == {"onnxruntime-vnni", "tensorrt"}
+    rounds_alike = tuple(repair for repair in made.repairs if repair.scheme == "onnxruntime-vnni")
+    assert open_engine(tmp_path / "e").manifest.repairs == rounds_alike
     done = run("build", "--arch", "fpn", "--size", "128x128", "--force", *arguments)
     assert done.returncode == 1
     assert "stale" in done.stderr
