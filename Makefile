@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.edgeseg-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit gpu lint typecheck check pycuda docs pictures format coverage modelopt bench encoders clean
+.PHONY: help venv demo test unit gpu arm lint typecheck check pycuda docs pictures format coverage modelopt bench encoders clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ unit: venv       ## Run the fast tests only (seconds)
 
 gpu:             ## On a device: the tests that need a GPU and TensorRT, with PYTHON, which has them; leaves report.json
 	$(PYTHON) -m pytest -m gpu tests/gpu --device-report report.json
+
+arm: venv        ## Run the ARM folders on ARM's INT8 kernels, emulated by QEMU: accuracy, no times (needs Debian's packages)
+	$(BIN)/pytest tests/arm
 
 lint: venv       ## ruff check and format check
 	$(BIN)/ruff check .
