@@ -215,10 +215,9 @@ def masks_of(graph: OnnxGraph, images: tuple[NDArray[np.uint8], ...]) -> list[ND
 
 
 def miou(masks: list[NDArray[np.integer[Any]]], work: Any) -> float:
-    from edgeseg.evaluate.accuracy.labels import IGNORED
     from edgeseg.evaluate.accuracy.meters import AccuracyMeter
 
-    meter = AccuracyMeter(work.spec.model.classes, ignore_index=IGNORED)
+    meter = AccuracyMeter(work.spec.model.classes)
     for mask, truth in zip(masks, work.masks, strict=True):
         meter.update(mask, truth)
     value = meter.figures().miou

@@ -26,7 +26,6 @@ from benchmarks.peers import PEERS, Contender, NotInstalledError, prepare
 from benchmarks.record import RESULTS, Machine, Record, ratios, this_machine, versions
 from benchmarks.workload import Workload, camvid, camvid_folder, demo
 from edgeseg.demo import demo_models
-from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
 
@@ -147,7 +146,7 @@ def judge(work: Workload, contenders: dict[str, Contender]) -> dict[str, dict[st
     expected = [contenders[REFERENCE].call(image) for image in work.images] if REFERENCE in contenders else None
     found = {}
     for name, contender in contenders.items():
-        truth, agreement = AccuracyMeter(classes, ignore_index=IGNORED), AgreementMeter()
+        truth, agreement = AccuracyMeter(classes), AgreementMeter(classes)
         for k, image in enumerate(work.images):
             mask = contender.call(image)
             truth.update(mask, work.masks[k])
@@ -160,7 +159,7 @@ def judge(work: Workload, contenders: dict[str, Contender]) -> dict[str, dict[st
             "pixel_accuracy": figures.pixel_accuracy,
             "per_class_iou": figures.per_class_iou,
             "agreement": agreement.agreement,
-            "boundary_agreement": agreement.boundary_agreement,
+            "boundary_agreement": agreement.boundary,
         }
     return found
 

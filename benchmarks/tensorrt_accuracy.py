@@ -21,7 +21,6 @@ from benchmarks.record import RESULTS, Record, this_machine, versions
 from benchmarks.workload import camvid, camvid_folder
 from edgeseg.backends.portable import open_graph
 from edgeseg.demo import demo_models
-from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter
 from edgeseg.spec import Precision
 from edgeseg.store.artifacts import Verification
@@ -78,8 +77,9 @@ def camvid_row(precision: Precision, folder: Path, limit: int | None) -> dict[st
 
     work = camvid(limit)
     engine = build(work, folder, "tensorrt", precision)
-    meters = [AccuracyMeter(work.spec.model.classes, ignore_index=IGNORED) for _ in range(2)]
-    agreement = AgreementMeter()
+    classes = work.spec.model.classes
+    meters = [AccuracyMeter(classes) for _ in range(2)]
+    agreement = AgreementMeter(classes)
     with PyTorchSession(work.loaded, engine.manifest.spec) as reference, open_graph(engine) as session:
         for image, truth in zip(work.images, work.masks, strict=True):
             masks = [each.run(image[None])["mask"][0] for each in (reference, session)]

@@ -21,10 +21,13 @@ EdgesegError                                        exit 1
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class EdgesegError(Exception):
@@ -129,12 +132,29 @@ def refusals_as(kind: type[EdgesegError]) -> Iterator[None]:
 
 def refusal(error: OSError) -> str:
     """The system's refusal to read or write a file as one line that names it."""
-    reason = error.strerror or type(error).__name__
+    why = error.strerror or type(error).__name__
     if error.filename is None and isinstance(error, FileNotFoundError):
         return "the working folder is not there any more; go to another"
     if error.filename is None:
-        return f"cannot read or write: {reason}"
-    return f"cannot read or write {error.filename!s}: {reason}; check the path and its permissions"
+        return f"cannot read or write: {why}"
+    return f"cannot read or write {error.filename!s}: {why}; check the path and its permissions"
+
+
+def one_line(error: BaseException | str) -> str:
+    """A vendor's or a decoder's text on one line of at most 300 characters, without the file name the system repeats."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:300] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the exception at the bottom of ``error``'s chain, for our one-line errors.
+
+    Exporters wrap the real cause in general words ("failed to convert"); the cause is what a user can act on.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def typed(*words: str | Path) -> str:

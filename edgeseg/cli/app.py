@@ -19,7 +19,7 @@ from typing import NoReturn
 import click
 
 from edgeseg.console import printable
-from edgeseg.errors import EdgesegError, refusal
+from edgeseg.errors import EdgesegError, one_line, refusal
 from edgeseg.version import __version__
 
 EXIT_CODES: dict[int, str] = {
@@ -160,8 +160,7 @@ class _Ending:
             return cls(1, kind, refusal(error))
         if isinstance(error, MemoryError):
             return cls(1, kind, "out of memory; close other programs, or ask for less: a smaller --size or --batch")
-        said = " ".join(str(error).split())[:300]
-        message = f"internal error, {kind}: {said}; this is a bug: report it with the output of --debug"
+        message = f"internal error, {kind}: {one_line(error)}; this is a bug: report it with the output of --debug"
         return cls(1, "InternalError", message)
 
     def tell(self, *, as_json: bool) -> None:

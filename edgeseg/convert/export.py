@@ -30,11 +30,11 @@ from edgeseg.convert.parity import (
 from edgeseg.convert.silence import silenced
 from edgeseg.convert.simplify import simplify
 from edgeseg.convert.translations import TRANSLATIONS
-from edgeseg.errors import ExportError, SpecError
+from edgeseg.errors import ExportError, SpecError, first_line
 from edgeseg.graph.macs import count_macs
 from edgeseg.spec import InputSpec, PipelineSpec
 from edgeseg.store.artifacts import OnnxGraph, sha256_file
-from edgeseg.store.onnx_file import first_line, write_onnx
+from edgeseg.store.onnx_file import write_onnx
 
 if TYPE_CHECKING:
     from edgeseg.convert.load import LoadedModel

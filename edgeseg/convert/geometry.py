@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert.architectures import quiet_libraries
-from edgeseg.errors import SpecError
+from edgeseg.errors import SpecError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def _run(module: Callable[..., Any], image: torch.Tensor) -> tuple[Any, str]:
         with torch.no_grad(), quiet_libraries():
             return module(image), ""
     except Exception as exc:  # a user's forward may raise anything; all of it means "does not take this image"
-        return None, " ".join(str(exc).split())[:120] or type(exc).__name__
+        return None, one_line(exc)
 
 
 def run_once(module: Callable[..., Any], channels: int, height: int, width: int) -> torch.Tensor | None:
@@ -85,12 +85,6 @@ def smp_fixed_size(
 
     timm marks encoders whose *weights* are for one size; whether the built module insists on it (windows, position
     embeddings) depends on its arguments, so a marked encoder is tried at another size.
-
-    Args:
-        module: in evaluation mode.
-        channels: of its input image.
-        stride: its size multiple.
-        img_size: timm's constructor argument, a number or a pair; ``None`` when not given.
     """
     encoder: Any = module.encoder
     network = getattr(encoder, "model", None)

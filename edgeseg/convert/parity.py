@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from edgeseg.convert.heads import LOGITS, Pipeline
 from edgeseg.convert.silence import silenced
-from edgeseg.errors import ExportError
-from edgeseg.store.onnx_file import first_line
+from edgeseg.errors import ExportError, first_line
 
 RELATIVE_TOLERANCE = 1e-3
 """Largest error of a logit, relative to the largest logit (at least 1). Deep float32 networks summed in another order

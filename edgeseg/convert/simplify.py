@@ -9,10 +9,9 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, Deduplicat
 from edgeseg.convert.naming import adopt_names, normalize
 from edgeseg.convert.rewrites import REWRITES
 from edgeseg.convert.rewrites.driver import apply_rewrites
-from edgeseg.convert.rewrites.graph import tidy
 from edgeseg.convert.silence import silenced
-from edgeseg.errors import ExportError
-from edgeseg.store.onnx_file import first_line
+from edgeseg.errors import ExportError, first_line
+from edgeseg.graph.editing import tidy
 
 
 def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:

@@ -21,7 +21,7 @@ from edgeseg.convert.loaded import LoadedModel, freeze, hash_weights
 from edgeseg.convert.outputs import adapt_outputs, output_ending
 from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
 from edgeseg.convert.silence import silenced
-from edgeseg.errors import SpecError
+from edgeseg.errors import SpecError, one_line
 from edgeseg.images.resize import resize_image
 from edgeseg.spec import ModelRequest, ModelSpec
 
@@ -149,7 +149,7 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
         twin = copy.deepcopy(module)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as exc:
         raise SpecError(
-            f"{type(module).__name__} cannot be copied ({' '.join(str(exc).split())[:100]}); give the network inside "
+            f"{type(module).__name__} cannot be copied ({one_line(exc)}); give the network inside "
             "it, such as module.model"
         ) from exc
     return twin.cpu().float().eval().requires_grad_(False)

@@ -13,7 +13,7 @@ import msgspec
 
 from edgeseg.errors import ArtifactError
 from edgeseg.machine.record import Count, Environment, Finite, NoiseFlag, Power
-from edgeseg.store.artifacts import read_json, write_json
+from edgeseg.store.artifacts import Repair, read_versioned, write_json
 
 # What a report from elsewhere may say: figures are divided by, and their logarithms taken.
 Milliseconds: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e12)]
@@ -49,6 +49,7 @@ class Identity:
         build_command: what makes the engine's folder again; ``None`` for a baseline, or when no command line says it.
         options: backend settings.
         versions: of the packages the engine was built with and runs on.
+        repairs: what was done so that INT8 keeps its accuracy, as in the manifest.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Identity:
     build_command: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    repairs: tuple[Repair, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -351,35 +353,6 @@ SCHEMA_VERSION = 1
 
 SpeedVerdict: TypeAlias = Literal["faster", "slower", "no difference", "cannot tell"]
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "Accuracy",
-    "AccuracyVerdict",
-    "Agreement",
-    "BenchReport",
-    "ColdStart",
-    "Distribution",
-    "Drop",
-    "FailedMeasurement",
-    "Identity",
-    "Interval",
-    "Latency",
-    "Memory",
-    "ModuleTime",
-    "Profile",
-    "Resolution",
-    "Row",
-    "Setting",
-    "SpeedComparison",
-    "SpeedVerdict",
-    "StageSplit",
-    "Truth",
-    "WorstImage",
-    "read_report",
-    "row_id",
-    "write_report",
-]
-
 
 @dataclass(frozen=True)
 class SpeedComparison:
@@ -448,11 +421,6 @@ class BenchReport:
         raise KeyError(row_id)
 
 
-@dataclass(frozen=True)
-class _Versioned:
-    schema_version: Count
-
-
 def write_report(path: Path, report: BenchReport) -> None:
     """Write a report as JSON, atomically. Raises ``ArtifactError`` when the place cannot be written."""
     try:
@@ -469,13 +437,9 @@ def read_report(path: Path) -> BenchReport:
         ArtifactError: missing, damaged, of another schema version, no report at all, or one whose rows do not fit
             together; says which field.
     """
-    version = read_json(path, _Versioned, "bench report").schema_version
-    if version != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{path} has schema version {version}, this edgeseg reads {SCHEMA_VERSION}; "
-            + ("upgrade edgeseg" if version > SCHEMA_VERSION else "measure again with: edgeseg bench")
-        )
-    report = read_json(path, BenchReport, "bench report")
+    report = read_versioned(
+        path, BenchReport, "bench report", version=SCHEMA_VERSION, again="measure again with: edgeseg bench"
+    )
     known = {row.id for row in report.rows}
     if len(known) != len(report.rows):
         raise ArtifactError(f"{path}: two rows have the same id; the file was edited or merged wrongly")

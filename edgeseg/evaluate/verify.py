@@ -6,13 +6,13 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
+from edgeseg.closing import Closing
 from edgeseg.errors import BuildError, GateError, InputError
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.accuracy.labels import IGNORED
@@ -24,7 +24,7 @@ from edgeseg.machine.state import MachineWatch
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import OutputKind, PipelineSpec
-from edgeseg.store.artifacts import AccuracyFigures, LatencyFigures, SpeedUp, Verification
+from edgeseg.store.artifacts import LatencyFigures, SpeedUp, Verification
 
 Progress = Callable[[int, int], None]
 
@@ -62,6 +62,7 @@ def verify(
     reference_size_bytes: int,
     engine_size_bytes: int,
     protocol: LatencyProtocol | None = SHORT,
+    timed_reference: Session | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare an engine with the model it came from, and time both in turns.
@@ -75,23 +76,26 @@ def verify(
         reference_size_bytes: of the model's parameters.
         engine_size_bytes: of the engine file.
         protocol: how long to time both; ``None`` not to.
+        timed_reference: the PyTorch model as it is timed, where that is not as its accuracy is judged.
         progress: called with (images done, images in all or 0 when unknown).
 
     Raises:
         InputError: no images, or one that cannot be used.
     """
-    found = compare_masks(reference, engine, spec, pairs, progress)
-    agreement = found.agreement.agreement
+    compared = compare_masks(reference, engine, spec, pairs, progress)
+    agreement = compared.agreement.agreement
     assert agreement is not None  # compare_masks saw at least one image
-    latency = latency_figures(reference, engine, spec, found.sample, protocol) if protocol else (None, None, None)
+    latency: tuple[LatencyFigures, LatencyFigures, SpeedUp] | tuple[None, None, None] = (None, None, None)
+    if protocol:
+        latency = latency_figures(timed_reference or reference, engine, spec, compared.sample, protocol)
     return Verification(
         agreement=agreement,
-        boundary_agreement=found.agreement.boundary_agreement,
-        miou_vs_pytorch=found.fidelity.figures().miou,
-        images=found.images,
-        data=data + found.unlabelled,
-        pytorch_accuracy=_figures(found.reference),
-        engine_accuracy=_figures(found.engine),
+        boundary_agreement=compared.agreement.boundary,
+        miou_vs_pytorch=compared.fidelity.figures().miou,
+        images=compared.images,
+        data=data + compared.unlabelled,
+        pytorch_accuracy=compared.reference.figures(),
+        engine_accuracy=compared.engine.figures(),
         pytorch_latency=latency[0],
         engine_latency=latency[1],
         pytorch_size_bytes=reference_size_bytes,
@@ -109,11 +113,6 @@ and the more that TF32 rounds off."""
 
 def check_fidelity(verification: Verification, precision: str, without_ties: Callable[[], float]) -> str | None:
     """Compare the agreement with what a precision promises; returns a note where it is less than that.
-
-    Args:
-        verification: what was measured.
-        precision: asked for.
-        without_ties: the share from :func:`agreement_without_ties`; asked for only where it matters.
 
     Raises:
         BuildError: an fp32 engine that is another function than its model.
@@ -169,8 +168,8 @@ def compare_masks(
         InputError: no images, or one that cannot be used.
     """
     task, classes = spec.model.task, spec.model.classes
-    agreement, fidelity = AgreementMeter(), AccuracyMeter(classes, task)
-    truth_reference, truth_engine = (AccuracyMeter(classes, task, ignore_index=IGNORED) for _ in range(2))
+    agreement, fidelity = AgreementMeter(classes, task), AccuracyMeter(classes, task)
+    truth_reference, truth_engine = (AccuracyMeter(classes, task) for _ in range(2))
     recorders = (_Recorder(reference, spec), _Recorder(engine, spec))
     expected, by_engine = (Segmenter(recorder, spec) for recorder in recorders)
     total, done, ignored = operator.length_hint(pairs), 0, 0
@@ -179,7 +178,7 @@ def compare_masks(
     for pair in pairs:
         true_to, answer = expected(pair.image), by_engine(pair.image)
         for wanted, got in zip(recorders[0].take(), recorders[1].take(), strict=True):
-            agreement.update(got, wanted, pair.name)
+            agreement.update(got, wanted)
             fidelity.update(got, wanted, pair.name)
         if pair.mask is not None:
             truth_reference.update(true_to, pair.mask, pair.name)
@@ -228,11 +227,6 @@ def check_gates(
 ) -> None:
     """Raise unless the engine keeps the limits that were set. A limit that could not be checked is not kept.
 
-    Args:
-        verification: what was measured.
-        max_drop: most mIoU that may be lost against PyTorch (0.01 = one point).
-        min_agreement: least share of pixels that must agree with PyTorch.
-
     Raises:
         GateError: a limit is not met, or was not measured; names all that failed.
     """
@@ -254,7 +248,7 @@ def check_gates(
         raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}", verification)
 
 
-class _Recorder:
+class _Recorder(Closing):
     """A session that keeps the masks, at the engine's size, of what it ran since they were last taken."""
 
     def __init__(self, session: Session, spec: PipelineSpec) -> None:
@@ -265,8 +259,8 @@ class _Recorder:
 
     def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
         outputs = self._session.run(images)
-        found = outputs[self._kind]
-        self._masks.extend(found if self._rule is None else [self._rule.mask(scores) for scores in found])
+        answers = outputs[self._kind]
+        self._masks.extend(answers if self._rule is None else [self._rule.mask(scores) for scores in answers])
         return outputs
 
     def take(self) -> list[NDArray[Any]]:
@@ -275,15 +269,3 @@ class _Recorder:
 
     def close(self) -> None:
         """The session belongs to the caller of :func:`verify`."""
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _figures(meter: AccuracyMeter) -> AccuracyFigures:
-    return meter.figures() if meter.images else AccuracyFigures()

@@ -1,13 +1,146 @@
-"""Small edits of an onnx_ir graph: new nodes in front of an anchor, constants, removal of what is no longer read."""
+"""Looking at an onnx_ir graph and changing it: what rewrites and Q/DQ passes need, and nothing about any one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+
+Dims = tuple[int | None, ...]
+
+
+def nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
+    """The nodes of these types (none given: of any) that something reads, in order; safe against changes meanwhile."""
+    for node in list(model.graph):
+        wanted = not op_types or node.op_type in op_types
+        if wanted and node.domain in ("", "ai.onnx") and node.graph is not None and any(map(reads, node.outputs)):
+            yield node
+
+
+def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
+    """The array of an initializer or Constant, else ``None``."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if tensor is None or (value is not None and value.is_graph_input()) else tensor.numpy()
+
+
+def maker(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that makes ``value``, if it is of one of these types."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type in op_types and node.domain in ("", "ai.onnx") else None
+
+
+def sole_maker(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """As :func:`maker`, if nothing else reads ``value``: a node that disappears when its reader is rewritten."""
+    return maker(value, *op_types) if value is not None and reads(value) == 1 else None
+
+
+def reads(value: ir.Value) -> int:
+    """How often ``value`` is read; a graph output counts as a read."""
+    return len(value.uses()) + int(value.is_graph_output())
+
+
+def sole_reader(value: ir.Value, *op_types: str) -> ir.Node | None:
+    """The only node that reads ``value``, if it is of one of these types (none given: of any)."""
+    if reads(value) != 1 or not value.uses():
+        return None
+    node = next(iter(value.uses())).node
+    return node if not op_types or node.op_type in op_types else None
+
+
+def dims(value: ir.Value | None) -> Dims | None:
+    """Shape with ``None`` for what is not known before run time, or ``None`` when not even the rank is."""
+    if value is None or value.shape is None:
+        return None
+    return tuple(d if isinstance(d, int) else None for d in value.shape)
+
+
+def static(value: ir.Value | None) -> tuple[int, ...] | None:
+    """Shape when all of it is known, else ``None``."""
+    known = dims(value)
+    return None if known is None or None in known else tuple(d for d in known if d is not None)
+
+
+def image_shape(value: ir.Value | None) -> tuple[int, int, int] | None:
+    """The last three dimensions of a 4-d value when they are known numbers; the batch may be dynamic."""
+    known = dims(value)
+    if known is None or len(known) != 4 or None in known[1:]:
+        return None
+    return known[1:]  # type: ignore[return-value]
+
+
+def elements(value: ir.Value | None) -> int | None:
+    """Number of elements of a static value."""
+    shape = static(value)
+    return None if shape is None else math.prod(shape)
+
+
+def ints(node: ir.Node, name: str, default: Sequence[int] = ()) -> tuple[int, ...]:
+    """An integer-list attribute."""
+    return tuple(node.attributes.get_ints(name, list(default)))
+
+
+def integer(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute."""
+    return int(node.attributes.get_int(name, default))
+
+
+def word(node: ir.Node, name: str, default: str) -> str:
+    """A string attribute."""
+    return str(node.attributes.get_string(name, default))
+
+
+def emit(
+    before: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    shape: Iterable[Any] | None = None,
+    outputs: int = 1,
+) -> ir.Value:
+    """Insert a node before ``before``, named after its module; return its first output, of the type of its first input.
+
+    ``shape`` is that of the output, where the caller knows it before shapes are inferred again.
+    """
+    assert before.graph is not None
+    node = ir.node(op_type, list(inputs), attributes=dict(attributes or {}), num_outputs=outputs)
+    node.name = f"{(before.name or '').rpartition('/')[0]}/{op_type}"
+    first = next(v for v in inputs if v is not None)
+    for output in node.outputs:
+        set_type(output, first)
+    if shape is not None:
+        node.outputs[0].shape = ir.Shape(shape)
+    before.graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def set_type(value: ir.Value, like: ir.Value) -> None:
+    """Give ``value`` the data type of ``like``, if that is known."""
+    if like.dtype is not None:
+        value.dtype = like.dtype
+
+
+def weight(near: ir.Node, array: NDArray[Any], name: str) -> ir.Value:
+    """Register a new initializer; its name is made unique by a number if taken."""
+    graph = near.graph
+    assert isinstance(graph, ir.Graph)
+    unique, count = name, 0
+    while unique in graph.initializers:
+        count += 1
+        unique = f"{name}_{count}"
+    return _register(graph, unique, np.ascontiguousarray(array))
+
+
+def _register(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    graph.register_initializer(value)
+    return value
 
 
 class Editor:
@@ -44,13 +177,7 @@ class Editor:
 
     def constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
         """Add an initializer named ``<stem>/<name>``."""
-        full_name = self._fresh(name)
-        tensor = ir.tensor(np.asarray(array), name=full_name)
-        value = ir.Value(
-            name=full_name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(np.shape(array)))
-        )
-        self._graph.register_initializer(value)
-        return value
+        return _register(self._graph, self._fresh(name), np.asarray(array))
 
     def _fresh(self, name: str) -> str:
         full_name = base = f"{self._stem}/{name}"
@@ -61,6 +188,16 @@ class Editor:
             full_name = f"{base}_{count}"
         taken.add(full_name)
         return full_name
+
+
+def replace(old: ir.Value, new: ir.Value) -> None:
+    """Let ``new`` take the place of ``old`` everywhere; a graph output keeps its name."""
+    if new.shape is None:
+        new.shape = old.shape
+    if old.is_graph_output():
+        name, old.name = old.name, f"{old.name}_before"
+        new.name = name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
@@ -97,20 +234,15 @@ def remove_unread_constants(graph: ir.Graph) -> None:
             graph.initializers.pop(name)
 
 
-def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
-    """Values of an initializer, ``None`` for anything else."""
-    return None if value is None or value.const_value is None else value.const_value.numpy()
-
-
-def sole_reader(value: ir.Value) -> ir.Node | None:
-    """The one node that reads ``value``, ``None`` if there are several uses, none, or it is a graph output."""
-    uses = list(value.uses())
-    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
-
-
-def image_shape(value: ir.Value | None) -> tuple[int, int, int] | None:
-    """The last three dimensions of a 4-d value when they are known numbers; the batch may be dynamic."""
-    if value is None or value.shape is None or len(value.shape) != 4:
-        return None
-    dims = list(value.shape)[1:]
-    return tuple(dims) if all(isinstance(d, int) for d in dims) else None  # type: ignore[return-value]
+def tidy(model: ir.Model) -> None:
+    """Remove nodes and initializers nothing reads, make node names unique, and infer the shapes of new values."""
+    RemoveUnusedNodesPass()(model)
+    seen: dict[str, int] = {}
+    for node in model.graph:
+        name = node.name or node.op_type
+        while name in seen:
+            seen[name] += 1
+            name = f"{node.name or node.op_type}_{seen[name]}"
+        seen[name] = 0
+        node.name = name
+    ShapeInferencePass(strict_mode=True)(model)

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from edgeseg.errors import ArtifactError
-from edgeseg.store.onnx_file import first_line
+from edgeseg.errors import ArtifactError, first_line
 
 Shape = tuple[int, ...]
 

@@ -49,6 +49,12 @@ def node_dtypes(model: onnx.ModelProto) -> dict[str, str]:
     return found
 
 
+def shares(totals: Mapping[str, float]) -> dict[str, float]:
+    """Each one's part of the sum, in alphabetical order; empty when that is 0."""
+    total = sum(totals.values())
+    return {name: value / total for name, value in sorted(totals.items())} if total else {}
+
+
 def precision_report(requested: Precision, dtypes: Mapping[str, str], macs: Mapping[str, int]) -> PrecisionReport:
     """Shares per dtype, by types: nothing was run.
 
@@ -64,13 +70,11 @@ def precision_report(requested: Precision, dtypes: Mapping[str, str], macs: Mapp
         totals[dtype] += count
         if dtype != requested:
             float_layers[name] = f"runs in {dtype}" if dtype != "unknown" else "not found among the engine's layers"
-    nodes = Counter(dtypes.values())
-    total = sum(totals.values())
     return PrecisionReport(
         requested=requested,
-        mac_share={k: v / total for k, v in sorted(totals.items())} if total else {},
-        node_share={k: v / len(dtypes) for k, v in sorted(nodes.items())},
-        macs=total,
+        mac_share=shares(totals),
+        node_share=shares(Counter(dtypes.values())),
+        macs=sum(totals.values()),
         float_layers=float_layers,
         evidence="typed",
     )

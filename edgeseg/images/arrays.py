@@ -10,8 +10,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import InputError
-from edgeseg.store.files import reason, require_file
+from edgeseg.errors import InputError, one_line
+from edgeseg.store.files import require_file
 
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
 # An archive member may say it is larger than it is by its headers; more of them than this is no set of images.
@@ -20,11 +20,6 @@ MAX_MEMBERS = 100_000
 
 def read_array(path: Path, what: str, largest_bytes: int) -> NDArray[Any]:
     """Read the one array of a ``.npy`` or ``.npz`` file.
-
-    Args:
-        path: the file; its suffix decides.
-        what: "image" or "mask", for messages.
-        largest_bytes: refuse an array of more, before memory is taken for it.
 
     Raises:
         InputError: not a readable file, damaged, pickled, encrypted, too large, or an archive of several arrays.
@@ -40,16 +35,11 @@ def read_array(path: Path, what: str, largest_bytes: int) -> NDArray[Any]:
         raise InputError(f"cannot read {what} {path}: {exc}") from exc
     except Exception as exc:
         # numpy raises whatever its parsing of a damaged header trips over: ValueError, tokenize.TokenError, ...
-        raise InputError(f"cannot read {what} {path}: {reason(exc)}") from exc
+        raise InputError(f"cannot read {what} {path}: {one_line(exc)}") from exc
 
 
 def open_arrays(path: Path, what: str, largest_bytes: int) -> dict[str, NDArray[Any]]:
     """Return the arrays of a ``.npy`` (left on disk, of any size) or ``.npz`` file (read), by name.
-
-    Args:
-        path: the file; its suffix decides.
-        what: for messages.
-        largest_bytes: refuse an archive whose arrays have more in all.
 
     Raises:
         InputError: as :func:`read_array`.
@@ -61,7 +51,7 @@ def open_arrays(path: Path, what: str, largest_bytes: int) -> dict[str, NDArray[
     try:
         return {path.name: np.lib.format.open_memmap(path, mode="r")}
     except Exception as exc:
-        raise InputError(f"cannot read {what} {path}: {reason(exc)}") from exc
+        raise InputError(f"cannot read {what} {path}: {one_line(exc)}") from exc
 
 
 def _read_archive(path: Path, what: str, largest_bytes: int, most: int) -> dict[str, NDArray[Any]]:
@@ -83,7 +73,7 @@ def _read_archive(path: Path, what: str, largest_bytes: int, most: int) -> dict[
         raise InputError(f"cannot read {what} {path}: {exc}") from exc
     except Exception as exc:
         # BadZipFile, zlib.error, NotImplementedError (compression), RuntimeError (encryption), and numpy's own.
-        raise InputError(f"cannot read {what} {path}: {reason(exc)}") from exc
+        raise InputError(f"cannot read {what} {path}: {one_line(exc)}") from exc
     return arrays
 
 

@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import EdgesegError, InputError, refusals_as
+from edgeseg.errors import EdgesegError, InputError, one_line, refusals_as
 from edgeseg.images.arrays import ARRAY_SUFFIXES, read_array
 from edgeseg.images.placement import Placement, fit, fit_windows
 from edgeseg.images.tiff import TiffLayout, read_bands, tiff_layout
-from edgeseg.store.files import read_lines, reason, require_file, without_warnings
+from edgeseg.store.files import read_lines, require_file, without_warnings
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -122,7 +122,7 @@ def list_images(source: str | Path | Iterable[str | Path], *, suffixes: frozense
         except (FileNotFoundError, ValueError):
             why = "does not exist"
         except OSError as exc:
-            why = f"cannot be reached ({reason(exc)})"
+            why = f"cannot be reached ({one_line(exc)})"
         raise InputError(f"{source} {why}; give an image, a folder, a glob or a .txt list of images")
     found = sorted((p for p in _matches(path) if not os.path.isdir(p)), key=natural_key)
     if not found:
@@ -235,7 +235,7 @@ def _read_with_pillow(path: Path, channels: int) -> NDArray[np.uint8]:
         raise InputError(f"cannot read image {path}: not one of {', '.join(FORMATS)}, or damaged") from exc
     except Exception as exc:
         # Decoders raise whatever their parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ...
-        raise InputError(f"cannot read image {path}: {reason(exc)}") from exc
+        raise InputError(f"cannot read image {path}: {one_line(exc)}") from exc
 
 
 def is_picture(value: object) -> bool:
@@ -258,7 +258,7 @@ def picture_pixels(picture: Any, channels: int) -> NDArray[np.uint8]:
     except InputError:
         raise
     except Exception as exc:
-        raise InputError(f"cannot read image {name}: {reason(exc)}") from exc
+        raise InputError(f"cannot read image {name}: {one_line(exc)}") from exc
 
 
 def _from_tiff(path: Path, layout: TiffLayout, channels: int) -> NDArray[np.uint8]:
@@ -268,7 +268,7 @@ def _from_tiff(path: Path, layout: TiffLayout, channels: int) -> NDArray[np.uint
         raise
     except Exception as exc:
         # As with Pillow: anything a damaged file makes a decoder trip over.
-        raise InputError(f"cannot read image {path}: {reason(exc)}") from exc
+        raise InputError(f"cannot read image {path}: {one_line(exc)}") from exc
 
 
 def _from_pillow(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from edgeseg.errors import QuantizationError
+from edgeseg.errors import QuantizationError, first_line
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.store.artifacts import OnnxGraph, sha256_file
 from edgeseg.store.onnx_file import read_onnx, write_onnx
@@ -58,8 +58,9 @@ def write_fp16(graph: OnnxGraph, table: CalibrationTable | None, path: Path) -> 
     try:
         onnx.checker.check_model(typed, full_check=True)
     except (onnx.checker.ValidationError, shape_inference.InferenceError) as exc:
-        first = str(exc).strip().splitlines()[0]
-        raise QuantizationError(f"the FP16 graph of {graph.path.name} is not valid: {first}; please report it") from exc
+        raise QuantizationError(
+            f"the FP16 graph of {graph.path.name} is not valid: {first_line(exc)}; please report it"
+        ) from exc
     write_onnx(typed, path)
     return replace(graph, path=path, sha256=sha256_file(path), precision="fp16")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from edgeseg.spec import one_of
-
 
 @dataclass(frozen=True)
 class QuantScheme:
@@ -66,9 +64,3 @@ SCHEMES: dict[str, QuantScheme] = {
         QuantScheme("tensorrt", "s8", True, 8, False, "inputs"),
     )
 }
-
-
-def get_scheme(name: str) -> QuantScheme:
-    """Return a scheme. Raises ``SpecError`` for an unknown name."""
-    one_of("quantization scheme", name, tuple(SCHEMES))
-    return SCHEMES[name]

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.arguments import choice
-from edgeseg.errors import InputError, SpecError
+from edgeseg.errors import InputError, SpecError, one_line
 from edgeseg.images.decoding import is_picture, picture_pixels, read_image
 from edgeseg.spec import ChannelOrder
-from edgeseg.store.files import reason
 
 
 class _Array(Protocol):
@@ -45,11 +44,6 @@ class Given:
 def given_images(images: object, channels: int, *, swap: bool) -> Given:
     """Check one image or a batch, whatever form it has.
 
-    Args:
-        images: see :meth:`edgeseg.Segmenter.__call__`; no list.
-        channels: of the model.
-        swap: arrays have their channels in reverse order; files and PIL images never do.
-
     Raises:
         InputError: no image, or not of these channels.
     """
@@ -64,7 +58,9 @@ def given_images(images: object, channels: int, *, swap: bool) -> Given:
         try:
             images = np.asarray(images.__array__())
         except (TypeError, RuntimeError, ValueError) as exc:
-            raise InputError(f"images are a {type(images).__name__} ({reason(exc)}); give {wanted} on the CPU") from exc
+            raise InputError(
+                f"images are a {type(images).__name__} ({one_line(exc)}); give {wanted} on the CPU"
+            ) from exc
     if not isinstance(images, np.ndarray):
         raise InputError(
             f"images are a {type(images).__name__}; give a numpy array, {wanted}, a path, a PIL image or a list of them"

@@ -57,9 +57,6 @@ def stage_folder(stage: Stage) -> Path:
 def usable_cache(note: Callable[[str], None]) -> Iterator[None]:
     """Work without a cache, in a folder that is removed at the end, where the cache cannot be written.
 
-    Args:
-        note: told so, in one line.
-
     Raises:
         ArtifactError: there is no folder for temporary files either.
     """

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgeseg.errors import EdgesegError, InputError
+from edgeseg.errors import EdgesegError, InputError, one_line
 
 _filters_changing = threading.Lock()
 # Lists of images, splits, colour tables: some hundred thousand lines.
@@ -22,10 +22,6 @@ MAX_TEXT_BYTES = 16 << 20
 
 def require_file(path: str | Path, what: str) -> int:
     """Return the size in bytes of a regular file that is not empty.
-
-    Args:
-        path: the file; links are followed.
-        what: what it is to be, for the message: "image", "mask".
 
     Raises:
         InputError: it does not exist, may not be looked at, is something else, or is empty.
@@ -59,7 +55,7 @@ def read_lines(path: Path, what: str) -> list[str]:
     try:
         return read_bounded(path, what, InputError).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as exc:
-        raise InputError(f"cannot read {what} {path}: {reason(exc)}") from exc
+        raise InputError(f"cannot read {what} {path}: {one_line(exc)}") from exc
 
 
 def read_bounded(path: Path, what: str, error: type[EdgesegError]) -> bytes:
@@ -69,7 +65,7 @@ def read_bounded(path: Path, what: str, error: type[EdgesegError]) -> bytes:
     try:
         return path.read_bytes()
     except OSError as exc:
-        raise error(f"cannot read {what} {path}: {reason(exc)}") from exc
+        raise error(f"cannot read {what} {path}: {one_line(exc)}") from exc
 
 
 @contextmanager
@@ -81,13 +77,7 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
-def reason(exc: BaseException) -> str:
-    """An exception's text on one line, without the file name that decoders like to repeat."""
-    text = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-    return " ".join(text.split())[:200] or type(exc).__name__
-
-
 def _why_not(path: str | Path, exc: OSError | ValueError) -> str:
     if os.path.islink(path) and not os.path.exists(path):
         return f"it is a link to {os.readlink(path)}, which cannot be reached"
-    return "it does not exist" if isinstance(exc, FileNotFoundError) else reason(exc)
+    return "it does not exist" if isinstance(exc, FileNotFoundError) else one_line(exc)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import external_data_helper
 
-from edgeseg.errors import ArtifactError
+from edgeseg.errors import ArtifactError, first_line
 from edgeseg.store.atomic import write_bytes
 from edgeseg.store.files import require_regular
 
@@ -80,17 +79,3 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
         full = exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
         hint = "free space" if full else "give a folder that can be written"
         raise ArtifactError(f"cannot write {path}: {exc.strerror}; {hint}") from exc
-
-
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the exception at the bottom of ``error``'s chain, for our one-line errors.
-
-    Exporters wrap the real cause in general words ("failed to convert"); the cause is what a user can act on.
-    """
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in _ANSI.sub("", str(error)).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeseg.errors import EdgesegError, MissingDependencyError
+from edgeseg.errors import EdgesegError, MissingDependencyError, one_line
 from edgeseg.machine.orphans import end_with_parent
 from edgeseg.store.artifacts import engine_folder
 from edgeseg.sweep.config import Cell
@@ -44,7 +44,7 @@ def build_cell(cell: Cell) -> Built:
     except EdgesegError as exc:
         reason = str(exc)
     except Exception as exc:
-        reason = f"internal error, {type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
+        reason = f"internal error, {type(exc).__name__}: {one_line(exc)}"
     return Built(cell, time.perf_counter() - begin, reason)
 
 
@@ -104,7 +104,7 @@ def build_on_ray(cells: Sequence[Cell], address: str | None, builder: Builder = 
             try:
                 yield _unpack(cell, ray.get(reference))
             except ray.exceptions.RayError as exc:
-                yield Built(cell, 0.0, f"the Ray task failed, {type(exc).__name__}: {' '.join(str(exc).split())[:300]}")
+                yield Built(cell, 0.0, f"the Ray task failed, {type(exc).__name__}: {one_line(exc)}")
     finally:
         if started_here:
             ray.shutdown()

@@ -1,4 +1,4 @@
-"""Meters against plain loops over pixels, and their conventions."""
+"""Counts and meters against plain loops over pixels, and their conventions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.boundary import boundary_band
-from edgeseg.evaluate.accuracy.meters import MATRIX_CLASSES_LIMIT, AccuracyMeter, AgreementMeter, mean_of
+from edgeseg.evaluate.accuracy.counts import MATRIX_CLASSES_LIMIT, count_truth
+from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter, optional
+from edgeseg.evaluate.intervals import per_class
+from edgeseg.store.artifacts import AccuracyFigures
 
 CLASSES = 4
 IGNORE = 9
@@ -91,60 +94,46 @@ def test_band_holds_for_any_small_mask(mask: NDArray[np.int32], width: int, bord
     np.testing.assert_array_equal(boundary_band(mask, width, image_border=border, ignore_index=-1), expected)
 
 
-@pytest.mark.parametrize("ignore", [None, IGNORE])
-def test_multiclass_counts_equal_a_loop_over_pixels(ignore: int | None) -> None:
+@pytest.mark.parametrize("has_ignored", [False, True])
+def test_multiclass_counts_equal_a_loop_over_pixels(has_ignored: bool) -> None:
     rng = np.random.default_rng(1)
     pairs = []
     for _ in range(3):
         truth = labels(rng, CLASSES)
         prediction = np.where(rng.random(truth.shape) < 0.2, labels(rng, CLASSES), truth)
-        if ignore is not None:
-            truth[rng.random(truth.shape) < 0.1] = ignore
+        if has_ignored:
+            truth[rng.random(truth.shape) < 0.1] = IGNORE
         pairs.append((prediction, truth))
-    meter = AccuracyMeter(CLASSES, ignore_index=ignore)
+    meter = AccuracyMeter(CLASSES, ignore_index=IGNORE, boundary_px=2)
     for k, (prediction, truth) in enumerate(pairs):
         meter.update(prediction, truth, f"{k}.png")
 
-    expected = naive_counts(pairs, CLASSES, ignore)
-    np.testing.assert_array_equal(meter.counts, expected)
+    expected = naive_counts(pairs, CLASSES, IGNORE)
+    np.testing.assert_array_equal(meter.counts[:, :5], expected)
     hits, extra, missed, edge_hits, edge_union = expected.T
-    assert meter.iou() == pytest.approx(tuple(hits / (hits + extra + missed)))
-    assert meter.dice() == pytest.approx(tuple(2 * hits / (2 * hits + extra + missed)))
-    assert meter.boundary_iou() == pytest.approx(tuple(edge_hits / edge_union))
-    labelled = sum(int((t != ignore).sum()) if ignore is not None else t.size for _, t in pairs)
-    assert meter.pixel_accuracy() == pytest.approx(hits.sum() / labelled)
+    assert per_class("dice", meter.counts) == pytest.approx(2 * hits / (2 * hits + extra + missed))
+    assert per_class("boundary_iou", meter.counts) == pytest.approx(edge_hits / edge_union)
     figures = meter.figures()
+    assert figures.per_class_iou == pytest.approx(tuple(hits / (hits + extra + missed)))
     assert figures.miou == pytest.approx(np.mean(hits / (hits + extra + missed)))
-    assert figures.per_class_iou == meter.iou()
+    assert figures.pixel_accuracy == pytest.approx(hits.sum() / sum(int((t != IGNORE).sum()) for _, t in pairs))
 
 
 def test_confusion_matrix_has_truth_in_rows() -> None:
-    meter = AccuracyMeter(3, ignore_index=255)
-    meter.update(np.array([[0, 1, 1, 2]], np.uint8), np.array([[0, 0, 1, 255]], np.uint8))
-    assert meter.matrix is not None
-    np.testing.assert_array_equal(meter.matrix, [[1, 1, 0], [0, 1, 0], [0, 0, 0]])
+    counted = count_truth(np.array([[0, 1, 1, 2]], np.uint8), np.array([[0, 0, 1, -1]], np.int32), 3)
+    assert counted.confusion == ((0, 0, 1), (0, 1, 1), (1, 1, 1))
+    assert (counted.right, counted.pixels, counted.ignored) == (2, 3, 1)
 
 
-def test_per_image_counts_add_up_to_the_totals() -> None:
-    """What a bootstrap over images needs is kept, for the classes an image shows only."""
+def test_counts_of_an_image_are_of_the_classes_it_shows() -> None:
     rng = np.random.default_rng(2)
-    meter = AccuracyMeter(CLASSES)
-    for k in range(4):
-        truth = labels(rng, 2)  # classes 2 and 3 never occur
-        meter.update(labels(rng, 2), truth, f"{k}.png")
-    total = np.zeros((CLASSES, 5), dtype=np.int64)
-    for image in meter.images:
-        assert set(image.classes) <= {0, 1}
-        total[image.classes] += image.counts
-    np.testing.assert_array_equal(total, meter.counts)
-    assert sum(i.right for i in meter.images) == meter.right
-    assert [i.name for i in meter.images] == ["0.png", "1.png", "2.png", "3.png"]
+    assert count_truth(labels(rng, 2), labels(rng, 2), CLASSES).classes == (0, 1)  # classes 2 and 3 never occur
 
 
 def test_a_class_in_neither_mask_has_no_score_and_no_part_in_the_mean() -> None:
     meter = AccuracyMeter(4)
     meter.update(np.array([[0, 0, 1, 1]], np.uint8), np.array([[0, 0, 0, 1]], np.uint8))
-    assert meter.iou() == (2 / 3, 0.5, None, None)
+    assert meter.figures().per_class_iou == (2 / 3, 0.5, None, None)
     assert meter.figures().miou == pytest.approx((2 / 3 + 0.5) / 2)
     assert meter.figures().dice == pytest.approx((4 / 5 + 2 / 3) / 2)
 
@@ -153,16 +142,15 @@ def test_a_class_only_predicted_scores_zero() -> None:
     """Absent from the truth but predicted: a false alarm counts against the model."""
     meter = AccuracyMeter(2)
     meter.update(np.array([[0, 1]], np.uint8), np.array([[0, 0]], np.uint8))
-    assert meter.iou() == (0.5, 0.0)
+    assert meter.figures().per_class_iou == (0.5, 0.0)
 
 
 def test_binary_judges_the_foreground() -> None:
     meter = AccuracyMeter(1, "binary", ignore_index=-1)
     meter.update(np.array([[1, 1, 0, 0, 1]], np.uint8), np.array([[1, 0, 1, 0, -1]], np.int32))
-    assert meter.iou() == (1 / 3,)
-    assert meter.dice() == (1 / 2,)
-    assert meter.pixel_accuracy() == 0.5
-    assert meter.matrix is None
+    assert meter.figures().per_class_iou == (1 / 3,)
+    assert tuple(per_class("dice", meter.counts)) == (1 / 2,)
+    assert meter.figures().pixel_accuracy == 0.5
 
 
 def test_binary_without_any_foreground_has_no_iou_but_an_accuracy() -> None:
@@ -174,27 +162,26 @@ def test_binary_without_any_foreground_has_no_iou_but_an_accuracy() -> None:
 
 def test_multilabel_is_one_binary_problem_per_plane() -> None:
     rng = np.random.default_rng(3)
-    meter = AccuracyMeter(3, "multilabel", ignore_index=9)
-    single = [AccuracyMeter(1, "binary", ignore_index=9) for _ in range(3)]
+    meter = AccuracyMeter(3, "multilabel", ignore_index=9, boundary_px=2)
+    single = [AccuracyMeter(1, "binary", ignore_index=9, boundary_px=2) for _ in range(3)]
     for _ in range(2):
         prediction, truth = labels(rng, 2, (3, 11, 9)), labels(rng, 2, (3, 11, 9))
         truth[:, rng.random((11, 9)) < 0.1] = 9
         meter.update(prediction, truth)
         for plane, one in enumerate(single):
             one.update(prediction[plane], truth[plane])
-    assert meter.iou() == tuple(one.iou()[0] for one in single)
-    assert meter.boundary_iou() == tuple(one.boundary_iou()[0] for one in single)
-    assert meter.pixel_accuracy() == pytest.approx(np.mean([one.pixel_accuracy() for one in single]))
+    np.testing.assert_array_equal(meter.counts, np.concatenate([one.counts for one in single]))
+    assert meter.figures().pixel_accuracy == pytest.approx(np.mean([one.figures().pixel_accuracy for one in single]))
 
 
 def test_more_classes_than_a_byte_holds() -> None:
     classes = MATRIX_CLASSES_LIMIT + 1
-    meter = AccuracyMeter(classes)
-    truth = np.array([[300, 1024, 7]], np.uint16)
-    meter.update(np.array([[300, 1024, 300]], np.uint16), truth)
-    assert meter.matrix is None
-    assert (meter.iou()[300], meter.iou()[1024], meter.iou()[7]) == (0.5, 1.0, 0.0)
-    assert meter.figures().miou == 0.5
+    counted = count_truth(
+        np.array([[300, 1024, 300]], np.uint16), np.array([[300, 1024, 7]], np.uint16), classes, boundary_px=None
+    )
+    assert counted.confusion == ()
+    assert counted.classes == (7, 300, 1024)
+    assert [row[:3] for row in counted.counts] == [(0, 0, 1), (1, 1, 0), (1, 0, 0)]
 
 
 @pytest.mark.parametrize(
@@ -214,18 +201,18 @@ def test_what_is_no_mask_is_refused(prediction: NDArray, truth: NDArray, message
 
 def test_agreement_is_split_at_the_boundaries_of_the_reference() -> None:
     rng = np.random.default_rng(4)
-    meter = AgreementMeter()
+    meter = AgreementMeter(3)
     expected = np.zeros(4, dtype=int)
-    for k in range(3):
+    for _ in range(3):
         reference = labels(rng, 3, (20, 30))
         prediction = np.where(rng.random(reference.shape) < 0.1, 1, reference).astype(np.uint8)
         band, equal = naive_band(reference, 2, False), prediction == reference
         expected += [equal.sum(), equal.size, (equal & band).sum(), band.sum()]
-        assert meter.update(prediction, reference, str(k)) == equal.mean()
+        meter.update(prediction, reference)
     same, pixels, same_near, near = expected
-    assert meter.agreement == pytest.approx(same / pixels)
-    assert meter.boundary_agreement == pytest.approx(same_near / near)
-    assert meter.interior_agreement == pytest.approx((same - same_near) / (pixels - near))
+    assert meter.agreement == same / pixels
+    assert meter.boundary == same_near / near
+    assert meter.interior == (same - same_near) / (pixels - near)
 
 
 def test_exactly_k_wrong_pixels_are_found() -> None:
@@ -234,34 +221,25 @@ def test_exactly_k_wrong_pixels_are_found() -> None:
     prediction = reference.copy()
     prediction[0, 0] = prediction[9, 9] = 1 - prediction[0, 0]  # one interior pixel wrong, one right
     prediction[4, 5] = 0  # one boundary pixel wrong
-    meter = AgreementMeter()
+    meter = AgreementMeter(2)
     meter.update(prediction, reference)
-    assert meter.agreement == 0.98
-    assert meter.boundary_agreement == 1 - 1 / 40  # columns 3..6
-    assert meter.interior_agreement == 1 - 1 / 60
+    # The boundary is columns 3..6.
+    assert (meter.agreement, meter.boundary, meter.interior) == (0.98, 1 - 1 / 40, 1 - 1 / 60)
+    assert meter.per_class == (1 - 1 / 50, 1 - 1 / 50)
 
 
 def test_agreement_without_images_or_boundaries_is_not_a_number_of_any_kind() -> None:
-    meter = AgreementMeter()
-    assert meter.agreement is None
+    meter = AgreementMeter(2)
+    assert (meter.agreement, meter.boundary, meter.interior) == (None, None, None)
     meter.update(np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8))
-    assert (meter.agreement, meter.boundary_agreement, meter.interior_agreement) == (1.0, None, 1.0)
-
-
-def test_worst_images_come_first() -> None:
-    meter = AgreementMeter()
-    for name, wrong in (("good", 0), ("bad", 3), ("middling", 1)):
-        prediction = np.zeros((2, 4), np.uint8)
-        prediction[0, :wrong] = 1
-        meter.update(prediction, np.zeros((2, 4), np.uint8), name)
-    assert [name for name, _ in meter.worst(2)] == ["bad", "middling"]
+    assert (meter.agreement, meter.boundary, meter.interior, meter.per_class) == (1.0, None, 1.0, (1.0, None))
 
 
 def test_masks_of_different_sizes_do_not_compare() -> None:
     with pytest.raises(InputError, match="one size"):
-        AgreementMeter().update(np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8))
+        AgreementMeter(2).update(np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8))
 
 
-def test_mean_leaves_out_what_has_no_score() -> None:
-    assert mean_of([0.5, None, 1.0]) == 0.75
-    assert mean_of([None]) is None
+def test_no_score_is_none() -> None:
+    assert optional(np.array([0.5, np.nan])) == (0.5, None)
+    assert AccuracyMeter(2).figures() == AccuracyFigures()

@@ -18,9 +18,10 @@ from PIL import Image
 from edgeseg.backends import BACKENDS
 from edgeseg.errors import ArtifactError, InputError, SpecError
 from edgeseg.evaluate.accuracy import evaluation
+from edgeseg.evaluate.accuracy.counts import TruthCounts, count_agreement, count_truth
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest, evaluate
-from edgeseg.evaluate.accuracy.judge import ImageRecord, TruthCounts, at_resolution, count_agreement, count_truth
+from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution
 from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.ledger import Ledger
 from edgeseg.evaluate.contenders import Contender, Opener, engine_contenders
@@ -58,7 +59,10 @@ class Fakes(Opener):
         self.sessions = sessions
         self.opened: list[str] = []
 
-    def open(self, contender: Contender, threads: int | None = None, *, with_scores: bool = False) -> Any:
+    def open(
+        self, contender: Contender, threads: int | None = None, *, with_scores: bool = False, exact: bool = False
+    ) -> Any:
+        assert exact == (contender.baseline == "pytorch"), "accuracy is judged beside exact float32"
         self.opened.append(contender.name)
         return self.sessions[contender.name]()
 
@@ -243,7 +247,7 @@ def test_contours_equal_a_loop_over_pixels(seed: int) -> None:
     truth = rng.integers(0, 3, (5, 6)).repeat(4, axis=0).repeat(3, axis=1).astype(np.int32)
     prediction = np.roll(truth, 3, axis=1)
     truth[rng.random(truth.shape) < 0.05] = IGNORED
-    counts = count_truth(prediction, truth, ModelSpec("custom", classes=3))
+    counts = count_truth(prediction, truth, 3)
     for value, row in zip(counts.classes, counts.counts, strict=True):
         assert list(row[5:]) == loop_contour_f(prediction, truth, truth != IGNORED, value, 2)
 
@@ -253,7 +257,7 @@ def test_agreement_counts_of_planes() -> None:
     reference[0, :4], reference[1, :, :2] = 1, 1
     prediction = reference.copy()
     prediction[0, 0, 0] = 0
-    found = count_agreement(prediction, reference, ModelSpec("custom", classes=2, task="multilabel"))
+    found = count_agreement(prediction, reference, 2, "multilabel")
     assert (found.equal, found.pixels, found.classes) == (127, 128, ((0, 31, 32), (1, 16, 16)))
 
 

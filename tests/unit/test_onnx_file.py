@@ -11,8 +11,8 @@ import pytest
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from edgeseg.errors import ArtifactError  # noqa: E402
-from edgeseg.store.onnx_file import first_line, read_onnx, write_onnx  # noqa: E402
+from edgeseg.errors import ArtifactError, first_line  # noqa: E402
+from edgeseg.store.onnx_file import read_onnx, write_onnx  # noqa: E402
 
 
 def small_model() -> Any:

@@ -39,8 +39,8 @@ from edgeseg.convert.rewrites import (  # noqa: E402
     tokens,
 )
 from edgeseg.convert.rewrites.driver import Rewrite, apply_rewrites, each  # noqa: E402
-from edgeseg.convert.rewrites.graph import tidy  # noqa: E402
 from edgeseg.errors import ExportError  # noqa: E402
+from edgeseg.graph.editing import tidy  # noqa: E402
 
 RNG = np.random.default_rng(3)
 LINEAR = 'mode = "linear", coordinate_transformation_mode = "align_corners"'

@@ -28,7 +28,7 @@ from edgeseg.convert.rewrites import (  # noqa: E402
     token_slices,
     tokens,
 )
-from edgeseg.convert.rewrites.graph import tidy  # noqa: E402
+from edgeseg.graph.editing import tidy  # noqa: E402
 
 
 def ints(*values: int) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 from small_graphs import floats, graph, run  # noqa: E402
 
 from edgeseg.convert.rewrites import conv_sum, resize_sum, subpixel  # noqa: E402
-from edgeseg.convert.rewrites.graph import tidy  # noqa: E402
+from edgeseg.graph.editing import tidy  # noqa: E402
 from edgeseg.graph.macs import count_macs  # noqa: E402
 
 LINEAR = 'mode = "linear", coordinate_transformation_mode = "align_corners"'

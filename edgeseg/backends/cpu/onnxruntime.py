@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,8 @@ from edgeseg.backends.cpu.options import check_built_for, check_image_size, cpu_
 from edgeseg.backends.cpu.precision import executed_precision, node_times, profiled_events, run_profiled
 from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.backends.signature import ANY, TensorInfo, check_signature
-from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
+from edgeseg.closing import Closing
+from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, one_line
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import Engine, OnnxGraph
@@ -113,7 +113,7 @@ class OnnxRuntimeBackend:
         return settings
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(Closing):
     """A loaded engine; ``run`` may be called from several threads at once."""
 
     def __init__(self, session: Any, spec: InputSpec | None = None) -> None:
@@ -142,19 +142,11 @@ class OnnxRuntimeSession:
                 raise InputError(
                     f"images are {images.dtype} {images.shape}, this engine takes uint8 {_shape_text(self._shape)}"
                 ) from exc
-            raise BuildError(f"ONNX Runtime failed to run the engine: {_one_line(exc)}") from exc
+            raise BuildError(f"ONNX Runtime failed to run the engine: {one_line(exc)}") from exc
 
     def close(self) -> None:
         """Free the session's memory and threads."""
         self._session = None
-
-    def __enter__(self) -> OnnxRuntimeSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def backend() -> OnnxRuntimeBackend:
@@ -222,7 +214,7 @@ def _open(ort: Any, path: Path, settings: Any, error: type[BuildError] | type[Ar
             raise error(
                 f"ONNX Runtime could not write {written}, with {free_mb:.1f} MB free there; free space or give another --output"
             ) from exc
-        raise error(f"ONNX Runtime {ort.__version__} cannot load {path}: {_one_line(exc)}") from exc
+        raise error(f"ONNX Runtime {ort.__version__} cannot load {path}: {one_line(exc)}") from exc
 
 
 def _tensors(arguments: Sequence[Any]) -> list[TensorInfo]:
@@ -244,10 +236,6 @@ def _fits(shape: tuple[int, ...], wanted: tuple[Any, ...]) -> bool:
 
 def _shape_text(shape: tuple[Any, ...]) -> str:
     return "(" + ", ".join(str(n) for n in shape) + ")"
-
-
-def _one_line(exc: BaseException) -> str:
-    return " ".join(str(exc).split())[:400]
 
 
 def _advice(cpu: Cpu) -> str:

@@ -10,9 +10,8 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,8 @@ from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
 from edgeseg.backends.cpu.options import check_built_for, check_image_size, cpu_options, saved_options
 from edgeseg.backends.signature import TensorInfo, check_signature
-from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError
+from edgeseg.closing import Closing
+from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, one_line
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.spec import InputSpec, Precision
 from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
@@ -81,7 +81,7 @@ class OpenVinoBackend:
             compiled = ov.Core().compile_model(model, "CPU", settings)
             path.write_bytes(_exported(compiled))
         except Exception as exc:  # OpenVINO raises RuntimeError subclasses and pybind's own alike
-            raise BuildError(f"OpenVINO {_version(ov)} cannot compile {graph.path}: {_one_line(exc)}") from exc
+            raise BuildError(f"OpenVINO {_version(ov)} cannot compile {graph.path}: {one_line(exc)}") from exc
         return BuiltEngine(
             path=path,
             precision=_executed_precision(compiled, graph, source),
@@ -99,7 +99,7 @@ class OpenVinoBackend:
         try:
             compiled = ov.Core().import_model(path.read_bytes(), "CPU", settings)
         except Exception as exc:  # see build
-            raise ArtifactError(f"OpenVINO cannot load {path}: {_one_line(exc)}") from exc
+            raise ArtifactError(f"OpenVINO cannot load {path}: {one_line(exc)}") from exc
         check_signature(_tensors(compiled.inputs), _tensors(compiled.outputs), manifest.spec)
         return OpenVinoSession(compiled, manifest.spec.input)
 
@@ -116,7 +116,7 @@ class OpenVinoBackend:
         }
 
 
-class OpenVinoSession:
+class OpenVinoSession(Closing):
     """A loaded engine; ``run`` may be called from several threads at once."""
 
     def __init__(self, compiled: Any, spec: InputSpec) -> None:
@@ -147,7 +147,7 @@ class OpenVinoSession:
             # Copies: the request's own memory is written again by the next call.
             return {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs)}
         except Exception as exc:  # see OpenVinoBackend.build
-            raise BuildError(f"OpenVINO failed to run the engine: {_one_line(exc)}") from exc
+            raise BuildError(f"OpenVINO failed to run the engine: {one_line(exc)}") from exc
         finally:
             with self._lock:
                 self._idle.append(request)
@@ -163,14 +163,6 @@ class OpenVinoSession:
         """Free the engine's memory and threads."""
         self._idle.clear()
         self._compiled = None
-
-    def __enter__(self) -> OpenVinoSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def backend() -> OpenVinoBackend:
@@ -208,7 +200,7 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
                     kernel_dtype = str(layer.exec_type).rpartition("_")[2].lower()
                     dtypes[layer.node_name] = _DTYPES.get(kernel_dtype, kernel_dtype)
     except Exception as exc:  # see OpenVinoBackend.build
-        raise BuildError(f"OpenVINO {_version(ov)} cannot profile {engine.graph_path}: {_one_line(exc)}") from exc
+        raise BuildError(f"OpenVINO {_version(ov)} cannot profile {engine.graph_path}: {one_line(exc)}") from exc
     return [(name, ms / runs, dtypes[name]) for name, ms in total.items()]
 
 
@@ -252,6 +244,7 @@ def _version(ov: Any) -> str:
 def _executed_precision(compiled: Any, graph: OnnxGraph, model: onnx.ModelProto) -> PrecisionReport:
     """Join the runtime model's precision per layer with the portable graph's multiply-accumulates."""
     from edgeseg.graph.macs import count_macs
+    from edgeseg.graph.types import precision_report, shares
 
     spec = graph.spec.input
     symbols = (d.dim_param for d in model.graph.input[0].type.tensor_type.shape.dim)
@@ -269,26 +262,15 @@ def _executed_precision(compiled: Any, graph: OnnxGraph, model: onnx.ModelProto)
         dtype = _DTYPES.get(info["runtimePrecision"].lower(), info["runtimePrecision"].lower())
         nodes.append(dtype)
         executed.update(dict.fromkeys((n for n in info["originalLayersNames"].split(",") if n in macs), dtype))
-    shares: Counter[str] = Counter()
-    for name, count in macs.items():
-        shares[executed.get(name, "fp32")] += count
-    total, batch = shares.total(), graph.spec.input.batch.minimum
-    return PrecisionReport(
-        requested=graph.precision,
-        mac_share={dtype: count / total for dtype, count in sorted(shares.items())} if total else {},
-        node_share={dtype: count / len(nodes) for dtype, count in sorted(Counter(nodes).items())},
-        macs=total // batch,
+    dtypes = {name: executed.get(name, "fp32") for name in macs}
+    report = precision_report(graph.precision, dtypes, macs)
+    return replace(
+        report,
+        node_share=shares(Counter(nodes)),
+        macs=report.macs // spec.batch.minimum,
         evidence="inspected",
-        float_layers={
-            name: f"OpenVINO runs it in {executed.get(name, 'fp32')}"
-            for name in macs
-            if executed.get(name, "fp32") != graph.precision
-        },
+        float_layers={name: f"OpenVINO runs it in {dtypes[name]}" for name in report.float_layers},
     )
 
 
 _DTYPES = {"u8": "int8", "i8": "int8", "f32": "fp32", "f16": "fp16", "fp32": "fp32", "fp16": "fp16"}
-
-
-def _one_line(exc: BaseException) -> str:
-    return " ".join(str(exc).split())[:400]

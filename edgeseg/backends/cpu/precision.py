@@ -11,7 +11,7 @@ import json
 import math
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +108,13 @@ def node_times(events: list[dict[str, Any]], runs: int) -> list[tuple[str, float
 def executed_precision(path: Path, requested: Precision, executed: list[ExecutedNode], batch: int) -> PrecisionReport:
     """Count what was executed.
 
-    Args:
-        path: the optimized ONNX file that was run.
-        requested: the precision asked for.
-        executed: from :func:`run_profiled` on that file.
-        batch: the batch size it was run with; MACs are reported for one image.
-
     Raises:
         BuildError: a node that multiplies was not executed under its name.
     """
     import onnx
 
     from edgeseg.graph.macs import CONV_WEIGHT, MATMUL_OPERANDS, count_macs
+    from edgeseg.graph.types import precision_report, shares
 
     model = onnx.load(str(path))
     ran = {node.name: node for node in executed}
@@ -131,22 +126,13 @@ def executed_precision(path: Path, requested: Precision, executed: list[Executed
         elif node.op_type in {*CONV_WEIGHT, *MATMUL_OPERANDS, "ConvTranspose"}:
             raise BuildError(f"ONNX Runtime's profile of {path} holds no node {node.name!r}; please report the model")
     op_types = {node.name: node.op_type for node in model.graph.node}
-    mac_totals: Counter[str] = Counter()
-    float_layers: dict[str, str] = {}
-    for name, macs in count_macs(model, shapes=shapes).items():
-        dtype = ran[name].dtype
-        mac_totals[dtype] += macs // batch
-        if dtype != requested:
-            float_layers[name] = f"{op_types[name]} runs in {dtype}"
-    node_totals = Counter(node.dtype for node in executed)
-    total = sum(mac_totals.values())
-    return PrecisionReport(
-        requested=requested,
-        mac_share={k: v / total for k, v in sorted(mac_totals.items())} if total else {},
-        node_share={k: v / len(executed) for k, v in sorted(node_totals.items())},
-        macs=total,
+    macs = {name: count // batch for name, count in count_macs(model, shapes=shapes).items()}
+    report = precision_report(requested, {name: node.dtype for name, node in ran.items()}, macs)
+    return replace(
+        report,
+        node_share=shares(Counter(node.dtype for node in executed)),
         evidence="executed",
-        float_layers=float_layers,
+        float_layers={name: f"{op_types[name]} {why}" for name, why in report.float_layers.items()},
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.cuda.driver import CudaDevice, DriverName, cuda_error
-from edgeseg.errors import DeviceError
+from edgeseg.errors import DeviceError, one_line
 
 
 class BindingsDriver:
@@ -24,9 +24,7 @@ class BindingsDriver:
             self._call("cuInit", 0)
         except RuntimeError as exc:
             # cuda-bindings raises this, not a status, when it finds no libcuda.so.1.
-            raise DeviceError(
-                f"no NVIDIA driver here (libcuda.so.1 cannot be loaded): {' '.join(str(exc).split())[:200]}"
-            ) from exc
+            raise DeviceError(f"no NVIDIA driver here (libcuda.so.1 cannot be loaded): {one_line(exc)}") from exc
         device = self._call("cuDeviceGet", index)
         self.device = self._describe(device, index)
         self._device = device

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.cuda.driver import CudaDevice, DriverName, cuda_error
-from edgeseg.errors import DeviceError
+from edgeseg.errors import DeviceError, one_line
 
 # pycuda keeps the text of an error, not its name.
 _NAMES = {
@@ -244,5 +244,5 @@ def open_driver(index: int) -> PycudaDriver:
     except ModuleNotFoundError:
         raise
     except ImportError as exc:
-        raise DeviceError(f"pycuda does not load: {' '.join(str(exc).split())[:200]}") from exc
+        raise DeviceError(f"pycuda does not load: {one_line(exc)}") from exc
     return PycudaDriver(pycuda.driver, index)

@@ -8,16 +8,15 @@ the control characters 1E and 1F; before that in its own name.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgeseg.errors import BuildError
-from edgeseg.graph.types import precision_report
+from edgeseg.graph.types import precision_report, shares
 from edgeseg.spec import Precision
 from edgeseg.store.artifacts import PrecisionReport
 
@@ -193,8 +192,7 @@ def proven_precision(
         nodes: names of all nodes of the graph, in order.
     """
     report = precision_report(requested, executed_dtypes(layers, nodes), macs)
-    by_layer = precision_report(requested, {f"{i}": layer.dtype for i, layer in enumerate(layers)}, {})
-    return dataclasses.replace(report, node_share=by_layer.node_share, evidence="inspected")
+    return replace(report, node_share=shares(Counter(layer.dtype for layer in layers)), evidence="inspected")
 
 
 def require_delivered(report: PrecisionReport, expected: Mapping[str, float], version: str) -> None:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import constant, dims, integer, ints, maker, reads, replace, sole_maker, weight
+from edgeseg.graph.editing import constant_array, dims, integer, ints, maker, reads, replace, sole_maker, weight
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _Match:
 
 
 def _match(node: ir.Node) -> _Match | None:
-    moved, scale = node.inputs[0], constant(node.inputs[1])
+    moved, scale = node.inputs[0], constant_array(node.inputs[1])
     if moved is None or scale is None or scale.size != 1 or reads(moved) != 1:
         return None
     value: ir.Value | None = moved
@@ -45,10 +45,12 @@ def _match(node: ir.Node) -> _Match | None:
     linear, columns, width = part
     add = maker(linear, "Add")
     product = sole_maker(_variable(add), "MatMul") if add is not None else maker(linear, "MatMul")
-    matrix = constant(product.inputs[1]) if product is not None else None
+    matrix = constant_array(product.inputs[1]) if product is not None else None
     if product is None or matrix is None or matrix.ndim != 2 or matrix.shape[1] != width:
         return None
-    if add is not None and any(b is not None and b.shape[-1:] != matrix.shape[1:] for b in map(constant, add.inputs)):
+    if add is not None and any(
+        b is not None and b.shape[-1:] != matrix.shape[1:] for b in map(constant_array, add.inputs)
+    ):
         return None
     return _Match(moved, float(scale.item()), columns, product, matrix, add)
 
@@ -74,7 +76,7 @@ def _part(value: ir.Value | None) -> tuple[ir.Value, slice, int] | None:
 def _gathered(value: ir.Value) -> tuple[ir.Value, slice, int] | None:
     """A part taken by Gather(Transpose(Reshape(whole))) of the first of the factors of the last axis."""
     gather = maker(value, "Gather")
-    index = constant(gather.inputs[1]) if gather is not None else None
+    index = constant_array(gather.inputs[1]) if gather is not None else None
     transpose = maker(gather.inputs[0], "Transpose") if gather is not None else None
     reshape = sole_maker(transpose.inputs[0], "Reshape") if transpose is not None else None
     if gather is None or transpose is None or reshape is None or index is None or index.ndim or index < 0:
@@ -99,14 +101,14 @@ def _is_the_only(gather: ir.Node, index: int) -> bool:
     assert whole is not None
     axis = integer(gather, "axis", 0)
     others = [use.node for use in whole.uses() if use.node is not gather]
-    parts = [constant(n.inputs[1]) for n in others if n.op_type == "Gather" and integer(n, "axis", 0) == axis]
+    parts = [constant_array(n.inputs[1]) for n in others if n.op_type == "Gather" and integer(n, "axis", 0) == axis]
     apart = all(p is not None and not p.ndim and 0 <= p != index for p in parts)
     return apart and len(parts) == len(others) and not whole.is_graph_output()
 
 
 def _variable(add: ir.Node) -> ir.Value | None:
     """The input of a bias Add that is no constant."""
-    constants = [constant(v) for v in add.inputs]
+    constants = [constant_array(v) for v in add.inputs]
     if (constants[0] is None) == (constants[1] is None):
         return None
     return add.inputs[0] if constants[0] is None else add.inputs[1]
@@ -121,7 +123,7 @@ def _scale_columns(match: _Match) -> None:
     match.product.replace_input_with(1, scaled(match.product.inputs[1], match.matrix, match.product))
     if match.add is not None:
         for index, value in enumerate(match.add.inputs):
-            bias = constant(value)
+            bias = constant_array(value)
             if bias is not None:
                 match.add.replace_input_with(index, scaled(value, bias, match.add))
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import convolution
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import constant, dims, integer, replace, weight
+from edgeseg.graph.editing import constant_array, dims, integer, replace, weight
 
 
 def _match(node: ir.Node) -> ir.Value | None:
@@ -24,7 +24,7 @@ def _reverses(node: ir.Node) -> bool:
     shape = dims(node.inputs[0])
     if shape is None or len(shape) != 4 or shape[1] is None or shape[1] < 2:
         return False
-    values = [constant(v) for v in node.inputs[1:]]
+    values = [constant_array(v) for v in node.inputs[1:]]
     if any(v is None for v in values):
         return False
     if node.op_type == "Gather":

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, replace, sole_maker, weight
+from edgeseg.graph.editing import constant_array, dims, emit, integer, replace, sole_maker, weight
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Match:
 
 
 def _match(node: ir.Node) -> _Match | None:
-    sides = [constant(value) for value in node.inputs]
+    sides = [constant_array(value) for value in node.inputs]
     if (sides[0] is None) == (sides[1] is None):
         return None
     positions = sides[0] if sides[0] is not None else sides[1]
@@ -36,7 +36,7 @@ def _match(node: ir.Node) -> _Match | None:
     if positions is None or concat is None or len(concat.inputs) != 2 or integer(concat, "axis", 0) != 1:
         return None
     expand, patches = sole_maker(concat.inputs[0], "Expand"), concat.inputs[1]
-    token = constant(expand.inputs[0]) if expand is not None else None
+    token = constant_array(expand.inputs[0]) if expand is not None else None
     shape = dims(patches)
     if token is None or patches is None or shape is None or len(shape) != 3 or None in shape[1:]:
         return None

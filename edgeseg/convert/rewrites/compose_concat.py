@@ -14,7 +14,7 @@ import onnx_ir as ir
 from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.cost import pays
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import dims, emit, integer, replace, sole_maker
+from edgeseg.graph.editing import dims, emit, integer, replace, sole_maker
 
 
 def _match(node: ir.Node) -> tuple[Convolution, ir.Node, list[Convolution | None]] | None:

@@ -20,18 +20,18 @@ from numpy.typing import NDArray
 from edgeseg.convert.rewrites.convolution import Convolution, convolution, pointwise
 from edgeseg.convert.rewrites.cost import ADDED_ELEMENT, pays
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, ints, replace, sole_maker, weight, word
+from edgeseg.graph.editing import constant_array, dims, emit, integer, ints, replace, sole_maker, weight, word
 
 
 def _first(node: ir.Node) -> Convolution | None:
     """The 1x1 convolution before ``node``, if composing the two is possible and pays."""
     first = pointwise(sole_maker(node.inputs[0], "Conv"))
-    kernel = constant(node.inputs[1])
+    kernel = constant_array(node.inputs[1])
     if first is None or kernel is None or kernel.ndim != 4 or integer(node, "group", 1) != 1:
         return None
     if word(node, "auto_pad", "NOTSET") != "NOTSET" or ints(node, "output_shape"):
         return None
-    if len(node.inputs) > 2 and node.inputs[2] is not None and constant(node.inputs[2]) is None:
+    if len(node.inputs) > 2 and node.inputs[2] is not None and constant_array(node.inputs[2]) is None:
         return None
     planes = dims(node.inputs[0]), dims(node.outputs[0])
     needs_map = first.has_bias and not _uniform(node, kernel)
@@ -64,11 +64,11 @@ def _compose(first: Convolution, node: ir.Node) -> None:
 
 
 def _compose_transposed(first: Convolution, node: ir.Node) -> None:
-    old = constant(node.inputs[1])
+    old = constant_array(node.inputs[1])
     assert old is not None
     outer = np.moveaxis(old, 0, -1).astype(np.float64)  # (O, kH, kW, M)
     kernel = np.moveaxis(outer @ first.weight[:, :, 0, 0].astype(np.float64), -1, 0)
-    bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
     bias = np.zeros(old.shape[1], np.float32) if bias is None else bias
     _replace_pair(first, node, kernel, outer @ first.bias.astype(np.float64), bias)
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.convert.rewrites.graph import constant, emit, integer, ints, weight, word
+from edgeseg.graph.editing import constant_array, emit, integer, ints, weight, word
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ def convolution(node: ir.Node | None) -> Convolution | None:
     """Read a 2-d Conv with constant weights."""
     if node is None or node.op_type != "Conv" or word(node, "auto_pad", "NOTSET") != "NOTSET":
         return None
-    kernel = constant(node.inputs[1])
+    kernel = constant_array(node.inputs[1])
     bias_value = node.inputs[2] if len(node.inputs) > 2 else None
-    bias = constant(bias_value)
+    bias = constant_array(bias_value)
     if kernel is None or kernel.ndim != 4 or kernel.dtype != np.float32 or (bias_value is not None and bias is None):
         return None
     return Convolution(node, kernel, np.zeros(kernel.shape[0], kernel.dtype) if bias is None else bias)

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import constant, dims, emit, ints, reads, replace, weight
+from edgeseg.graph.editing import constant_array, dims, emit, ints, reads, replace, weight
 
 _MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
 _PROBED_BATCHES = (2, 3)
@@ -57,7 +57,7 @@ def _simpler(chain: Sequence[ir.Node]) -> _Simpler | None:
     shapes = [source, *(dims(n.outputs[0]) for n in chain)]
     if source is None or result is None or any(s is None or None in s[1:] for s in shapes):
         return None
-    if any(n.op_type == "Reshape" and constant(n.inputs[1]) is None for n in chain):
+    if any(n.op_type == "Reshape" and constant_array(n.inputs[1]) is None for n in chain):
         return None
     if (source[:1] == (None,)) != (result[:1] == (None,)):
         return None

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.convolution import emit_pointwise
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import constant, dims, ints, maker, replace, sole_maker, sole_reader
 from edgeseg.convert.rewrites.planes import broadcasts_along, plane_of
+from edgeseg.graph.editing import constant_array, dims, ints, maker, replace, sole_maker, sole_reader
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class _Match:
 
 
 def _match(node: ir.Node) -> _Match | None:
-    matrix = constant(node.inputs[1])
+    matrix = constant_array(node.inputs[1])
     source = _flattened(node.inputs[0])
     if source is None or matrix is None or matrix.ndim != 2:
         return None
     output, bias = node.outputs[0], None
     add = sole_reader(output, "Add")
     if add is not None:
-        bias = constant(next(v for v in add.inputs if v is not output))
+        bias = constant_array(next(v for v in add.inputs if v is not output))
         if bias is None or bias.size != matrix.shape[1] or bias.shape[-1] != bias.size:
             return None
         output, bias = add.outputs[0], bias.reshape(-1)

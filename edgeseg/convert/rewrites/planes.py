@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import dims, integer, maker
+from edgeseg.graph.editing import dims, integer, maker
 
 _ELEMENTWISE = frozenset(
     {"Add", "BatchNormalization", "Clip", "Div", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu"}

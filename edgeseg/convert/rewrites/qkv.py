@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import (
-    constant,
+from edgeseg.graph.editing import (
+    constant_array,
     dims,
     emit,
     integer,
@@ -36,7 +36,7 @@ def _match(split: ir.Node) -> tuple[ir.Node, ir.Node, list[ir.Node]] | None:
         return None
     before, after = dims(reshape.inputs[0]), dims(reshape.outputs[0])
     axis = integer(split, "axis", 0)
-    if before is None or after is None or constant(reshape.inputs[1]) is None:
+    if before is None or after is None or constant_array(reshape.inputs[1]) is None:
         return None
     # x's last axis becomes axes factor, factor + 1, ...; those before it must be kept as they are
     factor = len(before) - 1
@@ -48,7 +48,7 @@ def _match(split: ir.Node) -> tuple[ir.Node, ir.Node, list[ir.Node]] | None:
     squeezes = []
     for part in split.outputs:
         squeeze = sole_reader(part, "Squeeze")
-        axes = constant(squeeze.inputs[1]) if squeeze is not None else None
+        axes = constant_array(squeeze.inputs[1]) if squeeze is not None else None
         if squeeze is None or axes is None or [int(a) % len(after) for a in axes] != [axis % len(after)]:
             return None
         squeezes.append(squeeze)

@@ -12,12 +12,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, replace, sole_maker, weight
+from edgeseg.graph.editing import constant_array, dims, emit, integer, replace, sole_maker, weight
 
 
 def _concat(node: ir.Node) -> ir.Node | None:
     concat = sole_maker(node.inputs[0], "Concat")
-    matrix = constant(node.inputs[1])
+    matrix = constant_array(node.inputs[1])
     if concat is None or matrix is None or matrix.ndim != 2:
         return None
     shapes = [dims(v) for v in concat.inputs]
@@ -45,7 +45,7 @@ def _stem(node: ir.Node) -> str:
 
 
 def _rewrite(node: ir.Node, concat: ir.Node) -> None:
-    matrix = constant(node.inputs[1])
+    matrix = constant_array(node.inputs[1])
     assert matrix is not None
     total: ir.Value | None = None
     row = 0

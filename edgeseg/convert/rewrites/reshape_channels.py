@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import constant, emit, integer, maker, static, weight
+from edgeseg.graph.editing import constant_array, emit, integer, maker, static, weight
 
 
 def _match(node: ir.Node) -> tuple[ir.Node, int] | None:
@@ -23,7 +23,7 @@ def _match(node: ir.Node) -> tuple[ir.Node, int] | None:
         return None
     if any(static(part) != (1,) for part in concat.inputs):
         return None
-    values = [constant(part) for part in concat.inputs]
+    values = [constant_array(part) for part in concat.inputs]
     batch, open_channels, *sides = (None if value is None else int(value.item()) for value in values)
     # A second number left open (-1) or copied (0) would make the channels depend on more than the weight.
     if open_channels != -1 or any(number is not None and number < 1 for number in (batch, *sides)):
@@ -36,7 +36,7 @@ def _match(node: ir.Node) -> tuple[ir.Node, int] | None:
 
 def _channels(reader: ir.Node) -> int | None:
     """Input channels of a convolution with a constant weight."""
-    kernel = constant(reader.inputs[1]) if reader.op_type in ("Conv", "ConvTranspose") else None
+    kernel = constant_array(reader.inputs[1]) if reader.op_type in ("Conv", "ConvTranspose") else None
     if kernel is None:
         return None
     return int(kernel.shape[0] if reader.op_type == "ConvTranspose" else kernel.shape[1] * integer(reader, "group", 1))

@@ -12,11 +12,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import constant, integer, sole_maker
+from edgeseg.graph.editing import constant_array, integer, sole_maker
 
 
 def _match(node: ir.Node) -> ir.Node | None:
-    shape = constant(node.inputs[1])
+    shape = constant_array(node.inputs[1])
     if shape is None or (0 in shape and not integer(node, "allowzero", 0)):
         return None
     return sole_maker(node.inputs[0], "Reshape")

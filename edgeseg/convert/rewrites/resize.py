@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.graph import constant, dims, emit, ints, weight, word
+from edgeseg.graph.editing import constant_array, dims, emit, ints, weight, word
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Resizing:
     @property
     def scales(self) -> tuple[float, ...] | None:
         """The constant scales, when it is given by scales."""
-        scales = constant(self.node.inputs[2]) if len(self.node.inputs) > 2 else None
+        scales = constant_array(self.node.inputs[2]) if len(self.node.inputs) > 2 else None
         return tuple(float(s) for s in scales) if scales is not None and scales.size else None
 
     @property

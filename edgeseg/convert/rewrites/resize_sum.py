@@ -11,8 +11,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite
-from edgeseg.convert.rewrites.graph import constant, dims, emit, maker, nodes, reads, replace, sole_maker
 from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
+from edgeseg.graph.editing import constant_array, dims, emit, maker, nodes, reads, replace, sole_maker
 
 
 def _matches(model: ir.Model) -> list[tuple[ir.Node, list[ir.Value]]]:
@@ -49,7 +49,7 @@ def _groups(terms: list[ir.Value]) -> list[list[Resizing]]:
 
 def _rule(found: Resizing) -> object:
     attributes = tuple(sorted((name, str(a.value)) for name, a in found.node.attributes.items()))
-    extents = tuple(None if a is None else tuple(a.tolist()) for a in map(constant, found.node.inputs[1:]))
+    extents = tuple(None if a is None else tuple(a.tolist()) for a in map(constant_array, found.node.inputs[1:]))
     return attributes, extents, dims(found.source)
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import emit, integer, maker
+from edgeseg.graph.editing import emit, integer, maker
 
 
 def _match(node: ir.Node) -> int | None:

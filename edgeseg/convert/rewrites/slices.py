@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite
-from edgeseg.convert.rewrites.graph import constant, dims, emit, nodes, replace, weight
+from edgeseg.graph.editing import constant_array, dims, emit, nodes, replace, weight
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _matches(model: ir.Model) -> list[tuple[list[_Piece]]]:
 
 def _piece(node: ir.Node) -> _Piece | None:
     shape = dims(node.inputs[0])
-    values = [constant(v) for v in node.inputs[1:]]
+    values = [constant_array(v) for v in node.inputs[1:]]
     if shape is None or len(values) < 3 or any(v is None or v.size != 1 for v in values):
         return None
     start, end, axis, *steps = (int(v.item()) for v in values if v is not None)

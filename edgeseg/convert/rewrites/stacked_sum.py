@@ -12,12 +12,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import constant, emit, integer, maker, replace, sole_maker
+from edgeseg.graph.editing import constant_array, emit, integer, maker, replace, sole_maker
 
 
 def _terms(node: ir.Node) -> list[ir.Value] | None:
     concat = sole_maker(node.inputs[0], "Concat")
-    axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    axes = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
     if concat is None or axes is None or axes.size != 1 or integer(node, "keepdims", 1) != 0:
         return None
     axis = integer(concat, "axis", 0)
@@ -26,7 +26,7 @@ def _terms(node: ir.Node) -> list[ir.Value] | None:
         stacked = maker(value, "Unsqueeze")
         if stacked is None or stacked.inputs[0] is None:
             return None
-        where = constant(stacked.inputs[1])
+        where = constant_array(stacked.inputs[1])
         rank = stacked.inputs[0].shape.rank() + 1 if stacked.inputs[0].shape is not None else 0
         if rank == 0 or where is None or where.size != 1:
             return None

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.convolution import Convolution, convolution, pointwise
 from edgeseg.convert.rewrites.driver import Rewrite
-from edgeseg.convert.rewrites.graph import dims, emit, integer, ints, maker, nodes, replace, weight, word
 from edgeseg.convert.rewrites.resize import resizing
+from edgeseg.graph.editing import dims, emit, integer, ints, maker, nodes, replace, weight, word
 
 FloatArray = NDArray[np.float32]
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.graph import constant, dims, emit, replace, weight
+from edgeseg.graph.editing import constant_array, dims, emit, replace, weight
 
 _END = np.iinfo(np.int32).max
 """Exporters write "to the end" as this or more."""
@@ -22,7 +22,7 @@ _END = np.iinfo(np.int32).max
 def _match(node: ir.Node) -> tuple[int, bool] | None:
     """The axis, and whether it is the first cell that is taken."""
     shape = dims(node.inputs[0])
-    values = [constant(v) for v in node.inputs[1:]]
+    values = [constant_array(v) for v in node.inputs[1:]]
     if shape is None or None not in shape or len(values) < 3:
         return None
     if any(v is None or v.size != 1 for v in values):

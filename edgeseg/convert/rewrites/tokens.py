@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite
-from edgeseg.convert.rewrites.graph import constant, dims, emit, integer, nodes, replace, set_type, weight
+from edgeseg.graph.editing import constant_array, dims, emit, integer, nodes, replace, set_type, weight
 
 _POINTWISE = frozenset({"Add", "Mul", "Sub", "Div", "Gelu", "Erf", "Relu", "Sigmoid", "Tanh", "HardSwish"})
 
@@ -43,7 +43,7 @@ def _matches(model: ir.Model) -> list[tuple[list[ir.Node]]]:
 def _rank_agnostic(node: ir.Node) -> bool:
     leads = set()
     for value in node.inputs:
-        if value is None or constant(value) is not None:
+        if value is None or constant_array(value) is not None:
             continue
         shape = dims(value)
         if shape is None or len(shape) != 3 or shape[2] is None or (shape[1] is None and shape[0] != 1):
@@ -53,7 +53,9 @@ def _rank_agnostic(node: ir.Node) -> bool:
         return False
     if any((dims(v) or ())[:2] not in leads or len(dims(v) or ()) != 3 for v in node.outputs):
         return False
-    parameters = [(i, constant(v)) for i, v in enumerate(node.inputs) if v is not None and constant(v) is not None]
+    parameters = [
+        (i, constant_array(v)) for i, v in enumerate(node.inputs) if v is not None and constant_array(v) is not None
+    ]
     if node.op_type == "MatMul":
         return len(parameters) == 1 and parameters[0][0] == 1 and parameters[0][1].ndim == 2  # type: ignore[union-attr]
     if node.op_type == "LayerNormalization":
@@ -79,7 +81,7 @@ def _rewrite(region: list[ir.Node]) -> int:
     for node in region:
         inputs = []
         for value in node.inputs:
-            array = constant(value)
+            array = constant_array(value)
             if value is None or (node.op_type == "Split" and array is not None):
                 inputs.append(value)
             elif array is None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.dataset import Pair, ValidationSet, file_digest
-from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution, judge, segment, truth_of_scores
+from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution, judge, truth_of_scores
 from edgeseg.evaluate.accuracy.layouts import open_layout
 from edgeseg.evaluate.accuracy.ledger import Ledger
 from edgeseg.evaluate.accuracy.loss import LossSums, ScoreTap, loss_sums
@@ -255,7 +255,7 @@ class _Worker:
             image, truth = at_resolution(pair, spec, self.group.resolution)
             for needed in (name, reference):
                 if needed is not None and needed not in masks:
-                    masks[needed] = segment(self.segmenters[needed], image)
+                    masks[needed] = self.segmenters[needed](image)
                     sums[needed] = self._loss(needed, pair, spec)
             compared = None if reference is None else masks[reference]
             found.append((name, judge(index, pair, masks[name], truth, compared, spec.model, sums[name])))
@@ -276,7 +276,13 @@ def _bench(group: _Group, opener: Opener, threads: int | None) -> Iterator[_Work
         segmenters, taps = {}, {}
         for contender in group.contenders:
             known = contender.is_baseline or "threads" in opener.engine(contender).manifest.options
-            tap = ScoreTap(opener.open(contender, threads if known else None, with_scores=group.data.has_masks))
+            session = opener.open(
+                contender,
+                threads if known else None,
+                with_scores=group.data.has_masks,
+                exact=contender.baseline == "pytorch",
+            )
+            tap = ScoreTap(session)
             taps[contender.name] = tap
             segmenters[contender.name] = stack.enter_context(Segmenter(tap, contender.spec))
         yield _Worker(group, segmenters, taps)

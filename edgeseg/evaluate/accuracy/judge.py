@@ -1,4 +1,4 @@
-"""One image through one model: the counts that every accuracy figure is made of, as they are kept on disk."""
+"""One image through one model: what is judged at which size, and what is kept of it on disk."""
 
 from __future__ import annotations
 
@@ -9,52 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import SpecError
-from edgeseg.evaluate.accuracy.boundary import DEFAULT_BOUNDARY_PX, boundary_band, contour_counts
+from edgeseg.evaluate.accuracy.counts import AgreementCounts, TruthCounts, count_agreement, count_truth
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.loss import LossSums
-from edgeseg.evaluate.accuracy.meters import AccuracyMeter
 from edgeseg.evaluate.results import Resolution
 from edgeseg.images.placement import Placement, plan_fit
 from edgeseg.images.resize import resize_nearest
-from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import ModelSpec, PipelineSpec
-
-
-@dataclass(frozen=True)
-class TruthCounts:
-    """One image against its mask.
-
-    Attributes:
-        right, pixels, ignored: pixels whose class is right, labelled pixels, unlabelled pixels.
-        classes: those that occur in the prediction or the truth.
-        counts: per such class, the columns of :data:`edgeseg.evaluate.intervals.COLUMNS`.
-        confusion: ``(truth, prediction, pixels)`` where pixels > 0; empty unless multiclass.
-    """
-
-    right: int
-    pixels: int
-    ignored: int
-    classes: tuple[int, ...]
-    counts: tuple[tuple[int, ...], ...]
-    confusion: tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True)
-class AgreementCounts:
-    """One image against the baseline's mask of it.
-
-    Attributes:
-        equal, pixels: pixels on which both say the same, and all.
-        edge_equal, edge_pixels: the same near the class boundaries of the baseline's mask.
-        classes: ``(class, equal, pixels)`` of the pixels to which the baseline gave the class.
-    """
-
-    equal: int
-    pixels: int
-    edge_equal: int
-    edge_pixels: int
-    classes: tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -100,9 +62,8 @@ def truth_of_scores(pair: Pair, spec: PipelineSpec) -> NDArray[np.int32] | None:
 def _moved(mask: NDArray[np.int32], plan: Placement) -> NDArray[np.int32]:
     if plan.is_identity:
         return mask
-    height, width = plan.content
     moved = np.full((*mask.shape[:-2], *plan.canvas), IGNORED, np.int32)
-    moved[..., :height, :width] = resize_nearest(mask, plan.content)
+    plan.crop(moved)[:] = resize_nearest(mask, plan.content)
     return moved
 
 
@@ -115,74 +76,12 @@ def judge(
     model: ModelSpec,
     loss: LossSums | None = None,
 ) -> ImageRecord:
-    """Count one image.
-
-    Args:
-        index: in the data set.
-        pair: for its name.
-        prediction: the engine's mask.
-        truth: of the same shape, :data:`IGNORED` where unlabelled; ``None`` without a mask.
-        reference: the baseline's mask; ``None`` without a baseline.
-        model: classes and task.
-        loss: what the image adds to the losses, if the engine tells its scores.
-    """
+    """Count one image."""
     return ImageRecord(
         index,
         pair.name,
-        None if truth is None else count_truth(prediction, truth, model, pair.name),
-        None if reference is None else count_agreement(prediction, reference, model),
+        None if truth is None else count_truth(prediction, truth, model.classes, model.task, name=pair.name),
+        None if reference is None else count_agreement(prediction, reference, model.classes, model.task),
         pair.ignore_index,
         loss,
     )
-
-
-def count_truth(prediction: NDArray[Any], truth: NDArray[np.int32], model: ModelSpec, name: str = "") -> TruthCounts:
-    """Count a mask against the truth. Raises ``InputError`` for other shapes or values that are no class."""
-    meter = AccuracyMeter(model.classes, model.task, ignore_index=IGNORED)
-    image = meter.update(prediction, truth, name)
-    valid = truth != IGNORED
-    counts = []
-    for position, value in enumerate(int(c) for c in image.classes):
-        if model.task == "multiclass":
-            contour = contour_counts(prediction == value, truth == value, valid, DEFAULT_BOUNDARY_PX)
-        else:
-            planes = [a if model.task == "binary" else a[value] for a in (prediction == 1, truth == 1, valid)]
-            contour = contour_counts(planes[0], planes[1], planes[2], DEFAULT_BOUNDARY_PX)
-        counts.append((*(int(n) for n in image.counts[position]), *contour))
-    matrix = meter.matrix
-    cells = () if matrix is None else tuple((int(t), int(p), int(matrix[t, p])) for t, p in np.argwhere(matrix))
-    return TruthCounts(
-        right=image.right,
-        pixels=image.pixels,
-        ignored=int(np.count_nonzero(~valid)),
-        classes=tuple(int(c) for c in image.classes),
-        counts=tuple(counts),
-        confusion=cells,
-    )
-
-
-def count_agreement(prediction: NDArray[Any], reference: NDArray[Any], model: ModelSpec) -> AgreementCounts:
-    """Count where two models' masks of one image are the same."""
-    equal = prediction == reference
-    band = boundary_band(reference, DEFAULT_BOUNDARY_PX)
-    if model.task == "multiclass":
-        pixels = np.bincount(reference.ravel(), minlength=model.classes)
-        hits = np.bincount(reference[equal].ravel(), minlength=model.classes)
-    else:
-        shape = (-1, *reference.shape[-2:])
-        said = (reference == 1).reshape(shape)
-        pixels = np.count_nonzero(said, axis=(1, 2))
-        hits = np.count_nonzero(said & equal.reshape(shape), axis=(1, 2))
-    return AgreementCounts(
-        equal=int(np.count_nonzero(equal)),
-        pixels=int(equal.size),
-        edge_equal=int(np.count_nonzero(equal & band)),
-        edge_pixels=int(np.count_nonzero(band)),
-        classes=tuple((int(c), int(hits[c]), int(pixels[c])) for c in np.flatnonzero(pixels)),
-    )
-
-
-def segment(segmenter: Segmenter, image: NDArray[np.uint8]) -> NDArray[Any]:
-    """The mask of one image, a copy the caller owns."""
-    mask: NDArray[Any] = segmenter(image)
-    return mask

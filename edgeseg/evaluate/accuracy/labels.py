@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
-from edgeseg.errors import InputError
+from edgeseg.errors import InputError, one_line
 from edgeseg.images.arrays import read_array
 from edgeseg.images.decoding import FORMATS, MAX_ARRAY_BYTES, open_picture
 from edgeseg.spec import ModelSpec
-from edgeseg.store.files import reason, require_file
+from edgeseg.store.files import require_file
 
 IGNORED = -1
 """What an unlabelled pixel is in the masks this module returns, whatever the files use."""
@@ -200,7 +200,7 @@ def read_label_file(path: Path, colours: Mapping[tuple[int, int, int], int] | No
         raise InputError(f"cannot read mask {path}: not one of {', '.join(FORMATS)}, or damaged") from exc
     except Exception as exc:
         # Decoders raise whatever their parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ...
-        raise InputError(f"cannot read mask {path}: {reason(exc)}") from exc
+        raise InputError(f"cannot read mask {path}: {one_line(exc)}") from exc
     return array.astype(np.uint8) if array.dtype == bool else array
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from edgeseg.errors import InputError
+from edgeseg.errors import InputError, one_line
 from edgeseg.evaluate.accuracy.dataset import ValidationSet
 from edgeseg.evaluate.accuracy.labels import IGNORED, LabelCoding
 from edgeseg.spec import ModelSpec, one_of
-from edgeseg.store.files import read_lines, reason
+from edgeseg.store.files import read_lines
 
 # Cityscapes' 19 training classes, by label id (cityscapesscripts/helpers/labels.py); every other id is not judged.
 _CITYSCAPES_TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -144,7 +144,7 @@ def _class_colours(path: Path) -> dict[tuple[int, int, int], int]:
     try:
         rows = [(int(row["r"]), int(row["g"]), int(row["b"])) for row in csv.DictReader(lines, skipinitialspace=True)]
     except (KeyError, TypeError, ValueError, csv.Error) as exc:
-        raise InputError(f"cannot read class colours {path} (columns name, r, g, b): {reason(exc)}") from exc
+        raise InputError(f"cannot read class colours {path} (columns name, r, g, b): {one_line(exc)}") from exc
     if any(not 0 <= value <= 255 for row in rows for value in row):
         raise InputError(f"cannot read class colours {path}: a colour is beyond 0..255")
     return {colour: index for index, colour in enumerate(rows)}

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.evaluate.accuracy.boundary import DEFAULT_BOUNDARY_PX
+from edgeseg.evaluate.accuracy.counts import MATRIX_CLASSES_LIMIT
 from edgeseg.evaluate.accuracy.judge import ImageRecord
 from edgeseg.evaluate.accuracy.loss import losses
-from edgeseg.evaluate.accuracy.meters import MATRIX_CLASSES_LIMIT
+from edgeseg.evaluate.accuracy.meters import AgreementMeter, optional
 from edgeseg.evaluate.intervals import COLUMNS, Counts, drops, figure, interval, metric_interval, per_class
-from edgeseg.evaluate.results import Accuracy, Agreement, Drop, Interval, Resolution, Truth, WorstImage
+from edgeseg.evaluate.results import Accuracy, Agreement, Drop, Resolution, Truth, WorstImage
 from edgeseg.spec import ModelSpec
 
 
@@ -80,9 +81,7 @@ def _truth(
     baseline: tuple[str, Counts | None] | None,
 ) -> Truth:
     totals = counts.totals(np.ones((1, len(counts.right)), np.int64))
-    classes = {
-        name: _optional(per_class(name, totals[0][0])) for name in ("miou", "dice", "boundary_iou", "boundary_f")
-    }
+    classes = {name: optional(per_class(name, totals[0][0])) for name in ("miou", "dice", "boundary_iou", "boundary_f")}
     lost: tuple[Drop, ...] = ()
     if baseline is not None:
         assert baseline[1] is not None  # the same images, so with the same masks
@@ -90,10 +89,10 @@ def _truth(
     loss = losses(record.loss for record in records())
     return Truth(
         miou=metric_interval(counts, "miou"),
-        dice=_number(figure("dice", totals)[0]),
-        pixel_accuracy=_number(figure("pixel_accuracy", totals)[0]),
-        boundary_iou=_number(figure("boundary_iou", totals)[0]),
-        boundary_f=_number(figure("boundary_f", totals)[0]),
+        dice=optional(figure("dice", totals))[0],
+        pixel_accuracy=optional(figure("pixel_accuracy", totals))[0],
+        boundary_iou=optional(figure("boundary_iou", totals))[0],
+        boundary_f=optional(figure("boundary_f", totals))[0],
         per_class_iou=classes["miou"],
         per_class_dice=classes["dice"],
         per_class_boundary_iou=classes["boundary_iou"],
@@ -117,18 +116,12 @@ def _confusion(records: Iterable[ImageRecord], model: ModelSpec) -> tuple[tuple[
 
 def _agreement(records: Iterable[ImageRecord], images: int, model: ModelSpec, baseline: str) -> Agreement | None:
     equal, pixels = np.zeros(images), np.zeros(images)
-    edge_equal = edge_pixels = 0
-    classes = np.zeros((model.classes, 2), np.int64)
+    meter = AgreementMeter(model.classes, model.task)
     for position, record in enumerate(records):
-        found = record.agreement
-        if found is None:
+        if record.agreement is None:
             return None
-        equal[position], pixels[position] = found.equal, found.pixels
-        edge_equal += found.edge_equal
-        edge_pixels += found.edge_pixels
-        for index, hits, total in found.classes:
-            classes[index] += (hits, total)
-    inner_equal, inner_pixels = int(equal.sum()) - edge_equal, int(pixels.sum()) - edge_pixels
+        equal[position], pixels[position] = record.agreement.equal, record.agreement.pixels
+        meter.add(record.agreement)
 
     def share(weights: NDArray[Any]) -> NDArray[Any]:
         return np.asarray((weights @ equal) / (weights @ pixels))
@@ -137,10 +130,10 @@ def _agreement(records: Iterable[ImageRecord], images: int, model: ModelSpec, ba
     assert overall is not None  # no image is empty
     return Agreement(
         baseline=baseline,
-        overall=Interval(overall.value, overall.low, overall.high),
-        boundary=edge_equal / edge_pixels if edge_pixels else None,
-        interior=inner_equal / inner_pixels if inner_pixels else None,
-        per_class=tuple(int(hits) / int(total) if total else None for hits, total in classes),
+        overall=overall,
+        boundary=meter.boundary,
+        interior=meter.interior,
+        per_class=meter.per_class,
         boundary_px=DEFAULT_BOUNDARY_PX,
     )
 
@@ -149,12 +142,4 @@ def image_miou(record: ImageRecord) -> float | None:
     """mIoU of one image over the classes that occur in it; ``None`` without a mask."""
     if record.truth is None or not record.truth.classes:
         return None
-    return _number(float(np.nanmean(per_class("miou", np.array(record.truth.counts, np.int64)))))
-
-
-def _optional(values: NDArray[Any]) -> tuple[float | None, ...]:
-    return tuple(_number(v) for v in values)
-
-
-def _number(value: Any) -> float | None:
-    return None if np.isnan(value) else float(value)
+    return float(np.nanmean(per_class("miou", np.array(record.truth.counts, np.int64))))

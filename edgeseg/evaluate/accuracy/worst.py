@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.evaluate.accuracy.dataset import ValidationSet
-from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution, segment
+from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution
 from edgeseg.evaluate.accuracy.ledger import Ledger
 from edgeseg.evaluate.accuracy.scores import image_miou
 from edgeseg.evaluate.contenders import Contender, Opener
@@ -48,15 +48,13 @@ def save_worst(
     if folder is not None and chosen and contender.spec.model.task != "multilabel":
         reference = next(c for c in contenders if c.name == baseline)
         with (
-            Segmenter(opener.open(reference), reference.spec) as before,
+            Segmenter(opener.open(reference, exact=reference.baseline == "pytorch"), reference.spec) as before,
             Segmenter(opener.open(contender), contender.spec) as after,
         ):
             for _, record in chosen:
                 pair = data.read(record.index)
                 image, _ = at_resolution(pair, contender.spec, resolution)
-                picture = side_by_side(
-                    image, segment(before, image), segment(after, image), spec_palette(contender.spec)
-                )
+                picture = side_by_side(image, before(image), after(image), spec_palette(contender.spec))
                 paths[record.index] = _save(picture, folder, contender.name, record)
     return tuple(WorstImage(r.name, share, image_miou(r), paths.get(r.index)) for share, r in chosen)
 
