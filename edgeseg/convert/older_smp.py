@@ -57,6 +57,13 @@ def settle_version(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Find out which SMP's network the tensors are of, where it matters.
 
+    Args:
+        arch: resolved name.
+        encoder: resolved name.
+        model_args: ``smp_version`` among them is what the user says.
+        keys: of the tensors, prefixes stripped.
+        config: ``config.json`` of ``save_pretrained``, or empty.
+
     Returns:
         ``model_args``, with ``smp_version`` only where an old network is to be built, and notes.
 
@@ -110,7 +117,14 @@ def _evidence(arch: str, encoder: str, keys: list[str], config: Mapping[str, Any
 
 
 def dilate_as_before(module: torch.nn.Module, arch: str, encoder: str, model_args: Mapping[str, Any]) -> None:
-    """Replace the encoder of a built model by one dilated as SMP 0.4 and older did it."""
+    """Replace the encoder of a built model by one dilated as SMP 0.4 and older did it.
+
+    Args:
+        module: freshly built, for an architecture and encoder that :func:`builds_otherwise` names.
+        arch: of the model.
+        encoder: of the model.
+        model_args: of the model.
+    """
     from segmentation_models_pytorch.encoders import get_encoder
     from segmentation_models_pytorch.encoders._utils import replace_strides_with_dilation
 
