@@ -288,8 +288,8 @@ def _numbers(values: Iterable[float]) -> str:
 def command(folder: Path, layers: bool, as_json: bool) -> None:
     """Show what ENGINE_DIR holds, check its hashes, and list what runs in which precision."""
 
-    found = inspect_engine(folder)
+    report = inspect_engine(folder)
     if as_json:
-        print_json(found)
+        print_json(report)
     else:
-        result_console().print(render(found, layers=layers))
+        result_console().print(render(report, layers=layers))

@@ -85,7 +85,7 @@ def describe_machine(before: MachineState, after: MachineState, root: Path = ROO
         cpu_max_mhz=None if most is None else most / 1000,
         power_mode=_power_mode(root),
         thread_variables={name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
-        versions={name: found for name in PACKAGES if (found := installed_version(name)) is not None},
+        versions={name: version for name in PACKAGES if (version := installed_version(name)) is not None},
         before=before,
         after=after,
     )
@@ -218,26 +218,26 @@ def _gpu_mhz(root: Path) -> dict[str, float]:
 
 def _throttled(root: Path) -> tuple[str, ...]:
     """Cooling devices that hold clocks back now, and a Raspberry Pi's own word for it."""
-    found = []
+    reasons = []
     for device in sorted((root / "sys" / "class" / "thermal").glob("cooling_device*")):
         kind, state = read_text(device / "type") or "", read_number(device / "cur_state")
         # Not fans, and not a Jetson's devfreq-*, whose state is the clock it idles at.
         if state is not None and state > 0 and (kind.endswith("-alert") or "cpufreq" in kind):
-            found.append(kind)
+            reasons.append(kind)
     for place in _PI_THROTTLED:
         bits = int(read_text(root / place) or "0", 16)
-        found += [words for bit, words in _PI_BITS.items() if bits & bit]
-    return tuple(found)
+        reasons += [words for bit, words in _PI_BITS.items() if bits & bit]
+    return tuple(reasons)
 
 
 def _temperatures(root: Path) -> dict[str, float]:
-    found: dict[str, float] = {}
+    by_zone: dict[str, float] = {}
     for zone in sorted((root / "sys" / "class" / "thermal").glob("thermal_zone*")):
         milli_c, kind = read_number(zone / "temp"), read_text(zone / "type")
         # Sensors that are switched off read -256 C on a Jetson, 0 K elsewhere.
         if milli_c is not None and -40_000 < milli_c < 200_000:
-            found[kind or zone.name] = milli_c / 1000
-    return found
+            by_zone[kind or zone.name] = milli_c / 1000
+    return by_zone
 
 
 def _load(root: Path) -> tuple[float, float, float] | None:

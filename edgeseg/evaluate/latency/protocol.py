@@ -299,4 +299,4 @@ def median_ms_interleaved(
     shape = (spec.batch.minimum, spec.height, spec.width, spec.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     calls = {name: partial(session.run, images) for name, session in sessions.items()}
-    return {name: found.median_ms for name, found in measure_interleaved(calls, protocol).items()}
+    return {name: samples.median_ms for name, samples in measure_interleaved(calls, protocol).items()}
