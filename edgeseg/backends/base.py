@@ -106,8 +106,8 @@ class StageTimes:
 class TimedSession(Protocol):
     """A session that can say how long its stages take."""
 
-    def run_timed(self, images: NDArray[np.uint8]) -> tuple[Mapping[str, NDArray[Any]], StageTimes]:
-        """Like :meth:`Session.run`, and the times of this one batch."""
+    def run_timed(self, images: NDArray[np.uint8]) -> tuple[Mapping[str, NDArray[Any]], StageTimes | None]:
+        """Like :meth:`Session.run`, and the times of this one batch; ``None`` where the device has no clock of its own."""
         ...
 
 

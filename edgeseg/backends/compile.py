@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from edgeseg.backends import BACKENDS, Backend, require_builder
-from edgeseg.backends.portable import builds_here, check_options
+from edgeseg.backends.portable import awaits_calibration, builds_here, check_options
 from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.progress import Reporter, SilentReporter, stage
+from edgeseg.spec import one_of
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,
     MIN_INT8_SHARE,
@@ -104,6 +105,22 @@ def _turn(folder: Path) -> Iterator[None]:
         yield
 
 
+def engine_folders(folders: Sequence[Path]) -> list[Path]:
+    """The engine folders in each of ``folders``, by name. Raises ``ArtifactError`` for one that holds none."""
+    chosen = []
+    for folder in folders:
+        try:
+            inside = sorted(path for path in folder.iterdir() if (path / MANIFEST_NAME).is_file())
+        except OSError as exc:
+            raise ArtifactError(
+                f"cannot list {folder}: {exc.strerror}; give a folder that holds engine folders"
+            ) from exc
+        if not inside:
+            raise ArtifactError(f"{folder} holds no engine folders; give one that does, or leave --all out")
+        chosen += inside
+    return chosen
+
+
 def compile_folder(
     folder: Path,
     *,
@@ -142,14 +159,7 @@ def compile_folder(
             "would compute it wrongly or slowly; compile it on its device, or make one for this CPU: "
             f"edgeseg build ... --scheme {backend.scheme}"
         )
-    graph = OnnxGraph(
-        path=folder / old.graph.name,
-        sha256=old.graph.sha256,
-        precision=old.precision.requested,
-        spec=old.spec,
-        weights_sha256=old.inputs_sha256.get("weights", ""),
-        scheme=old.scheme,
-    )
+    graph = _graph_of(folder, old)
     kept = kept_options(old) if backend.name == old.target else {}
     settings = {**kept, **(options or {})}
     with _naming_kept(set(kept) - set(options or {}), folder):
@@ -190,6 +200,61 @@ def compile_folder(
             manifest = dataclasses.replace(manifest, verification=None)
         write_json(scratch / MANIFEST_NAME, manifest)
     return open_engine(target_folder)
+
+
+GRAPHS_FOR = ("tensorrt-8",)
+"""Builders other than edgeseg that :func:`write_graph_for` writes graphs for."""
+
+
+def write_graph_for(folder: Path, builder: str, output: Path, *, force: bool = False) -> tuple[str, ...]:
+    """Write the portable graph of ``folder`` as a builder takes it that is not edgeseg: TensorRT 8's ``trtexec``.
+
+    Args:
+        folder: an engine folder; only its graph needs to be intact.
+        builder: one of :data:`GRAPHS_FOR`. A graph for ``tensorrt-8`` is one of opset 17, for 8.5 and 8.6.
+        output: the ONNX file to write.
+        force: replace a file that is there.
+
+    Returns:
+        what ``trtexec`` needs to be told beside ``--onnx``: precisions, and shapes where they are dynamic.
+
+    Raises:
+        ArtifactError: the folder's manifest or graph is damaged, or ``output`` cannot be written.
+        OutputExistsError: ``output`` exists.
+        SpecError: an unknown builder, or a graph quantized for another target.
+        BuildError: the graph has something that cannot be written so.
+    """
+    from edgeseg.backends.tensorrt.graph import ParsedGraph
+    from edgeseg.backends.tensorrt.options import profile_shapes
+    from edgeseg.store.onnx_file import write_onnx
+    from edgeseg.store.outputs import check_outputs
+
+    one_of("builder", builder, GRAPHS_FOR)
+    manifest = read_manifest(folder)
+    check_outputs([output], force=force, inputs=[folder / manifest.graph.name])
+    check_file(folder, manifest.graph)
+    graph = _graph_of(folder, manifest)
+    float_graph = awaits_calibration(manifest.precision, manifest.options)
+    parsed = ParsedGraph.read(graph, graph.precision)
+    parsed.require_fits(implicit=float_graph)
+    write_onnx(parsed.for_parser(opset_17=True, has_normalization=False).model, output)
+    flags = {"fp32": (), "fp16": ("--fp16",), "int8": ("--int8", "--fp16")}["fp32" if float_graph else graph.precision]
+    shapes = profile_shapes(manifest.spec.input, None, None)
+    if shapes is None:
+        return flags
+    named = zip(("min", "opt", "max"), shapes, strict=True)
+    return (*flags, *(f"--{name}Shapes=image:{'x'.join(map(str, shape))}" for name, shape in named))
+
+
+def _graph_of(folder: Path, manifest: Manifest) -> OnnxGraph:
+    return OnnxGraph(
+        path=folder / manifest.graph.name,
+        sha256=manifest.graph.sha256,
+        precision=manifest.precision.requested,
+        spec=manifest.spec,
+        weights_sha256=manifest.inputs_sha256.get("weights", ""),
+        scheme=manifest.scheme,
+    )
 
 
 def _says_float(folder: Path, scheme: str | None, backend: Backend, share: float) -> str:

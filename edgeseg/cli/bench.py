@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +14,22 @@ import click
 from edgeseg.arguments import INT32, SIZE, number, whole
 from edgeseg.cli.output import console_reporter, echo, print_json, result_console
 from edgeseg.cli.parameters import ANY_PATH, CountsType, KindType
+from edgeseg.errors import SpecError
 
 if TYPE_CHECKING:
     from edgeseg.evaluate.results import Resolution
 
 # Repeated here from edgeseg.evaluate, which imports numpy: help has to be fast. A test compares them.
 _LAYOUTS = ("images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff")
-_BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-bf16", "none")
+_BASELINES = (
+    "pytorch",
+    "pytorch-channels-last",
+    "pytorch-compile",
+    "pytorch-bf16",
+    "pytorch-fp16",
+    "pytorch-cpu",
+    "none",
+)
 
 
 @click.command("bench", short_help="Measure engines: latency, memory, power, profile, accuracy.")
@@ -28,7 +39,7 @@ _BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-bf
     "baselines",
     multiple=True,
     type=click.Choice(_BASELINES),
-    help="What to compare with; repeatable, the first counts.  [default: pytorch]",
+    help="What to compare with, on the engine's device; repeatable, the first counts.  [default: pytorch]",
 )
 @click.option("--weights", type=ANY_PATH, help="The checkpoint, if it is no longer where the engine was built from.")
 @click.option("--batch", "batches", type=CountsType(), default="1", show_default=True, help="Images of one call.")
@@ -68,7 +79,13 @@ _BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-bf
     help="Worst images to save beside the report.",
 )
 @click.option("--json", "json_path", metavar="FILE", type=ANY_PATH, help="Write the report there; - prints it.")
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.option("--html", "html_path", metavar="FILE", type=ANY_PATH, help="Write what edgeseg report --html would, too.")
+@click.option(
+    "--require",
+    metavar="EXPRESSION",
+    help='What an engine must keep, such as "p99_ms<=33 and miou>=0.68", as in edgeseg report. Exit 3 when none does.',
+)
+@click.option("--force", is_flag=True, help="Replace files that exist.")
 def command(
     engines: tuple[Path, ...],
     baselines: tuple[str, ...],
@@ -90,13 +107,20 @@ def command(
     jobs: int,
     worst: int,
     json_path: Path | None,
+    html_path: Path | None,
+    require: str | None,
     force: bool,
 ) -> None:
     """Measure engines beside the PyTorch model they came from, in turns, so that drift hits all alike.
 
     Latency is end to end: decoded uint8 image in memory to uint8 mask in memory. Counts are comma-separated: --batch
     1,4,8. An engine that fails does not stop the others; it is named, and the exit code is 1.
+
+    One command from engines to a page and an answer: --html and --require. --html needs the extra edgeseg[report].
     """
+    from edgeseg.cli.report import write_reports
+    from edgeseg.decide.entries import Run
+    from edgeseg.decide.requirement import Requirement
     from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
     from edgeseg.evaluate.accuracy.layouts import parse_label_map
     from edgeseg.evaluate.bench import BenchRequest, run_bench
@@ -105,9 +129,20 @@ def command(
     from edgeseg.store.outputs import check_outputs, is_stdout, is_stream
 
     to_stdout = json_path is not None and is_stdout(json_path)
-    if json_path is not None:
+    outputs = [path for path in (json_path, html_path) if path is not None]
+    if outputs:
         read = [folder / name for folder in engines if folder.is_dir() for name in engine_files(folder) or ()]
-        check_outputs([json_path], force=force, inputs=[*read, *filter(None, (weights, data))])
+        check_outputs(outputs, force=force, inputs=[*read, *filter(None, (weights, data))])
+    if to_stdout and (require is not None or (html_path is not None and is_stdout(html_path))):
+        raise SpecError(
+            "only one thing can be printed; give --json a file, or use edgeseg report for --html and --require"
+        )
+    if require is not None:
+        Requirement.parse(require)
+    if html_path is not None:
+        from edgeseg.report.html import require_templates
+
+        require_templates()
     request = BenchRequest(
         engines=engines,
         baselines=tuple(b for b in baselines or ("pytorch",) if b != "none"),
@@ -121,31 +156,41 @@ def command(
         profile=profile,
         command=shlex.join(["edgeseg", *sys.argv[1:]]),
     )
-    accuracy = None
-    if data is not None:
-        accuracy = AccuracyRequest(
-            data=data,
-            layout=layout,
-            split=split,
-            ignore_index=ignore_index,
-            label_map=None if label_map is None else parse_label_map(label_map),
-            limit=limit,
-            resolution=resolution,
-            jobs=jobs,
-            worst=worst,
-            images_folder=None
-            if json_path is None or is_stream(json_path)
-            else json_path.with_name(f"{json_path.stem}-images"),
-        )
-    with console_reporter() as reporter:
-        report = run_bench(request, reporter, accuracy)
-    if json_path is not None and not to_stdout:
-        write_report(json_path, report)
-        echo(f"report: {json_path}", err=True)
-    if to_stdout:
-        print_json(report)
-    else:
-        from edgeseg.evaluate.bench_table import bench_summary
+    scratch = tempfile.TemporaryDirectory(prefix="edgeseg-bench-") if html_path is not None else nullcontext("")
+    with scratch as folder:
+        images = None if html_path is None else Path(folder) / "images"
+        if json_path is not None and not is_stream(json_path):
+            images = json_path.with_name(f"{json_path.stem}-images")
+        accuracy = None
+        if data is not None:
+            accuracy = AccuracyRequest(
+                data=data,
+                layout=layout,
+                split=split,
+                ignore_index=ignore_index,
+                label_map=None if label_map is None else parse_label_map(label_map),
+                limit=limit,
+                resolution=resolution,
+                jobs=jobs,
+                worst=worst,
+                images_folder=images,
+            )
+        with console_reporter() as reporter:
+            report = run_bench(request, reporter, accuracy)
+        if json_path is not None and not to_stdout:
+            write_report(json_path, report)
+            echo(f"report: {json_path}", err=True)
+        if to_stdout:
+            print_json(report)
+        elif html_path is None or not is_stdout(html_path):
+            from edgeseg.evaluate.bench_table import bench_summary
 
-        result_console().print(bench_summary(report))
-    sys.exit(1 if report.failed else 0)
+            result_console().print(bench_summary(report))
+        decided = 0
+        if html_path is not None or require is not None:
+            beside = None if images is None else images.parent
+            run = Run(report, beside, "" if json_path is None else json_path.name)
+            decided = write_reports(
+                (run,), html_path, None, None, require, "edgeseg bench", as_json=False, tables=require is not None
+            )
+    sys.exit(1 if report.failed else decided if require is not None else 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeseg.backends import BACKENDS, BackendStatus, get_backend
+from edgeseg.backends import BACKENDS, GPU_TARGETS, BackendStatus, get_backend
 from edgeseg.cli.output import print_json, result_console
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.machine.limits import Memory, core_limit, read_memory
@@ -95,6 +97,7 @@ class Diagnosis:
         backends: by name.
         cache: place, size and limit of the results kept between builds.
         advice: sentences: what will be fast here and why, what to install, what to mind.
+        torch_cuda: the CUDA that PyTorch is built for; ``None`` for none, or no PyTorch.
     """
 
     edgeseg_version: str
@@ -109,6 +112,7 @@ class Diagnosis:
     backends: dict[str, BackendStatus]
     cache: CacheContent
     advice: tuple[str, ...]
+    torch_cuda: str | None = None
 
 
 def diagnose() -> Diagnosis:
@@ -119,6 +123,7 @@ def diagnose() -> Diagnosis:
     limit = core_limit()
     memory = read_memory()
     cache = cache_content()
+    cuda = torch_cuda()
     return Diagnosis(
         edgeseg_version=__version__,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -131,7 +136,8 @@ def diagnose() -> Diagnosis:
         packages=packages,
         backends=backends,
         cache=cache,
-        advice=(*advise(cpu, limit, memory, packages, backends), *_cache_advice(cache)),
+        advice=(*advise(cpu, limit, memory, packages, backends, cuda), *_cache_advice(cache)),
+        torch_cuda=cuda,
     )
 
 
@@ -149,6 +155,7 @@ def advise(
     memory: Memory,
     packages: tuple[Package, ...],
     backends: dict[str, BackendStatus],
+    cuda_of_torch: str | None = None,
 ) -> list[str]:
     """Turn findings into sentences a person can act on, the most useful first."""
     said = [_what_is_fast(cpu)]
@@ -162,6 +169,12 @@ def advise(
         said.append(f"Engines can run here but not be built (no {lacking}): pip install 'edgeseg[convert]'.")
     versions = {p.name: p.version for p in packages}
     said.extend(_torch_pair(versions.get("torch"), versions.get("torchvision")))
+    on_gpu = any(name in backends and backends[name].available for name in GPU_TARGETS)
+    if on_gpu and versions.get("torch") is not None and cuda_of_torch is None:
+        said.append(
+            f"torch {versions['torch']} is built without CUDA: bench has no PyTorch to compare the GPU's engines with; "
+            "install one for CUDA, or give --baseline pytorch-cpu."
+        )
     if limit is not None and limit < cpu.cores:
         said.append(
             f"The container may use {limit:g} of {cpu.cores} CPUs at once: "
@@ -215,6 +228,29 @@ def _torch_pair(torch: str | None, torchvision: str | None) -> list[str]:
     ]
 
 
+def torch_cuda(package: Path | None = None) -> str | None:
+    """The CUDA that the PyTorch here is built for, read from its files: importing it takes seconds. ``None``: for none."""
+    if package is None:
+        spec = importlib.util.find_spec("torch")
+        if spec is None or spec.origin is None:
+            return None
+        package = Path(spec.origin).parent
+    text = read_text(package / "version.py") or ""
+    match = re.search(r"^cuda\b[^=\n]*= *['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return None if match is None else match[1]
+
+
+def torch_line(diagnosis: Diagnosis) -> str:
+    """What the PyTorch here can use, and so what its baselines run on."""
+    version = next((p.version for p in diagnosis.packages if p.name == "torch"), None)
+    if version is None:
+        return "-"
+    on_gpu = [name for name in GPU_TARGETS if name in diagnosis.backends and diagnosis.backends[name].available]
+    where = "GPU engines are compared on the GPU" if on_gpu and diagnosis.torch_cuda else "runs on the CPU"
+    built = "built without CUDA" if diagnosis.torch_cuda is None else f"for CUDA {diagnosis.torch_cuda}"
+    return f"{version}, {built}: {where}"
+
+
 def render(diagnosis: Diagnosis) -> Group:
     """The diagnosis for a terminal."""
     from rich.console import Group
@@ -248,6 +284,7 @@ def _machine_table(diagnosis: Diagnosis) -> Table:
         table.add_row("", f"{'yes' if present else 'no ':3} {name}: {explained[name]}")
     sizes = (("total", memory.total_bytes), ("available", memory.available_bytes), ("limit", memory.limit_bytes))
     table.add_row("memory", ", ".join(f"{b / MIB:.0f} MiB {word}" for word, b in sizes if b is not None) or "-")
+    table.add_row("pytorch", torch_line(diagnosis))
     table.add_row("cache", cache_line(diagnosis.cache))
     return table
 

@@ -12,7 +12,15 @@ import click
 from edgeseg.cli.output import print_json, result_console
 from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.errors import ArtifactError
-from edgeseg.evaluate.summary import class_table, noise_lines, precision_line, time_line, verification_table
+from edgeseg.evaluate.summary import (
+    class_table,
+    noise_lines,
+    precision_line,
+    repair_table,
+    repairs_line,
+    time_line,
+    verification_table,
+)
 from edgeseg.evaluate.tables import MISSING
 from edgeseg.graph.modules import module_group, module_of
 from edgeseg.store.artifacts import Engine, FileRef, Manifest, open_engine
@@ -185,6 +193,9 @@ def render(report: EngineReport, *, layers: bool = False) -> Group:
     if (time := time_line(manifest.precision)) is not None:
         parts.append(Text(time))
     parts.extend(Text(f"  float: {name}: {why}", style="dim") for name, why in manifest.precision.float_layers.items())
+    if manifest.repairs:
+        parts.append(repair_table(manifest.repairs))
+        parts.append(Text(repairs_line(manifest.repairs), style="dim"))
     if manifest.verification is not None:
         parts.append(verification_table(manifest.verification, manifest.name))
         parts += [Text(line, style="yellow") for line in noise_lines(manifest.verification)]
@@ -217,6 +228,7 @@ def _spec_table(manifest: Manifest) -> Table:
         ("model", f"{spec.model.display_name}, {spec.model.classes} classes, {spec.model.task}"),
         ("classes", ", ".join(spec.model.class_names) or MISSING),
         ("weights", manifest.weights),
+        ("licence", (manifest.origin and manifest.origin.licence_words) or MISSING),
         ("input", f"image uint8 ({batches}, {size}{dynamic}, {spec.input.channels}), others by {spec.input.fit}"),
         (
             "normalization",

@@ -63,16 +63,20 @@ def write_reports(
     title: str,
     as_json: bool,
     failed: Sequence[tuple[str, str]] = (),
+    *,
+    tables: bool = True,
 ) -> int:
     """Decide, write the files asked for, print the result, and return the exit code: 3 when ``require`` is not met, or when
     another run could say something else, whether anything was required or not.
 
-    ``failed``: engines that were never measured, and why; those the runs could not measure are added.
+    ``failed``: engines that were never measured, and why; those the runs could not measure are added. ``tables``: print the
+    decision.
     """
     from edgeseg.decide.entries import failed_measurements, merge
     from edgeseg.decide.requirement import Requirement
     from edgeseg.decide.verdict import decide
     from edgeseg.report import plain
+    from edgeseg.report.decision import decision_of
     from edgeseg.store.artifacts import write_text
     from edgeseg.store.outputs import is_stdout
 
@@ -93,9 +97,9 @@ def write_reports(
     if csv_path is not None:
         write_text(csv_path, plain.csv_text(report, verdicts))
     if as_json:
-        print_json(plain.json_value(report, verdicts, failed))
+        print_json(decision_of(report, verdicts, failed))
     else:
-        if not printed:
+        if tables and not printed:
             _print_tables(verdicts, failed)
         for path in files:
             if path not in printed:

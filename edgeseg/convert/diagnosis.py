@@ -122,7 +122,7 @@ def _encoder_cause(theirs: Shapes, encoder: str, depth: int) -> str:
         if alike > score:
             best, score = name, alike
     if best == encoder:
-        return f"its encoder is {encoder} with other tensors than SMP's: changed in training?"
+        return f"its encoder is {encoder} with other tensors than SMP's: changed in training, or of an older timm?"
     if score > 0.6:
         return f"its encoder is not {encoder}; the nearest known is {best}"
     return f"its encoder is not {encoder}: give --encoder as in training"

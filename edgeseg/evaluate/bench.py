@@ -175,6 +175,10 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
     if not request.baselines:
         notes.append("no baseline asked for: nothing is compared with PyTorch")
     contenders = [*baselines, *engines]
+    for engine in engines:
+        reference = first_baseline(engine, contenders)
+        if reference is not None and reference.device != engine.device:
+            notes.append(f"{engine.name} runs on the GPU and is compared with {reference.name}, which runs on the CPU")
     if accuracy is not None:
         notes += accuracy.check(contenders)
     if request.duration_s > 0:

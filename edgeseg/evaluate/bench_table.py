@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from edgeseg.backends import GPU_TARGETS
 from edgeseg.console import printable
-from edgeseg.evaluate.results import BenchReport, Drop, Profile, Row, SpeedComparison
+from edgeseg.evaluate.results import BenchReport, Drop, Identity, Profile, Row, SpeedComparison
 from edgeseg.evaluate.summary import share
 from edgeseg.evaluate.tables import MISSING, FigureTable, counted, milliseconds, number
 
@@ -41,6 +42,7 @@ def _speed_table(report: BenchReport) -> FigureTable:
     energy = ("J/image",) if metered else ()
     table = FigureTable.of("end to end, ms", "median", "p90", "p99", "images/s", *energy, "vs baseline")
     against = {c.row: c for c in report.comparisons}
+    engines = {row.id: row.engine for row in report.rows}
     for row in report.rows:
         if row.latency is None:
             continue
@@ -52,9 +54,17 @@ def _speed_table(report: BenchReport) -> FigureTable:
             *map(milliseconds, (d.median_ms, d.p90_ms, d.p99_ms)),
             f"{row.latency.images_per_s:.1f}",
             *((joules,) if metered else ()),
-            ratio_words(against.get(row.id)),
+            ratio_words(against.get(row.id)) + _on_the_cpu(row, against.get(row.id), engines),
         )
     return table
+
+
+def _on_the_cpu(row: Row, comparison: SpeedComparison | None, engines: Mapping[str, Identity]) -> str:
+    """The baseline's name, where it does not run on the engine's device: such a ratio is never shown without."""
+    baseline = None if comparison is None else engines.get(comparison.baseline)
+    if baseline is None or row.engine.backend not in GPU_TARGETS or baseline.options.get("device", "cpu") != "cpu":
+        return ""
+    return f" of {baseline.name}"
 
 
 def ratio_words(comparison: SpeedComparison | None) -> str:

@@ -8,9 +8,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from edgeseg.backends import Session, get_backend
+from edgeseg.backends import GPU_TARGETS, Session, get_backend
 from edgeseg.errors import CheckpointError, EdgesegError, MissingDependencyError, SpecError
 from edgeseg.evaluate.results import Identity
 from edgeseg.machine.cpu import this_cpu
@@ -20,7 +20,17 @@ from edgeseg.store.artifacts import Engine, Manifest, open_engine, sha256_json
 if TYPE_CHECKING:
     from edgeseg.convert.loaded import LoadedModel
 
-BASELINES = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-bf16")
+BASELINES = (
+    "pytorch",
+    "pytorch-channels-last",
+    "pytorch-compile",
+    "pytorch-bf16",
+    "pytorch-fp16",
+    "pytorch-cpu",
+)
+"""PyTorch on the device of the engine, in several ways; ``pytorch-cpu`` on the CPU in any case."""
+
+Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Contender:
         baseline: one of :data:`BASELINES`; ``None`` for an engine.
         request: how to load the baseline's model.
         weights_sha256: of the weights (both kinds).
+        device: it runs on.
     """
 
     name: str
@@ -42,6 +53,7 @@ class Contender:
     baseline: str | None = None
     request: ModelRequest | None = None
     weights_sha256: str | None = None
+    device: Device = "cpu"
 
     @property
     def is_baseline(self) -> bool:
@@ -85,13 +97,16 @@ class Opener:
             )
         return loaded
 
-    def open(self, contender: Contender, threads: int | None = None, *, with_scores: bool = False) -> Session:
+    def open(
+        self, contender: Contender, threads: int | None = None, *, with_scores: bool = False, exact: bool = False
+    ) -> Session:
         """Load a contender.
 
         Args:
             contender: what to load.
             threads: of one inference; ``None``: the engine's own setting, one per core for PyTorch.
             with_scores: let a baseline return its scores beside the mask; takes time.
+            exact: a baseline on a GPU is to be judged for accuracy: without TF32, always the same kernels.
 
         Raises:
             SpecError: the backend has no such setting.
@@ -103,9 +118,12 @@ class Opener:
             return PyTorchSession(
                 self.loaded(contender),
                 contender.spec,
+                device=contender.device,
                 channels_last=contender.baseline == "pytorch-channels-last",
                 compiled=contender.baseline == "pytorch-compile",
                 bfloat16=contender.baseline == "pytorch-bf16",
+                float16=contender.baseline == "pytorch-fp16",
+                exact=exact,
                 # Always said: PyTorch keeps the number of threads for the whole process.
                 threads=threads or this_cpu().cores,
                 with_scores=with_scores,
@@ -144,11 +162,11 @@ class Opener:
             return Identity(
                 **common,
                 backend="pytorch",
-                precision="bf16" if contender.baseline == "pytorch-bf16" else "fp32",
+                precision={"pytorch-bf16": "bf16", "pytorch-fp16": "fp16"}.get(contender.baseline or "", "fp32"),
                 size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
                 is_baseline=True,
                 weights=loaded.weights,
-                options={"variant": contender.baseline},
+                options={"variant": contender.baseline, "device": contender.device},
                 versions=package_versions("torch", "segmentation-models-pytorch"),
             )
         engine = self.engine(contender)
@@ -168,6 +186,7 @@ class Opener:
             build_command=manifest.command,
             options=dict(manifest.options),
             versions=dict(manifest.versions),
+            repairs=manifest.repairs,
         )
 
 
@@ -187,7 +206,9 @@ def engine_contenders(folders: Sequence[Path]) -> tuple[list[Contender], dict[Pa
         except EdgesegError as exc:
             broken[folder] = exc
             continue
-        found.append(Contender(name, manifest.spec, str(folder), weights_sha256=manifest.inputs_sha256.get("weights")))
+        device: Device = "cuda" if manifest.target in GPU_TARGETS else "cpu"
+        weights = manifest.inputs_sha256.get("weights")
+        found.append(Contender(name, manifest.spec, str(folder), weights_sha256=weights, device=device))
     return found, broken
 
 
@@ -216,12 +237,14 @@ def baseline_contenders(
     """
     found: list[Contender] = []
     notes: list[str] = []
-    seen: set[str] = set()
+    seen: set[tuple[str, Device, str]] = set()
     distinct = len({engine.pair_key for engine in engines})
     for engine in engines:
-        if engine.pair_key in seen or not kinds:
+        wanted = _on_devices(kinds, engine.device, notes)
+        wanted = [(device, kind) for device, kind in wanted if (engine.pair_key, device, kind) not in seen]
+        seen |= {(engine.pair_key, device, kind) for device, kind in wanted}
+        if not wanted:
             continue
-        seen.add(engine.pair_key)
         manifest = opener.engine(engine).manifest
         request, reason = baseline_request(manifest, weights)
         if request is None:
@@ -229,11 +252,21 @@ def baseline_contenders(
             continue
         size = f"{engine.spec.input.height}x{engine.spec.input.width}"
         suffix = "" if distinct == 1 else f"-{engine.spec.model.display_name}-{size}"
-        first = Contender(
-            f"{kinds[0]}{suffix}", engine.spec, None, kinds[0], request, manifest.inputs_sha256.get("weights")
-        )
+        made = [
+            Contender(
+                # Never without its device, where that is not the one every reader takes for granted.
+                f"{kind}{'-cuda' if device == 'cuda' else ''}{suffix}",
+                engine.spec,
+                None,
+                kind,
+                request,
+                manifest.inputs_sha256.get("weights"),
+                device,
+            )
+            for device, kind in wanted
+        ]
         try:
-            opener.loaded(first)
+            opener.loaded(made[0])
         except MissingDependencyError as exc:
             notes.append(f"no PyTorch baseline for {engine.name}: {exc}")
             continue
@@ -242,7 +275,7 @@ def baseline_contenders(
                 raise
             notes.append(f"no PyTorch baseline for {engine.name}: {exc}")
             continue
-        found += [dataclasses.replace(first, name=f"{kind}{suffix}", baseline=kind) for kind in kinds]
+        found += made
     # Two models of one architecture and size would get one name: the weights tell them apart.
     for index, contender in enumerate(found):
         if sum(other.name == contender.name for other in found) > 1:
@@ -250,6 +283,39 @@ def baseline_contenders(
                 contender, name=f"{contender.name}-{(contender.weights_sha256 or '')[:8]}"
             )
     return found, notes
+
+
+def _on_devices(kinds: Sequence[str], device: Device, notes: list[str]) -> list[tuple[Device, str]]:
+    """What of ``kinds`` runs where, for an engine on ``device``; what cannot be had is noted once."""
+    reason = _why_no_cuda() if device == "cuda" and set(kinds) - {"pytorch-cpu"} else None
+    if reason is not None:
+        _note_once(
+            notes,
+            f"no PyTorch baseline on the GPU, where the engines run: {reason}; --baseline pytorch-cpu compares with the "
+            "CPU, and says so",
+        )
+    wanted: list[tuple[Device, str]] = []
+    for kind in kinds:
+        if kind == "pytorch-cpu":
+            wanted.append(("cpu", kind))
+        elif device == "cpu" and kind == "pytorch-fp16":
+            _note_once(notes, "no pytorch-fp16 beside engines of the CPU: PyTorch's float16 is for GPUs")
+        elif reason is None:
+            wanted.append((device, kind))
+    return wanted
+
+
+def _note_once(notes: list[str], note: str) -> None:
+    if note not in notes:
+        notes.append(note)
+
+
+def _why_no_cuda() -> str | None:
+    try:
+        from edgeseg.backends.pytorch import why_no_cuda
+    except ImportError as exc:
+        return str(MissingDependencyError(exc.name or "torch", "convert", "run the PyTorch baseline"))
+    return why_no_cuda()
 
 
 def baseline_request(manifest: Manifest, weights: Path | None) -> tuple[ModelRequest | None, str]:
@@ -281,8 +347,11 @@ def baseline_request(manifest: Manifest, weights: Path | None) -> tuple[ModelReq
 
 
 def first_baseline(contender: Contender, contenders: Sequence[Contender]) -> Contender | None:
-    """The baseline an engine (or a further baseline) is compared with: the first of the same model and input size."""
-    for other in contenders:
-        if other.is_baseline and other.pair_key == contender.pair_key:
-            return None if other is contender else other
-    return None
+    """The baseline an engine (or a further baseline) is compared with: the first of the same model, input size and device.
+
+    One on the CPU stands for an engine of the GPU only where it was asked for by that name.
+    """
+    same = [other for other in contenders if other.is_baseline and other.pair_key == contender.pair_key]
+    here = [other for other in same if other.device == contender.device]
+    first = next(iter(here), None) or next((other for other in same if other.baseline == "pytorch-cpu"), None)
+    return None if first is contender else first

@@ -13,7 +13,7 @@ import msgspec
 
 from edgeseg.errors import ArtifactError
 from edgeseg.machine.record import Count, Environment, Finite, NoiseFlag, Power
-from edgeseg.store.artifacts import read_versioned, write_json
+from edgeseg.store.artifacts import Repair, read_versioned, write_json
 
 # What a report from elsewhere may say: figures are divided by, and their logarithms taken.
 Milliseconds: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e12)]
@@ -49,6 +49,7 @@ class Identity:
         build_command: what makes the engine's folder again; ``None`` for a baseline, or when no command line says it.
         options: backend settings.
         versions: of the packages the engine was built with and runs on.
+        repairs: what was done so that INT8 keeps its accuracy, as in the manifest.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Identity:
     build_command: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    repairs: tuple[Repair, ...] = ()
 
 
 @dataclass(frozen=True)

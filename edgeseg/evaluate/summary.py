@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from edgeseg.console import printable
 from edgeseg.evaluate.tables import MISSING, FigureTable, number
-from edgeseg.store.artifacts import AccuracyFigures, Engine, PrecisionReport, Verification
+from edgeseg.store.artifacts import AccuracyFigures, Engine, PrecisionReport, Repair, Verification
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
-    from edgeseg.spec import PipelineSpec
+    from edgeseg.spec import Padding, PipelineSpec
 
 
 _FITTED = {"resize": "resized", "letterbox": "letterboxed", "tile": "tiled"}
@@ -27,12 +27,22 @@ def input_line(spec: PipelineSpec, *, is_default_size: bool) -> str:
         parts.append(f"or any multiple of {image.stride}")
     if str(image.batch) != "1":
         parts.append(f"batch {image.batch}")
-    parts.append(_FITTED[image.fit])
+    how = "" if image.interpolation == "linear" else f" ({image.interpolation})"
+    parts.append(_FITTED[image.fit] + how)
+    if image.padding is not None and image.fit != "resize":
+        parts.append(_padded(image.padding))
     mean, std = (",".join(f"{value:.4g}" for value in values) for values in (preprocess.mean, preprocess.std))
     values = "0..1" if preprocess.scale != 1 else "0..255"
     order = "" if preprocess.channel_order == "rgb" else f", {preprocess.channel_order.upper()} inside"
     line = f"{', '.join(parts)}; mean {mean} std {std} of {values}{order} (from {preprocess.source})"
     return line + ("; the size is only a default, give --size" if is_default_size else "")
+
+
+def _padded(padding: Padding) -> str:
+    """``padded around with 128``, ``padded right and below by reflect_101``."""
+    where = "around" if padding.position == "center" else "right and below"
+    border = f"with {','.join(map(str, padding.value))}" if padding.border == "constant" else f"by {padding.border}"
+    return f"padded {where} {border}"
 
 
 def build_summary(engine: Engine) -> Group:
@@ -100,6 +110,43 @@ def class_table(verification: Verification, class_names: Sequence[str]) -> Figur
         if before is not None or after is not None:
             table.add(name, share(before), share(after), _points(before, after))
     return table
+
+
+REPAIRS = {
+    "bias-correction": "biases corrected",
+    "equalization": "channels equalized",
+    "calibration-method": "range methods chosen",
+}
+"""What was done, in words, by :attr:`edgeseg.store.artifacts.Repair.name`."""
+
+
+def repair_rows(repairs: Sequence[Repair]) -> list[tuple[str, str, str, str]]:
+    """By repair: what was done, to how many of what, and the agreement before and after; ``-`` where it was not measured."""
+    return [
+        (
+            REPAIRS[repair.name],
+            ", ".join(f"{count:,} {what}" for what, count in repair.changed.items()),
+            share(repair.agreement_before),
+            share(repair.agreement_after),
+        )
+        for repair in repairs
+    ]
+
+
+def repair_table(repairs: Sequence[Repair]) -> FigureTable:
+    """A line per repair, each on top of those before it."""
+    table = FigureTable(
+        (("done for int8", "words"), ("changed", "words"), ("agreement before", "figure"), ("after", "figure"))
+    )
+    for row in repair_rows(repairs):
+        table.add(*row)
+    return table
+
+
+def repairs_line(repairs: Sequence[Repair]) -> str:
+    """What the agreement of :func:`repair_table` is that of."""
+    images = f"{repairs[0].images} image{'' if repairs[0].images == 1 else 's'}"
+    return f"agreement with the float graph in scheme {repairs[0].scheme}, on {images} of the calibration set"
 
 
 def precision_line(report: PrecisionReport) -> str:

@@ -62,6 +62,7 @@ def verify(
     reference_size_bytes: int,
     engine_size_bytes: int,
     protocol: LatencyProtocol | None = SHORT,
+    timed_reference: Session | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare an engine with the model it came from, and time both in turns.
@@ -75,6 +76,7 @@ def verify(
         reference_size_bytes: of the model's parameters.
         engine_size_bytes: of the engine file.
         protocol: how long to time both; ``None`` not to.
+        timed_reference: the PyTorch model as it is timed, where that is not as its accuracy is judged.
         progress: called with (images done, images in all or 0 when unknown).
 
     Raises:
@@ -83,7 +85,9 @@ def verify(
     compared = compare_masks(reference, engine, spec, pairs, progress)
     agreement = compared.agreement.agreement
     assert agreement is not None  # compare_masks saw at least one image
-    latency = latency_figures(reference, engine, spec, compared.sample, protocol) if protocol else (None, None, None)
+    latency: tuple[LatencyFigures, LatencyFigures, SpeedUp] | tuple[None, None, None] = (None, None, None)
+    if protocol:
+        latency = latency_figures(timed_reference or reference, engine, spec, compared.sample, protocol)
     return Verification(
         agreement=agreement,
         boundary_agreement=compared.agreement.boundary,

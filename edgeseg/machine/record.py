@@ -75,7 +75,8 @@ class MachineState:
 class Environment:
     """The machine. ``device`` is its short name in tables: the board's, else GPU or CPU.
 
-    ``power_mode``: of nvpmodel, on a Jetson; ``thread_variables``: those of ``OMP_NUM_THREADS`` and the like that are set.
+    ``power_mode``: of nvpmodel, on a Jetson; ``jetpack``: its version, as far as packages and L4T's release file tell;
+    ``thread_variables``: those of ``OMP_NUM_THREADS`` and the like that are set.
     """
 
     device: str
@@ -91,6 +92,7 @@ class Environment:
     governor: str | None = None
     cpu_max_mhz: Finite | None = None
     power_mode: str | None = None
+    jetpack: str | None = None
     thread_variables: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     before: MachineState = field(default_factory=MachineState)

@@ -84,6 +84,7 @@ def describe_machine(before: MachineState, after: MachineState, root: Path = ROO
         governor=read_text(policy / "scaling_governor"),
         cpu_max_mhz=None if most is None else most / 1000,
         power_mode=_power_mode(root),
+        jetpack=_jetpack(root),
         thread_variables={name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
         versions={name: version for name in PACKAGES if (version := installed_version(name)) is not None},
         before=before,
@@ -243,6 +244,17 @@ def _temperatures(root: Path) -> dict[str, float]:
 def _load(root: Path) -> tuple[float, float, float] | None:
     words = (read_text(root / "proc" / "loadavg") or "").split()
     return (float(words[0]), float(words[1]), float(words[2])) if len(words) >= 3 else None
+
+
+def _jetpack(root: Path) -> str | None:
+    """``6.2+b77 (L4T 36.4.3)``: of the package nvidia-jetpack where it is installed, and of the board's own release file."""
+    release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", read_text(root / "etc" / "nv_tegra_release") or "")
+    if release is None:
+        return None
+    l4t = f"L4T {release[1]}.{release[2]}"
+    packages = read_text(root / "var" / "lib" / "dpkg" / "status") or ""
+    package = re.search(r"^Package: nvidia-jetpack\n(?:.+\n)*?Version: (\S+)", packages, re.MULTILINE)
+    return l4t if package is None else f"{package[1]} ({l4t})"
 
 
 def _power_mode(root: Path) -> str | None:

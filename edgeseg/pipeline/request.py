@@ -50,8 +50,9 @@ class BuildRequest(ModelRequest):
     size: tuple[int, int] | None = argument(SIZE, help="Engine input size.  [default: the model's, else 256x256]")
     batch: BatchRange = argument(BATCH, BatchRange, help="Batch size or range.")
     dynamic_size: bool = argument(FLAG, False, help="Accept any size that is a multiple of the model's stride.")
-    fit: FitPolicy = argument(
-        choice(get_args(FitPolicy)), "resize", help="How images of another size are brought to the engine's."
+    fit: FitPolicy | None = argument(
+        choice(get_args(FitPolicy)),
+        help="How images of another size are brought to the engine's.  [default: as saved with the model, else resize]",
     )
     output_kind: OutputKind = argument(choice(get_args(OutputKind)), "mask")
     confidence: bool = argument(FLAG, False, help="Also return each pixel's probability of its class.")
@@ -63,7 +64,7 @@ class BuildRequest(ModelRequest):
         help="Images for int8: a folder, glob, list file, .npy, or a finished table (.json).  "
         "[default: the demo set, for a demo model only]",
     )
-    calibration_method: str | None = argument(TEXT, help="minmax, moving-average, percentile, entropy or mse.")
+    calibration_method: str | None = argument(TEXT, help="minmax, moving-average, percentile, entropy, mse, or auto.")
     equalize: bool = argument(
         FLAG,
         True,
@@ -79,7 +80,7 @@ class BuildRequest(ModelRequest):
     target: str = argument(
         choice(("auto", *BACKENDS)),
         "auto",
-        help="auto measures the backends installed here and takes the fastest.",
+        help="auto measures the backends installed here and takes the fastest, onnxruntime where noise could turn it.",
     )
     scheme: str | None = argument(TEXT, help="Q/DQ scheme.  [default: what is fast on the target here]")
     backend_options: dict[str, Any] = argument(

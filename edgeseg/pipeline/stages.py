@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require_builder
+from edgeseg.backends import AUTO_TARGETS, GPU_TARGETS, get_backend, require_backend, require_builder
 from edgeseg.backends.portable import (
     DEVICE_TARGETS,
     awaits_calibration,
@@ -23,6 +23,7 @@ from edgeseg.backends.portable import (
     measured_on,
     open_graph,
 )
+from edgeseg.convert.saved_preprocessing import CONFIG_NAME
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
 from edgeseg.evaluate.summary import input_line
 from edgeseg.machine.packages import package_versions
@@ -36,7 +37,7 @@ from edgeseg.pipeline.verification_data import (
     sample_images,
 )
 from edgeseg.progress import Reporter, stage
-from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
+from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, calibrate, method_or_default, table_key
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import InputSpec, ModelRequest, PipelineSpec, one_of
 from edgeseg.store.artifacts import (
@@ -46,6 +47,7 @@ from edgeseg.store.artifacts import (
     FileRef,
     Manifest,
     OnnxGraph,
+    Repair,
     Verification,
     check_engine_folder,
     engine_folder,
@@ -68,7 +70,6 @@ if TYPE_CHECKING:
 
 CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
 EQUALIZED_NAME = "equalized.onnx"
-EQUALIZED_NOTE = "channels of the activations were equalized before calibration; the float graph computes the same"
 EXPORT_FOLDER = "export"
 
 
@@ -80,7 +81,8 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         graph, conversion = export_stage(loaded, spec, scratch, reporter)
         table = None
         if plan.samples is not None:
-            graph, table = calibration_stage(request, graph, plan.samples, scratch, reporter)
+            judges = judging_schemes(request, targets)
+            graph, table = calibration_stage(request, graph, plan.samples, judges, scratch, reporter)
         if request.precision == "fp16" and table is None:
             reporter.note(
                 "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
@@ -97,9 +99,11 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
                 reporter.note(f"{target} is left out: {exc}")
 
         # What no file describes cannot be loaded again, nor built by a command.
+        if loaded.origin is not None and loaded.origin.hub_id is not None:
+            # A branch moves on; the engine is made again from the commit it was made from.
+            request = dataclasses.replace(request, weights=loaded.origin.hub_id)
         command, asked = (None, None) if model is not None else (build_command(request), request.model)
-        notes = loaded.notes if table is None or not table.equalization else (*loaded.notes, EQUALIZED_NOTE)
-        make = _ManifestMaker(request, loaded, spec, conversion, table, notes, folder.name, command, asked)
+        make = _ManifestMaker(request, loaded, spec, conversion, table, folder.name, command, asked)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
         verification = verify_stage(request, loaded, engine, plan.held_out, reporter)
@@ -140,9 +144,34 @@ def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: R
 
             loaded = wrap_module(model, request.model, images)
         said.append(f"{loaded.model.display_name}, {loaded.model.classes} classes, {loaded.weights}")
+    loaded = fitted(request, loaded)
     for note in loaded.notes:
         reporter.note(note)
     return loaded
+
+
+def fitted(request: BuildRequest, loaded: LoadedModel) -> LoadedModel:
+    """Settle how the preprocessing saved with the model brings images to the engine; the user's size and fit win.
+
+    Raises:
+        SpecError: the preprocessing has a transform that no engine can hold, and no option takes its place.
+    """
+    saved = loaded.saved
+    if saved is None:
+        return loaded
+    saved.require_fit({name for name in ("mean", "std", "size", "fit") if getattr(request, name) is not None})
+    channels = loaded.model.in_channels
+    shapes = ((image.shape[0], image.shape[1]) for image in sample_images(request, channels))
+    fitting = saved.fitting(request.size, request.fit, shapes, channels)
+    notes = fitting.notes
+    if request.dynamic_size and saved.scaling is not None:
+        notes = (*notes, f"--dynamic-size overrides the saved {saved.scaling.words}: images keep their own scale")
+    return dataclasses.replace(
+        loaded,
+        size=fitting.size or loaded.size,
+        fitting=fitting,
+        notes=tuple(dict.fromkeys((*loaded.notes, *notes))),
+    )
 
 
 def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]:
@@ -186,7 +215,12 @@ def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]
 def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter) -> PipelineSpec:
     """Join what was asked for and what the model needs into the one contract."""
     height, width = request.size or loaded.size
-    loaded.check_size(height, width)
+    try:
+        loaded.check_size(height, width)
+    except SpecError as exc:
+        if request.size is None and loaded.fitting.size is not None:
+            raise SpecError(f"{exc} with --size: {height}x{width} is of {CONFIG_NAME}") from exc
+        raise
     stride, min_size = loaded.stride, None
     if request.dynamic_size:
         from edgeseg.convert.dynamic_size import dynamic_sizes
@@ -207,7 +241,9 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter
             stride=stride,
             dynamic_size=request.dynamic_size,
             min_size=min_size,
-            fit=request.fit,
+            fit=request.fit or loaded.fitting.fit or "resize",
+            interpolation=loaded.fitting.interpolation,
+            padding=loaded.fitting.padding,
         ),
         preprocess=loaded.preprocess,
         output=request.output,
@@ -259,11 +295,28 @@ def export_stage(
     return graph, report
 
 
+def judging_schemes(request: BuildRequest, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The schemes whose rounding decides about repairs: the targets', or ones that round alike."""
+    from edgeseg.quantize.repair.fidelity import judge_of
+
+    schemes = [request.scheme or get_backend(target).scheme for target in targets]
+    return tuple(dict.fromkeys(judge_of(SCHEMES[scheme]) for scheme in schemes))
+
+
 def calibration_stage(
-    request: BuildRequest, graph: OnnxGraph, samples: Any, scratch: Path, reporter: Reporter
+    request: BuildRequest,
+    graph: OnnxGraph,
+    samples: Any,
+    judges: tuple[str, ...] | None,
+    scratch: Path,
+    reporter: Reporter,
 ) -> tuple[OnnxGraph, CalibrationTable]:
-    """Take the table that was given, find one in the cache, or calibrate; return the graph it is for, channels equalized."""
-    from edgeseg.quantize.repair.equalization import channel_magnitudes, require_equal, write_equalized
+    """Take the table that was given, find one in the cache, or calibrate; return the graph it is for, channels equalized.
+
+    ``judges``: the schemes that decide about repairs; ``None``, for a table of no target, all that can.
+    """
+    from edgeseg.quantize.repair.equalization import write_equalized
+    from edgeseg.quantize.repair.repaired import calibrate_repaired
     from edgeseg.quantize.samples import MINIMUM_IMAGES
     from edgeseg.quantize.table import CalibrationTable, check_fresh, load_table
 
@@ -286,17 +339,27 @@ def calibration_stage(
             f"calibrated on {images}: what others need may lie outside the ranges; give {MINIMUM_IMAGES} or more"
         )
     method = method_or_default(request.calibration_method)
-    equalizes = request.equalize and request.precision == "int8"
-    inputs = {"key": table_key(graph, samples, method, {}), "equalizes": equalizes, "software": software()}
+    repairs = request.precision == "int8"
+    equalizes = request.equalize and repairs
+    inputs = {
+        "key": table_key(graph, samples, method, {}),
+        "equalizes": equalizes,
+        "judges": judges if repairs else None,
+        "repairs": repairs,
+        "software": software(),
+    }
 
     def make(folder: Path) -> None:
-        calibrated, magnitudes = graph, {}
-        if equalizes:
-            magnitudes = channel_magnitudes(graph, samples)
-            calibrated, _ = write_equalized(graph, magnitudes, folder / EQUALIZED_NAME)
-            require_equal(graph, calibrated, samples)
-        table = calibrate(calibrated, samples, method=method, progress=reporter.progress)
-        dataclasses.replace(table, equalization=magnitudes).save(folder / TABLE_NAME)
+        if repairs:
+            equalized = folder / EQUALIZED_NAME if equalizes else None
+            _, table = calibrate_repaired(
+                graph, samples, equalized, method=method, judges=judges, progress=reporter.progress
+            )
+        else:
+            # Ranges for FP16 are what the values reach, which no method cuts.
+            chosen = DEFAULT_METHOD if method == AUTO else method
+            table = calibrate(graph, samples, method=chosen, progress=reporter.progress)
+        table.save(folder / TABLE_NAME)
 
     with stage(reporter, "calibrate") as said:
         folder, reused = cached_folder("calibration", inputs, make)
@@ -319,7 +382,7 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     samples = calibration_source(request, loaded)
     with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
         graph, _ = export_stage(loaded, spec, Path(scratch), reporter)
-        _, table = calibration_stage(request, graph, samples, Path(scratch), reporter)
+        _, table = calibration_stage(request, graph, samples, None, Path(scratch), reporter)
     table.save(path)
     return table
 
@@ -353,10 +416,11 @@ def candidate_stage(
 def choose_fastest(
     candidates: list[Candidate], make: _ManifestMaker, table: CalibrationTable | None, reporter: Reporter
 ) -> tuple[Candidate, dict[str, float]]:
-    """With several candidates, measure them in turn on one image and return the fastest and all medians."""
+    """With several candidates, measure them in turns on one image; return the one to take and all medians."""
     if len(candidates) == 1:
         return candidates[0], {}
-    from edgeseg.evaluate.latency.protocol import median_ms_interleaved
+    from edgeseg.evaluate.latency.protocol import measure_sessions
+    from edgeseg.evaluate.latency.statistics import fastest_or_first
 
     with stage(reporter, "measure") as said:
         with ExitStack() as opened:
@@ -364,12 +428,12 @@ def choose_fastest(
             for candidate in candidates:
                 engine = make.write(candidate, {}, table, candidate.folder, None)
                 sessions[candidate.backend.name] = opened.enter_context(candidate.backend.load(engine))
-            medians = median_ms_interleaved(sessions, make.spec.input)
+            measured = measure_sessions(sessions, make.spec.input)
+        medians = {name: samples.median_ms for name, samples in measured.items()}
         said.append(", ".join(f"{name} {ms:.1f} ms" for name, ms in medians.items()))
-    best = min(candidates, key=lambda c: medians[c.backend.name])
-    said_choice = f"target auto: {best.backend.name} is the fastest here; name one with --target"
-    reporter.note(said_choice)
-    return best, medians
+    name, why = fastest_or_first(measured)
+    reporter.note(f"target auto took {name}: {why}; name one with --target")
+    return next(candidate for candidate in candidates if candidate.backend.name == name), medians
 
 
 def verify_stage(
@@ -383,7 +447,7 @@ def verify_stage(
         return None
     if request.max_drop is not None and not data.has_masks:
         raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
-    from edgeseg.backends.pytorch import PyTorchSession
+    from edgeseg.backends.pytorch import PyTorchSession, why_no_cuda
     from edgeseg.evaluate.latency.protocol import SHORT
     from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, check_gates, verify
     from edgeseg.machine.cpu import this_cpu
@@ -393,8 +457,19 @@ def verify_stage(
         backend = get_backend(engine.manifest.target)
         runs_here = engine.manifest.engine is not None and backend.status().available
         opened = backend.load(engine) if runs_here else open_graph(engine)
+        on_gpu = runs_here and backend.name in GPU_TARGETS
+        missing = why_no_cuda() if on_gpu else None
+        device = "cuda" if on_gpu and missing is None else "cpu"
         # As bench runs it: by itself PyTorch may take more threads than this process has cores.
-        with PyTorchSession(loaded, spec, threads=this_cpu().cores) as reference, opened as session:
+        threads = this_cpu().cores
+        with ExitStack() as stack:
+            session = stack.enter_context(opened)
+            reference = stack.enter_context(
+                PyTorchSession(loaded, spec, threads=threads, device=device, exact=device == "cuda")
+            )
+            timed = reference
+            if device == "cuda":
+                timed = stack.enter_context(PyTorchSession(loaded, spec, threads=threads, device=device))
             verification = verify(
                 reference,
                 session,
@@ -403,7 +478,9 @@ def verify_stage(
                 data=data.description if runs_here else f"{data.description}; {measured_on(engine.manifest)}",
                 reference_size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
                 engine_size_bytes=(engine.manifest.engine or engine.manifest.graph).size_bytes,
-                protocol=SHORT if runs_here else None,
+                # Never beside PyTorch on another device: the ratio would be of a GPU and a CPU.
+                protocol=SHORT if runs_here and missing is None else None,
+                timed_reference=timed,
                 progress=reporter.progress,
             )
             said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
@@ -414,6 +491,8 @@ def verify_stage(
                     return agreement_without_ties(telling, session, spec, data.pairs, tie)
 
             note = check_fidelity(verification, request.precision, without_ties)
+    if missing is not None:
+        reporter.note(f"not timed beside PyTorch: {missing}, and the engine runs on the GPU; edgeseg bench times it")
     if note is not None:
         reporter.note(note)
     check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
@@ -429,7 +508,6 @@ class _ManifestMaker:
     spec: PipelineSpec
     conversion: ConversionReport
     table: CalibrationTable | None
-    notes: tuple[str, ...]
     name: str
     command: str | None
     model_request: ModelRequest | None
@@ -463,6 +541,7 @@ class _ManifestMaker:
             calibration=calibration,
             extra_files=tuple(FileRef.of(folder / path.name) for path in candidate.built.extra_files),
             weights=self.loaded.weights,
+            origin=self.loaded.origin,
             model_request=self.model_request,
             inputs_sha256={
                 "weights": self.loaded.weights_sha256,
@@ -476,11 +555,21 @@ class _ManifestMaker:
             candidates=medians,
             conversion=dataclasses.asdict(self.conversion),
             command=self.command,
-            notes=self.notes,
+            notes=self.loaded.notes,
             verification=verification,
+            repairs=self._repairs(candidate),
         )
         write_json(folder / MANIFEST_NAME, manifest)
         return Engine(folder, manifest)
+
+    def _repairs(self, candidate: Candidate) -> tuple[Repair, ...]:
+        """Those of the table, judged in the scheme that rounds like the engine's; none for FP16, which takes its graph only."""
+        from edgeseg.quantize.repair.fidelity import judge_of
+
+        if self.table is None or candidate.built.precision.requested != "int8":
+            return ()
+        judge = judge_of(SCHEMES[candidate.graph.scheme or candidate.backend.scheme])
+        return tuple(repair for repair in self.table.repairs if repair.scheme == judge)
 
     def _options_given(self, candidate: Candidate) -> dict[str, Any]:
         given = self.request.backend_options

@@ -102,12 +102,18 @@ def group_by_size(activations: Sequence[Activation], budget_bytes: int) -> list[
 class ActivationSession:
     """The graph in ONNX Runtime on the CPU, with some of its tensors as its outputs.
 
+    Args:
+        model: the fp32 graph.
+        names: tensors to fetch, in the order :meth:`run` returns them.
+        threads: of one inference.
+        optimized: let ONNX Runtime fuse; otherwise every operator runs as written.
+
     Raises:
         QuantizationError: ONNX Runtime refuses the graph.
         MissingDependencyError: it is not installed.
     """
 
-    def __init__(self, model: onnx.ModelProto, names: Sequence[str], threads: int) -> None:
+    def __init__(self, model: onnx.ModelProto, names: Sequence[str], threads: int, *, optimized: bool = True) -> None:
         try:
             import onnxruntime as ort
         except ImportError as exc:
@@ -115,6 +121,8 @@ class ActivationSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if not optimized:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # The statistics of one image are taken on the same cores while the pool waits for the next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._names = list(names)

@@ -35,8 +35,8 @@ class _Affine:
     zero_point: ir.Value
 
 
-def insert_pairs(graph: ir.Graph, observed: Observed, placement: Placement, scheme: QuantScheme) -> None:
-    """Change ``graph`` in place.
+def insert_pairs(graph: ir.Graph, observed: Observed, placement: Placement, scheme: QuantScheme) -> int:
+    """Change ``graph`` in place; returns how many layers' biases were corrected.
 
     Args:
         graph: float, as ``placement`` was decided on.
@@ -47,7 +47,9 @@ def insert_pairs(graph: ir.Graph, observed: Observed, placement: Placement, sche
     Raises:
         QuantizationError: a value that has to be quantized has no range, or one that is not finite.
     """
-    _Inserter(graph, observed, placement, scheme).run()
+    inserter = _Inserter(graph, observed, placement, scheme)
+    inserter.run()
+    return inserter.corrected
 
 
 class _Inserter:
@@ -59,6 +61,7 @@ class _Inserter:
         self._observed = observed
         self._placement = placement
         self._scheme = scheme
+        self.corrected = 0
         self._signed = {
             placement.representative(node.inputs[0])
             for node, role in placement.roles.items()
@@ -176,6 +179,7 @@ class _Inserter:
         takes_bias = node.op_type != "MatMul" and node.attributes.get_float("beta", 1.0) == 1.0
         if takes_bias and channel_mean is not None and channel_mean.size == self._input_channels(node, weight, axis):
             correction = bias_correction(weight, quantized, channel_mean, groups=groups)
+            self.corrected += 1
             bias = (correction + (0.0 if bias is None else bias)).astype(np.float32)
         if takes_bias and bias is not None:
             quantized = self._quantize_bias(node, quantized, bias)

@@ -53,8 +53,8 @@ def write_qdq(graph: OnnxGraph, table: CalibrationTable, scheme: QuantScheme, pa
     return replace(graph, path=path, sha256=sha256_file(path), precision="int8", scheme=scheme.name)
 
 
-def quantize_model(model: ir.Model, table: CalibrationTable, scheme: QuantScheme) -> None:
-    """Run the scheme's passes on ``model`` in place and insert its Q/DQ pairs.
+def quantize_model(model: ir.Model, table: CalibrationTable, scheme: QuantScheme) -> int:
+    """Run the scheme's passes on ``model`` in place and insert its Q/DQ pairs; returns how many biases were corrected.
 
     Raises:
         QuantizationError: see :func:`write_qdq`.
@@ -70,5 +70,6 @@ def quantize_model(model: ir.Model, table: CalibrationTable, scheme: QuantScheme
             "no convolution or matrix product of the graph can be quantized: the calibration table covers none of their "
             "inputs; calibrate this graph again"
         )
-    insert_pairs(model.graph, observed, placement, scheme)
+    corrected = insert_pairs(model.graph, observed, placement, scheme)
     remove_unread_constants(model.graph)
+    return corrected

@@ -13,6 +13,7 @@ from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport
 from edgeseg.decide.verdict import data_key
 from edgeseg.errors import one_line
 from edgeseg.evaluate.results import Accuracy, Identity, Profile, Truth, WorstImage
+from edgeseg.evaluate.summary import repair_rows, repairs_line
 from edgeseg.evaluate.tables import number
 from edgeseg.report.charts import STYLES, bar
 from edgeseg.runtime.overlay import legend_entries, mask_palette
@@ -97,6 +98,7 @@ class EngineDetails:
         is_open: shown unfolded.
         is_equal: every mask is the baseline's, so there is nothing to show of what it confuses or where it differs.
         colours: class and CSS colour in the pictures.
+        repairs: what was done so that INT8 keeps its accuracy, cell by cell; ``repairs_note``: on what it was measured.
     """
 
     entry: Entry
@@ -112,10 +114,12 @@ class EngineDetails:
     profile: Profile | None
     pictures: tuple[Picture, ...]
     colours: tuple[tuple[str, str], ...]
+    repairs: tuple[tuple[str, str, str, str], ...]
+    repairs_note: str
 
     @property
     def is_empty(self) -> bool:
-        return not (self.classes or self.confusion or self.modules or self.pictures)
+        return not (self.classes or self.confusion or self.modules or self.pictures or self.repairs)
 
 
 def style_of(entry: Entry) -> str:
@@ -186,6 +190,8 @@ def _details(report: MergedReport, group: DeviceGroup, entry: Entry, is_open: bo
         profile=entry.row.profile,
         pictures=tuple(_picture(worst, report.runs[entry.run].folder) for worst in accuracy.worst) if accuracy else (),
         colours=_colours(entry.row.engine),
+        repairs=tuple(repair_rows(entry.row.engine.repairs)),
+        repairs_note=repairs_line(entry.row.engine.repairs) if entry.row.engine.repairs else "",
     )
 
 

@@ -102,6 +102,11 @@ def html(
     )
 
 
+def require_templates() -> None:
+    """Raise ``MissingDependencyError`` now, before minutes of measuring, if :func:`html` would."""
+    _templates()
+
+
 @cache
 def _templates() -> jinja2.Environment:
     try:
@@ -240,6 +245,7 @@ def environment_lines(run: Run) -> tuple[tuple[str, str], ...]:
     gpus = [", ".join(filter(None, (gpu.name, gpu.driver and f"driver {gpu.driver}"))) for gpu in env.gpus]
     facts = [
         ("Device", env.device),
+        ("JetPack", env.jetpack),
         ("Power mode", env.power_mode),
         ("CPU", f"{env.cpu}, {env.cores} cores" + (f", limited to {env.core_limit:g}" if env.core_limit else "")),
         ("CPU flags", ", ".join(env.cpu_flags)),

@@ -173,6 +173,63 @@ class Verification:
         return self.pytorch_accuracy.miou - self.engine_accuracy.miou
 
 
+RepairName = Literal["equalization", "calibration-method", "bias-correction"]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Something that was done so that INT8 keeps its accuracy.
+
+    Attributes:
+        name: ``equalization`` of channels, ``calibration-method`` by what the output loses, ``bias-correction``.
+        changed: how many of what: ``channels``, ``biases``; for the methods, tensors by method.
+        scheme: the Q/DQ scheme it was judged in, which rounds as the engine's does.
+        images: that judged; none of them gave ranges where there are enough calibration images for both.
+        agreement_before, agreement_after: share of the pixels that the Q/DQ graph decides as the float graph, 0..1, without
+            this repair and with it, each on top of those before; ``None`` where it was not measured.
+    """
+
+    name: RepairName
+    changed: dict[str, Count]
+    scheme: str
+    images: Count
+    agreement_before: float | None
+    agreement_after: float | None
+
+
+@dataclass(frozen=True)
+class WeightsOrigin:
+    """Where weights are from, as their own files say; nothing of it was checked.
+
+    Attributes:
+        repository: ``user/model`` of the Hugging Face hub; ``None`` for a folder here.
+        revision: the commit of it.
+        card: metadata of the model card beside the weights: ``license``, ``datasets``, ``tags`` and the like.
+    """
+
+    repository: str | None = None
+    revision: str | None = None
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hub_id(self) -> str | None:
+        """The id that always means this very commit."""
+        return None if self.repository is None else f"{self.repository}@{self.revision}"
+
+    @property
+    def licence_words(self) -> str | None:
+        """``says "mit"``: what the card says, which is not what is so; ``None`` where it says nothing."""
+        said = self.card.get("license")
+        if said is None:
+            return None
+        name = self.card.get("license_name")
+        words = f'says "{said}"' + (f" ({name})" if name else "")
+        if said == "mit" and self.card.get("library_name") == "segmentation-models-pytorch":
+            # SMPHubMixin.generate_model_card has no other.
+            words += "; SMP writes that into every card, whatever the weights are"
+        return words
+
+
 @dataclass(frozen=True)
 class Manifest:
     """``manifest.json`` of an engine folder.
@@ -188,6 +245,7 @@ class Manifest:
         weights: where the weights came from, in words, for people.
         model_request: what was asked of the model, so that it can be loaded again; ``None`` when it was a module object, and
             in folders of before it was recorded.
+        origin: repository, revision and model card of the weights; ``None`` where nothing says.
         inputs_sha256: hash per input of the build (weights, fp32 graph, calibration images, options).
         options: backend build options and session settings, as chosen, defaults included.
         options_given: those of them someone asked for; what building the engine again keeps. ``None`` in folders of before
@@ -199,6 +257,7 @@ class Manifest:
         command: the ``edgeseg build`` that makes the engine again; ``None`` when it was built from objects in Python, or
             compiled for another target or with other options than that command says.
         notes: everything assumed, stripped or dropped on the way; the same lines the build printed.
+        repairs: what was done so that INT8 keeps its accuracy, in order.
     """
 
     schema_version: int
@@ -224,6 +283,8 @@ class Manifest:
     verification: Verification | None = None
     options_given: dict[str, Any] | None = None
     model_request: ModelRequest | None = None
+    origin: WeightsOrigin | None = None
+    repairs: tuple[Repair, ...] = ()
 
     @property
     def engine_key(self) -> str:

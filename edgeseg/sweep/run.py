@@ -17,7 +17,7 @@ from edgeseg.store.artifacts import open_engine
 from edgeseg.store.atomic import HeldError, lock
 from edgeseg.sweep.config import Cell, SweepConfig, data_folder, expand
 from edgeseg.sweep.executors import Built, build_locally, build_on_ray
-from edgeseg.sweep.state import CellState, bench_key, cell_key, is_done, remember
+from edgeseg.sweep.state import UNFINISHED, CellState, bench_key, cell_key, check_ours, is_done, remember
 
 _TAIL_BYTES = 8192
 Say = Callable[[str], None]
@@ -49,6 +49,8 @@ def run_sweep(
     jobs: int = 1,
     executor: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
+    reports: Sequence[Path] = (),
+    force: bool = False,
     say: Say,
     build: Callable[[Sequence[Cell]], Iterator[Built]] | None = None,
     bench: Bench | None = None,
@@ -62,13 +64,16 @@ def run_sweep(
         jobs: local processes that build.
         executor: where to build.
         ray_address: of the cluster, for the executor ``ray``.
+        reports: files in the sweep's folder that the caller will write from the result.
+        force: replace engine folders and reports in the sweep's folder that no sweep wrote.
         say: gets a line of progress at a time.
         build: replaces the executor (tests bring their own).
         bench: replaces the measuring process (tests bring their own).
 
     Raises:
         SpecError: the config cannot be, see :func:`edgeseg.sweep.config.expand`, or its data is not there.
-        ArtifactError: another sweep works in the same folder.
+        OutputExistsError: see :func:`edgeseg.sweep.state.check_ours`.
+        ArtifactError: another sweep works in the same folder, or something is in the way of an engine folder.
         BuildError: not one cell could be built and measured.
     """
     if jobs < 1:
@@ -77,6 +82,7 @@ def run_sweep(
     data = data_folder(config.bench)
     if data is not None and not data.exists():  # said before hours of building, not after
         raise SpecError(f"bench.data {data} of the sweep is not there; give images, or demo, or leave it out")
+    check_ours(cells, reports, force=force)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -84,6 +90,8 @@ def run_sweep(
             keys = {cell.name: cell_key(cell) for cell in cells}
             todo = [cell for cell in cells if not is_done(cell, keys[cell.name])]
             say(f"{len(cells)} cells, {len(cells) - len(todo)} built before")
+            for cell in todo:  # should the sweep be killed, the folders that appear are known as its own
+                remember(cell, CellState(cell.name, keys[cell.name], 0.0, UNFINISHED))
             chosen = build or _builder(jobs, executor, ray_address)
             failures = list(_build(todo, keys, chosen, say))
             failed = {failure.name for failure in failures}

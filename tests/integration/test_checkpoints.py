@@ -255,6 +255,70 @@ def test_a_lightning_checkpoint_carries_its_architecture_and_normalization(
     assert any("normalization: buffers mean and std" in n for n in loaded.notes)
 
 
+RATES = [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "hyper_parameters": {
+                "arch": "DeepLabV3Plus",
+                "encoder_name": ENCODER,
+                "decoder_atrous_rates": tuple(RATES),
+                "lr": 1,
+            }
+        },
+        {
+            "hyper_parameters": {
+                "lr": 1,
+                "model": {"arch": "deeplabv3plus", "encoder_name": ENCODER, "decoder_atrous_rates": RATES},
+            }
+        },
+        {
+            "config": {
+                "model_name": "deeplabv3+",
+                "backbone": ENCODER,
+                "model_kwargs": {"decoder_atrous_rates": RATES, "x": 1},
+            }
+        },
+        {"args": argparse.Namespace(arch="DeepLabV3Plus", encoder=ENCODER, decoder_atrous_rates=RATES, classes=77)},
+        {
+            "model_args": {
+                "arch": "deeplabv3plus",
+                "encoder_name": ENCODER,
+                "in_channels": 3,
+                "decoder_atrous_rates": RATES,
+            }
+        },
+    ],
+    ids=["lightning", "lightning, nested", "config", "argparse", "create_model"],
+)
+def test_arguments_that_no_tensor_shows_are_read_beside_them(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Other rates are other results from the same tensors."""
+    torch.manual_seed(1)
+    made = smp.create_model(
+        "deeplabv3plus", ENCODER, encoder_weights=None, classes=2, decoder_atrous_rates=RATES
+    ).eval()
+    torch.save({"state_dict": prefixed(dict(made.state_dict()), "model."), **settings}, tmp_path / "last.ckpt")
+    loaded = assert_same(made, ModelRequest(weights=str(tmp_path / "last.ckpt")))
+    assert loaded.model.model_args["decoder_atrous_rates"] == RATES
+    assert any("decoder_atrous_rates [2, 4, 6]" in note for note in loaded.notes)
+    # The user's own words come first.
+    other = ModelRequest(weights=str(tmp_path / "last.ckpt"), model_args={"decoder_atrous_rates": [1, 2, 3]})
+    assert load_model(other).model.model_args["decoder_atrous_rates"] == [1, 2, 3]
+
+
+def test_arguments_of_older_smp_beside_the_tensors_are_translated(tmp_path: Path) -> None:
+    with quiet_libraries():
+        made = smp.Unet(ENCODER, encoder_weights=None, classes=2, decoder_use_norm=False).eval()
+    kept = {"arch": "Unet", "encoder_name": ENCODER, "decoder_use_batchnorm": False, "activation": "sigmoid"}
+    torch.save({"state_dict": made.state_dict(), "hyper_parameters": kept}, tmp_path / "last.ckpt")
+    loaded = load_model(ModelRequest(weights=str(tmp_path / "last.ckpt")))
+    assert loaded.model.model_args["decoder_use_norm"] is False
+    assert loaded.model.activation == "sigmoid"
+
+
 @pytest.mark.parametrize("arch", smp.MODEL_ARCHITECTURES_MAPPING)
 def test_the_architecture_is_recognized_by_its_tensors(arch: str) -> None:
     encoder = "tu-vit_tiny_patch16_224" if arch == "dpt" else ENCODER

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeseg.errors import BuildError, InputError
+from edgeseg.errors import BuildError, DeviceError, InputError, SpecError
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
 
 torch = pytest.importorskip("torch")
 smp = pytest.importorskip("segmentation_models_pytorch")
-from edgeseg.backends.pytorch import PyTorchSession  # noqa: E402  needs torch, which may be missing
+from edgeseg.backends.pytorch import CudaRuntime, PyTorchSession, why_no_cuda  # noqa: E402  need torch, which may be missing
 
 pytestmark = pytest.mark.integration
 
@@ -47,7 +47,8 @@ def model(classes: int, activation: str | None, *, labels: int = 0) -> Any:
 
 def session(module: Any, task: str, classes: int, activation: str | None, **options: Any) -> PyTorchSession:
     preprocess = options.pop("preprocess", Preprocess(mean=MEAN, std=STD))
-    flags = {k: options.pop(k) for k in ("channels_last", "compiled", "bfloat16", "threads") if k in options}
+    named = ("channels_last", "compiled", "bfloat16", "float16", "threads", "device", "exact", "runtime", "with_scores")
+    flags = {k: options.pop(k) for k in named if k in options}
     spec = PipelineSpec(
         model=ModelSpec("fpn", "resnet18", classes=classes, task=task, activation=activation),  # type: ignore[arg-type]
         input=InputSpec(64, 96),
@@ -215,3 +216,169 @@ def test_it_serves_a_segmenter_from_several_threads(images: NDArray[np.uint8]) -
     assert len(results) == 3
     for result in results:
         np.testing.assert_array_equal(result, expected)
+
+
+# --- the path of a GPU, on the CPU's memory: what CUDA does is stood in for; tests/gpu has the real one ---
+
+
+class Event:
+    """What torch.cuda.Event is asked, by a clock that only counts."""
+
+    clock = 0
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+        self.at = -1
+
+    def record(self) -> None:
+        Event.clock += 1
+        self.at = Event.clock
+        self.log.append("record")
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+    def elapsed_time(self, later: Event) -> float:
+        assert 0 <= self.at < later.at, "of an event that was recorded before"
+        return float(later.at - self.at)
+
+
+def stand_in(log: list[str]) -> CudaRuntime:
+    def pin(tensor: Any) -> Any:
+        log.append("pin")
+        return tensor.clone()
+
+    return CudaRuntime(
+        pin=pin,
+        event=lambda: Event(log),
+        name=lambda device: "a stand-in",
+        peak_bytes=lambda device: 12345,
+        release=lambda: log.append("release"),
+    )
+
+
+@pytest.mark.parametrize("variant", [{}, {"channels_last": True}, {"bfloat16": True}])
+def test_on_a_device_the_outputs_are_those_of_the_cpu(images: NDArray[np.uint8], variant: dict[str, Any]) -> None:
+    module = model(5, None, labels=3)
+    here = session(module, "multiclass", 5, None, confidence=True, with_scores=True, **variant)
+    log: list[str] = []
+    there = session(
+        module, "multiclass", 5, None, confidence=True, with_scores=True, runtime=stand_in(log), device="cpu", **variant
+    )
+    expected = here.run(images)
+    for _ in range(2):
+        got, times = there.run_timed(images)
+        assert set(got) == set(expected) == {"mask", "confidence", "logits", "aux_logits"}
+        for name, array in expected.items():
+            np.testing.assert_array_equal(got[name], array)
+            assert got[name].dtype == array.dtype and got[name].flags.owndata, "the caller's own"
+        assert times is not None and (times.h2d_ms, times.compute_ms, times.d2h_ms) == (1.0, 1.0, 1.0)
+        assert times.enqueue_ms > 0
+    assert log.count("pin") == 1 + len(expected), "page-locked memory is kept from call to call"
+    assert log[-5:] == ["record"] * 4 + ["synchronize"], "four marks, then the wait"
+    kept = {name: array.copy() for name, array in got.items()}
+    there.run(255 - images)
+    for name, array in kept.items():
+        np.testing.assert_array_equal(got[name], array)
+    there.run(images[:1])  # another shape has memory of its own size
+    assert here.run_timed(images)[1] is None and here.gpu_bytes is None and there.gpu_bytes == 12345
+    assert "device" not in here.options and there.options["gpu"] == "a stand-in"
+
+
+def test_the_callers_model_stays_where_it_is_and_nothing_stays_on_the_device() -> None:
+    import gc
+    import weakref
+
+    module = model(5, None)
+    before = [parameter.data_ptr() for parameter in module.parameters()]
+    log: list[str] = []
+    opened = session(module, "multiclass", 5, None, runtime=stand_in(log), channels_last=True)
+    opened.run(np.zeros((1, 64, 96, 3), np.uint8))
+    copies = [weakref.ref(parameter) for parameter in opened._module.parameters()]
+    assert copies and not {p.data_ptr() for p in opened._module.parameters()} & set(before)
+    opened.close()
+    gc.collect()
+    assert [ref() for ref in copies] == [None] * len(copies), "a copy of the weights outlived the session"
+    assert log[-1] == "release"
+    assert [parameter.data_ptr() for parameter in module.parameters()] == before
+    with pytest.raises(BuildError, match="was closed"):
+        opened.run(np.zeros((1, 64, 96, 3), np.uint8))
+    opened.close()
+
+
+def numerics() -> tuple[object, ...]:
+    cudnn = torch.backends.cudnn
+    return cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
+def test_the_accuracy_reference_has_no_tf32_and_the_process_gets_its_settings_back() -> None:
+    seen: list[tuple[object, ...]] = []
+
+    class Watching(torch.nn.Conv2d):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            seen.append(numerics())
+            return super().forward(x)
+
+    module = torch.nn.Sequential(Watching(3, 2, 1)).eval().requires_grad_(False)
+    image = np.zeros((1, 64, 96, 3), np.uint8)
+    before = numerics()
+    exact = session(module, "multiclass", 2, None, runtime=stand_in([]), exact=True)
+    fast = session(module, "multiclass", 2, None, runtime=stand_in([]))
+    for opened in (exact, fast, exact):
+        opened.run(image)
+    assert seen == [(False, True, False, "highest"), (True, False, True, "high"), (False, True, False, "highest")]
+    assert {k: exact.options[k] for k in ("tf32", "cudnn_benchmark", "cudnn_deterministic")} == {
+        "tf32": False, "cudnn_benchmark": False, "cudnn_deterministic": True,
+    }  # fmt: skip
+    assert fast.options["tf32"] and fast.options["cudnn_benchmark"]
+    fast.close()
+    exact.close()
+    assert numerics() == before
+    with session(module, "multiclass", 2, None, exact=True) as on_cpu:
+        on_cpu.run(image)
+        assert numerics() == before and "tf32" not in on_cpu.options
+
+
+def test_threads_have_memory_of_their_own(images: NDArray[np.uint8]) -> None:
+    module = model(5, None)
+    with session(module, "multiclass", 5, None, runtime=stand_in([])) as there:
+        expected = {flip: there.run(image)["mask"] for flip, image in ((0, images), (1, 255 - images))}
+        wrong: list[int] = []
+
+        def work(flip: int) -> None:
+            for _ in range(10):
+                got = there.run(255 - images if flip else images)["mask"]
+                if not np.array_equal(got, expected[flip]):
+                    wrong.append(flip)
+
+        threads = [threading.Thread(target=work, args=(n % 2,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == [] and not np.array_equal(expected[0], expected[1])
+
+
+def test_a_full_gpu_is_one_line() -> None:
+    class Full(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    with (
+        session(Full(), "multiclass", 2, None, runtime=stand_in([])) as opened,
+        pytest.raises(
+            DeviceError, match="too little memory on cpu: CUDA out of memory. Tried to allocate 2 GiB.; close"
+        ),
+    ):
+        opened.run(np.zeros((1, 64, 96, 3), np.uint8))
+
+
+def test_what_is_asked_of_a_device_that_is_not_there() -> None:
+    with pytest.raises(SpecError, match="float16 is for a GPU"):
+        session(model(2, None), "multiclass", 2, None, float16=True)
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: tests/gpu runs it")
+    reason = why_no_cuda()
+    assert reason is not None and str(torch.__version__) in reason
+    with pytest.raises(DeviceError, match="install a PyTorch for CUDA, or run it on the CPU"):
+        session(model(2, None), "multiclass", 2, None, device="cuda")

@@ -10,9 +10,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from PIL import Image
+from recorded_tensorrt.parser8 import complaints
 
 from edgeseg.backends import get_backend
+from edgeseg.backends.tensorrt.opset17 import for_tensorrt_8
 from edgeseg.convert.export import export_onnx
 from edgeseg.convert.load import load_model
 from edgeseg.demo import sample_folder
@@ -74,6 +77,59 @@ def test_quantized_graph_follows_its_scheme_and_the_fp32_graph(
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
     # 8-bit rounding of every activation leaves random networks 15 to 40 dB; a wrong scale or axis leaves less than 5.
     assert signal_to_noise_db(logits(graph.path, images), logits(quantized.path, images)) > 10
+
+
+def test_tensorrt_8_takes_every_precision_and_computes_the_same(
+    quantizable: tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]], tmp_path: Path
+) -> None:
+    """Nothing its parser's source refuses is left, and ONNX Runtime gets the same logits, of int8 from the same integers."""
+    graph, table, images = quantizable
+    typed = {
+        "fp32": graph,
+        "fp16": write_fp16(graph, table, tmp_path / "h.onnx"),
+        "int8": write_qdq(graph, table, SCHEMES["tensorrt"], tmp_path / "q.onnx"),
+    }
+    for precision, one in typed.items():
+        given = onnx.load(str(one.path))
+        made = for_tensorrt_8(given)
+        onnx.checker.check_model(made.model, full_check=True)
+        assert list(complaints(made.model, "8.5")) == []
+        assert list(complaints(for_tensorrt_8(given, has_normalization=True).model, "8.6")) == []
+        before, after = (run_plainly(model, images[:1]) for model in (given, made.model))
+        if precision == "int8":
+            assert weights_of(made.model) == weights_of(given)
+        if not set(made.origins) & {f"{node}/variance" for node in made.origins.values()}:
+            np.testing.assert_array_equal(after, before)
+        else:  # a mean has another order of sums, which a Q behind it may round to another integer
+            assert signal_to_noise_db(before, after) > {"fp32": 90, "fp16": 45, "int8": 30}[precision]
+
+
+def run_plainly(model: onnx.ModelProto, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    """Logits without ONNX Runtime's fusions, which are not the same for both forms."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(["logits"], {"image": image[None]})[0] for image in images])
+
+
+def weights_of(model: onnx.ModelProto) -> dict[str, bytes]:
+    """The int8 constants, by the DQ that reads them: as they are, or made by a Q, which numpy does here."""
+    constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    weights: dict[str, bytes] = {}
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear":
+            continue
+        maker = makers.get(node.input[0])
+        if node.input[0] in constants:
+            weights[node.name] = constants[node.input[0]].tobytes()
+        elif maker is not None and maker.input[0] in constants:
+            floats, scale = (constants[name] for name in maker.input[:2])
+            axis = next((a.i for a in maker.attribute if a.name == "axis"), 0) % max(floats.ndim, 1)
+            steps = scale.reshape([-1 if i == axis else 1 for i in range(floats.ndim)]) if scale.size > 1 else scale
+            weights[node.name] = np.clip(np.rint(floats / steps), -128, 127).astype(np.int8).tobytes()
+    assert weights
+    return weights
 
 
 def test_engine_runs_in_int8(

@@ -1,4 +1,4 @@
-"""Stand-ins for the ``tensorrt`` module of TensorRT 8.6, 10.3, 10.16 and 11.4, for machines without a GPU.
+"""Stand-ins for the ``tensorrt`` module of TensorRT 8.5, 8.6, 10.3, 10.16 and 11.4, for machines without a GPU.
 
     recorder = Recorder("11.4.0.106")
     trt = recorder.module                  # has what that version's module has, and nothing else

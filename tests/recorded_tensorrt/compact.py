@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-VERSIONS = ("8.6.1", "10.3.0", "10.16.1.11", "11.4.0.106", "rtx-1.7.1.116")
+VERSIONS = ("8.5.3.1", "8.6.1", "10.3.0", "10.16.1.11", "11.4.0.106", "rtx-1.7.1.116")
 DATA = Path(__file__).resolve().parent.parent / "data" / "tensorrt-api"
 SEVERITIES = ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"]
 

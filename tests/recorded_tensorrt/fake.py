@@ -21,6 +21,7 @@ from recorded_tensorrt.fake_timing import (
     serialize_timing_cache,
     set_timing_cache,
 )
+from recorded_tensorrt.parser8 import complaints
 
 PLAN_MARK = b"recorded-tensorrt-plan\n"
 _DTYPES = {
@@ -78,6 +79,10 @@ def parse(parser: Any, model: Any, path: str | None = None) -> bool:
         index, text = recorder.fakery.parse_error
         parser._state["errors"] = [_error(parser, index, text, proto.graph.node[index])]
         return False
+    if recorder.version.startswith("8."):
+        for index, text in complaints(proto, recorder.version):
+            parser._state["errors"] = [_error(parser, index, text, proto.graph.node[index])]
+            return False
     graph = proto.graph
     weights = {tensor.name for tensor in graph.initializer}
     network._state["inputs"] = [_tensor(recorder, v, is_input=True) for v in graph.input if v.name not in weights]

@@ -39,15 +39,23 @@ _REMOVED = frozenset(
         'calibration.py: Module "tensorrt" has no attribute "IInt8EntropyCalibrator2"',
     }
 )
+_BEFORE_10 = frozenset(
+    {
+        'backend.py: "type[NetworkDefinitionCreationFlag]" has no attribute "STRONGLY_TYPED"',
+        'module.py: "TensorRT" has no attribute "OnnxParserRefitter"',
+        'progress.py: "IBuilderConfig" has no attribute "progress_monitor"',
+        'progress.py: Module "tensorrt" has no attribute "IProgressMonitor"',
+    }
+)
 LACKING: dict[str, frozenset[str]] = {
-    "8.6.1": frozenset(
-        {
-            'backend.py: "type[NetworkDefinitionCreationFlag]" has no attribute "STRONGLY_TYPED"',
-            'module.py: "TensorRT" has no attribute "OnnxParserRefitter"',
-            'progress.py: "IBuilderConfig" has no attribute "progress_monitor"',
-            'progress.py: Module "tensorrt" has no attribute "IProgressMonitor"',
-        }
-    ),
+    "8.5.3.1": _BEFORE_10
+    | {
+        'backend.py: "IBuilderConfig" has no attribute "builder_optimization_level"',
+        'backend.py: "IBuilderConfig" has no attribute "max_aux_streams"',
+        'backend.py: "IBuilderConfig" has no attribute "hardware_compatibility_level"',
+        'module.py: "Runtime" has no attribute "engine_host_code_allowed"',
+    },
+    "8.6.1": _BEFORE_10,
     "10.3.0": frozenset(),
     "10.16.1.11": frozenset(),
     "11.4.0.106": _REMOVED,

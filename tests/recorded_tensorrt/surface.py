@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-VERSIONS = ("8.6.1", "10.3.0", "10.16.1.11", "11.4.0.106")
+VERSIONS = ("8.5.3.1", "8.6.1", "10.3.0", "10.16.1.11", "11.4.0.106")
 RTX = "rtx-1.7.1.116"
 """TensorRT-RTX: the real module builds without a GPU, so only what needs one is tried on this."""
 DATA = Path(__file__).resolve().parent.parent / "data" / "tensorrt-api"

@@ -41,6 +41,7 @@ from edgeseg.images.decoding import read_image
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import load_table
 from edgeseg.report import plain
+from edgeseg.report.decision import decision_of
 from edgeseg.report.html import html
 from edgeseg.spec import ModelRequest, ModelSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, sha256_file
@@ -214,7 +215,7 @@ def read_graph(path: Path) -> object:
 def read_reports(path: Path) -> object:
     merged = merge(read_runs([path]))
     verdicts = decide(merged, None)
-    plain.json_value(merged, verdicts)
+    decision_of(merged, verdicts)
     pages = html(merged, verdicts, title="t"), plain.markdown(merged, verdicts), plain.csv_text(merged, verdicts)
     return *pages, shown(plain.terminal(verdicts, width=80))
 

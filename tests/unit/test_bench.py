@@ -351,3 +351,26 @@ def test_a_failure_is_shown_and_ends_in_exit_code_1(engine: Path, tmp_path: Path
         assert "damaged" in text
     as_json = CliRunner().invoke(report_verb.command, [str(target), "--json"], catch_exceptions=False)
     assert [f["engine"] for f in json.loads(as_json.stdout)["failed"]] == ["damaged"]
+
+
+def test_one_command_from_engines_to_page_and_answer(engine: Path, tmp_path: Path) -> None:
+    page, target = tmp_path / "page.html", tmp_path / "report.json"
+    plain = [str(engine), "--baseline", "none", "--duration-s", "0.01", "--fresh-processes", "0"]
+
+    def bench(*more: object) -> Any:
+        return CliRunner().invoke(bench_verb.command, [*plain, *map(str, more)], catch_exceptions=False)
+
+    done = bench("--html", page, "--json", target)
+    assert done.exit_code == 0 and f"written: {page}" in done.stdout and "end to end, ms" in done.stdout
+    shown = CliRunner().invoke(
+        report_verb.command, [str(target), "--html", str(tmp_path / "other.html"), "--title", "edgeseg bench"]
+    )
+    assert shown.exit_code in (0, 3)
+    assert page.read_text() == (tmp_path / "other.html").read_text(), "the page edgeseg report makes of the JSON"
+    with pytest.raises(OutputExistsError):
+        bench("--html", page)
+    with pytest.raises(SpecError, match="only one thing can be printed"):
+        bench("--json", "-", "--html", "-")
+    assert bench("--require", "size_mb<=1000").exit_code == 0
+    refused = bench("--require", "size_mb<=0.0000001")
+    assert refused.exit_code == 3 and "size" in refused.stdout

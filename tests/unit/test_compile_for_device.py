@@ -331,7 +331,7 @@ def test_a_folder_of_before_keeps_what_holds_on_another_device(tmp_path: Path, o
     assert manifest.manifest.options["typing"] == "strong"
 
 
-@pytest.mark.parametrize("version", VERSIONS[:3])
+@pytest.mark.parametrize("version", VERSIONS[:4])
 def test_implicit_int8_comes_from_the_table_in_the_folder(tmp_path: Path, on_device: Any, version: str) -> None:
     folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)
     recorder = on_device(version)
@@ -386,3 +386,45 @@ def test_building_for_tensorrt_imports_no_torch() -> None:
         "edgeseg.backends.tensorrt.implicit, edgeseg.backends.tensorrt.rtx, edgeseg.backends.compile"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_all_folders_are_compiled_and_those_that_fail_are_named(
+    tmp_path: Path, on_device: Any, edgeseg: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [portable_folder(tmp_path / "engines" / name) for name in ("a", "b", "c")]
+    (folders[1] / "model.onnx").write_bytes(b"damaged")
+    (tmp_path / "engines" / "README.md").write_text("no folder")
+    on_device("8.5.3.1")
+    assert edgeseg("compile", "--all", tmp_path / "engines") == 1
+    said = capsys.readouterr()
+    assert [line.split()[1] for line in said.out.splitlines() if line.startswith("engine:")] == [
+        str(folders[0]),
+        str(folders[2]),
+    ]
+    assert said.err.splitlines()[-1] == (
+        f"edgeseg: 1 of 3 folders were not compiled ({folders[1]}); the reasons are above"
+    )
+    assert [open_engine(folder).manifest.engine is not None for folder in (folders[0], folders[2])] == [True, True]
+    assert edgeseg("compile", folders[0], folders[2], "--json") == 0
+    assert [manifest["name"] for manifest in json.loads(capsys.readouterr().out)] == ["a", "c"]
+    assert edgeseg("compile", folders[0], folders[2], "--output", tmp_path / "one") == 2
+    assert edgeseg("compile", "--all", tmp_path / "none") == 1
+    assert "cannot list" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert edgeseg("compile", "--all", tmp_path / "empty") == 1
+    assert "holds no engine folders" in capsys.readouterr().err
+
+
+def test_a_graph_for_trtexec_is_written_anywhere(
+    tmp_path: Path, edgeseg: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = portable_folder(tmp_path / "fpn")
+    output = tmp_path / "trt8.onnx"
+    assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", output) == 0
+    line = f"graph: {output}; on the device: trtexec --onnx=trt8.onnx --int8 --fp16\n"
+    assert capsys.readouterr().out == line and output.is_file()
+    assert edgeseg("compile", folder, "--graph-for", "tensorrt-8") == 2
+    assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", output) == 2
+    assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", output, "--target", "tensorrt") == 2
+    capsys.readouterr()
+    assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", output, "--force") == 0

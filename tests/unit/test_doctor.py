@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from edgeseg.backends import BACKENDS, BackendStatus
-from edgeseg.cli.doctor import EXTRAS, FEATURES, Diagnosis, Package, advise, diagnose, render
+from edgeseg.cli.doctor import EXTRAS, FEATURES, Diagnosis, Package, advise, diagnose, render, torch_cuda, torch_line
 from edgeseg.machine.cpu import Cpu
 from edgeseg.machine.limits import Memory, core_limit, memory_limit_bytes, read_memory
 from edgeseg.machine.packages import installed_version
@@ -190,3 +191,43 @@ def test_every_extra_is_listed_with_its_packages() -> None:
     # The TOML reader of Python 3.10; Python 3.11 has its own.
     names["base"].discard("tomli")
     assert {extra: set(packages) for extra, packages in EXTRAS.items()} == names
+
+
+@pytest.mark.parametrize(
+    ("text", "cuda"),
+    [
+        ("__version__ = '2.14.1+cu130'\ncuda: Optional[str] = '13.0'\n", "13.0"),
+        ("cuda = '12.6'\n", "12.6"),
+        ("cuda: Optional[str] = None\n", None),
+        ("mycuda = '12.6'\n", None),
+    ],
+)
+def test_what_pytorch_is_built_for_is_read_from_its_files(tmp_path: Path, text: str, cuda: str | None) -> None:
+    write(tmp_path / "version.py", text)
+    assert torch_cuda(tmp_path) == cuda
+
+
+def test_what_pytorch_is_built_for_is_what_it_says_itself() -> None:
+    code = "import torch; print(torch.version.cuda)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("no torch")
+    assert str(torch_cuda()) == done.stdout.strip()
+
+
+def test_a_pytorch_that_cannot_be_the_baseline_of_a_gpu_is_said() -> None:
+    gpu = {"tensorrt": BackendStatus(True, "10.3.0", "Orin")}
+    assert not [line for line in advise(cpu("arm", "i8mm"), None, PLENTY, ALL, gpu, "12.6") if "CUDA" in line]
+    assert not [line for line in advise(cpu("arm", "i8mm"), None, PLENTY, ALL, WORKS) if "CUDA" in line]
+    (said,) = [line for line in advise(cpu("arm", "i8mm"), None, PLENTY, ALL, gpu) if "CUDA" in line]
+    assert "no PyTorch to compare the GPU's engines with" in said and "--baseline pytorch-cpu" in said
+    found = diagnose()
+    lines = [torch_line(dataclasses.replace(found, packages=ALL, torch_cuda=c, backends=b)) for c, b in (
+        (None, WORKS), ("12.6", WORKS), ("12.6", gpu), (None, gpu),
+    )]  # fmt: skip
+    assert lines == [
+        "1.0, built without CUDA: runs on the CPU",
+        "1.0, for CUDA 12.6: runs on the CPU",
+        "1.0, for CUDA 12.6: GPU engines are compared on the GPU",
+        "1.0, built without CUDA: runs on the CPU",
+    ]

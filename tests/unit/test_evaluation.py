@@ -59,7 +59,10 @@ class Fakes(Opener):
         self.sessions = sessions
         self.opened: list[str] = []
 
-    def open(self, contender: Contender, threads: int | None = None, *, with_scores: bool = False) -> Any:
+    def open(
+        self, contender: Contender, threads: int | None = None, *, with_scores: bool = False, exact: bool = False
+    ) -> Any:
+        assert exact == (contender.baseline == "pytorch"), "accuracy is judged beside exact float32"
         self.opened.append(contender.name)
         return self.sessions[contender.name]()
 

@@ -32,6 +32,10 @@ def jetson(tmp_path: Path) -> Path:
         put(tmp_path / f"sys/class/thermal/thermal_zone{zone}/type", kind + "\n")
         put(tmp_path / f"sys/class/thermal/thermal_zone{zone}/temp", milli_c + "\n")
     put(tmp_path / "var/lib/nvpmodel/status", "pmode:0001 fmode:fanNull\n")
+    put(
+        tmp_path / "etc/nv_tegra_release",
+        "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
+    )
     put(tmp_path / "etc/nvpmodel.conf", "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=1 NAME=25W >\n")
     return tmp_path
 
@@ -45,12 +49,16 @@ def test_state_and_description_of_a_jetson(jetson: Path) -> None:
     assert found.device == "NVIDIA Jetson Orin Nano Developer Kit"
     assert (found.governor, found.cpu_max_mhz, found.power_mode) == ("schedutil", 1510.4, "25W")
     assert found.memory_bytes == 7802744 * 1024
+    assert found.jetpack == "L4T 36.4.3"
+    packages = ("nvidia-jetpack-runtime\nVersion: 1\n", "nvidia-jetpack\nStatus: ok\nVersion: 6.2+b77\n", "z\n")
+    put(jetson / "var/lib/dpkg/status", "\n".join(f"Package: {package}" for package in packages))
+    assert describe_machine(state, state, jetson).jetpack == "6.2+b77 (L4T 36.4.3)"
 
 
 def test_an_empty_machine_tells_nothing(tmp_path: Path) -> None:
     assert machine_state(tmp_path) == MachineState()
     found = describe_machine(MachineState(), MachineState(), tmp_path)
-    assert (found.governor, found.power_mode, found.board) == (None, None, None)
+    assert (found.governor, found.power_mode, found.board, found.jetpack) == (None, None, None, None)
     counters = read_counters(tmp_path)
     assert (counters.busy_s, counters.thermal, counters.quota_s) == (None, None, None)
     assert machine_flags(counters, read_counters(tmp_path)) == ()

@@ -8,6 +8,8 @@ import pytest
 from recorded_tensorrt import VERSIONS, Recorder
 from recorded_tensorrt.graphs import small_model
 
+from edgeseg.backends.tensorrt.opset17 import for_tensorrt_8
+
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_modules_say_their_version(version: str) -> None:
@@ -105,7 +107,10 @@ def test_a_plan_goes_round(version: str) -> None:
     builder = trt.Builder(logger)
     flags = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(flags.EXPLICIT_BATCH) if version.startswith("8") else 0)
-    assert trt.OnnxParser(network, logger).parse(small_model().SerializeToString())
+    model = small_model()
+    assert trt.OnnxParser(network, logger).parse(
+        (for_tensorrt_8(model).model if version.startswith("8") else model).SerializeToString()
+    )
     plan = builder.build_serialized_network(network, builder.create_builder_config())
     engine = trt.Runtime(logger).deserialize_cuda_engine(bytes(plan))
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]

@@ -25,9 +25,10 @@ from edgeseg.decide.verdict import decide
 from edgeseg.errors import ArtifactError, InputError
 from edgeseg.evaluate.results import ModuleTime, Profile, Row, WorstImage, write_report
 from edgeseg.report.charts import Scale, latency_scale, nice_step
+from edgeseg.report.decision import decision_of
 from edgeseg.report.details import CHANGES_SHOWN, PNG
 from edgeseg.report.html import html
-from edgeseg.report.plain import csv_text, json_value, markdown, terminal
+from edgeseg.report.plain import csv_text, markdown, terminal
 from edgeseg.runtime.overlay import class_palette
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
@@ -190,7 +191,7 @@ def test_no_cell_begins_like_a_formula(name: str) -> None:
 def test_json_is_for_programs() -> None:
     bench = merged(row("a", 5, miou=0.7), row("b", 9, miou=0.5))
     verdicts = decide(bench, Requirement.parse("miou >= 0.6"))
-    value = json.loads(msgspec.json.encode(json_value(bench, verdicts)))
+    value = json.loads(msgspec.json.encode(decision_of(bench, verdicts)))
     (device,) = value["devices"]
     assert (device["answer"], device["deploy"], device["folder"]) == ("deploy", "a b1 t- s1", "engines/a")
     assert [r["status"] for r in device["rows"]] == ["pass", "fail"]
@@ -358,7 +359,7 @@ def calls_of(rows: int) -> int:
     try:
         verdicts = decide(together)
         texts = html(together, verdicts), markdown(together, verdicts), csv_text(together, verdicts)
-        json_value(together, verdicts)
+        decision_of(together, verdicts)
         terminal(verdicts, width=80)
     finally:
         sys.setprofile(None)

@@ -1,8 +1,9 @@
-"""TensorRT 8.6 to 11: the portable graph becomes a plan for this GPU.
+"""TensorRT 8.5 to 11: the portable graph becomes a plan for this GPU.
 
 The one place that knows how the versions differ, always by asking the module what it has, never by number:
 
-- before strong typing existed (8.x), networks need the explicit-batch flag, and precisions are allowed by builder flags;
+- before strong typing existed (8.x), networks need the explicit-batch flag, precisions are allowed by builder flags, and the
+  parser knows ONNX up to opset 17;
 - 10 has both: the graph's types bind with the ``STRONGLY_TYPED`` flag (edgeseg's choice), the builder flags allow without it;
 - 11 has the graph's types only: no precision flags, no calibrators.
 
@@ -101,12 +102,15 @@ class TensorRTBackend:
         trt, gpu = self.import_module(), self.gpu()
         requested: Precision = "int8" if chosen.implicit_calibration else graph.precision
         strong = choose_typing(trt, chosen, requested)
+        require_settings(trt, chosen)
+        contexts, sharing_notes = choose_contexts(trt, chosen, graph.spec, asked=options.get("contexts") is not None)
+        chosen = dataclasses.replace(chosen, contexts=contexts)
         parsed = ParsedGraph.read(graph, requested)
         parsed.require_fits(implicit=chosen.implicit_calibration)
         timing = TimingCache.of_build(chosen.timing_cache, engines_folder or folder.parent, gpu, str(trt.__version__))
         with capture(trt) as (logger, log), ExitStack() as cleanup:
-            build = _Build(trt, logger, log, chosen, strong, parsed, requested, cleanup, timing)
             try:
+                build = _Build(trt, logger, log, chosen, strong, for_version(trt, parsed), requested, cleanup, timing)
                 plan = bytes(build.run(folder, progress))
                 (folder / ENGINE_NAME).write_bytes(plan)
                 precision, notes = build.prove(plan, self.layer_times)
@@ -120,7 +124,7 @@ class TensorRTBackend:
             options={**dataclasses.asdict(chosen), "typing": "strong" if strong else "weak"},
             versions={"tensorrt": str(trt.__version__)},
             device={"gpu": gpu.name, "compute_capability": gpu.capability_text},
-            notes=(*(timing.notes if timing is not None else ()), *notes),
+            notes=(*sharing_notes, *(timing.notes if timing is not None else ()), *notes),
         )
 
     def load(self, engine: Engine) -> Session:
@@ -183,6 +187,45 @@ def choose_typing(trt: TensorRT, options: TensorRTOptions, requested: Precision)
     return has_strong_typing(trt) and not (options.dla_core is not None and has_weak_typing(trt))
 
 
+def require_settings(trt: TensorRT, options: TensorRTOptions) -> None:
+    """Raise ``SpecError`` for an option this version of TensorRT has no setting for."""
+    for name, setting in (
+        ("optimization_level", "builder_optimization_level"),
+        ("aux_streams", "max_aux_streams"),
+        ("hardware_compatibility", "hardware_compatibility_level"),
+    ):
+        asked = getattr(options, name)
+        if asked not in (None, "none") and not hasattr(trt.IBuilderConfig, setting):
+            raise SpecError(f"TensorRT {trt.__version__} has no {name} (8.6 and later have); leave it out")
+
+
+def choose_contexts(
+    trt: TensorRT, options: TensorRTOptions, spec: PipelineSpec, *, asked: bool
+) -> tuple[int, tuple[str, ...]]:
+    """How many batches the engine runs at a time, and a note where it is fewer than by default.
+
+    Raises:
+        SpecError: more than the engine can run were asked for.
+    """
+    shares = has_strong_typing(trt) or hasattr(trt.PreviewFeature, "PROFILE_SHARING_0806")
+    if shares or options.contexts == 1 or not (spec.input.dynamic_size or spec.input.batch.is_dynamic):
+        return options.contexts, ()
+    said = (
+        f"TensorRT {trt.__version__} runs one batch at a time of an engine of dynamic shapes (8.6 and later share them)"
+    )
+    if asked:
+        raise SpecError(
+            f"{said}, contexts is {options.contexts}; leave it out, or build with a fixed --size and --batch"
+        )
+    return 1, (said,)
+
+
+def for_version(trt: TensorRT, parsed: ParsedGraph) -> ParsedGraph:
+    """The graph as this version's parser takes it. Raises ``BuildError`` where that cannot be."""
+    has_normalization = hasattr(trt.LayerType, "NORMALIZATION")
+    return parsed.for_parser(opset_17=not has_strong_typing(trt), has_normalization=has_normalization)
+
+
 @dataclass
 class _Build:
     """One build: network, config and plan of one TensorRT module."""
@@ -201,9 +244,8 @@ class _Build:
     def run(self, folder: Path, progress: Progress | None) -> Any:
         """Return the plan as TensorRT's ``IHostMemory``."""
         trt, parsed = self.trt, self.parsed
-        builder = trt.Builder(self.logger)
-        content = parsed.for_parser(explicit_batch=not has_strong_typing(trt))
-        network = TENSORRT.parse(trt, builder, self._network_flags(), self.logger, self.log, parsed, content)
+        builder = TENSORRT.made(trt, trt.Builder, self.logger, self.log)
+        network = TENSORRT.parse(trt, builder, self._network_flags(), self.logger, self.log, parsed)
         config = builder.create_builder_config()
         self._set_precision(config)
         self._set_limits(config, builder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -27,9 +27,10 @@ class ParsedGraph:
         model: its content, or what it was rewritten to for one target.
         spec: the contract.
         requested: the precision asked for.
-        nodes: names of all nodes, in order.
-        macs: multiply-accumulates of one image, by node.
-        dtypes: what each node is to compute in, by the graph's types.
+        nodes: names of all nodes of ``model``, in order.
+        macs: multiply-accumulates of one image, by node of the file.
+        dtypes: what each node of the file is to compute in, by the graph's types.
+        origins: by node of ``model`` that a rewrite made: the node of the file it is a part of.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class ParsedGraph:
     nodes: tuple[str, ...]
     macs: Mapping[str, int]
     dtypes: Mapping[str, str]
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, graph: OnnxGraph, requested: Precision) -> ParsedGraph:
@@ -83,11 +85,14 @@ class ParsedGraph:
             return {"int8": 1.0}
         return precision_report(self.requested, self.dtypes, self.macs).mac_share
 
-    def for_parser(self, *, explicit_batch: bool) -> bytes:
-        """The model's bytes; with what TensorRT's parser cannot do written in another way.
+    def for_parser(self, *, opset_17: bool, has_normalization: bool = True) -> ParsedGraph:
+        """The graph with what TensorRT's parser cannot do written in another way.
 
-        No version has 16-bit integers: masks of more than 256 classes leave the engine as int32. For TensorRT 8, whose
-        networks have an explicit batch, see :func:`~edgeseg.backends.tensorrt.opset17.for_tensorrt_8`.
+        No version has 16-bit integers: masks of more than 256 classes leave the engine as int32.
+
+        Args:
+            opset_17: for TensorRT 8, see :func:`~edgeseg.backends.tensorrt.opset17.for_tensorrt_8`.
+            has_normalization: as there.
 
         Raises:
             BuildError: TensorRT 8 would read a node wrongly, and it cannot be written otherwise.
@@ -95,8 +100,8 @@ class ParsedGraph:
         from edgeseg.backends.tensorrt.opset17 import for_tensorrt_8
 
         wide = [v.name for v in self.model.graph.output if v.type.tensor_type.elem_type == TensorProto.UINT16]
-        if not explicit_batch and not wide:
-            return bytes(self.model.SerializeToString())
+        if not opset_17 and not wide:
+            return self
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         for node in model.graph.node:
@@ -105,12 +110,20 @@ class ParsedGraph:
         for value in model.graph.output:
             if value.name in wide:
                 value.type.tensor_type.elem_type = TensorProto.INT32
-        return bytes((for_tensorrt_8(model) if explicit_batch else model).SerializeToString())
+        if not opset_17:
+            return replace(self, model=model)
+        rewritten = for_tensorrt_8(model, has_normalization=has_normalization)
+        nodes = tuple(node.name for node in rewritten.model.graph.node)
+        return replace(self, model=rewritten.model, nodes=nodes, origins=rewritten.origins)
 
     def where(self, node: str) -> str:
-        """``, at node encoder.conv1/Conv (module encoder.conv1 of the model)``, or ``""`` without a node."""
+        """``, at node encoder.conv1/Conv (module encoder.conv1 of the model)``, or ``""`` without a node.
+
+        A node that a rewrite made is none of the user's: named is the one it was made of.
+        """
         if not node:
             return ""
+        node = self.origins.get(node, node)
         module = module_of(node)
         return f", at node {node}" + (f" (module {module} of the SMP model)" if module else "")
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.backends.tensorrt.log import LogCapture
-from edgeseg.errors import ArtifactError, BuildError, MissingDependencyError
+from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError
 
 if TYPE_CHECKING:
     from tensorrt import Builder, ICudaEngine, INetworkDefinition
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgeseg.backends.tensorrt.graph import ParsedGraph
 
 MIB = 1 << 20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,18 @@ class Product:
         """``TensorRT 10.3.0``."""
         return f"{self.title} {trt.__version__}"
 
+    def made(self, trt: TensorRT, kind: Callable[[Any], T], logger: Any, log: LogCapture) -> T:
+        """A ``Builder`` or ``Runtime``. Raises ``DeviceError`` where the driver is none this TensorRT can use."""
+        try:
+            return kind(logger)
+        except TypeError as exc:
+            if "nullptr" not in str(exc):
+                raise
+            raise DeviceError(
+                f"{self.version(trt)} cannot use the GPU of this machine: {log.first_error()}; it needs an NVIDIA driver "
+                "for the CUDA it was built with (nvidia-smi shows both)"
+            ) from exc
+
     def parse(
         self,
         trt: TensorRT,
@@ -64,12 +77,11 @@ class Product:
         logger: Any,
         log: LogCapture,
         parsed: ParsedGraph,
-        content: bytes,
     ) -> INetworkDefinition:
-        """Parse ``content``, the graph's file as this version takes it. Raises ``BuildError`` naming node and module."""
+        """Parse a graph written as this version takes it. Raises ``BuildError`` naming node and module."""
         network = builder.create_network(flags)
         parser = trt.OnnxParser(network, logger)
-        if parser.parse(content):
+        if parser.parse(parsed.model.SerializeToString()):
             return network
         if not parser.num_errors:
             raise self.refused(trt, "parse", log, parsed)
@@ -101,7 +113,7 @@ class Product:
         self, trt: TensorRT, logger: Any, log: LogCapture, plan: bytes, options: Mapping[str, Any], path: Path
     ) -> ICudaEngine:
         """Make an engine of a plan whose hash was checked. Raises ``ArtifactError``."""
-        runtime = trt.Runtime(logger)
+        runtime = self.made(trt, trt.Runtime, logger, log)
         if options.get("version_compatible"):
             # Such a plan carries host code of its TensorRT; its hash is the manifest's, so it is ours.
             runtime.engine_host_code_allowed = True

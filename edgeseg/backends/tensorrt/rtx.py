@@ -92,7 +92,7 @@ class TensorRTRtxBackend:
         if TURING in chosen.sm:
             parsed = for_turing(parsed, keep_weights=chosen.strip_weights or chosen.refit)
         with capture(trt) as (logger, log):
-            builder = trt.Builder(logger)
+            builder = TENSORRT_RTX.made(trt, trt.Builder, logger, log)
             try:
                 network = parse_network(trt, builder, logger, log, parsed)
                 config = builder.create_builder_config()
@@ -170,8 +170,7 @@ def parse_network(
 ) -> INetworkDefinition:
     """Parse the graph into a strongly typed network. Raises ``BuildError`` naming the node."""
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    content = parsed.for_parser(explicit_batch=False)
-    return TENSORRT_RTX.parse(trt, builder, flags, logger, log, parsed, content)
+    return TENSORRT_RTX.parse(trt, builder, flags, logger, log, parsed.for_parser(opset_17=False))
 
 
 def refused(trt: TensorRT, log: LogCapture, parsed: ParsedGraph) -> BuildError:

@@ -1,6 +1,6 @@
 """A loaded TensorRT engine: host arrays or device arrays in, masks out, from any number of threads.
 
-Uses only what TensorRT 8.6 to 11 have in common (``set_input_shape``, ``set_tensor_address``, ``execute_async_v3``); what
+Uses only what TensorRT 8.5 to 11 have in common (``set_input_shape``, ``set_tensor_address``, ``execute_async_v3``); what
 differs between versions is in :mod:`edgeseg.backends.tensorrt.backend`.
 """
 
@@ -94,7 +94,7 @@ class TensorRTSession(Closing):
     process forked from the one that made it every call is a :class:`DeviceError`.
 
     Args:
-        trt: the tensorrt module, of any version from 8.6 on.
+        trt: the tensorrt module, of any version from 8.5 on.
         engine: a deserialized ``ICudaEngine``.
         spec: the contract it fulfils.
         cuda: an opened GPU, whose context was current when ``engine`` was deserialized; closed with the session.

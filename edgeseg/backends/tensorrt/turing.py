@@ -66,7 +66,7 @@ def for_turing(parsed: ParsedGraph, *, keep_weights: bool = False) -> ParsedGrap
             f"{parsed.path.name} has {left} products that were not rewritten for SM 75; please report the model"
         )
     nodes = tuple(node.name for node in products.model.graph.node)
-    return dataclasses.replace(parsed, model=products.model, nodes=nodes)
+    return dataclasses.replace(parsed, model=products.model, nodes=nodes, origins=products.origins)
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,9 @@ class _Products:
         self._makers = {name: node for node in parsed.model.graph.node for name in node.output}
         self._shapes = _shapes(parsed.model)
         self._new: list[onnx.NodeProto] = []
+        self.origins: dict[str, str] = {}
+        """By node that was made: the product it is a part of."""
+        self._at = ""
         self._moves = 0
 
     def apply(self) -> int:
@@ -136,7 +139,7 @@ class _Products:
         return bool(plain and fits and self._constant(node.input[1]) is not None)
 
     def _replace(self, node: onnx.NodeProto) -> bool:
-        self._moves = 0
+        self._moves, self._at = 0, node.name
         left, right = node.input[0], node.input[1]
         ranks = [len(self._shapes[name]) for name in (left, right)]
         matrix = self._constant(right)
@@ -231,6 +234,7 @@ class _Products:
         copy.CopyFrom(maker)
         copy.input[0] = integers
         copy.name, copy.output[0] = f"{integers}_DQ", f"{integers}_DQ"
+        self.origins[copy.name] = self._at
         self._new.append(copy)
         return str(copy.output[0])
 
@@ -245,6 +249,8 @@ class _Products:
 
     def _emit(self, op_type: str, inputs: Sequence[str], output: str, name: str, **attributes: Any) -> str:
         self._new.append(helper.make_node(op_type, list(inputs), [output], name, **attributes))
+        if name != self._at:
+            self.origins[name] = self._at
         return output
 
     def _made(self, value: str) -> onnx.NodeProto | None:

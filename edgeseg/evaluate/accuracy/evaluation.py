@@ -276,7 +276,13 @@ def _bench(group: _Group, opener: Opener, threads: int | None) -> Iterator[_Work
         segmenters, taps = {}, {}
         for contender in group.contenders:
             known = contender.is_baseline or "threads" in opener.engine(contender).manifest.options
-            tap = ScoreTap(opener.open(contender, threads if known else None, with_scores=group.data.has_masks))
+            session = opener.open(
+                contender,
+                threads if known else None,
+                with_scores=group.data.has_masks,
+                exact=contender.baseline == "pytorch",
+            )
+            tap = ScoreTap(session)
             taps[contender.name] = tap
             segmenters[contender.name] = stack.enter_context(Segmenter(tap, contender.spec))
         yield _Worker(group, segmenters, taps)

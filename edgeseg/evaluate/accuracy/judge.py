@@ -62,9 +62,8 @@ def truth_of_scores(pair: Pair, spec: PipelineSpec) -> NDArray[np.int32] | None:
 def _moved(mask: NDArray[np.int32], plan: Placement) -> NDArray[np.int32]:
     if plan.is_identity:
         return mask
-    height, width = plan.content
     moved = np.full((*mask.shape[:-2], *plan.canvas), IGNORED, np.int32)
-    moved[..., :height, :width] = resize_nearest(mask, plan.content)
+    plan.crop(moved)[:] = resize_nearest(mask, plan.content)
     return moved
 
 

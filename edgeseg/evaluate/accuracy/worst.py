@@ -48,7 +48,7 @@ def save_worst(
     if folder is not None and chosen and contender.spec.model.task != "multilabel":
         reference = next(c for c in contenders if c.name == baseline)
         with (
-            Segmenter(opener.open(reference), reference.spec) as before,
+            Segmenter(opener.open(reference, exact=reference.baseline == "pytorch"), reference.spec) as before,
             Segmenter(opener.open(contender), contender.spec) as after,
         ):
             for _, record in chosen:

@@ -105,7 +105,8 @@ def answer(request: FreshRequest) -> FreshAnswer:
     base = resident_bytes("VmRSS")
     opener = Opener()
     begin = time.perf_counter()
-    segmenter = Segmenter(opener.open(request.contender), request.contender.spec)
+    session = opener.open(request.contender)
+    segmenter = Segmenter(session, request.contender.spec)
     loaded = time.perf_counter()
     peak_while_loading, when_loaded = resident_bytes("VmHWM"), resident_bytes("VmRSS")
     was_reset = _reset_peak()
@@ -121,6 +122,9 @@ def answer(request: FreshRequest) -> FreshAnswer:
     if peak is not None and when_loaded is not None and peak_while_loading is not None:
         activation = max(0, peak - (when_loaded if was_reset else peak_while_loading))
     gpu = gpu_bytes(os.getpid())
+    if gpu is None:
+        # A Jetson's driver tells of no process's memory; PyTorch counts its own.
+        gpu = getattr(session, "gpu_bytes", None)
     segmenter.close()
     known = [value for value in (peak_while_loading, peak) if value is not None]
     return FreshAnswer(
