@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.arguments import shortened
 from edgeseg.convert import older_smp
 from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean, one_line
-from edgeseg.spec import ARCHITECTURES, ModelSpec
+from edgeseg.spec import ARCHITECTURES, ModelRequest, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +107,16 @@ def require_arch(name: str | None) -> str:
 def default_encoder(arch: str) -> str:
     """Return the encoder taken when none is given: SMP's default, or for dpt a small vision transformer."""
     return DEFAULT_DPT_ENCODER if arch == "dpt" else DEFAULT_ENCODER
+
+
+def network_names(request: ModelRequest) -> tuple[str, str]:
+    """(architecture, encoder) that a request means, SMP's spelling; the default encoder where none is said.
+
+    Raises:
+        SpecError: no architecture, or one of the two is unknown or impossible with the other.
+    """
+    arch = require_arch(request.arch)
+    return arch, resolve_encoder(request.encoder or default_encoder(arch), arch, request.model_args)
 
 
 def model_class(arch: str) -> type[torch.nn.Module]:

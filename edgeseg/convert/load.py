@@ -77,9 +77,7 @@ def _is_hub_name(request: ModelRequest, weights: str) -> bool:
         return True
     if request.encoder is None or request.arch is None:
         return False
-    arch = architectures.resolve_arch(request.arch)
-    encoder = architectures.resolve_encoder(request.encoder, arch, request.model_args)
-    return weights in hub_weights_names(encoder)
+    return weights in hub_weights_names(architectures.network_names(request)[1])
 
 
 def _load_demo(request: ModelRequest) -> LoadedModel:
@@ -115,9 +113,7 @@ def _load_random(request: ModelRequest) -> LoadedModel:
 
 
 def _load_pretrained_encoder(request: ModelRequest, name: str) -> LoadedModel:
-    arch = architectures.require_arch(request.arch)
-    encoder = request.encoder or architectures.default_encoder(arch)
-    encoder = architectures.resolve_encoder(encoder, arch, request.model_args)
+    _, encoder = architectures.network_names(request)
     hub = prepare_hub_weights(encoder, name)
     try:
         assembly = assemble(request, encoder_weights=hub.encoder_weights, loading_args=hub.model_args)
@@ -229,9 +225,7 @@ def _assemble_version(
     request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors
 ) -> tuple[Assembly, tuple[str, ...]]:
     """Build the model as the version of SMP that trained it did."""
-    arch = architectures.require_arch(request.arch)
-    encoder = request.encoder or architectures.default_encoder(arch)
-    encoder = architectures.resolve_encoder(encoder, arch, request.model_args)
+    arch, encoder = architectures.network_names(request)
     model_args, notes = settle_version(arch, encoder, request.model_args, named.tensors, checkpoint.config)
     request = replace(request, model_args=model_args)
     require_fitting_size(request, named.tensors)
