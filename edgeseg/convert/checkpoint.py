@@ -302,7 +302,7 @@ def _pickle_error(path: Path, exc: Exception) -> CheckpointError:
 
 def _find_state_dict(path: Path, content: object, key: str | None) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """Return the mapping of names to tensors inside what torch.load returned, at most two levels deep, and notes."""
-    candidates = {name: found for name, inner in _candidates(content) if (found := _tensors(inner))}
+    candidates = {name: tensors for name, inner in _candidates(content) if (tensors := _tensors(inner))}
     if key is not None:
         if key not in candidates:
             have = ", ".join(n for n in candidates if n) or "none under a key"

@@ -196,13 +196,13 @@ def _quota_seconds(root: Path) -> float | None:
 
 def _cpu_mhz(root: Path) -> tuple[float, float, float] | None:
     folder = root / "sys" / "devices" / "system" / "cpu"
-    found = [
+    clocks = [
         mhz / 1000 for p in folder.glob("cpu[0-9]*/cpufreq/scaling_cur_freq") if (mhz := read_number(p)) is not None
     ]
-    if not found:
+    if not clocks:
         text = read_text(root / "proc" / "cpuinfo") or ""
-        found = [float(m) for m in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", text, flags=re.MULTILINE)]
-    return (min(found), statistics.median(found), max(found)) if found else None
+        clocks = [float(m) for m in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", text, flags=re.MULTILINE)]
+    return (min(clocks), statistics.median(clocks), max(clocks)) if clocks else None
 
 
 def _sum_of(folder: Path, pattern: str) -> int | None:
