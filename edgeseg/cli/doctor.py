@@ -40,6 +40,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "onnxruntime",
         "jinja2",
         "huggingface-hub",
+        "pyyaml",
     ),
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "onnx"),
