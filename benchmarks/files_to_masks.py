@@ -3,7 +3,7 @@
 - ``loop``: PIL decodes and resizes, the session runs with a thread per core, PIL enlarges the mask and writes a PNG; one
   image after the other.
 - ``pool``: the same function in a thread pool, a thread per core, and a session of one thread that they share.
-- ``edgeseg run``: :func:`edgeseg.runtime.run.run_inputs` on the folder, with the engine as built.
+- ``edgeseg run``: :func:`edgeseg.runtime.run.run_inputs` on the folder, loaded as the command does.
 
 Each is timed on the same folder in turns, another one first in each round: images per second by the clock, milliseconds
 of CPU time per image, bytes written. ``agreement`` is the share of pixels in which masks agree with those of the loop,
@@ -34,6 +34,7 @@ import edgeseg
 from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
 from edgeseg.evaluate.latency.protocol import LatencySamples, median
 from edgeseg.images.decoding import list_images
+from edgeseg.runtime.overlap import parallel_threads
 from edgeseg.runtime.run import run_inputs
 from edgeseg.store.artifacts import Engine, open_engine
 
@@ -64,7 +65,7 @@ def main() -> None:
         folder = Path(scratch)
         engine = open_engine(options.engine) if options.engine else built(folder / "engine")
         contenders = by_hand(engine)
-        segmenter = edgeseg.load(engine)
+        segmenter = edgeseg.load(engine, streams=parallel_threads())
         contenders["edgeseg run"] = lambda files, masks: _run(segmenter, files, masks)
         for height, width in SIZES:
             for suffix in SUFFIXES:
