@@ -33,6 +33,7 @@ EXIT_CODES: dict[int, str] = {
 VERBS: dict[str, tuple[str, str]] = {
     "build": ("edgeseg.cli.build", "Convert, quantize, build and verify an engine."),
     "calibrate": ("edgeseg.cli.calibrate", "Make a calibration table by itself."),
+    "sensitivity": ("edgeseg.cli.sensitivity", "What INT8 of each module loses and saves."),
     "compile": ("edgeseg.cli.compile", "Build this machine's engine from a folder's portable graph."),
     "run": ("edgeseg.cli.run", "Segment images, folders, videos or a camera."),
     "bench": ("edgeseg.cli.bench", "Measure engines: latency, memory, power, profile, accuracy."),

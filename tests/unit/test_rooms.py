@@ -20,6 +20,7 @@ ROOMS = (
     "backends",
     "runtime",
     "evaluate",
+    "mixed",
     *("decide", "pipeline"),
     "handover",
     "report",
