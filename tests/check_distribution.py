@@ -72,7 +72,7 @@ def check_installed(wheel: Path, engine: Path, python: str, folder: Path) -> str
         subprocess.run([python, "-m", "venv", str(place)], check=True)
     inside = place / "bin"
     pip = [str(inside / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    installed = subprocess.run([*pip, f"{wheel}[onnxruntime]"], capture_output=True, text=True)
+    installed = subprocess.run([*pip, f"{wheel}[onnxruntime]"], capture_output=True, text=True, env=_alone())
     if installed.returncode:
         return f"not installed, since pip could not: {installed.stderr.strip().splitlines()[-1]}"
     edgeseg = str(inside / "edgeseg")
@@ -93,10 +93,13 @@ def check_installed(wheel: Path, engine: Path, python: str, folder: Path) -> str
     return f"edgeseg {doctor['edgeseg_version']} on Python {doctor['python']} without torch: doctor, and 2 masks by run"
 
 
+def _alone() -> dict[str, str]:
+    """The environment without what leads to this checkout and its packages."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+
 def _json_of(command: list[str], folder: Path) -> Any:
-    # The checkout is not to be found from there.
-    alone = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=alone)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=_alone())
     if done.returncode:
         raise SystemExit(
             f"{' '.join(command)}: exit code {done.returncode}: {done.stderr.strip() or done.stdout.strip()}"
