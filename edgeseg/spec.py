@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from edgeseg.arguments import (
@@ -283,7 +283,7 @@ class PipelineSpec:
         return "uint16" if self.model.task == "multiclass" and self.model.classes > 256 else "uint8"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelRequest:
     """What the user said about the model; ``None`` means "not said": the checkpoint or a default decides.
 
@@ -302,7 +302,6 @@ class ModelRequest:
         TEXT,
         help=f"{', '.join(ARCHITECTURES[:-1])} or {ARCHITECTURES[-1]}.  [default: what the checkpoint says]",
     )
-    _: KW_ONLY
     encoder: str | None = argument(
         TEXT, help="SMP encoder; tu-NAME for timm's.  [default: the checkpoint's, else resnet34]"
     )
