@@ -283,7 +283,7 @@ class PipelineSpec:
         return "uint16" if self.model.task == "multiclass" and self.model.classes > 256 else "uint8"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelRequest:
     """What the user said about the model; ``None`` means "not said": the checkpoint or a default decides.
 
@@ -301,6 +301,7 @@ class ModelRequest:
     arch: str | None = argument(
         TEXT,
         help=f"{', '.join(ARCHITECTURES[:-1])} or {ARCHITECTURES[-1]}.  [default: what the checkpoint says]",
+        positional=True,
     )
     encoder: str | None = argument(
         TEXT, help="SMP encoder; tu-NAME for timm's.  [default: the checkpoint's, else resnet34]"

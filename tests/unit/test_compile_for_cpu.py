@@ -172,7 +172,7 @@ def test_a_graph_for_another_cpu_is_compiled_on_its_device_only(
 
 
 def request(**changes: Any) -> BuildRequest:
-    return BuildRequest(arch="fpn", **changes)
+    return BuildRequest("fpn", **changes)
 
 
 def test_auto_leaves_out_who_does_not_know_an_option_before_any_work() -> None:
