@@ -9,7 +9,7 @@ OUT       ?= gpu-results
 PYTHON310 ?= python3.10
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit gpu gpu-kit lint typecheck check pycuda docs pictures format coverage modelopt bench encoders clean
+.PHONY: help venv demo test unit gpu gpu-kit lint typecheck check pycuda docs pictures dist schemas format coverage modelopt bench encoders clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -58,6 +58,12 @@ docs: venv       ## Build the site of docs/ into site/, strictly, without a netw
 
 pictures: venv   ## Make the pictures of README and docs again (needs Chromium)
 	$(BIN)/python docs/pictures.py
+
+dist: venv       ## Build wheel and sdist into dist/, check them, install the wheel without torch and run it (PYTHONS="python3.10 python3.13")
+	$(BIN)/python tests/check_distribution.py $(foreach python,$(PYTHONS),--python $(python))
+
+schemas: venv    ## Write the JSON schemas of manifest, bench report, decision and calibration table again (docs/schemas/)
+	$(BIN)/python docs/schemas.py
 
 format: venv     ## Let ruff rewrite the sources
 	$(BIN)/ruff check --fix .

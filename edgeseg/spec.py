@@ -34,6 +34,9 @@ Task: TypeAlias = Literal["multiclass", "binary", "multilabel"]
 OutputKind: TypeAlias = Literal["mask", "logits", "probabilities"]
 ChannelOrder: TypeAlias = Literal["rgb", "bgr"]
 FitPolicy: TypeAlias = Literal["resize", "letterbox", "tile"]
+Interpolation: TypeAlias = Literal["linear", "cubic", "area", "nearest", "lanczos"]
+PadPosition: TypeAlias = Literal["top_left", "center"]
+Border: TypeAlias = Literal["constant", "replicate", "reflect", "wrap", "reflect_101"]
 
 ARCHITECTURES: tuple[str, ...] = (
     "unet",
@@ -132,6 +135,30 @@ BATCH = Kind("N or MIN:OPT:MAX, such as 1 or 1:4:8", BatchRange.read, metavar="N
 
 
 @dataclass(frozen=True)
+class Padding:
+    """How a model's own preprocessing fills the engine's input where the image does not; OpenCV's words.
+
+    Attributes:
+        position: of the image: in the middle (of an odd number of pixels the larger half is to the right and below), or at
+            the top left. Windows of fit policy ``tile`` are always filled to the right and below.
+        border: what is repeated there; ``constant`` is a colour.
+        value: that colour, 0..255, one for all channels or one per channel, RGB.
+    """
+
+    position: PadPosition = "center"
+    border: Border = "constant"
+    value: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        one_of("position of padding", self.position, get_args(PadPosition))
+        one_of("border of padding", self.border, get_args(Border))
+        if not self.value or not all(0 <= level <= 255 for level in self.value):
+            raise SpecError(
+                f"the padding's colour is {self.value}; give levels from 0 to 255, one per channel or one for all"
+            )
+
+
+@dataclass(frozen=True)
 class InputSpec:
     """The engine's image input: uint8 ``(N, height, width, channels)``, RGB for three channels.
 
@@ -143,6 +170,9 @@ class InputSpec:
         fit: how an image of another size is brought to the engine's: ``resize`` (bilinear, aspect ratio not kept),
             ``letterbox`` (aspect ratio kept, padded), ``tile`` (sliding window with overlap). Used alike by
             calibration, runtime and evaluation.
+        interpolation: by which an image is resized, as OpenCV does it.
+        padding: how the rest of the input is filled; ``None``: to the right and below, black, or the border repeated
+            where that is narrower than the stride.
     """
 
     height: int = 256
@@ -154,9 +184,14 @@ class InputSpec:
     min_size: tuple[int, int] | None = None
     max_size: tuple[int, int] | None = None
     fit: FitPolicy = "resize"
+    interpolation: Interpolation = "linear"
+    padding: Padding | None = None
 
     def __post_init__(self) -> None:
         one_of("fit policy", self.fit, get_args(FitPolicy))
+        one_of("interpolation", self.interpolation, get_args(Interpolation))
+        if self.padding is not None and len(self.padding.value) not in (1, self.channels):
+            raise SpecError(f"the padding's colour has {len(self.padding.value)} values for {self.channels} channels")
         if self.height < 1 or self.width < 1 or self.channels < 1 or self.stride < 1:
             raise SpecError(f"size {self.height}x{self.width} with {self.channels} channels is not positive")
         size_bytes = self.batch.maximum * self.height * self.width * self.channels
@@ -288,7 +323,8 @@ class ModelRequest:
     """What the user said about the model; ``None`` means "not said": the checkpoint or a default decides.
 
     Attributes:
-        weights: path of a checkpoint or ``save_pretrained`` folder, ``"imagenet"`` (encoder only), ``"random"``, or
+        weights: path of a checkpoint or ``save_pretrained`` folder, ``"user/model[@revision]"`` of the Hugging Face hub,
+            ``"imagenet"`` (encoder only), ``"random"``, or
             ``None`` for the demo model of ``arch``.
         weights_key: where the state dict is in a checkpoint that holds several, such as ``"state_dict_ema"``.
         keep_aux: keep an auxiliary classification head as a second output (dropped by default).
@@ -300,16 +336,17 @@ class ModelRequest:
 
     arch: str | None = argument(
         TEXT,
-        help=f"{', '.join(ARCHITECTURES[:-1])} or {ARCHITECTURES[-1]}.  [default: what the checkpoint says]",
         positional=True,
+        help=f"{', '.join(ARCHITECTURES[:-1])} or {ARCHITECTURES[-1]}.  [default: what the checkpoint says]",
     )
     encoder: str | None = argument(
         TEXT, help="SMP encoder; tu-NAME for timm's.  [default: the checkpoint's, else resnet34]"
     )
     weights: str | None = argument(
         PATH_OR_WORD,
-        metavar="PATH|imagenet|random",
-        help="Checkpoint (.safetensors, .pt, .pth, .ckpt) or save_pretrained folder.  [default: the demo model of --arch]",
+        metavar="PATH|ID|imagenet|random",
+        help="Checkpoint (.safetensors, .pt, .pth, .ckpt), save_pretrained folder, or user/model[@REVISION] of the "
+        "Hugging Face hub.  [default: the demo model of --arch]",
     )
     weights_key: str | None = argument(
         TEXT, help="Where the state dict is in a checkpoint with several, such as state_dict_ema."

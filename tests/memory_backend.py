@@ -18,27 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
+from engine_folders import write_manifest
 from numpy.typing import NDArray
 
 import edgeseg
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
+from edgeseg.closing import Closing
 from edgeseg.errors import InputError, SpecError
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.spec import OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    Engine,
-    FileRef,
-    Manifest,
-    OnnxGraph,
-    PrecisionReport,
-    write_json,
-)
+from edgeseg.store.artifacts import Engine, FileRef, OnnxGraph, PrecisionReport, write_json
 
 LogitsFunction = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """uint8 ``(N, H, W, C)`` -> float32 ``(N, classes, H, W)``."""
@@ -64,7 +56,7 @@ def brightness_logits(classes: int) -> LogitsFunction:
     return logits
 
 
-class MemorySession:
+class MemorySession(Closing):
     """A loaded engine that calls a function.
 
     Args:
@@ -117,14 +109,6 @@ class MemorySession:
     def close(self) -> None:
         """Refuse further calls."""
         self.closed = True
-
-    def __enter__(self) -> MemorySession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check(self, images: NDArray[np.uint8]) -> None:
         spec = self._spec.input
@@ -192,24 +176,17 @@ def write_memory_engine(folder: Path, spec: PipelineSpec) -> Engine:
     """
     folder.mkdir(parents=True, exist_ok=True)
     engine = FileRef.of(_write_engine(folder))
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        edgeseg_version=edgeseg.__version__,
-        name=folder.name,
-        spec=spec,
-        precision=_no_precision(),
-        target=MemoryBackend.name,
-        scheme=None,
-        graph=engine,
-        engine=engine,
-        calibration=None,
+    manifest = write_manifest(
+        folder,
+        spec,
+        _no_precision(),
+        MemoryBackend.name,
+        graph=engine.name,
+        engine=engine.name,
         weights="none: masks come from the brightness of each pixel",
         inputs_sha256={},
-        options={},
         versions={"edgeseg": edgeseg.__version__},
-        device={},
     )
-    write_json(folder / MANIFEST_NAME, manifest)
     return Engine(folder, manifest)
 
 

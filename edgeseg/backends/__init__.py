@@ -17,7 +17,8 @@ BACKENDS: dict[str, str] = {
 }
 
 AUTO_TARGETS: tuple[str, ...] = ("onnxruntime", "openvino")
-"""Backends ``--target auto`` builds for and measures against each other, where they are installed; default first."""
+"""Backends ``--target auto`` builds for and measures against each other, where they are installed; the first is taken where
+noise could turn which is faster."""
 
 GPU_TARGETS: tuple[str, ...] = ("tensorrt", "tensorrt-rtx")
 """Backends whose engines run on a GPU."""

@@ -53,12 +53,6 @@ def builds_here(backend: Backend, scheme: str | None) -> bool:
 def portable_engine(graph: OnnxGraph, target: str, precision: Precision, options: Mapping[str, Any]) -> BuiltEngine:
     """What a build without the device comes to: no engine file, and the precision the graph's types ask for.
 
-    Args:
-        graph: the typed graph.
-        target: one of :data:`DEVICE_TARGETS`, or a CPU's for another kind of CPU.
-        precision: asked for. An fp32 graph with ``int8`` is one for implicit calibration.
-        options: checked now, used when the folder is compiled.
-
     Raises:
         SpecError: a wrong option.
     """

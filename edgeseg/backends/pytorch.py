@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeseg.backends.base import StageTimes
+from edgeseg.closing import Closing
 from edgeseg.errors import BuildError, DeviceError, InputError, SpecError, first_line, one_line
 from edgeseg.spec import PipelineSpec
 
@@ -68,7 +68,7 @@ class CudaRuntime:
     release: Callable[[], None] = torch.cuda.empty_cache
 
 
-class PyTorchSession:
+class PyTorchSession(Closing):
     """Runs a loaded model in PyTorch: uint8 images in, the outputs of ``spec`` out, both in the CPU's memory.
 
     On a GPU a call is what it is for an engine: images into page-locked memory, to the device, the network, the outputs
@@ -257,14 +257,6 @@ class PyTorchSession:
         if self._threads_before is not None:
             torch.set_num_threads(self._threads_before)
             self._threads_before = None
-
-    def __enter__(self) -> PyTorchSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _forward(self, images: Tensor) -> dict[str, Tensor]:
         with torch.autocast(self._device.type, self._autocast or torch.bfloat16, enabled=self._autocast is not None):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgeseg.cli.output import echo, print_json, result_console
+from edgeseg.cli.output import error_console, print_json, result_console
 from edgeseg.cli.parameters import ANY_PATH
 
 
@@ -38,7 +38,7 @@ def command(old: Path, new: Path, limits: tuple[str, ...], across_devices: bool,
     if not as_json:
         result_console().print(change_table(changes))
     for remark in remarks(first, second, changes):
-        echo(remark, err=as_json)
+        (error_console() if as_json else result_console()).print(remark, highlight=False)
     check_limits(changes, gates)
     if as_json:
         print_json(changes)

@@ -12,7 +12,16 @@ import click
 from edgeseg.cli.output import print_json, result_console
 from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.errors import ArtifactError
-from edgeseg.evaluate.summary import class_table, noise_lines, precision_line, time_line, verification_table
+from edgeseg.evaluate.summary import (
+    class_table,
+    fit_words,
+    noise_lines,
+    precision_line,
+    repair_table,
+    repairs_line,
+    time_line,
+    verification_table,
+)
 from edgeseg.evaluate.tables import MISSING
 from edgeseg.graph.modules import module_group, module_of
 from edgeseg.store.artifacts import Engine, FileRef, Manifest, open_engine
@@ -91,6 +100,7 @@ def _files(manifest: Manifest) -> Iterable[CheckedFile]:
     listed: tuple[tuple[str, FileRef | None], ...] = (
         ("engine", manifest.engine),
         ("portable graph", manifest.graph),
+        *(("candidate graph", ref) for ref in manifest.candidate_graphs),
         ("calibration table", manifest.calibration),
         *(("engine data", ref) for ref in manifest.extra_files),
     )
@@ -175,12 +185,7 @@ def _dtype(node: onnx.NodeProto, types: dict[str, int]) -> str | None:
 
 
 def render(report: EngineReport, *, layers: bool = False) -> Group:
-    """The report for a terminal.
-
-    Args:
-        report: of :func:`inspect_engine`.
-        layers: list every layer instead of a line per module.
-    """
+    """The report for a terminal."""
     from rich.console import Group
     from rich.text import Text
 
@@ -190,6 +195,9 @@ def render(report: EngineReport, *, layers: bool = False) -> Group:
     if (time := time_line(manifest.precision)) is not None:
         parts.append(Text(time))
     parts.extend(Text(f"  float: {name}: {why}", style="dim") for name, why in manifest.precision.float_layers.items())
+    if manifest.repairs:
+        parts.append(repair_table(manifest.repairs))
+        parts.append(Text(repairs_line(manifest.repairs), style="dim"))
     if manifest.verification is not None:
         parts.append(verification_table(manifest.verification, manifest.name))
         parts += [Text(line, style="yellow") for line in noise_lines(manifest.verification)]
@@ -222,7 +230,8 @@ def _spec_table(manifest: Manifest) -> Table:
         ("model", f"{spec.model.display_name}, {spec.model.classes} classes, {spec.model.task}"),
         ("classes", ", ".join(spec.model.class_names) or MISSING),
         ("weights", manifest.weights),
-        ("input", f"image uint8 ({batches}, {size}{dynamic}, {spec.input.channels}), others by {spec.input.fit}"),
+        ("licence", (manifest.origin and manifest.origin.licence_words) or MISSING),
+        ("input", f"image uint8 ({batches}, {size}{dynamic}, {spec.input.channels}), others {fit_words(spec.input)}"),
         (
             "normalization",
             f"mean {_numbers(preprocess.mean)} std {_numbers(preprocess.std)}, {preprocess.channel_order}",

@@ -37,10 +37,15 @@ def result_console() -> Console:
     return plain_console()
 
 
+def error_console() -> Console:
+    """Where sentences go that are no result: standard error."""
+    return plain_console(stderr=True)
+
+
 @contextmanager
 def console_reporter() -> Iterator[ConsoleReporter]:
     """Yield a reporter on standard error whose progress bar is gone when the block ends, well or not."""
-    reporter = ConsoleReporter(plain_console(stderr=True))
+    reporter = ConsoleReporter(error_console())
     try:
         yield reporter
     finally:

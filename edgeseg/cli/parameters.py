@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from edgeseg.arguments import MOST, Kind
+from edgeseg.arguments import MOST, PATH_OR_WORD, Kind
 from edgeseg.errors import SpecError
+from edgeseg.spec import ARCHITECTURES
 
-EXISTING_FOLDER = click.Path(path_type=Path, file_okay=False)
 ANY_PATH = click.Path(path_type=Path)
 
 
@@ -26,6 +27,13 @@ class KindType(click.ParamType):  # type: ignore[type-arg]  # generic from click
             return self.kind.accept("it" if param is None else str(param.name), value)
         except SpecError as exc:
             self.fail(str(exc), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Architectures by name; files where a path is taken."""
+        if param.name == "arch":
+            return [CompletionItem(name) for name in ARCHITECTURES if name.startswith(incomplete)]
+        takes_path = self.kind is PATH_OR_WORD or any(word in self.name for word in ("PATH", "DIR"))
+        return [CompletionItem(incomplete, type="file")] if takes_path else []
 
 
 class CountsType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on only

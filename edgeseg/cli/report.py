@@ -76,6 +76,7 @@ def write_reports(
     from edgeseg.decide.requirement import Requirement
     from edgeseg.decide.verdict import decide
     from edgeseg.report import plain
+    from edgeseg.report.decision import decision_of
     from edgeseg.store.artifacts import write_text
     from edgeseg.store.outputs import is_stdout
 
@@ -96,7 +97,7 @@ def write_reports(
     if csv_path is not None:
         write_text(csv_path, plain.csv_text(report, verdicts))
     if as_json:
-        print_json(plain.json_value(report, verdicts, failed))
+        print_json(decision_of(report, verdicts, failed))
     else:
         if tables and not printed:
             _print_tables(verdicts, failed)

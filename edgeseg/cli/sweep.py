@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that build.")
 @click.option("--executor", type=click.Choice(("local", "ray")), default="local", show_default=True)
 @click.option("--ray-address", help="Of a Ray cluster.  [default: RAY_ADDRESS, else one started here]")
+@click.option("--force", is_flag=True, help="Replace reports and engines in the folder that no sweep wrote.")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as JSON instead of tables.")
 def command(
     config_path: Path | None,
@@ -39,6 +40,7 @@ def command(
     jobs: int,
     executor: Literal["local", "ray"],
     ray_address: str | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Build every combination of SWEEP.toml, measure all engines in turns, write one report.
@@ -50,27 +52,24 @@ def command(
     from edgeseg.cli.report import write_reports
     from edgeseg.decide.entries import failed_measurements
     from edgeseg.sweep.run import run_sweep
+    from edgeseg.sweep.state import remember_reports
 
     config = _config(config_path, archs, precisions, targets, data, require, output)
+    html, markdown, csv = reports = [Path(config.output) / f"report.{kind}" for kind in ("html", "md", "csv")]
     result = run_sweep(
         config,
         jobs=jobs,
         executor=executor,
         ray_address=ray_address,
+        reports=reports,
+        force=force,
         say=lambda line: echo(f"  {line}", err=True),
     )
-    folder = Path(config.output)
     failed: tuple[tuple[str, str], ...] = tuple((failure.name, failure.reason) for failure in result.failures)
-    code = write_reports(
-        result.runs,
-        folder / "report.html",
-        folder / "report.md",
-        folder / "report.csv",
-        config.require,
-        config.title,
-        as_json,
-        failed,
-    )
+    try:
+        code = write_reports(result.runs, html, markdown, csv, config.require, config.title, as_json, failed)
+    finally:
+        remember_reports(reports)
     failed = (*failed, *failed_measurements(result.runs))
     for name, reason in failed:
         echo(f"failed: {name}: {reason}", err=True)

@@ -197,6 +197,11 @@ def accepted_arguments(arch: str) -> tuple[str, ...]:
     return (*(n for n in names if n not in SPEC_ARGUMENTS), *own)
 
 
+def renamed_arguments(arch: str) -> tuple[str, ...]:
+    """Return the names ``model_args`` may hold as SMP called them until 0.4."""
+    return tuple(old for old, (_, archs) in _RENAMED_ARGUMENTS.items() if arch in archs)
+
+
 def default_arguments(arch: str) -> dict[str, Any]:
     """Return the constructor's arguments with their defaults."""
     return {n: p.default for n, p in inspect.signature(model_class(arch).__init__).parameters.items()}
@@ -267,11 +272,6 @@ def build_model(
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """Build an SMP model, randomly initialized unless ``encoder_weights`` is given, and say what was added.
 
-    Args:
-        spec: the model; its names are resolved and its ``model_args`` checked.
-        encoder_weights: SMP's argument of that name.
-        loading_args: constructor arguments beside those of the spec that only serve to load.
-
     Raises:
         SpecError: the constructor rejects the arguments.
     """
@@ -285,7 +285,7 @@ def build_model(
         **loading_args,
     }
     sizes = arguments.pop("psp_sizes", None)
-    old = older_smp.ARGUMENT in arguments and older_smp.is_old(arguments.pop(older_smp.ARGUMENT))
+    arguments.pop(older_smp.ARGUMENT, None)
     if spec.arch == "dpt" and "dynamic_img_size" not in arguments:
         # Without it a vision transformer takes the one size of its name; the weights are the same either way.
         with contextlib.suppress(SpecError):
@@ -294,9 +294,8 @@ def build_model(
     module = _construct(spec, arguments)
     if sizes is not None:
         _replace_pyramid(module, spec, sizes)
-    if old and older_smp.builds_otherwise(spec.arch, spec.encoder, spec.model_args):
-        with quiet_libraries():
-            older_smp.dilate_as_before(module, spec.arch, spec.encoder, spec.model_args)
+    with quiet_libraries():
+        older_smp.rebuild_encoder(module, spec.arch, spec.encoder, spec.model_args)
     return module, ()
 
 

@@ -35,6 +35,11 @@ _PLAIN_UNDER = (
     *("params", "generator", "student"),
 )
 _AVERAGED_UNDER = ("ema", "state_dict_ema", "ema_state_dict", "model_ema", "params_ema", "ema_model", "swa_state_dict")
+# Where trainers keep the arguments of the model beside it; Lightning's key first.
+_SETTINGS_UNDER = (
+    *("hyper_parameters", "hparams", "hyperparameters", "model_config", "model_args", "model_kwargs", "model_params"),
+    *("config", "cfg", "args", "kwargs", "init_args"),
+)
 _NESTED_UNDER = (*_PLAIN_UNDER, *_AVERAGED_UNDER)
 
 _RESAVE = 'in Python, torch.save(model.state_dict(), "weights.pt") and give that file (or .safetensors)'
@@ -48,14 +53,14 @@ class Checkpoint:
         path: the file they were read from.
         tensors: by the key in the file; dense, on the CPU, any dtype.
         config: ``config.json`` of a ``save_pretrained`` folder, or empty.
-        hyper_parameters: of a Lightning checkpoint, or empty.
+        settings: what training saved beside the state dict, such as Lightning's ``hyper_parameters``: by its key.
         notes: what was chosen while reading, for the user.
     """
 
     path: Path
     tensors: dict[str, torch.Tensor]
     config: dict[str, Any] = field(default_factory=dict)
-    hyper_parameters: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -86,7 +91,7 @@ def existing_checkpoint(source: str | Path) -> Path:
     if not path.exists():
         raise CheckpointError(
             f"no such file or folder: {path}; give --weights PATH (save_pretrained folder, .safetensors, .pt, .pth or "
-            ".ckpt), imagenet or random"
+            ".ckpt), user/model of the Hugging Face hub, imagenet or random"
         )
     return path
 
@@ -140,16 +145,16 @@ def _read_file(path: Path, config: dict[str, Any], notes: tuple[str, ...], key: 
         raise CheckpointError(f"{path} has {size >> 30} GiB, more than the {MAX_FILE_BYTES >> 30} GiB read here")
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run: git lfs pull")
-    hyper: dict[str, Any] = {}
+    settings: dict[str, dict[str, Any]] = {}
     if _looks_like_safetensors(head, size, path):
         tensors = _read_safetensors(path)
         if key is not None:
             raise CheckpointError(f"{path} is a safetensors file, which holds one state dict; leave --weights-key out")
     else:
-        tensors, hyper, chosen = _read_pickle(path, head, size, key)
+        tensors, settings, chosen = _read_pickle(path, head, size, key)
         notes = (*notes, *chosen)
     _check_backing(path, tensors, size)
-    return Checkpoint(path, tensors, config, hyper, notes)
+    return Checkpoint(path, tensors, config, settings, notes)
 
 
 def _looks_like_safetensors(head: bytes, size: int, path: Path) -> bool:
@@ -175,7 +180,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_pickle(
     path: Path, head: bytes, size: int, key: str | None
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], tuple[str, ...]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]], tuple[str, ...]]:
     torch = import_for_conversion("torch")
     if head.startswith(b"PK"):
         _check_archive(path, size)
@@ -190,8 +195,13 @@ def _read_pickle(
     except Exception as exc:  # a broken pickle can raise nearly anything; all of it means "cannot be read"
         raise _pickle_error(path, exc) from exc
     tensors, notes = _find_state_dict(path, content, key)
-    hyper = content.get("hyper_parameters") if isinstance(content, Mapping) else None
-    return tensors, dict(hyper) if isinstance(hyper, Mapping) else {}, notes
+    return tensors, _settings(content), notes
+
+
+def _settings(content: object) -> dict[str, dict[str, Any]]:
+    beside = {name: content.get(name) for name in _SETTINGS_UNDER} if isinstance(content, Mapping) else {}
+    plain = {name: vars(v) if isinstance(v, argparse.Namespace) else v for name, v in beside.items()}
+    return {name: dict(v) for name, v in plain.items() if isinstance(v, Mapping)}
 
 
 def _check_archive(path: Path, size: int) -> None:

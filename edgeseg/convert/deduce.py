@@ -37,13 +37,7 @@ _HEAD_INPUT = {
 
 
 def fitting_request(request: ModelRequest, said: ModelRequest, tensors: Mapping[str, Any]) -> ModelRequest | None:
-    """Return the request with input channels, depth and widths as the tensors have them, ``None`` when none fits.
-
-    Args:
-        request: architecture, encoder and classes settled.
-        said: what the user said, which is not changed.
-        tensors: of the checkpoint, prefixes stripped.
-    """
+    """Return the request with input channels, depth and widths as the tensors have them, ``None`` when none fits."""
     own = request.model_args.get("encoder_depth", default_arguments(request.arch or "").get("encoder_depth", 5))
     if (usual := _fitting_at(own, request, said, tensors)) is not None:
         return usual

@@ -23,15 +23,7 @@ _MAX_BUILDS = 14
 
 
 def likely_cause(given: Mapping[str, torch.Tensor], own: Shapes, arch: str, encoder: str, depth: int) -> str:
-    """Return advice such as ``"its encoder is that of resnet50: give --encoder resnet50"``, or ``""``.
-
-    Args:
-        arch: the architecture the model was built as.
-        encoder: and its encoder.
-        given: the checkpoint's tensors, under the model's names.
-        own: the model's shapes.
-        depth: the model's ``encoder_depth``.
-    """
+    """Return advice such as ``"its encoder is that of resnet50: give --encoder resnet50"``, or ``""``."""
     theirs = parameter_shapes(given)
     found = guess_arch(theirs)
     if found is not None and found != arch:
@@ -130,7 +122,7 @@ def _encoder_cause(theirs: Shapes, encoder: str, depth: int) -> str:
         if alike > score:
             best, score = name, alike
     if best == encoder:
-        return f"its encoder is {encoder} with other tensors than SMP's: changed in training?"
+        return f"its encoder is {encoder} with other tensors than SMP's: changed in training, or of an older timm?"
     if score > 0.6:
         return f"its encoder is not {encoder}; the nearest known is {best}"
     return f"its encoder is not {encoder}: give --encoder as in training"

@@ -181,12 +181,6 @@ def load_tensors(
 ) -> tuple[str, ...]:
     """Copy the tensors into the model, in its float32, and check that every value is finite.
 
-    Args:
-        module: filled in place.
-        named: from :func:`strip_prefixes`.
-        checkpoint: where they came from.
-        model: what ``module`` was built as.
-
     Returns:
         notes.
 

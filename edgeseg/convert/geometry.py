@@ -85,12 +85,6 @@ def smp_fixed_size(
 
     timm marks encoders whose *weights* are for one size; whether the built module insists on it (windows, position
     embeddings) depends on its arguments, so a marked encoder is tried at another size.
-
-    Args:
-        module: in evaluation mode.
-        channels: of its input image.
-        stride: its size multiple.
-        img_size: timm's constructor argument, a number or a pair; ``None`` when not given.
     """
     encoder: Any = module.encoder
     network = getattr(encoder, "model", None)

@@ -53,7 +53,7 @@ def refuse_early(encoder: str) -> None:
     cache = Path(constants.HF_HUB_CACHE)
     base = encoder.lower().removeprefix("tu-").removeprefix("timm-").split(".")[0]
     if not cache.is_dir() or not any(base in folder.name.lower() for folder in cache.iterdir()):
-        _require_hub(f"pretrained weights of {encoder}", constants.ENDPOINT, any_answer=True)
+        require_hub(f"pretrained weights of {encoder}", constants.ENDPOINT, any_answer=True)
 
 
 def prepare_hub_weights(encoder: str, name: str) -> HubWeights:
@@ -71,18 +71,18 @@ def prepare_hub_weights(encoder: str, name: str) -> HubWeights:
     if encoder in smp.encoders.encoders:
         settings = smp.encoders.encoders[encoder]["pretrained_settings"][name]
         repository, revision = settings["repo_id"], settings["revision"]
-        cached = all(_cached(repository, f, revision) for f in ("config.json", "model.safetensors"))
+        cached = all(cached_file(repository, f, revision) for f in ("config.json", "model.safetensors"))
         if not cached:
-            _require_hub(f"pretrained weights of {encoder} ({repository})", _url(repository, revision))
+            require_hub(f"pretrained weights of {encoder} ({repository})", file_url(repository, revision))
         return HubWeights(name, {}, repository)
     timm = import_for_conversion("timm")
     config = timm.get_pretrained_cfg(_timm_name(encoder))
     repository = config.hf_hub_id or ""
-    cached_file = _cached(repository, config.hf_hub_filename or "model.safetensors", None) if repository else None
-    if cached_file:
+    path = cached_file(repository, config.hf_hub_filename or "model.safetensors", None) if repository else None
+    if path:
         # Named by file: by repository, timm would ask the hub whether the cached one is still the newest.
-        return HubWeights(name, {"pretrained_cfg_overlay": {"file": cached_file}}, repository)
-    _require_hub(f"pretrained weights of {encoder} ({repository})", _url(repository, "main"))
+        return HubWeights(name, {"pretrained_cfg_overlay": {"file": path}}, repository)
+    require_hub(f"pretrained weights of {encoder} ({repository})", file_url(repository, "main"))
     return HubWeights(name, {}, repository)
 
 
@@ -93,28 +93,35 @@ def _timm_name(encoder: str) -> str:
     return f"tf_{base}" if "mobilenetv3" in base else base
 
 
-def _cached(repository: str, filename: str, revision: str | None) -> str | None:
+def cached_file(repository: str, filename: str, revision: str | None) -> str | None:
+    """Path of a file of the hub's cache, without asking the hub; ``None`` where it is not there."""
     hub = import_for_conversion("huggingface_hub")
-    found = hub.try_to_load_from_cache(repository, filename, revision=revision)
-    return found if isinstance(found, str) else None
+    path = hub.try_to_load_from_cache(repository, filename, revision=revision)
+    return path if isinstance(path, str) else None
 
 
-def _url(repository: str, revision: str) -> str:
+def file_url(repository: str, revision: str) -> str:
+    """What to ask for to learn whether the hub answers and has the repository."""
     endpoint = import_for_conversion("huggingface_hub.constants").ENDPOINT
     return f"{endpoint}/{repository}/resolve/{revision}/config.json"
 
 
-def _require_hub(what: str, url: str, *, any_answer: bool = False) -> None:
+WHOLE_CHECKPOINT = (
+    "give --weights PATH of a whole trained checkpoint, or copy the Hugging Face cache of a machine that has them"
+)
+
+
+def require_hub(
+    what: str, url: str, *, any_answer: bool = False, is_plural: bool = True, advice: str = WHOLE_CHECKPOINT
+) -> None:
     """Raise unless the URL answers; with ``any_answer``, an HTTP error is an answer too."""
-    advice = (
-        "give --weights PATH of a whole trained checkpoint, or copy the Hugging Face cache of a machine that has them"
-    )
+    lacks = f"{what} {'are' if is_plural else 'is'} not cached"
     constants = import_for_conversion("huggingface_hub.constants")
     if constants.HF_HUB_OFFLINE:
-        raise CheckpointError(f"{what} are not cached and HF_HUB_OFFLINE is set; unset it, or {advice}")
+        raise CheckpointError(f"{lacks} and HF_HUB_OFFLINE is set; unset it, or {advice}")
     problem = _probe(url)
     if problem is not None and not (any_answer and problem.startswith("HTTP ")):
-        raise CheckpointError(f"{what} are not cached and {constants.ENDPOINT} does not answer ({problem}); {advice}")
+        raise CheckpointError(f"{lacks} and {constants.ENDPOINT} does not answer ({problem}); {advice}")
 
 
 def _probe(url: str) -> str | None:

@@ -27,13 +27,17 @@ from edgeseg.convert.fit import (
 )
 from edgeseg.convert.geometry import DEFAULT_PIXELS
 from edgeseg.convert.hub import hub_weights_names, prepare_hub_weights, refuse_early
+from edgeseg.convert.hub_models import fetch_model, is_hub_id
 from edgeseg.convert.loaded import LoadedModel, freeze, hash_weights
+from edgeseg.convert.model_card import read_card
 from edgeseg.convert.older_smp import settle_version
-from edgeseg.convert.preprocessing import recorded_preprocess, resolve_preprocess
+from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
 from edgeseg.convert.recorded import merge, recorded_model
+from edgeseg.convert.saved_preprocessing import CONFIG_NAME, saved_beside
 from edgeseg.convert.wrap import wrap_module
 from edgeseg.errors import CheckpointError, EdgesegError, SpecError, one_line
 from edgeseg.spec import ModelRequest, Preprocess
+from edgeseg.store.artifacts import WeightsOrigin
 
 __all__ = ["LoadedModel", "hash_weights", "load_model", "wrap_module"]
 
@@ -50,12 +54,17 @@ def load_model(request: ModelRequest, images: ImageSource = no_images) -> Loaded
     if weights == "imagenet" and not Path(weights).exists():
         arch = architectures.require_arch(request.arch)
         refuse_early(request.encoder or architectures.default_encoder(arch))
+    if weights is not None and is_hub_id(weights):
+        # What cannot be had is said before seconds of imports.
+        fetch_model(weights, needs_preprocessing=request.mean is None)
     architectures.import_for_conversion("torch")
     architectures.import_smp()
     if request.weights_key is not None and (weights is None or not Path(weights).expanduser().is_file()):
         raise SpecError(f"weights_key is {request.weights_key!r}, but the weights are no checkpoint file; leave it out")
     if weights is None:
         return _load_demo(request)
+    if is_hub_id(weights):
+        return _load_hub_model(request, weights, images)
     if weights == "random":
         return _load_random(request)
     if not Path(weights).expanduser().exists() and _is_hub_name(request, weights):
@@ -130,36 +139,54 @@ def _load_pretrained_encoder(request: ModelRequest, name: str) -> LoadedModel:
     return _finish(assembly, preprocess, words, (loud, *assembly.notes, *notes))
 
 
+def _load_hub_model(request: ModelRequest, weights: str, images: ImageSource) -> LoadedModel:
+    model = fetch_model(weights, needs_preprocessing=request.mean is None)
+    loaded = _load_checkpoint(request, read_checkpoint(model.folder), images)
+    return replace(
+        loaded,
+        weights=f"weights of {model.repository} at revision {model.revision} (Hugging Face hub)",
+        notes=(*model.notes, *loaded.notes),
+        origin=WeightsOrigin(model.repository, model.revision, read_card(model.folder)),
+    )
+
+
 def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint, images: ImageSource) -> LoadedModel:
     recorded = recorded_model(checkpoint)
+    saved = saved_beside(checkpoint.path)
     named = strip_prefixes(checkpoint)
     settled, notes = _settle(merge(request, recorded), checkpoint, named)
     assembly, fit_notes = _assemble_for(settled, request, checkpoint, named)
     freeze(assembly.module)
     samples = images(assembly.model.in_channels)
+    normalization = recorded_preprocess(checkpoint.config, named.outside)
+    saved_notes: tuple[str, ...] = ()
+    if saved is not None:
+        saved_notes = (saved.note,)
+        known = saved.for_channels(assembly.model.in_channels)
+        if known is not None and request.mean is not None:
+            saved_notes = (saved.note, "--mean and --std override the saved normalization")
+        normalization = normalization if known is None else RecordedNormalization(known, scale_known=True)
     preprocess, preprocess_notes = resolve_preprocess(
         request,
         encoder=assembly.model.encoder,
         encoder_weights=recorded.encoder_weights,
         in_channels=assembly.model.in_channels,
-        recorded=recorded_preprocess(checkpoint.config, named.outside),
+        recorded=normalization,
         untrained=False,
         judge=lambda candidates: best_fit(assembly.module, samples, (DEFAULT_PIXELS,) * 2, candidates),
     )
-    every = (*checkpoint.notes, *recorded.notes, *named.notes, *notes, *assembly.notes, *fit_notes, *preprocess_notes)
-    return _finish(assembly, preprocess, f"weights of {checkpoint.path}", every)
+    # The saved preprocessing is told in full already.
+    preprocess_notes = tuple(n for n in preprocess_notes if n != f"normalization: {CONFIG_NAME}")
+    every = (*checkpoint.notes, *recorded.notes, *named.notes, *notes, *assembly.notes, *fit_notes, *saved_notes)
+    loaded = _finish(assembly, preprocess, f"weights of {checkpoint.path}", (*every, *preprocess_notes))
+    card = read_card(checkpoint.path.parent) if checkpoint.config else {}
+    return replace(loaded, saved=saved, origin=WeightsOrigin(card=card) if card else None)
 
 
 def _assemble_for(
     settled: ModelRequest, said: ModelRequest, checkpoint: Checkpoint, named: NamedTensors
 ) -> tuple[Assembly, tuple[str, ...]]:
     """Build the model and load the tensors; where they do not fit, what the tensors themselves tell is used.
-
-    Args:
-        settled: the request with what is recorded filled in.
-        said: the user's own words, which win over the tensors; a contradiction is an error.
-        checkpoint: where the tensors came from.
-        named: its tensors.
 
     Raises:
         CheckpointError: no model that agrees with what was said has these tensors.

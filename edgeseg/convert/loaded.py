@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgeseg.convert.architectures import name_softmax_axis
+from edgeseg.convert.saved_preprocessing import Fitting, SavedPreprocessing
 from edgeseg.errors import SpecError
 from edgeseg.spec import ModelSpec, Preprocess
+from edgeseg.store.artifacts import WeightsOrigin
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +33,9 @@ class LoadedModel:
         notes: everything assumed, stripped or dropped, a sentence each, for the user.
         is_demo: these are the shipped demo weights.
         fixed_size: the only height and width its encoder takes, or ``None``.
+        saved: the preprocessing that was saved beside the weights.
+        fitting: how it brings images to the engine, once it is settled with the user's size and fit policy.
+        origin: the hub's repository or the model card beside the weights.
         users_module: an object of the user's: neither ``model`` nor the weights tell what its code computes, so nothing
             made of it may be found again by them.
     """
@@ -46,11 +51,14 @@ class LoadedModel:
     is_demo: bool = False
     fixed_size: tuple[int, int] | None = None
     users_module: bool = False
+    saved: SavedPreprocessing | None = None
+    origin: WeightsOrigin | None = None
+    fitting: Fitting = field(default_factory=Fitting)
 
     @property
     def has_own_size(self) -> bool:
         """Whether ``size`` is one the model was made for, not a default."""
-        return self.is_demo or self.fixed_size is not None
+        return self.is_demo or self.fixed_size is not None or self.fitting.size is not None
 
     def check_size(self, height: int, width: int) -> None:
         """Raise :class:`SpecError` unless the model takes images of this size, naming one that fits."""

@@ -11,6 +11,11 @@ from edgeseg.convert.checkpoint import Checkpoint
 from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.spec import ModelRequest
 
+# Where the arguments of smp.create_model stand among those of a training script.
+_NESTED_ARGUMENTS = (
+    *("model", "model_args", "model_kwargs", "model_params", "model_config", "smp_kwargs", "create_model_kwargs"),
+    *("kwargs", "args", "config", "cfg", "network", "net", "init_args"),
+)
 _MASK_FREE = ("argmax", "argmax2d")
 
 
@@ -32,14 +37,14 @@ class RecordedModel:
 
 
 def recorded_model(checkpoint: Checkpoint) -> RecordedModel:
-    """Read ``config.json`` of a ``save_pretrained`` folder, or the hyper-parameters of a Lightning checkpoint.
+    """Read ``config.json`` of a ``save_pretrained`` folder, or what training saved beside the weights.
 
     Raises:
         CheckpointError: the config is not one of an SMP model.
     """
     if checkpoint.config:
         return _from_config(checkpoint)
-    return _from_hyper_parameters(checkpoint.hyper_parameters)
+    return _from_settings(checkpoint.settings)
 
 
 def _from_config(checkpoint: Checkpoint) -> RecordedModel:
@@ -88,19 +93,59 @@ def _typed(checkpoint: Checkpoint, key: str, value: object, kind: type) -> Any:
     return value
 
 
-def _from_hyper_parameters(hyper: Mapping[str, Any]) -> RecordedModel:
-    """Training scripts save their arguments under a few usual names; a value that means nothing here is left alone."""
-    arch = next((hyper[k] for k in ("arch", "architecture", "model_name") if isinstance(hyper.get(k), str)), None)
-    encoder = next((hyper[k] for k in ("encoder_name", "encoder", "backbone") if isinstance(hyper.get(k), str)), None)
+def _from_settings(settings: Mapping[str, Mapping[str, Any]]) -> RecordedModel:
+    """Training scripts save their arguments under a few usual names; a value that means nothing here is left alone.
+
+    Numbers of classes and channels are left to the tensors, which know them. What no tensor shows, such as the rates of an
+    atrous convolution, is taken from here.
+    """
+    for place, outer in settings.items():
+        said = dict(outer)
+        for name in _NESTED_ARGUMENTS:
+            inner = outer.get(name)
+            said |= inner if isinstance(inner, Mapping) else {}
+        recorded = _from_arguments(place, said)
+        if recorded is not None:
+            return recorded
+    return RecordedModel()
+
+
+def _from_arguments(place: str, said: Mapping[str, Any]) -> RecordedModel | None:
+    def first(*names: str) -> str | None:
+        return next((said[k] for k in names if isinstance(said.get(k), str)), None)
+
+    arch, encoder = (
+        first("arch", "architecture", "model_name", "arch_name"),
+        first("encoder_name", "encoder", "backbone"),
+    )
     try:
         arch = architectures.resolve_arch(arch) if arch else None
         encoder = architectures.resolve_encoder(encoder, arch or "unet", {}) if encoder else None
     except SpecError:
-        return RecordedModel()
+        return None
     if arch is None and encoder is None:
-        return RecordedModel()
-    note = f"read from the checkpoint's hyper_parameters: {', '.join(v for v in (arch, encoder) if v)}"
-    return RecordedModel(arch=arch, encoder=encoder, notes=(note,))
+        return None
+    own = () if arch is None else (*architectures.accepted_arguments(arch), *architectures.renamed_arguments(arch))
+    model_args = {k: list(v) if isinstance(v, tuple) else v for k, v in said.items() if k in own and _is_plain(v)}
+    activation = first("activation")
+    if activation is not None and activation.lower() not in architectures.ACTIVATIONS:
+        activation = None
+    words = [*filter(None, (arch, encoder)), *(f"{k} {v}" for k, v in model_args.items())]
+    words += [f"activation {activation}"] if activation else []
+    return RecordedModel(
+        arch=arch,
+        encoder=encoder,
+        encoder_weights=first("encoder_weights"),
+        activation=activation,
+        model_args=model_args,
+        notes=(f"read from the checkpoint's {place}: {', '.join(words)}",),
+    )
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def merge(request: ModelRequest, recorded: RecordedModel) -> ModelRequest:

@@ -23,11 +23,6 @@ def merge_branches(module: torch.nn.Module, channels: int, side: int) -> tuple[t
 
     The copy is tried against the original on a random image; when the results differ, or there is nothing to merge,
     the original is returned with 0.
-
-    Args:
-        module: an SMP model in evaluation mode; not changed.
-        channels: of its input image.
-        side: pixels, a size it takes.
     """
     encoder: Any = getattr(module, "encoder", None)
     if encoder is None or not any(_is_mergeable(part) for part in encoder.modules()):

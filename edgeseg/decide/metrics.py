@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from edgeseg.decide.entries import Entry
 from edgeseg.decide.noise import of_mean, of_percentile, of_processes, of_rate
 from edgeseg.evaluate.intervals import MIN_IMAGES
-from edgeseg.evaluate.results import Row
+from edgeseg.evaluate.results import Interval
 from edgeseg.evaluate.tables import MISSING, number
 
 Getter = Callable[[Entry], "float | None"]
@@ -64,96 +64,48 @@ class Metric:
         return f"{self.text(value)}{'' if self.unit == 'x' else ' '}{self.unit}"
 
 
-def _latency(field: str) -> Getter:
+def _at(path: str, per: float = 1.0) -> Getter:
+    """Reads ``latency.stages.pre_ms`` of an entry's row; ``None`` where a part of the way was not measured."""
+
     def get(entry: Entry) -> float | None:
-        latency = entry.row.latency
-        return None if latency is None else getattr(latency.end_to_end, field)
+        value = _followed(entry.row, path)
+        return None if value is None else value / per
 
     return get
 
 
-def _stage(field: str) -> Getter:
-    def get(entry: Entry) -> float | None:
-        latency = entry.row.latency
-        return None if latency is None else getattr(latency.stages, field)
+def _bounds(path: str) -> IntervalGetter:
+    def get(entry: Entry) -> tuple[float, float] | None:
+        estimate = _followed(entry.row, path)
+        return None if estimate is None else (estimate.low, estimate.high)
 
     return get
 
 
-def _truth(field: str) -> Getter:
-    def get(entry: Entry) -> float | None:
-        accuracy = entry.row.accuracy
-        return None if accuracy is None or accuracy.truth is None else getattr(accuracy.truth, field)
-
-    return get
-
-
-def _optional(part: str, field: str, scale: float = 1.0) -> Getter:
-    def get(entry: Entry) -> float | None:
-        owner = getattr(entry.row, part)
-        value = None if owner is None else getattr(owner, field)
-        return None if value is None else value * scale
-
-    return get
-
-
-def _miou(entry: Entry) -> float | None:
-    interval = _miou_estimate(entry.row)
-    return None if interval is None else interval[0]
-
-
-def _miou_estimate(row: Row) -> tuple[float, float, float] | None:
-    if row.accuracy is None or row.accuracy.truth is None or row.accuracy.truth.miou is None:
-        return None
-    miou = row.accuracy.truth.miou
-    return miou.value, miou.low, miou.high
-
-
-def _miou_interval(entry: Entry) -> tuple[float, float] | None:
-    found = _miou_estimate(entry.row)
-    return None if found is None else found[1:]
+def _followed(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = None if value is None else getattr(value, name)
+    return value
 
 
 def _dice_loss(entry: Entry) -> float | None:
-    dice = _truth("dice")(entry)
+    dice = _at("accuracy.truth.dice")(entry)
     return None if dice is None else 1.0 - dice
 
 
-def _drop(entry: Entry) -> tuple[float, float, float] | None:
-    accuracy = entry.row.accuracy
-    if accuracy is None or accuracy.truth is None:
-        return None
-    for drop in accuracy.truth.drops:
-        if drop.metric == "miou":
-            return drop.drop.value, drop.drop.low, drop.drop.high
-    return None
+def _drop(entry: Entry) -> Interval | None:
+    drops = _followed(entry.row, "accuracy.truth.drops") or ()
+    return next((drop.drop for drop in drops if drop.metric == "miou"), None)
 
 
 def _drop_value(entry: Entry) -> float | None:
-    found = _drop(entry)
-    return None if found is None else found[0]
+    drop = _drop(entry)
+    return None if drop is None else drop.value
 
 
 def _drop_interval(entry: Entry) -> tuple[float, float] | None:
-    found = _drop(entry)
-    return None if found is None else found[1:]
-
-
-def _agreement(entry: Entry) -> float | None:
-    accuracy = entry.row.accuracy
-    return None if accuracy is None or accuracy.agreement is None else accuracy.agreement.overall.value
-
-
-def _agreement_interval(entry: Entry) -> tuple[float, float] | None:
-    accuracy = entry.row.accuracy
-    if accuracy is None or accuracy.agreement is None:
-        return None
-    return accuracy.agreement.overall.low, accuracy.agreement.overall.high
-
-
-def _boundary_agreement(entry: Entry) -> float | None:
-    accuracy = entry.row.accuracy
-    return None if accuracy is None or accuracy.agreement is None else accuracy.agreement.boundary
+    drop = _drop(entry)
+    return None if drop is None else (drop.low, drop.high)
 
 
 def _median_interval(entry: Entry) -> tuple[float, float] | None:
@@ -169,63 +121,36 @@ def _speedup_interval(entry: Entry) -> tuple[float, float] | None:
     return None if entry.comparison is None else (entry.comparison.low, entry.comparison.high)
 
 
-_CALL = "of one call, decoded image(s) to mask(s)"
+def _int8_share(entry: Entry) -> float | None:
+    shares = entry.row.engine.mac_share
+    return shares.get("int8", 0.0) if shares else None
 
+
+def _call(field: str, title: str, which: str, noise: IntervalGetter = _no_interval) -> Metric:
+    """A figure of the times of one call."""
+    what = f"{which} of one call, decoded image(s) to mask(s)"
+    return Metric(field, "ms", "lower", 2, title, what, _at(f"latency.end_to_end.{field}"), noise=noise)
+
+
+def _score(name: str, title: str, what: str, better: Literal["lower", "higher"] = "higher") -> Metric:
+    """A figure of accuracy against masks."""
+    return Metric(name, "", better, 4, title, what, _at(f"accuracy.truth.{name}"))
+
+
+def _setting(name: str, title: str, what: str) -> Metric:
+    return Metric(name, "", None, 0, title, what, _at(f"setting.{name}"))
+
+
+_OF_SCORES = "at the engine's size; engines that return masks have none"
 _ALL = (
-    Metric(
-        "median_ms",
-        "ms",
-        "lower",
-        2,
-        "Median",
-        f"median {_CALL}",
-        _latency("median_ms"),
-        _median_interval,
-        _median_interval,
-    ),
-    Metric(
-        "mean_ms",
-        "ms",
-        "lower",
-        2,
-        "Mean",
-        f"mean {_CALL}",
-        _latency("mean_ms"),
-        noise=of_mean,
-    ),
-    Metric("min_ms", "ms", "lower", 2, "Min", f"shortest {_CALL}", _latency("min_ms")),
-    Metric(
-        "p90_ms",
-        "ms",
-        "lower",
-        2,
-        "p90",
-        f"90 % percentile {_CALL}",
-        _latency("p90_ms"),
-        noise=of_percentile(90),
-    ),
-    Metric(
-        "p95_ms",
-        "ms",
-        "lower",
-        2,
-        "p95",
-        f"95 % percentile {_CALL}",
-        _latency("p95_ms"),
-        noise=of_percentile(95),
-    ),
-    Metric(
-        "p99_ms",
-        "ms",
-        "lower",
-        2,
-        "p99",
-        f"99 % percentile {_CALL}",
-        _latency("p99_ms"),
-        noise=of_percentile(99),
-    ),
-    Metric("max_ms", "ms", "lower", 2, "Max", f"longest {_CALL}", _latency("max_ms")),
-    Metric("compute_ms", "ms", "lower", 2, "Compute", "median of the engine alone", _stage("compute_ms")),
+    replace(_call("median_ms", "Median", "median", _median_interval), interval=_median_interval),
+    _call("mean_ms", "Mean", "mean", of_mean),
+    _call("min_ms", "Min", "shortest"),
+    _call("p90_ms", "p90", "90 % percentile", of_percentile(90)),
+    _call("p95_ms", "p95", "95 % percentile", of_percentile(95)),
+    _call("p99_ms", "p99", "99 % percentile", of_percentile(99)),
+    _call("max_ms", "Max", "longest"),
+    Metric("compute_ms", "ms", "lower", 2, "Compute", "median of the engine alone", _at("latency.stages.compute_ms")),
     Metric(
         "images_per_s",
         "images/s",
@@ -233,7 +158,7 @@ _ALL = (
         1,
         "Throughput",
         "images over wall-clock time of all callers",
-        _optional("latency", "images_per_s"),
+        _at("latency.images_per_s"),
         noise=of_rate,
     ),
     Metric(
@@ -254,18 +179,10 @@ _ALL = (
         0,
         "Cold start",
         "load to first mask in a fresh process",
-        _optional("cold_start", "total_ms"),
+        _at("cold_start.total_ms"),
         noise=of_processes,
     ),
-    Metric(
-        "size_mb",
-        "MB",
-        "lower",
-        2,
-        "Size",
-        "engine file, millions of bytes",
-        lambda entry: entry.row.engine.size_bytes / 1e6,
-    ),
+    Metric("size_mb", "MB", "lower", 2, "Size", "engine file, millions of bytes", _at("engine.size_bytes", 1e6)),
     Metric(
         "peak_rss_mb",
         "MB",
@@ -273,7 +190,7 @@ _ALL = (
         0,
         "Peak RSS",
         "resident memory at most, millions of bytes",
-        _optional("memory", "peak_rss_bytes", 1e-6),
+        _at("memory.peak_rss_bytes", 1e6),
     ),
     Metric(
         "activation_mb",
@@ -282,51 +199,28 @@ _ALL = (
         0,
         "Activations",
         "growth of the peak while running",
-        _optional("memory", "activation_bytes", 1e-6),
+        _at("memory.activation_bytes", 1e6),
     ),
+    Metric("gpu_mb", "MB", "lower", 0, "GPU memory", "device memory of the process", _at("memory.gpu_bytes", 1e6)),
+    Metric("mean_w", "W", "lower", 2, "Power", "mean power while measured", _at("power.mean_w")),
+    Metric("energy_per_image_j", "J", "lower", 3, "Energy", "energy of one image", _at("power.energy_per_image_j")),
     Metric(
-        "gpu_mb",
-        "MB",
-        "lower",
-        0,
-        "GPU memory",
-        "device memory of the process",
-        _optional("memory", "gpu_bytes", 1e-6),
-    ),
-    Metric("mean_w", "W", "lower", 2, "Power", "mean power while measured", _optional("power", "mean_w")),
-    Metric(
-        "energy_per_image_j",
-        "J",
-        "lower",
-        3,
-        "Energy",
-        "energy of one image",
-        _optional("power", "energy_per_image_j"),
-    ),
-    Metric("miou", "", "higher", 4, "mIoU", "mean intersection over union against masks, 0..1", _miou, _miou_interval),
-    Metric("dice", "", "higher", 4, "Dice", "mean Dice score against masks, 0..1", _truth("dice")),
-    Metric(
-        "loss",
+        "miou",
         "",
-        "lower",
+        "higher",
         4,
-        "Loss",
-        "SMP's DiceLoss of the probabilities, at the engine's size; engines that return masks have none",
-        _truth("loss"),
+        "mIoU",
+        "mean intersection over union against masks, 0..1",
+        _at("accuracy.truth.miou.value"),
+        _bounds("accuracy.truth.miou"),
     ),
-    Metric(
-        "cross_entropy",
-        "",
-        "lower",
-        4,
-        "Cross-entropy",
-        "mean over labelled pixels, nats, at the engine's size; engines that return masks have none",
-        _truth("cross_entropy"),
-    ),
+    _score("dice", "Dice", "mean Dice score against masks, 0..1"),
+    _score("loss", "Loss", f"SMP's DiceLoss of the probabilities, {_OF_SCORES}", "lower"),
+    _score("cross_entropy", "Cross-entropy", f"mean over labelled pixels, nats, {_OF_SCORES}", "lower"),
     Metric("dice_loss", "", "lower", 4, "Dice loss", "1 - Dice of the masks (not of soft probabilities)", _dice_loss),
-    Metric("pixel_accuracy", "", "higher", 4, "Pixel acc.", "share of pixels that are right", _truth("pixel_accuracy")),
-    Metric("boundary_iou", "", "higher", 4, "Boundary IoU", "IoU near class boundaries", _truth("boundary_iou")),
-    Metric("boundary_f", "", "higher", 4, "Boundary F", "F-score of class boundaries", _truth("boundary_f")),
+    _score("pixel_accuracy", "Pixel acc.", "share of pixels that are right"),
+    _score("boundary_iou", "Boundary IoU", "IoU near class boundaries"),
+    _score("boundary_f", "Boundary F", "F-score of class boundaries"),
     Metric(
         "miou_drop",
         "",
@@ -344,8 +238,8 @@ _ALL = (
         4,
         "Agreement",
         "share of pixels that equal the baseline's",
-        _agreement,
-        _agreement_interval,
+        _at("accuracy.agreement.overall.value"),
+        _bounds("accuracy.agreement.overall"),
     ),
     Metric(
         "boundary_agreement",
@@ -354,20 +248,12 @@ _ALL = (
         4,
         "Bound. agr.",
         "agreement near class boundaries",
-        _boundary_agreement,
+        _at("accuracy.agreement.boundary"),
     ),
-    Metric(
-        "int8_share",
-        "",
-        None,
-        3,
-        "in int8",
-        "share of multiply-accumulates executed in int8",
-        lambda entry: entry.row.engine.mac_share.get("int8", 0.0) if entry.row.engine.mac_share else None,
-    ),
-    Metric("batch", "", None, 0, "Batch", "images of one call", lambda entry: entry.row.setting.batch),
-    Metric("threads", "", None, 0, "Threads", "threads of one inference", lambda entry: entry.row.setting.threads),
-    Metric("streams", "", None, 0, "Streams", "callers at the same time", lambda entry: entry.row.setting.streams),
+    Metric("int8_share", "", None, 3, "in int8", "share of multiply-accumulates executed in int8", _int8_share),
+    _setting("batch", "Batch", "images of one call"),
+    _setting("threads", "Threads", "threads of one inference"),
+    _setting("streams", "Streams", "callers at the same time"),
 )
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

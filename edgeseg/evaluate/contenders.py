@@ -186,6 +186,8 @@ class Opener:
             build_command=manifest.command,
             options=dict(manifest.options),
             versions=dict(manifest.versions),
+            repairs=manifest.repairs,
+            search=manifest.search,
         )
 
 

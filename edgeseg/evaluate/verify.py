@@ -6,13 +6,13 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
+from edgeseg.closing import Closing
 from edgeseg.errors import BuildError, GateError, InputError
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.accuracy.labels import IGNORED
@@ -76,7 +76,7 @@ def verify(
         reference_size_bytes: of the model's parameters.
         engine_size_bytes: of the engine file.
         protocol: how long to time both; ``None`` not to.
-        timed_reference: the PyTorch model as it is timed, where that is not as its accuracy is judged.
+        timed_reference: the PyTorch model as it is timed, where ``reference`` is not that: exact, or one that remembers.
         progress: called with (images done, images in all or 0 when unknown).
 
     Raises:
@@ -113,11 +113,6 @@ and the more that TF32 rounds off."""
 
 def check_fidelity(verification: Verification, precision: str, without_ties: Callable[[], float]) -> str | None:
     """Compare the agreement with what a precision promises; returns a note where it is less than that.
-
-    Args:
-        verification: what was measured.
-        precision: asked for.
-        without_ties: the share from :func:`agreement_without_ties`; asked for only where it matters.
 
     Raises:
         BuildError: an fp32 engine that is another function than its model.
@@ -232,14 +227,19 @@ def check_gates(
 ) -> None:
     """Raise unless the engine keeps the limits that were set. A limit that could not be checked is not kept.
 
-    Args:
-        verification: what was measured.
-        max_drop: most mIoU that may be lost against PyTorch (0.01 = one point).
-        min_agreement: least share of pixels that must agree with PyTorch.
-
     Raises:
         GateError: a limit is not met, or was not measured; names all that failed.
     """
+    failed = missed_gates(verification, max_drop=max_drop, min_agreement=min_agreement)
+    if failed:
+        remedy = "more or better calibration images, another --calibration-method, or --precision fp16"
+        raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}", verification)
+
+
+def missed_gates(
+    verification: Verification, *, max_drop: float | None = None, min_agreement: float | None = None
+) -> list[str]:
+    """What :func:`check_gates` would raise for, in words."""
     failed = []
     if max_drop is not None:
         drop = verification.miou_drop
@@ -253,12 +253,10 @@ def check_gates(
         failed.append(
             f"{verification.agreement:.4f} of pixels agree with PyTorch, --min-agreement wants {min_agreement:g}"
         )
-    if failed:
-        remedy = "more or better calibration images, another --calibration-method, or --precision fp16"
-        raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}", verification)
+    return failed
 
 
-class _Recorder:
+class _Recorder(Closing):
     """A session that keeps the masks, at the engine's size, of what it ran since they were last taken."""
 
     def __init__(self, session: Session, spec: PipelineSpec) -> None:
@@ -279,11 +277,3 @@ class _Recorder:
 
     def close(self) -> None:
         """The session belongs to the caller of :func:`verify`."""
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -21,11 +21,6 @@ MAX_MEMBERS = 100_000
 def read_array(path: Path, what: str, largest_bytes: int) -> NDArray[Any]:
     """Read the one array of a ``.npy`` or ``.npz`` file.
 
-    Args:
-        path: the file; its suffix decides.
-        what: "image" or "mask", for messages.
-        largest_bytes: refuse an array of more, before memory is taken for it.
-
     Raises:
         InputError: not a readable file, damaged, pickled, encrypted, too large, or an archive of several arrays.
     """
@@ -45,11 +40,6 @@ def read_array(path: Path, what: str, largest_bytes: int) -> NDArray[Any]:
 
 def open_arrays(path: Path, what: str, largest_bytes: int) -> dict[str, NDArray[Any]]:
     """Return the arrays of a ``.npy`` (left on disk, of any size) or ``.npz`` file (read), by name.
-
-    Args:
-        path: the file; its suffix decides.
-        what: for messages.
-        largest_bytes: refuse an archive whose arrays have more in all.
 
     Raises:
         InputError: as :func:`read_array`.

@@ -106,11 +106,6 @@ def tiff_layout(path: Path) -> TiffLayout | None:
 def read_bands(path: Path, layout: TiffLayout, largest_bytes: int) -> NDArray[Any]:
     """Return all samples of the first page as ``(H, W, samples)``, in the file's own type.
 
-    Args:
-        path: the file.
-        layout: of the file, from :func:`tiff_layout`.
-        largest_bytes: refuse a page, or a tile of it, that decodes to more.
-
     Raises:
         MissingDependencyError: tifffile is not installed, or imagecodecs, and the file is compressed.
         InputError: too large, damaged, turned by its orientation tag, or compressed in a way that is not read.

@@ -53,7 +53,7 @@ def build(
     size: int | str | Sequence[int] | None = None,
     batch: int | str | Sequence[int] = 1,
     dynamic_size: bool = False,
-    fit: FitPolicy = "resize",
+    fit: FitPolicy | None = None,
     output_kind: OutputKind = "mask",
     confidence: bool = False,
     threshold: float = 0.5,
@@ -68,6 +68,9 @@ def build(
     backend_options: Mapping[str, Any] | None = None,
     max_drop: float | None = None,
     min_agreement: float | None = None,
+    search: bool = True,
+    search_minutes: float = 20.0,
+    latency_from: str | Path | None = None,
     min_int8_share: float = MIN_INT8_SHARE,
     output: str | Path | None = None,
     force: bool = False,
@@ -83,7 +86,8 @@ def build(
         precision: ``fp32``, ``fp16`` or ``int8``.
         model: an SMP module, a subclass or a wrapper of one, instead of ``arch`` and ``weights``.
         encoder: SMP's name, ``tu-`` names are timm's; default the checkpoint's, else ``resnet34``.
-        weights: a checkpoint's path, ``"imagenet"``, ``"random"``, or ``None`` for the demo model of ``arch``.
+        weights: a checkpoint's path, ``"user/model[@revision]"`` of the Hugging Face hub, ``"imagenet"``, ``"random"``, or
+            ``None`` for the demo model of ``arch``.
         weights_key: where the state dict is in a checkpoint with several, such as ``"state_dict_ema"``.
         classes: output channels; default what the checkpoint says.
         class_names: one per class; a list, or one string of names separated by commas.
@@ -100,24 +104,32 @@ def build(
         size: ``(height, width)`` in pixels, ``"HxW"`` or one number for a square; default the model's own.
         batch: ``N``, ``(MIN, OPT, MAX)`` or ``"MIN:OPT:MAX"``.
         dynamic_size: accept any size that is a multiple of the model's stride.
-        fit: ``resize``, ``letterbox`` or ``tile``: how images of another size are brought to the engine's.
+        fit: ``resize``, ``letterbox`` or ``tile``: how images of another size are brought to the engine's; default as the
+            preprocessing saved with the model says, else ``resize``.
         output_kind: ``mask``, ``logits`` or ``probabilities``.
         confidence: also return each pixel's probability of its class.
         threshold: probability above which binary and multilabel pixels are 1.
         calibration: images an int8 engine is calibrated with (a folder, glob, list file, ``.npy``, or uint8 RGB arrays
             ``(H, W, 3)``), or a finished table (``.json`` path or object).
-        calibration_method: ``minmax``, ``moving-average``, ``percentile``, ``entropy`` or ``mse``.
+        calibration_method: ``minmax``, ``moving-average``, ``percentile``, ``entropy``, ``mse``, or ``auto``, the
+            default: by what the network's output loses.
         equalize: for int8, scale channels so that activations are even over them; the float graph computes the same. A
             finished table decides by itself.
         calibration_limit: use at most so many images, a seeded subset.
         validation: folder with ``images/`` and, for mIoU, ``masks/``; default: images held out of ``calibration``.
         ignore_index: mask value that counts for nothing.
-        target: a backend's name, or ``auto`` to measure those installed here and take the fastest.
+        target: a backend's name, or ``auto`` to measure those installed here and take the fastest, the
+            first of them where noise could turn it.
         scheme: Q/DQ scheme; default what is fast on the target here.
         backend_options: settings of the backend, such as ``{"threads": 2}``; recorded in the manifest.
-        max_drop: fail when more mIoU than this is lost (0.01 = one point). Needs masks.
-        min_agreement: fail when a smaller share of pixels agrees with PyTorch.
-        min_int8_share: fail when a smaller share of the multiply-accumulates runs in int8.
+        max_drop: lose no more mIoU than this (0.01 = one point): where plain int8 does, the modules that cost most accuracy
+            for the time they save stay float. Needs masks.
+        min_agreement: agree with PyTorch on at least this share of pixels, in the same way.
+        search: whether to look for such a mix; without, plain int8 that misses the goal is an error.
+        search_minutes: after so long the best engine so far that meets the goal is taken.
+        latency_from: JSON of an ``edgeseg bench --profile`` of the device, for its milliseconds by module.
+        min_int8_share: fail when a smaller share of the multiply-accumulates runs in int8. The default does not bind a mix
+            that was found for ``max_drop`` or ``min_agreement``.
         output: the engine folder; default ``engines/<arch>-<encoder>-<precision>``.
         force: replace an existing engine folder.
         reporter: told about stages and progress; a callable, such as ``print``, gets a line per stage and note; default
@@ -126,7 +138,8 @@ def build(
     Raises:
         EdgesegError: the request, an input, or a step failed; see :mod:`edgeseg.errors` for which class says what. Nothing is
             left behind.
-        GateError: ``max_drop`` or ``min_agreement`` is not met; nothing is left behind.
+        GateError: no engine meets ``max_drop`` or ``min_agreement``, not even a float one, or, without ``search``, plain int8
+            does not; nothing is left behind.
     """
     given = dict(locals())
     del given["model"], given["reporter"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert.architectures import require_arch, resolve_arch
 from edgeseg.convert.checkpoint import existing_checkpoint
+from edgeseg.convert.hub_models import fetch_model, is_hub_id
 from edgeseg.demo import demo_files
 from edgeseg.evaluate.summary import input_line
 from edgeseg.pipeline.command import build_command
@@ -63,6 +64,8 @@ def refuse_early(request: BuildRequest, *, is_module: bool, makes_engine: bool =
     is_demo = not is_module and request.weights is None
     if is_demo:
         demo_files(require_arch(request.arch))
+    elif request.weights is not None and is_hub_id(request.weights):
+        fetch_model(request.weights, needs_preprocessing=request.mean is None)
     elif request.weights is not None and (Path(request.weights).suffix or "/" in request.weights):
         # Other words may name weights of the hub.
         existing_checkpoint(request.weights)

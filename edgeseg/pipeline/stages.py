@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +21,19 @@ from edgeseg.backends import AUTO_TARGETS, GPU_TARGETS, get_backend, require_bac
 from edgeseg.backends.portable import (
     DEVICE_TARGETS,
     awaits_calibration,
+    builds_here,
     check_options,
     measured_on,
     open_graph,
 )
+from edgeseg.convert.saved_preprocessing import CONFIG_NAME
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
 from edgeseg.evaluate.summary import input_line
+from edgeseg.evaluate.verify import check_gates, missed_gates
 from edgeseg.machine.packages import package_versions
 from edgeseg.pipeline.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.pipeline.command import build_command
+from edgeseg.pipeline.goal import Reached, carried_names, has_goal
 from edgeseg.pipeline.plan import DEMO_NAME, BuildPlan, default_name, refuse_early
 from edgeseg.pipeline.verification_data import (
     VerificationData,
@@ -35,8 +41,8 @@ from edgeseg.pipeline.verification_data import (
     calibration_source,
     sample_images,
 )
-from edgeseg.progress import Reporter, stage
-from edgeseg.quantize.calibration import calibrate, method_or_default, table_key
+from edgeseg.progress import Reporter, SilentReporter, stage
+from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, calibrate, method_or_default, table_key
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import InputSpec, ModelRequest, PipelineSpec, one_of
 from edgeseg.store.artifacts import (
@@ -46,6 +52,9 @@ from edgeseg.store.artifacts import (
     FileRef,
     Manifest,
     OnnxGraph,
+    Repair,
+    Search,
+    SensitivityReport,
     Verification,
     check_engine_folder,
     engine_folder,
@@ -61,6 +70,7 @@ from edgeseg.version import __version__
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only
 
+    from edgeseg.backends.base import Session
     from edgeseg.convert.export import ConversionReport
     from edgeseg.convert.load import LoadedModel
     from edgeseg.pipeline.request import BuildRequest
@@ -68,7 +78,6 @@ if TYPE_CHECKING:
 
 CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
 EQUALIZED_NAME = "equalized.onnx"
-EQUALIZED_NOTE = "channels of the activations were equalized before calibration; the float graph computes the same"
 EXPORT_FOLDER = "export"
 
 
@@ -80,7 +89,8 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         graph, conversion = export_stage(loaded, spec, scratch, reporter)
         table = None
         if plan.samples is not None:
-            graph, table = calibration_stage(request, graph, plan.samples, scratch, reporter)
+            judges = judging_schemes(request, targets)
+            graph, table = calibration_stage(request, graph, plan.samples, judges, scratch, reporter)
         if request.precision == "fp16" and table is None:
             reporter.note(
                 "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
@@ -97,12 +107,34 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
                 reporter.note(f"{target} is left out: {exc}")
 
         # What no file describes cannot be loaded again, nor built by a command.
+        if loaded.origin is not None and loaded.origin.hub_id is not None:
+            # A branch moves on; the engine is made again from the commit it was made from.
+            request = dataclasses.replace(request, weights=loaded.origin.hub_id)
         command, asked = (None, None) if model is not None else (build_command(request), request.model)
-        notes = loaded.notes if table is None or not table.equalization else (*loaded.notes, EQUALIZED_NOTE)
-        make = _ManifestMaker(request, loaded, spec, conversion, table, notes, folder.name, command, asked)
+        make = _ManifestMaker(request, loaded, spec, conversion, table, folder.name, command, asked)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
-        verification = verify_stage(request, loaded, engine, plan.held_out, reporter)
+        with ExitStack() as opened:
+            verifier = (
+                None if plan.held_out is None else opened.enter_context(_Verifier(request, loaded, plan.held_out))
+            )
+            verification = verify_stage(request, engine, verifier, reporter)
+            if (
+                verifier is not None
+                and verification is not None
+                and table is not None
+                and verifier.misses(verification)
+            ):
+                plain = [best, *(candidate for candidate in candidates if candidate is not best)]
+                reached = goal_stage(request, graph, table, plain, verifier, make, reporter)
+                best, make = reached.candidate, dataclasses.replace(make, search=reached.record)
+                for path, name in zip(reached.carried, carried_names(len(reached.carried)), strict=True):
+                    shutil.copyfile(path, scratch / name)
+                remove_built(engine)
+                engine = make.write(best, medians, table, scratch, None)
+                verification = verify_stage(request, engine, verifier, reporter)
+        if verification is not None:
+            check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
         make.write(best, medians, table, scratch, verification)
         for name in (EXPORT_FOLDER, *(f"target-{target}" for target in targets)):
             shutil.rmtree(scratch / name, ignore_errors=True)
@@ -140,9 +172,34 @@ def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: R
 
             loaded = wrap_module(model, request.model, images)
         said.append(f"{loaded.model.display_name}, {loaded.model.classes} classes, {loaded.weights}")
+    loaded = fitted(request, loaded)
     for note in loaded.notes:
         reporter.note(note)
     return loaded
+
+
+def fitted(request: BuildRequest, loaded: LoadedModel) -> LoadedModel:
+    """Settle how the preprocessing saved with the model brings images to the engine; the user's size and fit win.
+
+    Raises:
+        SpecError: the preprocessing has a transform that no engine can hold, and no option takes its place.
+    """
+    saved = loaded.saved
+    if saved is None:
+        return loaded
+    saved.require_fit({name for name in ("mean", "std", "size", "fit") if getattr(request, name) is not None})
+    channels = loaded.model.in_channels
+    shapes = ((image.shape[0], image.shape[1]) for image in sample_images(request, channels))
+    fitting = saved.fitting(request.size, request.fit, shapes, channels)
+    notes = fitting.notes
+    if request.dynamic_size and saved.scaling is not None:
+        notes = (*notes, f"--dynamic-size overrides the saved {saved.scaling.words}: images keep their own scale")
+    return dataclasses.replace(
+        loaded,
+        size=fitting.size or loaded.size,
+        fitting=fitting,
+        notes=tuple(dict.fromkeys((*loaded.notes, *notes))),
+    )
 
 
 def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]:
@@ -186,7 +243,12 @@ def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]
 def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter) -> PipelineSpec:
     """Join what was asked for and what the model needs into the one contract."""
     height, width = request.size or loaded.size
-    loaded.check_size(height, width)
+    try:
+        loaded.check_size(height, width)
+    except SpecError as exc:
+        if request.size is None and loaded.fitting.size is not None:
+            raise SpecError(f"{exc} with --size: {height}x{width} is of {CONFIG_NAME}") from exc
+        raise
     stride, min_size = loaded.stride, None
     if request.dynamic_size:
         from edgeseg.convert.dynamic_size import dynamic_sizes
@@ -207,7 +269,9 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter
             stride=stride,
             dynamic_size=request.dynamic_size,
             min_size=min_size,
-            fit=request.fit,
+            fit=request.fit or loaded.fitting.fit or "resize",
+            interpolation=loaded.fitting.interpolation,
+            padding=loaded.fitting.padding,
         ),
         preprocess=loaded.preprocess,
         output=request.output,
@@ -259,11 +323,28 @@ def export_stage(
     return graph, report
 
 
+def judging_schemes(request: BuildRequest, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The schemes whose rounding decides about repairs: the targets', or ones that round alike."""
+    from edgeseg.quantize.repair.fidelity import judge_of
+
+    schemes = [request.scheme or get_backend(target).scheme for target in targets]
+    return tuple(dict.fromkeys(judge_of(SCHEMES[scheme]) for scheme in schemes))
+
+
 def calibration_stage(
-    request: BuildRequest, graph: OnnxGraph, samples: Any, scratch: Path, reporter: Reporter
+    request: BuildRequest,
+    graph: OnnxGraph,
+    samples: Any,
+    judges: tuple[str, ...] | None,
+    scratch: Path,
+    reporter: Reporter,
 ) -> tuple[OnnxGraph, CalibrationTable]:
-    """Take the table that was given, find one in the cache, or calibrate; return the graph it is for, channels equalized."""
-    from edgeseg.quantize.repair.equalization import channel_magnitudes, require_equal, write_equalized
+    """Take the table that was given, find one in the cache, or calibrate; return the graph it is for, channels equalized.
+
+    ``judges``: the schemes that decide about repairs; ``None``, for a table of no target, all that can.
+    """
+    from edgeseg.quantize.repair.equalization import write_equalized
+    from edgeseg.quantize.repair.repaired import calibrate_repaired
     from edgeseg.quantize.samples import MINIMUM_IMAGES
     from edgeseg.quantize.table import CalibrationTable, check_fresh, load_table
 
@@ -273,7 +354,7 @@ def calibration_stage(
             if table.equalization:
                 graph, _ = write_equalized(graph, table.equalization, scratch / EQUALIZED_NAME)
             check_fresh(table, table_key(graph, None, table.method, table.options))
-            said.append(f"table given: {table.method} over {table.images} images")
+            said.append(f"table given: {chosen_methods(table)} over {table.images} images")
         return graph, table
 
     if samples.skipped:
@@ -286,22 +367,32 @@ def calibration_stage(
             f"calibrated on {images}: what others need may lie outside the ranges; give {MINIMUM_IMAGES} or more"
         )
     method = method_or_default(request.calibration_method)
-    equalizes = request.equalize and request.precision == "int8"
-    inputs = {"key": table_key(graph, samples, method, {}), "equalizes": equalizes, "software": software()}
+    repairs = request.precision == "int8"
+    equalizes = request.equalize and repairs
+    inputs = {
+        "key": table_key(graph, samples, method, {}),
+        "equalizes": equalizes,
+        "judges": judges if repairs else None,
+        "repairs": repairs,
+        "software": software(),
+    }
 
     def make(folder: Path) -> None:
-        calibrated, magnitudes = graph, {}
-        if equalizes:
-            magnitudes = channel_magnitudes(graph, samples)
-            calibrated, _ = write_equalized(graph, magnitudes, folder / EQUALIZED_NAME)
-            require_equal(graph, calibrated, samples)
-        table = calibrate(calibrated, samples, method=method, progress=reporter.progress)
-        dataclasses.replace(table, equalization=magnitudes).save(folder / TABLE_NAME)
+        if repairs:
+            equalized = folder / EQUALIZED_NAME if equalizes else None
+            _, table = calibrate_repaired(
+                graph, samples, equalized, method=method, judges=judges, progress=reporter.progress
+            )
+        else:
+            # Ranges for FP16 are what the values reach, which no method cuts.
+            chosen = DEFAULT_METHOD if method == AUTO else method
+            table = calibrate(graph, samples, method=chosen, progress=reporter.progress)
+        table.save(folder / TABLE_NAME)
 
     with stage(reporter, "calibrate") as said:
         folder, reused = cached_folder("calibration", inputs, make)
         table = load_table(folder / TABLE_NAME)
-        said.append(f"{table.method} over {table.images} images")
+        said.append(f"{chosen_methods(table)} over {table.images} images")
         if equalizes:
             equalized = folder / EQUALIZED_NAME
             graph = dataclasses.replace(graph, path=equalized, sha256=sha256_file(equalized))
@@ -309,6 +400,13 @@ def calibration_stage(
         if reused:
             said.append("reused")
     return graph, table
+
+
+def chosen_methods(table: CalibrationTable) -> str:
+    """The method; for one chosen by tensor, which and for how many: ``auto (90 percentile, 12 mse)``."""
+    counts = Counter(limits.method for limits in table.ranges.values() if limits.method is not None)
+    chosen = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    return f"{table.method} ({chosen})" if chosen else table.method
 
 
 def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> CalibrationTable:
@@ -319,9 +417,64 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     samples = calibration_source(request, loaded)
     with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
         graph, _ = export_stage(loaded, spec, Path(scratch), reporter)
-        _, table = calibration_stage(request, graph, samples, Path(scratch), reporter)
+        _, table = calibration_stage(request, graph, samples, None, Path(scratch), reporter)
     table.save(path)
     return table
+
+
+def run_sensitivity(request: BuildRequest, reporter: Reporter) -> SensitivityReport:
+    """Judge and time INT8 of each module by itself: ``edgeseg sensitivity``. Errors are those of a build.
+
+    Raises:
+        InputError: no images to judge on.
+    """
+    from edgeseg.mixed.costs import times_from_file
+    from edgeseg.mixed.sensitivity import NetworkModules, judge_modules, sensitivities
+    from edgeseg.pipeline.goal import in_float, measured_times
+
+    refuse_early(request, is_module=False, makes_engine=False)
+    backend = get_backend(choose_targets(request, reporter)[0])
+    scheme = request.scheme or backend.scheme
+    loaded = load_stage(request, None, reporter)
+    spec = pipeline_spec(request, loaded, reporter)
+    samples, data = calibration_and_held_out(request, loaded)
+    if data is None:
+        raise InputError("no images to judge modules on; give --data DIR")
+    with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as folder:
+        scratch = Path(folder)
+        graph, conversion = export_stage(loaded, spec, scratch, reporter)
+        judges = judging_schemes(request, (backend.name,))
+        graph, table = calibration_stage(request, graph, samples, judges, scratch, reporter)
+        network, times = NetworkModules.of(graph), None
+        if request.latency_from is not None:
+            times = times_from_file(request.latency_from, spec.model, network.modules)
+        elif builds_here(backend, scheme) and backend.status().available:
+            make = _ManifestMaker(request, loaded, spec, conversion, table, "sensitivity", None, request.model)
+            with stage(reporter, "measure") as said:
+                engines = []
+                for name, wanted in (("int8", request), ("float", in_float(request, backend))):
+                    candidate = build_candidate(
+                        wanted, backend, graph, table, scratch / name, SilentReporter(), scratch
+                    )
+                    engines.append(make.write(candidate, {}, table, scratch / name, None))
+                times = measured_times(network, *engines)
+                said.append(f"{backend.name}: {len(network.modules.names)} modules, in int8 and in float")
+        with stage(reporter, "modules") as said:
+            judged = judge_modules(network, table, SCHEMES[scheme], list(data.pairs), progress=reporter.progress)
+            modules = sensitivities(network, judged, {} if times is None else times.saved_ms)
+            images = max((len(one.images) for one in judged.values()), default=0)
+            said.append(f"{scheme}: {len(modules)} modules judged on {images} images")
+    return SensitivityReport(
+        schema_version=SCHEMA_VERSION,
+        edgeseg_version=__version__,
+        spec=spec,
+        target=backend.name,
+        scheme=scheme,
+        images=images,
+        data=data.description,
+        latency_source=None if times is None else times.source,
+        modules=modules,
+    )
 
 
 def candidate_stage(
@@ -353,10 +506,11 @@ def candidate_stage(
 def choose_fastest(
     candidates: list[Candidate], make: _ManifestMaker, table: CalibrationTable | None, reporter: Reporter
 ) -> tuple[Candidate, dict[str, float]]:
-    """With several candidates, measure them in turn on one image and return the fastest and all medians."""
+    """With several candidates, measure them in turns on one image; return the one to take and all medians."""
     if len(candidates) == 1:
         return candidates[0], {}
-    from edgeseg.evaluate.latency.protocol import median_ms_interleaved
+    from edgeseg.evaluate.latency.protocol import measure_sessions
+    from edgeseg.evaluate.latency.statistics import fastest_or_first
 
     with stage(reporter, "measure") as said:
         with ExitStack() as opened:
@@ -364,31 +518,81 @@ def choose_fastest(
             for candidate in candidates:
                 engine = make.write(candidate, {}, table, candidate.folder, None)
                 sessions[candidate.backend.name] = opened.enter_context(candidate.backend.load(engine))
-            medians = median_ms_interleaved(sessions, make.spec.input)
+            measured = measure_sessions(sessions, make.spec.input)
+        medians = {name: samples.median_ms for name, samples in measured.items()}
         said.append(", ".join(f"{name} {ms:.1f} ms" for name, ms in medians.items()))
-    best = min(candidates, key=lambda c: medians[c.backend.name])
-    said_choice = f"target auto: {best.backend.name} is the fastest here; name one with --target"
-    reporter.note(said_choice)
-    return best, medians
+    name, why = fastest_or_first(measured)
+    reporter.note(f"target auto took {name}: {why}; name one with --target")
+    return next(candidate for candidate in candidates if candidate.backend.name == name), medians
+
+
+class _Verifier:
+    """The PyTorch model as the reference of a build, and the images it is run on.
+
+    With a goal, several engines are compared with it: what it returned is kept until the build ends.
+    """
+
+    def __init__(self, request: BuildRequest, loaded: LoadedModel, data: VerificationData) -> None:
+        if request.max_drop is not None and not data.has_masks:
+            raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
+        self.request = request
+        self.loaded = loaded
+        self.data = data
+        self._opened = ExitStack()
+
+    def __enter__(self) -> _Verifier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    @functools.cached_property
+    def memory(self) -> Path:
+        """Where PyTorch's results are kept for the engines after the first."""
+        return Path(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="edgeseg-")))
+
+    @contextmanager
+    def reference(self, spec: PipelineSpec, device: str = "cpu") -> Iterator[tuple[Session, Session]]:
+        """(what to compare with, what to time) while it is open, both on ``device``."""
+        from edgeseg.backends.pytorch import PyTorchSession
+        from edgeseg.machine.cpu import this_cpu
+
+        # As bench runs it: by itself PyTorch may take more threads than this process has cores.
+        threads, on_gpu = this_cpu().cores, device == "cuda"
+        with ExitStack() as stack:
+            session: Session = stack.enter_context(
+                PyTorchSession(self.loaded, spec, threads=threads, device=device, exact=on_gpu)
+            )
+            timed = session
+            if on_gpu:
+                timed = stack.enter_context(PyTorchSession(self.loaded, spec, threads=threads, device=device))
+            if has_goal(self.request):
+                from edgeseg.mixed.judge import Remembered
+
+                session = Remembered(session, self.memory / device)
+            yield session, timed
+
+    def misses(self, verification: Verification) -> bool:
+        """Whether the engine misses a goal that a search may reach."""
+        request = self.request
+        limits = {"max_drop": request.max_drop, "min_agreement": request.min_agreement}
+        return has_goal(request) and bool(missed_gates(verification, **limits))
 
 
 def verify_stage(
-    request: BuildRequest, loaded: LoadedModel, engine: Engine, data: VerificationData | None, reporter: Reporter
+    request: BuildRequest, engine: Engine, verifier: _Verifier | None, reporter: Reporter
 ) -> Verification | None:
-    """Compare the engine with the PyTorch model on held-out images and apply the gates."""
-    if data is None:
+    """Compare the engine with the PyTorch model on held-out images."""
+    if verifier is None:
         if request.max_drop is not None or request.min_agreement is not None:
             raise SpecError("--max-drop and --min-agreement need images to verify on; give --validation DIR")
         reporter.note("not verified: no images were given; --validation DIR compares the engine with PyTorch")
         return None
-    if request.max_drop is not None and not data.has_masks:
-        raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
     from edgeseg.backends.pytorch import PyTorchSession, why_no_cuda
     from edgeseg.evaluate.latency.protocol import SHORT
-    from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, check_gates, verify
-    from edgeseg.machine.cpu import this_cpu
+    from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, verify
 
-    spec = engine.manifest.spec
+    spec, data, loaded = engine.manifest.spec, verifier.data, verifier.loaded
     with stage(reporter, "verify") as said:
         backend = get_backend(engine.manifest.target)
         runs_here = engine.manifest.engine is not None and backend.status().available
@@ -396,16 +600,7 @@ def verify_stage(
         on_gpu = runs_here and backend.name in GPU_TARGETS
         missing = why_no_cuda() if on_gpu else None
         device = "cuda" if on_gpu and missing is None else "cpu"
-        # As bench runs it: by itself PyTorch may take more threads than this process has cores.
-        threads = this_cpu().cores
-        with ExitStack() as stack:
-            session = stack.enter_context(opened)
-            reference = stack.enter_context(
-                PyTorchSession(loaded, spec, threads=threads, device=device, exact=device == "cuda")
-            )
-            timed = reference
-            if device == "cuda":
-                timed = stack.enter_context(PyTorchSession(loaded, spec, threads=threads, device=device))
+        with verifier.reference(spec, device) as (reference, timed), opened as session:
             verification = verify(
                 reference,
                 session,
@@ -426,13 +621,45 @@ def verify_stage(
                 with PyTorchSession(loaded, spec, with_scores=True) as telling:
                     return agreement_without_ties(telling, session, spec, data.pairs, tie)
 
-            note = check_fidelity(verification, request.precision, without_ties)
+            note = check_fidelity(verification, engine.manifest.precision.requested, without_ties)
     if missing is not None:
         reporter.note(f"not timed beside PyTorch: {missing}, and the engine runs on the GPU; edgeseg bench times it")
     if note is not None:
         reporter.note(note)
-    check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
     return verification
+
+
+def goal_stage(
+    request: BuildRequest,
+    graph: OnnxGraph,
+    table: CalibrationTable,
+    plain: list[Candidate],
+    verifier: _Verifier,
+    make: _ManifestMaker,
+    reporter: Reporter,
+) -> Reached:
+    """Find the fastest engine that keeps the limits which plain INT8 did not keep."""
+    from edgeseg.pipeline.goal import GoalSearch
+
+    reporter.note("plain INT8 misses the goal: looking for modules to leave in float (--no-search does not)")
+    with verifier.reference(graph.spec) as (reference, _):
+        return GoalSearch(
+            request=request,
+            graph=graph,
+            table=table,
+            pairs=verifier.data.pairs,
+            reference=reference,
+            write=lambda candidate: make.write(candidate, {}, table, candidate.folder, None),
+            engines_folder=plain[0].folder.parent.parent,
+            reporter=reporter,
+        ).run(plain)
+
+
+def remove_built(engine: Engine) -> None:
+    """Take an engine's own files out of a folder that another engine is to have."""
+    for file in (engine.manifest.engine, *engine.manifest.extra_files):
+        if file is not None:
+            (engine.folder / file.name).unlink()
 
 
 @dataclass(frozen=True)
@@ -444,10 +671,10 @@ class _ManifestMaker:
     spec: PipelineSpec
     conversion: ConversionReport
     table: CalibrationTable | None
-    notes: tuple[str, ...]
     name: str
     command: str | None
     model_request: ModelRequest | None
+    search: Search | None = None
 
     def write(
         self,
@@ -478,6 +705,7 @@ class _ManifestMaker:
             calibration=calibration,
             extra_files=tuple(FileRef.of(folder / path.name) for path in candidate.built.extra_files),
             weights=self.loaded.weights,
+            origin=self.loaded.origin,
             model_request=self.model_request,
             inputs_sha256={
                 "weights": self.loaded.weights_sha256,
@@ -491,11 +719,22 @@ class _ManifestMaker:
             candidates=medians,
             conversion=dataclasses.asdict(self.conversion),
             command=self.command,
-            notes=self.notes,
+            notes=self.loaded.notes,
             verification=verification,
+            repairs=self._repairs(candidate),
+            search=self.search,
         )
         write_json(folder / MANIFEST_NAME, manifest)
         return Engine(folder, manifest)
+
+    def _repairs(self, candidate: Candidate) -> tuple[Repair, ...]:
+        """Those of the table, judged in the scheme that rounds like the engine's; none for FP16, which takes its graph only."""
+        from edgeseg.quantize.repair.fidelity import judge_of
+
+        if self.table is None or candidate.built.precision.requested != "int8":
+            return ()
+        judge = judge_of(SCHEMES[candidate.graph.scheme or candidate.backend.scheme])
+        return tuple(repair for repair in self.table.repairs if repair.scheme == judge)
 
     def _options_given(self, candidate: Candidate) -> dict[str, Any]:
         given = self.request.backend_options

@@ -55,10 +55,6 @@ class Activation:
 def find_activations(model: onnx.ModelProto, spec: InputSpec) -> list[Activation]:
     """List the float tensors of ``model`` that depend on its input, in the graph's order.
 
-    Args:
-        model: the fp32 graph, input ``image`` uint8 ``(N, H, W, C)``.
-        spec: the size to count elements at.
-
     Raises:
         QuantizationError: the type of a tensor cannot be told, or there is no float activation.
     """
@@ -110,13 +106,14 @@ class ActivationSession:
         model: the fp32 graph.
         names: tensors to fetch, in the order :meth:`run` returns them.
         threads: of one inference.
+        optimized: let ONNX Runtime fuse; otherwise every operator runs as written.
 
     Raises:
         QuantizationError: ONNX Runtime refuses the graph.
         MissingDependencyError: it is not installed.
     """
 
-    def __init__(self, model: onnx.ModelProto, names: Sequence[str], threads: int) -> None:
+    def __init__(self, model: onnx.ModelProto, names: Sequence[str], threads: int, *, optimized: bool = True) -> None:
         try:
             import onnxruntime as ort
         except ImportError as exc:
@@ -124,6 +121,8 @@ class ActivationSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if not optimized:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # The statistics of one image are taken on the same cores while the pool waits for the next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._names = list(names)
@@ -137,10 +136,6 @@ class ActivationSession:
 
     def run(self, images: NDArray[np.uint8], what: str) -> list[NDArray[np.float32]]:
         """Run uint8 ``(N, H, W, C)`` and return the tensors, C-contiguous float32.
-
-        Args:
-            images: the batch.
-            what: names it in an error.
 
         Raises:
             QuantizationError: ONNX Runtime failed.

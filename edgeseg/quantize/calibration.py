@@ -21,17 +21,20 @@ from numpy.typing import NDArray
 from edgeseg.errors import QuantizationError
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.quantize.activations import Activation, ActivationSession, find_activations, group_by_size
-from edgeseg.quantize.ranges import Histogram, RangeMethod, RangeStatistics, range_method
+from edgeseg.quantize.ranges import METHODS, Histogram, RangeMethod, RangeStatistics, range_method
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
-from edgeseg.spec import InputSpec
+from edgeseg.spec import InputSpec, one_of
 from edgeseg.store.artifacts import OnnxGraph, sha256_json
 from edgeseg.store.onnx_file import read_onnx
 
 __all__ = ["DEFAULT_METHOD", "CalibrationSet", "calibrate", "method_or_default", "table_key"]
 
-# The methods differed by less than 0.001 of mIoU on the models compared; this one needs no histogram.
 DEFAULT_METHOD = "minmax"
+"""Needs no histogram and cuts nothing: what the others have to beat."""
+
+AUTO = "auto"
+"""Each tensor's method is chosen by what the network's output loses (:mod:`edgeseg.quantize.repair.range_choice`)."""
 
 DEFAULT_PERCENTILE = 99.99
 
@@ -45,8 +48,10 @@ _STATISTICS_VERSION = 1
 
 
 def method_or_default(name: str | None) -> str:
-    """Return ``name`` if it is a calibration method, the default for ``None``. Raises ``SpecError`` for another."""
-    return range_method(name or DEFAULT_METHOD).name
+    """Return ``name`` if it is a calibration method or ``auto``, which ``None`` is. Raises ``SpecError`` for another."""
+    method = name or AUTO
+    one_of("calibration method", method, (AUTO, *METHODS))
+    return method
 
 
 def table_key(
@@ -57,13 +62,13 @@ def table_key(
     Args:
         graph: the fp32 graph.
         samples: the images; ``None`` leaves their hash out, for a table whose images are not at hand.
-        method: a calibration method.
+        method: a calibration method, or ``auto``.
         options: its options, as in :attr:`CalibrationTable.options`; those left out have their defaults.
 
     Raises:
         SpecError: unknown method or bad option.
     """
-    rule = range_method(method, (options or {}).get("percentile", DEFAULT_PERCENTILE))
+    rule = RangeMethod(AUTO) if method == AUTO else range_method(method, _percentile(options or {}))
     key = {
         "weights": graph.weights_sha256,
         "graph": graph.sha256,
@@ -72,6 +77,10 @@ def table_key(
         "method": sha256_json([rule.name, rule.options, SAMPLE, _STATISTICS_VERSION]),
     }
     return key if samples is None else {**key, "images": samples.digest}
+
+
+def _percentile(options: Mapping[str, float]) -> float:
+    return options.get("percentile", DEFAULT_PERCENTILE)
 
 
 def calibrate(
@@ -102,30 +111,100 @@ def calibrate(
         InputError: an image changed or vanished since the set was opened.
     """
     rule = range_method(method, percentile)
-    if graph.precision != "fp32":
-        raise QuantizationError(f"{graph.path} is {graph.precision}; calibration needs the fp32 graph it was made from")
-    model = read_onnx(graph.path)
-    activations = find_activations(model, graph.spec.input)
-    groups = group_by_size(activations, activation_budget_bytes)
-    watches = {a.name: _Watch.of(a, rule) for a in activations if a.is_fetched}
-    threads = this_cpu().cores
-    with ThreadPoolExecutor(threads, "calibrate") as pool:
-        for number, group in enumerate(groups):
-            session = ActivationSession(model, [a.name for a in group], threads)
-            shares = _shares([a.elements for a in group], threads)
-            watched = [watches[a.name] for a in group]
-            for batch in _one_ahead(pool, _batches(samples, graph.spec.input)):
-                _observe(pool, watched, shares, session.run(batch.images, batch.name), batch.name)
-                if progress is not None:
-                    progress(number * len(samples) + batch.done, len(groups) * len(samples))
+    observation = Observation(graph, histograms=rule.needs_histogram, activation_budget_bytes=activation_budget_bytes)
+    observation.add(samples, progress)
     return CalibrationTable(
         schema_version=TABLE_SCHEMA_VERSION,
         method=rule.name,
         options=rule.options,
         key=table_key(graph, samples, rule.name, rule.options),
         images=len(samples),
-        ranges=_ranges(activations, watches, rule),
+        ranges=observation.ranges(rule),
     )
+
+
+class Observation:
+    """What the float activations of a graph do on images, from which any method chooses its ranges.
+
+    Args:
+        graph: the fp32 graph, input uint8 ``(N, H, W, C)``.
+        histograms: keep what methods other than ``minmax`` and ``moving-average`` need.
+        magnitudes_of: by tensor, the axis of its channels, where the magnitude of each is kept, too.
+        activation_budget_bytes: most activations to fetch at once.
+
+    Raises:
+        QuantizationError: not an fp32 graph, or one without float activations.
+    """
+
+    def __init__(
+        self,
+        graph: OnnxGraph,
+        *,
+        histograms: bool,
+        magnitudes_of: Mapping[str, int] | None = None,
+        activation_budget_bytes: int = ACTIVATION_BUDGET_BYTES,
+    ) -> None:
+        if graph.precision != "fp32":
+            raise QuantizationError(
+                f"{graph.path} is {graph.precision}; calibration needs the fp32 graph it was made from"
+            )
+        self._spec = graph.spec.input
+        self._model = read_onnx(graph.path)
+        self._activations = find_activations(self._model, self._spec)
+        self._groups = group_by_size(self._activations, activation_budget_bytes)
+        self._watches = {
+            a.name: _Watch.of(a, histograms=histograms, magnitude_axis=(magnitudes_of or {}).get(a.name))
+            for a in self._activations
+            if a.is_fetched
+        }
+
+    def add(self, samples: CalibrationSet, progress: Callable[[int, int], None] | None = None) -> None:
+        """Run more images through the graph; in whatever order they come, what is known after all of them is the same.
+
+        Args:
+            samples: the images; brought to the engine's size as at run time.
+            progress: called with images done and images in all (times the passes, if one is not enough).
+
+        Raises:
+            QuantizationError: ONNX Runtime fails on the graph, or an activation is NaN or infinite.
+            InputError: an image changed or vanished since the set was opened.
+        """
+        threads = this_cpu().cores
+        with ThreadPoolExecutor(threads, "calibrate") as pool:
+            for number, group in enumerate(self._groups):
+                session = ActivationSession(self._model, [a.name for a in group], threads)
+                shares = _shares([a.elements for a in group], threads)
+                watched = [self._watches[a.name] for a in group]
+                for batch in _one_ahead(pool, _batches(samples, self._spec)):
+                    _observe(pool, watched, shares, session.run(batch.images, batch.name), batch.name)
+                    if progress is not None:
+                        progress(number * len(samples) + batch.done, len(self._groups) * len(samples))
+
+    def magnitudes(self) -> dict[str, tuple[float, ...]]:
+        """Largest absolute value of each channel, of the tensors it was asked of that were computed."""
+        seen = {name: watch.channel_magnitude for name, watch in self._watches.items()}
+        return {name: tuple(map(float, values)) for name, values in seen.items() if values is not None}
+
+    def ranges(self, methods: RangeMethod | Mapping[str, RangeMethod]) -> dict[str, TensorRange]:
+        """By tensor, in the graph's order: what the method, or that of its name, chooses.
+
+        What rearranges another tensor has that one's range.
+        """
+        chosen: dict[str, tuple[float, float]] = {}
+        ranges = {}
+        for activation in self._activations:
+            source = activation.values_of
+            statistics = self._watches[source].statistics
+            if statistics is None or not statistics.images:
+                raise QuantizationError(f"activation {activation.name!r} was never computed; export the model again")
+            if source not in chosen:
+                method = methods if isinstance(methods, RangeMethod) else methods[source]
+                chosen[source] = method.choose(statistics)
+            low, high = chosen[source]
+            mean = self._watches[activation.name].channel_mean if activation.is_fetched else None
+            axis = activation.channel_axis if mean is not None else None
+            ranges[activation.name] = TensorRange(low, high, statistics.minimum, statistics.maximum, mean, axis)
+        return ranges
 
 
 @dataclass
@@ -134,14 +213,16 @@ class _Watch:
 
     activation: Activation
     statistics: RangeStatistics | None
+    magnitude_axis: int | None = None
     channel_sum: NDArray[np.float64] | None = None
     per_channel: int = 0
+    channel_magnitude: NDArray[np.float32] | None = None
 
     @classmethod
-    def of(cls, activation: Activation, rule: RangeMethod) -> _Watch:
-        if activation.values_of != activation.name:
-            return cls(activation, None)
-        return cls(activation, RangeStatistics(histogram=Histogram() if rule.needs_histogram else None))
+    def of(cls, activation: Activation, *, histograms: bool, magnitude_axis: int | None) -> _Watch:
+        is_source = activation.values_of == activation.name
+        statistics = RangeStatistics(histogram=Histogram() if histograms else None) if is_source else None
+        return cls(activation, statistics, magnitude_axis)
 
     def add(self, values: NDArray[np.float32]) -> bool:
         """Take in the tensor of one image; ``False``, and nothing is counted, when a value is NaN or infinite."""
@@ -152,6 +233,12 @@ class _Watch:
                 return False
             sample = values.reshape(-1)[:: sample_stride(values.shape)] if self.statistics.histogram else None
             self.statistics.add(low, high, sample)
+        if self.magnitude_axis is not None:
+            others = tuple(k for k in range(values.ndim) if k != self.magnitude_axis)
+            # Two reductions without a copy of the tensor between them.
+            seen = np.maximum(values.max(axis=others), -values.min(axis=others))
+            before = self.channel_magnitude
+            self.channel_magnitude = seen if before is None else np.maximum(before, seen)
         axis = self.activation.channel_axis
         if axis is not None:
             others = tuple(k for k in range(values.ndim) if k != axis)
@@ -254,21 +341,3 @@ def sample_stride(shape: tuple[int, ...]) -> int:
     while stride > 1 and any(math.gcd(stride, size) > 1 for size in shape):
         stride += 1
     return stride
-
-
-def _ranges(
-    activations: Sequence[Activation], watches: Mapping[str, _Watch], rule: RangeMethod
-) -> dict[str, TensorRange]:
-    chosen: dict[str, tuple[float, float]] = {}
-    ranges = {}
-    for activation in activations:
-        statistics = watches[activation.values_of].statistics
-        if statistics is None or not statistics.images:
-            raise QuantizationError(f"activation {activation.name!r} was never computed; export the model again")
-        if activation.values_of not in chosen:
-            chosen[activation.values_of] = rule.choose(statistics)
-        low, high = chosen[activation.values_of]
-        mean = watches[activation.name].channel_mean if activation.is_fetched else None
-        axis = activation.channel_axis if mean is not None else None
-        ranges[activation.name] = TensorRange(low, high, statistics.minimum, statistics.maximum, mean, axis)
-    return ranges

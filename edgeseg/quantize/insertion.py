@@ -35,8 +35,8 @@ class _Affine:
     zero_point: ir.Value
 
 
-def insert_pairs(graph: ir.Graph, observed: Observed, placement: Placement, scheme: QuantScheme) -> None:
-    """Change ``graph`` in place.
+def insert_pairs(graph: ir.Graph, observed: Observed, placement: Placement, scheme: QuantScheme) -> int:
+    """Change ``graph`` in place; returns how many layers' biases were corrected.
 
     Args:
         graph: float, as ``placement`` was decided on.
@@ -47,7 +47,9 @@ def insert_pairs(graph: ir.Graph, observed: Observed, placement: Placement, sche
     Raises:
         QuantizationError: a value that has to be quantized has no range, or one that is not finite.
     """
-    _Inserter(graph, observed, placement, scheme).run()
+    inserter = _Inserter(graph, observed, placement, scheme)
+    inserter.run()
+    return inserter.corrected
 
 
 class _Inserter:
@@ -59,6 +61,7 @@ class _Inserter:
         self._observed = observed
         self._placement = placement
         self._scheme = scheme
+        self.corrected = 0
         self._signed = {
             placement.representative(node.inputs[0])
             for node, role in placement.roles.items()
@@ -87,12 +90,22 @@ class _Inserter:
             if value is None:
                 continue
             takes_integers = role is Role.FUSED or (role is Role.WEIGHTED and index == 0)
-            if value in self._integers and (takes_integers or not self._is_computed_in_float(value)):
+            if value in self._integers and (takes_integers or not self._is_read_in_float(value, node)):
                 node.replace_input_with(index, self._dequantized(value, node))
             elif role is Role.FUSED and value.const_value is not None:
                 node.replace_input_with(index, self._operand(value, node))
         if role is Role.WEIGHTED:
             self._quantize_weight(node, self._observed.channel_means.get(source))
+
+    def _is_read_in_float(self, value: ir.Value, reader: ir.Node) -> bool:
+        if self._is_computed_in_float(value):
+            return True
+        # Between two layers that stay float nothing is rounded, though another reader takes integers. A Concat is read by
+        # whoever reads its result.
+        producer, stays_float = value.producer(), self._observed.stays_float
+        if producer is None or producer in self._placement.roles or reader.op_type == "Concat":
+            return False
+        return stays_float(reader) and stays_float(producer)
 
     def _is_computed_in_float(self, value: ir.Value) -> bool:
         producer = value.producer()
@@ -176,6 +189,7 @@ class _Inserter:
         takes_bias = node.op_type != "MatMul" and node.attributes.get_float("beta", 1.0) == 1.0
         if takes_bias and channel_mean is not None and channel_mean.size == self._input_channels(node, weight, axis):
             correction = bias_correction(weight, quantized, channel_mean, groups=groups)
+            self.corrected += 1
             bias = (correction + (0.0 if bias is None else bias)).astype(np.float32)
         if takes_bias and bias is not None:
             quantized = self._quantize_bias(node, quantized, bias)

@@ -182,10 +182,11 @@ class CalibrationSet:
     def hold_out(self, every: int) -> tuple[CalibrationSet, CalibrationSet]:
         """Split into a set to calibrate on and one of every ``every``-th image, kept to verify on."""
         numbers = range(len(self))
-        kept = self._part([k for k in numbers if (k + 1) % every])
-        return kept, self._part([k for k in numbers if not (k + 1) % every])
+        return self.take(k for k in numbers if (k + 1) % every), self.take(k for k in numbers if not (k + 1) % every)
 
-    def _part(self, indices: list[int]) -> CalibrationSet:
+    def take(self, numbers: Iterable[int]) -> CalibrationSet:
+        """The images of these numbers; those past the last are left out."""
+        indices = [k for k in numbers if k < len(self)]
         return replace(
             self,
             content=tuple(self.content[k] for k in indices),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgeseg.errors import ArtifactError
-from edgeseg.store.artifacts import read_versioned, write_json
+from edgeseg.store.artifacts import Repair, read_versioned, write_json
 
 TABLE_SCHEMA_VERSION = 1
 
@@ -39,6 +39,7 @@ class TensorRange:
             MatMul: what analytic bias correction needs (Nagel et al., "Data-Free Quantization Through Weight
             Equalization and Bias Correction", ICCV 2019, section 4.2). ``None`` for other tensors.
         channel_axis: the axis ``channel_mean`` runs along (1 for Conv, the last for MatMul), ``None`` without it.
+        method: what chose the range, where it was chosen by tensor; ``None``: the table's.
     """
 
     low: float
@@ -47,6 +48,7 @@ class TensorRange:
     maximum: float
     channel_mean: tuple[float, ...] | None = None
     channel_axis: int | None = None
+    method: str | None = None
 
     def __post_init__(self) -> None:
         numbers = (self.low, self.high, self.minimum, self.maximum, *(self.channel_mean or ()))
@@ -71,7 +73,7 @@ class CalibrationTable:
 
     Attributes:
         schema_version: of this layout; another one is refused.
-        method: how ``low`` and ``high`` were chosen (a key of :data:`edgeseg.quantize.ranges.METHODS`).
+        method: how ``low`` and ``high`` were chosen: a key of :data:`edgeseg.quantize.ranges.METHODS`, or ``auto``.
         options: the method's numbers, such as ``{"percentile": 99.99}``.
         key: SHA-256 per cause in :data:`KEY_CAUSES`.
         images: how many images were used.
@@ -79,6 +81,7 @@ class CalibrationTable:
         equalization: what the channels of that graph were scaled by before (see
             :mod:`edgeseg.quantize.repair.equalization`): magnitudes per channel by tensor name of the exported graph; empty
             when they were left as they are.
+        repairs: what was done for INT8's accuracy and what it gained, in each scheme it was judged in.
     """
 
     schema_version: int
@@ -88,6 +91,7 @@ class CalibrationTable:
     images: int
     ranges: dict[str, TensorRange] = field(default_factory=dict)
     equalization: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    repairs: tuple[Repair, ...] = ()
 
     def __post_init__(self) -> None:
         if self.images < 1:

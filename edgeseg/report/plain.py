@@ -1,4 +1,4 @@
-"""The report as Markdown, CSV, JSON and a terminal table."""
+"""The report as Markdown, CSV and a terminal table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgeseg.decide.entries import MergedReport
 from edgeseg.decide.metrics import METRICS, WITH_INTERVAL
@@ -28,7 +28,6 @@ from edgeseg.report.cells import (
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
-JSON_SCHEMA_VERSION = 1
 TERMINAL = ("median_ms", "p99_ms", "miou", "speedup", "miou_drop", "agreement", "size_mb")
 _FORMULA = frozenset("=+-@;\uff1d\uff0b\uff0d\uff20")
 SEPARATE_DEVICES = "Each device has a table of its own: speeds of different devices are not ranked against each other."
@@ -138,54 +137,6 @@ def _spreadsheet(text: str) -> str:
     begins = text[:1]
     is_risky = begins in _FORMULA or not begins.isprintable() or begins.isspace()
     return f"'{text}" if text and is_risky else text
-
-
-def json_value(
-    report: MergedReport, verdicts: Sequence[DeviceVerdict], failed: Sequence[tuple[str, str]] = ()
-) -> dict[str, Any]:
-    """The decision for programs: per device the answer, the engine, and every row's figures and checks."""
-    return {
-        "schema_version": JSON_SCHEMA_VERSION,
-        "sources": [
-            {"file": run.source, "created_at": run.report.created_at, "command": run.report.command}
-            for run in report.runs
-        ],
-        "failed": [{"engine": name, "reason": reason} for name, reason in failed],
-        "devices": [
-            {
-                "device": verdict.group.label,
-                "answer": verdict.answer,
-                "deploy": verdict.deploy.row.id if verdict.deploy is not None else None,
-                "folder": verdict.deploy.row.engine.folder if verdict.deploy is not None else None,
-                "reason": verdict.reason,
-                "requirement": verdict.requirement.text if verdict.requirement is not None else None,
-                "requirement_is_default": verdict.is_default,
-                "remarks": verdict.remarks,
-                "rows": [
-                    {
-                        "number": judged.entry.number,
-                        "source": report.runs[judged.entry.run].source,
-                        "id": judged.entry.row.id,
-                        "is_baseline": judged.entry.row.engine.is_baseline,
-                        "on_front": judged.is_on_front,
-                        "status": judged.status,
-                        "figures": {name: metric.value(judged.entry) for name, metric in METRICS.items()},
-                        "checks": [
-                            {
-                                "comparison": check.comparison.text,
-                                "value": check.value,
-                                "status": check.status,
-                                "is_close": check.is_close,
-                            }
-                            for check in (judged.outcome.checks if judged.outcome is not None else ())
-                        ],
-                    }
-                    for judged in verdict.judged
-                ],
-            }
-            for verdict in verdicts
-        ],
-    }
 
 
 def terminal(verdicts: Sequence[DeviceVerdict], failed: Sequence[tuple[str, str]] = (), *, width: int) -> Group:

@@ -44,11 +44,6 @@ class Given:
 def given_images(images: object, channels: int, *, swap: bool) -> Given:
     """Check one image or a batch, whatever form it has.
 
-    Args:
-        images: see :meth:`edgeseg.Segmenter.__call__`; no list.
-        channels: of the model.
-        swap: arrays have their channels in reverse order; files and PIL images never do.
-
     Raises:
         InputError: no image, or not of these channels.
     """

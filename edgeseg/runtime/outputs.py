@@ -59,11 +59,6 @@ def write_picture(path: Path, picture: NDArray[np.uint8], *, overwrite: bool = F
 class VideoFile:
     """An mp4 being written; it appears under its name when closed, and not at all after an exception.
 
-    Args:
-        path: ends in ``.mp4``.
-        fps: frames per second.
-        overwrite: replace a file of that name.
-
     Raises:
         MissingDependencyError: OpenCV is not installed.
         OutputExistsError: the file exists and ``overwrite`` is false.

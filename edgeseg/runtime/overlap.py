@@ -7,8 +7,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from types import TracebackType
 from typing import Any, Generic, TypeVar
+
+from edgeseg.closing import Closing
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -76,7 +77,7 @@ class Pipe(Generic[A]):
             yield item
 
 
-class Overlapped(Generic[B]):
+class Overlapped(Generic[B], Closing):
     """Iterate over ``work(item)`` for each of ``items``, in order, one step ahead of the consumer.
 
     One thread draws from ``items``, another calls ``work``, and the consumer's own thread uses the results, so the
@@ -135,14 +136,6 @@ class Overlapped(Generic[B]):
     def close(self) -> None:
         """End both threads and close the source; harmless when done already."""
         self._end()
-
-    def __enter__(self) -> Overlapped[B]:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _draw(items: Iterable[A], inbox: Pipe[A]) -> None:

@@ -289,11 +289,8 @@ class _Run:
                 interrupted = self._write_frames(task, video, frames, file, bar)
                 self.dropped += frames.dropped
             self.written.append(path)
-            if video.lost:
-                decoded = (video.frames or 0) - video.lost
-                self._fail(
-                    task, f"{task.label}: {decoded} of {video.frames} frames could be decoded", bar, "incomplete"
-                )
+            if video.damage:
+                self._fail(task, f"{task.label}: {video.damage}", bar, "incomplete")
         except InputError as exc:
             self._fail(task, str(exc), bar)
             return False

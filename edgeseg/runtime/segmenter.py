@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args, overload
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from edgeseg.arguments import choice, shortened
 from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
+from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, EdgesegError, InputError, SpecError, StaleEngineError
 from edgeseg.images.placement import Placement, Tiling, plan_fit
 from edgeseg.runtime.given import Given, ImageLike, accepted_order, given_images, reversed_channels, single_images
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Outputs = Mapping[str, NDArray[Any]]
 
 
-class Segmenter:
+class Segmenter(Closing):
     """Images in, masks out. Safe to call from several threads: all of them share the one engine.
 
     Args:
@@ -225,14 +225,6 @@ class Segmenter:
         session, self._session = self._session, None
         if session is not None:
             session.close()
-
-    def __enter__(self) -> Segmenter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _open(self) -> Session:
         if self._session is None:

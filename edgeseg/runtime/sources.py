@@ -19,8 +19,9 @@ from edgeseg.spec import ChannelOrder
 from edgeseg.store.files import require_file
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
-# Their frame count is a table; elsewhere it is estimated from duration and rate.
-COUNTED_SUFFIXES = frozenset({".m4v", ".mov", ".mp4"})
+# Their headers count the frames; elsewhere the count is estimated from duration and rate.
+COUNTED_SUFFIXES = frozenset({".avi", ".m4v", ".mov", ".mp4"})
+MATROSKA_SUFFIXES = frozenset({".mkv", ".webm"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class Video:
         fps: frames per second the source says it has; ``None`` when it does not.
         frames: how many frames a file says it has, which need not be true; ``None`` for a camera.
         live: whether frames are lost unless taken in time.
-        lost: at the end of a file of a container that counts its frames: how many of them could not be decoded.
+        damage: at the end of a file: what of it could not be decoded, in words, where its container tells; else empty.
 
     Raises:
         MissingDependencyError: OpenCV is not installed.
@@ -88,7 +89,7 @@ class Video:
         count = int(self._capture.get(self._cv2.CAP_PROP_FRAME_COUNT))
         self.fps = fps if 0.0 < fps < 1000.0 else None
         self.frames = count if count > 0 and not self.live else None
-        self.lost = 0
+        self.damage = ""
         self._code = self._cv2.COLOR_BGR2RGB if channels == 3 else self._cv2.COLOR_BGR2GRAY
 
     def __iter__(self) -> Iterator[Picture]:
@@ -105,14 +106,41 @@ class Video:
             image = self._cv2.cvtColor(frame, self._code)
             yield Picture(index, seconds, image if image.ndim == 3 else image[..., None], channel_order="rgb")
             index += 1
-        if isinstance(self.source, Path) and self.source.suffix.lower() in COUNTED_SUFFIXES and self.frames:
-            self.lost = max(0, self.frames - index)
+        if isinstance(self.source, Path):
+            self.damage = self._lost(self.source, index)
         if index == 0:
             raise InputError(f"cannot read {self._name}: no frame could be decoded")
+
+    def _lost(self, path: Path, decoded: int) -> str:
+        if path.suffix.lower() in COUNTED_SUFFIXES and self.frames and decoded < self.frames:
+            return f"{decoded} of {self.frames} frames could be decoded"
+        if path.suffix.lower() in MATROSKA_SUFFIXES and (missing := _missing_bytes(path)):
+            return f"{decoded} frames could be decoded, {missing} bytes are missing at the end of the file"
+        return ""
 
     def close(self) -> None:
         """Give the file or camera back."""
         self._capture.release()
+
+
+def _missing_bytes(path: Path) -> int:
+    """How many bytes a Matroska file lacks of what its two top elements say they hold (RFC 8794, sections 4 to 6); 0 where
+    the size is not said, as in a live recording.
+    """
+    size, place = path.stat().st_size, 0
+    with path.open("rb") as stream:
+        for _ in range(2):  # the EBML header and the segment
+            stream.seek(place)
+            head = stream.read(12)
+            # A number begins with as many zero bits as it has bytes behind the first.
+            id_bytes = 9 - head[0].bit_length() if head else 0
+            first = head[id_bytes] if id_bytes < len(head) else 0
+            size_bytes = 9 - first.bit_length()
+            value = int.from_bytes(head[id_bytes : id_bytes + size_bytes], "big") & ~(1 << 7 * size_bytes)
+            if first == 0 or value == (1 << 7 * size_bytes) - 1:
+                return 0
+            place += id_bytes + size_bytes + value
+    return max(0, place - size)
 
 
 def open_source(source: object, channels: int) -> Video | Iterable[Picture]:

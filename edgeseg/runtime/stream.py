@@ -8,13 +8,13 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.arguments import shortened
+from edgeseg.closing import Closing
 from edgeseg.errors import SpecError
 from edgeseg.runtime.overlap import Overlapped
 from edgeseg.runtime.segmenter import Segmenter
@@ -40,7 +40,7 @@ class Frame:
     path: Path | None = None
 
 
-class Stream:
+class Stream(Closing):
     """An iterator of :class:`Frame`; see :func:`stream`. Close it, or use ``with``, to stop at a certain moment."""
 
     def __init__(
@@ -68,14 +68,6 @@ class Stream:
     def close(self) -> None:
         """End the threads and give back the file or camera. The segmenter stays open."""
         self._frames.close()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 Source: TypeAlias = "str | Path | int | Iterable[NDArray[np.uint8]]"

@@ -47,12 +47,6 @@ def blended_rows(
 
     Only one row of windows is held at a time, so memory grows with the width of the image, not with its area.
 
-    Args:
-        image: uint8 ``(H, W, C)``.
-        tiling: where the windows are.
-        run: runs a batch of windows.
-        names: outputs to blend, ``(C, H, W)`` each.
-
     Yields:
         rows of the image that are finished, and per output ``(C, rows, W)`` float32, owned by the receiver.
     """

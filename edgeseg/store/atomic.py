@@ -52,10 +52,6 @@ class HeldError(Exception):
 def lock(path: Path, *, timeout_s: float | None = None) -> Iterator[None]:
     """Hold the lock file ``path`` while the block runs; it is gone afterwards.
 
-    Args:
-        path: of the lock file; its folder must exist.
-        timeout_s: how long to wait for it; ``None``: for ever.
-
     Raises:
         HeldError: someone else held it all the time.
         OSError: the file cannot be made.
@@ -134,11 +130,6 @@ def replacing(path: Path, *, overwrite: bool = True, suffix: str = "") -> Iterat
     """Yield an empty file beside ``path`` that becomes ``path`` when the block succeeds, and is gone otherwise.
 
     Where ``path`` is a symbolic link, the file it leads to is replaced.
-
-    Args:
-        path: a regular file, or a name that is free.
-        overwrite: replace a file that exists by the end.
-        suffix: of the file to write, for libraries that choose a format by it.
 
     Raises:
         OutputExistsError: the file exists and ``overwrite`` is false.

@@ -32,7 +32,7 @@ MAX_SIZE_BYTES = 4 << 30
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-Stage = Literal["accuracy", "calibration", "export", "tensorrt-log", "tensorrt-rtx-runtime"]
+Stage = Literal["accuracy", "calibration", "export", "judged", "tensorrt-log", "tensorrt-rtx-runtime"]
 """What is kept, each in a folder of its own. Whatever else lies in the cache's folder is somebody's, and never removed."""
 
 _instead: ContextVar[Path | None] = ContextVar("_instead", default=None)
@@ -56,9 +56,6 @@ def stage_folder(stage: Stage) -> Path:
 @contextmanager
 def usable_cache(note: Callable[[str], None]) -> Iterator[None]:
     """Work without a cache, in a folder that is removed at the end, where the cache cannot be written.
-
-    Args:
-        note: told so, in one line.
 
     Raises:
         ArtifactError: there is no folder for temporary files either.

@@ -23,10 +23,6 @@ MAX_TEXT_BYTES = 16 << 20
 def require_file(path: str | Path, what: str) -> int:
     """Return the size in bytes of a regular file that is not empty.
 
-    Args:
-        path: the file; links are followed.
-        what: what it is to be, for the message: "image", "mask".
-
     Raises:
         InputError: it does not exist, may not be looked at, is something else, or is empty.
     """

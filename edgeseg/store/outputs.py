@@ -14,11 +14,6 @@ from edgeseg.errors import OutputExistsError, SpecError
 def check_outputs(outputs: Sequence[Path], *, force: bool, inputs: Sequence[Path] = ()) -> None:
     """Refuse, before the work, files that must not be written. What :func:`is_stream` is written to, not replaced.
 
-    Args:
-        outputs: files to be written.
-        force: those that exist may be replaced.
-        inputs: files that are read; no output may be one of them.
-
     Raises:
         OutputExistsError: one exists and ``force`` is false.
         SpecError: one is an input, a folder, a device, or named twice.

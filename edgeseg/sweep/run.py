@@ -13,11 +13,12 @@ from typing import Literal
 from edgeseg.decide.entries import Run
 from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.evaluate.results import read_report
+from edgeseg.evaluate.tables import counted
 from edgeseg.store.artifacts import open_engine
 from edgeseg.store.atomic import HeldError, lock
 from edgeseg.sweep.config import Cell, SweepConfig, data_folder, expand
 from edgeseg.sweep.executors import Built, build_locally, build_on_ray
-from edgeseg.sweep.state import CellState, bench_key, cell_key, is_done, remember
+from edgeseg.sweep.state import UNFINISHED, CellState, bench_key, cell_key, check_ours, is_done, remember
 
 _TAIL_BYTES = 8192
 Say = Callable[[str], None]
@@ -49,6 +50,8 @@ def run_sweep(
     jobs: int = 1,
     executor: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
+    reports: Sequence[Path] = (),
+    force: bool = False,
     say: Say,
     build: Callable[[Sequence[Cell]], Iterator[Built]] | None = None,
     bench: Bench | None = None,
@@ -62,13 +65,16 @@ def run_sweep(
         jobs: local processes that build.
         executor: where to build.
         ray_address: of the cluster, for the executor ``ray``.
+        reports: files in the sweep's folder that the caller will write from the result.
+        force: replace engine folders and reports in the sweep's folder that no sweep wrote.
         say: gets a line of progress at a time.
         build: replaces the executor (tests bring their own).
         bench: replaces the measuring process (tests bring their own).
 
     Raises:
         SpecError: the config cannot be, see :func:`edgeseg.sweep.config.expand`, or its data is not there.
-        ArtifactError: another sweep works in the same folder.
+        OutputExistsError: see :func:`edgeseg.sweep.state.check_ours`.
+        ArtifactError: another sweep works in the same folder, or something is in the way of an engine folder.
         BuildError: not one cell could be built and measured.
     """
     if jobs < 1:
@@ -77,13 +83,16 @@ def run_sweep(
     data = data_folder(config.bench)
     if data is not None and not data.exists():  # said before hours of building, not after
         raise SpecError(f"bench.data {data} of the sweep is not there; give images, or demo, or leave it out")
+    check_ours(cells, reports, force=force)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     try:
         with lock(output / ".lock", timeout_s=0):
             keys = {cell.name: cell_key(cell) for cell in cells}
             todo = [cell for cell in cells if not is_done(cell, keys[cell.name])]
-            say(f"{len(cells)} cells, {len(cells) - len(todo)} built before")
+            say(f"{counted(len(cells), 'cell')}, {len(cells) - len(todo)} built before")
+            for cell in todo:  # should the sweep be killed, the folders that appear are known as its own
+                remember(cell, CellState(cell.name, keys[cell.name], 0.0, UNFINISHED))
             chosen = build or _builder(jobs, executor, ray_address)
             failures = list(_build(todo, keys, chosen, say))
             failed = {failure.name for failure in failures}
@@ -95,7 +104,7 @@ def run_sweep(
     failures += unmeasured
     if not runs:
         raise BuildError(
-            f"none of {len(cells)} cells gave a result; {failures[0].name}: {failures[0].reason}"
+            f"none of {counted(len(cells), 'cell')} gave a result; {failures[0].name}: {failures[0].reason}"
             + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
         )
     return SweepResult(runs, tuple(failures), len(cells), len(cells) - len(todo))
@@ -149,9 +158,9 @@ def _measure(
         path = Path(config.output) / "results" / f"{name.replace('/', '-')}-{key[:12]}.json"
         # What failed is tried again, and with it all others: engines compare only when measured in turns.
         if path.is_file() and not read_report(path).failed:
-            say(f"{len(members)} engines measured before: {path}")
+            say(f"{counted(len(members), 'engine')} measured before: {path}")
         else:
-            say(f"measuring {len(members)} engines in turns")
+            say(f"measuring {counted(len(members), 'engine')} in turns")
             path.unlink(missing_ok=True)
             folders = [str(cell.request.folder) for cell in members]
             reason = bench(["bench", *folders, *options, "--json", str(path)])

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeseg.errors import ArtifactError, InputError
 from edgeseg.images.decoding import list_images
-from edgeseg.store.artifacts import open_engine, read_json, sha256_file, sha256_json, write_json
+from edgeseg.store.artifacts import check_engine_folder, open_engine, read_json, sha256_file, sha256_json, write_json
 from edgeseg.store.cache import software
+from edgeseg.store.outputs import check_outputs
 from edgeseg.sweep.config import Cell
+
+UNFINISHED = "its build was begun and did not end"
+_REPORTS = ".reports.json"
 
 
 @dataclass(frozen=True)
 class CellState:
-    """Outcome of one cell's build; ``reason`` why it failed, ``None`` when it did not."""
+    """Outcome of one cell's build; ``reason`` why there is no engine, ``None`` when there is one."""
 
     name: str
     key: str
@@ -34,6 +39,7 @@ def cell_key(cell: Cell) -> str:
             "weights": _content(request.model.weights),
             "calibration": _content(request.calibration),
             "validation": _content(request.validation),
+            "latency_from": _content(request.latency_from),
             "software": software(),
         }
     )
@@ -93,6 +99,44 @@ def remember(cell: Cell, state: CellState) -> None:
     path = state_path(cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, state)
+
+
+def check_ours(cells: Iterable[Cell], reports: Iterable[Path], *, force: bool) -> None:
+    """Refuse, before the work, engine folders and reports in the way that no sweep of this folder wrote, or that were edited.
+
+    Args:
+        cells: of the sweep.
+        reports: files to be written, all in the sweep's folder.
+        force: they may be replaced.
+
+    Raises:
+        OutputExistsError: there is one and ``force`` is false.
+        ArtifactError: a folder that is no engine's, or a file, is where an engine shall be.
+        SpecError: a folder or a device is where a report shall be.
+    """
+    for cell in cells:
+        assert cell.request.folder is not None
+        check_engine_folder(cell.request.folder, force=force or state_path(cell).is_file())
+    for path in reports:
+        check_outputs([path], force=force or _is_ours(path))
+
+
+def _is_ours(report: Path) -> bool:
+    state = report.parent / _REPORTS
+    if not state.is_file() or not report.is_file():
+        return False
+    try:
+        written = read_json(state, dict[str, str], "sweep state")
+    except ArtifactError:
+        return False
+    return written.get(report.name) == sha256_file(report)
+
+
+def remember_reports(reports: Iterable[Path]) -> None:
+    """Write down the content of the reports a sweep has written, so that the next run may replace them."""
+    written = [path for path in reports if path.is_file()]
+    for folder in {path.parent for path in written}:
+        write_json(folder / _REPORTS, {path.name: sha256_file(path) for path in written if path.parent == folder})
 
 
 def bench_key(cells: tuple[Cell, ...], options: tuple[str, ...], data: Path | None) -> str:

@@ -10,26 +10,22 @@ from typing import Any
 
 import numpy as np
 import onnx
+from engine_folders import write_manifest
 from onnx import numpy_helper
 from recorded_tensorrt.graphs import small_model
 
-import edgeseg
 from edgeseg.backends import get_backend
 from edgeseg.backends.portable import open_graph
 from edgeseg.backends.tensorrt.session import TensorRTSession
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
     Engine,
     FileRef,
-    Manifest,
     OnnxGraph,
     PrecisionReport,
     read_manifest,
     sha256_file,
-    write_json,
 )
 
 SIDE = 256
@@ -78,24 +74,13 @@ def portable(
     onnx.save(made, folder / "model.onnx")
     if table is not None:
         table.save(folder / "calibration.json")
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        edgeseg_version=edgeseg.__version__,
-        name=folder.name,
-        spec=portable_spec(batch, dynamic_size),
-        precision=PrecisionReport("int8" if table is not None else precision, {}, {}, 0, "typed"),  # type: ignore[arg-type]
-        target="tensorrt",
+    write_manifest(
+        folder,
+        portable_spec(batch, dynamic_size),
+        PrecisionReport("int8" if table is not None else precision, {}, {}, 0, "typed"),  # type: ignore[arg-type]
         scheme="tensorrt" if precision == "int8" else None,
-        graph=FileRef.of(folder / "model.onnx"),
-        engine=None,
         calibration=None if table is None else FileRef.of(folder / "calibration.json"),
-        weights="random",
-        inputs_sha256={"weights": "0"},
-        options={},
-        versions={},
-        device={},
     )
-    write_json(folder / MANIFEST_NAME, manifest)
     return folder
 
 
@@ -161,13 +146,17 @@ def images(n: int, batch: int = 1, seed: int = 0) -> list[np.ndarray]:
     return list(np.ascontiguousarray(coarse.repeat(8, 2).repeat(8, 3)))
 
 
-def measured(session: TensorRTSession, image: np.ndarray, iterations: int = 200) -> dict[str, float | None]:
+ITERATIONS = 200
+"""Counted calls of a measurement."""
+
+
+def measured(session: TensorRTSession, image: np.ndarray) -> dict[str, float | None]:
     """Medians in milliseconds, after 200 ms of warm-up; ``None``: there is no such stage."""
     until = time.perf_counter() + 0.2
     while time.perf_counter() < until:
         session.run(image)
     whole, stages = [], []
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         begun = time.perf_counter()
         session.run(image)
         whole.append((time.perf_counter() - begun) * 1e3)

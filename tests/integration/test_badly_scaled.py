@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,6 @@ from edgeseg.quantize.table import load_table
 from edgeseg.spec import ModelRequest
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["EDGESEG_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def test_the_recipe_keeps_the_float_network() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from engine_folders import write_manifest
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -27,16 +28,7 @@ from edgeseg.evaluate.latency.profile import profile_engine
 from edgeseg.evaluate.results import read_report, write_report
 from edgeseg.progress import SilentReporter
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    FileRef,
-    Manifest,
-    OnnxGraph,
-    open_engine,
-    sha256_file,
-    write_json,
-)
+from edgeseg.store.artifacts import MANIFEST_NAME, OnnxGraph, open_engine, sha256_file, write_json
 
 pytestmark = pytest.mark.integration
 SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(64, 64))
@@ -62,24 +54,7 @@ def brightness_engine(folder: Path, target: str) -> Path:
     onnx.save(model, folder / "model.onnx")
     graph = OnnxGraph(folder / "model.onnx", sha256_file(folder / "model.onnx"), "fp32", SPEC, "w")
     built = get_backend(target).build(graph, folder, {})
-    manifest = Manifest(
-        SCHEMA_VERSION,
-        edgeseg.__version__,
-        folder.name,
-        SPEC,
-        built.precision,
-        target,
-        None,
-        FileRef.of(graph.path),
-        FileRef.of(built.path),
-        None,
-        "none",
-        {"weights": "w"},
-        dict(built.options),
-        dict(built.versions),
-        dict(built.device),
-    )
-    write_json(folder / MANIFEST_NAME, manifest)
+    write_manifest(folder, SPEC, target=target, built=built, weights="none", inputs_sha256={"weights": "w"})
     return folder
 
 

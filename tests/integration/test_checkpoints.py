@@ -17,7 +17,7 @@ import random
 import struct
 import types
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,20 +38,11 @@ from edgeseg.convert.fit import ARCH_MARKERS, guess_arch  # noqa: E402
 from edgeseg.convert.load import load_model  # noqa: E402
 
 smp = import_smp()
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 ENCODER = "mobilenet_v2"
 ARGS = {"decoder_pyramid_channels": 16, "decoder_segmentation_channels": 32}
 REQUEST = ModelRequest(arch="fpn", encoder=ENCODER, model_args=ARGS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The models are tiny: threads would wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +253,70 @@ def test_a_lightning_checkpoint_carries_its_architecture_and_normalization(
     assert "stripped 'model.' from the checkpoint's keys" in loaded.notes
     assert any("hyper_parameters: fpn, mobilenet_v2" in n for n in loaded.notes)
     assert any("normalization: buffers mean and std" in n for n in loaded.notes)
+
+
+RATES = [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "hyper_parameters": {
+                "arch": "DeepLabV3Plus",
+                "encoder_name": ENCODER,
+                "decoder_atrous_rates": tuple(RATES),
+                "lr": 1,
+            }
+        },
+        {
+            "hyper_parameters": {
+                "lr": 1,
+                "model": {"arch": "deeplabv3plus", "encoder_name": ENCODER, "decoder_atrous_rates": RATES},
+            }
+        },
+        {
+            "config": {
+                "model_name": "deeplabv3+",
+                "backbone": ENCODER,
+                "model_kwargs": {"decoder_atrous_rates": RATES, "x": 1},
+            }
+        },
+        {"args": argparse.Namespace(arch="DeepLabV3Plus", encoder=ENCODER, decoder_atrous_rates=RATES, classes=77)},
+        {
+            "model_args": {
+                "arch": "deeplabv3plus",
+                "encoder_name": ENCODER,
+                "in_channels": 3,
+                "decoder_atrous_rates": RATES,
+            }
+        },
+    ],
+    ids=["lightning", "lightning, nested", "config", "argparse", "create_model"],
+)
+def test_arguments_that_no_tensor_shows_are_read_beside_them(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Other rates are other results from the same tensors."""
+    torch.manual_seed(1)
+    made = smp.create_model(
+        "deeplabv3plus", ENCODER, encoder_weights=None, classes=2, decoder_atrous_rates=RATES
+    ).eval()
+    torch.save({"state_dict": prefixed(dict(made.state_dict()), "model."), **settings}, tmp_path / "last.ckpt")
+    loaded = assert_same(made, ModelRequest(weights=str(tmp_path / "last.ckpt")))
+    assert loaded.model.model_args["decoder_atrous_rates"] == RATES
+    assert any("decoder_atrous_rates [2, 4, 6]" in note for note in loaded.notes)
+    # The user's own words come first.
+    other = ModelRequest(weights=str(tmp_path / "last.ckpt"), model_args={"decoder_atrous_rates": [1, 2, 3]})
+    assert load_model(other).model.model_args["decoder_atrous_rates"] == [1, 2, 3]
+
+
+def test_arguments_of_older_smp_beside_the_tensors_are_translated(tmp_path: Path) -> None:
+    with quiet_libraries():
+        made = smp.Unet(ENCODER, encoder_weights=None, classes=2, decoder_use_norm=False).eval()
+    kept = {"arch": "Unet", "encoder_name": ENCODER, "decoder_use_batchnorm": False, "activation": "sigmoid"}
+    torch.save({"state_dict": made.state_dict(), "hyper_parameters": kept}, tmp_path / "last.ckpt")
+    loaded = load_model(ModelRequest(weights=str(tmp_path / "last.ckpt")))
+    assert loaded.model.model_args["decoder_use_norm"] is False
+    assert loaded.model.activation == "sigmoid"
 
 
 @pytest.mark.parametrize("arch", smp.MODEL_ARCHITECTURES_MAPPING)

@@ -16,13 +16,8 @@ pytestmark = pytest.mark.integration
 RUN = {page: [block for block in blocks(page) if block.reason is None] for page in PAGES}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.parametrize("page", [p for p in PAGES if RUN[p]], ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_blocks_of_the_page(page: Path, cache: Path, tmp_path: Path) -> None:
+def test_the_blocks_of_the_page(page: Path, tmp_path: Path) -> None:
     # A fresh checkout, as far as a reader needs it.
     (tmp_path / "calibration").symlink_to(ROOT / "calibration")
     for block in RUN[page]:
@@ -30,7 +25,7 @@ def test_the_blocks_of_the_page(page: Path, cache: Path, tmp_path: Path) -> None
             done = subprocess.run(
                 [sys.executable, *command],
                 cwd=tmp_path,
-                env={**os.environ, "EDGESEG_CACHE": str(cache), "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
                 capture_output=True,
                 text=True,
                 timeout=500,

@@ -24,7 +24,7 @@ from edgeseg.convert.load import LoadedModel, load_model  # noqa: E402
 from edgeseg.convert.reparameterize import merge_branches  # noqa: E402
 
 smp = import_smp()
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 TINY = "mobilenet_v2"
 # The decoder of dpt is 90 MB by default; its shape is all that matters here.
@@ -43,15 +43,6 @@ def tiny_request(arch: str, **fields: Any) -> ModelRequest:
 def run(loaded: LoadedModel, height: int, width: int) -> Any:
     with torch.no_grad():
         return loaded.module(torch.zeros(1, loaded.model.in_channels, height, width))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The models are tiny: threads would wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E
 from edgeseg.convert.load import load_model  # noqa: E402
 
 smp = import_smp()
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
 
 # (architecture, encoder): the outputs of SMP 0.4.0 and of 0.5.0.
 RECORDED = {
@@ -55,6 +55,12 @@ RECORDED = {
         (0.05602, 0.03599, 0.03017, 0.02227, 0.13803, 0.16821, 0.15002, 0.1541),
     ),
 }
+
+# fpn with xception: the outputs of SMP 0.1.0 (with pretrainedmodels 0.7.4), recorded the same way, and of 0.1.3 to 0.6.0.
+FIRST_XCEPTION = (
+    (-0.18694, -0.08437, -0.06502, -0.3531, 1.61522, 0.88185, 0.624, 0.11616),
+    (-0.10321, -0.01711, -0.22457, -0.6285, 1.81378, 0.84751, 0.60993, 0.40255),
+)
 
 
 def made_up(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,15 +110,6 @@ def outputs(path: Path, arch: str, encoder: str, **model_args: Any) -> tuple[Any
         return loaded, loaded.module(image())[0, :, 40::80, 48::96].flatten()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The models are tiny: threads would wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(("arch", "encoder"), RECORDED)
 def test_an_old_network_is_built_of_old_weights_and_a_new_one_of_new(arch: str, encoder: str, tmp_path: Path) -> None:
     old, new = RECORDED[arch, encoder]
@@ -125,6 +122,18 @@ def test_an_old_network_is_built_of_old_weights_and_a_new_one_of_new(arch: str, 
         assert found.tolist() == pytest.approx(values, abs=3e-5)
         assert loaded.model.model_args == ({"smp_version": "0.4"} if version == "0.4" else {})
         assert any(n.startswith(f"{encoder} is dilated as SMP {version} and") for n in loaded.notes)
+
+
+def test_the_xception_of_smp_0_1_0_is_built_when_it_is_said(tmp_path: Path) -> None:
+    torch.save(weights("fpn", "xception", old_names=False), tmp_path / "w.pt")
+    for said, values in (({"smp_version": "0.1.0"}, FIRST_XCEPTION[0]), ({}, FIRST_XCEPTION[1])):
+        loaded, found = outputs(tmp_path / "w.pt", "fpn", "xception", **said)
+        assert found.tolist() == pytest.approx(values, abs=3e-5)
+        assert loaded.model.model_args == said
+        assert any("xception leaves out block11" in n if said else "smp_version=0.1.0" in n for n in loaded.notes)
+    # What every version builds the same needs no note.
+    torch.save(weights("pspnet", "xception", old_names=False), tmp_path / "p.pt")
+    assert not any("xception" in n for n in outputs(tmp_path / "p.pt", "pspnet", "xception")[0].notes)
 
 
 def test_what_the_tensors_cannot_tell_is_asked_for(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine_folders import write_manifest
 
 import edgeseg
 from edgeseg.backends import get_backend
@@ -16,16 +17,7 @@ from edgeseg.errors import InputError
 from edgeseg.images.placement import fit
 from edgeseg.images.resize import resize_scores
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    FileRef,
-    Manifest,
-    OnnxGraph,
-    open_engine,
-    sha256_file,
-    write_json,
-)
+from edgeseg.store.artifacts import OnnxGraph, open_engine, sha256_file
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -85,12 +77,7 @@ def build(folder: Path, kind: str = "mask", batch: BatchRange | None = None, **o
     save_graph(folder / "model.onnx", kind, "N" if dynamic else spec.input.batch.maximum, size)
     graph = OnnxGraph(folder / "model.onnx", sha256_file(folder / "model.onnx"), "fp32", spec, "0" * 64)
     built = get_backend("onnxruntime").build(graph, folder, {})
-    manifest = Manifest(
-        SCHEMA_VERSION, edgeseg.__version__, folder.name, spec, built.precision, "onnxruntime", None,
-        FileRef.of(graph.path), FileRef.of(built.path), None, "a small convolution", {}, dict(built.options),
-        dict(built.versions), dict(built.device), tuple(FileRef.of(path) for path in built.extra_files),
-    )  # fmt: skip
-    write_json(folder / MANIFEST_NAME, manifest)
+    write_manifest(folder, spec, target="onnxruntime", built=built, weights="a small convolution", inputs_sha256={})
     return folder
 
 

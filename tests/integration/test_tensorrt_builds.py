@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,11 +26,6 @@ pytestmark = [
         get_backend("tensorrt").status().available, reason="there is a GPU here: engines would be built for it"
     ),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["EDGESEG_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -47,6 +47,13 @@ def spec(batch: BatchRange = ONE, dynamic_size: bool = False) -> PipelineSpec:
     )
 
 
+def reference_session(model: bytes) -> onnxruntime.InferenceSession:
+    """ONNX Runtime on one thread: of a graph this small others would only spin."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 class Simulation:
     """A recorded TensorRT of one version with an engine of one graph.
 
@@ -68,7 +75,7 @@ class Simulation:
             "refittable": False,
         }
         self.engine = recorded_engine(self.recorder, plan)
-        self.reference = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+        self.reference = reference_session(proto.SerializeToString())
         self.layers = [layer["name"] for layer in described["layers"]]
         self.refuse = 0
         self.executed = 0

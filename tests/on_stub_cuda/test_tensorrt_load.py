@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from engine_folders import write_manifest
 from PIL import Image
 from recorded_tensorrt import VERSIONS
 from simulated import SIDE, Simulation, model, spec
@@ -31,16 +32,7 @@ from edgeseg.errors import ArtifactError, DeviceError, StaleEngineError
 from edgeseg.progress import SilentReporter
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.stream import stream
-from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    Engine,
-    FileRef,
-    Manifest,
-    PrecisionReport,
-    read_manifest,
-    write_json,
-)
+from edgeseg.store.artifacts import MANIFEST_NAME, Engine, read_manifest, write_json
 
 RNG = np.random.default_rng(2)
 
@@ -61,24 +53,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "engine"
     folder.mkdir()
     onnx.save(model(), folder / "model.onnx")
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        edgeseg_version=edgeseg.__version__,
-        name="engine",
-        spec=spec(),
-        precision=PrecisionReport("fp32", {}, {}, 0, "typed"),
-        target="tensorrt",
-        scheme=None,
-        graph=FileRef.of(folder / "model.onnx"),
-        engine=None,
-        calibration=None,
-        weights="random",
-        inputs_sha256={"weights": "0"},
-        options={},
-        versions={},
-        device={},
-    )
-    write_json(folder / MANIFEST_NAME, manifest)
+    write_manifest(folder, spec())
     return folder
 
 

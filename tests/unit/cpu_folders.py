@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from engine_folders import write_manifest
 from numpy.typing import NDArray
 from small_graphs import graph, spec, table_for
 
@@ -13,16 +14,11 @@ from edgeseg.backends import get_backend, portable
 from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
     AccuracyFigures,
-    FileRef,
     LatencyFigures,
-    Manifest,
     OnnxGraph,
     Verification,
     sha256_file,
-    write_json,
 )
 
 SIDE, CLASSES = 16, 5
@@ -74,28 +70,17 @@ def folder_for(folder: Path, target: str, scheme: str, *, portable_only: bool = 
         if portable_only
         else get_backend(target).build(written, folder, {})
     )
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        edgeseg_version="0",
-        name=folder.name,
-        spec=contract,
-        precision=built.precision,
+    write_manifest(
+        folder,
+        contract,
         target=target,
+        built=built,
         scheme=scheme,
-        graph=FileRef.of(written.path),
-        engine=None if built.path is None else FileRef.of(built.path),
-        calibration=None,
-        weights="random",
-        inputs_sha256={"weights": "0" * 64},
-        options=dict(built.options),
-        options_given={},
         versions={"torch": "2.0", **built.versions},
-        device=dict(built.device),
         candidates={"onnxruntime": 10.0, "openvino": 11.0},
         command=COMMAND,
         verification=verification(),
     )
-    write_json(folder / MANIFEST_NAME, manifest)
     return folder
 
 

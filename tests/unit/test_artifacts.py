@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+from engine_folders import manifest_of
 
 from edgeseg.errors import ArtifactError, OutputExistsError
 from edgeseg.spec import ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
-    FileRef,
     Manifest,
     PrecisionReport,
     engine_folder,
@@ -34,22 +34,14 @@ def make_engine(folder: Path, **changes: object) -> Manifest:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.onnx").write_bytes(b"graph")
     (folder / "engine.onnx").write_bytes(b"engine")
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
+    manifest = manifest_of(
+        folder,
+        PipelineSpec(ModelSpec("fpn", classes=3, model_args={"decoder_merge_policy": "add"})),
+        PrecisionReport("fp32", {"fp32": 1.0}, {"fp32": 1.0}, 10, "executed"),
+        "onnxruntime",
+        engine="engine.onnx",
         edgeseg_version="0.1.0",
-        name=folder.name,
-        spec=PipelineSpec(ModelSpec("fpn", classes=3, model_args={"decoder_merge_policy": "add"})),
-        precision=PrecisionReport("fp32", {"fp32": 1.0}, {"fp32": 1.0}, 10, "executed"),
-        target="onnxruntime",
-        scheme=None,
-        graph=FileRef.of(folder / "model.onnx"),
-        engine=FileRef.of(folder / "engine.onnx"),
-        calibration=None,
-        weights="random",
-        inputs_sha256={"weights": "0" * 64},
         options={"threads": 2},
-        versions={},
-        device={},
     )
     manifest = dataclasses.replace(manifest, **changes)
     write_json(folder / MANIFEST_NAME, manifest)

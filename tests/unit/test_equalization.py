@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from small_graphs import every_value, floats, graph, run, table_for
 
 from edgeseg.quantize.qdq import quantize_model
-from edgeseg.quantize.repair.equalization import Equalization, equalize, image_values
+from edgeseg.quantize.repair.equalization import Equalization, channel_axes, equalize
 from edgeseg.quantize.schemes import SCHEMES
 
 X = floats(2, 6, 8, 8)
@@ -27,8 +27,9 @@ def magnitudes(model: onnx.ModelProto, x: NDArray[np.float32]) -> dict[str, NDAr
     """By plain numpy: largest absolute value of each channel of what convolutions read."""
     exposed = every_value(model)
     values = dict(zip([v.name for v in exposed.graph.output], run(exposed, x=x), strict=True)) | {"x": x}
-    names = image_values(ir.serde.deserialize_model(model))
-    return {name: np.abs(values[name]).max(axis=(0, 2, 3)) for name in names}
+    axes = channel_axes(ir.serde.deserialize_model(model))
+    last = {name: np.moveaxis(values[name], axis, -1) for name, axis in axes.items()}
+    return {name: np.abs(array.reshape(-1, array.shape[-1])).max(axis=0) for name, array in last.items()}
 
 
 def equalized(model: onnx.ModelProto) -> tuple[onnx.ModelProto, Equalization]:
@@ -63,6 +64,23 @@ BETWEEN: dict[str, tuple[str, dict[str, Any]]] = {
     "a map subtracted": ("t = Sub(c, shift)", {"shift": floats(1, 5, 8, 8)}),
     "a factor": ("t = Mul(c, factor)", {"factor": floats(5, 1, 1)}),
     "a divisor": ("t = Div(c, two)", {"two": np.float32(2)}),
+    "batch norm": (
+        "t = BatchNormalization(c, gain, shift, mean, variance)",
+        {"gain": uneven(5), "shift": floats(5), "mean": floats(5), "variance": np.abs(floats(5))},
+    ),
+    "instance norm": ("n = InstanceNormalization(c, gain, shift)\n t = Relu(n)", {"gain": uneven(5), "shift": floats(5)}),
+    "group norm, as exported": (
+        "v = Reshape(c, grouped)\n n = InstanceNormalization(v, one, zero)\n i = Reshape(n, image)\n"
+        "m = Mul(gain, i)\n a = Add(m, shift)\n t = Relu(a)",
+        {
+            "grouped": ints(2, 1, 320),
+            "image": ints(2, 5, 8, 8),
+            "one": np.ones(1, np.float32),
+            "zero": np.zeros(1, np.float32),
+            "gain": uneven(5, 1, 1),
+            "shift": floats(5, 1, 1),
+        },
+    ),
     "depthwise": ("t = Conv <group = 5> (c, d, e)", {"d": uneven(5, 1, 3, 3), "e": floats(5)}),
     "transposed": ("t = ConvTranspose <strides = [2, 2]> (c, d, e)", {"d": uneven(5, 5, 2, 2), "e": floats(5)}),
     "residual": ("d = Conv(x, v)\n s = Add(c, d)\n t = Relu(s)", {"v": uneven(5, 6, 1, 1)}),
@@ -127,6 +145,85 @@ def test_what_no_scale_passes_through_is_left_alone(body: str, weights: dict[str
     first = next(n for n in result.graph.node if n.output[0] == "c")
     assert first.input[1] == "w", "the convolution before it kept its kernel"
     np.testing.assert_array_equal(run(result, x=X)[0], run(model, x=X)[0])
+
+
+TOKENS = "(float[n, 6, 8, 8] x) => (float[2, 64, 5] y)"
+NORMALIZED = (
+    "p = Reshape(x, flat)\n u = Transpose <perm = [0, 2, 1]> (p)\n n = LayerNormalization <axis = -1> (u, gain, shift)"
+)
+READ_BY: dict[str, tuple[str, dict[str, Any]]] = {
+    "a matrix product": ("y = MatMul(n, w)", {"w": floats(6, 5)}),
+    "two": ("a = MatMul(n, w)\n b = MatMul(n, v)\n g = Gelu(b)\n y = Add(a, g)", {"w": floats(6, 5), "v": floats(6, 5)}),
+    "a convolution and a matrix product": (
+        "s = Transpose <perm = [0, 2, 1]> (n)\n i = Reshape(s, plane)\n c = Conv <pads = [1, 1, 1, 1]> (i, k)\n"
+        "f = Reshape(c, out)\n e = Transpose <perm = [0, 2, 1]> (f)\n a = MatMul(n, w)\n y = Add(a, e)",
+        {"k": floats(5, 6, 3, 3), "w": floats(6, 5), "plane": ints(2, 6, 8, 8), "out": ints(2, 5, 64)},
+    ),
+    "a transposed convolution": (
+        "i = Reshape(n, tall)\n s = Transpose <perm = [0, 3, 1, 2]> (i)\n c = ConvTranspose(s, k)\n"
+        "f = Reshape(c, out)\n y = Transpose <perm = [0, 2, 1]> (f)",
+        {"k": floats(6, 5, 1, 1), "tall": ints(2, 8, 8, 6), "out": ints(2, 5, 64)},
+    ),
+    "gemm": (
+        "r = Reshape(n, rows)\n g = Gemm <transB = 1> (r, w, b)\n y = Reshape(g, back)",
+        {"w": floats(5, 6), "b": floats(5), "rows": ints(128, 6), "back": ints(2, 64, 5)},
+    ),
+}  # fmt: skip
+
+
+def normalized(body: str, gain: NDArray[np.float32], weights: dict[str, Any]) -> onnx.ModelProto:
+    return graph(TOKENS, f"{NORMALIZED}\n {body}", flat=ints(2, 6, 64), gain=gain, shift=floats(6), **weights)
+
+
+@pytest.mark.parametrize("read", READ_BY)
+def test_a_layer_normalization_takes_the_factor_for_what_reads_it(read: str) -> None:
+    body, weights = READ_BY[read]
+    model = normalized(body, np.array([40, 1, 1, 0.2, 1, 1], np.float32), weights)
+    result, report = equalized(model)
+    assert report.channels >= 5
+    before, after = run(model, x=X)[0], run(result, x=X)[0]
+    np.testing.assert_allclose(after, before, rtol=2e-5, atol=2e-5 * np.abs(before).max())
+    first, then = (magnitudes(m, X)["n"] for m in (model, result))
+    assert first.max() / np.median(first) > 10
+    assert then.max() / np.median(then) < 0.5 * first.max() / np.median(first)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["a = MatMul(n, w)\n y = Add(a, n)", "y = MatMul(n, m)\n m = Identity(w)", "z = MatMul(u, w)\n y = MatMul(z, n)"],
+    ids=["added to", "weights that are computed", "on the other side"],
+)
+def test_a_layer_normalization_that_something_else_reads_keeps_its_gain(body: str) -> None:
+    lines = body.split("\n")
+    ordered = "\n".join(reversed(lines)) if "Identity" in body else body
+    size = 64 if "z" in body else 6
+    model = normalized(ordered, np.array([40, 1, 1, 0.2, 1, 1], np.float32), {"w": floats(6, size)})
+    result, report = equalized(model)
+    assert report.channels == 0
+    np.testing.assert_array_equal(run(result, x=X)[0], run(model, x=X)[0])
+
+
+@pytest.mark.parametrize("scheme", ["onnxruntime-vnni", "tensorrt"])
+def test_int8_behind_an_uneven_normalization_is_that_behind_an_even_one(scheme: str) -> None:
+    shift = np.exp2(np.array([5, -4, 0, 3, -5, 1])).astype(np.float32)
+    w, gain = floats(6, 16), np.ones(6, np.float32)
+
+    def error(gain: NDArray[Any], shifted: NDArray[Any], w: NDArray[Any], *, repair: bool) -> float:
+        signature = "(float[n, 6, 8, 8] x) => (float[2, 64, 16] y)"
+        weights = {"flat": ints(2, 6, 64), "gain": gain, "shift": shifted, "w": w}
+        model = graph(signature, f"{NORMALIZED}\n m = MatMul(n, w)\n y = Tanh(m)", **weights)
+        if repair:
+            model, _ = equalized(model)
+        exact = run(model, x=X)[0]
+        quantized = ir.serde.deserialize_model(model)
+        quantize_model(quantized, table_for(model, x=X), SCHEMES[scheme])
+        return float(np.abs(run(ir.serde.serialize_model(quantized), x=X)[0] - exact).mean())
+
+    zero = np.zeros(6, np.float32)
+    bad = (gain * shift, zero, w / shift[:, None])
+    good_error = error(gain, zero, w, repair=False)
+    assert error(*bad, repair=False) > 2 * good_error
+    assert error(*bad, repair=True) < 1.25 * good_error
 
 
 def test_an_output_of_the_graph_keeps_its_scale() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from engine_folders import manifest_of
 from rich.console import Console
 
 from edgeseg.cli.app import main
@@ -19,12 +20,12 @@ from edgeseg.graph.modules import module_of
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,
-    SCHEMA_VERSION,
     AccuracyFigures,
     FileRef,
     LatencyFigures,
     Manifest,
     PrecisionReport,
+    Repair,
     Verification,
     write_json,
 )
@@ -73,20 +74,18 @@ def verification() -> Verification:
     return Verification(0.99, 0.95, 0.97, 12, "twelve scenes", figures, figures, LATENCY, LATENCY, 1000, 500)
 
 
-def manifest_of(folder: Path, *, verified: bool = True, names: tuple[str, ...] = ("road", "car")) -> Manifest:
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        edgeseg_version="0.1.0",
-        name="fpn-small",
-        spec=PipelineSpec(ModelSpec("fpn", "resnet18", classes=2, class_names=names), InputSpec(64, 96)),
-        precision=PrecisionReport(
+def fpn_manifest(folder: Path, *, verified: bool = True, names: tuple[str, ...] = ("road", "car")) -> Manifest:
+    return manifest_of(
+        folder,
+        PipelineSpec(ModelSpec("fpn", "resnet18", classes=2, class_names=names), InputSpec(64, 96)),
+        PrecisionReport(
             "int8", {"int8": 0.9, "fp32": 0.1}, {"int8": 0.5, "fp32": 0.5}, 7424, "executed", {"x/Conv": "first layer"}
         ),
-        target="onnxruntime",
+        "onnxruntime",
+        engine="engine.onnx",
+        edgeseg_version="0.1.0",
+        name="fpn-small",
         scheme="onnxruntime-vnni",
-        graph=FileRef.of(folder / "model.onnx"),
-        engine=FileRef.of(folder / "engine.onnx"),
-        calibration=None,
         weights="test weights",
         inputs_sha256={},
         options={"threads": 2},
@@ -94,6 +93,10 @@ def manifest_of(folder: Path, *, verified: bool = True, names: tuple[str, ...] =
         device={"cpu": "Some CPU"},
         notes=("the auxiliary head was dropped",),
         verification=verification() if verified else None,
+        repairs=(
+            Repair("bias-correction", {"biases": 12}, "onnxruntime-vnni", 8, 0.9712, 0.9731),
+            Repair("equalization", {"channels": 1234}, "onnxruntime-vnni", 8, 0.9731, None),
+        ),
     )
 
 
@@ -101,7 +104,7 @@ def manifest_of(folder: Path, *, verified: bool = True, names: tuple[str, ...] =
 def folder(tmp_path: Path) -> Path:
     write_graph(tmp_path / "model.onnx")
     write_graph(tmp_path / "engine.onnx")
-    write_json(tmp_path / MANIFEST_NAME, manifest_of(tmp_path))
+    write_json(tmp_path / MANIFEST_NAME, fpn_manifest(tmp_path))
     return tmp_path
 
 
@@ -145,8 +148,15 @@ def test_the_text_shows_spec_precision_verification_and_modules(folder: Path) ->
         "segmentation_head",
         "(around the network)",
         "note: the auxiliary head was dropped",
+        "8 images of the calibration set",
     ):
         assert expected in text
+
+
+def test_the_text_shows_what_was_done_for_int8_and_what_it_gained(folder: Path) -> None:
+    lines = [line.split() for line in text_of(folder).splitlines()]
+    assert ["biases", "corrected", "12", "biases", "0.9712", "0.9731"] in lines
+    assert ["channels", "equalized", "1,234", "channels", "0.9731", "-"] in lines
 
 
 def test_every_layer_can_be_listed(folder: Path) -> None:
@@ -182,7 +192,7 @@ def test_macs_that_cannot_be_counted_are_not_zero(folder: Path) -> None:
         if "Conv" in node.op_type:
             node.op_type, node.domain = "NotKnownToAnyone", "com.microsoft"
     onnx.save(model, str(folder / "engine.onnx"))
-    write_json(folder / MANIFEST_NAME, manifest_of(folder))
+    write_json(folder / MANIFEST_NAME, fpn_manifest(folder))
     layers = inspect_engine(folder).layers
     assert layers is not None
     assert {layer.macs for layer in layers} == {None}
@@ -192,7 +202,7 @@ def test_macs_that_cannot_be_counted_are_not_zero(folder: Path) -> None:
 
 def test_an_engine_that_is_no_onnx_file_lists_the_portable_graph(folder: Path) -> None:
     (folder / "engine.xml").write_text("<net/>")
-    manifest = dataclasses.replace(manifest_of(folder), engine=FileRef.of(folder / "engine.xml"), target="openvino")
+    manifest = dataclasses.replace(fpn_manifest(folder), engine=FileRef.of(folder / "engine.xml"), target="openvino")
     write_json(folder / MANIFEST_NAME, manifest)
     report = inspect_engine(folder)
     assert report.layers is not None
@@ -201,13 +211,13 @@ def test_an_engine_that_is_no_onnx_file_lists_the_portable_graph(folder: Path) -
 
 def test_a_file_that_calls_itself_onnx_and_is_not_is_an_error(folder: Path) -> None:
     (folder / "engine.onnx").write_bytes(b"\xff\xfe not protobuf")
-    write_json(folder / MANIFEST_NAME, manifest_of(folder))
+    write_json(folder / MANIFEST_NAME, fpn_manifest(folder))
     with pytest.raises(ArtifactError, match="is not an ONNX file"):
         inspect_engine(folder)
 
 
 def test_an_unverified_engine_says_so(folder: Path) -> None:
-    write_json(folder / MANIFEST_NAME, manifest_of(folder, verified=False, names=()))
+    write_json(folder / MANIFEST_NAME, fpn_manifest(folder, verified=False, names=()))
     assert "not verified against PyTorch" in text_of(folder)
 
 
@@ -234,7 +244,7 @@ def test_what_a_manifest_holds_cannot_steer_the_terminal(
     graph.graph.node[0].name = hostile
     onnx.save(graph, str(folder / "engine.onnx"))
     manifest = dataclasses.replace(
-        manifest_of(folder, names=(hostile, "car")),
+        fpn_manifest(folder, names=(hostile, "car")),
         name=hostile,
         weights=hostile,
         scheme=hostile,

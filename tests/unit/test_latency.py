@@ -19,6 +19,7 @@ from edgeseg.evaluate.latency.protocol import (
     median,
     percentile,
 )
+from edgeseg.evaluate.latency.statistics import fastest_or_first
 
 
 class Clock:
@@ -203,6 +204,22 @@ def test_drift_that_hits_both_cancels_in_the_pairs() -> None:
     ratio = compare(samples("a", [12.0 * d for d in drift]), samples("b", [10.0 * d for d in drift]))
     assert ratio.median == pytest.approx(1.2)
     assert ratio.high - ratio.low < 1e-9
+
+
+def test_the_first_is_taken_unless_another_is_faster_by_more_than_noise() -> None:
+    steady = samples("a", [10.0, 10.1] * 40)
+
+    def taken(**others: list[float]) -> tuple[str, str]:
+        return fastest_or_first({"a": steady} | {name: samples(name, values) for name, values in others.items()})
+
+    assert taken(b=[5.0, 5.05] * 40) == ("b", "b is 2.00x as fast (2.00 to 2.00) as a here")
+    assert taken(b=[20.0, 20.2] * 40) == ("a", "b is 0.50x as fast (0.50 to 0.50) here")
+    assert taken(b=[5.0, 5.05] * 40, c=[4.0, 4.04] * 40)[0] == "c"
+    name, why = taken(b=[10.2] * 40 + [9.9] * 40)
+    assert name == "a" and why.startswith("the first of them; b is 1.0") and why.endswith("here: no difference")
+    # The median is lower, but three stretches of the run say the opposite.
+    name, why = taken(b=[ms for ms in (12, 6, 9, 16, 9.5, 7, 8, 14, 9.5, 9) for _ in range(8)])
+    assert name == "a" and why.endswith("here: noise could turn it")
 
 
 def test_samples_not_taken_in_turns_are_not_compared() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edgeseg.errors import QuantizationError, SpecError
+from edgeseg.errors import QuantizationError
 from edgeseg.quantize.parameters import (
     QuantizedWeight,
     activation_parameters,
@@ -17,7 +17,7 @@ from edgeseg.quantize.parameters import (
     weight_axis,
     widen_for_bias,
 )
-from edgeseg.quantize.schemes import SCHEMES, get_scheme
+from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.weights import bias_correction
 
 finite = st.floats(-1e6, 1e6, width=32)
@@ -131,8 +131,3 @@ def test_bias_correction_of_matrices_and_transposed_convolutions() -> None:
     transposed = QuantizedWeight(np.rint(kernel).astype(np.int8), np.ones(3, np.float32), 1)
     expected = np.einsum("iohw,i->o", kernel - np.rint(kernel), mean)
     np.testing.assert_allclose(bias_correction(kernel, transposed, mean), expected, rtol=1e-5)
-
-
-def test_an_unknown_scheme_names_the_nearest() -> None:
-    with pytest.raises(SpecError, match="did you mean 'onnxruntime-vnni'"):
-        get_scheme("onnxruntime-vni")

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from edgeseg.cli.app import cli
 from edgeseg.errors import GateError, InputError, SpecError
 from edgeseg.evaluate.latency.statistics import distribution
 from edgeseg.evaluate.regressions import change_table, check_limits, compare_reports, parse_limits, remarks
-from edgeseg.evaluate.results import BenchReport, read_report
+from edgeseg.evaluate.results import BenchReport, read_report, write_report
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 ROW = "fpn-int8 b1 t- s1"
@@ -161,6 +163,21 @@ def test_the_table_fits_80_columns_and_names_every_row() -> None:
     assert ROW in text
     assert "+20.0 %*" in text
     assert "worse" in text
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_the_remarks_fit_the_terminal(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = read_report(EXAMPLE)
+    renamed = replace(new, rows=tuple(replace(row, id=f"{row.id} x") for row in new.rows[1:]))
+    write_report(tmp_path / "new.json", replace(new, rows=(new.rows[0], *renamed.rows), comparisons=()))
+    monkeypatch.setenv("COLUMNS", "80")
+    done = CliRunner().invoke(
+        cli, ["compare", str(EXAMPLE), str(tmp_path / "new.json"), *["--json"] * (form == "json")]
+    )
+    assert done.exit_code == 0, done.output
+    told = done.stderr if form == "json" else done.output
+    assert "only in the old report, not compared" in told.replace("\n", " ")
+    assert max(map(len, told.splitlines())) <= 80
 
 
 def test_a_change_that_noise_hides_is_no_pass() -> None:

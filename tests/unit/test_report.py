@@ -25,10 +25,12 @@ from edgeseg.decide.verdict import decide
 from edgeseg.errors import ArtifactError, InputError
 from edgeseg.evaluate.results import ModuleTime, Profile, Row, WorstImage, write_report
 from edgeseg.report.charts import Scale, latency_scale, nice_step
+from edgeseg.report.decision import decision_of
 from edgeseg.report.details import CHANGES_SHOWN, PNG
 from edgeseg.report.html import html
-from edgeseg.report.plain import csv_text, json_value, markdown, terminal
+from edgeseg.report.plain import csv_text, markdown, terminal
 from edgeseg.runtime.overlay import class_palette
+from edgeseg.store.artifacts import Repair
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&|`{{7*7}}[bold]</style>"
@@ -190,7 +192,7 @@ def test_no_cell_begins_like_a_formula(name: str) -> None:
 def test_json_is_for_programs() -> None:
     bench = merged(row("a", 5, miou=0.7), row("b", 9, miou=0.5))
     verdicts = decide(bench, Requirement.parse("miou >= 0.6"))
-    value = json.loads(msgspec.json.encode(json_value(bench, verdicts)))
+    value = json.loads(msgspec.json.encode(decision_of(bench, verdicts)))
     (device,) = value["devices"]
     assert (device["answer"], device["deploy"], device["folder"]) == ("deploy", "a b1 t- s1", "engines/a")
     assert [r["status"] for r in device["rows"]] == ["pass", "fail"]
@@ -267,6 +269,20 @@ def test_equal_masks_are_said_not_shown() -> None:
     assert "masks are those of pytorch, pixel for pixel" in equal
     assert "pixel for pixel" not in differing
     assert ("confuses more" in equal, "confuses more" in differing) == (False, True)
+
+
+def test_repairs_are_shown_with_what_they_gained() -> None:
+    baseline, plain = row("pytorch", 50.0, miou=0.7, is_baseline=True), row("plain", 10.0, miou=0.7)
+    repairs = (
+        Repair("calibration-method", {"mse": 30, "percentile": 1200}, "tensorrt", 8, 0.9712, 0.9794),
+        Repair("equalization", {"channels": 64}, "tensorrt", 8, 0.9794, None),
+    )
+    repaired = replace(plain, engine=replace(plain.engine, repairs=repairs))
+    assert "What was done" not in page_of(merged(baseline, plain))
+    page = page_of(merged(baseline, repaired))
+    section = page[page.index("What was done") :]
+    for expected in ("range methods chosen", "30 mse, 1,200 percentile", "0.9712", "0.9794", ">-<", "scheme tensorrt"):
+        assert expected in section
 
 
 def test_pictures_come_with_the_meaning_of_their_colours() -> None:
@@ -358,7 +374,7 @@ def calls_of(rows: int) -> int:
     try:
         verdicts = decide(together)
         texts = html(together, verdicts), markdown(together, verdicts), csv_text(together, verdicts)
-        json_value(together, verdicts)
+        decision_of(together, verdicts)
         terminal(verdicts, width=80)
     finally:
         sys.setprofile(None)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -18,8 +19,9 @@ from edgeseg.errors import ArtifactError
 from edgeseg.evaluate.bench_table import bench_summary
 from edgeseg.evaluate.regressions import change_table, compare_reports
 from edgeseg.evaluate.results import BenchReport, Setting, read_report, row_id, write_report
+from edgeseg.report.decision import decision_of
 from edgeseg.report.html import html
-from edgeseg.report.plain import csv_text, json_value, markdown, terminal
+from edgeseg.report.plain import csv_text, markdown, terminal
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "tests" / "data" / "bench-report-example.json"
@@ -137,7 +139,7 @@ def test_a_number_that_cannot_be_is_refused_and_any_other_is_harmless(tmp_path: 
     together = merge([Run(odd)])
     verdicts = decide(together)
     assert all((html(together, verdicts), markdown(together, verdicts), csv_text(together, verdicts)))
-    json.dumps(json_value(together, verdicts))
+    msgspec.json.encode(decision_of(together, verdicts))
     Console(file=io.StringIO(), width=80).print(terminal(verdicts, width=80))
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up. What stands on one line could stand in any order.
 ROOMS = (
-    *("errors", "version", "console"),
+    *("closing", "errors", "version", "console"),
     *("arguments", "progress"),
     *("spec", "machine", "demo"),
     "store",
@@ -20,7 +20,9 @@ ROOMS = (
     "backends",
     "runtime",
     "evaluate",
+    "mixed",
     *("decide", "pipeline"),
+    "handover",
     "report",
     "sweep",
     "cli",

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
 
 import numpy as np
@@ -125,6 +129,47 @@ def test_the_bar_ends_at_its_total(
     (tmp_path / "2.png").write_bytes(b"broken")
     run_inputs(segmenter(), [tmp_path], tmp_path / "out", limit=limit)
     assert capsys.readouterr().err.count(end) == 1
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_on_a_terminal_no_color_holds(no_color: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        photo(tmp_path / f"{i}.png")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        run_inputs(segmenter(), [tmp_path], tmp_path / "out", limit=2)
+        shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert "2/2" in shown
+    assert bool(re.search(r"\x1b\[[0-9;]+m", shown)) == (not no_color), shown
+
+
+OVERLAY_PEAK = """
+import dataclasses, resource, sys
+sys.path[:0] = [{tests!r}, {unit!r}]
+from pathlib import Path
+from test_runtime_run import SPEC, InputSpec, run_inputs, segmenter
+resizing = segmenter(dataclasses.replace(SPEC, input=InputSpec(16, 16, stride=1)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run_inputs(resizing, [Path("big.png")], Path("out"), overlay=True, progress=False)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_an_overlay_takes_a_few_bytes_a_pixel(tmp_path: Path) -> None:
+    side = 4000
+    Image.new("RGB", (side, side), (90, 120, 200)).save(tmp_path / "big.png", compress_level=1)
+    unit = Path(__file__).parent
+    code = OVERLAY_PEAK.format(tests=str(unit.parent), unit=str(unit))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    # 170 megapixels in 4 GB are 23 bytes each.
+    assert int(done.stdout) < 20 * side * side
 
 
 def test_odd_names_stop_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -352,6 +397,81 @@ def test_frames_lost_in_a_damaged_video_are_said(tmp_path: Path, capfd: pytest.C
     assert (
         run_inputs(segmenter(), [tmp_path / "in/damaged.mp4"], tmp_path / "few", limit=1, progress=False).failed == ()
     )
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) * 6 // 10]
+
+
+def overwritten(content: bytes) -> bytes:
+    start, length = len(content) // 2, len(content) // 10
+    return content[:start] + bytes(length) + content[start + length :]
+
+
+def counted_wrong(content: bytes) -> bytes:
+    """40 frames instead of 20, in the streams' header of an AVI file or the table of times of an MP4 file."""
+    place, order = (
+        (content.find(b"strh") + 40, "little") if content[:4] == b"RIFF" else (content.find(b"stts") + 12, "big")
+    )
+    assert int.from_bytes(content[place : place + 4], order) == 20  # type: ignore[arg-type]
+    return content[:place] + (40).to_bytes(4, order) + content[place + 4 :]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "damage", "told"),
+    [
+        ("mp4v", ".mp4", cut, "cannot open .*: not a video, damaged"),
+        ("mp4v", ".mp4", overwritten, r": 1?\d of 20 frames could be decoded"),
+        ("mp4v", ".mov", counted_wrong, ": 20 of 40 frames could be decoded"),
+        ("MJPG", ".avi", cut, r": 1?\d of 20 frames could be decoded"),
+        ("MJPG", ".avi", overwritten, r": 1?\d of 20 frames could be decoded"),
+        ("MJPG", ".avi", counted_wrong, ": 20 of 40 frames could be decoded"),
+        ("mp4v", ".mkv", cut, r": 1?\d frames could be decoded, \d+ bytes are missing at the end of the file"),
+        ("VP80", ".webm", cut, r": 1?\d frames could be decoded, \d+ bytes are missing at the end of the file"),
+    ],
+)
+def test_every_damage_that_a_container_shows_is_told(
+    codec: str,
+    suffix: str,
+    damage: Callable[[bytes], bytes],
+    told: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    cv2 = pytest.importorskip("cv2")
+    whole, damaged = tmp_path / f"whole{suffix}", tmp_path / f"damaged{suffix}"
+    writer = cv2.VideoWriter(str(whole), cv2.VideoWriter.fourcc(*codec), 10.0, (64, 48))
+    for _ in range(20):
+        writer.write(RNG.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    writer.release()
+    damaged.write_bytes(damage(whole.read_bytes()))
+    summary = run_inputs(segmenter(), [whole, damaged], tmp_path / "out", progress=False)
+    ((name, reason),) = ((failure.input, failure.reason) for failure in summary.failed)
+    assert name == str(damaged)
+    assert re.search(told, reason), reason
+
+
+def test_a_live_recording_of_unknown_length_is_whole(tmp_path: Path) -> None:
+    cv2 = pytest.importorskip("cv2")
+    writer = cv2.VideoWriter(str(tmp_path / "a.mkv"), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48))
+    for _ in range(5):
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.release()
+    content = (tmp_path / "a.mkv").read_bytes()
+    segment = content.index(b"\x18\x53\x80\x67") + 4
+    unknown = b"\x01" + b"\xff" * 7
+    assert content[segment] == 1  # eight bytes of size
+    (tmp_path / "a.mkv").write_bytes(content[:segment] + unknown + content[segment + 8 :])
+    summary = run_inputs(segmenter(), [tmp_path / "a.mkv"], tmp_path / "out", progress=False)
+    assert (summary.frames, summary.failed) == (5, ())
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_have_a_number_of_missing_ones(content: bytes) -> None:
+    with NamedTemporaryFile(suffix=".mkv") as file:
+        file.write(content)
+        file.flush()
+        assert sources._missing_bytes(Path(file.name)) >= 0
 
 
 def test_an_exception_in_a_video_leaves_no_file(tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ from bench_rows import report, row
 from test_artifacts import make_engine
 
 from edgeseg.decide.entries import failed_measurements
-from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.errors import ArtifactError, BuildError, OutputExistsError, SpecError
 from edgeseg.evaluate.results import FailedMeasurement, read_report, write_report
 from edgeseg.store.artifacts import MANIFEST_NAME, open_engine, write_json
 from edgeseg.store.atomic import lock
 from edgeseg.sweep.config import BenchConfig, Cell, SweepConfig, expand, read_config
 from edgeseg.sweep.executors import Built, build_locally
 from edgeseg.sweep.run import bench_options, run_edgeseg, run_sweep
-from edgeseg.sweep.state import cell_key
+from edgeseg.sweep.state import cell_key, remember_reports
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,8 +69,8 @@ class Recorder:
             write_report(Path(arguments[-1]), report(*(row(name, 10, miou=0.7) for name in names)))
         return self.bench_reason
 
-    def run(self, sweep: SweepConfig):  # type: ignore[no-untyped-def]
-        return run_sweep(sweep, say=self.lines.append, build=self.build, bench=self.bench)
+    def run(self, sweep: SweepConfig, **said: Any):  # type: ignore[no-untyped-def]
+        return run_sweep(sweep, say=self.lines.append, build=self.build, bench=self.bench, **said)
 
 
 def test_a_failing_cell_does_not_stop_the_rest(tmp_path: Path) -> None:
@@ -261,6 +261,53 @@ def test_two_sweeps_of_one_folder_are_kept_apart(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with lock(tmp_path / "out" / ".lock"), pytest.raises(ArtifactError, match="another sweep"):
         Recorder().run(config(tmp_path))
+
+
+def test_a_sweep_replaces_what_it_wrote_and_asks_about_the_rest(tmp_path: Path) -> None:
+    sweep, pages = config(tmp_path, archs=("unet",)), (tmp_path / "out/report.md", tmp_path / "out/report.csv")
+    pages[1].parent.mkdir()
+    pages[1].write_text("mine")
+    asked = Recorder()
+    with pytest.raises(OutputExistsError, match=r"report\.csv exists; give --force"):
+        asked.run(sweep, reports=pages)
+    assert asked.built == [] and pages[1].read_text() == "mine"
+    asked.run(sweep, reports=pages, force=True)
+    for page in pages:
+        page.write_text("of the sweep")
+    remember_reports(pages)
+    Recorder().run(sweep, reports=pages)  # a resumed sweep updates its own
+    pages[0].write_text("of the sweep, and edited")
+    with pytest.raises(OutputExistsError, match=r"report\.md exists; give --force"):
+        Recorder().run(sweep, reports=pages)
+    pages[0].unlink()
+    pages[0].mkdir()
+    with pytest.raises(SpecError, match=r"report\.md is a folder"):
+        Recorder().run(sweep, reports=pages, force=True)
+
+
+def test_a_sweep_asks_about_engines_it_did_not_build(tmp_path: Path) -> None:
+    engine = tmp_path / "out/engines/unet-demo-fp32-onnxruntime"
+    make_engine(engine)
+    asked = Recorder()
+    with pytest.raises(OutputExistsError, match=r"unet-demo-fp32-onnxruntime exists; give --force"):
+        asked.run(config(tmp_path))
+    assert asked.built == [] and open_engine(engine)
+    asked.run(config(tmp_path), force=True)
+    assert len(asked.built) == 4
+
+
+def test_a_killed_sweep_knows_the_engines_that_its_builders_left(tmp_path: Path) -> None:
+    class Killed(Recorder):
+        def build(self, cells: Sequence[Cell]) -> Iterator[Built]:
+            make_cell(cells[0])
+            raise KeyboardInterrupt
+            yield
+
+    with pytest.raises(KeyboardInterrupt):
+        Killed().run(config(tmp_path))
+    again = Recorder()
+    assert again.run(config(tmp_path)).reused == 0
+    assert len(again.built) == 4
 
 
 def test_processes_are_apart_and_a_killed_one_is_reported(tmp_path: Path) -> None:

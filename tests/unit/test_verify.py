@@ -19,7 +19,7 @@ from rich.console import Console
 from edgeseg.errors import BuildError, GateError, InputError
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.accuracy.labels import IGNORED
-from edgeseg.evaluate.latency.protocol import LatencyProtocol, measure_interleaved, median_ms_interleaved
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, measure_interleaved, measure_sessions
 from edgeseg.evaluate.summary import build_summary, class_table, noise_lines, speed_words, verification_table
 from edgeseg.evaluate.verify import TIE, agreement_without_ties, check_fidelity, check_gates, compare_masks, verify
 from edgeseg.images.placement import fit, fit_windows
@@ -462,10 +462,10 @@ def test_the_summary_of_an_unverified_build_says_so() -> None:
     assert "not verified" in shown(build_summary(engine_with(None)))
 
 
-def test_medians_of_sessions_in_turns() -> None:
+def test_sessions_are_measured_in_turns() -> None:
     spec = pipeline(batch=BatchRange(2, 2, 4))
     sessions = {"a": FakeSession(spec, right), "b": FakeSession(spec, right)}
-    medians = median_ms_interleaved(sessions, spec.input, QUICK)
-    assert list(medians) == ["a", "b"]
-    assert all(ms > 0 for ms in medians.values())
+    measured = measure_sessions(sessions, spec.input, QUICK)
+    assert list(measured) == ["a", "b"]
+    assert all(samples.median_ms > 0 for samples in measured.values())
     assert set(sessions["a"].shapes) == {(2, 32, 64, 3)}

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from edgeseg.backends.cpu.options import check_built_for, check_image_size, cpu_
 from edgeseg.backends.cpu.precision import executed_precision, node_times, profiled_events, run_profiled
 from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.backends.signature import ANY, TensorInfo, check_signature
+from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, one_line
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.spec import InputSpec
@@ -113,7 +113,7 @@ class OnnxRuntimeBackend:
         return settings
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(Closing):
     """A loaded engine; ``run`` may be called from several threads at once."""
 
     def __init__(self, session: Any, spec: InputSpec | None = None) -> None:
@@ -147,14 +147,6 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         """Free the session's memory and threads."""
         self._session = None
-
-    def __enter__(self) -> OnnxRuntimeSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def backend() -> OnnxRuntimeBackend:

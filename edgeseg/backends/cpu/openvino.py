@@ -10,9 +10,8 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
 from edgeseg.backends.cpu.options import check_built_for, check_image_size, cpu_options, saved_options
 from edgeseg.backends.signature import TensorInfo, check_signature
+from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, one_line
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.spec import InputSpec, Precision
@@ -116,7 +116,7 @@ class OpenVinoBackend:
         }
 
 
-class OpenVinoSession:
+class OpenVinoSession(Closing):
     """A loaded engine; ``run`` may be called from several threads at once."""
 
     def __init__(self, compiled: Any, spec: InputSpec) -> None:
@@ -163,14 +163,6 @@ class OpenVinoSession:
         """Free the engine's memory and threads."""
         self._idle.clear()
         self._compiled = None
-
-    def __enter__(self) -> OpenVinoSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def backend() -> OpenVinoBackend:
@@ -252,6 +244,7 @@ def _version(ov: Any) -> str:
 def _executed_precision(compiled: Any, graph: OnnxGraph, model: onnx.ModelProto) -> PrecisionReport:
     """Join the runtime model's precision per layer with the portable graph's multiply-accumulates."""
     from edgeseg.graph.macs import count_macs
+    from edgeseg.graph.types import precision_report, shares
 
     spec = graph.spec.input
     symbols = (d.dim_param for d in model.graph.input[0].type.tensor_type.shape.dim)
@@ -269,21 +262,14 @@ def _executed_precision(compiled: Any, graph: OnnxGraph, model: onnx.ModelProto)
         dtype = _DTYPES.get(info["runtimePrecision"].lower(), info["runtimePrecision"].lower())
         nodes.append(dtype)
         executed.update(dict.fromkeys((n for n in info["originalLayersNames"].split(",") if n in macs), dtype))
-    shares: Counter[str] = Counter()
-    for name, count in macs.items():
-        shares[executed.get(name, "fp32")] += count
-    total, batch = shares.total(), graph.spec.input.batch.minimum
-    return PrecisionReport(
-        requested=graph.precision,
-        mac_share={dtype: count / total for dtype, count in sorted(shares.items())} if total else {},
-        node_share={dtype: count / len(nodes) for dtype, count in sorted(Counter(nodes).items())},
-        macs=total // batch,
+    dtypes = {name: executed.get(name, "fp32") for name in macs}
+    report = precision_report(graph.precision, dtypes, macs)
+    return replace(
+        report,
+        node_share=shares(Counter(nodes)),
+        macs=report.macs // spec.batch.minimum,
         evidence="inspected",
-        float_layers={
-            name: f"OpenVINO runs it in {executed.get(name, 'fp32')}"
-            for name in macs
-            if executed.get(name, "fp32") != graph.precision
-        },
+        float_layers={name: f"OpenVINO runs it in {dtypes[name]}" for name in report.float_layers},
     )
 
 

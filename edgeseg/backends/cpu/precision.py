@@ -108,12 +108,6 @@ def node_times(events: list[dict[str, Any]], runs: int) -> list[tuple[str, float
 def executed_precision(path: Path, requested: Precision, executed: list[ExecutedNode], batch: int) -> PrecisionReport:
     """Count what was executed.
 
-    Args:
-        path: the optimized ONNX file that was run.
-        requested: the precision asked for.
-        executed: from :func:`run_profiled` on that file.
-        batch: the batch size it was run with; MACs are reported for one image.
-
     Raises:
         BuildError: a node that multiplies was not executed under its name.
     """

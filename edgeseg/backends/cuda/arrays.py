@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +16,11 @@ from numpy.typing import NDArray
 from edgeseg.backends.cuda import dlpack
 from edgeseg.backends.cuda.device import LEGACY_STREAM, Cuda, Stream
 from edgeseg.backends.cuda.result_memory import Lease
+from edgeseg.closing import Closing
 from edgeseg.errors import InputError
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 PER_THREAD_STREAM = 2
 
@@ -144,7 +144,7 @@ def _check(dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...
         )
 
 
-class DeviceTensor:
+class DeviceTensor(Closing):
     """A result in the GPU's memory, C-contiguous, complete. Other libraries read it in place.
 
     ``close`` (also by ``with``, or by dropping it) gives the memory back for a later result. Arrays that other libraries
@@ -236,11 +236,3 @@ class DeviceTensor:
         if self._lease is None:
             raise InputError("this result is closed; its memory may belong to another by now")
         return self._lease
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

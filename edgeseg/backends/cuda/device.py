@@ -19,14 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.cuda.driver import Driver, DriverName
+from edgeseg.closing import Closing
 from edgeseg.errors import DeviceError, MissingDependencyError
 from edgeseg.spec import one_of
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 
-class Resource:
+class Resource(Closing):
     """Something the driver made. ``close`` frees it; closing again, or after the device, does nothing."""
 
     def __init__(self, cuda: Cuda, handle: Any) -> None:
@@ -45,14 +46,6 @@ class Resource:
 
     def _free(self, handle: Any) -> None:
         raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class DeviceMemory(Resource):
@@ -147,12 +140,7 @@ class Stream(Resource):
         self._cuda.driver.wait(self.handle, event.handle)
 
     def wait_for_stream(self, foreign: int, event: Event) -> None:
-        """Do nothing more until the work given so far to a stream of somebody else is done.
-
-        Args:
-            foreign: its ``cudaStream_t``; 1 and 2 are CUDA's legacy and per-thread default streams.
-            event: recorded on it to find out when.
-        """
+        """Do nothing more until the work given so far to a stream of somebody else is done."""
         self._cuda.driver.wait_for_foreign(self.handle, foreign, event.handle)
 
     def synchronize(self) -> None:
@@ -236,7 +224,7 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_Process.after_fork)
 
 
-class Cuda:
+class Cuda(Closing):
     """An opened GPU. Use as a context manager, or call :meth:`close`.
 
     Attributes:
@@ -343,14 +331,6 @@ class Cuda:
         if refused:
             raise refused[0]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def adopt(self, resource: Resource) -> None:
         """Remember a resource, to free it when the device is closed."""
         with self._lock:
@@ -407,10 +387,6 @@ class _Active:
 
 def open_cuda(preferred: DriverName | None = None, index: int = 0) -> Cuda:
     """Open a GPU through ``cuda-bindings``, or ``pycuda`` where only that is installed.
-
-    Args:
-        preferred: take this package or fail.
-        index: of the GPU, among those visible.
 
     Raises:
         MissingDependencyError: the package, or both, are not installed; names the pip line.

@@ -131,11 +131,7 @@ def receive(capsule: object) -> Received:
 
 
 class Memory:
-    """C-contiguous memory for :func:`give`. While a taker has it, this object lives.
-
-    Args:
-        owner: kept alive with it.
-    """
+    """C-contiguous memory for :func:`give`. While a taker has it, this object lives."""
 
     def __init__(self, owner: object, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self._owner = owner
@@ -143,14 +139,7 @@ class Memory:
 
 
 def give(memory: Memory, device_type: int, device_index: int, max_version: tuple[int, int] | None = None) -> object:
-    """Make a capsule.
-
-    Args:
-        memory: alive until the taker is done with it.
-        device_type: a type of device.
-        device_index: which of them.
-        max_version: newest DLPack the taker reads; ``None``: before 1.0. Older than what it reads is always allowed.
-    """
+    """Make a capsule."""
     capsule, tensor, _ = _made(np.asarray(memory), max_version)
     tensor.device = _Device(device_type, device_index)
     return capsule

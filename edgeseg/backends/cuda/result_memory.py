@@ -47,11 +47,7 @@ class Lease:
 
 
 class ResultMemory:
-    """Lends memory of a GPU, and keeps what comes back.
-
-    Args:
-        cuda: an opened GPU.
-    """
+    """Lends memory of a GPU, and keeps what comes back."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda

@@ -34,7 +34,7 @@ from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
 
 if TYPE_CHECKING:
     # Objects of the library are typed as those of 10, where old and new exist side by side.
-    from tensorrt import Builder, IBuilderConfig, ICudaEngine, INetworkDefinition, IOptimizationProfile
+    from tensorrt import Builder, IBuilderConfig, INetworkDefinition, IOptimizationProfile
     from tensorrt_surface import TensorRT
 
     from edgeseg.backends.tensorrt.graph import ParsedGraph
@@ -51,12 +51,6 @@ def has_strong_typing(trt: TensorRT) -> bool:
 def has_weak_typing(trt: TensorRT) -> bool:
     """Whether precisions can be allowed by builder flags, and ranges given by calibrators (up to 10)."""
     return hasattr(trt.BuilderFlag, "INT8")
-
-
-def device_memory_bytes(engine: ICudaEngine) -> int:
-    """Scratch memory one execution context of an engine takes on the device."""
-    name = "device_memory_size_v2" if hasattr(engine, "device_memory_size_v2") else "device_memory_size"
-    return int(getattr(engine, name))
 
 
 @dataclass(frozen=True)

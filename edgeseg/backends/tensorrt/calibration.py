@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from edgeseg.errors import ArtifactError, BuildError, EdgesegError
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import InputSpec
-from edgeseg.store.artifacts import sha256_file
 
 if TYPE_CHECKING:
     from tensorrt_surface import TensorRT
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 CACHE_NAME = "calibration.cache"
 ENTROPY = "EntropyCalibration2"
-MINMAX = "MinMaxCalibration"
 _LIMIT = 127.0
 
 
@@ -134,11 +132,6 @@ def check_cache(path: Path, version: str, tensors: Collection[str], table: Calib
                 "not those of the folder's calibration table; leave calibration_cache out to write a new one"
             )
     return data
-
-
-def table_digest(path: Path) -> str:
-    """SHA-256 of the calibration table a cache was written from, for the manifest."""
-    return sha256_file(path)
 
 
 def cache_calibrator(trt: TensorRT, cache: bytes) -> Any:

@@ -16,7 +16,6 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -29,6 +28,7 @@ from edgeseg.backends.cuda.result_memory import Lease, ResultMemory
 from edgeseg.backends.signature import check_signature
 from edgeseg.backends.tensorrt.lane import Lane, io_tensors
 from edgeseg.backends.tensorrt.lanes import LanePool
+from edgeseg.closing import Closing
 from edgeseg.errors import DeviceError, InputError, SpecError
 from edgeseg.spec import PipelineSpec, one_of
 
@@ -87,7 +87,7 @@ class _Notes:
         warnings.warn(f"edgeseg: {text}", RuntimeWarning, stacklevel=2)
 
 
-class TensorRTSession:
+class TensorRTSession(Closing):
     """Implements :class:`edgeseg.backends.base.Session` and its timed, pipelined and device kinds.
 
     Close it. Dropped without, it closes itself and warns (``ResourceWarning``); at exit it closes without a word. In a
@@ -289,14 +289,6 @@ class TensorRTSession:
             if not self._cuda.forked:
                 warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=1, source=self)
             self.close()
-
-    def __enter__(self) -> TensorRTSession:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
         if dtype != np.uint8 or not self._image.accepts(shape):

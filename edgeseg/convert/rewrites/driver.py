@@ -67,12 +67,6 @@ Check: TypeAlias = Callable[[ir.Model, ir.Model, Rewrite], None]
 def apply_rewrites(model: ir.Model, rewrites: Sequence[Rewrite], check: Check | None = None) -> dict[str, int]:
     """Run ``rewrites`` in order on ``model``, in place.
 
-    Args:
-        model: shapes inferred.
-        rewrites: which, in order.
-        check: called with a copy from before, the model after and the rewrite, for each that applied; raises if they
-            differ.
-
     Returns:
         how often each applied, those at 0 left out.
 

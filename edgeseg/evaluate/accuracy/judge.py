@@ -62,9 +62,8 @@ def truth_of_scores(pair: Pair, spec: PipelineSpec) -> NDArray[np.int32] | None:
 def _moved(mask: NDArray[np.int32], plan: Placement) -> NDArray[np.int32]:
     if plan.is_identity:
         return mask
-    height, width = plan.content
     moved = np.full((*mask.shape[:-2], *plan.canvas), IGNORED, np.int32)
-    moved[..., :height, :width] = resize_nearest(mask, plan.content)
+    plan.crop(moved)[:] = resize_nearest(mask, plan.content)
     return moved
 
 
@@ -77,17 +76,7 @@ def judge(
     model: ModelSpec,
     loss: LossSums | None = None,
 ) -> ImageRecord:
-    """Count one image.
-
-    Args:
-        index: in the data set.
-        pair: for its name.
-        prediction: the engine's mask.
-        truth: of the same shape, :data:`IGNORED` where unlabelled; ``None`` without a mask.
-        reference: the baseline's mask; ``None`` without a baseline.
-        model: classes and task.
-        loss: what the image adds to the losses, if the engine tells its scores.
-    """
+    """Count one image."""
     return ImageRecord(
         index,
         pair.name,

@@ -14,9 +14,6 @@ from edgeseg.evaluate.accuracy.judge import ImageRecord
 class Ledger:
     """The lines of one contender: an append-only JSONL file.
 
-    Args:
-        path: of the file; made with the first line.
-
     Attributes:
         ignore_values: values of the mask files that were read as unlabelled.
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
+from edgeseg.closing import Closing
 from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.spec import Task
 
@@ -50,12 +50,8 @@ class Losses:
     cross_entropy: float
 
 
-class ScoreTap:
-    """A session that keeps the scores of its last run; for one caller at a time.
-
-    Args:
-        session: the engine; its outputs may hold scores or not.
-    """
+class ScoreTap(Closing):
+    """A session that keeps the scores of its last run; for one caller at a time."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -74,14 +70,6 @@ class ScoreTap:
     def close(self) -> None:
         """Close the engine."""
         self._session.close()
-
-    def __enter__(self) -> ScoreTap:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def loss_sums(kind: str, scores: NDArray[Any], truth: NDArray[np.int32], task: Task) -> LossSums | None:

@@ -79,12 +79,6 @@ def bootstrap_interval(
     number (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015: expanded percentile interval).
 
     A single sample is its own interval: nothing is known about its spread.
-
-    Args:
-        values: in the order they were taken, at least one.
-        statistic: samples ``(R, N)`` -> R figures.
-        resamples: R.
-        seed: of the resampling.
     """
     if not len(values):
         raise ValueError("interval of no samples")

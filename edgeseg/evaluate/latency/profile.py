@@ -59,12 +59,7 @@ def group_by_module(nodes: Sequence[NodeTime], source: str, runs: int) -> Profil
 
 
 def profile_of_layers(layers: Iterable[tuple[str, float]], runs: int = 1) -> Profile:
-    """The hook for TensorRT: ``(layer name, milliseconds)`` as ``IProfiler.report_layer_time`` gets them.
-
-    Args:
-        layers: in the order reported; a layer reported once per run counts with the mean over ``runs``.
-        runs: executions the reports come from.
-    """
+    """The hook for TensorRT: ``(layer name, milliseconds)`` as ``IProfiler.report_layer_time`` gets them."""
     total: dict[str, float] = {}
     for name, ms in layers:
         total[name] = total.get(name, 0.0) + ms

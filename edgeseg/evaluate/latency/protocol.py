@@ -289,14 +289,13 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def median_ms_interleaved(
+def measure_sessions(
     sessions: Mapping[str, Session], spec: InputSpec, protocol: LatencyProtocol = SHORT
-) -> dict[str, float]:
-    """Median milliseconds of each session on one image (or the smallest batch) of the engine's size, in turns.
+) -> dict[str, LatencySamples]:
+    """Time each session on one image (or the smallest batch) of the engine's size, in turns.
 
     The image is noise, always the same: what an image shows does not change what the kernels do.
     """
     shape = (spec.batch.minimum, spec.height, spec.width, spec.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    calls = {name: partial(session.run, images) for name, session in sessions.items()}
-    return {name: found.median_ms for name, found in measure_interleaved(calls, protocol).items()}
+    return measure_interleaved({name: partial(session.run, images) for name, session in sessions.items()}, protocol)

@@ -6,13 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session, StageTimes, TimedSession
+from edgeseg.closing import Closing
 from edgeseg.evaluate.latency.protocol import median
 from edgeseg.evaluate.results import StageSplit
 
@@ -20,15 +20,11 @@ Clock = Callable[[], int]
 _DEVICE = ("h2d_ms", "compute_ms", "d2h_ms", "enqueue_ms")
 
 
-class StageClock:
+class StageClock(Closing):
     """A session that notes when the engine was entered and left, for the split of a call.
 
     Of a session that has the device's own times (:class:`~edgeseg.backends.base.TimedSession`), those are taken; asking for
     them costs it the recording of four events a run.
-
-    Args:
-        session: the engine; belongs to the caller of :meth:`close` like any session.
-        clock_ns: monotonic clock, nanoseconds.
     """
 
     def __init__(self, session: Session, clock_ns: Clock = time.perf_counter_ns) -> None:
@@ -86,14 +82,6 @@ class StageClock:
     def close(self) -> None:
         """Close the engine."""
         self._session.close()
-
-    def __enter__(self) -> StageClock:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

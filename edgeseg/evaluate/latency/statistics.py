@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -79,3 +79,26 @@ def speed_comparison(
     if ratio.is_difference:
         verdict = "faster" if ratio.median > 1 else "slower"
     return SpeedComparison(baseline_id, row_id, ratio.median, ratio.low, ratio.high, ratio.pairs, verdict)
+
+
+def fastest_or_first(measured: Mapping[str, LatencySamples]) -> tuple[str, str]:
+    """Which contender to take, and why in words: the fastest; the first unless another is faster by more than noise.
+
+    Args:
+        measured: at least two, by name, taken in turns.
+    """
+    first, *others = measured
+    comparisons = [speed_comparison(first, name, measured[first], measured[name]) for name in others]
+    faster = [c for c in comparisons if c.verdict == "faster"]
+    if faster:
+        best = max(faster, key=lambda c: c.ratio)
+        return best.row, f"{_in_words(best)} as {first} here"
+    doubtful = [c for c in comparisons if c.verdict != "slower"]
+    if not doubtful:
+        return first, f"{', '.join(map(_in_words, comparisons))} here"
+    why = "noise could turn it" if any(c.verdict == "cannot tell" for c in doubtful) else "no difference"
+    return first, f"the first of them; {', '.join(map(_in_words, doubtful))} here: {why}"
+
+
+def _in_words(comparison: SpeedComparison) -> str:
+    return f"{comparison.row} is {comparison.ratio:.2f}x as fast ({comparison.low:.2f} to {comparison.high:.2f})"

@@ -2,8 +2,9 @@
 
 An activation is quantized with one scale for all its channels. A channel a hundred times smaller than the largest has two
 or three of the 256 levels, however well its weights are quantized. But a channel's scale is free wherever it passes through
-(ReLU, pooling, resizing, concatenation, addition): multiplied by a factor at the convolution that makes it and divided by the
-same factor at every convolution that reads it, all outputs stay as they were.
+(ReLU, pooling, resizing, concatenation, addition): multiplied by a factor at the convolution that makes it, or at the gain of a
+normalization, and divided by the same factor at every convolution that reads it, all outputs stay as they were. For tokens
+behind a layer normalization see :mod:`edgeseg.quantize.repair.normalization`.
 
 The factor of a channel balances what it is in its activations against what it is in its readers' weights, the square root of
 the quotient of the two, each relative to its tensor (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
@@ -18,21 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
 from edgeseg.graph.editing import Editor, constant_array
 from edgeseg.machine.cpu import this_cpu
-from edgeseg.quantize.activations import ActivationSession, find_activations, group_by_size
-from edgeseg.quantize.calibration import ACTIVATION_BUDGET_BYTES
+from edgeseg.quantize.activations import ActivationSession
+from edgeseg.quantize.repair.fidelity import score_names, windows
+from edgeseg.quantize.repair.normalization import balance, free_normalizations, scaled_constants
 from edgeseg.quantize.samples import CalibrationSet
-from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import OnnxGraph, sha256_file
 from edgeseg.store.onnx_file import read_onnx, write_onnx
 
@@ -62,6 +61,8 @@ _PER_CHANNEL = frozenset(
 )
 _REDUCTIONS = frozenset({"ReduceMean", "ReduceMax", "ReduceSum"})
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+# Their gain and shift, inputs 1 and 2, are per channel, so their output may be scaled whatever their input is.
+_NORMALIZATIONS = frozenset({"BatchNormalization", "GroupNormalization", "InstanceNormalization"})
 # Outputs in a fixed range: what multiplies by them is scaled by the other side alone.
 _GATES = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
 
@@ -75,36 +76,10 @@ class Equalization:
     Attributes:
         channels: how many channels got a factor other than 1.
         groups: of how many that are free.
-        spread_before, spread_after: median over the tensors convolutions read of the range of the largest channel over that of
-            the median channel: how unequal channels are.
     """
 
     channels: int
     groups: int
-    spread_before: float
-    spread_after: float
-
-
-def channel_magnitudes(graph: OnnxGraph, samples: CalibrationSet) -> dict[str, tuple[float, ...]]:
-    """Run up to :data:`IMAGES` images through the fp32 graph: what :func:`equalize` wants to know.
-
-    Raises:
-        QuantizationError: ONNX Runtime fails on the graph.
-        InputError: an image changed or vanished since the set was opened.
-    """
-    model = read_onnx(graph.path)
-    names = set(image_values(ir.serde.deserialize_model(model)))
-    activations = [a for a in find_activations(model, graph.spec.input) if a.name in names]
-    largest: dict[str, NDArray[np.float32]] = {}
-    for group in group_by_size(activations, ACTIVATION_BUDGET_BYTES):
-        watched = [a.name for a in group]
-        session = ActivationSession(model, watched, this_cpu().cores)
-        for images, what in _windows(samples, graph.spec.input):
-            for name, values in zip(watched, session.run(images, what), strict=True):
-                # Two reductions without a copy of the tensor between them.
-                seen = np.maximum(values.max(axis=(0, 2, 3)), -values.min(axis=(0, 2, 3)))
-                largest[name] = np.maximum(largest.get(name, seen), seen)
-    return {name: tuple(map(float, seen)) for name, seen in largest.items()}
 
 
 def write_equalized(
@@ -114,7 +89,7 @@ def write_equalized(
 
     Args:
         graph: the fp32 graph.
-        magnitudes: of :func:`channel_magnitudes`.
+        magnitudes: of :meth:`edgeseg.quantize.calibration.Observation.magnitudes`, of :func:`channel_axes`.
         path: where the new graph goes.
 
     Raises:
@@ -129,9 +104,9 @@ def write_equalized(
 def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet, images: int = 2) -> None:
     """Raise :class:`QuantizationError` unless both graphs give the same scores, up to :data:`TOLERANCE`."""
     models = [read_onnx(graph.path) for graph in (before, after)]
-    names = _scores(models[0])
+    names = score_names(models[0])
     first, second = (ActivationSession(model, names, this_cpu().cores) for model in models)
-    for window, what in islice(_windows(samples, before.spec.input), images):
+    for window, what in windows(samples.take(range(images)), before.spec.input):
         for one, other in zip(first.run(window, what), second.run(window, what), strict=True):
             difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
             if difference > TOLERANCE * scale:
@@ -139,26 +114,6 @@ def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet, 
                     f"equalization of channels changed scores by {difference:.2g} of {scale:.2g} on {what}; build with "
                     "equalization off (--no-equalize), and please report the model"
                 )
-
-
-def _windows(samples: CalibrationSet, spec: InputSpec) -> Iterable[tuple[NDArray[np.uint8], str]]:
-    """Batches of the smallest size the graph takes, each of one image repeated."""
-    for name, windows in islice(samples.named_windows(spec), IMAGES):
-        for window in windows:
-            yield np.repeat(window, spec.batch.minimum, axis=0), name
-
-
-def _scores(model: onnx.ModelProto) -> list[str]:
-    """The float values the outputs are decided from."""
-    makers = {name: node for node in model.graph.node for name in node.output}
-    types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
-    names = []
-    for output in model.graph.output:
-        name = output.name
-        while types.get(name) != onnx.TensorProto.FLOAT and name in makers:
-            name = makers[name].input[0]
-        names.append(name)
-    return list(dict.fromkeys(names))
 
 
 @dataclass
@@ -206,10 +161,13 @@ def channel_count(value: ir.Value | None) -> int | None:
     return channels if isinstance(channels, int) else None
 
 
-def image_values(model: ir.Model) -> tuple[str, ...]:
-    """Names of the values whose magnitude per channel :func:`equalize` wants to know: what convolutions read."""
-    names = [str(n.inputs[0].name) for n in model.graph if _kernel(n) is not None and n.inputs[0] is not None]
-    return tuple(dict.fromkeys(names))
+def channel_axes(model: ir.Model) -> dict[str, int]:
+    """Values whose magnitude per channel :func:`equalize` wants to know, and the axis of their channels: what convolutions read,
+    and what free layer normalizations make."""
+    read = [n.inputs[0] for n in model.graph if _kernel(n) is not None]
+    made = [normalization.output for normalization in free_normalizations(model.graph)]
+    axes = {str(v.name): 1 for v in read if v is not None}
+    return axes | {str(v.name): len(v.shape) - 1 for v in made if v.shape is not None}
 
 
 def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) -> Equalization:
@@ -218,7 +176,7 @@ def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) ->
     Args:
         model: the float32 graph, shapes inferred.
         magnitudes: by value name, float ``(C,)``: largest absolute value of each channel on the calibration images, of
-            :func:`image_values`.
+            :func:`channel_axes`.
 
     Returns:
         what was done; with ``channels`` 0 the graph is as it was.
@@ -228,26 +186,27 @@ def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) ->
     scaled = _Scaling(channels, factors)
     for node in list(model.graph):
         _scale(node, scaled)
-    seen = [np.asarray(m, np.float64) for m in magnitudes.values()]
-    values = {str(v.name): v for v in channels.first}
-    after = [
-        np.asarray(m, np.float64) * factor
-        for name, m in magnitudes.items()
-        if name in values and len(factor := scaled.of(values[name])) == len(m)
-    ]
+    in_tokens = _scale_tokens(model.graph, magnitudes)
     return Equalization(
-        channels=int(np.count_nonzero(factors != 1.0)),
+        channels=int(np.count_nonzero(factors != 1.0)) + in_tokens,
         groups=len(
             {channels.root(c) for c in range(len(channels.parent))} - {channels.root(c) for c in channels.fixed}
         ),
-        spread_before=_spread(seen),
-        spread_after=_spread(after),
     )
 
 
-def _spread(magnitudes: Sequence[Factors]) -> float:
-    ratios = [m.max() / np.median(m[m > 0]) for m in magnitudes if (m > 0).any()]
-    return float(np.median(ratios)) if ratios else 1.0
+def _scale_tokens(graph: ir.Graph, magnitudes: Mapping[str, NDArray[np.floating]]) -> int:
+    """Scale what layer normalizations make; returns how many channels got a factor other than 1."""
+    count = 0
+    for normalization in free_normalizations(graph):
+        seen = magnitudes.get(str(normalization.output.name))
+        if seen is None or not np.max(seen) > 0:
+            continue
+        factors = balance(normalization, np.asarray(seen), MAX_FACTOR)
+        for node, index, array in scaled_constants(normalization, factors):
+            _put(node, index, array)
+        count += int(np.count_nonzero(factors != 1.0))
+    return count
 
 
 def _join_channels(graph: ir.Graph) -> _Channels:
@@ -276,6 +235,12 @@ def _passes(node: ir.Node, channels: _Channels) -> bool:
         return bool(inputs)
     if not inputs:
         return False
+    if node.op_type in _NORMALIZATIONS or _gain(node) is not None:
+        if node.op_type in _NORMALIZATIONS and any(_per_channel(v, output) is None for v in node.inputs[1:3]):
+            return False
+        channels.fix(inputs)
+        channels.of(output)
+        return True
     if node.op_type == "Concat" and _axis(node) == 1 and len(inputs) == len(node.inputs):
         channels.join([c for v in inputs for c in channels.of(v)], channels.of(output))
         return True
@@ -342,6 +307,26 @@ def _addend(value: ir.Value | None, channels: int) -> NDArray[np.float32] | None
     return np.asarray(full) if full.ndim == 4 and full.shape[1] in (1, channels) else None
 
 
+def _per_channel(value: ir.Value | None, output: ir.Value) -> NDArray[np.float32] | None:
+    """A constant ``(C,)`` for the channels of ``output``."""
+    array = constant_array(value)
+    return (
+        array if array is not None and array.dtype == np.float32 and array.shape == (channel_count(output),) else None
+    )
+
+
+def _gain(node: ir.Node) -> int | None:
+    """Which input of a Mul is a constant with a value for each channel: a group normalization's gain is exported so."""
+    if node.op_type != "Mul":
+        return None
+    count = channel_count(node.outputs[0]) or 0
+    for index, value in enumerate(node.inputs):
+        array = _addend(value, count)
+        if array is not None and count > 1 and array.shape == (1, count, 1, 1):
+            return index
+    return None
+
+
 def _by_group(node: ir.Node, kernel: NDArray[np.float32]) -> NDArray[np.float32]:
     """The kernel as ``(groups, outputs of a group, inputs of a group, kH, kW)``."""
     groups = node.attributes.get_int("group", 1)
@@ -394,6 +379,19 @@ def _scale(node: ir.Node, scaling: _Scaling) -> None:
     kernel = _kernel(node)
     if kernel is not None:
         _scale_convolution(node, kernel, scaling.of(node.inputs[0]), scaling.of(node.outputs[0]))
+    elif node.outputs[0] not in scaling.channels.first:
+        return
+    elif node.op_type in _NORMALIZATIONS:
+        factors = scaling.of(node.outputs[0])
+        for index in (1, 2):
+            constant = _per_channel(node.inputs[index], node.outputs[0])
+            if constant is not None and (factors != 1.0).any():
+                _put(node, index, constant * factors)
+    elif (gain := _gain(node)) is not None:
+        factors = scaling.of(node.outputs[0])
+        constant = _addend(node.inputs[gain], len(factors))
+        if constant is not None and (factors != 1.0).any():
+            _put(node, gain, constant * factors.reshape(1, -1, 1, 1))
     elif node.op_type in ("Add", "Sub") and node.outputs and node.outputs[0] in scaling.channels.first:
         factors = scaling.of(node.outputs[0])
         if (factors == 1.0).all():

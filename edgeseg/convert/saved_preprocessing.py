@@ -1,0 +1,535 @@
+"""The preprocessing saved beside a model, ``albumentations_config_eval.json``, as part of the engine's contract.
+
+SMP's documentation tells people to save their inference transform with the model (``A.Compose.save_pretrained``), and the
+models of its hub have one. The file is read as data: nothing it names is imported or run. What it says about pixel values
+becomes mean, std and scale, what it says about sizes the engine's size, fit policy, padding and interpolation. A transform
+that an engine cannot hold is refused by name, unless the user's flags take its place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from edgeseg.arguments import MOST
+from edgeseg.errors import CheckpointError, SpecError
+from edgeseg.images.placement import Placement, plan_fit
+from edgeseg.spec import Border, FitPolicy, InputSpec, Interpolation, Padding, PadPosition, Preprocess
+from edgeseg.store.files import require_regular
+
+CONFIG_NAME = "albumentations_config_eval.json"
+MAX_CONFIG_BYTES = 1 << 20
+_DEEPEST = 16
+
+# OpenCV's numbers; LINEAR_EXACT (5) is LINEAR rounded otherwise.
+_INTERPOLATIONS: dict[int, Interpolation] = {
+    0: "nearest",
+    1: "linear",
+    2: "cubic",
+    3: "area",
+    4: "lanczos",
+    5: "linear",
+}
+_BORDERS: dict[int, Border] = {0: "constant", 1: "replicate", 2: "reflect", 3: "wrap", 4: "reflect_101"}
+_POSITIONS: dict[str, PadPosition] = {"center": "center", "top_left": "top_left"}
+
+_VALUES = ("mean", "std")
+_SIZES = ("size", "fit")
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A transform that no engine can hold: why, and the options that say all it would have said."""
+
+    reason: str
+    instead: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """``Resize``, ``LongestMaxSize`` or ``SmallestMaxSize``; ``size`` is ``(height, width)``, ``None`` where free."""
+
+    kind: Literal["resize", "longest", "smallest"]
+    size: tuple[int | None, int | None]
+    interpolation: Interpolation
+    words: str
+
+    def content(self, image: tuple[int, int]) -> tuple[int, int]:
+        """Size of an image after it, as albumentations rounds it."""
+        if self.kind == "resize":
+            height, width = self.size
+            assert height is not None
+            assert width is not None
+            return height, width
+        scales = [limit / side for limit, side in zip(self.size, image, strict=True) if limit is not None]
+        scale = min(scales) if self.kind == "longest" else max(scales)
+        return max(1, round(image[0] * scale)), max(1, round(image[1] * scale))
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """``PadIfNeeded``: the least size, or what height and width must be multiples of, per axis."""
+
+    minimum: tuple[int | None, int | None]
+    divisor: tuple[int | None, int | None]
+    padding: Padding
+    words: str
+
+    def around(self, content: tuple[int, int]) -> tuple[int, int]:
+        """Size of an image after it."""
+        height, width = (
+            max(side, least) if least is not None else -(-side // (multiple or 1)) * (multiple or 1)
+            for side, least, multiple in zip(content, self.minimum, self.divisor, strict=True)
+        )
+        return height, width
+
+
+@dataclass(frozen=True)
+class Crop:
+    """``CenterCrop``; ``padding`` where it pads smaller images first."""
+
+    size: tuple[int, int]
+    padding: Padding | None
+    words: str
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How images meet the engine by the saved preprocessing; ``None`` where it says nothing."""
+
+    size: tuple[int, int] | None = None
+    fit: FitPolicy | None = None
+    padding: Padding | None = None
+    interpolation: Interpolation = "linear"
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SavedPreprocessing:
+    """What ``albumentations_config_eval.json`` says, transform by transform.
+
+    Attributes:
+        words: the transforms, for people.
+        normalization: mean, std and scale; ``None`` where pixel values are not touched.
+        scaling, canvas, crop: what it does to sizes, in this order.
+        unfit: transforms that no engine can hold.
+        rounded: a note on a colour of padding that is between two levels.
+    """
+
+    words: tuple[str, ...] = ()
+    normalization: Preprocess | None = None
+    scaling: Scaling | None = None
+    canvas: Canvas | None = None
+    crop: Crop | None = None
+    unfit: tuple[Unfit, ...] = ()
+    rounded: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """What was read, for the user."""
+        return f"preprocessing saved with the model ({CONFIG_NAME}): {', '.join(self.words) or 'nothing'}"
+
+    def for_channels(self, channels: int) -> Preprocess | None:
+        """The normalization with one mean and std per channel."""
+        known = self.normalization
+        if known is None or len(known.mean) != 1:
+            return known
+        return replace(known, mean=known.mean * channels, std=known.std * channels)
+
+    def require_fit(self, given: Iterable[str]) -> None:
+        """Raise :class:`SpecError` for a transform no engine can hold, unless the options ``given`` take its place."""
+        for unfit in self.unfit:
+            missing = [name for name in unfit.instead if name not in given]
+            if missing:
+                *first, last = (f"--{name}" for name in missing)
+                options = f"{', '.join(first)} and {last}" if first else last
+                raise SpecError(f"{CONFIG_NAME}: {unfit.reason}; give {options} to build without it")
+
+    def fitting(
+        self,
+        size: tuple[int, int] | None,
+        fit: FitPolicy | None,
+        images: Iterable[tuple[int, int]],
+        channels: int,
+    ) -> Fitting:
+        """Say size, fit policy, padding and interpolation; what the user gave wins, and the notes say over what.
+
+        Args:
+            size: the user's, ``(height, width)`` in pixels.
+            fit: the user's.
+            images: sizes of images like those to come; asked for where the transform gives each shape a size of its own.
+            channels: of the images.
+
+        Raises:
+            SpecError: the transform gives images different sizes and none can be chosen for them.
+        """
+        policy = self._policy
+        if policy is None:
+            return Fitting(notes=self.rounded)
+        padding = self._padding
+        notes = list(self.rounded if (fit or policy) != "resize" else ())
+        steps = " and ".join(step.words for step in (self.scaling, self.canvas, self.crop) if step is not None)
+        if size is not None and size != (self.scaling.size if self.scaling and policy == "resize" else None):
+            notes.append(f"--size {size[0]}x{size[1]} overrides the saved {steps}")
+        if fit is not None and fit != policy:
+            notes.append(f"--fit {fit} overrides the saved {steps}")
+        chosen = None
+        if size is None:
+            chosen, note = self._size(tuple(dict.fromkeys(images)), policy, channels)
+            notes += [note] if note else []
+        interpolation = self.scaling.interpolation if self.scaling is not None else "linear"
+        return Fitting(chosen, policy, padding, interpolation, tuple(notes))
+
+    @property
+    def _padding(self) -> Padding | None:
+        if self.canvas is not None:
+            return self.canvas.padding
+        return self.crop.padding if self.crop is not None else None
+
+    @property
+    def _policy(self) -> FitPolicy | None:
+        if self.scaling is None:
+            return None if self.canvas is None and self.crop is None else "tile"
+        if self.scaling.kind == "longest" or self.canvas is not None:
+            return "letterbox"
+        return "resize"
+
+    def _after(self, image: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(size of the image, size of the whole) once it went through scaling and padding."""
+        content = image if self.scaling is None else self.scaling.content(image)
+        return content, content if self.canvas is None else self.canvas.around(content)
+
+    def _size(
+        self, images: tuple[tuple[int, int], ...], policy: FitPolicy, channels: int
+    ) -> tuple[tuple[int, int] | None, str | None]:
+        """The engine's size, and a note where images of other shapes will differ from the saved preprocessing."""
+        if self.crop is not None:
+            return self.crop.size, (
+                f"the saved {self.crop.words} sees the middle of an image only; the engine covers all of it with windows "
+                "of that size at the same scale (--fit tile)"
+            )
+        if self.scaling is not None and self.scaling.kind == "resize":
+            return self.scaling.content((1, 1)), None
+        limit = None if self.scaling is None else self.scaling.size
+        least = (None, None) if self.canvas is None else self.canvas.minimum
+        if limit is not None and least == limit and self.scaling is not None and self.scaling.kind == "longest":
+            return _both(limit), None
+        canvases = {self._after(image)[1] for image in images}
+        if len(canvases) == 1 and (common := canvases.pop()) and self._is_exact(images, common, policy, channels):
+            if common == _both(least):
+                return common, None
+            return common, (
+                f"size {common[0]}x{common[1]}: what the saved preprocessing makes of the images given; images of another "
+                "shape get the same size here (--size says another)"
+            )
+        if self.scaling is None:
+            size = _both(least)
+            return (
+                size,
+                None if size else "the saved preprocessing pads images at their own scale to a size of their own",
+            )
+        whole = _both(self.scaling.size)
+        divides = self.canvas is None or self._after(whole or (1, 1))[1] == whole
+        if self.scaling.kind == "smallest" or whole is None or not divides:
+            what = self.scaling.words if self.canvas is None else f"{self.scaling.words} with {self.canvas.words}"
+            raise SpecError(
+                f"{CONFIG_NAME}: {what} gives images of each shape a size of its own, an engine has one; give --size HxW "
+                "(or --calibration with images of the one shape you have)"
+            )
+        return whole, (
+            f"the saved {self.scaling.words} gives images of each shape a size of its own; the engine has one, "
+            f"{whole[0]}x{whole[1]}, with more padding (--size says another)"
+        )
+
+    def _is_exact(
+        self, images: tuple[tuple[int, int], ...], canvas: tuple[int, int], policy: FitPolicy, channels: int
+    ) -> bool:
+        """Whether the policy places every image in the canvas just as the saved preprocessing does."""
+        spec = InputSpec(*canvas, channels=channels, stride=1, fit=policy, padding=self._padding)
+        for image in images:
+            plan = plan_fit(*image, spec)
+            if not isinstance(plan, Placement) or plan.content != self._after(image)[0]:
+                return False
+        return True
+
+
+def _both(sides: tuple[int | None, int | None]) -> tuple[int, int] | None:
+    height, width = sides
+    return None if height is None or width is None else (height, width)
+
+
+def saved_beside(weights: Path) -> SavedPreprocessing | None:
+    """Read the file beside a weights file; ``None`` where there is none.
+
+    Raises:
+        CheckpointError: it is damaged, too large, or no transform that albumentations saved.
+    """
+    path = weights.parent / CONFIG_NAME
+    if not path.is_file():
+        return None
+    require_regular(path, "saved preprocessing", CheckpointError)
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a saved transform has a few hundred")
+        content = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {path}: {exc.strerror}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(
+            f"{path} is damaged or not JSON; save the transform again with save_pretrained, or move the file away"
+        ) from exc
+    transform = content.get("transform") if isinstance(content, dict) else None
+    if not isinstance(transform, dict):
+        raise CheckpointError(
+            f"{path} holds no transform; save it again with albumentations' Compose.save_pretrained, or move the file away"
+        )
+    return _Reader(path).read(transform)
+
+
+class _Reader:
+    """Goes through the transforms in order, which matters: a colour given after Normalize is in its units."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.saved = SavedPreprocessing()
+
+    def read(self, transform: Mapping[str, Any]) -> SavedPreprocessing:
+        for name, step in self._flat(transform, 0):
+            if name in ("NoOp", "ToTensorV2", "ToRGB"):
+                # Layout is the graph's matter; a grey image is decoded to as many channels as the model takes.
+                continue
+            if not _is_certain(step):
+                self._refuse(
+                    f"{name} is applied to some images only (p={str(step.get('p'))[:20]})", (*_VALUES, *_SIZES)
+                )
+            elif name in _READERS:
+                _READERS[name](self, step)
+            else:
+                self._refuse(f"{name[:80]} cannot be part of an engine", (*_VALUES, *_SIZES))
+        return self.saved
+
+    def _flat(self, step: object, depth: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        name = step.get("__class_fullname__") if isinstance(step, dict) else None
+        if not isinstance(step, dict) or not isinstance(name, str) or depth > _DEEPEST:
+            raise CheckpointError(
+                f"{self.path} holds a transform without a name, or nested too deep; save it again with save_pretrained"
+            )
+        if name.startswith("albumentations."):
+            name = name.rpartition(".")[2]
+        inner = step.get("transforms")
+        if name in ("Compose", "Sequential") and isinstance(inner, list) and _is_certain(step):
+            for child in inner:
+                yield from self._flat(child, depth + 1)
+        else:
+            yield name, step
+
+    def _refuse(self, reason: str, instead: tuple[str, ...]) -> None:
+        # Names are the file's: they stay on one line.
+        self._add(unfit=(*self.saved.unfit, Unfit(" ".join(reason.split()), instead)))
+
+    def _add(self, **changes: Any) -> None:
+        self.saved = replace(self.saved, **changes)
+
+    def _say(self, words: str) -> str:
+        self._add(words=(*self.saved.words, words))
+        return words
+
+    def _number(self, step: Mapping[str, Any], key: str, value: object) -> float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:
+            return float(value)
+        raise CheckpointError(
+            f"{self.path}: {str(step['__class_fullname__'])[:80]!r} has {key} {str(value)[:40]!r}, which is no number; "
+            "save it again"
+        )
+
+    def _pixels(self, step: Mapping[str, Any], *keys: str) -> tuple[int, ...]:
+        """Sides of an image: whole numbers of a sensible size."""
+        sides = tuple(self._number(step, key, step.get(key)) for key in keys)
+        if not all(side == int(side) and 1 <= side <= MOST for side in sides):
+            raise CheckpointError(f"{self.path}: {' and '.join(keys)} are {sides}; whole numbers from 1 to {MOST}")
+        return tuple(int(side) for side in sides)
+
+    def _optional_pixels(self, step: Mapping[str, Any], *keys: str) -> tuple[int | None, ...]:
+        return tuple(None if step.get(key) is None else self._pixels(step, key)[0] for key in keys)
+
+    def _numbers(self, step: Mapping[str, Any], key: str, value: object) -> tuple[float, ...]:
+        values = value if isinstance(value, list) else [value]
+        if not 1 <= len(values) <= 64:
+            raise CheckpointError(f"{self.path}: {key} has {len(values)} values; give one per channel")
+        return tuple(self._number(step, key, item) for item in values)
+
+    # Pixel values
+
+    def _normalize(self, step: Mapping[str, Any]) -> None:
+        mode = step.get("normalization", "standard")
+        if mode != "standard":
+            self._refuse(f"Normalize(normalization={str(mode)[:40]!r}) takes mean and std from each image", _VALUES)
+            return
+        known = self.saved.normalization
+        if known is not None and (set(known.mean), set(known.std)) != ({0.0}, {1.0}):
+            self._refuse("Normalize is there twice", _VALUES)
+            return
+        before = 1.0 if known is None else known.scale
+        most = step.get("max_pixel_value", 255.0)
+        top = self._number(step, "max_pixel_value", (255.0 if known is None else 1.0) if most is None else most)
+        mean = self._numbers(step, "mean", step.get("mean"))
+        std = self._numbers(step, "std", step.get("std"))
+        longest = max(len(mean), len(std))
+        mean, std = (values * longest if len(values) == 1 else values for values in (mean, std))
+        if top <= 0:
+            raise CheckpointError(f"{self.path}: max_pixel_value of Normalize is {top:g}; it is above 0")
+        shown = [
+            ",".join(f"{v:g}" for v in (values[:1] if len(set(values)) == 1 else values)) for values in (mean, std)
+        ]
+        self._say(f"Normalize(mean {shown[0]}, std {shown[1]}, max_pixel_value {top:g})")
+        self._add(normalization=self._preprocess(mean, std, before / top))
+
+    def _to_float(self, step: Mapping[str, Any]) -> None:
+        if self.saved.normalization is not None:
+            self._refuse("ToFloat after Normalize or another ToFloat", _VALUES)
+            return
+        most = step.get("max_value")
+        top = 255.0 if most is None else self._number(step, "max_value", most)
+        if top <= 0:
+            raise CheckpointError(f"{self.path}: max_value of ToFloat is {top:g}; it is above 0")
+        self._say(f"ToFloat(max_value {top:g})")
+        self._add(normalization=self._preprocess((0.0,), (1.0,), 1.0 / top))
+
+    def _preprocess(self, mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> Preprocess:
+        try:
+            return Preprocess(mean, std, scale, "rgb", CONFIG_NAME)
+        except SpecError as exc:
+            raise CheckpointError(f"{self.path}: {exc}") from exc
+
+    # Sizes
+
+    def _scale(self, step: Mapping[str, Any], kind: Literal["resize", "longest", "smallest"]) -> None:
+        name = {"resize": "Resize", "longest": "LongestMaxSize", "smallest": "SmallestMaxSize"}[kind]
+        size: tuple[int | None, ...]
+        if kind == "resize":
+            size = self._pixels(step, "height", "width")
+            words = f"Resize({size[0]}, {size[1]}"
+        elif step.get("max_size") is not None:
+            most = step["max_size"]
+            if isinstance(most, list) and len(set(map(str, most))) > 1:
+                self._refuse(f"{name} chooses among {len(most)} sizes", _SIZES)
+                return
+            step = {**step, "max_size": most[0] if isinstance(most, list) and most else most}
+            size = self._pixels(step, "max_size") * 2
+            words = f"{name}({size[0]}"
+        else:
+            limits = step.get("max_size_hw")
+            pair = limits if isinstance(limits, list) and len(limits) == 2 else [None, None]
+            size = self._optional_pixels({**step, "height": pair[0], "width": pair[1]}, "height", "width")
+            if size == (None, None):
+                raise CheckpointError(f"{self.path}: {name} has neither max_size nor max_size_hw; save it again")
+            words = f"{name}(max_size_hw=({size[0]}, {size[1]})"
+        interpolation = _INTERPOLATIONS.get(_code(step.get("interpolation", 1)))
+        for_less = step.get("area_for_downscale")
+        words = self._say(f"{words})" if interpolation in ("linear", None) else f"{words}, {interpolation})")
+        if interpolation is None or (for_less is not None and interpolation != "area"):
+            how = f"interpolation {step.get('interpolation')}" if interpolation is None else "area_for_downscale"
+            self._refuse(f"{name} with {how}, which edgeseg has not", _SIZES)
+        elif (self.saved.scaling, self.saved.canvas, self.saved.crop) != (None, None, None):
+            self._refuse(f"{name} after another transform of the size", _SIZES)
+        else:
+            self._add(scaling=Scaling(kind, (size[0], size[1]), interpolation, words))
+
+    def _pad(self, step: Mapping[str, Any]) -> None:
+        minimum = self._optional_pixels(step, "min_height", "min_width")
+        divisor = self._optional_pixels(step, "pad_height_divisor", "pad_width_divisor")
+        sides = [
+            f"{side}" if side else f"multiples of {multiple}" for side, multiple in zip(minimum, divisor, strict=True)
+        ]
+        words = self._say(f"PadIfNeeded({', '.join(dict.fromkeys(sides) if not any(minimum) else sides)})")
+        canvas = Canvas((minimum[0], minimum[1]), (divisor[0], divisor[1]), Padding(), words)
+        scaling = self.saved.scaling
+        if scaling is not None and scaling.kind == "resize":
+            if canvas.around(scaling.content((1, 1))) != scaling.size:
+                self._refuse(f"{words} after {scaling.words}, which would leave a frame around every image", _SIZES)
+            return
+        if scaling is not None and scaling.kind == "longest" and canvas.minimum != scaling.size and _both(minimum):  # type: ignore[arg-type]
+            self._refuse(f"{words} after {scaling.words}, which leaves a frame around every image", _SIZES)
+            return
+        padding = self._padding_of(step, "PadIfNeeded", "position")
+        if padding is None:
+            return
+        if self.saved.canvas is not None or self.saved.crop is not None:
+            self._refuse(f"{words} after another transform of the size", _SIZES)
+        else:
+            self._add(canvas=replace(canvas, padding=padding))
+
+    def _crop(self, step: Mapping[str, Any]) -> None:
+        height, width = self._pixels(step, "height", "width")
+        words = self._say(f"CenterCrop({height}, {width})")
+        saved = self.saved
+        if saved.scaling is not None:
+            whole = saved.scaling.size if saved.canvas is None else saved.canvas.minimum
+            if whole != (height, width) or saved.scaling.kind == "smallest":
+                self._refuse(f"{words} after {saved.scaling.words}: what it cuts off would have no class", _SIZES)
+            return
+        if saved.crop is not None or (saved.canvas is not None and saved.canvas.minimum != (height, width)):
+            self._refuse(f"{words} after another transform of the size", _SIZES)
+            return
+        padding = self._padding_of(step, "CenterCrop", "pad_position") if step.get("pad_if_needed") else None
+        self._add(crop=Crop((height, width), padding, words))
+
+    def _padding_of(self, step: Mapping[str, Any], name: str, position_key: str) -> Padding | None:
+        """The padding a transform says; ``None``, and refused, where an engine cannot hold it."""
+        said = step.get(position_key, "center")
+        # Before 1.4 the enumeration's own name was written.
+        word = str(said).rpartition(".")[2].lower()
+        position, border = _POSITIONS.get(word), _BORDERS.get(_code(step.get("border_mode", 0)))
+        fill = step.get("fill", step.get("value"))
+        if position is None or border is None or isinstance(fill, str):
+            what = f"{position_key} {word[:20]}" if position is None else "that border"
+            self._refuse(f"{name} with {what}, which edgeseg has not", _SIZES)
+            return None
+        if border != "constant":
+            return Padding(position, border)
+        colour = self._numbers(step, "fill", 0 if fill is None else fill)
+        known = self.saved.normalization
+        if known is not None:
+            colour = colour * len(known.mean) if len(colour) == 1 else colour
+            if len(known.mean) not in (1, len(colour)):
+                raise CheckpointError(
+                    f"{self.path}: the fill of {name} has {len(colour)} values, Normalize {len(known.mean)}"
+                )
+            spread = zip(known.mean * len(colour), known.std * len(colour), strict=True)
+            colour = tuple((v * s + m) / known.scale for v, (m, s) in zip(colour, spread, strict=False))
+        levels = tuple(round(v) for v in colour)
+        if not all(0 <= level <= 255 for level in levels):
+            self._refuse(
+                f"{name} fills with a colour that no image has ({', '.join(f'{v:g}' for v in colour)} of 255)", _SIZES
+            )
+            return None
+        levels = levels[:1] if len(set(levels)) == 1 else levels
+        if any(abs(v - round(v)) > 1e-3 for v in colour):
+            shown = (",".join(f"{v:.4g}" for v in dict.fromkeys(vs)) for vs in (colour, levels))
+            self._add(rounded=("the saved colour of padding, {} of 255, is {} here".format(*shown),))
+        return Padding(position, "constant", levels)
+
+
+def _code(value: object) -> int:
+    """One of OpenCV's numbers; -1, which is none, for what is no number."""
+    return value if isinstance(value, int) else -1
+
+
+def _is_certain(step: Mapping[str, Any]) -> bool:
+    p = step.get("p", 1.0)
+    return step.get("always_apply") is True or (isinstance(p, (int, float)) and p >= 1)
+
+
+_READERS: dict[str, Callable[[_Reader, Mapping[str, Any]], None]] = {
+    "Normalize": _Reader._normalize,
+    "ToFloat": _Reader._to_float,
+    "Resize": partial(_Reader._scale, kind="resize"),
+    "LongestMaxSize": partial(_Reader._scale, kind="longest"),
+    "SmallestMaxSize": partial(_Reader._scale, kind="smallest"),
+    "PadIfNeeded": _Reader._pad,
+    "CenterCrop": _Reader._crop,
+}

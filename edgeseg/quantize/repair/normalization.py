@@ -1,0 +1,161 @@
+"""Layer normalization's gain and shift take a factor for the matrix products and convolutions that read it.
+
+Behind a layer normalization some channels are tens of times larger than the rest, whatever the image (Xiao et al., "SmoothQuant",
+ICML 2023): one scale for all leaves the rest a few levels. Gain and shift can be multiplied by any factor per channel that the
+readers' weights are divided by, as long as all readers have constant weights; an addition among them, as where a network
+normalizes behind its residual, ends it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgeseg.graph.editing import constant_array
+
+Factors = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that contracts over the channels: ``axis`` of its weight, input 1, runs along them."""
+
+    node: ir.Node
+    axis: int
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """A layer normalization whose channels are free.
+
+    Attributes:
+        node: with constant gain and, if any, shift.
+        output: what it makes, channels along the last axis.
+        readers: all that reads it, through what only rearranges it.
+    """
+
+    node: ir.Node
+    output: ir.Value
+    readers: tuple[Reader, ...]
+
+
+def free_normalizations(graph: ir.Graph) -> list[Normalization]:
+    """Those of ``graph`` whose every reader has constant weights, in its order."""
+    free = []
+    for node in graph:
+        if node.op_type != "LayerNormalization" or node.domain or len(node.outputs) != 1:
+            continue
+        output, gain = node.outputs[0], constant_array(node.inputs[1])
+        if output.shape is None or gain is None or gain.dtype != np.float32 or gain.shape != (output.shape[-1],):
+            continue
+        if len(node.inputs) > 2 and node.inputs[2] is not None and constant_array(node.inputs[2]) is None:
+            continue
+        last = len(output.shape) - 1
+        readers = _readers(output, last)
+        if readers and node.attributes.get_int("axis", -1) in (-1, last):
+            free.append(Normalization(node, output, tuple(readers)))
+    return free
+
+
+def balance(normalization: Normalization, magnitude: NDArray[np.floating], limit: float) -> Factors:
+    """A factor per channel, ``(C,)``: what it is in its activation against what it is in the readers' weights.
+
+    Args:
+        normalization: of the graph.
+        magnitude: ``(C,)``: largest absolute value of each channel on calibration images.
+        limit: most a channel is scaled by, up or down.
+    """
+    in_weights = np.zeros(len(magnitude))
+    for reader in normalization.readers:
+        weight = np.abs(_weight(reader))
+        if weight.max() > 0:
+            others = tuple(k for k in range(weight.ndim) if k != reader.axis)
+            np.maximum(in_weights, weight.max(axis=others) / weight.max(), out=in_weights)
+    in_activation = np.asarray(magnitude, np.float64) / max(float(np.max(magnitude)), 1e-30)
+    factors = np.ones(len(magnitude))
+    both = (in_activation > 0) & (in_weights > 0)
+    factors[both] = np.sqrt(in_weights[both] / in_activation[both])
+    return np.asarray(np.clip(factors, 1.0 / limit, limit), np.float64)
+
+
+def scaled_constants(normalization: Normalization, factors: Factors) -> list[tuple[ir.Node, int, NDArray[np.float64]]]:
+    """Node, input and new constant: the channels come out multiplied, and all that is behind their readers as before."""
+    node = normalization.node
+    changes = [(node, 1, _constant(node, 1) * factors)]
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        changes.append((node, 2, _constant(node, 2) * factors))
+    for reader in normalization.readers:
+        weight = _weight(reader)
+        shape = [1] * weight.ndim
+        shape[reader.axis] = -1
+        changes.append((reader.node, 1, weight / factors.reshape(shape)))
+    return changes
+
+
+def _weight(reader: Reader) -> NDArray[np.float64]:
+    return _constant(reader.node, 1)
+
+
+def _constant(node: ir.Node, index: int) -> NDArray[np.float64]:
+    array = constant_array(node.inputs[index])
+    assert array is not None
+    return array.astype(np.float64)
+
+
+def _readers(value: ir.Value, axis: int) -> list[Reader] | None:
+    """All that multiplies ``value`` by a weight along ``axis``; ``None`` when something else reads it."""
+    if value.is_graph_output() or value.shape is None:
+        return None
+    readers: list[Reader] = []
+    for node, index in value.uses():
+        if node.op_type in ("Transpose", "Reshape", "Identity") and not node.domain and index == 0:
+            moved = _moved(node, axis)
+            behind = None if moved is None else _readers(node.outputs[0], moved)
+            if behind is None:
+                return None
+            readers += behind
+            continue
+        weight_axis = _weight_axis(node, axis, len(value.shape)) if index == 0 else None
+        if weight_axis is None:
+            return None
+        readers.append(Reader(node, weight_axis))
+    return readers
+
+
+def _moved(node: ir.Node, axis: int) -> int | None:
+    """Where the channels are behind what rearranges them; ``None`` if they do not stay one axis."""
+    before, after = node.inputs[0], node.outputs[0]
+    if before is None or before.shape is None or after.shape is None:
+        return None
+    rank = len(before.shape)
+    if node.op_type == "Identity":
+        return axis
+    if node.op_type == "Transpose":
+        order = list(node.attributes.get_ints("perm", tuple(reversed(range(rank)))))
+        return order.index(axis)
+    if axis == rank - 1 and before.shape[-1] == after.shape[-1]:
+        return len(after.shape) - 1
+    # Images to tokens and back: the batch and the channels in front of it stay.
+    if axis == 1 and len(after.shape) > 1 and [*before.shape][:2] == [*after.shape][:2]:
+        return 1
+    return None
+
+
+def _weight_axis(node: ir.Node, axis: int, rank: int) -> int | None:
+    """The weight's axis along the channels, for a layer with a constant weight that contracts over them."""
+    weight = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
+    if node.domain or weight is None or weight.dtype != np.float32:
+        return None
+    if node.op_type == "MatMul":
+        return 0 if weight.ndim == 2 and axis == rank - 1 else None
+    if node.op_type == "Gemm":
+        plain = not node.attributes.get_int("transA", 0) and axis == 1
+        return node.attributes.get_int("transB", 0) if plain else None
+    if node.op_type in ("Conv", "ConvTranspose"):
+        if axis != 1 or rank != 4 or node.attributes.get_int("group", 1) != 1:
+            return None
+        return 1 if node.op_type == "Conv" else 0
+    return None

@@ -1,0 +1,78 @@
+"""Shell completion, asked as the shells ask, and once through bash itself; the commands of the CI example are ones that exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from edgeseg.cli.app import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+def completed(words: str, position: int) -> list[str]:
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(position), "_EDGESEG_COMPLETE": "bash_complete"}
+    command = [sys.executable, "-m", "edgeseg"]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("edgeseg b", ["plain,build", "plain,bench"]),
+        ("edgeseg build --prec", ["plain,--precision"]),
+        ("edgeseg build --precision in", ["plain,int8"]),
+        ("edgeseg build --arch deep", ["plain,deeplabv3", "plain,deeplabv3plus"]),
+        ("edgeseg build --weights my", ["file,my"]),
+        ("edgeseg build --calibration my", ["file,my"]),
+        ("edgeseg run engines/a --fit l", ["plain,letterbox"]),
+        ("edgeseg run eng", ["file,eng"]),
+    ],
+)
+def test_what_a_word_can_become(words: str, answer: list[str]) -> None:
+    assert sorted(completed(words, len(words.split()) - 1)) == sorted(answer)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_bash_completes(tmp_path: Path) -> None:
+    program = tmp_path / "edgeseg"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m edgeseg "$@"\n')
+    program.chmod(0o755)
+    script = 'eval "$(_EDGESEG_COMPLETE=bash_source edgeseg)"; COMP_WORDS=(edgeseg doc); COMP_CWORD=1'
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", "-c", f'{script}; _edgeseg_completion edgeseg; echo "${{COMPREPLY[@]}}"']
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "doctor"
+
+
+def test_the_commands_of_the_ci_example_are_understood() -> None:
+    text = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(), flags=re.DOTALL)
+    assert text is not None
+    steps = yaml.safe_load(text[1])["jobs"]["deploy"]["steps"]
+    commands = [shlex.split(step["run"]) for step in steps if step.get("run", "").startswith("edgeseg ")]
+    assert [command[1] for command in commands] == ["build", "bench", "report"]
+    for _, verb, *arguments in commands:
+        command = cli.get_command(click.Context(cli), verb)
+        assert command is not None
+        command.make_context(verb, arguments)
+    assert "--require" in commands[-1]
+
+
+def test_the_page_for_agents_names_what_there_is() -> None:
+    page = (ROOT / "AGENTS.md").read_text()
+    assert len(page.splitlines()) < 60
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"^    make ([a-z]+)", page, flags=re.MULTILINE)) <= targets
+    paths = [name for name in re.findall(r"`([\w./-]+)`", page) if "/" in name and "{" not in name]
+    assert [name for name in paths if not (ROOT / name).exists() and not name.startswith(".venv")] == []
