@@ -39,6 +39,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "onnxsim",
         "onnxruntime",
         "jinja2",
+        "huggingface-hub",
     ),
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "onnx"),
