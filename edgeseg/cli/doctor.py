@@ -39,7 +39,6 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "onnxsim",
         "onnxruntime",
         "jinja2",
-        "huggingface-hub",
     ),
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "onnx"),
