@@ -9,7 +9,7 @@ OUT       ?= gpu-results
 PYTHON310 ?= python3.10
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit gpu gpu-kit lint typecheck check pycuda docs pictures dist schemas format coverage modelopt bench encoders clean
+.PHONY: help venv demo test unit gpu gpu-kit arm lint typecheck check pycuda docs pictures dist schemas format coverage modelopt bench encoders clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ gpu-kit: venv    ## Make what a GPU machine without a network needs, in KIT: eng
 	$(BIN)/python tests/gpu/kit/folders.py $(KIT)
 	tests/gpu/kit/pack.sh $(KIT)/pieces --python $(PYTHON310) --with tests --with pyproject.toml \
 		--with $(KIT)/engines --with $(KIT)/images
+
+arm: venv        ## Run the ARM folders on ARM's INT8 kernels, emulated by QEMU: accuracy, no times (needs Debian's packages)
+	$(BIN)/pytest tests/arm
 
 lint: venv       ## ruff check and format check
 	$(BIN)/ruff check .

@@ -39,6 +39,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "onnxsim",
         "onnxruntime",
         "jinja2",
+        "huggingface-hub",
+        "pyyaml",
     ),
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "onnx"),

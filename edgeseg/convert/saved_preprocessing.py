@@ -8,7 +8,6 @@ that an engine cannot hold is refused by name, unless the user's flags take its 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgeseg.arguments import MOST
+from edgeseg.convert.checkpoint import read_saved_json
 from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.images.placement import Placement, plan_fit
 from edgeseg.spec import Border, FitPolicy, InputSpec, Interpolation, Padding, PadPosition, Preprocess
 from edgeseg.store.files import require_regular
 
 CONFIG_NAME = "albumentations_config_eval.json"
-MAX_CONFIG_BYTES = 1 << 20
 _DEEPEST = 16
 
 # OpenCV's numbers; LINEAR_EXACT (5) is LINEAR rounded otherwise.
@@ -272,16 +271,8 @@ def saved_beside(weights: Path) -> SavedPreprocessing | None:
     if not path.is_file():
         return None
     require_regular(path, "saved preprocessing", CheckpointError)
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a saved transform has a few hundred")
-        content = json.loads(path.read_bytes())
-    except OSError as exc:
-        raise CheckpointError(f"cannot read {path}: {exc.strerror}") from exc
-    except (ValueError, RecursionError) as exc:
-        raise CheckpointError(
-            f"{path} is damaged or not JSON; save the transform again with save_pretrained, or move the file away"
-        ) from exc
+    advice = "save the transform again with save_pretrained, or move the file away"
+    content = read_saved_json(path, "a saved transform", advice)
     transform = content.get("transform") if isinstance(content, dict) else None
     if not isinstance(transform, dict):
         raise CheckpointError(
