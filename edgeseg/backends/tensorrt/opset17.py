@@ -7,8 +7,8 @@ by onnx, in which every such thing is written in another way or, where that cann
 
 - Q and DQ have three inputs, and integer constants become floats with a Q: "invalid weights type of Int8" (reported of 8.4).
   The Q gives the same integers: a float that is an integer times a scale is at most one rounding away from it.
-- InstanceNormalization is a plugin there, of cuDNN; LayerNormalization and Mish are unknown before 8.6 and at all. They are
-  written out, in float32 where the graph has halves: squares of theirs overflow.
+- InstanceNormalization is a plugin there, of cuDNN; LayerNormalization is known from 8.6 on, Mish not at all. They are written
+  out, the normalizations in float32 where the graph has halves: their squares overflow.
 - uint8 is a type of inputs and outputs only, cast from and to a float type: inside, such values are float32, which is exact.
 
 Names of nodes and values stay. What is made of a node has a name that begins with the node's.
