@@ -271,6 +271,39 @@ def test_without_profile_sharing_one_batch_runs_at_a_time(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("precision", "options", "bound"),
+    [("fp16", {}, True), ("int8", {}, True), ("int8", {"allow_fp16": False}, False), ("fp32", {}, False)],
+)
+def test_statistics_of_a_normalization_stay_in_float32(
+    tmp_path: Path, version: str, precision: str, options: dict[str, Any], bound: bool
+) -> None:
+    """In TensorRT 8 the graph's types do not bind: where half precision is allowed, squares of 300 would be infinite."""
+    graph = portable(tmp_path / "engine", precision)
+    model = onnx.load(graph.path)
+    dtype = np.float16 if precision == "fp16" else np.float32
+    first = next(node for node in model.graph.node if node.op_type == "Relu")
+    node = onnx.helper.make_node(
+        "InstanceNormalization", [first.output[0], "gain", "gain"], ["normal"], "encoder.norm/IN"
+    )
+    following = next(n for n in model.graph.node if first.output[0] in n.input)
+    following.input[list(following.input).index(first.output[0])] = "normal"
+    model.graph.node.insert(list(model.graph.node).index(first) + 1, node)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(8, dtype), "gain"))
+    onnx.save(model, graph.path)
+    recorder = Recorder(version, {"ILayer.set_output_type": lambda layer, index, dtype: None})
+    backend_of(recorder).build(graph, graph.path.parent, options)
+    asked = {call.target.name for call in recorder.of("ILayer.precision =")}
+    expected = {
+        f"encoder.norm/IN/{part}"
+        for part in ("centred", "mean", "squares", "variance", "positive", "deviation", "normal")
+    }
+    assert asked == (expected if bound and version.startswith("8.") else set())
+    assert {call.target.name for call in recorder.of("ILayer.set_output_type")} == asked
+    assert ("PREFER_PRECISION_CONSTRAINTS" in recorder.set_flags()) == bool(asked)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("kind", ["Builder", "Runtime"])
 def test_a_driver_tensorrt_cannot_use(tmp_path: Path, version: str, kind: str) -> None:
     """What 8.5.3.1 did on a machine without a driver: an error in the log (CUDA error 35), then this TypeError."""
