@@ -99,9 +99,8 @@ def test_two_builds_of_one_folder_at_once(tmp_path: Path) -> None:
 
 
 def test_gate_not_met_exits_3_and_leaves_nothing(tmp_path: Path) -> None:
-    done = run(
-        "build", "--arch", "fpn", "--target", "onnxruntime", "--min-agreement", "1.0", "--output", tmp_path / "e"
-    )
+    gate = ("--min-agreement", "1.0", "--no-search")
+    done = run("build", "--arch", "fpn", "--target", "onnxruntime", *gate, "--output", tmp_path / "e")
     assert done.returncode == 3, done.stderr
     assert "--min-agreement" in done.stderr.splitlines()[-1]
     assert os.listdir(tmp_path) == []
@@ -180,6 +179,39 @@ def test_other_precisions(tmp_path: Path, precision: str) -> None:
     # The size that is said is the file's, not what half-sized weights would make it.
     size = f"its file has {manifest['engine']['size_bytes'] / 1e6:.1f} MB where the fp32 graph has "
     assert (size in done.stderr) == (precision == "fp16")
+
+
+NOT_ITS_MODEL = """
+import sys
+from edgeseg.backends.pytorch import PyTorchSession
+from edgeseg.cli.app import main
+truth = PyTorchSession._normalize
+PyTorchSession._normalize = lambda self, images: truth(self, 255 - images)
+sys.argv[0] = "edgeseg"
+main()
+"""
+
+
+def test_an_fp32_build_that_is_not_its_model_fails_and_leaves_nothing(tmp_path: Path) -> None:
+    """The reference is made to see negatives: what stands for any difference between the two."""
+    images = tmp_path / "few"
+    images.mkdir()
+    for path in sorted((sample_folder() / "val" / "images").iterdir())[:4]:
+        shutil.copy(path, images)
+    arguments = ("build", "--arch", "fpn", "--precision", "fp32", "--size", "64x64", "--target", "onnxruntime")
+    folder = tmp_path / "engines" / "e"
+    done = subprocess.run(
+        [sys.executable, "-c", NOT_ITS_MODEL, *arguments, "--validation", images, "--output", folder, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == "BuildError"
+    assert error["message"].startswith("the fp32 engine is not its model: 0.")
+    assert done.stderr.splitlines()[-1] == f"edgeseg: {error['message']}"
+    assert not folder.exists()
 
 
 def test_a_graph_for_another_kind_of_cpu_is_a_portable_folder(tmp_path: Path) -> None:
