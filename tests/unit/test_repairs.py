@@ -81,6 +81,10 @@ def tables(graph: OnnxGraph, samples: CalibrationSet) -> dict[str, CalibrationTa
     return {method: calibrate(graph, samples, method=method) for method in METHODS}
 
 
+def sources(graph: OnnxGraph) -> dict[str, str]:
+    return Observation(graph, histograms=False).sources
+
+
 def log_softmax(scores: NDArray[np.float32]) -> NDArray[np.float64]:
     exact = scores.astype(np.float64)
     return np.asarray(exact - np.log(np.exp(exact).sum(axis=0)))
@@ -110,12 +114,47 @@ def test_a_judge_says_what_the_written_graph_loses(graph: OnnxGraph, tmp_path: P
     assert 0 < fidelity.agreement < 1
 
 
+@pytest.mark.parametrize("output", ["mask", "probabilities"])
+def test_of_a_binary_network_each_side_of_the_threshold_counts(tmp_path: Path, output: str) -> None:
+    rng = np.random.default_rng(2)
+    ends = {"mask": "g = Greater(z, zero)\n mask = Cast <to = 2> (g)", "probabilities": "probabilities = Sigmoid(z)"}
+    kind = "uint8" if output == "mask" else "float"
+    model = graph_of(
+        f"(uint8[1, 16, 24, 3] image) => ({kind}[1, 1, h, w] {output})",
+        "p = Transpose <perm = [0, 3, 1, 2]> (image)\n f = Cast <to = 1> (p)\n x = Sub(f, mean)\n"
+        f"c = Conv(x, w)\n r = Relu(c)\n z = Conv(r, v)\n {ends[output]}",
+        mean=np.float32(127),
+        zero=np.float32(0),
+        w=(rng.standard_normal((6, 3, 3, 3)) / 300).astype(np.float32),
+        v=rng.standard_normal((1, 6, 3, 3)).astype(np.float32),
+    )
+    onnx.save(model, tmp_path / "binary.onnx")
+    spec = dataclasses.replace(SPEC, model=ModelSpec("custom", classes=1, task="binary"))
+    graph = OnnxGraph(tmp_path / "binary.onnx", "", "fp32", spec, "weights")
+    shown = images(8)
+    samples = CalibrationSet.open(shown)
+    table = calibrate(graph, samples)
+    written = write_qdq(graph, table, SCHEMES["tensorrt"], tmp_path / "qdq.onnx")
+
+    def chances(path: Path, image: NDArray[np.uint8]) -> NDArray[np.float64]:
+        exposed = onnx.load(path)
+        exposed.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, None))
+        scores = run(exposed, image=image[None])[-1]
+        return np.asarray(1 / (1 + np.exp(-scores.astype(np.float64))))
+
+    pairs = [(chances(graph.path, image), chances(written.path, image)) for image in shown]
+    fidelity = Judge(graph, samples).fidelity(graph, table, "tensorrt")
+    expected = [(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean() for p, q in pairs]
+    np.testing.assert_allclose(fidelity.divergence, expected, rtol=1e-2, atol=1e-7)
+    assert fidelity.agreement == pytest.approx(np.mean([((p > 0.5) == (q > 0.5)).mean() for p, q in pairs]))
+
+
 def test_the_method_is_the_one_the_output_loses_least_by(graph: OnnxGraph) -> None:
     kept, held = hold_out(CalibrationSet.open(images()))
     assert held is not None
     assert not set(kept.pixels) & set(held.pixels)
     judge, found = Judge(graph, held), tables(graph, kept)
-    choice = choose_methods(graph, found, judge, JUDGES)
+    choice = choose_methods(graph, found, sources(graph), judge, JUDGES)
     mean = {
         method: np.mean([judge.fidelity(graph, found[method], s).divergence.mean() for s in JUDGES]) for method in found
     }
@@ -130,7 +169,7 @@ def test_where_no_method_is_better_the_default_stays(tmp_path: Path) -> None:
     kept, held = hold_out(CalibrationSet.open(images()))
     assert held is not None
     same = dict.fromkeys(METHODS, calibrate(graph, kept))
-    choice = choose_methods(graph, same, Judge(graph, held), JUDGES)
+    choice = choose_methods(graph, same, sources(graph), Judge(graph, held), JUDGES)
     assert set(choice.methods.values()) == {"minmax"}
     assert choice.trials == 0
     assert choice.chosen == pytest.approx(1.0)
@@ -151,7 +190,7 @@ def test_modules_get_methods_of_their_own_where_that_pays(graph: OnnxGraph) -> N
 
     offered = dict.fromkeys(METHODS, ruined("b", "d", "x"))
     offered |= {"mse": ruined("b"), "entropy": ruined("d")}
-    choice = choose_methods(graph, offered, Judge(graph, held), JUDGES)
+    choice = choose_methods(graph, offered, sources(graph), Judge(graph, held), JUDGES)
     assert (choice.methods["b"], choice.methods["d"]) == ("entropy", "mse")
     assert choice.chosen < min(choice.whole.values())
 

@@ -63,6 +63,7 @@ class RangeChoice:
 def choose_methods(
     graph: OnnxGraph,
     tables: Mapping[str, CalibrationTable],
+    sources: Mapping[str, str],
     judge: Judge,
     schemes: Sequence[str],
     progress: Callable[[int, int], None] | None = None,
@@ -72,6 +73,7 @@ def choose_methods(
     Args:
         graph: the float graph.
         tables: by method, all of :data:`edgeseg.quantize.ranges.METHODS`; from the same images.
+        sources: by tensor, the one whose values it has, whose module it belongs to.
         judge: with other images.
         schemes: to judge in; at least one.
         progress: called with trials done and trials in all.
@@ -89,7 +91,7 @@ def choose_methods(
     methods = dict.fromkeys(table.ranges, best)
     good = all(f.agreement >= GOOD_AGREEMENT for f in fidelity.values())
     others = [name for name in ranking if name != best]
-    pairs = [] if good else _pairs(graph, tables, best, others)[: TRIAL_PIXELS // judge.pixels]
+    pairs = [] if good else _pairs(graph, tables, sources, best, others)[: TRIAL_PIXELS // judge.pixels]
     for number, (tensors, method) in enumerate(pairs):
         if progress is not None:
             progress(number, len(pairs))
@@ -119,13 +121,17 @@ def _is_gain(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
 
 
 def _pairs(
-    graph: OnnxGraph, tables: Mapping[str, CalibrationTable], best: str, others: Sequence[str]
+    graph: OnnxGraph,
+    tables: Mapping[str, CalibrationTable],
+    sources: Mapping[str, str],
+    best: str,
+    others: Sequence[str],
 ) -> list[tuple[list[str], str]]:
     """Tensors of a module, and a method that would give them other ranges than ``best``; the largest difference first."""
     module = {name: module_group(node.name) for node in read_onnx(graph.path).graph.node for name in node.output}
     members: dict[str | None, list[str]] = {}
     for name in tables[best].ranges:
-        members.setdefault(module.get(name), []).append(name)
+        members.setdefault(module.get(sources[name]), []).append(name)
     pairs: list[tuple[float, list[str], str]] = []
     for tensors in members.values():
         differences = [(_difference(tables[method], tables[best], tensors), method) for method in others]
