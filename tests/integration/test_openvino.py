@@ -19,7 +19,6 @@ import pytest
 ov = pytest.importorskip("openvino", reason="openvino is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from small_graphs import RNG, floats, graph, run, spec, table_for  # noqa: E402
 
 from edgeseg.backends import get_backend  # noqa: E402
