@@ -128,6 +128,7 @@ def compile_folder(
     options: Mapping[str, Any] | None = None,
     output: Path | None = None,
     force: bool = False,
+    candidate: int | None = None,
     reporter: Reporter | None = None,
 ) -> Engine:
     """Build an engine for this machine from the portable graph of ``folder``.
@@ -139,6 +140,7 @@ def compile_folder(
             the default again.
         output: folder to write; default ``folder`` itself, replaced when the new engine is complete.
         force: replace an engine folder that is at ``output``.
+        candidate: take the graph of this candidate of the folder's search instead.
         reporter: told about progress; default silent.
 
     Raises:
@@ -149,6 +151,8 @@ def compile_folder(
     """
     target_folder = output or folder
     old = read_manifest(folder)
+    if candidate is not None:
+        old = _with_candidate(old, candidate)
     check_engine_folder(target_folder, force=force or output is None)
     check_file(folder, old.graph)
     backend = require_builder(target or old.target)
@@ -170,6 +174,9 @@ def compile_folder(
         if old.calibration is not None:
             check_file(folder, old.calibration)
             shutil.copyfile(folder / old.calibration.name, scratch / old.calibration.name)
+        for other in old.search.graphs if old.search is not None else ():
+            check_file(folder, other)
+            shutil.copyfile(folder / other.name, scratch / other.name)
         copied = dataclasses.replace(graph, path=scratch / old.graph.name)
         with stage(reporter, "compile") as said:
             with _naming_kept(set(kept) - set(options or {}), folder):
@@ -178,7 +185,7 @@ def compile_folder(
                 reporter.note(note)
             share = built.precision.mac_share.get(built.precision.requested, 0.0)
             said.append(f"{backend.name}: {share:.1%} of MACs in {built.precision.requested}")
-        if built.precision.requested == "int8" and share < MIN_INT8_SHARE:
+        if built.precision.requested == "int8" and share < MIN_INT8_SHARE and old.search is None:
             reporter.note(_says_float(folder, old.scheme, backend, share))
         assert built.path is not None  # a backend that can build here does
         manifest = dataclasses.replace(
@@ -200,6 +207,21 @@ def compile_folder(
             manifest = dataclasses.replace(manifest, verification=None)
         write_json(scratch / MANIFEST_NAME, manifest)
     return open_engine(target_folder)
+
+
+def _with_candidate(manifest: Manifest, index: int) -> Manifest:
+    """The manifest of the folder with another of its graphs as the one that counts."""
+    search = manifest.search
+    assert search is not None  # the caller read the index there
+    chosen = search.candidates[index]
+    assert chosen.graph is not None
+    return dataclasses.replace(
+        manifest,
+        graph=chosen.graph,
+        scheme=chosen.scheme,
+        precision=dataclasses.replace(manifest.precision, requested=chosen.precision),
+        search=dataclasses.replace(search, chosen=index),
+    )
 
 
 GRAPHS_FOR = ("tensorrt-8",)

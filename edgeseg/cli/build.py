@@ -55,6 +55,12 @@ def _build_and_print(request: BuildRequest, as_json: bool) -> None:
     if engine.manifest.engine is None:
         target = engine.manifest.target
         echo(f"portable folder: {engine.folder}, no {target} engine yet: it is built on the device that runs it")
+        search = engine.manifest.search
+        if search is not None and len(search.graphs) > 1:
+            size_mb = sum(graph.size_bytes for graph in search.graphs) / 1e6
+            echo(
+                f"it carries {len(search.graphs)} graphs that meet the goal ({size_mb:.1f} MB); the device keeps the fastest"
+            )
         echo(f"on the device: {typed('compile', engine.folder, '--target', target)}")
         return
     from edgeseg.backends import get_backend

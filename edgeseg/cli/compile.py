@@ -41,10 +41,12 @@ def command(
 ) -> None:
     """Build this machine's engines from the portable graphs in ENGINE_DIR. Needs no PyTorch.
 
-    Of several folders, those that fail are named at the end, and the others compiled all the same.
+    Where a folder carries several graphs that meet its --max-drop or --min-agreement, all are built and timed, and the fastest is
+    kept. Of several folders, those that fail are named at the end, and the others compiled all the same.
     """
-    from edgeseg.backends.compile import compile_folder, engine_folders
+    from edgeseg.backends.compile import engine_folders
     from edgeseg.errors import BuildError, EdgesegError, SpecError
+    from edgeseg.pipeline.fastest import compile_fastest
 
     chosen = engine_folders(folders) if inside else list(folders)
     if output is not None and len(chosen) > 1:
@@ -61,7 +63,7 @@ def command(
     for folder in chosen:
         try:
             with console_reporter() as reporter:
-                engine = compile_folder(
+                engine = compile_fastest(
                     folder,
                     target=target,
                     options=given["backend_options"],

@@ -14,6 +14,7 @@ from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.errors import ArtifactError
 from edgeseg.evaluate.summary import (
     class_table,
+    fit_words,
     noise_lines,
     precision_line,
     repair_table,
@@ -98,6 +99,7 @@ def _files(manifest: Manifest) -> Iterable[CheckedFile]:
     listed: tuple[tuple[str, FileRef | None], ...] = (
         ("engine", manifest.engine),
         ("portable graph", manifest.graph),
+        *(("candidate graph", ref) for ref in manifest.candidate_graphs),
         ("calibration table", manifest.calibration),
         *(("engine data", ref) for ref in manifest.extra_files),
     )
@@ -222,7 +224,7 @@ def _spec_table(manifest: Manifest) -> Table:
         ("classes", ", ".join(spec.model.class_names) or MISSING),
         ("weights", manifest.weights),
         ("licence", (manifest.origin and manifest.origin.licence_words) or MISSING),
-        ("input", f"image uint8 ({batches}, {size}{dynamic}, {spec.input.channels}), others by {spec.input.fit}"),
+        ("input", f"image uint8 ({batches}, {size}{dynamic}, {spec.input.channels}), others {fit_words(spec.input)}"),
         (
             "normalization",
             f"mean {_numbers(preprocess.mean)} std {_numbers(preprocess.std)}, {preprocess.channel_order}",

@@ -33,7 +33,7 @@ from edgeseg.convert.model_card import read_card
 from edgeseg.convert.older_smp import settle_version
 from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
 from edgeseg.convert.recorded import merge, recorded_model
-from edgeseg.convert.saved_preprocessing import saved_beside
+from edgeseg.convert.saved_preprocessing import CONFIG_NAME, saved_beside
 from edgeseg.convert.wrap import wrap_module
 from edgeseg.errors import CheckpointError, EdgesegError, SpecError, one_line
 from edgeseg.spec import ModelRequest, Preprocess
@@ -171,6 +171,8 @@ def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint, images: Imag
         untrained=False,
         judge=lambda candidates: best_fit(assembly.module, samples, (DEFAULT_PIXELS,) * 2, candidates),
     )
+    # The saved preprocessing is told in full already.
+    preprocess_notes = tuple(n for n in preprocess_notes if n != f"normalization: {CONFIG_NAME}")
     every = (*checkpoint.notes, *recorded.notes, *named.notes, *notes, *assembly.notes, *fit_notes, *saved_notes)
     loaded = _finish(assembly, preprocess, f"weights of {checkpoint.path}", (*every, *preprocess_notes))
     card = read_card(checkpoint.path.parent) if checkpoint.config else {}

@@ -187,6 +187,7 @@ class Opener:
             options=dict(manifest.options),
             versions=dict(manifest.versions),
             repairs=manifest.repairs,
+            search=manifest.search,
         )
 
 

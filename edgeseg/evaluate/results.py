@@ -13,7 +13,7 @@ import msgspec
 
 from edgeseg.errors import ArtifactError
 from edgeseg.machine.record import Count, Environment, Finite, NoiseFlag, Power
-from edgeseg.store.artifacts import Repair, read_versioned, write_json
+from edgeseg.store.artifacts import Repair, Search, read_versioned, write_json
 
 # What a report from elsewhere may say: figures are divided by, and their logarithms taken.
 Milliseconds: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e12)]
@@ -50,6 +50,7 @@ class Identity:
         options: backend settings.
         versions: of the packages the engine was built with and runs on.
         repairs: what was done so that INT8 keeps its accuracy, as in the manifest.
+        search: how the precision of each module was chosen; ``None`` where no search was.
     """
 
     name: str
@@ -77,6 +78,13 @@ class Identity:
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     repairs: tuple[Repair, ...] = ()
+    search: Search | None = None
+
+    @property
+    def precision_words(self) -> str:
+        """``int8``, or ``int8, mixed`` of an engine some of whose modules stayed float for its accuracy."""
+        is_mixed = self.search is not None and bool(self.search.float_modules)
+        return f"{self.precision}, mixed" if is_mixed else self.precision
 
 
 @dataclass(frozen=True)

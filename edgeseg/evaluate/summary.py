@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING
 
 from edgeseg.console import printable
 from edgeseg.evaluate.tables import MISSING, FigureTable, number
-from edgeseg.store.artifacts import AccuracyFigures, Engine, PrecisionReport, Repair, Verification
+from edgeseg.store.artifacts import (
+    AccuracyFigures,
+    Engine,
+    Estimate,
+    ModuleSensitivity,
+    PrecisionReport,
+    Repair,
+    Search,
+    SearchCandidate,
+    SensitivityReport,
+    Verification,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
-    from edgeseg.spec import Padding, PipelineSpec
+    from edgeseg.spec import InputSpec, PipelineSpec
 
 
 _FITTED = {"resize": "resized", "letterbox": "letterboxed", "tile": "tiled"}
@@ -27,10 +38,7 @@ def input_line(spec: PipelineSpec, *, is_default_size: bool) -> str:
         parts.append(f"or any multiple of {image.stride}")
     if str(image.batch) != "1":
         parts.append(f"batch {image.batch}")
-    how = "" if image.interpolation == "linear" else f" ({image.interpolation})"
-    parts.append(_FITTED[image.fit] + how)
-    if image.padding is not None and image.fit != "resize":
-        parts.append(_padded(image.padding))
+    parts.append(fit_words(image))
     mean, std = (",".join(f"{value:.4g}" for value in values) for values in (preprocess.mean, preprocess.std))
     values = "0..1" if preprocess.scale != 1 else "0..255"
     order = "" if preprocess.channel_order == "rgb" else f", {preprocess.channel_order.upper()} inside"
@@ -38,11 +46,15 @@ def input_line(spec: PipelineSpec, *, is_default_size: bool) -> str:
     return line + ("; the size is only a default, give --size" if is_default_size else "")
 
 
-def _padded(padding: Padding) -> str:
-    """``padded around with 128``, ``padded right and below by reflect_101``."""
+def fit_words(image: InputSpec) -> str:
+    """``resized``; ``letterboxed (cubic), padded around with 128``: how other sizes are brought to the engine's."""
+    words = _FITTED[image.fit] + ("" if image.interpolation == "linear" else f" ({image.interpolation})")
+    padding = image.padding
+    if padding is None or image.fit == "resize":
+        return words
     where = "around" if padding.position == "center" else "right and below"
     border = f"with {','.join(map(str, padding.value))}" if padding.border == "constant" else f"by {padding.border}"
-    return f"padded {where} {border}"
+    return f"{words}, padded {where} {border}"
 
 
 def build_summary(engine: Engine) -> Group:
@@ -64,7 +76,128 @@ def build_summary(engine: Engine) -> Group:
     if manifest.candidates:
         listed = ", ".join(f"{name} {ms:.1f} ms" for name, ms in manifest.candidates.items())
         parts.append(Text(f"target auto measured {listed} and took {manifest.target}"))
+    if manifest.search is not None:
+        parts += [
+            Text(),
+            front_table(manifest.search),
+            *(Text(line, style="dim") for line in front_lines(manifest.search)),
+        ]
     return Group(*parts)
+
+
+def sensitivity_table(modules: Sequence[ModuleSensitivity]) -> FigureTable:
+    """A line per module: what INT8 of it alone loses and saves."""
+    table = FigureTable.of("INT8 of", "MACs", "agreement", "mIoU drop", "worst\nclass", "saves\nms")
+    for module in modules:
+        known = [drop for drop in module.class_drops if drop is not None]
+        table.add(
+            module.module,
+            f"{module.mac_share:.1%}",
+            MISSING if module.agreement is None else share(module.agreement.value),
+            estimate_words(module.miou_drop),
+            number(max(known), 4) if known else MISSING,
+            MISSING if module.saved_ms is None else number(module.saved_ms, 2),
+        )
+    return table
+
+
+def sensitivity_lines(report: SensitivityReport) -> list[str]:
+    """What :func:`sensitivity_table` was measured on."""
+    lines = [f"judged on {report.images} images: {report.data}"]
+    if report.latency_source is not None:
+        lines.append(f"milliseconds: {report.latency_source}, scheme {report.scheme}")
+    return lines
+
+
+def front_table(search: Search) -> FigureTable:
+    """The engines a search saw that no other beats in accuracy and time at once, fastest first; the chosen one marked."""
+    drops = any(candidate.miou_drop is not None for candidate in search.candidates)
+    table = FigureTable(
+        (
+            ("", "words"),
+            ("in float", "name"),
+            ("int8", "figure"),
+            ("agreement", "figure"),
+            *((("mIoU drop", "figure"),) if drops else ()),
+            ("ms", "figure"),
+            ("size", "figure"),
+            ("goal", "words"),
+        )
+    )
+    for candidate in pareto_front(search):
+        mark = "*" if candidate is search.candidates[search.chosen] else ""
+        table.add(
+            mark,
+            float_words(candidate),
+            f"{candidate.mac_share.get('int8', 0.0):.1%}",
+            share(candidate.agreement.value),
+            *((estimate_words(candidate.miou_drop),) if drops else ()),
+            time_words(candidate),
+            f"{candidate.size_bytes / 1e6:.1f} MB",
+            "met" if candidate.meets_goal else "missed",
+        )
+    return table
+
+
+def front_lines(search: Search) -> list[str]:
+    """How to read :func:`front_table`."""
+    chosen = search.candidates[search.chosen]
+    lines = [f"{len(search.candidates)} engines judged on {search.images} images; * is this one"]
+    if not search.is_complete:
+        lines[0] += "; the search ended at its time limit"
+    if chosen.float_modules:
+        lines.append(f"in float: {', '.join(chosen.float_modules)}")
+    if any(c.median_ms is None and c.estimated_ms is not None for c in search.candidates):
+        lines.append(f"~: the sum of its modules' times, from {search.latency_source}")
+    return lines
+
+
+def pareto_front(search: Search) -> list[SearchCandidate]:
+    """Candidates that no other beats, and the chosen one; by time where it was measured, else by the share in int8."""
+
+    def cost(candidate: SearchCandidate) -> float:
+        if candidate.median_ms is not None:
+            return candidate.median_ms
+        return 1.0 - candidate.mac_share.get("int8", 0.0)
+
+    def loss(candidate: SearchCandidate) -> float:
+        drop = candidate.miou_drop if search.max_drop is not None else None
+        return 1.0 - candidate.agreement.value if drop is None else drop.value
+
+    chosen = search.candidates[search.chosen]
+    candidates = [c for c in search.candidates if c.median_ms is not None] or list(search.candidates)
+    points = [(cost(c), loss(c)) for c in candidates]
+    front = [
+        candidate
+        for candidate, (ms, lost) in zip(candidates, points, strict=True)
+        if candidate is chosen or not any(a <= ms and b <= lost and (a, b) != (ms, lost) for a, b in points)
+    ]
+    return sorted(front, key=cost)
+
+
+def float_words(candidate: SearchCandidate) -> str:
+    """``none``, ``all (fp32)``, or how many modules."""
+    if candidate.precision != "int8":
+        return f"all ({candidate.precision})"
+    count = len(candidate.float_modules)
+    return {0: "none", 1: candidate.float_modules[0] if count else ""}.get(count, f"{count} modules")
+
+
+def time_words(candidate: SearchCandidate) -> str:
+    """Measured milliseconds, else the estimate with a ``~``, else ``-``."""
+    if candidate.median_ms is not None:
+        return f"{candidate.median_ms:.1f}"
+    return MISSING if candidate.estimated_ms is None else f"~{candidate.estimated_ms:.1f}"
+
+
+def estimate_words(estimate: Estimate | None) -> str:
+    """``0.0031 ±0.0022``: the figure and how far its interval reaches."""
+    if estimate is None:
+        return MISSING
+    text = number(estimate.value, 4)
+    if estimate.low is None or estimate.high is None:
+        return text
+    return f"{text} ±{max(estimate.high - estimate.value, estimate.value - estimate.low):.4f}"
 
 
 def verification_table(verification: Verification, engine_name: str) -> FigureTable:

@@ -76,7 +76,7 @@ def verify(
         reference_size_bytes: of the model's parameters.
         engine_size_bytes: of the engine file.
         protocol: how long to time both; ``None`` not to.
-        timed_reference: the PyTorch model as it is timed, where that is not as its accuracy is judged.
+        timed_reference: the PyTorch model as it is timed, where ``reference`` is not that: exact, or one that remembers.
         progress: called with (images done, images in all or 0 when unknown).
 
     Raises:
@@ -230,6 +230,16 @@ def check_gates(
     Raises:
         GateError: a limit is not met, or was not measured; names all that failed.
     """
+    failed = missed_gates(verification, max_drop=max_drop, min_agreement=min_agreement)
+    if failed:
+        remedy = "more or better calibration images, another --calibration-method, or --precision fp16"
+        raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}", verification)
+
+
+def missed_gates(
+    verification: Verification, *, max_drop: float | None = None, min_agreement: float | None = None
+) -> list[str]:
+    """What :func:`check_gates` would raise for, in words."""
     failed = []
     if max_drop is not None:
         drop = verification.miou_drop
@@ -243,9 +253,7 @@ def check_gates(
         failed.append(
             f"{verification.agreement:.4f} of pixels agree with PyTorch, --min-agreement wants {min_agreement:g}"
         )
-    if failed:
-        remedy = "more or better calibration images, another --calibration-method, or --precision fp16"
-        raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}", verification)
+    return failed
 
 
 class _Recorder(Closing):

@@ -68,6 +68,9 @@ def build(
     backend_options: Mapping[str, Any] | None = None,
     max_drop: float | None = None,
     min_agreement: float | None = None,
+    search: bool = True,
+    search_minutes: float = 20.0,
+    latency_from: str | Path | None = None,
     min_int8_share: float = MIN_INT8_SHARE,
     output: str | Path | None = None,
     force: bool = False,
@@ -108,8 +111,8 @@ def build(
         threshold: probability above which binary and multilabel pixels are 1.
         calibration: images an int8 engine is calibrated with (a folder, glob, list file, ``.npy``, or uint8 RGB arrays
             ``(H, W, 3)``), or a finished table (``.json`` path or object).
-        calibration_method: ``minmax``, ``moving-average``, ``percentile``, ``entropy``, ``mse``, or ``auto``: by
-            what the network's output loses.
+        calibration_method: ``minmax``, ``moving-average``, ``percentile``, ``entropy``, ``mse``, or ``auto``, the
+            default: by what the network's output loses.
         equalize: for int8, scale channels so that activations are even over them; the float graph computes the same. A
             finished table decides by itself.
         calibration_limit: use at most so many images, a seeded subset.
@@ -119,9 +122,14 @@ def build(
             first of them where noise could turn it.
         scheme: Q/DQ scheme; default what is fast on the target here.
         backend_options: settings of the backend, such as ``{"threads": 2}``; recorded in the manifest.
-        max_drop: fail when more mIoU than this is lost (0.01 = one point). Needs masks.
-        min_agreement: fail when a smaller share of pixels agrees with PyTorch.
-        min_int8_share: fail when a smaller share of the multiply-accumulates runs in int8.
+        max_drop: lose no more mIoU than this (0.01 = one point): where plain int8 does, the modules that cost most accuracy
+            for the time they save stay float. Needs masks.
+        min_agreement: agree with PyTorch on at least this share of pixels, in the same way.
+        search: whether to look for such a mix; without, plain int8 that misses the goal is an error.
+        search_minutes: after so long the best engine so far that meets the goal is taken.
+        latency_from: JSON of an ``edgeseg bench --profile`` of the device, for its milliseconds by module.
+        min_int8_share: fail when a smaller share of the multiply-accumulates runs in int8. The default does not bind a mix
+            that was found for ``max_drop`` or ``min_agreement``.
         output: the engine folder; default ``engines/<arch>-<encoder>-<precision>``.
         force: replace an existing engine folder.
         reporter: told about stages and progress; a callable, such as ``print``, gets a line per stage and note; default
@@ -130,7 +138,8 @@ def build(
     Raises:
         EdgesegError: the request, an input, or a step failed; see :mod:`edgeseg.errors` for which class says what. Nothing is
             left behind.
-        GateError: ``max_drop`` or ``min_agreement`` is not met; nothing is left behind.
+        GateError: no engine meets ``max_drop`` or ``min_agreement``, not even a float one, or, without ``search``, plain int8
+            does not; nothing is left behind.
     """
     given = dict(locals())
     del given["model"], given["reporter"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,16 +25,12 @@ TABLE_NAME = "calibration.json"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One backend's engine, built in a scratch folder of its own.
-
-    ``median_ms`` is measured only when several candidates compete.
-    """
+    """One backend's engine, built in a scratch folder of its own."""
 
     backend: Backend
     folder: Path
     graph: OnnxGraph
     built: BuiltEngine
-    median_ms: float | None = None
 
 
 def build_candidate(
@@ -50,28 +47,55 @@ def build_candidate(
     ``engines_folder`` is the parent of the engine folder in the making; see :meth:`~edgeseg.backends.base.Backend.build`.
     """
     folder.mkdir()
+    typed = write_typed(request, backend, graph, table, folder)
+    return build_typed(request, backend, typed, folder, reporter, engines_folder)
+
+
+def write_typed(
+    request: BuildRequest,
+    backend: Backend,
+    graph: OnnxGraph,
+    table: CalibrationTable | None,
+    folder: Path,
+    float_modules: Collection[str] = (),
+) -> OnnxGraph:
+    """Write ``graph`` in the precision asked for and the backend's scheme; of int8, ``float_modules`` stay float."""
     typed = folder / GRAPH_NAME
-    options = request.backend_options
-    if table is not None and options.get("implicit_calibration"):
+    if table is not None and request.backend_options.get("implicit_calibration"):
         # The graph stays fp32: TensorRT quantizes it from the ranges of the table beside it.
         shutil.copyfile(graph.path, typed)
         table.save(folder / TABLE_NAME)
-        graph = dataclasses.replace(graph, path=typed)
-    elif request.precision == "int8":
+        return dataclasses.replace(graph, path=typed)
+    if request.precision == "int8":
         from edgeseg.quantize.qdq import write_qdq
         from edgeseg.quantize.schemes import SCHEMES
 
         assert table is not None  # run_build calibrates before an int8 graph is written
-        scheme = request.scheme or backend.scheme
-        graph = write_qdq(graph, table, SCHEMES[scheme], typed)
-    elif request.precision == "fp16":
+        return write_qdq(graph, table, SCHEMES[request.scheme or backend.scheme], typed, float_modules)
+    if request.precision == "fp16":
         from edgeseg.quantize.fp16 import write_fp16
 
-        graph = write_fp16(graph, table, typed)
-    else:
-        shutil.copyfile(graph.path, typed)
-        graph = dataclasses.replace(graph, path=typed)
-    if not builds_here(backend, graph.scheme):
+        return write_fp16(graph, table, typed)
+    shutil.copyfile(graph.path, typed)
+    return dataclasses.replace(graph, path=typed)
+
+
+def build_typed(
+    request: BuildRequest,
+    backend: Backend,
+    graph: OnnxGraph,
+    folder: Path,
+    reporter: Reporter,
+    engines_folder: Path,
+    *,
+    is_portable: bool = False,
+) -> Candidate:
+    """Build the engine of a typed graph in ``folder``, or leave it at the graph where that has to be done on the device.
+
+    ``is_portable``: leave it at the graph though the engine could be built here.
+    """
+    options = request.backend_options
+    if is_portable or not builds_here(backend, graph.scheme):
         built = portable_engine(graph, backend.name, request.precision, options)
     else:
         built = backend.build(graph, folder, options, reporter.progress, engines_folder)

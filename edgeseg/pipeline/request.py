@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -27,9 +27,21 @@ from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.spec import BATCH, PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputKind, OutputSpec, Precision
 from edgeseg.store.artifacts import MIN_INT8_SHARE
 
+
+def _images(value: Any) -> Any:
+    if isinstance(value, (bytes, Mapping)):
+        raise TypeError
+    if not isinstance(value, (str, Path, Iterable)):
+        from edgeseg.quantize.table import CalibrationTable
+
+        if not isinstance(value, CalibrationTable):
+            raise TypeError
+    return value
+
+
 IMAGES = Kind(
     "a folder, a glob, a list, arrays or a table",
-    lambda value: value,
+    _images,
     write=lambda value: [str(value)] if isinstance(value, (str, Path)) else None,
     metavar="DIR|GLOB|FILE",
 )
@@ -64,7 +76,9 @@ class BuildRequest(ModelRequest):
         help="Images for int8: a folder, glob, list file, .npy, or a finished table (.json).  "
         "[default: the demo set, for a demo model only]",
     )
-    calibration_method: str | None = argument(TEXT, help="minmax, moving-average, percentile, entropy, mse, or auto.")
+    calibration_method: str | None = argument(
+        TEXT, help="minmax, moving-average, percentile, entropy or mse.  [default: what the output loses least by]"
+    )
     equalize: bool = argument(
         FLAG,
         True,
@@ -88,11 +102,22 @@ class BuildRequest(ModelRequest):
     )
     max_drop: float | None = argument(
         number(0, 1, "a share of mIoU between 0 and 1, such as 0.01 for one point"),
-        help="Exit 3 when more mIoU is lost (0.01 = one point).",
+        help="Lose no more mIoU than this (0.01 = one point); what costs most stays float.  [exit 3 if that fails]",
     )
     min_agreement: float | None = argument(
         number(0, 1, "a share of pixels between 0 and 1, such as 0.99"),
-        help="Exit 3 when a smaller share of pixels agrees with PyTorch.",
+        help="Agree with PyTorch on at least this share of pixels; as --max-drop, without masks.",
+    )
+    search: bool = argument(
+        FLAG, True, help="Where plain int8 misses --max-drop or --min-agreement, find the fastest mix that meets it."
+    )
+    search_minutes: float = argument(
+        number(0, 10000, "minutes, such as 20"), 20.0, help="End that search here, with the best engine so far."
+    )
+    latency_from: Path | None = argument(
+        PATH,
+        help="For that search: JSON of an `edgeseg bench --profile` of the device, for its milliseconds by module.",
+        metavar="FILE",
     )
     min_int8_share: float = argument(
         number(0, 1, "a share between 0 and 1, such as 0.7"),

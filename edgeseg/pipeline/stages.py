@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from edgeseg.backends import AUTO_TARGETS, GPU_TARGETS, get_backend, require_bac
 from edgeseg.backends.portable import (
     DEVICE_TARGETS,
     awaits_calibration,
+    builds_here,
     check_options,
     measured_on,
     open_graph,
@@ -26,9 +29,11 @@ from edgeseg.backends.portable import (
 from edgeseg.convert.saved_preprocessing import CONFIG_NAME
 from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
 from edgeseg.evaluate.summary import input_line
+from edgeseg.evaluate.verify import check_gates, missed_gates
 from edgeseg.machine.packages import package_versions
 from edgeseg.pipeline.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.pipeline.command import build_command
+from edgeseg.pipeline.goal import Reached, carried_names, has_goal
 from edgeseg.pipeline.plan import DEMO_NAME, BuildPlan, default_name, refuse_early
 from edgeseg.pipeline.verification_data import (
     VerificationData,
@@ -36,7 +41,7 @@ from edgeseg.pipeline.verification_data import (
     calibration_source,
     sample_images,
 )
-from edgeseg.progress import Reporter, stage
+from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, calibrate, method_or_default, table_key
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import InputSpec, ModelRequest, PipelineSpec, one_of
@@ -48,6 +53,8 @@ from edgeseg.store.artifacts import (
     Manifest,
     OnnxGraph,
     Repair,
+    Search,
+    SensitivityReport,
     Verification,
     check_engine_folder,
     engine_folder,
@@ -63,6 +70,7 @@ from edgeseg.version import __version__
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only
 
+    from edgeseg.backends.base import Session
     from edgeseg.convert.export import ConversionReport
     from edgeseg.convert.load import LoadedModel
     from edgeseg.pipeline.request import BuildRequest
@@ -106,7 +114,27 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         make = _ManifestMaker(request, loaded, spec, conversion, table, folder.name, command, asked)
         best, medians = choose_fastest(candidates, make, table, reporter)
         engine = make.write(best, medians, table, scratch, None)
-        verification = verify_stage(request, loaded, engine, plan.held_out, reporter)
+        with ExitStack() as opened:
+            verifier = (
+                None if plan.held_out is None else opened.enter_context(_Verifier(request, loaded, plan.held_out))
+            )
+            verification = verify_stage(request, engine, verifier, reporter)
+            if (
+                verifier is not None
+                and verification is not None
+                and table is not None
+                and verifier.misses(verification)
+            ):
+                plain = [best, *(candidate for candidate in candidates if candidate is not best)]
+                reached = goal_stage(request, graph, table, plain, verifier, make, reporter)
+                best, make = reached.candidate, dataclasses.replace(make, search=reached.record)
+                for path, name in zip(reached.carried, carried_names(len(reached.carried)), strict=True):
+                    shutil.copyfile(path, scratch / name)
+                remove_built(engine)
+                engine = make.write(best, medians, table, scratch, None)
+                verification = verify_stage(request, engine, verifier, reporter)
+        if verification is not None:
+            check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
         make.write(best, medians, table, scratch, verification)
         for name in (EXPORT_FOLDER, *(f"target-{target}" for target in targets)):
             shutil.rmtree(scratch / name, ignore_errors=True)
@@ -326,7 +354,7 @@ def calibration_stage(
             if table.equalization:
                 graph, _ = write_equalized(graph, table.equalization, scratch / EQUALIZED_NAME)
             check_fresh(table, table_key(graph, None, table.method, table.options))
-            said.append(f"table given: {table.method} over {table.images} images")
+            said.append(f"table given: {chosen_methods(table)} over {table.images} images")
         return graph, table
 
     if samples.skipped:
@@ -364,7 +392,7 @@ def calibration_stage(
     with stage(reporter, "calibrate") as said:
         folder, reused = cached_folder("calibration", inputs, make)
         table = load_table(folder / TABLE_NAME)
-        said.append(f"{table.method} over {table.images} images")
+        said.append(f"{chosen_methods(table)} over {table.images} images")
         if equalizes:
             equalized = folder / EQUALIZED_NAME
             graph = dataclasses.replace(graph, path=equalized, sha256=sha256_file(equalized))
@@ -372,6 +400,13 @@ def calibration_stage(
         if reused:
             said.append("reused")
     return graph, table
+
+
+def chosen_methods(table: CalibrationTable) -> str:
+    """The method; for one chosen by tensor, which and for how many: ``auto (90 percentile, 12 mse)``."""
+    counts = Counter(limits.method for limits in table.ranges.values() if limits.method is not None)
+    chosen = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    return f"{table.method} ({chosen})" if chosen else table.method
 
 
 def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> CalibrationTable:
@@ -385,6 +420,61 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
         _, table = calibration_stage(request, graph, samples, None, Path(scratch), reporter)
     table.save(path)
     return table
+
+
+def run_sensitivity(request: BuildRequest, reporter: Reporter) -> SensitivityReport:
+    """Judge and time INT8 of each module by itself: ``edgeseg sensitivity``. Errors are those of a build.
+
+    Raises:
+        InputError: no images to judge on.
+    """
+    from edgeseg.mixed.costs import times_from_file
+    from edgeseg.mixed.sensitivity import NetworkModules, judge_modules, sensitivities
+    from edgeseg.pipeline.goal import in_float, measured_times
+
+    refuse_early(request, is_module=False, makes_engine=False)
+    backend = get_backend(choose_targets(request, reporter)[0])
+    scheme = request.scheme or backend.scheme
+    loaded = load_stage(request, None, reporter)
+    spec = pipeline_spec(request, loaded, reporter)
+    samples, data = calibration_and_held_out(request, loaded)
+    if data is None:
+        raise InputError("no images to judge modules on; give --data DIR")
+    with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as folder:
+        scratch = Path(folder)
+        graph, conversion = export_stage(loaded, spec, scratch, reporter)
+        judges = judging_schemes(request, (backend.name,))
+        graph, table = calibration_stage(request, graph, samples, judges, scratch, reporter)
+        network, times = NetworkModules.of(graph), None
+        if request.latency_from is not None:
+            times = times_from_file(request.latency_from, spec.model, network.modules)
+        elif builds_here(backend, scheme) and backend.status().available:
+            make = _ManifestMaker(request, loaded, spec, conversion, table, "sensitivity", None, request.model)
+            with stage(reporter, "measure") as said:
+                engines = []
+                for name, wanted in (("int8", request), ("float", in_float(request, backend))):
+                    candidate = build_candidate(
+                        wanted, backend, graph, table, scratch / name, SilentReporter(), scratch
+                    )
+                    engines.append(make.write(candidate, {}, table, scratch / name, None))
+                times = measured_times(network, *engines)
+                said.append(f"{backend.name}: {len(network.modules.names)} modules, in int8 and in float")
+        with stage(reporter, "modules") as said:
+            judged = judge_modules(network, table, SCHEMES[scheme], list(data.pairs), progress=reporter.progress)
+            modules = sensitivities(network, judged, {} if times is None else times.saved_ms)
+            images = max((len(one.images) for one in judged.values()), default=0)
+            said.append(f"{scheme}: {len(modules)} modules judged on {images} images")
+    return SensitivityReport(
+        schema_version=SCHEMA_VERSION,
+        edgeseg_version=__version__,
+        spec=spec,
+        target=backend.name,
+        scheme=scheme,
+        images=images,
+        data=data.description,
+        latency_source=None if times is None else times.source,
+        modules=modules,
+    )
 
 
 def candidate_stage(
@@ -436,23 +526,73 @@ def choose_fastest(
     return next(candidate for candidate in candidates if candidate.backend.name == name), medians
 
 
+class _Verifier:
+    """The PyTorch model as the reference of a build, and the images it is run on.
+
+    With a goal, several engines are compared with it: what it returned is kept until the build ends.
+    """
+
+    def __init__(self, request: BuildRequest, loaded: LoadedModel, data: VerificationData) -> None:
+        if request.max_drop is not None and not data.has_masks:
+            raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
+        self.request = request
+        self.loaded = loaded
+        self.data = data
+        self._opened = ExitStack()
+
+    def __enter__(self) -> _Verifier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    @functools.cached_property
+    def memory(self) -> Path:
+        """Where PyTorch's results are kept for the engines after the first."""
+        return Path(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="edgeseg-")))
+
+    @contextmanager
+    def reference(self, spec: PipelineSpec, device: str = "cpu") -> Iterator[tuple[Session, Session]]:
+        """(what to compare with, what to time) while it is open, both on ``device``."""
+        from edgeseg.backends.pytorch import PyTorchSession
+        from edgeseg.machine.cpu import this_cpu
+
+        # As bench runs it: by itself PyTorch may take more threads than this process has cores.
+        threads, on_gpu = this_cpu().cores, device == "cuda"
+        with ExitStack() as stack:
+            session: Session = stack.enter_context(
+                PyTorchSession(self.loaded, spec, threads=threads, device=device, exact=on_gpu)
+            )
+            timed = session
+            if on_gpu:
+                timed = stack.enter_context(PyTorchSession(self.loaded, spec, threads=threads, device=device))
+            if has_goal(self.request):
+                from edgeseg.mixed.judge import Remembered
+
+                session = Remembered(session, self.memory / device)
+            yield session, timed
+
+    def misses(self, verification: Verification) -> bool:
+        """Whether the engine misses a goal that a search may reach."""
+        request = self.request
+        limits = {"max_drop": request.max_drop, "min_agreement": request.min_agreement}
+        return has_goal(request) and bool(missed_gates(verification, **limits))
+
+
 def verify_stage(
-    request: BuildRequest, loaded: LoadedModel, engine: Engine, data: VerificationData | None, reporter: Reporter
+    request: BuildRequest, engine: Engine, verifier: _Verifier | None, reporter: Reporter
 ) -> Verification | None:
-    """Compare the engine with the PyTorch model on held-out images and apply the gates."""
-    if data is None:
+    """Compare the engine with the PyTorch model on held-out images."""
+    if verifier is None:
         if request.max_drop is not None or request.min_agreement is not None:
             raise SpecError("--max-drop and --min-agreement need images to verify on; give --validation DIR")
         reporter.note("not verified: no images were given; --validation DIR compares the engine with PyTorch")
         return None
-    if request.max_drop is not None and not data.has_masks:
-        raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
     from edgeseg.backends.pytorch import PyTorchSession, why_no_cuda
     from edgeseg.evaluate.latency.protocol import SHORT
-    from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, check_gates, verify
-    from edgeseg.machine.cpu import this_cpu
+    from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, verify
 
-    spec = engine.manifest.spec
+    spec, data, loaded = engine.manifest.spec, verifier.data, verifier.loaded
     with stage(reporter, "verify") as said:
         backend = get_backend(engine.manifest.target)
         runs_here = engine.manifest.engine is not None and backend.status().available
@@ -460,16 +600,7 @@ def verify_stage(
         on_gpu = runs_here and backend.name in GPU_TARGETS
         missing = why_no_cuda() if on_gpu else None
         device = "cuda" if on_gpu and missing is None else "cpu"
-        # As bench runs it: by itself PyTorch may take more threads than this process has cores.
-        threads = this_cpu().cores
-        with ExitStack() as stack:
-            session = stack.enter_context(opened)
-            reference = stack.enter_context(
-                PyTorchSession(loaded, spec, threads=threads, device=device, exact=device == "cuda")
-            )
-            timed = reference
-            if device == "cuda":
-                timed = stack.enter_context(PyTorchSession(loaded, spec, threads=threads, device=device))
+        with verifier.reference(spec, device) as (reference, timed), opened as session:
             verification = verify(
                 reference,
                 session,
@@ -490,13 +621,45 @@ def verify_stage(
                 with PyTorchSession(loaded, spec, with_scores=True) as telling:
                     return agreement_without_ties(telling, session, spec, data.pairs, tie)
 
-            note = check_fidelity(verification, request.precision, without_ties)
+            note = check_fidelity(verification, engine.manifest.precision.requested, without_ties)
     if missing is not None:
         reporter.note(f"not timed beside PyTorch: {missing}, and the engine runs on the GPU; edgeseg bench times it")
     if note is not None:
         reporter.note(note)
-    check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
     return verification
+
+
+def goal_stage(
+    request: BuildRequest,
+    graph: OnnxGraph,
+    table: CalibrationTable,
+    plain: list[Candidate],
+    verifier: _Verifier,
+    make: _ManifestMaker,
+    reporter: Reporter,
+) -> Reached:
+    """Find the fastest engine that keeps the limits which plain INT8 did not keep."""
+    from edgeseg.pipeline.goal import GoalSearch
+
+    reporter.note("plain INT8 misses the goal: looking for modules to leave in float (--no-search does not)")
+    with verifier.reference(graph.spec) as (reference, _):
+        return GoalSearch(
+            request=request,
+            graph=graph,
+            table=table,
+            pairs=verifier.data.pairs,
+            reference=reference,
+            write=lambda candidate: make.write(candidate, {}, table, candidate.folder, None),
+            engines_folder=plain[0].folder.parent.parent,
+            reporter=reporter,
+        ).run(plain)
+
+
+def remove_built(engine: Engine) -> None:
+    """Take an engine's own files out of a folder that another engine is to have."""
+    for file in (engine.manifest.engine, *engine.manifest.extra_files):
+        if file is not None:
+            (engine.folder / file.name).unlink()
 
 
 @dataclass(frozen=True)
@@ -511,6 +674,7 @@ class _ManifestMaker:
     name: str
     command: str | None
     model_request: ModelRequest | None
+    search: Search | None = None
 
     def write(
         self,
@@ -558,6 +722,7 @@ class _ManifestMaker:
             notes=self.loaded.notes,
             verification=verification,
             repairs=self._repairs(candidate),
+            search=self.search,
         )
         write_json(folder / MANIFEST_NAME, manifest)
         return Engine(folder, manifest)

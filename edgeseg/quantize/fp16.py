@@ -13,7 +13,7 @@ An island is a node that
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,8 +53,7 @@ def write_fp16(graph: OnnxGraph, table: CalibrationTable | None, path: Path) -> 
         ArtifactError: ``graph`` cannot be read.
     """
     model = read_onnx(graph.path)
-    magnitudes = {} if table is None else {n: max(-r.minimum, r.maximum) for n, r in table.ranges.items()}
-    typed = fp16_model(model, magnitudes)
+    typed = fp16_model(model, {} if table is None else magnitudes(table))
     try:
         onnx.checker.check_model(typed, full_check=True)
     except (onnx.checker.ValidationError, shape_inference.InferenceError) as exc:
@@ -65,12 +64,22 @@ def write_fp16(graph: OnnxGraph, table: CalibrationTable | None, path: Path) -> 
     return replace(graph, path=path, sha256=sha256_file(path), precision="fp16")
 
 
-def fp16_model(model: onnx.ModelProto, magnitudes: Mapping[str, float]) -> onnx.ModelProto:
+def magnitudes(table: CalibrationTable) -> dict[str, float]:
+    """Largest absolute value that calibration saw, by tensor."""
+    return {name: max(-limits.minimum, limits.maximum) for name, limits in table.ranges.items()}
+
+
+def fp16_model(
+    model: onnx.ModelProto,
+    magnitudes: Mapping[str, float],
+    within: Callable[[onnx.NodeProto], bool] = lambda node: True,
+) -> onnx.ModelProto:
     """Return a typed FP16 copy of a float32 ``model``.
 
     Args:
         model: ONNX, float32.
         magnitudes: largest absolute value seen per tensor; absent ones are taken to fit.
+        within: of a node: whether it may run in FP16; all others are left as they are.
 
     Raises:
         QuantizationError: nothing is left to run in FP16.
@@ -84,7 +93,7 @@ def fp16_model(model: onnx.ModelProto, magnitudes: Mapping[str, float]) -> onnx.
         if value.type.tensor_type.elem_type == TensorProto.FLOAT
     }
     weights = {t.name: t for t in typed.graph.initializer if t.data_type == TensorProto.FLOAT}
-    writer = _Writer(typed.graph, floats, weights, magnitudes)
+    writer = _Writer(typed.graph, floats, weights, magnitudes, within)
     writer.run()
     # The types noted for the float32 graph no longer hold; every reader infers them anew.
     del typed.graph.value_info[:]
@@ -100,8 +109,10 @@ class _Writer:
         floats: set[str],
         weights: Mapping[str, TensorProto],
         magnitudes: Mapping[str, float],
+        within: Callable[[onnx.NodeProto], bool],
     ) -> None:
         self._graph = graph
+        self._within = within
         self._floats = floats | set(weights)
         self._weights = weights
         self._too_large = {n for n, magnitude in magnitudes.items() if magnitude * RANGE_MARGIN > FP16_MAX}
@@ -134,6 +145,8 @@ class _Writer:
         self._drop_unused_weights()
 
     def _is_island(self, node: onnx.NodeProto) -> bool:
+        if not self._within(node):
+            return True
         if self._too_large.intersection((*node.input, *node.output)):
             return True
         if node.op_type == "Cast":

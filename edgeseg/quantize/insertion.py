@@ -90,12 +90,22 @@ class _Inserter:
             if value is None:
                 continue
             takes_integers = role is Role.FUSED or (role is Role.WEIGHTED and index == 0)
-            if value in self._integers and (takes_integers or not self._is_computed_in_float(value)):
+            if value in self._integers and (takes_integers or not self._is_read_in_float(value, node)):
                 node.replace_input_with(index, self._dequantized(value, node))
             elif role is Role.FUSED and value.const_value is not None:
                 node.replace_input_with(index, self._operand(value, node))
         if role is Role.WEIGHTED:
             self._quantize_weight(node, self._observed.channel_means.get(source))
+
+    def _is_read_in_float(self, value: ir.Value, reader: ir.Node) -> bool:
+        if self._is_computed_in_float(value):
+            return True
+        # Between two layers that stay float nothing is rounded, though another reader takes integers. A Concat is read by
+        # whoever reads its result.
+        producer, stays_float = value.producer(), self._observed.stays_float
+        if producer is None or producer in self._placement.roles or reader.op_type == "Concat":
+            return False
+        return stays_float(reader) and stays_float(producer)
 
     def _is_computed_in_float(self, value: ir.Value) -> bool:
         producer = value.producer()

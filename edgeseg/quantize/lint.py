@@ -6,7 +6,7 @@ rule a target documents, and each that was measured, is checked here on the file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,16 +25,20 @@ _INTEGER_MOVES = frozenset(
 _LOWEST_OPSET = 13  # the first with per-channel DequantizeLinear
 
 
-def lint(model: onnx.ModelProto, scheme: QuantScheme) -> list[str]:
-    """Return one line per broken rule; an empty list means the graph fulfils its scheme."""
-    graph = _Graph(model)
+def lint(model: onnx.ModelProto, scheme: QuantScheme, floats: Collection[str] = ()) -> list[str]:
+    """Return one line per broken rule; an empty list means the graph fulfils its scheme.
+
+    ``floats``: names of nodes that were asked to stay float.
+    """
+    graph = _Graph(model, frozenset(floats))
     return [problem for rule in RULES for problem in rule(graph, scheme)]
 
 
 class _Graph:
     """A graph's nodes by what they make and read, and its constants as arrays."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, floats: frozenset[str]) -> None:
+        self.floats = floats
         self.nodes = list(model.graph.node)
         self.inputs = {value.name for value in model.graph.input}
         self.outputs = {value.name for value in model.graph.output}
@@ -165,6 +169,10 @@ def _layers_are_whole(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
         source, pair = graph.dequantizer(node.input[0]), graph.dequantizer(node.input[1])
         weight = graph.constant(node.input[1])
         operands = [source is not None, pair is not None and graph.is_constant_pair(pair)]
+        if node.name in graph.floats:
+            if operands[1]:
+                yield f"{node.name} has an integer weight and was asked to stay float"
+            continue
         if operands == [True, False] and weight is not None and weight.ndim >= 2:
             yield f"{node.name} reads integers but its weight is float: it runs in float"
         if operands == [False, True]:

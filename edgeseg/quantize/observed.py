@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,13 +21,15 @@ class Observed:
     Attributes:
         ranges: low and high to quantize to.
         channel_means: mean per channel of layer inputs.
+        stays_float: of a node: whether it was asked to run in float.
     """
 
     ranges: dict[str, Range] = field(default_factory=dict)
     channel_means: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    stays_float: Callable[[ir.Node], bool] = lambda node: False
 
     @classmethod
-    def of(cls, table: CalibrationTable) -> Observed:
+    def of(cls, table: CalibrationTable, stays_float: Callable[[ir.Node], bool] = lambda node: False) -> Observed:
         """What a calibration table says."""
         return cls(
             {name: (limits.low, limits.high) for name, limits in table.ranges.items()},
@@ -35,6 +38,7 @@ class Observed:
                 for name, limits in table.ranges.items()
                 if limits.channel_mean is not None
             },
+            stays_float,
         )
 
     def copy_range(self, of: ir.Value, to: ir.Value) -> None:

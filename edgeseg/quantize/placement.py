@@ -10,14 +10,14 @@ the target's compiler fuses the rest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 import onnx_ir as ir
 
 from edgeseg.graph.editing import constant_array, sole_reader
-from edgeseg.quantize.observed import Range
+from edgeseg.quantize.observed import Observed, Range
 from edgeseg.quantize.schemes import QuantScheme
 
 _FUSED = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
@@ -76,11 +76,15 @@ class Placement:
         return [v for v in {*self.shared, target} if self.representative(v) is target]
 
 
-def place(graph: ir.Graph, ranges: Mapping[str, Range], scheme: QuantScheme) -> Placement:
-    """Decide the placement of ``scheme`` for a float graph with calibrated ``ranges``."""
+def place(graph: ir.Graph, observed: Observed, scheme: QuantScheme) -> Placement:
+    """Decide the placement of ``scheme`` for a float graph with calibrated ranges.
+
+    A node that stays float takes no part, but for one that only moves values to a layer that runs on integers: where the
+    values are quantized, in front of it or behind, costs the same.
+    """
     if scheme.placement == "inputs":
-        return _place_inputs(graph, ranges)
-    return _OperatorPlacement(graph, ranges).run()
+        return _place_inputs(graph, observed.ranges, observed.stays_float)
+    return _OperatorPlacement(graph, observed.ranges, observed.stays_float).run()
 
 
 def propagate_ranges(graph: ir.Graph, ranges: dict[str, Range]) -> None:
@@ -125,9 +129,10 @@ def tail(graph: ir.Graph) -> set[ir.Node]:
 class _OperatorPlacement:
     """The ``operators`` policy: one backward pass over who wants integers, one forward pass over who has them."""
 
-    def __init__(self, graph: ir.Graph, ranges: Mapping[str, Range]) -> None:
+    def __init__(self, graph: ir.Graph, ranges: Mapping[str, Range], stays_float: Callable[[ir.Node], bool]) -> None:
         self._nodes = list(graph)
         self._ranges = ranges
+        self._floats = {node for node in self._nodes if stays_float(node)}
         self._wanted: set[ir.Value] = set()
         self._demanded: set[ir.Value] = set()
         self._tail = tail(graph)
@@ -147,26 +152,27 @@ class _OperatorPlacement:
 
     def _want(self, node: ir.Node) -> None:
         """Note who wants ``node``'s inputs as integers, and who would quantize them in any case (``demanded``)."""
-        if is_weighted(node):
+        if is_weighted(node) and node not in self._floats:
             self._wanted.update(v for v in node.inputs[:1] if v is not None)
             self._demanded.update(v for v in node.inputs[:1] if v is not None)
         if node.op_type in _MOVES | {"Concat"} and self._demanded.intersection(node.outputs):
             self._demanded.update(_activations(node))
-        if node.op_type in _INTEGER and self._wanted.intersection(node.outputs):
+        if node.op_type in _INTEGER and node not in self._floats and self._wanted.intersection(node.outputs):
             self._wanted.update(_activations(node))
 
     def _role(self, node: ir.Node) -> Role | None:
         if node.domain:
             return None
         inputs = _activations(node)
+        is_float = node in self._floats
         if is_weighted(node):
-            return self._weighted(node)
+            return None if is_float else self._weighted(node)
         if node.op_type in _CLAMPS:
             return self._clamp(node, inputs[0])
         if not inputs or not all(v.name in self._ranges for v in inputs):
             return None
         demanded = bool(self._demanded.intersection(node.outputs))
-        natural = all(v in self._natural for v in inputs)
+        natural = not is_float and all(v in self._natural for v in inputs)
         if node.op_type == "Concat":
             whole = len(inputs) == len(node.inputs)  # a constant among the inputs has no integers
             return self._concat(node, inputs) if whole and (demanded or natural) else None
@@ -188,6 +194,8 @@ class _OperatorPlacement:
         return Role.WEIGHTED
 
     def _takes_integers(self, node: ir.Node) -> bool:
+        if node in self._floats:
+            return False
         return is_weighted(node) or (node.op_type in _INTEGER and bool(self._wanted.intersection(node.outputs)))
 
     def _clamp(self, node: ir.Node, source: ir.Value) -> Role | None:
@@ -239,16 +247,16 @@ class _OperatorPlacement:
                     self._result.quantized.add(value)
 
 
-def _place_inputs(graph: ir.Graph, ranges: Mapping[str, Range]) -> Placement:
+def _place_inputs(graph: ir.Graph, ranges: Mapping[str, Range], stays_float: Callable[[ir.Node], bool]) -> Placement:
     result = Placement()
     for node in graph:
         weighted = is_weighted(node) or (node.op_type == "ConvTranspose" and constant_array(node.inputs[1]) is not None)
-        if weighted and node.inputs[0] is not None and node.inputs[0].name in ranges:
+        if weighted and not stays_float(node) and node.inputs[0] is not None and node.inputs[0].name in ranges:
             result.roles[node] = Role.WEIGHTED
             if not _is_dequantized(node.inputs[0].producer()):
                 result.quantized.add(node.inputs[0])
     for node in graph:
-        if node.op_type == "Add":
+        if node.op_type == "Add" and not stays_float(node):
             _quantize_identity(node, ranges, result)
         elif node.op_type == "Concat":
             _share_concat(node, ranges, result)

@@ -23,6 +23,7 @@ class QuantScheme:
             outputs stay float and the target fuses what follows (TensorRT, OpenVINO).
         signed_transposed: what a ConvTranspose reads is symmetric s8 where it is negative: oneDNN's INT8 deconvolution
             takes no zero point, and runs in float when it meets one.
+        half: what stays float runs in FP16 where its values allow, when modules are asked to stay float.
         passes: graph passes run first, names of :data:`edgeseg.quantize.passes.PASSES`, in order.
     """
 
@@ -34,6 +35,7 @@ class QuantScheme:
     placement: Literal["operators", "inputs"]
     passes: tuple[str, ...] = ()
     signed_transposed: bool = False
+    half: bool = False
 
     @property
     def weight_limit(self) -> int:
@@ -61,6 +63,6 @@ SCHEMES: dict[str, QuantScheme] = {
         QuantScheme("onnxruntime-arm", "s8", False, 8, True, "operators", _ONNXRUNTIME_PASSES),
         QuantScheme("openvino", "u8", False, 8, False, "inputs", _OPENVINO_PASSES, signed_transposed=True),
         QuantScheme("openvino-avx2", "u8", False, 7, False, "inputs", _OPENVINO_PASSES, signed_transposed=True),
-        QuantScheme("tensorrt", "s8", True, 8, False, "inputs"),
+        QuantScheme("tensorrt", "s8", True, 8, False, "inputs", half=True),
     )
 }

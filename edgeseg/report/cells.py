@@ -100,7 +100,7 @@ def lines(verdict: DeviceVerdict, metrics: Sequence[Metric], *, with_intervals: 
 def texts_of(entry: Entry) -> tuple[str, str, str, str]:
     """Engine (with its setting), backend, precision, input size."""
     engine = entry.row.engine
-    return entry.name, engine.backend, engine.precision, f"{engine.height}x{engine.width}"
+    return entry.name, engine.backend, engine.precision_words, f"{engine.height}x{engine.width}"
 
 
 def figure(metric: Metric, entry: Entry, *, with_interval: bool = True) -> str:

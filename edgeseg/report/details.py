@@ -17,6 +17,7 @@ from edgeseg.evaluate.summary import repair_rows, repairs_line
 from edgeseg.evaluate.tables import number
 from edgeseg.report.charts import STYLES, bar
 from edgeseg.runtime.overlay import legend_entries, mask_palette
+from edgeseg.store.artifacts import Search
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -80,6 +81,19 @@ class ModuleLine:
 
 
 @dataclass(frozen=True)
+class SensitivityLine:
+    """What INT8 of one module alone costs and saves, and what the module is in this engine."""
+
+    name: str
+    changed: str
+    drop: str
+    saved: str
+    macs: str
+    here: str
+    bar: Markup
+
+
+@dataclass(frozen=True)
 class Picture:
     """A worst image: its PNG as a data URI, or why it is not shown."""
 
@@ -112,6 +126,8 @@ class EngineDetails:
     is_matrix: bool
     modules: tuple[ModuleLine, ...]
     profile: Profile | None
+    sensitivity: tuple[SensitivityLine, ...]
+    search_line: str
     pictures: tuple[Picture, ...]
     colours: tuple[tuple[str, str], ...]
     repairs: tuple[tuple[str, str, str, str], ...]
@@ -119,7 +135,8 @@ class EngineDetails:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.classes or self.confusion or self.modules or self.pictures or self.repairs)
+        shown = (self.classes, self.confusion, self.modules, self.sensitivity, self.pictures, self.repairs)
+        return not any(shown)
 
 
 def style_of(entry: Entry) -> str:
@@ -188,6 +205,8 @@ def _details(report: MergedReport, group: DeviceGroup, entry: Entry, is_open: bo
         is_matrix=bool(confusion) and bool(confusion[0].cells),
         modules=_modules(entry.row.profile) if entry.row.profile is not None else (),
         profile=entry.row.profile,
+        sensitivity=() if (search := entry.row.engine.search) is None else _sensitivity(search),
+        search_line="" if search is None else _search_line(search),
         pictures=tuple(_picture(worst, report.runs[entry.run].folder) for worst in accuracy.worst) if accuracy else (),
         colours=_colours(entry.row.engine),
         repairs=tuple(repair_rows(entry.row.engine.repairs)),
@@ -297,6 +316,35 @@ def _modules(profile: Profile) -> tuple[ModuleLine, ...]:
             )
         )
     return tuple(lines)
+
+
+def _sensitivity(search: Search) -> tuple[SensitivityLine, ...]:
+    chosen = search.candidates[search.chosen]
+    changes = {m.module: 1.0 - m.agreement.value for m in search.modules if m.agreement is not None}
+    most = max(changes.values(), default=0.0)
+    lines = []
+    for module in search.modules:
+        change = changes.get(module.module)
+        is_float = chosen.precision != "int8" or module.module in chosen.float_modules
+        drop, saved = module.miou_drop, module.saved_ms
+        lines.append(
+            SensitivityLine(
+                module.module,
+                "-" if change is None else f"{100 * change:.2f}",
+                "-" if drop is None else number(drop.value, 4),
+                "-" if saved is None else number(saved, 3),
+                f"{100 * module.mac_share:.1f}",
+                "float" if is_float else "int8",
+                bar([("dtype-fp32" if is_float else "dtype-int8", change)] if change else [], most),
+            )
+        )
+    return tuple(lines)
+
+
+def _search_line(search: Search) -> str:
+    limits = (("mIoU drop", "at most", search.max_drop), ("agreement", "at least", search.min_agreement))
+    goal = " and ".join(f"{name} {bound} {limit:g}" for name, bound, limit in limits if limit is not None)
+    return f"Goal: {goal}; {len(search.candidates)} engines judged on {search.images} images."
 
 
 def _picture(worst: WorstImage, folder: Path | None) -> Picture:

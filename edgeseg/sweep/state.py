@@ -39,6 +39,7 @@ def cell_key(cell: Cell) -> str:
             "weights": _content(request.model.weights),
             "calibration": _content(request.calibration),
             "validation": _content(request.validation),
+            "latency_from": _content(request.latency_from),
             "software": software(),
         }
     )

@@ -8,7 +8,21 @@ import resource
 import pytest
 from fuzz_readers import Subject, fuzz, subjects
 
-KINDS = ("image", "bands", "mask", "calibration", "list", "camvid", "sweep", "report", "onnx", "table", "engine")
+KINDS = (
+    "image",
+    "bands",
+    "mask",
+    "calibration",
+    "list",
+    "camvid",
+    "sweep",
+    "report",
+    "onnx",
+    "table",
+    "engine",
+    "transform",
+    "card",
+)
 
 
 @pytest.fixture(scope="module")

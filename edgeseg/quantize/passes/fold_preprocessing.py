@@ -6,7 +6,8 @@ convolution pads normalized zeros, which are pixels of the mean colour: these ar
 uint8, rounded to the nearest pixel value.
 
 Precondition: from the graph's uint8 NHWC input a chain of elementwise and channel operators leads to convolutions with
-constant weights; static size; the mean colour is a colour. Otherwise nothing changes.
+constant weights; static size; the mean colour is a colour; none of them is to stay float, where they read integers. Otherwise
+nothing changes.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def _fold(model: ir.Model, observed: Observed, *, in_float: bool) -> int:
     convolutions = list(normalized.consumers())
     normalization = _normalization(chain, shape[2])
     if not convolutions or not all(_is_foldable(node) for node in convolutions) or not normalization.is_foldable:
+        return 0
+    if not in_float and any(map(observed.stays_float, convolutions)):
         return 0
     mean = observed.channel_means.get(str(normalized.name))
     # Any zero point is exact here. The mean colour keeps the input around zero, where rounding errors of the weights

@@ -1,0 +1,65 @@
+"""``edgeseg sensitivity``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeseg.cli.output import console_reporter, echo, result_console
+from edgeseg.cli.parameters import ANY_PATH
+from edgeseg.cli.shared_options import argument_names, request_options
+from edgeseg.pipeline.request import BuildRequest
+from edgeseg.spec import ModelRequest
+
+
+@click.command("sensitivity", short_help="What INT8 of each module loses and saves.")
+@request_options(
+    *argument_names(ModelRequest),
+    "size",
+    "fit",
+    "calibration",
+    "calibration_method",
+    "equalize",
+    "calibration_limit",
+    "validation",
+    "ignore_index",
+    "target",
+    "scheme",
+    "latency_from",
+    flags={"validation": "--data"},
+)
+@click.option("--json", "json_path", type=ANY_PATH, help="Write the figures to this file; - is standard output.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+def command(given: dict[str, Any], json_path: Path | None, force: bool) -> None:
+    """Judge INT8 of one module of the network after the other, all others in float.
+
+    Says what each loses (agreement with the float network, mIoU where --data has masks/) and what it saves in milliseconds. An
+    ended run goes on where it was.
+    """
+    from edgeseg.store.outputs import check_outputs, is_stdout
+
+    request = BuildRequest.of(given)
+    if json_path is not None:
+        check_outputs([json_path], force=force, inputs=[])
+    from edgeseg.pipeline.stages import run_sensitivity
+
+    with console_reporter() as reporter:
+        report = run_sensitivity(request, reporter)
+    if json_path is not None:
+        from edgeseg.store.artifacts import write_json
+
+        if is_stdout(json_path):
+            from edgeseg.cli.output import print_json
+
+            print_json(report)
+            return
+        write_json(json_path, report)
+    from edgeseg.evaluate.summary import sensitivity_lines, sensitivity_table
+
+    result_console().print(sensitivity_table(report.modules))
+    for line in sensitivity_lines(report):
+        echo(line)
+    if json_path is not None:
+        echo(f"figures: {json_path}")

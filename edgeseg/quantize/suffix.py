@@ -1,0 +1,171 @@
+"""The part of a partly quantized graph that differs from the float graph, run from the float graph's own values.
+
+With one module on integers and all others in float, everything in front of that module computes what the float graph
+computes. So the float graph runs once for each image, its values where modules begin are kept, and of each partly quantized
+graph only what lies behind its first pair runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from edgeseg.closing import Closing
+from edgeseg.errors import MissingDependencyError, QuantizationError, first_line
+from edgeseg.machine.cpu import this_cpu
+
+Values = Mapping[str, NDArray[Any]]
+_PAIR = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
+def float_values(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
+    """The float32 values that ``model`` computes, by name, with their shapes."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    values = (*inferred.value_info, *inferred.output)
+    return {v.name: v for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+
+
+def cut(model: onnx.ModelProto, known: Mapping[str, onnx.ValueInfoProto]) -> onnx.ModelProto:
+    """``model`` without what computes the same as the float graph.
+
+    Args:
+        model: partly quantized.
+        known: values of the float graph, of :func:`float_values`.
+
+    Returns:
+        a model of the same outputs whose inputs are values of ``known``, or inputs of ``model``.
+    """
+    graph = model.graph
+    makers = {name: node for node in graph.node for name in node.output}
+    changed: set[str] = set()
+    kept: set[str] = set()
+    for node in graph.node:
+        if node.op_type in _PAIR or not changed.isdisjoint(node.input):
+            changed.update(node.output)
+            kept.add(node.output[0])
+    inputs: dict[str, onnx.ValueInfoProto] = {}
+    given = {value.name: value for value in graph.input}
+    pending = [name for node in graph.node if node.output[0] in kept for name in node.input]
+    pending += [value.name for value in graph.output]
+    while pending:
+        name = pending.pop()
+        maker = makers.get(name)
+        if name in changed or name in inputs:
+            continue
+        if name in given:
+            inputs[name] = given[name]
+        elif name in known:
+            inputs[name] = known[name]
+        elif maker is not None and maker.output[0] not in kept:
+            # A pass made it, integers of the image for example: the float graph does not know it.
+            kept.add(maker.output[0])
+            pending.extend(maker.input)
+    nodes = [node for node in graph.node if node.output[0] in kept]
+    read = {name for node in nodes for name in node.input}
+    part = onnx.ModelProto()
+    part.CopyFrom(model)
+    del part.graph.node[:], part.graph.input[:], part.graph.initializer[:], part.graph.value_info[:]
+    part.graph.node.extend(nodes)
+    part.graph.input.extend(inputs[name] for name in sorted(inputs))
+    part.graph.initializer.extend(t for t in graph.initializer if t.name in read)
+    return part
+
+
+def value_bytes(value: onnx.ValueInfoProto) -> int:
+    """Of a float value, with 1 in place of a size that only the run knows."""
+    return 4 * prod(int(dim.dim_value) or 1 for dim in value.type.tensor_type.shape.dim)
+
+
+class SharedPrefix(Closing):
+    """The float graph, which keeps what it computed for the batches it ran: a session whose values others begin with.
+
+    Args:
+        model: the float graph.
+        names: values to keep, besides the outputs.
+    """
+
+    def __init__(self, model: onnx.ModelProto, names: Iterable[str]) -> None:
+        outputs = [value.name for value in model.graph.output]
+        known = float_values(model)
+        watched = onnx.ModelProto()
+        watched.CopyFrom(model)
+        watched.graph.output.extend(known[name] for name in dict.fromkeys(names) if name not in outputs)
+        self._outputs = outputs
+        self._part = _Part(watched)
+        self._image = model.graph.input[0].name
+        self._kept: dict[tuple[tuple[int, ...], bytes], Values] = {}
+        self.runs = 0
+        """How often the graph ran."""
+
+    def values(self, images: NDArray[np.uint8]) -> Values:
+        """Outputs and kept values for a batch, and the batch itself."""
+        key = images.shape, images.tobytes()
+        if key not in self._kept:
+            self.runs += 1
+            self._kept[key] = {**self._part.run({self._image: images}), self._image: images}
+        return self._kept[key]
+
+    def forget(self) -> None:
+        """Free what was kept."""
+        self._kept.clear()
+
+    def run(self, images: NDArray[np.uint8]) -> Values:
+        """What the float graph returns; see :class:`~edgeseg.backends.base.Session`."""
+        values = self.values(images)
+        return {name: values[name] for name in self._outputs}
+
+    def close(self) -> None:
+        self.forget()
+
+
+class SuffixSession(Closing):
+    """A partly quantized graph, run as it is written from the values of ``prefix``.
+
+    Args:
+        part: of :func:`cut`.
+        values: of :meth:`SharedPrefix.values`.
+    """
+
+    def __init__(self, part: onnx.ModelProto, values: Callable[[NDArray[np.uint8]], Values]) -> None:
+        self._part = _Part(part)
+        self._values = values
+
+    def run(self, images: NDArray[np.uint8]) -> Values:
+        """Run one batch; see :class:`~edgeseg.backends.base.Session`."""
+        return self._part.run(self._values(images))
+
+    def close(self) -> None:
+        """Nothing outlives the session."""
+
+
+class _Part:
+    """An ONNX Runtime session of a graph in memory, every operator as it is written."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as exc:
+            raise MissingDependencyError("onnxruntime", "onnxruntime", "judge the modules of a network") from exc
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = this_cpu().cores
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception
+            raise QuantizationError(f"ONNX Runtime cannot load a part of the graph: {first_line(exc)}") from exc
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def run(self, values: Values) -> Values:
+        try:
+            results = self._session.run(self._outputs, {name: values[name] for name in self._inputs})
+        except Exception as exc:  # as above
+            raise QuantizationError(f"ONNX Runtime failed on a part of the graph: {first_line(exc)}") from exc
+        return dict(zip(self._outputs, results, strict=True))
