@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from engine_folders import write_manifest
 from onnx import TensorProto
 from recorded_tensorrt import VERSIONS, Recorder
 from recorded_tensorrt.fake import parse
@@ -28,16 +29,7 @@ from edgeseg.backends.tensorrt.progress import BuildWatch
 from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, SpecError
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    Engine,
-    FileRef,
-    Manifest,
-    OnnxGraph,
-    sha256_file,
-    write_json,
-)
+from edgeseg.store.artifacts import Engine, OnnxGraph, sha256_file
 
 ORIN = Gpu("Orin", (8, 7), 8)
 TEN = ("10.3.0", "10.16.1.11")
@@ -674,24 +666,7 @@ def test_dla_takes_the_typed_graph_on_11(tmp_path: Path) -> None:
 
 def engine_folder(folder: Path, graph: OnnxGraph, built: BuiltEngine) -> Engine:
     assert built.path is not None
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        edgeseg_version="0",
-        name="e",
-        spec=graph.spec,
-        precision=built.precision,
-        target="tensorrt",
-        scheme=None,
-        graph=FileRef.of(graph.path),
-        engine=FileRef.of(built.path),
-        calibration=None,
-        weights="random",
-        inputs_sha256={"weights": "0"},
-        options=built.options,
-        versions=built.versions,
-        device=built.device,
-    )
-    write_json(folder / MANIFEST_NAME, manifest)
+    manifest = write_manifest(folder, graph.spec, built=built, graph=graph.path.name)
     return Engine(folder, manifest)
 
 
