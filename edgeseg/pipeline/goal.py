@@ -95,7 +95,13 @@ class Reached:
 def has_goal(request: BuildRequest) -> bool:
     """Whether a build of this request may search."""
     wanted = request.max_drop is not None or request.min_agreement is not None
-    return wanted and request.search and request.precision == "int8"
+    # By implicit calibration TensorRT decides itself what is INT8.
+    return (
+        wanted
+        and request.search
+        and request.precision == "int8"
+        and not request.backend_options.get("implicit_calibration")
+    )
 
 
 def in_float(request: BuildRequest, backend: Backend) -> BuildRequest:
