@@ -32,9 +32,10 @@ from edgeseg.spec import ModelRequest
     "latency_from",
     flags={"validation": "--data"},
 )
+@click.option("--limit", type=click.IntRange(min=1), default=64, show_default=True, help="Judge on so many images.")
 @click.option("--json", "json_path", type=ANY_PATH, help="Write the figures to this file; - is standard output.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-def command(folder: Path | None, given: dict[str, Any], json_path: Path | None, force: bool) -> None:
+def command(folder: Path | None, given: dict[str, Any], limit: int, json_path: Path | None, force: bool) -> None:
     """Judge INT8 of one module of the network after the other, all others in float.
 
     The network is that of ENGINE_DIR, with the calibration table in it, or what the options of a build say.
@@ -50,7 +51,7 @@ def command(folder: Path | None, given: dict[str, Any], json_path: Path | None, 
     from edgeseg.pipeline.stages import run_sensitivity
 
     with console_reporter() as reporter:
-        report = run_sensitivity(request, reporter)
+        report = run_sensitivity(request, reporter, limit)
     if json_path is not None:
         from edgeseg.store.artifacts import write_json
 

@@ -174,3 +174,10 @@ def pairs_key(pairs: Iterable[Pair]) -> str:
                 digest.update(repr((array.shape, str(array.dtype))).encode())
                 digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def spread(pairs: Iterable[Pair], limit: int) -> list[Pair]:
+    """At most ``limit`` of the images, evenly spread over their order."""
+    count = operator.length_hint(pairs)
+    chosen = {k * count // limit for k in range(limit)} if count > limit else range(count)
+    return [pair for k, pair in enumerate(pairs) if k in chosen]

@@ -8,7 +8,6 @@ they do not, their graphs travel with the folder and the device chooses.
 from __future__ import annotations
 
 import dataclasses
-import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.results import Profile
 from edgeseg.graph.types import typed_precision
 from edgeseg.mixed.costs import ModuleTimes, module_times, times_from_file
-from edgeseg.mixed.judge import JUDGED_NAME, Judged, judge, pairs_key
+from edgeseg.mixed.judge import JUDGED_NAME, Judged, judge, pairs_key, spread
 from edgeseg.mixed.search import by_gain, trials
 from edgeseg.mixed.sensitivity import IMAGES, NetworkModules, judge_modules, sensitivities
 from edgeseg.pipeline.candidate import GRAPH_NAME, Candidate, build_typed, write_typed
@@ -191,7 +190,7 @@ class GoalSearch:
                 network,
                 self.table,
                 SCHEMES[first.graph.scheme or backend.scheme],
-                self._sample(),
+                spread(self.pairs, IMAGES),
                 progress=self.reporter.progress,
                 is_over=is_over,
             )
@@ -297,12 +296,6 @@ class GoalSearch:
         if not self._runs_here(int8):
             return None
         return measured_times(network, *(self.write(self._built(trial)) for trial in (int8, floats)))
-
-    def _sample(self) -> list[Pair]:
-        """Images to judge modules on, evenly spread over all."""
-        count = operator.length_hint(self.pairs)
-        chosen = {k * count // IMAGES for k in range(IMAGES)} if count > IMAGES else range(count)
-        return [pair for k, pair in enumerate(self.pairs) if k in chosen]
 
     def _runs_here(self, trial: Trial) -> bool:
         return trial.backend.name not in self._portable and trial.backend.status().available

@@ -518,13 +518,19 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     return table
 
 
-def run_sensitivity(request: BuildRequest, reporter: Reporter) -> SensitivityReport:
+def run_sensitivity(request: BuildRequest, reporter: Reporter, limit: int) -> SensitivityReport:
     """Judge and time INT8 of each module by itself: ``edgeseg sensitivity``. Errors are those of a build.
+
+    Args:
+        request: of the network; of the target what it is judged and timed for.
+        reporter: told about progress.
+        limit: most images to judge on, evenly spread over those there are.
 
     Raises:
         InputError: no images to judge on.
     """
     from edgeseg.mixed.costs import times_from_file
+    from edgeseg.mixed.judge import spread
     from edgeseg.mixed.sensitivity import NetworkModules, judge_modules, sensitivities
     from edgeseg.pipeline.goal import in_float, measured_times
 
@@ -556,7 +562,9 @@ def run_sensitivity(request: BuildRequest, reporter: Reporter) -> SensitivityRep
                 times = measured_times(network, *engines)
                 said.append(f"{backend.name}: {len(network.modules.names)} modules, in int8 and in float")
         with stage(reporter, "modules") as said:
-            judged = judge_modules(network, table, SCHEMES[scheme], list(data.pairs), progress=reporter.progress)
+            judged = judge_modules(
+                network, table, SCHEMES[scheme], spread(data.pairs, limit), progress=reporter.progress
+            )
             modules = sensitivities(network, judged, {} if times is None else times.saved_ms)
             images = max((len(one.images) for one in judged.values()), default=0)
             said.append(f"{scheme}: {len(modules)} modules judged on {images} images")
