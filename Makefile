@@ -3,9 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.edgeseg-installed
+# Of gpu and gpu-kit.
+KIT       ?= gpu-kit
+OUT       ?= gpu-results
+PYTHON310 ?= python3.10
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit gpu lint typecheck check pycuda docs pictures dist schemas format coverage modelopt bench encoders clean
+.PHONY: help venv demo test unit gpu gpu-kit arm lint typecheck check pycuda docs pictures dist schemas format coverage modelopt bench encoders clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -28,8 +32,16 @@ test: lint docs  ## Lint, type-check, build the docs and run the whole test suit
 unit: venv       ## Run the fast tests only (seconds)
 	$(BIN)/pytest -n 2 --dist loadfile tests/unit
 
-gpu:             ## On a device: the tests that need a GPU and TensorRT, with PYTHON, which has them; leaves report.json
-	$(PYTHON) -m pytest -m gpu tests/gpu --device-report report.json
+gpu:             ## On a device: everything that needs a GPU and TensorRT, with PYTHON, which has them; raw JSON in OUT; FOLDERS: of gpu-kit
+	$(PYTHON) tests/gpu/kit/on_device.py $(OUT) $(if $(FOLDERS),--folders $(FOLDERS)) $(KIT_OPTIONS)
+
+gpu-kit: venv    ## Make what a GPU machine without a network needs, in KIT: engine folders, and TensorRT 8.5 with PYTHON310 in pieces
+	$(BIN)/python tests/gpu/kit/folders.py $(KIT)
+	tests/gpu/kit/pack.sh $(KIT)/pieces --python $(PYTHON310) --with tests --with pyproject.toml \
+		--with $(KIT)/engines --with $(KIT)/images
+
+arm: venv        ## Run the ARM folders on ARM's INT8 kernels, emulated by QEMU: accuracy, no times (needs Debian's packages)
+	$(BIN)/pytest tests/arm
 
 lint: venv       ## ruff check and format check
 	$(BIN)/ruff check .

@@ -1,9 +1,11 @@
-"""Networks INT8 is known to dislike, trained for a few CPU minutes on generated scenes; the weights are not committed.
+"""Networks INT8 is known to dislike: what equalization of channels recovers of them, as trained and badly scaled.
 
-    python -m benchmarks.hard_networks --folder /tmp/hard [--names segformer fpn] [--minutes 4]
+    python -m benchmarks.hard_networks --folder /tmp/hard [--names segformer] [--minutes 4]
 
-Each becomes ``<folder>/<name>.safetensors``, found again by whatever measures it. They are good enough to have class boundaries
-where the scenes have them, and no better: what INT8 loses of them is compared with themselves in float.
+Each is trained for a few CPU minutes on generated scenes and kept as ``<folder>/<name>.safetensors``; the weights are not
+committed. They are good enough to have class boundaries where the scenes have them, and no better: what INT8 loses of them is
+compared with themselves in float, on validation scenes. Q/DQ graphs run in ONNX Runtime as they are written, optimizations off,
+TensorRT's too: nothing is said about a GPU.
 """
 
 from __future__ import annotations
@@ -12,12 +14,29 @@ import argparse
 import importlib
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from safetensors.torch import load_file, save_file
+
+from benchmarks.badly_scaled import scaled_badly
+from benchmarks.range_methods import confusion, masks_of, miou
+from benchmarks.record import RESULTS, Record, this_machine, versions
+from benchmarks.workload import demo
+from edgeseg.convert.export import export_onnx
+from edgeseg.convert.load import wrap_module
+from edgeseg.quantize.calibration import AUTO, CalibrationSet
+from edgeseg.quantize.qdq import write_qdq
+from edgeseg.quantize.repair.fidelity import JUDGES
+from edgeseg.quantize.repair.repaired import calibrate_repaired
+from edgeseg.quantize.schemes import SCHEMES
+from edgeseg.spec import ModelRequest
 
 # A folder of scripts, whose recipe this is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "calibration"))
@@ -71,15 +90,60 @@ def train(name: str, folder: Path, minutes: float, threads: int, rate: float = 1
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
 
 
+def measure(name: str, folder: Path, limit: int) -> Iterator[dict[str, Any]]:
+    """Agreement with the float graph and mIoU, with and without equalization."""
+    module = trained(name, folder)
+    for scaling, network in (("as trained", module), ("badly scaled", scaled_badly(module))):
+        loaded = wrap_module(network, ModelRequest(mean=train_demo.MEAN, std=train_demo.STD))
+        work = replace(demo("fpn", limit), name=name, loaded=loaded)
+        spec = replace(work.spec, model=loaded.model, preprocess=loaded.preprocess)
+        spec = replace(spec, input=replace(spec.input, stride=loaded.stride))
+        graph, _ = export_onnx(loaded, spec, folder / "fp32.onnx")
+        reference = masks_of(graph, work.images)
+        row = {"network": name, "scaling": scaling}
+        yield row | {"scheme": "fp32", "miou": float(miou(confusion(reference, work).sum(axis=0)))}
+        for equalized in (None, folder / "equalized.onnx"):
+            calibrated, table = calibrate_repaired(
+                graph, CalibrationSet.open(work.calibration), equalized, method=AUTO, judges=JUDGES
+            )
+            for scheme in JUDGES:
+                masks = masks_of(write_qdq(calibrated, table, SCHEMES[scheme], folder / "int8.onnx"), work.images)
+                agreement = [float((a == b).mean()) for a, b in zip(masks, reference, strict=True)]
+                yield row | {
+                    "scheme": scheme,
+                    "equalized": equalized is not None,
+                    "methods": dict(Counter(limits.method for limits in table.ranges.values())),
+                    "agreement": float(np.mean(agreement)),
+                    "agreement_by_image": [round(value, 5) for value in agreement],
+                    "miou": float(miou(confusion(masks, work).sum(axis=0))),
+                }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=4)
+    parser.add_argument("--minutes", type=float, default=4, help="of processor time a thread, for each network")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=int, default=24, help="validation images")
+    parser.add_argument("--output", type=Path, default=RESULTS / "hard_networks.json")
     options = parser.parse_args()
+    machine, rows = this_machine(), []
     for name in options.names:
-        train(name, options.folder, options.minutes, options.threads)
+        if not (options.folder / f"{name}.safetensors").is_file():
+            train(name, options.folder, options.minutes, options.threads)
+        for row in measure(name, options.folder, options.limit):
+            rows.append(row)
+            print(row, flush=True)
+    Record(
+        benchmark="hard_networks",
+        workload="networks INT8 dislikes, trained for CPU minutes, as trained and badly scaled; Q/DQ graphs executed in ONNX "
+        "Runtime, optimizations off",
+        machine=machine,
+        versions=versions(),
+        settings={"names": options.names, "minutes": options.minutes, "limit": options.limit},
+        rows=rows,
+    ).write(options.output)
 
 
 if __name__ == "__main__":

@@ -306,12 +306,13 @@ def argument(
     name: str | None = None,
     metavar: str | None = None,
     repeated: Literal["changed", "always", "never"] = "changed",
+    positional: bool = False,
 ) -> Any:
     """A dataclass field people can say; see :class:`Argument`. ``default`` may be a callable that makes it."""
     settings = {"argument": (kind, help, name, metavar, repeated)}
     if callable(default):
-        return dataclasses.field(default_factory=default, metadata=settings)
-    return dataclasses.field(default=default, metadata=settings)
+        return dataclasses.field(default_factory=default, metadata=settings, kw_only=not positional)
+    return dataclasses.field(default=default, metadata=settings, kw_only=not positional)
 
 
 def arguments_of(request: Any) -> dict[str, Argument]:

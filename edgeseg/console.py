@@ -20,14 +20,14 @@ _UNSAFE = re.compile(
 
 def printable(text: str) -> str:
     r"""One line of text that a terminal shows as it is: what it would obey is written out, ``\x1b`` or ``\u202e``."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def printable_json(text: str) -> str:
     """JSON of the same value in which no character is obeyed by a terminal; its own line ends stay."""
 
-    def escaped(found: re.Match[str]) -> str:
-        units = found[0].encode("utf-16-be", "surrogatepass").hex()
+    def escaped(match: re.Match[str]) -> str:
+        units = match[0].encode("utf-16-be", "surrogatepass").hex()
         return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
 
     return "\n".join(_UNSAFE.sub(escaped, line) for line in text.split("\n"))

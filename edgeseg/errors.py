@@ -143,7 +143,7 @@ def refusal(error: OSError) -> str:
 def one_line(error: BaseException | str) -> str:
     """A vendor's or a decoder's text on one line of at most 300 characters, without the file name the system repeats."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:300] or type(error).__name__
+    return " ".join(text.split())[:300] or ("" if isinstance(error, str) else type(error).__name__)
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from edgeseg.arguments import (
@@ -336,9 +336,9 @@ class ModelRequest:
 
     arch: str | None = argument(
         TEXT,
+        positional=True,
         help=f"{', '.join(ARCHITECTURES[:-1])} or {ARCHITECTURES[-1]}.  [default: what the checkpoint says]",
     )
-    _: KW_ONLY
     encoder: str | None = argument(
         TEXT, help="SMP encoder; tu-NAME for timm's.  [default: the checkpoint's, else resnet34]"
     )

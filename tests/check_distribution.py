@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ import tempfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = "calibration/demo/"
@@ -73,8 +75,7 @@ def check_installed(wheel: Path, engine: Path, python: str, folder: Path) -> str
     if installed.returncode:
         return f"not installed, since pip could not: {installed.stderr.strip().splitlines()[-1]}"
     edgeseg = str(inside / "edgeseg")
-    shown = subprocess.run([edgeseg, "doctor", "--json"], check=True, capture_output=True, text=True, cwd=folder)
-    doctor = json.loads(shown.stdout)
+    doctor = _json_of([edgeseg, "doctor", "--json"], folder)
     torch = [p["version"] for p in doctor["packages"] if p["name"] == "torch"]
     assert torch == [None], f"torch is in the environment: {torch}"
     images = folder / "images"
@@ -82,11 +83,21 @@ def check_installed(wheel: Path, engine: Path, python: str, folder: Path) -> str
     for name in ("000.jpg", "001.jpg"):
         (images / name).write_bytes((ROOT / SAMPLE / "val" / "images" / name).read_bytes())
     output = folder / f"masks-{Path(python).name}"
-    run = [edgeseg, "run", str(engine), str(images), "--output", str(output), "--json"]
-    result = json.loads(subprocess.run(run, check=True, capture_output=True, text=True, cwd=folder).stdout)
+    result = _json_of([edgeseg, "run", str(engine), str(images), "--output", str(output), "--json"], folder)
     assert result["images"] == 2
     assert len(result["written"]) == 2
     return f"edgeseg {doctor['edgeseg_version']} on Python {doctor['python']} without torch: doctor, and 2 masks by run"
+
+
+def _json_of(command: list[str], folder: Path) -> Any:
+    # The checkout is not to be found from there.
+    alone = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=alone)
+    if done.returncode:
+        raise SystemExit(
+            f"{' '.join(command)}: exit code {done.returncode}: {done.stderr.strip() or done.stdout.strip()}"
+        )
+    return json.loads(done.stdout)
 
 
 def main() -> None:

@@ -21,7 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def pytest_collection_finish() -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> None:
     """Modules stay: what a full collection need not look at again. It takes a quarter of a second with PyTorch loaded."""
     gc.collect()
     gc.freeze()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from edgeseg.backends.base import StageTimes
 from edgeseg.closing import Closing
-from edgeseg.errors import BuildError, DeviceError, InputError, SpecError
+from edgeseg.errors import BuildError, DeviceError, InputError, SpecError, first_line, one_line
 from edgeseg.spec import PipelineSpec
 
 if TYPE_CHECKING:
@@ -34,11 +35,14 @@ _NO_ACTIVATION = {None, "identity", "argmax", "argmax2d"}
 
 def why_no_cuda() -> str | None:
     """Why the PyTorch here cannot use a GPU, as a clause; ``None`` where it can."""
-    if torch.cuda.is_available():
-        return None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")  # a driver that is too old is told by a warning alone
+        if torch.cuda.is_available():
+            return None
     if torch.version.cuda is None:
         return f"the PyTorch here ({torch.__version__}) is built without CUDA"
-    return f"the PyTorch here ({torch.__version__}, for CUDA {torch.version.cuda}) finds no GPU it can use"
+    told = f": {one_line(str(said[0].message).partition('(')[0])}" if said else ""
+    return f"the PyTorch here ({torch.__version__}, for CUDA {torch.version.cuda}) finds no GPU it can use{told}"
 
 
 def _timed_event() -> Any:
@@ -200,8 +204,9 @@ class PyTorchSession(Closing):
         except RuntimeError as exc:
             if not self._compiled:
                 raise
-            first = str(exc).strip().splitlines()[0]
-            raise BuildError(f"torch.compile failed: {first}; it needs a C++ compiler, or run without it") from exc
+            raise BuildError(
+                f"torch.compile failed: {first_line(exc)}; it needs a C++ compiler, or run without it"
+            ) from exc
 
     def _run_on_device(
         self, runtime: CudaRuntime, images: NDArray[np.uint8]
@@ -360,9 +365,8 @@ def _gpu_errors(device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.cuda.OutOfMemoryError as exc:
-        first = str(exc).strip().splitlines()[0]
         raise DeviceError(
-            f"PyTorch has too little memory on {device}: {first}; close other programs on the GPU"
+            f"PyTorch has too little memory on {device}: {first_line(exc)}; close other programs on the GPU"
         ) from exc
 
 

@@ -58,11 +58,11 @@ def check_signature(
     if not _fits(inputs[0], image):
         raise _other("input", inputs, [image])
     expected = expected_outputs(spec)
-    found = {tensor.name: tensor for tensor in outputs}
-    if set(found) - {AUXILIARY} != {tensor.name for tensor in expected}:
+    by_name = {tensor.name: tensor for tensor in outputs}
+    if set(by_name) - {AUXILIARY} != {tensor.name for tensor in expected}:
         raise _other("outputs", outputs, expected)
     for tensor in expected:
-        has = found[tensor.name]
+        has = by_name[tensor.name]
         wide = wide_masks and tensor.dtype == "uint16" and has.dtype in {"int32", "int64"}
         if not (_fits(has, tensor) or (wide and _fits(TensorInfo(has.name, tensor.dtype, has.shape), tensor))):
             raise _other("output", [has], [tensor])

@@ -39,6 +39,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "onnxsim",
         "onnxruntime",
         "jinja2",
+        "huggingface-hub",
+        "pyyaml",
     ),
     "onnxruntime": ("onnxruntime", "onnx"),
     "openvino": ("openvino", "onnx"),
@@ -160,7 +162,9 @@ def advise(
     """Turn findings into sentences a person can act on, the most useful first."""
     said = [_what_is_fast(cpu)]
     if cpu.arch in {"x86", "arm"}:
-        said.append("fp16 graphs are computed in fp32 on this CPU: they halve the file, not the time.")
+        said.append(
+            "fp16 graphs are computed in fp32 on this CPU: the portable graph is half as large, the engine no faster."
+        )
     if not any(status.available for status in backends.values()):
         said.append("No backend can run here: pip install 'edgeseg[onnxruntime]'.")
     missing = {p.extra for p in packages if p.version is None}

@@ -14,6 +14,7 @@ from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.errors import ArtifactError
 from edgeseg.evaluate.summary import (
     class_table,
+    fit_words,
     noise_lines,
     precision_line,
     repair_table,
@@ -24,7 +25,6 @@ from edgeseg.evaluate.summary import (
 from edgeseg.evaluate.tables import MISSING
 from edgeseg.graph.modules import module_group, module_of
 from edgeseg.store.artifacts import Engine, FileRef, Manifest, open_engine
-from edgeseg.store.files import require_regular
 
 if TYPE_CHECKING:
     import onnx
@@ -127,16 +127,10 @@ def read_layers(path: Path) -> tuple[Layer, ...]:
         ArtifactError: not an ONNX file.
         ImportError: ``onnx`` is not installed.
     """
-    import onnx
-    from google.protobuf.message import DecodeError
-
     from edgeseg.graph.macs import count_macs
+    from edgeseg.store.onnx_file import parse_onnx
 
-    require_regular(path, "ONNX file", ArtifactError)
-    try:
-        model = onnx.load_model(str(path), load_external_data=False)
-    except (DecodeError, OSError, ValueError) as exc:
-        raise ArtifactError(f"{path} is not an ONNX file: {exc}; build the engine again") from exc
+    model = parse_onnx(path, "build the engine again")
     names = (name for node in model.graph.node for name in (node.name, node.op_type, *node.input, *node.output))
     if not all(isinstance(name, str) for name in names):
         # protobuf gives bytes for a string that is no UTF-8.
@@ -230,7 +224,7 @@ def _spec_table(manifest: Manifest) -> Table:
         ("classes", ", ".join(spec.model.class_names) or MISSING),
         ("weights", manifest.weights),
         ("licence", (manifest.origin and manifest.origin.licence_words) or MISSING),
-        ("input", f"image uint8 ({batches}, {size}{dynamic}, {spec.input.channels}), others by {spec.input.fit}"),
+        ("input", f"image uint8 ({batches}, {size}{dynamic}, {spec.input.channels}), others {fit_words(spec.input)}"),
         (
             "normalization",
             f"mean {_numbers(preprocess.mean)} std {_numbers(preprocess.std)}, {preprocess.channel_order}",
@@ -301,8 +295,8 @@ def _numbers(values: Iterable[float]) -> str:
 def command(folder: Path, layers: bool, as_json: bool) -> None:
     """Show what ENGINE_DIR holds, check its hashes, and list what runs in which precision."""
 
-    found = inspect_engine(folder)
+    report = inspect_engine(folder)
     if as_json:
-        print_json(found)
+        print_json(report)
     else:
-        result_console().print(render(found, layers=layers))
+        result_console().print(render(report, layers=layers))

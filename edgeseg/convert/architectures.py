@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.arguments import shortened
 from edgeseg.convert import older_smp
 from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean, one_line
-from edgeseg.spec import ARCHITECTURES, ModelSpec
+from edgeseg.spec import ARCHITECTURES, ModelRequest, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -109,10 +109,20 @@ def default_encoder(arch: str) -> str:
     return DEFAULT_DPT_ENCODER if arch == "dpt" else DEFAULT_ENCODER
 
 
+def network_names(request: ModelRequest) -> tuple[str, str]:
+    """(architecture, encoder) that a request means, SMP's spelling; the default encoder where none is said.
+
+    Raises:
+        SpecError: no architecture, or one of the two is unknown or impossible with the other.
+    """
+    arch = require_arch(request.arch)
+    return arch, resolve_encoder(request.encoder or default_encoder(arch), arch, request.model_args)
+
+
 def model_class(arch: str) -> type[torch.nn.Module]:
     """Return SMP's class of an architecture."""
-    found: type[torch.nn.Module] = import_smp().MODEL_ARCHITECTURES_MAPPING[arch]
-    return found
+    model: type[torch.nn.Module] = import_smp().MODEL_ARCHITECTURES_MAPPING[arch]
+    return model
 
 
 def resolve_encoder(name: str, arch: str, model_args: Mapping[str, Any]) -> str:
@@ -124,20 +134,20 @@ def resolve_encoder(name: str, arch: str, model_args: Mapping[str, Any]) -> str:
     smp = import_smp()
     timm = import_for_conversion("timm")
     own: dict[str, str] = {n.lower(): n for n in smp.encoders.encoders}
-    found = own.get(name.lower())
-    if found is None and name.lower().startswith("tu-"):
+    exact = own.get(name.lower())
+    if exact is None and name.lower().startswith("tu-"):
         base = name[3:].split(".", 1)[0]
         if timm.is_model(base):
-            found = f"tu-{name[3:]}"
+            exact = f"tu-{name[3:]}"
         elif timm.is_model(base.lower()):
-            found = f"tu-{name[3:].lower()}"
-    elif found is None and name.lower().startswith("timm-") and _is_renamed_timm(name.lower()):
+            exact = f"tu-{name[3:].lower()}"
+    elif exact is None and name.lower().startswith("timm-") and _is_renamed_timm(name.lower()):
         # SMP itself forwards timm-regnet..., timm-res2..., ... to its timm encoder.
-        found = name.lower()
-    if found is None:
+        exact = name.lower()
+    if exact is None:
         raise SpecError(_unknown_encoder(name, own, timm))
-    _check_pair(arch, found, model_args)
-    return found
+    _check_pair(arch, exact, model_args)
+    return exact
 
 
 def _is_renamed_timm(name: str) -> bool:

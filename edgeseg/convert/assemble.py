@@ -46,12 +46,8 @@ def assemble(
     """
     import torch
 
-    arch = architectures.require_arch(request.arch)
-    notes: list[str] = []
-    default = architectures.default_encoder(arch)
-    if request.encoder is None:
-        notes.append(f"encoder not given: {default}")
-    encoder = architectures.resolve_encoder(request.encoder or default, arch, request.model_args)
+    arch, encoder = architectures.network_names(request)
+    notes = [] if request.encoder is not None else [f"encoder not given: {encoder}"]
     model_args, renamed = architectures.check_arguments(arch, encoder, request.model_args)
     notes.extend(renamed)
     classes = request.classes if request.classes is not None else len(request.class_names) or None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
-from edgeseg.errors import CheckpointError
+from edgeseg.errors import CheckpointError, one_line
 from edgeseg.store.files import require_regular
 
 if TYPE_CHECKING:
@@ -117,15 +117,24 @@ def _config_beside(path: Path) -> dict[str, Any]:
     return config if "_model_class" in config else {}
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_saved_json(path: Path, what: str, advice: str) -> Any:
+    """JSON that ``save_pretrained`` left beside weights.
+
+    Raises:
+        CheckpointError: unreadable, above 1 MiB, or no JSON: ``advice`` says what to do.
+    """
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a model's config.json has a few hundred")
-        config = json.loads(path.read_bytes())
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; {what} has a few hundred")
+        return json.loads(path.read_bytes())
     except OSError as exc:
         raise CheckpointError(f"cannot read {path}: {exc.strerror}") from exc
     except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path} is damaged or not JSON; save the model again with save_pretrained") from exc
+        raise CheckpointError(f"{path} is damaged or not JSON; {advice}") from exc
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_saved_json(path, "a model's config.json", "save the model again with save_pretrained")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not the arguments of a model")
     return config
@@ -171,7 +180,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = loader.load_file(str(path), device="cpu")
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as exc:
         raise CheckpointError(
-            f"{path} is truncated, damaged or no safetensors file ({_brief(exc)}); copy or download it again"
+            f"{path} is truncated, damaged or no safetensors file ({one_line(exc)}); copy or download it again"
         ) from exc
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors")
@@ -210,7 +219,7 @@ def _check_archive(path: Path, size: int) -> None:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as exc:
-        raise CheckpointError(f"{path} is truncated or damaged ({_brief(exc)}); copy or download it again") from exc
+        raise CheckpointError(f"{path} is truncated or damaged ({one_line(exc)}); copy or download it again") from exc
     names = [m.filename for m in members]
     if any(n.endswith("/constants.pkl") for n in names):
         raise CheckpointError(f"{path} is a TorchScript archive; from the model it was made of, {_RESAVE}")
@@ -287,13 +296,13 @@ def _pickle_error(path: Path, exc: Exception) -> CheckpointError:
         )
     detail = text.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0]
     return CheckpointError(
-        f"{path} is truncated or damaged ({_brief(detail) or type(exc).__name__}); copy or download it again"
+        f"{path} is truncated or damaged ({one_line(detail) or type(exc).__name__}); copy or download it again"
     )
 
 
 def _find_state_dict(path: Path, content: object, key: str | None) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """Return the mapping of names to tensors inside what torch.load returned, at most two levels deep, and notes."""
-    candidates = {name: found for name, inner in _candidates(content) if (found := _tensors(inner))}
+    candidates = {name: tensors for name, inner in _candidates(content) if (tensors := _tensors(inner))}
     if key is not None:
         if key not in candidates:
             have = ", ".join(n for n in candidates if n) or "none under a key"
@@ -352,7 +361,3 @@ def _check_backing(path: Path, tensors: Mapping[str, torch.Tensor], size: int) -
         raise CheckpointError(
             f"{path} claims {total} bytes of tensors in {size} bytes of file: damaged or hostile; do not use it"
         )
-
-
-def _brief(reason: BaseException | str) -> str:
-    return " ".join(str(reason).split())[:100]

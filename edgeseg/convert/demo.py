@@ -74,9 +74,9 @@ def _conflicts(request: ModelRequest, demo: DemoModel) -> list[str]:
         ("channel order", request.channel_order, demo.preprocess.channel_order),
         *((name, value, demo.model_args.get(name)) for name, value in request.model_args.items()),
     ]
-    found = [f"{what} {mine}, not {asked}" for what, asked, mine in pairs if asked is not None and asked != mine]
+    conflicts = [f"{what} {mine}, not {asked}" for what, asked, mine in pairs if asked is not None and asked != mine]
     if request.activation not in (None, "none", "identity"):
-        found.append(f"no activation, not {request.activation}")
+        conflicts.append(f"no activation, not {request.activation}")
     if request.keep_aux:
-        found.append("no auxiliary head")
-    return found
+        conflicts.append("no auxiliary head")
+    return conflicts

@@ -25,9 +25,9 @@ _MAX_BUILDS = 14
 def likely_cause(given: Mapping[str, torch.Tensor], own: Shapes, arch: str, encoder: str, depth: int) -> str:
     """Return advice such as ``"its encoder is that of resnet50: give --encoder resnet50"``, or ``""``."""
     theirs = parameter_shapes(given)
-    found = guess_arch(theirs)
-    if found is not None and found != arch:
-        return f"its decoder is that of {found}: give --arch {found}"
+    guessed = guess_arch(theirs)
+    if guessed is not None and guessed != arch:
+        return f"its decoder is that of {guessed}: give --arch {guessed}"
     missing = own.keys() - theirs.keys()
     changed = {k for k in own.keys() & theirs.keys() if own[k] != theirs[k]}
     if missing and not changed and all(k.endswith((".running_mean", ".running_var")) for k in missing):

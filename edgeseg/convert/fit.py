@@ -70,15 +70,15 @@ def strip_prefixes(checkpoint: Checkpoint) -> NamedTensors:
     """
     tensors, cleaned = without_wrappers(checkpoint.tensors)
     notes = list(cleaned)
-    found = _model_prefixes(tensors)
-    if not found:
+    prefixes = _model_prefixes(tensors)
+    if not prefixes:
         refuse_reparametrized(checkpoint.path, tensors)
         raise CheckpointError(_no_head(checkpoint, tensors))
-    prefix = _preferred(found)
-    others = [p for p in found if p != prefix]
+    prefix = _preferred(prefixes)
+    others = [p for p in prefixes if p != prefix]
     if others:
         notes.append(
-            f"the checkpoint holds {len(found)} models; {prefix or 'the one without a prefix'} is used, "
+            f"the checkpoint holds {len(prefixes)} models; {prefix or 'the one without a prefix'} is used, "
             f"{', '.join(o or 'the one without a prefix' for o in others)} dropped"
         )
     inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeseg.convert.architectures import import_for_conversion
-from edgeseg.errors import CheckpointError, SpecError
+from edgeseg.errors import CheckpointError, SpecError, one_line
 
 PROBE_SECONDS = 3.0
 
@@ -136,8 +136,7 @@ def _probe(url: str) -> str | None:
         except urllib.error.HTTPError as exc:
             answers.append(f"HTTP {exc.code}")
         except (OSError, ValueError) as exc:
-            reason = getattr(exc, "reason", exc)
-            answers.append(" ".join(str(reason).split())[:80] or type(exc).__name__)
+            answers.append(one_line(getattr(exc, "reason", exc)))
 
     # Name resolution knows no timeout, so the whole question gets one: the thread is left behind when it hangs.
     thread = threading.Thread(target=ask, daemon=True)

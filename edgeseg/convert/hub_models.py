@@ -15,7 +15,7 @@ from edgeseg.convert.architectures import import_for_conversion
 from edgeseg.convert.hub import cached_file, file_url, require_hub
 from edgeseg.convert.model_card import CARD_NAME
 from edgeseg.convert.saved_preprocessing import CONFIG_NAME
-from edgeseg.errors import CheckpointError
+from edgeseg.errors import CheckpointError, one_line
 
 _ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
 _FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar", ".onnx", ".pkl", ".zip", ".h5")
@@ -74,7 +74,7 @@ def fetch_model(weights: str, *, needs_preprocessing: bool) -> HubModel:
             if hub.try_to_load_from_cache(repository, name, revision=revision) is None
         ]
     except ValueError as exc:
-        raise CheckpointError(f"{weights} is no id of the hub: {_brief(exc)}") from exc
+        raise CheckpointError(f"{weights} is no id of the hub: {one_line(exc)}") from exc
     if config is not None and all(have) and (CONFIG_NAME not in unknown or not needs_preprocessing):
         fresh = "" if asked == revision else "; newer ones are not asked for, @REVISION takes another"
         note = f"{repository} is used as it is in the Hugging Face cache, at revision {revision[:12]}{fresh}"
@@ -111,10 +111,6 @@ def _download(hub: Any, repository: str, revision: str, weights: str) -> HubMode
             "download its weights and give --weights PATH with --arch"
         ) from exc
     except Exception as exc:  # the hub's client raises errors of several HTTP libraries
-        raise CheckpointError(f"fetching {weights} failed: {_brief(exc)}; try again, or give --weights PATH") from exc
+        raise CheckpointError(f"fetching {weights} failed: {one_line(exc)}; try again, or give --weights PATH") from exc
     note = f"{repository} was fetched from the Hugging Face hub, at revision {commit[:12]}"
     return HubModel(repository, commit, folder, (note,))
-
-
-def _brief(exc: BaseException) -> str:
-    return " ".join(str(exc).split())[:150] or type(exc).__name__

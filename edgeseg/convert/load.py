@@ -33,7 +33,7 @@ from edgeseg.convert.model_card import read_card
 from edgeseg.convert.older_smp import settle_version
 from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
 from edgeseg.convert.recorded import merge, recorded_model
-from edgeseg.convert.saved_preprocessing import saved_beside
+from edgeseg.convert.saved_preprocessing import CONFIG_NAME, saved_beside
 from edgeseg.convert.wrap import wrap_module
 from edgeseg.errors import CheckpointError, EdgesegError, SpecError, one_line
 from edgeseg.spec import ModelRequest, Preprocess
@@ -77,9 +77,7 @@ def _is_hub_name(request: ModelRequest, weights: str) -> bool:
         return True
     if request.encoder is None or request.arch is None:
         return False
-    arch = architectures.resolve_arch(request.arch)
-    encoder = architectures.resolve_encoder(request.encoder, arch, request.model_args)
-    return weights in hub_weights_names(encoder)
+    return weights in hub_weights_names(architectures.network_names(request)[1])
 
 
 def _load_demo(request: ModelRequest) -> LoadedModel:
@@ -115,16 +113,14 @@ def _load_random(request: ModelRequest) -> LoadedModel:
 
 
 def _load_pretrained_encoder(request: ModelRequest, name: str) -> LoadedModel:
-    arch = architectures.require_arch(request.arch)
-    encoder = request.encoder or architectures.default_encoder(arch)
-    encoder = architectures.resolve_encoder(encoder, arch, request.model_args)
-    found = prepare_hub_weights(encoder, name)
+    _, encoder = architectures.network_names(request)
+    hub = prepare_hub_weights(encoder, name)
     try:
-        assembly = assemble(request, encoder_weights=found.encoder_weights, loading_args=found.model_args)
+        assembly = assemble(request, encoder_weights=hub.encoder_weights, loading_args=hub.model_args)
     except EdgesegError:
         raise
     except Exception as exc:  # the hub's client raises errors of several HTTP libraries
-        what = f"the weights of {encoder} ({found.repository})"
+        what = f"the weights of {encoder} ({hub.repository})"
         raise CheckpointError(f"fetching {what} failed: {one_line(exc)}; try again, or give --weights PATH") from exc
     preprocess, notes = resolve_preprocess(
         request,
@@ -135,7 +131,7 @@ def _load_pretrained_encoder(request: ModelRequest, name: str) -> LoadedModel:
         untrained=False,
     )
     loud = f"the encoder has {name} weights, the DECODER IS RANDOM: the masks mean nothing until it is trained"
-    words = f"{name} encoder weights ({found.repository}), random decoder"
+    words = f"{name} encoder weights ({hub.repository}), random decoder"
     return _finish(assembly, preprocess, words, (loud, *assembly.notes, *notes))
 
 
@@ -175,6 +171,8 @@ def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint, images: Imag
         untrained=False,
         judge=lambda candidates: best_fit(assembly.module, samples, (DEFAULT_PIXELS,) * 2, candidates),
     )
+    # The saved preprocessing is told in full already.
+    preprocess_notes = tuple(n for n in preprocess_notes if n != f"normalization: {CONFIG_NAME}")
     every = (*checkpoint.notes, *recorded.notes, *named.notes, *notes, *assembly.notes, *fit_notes, *saved_notes)
     loaded = _finish(assembly, preprocess, f"weights of {checkpoint.path}", (*every, *preprocess_notes))
     card = read_card(checkpoint.path.parent) if checkpoint.config else {}
@@ -229,9 +227,7 @@ def _assemble_version(
     request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors
 ) -> tuple[Assembly, tuple[str, ...]]:
     """Build the model as the version of SMP that trained it did."""
-    arch = architectures.require_arch(request.arch)
-    encoder = request.encoder or architectures.default_encoder(arch)
-    encoder = architectures.resolve_encoder(encoder, arch, request.model_args)
+    arch, encoder = architectures.network_names(request)
     model_args, notes = settle_version(arch, encoder, request.model_args, named.tensors, checkpoint.config)
     request = replace(request, model_args=model_args)
     require_fitting_size(request, named.tensors)
@@ -247,14 +243,14 @@ def _settle(request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors) 
             raise SpecError(f"{checkpoint.path} does not say its architecture, nor do its tensors; give --arch")
         notes.append(f"architecture not given: {arch}, by the names of the decoder's tensors")
         request = replace(request, arch=arch)
-    found = checkpoint_classes(named.tensors)
+    told = checkpoint_classes(named.tensors)
     asked = request.classes if request.classes is not None else len(request.class_names) or None
-    if asked is None and found is not None:
-        notes.append(f"classes not given: {found}, by the shape of the checkpoint's segmentation head")
-        request = replace(request, classes=found)
-    elif asked is not None and found is not None and asked != found:
+    if asked is None and told is not None:
+        notes.append(f"classes not given: {told}, by the shape of the checkpoint's segmentation head")
+        request = replace(request, classes=told)
+    elif asked is not None and told is not None and asked != told:
         raise CheckpointError(
-            f"{checkpoint.path.name} has {found} classes, {asked} were asked for; give --classes {found}"
+            f"{checkpoint.path.name} has {told} classes, {asked} were asked for; give --classes {told}"
         )
     return request, tuple(notes)
 

@@ -8,7 +8,6 @@ that an engine cannot hold is refused by name, unless the user's flags take its 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,17 +15,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgeseg.arguments import MOST
+from edgeseg.convert.checkpoint import read_saved_json
 from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.images.placement import Placement, plan_fit
 from edgeseg.spec import Border, FitPolicy, InputSpec, Interpolation, Padding, PadPosition, Preprocess
 from edgeseg.store.files import require_regular
 
 CONFIG_NAME = "albumentations_config_eval.json"
-MAX_CONFIG_BYTES = 1 << 20
 _DEEPEST = 16
 
 # OpenCV's numbers; LINEAR_EXACT (5) is LINEAR rounded otherwise.
-_INTERPOLATIONS: dict[object, Interpolation] = {
+_INTERPOLATIONS: dict[int, Interpolation] = {
     0: "nearest",
     1: "linear",
     2: "cubic",
@@ -34,8 +33,8 @@ _INTERPOLATIONS: dict[object, Interpolation] = {
     4: "lanczos",
     5: "linear",
 }
-_BORDERS: dict[object, Border] = {0: "constant", 1: "replicate", 2: "reflect", 3: "wrap", 4: "reflect_101"}
-_POSITIONS: dict[object, PadPosition] = {"center": "center", "top_left": "top_left"}
+_BORDERS: dict[int, Border] = {0: "constant", 1: "replicate", 2: "reflect", 3: "wrap", 4: "reflect_101"}
+_POSITIONS: dict[str, PadPosition] = {"center": "center", "top_left": "top_left"}
 
 _VALUES = ("mean", "std")
 _SIZES = ("size", "fit")
@@ -145,7 +144,8 @@ class SavedPreprocessing:
         for unfit in self.unfit:
             missing = [name for name in unfit.instead if name not in given]
             if missing:
-                options = " and ".join(f"--{name}" for name in missing)
+                *first, last = (f"--{name}" for name in missing)
+                options = f"{', '.join(first)} and {last}" if first else last
                 raise SpecError(f"{CONFIG_NAME}: {unfit.reason}; give {options} to build without it")
 
     def fitting(
@@ -170,7 +170,7 @@ class SavedPreprocessing:
         if policy is None:
             return Fitting(notes=self.rounded)
         padding = self._padding
-        notes = list(self.rounded)
+        notes = list(self.rounded if (fit or policy) != "resize" else ())
         steps = " and ".join(step.words for step in (self.scaling, self.canvas, self.crop) if step is not None)
         if size is not None and size != (self.scaling.size if self.scaling and policy == "resize" else None):
             notes.append(f"--size {size[0]}x{size[1]} overrides the saved {steps}")
@@ -221,9 +221,8 @@ class SavedPreprocessing:
         if len(canvases) == 1 and (common := canvases.pop()) and self._is_exact(images, common, policy, channels):
             if common == _both(least):
                 return common, None
-            shapes = "images given" if len(images) > 1 else "image given"
             return common, (
-                f"size {common[0]}x{common[1]}: what the saved preprocessing makes of the {shapes}; images of another "
+                f"size {common[0]}x{common[1]}: what the saved preprocessing makes of the images given; images of another "
                 "shape get the same size here (--size says another)"
             )
         if self.scaling is None:
@@ -272,16 +271,8 @@ def saved_beside(weights: Path) -> SavedPreprocessing | None:
     if not path.is_file():
         return None
     require_regular(path, "saved preprocessing", CheckpointError)
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a saved transform has a few hundred")
-        content = json.loads(path.read_bytes())
-    except OSError as exc:
-        raise CheckpointError(f"cannot read {path}: {exc.strerror}") from exc
-    except (ValueError, RecursionError) as exc:
-        raise CheckpointError(
-            f"{path} is damaged or not JSON; save the transform again with save_pretrained, or move the file away"
-        ) from exc
+    advice = "save the transform again with save_pretrained, or move the file away"
+    content = read_saved_json(path, "a saved transform", advice)
     transform = content.get("transform") if isinstance(content, dict) else None
     if not isinstance(transform, dict):
         raise CheckpointError(
@@ -303,7 +294,9 @@ class _Reader:
                 # Layout is the graph's matter; a grey image is decoded to as many channels as the model takes.
                 continue
             if not _is_certain(step):
-                self._refuse(f"{name} is applied to some images only (p={step.get('p')})", (*_VALUES, *_SIZES))
+                self._refuse(
+                    f"{name} is applied to some images only (p={str(step.get('p'))[:20]})", (*_VALUES, *_SIZES)
+                )
             elif name in _READERS:
                 _READERS[name](self, step)
             else:
@@ -326,7 +319,8 @@ class _Reader:
             yield name, step
 
     def _refuse(self, reason: str, instead: tuple[str, ...]) -> None:
-        self._add(unfit=(*self.saved.unfit, Unfit(reason, instead)))
+        # Names are the file's: they stay on one line.
+        self._add(unfit=(*self.saved.unfit, Unfit(" ".join(reason.split()), instead)))
 
     def _add(self, **changes: Any) -> None:
         self.saved = replace(self.saved, **changes)
@@ -339,7 +333,8 @@ class _Reader:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:
             return float(value)
         raise CheckpointError(
-            f"{self.path}: {step['__class_fullname__'][:80]} has {key} {str(value)[:40]!r}, which is no number; save it again"
+            f"{self.path}: {str(step['__class_fullname__'])[:80]!r} has {key} {str(value)[:40]!r}, which is no number; "
+            "save it again"
         )
 
     def _pixels(self, step: Mapping[str, Any], *keys: str) -> tuple[int, ...]:
@@ -424,7 +419,7 @@ class _Reader:
             if size == (None, None):
                 raise CheckpointError(f"{self.path}: {name} has neither max_size nor max_size_hw; save it again")
             words = f"{name}(max_size_hw=({size[0]}, {size[1]})"
-        interpolation = _INTERPOLATIONS.get(step.get("interpolation", 1))
+        interpolation = _INTERPOLATIONS.get(_code(step.get("interpolation", 1)))
         for_less = step.get("area_for_downscale")
         words = self._say(f"{words})" if interpolation in ("linear", None) else f"{words}, {interpolation})")
         if interpolation is None or (for_less is not None and interpolation != "area"):
@@ -479,7 +474,7 @@ class _Reader:
         said = step.get(position_key, "center")
         # Before 1.4 the enumeration's own name was written.
         word = str(said).rpartition(".")[2].lower()
-        position, border = _POSITIONS.get(word), _BORDERS.get(step.get("border_mode", 0))
+        position, border = _POSITIONS.get(word), _BORDERS.get(_code(step.get("border_mode", 0)))
         fill = step.get("fill", step.get("value"))
         if position is None or border is None or isinstance(fill, str):
             what = f"{position_key} {word[:20]}" if position is None else "that border"
@@ -508,6 +503,11 @@ class _Reader:
             shown = (",".join(f"{v:.4g}" for v in dict.fromkeys(vs)) for vs in (colour, levels))
             self._add(rounded=("the saved colour of padding, {} of 255, is {} here".format(*shown),))
         return Padding(position, "constant", levels)
+
+
+def _code(value: object) -> int:
+    """One of OpenCV's numbers; -1, which is none, for what is no number."""
+    return value if isinstance(value, int) else -1
 
 
 def _is_certain(step: Mapping[str, Any]) -> bool:

@@ -285,10 +285,10 @@ def _recorded_args(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def _input_channels(network: _Network, request: ModelRequest) -> int:
-    found = _first_channels(network.inner if network.inner is not None else network.module)
-    if request.in_channels is not None and network.inner is not None and request.in_channels != found:
-        raise SpecError(f"in_channels {request.in_channels} was given, the module takes {found}; leave it out")
-    return found if request.in_channels is None else request.in_channels
+    channels = _first_channels(network.inner if network.inner is not None else network.module)
+    if request.in_channels is not None and network.inner is not None and request.in_channels != channels:
+        raise SpecError(f"in_channels {request.in_channels} was given, the module takes {channels}; leave it out")
+    return channels if request.in_channels is None else request.in_channels
 
 
 def _first_channels(module: torch.nn.Module) -> int:

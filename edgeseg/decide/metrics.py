@@ -50,8 +50,8 @@ class Metric:
 
     def value(self, entry: Entry) -> float | None:
         """The figure, or ``None`` when it was not measured (a NaN counts as such)."""
-        found = self.get(entry)
-        return None if found is None or math.isnan(found) else float(found)
+        figure = self.get(entry)
+        return None if figure is None or math.isnan(figure) else float(figure)
 
     def text(self, value: float | None) -> str:
         """The figure without its unit; ``-`` when it was not measured."""

@@ -156,7 +156,7 @@ def comparisons(node: Node) -> tuple[Comparison, ...]:
     """All comparisons of an expression, in the order written."""
     if isinstance(node, Comparison):
         return (node,)
-    return tuple(found for part in node.parts for found in comparisons(part))
+    return tuple(comparison for part in node.parts for comparison in comparisons(part))
 
 
 def _judge(node: Node, entry: Entry, checks: list[Check]) -> Status:
@@ -164,11 +164,11 @@ def _judge(node: Node, entry: Entry, checks: list[Check]) -> Status:
         check = _check(node, entry)
         checks.append(check)
         return check.status
-    found = [_judge(part, entry, checks) for part in node.parts]
+    statuses = [_judge(part, entry, checks) for part in node.parts]
     deciding: Status = "fail" if node.kind == "and" else "pass"
-    if deciding in found:
+    if deciding in statuses:
         return deciding
-    return next((status for status in ("not measured", "cannot tell") if status in found), found[0])
+    return next((status for status in ("not measured", "cannot tell") if status in statuses), statuses[0])
 
 
 def _check(comparison: Comparison, entry: Entry) -> Check:
@@ -244,10 +244,10 @@ class _Parser:
             operands.append(self.operand())
         if not operators:
             self.fail(self.here())
-        found = tuple(
+        parts = tuple(
             self.comparison(operands[k], op, operands[k + 1], places[k + 1]) for k, op in enumerate(operators)
         )
-        return found[0] if len(found) == 1 else Junction("and", found)
+        return parts[0] if len(parts) == 1 else Junction("and", parts)
 
     def comparison(self, left: Metric | float, op: str, right: Metric | float, place: int) -> Comparison:
         if isinstance(left, Metric) and not isinstance(right, Metric):

@@ -183,19 +183,19 @@ def _doubts(fitting: Sequence[Entry], near: Sequence[Judged]) -> list[str]:
     """What another run could turn, a sentence each: rows that may or may not be faster than the fastest that fits, and
     rows so near a limit that they may or may not fit, unless they are slower than one that does."""
     first = min(fitting, key=_median_or_never) if fitting else None
-    found = []
+    doubts = []
     for entry in fitting:
         ratio = None if first is None or entry is first else speed_ratio(entry, first)
         if first is not None and ratio is not None and ratio.low <= 1.0 and not ratio.is_same:
             both = " or ".join(f"{e.name} ({METRICS['median_ms'].with_unit(_median(e))})" for e in (entry, first))
             interval = f"{ratio.median:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
-            found.append(f"which is faster, {both}, is not known: {interval}")
+            doubts.append(f"which is faster, {both}, is not known: {interval}")
     for one in near:
         ratio = None if first is None else speed_ratio(one.entry, first)
         if (ratio is None or ratio.low <= 1.0) and one.outcome is not None:
             checks = [check.text for check in one.outcome.checks if check.status == "cannot tell"]
-            found.append(f"whether {one.entry.name} fits is not known: {', '.join(checks)}")
-    return found
+            doubts.append(f"whether {one.entry.name} fits is not known: {', '.join(checks)}")
+    return doubts
 
 
 def fastest(entries: Sequence[Entry], metric: Metric | None) -> Entry:

@@ -185,15 +185,15 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
         contenders, timed = _latency_stage(request, contenders, opener, reporter, notes, failures)
     else:
         contenders, timed = _loadable(contenders, opener, failures), {}
-    found = {c.name: _Findings(opener.identity(c)) for c in contenders}
-    _memory_stage(request, contenders, found, reporter)
+    findings = {c.name: _Findings(opener.identity(c)) for c in contenders}
+    _memory_stage(request, contenders, findings, reporter)
     if request.profile:
-        _profile_stage([c for c in contenders if not c.is_baseline], found, opener, reporter)
+        _profile_stage([c for c in contenders if not c.is_baseline], findings, opener, reporter)
     if accuracy is not None:
-        _accuracy_stage(accuracy, contenders, found, opener, reporter, failures, is_all=not timed)
+        _accuracy_stage(accuracy, contenders, findings, opener, reporter, failures, is_all=not timed)
     after = machine_state()
     rows = [
-        _row(c, setting, found[c.name], by_name.get(c.name))
+        _row(c, setting, findings[c.name], by_name.get(c.name))
         for setting, by_name in (timed or {Setting(): {}}).items()
         for c in contenders
         if not timed or c.name in by_name
@@ -229,16 +229,16 @@ def _check_call_size(request: BenchRequest, engines: Sequence[Contender]) -> Non
 
 def _loadable(contenders: Sequence[Contender], opener: Opener, failures: _Failures) -> list[Contender]:
     """The contenders that can be opened."""
-    found = []
+    loadable = []
     for contender in contenders:
         try:
             opener.open(contender).close()
         except EdgesegError as exc:
             failures.add(contender.name, contender.folder, "load", exc)
         else:
-            found.append(contender)
-    failures.raise_if_none_left([c for c in found if not c.is_baseline])
-    return found
+            loadable.append(contender)
+    failures.raise_if_none_left([c for c in loadable if not c.is_baseline])
+    return loadable
 
 
 def _latency_stage(
@@ -300,12 +300,12 @@ def _memory_stage(
         return
     with stage(reporter, "cold start") as said:
         for index, contender in enumerate(contenders):
-            found = measured[contender.name]
+            findings = measured[contender.name]
             try:
-                found.cold_start, found.memory = measure_fresh(contender, request.fresh_processes)
-                said.append(f"{contender.name} {found.cold_start.total_ms:.0f} ms")
+                findings.cold_start, findings.memory = measure_fresh(contender, request.fresh_processes)
+                said.append(f"{contender.name} {findings.cold_start.total_ms:.0f} ms")
             except BuildError as exc:
-                found.notes.append(f"cold start and memory not measured: {exc}")
+                findings.notes.append(f"cold start and memory not measured: {exc}")
                 said.append(f"{contender.name}: {exc}")
             reporter.progress(index + 1, len(contenders))
 
@@ -315,13 +315,13 @@ def _profile_stage(
 ) -> None:
     with stage(reporter, "profile") as said:
         for contender in engines:
-            found = measured[contender.name]
+            findings = measured[contender.name]
             try:
-                found.profile = profile_engine(opener.engine(contender))
+                findings.profile = profile_engine(opener.engine(contender))
             except EdgesegError as exc:
-                found.notes.append(f"not profiled: {exc}")
-            if found.profile is not None:
-                slowest = max(found.profile.modules, key=lambda m: m.time_ms)
+                findings.notes.append(f"not profiled: {exc}")
+            if findings.profile is not None:
+                slowest = max(findings.profile.modules, key=lambda m: m.time_ms)
                 said.append(f"{contender.name}: {slowest.module} {slowest.share:.0%}")
 
 
@@ -347,9 +347,9 @@ def _accuracy_stage(
                 failures.add(contender.name, contender.folder, "accuracy", exc)
 
 
-def _row(contender: Contender, setting: Setting, found: _Findings, latency: Timed | None) -> Row:
+def _row(contender: Contender, setting: Setting, findings: _Findings, latency: Timed | None) -> Row:
     spec = contender.spec.input
-    notes = list(found.notes)
+    notes = list(findings.notes)
     if latency is not None and setting.batch > spec.batch.maximum:
         runs = -(-setting.batch // spec.batch.maximum)
         notes.append(f"the engine takes batches of up to {spec.batch.maximum}: {setting.batch} images are {runs} runs")
@@ -362,20 +362,20 @@ def _row(contender: Contender, setting: Setting, found: _Findings, latency: Time
     )
     return Row(
         id=row_id(contender.name, setting),
-        engine=found.identity,
+        engine=findings.identity,
         setting=exact,
         latency=None if latency is None else latency.latency,
-        cold_start=found.cold_start,
-        memory=found.memory,
+        cold_start=findings.cold_start,
+        memory=findings.memory,
         power=None if latency is None else latency.power,
-        profile=found.profile,
-        accuracy=found.accuracy,
+        profile=findings.profile,
+        accuracy=findings.accuracy,
         notes=tuple(notes),
     )
 
 
 def _comparisons(contenders: Sequence[Contender], timed: dict[Setting, dict[str, Timed]]) -> list[SpeedComparison]:
-    found = []
+    comparisons = []
     for setting, by_name in timed.items():
         here = [c for c in contenders if c.name in by_name]
         for contender in here:
@@ -385,5 +385,5 @@ def _comparisons(contenders: Sequence[Contender], timed: dict[Setting, dict[str,
             first, second = by_name[baseline.name].samples, by_name[contender.name].samples
             if first is not None and second is not None:
                 ids = row_id(baseline.name, setting), row_id(contender.name, setting)
-                found.append(speed_comparison(*ids, first, second))
-    return found
+                comparisons.append(speed_comparison(*ids, first, second))
+    return comparisons

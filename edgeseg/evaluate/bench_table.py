@@ -117,10 +117,10 @@ def _engine_table(rows: Sequence[Row]) -> FigureTable:
 def _accuracy_table(rows: Sequence[Row]) -> FigureTable:
     table = FigureTable.of("accuracy", "mIoU", "95 %", "Dice", "pixels", "bound. F", "agrees", "edges")
     for row in _one_per_engine(rows):
-        found = row.accuracy
-        if found is None:
+        accuracy = row.accuracy
+        if accuracy is None:
             continue
-        truth, agreement = found.truth, found.agreement
+        truth, agreement = accuracy.truth, accuracy.agreement
         miou = None if truth is None else truth.miou
         table.add(
             row.engine.name,

@@ -48,7 +48,7 @@ class Counts:
 
 def per_class(metric: str, totals: NDArray[Any]) -> NDArray[np.float64]:
     """A score per class from totals ``(..., K, COLUMNS)``; NaN where a class occurs in neither masks nor predictions."""
-    tp, fp, fn, edge_hits, edge_union, found, found_right, wanted, wanted_right = np.moveaxis(totals, -1, 0)
+    tp, fp, fn, edge_hits, edge_union, predicted, predicted_right, wanted, wanted_right = np.moveaxis(totals, -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         if metric == "miou":
             return np.asarray(tp / (tp + fp + fn))
@@ -59,10 +59,10 @@ def per_class(metric: str, totals: NDArray[Any]) -> NDArray[np.float64]:
         if metric != "boundary_f":
             raise ValueError(f"no score per class: {metric}")
         # A class with a contour on one side only has precision or recall 0; without any it has no score.
-        precision = np.where(found > 0, found_right / np.maximum(found, 1), 0.0)
+        precision = np.where(predicted > 0, predicted_right / np.maximum(predicted, 1), 0.0)
         recall = np.where(wanted > 0, wanted_right / np.maximum(wanted, 1), 0.0)
         score = np.where(precision + recall > 0, 2 * precision * recall / (precision + recall), 0.0)
-        return np.where(found + wanted > 0, score, np.nan)
+        return np.where(predicted + wanted > 0, score, np.nan)
 
 
 def figure(metric: str, totals: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]) -> NDArray[np.float64]:
@@ -93,11 +93,11 @@ def interval(
     rng = np.random.default_rng(seed)
     # Memory stays at some ten MB for any number of images.
     step = max(1, 1_000_000 // images)
-    found = []
+    samples = []
     for start in range(0, resamples, step):
         weights = rng.multinomial(images, np.full(images, 1.0 / images), size=min(step, resamples - start))
-        found.append(statistic(weights))
-    values = np.concatenate(found)
+        samples.append(statistic(weights))
+    values = np.concatenate(samples)
     low, high = np.percentile(values[~np.isnan(values)], [2.5, 97.5])
     return Interval(value, float(low), float(high))
 
@@ -118,11 +118,11 @@ def drops(baseline_name: str, baseline: Counts, engine: Counts) -> tuple[Drop, .
         def difference(weights: NDArray[Any], metric: str = metric) -> NDArray[Any]:
             return figure(metric, baseline.totals(weights)) - figure(metric, engine.totals(weights))
 
-        found = interval(images, difference)
-        if found is not None:
-            is_same = found.low >= -SAME_WITHIN and found.high <= SAME_WITHIN
+        lost = interval(images, difference)
+        if lost is not None:
+            is_same = lost.low >= -SAME_WITHIN and lost.high <= SAME_WITHIN
             verdict: AccuracyVerdict = "no difference" if is_same else "cannot tell"
-            if not found.low <= 0.0 <= found.high:
-                verdict = "loss" if found.value > 0 else "gain"
-            result.append(Drop(baseline_name, metric, found, verdict))
+            if not lost.low <= 0.0 <= lost.high:
+                verdict = "loss" if lost.value > 0 else "gain"
+            result.append(Drop(baseline_name, metric, lost, verdict))
     return tuple(result)

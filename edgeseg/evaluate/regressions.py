@@ -140,8 +140,8 @@ def _beside(row: Row, baseline: Row, metric: str) -> Estimate | None:
     ):
         return None
     if metric == "median_ms":
-        found = compare(LatencySamples("", own.samples_ms, 0), LatencySamples("", base.samples_ms, 0))
-        return Estimate(found.median, found.low, found.high)
+        ratio = compare(LatencySamples("", own.samples_ms, 0), LatencySamples("", base.samples_ms, 0))
+        return Estimate(ratio.median, ratio.low, ratio.high)
     figure, middle = _estimate(row, metric), _estimate(baseline, "median_ms")
     return None if figure is None or middle is None else figure.over(middle)
 
@@ -199,25 +199,25 @@ def _figure(row: Row, metric: str) -> float | None:
 
 def remarks(old: BenchReport, new: BenchReport, changes: Sequence[Change]) -> tuple[str, ...]:
     """What a reader has to know: how latency was compared, and rows that only one report has."""
-    found = []
+    lines = []
     names = sorted({change.beside for change in changes if change.beside is not None})
     if names:
-        found.append(
+        lines.append(
             f"* latency is compared beside {', '.join(names)}, which did not change: what made the machine itself slower "
             "or faster between the two runs cancels"
         )
     baselines = {row.id for row in new.rows if row.engine.is_baseline}
     bare = {c.row for c in changes if c.metric in _LATENCY and c.percent is not None and c.beside is None} - baselines
     if bare:
-        found.append(
+        lines.append(
             f"no unchanged baseline in both reports for {', '.join(sorted(bare))}: a machine that became slower between "
             "the runs looks like a slower engine; measure both with the same --baseline, or both engines in one bench"
         )
     ids = [{row.id for row in report.rows} for report in (old, new)]
     for words, only in (("old", ids[0] - ids[1]), ("new", ids[1] - ids[0])):
         if only:
-            found.append(f"only in the {words} report, not compared: {', '.join(sorted(only))}")
-    return tuple(found)
+            lines.append(f"only in the {words} report, not compared: {', '.join(sorted(only))}")
+    return tuple(lines)
 
 
 def parse_limits(texts: Sequence[str]) -> dict[str, float]:

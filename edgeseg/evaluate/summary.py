@@ -23,7 +23,7 @@ from edgeseg.store.artifacts import (
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
-    from edgeseg.spec import Padding, PipelineSpec
+    from edgeseg.spec import InputSpec, PipelineSpec
 
 
 _FITTED = {"resize": "resized", "letterbox": "letterboxed", "tile": "tiled"}
@@ -38,10 +38,7 @@ def input_line(spec: PipelineSpec, *, is_default_size: bool) -> str:
         parts.append(f"or any multiple of {image.stride}")
     if str(image.batch) != "1":
         parts.append(f"batch {image.batch}")
-    how = "" if image.interpolation == "linear" else f" ({image.interpolation})"
-    parts.append(_FITTED[image.fit] + how)
-    if image.padding is not None and image.fit != "resize":
-        parts.append(_padded(image.padding))
+    parts.append(fit_words(image))
     mean, std = (",".join(f"{value:.4g}" for value in values) for values in (preprocess.mean, preprocess.std))
     values = "0..1" if preprocess.scale != 1 else "0..255"
     order = "" if preprocess.channel_order == "rgb" else f", {preprocess.channel_order.upper()} inside"
@@ -49,11 +46,15 @@ def input_line(spec: PipelineSpec, *, is_default_size: bool) -> str:
     return line + ("; the size is only a default, give --size" if is_default_size else "")
 
 
-def _padded(padding: Padding) -> str:
-    """``padded around with 128``, ``padded right and below by reflect_101``."""
+def fit_words(image: InputSpec) -> str:
+    """``resized``; ``letterboxed (cubic), padded around with 128``: how other sizes are brought to the engine's."""
+    words = _FITTED[image.fit] + ("" if image.interpolation == "linear" else f" ({image.interpolation})")
+    padding = image.padding
+    if padding is None or image.fit == "resize":
+        return words
     where = "around" if padding.position == "center" else "right and below"
     border = f"with {','.join(map(str, padding.value))}" if padding.border == "constant" else f"by {padding.border}"
-    return f"padded {where} {border}"
+    return f"{words}, padded {where} {border}"
 
 
 def build_summary(engine: Engine) -> Group:

@@ -38,15 +38,15 @@ def node_dtypes(model: onnx.ModelProto) -> dict[str, str]:
     makers = {name: node for node in graph.node for name in node.output}
     types = {t.name: t.data_type for t in graph.initializer}
     types.update({v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)})
-    found = {}
+    dtypes = {}
     for node in graph.node:
         operands = [makers.get(name) for name in node.input[:2]]
         if operands and all(maker is not None and maker.op_type == "DequantizeLinear" for maker in operands):
-            found[node.name] = "int8"
+            dtypes[node.name] = "int8"
         else:
             known = [types[name] for name in (*node.output[:1], *node.input[:1]) if name in types]
-            found[node.name] = next((_FLOATS[kind] for kind in known if kind in _FLOATS), "other")
-    return found
+            dtypes[node.name] = next((_FLOATS[kind] for kind in known if kind in _FLOATS), "other")
+    return dtypes
 
 
 def shares(totals: Mapping[str, float]) -> dict[str, float]:

@@ -124,10 +124,10 @@ def list_images(source: str | Path | Iterable[str | Path], *, suffixes: frozense
         except OSError as exc:
             why = f"cannot be reached ({one_line(exc)})"
         raise InputError(f"{source} {why}; give an image, a folder, a glob or a .txt list of images")
-    found = sorted((p for p in _matches(path) if not os.path.isdir(p)), key=natural_key)
-    if not found:
+    paths = sorted((p for p in _matches(path) if not os.path.isdir(p)), key=natural_key)
+    if not paths:
         raise InputError(f"no file matches {source}; quote the pattern, and use ** for folders within folders")
-    return found
+    return paths
 
 
 def _matches(pattern: Path) -> Iterator[Path]:
@@ -150,18 +150,18 @@ def _list_folder(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     except OSError as exc:
         raise InputError(f"cannot list {folder}: {exc.strerror}") from exc
     # Links to nothing and the like are listed: whoever reads them says so.
-    found = sorted((p for p in files if not os.path.isdir(p)), key=natural_key)
-    if not found:
+    paths = sorted((p for p in files if not os.path.isdir(p)), key=natural_key)
+    if not paths:
         raise InputError(
             f"no images in {folder} (looked for {' '.join(sorted(suffixes))}); "
             f"for folders within it give a glob such as '{folder}/**/*.png'"
         )
-    return found
+    return paths
 
 
 def _read_list(path: Path) -> list[Path]:
     lines = read_lines(path, "the list")
-    found = []
+    paths = []
     for number, line in enumerate(lines, start=1):
         name = line.strip()
         if not name or name.startswith("#"):
@@ -169,10 +169,10 @@ def _read_list(path: Path) -> list[Path]:
         image = path.parent / name
         if not os.path.isfile(image):
             raise InputError(f"{path}, line {number}: {name} does not exist")
-        found.append(image)
-    if not found:
+        paths.append(image)
+    if not paths:
         raise InputError(f"the list {path} names no images; write one path per line")
-    return found
+    return paths
 
 
 def _from_array(path: Path, array: NDArray[Any], channels: int) -> NDArray[np.uint8]:

@@ -51,12 +51,12 @@ class NvmlSource:
 
     def watts(self) -> Mapping[str, float]:
         """See :class:`PowerSource`."""
-        found = {}
+        by_gpu = {}
         for index, gpu in enumerate(self._gpus):
             milliwatts = _told(self._nvml, self._nvml.nvmlDeviceGetPowerUsage, gpu)
             if milliwatts is not None:
-                found[f"GPU {index}"] = milliwatts / 1000
-        return found
+                by_gpu[f"GPU {index}"] = milliwatts / 1000
+        return by_gpu
 
     def close(self) -> None:
         """Shut NVML down."""
@@ -102,13 +102,13 @@ def nvml_gpus(nvml: Any = None) -> tuple[Gpu, ...]:
         if module is None:
             return ()
         driver = _told(module, module.nvmlSystemGetDriverVersion)
-        found = []
+        gpus = []
         for index in range(module.nvmlDeviceGetCount()):
             gpu = module.nvmlDeviceGetHandleByIndex(index)
             name = _told(module, module.nvmlDeviceGetName, gpu)
             memory = _told(module, module.nvmlDeviceGetMemoryInfo, gpu)
             limit_mw = _told(module, module.nvmlDeviceGetEnforcedPowerLimit, gpu)
-            found.append(
+            gpus.append(
                 Gpu(
                     name=_words(name) if name is not None else f"GPU {index}",
                     memory_bytes=None if memory is None else int(memory.total),
@@ -116,7 +116,7 @@ def nvml_gpus(nvml: Any = None) -> tuple[Gpu, ...]:
                     power_limit_w=None if limit_mw is None else limit_mw / 1000,
                 )
             )
-        return tuple(found)
+        return tuple(gpus)
 
 
 def nvml_state(nvml: Any = None) -> NvmlState:

@@ -30,8 +30,8 @@ _SAME_MODULE = {"opencv-python-headless": ("opencv-python", "opencv-contrib-pyth
 def installed_version(package: str) -> str | None:
     """Version of an installed distribution, found without importing it; ``None`` when there is none."""
     names = (package, *_SAME_MODULE.get(package, ()))
-    found = (next(iter(metadata.distributions(name=name)), None) for name in names)
-    return next((str(distribution.version) for distribution in found if distribution is not None), None)
+    distributions = (next(iter(metadata.distributions(name=name)), None) for name in names)
+    return next((str(distribution.version) for distribution in distributions if distribution is not None), None)
 
 
 def package_versions(*names: str) -> dict[str, str]:

@@ -63,13 +63,13 @@ def read_ina3221(root: Path = ROOT) -> dict[str, float]:
     (Thor) besides: ``ina238`` with ``power1_input`` (uW).
     """
     drivers = root / "sys" / "bus" / "i2c" / "drivers"
-    found: dict[str, float] = {}
+    watts: dict[str, float] = {}
     # Both "iio:device0" and, on older kernels, the link "iio_device" name the same chip.
     for folder in sorted({p.resolve() for p in drivers.glob("ina3221x/*/iio*") if p.is_dir()}):
         for index in range(3):
             rail, milliwatts = read_text(folder / f"rail_name_{index}"), read_number(folder / f"in_power{index}_input")
             if rail and milliwatts is not None:
-                found[rail] = milliwatts / 1000
+                watts[rail] = milliwatts / 1000
     for folder in sorted(drivers.glob("ina3221/*/hwmon/hwmon*")):
         for index in (1, 2, 3):
             rail = read_text(folder / f"in{index}_label")
@@ -78,12 +78,12 @@ def read_ina3221(root: Path = ROOT) -> dict[str, float]:
                 read_number(folder / f"curr{index}_input"),
             )
             if rail and rail != "NC" and millivolts is not None and milliamperes is not None:
-                found[rail] = millivolts * milliamperes / 1e6
+                watts[rail] = millivolts * milliamperes / 1e6
     for folder in sorted(drivers.glob("ina238/*/hwmon/hwmon*")):
         microwatts = read_number(folder / "power1_input")
         if microwatts is not None:
-            found[read_text(folder / "label") or read_text(folder / "in1_label") or "VIN"] = microwatts / 1e6
-    return found
+            watts[read_text(folder / "label") or read_text(folder / "in1_label") or "VIN"] = microwatts / 1e6
+    return watts
 
 
 def total_power(source: str, rails: Mapping[str, float]) -> tuple[float, str]:
@@ -181,19 +181,19 @@ class RaplSource:
         self._before = self._read()
 
     def _read(self) -> dict[str, tuple[float, float]]:
-        found = {}
+        counters = {}
         for folder in self._folders:
             name, microjoules = read_text(folder / "name"), read_number(folder / "energy_uj")
             if name and microjoules is not None:
-                found[name] = (self._clock(), microjoules)
-        return found
+                counters[name] = (self._clock(), microjoules)
+        return counters
 
     def watts(self) -> Mapping[str, float]:
         """See :class:`PowerSource`: mean since it was last asked."""
         before, now = self._before, self._read()
         self._before = now
         ranges = {read_text(f / "name"): read_number(f / "max_energy_range_uj") for f in self._folders}
-        found = {}
+        by_zone = {}
         for name, (seconds, microjoules) in now.items():
             if name not in before or seconds <= before[name][0]:
                 continue
@@ -201,8 +201,8 @@ class RaplSource:
             if used < 0:  # the counter wrapped
                 used += ranges[name] or 0.0
             if used >= 0:
-                found[name] = used / 1e6 / (seconds - before[name][0])
-        return found
+                by_zone[name] = used / 1e6 / (seconds - before[name][0])
+        return by_zone
 
     @property
     def is_readable(self) -> bool:

@@ -86,7 +86,7 @@ def describe_machine(before: MachineState, after: MachineState, root: Path = ROO
         power_mode=_power_mode(root),
         jetpack=_jetpack(root),
         thread_variables={name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
-        versions={name: found for name in PACKAGES if (found := installed_version(name)) is not None},
+        versions={name: version for name in PACKAGES if (version := installed_version(name)) is not None},
         before=before,
         after=after,
     )
@@ -196,13 +196,13 @@ def _quota_seconds(root: Path) -> float | None:
 
 def _cpu_mhz(root: Path) -> tuple[float, float, float] | None:
     folder = root / "sys" / "devices" / "system" / "cpu"
-    found = [
+    clocks = [
         mhz / 1000 for p in folder.glob("cpu[0-9]*/cpufreq/scaling_cur_freq") if (mhz := read_number(p)) is not None
     ]
-    if not found:
+    if not clocks:
         text = read_text(root / "proc" / "cpuinfo") or ""
-        found = [float(m) for m in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", text, flags=re.MULTILINE)]
-    return (min(found), statistics.median(found), max(found)) if found else None
+        clocks = [float(m) for m in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", text, flags=re.MULTILINE)]
+    return (min(clocks), statistics.median(clocks), max(clocks)) if clocks else None
 
 
 def _sum_of(folder: Path, pattern: str) -> int | None:
@@ -219,26 +219,26 @@ def _gpu_mhz(root: Path) -> dict[str, float]:
 
 def _throttled(root: Path) -> tuple[str, ...]:
     """Cooling devices that hold clocks back now, and a Raspberry Pi's own word for it."""
-    found = []
+    reasons = []
     for device in sorted((root / "sys" / "class" / "thermal").glob("cooling_device*")):
         kind, state = read_text(device / "type") or "", read_number(device / "cur_state")
         # Not fans, and not a Jetson's devfreq-*, whose state is the clock it idles at.
         if state is not None and state > 0 and (kind.endswith("-alert") or "cpufreq" in kind):
-            found.append(kind)
+            reasons.append(kind)
     for place in _PI_THROTTLED:
         bits = int(read_text(root / place) or "0", 16)
-        found += [words for bit, words in _PI_BITS.items() if bits & bit]
-    return tuple(found)
+        reasons += [words for bit, words in _PI_BITS.items() if bits & bit]
+    return tuple(reasons)
 
 
 def _temperatures(root: Path) -> dict[str, float]:
-    found: dict[str, float] = {}
+    by_zone: dict[str, float] = {}
     for zone in sorted((root / "sys" / "class" / "thermal").glob("thermal_zone*")):
         milli_c, kind = read_number(zone / "temp"), read_text(zone / "type")
         # Sensors that are switched off read -256 C on a Jetson, 0 K elsewhere.
         if milli_c is not None and -40_000 < milli_c < 200_000:
-            found[kind or zone.name] = milli_c / 1000
-    return found
+            by_zone[kind or zone.name] = milli_c / 1000
+    return by_zone
 
 
 def _load(root: Path) -> tuple[float, float, float] | None:

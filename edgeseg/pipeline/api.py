@@ -111,8 +111,8 @@ def build(
         threshold: probability above which binary and multilabel pixels are 1.
         calibration: images an int8 engine is calibrated with (a folder, glob, list file, ``.npy``, or uint8 RGB arrays
             ``(H, W, 3)``), or a finished table (``.json`` path or object).
-        calibration_method: ``minmax``, ``moving-average``, ``percentile``, ``entropy``, ``mse``, or ``auto``: by
-            what the network's output loses.
+        calibration_method: ``minmax``, ``moving-average``, ``percentile``, ``entropy``, ``mse``, or ``auto``, the
+            default: by what the network's output loses.
         equalize: for int8, scale channels so that activations are even over them; the float graph computes the same. A
             finished table decides by itself.
         calibration_limit: use at most so many images, a seeded subset.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -27,9 +27,21 @@ from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.spec import BATCH, PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputKind, OutputSpec, Precision
 from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
 
+
+def _images(value: Any) -> Any:
+    if isinstance(value, (bytes, Mapping)):
+        raise TypeError
+    if not isinstance(value, (str, Path, Iterable)):
+        from edgeseg.quantize.table import CalibrationTable
+
+        if not isinstance(value, CalibrationTable):
+            raise TypeError
+    return value
+
+
 IMAGES = Kind(
     "a folder, a glob, a list, arrays or a table",
-    lambda value: value,
+    _images,
     write=lambda value: [str(value)] if isinstance(value, (str, Path)) else None,
     metavar="DIR|GLOB|FILE",
 )
@@ -64,7 +76,9 @@ class BuildRequest(ModelRequest):
         help="Images for int8: a folder, glob, list file, .npy, or a finished table (.json).  "
         "[default: the demo set, for a demo model only]",
     )
-    calibration_method: str | None = argument(TEXT, help="minmax, moving-average, percentile, entropy, mse, or auto.")
+    calibration_method: str | None = argument(
+        TEXT, help="minmax, moving-average, percentile, entropy or mse.  [default: what the output loses least by]"
+    )
     equalize: bool = argument(
         FLAG,
         True,

@@ -64,7 +64,7 @@ def find_activations(model: onnx.ModelProto, spec: InputSpec) -> list[Activation
     sizes = {name: _size(shape) for name, shape in shapes.items()}
     largest = max((size for size in sizes.values() if size is not None), default=0)
     root: dict[str, str] = {}
-    found = []
+    activations = []
     for name in _computed_from_input(model.graph):
         if name not in shapes:
             continue
@@ -75,12 +75,12 @@ def find_activations(model: onnx.ModelProto, spec: InputSpec) -> list[Activation
             continue
         size = sizes[name]
         axis = _channel_axis(name, shapes[name], consumers.get(name, []))
-        found.append(Activation(name, root.get(name, name), largest if size is None else size, axis))
-    if not found:
+        activations.append(Activation(name, root.get(name, name), largest if size is None else size, axis))
+    if not activations:
         raise QuantizationError("the graph has no float activation to calibrate; export the model again")
-    known = {activation.name for activation in found}
+    known = {activation.name for activation in activations}
     # What rearranges an unwatched tensor (an integer, a constant) has to be watched itself.
-    return [a if a.values_of in known else Activation(a.name, a.name, a.elements, a.channel_axis) for a in found]
+    return [a if a.values_of in known else Activation(a.name, a.name, a.elements, a.channel_axis) for a in activations]
 
 
 def group_by_size(activations: Sequence[Activation], budget_bytes: int) -> list[list[Activation]]:

@@ -136,9 +136,9 @@ class CalibrationSet:
         """
         if limit is not None and limit < 1:
             raise InputError(f"calibration limit is {limit}; give at least 1 image, or none for all of them")
-        words, found = _find(source)
-        order = list(range(len(found)))
-        if limit is not None and limit < len(found):
+        words, sources = _find(source)
+        order = list(range(len(sources)))
+        if limit is not None and limit < len(sources):
             random.Random(seed).shuffle(order)
         taken: list[tuple[int, _Content]] = []
         skipped: list[tuple[str, str]] = []
@@ -147,16 +147,16 @@ class CalibrationSet:
             if len(taken) == limit:
                 break
             try:
-                content = _check(found[index], channels)
+                content = _check(sources[index], channels)
                 if content.pixels in name_of:
                     raise InputError(f"the same picture as {name_of[content.pixels]}")
-                name_of[content.pixels] = found[index].name
+                name_of[content.pixels] = sources[index].name
                 taken.append((index, content))
             except EdgesegError as exc:
-                skipped.append((found[index].name, str(exc)))
+                skipped.append((sources[index].name, str(exc)))
         needed = min(minimum, limit) if limit is not None else minimum
         if len(taken) < max(needed, 1):
-            raise InputError(_too_few(words, len(taken), len(found), needed, skipped))
+            raise InputError(_too_few(words, len(taken), len(sources), needed, skipped))
         if all(content.is_one_colour for _, content in taken):
             raise InputError(
                 f"each of the {len(taken)} images in {words} is of a single colour; ranges taken from them would fit no "
@@ -168,7 +168,7 @@ class CalibrationSet:
             content=tuple(content.stored for _, content in taken),
             pixels=tuple(content.pixels for _, content in taken),
             skipped=tuple(sorted(skipped)),
-            _images=tuple(found[index] for index, _ in taken),
+            _images=tuple(sources[index] for index, _ in taken),
         )
 
     @property
@@ -227,10 +227,10 @@ def check_source(source: CalibrationSource, limit: int | None) -> None:
     """Raise ``InputError`` where a look at the names, or at the arrays' shapes, shows that there is too little to calibrate
     on, or nothing. What can be gone through only once is left alone."""
     if isinstance(source, (str, Path, Sequence, np.ndarray)):
-        words, found = _find(source)
+        words, sources = _find(source)
         needed = MINIMUM_IMAGES if limit is None else min(MINIMUM_IMAGES, limit)
-        if len(found) < needed:
-            raise InputError(_too_few(words, len(found), len(found), needed, ()))
+        if len(sources) < needed:
+            raise InputError(_too_few(words, len(sources), len(sources), needed, ()))
 
 
 @dataclass(frozen=True)
@@ -252,16 +252,16 @@ def _check(image: _Image, channels: int) -> _Content:
     )
 
 
-def _too_few(words: str, taken: int, found: int, needed: int, skipped: Sequence[tuple[str, str]]) -> str:
-    if not found:
+def _too_few(words: str, taken: int, given: int, needed: int, skipped: Sequence[tuple[str, str]]) -> str:
+    if not given:
         return f"{words} holds no images; give a folder with at least {needed} images like those the model will see"
     reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
     reasons += f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
     why = f" ({len(skipped)} skipped: {reasons})" if skipped else ""
     count = (
-        f"{found} image{'' if found == 1 else 's'} in {words}"
-        if taken == found
-        else f"{taken} of {found} images in {words} can be used"
+        f"{given} image{'' if given == 1 else 's'} in {words}"
+        if taken == given
+        else f"{taken} of {given} images in {words} can be used"
     )
     return f"only {count}{why}; calibration needs at least {needed}: add some"
 

@@ -80,8 +80,8 @@ class Scale:
     def ticks(self, count: int = 5) -> tuple[float, ...]:
         if self.is_log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            found = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-            inside = tuple(tick for tick in found if self.low <= tick <= self.high)
+            candidates = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+            inside = tuple(tick for tick in candidates if self.low <= tick <= self.high)
             return inside if len(inside) <= 8 else tuple(t for t in inside if f"{t:e}".startswith("1"))
         step = nice_step((self.high - self.low) / count)
         first = math.ceil(self.low / step - 1e-9)

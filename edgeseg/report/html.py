@@ -162,20 +162,20 @@ def _charts(verdict: DeviceVerdict, key: str) -> tuple[Charts, ...]:
     for entry in verdict.group.entries:
         if entry.row.latency is not None:
             by_setting.setdefault((entry.row.setting.batch, entry.row.setting.streams), []).append(entry)
-    found = []
+    charts = []
     for k, ((batch, streams), entries) in enumerate(by_setting.items()):
         parts = [f"batch {batch}"] if len(by_setting) > 1 or batch != 1 else []
         parts += [f"{streams} streams"] if streams != 1 else []
         setting = ", ".join(parts)
         where = verdict.group.label + (f", {setting}" if setting else "")
-        found.append(
+        charts.append(
             Charts(
                 setting,
                 _paretos(verdict, entries, where, f"{key}-s{k}"),
                 _distribution(entries, where, f"{key}-s{k}"),
             )
         )
-    return tuple(found)
+    return tuple(charts)
 
 
 def _paretos(verdict: DeviceVerdict, entries: Sequence[Entry], where: str, key: str) -> tuple[tuple[str, Markup], ...]:

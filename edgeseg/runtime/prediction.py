@@ -31,11 +31,11 @@ class Prediction:
     aux_logits: NDArray[np.float32] | None = None
 
 
-def stacked(found: list[Prediction]) -> Prediction:
+def stacked(predictions: list[Prediction]) -> Prediction:
     """One prediction of a batch, from those of its images: every array gets a leading axis."""
 
     def stack(name: str) -> Any:
-        arrays = [getattr(prediction, name) for prediction in found]
+        arrays = [getattr(prediction, name) for prediction in predictions]
         return None if arrays[0] is None else np.stack(arrays)
 
     return Prediction(*(stack(name) for name in ("mask", "confidence", "probabilities", "logits", "aux_logits")))

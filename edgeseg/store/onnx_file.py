@@ -28,15 +28,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         ArtifactError: not readable, above 2 GiB, not ONNX, structurally invalid, or with external data.
     """
     path = Path(path)
-    try:
-        size_bytes = require_regular(path, "ONNX file", ArtifactError)
-        if size_bytes > MAX_PROTOBUF_BYTES:
-            raise ArtifactError(f"{path} has {size_bytes / 2**30:.1f} GiB, an ONNX file holds 2; export it again")
-        model = onnx.load_model(path, load_external_data=False)
-    except OSError as exc:
-        raise ArtifactError(f"cannot read {path}: {exc.strerror or exc}; give the path of an .onnx file") from exc
-    except (DecodeError, ValueError) as exc:
-        raise ArtifactError(f"{path} is not an ONNX file or is truncated; export it again") from exc
+    model = parse_onnx(path)
     if not model.graph.node:
         raise ArtifactError(f"{path} holds no ONNX graph; export it again")
     _refuse_external_data(model, path)
@@ -45,6 +37,23 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     except (onnx.checker.ValidationError, ValueError, OSError, RuntimeError) as exc:
         raise ArtifactError(f"{path} is not a valid ONNX graph: {first_line(exc)}; export it again") from exc
     return model
+
+
+def parse_onnx(path: Path, again: str = "export it again") -> onnx.ModelProto:
+    """Read an ONNX file, of operators nobody knows too; of its content nothing is checked. ``again`` is the advice.
+
+    Raises:
+        ArtifactError: not readable, above 2 GiB (before memory is taken for it), or not ONNX.
+    """
+    try:
+        size_bytes = require_regular(path, "ONNX file", ArtifactError)
+        if size_bytes > MAX_PROTOBUF_BYTES:
+            raise ArtifactError(f"{path} has {size_bytes / 2**30:.1f} GiB, an ONNX file holds 2; {again}")
+        return onnx.load_model(path, load_external_data=False)
+    except OSError as exc:
+        raise ArtifactError(f"cannot read {path}: {exc.strerror or exc}; give the path of an .onnx file") from exc
+    except (DecodeError, ValueError) as exc:
+        raise ArtifactError(f"{path} is not an ONNX file or is truncated; {again}") from exc
 
 
 def _refuse_external_data(model: onnx.ModelProto, path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 from edgeseg.decide.entries import Run
 from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.evaluate.results import read_report
+from edgeseg.evaluate.tables import counted
 from edgeseg.store.artifacts import open_engine
 from edgeseg.store.atomic import HeldError, lock
 from edgeseg.sweep.config import Cell, SweepConfig, data_folder, expand
@@ -89,7 +90,7 @@ def run_sweep(
         with lock(output / ".lock", timeout_s=0):
             keys = {cell.name: cell_key(cell) for cell in cells}
             todo = [cell for cell in cells if not is_done(cell, keys[cell.name])]
-            say(f"{len(cells)} cells, {len(cells) - len(todo)} built before")
+            say(f"{counted(len(cells), 'cell')}, {len(cells) - len(todo)} built before")
             for cell in todo:  # should the sweep be killed, the folders that appear are known as its own
                 remember(cell, CellState(cell.name, keys[cell.name], 0.0, UNFINISHED))
             chosen = build or _builder(jobs, executor, ray_address)
@@ -103,7 +104,7 @@ def run_sweep(
     failures += unmeasured
     if not runs:
         raise BuildError(
-            f"none of {len(cells)} cells gave a result; {failures[0].name}: {failures[0].reason}"
+            f"none of {counted(len(cells), 'cell')} gave a result; {failures[0].name}: {failures[0].reason}"
             + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
         )
     return SweepResult(runs, tuple(failures), len(cells), len(cells) - len(todo))
@@ -157,9 +158,9 @@ def _measure(
         path = Path(config.output) / "results" / f"{name.replace('/', '-')}-{key[:12]}.json"
         # What failed is tried again, and with it all others: engines compare only when measured in turns.
         if path.is_file() and not read_report(path).failed:
-            say(f"{len(members)} engines measured before: {path}")
+            say(f"{counted(len(members), 'engine')} measured before: {path}")
         else:
-            say(f"measuring {len(members)} engines in turns")
+            say(f"measuring {counted(len(members), 'engine')} in turns")
             path.unlink(missing_ok=True)
             folders = [str(cell.request.folder) for cell in members]
             reason = bench(["bench", *folders, *options, "--json", str(path)])

@@ -18,6 +18,7 @@ from PIL import Image
 import edgeseg
 from edgeseg.demo import demo_models, sample_folder
 from edgeseg.machine.cpu import this_cpu
+from edgeseg.quantize.table import load_table
 from edgeseg.store.artifacts import open_engine
 
 pytestmark = pytest.mark.integration
@@ -50,6 +51,10 @@ def test_demo_engine_is_int8_and_verified(demo_engine: Path) -> None:
     assert verification.pytorch_latency is not None
     assert manifest.precision.evidence == "executed"
     assert set(manifest.inputs_sha256) >= {"weights", "spec", "calibration_images", "calibration_graph"}
+    # Only what rounds as the engine does counts; the demo networks are hurt so little that no repair can take much from them.
+    assert [repair.name for repair in manifest.repairs] == ["bias-correction", "equalization", "calibration-method"]
+    assert {repair.scheme for repair in manifest.repairs} == {"onnxruntime-vnni"}
+    assert all((repair.agreement_after or 0) > 0.95 for repair in manifest.repairs)
 
 
 def test_reported_accuracy_is_what_the_runtime_gives(demo_engine: Path) -> None:
@@ -176,6 +181,39 @@ def test_other_precisions(tmp_path: Path, precision: str) -> None:
     assert (size in done.stderr) == (precision == "fp16")
 
 
+NOT_ITS_MODEL = """
+import sys
+from edgeseg.backends.pytorch import PyTorchSession
+from edgeseg.cli.app import main
+truth = PyTorchSession._normalize
+PyTorchSession._normalize = lambda self, images: truth(self, 255 - images)
+sys.argv[0] = "edgeseg"
+main()
+"""
+
+
+def test_an_fp32_build_that_is_not_its_model_fails_and_leaves_nothing(tmp_path: Path) -> None:
+    """The reference is made to see negatives: what stands for any difference between the two."""
+    images = tmp_path / "few"
+    images.mkdir()
+    for path in sorted((sample_folder() / "val" / "images").iterdir())[:4]:
+        shutil.copy(path, images)
+    arguments = ("build", "--arch", "fpn", "--precision", "fp32", "--size", "64x64", "--target", "onnxruntime")
+    folder = tmp_path / "engines" / "e"
+    done = subprocess.run(
+        [sys.executable, "-c", NOT_ITS_MODEL, *arguments, "--validation", images, "--output", folder, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == "BuildError"
+    assert error["message"].startswith("the fp32 engine is not its model: 0.")
+    assert done.stderr.splitlines()[-1] == f"edgeseg: {error['message']}"
+    assert not folder.exists()
+
+
 def test_a_graph_for_another_kind_of_cpu_is_a_portable_folder(tmp_path: Path) -> None:
     """README's command for a board: checked here, compiled there, refused where its kernels are not."""
     scheme = "onnxruntime-vnni" if this_cpu().arch == "arm" else "onnxruntime-arm"
@@ -201,6 +239,11 @@ def test_calibrate_then_build_and_stale_table(tmp_path: Path) -> None:
     arguments = ["--target", "onnxruntime", "--calibration", table, "--output", tmp_path / "e"]
     done = run("build", "--arch", "fpn", *arguments)
     assert done.returncode == 0, done.stderr
+    # The table, made for no target, was judged for each, and brings what was done.
+    made = load_table(table)
+    assert {repair.scheme for repair in made.repairs} == {"onnxruntime-vnni", "tensorrt"}
+    rounds_alike = tuple(repair for repair in made.repairs if repair.scheme == "onnxruntime-vnni")
+    assert open_engine(tmp_path / "e").manifest.repairs == rounds_alike
     done = run("build", "--arch", "fpn", "--size", "128x128", "--force", *arguments)
     assert done.returncode == 1
     assert "stale" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -367,17 +368,27 @@ def test_a_full_gpu_is_one_line() -> None:
     with (
         session(Full(), "multiclass", 2, None, runtime=stand_in([])) as opened,
         pytest.raises(
-            DeviceError, match="too little memory on cpu: CUDA out of memory. Tried to allocate 2 GiB.; close"
+            DeviceError, match="too little memory on cpu: CUDA out of memory. Tried to allocate 2 GiB; close"
         ),
     ):
         opened.run(np.zeros((1, 64, 96, 3), np.uint8))
 
 
-def test_what_is_asked_of_a_device_that_is_not_there() -> None:
+def test_what_is_asked_of_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SpecError, match="float16 is for a GPU"):
         session(model(2, None), "multiclass", 2, None, float16=True)
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: tests/gpu runs it")
+    with monkeypatch.context() as patch:
+
+        def too_old() -> bool:
+            warnings.warn(
+                "CUDA initialization: The NVIDIA driver on your system is too old (found 11040).", stacklevel=1
+            )
+            return False
+
+        patch.setattr(torch.cuda, "is_available", too_old)
+        assert "driver on your system is too old" in str(why_no_cuda())
     reason = why_no_cuda()
     assert reason is not None and str(torch.__version__) in reason
     with pytest.raises(DeviceError, match="install a PyTorch for CUDA, or run it on the CPU"):

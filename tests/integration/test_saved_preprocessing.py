@@ -194,7 +194,8 @@ def test_what_no_engine_can_hold_is_refused_by_name(
     with pytest.raises(SpecError) as refusal:
         preprocessing.require_fit(())
     assert named in str(refusal.value)
-    assert " and ".join(f"--{name}" for name in instead) in str(refusal.value)
+    *first, last = (f"--{name}" for name in instead)
+    assert f"give {', '.join(first)} and {last} to build without it" in str(refusal.value)
     with pytest.raises(SpecError):
         preprocessing.require_fit(instead[1:])
     preprocessing.require_fit(instead)
@@ -320,3 +321,15 @@ def test_the_users_words_win_and_say_over_what(folder: Path) -> None:
     assert "--size 32x64 overrides the saved Resize(64, 96)" in notes
     assert "--fit letterbox overrides the saved Resize(64, 96)" in notes
     assert "--mean and --std override the saved normalization" in notes
+
+
+def test_it_counts_beside_any_weights_file(folder: Path, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from edgeseg.convert.architectures import import_smp
+    from edgeseg.convert.load import load_model
+
+    torch.save(import_smp().from_pretrained(folder).state_dict(), tmp_path / "best.pt")
+    (tmp_path / CONFIG_NAME).write_bytes((folder / CONFIG_NAME).read_bytes())
+    loaded = load_model(ModelRequest(arch="segformer", encoder="mit_b0", weights=str(tmp_path / "best.pt")))
+    assert loaded.preprocess.mean == pytest.approx(ADE["mean"])
+    assert loaded.preprocess.scale == 1.0

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import edgeseg
-from edgeseg.errors import BuildError, EdgesegError, SpecError
+from edgeseg.errors import EdgesegError, SpecError
 from edgeseg.progress import SilentReporter
 from edgeseg.spec import InputSpec, ModelRequest, OutputSpec, PipelineSpec
 
 torch = pytest.importorskip("torch")
 import onnxruntime  # noqa: E402
 
-from edgeseg.backends.pytorch import PyTorchSession  # noqa: E402  these need torch
 from edgeseg.convert.architectures import import_smp  # noqa: E402  these need torch
 from edgeseg.convert.load import wrap_module  # noqa: E402
 from edgeseg.convert.loaded import hash_structure  # noqa: E402
@@ -220,19 +218,3 @@ def test_torchscript_is_refused_with_what_to_give_instead() -> None:
     for module in (traced, nn.Sequential(traced, nn.Identity())):
         with pytest.raises(SpecError, match=r"TorchScript, which keeps no Python; give the torch\.nn\.Module"):
             wrap_module(module, ModelRequest(**PLAIN))
-
-
-def test_an_fp32_build_that_is_not_its_model_fails_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The reference is made to see negatives: what stands for any difference between the two."""
-    truth = PyTorchSession._normalize
-    monkeypatch.setattr(PyTorchSession, "_normalize", lambda self, images: truth(self, 255 - images))
-    folder = tmp_path / "engines" / "e"
-    with pytest.raises(
-        BuildError, match=r"the fp32 engine is not its model: 0\.\d+ of pixels agree with PyTorch, ties"
-    ):
-        edgeseg.build(
-            model=tiny(), precision="fp32", size=SIZE, mean=(0,), std=(1,), target="onnxruntime", output=folder
-        )
-    assert not folder.exists()

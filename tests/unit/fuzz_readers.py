@@ -31,6 +31,8 @@ from rich.console import Console
 
 import edgeseg
 from edgeseg.cli.inspect import inspect_engine, read_layers, render
+from edgeseg.convert.model_card import CARD_NAME, read_card
+from edgeseg.convert.saved_preprocessing import CONFIG_NAME, saved_beside
 from edgeseg.decide.entries import merge, read_runs
 from edgeseg.decide.verdict import decide
 from edgeseg.errors import EdgesegError
@@ -77,6 +79,24 @@ HOSTILE_WORDS = (
     *(b"\0", b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"999999999999"),
     *(b"-1", b"inf", b"nan", b"\x1b[2J", b"\n", b"(", b"[[", b"="),
 )
+
+
+TRANSFORM = json.dumps({"__version__": "2.0.8", "transform": {"__class_fullname__": "Compose", "p": 1.0, "transforms": [
+    {"__class_fullname__": "LongestMaxSize", "p": 1, "max_size": 96, "max_size_hw": None, "interpolation": 2},
+    {"__class_fullname__": "PadIfNeeded", "p": 1.0, "min_height": 96, "min_width": 96, "pad_height_divisor": None,
+     "pad_width_divisor": None, "border_mode": 0, "fill": [1, 2, 3], "position": "center"},
+    {"__class_fullname__": "CenterCrop", "p": 1.0, "height": 96, "width": 96, "pad_if_needed": False},
+    {"__class_fullname__": "Normalize", "p": 1, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "max_pixel_value": 255.0,
+     "normalization": "standard"},
+]}}).encode()  # fmt: skip
+CARD = b"---\nlicense: mit\ntags: [a, b]\ndatasets:\n- x\nbase_model: &a some/model\n---\n# A model\n"
+
+
+def read_transform(path: Path) -> object:
+    saved = saved_beside(path.with_name("model.safetensors"))
+    assert saved is not None
+    saved.require_fit(())
+    return saved.fitting(None, None, ((30, 40),), 3), saved.for_channels(3)
 
 
 @dataclass(frozen=True)
@@ -244,6 +264,8 @@ def subjects(place: Path) -> dict[str, Subject]:
     add("mask", "m.png", encoded(LABELS, "PNG"), read_mask)
     add("mask", "m.tif", encoded(LABELS, "TIFF"), read_mask)
     add("mask", "m.npy", saved(LABELS.astype(np.int64)), read_mask)
+    add("transform", CONFIG_NAME, TRANSFORM, read_transform)
+    add("card", CARD_NAME, CARD, lambda path: read_card(path.parent))
     add("calibration", "c.npy", saved(STACK), calibrate)
     add("calibration", "c.npz", arrays(STACK, STACK[::-1], compressed=True), calibrate)
     add("calibration", "c.txt", b"# those\n" + b"".join(b"c%d.png\n" % i for i in range(9)), calibrate)

@@ -82,6 +82,8 @@ def test_what_has_one_meaning_is_taken(said: dict[str, Any], field: str, value: 
         ({"batch": (1, 2)}, "batch is (1, 2); give N or MIN:OPT:MAX"),
         ({"batch": "4:2:8"}, "1 <= MIN"),
         ({"classes": "three"}, "classes is 'three'; give a whole number"),
+        ({"calibration": 3}, "calibration is 3; give a folder, a glob, a list, arrays or a table"),
+        ({"calibration": b"photos"}, r"calibration is b'photos'; give a folder"),
         ({"classes": 1 << 62}, "classes is 4611686018427387904; give a whole number from 1 to 65535"),
         ({"classes": 10**400}, "classes is a number of about 400 digits"),
         ({"classes": True}, "classes is True"),

@@ -23,6 +23,10 @@ from edgeseg.store.atomic import HeldError, lock, replacing, scratch_folder, wri
 from edgeseg.store.outputs import check_outputs
 
 UNIT = Path(__file__).parent
+WITH_HELPERS = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(UNIT), str(UNIT.parent), os.environ.get("PYTHONPATH", "")]),
+}
 
 
 def engine_of_a_user(folder: Path) -> None:
@@ -93,7 +97,7 @@ def kill_at_every_step(place: Path, exchange: bool) -> None:
 def test_killed_at_any_step_of_a_replacement_nothing_is_lost(tmp_path: Path, exchange: bool) -> None:
     """``exchange`` false: as on a file system that cannot swap two names."""
     code = f"import pathlib, test_atomic; test_atomic.kill_at_every_step(pathlib.Path({str(tmp_path)!r}), {exchange})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=UNIT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=WITH_HELPERS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
 
@@ -101,7 +105,6 @@ def test_killed_at_any_step_of_a_replacement_nothing_is_lost(tmp_path: Path, exc
 KILLED_SOMETIME = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {unit!r})
 from edgeseg.store.artifacts import engine_folder
 from test_artifacts import make_engine
 print("ready", flush=True)
@@ -134,7 +137,7 @@ def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:
     chance = random.Random(0)
     for _ in range(int(os.environ.get("EDGESEG_TEST_KILLS", "5"))):
         process = subprocess.Popen(
-            [sys.executable, "-c", KILLED_SOMETIME.format(unit=str(UNIT)), str(folder)], stdout=subprocess.PIPE
+            [sys.executable, "-c", KILLED_SOMETIME, str(folder)], env=WITH_HELPERS, stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         process.stdout.readline()

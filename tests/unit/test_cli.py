@@ -12,7 +12,7 @@ import pytest
 import edgeseg
 from edgeseg.arguments import parse_settings
 from edgeseg.cli.app import VERBS, main
-from edgeseg.errors import SpecError
+from edgeseg.errors import InputError, SpecError
 
 ROOT = Path(__file__).parents[2]
 
@@ -144,6 +144,31 @@ def test_what_cannot_be_is_refused_before_torch_is_imported(
     assert message in said.err
     assert said.err.count("\n") == 1
     assert said.out == ""
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_calibrate_asks_before_it_replaces_a_table(
+    force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.json"
+    table.write_text("mine")
+    begun = []
+
+    def begin(request: object, path: Path, reporter: object) -> None:
+        begun.append(path)
+        raise InputError("the images are being read")
+
+    monkeypatch.setattr("edgeseg.pipeline.stages.run_calibration", begin)
+    arguments = ["calibrate", str(tmp_path), "--arch", "fpn", "--output", str(table), *["--force"] * force]
+    monkeypatch.setattr(sys, "argv", ["edgeseg", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert table.read_text() == "mine"
+    if force:
+        assert begun == [table]
+    else:
+        assert (begun, end.value.code) == ([], 2)
+        assert capsys.readouterr().err == f"edgeseg: {table} exists; give --force to replace it, or another output\n"
 
 
 def test_a_refused_build_has_not_imported_torch() -> None:

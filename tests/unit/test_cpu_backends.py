@@ -11,10 +11,11 @@ import pytest
 from edgeseg.backends.cpu.onnxruntime import OnnxRuntimeBackend
 from edgeseg.backends.cpu.options import check_built_for, cpu_options
 from edgeseg.errors import ArtifactError, SpecError
-from edgeseg.machine.cpu import Cpu, parse_cpuinfo, this_cpu
+from edgeseg.machine.cpu import Cpu, is_emulated, parse_cpuinfo, this_cpu
 from edgeseg.quantize.schemes import SCHEMES
 
 X86 = """processor : 0
+vendor_id : GenuineIntel
 model name : Some Xeon
 flags : fpu sse2 avx2 avx512f avx512bw avx512_vnni
 
@@ -29,6 +30,21 @@ def test_cpuinfo_of_both_architectures() -> None:
     assert parse_cpuinfo(X86, "x86") == ("Some Xeon", ("avx2", "avx512_vnni", "avx512bw", "avx512f"))
     assert parse_cpuinfo(ARM, "arm") == ("", ("asimddp", "i8mm"))
     assert parse_cpuinfo("", "x86") == ("", ())
+
+
+@pytest.mark.parametrize(
+    ("text", "arch", "emulated"),
+    [
+        (X86, "x86", False),
+        (ARM, "arm", False),
+        (X86, "arm", True),
+        (ARM, "x86", True),
+        (X86, "other", False),
+        ("", "arm", False),
+    ],
+)
+def test_a_description_of_another_architecture_means_emulation(text: str, arch: str, emulated: bool) -> None:
+    assert is_emulated(text, arch) is emulated
 
 
 def test_this_cpu_says_something() -> None:

@@ -12,7 +12,21 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from fuzz_readers import Subject, fuzz, subjects
 
-KINDS = ("image", "bands", "mask", "calibration", "list", "camvid", "sweep", "report", "onnx", "table", "engine")
+KINDS = (
+    "image",
+    "bands",
+    "mask",
+    "calibration",
+    "list",
+    "camvid",
+    "sweep",
+    "report",
+    "onnx",
+    "table",
+    "engine",
+    "transform",
+    "card",
+)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from edgeseg.store.artifacts import (
     LatencyFigures,
     Manifest,
     PrecisionReport,
+    Repair,
     Verification,
     write_json,
 )
@@ -92,6 +93,10 @@ def fpn_manifest(folder: Path, *, verified: bool = True, names: tuple[str, ...] 
         device={"cpu": "Some CPU"},
         notes=("the auxiliary head was dropped",),
         verification=verification() if verified else None,
+        repairs=(
+            Repair("bias-correction", {"biases": 12}, "onnxruntime-vnni", 8, 0.9712, 0.9731),
+            Repair("equalization", {"channels": 1234}, "onnxruntime-vnni", 8, 0.9731, None),
+        ),
     )
 
 
@@ -143,8 +148,15 @@ def test_the_text_shows_spec_precision_verification_and_modules(folder: Path) ->
         "segmentation_head",
         "(around the network)",
         "note: the auxiliary head was dropped",
+        "8 images of the calibration set",
     ):
         assert expected in text
+
+
+def test_the_text_shows_what_was_done_for_int8_and_what_it_gained(folder: Path) -> None:
+    lines = [line.split() for line in text_of(folder).splitlines()]
+    assert ["biases", "corrected", "12", "biases", "0.9712", "0.9731"] in lines
+    assert ["channels", "equalized", "1,234", "channels", "0.9731", "-"] in lines
 
 
 def test_every_layer_can_be_listed(folder: Path) -> None:

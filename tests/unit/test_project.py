@@ -27,6 +27,14 @@ def test_modules_are_named_for_what_they_hold(path: Path) -> None:
     assert path.stem not in {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_class_has_a_marker_that_python_310_takes_for_a_field(path: Path) -> None:
+    """There msgspec cannot read a type with ``_: KW_ONLY`` in it: no engine loaded."""
+    tree = ast.parse(path.read_text())
+    marks = [n for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and "KW_ONLY" in ast.unparse(n.annotation)]
+    assert marks == []
+
+
 def imported(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

@@ -189,7 +189,7 @@ def test_each_repair_says_what_it_changed_and_what_it_gained(graph: OnnxGraph, t
         seen.add(kept)
         chosen = {name: limits.method or "" for name, limits in table.ranges.items()}
         rules = {name: range_method(method) for name, method in chosen.items()}
-        before = dataclasses.replace(table, ranges=seen.ranges(rules.__getitem__))
+        before = dataclasses.replace(table, ranges=seen.ranges(rules))
         assert repairs[-1].agreement_after == Judge(graph, held).fidelity(calibrated, before, scheme).agreement
         # Each of the three convolutions reads values whose means are known; one is written as a matrix product in between.
         assert repairs[0].changed["biases"] == (3 if scheme == "tensorrt" else 2)

@@ -30,6 +30,7 @@ from edgeseg.report.details import CHANGES_SHOWN, PNG
 from edgeseg.report.html import html
 from edgeseg.report.plain import csv_text, markdown, terminal
 from edgeseg.runtime.overlay import class_palette
+from edgeseg.store.artifacts import Repair
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&|`{{7*7}}[bold]</style>"
@@ -268,6 +269,20 @@ def test_equal_masks_are_said_not_shown() -> None:
     assert "masks are those of pytorch, pixel for pixel" in equal
     assert "pixel for pixel" not in differing
     assert ("confuses more" in equal, "confuses more" in differing) == (False, True)
+
+
+def test_repairs_are_shown_with_what_they_gained() -> None:
+    baseline, plain = row("pytorch", 50.0, miou=0.7, is_baseline=True), row("plain", 10.0, miou=0.7)
+    repairs = (
+        Repair("calibration-method", {"mse": 30, "percentile": 1200}, "tensorrt", 8, 0.9712, 0.9794),
+        Repair("equalization", {"channels": 64}, "tensorrt", 8, 0.9794, None),
+    )
+    repaired = replace(plain, engine=replace(plain.engine, repairs=repairs))
+    assert "What was done" not in page_of(merged(baseline, plain))
+    page = page_of(merged(baseline, repaired))
+    section = page[page.index("What was done") :]
+    for expected in ("range methods chosen", "30 mse, 1,200 percentile", "0.9712", "0.9794", ">-<", "scheme tensorrt"):
+        assert expected in section
 
 
 def test_pictures_come_with_the_meaning_of_their_colours() -> None:

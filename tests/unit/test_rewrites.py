@@ -11,12 +11,15 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
-onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 ir = pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
-ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-from onnx import numpy_helper, parser  # noqa: E402
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+import rewriting  # noqa: E402
+from rewriting import ints, noise, operators  # noqa: E402
+from small_graphs import floats, graph, run  # noqa: E402
 
 from edgeseg.convert import rewrites  # noqa: E402
 from edgeseg.convert.rewrites import (  # noqa: E402
@@ -42,54 +45,12 @@ from edgeseg.convert.rewrites.driver import Rewrite, apply_rewrites, each  # noq
 from edgeseg.errors import ExportError  # noqa: E402
 from edgeseg.graph.editing import tidy  # noqa: E402
 
-RNG = np.random.default_rng(3)
 LINEAR = 'mode = "linear", coordinate_transformation_mode = "align_corners"'
 
 
-def floats(*shape: int) -> np.ndarray[Any, Any]:
-    return RNG.standard_normal(shape).astype(np.float32)
-
-
-def ints(*values: int) -> np.ndarray[Any, Any]:
-    return np.array(values, np.int64)
-
-
-def graph(signature: str, body: str, **weights: Any) -> Any:
-    """A model from ONNX text; keyword arguments are its initializers; shapes of outputs are inferred."""
-    text = f'<ir_version: 10, opset_import: ["" : 20]> g {signature} {{ {body} }}'
-    model = parser.parse_model(text)
-    for output in model.graph.output:
-        output.type.tensor_type.ClearField("shape")
-    for name, value in weights.items():
-        model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
-
-
-def run(model: Any, batch: int = 2) -> list[np.ndarray[Any, Any]]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    rng = np.random.default_rng(11)
-    feeds = {}
-    for value in session.get_inputs():
-        shape = [d if isinstance(d, int) else batch for d in value.shape]
-        feeds[value.name] = rng.standard_normal(shape).astype(np.float32)
-    return list(session.run(None, feeds))
-
-
-def rewritten(model: Any, module: ModuleType, times: int) -> Counter[str]:
-    """Apply one rewrite, check that it applied ``times`` and changed no output; return the operators left."""
-    after = ir.serde.deserialize_model(model)
-    assert module.REWRITE.apply(after) == times
-    tidy(after)
-    assert not list(module.REWRITE.matches(after))
-    proto = ir.serde.serialize_model(after)
-    onnx.checker.check_model(proto, full_check=True)
-    for expected, actual in zip(run(model), run(proto), strict=True):
-        assert actual.shape == expected.shape
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
-    return Counter(node.op_type for node in proto.graph.node)
+def rewritten(model: onnx.ModelProto, module: ModuleType, times: int) -> Counter[str]:
+    """Apply one rewrite to a graph, check it; returns the operators left."""
+    return operators(rewriting.rewritten(model, module, times))
 
 
 def test_global_pool() -> None:
@@ -285,7 +246,7 @@ def test_layout(body: str, expected: dict[str, int]) -> None:
         assert not list(layout.REWRITE.matches(after))
         proto = ir.serde.serialize_model(after)
         assert Counter(n.op_type for n in proto.graph.node) == expected
-        np.testing.assert_array_equal(run(proto)[0], run(model)[0])
+        np.testing.assert_array_equal(run(proto, **noise(proto))[0], run(model, **noise(model))[0])
 
 
 def test_layout_of_tokens_with_a_dynamic_batch() -> None:
@@ -299,7 +260,7 @@ def test_layout_of_tokens_with_a_dynamic_batch() -> None:
     tidy(after)
     proto = ir.serde.serialize_model(after)
     assert Counter(n.op_type for n in proto.graph.node) == {"Reshape": 1, "Transpose": 1}
-    np.testing.assert_array_equal(run(proto, batch=10)[0], run(model, batch=10)[0])
+    np.testing.assert_array_equal(run(proto, **noise(proto, 10))[0], run(model, **noise(model, 10))[0])
 
 
 def planes(op_type: str, weight_shape: tuple[int, ...], channels: int = -1, height: str = "height") -> Any:

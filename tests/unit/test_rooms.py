@@ -22,6 +22,7 @@ ROOMS = (
     "evaluate",
     "mixed",
     *("decide", "pipeline"),
+    "handover",
     "report",
     "sweep",
     "cli",

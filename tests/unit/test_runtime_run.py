@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +129,47 @@ def test_the_bar_ends_at_its_total(
     (tmp_path / "2.png").write_bytes(b"broken")
     run_inputs(segmenter(), [tmp_path], tmp_path / "out", limit=limit)
     assert capsys.readouterr().err.count(end) == 1
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_on_a_terminal_no_color_holds(no_color: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        photo(tmp_path / f"{i}.png")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    master, slave = os.openpty()
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        run_inputs(segmenter(), [tmp_path], tmp_path / "out", limit=2)
+        shown = os.read(master, 65536).decode()
+    os.close(master)
+    assert "2/2" in shown
+    assert bool(re.search(r"\x1b\[[0-9;]+m", shown)) == (not no_color), shown
+
+
+OVERLAY_PEAK = """
+import dataclasses, resource, sys
+sys.path[:0] = [{tests!r}, {unit!r}]
+from pathlib import Path
+from test_runtime_run import SPEC, InputSpec, run_inputs, segmenter
+resizing = segmenter(dataclasses.replace(SPEC, input=InputSpec(16, 16, stride=1)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run_inputs(resizing, [Path("big.png")], Path("out"), overlay=True, progress=False)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_an_overlay_takes_a_few_bytes_a_pixel(tmp_path: Path) -> None:
+    side = 4000
+    Image.new("RGB", (side, side), (90, 120, 200)).save(tmp_path / "big.png", compress_level=1)
+    unit = Path(__file__).parent
+    code = OVERLAY_PEAK.format(tests=str(unit.parent), unit=str(unit))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    # 170 megapixels in 4 GB are 23 bytes each.
+    assert int(done.stdout) < 20 * side * side
 
 
 def test_odd_names_stop_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,9 +165,9 @@ def open_unoptimized(path: Path) -> OnnxRuntimeSession:
 
 def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
     """(node name, milliseconds in one run, dtype) of each node, in the order they run, from ONNX Runtime's profiler."""
-    ort, found = _import_ort(), backend()
-    check_built_for(engine, found.cpu, "onnxruntime", str(ort.__version__))
-    settings = found.load_settings(ort, engine)
+    ort, chosen = _import_ort(), backend()
+    check_built_for(engine, chosen.cpu, "onnxruntime", str(ort.__version__))
+    settings = chosen.load_settings(ort, engine)
     require_self_contained(engine.engine_path)
     return node_times(profiled_events(ort, engine.engine_path, settings, engine.manifest.spec.input, runs), runs)
 
@@ -219,13 +219,13 @@ def _open(ort: Any, path: Path, settings: Any, error: type[BuildError] | type[Ar
 
 def _tensors(arguments: Sequence[Any]) -> list[TensorInfo]:
     """What ONNX Runtime says of a session's inputs or outputs: ``tensor(uint8)``, a number or a name per dimension."""
-    found = []
+    tensors = []
     for argument in arguments:
         dtype = argument.type.removeprefix("tensor(").removesuffix(")")
         # A scalar and a shape nobody knows look alike.
         shape = [(size, size) if isinstance(size, int) else ANY for size in argument.shape] or None
-        found.append(TensorInfo(argument.name, {"float": "float32"}.get(dtype, dtype), shape and tuple(shape)))
-    return found
+        tensors.append(TensorInfo(argument.name, {"float": "float32"}.get(dtype, dtype), shape and tuple(shape)))
+    return tensors
 
 
 def _fits(shape: tuple[int, ...], wanted: tuple[Any, ...]) -> bool:

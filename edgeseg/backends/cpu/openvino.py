@@ -180,9 +180,9 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
     """
     from edgeseg.store.onnx_file import read_onnx
 
-    ov, found, manifest = _import_openvino(), backend(), engine.manifest
+    ov, chosen, manifest = _import_openvino(), backend(), engine.manifest
     read_onnx(engine.graph_path)
-    settings = found._settings(ov, saved_options(engine, found.name)["threads"], manifest.precision.requested)
+    settings = chosen._settings(ov, saved_options(engine, chosen.name)["threads"], manifest.precision.requested)
     spec = manifest.spec.input
     image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, np.uint8)
     try:
@@ -222,13 +222,13 @@ def _import_openvino() -> Any:
 
 def _tensors(ports: Sequence[Any]) -> list[TensorInfo]:
     """What OpenVINO says of a compiled model's inputs or outputs."""
-    found = []
+    tensors = []
     for port in ports:
         shape, name = port.get_partial_shape(), port.get_any_name() if port.get_names() else ""
         sizes = tuple((d.get_min_length(), d.get_max_length() if d.get_max_length() > 0 else None) for d in shape)
         dtype = np.dtype(port.get_element_type().to_dtype()).name
-        found.append(TensorInfo(name, dtype, sizes))
-    return found
+        tensors.append(TensorInfo(name, dtype, sizes))
+    return tensors
 
 
 def _exported(compiled: Any) -> bytes:

@@ -119,12 +119,12 @@ def _by_dlpack(image: Any, cuda: Cuda, stream: Stream) -> DeviceImages:
 
 
 def _located(address: int, cuda: Cuda) -> int:
-    found = cuda.locate(address) if address else None
-    if found is None:
+    place = cuda.locate(address) if address else None
+    if place is None:
         raise InputError(f"the image's address {address:#x} is not of memory the GPU can use; copy it to the GPU first")
-    if found[1] != cuda.device.index:
-        raise InputError(f"the image is on GPU {found[1]}, the engine on GPU {cuda.device.index}; move it there")
-    return found[0]
+    if place[1] != cuda.device.index:
+        raise InputError(f"the image is on GPU {place[1]}, the engine on GPU {cuda.device.index}; move it there")
+    return place[0]
 
 
 def _check(dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...] | None) -> None:

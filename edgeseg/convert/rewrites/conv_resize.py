@@ -19,15 +19,15 @@ from edgeseg.graph.editing import nodes, replace, sole_maker
 
 
 def _matches(model: ir.Model) -> list[tuple[Convolution, Resizing]]:
-    found: list[tuple[Convolution, Resizing]] = []
+    pairs: list[tuple[Convolution, Resizing]] = []
     taken: set[ir.Node] = set()
     for node in nodes(model):
         pair = _conv_after(node) if node.op_type == "Conv" else _conv_before(node) if node.op_type == "Resize" else None
         # a Resize between two convolutions belongs to one pair at a time
         if pair is not None and not {pair[0].node, pair[1].node} & taken:
             taken |= {pair[0].node, pair[1].node}
-            found.append(pair)
-    return found
+            pairs.append(pair)
+    return pairs
 
 
 def _conv_after(node: ir.Node) -> tuple[Convolution, Resizing] | None:

@@ -55,8 +55,8 @@ def each(match: Callable[[ir.Node], Any], *op_types: str) -> Callable[[ir.Model]
 
     def matches(model: ir.Model) -> Iterator[tuple[ir.Node, Any]]:
         for node in nodes(model, *op_types):
-            if (found := match(node)) is not None:
-                yield node, found
+            if (details := match(node)) is not None:
+                yield node, details
 
     return matches
 

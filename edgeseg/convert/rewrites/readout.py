@@ -27,10 +27,10 @@ def _concat(node: ir.Node) -> ir.Node | None:
     if integer(concat, "axis", 0) % rank != rank - 1:
         return None
     expands = [sole_maker(v, "Expand") for v in concat.inputs]
-    found = any(e is not None and _broadcasts(e) for e in expands)
+    broadcasts = any(e is not None and _broadcasts(e) for e in expands)
     # one plain value must carry the full shape, or broadcasting would lose the expanded axis
     plain = any(e is None or not _broadcasts(e) for e in expands)
-    return concat if found and plain else None
+    return concat if broadcasts and plain else None
 
 
 def _broadcasts(expand: ir.Node) -> bool:

@@ -64,10 +64,10 @@ def resizing(node: ir.Node | None) -> Resizing | None:
     before, after = dims(node.inputs[0]), dims(node.outputs[0])
     if before is None or after is None or len(before) != 4 or before[1] is None or before[1] != after[1]:
         return None
-    found = Resizing(node)
-    if found.scales is not None and found.scales[:2] != (1.0, 1.0):
+    resized = Resizing(node)
+    if resized.scales is not None and resized.scales[:2] != (1.0, 1.0):
         return None
-    return found
+    return resized
 
 
 def emit_resize(before: ir.Node, x: ir.Value, like: Resizing) -> ir.Value:

@@ -19,10 +19,10 @@ from edgeseg.graph.editing import dims, replace, weight
 
 
 def _ratios(node: ir.Node) -> tuple[float, float] | None:
-    found = resizing(node)
-    if found is None or (found.scales is not None and found.scales != (1.0, 1.0, 1.0, 1.0)):
+    resized = resizing(node)
+    if resized is None or (resized.scales is not None and resized.scales != (1.0, 1.0, 1.0, 1.0)):
         return None
-    before, after = dims(found.source), dims(found.output)
+    before, after = dims(resized.source), dims(resized.output)
     if before is None or after is None or None in (*before[2:], *after[2:]):
         return None
     ratios = []

@@ -16,14 +16,14 @@ from edgeseg.graph.editing import constant_array, dims, emit, maker, nodes, read
 
 
 def _matches(model: ir.Model) -> list[tuple[ir.Node, list[ir.Value]]]:
-    found = []
+    sums = []
     for node in nodes(model, "Add"):
         terms = _terms(node.outputs[0])
         readers = list(node.outputs[0].consumers())
         is_inner = len(readers) == 1 and readers[0].op_type == "Add" and len(_terms(readers[0].outputs[0])) > 2
         if not is_inner and any(len(group) > 1 for group in _groups(terms)):
-            found.append((node, terms))
-    return found
+            sums.append((node, terms))
+    return sums
 
 
 def _terms(total: ir.Value) -> list[ir.Value]:
@@ -41,16 +41,16 @@ def _terms(total: ir.Value) -> list[ir.Value]:
 def _groups(terms: list[ir.Value]) -> list[list[Resizing]]:
     groups: dict[object, list[Resizing]] = {}
     for term in terms:
-        found = resizing(sole_maker(term, "Resize"))
-        if found is not None and found.can_move and (found.growth or 0) > 1 and reads(found.output) == 1:
-            groups.setdefault(_rule(found), []).append(found)
+        resized = resizing(sole_maker(term, "Resize"))
+        if resized is not None and resized.can_move and (resized.growth or 0) > 1 and reads(resized.output) == 1:
+            groups.setdefault(_rule(resized), []).append(resized)
     return list(groups.values())
 
 
-def _rule(found: Resizing) -> object:
-    attributes = tuple(sorted((name, str(a.value)) for name, a in found.node.attributes.items()))
-    extents = tuple(None if a is None else tuple(a.tolist()) for a in map(constant_array, found.node.inputs[1:]))
-    return attributes, extents, dims(found.source)
+def _rule(resized: Resizing) -> object:
+    attributes = tuple(sorted((name, str(a.value)) for name, a in resized.node.attributes.items()))
+    extents = tuple(None if a is None else tuple(a.tolist()) for a in map(constant_array, resized.node.inputs[1:]))
+    return attributes, extents, dims(resized.source)
 
 
 def _rewrite(node: ir.Node, terms: list[ir.Value]) -> None:

@@ -47,7 +47,7 @@ class _Terms:
 
 
 def _matches(model: ir.Model) -> list[tuple[Convolution, _Terms]]:
-    found = []
+    pairs = []
     for node in nodes(model, "Conv"):
         conv = convolution(node)
         if conv is None or not _is_plain_3x3(conv):
@@ -55,8 +55,8 @@ def _matches(model: ir.Model) -> list[tuple[Convolution, _Terms]]:
         terms = _Terms()
         _decompose(node.inputs[0], conv.weight, terms)
         if terms.low and terms.macs_per_pixel() <= (1.0 - MINIMUM_SAVING) * conv.weight.size:
-            found.append((conv, terms))
-    return found
+            pairs.append((conv, terms))
+    return pairs
 
 
 def _is_plain_3x3(conv: Convolution) -> bool:
@@ -94,20 +94,20 @@ def _decompose(value: ir.Value | None, kernel: FloatArray, terms: _Terms, *, add
 
 def _before_nearest_2x(value: ir.Value) -> ir.Value | None:
     """What ``value`` repeats twice in both directions."""
-    found = resizing(maker(value, "Resize"))
-    if found is None or word(found.node, "mode", "nearest") != "nearest":
+    resized = resizing(maker(value, "Resize"))
+    if resized is None or word(resized.node, "mode", "nearest") != "nearest":
         return None
     rule = (
-        word(found.node, "coordinate_transformation_mode", "half_pixel"),
-        word(found.node, "nearest_mode", "round_prefer_floor"),
+        word(resized.node, "coordinate_transformation_mode", "half_pixel"),
+        word(resized.node, "nearest_mode", "round_prefer_floor"),
     )
     # Both rules repeat each pixel twice at factor 2; others shift the image.
     if rule not in {("asymmetric", "floor"), ("half_pixel", "round_prefer_floor")}:
         return None
-    before, after = dims(found.source), dims(found.output)
+    before, after = dims(resized.source), dims(resized.output)
     doubled = before is not None and after is not None and None not in (*before[2:], *after[2:])
     doubled = doubled and [2 * (n or 0) for n in (before or ())[2:]] == list((after or ())[2:])
-    return found.source if doubled or found.scales == (1.0, 1.0, 2.0, 2.0) else None
+    return resized.source if doubled or resized.scales == (1.0, 1.0, 2.0, 2.0) else None
 
 
 def _channels(concat: ir.Node) -> list[int] | None:

@@ -129,11 +129,11 @@ def _restore(old: ir.Value, new: ir.Value, inside: set[ir.Node]) -> None:
 def _next(node: ir.Node) -> ir.Node:
     graph = node.graph
     assert graph is not None
-    found = False
+    passed = False
     for other in graph:
-        if found:
+        if passed:
             return other
-        found = other is node
+        passed = other is node
     raise AssertionError("a node that is read has a successor")
 
 

@@ -76,10 +76,10 @@ def contour_counts(
     for region in (prediction, truth):
         coded = np.where(valid, region.astype(np.int8), np.int8(-1))
         contours.append(boundary_band(coded, 1, ignore_index=-1) & region & valid)
-    found, wanted = contours
+    predicted, wanted = contours
     near_wanted = _window(wanted, tolerance_px, np.logical_or)
-    near_found = _window(found, tolerance_px, np.logical_or)
-    counts = (found, found & near_wanted, wanted, wanted & near_found)
+    near_predicted = _window(predicted, tolerance_px, np.logical_or)
+    counts = (predicted, predicted & near_wanted, wanted, wanted & near_predicted)
     return tuple(int(np.count_nonzero(c)) for c in counts)  # type: ignore[return-value]
 
 

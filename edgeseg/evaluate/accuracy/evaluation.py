@@ -124,7 +124,7 @@ def evaluate(
     by_model: dict[str, list[Contender]] = {}
     for contender in contenders:
         by_model.setdefault(sha256_json(contender.spec.model), []).append(contender)
-    found: dict[str, Accuracy] = {}
+    by_name: dict[str, Accuracy] = {}
     for members in by_model.values():
         data = request.open(members[0].spec.model)
         pairs = {c.name: b.name for c in members if (b := first_baseline(c, members)) is not None}
@@ -139,8 +139,8 @@ def evaluate(
                     said.append(meaning)
                 if reused:
                     said.append(f"{reused} results of an earlier run reused")
-            found |= _figures(group, request, ledgers, opener)
-    return found
+            by_name |= _figures(group, request, ledgers, opener)
+    return by_name
 
 
 def data_digest(data: ValidationSet) -> str:
@@ -185,8 +185,8 @@ def _records(
     ]
     done = len(group.data) - len(todo)
     try:
-        for found in _judged(group, todo, request.jobs, opener):
-            for name, record in found:
+        for records in _judged(group, todo, request.jobs, opener):
+            for name, record in records:
                 ledgers[name].append(record)
             done += 1
             reporter.progress(done, len(group.data))
@@ -248,7 +248,7 @@ class _Worker:
         masks: dict[str, NDArray[Any]] = {}
         sums: dict[str, LossSums | None] = {}
         by_name = {c.name: c for c in self.group.contenders}
-        found = []
+        records = []
         for name in names:
             reference = self.group.baseline_of.get(name)
             spec = by_name[name].spec
@@ -258,8 +258,8 @@ class _Worker:
                     masks[needed] = self.segmenters[needed](image)
                     sums[needed] = self._loss(needed, pair, spec)
             compared = None if reference is None else masks[reference]
-            found.append((name, judge(index, pair, masks[name], truth, compared, spec.model, sums[name])))
-        return found
+            records.append((name, judge(index, pair, masks[name], truth, compared, spec.model, sums[name])))
+        return records
 
     def _loss(self, name: str, pair: Pair, spec: PipelineSpec) -> LossSums | None:
         """Of the image just segmented."""
@@ -312,7 +312,7 @@ def _figures(
     )
     if group.data.unpaired:
         words += f", without {len(group.data.unpaired)} images that have no mask"
-    found: dict[str, Accuracy] = {}
+    by_name: dict[str, Accuracy] = {}
     counts: dict[str, Counts | None] = {}
     for contender in group.contenders:
         baseline, ledger = group.baseline_of.get(contender.name), ledgers[contender.name]
@@ -331,7 +331,7 @@ def _figures(
             )
             if baseline not in counts:
                 counts[baseline] = truth_counts(ledgers[baseline].records(), len(group.data), model.classes)
-        found[contender.name] = accuracy_of(
+        by_name[contender.name] = accuracy_of(
             ledger.records,
             len(group.data),
             model,
@@ -341,7 +341,7 @@ def _figures(
             baseline=None if baseline is None else (baseline, counts[baseline]),
             worst=worst,
         )
-    return found
+    return by_name
 
 
 _NO_SPLIT = ("images-masks", "list")

@@ -51,8 +51,8 @@ def open_layout(
         raise InputError(f"--limit {limit}; give at least 1 image")
     extra = label_map or {}
     if layout == "images-masks":
-        found = ValidationSet.open(source, model, ignore_index=ignore_index, split=split)
-        return replace(found, coding=LabelCoding(extra)).limited(limit)
+        paired = ValidationSet.open(source, model, ignore_index=ignore_index, split=split)
+        return replace(paired, coding=LabelCoding(extra)).limited(limit)
     pairs, own_ignore, coding = _READERS[layout](source, split)
     with_masks = [(image, mask) for image, mask in pairs if mask is not None]
     chosen = with_masks or pairs

@@ -142,8 +142,8 @@ def losses(images: Iterable[LossSums | None]) -> Losses | None:
     for image in images:
         if image is None:
             return None
-        found = np.array(image.classes, np.float64)
-        classes = found if classes is None else classes + found
+        added = np.array(image.classes, np.float64)
+        classes = added if classes is None else classes + added
         entropy += image.cross_entropy
         pixels += image.pixels
     if classes is None or not pixels:

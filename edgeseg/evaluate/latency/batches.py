@@ -90,11 +90,11 @@ def bootstrap_interval(
     starts = np.linspace(0, len(values) - length, count).round().astype(np.int64)
     rng = np.random.default_rng(seed)
     step = max(1, _CHUNK_CELLS // len(values))
-    found: list[NDArray[Any]] = []
+    figures: list[NDArray[Any]] = []
     for done in range(0, resamples, step):
         picks = starts[rng.integers(0, count, (min(step, resamples - done), count))]
         places = (picks[:, :, None] + np.arange(length)).reshape(len(picks), -1)
-        found.append(statistic(values[places]))
+        figures.append(statistic(values[places]))
     tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * _T_975[count - 2])
-    low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(figures), [tail, 1 - tail])
     return float(low), float(high)

@@ -60,8 +60,8 @@ def measure_fresh(contender: Contender, processes: int, runs: int = RUNS) -> tup
         return median([value(answer) for answer in answers])
 
     def largest(name: str) -> int | None:
-        found = [value for answer in answers if (value := getattr(answer, name)) is not None]
-        return max(found) if found else None
+        values = [value for answer in answers if (value := getattr(answer, name)) is not None]
+        return max(values) if values else None
 
     cold = ColdStart(
         import_ms=middle(lambda a: a.import_ms),
@@ -180,9 +180,9 @@ def _import_packages(contender: Contender) -> None:
 def main() -> None:
     """Entry point of the fresh process."""
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=FreshRequest)
-    found = answer(request)
+    answered = answer(request)
     # Marked: the libraries that were loaded may print too.
-    print(_MARK + msgspec.json.encode(found).decode(), flush=True)
+    print(_MARK + msgspec.json.encode(answered).decode(), flush=True)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def measure_setting(
     Raises:
         SpecError: a contender's backend has no such setting.
     """
-    found = Measured()
+    measured = Measured()
     with ExitStack() as stack:
         sessions: dict[str, Session] = {}
         for contender in contenders:
@@ -101,14 +101,14 @@ def measure_setting(
             except SpecError:
                 raise
             except EdgesegError as exc:
-                found.not_loaded[contender.name] = exc
-        while running := [c for c in contenders if c.name in sessions and c.name not in found.failed]:
+                measured.not_loaded[contender.name] = exc
+        while running := [c for c in contenders if c.name in sessions and c.name not in measured.failed]:
             try:
-                found.timed = _measure(running, sessions, setting, protocol, power, idle_w, progress)
+                measured.timed = _measure(running, sessions, setting, protocol, power, idle_w, progress)
                 break
             except _CallFailedError as exc:
-                found.failed[exc.name] = exc.reason
-    return found
+                measured.failed[exc.name] = exc.reason
+    return measured
 
 
 def _measure(
@@ -192,5 +192,5 @@ def idle_power(source: PowerSource) -> float | None:
 
 def _power(call: Callable[[], object], source: PowerSource, setting: Setting, idle_w: float | None) -> Power | None:
     with power_log(source) as log:
-        found = measure_streams({"": call}, setting.streams, POWER_SECONDS * 1000)[""]
-    return log.result(found.calls_per_s * setting.batch, idle_w)
+        rates = measure_streams({"": call}, setting.streams, POWER_SECONDS * 1000)[""]
+    return log.result(rates.calls_per_s * setting.batch, idle_w)

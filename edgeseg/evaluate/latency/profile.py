@@ -37,7 +37,7 @@ def group_by_module(nodes: Sequence[NodeTime], source: str, runs: int) -> Profil
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     dtypes: dict[str, Counter[str]] = {}
-    current = next((found for node in nodes if (found := module_group(node.name)) is not None), OTHER)
+    current = next((module for node in nodes if (module := module_group(node.name)) is not None), OTHER)
     for node in nodes:
         current = module_group(node.name) or current
         times[current] += node.time_ms  # type: ignore[assignment]  # Counter is typed for int, adds floats alike

@@ -64,14 +64,14 @@ class StageClock(Closing):
     def _keep(self, begin: int, end: int, runs: list[tuple[int, int, StageTimes | None]]) -> None:
         inside_ms = sum(stop - start for start, stop, _ in runs) / 1e6
         pre_ms = (runs[0][0] - begin) / 1e6
-        found: dict[str, float | None] = {"pre_ms": pre_ms, "post_ms": (end - begin) / 1e6 - pre_ms - inside_ms}
+        stages: dict[str, float | None] = {"pre_ms": pre_ms, "post_ms": (end - begin) / 1e6 - pre_ms - inside_ms}
         device = [times for _, _, times in runs if times is not None]
         if len(device) == len(runs):
-            found |= {name: _sum([getattr(times, name) for times in device]) for name in _DEVICE}
+            stages |= {name: _sum([getattr(times, name) for times in device]) for name in _DEVICE}
         else:
-            found["compute_ms"] = inside_ms
+            stages["compute_ms"] = inside_ms
         with self._lock:
-            for name, ms in found.items():
+            for name, ms in stages.items():
                 if ms is not None:
                     self._split[name].append(ms)
 

@@ -14,8 +14,8 @@ from edgeseg.quantize.observed import Observed
 
 def linear_resize(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many Resize nodes it moved."""
-    found = [node for node in model.graph if _matches(node)]
-    for node in found:
+    resizes = [node for node in model.graph if _matches(node)]
+    for node in resizes:
         source, output = node.inputs[0], node.outputs[0]
         assert source is not None
         editor = Editor(model.graph, node, node.name)
@@ -28,7 +28,7 @@ def linear_resize(model: ir.Model, observed: Observed) -> int:
         resized.producer().attributes.update(node.attributes)  # type: ignore[union-attr]
         observed.copy_range(output, resized)
         replace_value(model.graph, output, editor.op("nchw", "Transpose", [resized], perm=[0, 3, 1, 2]))
-    return len(found)
+    return len(resizes)
 
 
 def _channels_last(editor: Editor, source: ir.Value) -> ir.Value:

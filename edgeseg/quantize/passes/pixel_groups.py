@@ -85,8 +85,8 @@ def _grouping(node: ir.Node, planes: ir.Node) -> _Grouping | None:
     group = max(stride, 4)
     made = group // stride
     blocks = ((made - 1) * stride + weight.shape[3] - 1) // group + 1
-    found = _Grouping(group, made, blocks, output[2] // made)
-    return found if output[2] % made == 0 and image[1] <= found.width else None
+    grouping = _Grouping(group, made, blocks, output[2] // made)
+    return grouping if output[2] % made == 0 and image[1] <= grouping.width else None
 
 
 def _replace(graph: ir.Graph, node: ir.Node, planes: ir.Node, grouping: _Grouping, observed: Observed) -> None:

@@ -34,7 +34,10 @@ HELD_OUT_EVERY = 4
 MIN_TO_HOLD_OUT = 16
 
 IMAGES = 8
-"""Images that judge: a repair is worth seconds, not minutes."""
+"""Most images that judge: a repair is worth seconds, not minutes."""
+
+FEWEST_IMAGES, PIXELS = 4, 8 * 512 * 512
+"""Fewer judge where the input is large: as many as have so many pixels together, but four."""
 
 _DECISIONS = frozenset({"ArgMax", "Cast", "Greater", "GreaterOrEqual", "Squeeze", "Softmax", "Sigmoid", "Identity"})
 
@@ -89,7 +92,7 @@ class Judge:
 
     Args:
         graph: the float graph; another that computes the same may be judged too.
-        samples: the images, of which :data:`IMAGES` are taken, evenly; of one cut into tiles the middle one.
+        samples: the images, of which up to :data:`IMAGES` are taken, evenly; of one cut into tiles the middle one.
 
     Raises:
         QuantizationError: ONNX Runtime fails on the graph.
@@ -98,8 +101,10 @@ class Judge:
 
     def __init__(self, graph: OnnxGraph, samples: CalibrationSet) -> None:
         self._spec = graph.spec
-        every = max(1, len(samples) // IMAGES)
-        chosen = samples.take(range(0, every * IMAGES, every))
+        size = graph.spec.input.height * graph.spec.input.width
+        count = min(IMAGES, max(FEWEST_IMAGES, PIXELS // size))
+        every = max(1, len(samples) // count)
+        chosen = samples.take(range(0, every * count, every))
         self._images = [(shown[len(shown) // 2], name) for name, shown in chosen.named_windows(graph.spec.input)]
         self._float = [self._log_probabilities(scores) for scores in self._scores(read_onnx(graph.path))]
 
@@ -107,6 +112,11 @@ class Judge:
     def images(self) -> int:
         """How many images judge."""
         return len(self._images)
+
+    @property
+    def pixels(self) -> int:
+        """How many pixels they have together."""
+        return sum(image.shape[1] * image.shape[2] for image, _ in self._images)
 
     def fidelity(self, graph: OnnxGraph, table: CalibrationTable, scheme: str) -> Fidelity:
         """Write ``graph`` with the ranges of ``table`` in ``scheme``, in memory, and compare.

@@ -6,7 +6,8 @@ divergence from the float graph by more than its standard error over the images 
 were taken from.
 
 It costs five Q/DQ graphs a scheme, each with a few images through it (:data:`edgeseg.quantize.repair.fidelity.IMAGES`), and one
-more a trial: it grows with the network and the size of its input, not with the number of calibration images.
+more a trial, of which there are fewer the larger the input is: it grows with the network, little with the input's size, and not
+with the number of calibration images.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ MATERIAL = 0.05
 CONTENDERS = 2
 """Methods tried in a module beside the one it has."""
 
-MAX_TRIALS = 32
-"""Module and method pairs tried: each costs a Q/DQ graph a scheme, and a few images through it."""
+TRIAL_PIXELS = 32 * 8 * 256 * 256
+"""Pixels that all trials together send through the graph, a scheme: 32 trials at 256x256, 12 at 352x480, 2 at 1024x2048. Those
+whose ranges differ most come first."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def choose_methods(
     table, fidelity, loss = tables[best], seen[best], losses[best]
     methods = dict.fromkeys(table.ranges, best)
     good = all(f.agreement >= GOOD_AGREEMENT for f in fidelity.values())
-    pairs = [] if good else _pairs(graph, tables, best, [name for name in ranking if name != best])
+    others = [name for name in ranking if name != best]
+    pairs = [] if good else _pairs(graph, tables, best, others)[: TRIAL_PIXELS // judge.pixels]
     for number, (tensors, method) in enumerate(pairs):
         if progress is not None:
             progress(number, len(pairs))
@@ -118,16 +121,18 @@ def _is_gain(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
 def _pairs(
     graph: OnnxGraph, tables: Mapping[str, CalibrationTable], best: str, others: Sequence[str]
 ) -> list[tuple[list[str], str]]:
-    """Tensors of a module, and a method that would give them other ranges than ``best``; in the graph's order."""
+    """Tensors of a module, and a method that would give them other ranges than ``best``; the largest difference first."""
     module = {name: module_group(node.name) for node in read_onnx(graph.path).graph.node for name in node.output}
     members: dict[str | None, list[str]] = {}
     for name in tables[best].ranges:
         members.setdefault(module.get(name), []).append(name)
-    pairs = []
+    pairs: list[tuple[float, list[str], str]] = []
     for tensors in members.values():
-        differing = [m for m in others if _difference(tables[m], tables[best], tensors) > MATERIAL]
-        pairs += [(tensors, method) for method in differing[:CONTENDERS]]
-    return pairs[:MAX_TRIALS]
+        differences = [(_difference(tables[method], tables[best], tensors), method) for method in others]
+        differing = [(difference, method) for difference, method in differences if difference > MATERIAL]
+        pairs += [(difference, tensors, method) for difference, method in differing[:CONTENDERS]]
+    pairs.sort(key=lambda pair: -pair[0])
+    return [(tensors, method) for _, tensors, method in pairs]
 
 
 def _difference(one: CalibrationTable, other: CalibrationTable, tensors: Sequence[str]) -> float:

@@ -71,26 +71,27 @@ def calibrate_repaired(
         magnitudes = seen.magnitudes()
         graph, report = write_equalized(original, magnitudes, equalized)
         require_equal(original, graph, samples)
-        course = _Course.started(judge, judges, original, _table(original, samples, seen, _always(rule.name)))
+        course = _Course.started(judge, judges, original, _table(original, samples, seen, rule))
     observation = Observation(graph, histograms=rule.needs_histogram or method == AUTO)
     observation.add(kept, progress)
-    table = _table(graph, samples, observation, _always(rule.name))
+    table = _table(graph, samples, observation, rule)
     if course is None:
         course = _Course.started(judge, judges, graph, table)
     else:
         course.went_on("equalization", judge.fidelities(graph, table, course.schemes), {"channels": report.channels})
     methods = dict.fromkeys(table.ranges, rule.name)
     if method == AUTO and course.schemes:
-        tables = {name: _table(graph, samples, observation, _always(name)) for name in METHODS}
+        tables = {name: _table(graph, samples, observation, range_method(name)) for name in METHODS}
         choice = choose_methods(graph, tables, judge, course.schemes, progress)
         methods = choice.methods
         course.went_on("calibration-method", choice.fidelity, dict(Counter(methods.values())))
     if held is not None:
         observation.add(held, progress)
-    final = _table(graph, samples, observation, lambda name: range_method(methods[name]))
+    final = _table(graph, samples, observation, rule)
     if method == AUTO:
-        ranges = {name: replace(limits, method=methods[name]) for name, limits in final.ranges.items()}
-        final = replace(final, method=AUTO, options={}, key=table_key(graph, samples, AUTO), ranges=ranges)
+        chosen = observation.ranges({name: range_method(methods[name]) for name in methods})
+        chosen = {name: replace(limits, method=methods[name]) for name, limits in chosen.items()}
+        final = replace(final, method=AUTO, options={}, key=table_key(graph, samples, AUTO), ranges=chosen)
     return graph, replace(final, equalization=magnitudes, repairs=tuple(course.repairs))
 
 
@@ -138,21 +139,12 @@ def _writable(graph: OnnxGraph, table: CalibrationTable) -> tuple[str, ...]:
     return tuple(schemes)
 
 
-def _always(name: str) -> Callable[[str], RangeMethod]:
-    rule = range_method(name)
-    return lambda _: rule
-
-
-def _table(
-    graph: OnnxGraph, samples: CalibrationSet, observation: Observation, method_of: Callable[[str], RangeMethod]
-) -> CalibrationTable:
-    ranges = observation.ranges(method_of)
-    rule = method_of(next(iter(ranges)))
+def _table(graph: OnnxGraph, samples: CalibrationSet, observation: Observation, rule: RangeMethod) -> CalibrationTable:
     return CalibrationTable(
         schema_version=TABLE_SCHEMA_VERSION,
         method=rule.name,
         options=rule.options,
         key=table_key(graph, samples, rule.name, rule.options),
         images=len(samples),
-        ranges=ranges,
+        ranges=observation.ranges(rule),
     )

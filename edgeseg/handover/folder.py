@@ -1,0 +1,110 @@
+"""The folder an engine is handed over in: written whole or not at all, every file hashed in its ``handover.json``."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from edgeseg.errors import SpecError
+from edgeseg.handover import hub, triton
+from edgeseg.handover.contents import Content
+from edgeseg.store.artifacts import FileRef, open_engine, write_json
+from edgeseg.store.atomic import atomic_folder, check_folder
+from edgeseg.version import __version__
+
+LISTING_NAME = "handover.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Listing:
+    """``handover.json``.
+
+    Attributes:
+        schema_version: of this layout.
+        host: what the folder is for.
+        engine: name of the engine folder it was made of.
+        engine_key: of that engine; see :attr:`~edgeseg.store.artifacts.Manifest.engine_key`.
+        files: every other file, by its path in the folder, with hash and size.
+    """
+
+    schema_version: int
+    edgeseg_version: str
+    host: str
+    engine: str
+    engine_key: str
+    files: dict[str, FileRef]
+
+
+def export_engine(
+    folder: Path,
+    host: str,
+    output: Path,
+    *,
+    licence: str | None = None,
+    picture: Path | None = None,
+    force: bool = False,
+) -> Listing:
+    """Write the engine in ``folder`` as ``host`` takes it to ``output``.
+
+    Args:
+        folder: an engine folder.
+        host: ``triton`` or ``hub``.
+        output: the new folder.
+        licence: of the weights, for the hub's model card; the hub's own word, such as ``apache-2.0``.
+        picture: an image to show with its mask, for the hub.
+        force: replace a folder that was handed over before.
+
+    Raises:
+        SpecError: the host cannot run this engine, or something it needs was not said.
+        ArtifactError: no engine folder, or one that was changed; the output cannot be written.
+        InputError: the picture cannot be read.
+    """
+    check_folder(output, force=force, ours=_own_names)
+    engine = open_engine(folder)
+    if host == "triton":
+        if licence is not None or picture is not None:
+            raise SpecError("--license and --picture are for the hub's model card; leave them out with --to triton")
+        contents = triton.contents(engine)
+    else:
+        contents = hub.contents(engine, licence, picture)
+    with atomic_folder(output, force=force, ours=_own_names) as scratch:
+        _write(scratch, contents)
+        files = {name: FileRef.of(scratch / name) for name in sorted(contents)}
+        listing = Listing(SCHEMA_VERSION, __version__, host, engine.manifest.name, engine.manifest.engine_key, files)
+        write_json(scratch / LISTING_NAME, listing)
+    return listing
+
+
+def next_step(host: str, output: Path) -> str:
+    """What to type next, for a person."""
+    if host == "hub":
+        return f"hf upload USER/MODEL {shlex.quote(str(output))}"
+    return f"tritonserver --model-repository {shlex.quote(str(output / triton.REPOSITORY))}"
+
+
+def _write(scratch: Path, files: Mapping[str, Content]) -> None:
+    for name, content in files.items():
+        path = scratch / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, Path):
+            shutil.copyfile(content, path)
+        else:
+            path.write_bytes(content)
+
+
+def _own_names(folder: Path) -> frozenset[str] | None:
+    """What an export wrote at the top of ``folder``; ``None`` when it is not empty and none of ours."""
+    try:
+        listing = msgspec.json.decode((folder / LISTING_NAME).read_bytes(), type=Listing)
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError):
+        try:
+            return None if any(folder.iterdir()) else frozenset()
+        except OSError:
+            return None
+    return frozenset({LISTING_NAME, *(name.partition("/")[0] for name in listing.files)})

@@ -1,0 +1,261 @@
+"""Engines as other hosts take them. Oracles: Triton's own configuration format, ONNX Runtime on the exported file, YAML."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import yaml
+from click.testing import CliRunner
+from cpu_folders import CLASSES, IMAGES, SIDE, folder_for, own_scheme
+from PIL import Image
+
+import edgeseg
+from edgeseg.cli.app import cli
+from edgeseg.errors import ArtifactError, EdgesegError, OutputExistsError, SpecError
+from edgeseg.handover.folder import LISTING_NAME, Listing, export_engine
+from edgeseg.handover.triton import REPOSITORY
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
+from edgeseg.store.artifacts import (
+    MANIFEST_NAME,
+    WeightsOrigin,
+    open_engine,
+    read_json,
+    read_manifest,
+    sha256_file,
+    write_json,
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder_for(tmp_path_factory.mktemp("made") / "street scenes", "onnxruntime", own_scheme())
+
+
+@pytest.fixture
+def engine(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "engine"))
+
+
+def changed(folder: Path, **fields: Any) -> Path:
+    write_json(folder / MANIFEST_NAME, replace(read_manifest(folder), **fields))
+    return folder
+
+
+def configuration(output: Path) -> Any:
+    """``config.pbtxt`` as Triton reads it: parsed with the message classes its client ships."""
+    found = importlib.util.find_spec("tritonclient")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("tritonclient, which has Triton's configuration format, is not installed")
+    # By file: the package around it wants gRPC.
+    path = Path(found.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
+    at = importlib.util.spec_from_file_location("model_config_pb2", path)
+    assert at is not None
+    assert at.loader is not None
+    messages = importlib.util.module_from_spec(at)
+    at.loader.exec_module(messages)
+    from google.protobuf import text_format
+
+    (text,) = output.glob(f"{REPOSITORY}/*/config.pbtxt")
+    return text_format.Parse(text.read_text(), messages.ModelConfig())
+
+
+def assert_whole(output: Path) -> Listing:
+    """Every file is listed with its hash, and no other is there."""
+    listing = read_json(output / LISTING_NAME, Listing, "listing")
+    there = {p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file()} - {LISTING_NAME}
+    assert there == set(listing.files)
+    for name, ref in listing.files.items():
+        assert ref.sha256 == sha256_file(output / name)
+        assert ref.size_bytes == (output / name).stat().st_size
+    assert "README.md" in there
+    return listing
+
+
+def test_triton_gets_a_repository_whose_model_is_the_engine(engine: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    export_engine(engine, "triton", output)
+    listing = assert_whole(output)
+    assert listing.engine_key == read_manifest(engine).engine_key
+    config = configuration(output)
+    model = output / REPOSITORY / config.name
+    assert model.is_dir()
+    assert " " not in config.name
+    assert (config.backend, config.max_batch_size) == ("onnxruntime", 0)
+    # What the configuration says is what the file has, and gives the engine's masks.
+    session = onnxruntime.InferenceSession(model / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+    (image,), (mask,) = config.input, config.output
+    assert [i.name for i in session.get_inputs()] == [image.name]
+    assert list(image.dims) == list(session.get_inputs()[0].shape) == [1, SIDE, SIDE, 3]
+    assert list(mask.dims) == [1, SIDE, SIDE]
+    assert (image.data_type, mask.data_type) == (2, 2)  # TYPE_UINT8
+    (actual,) = session.run([mask.name], {image.name: IMAGES})
+    with edgeseg.load(engine) as segmenter:
+        np.testing.assert_array_equal(actual[0], segmenter(IMAGES[0]))
+    assert len((model / mask.label_filename).read_text().splitlines()) == CLASSES
+    (warm,) = config.model_warmup
+    assert list(warm.inputs["image"].dims) == [1, SIDE, SIDE, 3]
+    readme = (output / "README.md").read_text()
+    assert "tritonserver --model-repository" in readme
+    assert f'.infer("{config.name}"' in readme
+
+
+TWO = PipelineSpec(
+    ModelSpec("custom", classes=2, class_names=("road", "sky"), model_args={"aux_params": {"classes": 7}}),
+    InputSpec(32, 64, stride=32, dynamic_size=True, min_size=(32, 32), max_size=(64, 64), batch=BatchRange(1, 4, 8)),
+    output=OutputSpec("probabilities", confidence=True),
+)
+
+
+def test_triton_batches_for_an_engine_of_any_batch(engine: Path, tmp_path: Path) -> None:
+    export_engine(changed(engine, spec=TWO, options={"threads": 2}), "triton", tmp_path / "out")
+    config = configuration(tmp_path / "out")
+    assert config.max_batch_size == 8
+    assert config.HasField("dynamic_batching")
+    assert [list(t.dims) for t in (*config.input, *config.output)] == [[-1, -1, 3], [2, -1, -1], [-1, -1], [7]]
+    assert [t.name for t in config.output] == ["probabilities", "confidence", "aux_logits"]
+    assert {t.data_type for t in config.output} == {11}  # TYPE_FP32
+    assert config.parameters["intra_op_thread_count"].string_value == "2"
+    assert list(config.model_warmup[0].inputs["image"].dims) == [32, 64, 3]
+
+
+@pytest.mark.parametrize(
+    ("model", "output", "kind", "dims", "label_lines"),
+    [
+        (ModelSpec("custom", classes=300), OutputSpec(), 3, [1, 32, 32], 300),  # TYPE_UINT16
+        (ModelSpec("custom", classes=1, task="binary"), OutputSpec(), 2, [1, 32, 32], 2),
+        (ModelSpec("custom", classes=3, task="multilabel"), OutputSpec(), 2, [1, 3, 32, 32], 3),
+        (ModelSpec("custom", classes=3), OutputSpec("logits"), 11, [1, 3, 32, 32], 3),
+    ],
+)
+def test_every_kind_of_output(
+    model: ModelSpec, output: OutputSpec, kind: int, dims: list[int], label_lines: int, engine: Path, tmp_path: Path
+) -> None:
+    export_engine(
+        changed(engine, spec=PipelineSpec(model, InputSpec(32, 32), output=output)), "triton", tmp_path / "out"
+    )
+    config = configuration(tmp_path / "out")
+    (told,) = config.output
+    assert (told.data_type, list(told.dims)) == (kind, dims)
+    labels = (tmp_path / "out" / REPOSITORY / config.name / told.label_filename).read_text().splitlines()
+    assert len(labels) == label_lines
+
+
+def test_triton_gets_the_plan_where_there_is_one(engine: Path, tmp_path: Path) -> None:
+    plan = read_manifest(engine).engine
+    export_engine(changed(engine, target="tensorrt", versions={"tensorrt": "10.3.0"}), "triton", tmp_path / "out")
+    config = configuration(tmp_path / "out")
+    assert config.backend == "tensorrt"
+    assert config.instance_group[0].kind == 1  # KIND_GPU
+    assert plan is not None
+    assert sha256_file(tmp_path / "out" / REPOSITORY / config.name / "1" / "model.plan") == plan.sha256
+    assert "10.3.0" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target": "tensorrt-rtx"}, "no backend for TensorRT-RTX; build with --target"),
+        ({"target": "tensorrt", "engine": None}, "portable graph, no plan.*edgeseg compile"),
+        ({"spec": replace(TWO, input=replace(TWO.input, batch=BatchRange(2, 4, 8)))}, "build with --batch 1:N:M"),
+    ],
+)
+def test_what_triton_cannot_run_is_refused(fields: dict[str, Any], message: str, engine: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=message):
+        export_engine(changed(engine, **fields), "triton", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def card(output: Path) -> dict[str, Any]:
+    _, head, _ = (output / "README.md").read_text().split("---\n", 2)
+    metadata: dict[str, Any] = yaml.safe_load(head)
+    return metadata
+
+
+def test_the_hub_gets_an_engine_folder_with_a_card(engine: Path, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(IMAGES[0]).save(photo)
+    changed(engine, origin=WeightsOrigin("someone/model", "0" * 40, {"license": "mit"}))
+    output = tmp_path / "out"
+    export_engine(engine, "hub", output, licence="apache-2.0", picture=photo)
+    assert_whole(output)
+    assert card(output)["license"] == "apache-2.0"
+    assert card(output)["base_model"] == "someone/model"
+    text = (output / "README.md").read_text()
+    assert "| agreement with PyTorch | - | 0.9900 |" in text
+    assert "| mIoU | - | - |" in text
+    with Image.open(output / "picture.png") as shown:
+        assert shown.size == (2 * SIDE, SIDE)
+    # It is the engine: whoever downloads it runs it.
+    with edgeseg.load(output) as there, edgeseg.load(engine) as here:
+        np.testing.assert_array_equal(there(IMAGES[0]), here(IMAGES[0]))
+
+
+def test_a_plan_is_not_uploaded(engine: Path, tmp_path: Path) -> None:
+    plan = read_manifest(engine).engine
+    export_engine(changed(engine, target="tensorrt"), "hub", tmp_path / "out", licence="mit")
+    assert_whole(tmp_path / "out")
+    manifest = open_engine(tmp_path / "out").manifest
+    assert plan is not None
+    assert (manifest.engine, manifest.verification) == (None, None)
+    assert not (tmp_path / "out" / plan.name).exists()
+    assert "edgeseg compile model" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_licence_is_asked_for_never_guessed(engine: Path, tmp_path: Path) -> None:
+    known = {"license": "mit", "library_name": "segmentation-models-pytorch"}
+    changed(engine, origin=WeightsOrigin(card=known))
+    with pytest.raises(SpecError, match=r'give --license.*the card beside the weights says "mit"; SMP writes that'):
+        export_engine(engine, "hub", tmp_path / "out")
+    with pytest.raises(SpecError, match="small letters"):
+        export_engine(engine, "hub", tmp_path / "out", licence="mit\nbase_model: x")
+
+
+def test_names_cannot_write_into_card_or_configuration(engine: Path, tmp_path: Path) -> None:
+    nasty = 'a"\n---\nlicense: x\n<script>|`'
+    spec = replace(
+        read_manifest(engine).spec, model=ModelSpec("custom", classes=CLASSES, class_names=(nasty,) * CLASSES)
+    )
+    changed(engine, name=nasty, spec=spec, origin=WeightsOrigin(nasty, nasty, {}))
+    export_engine(engine, "hub", tmp_path / "hub", licence="mit")
+    assert card(tmp_path / "hub")["license"] == "mit"
+    assert card(tmp_path / "hub")["base_model"] == nasty
+    assert "<script>" not in (tmp_path / "hub" / "README.md").read_text().split("---\n", 2)[2]
+    export_engine(engine, "triton", tmp_path / "triton")
+    config = configuration(tmp_path / "triton")
+    assert (tmp_path / "triton" / REPOSITORY / config.name / "1" / "model.onnx").is_file()
+    assert len((tmp_path / "triton" / REPOSITORY / config.name / "labels.txt").read_text().splitlines()) == CLASSES
+
+
+def test_only_an_export_is_replaced_and_an_engine_that_was_changed_is_none(engine: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    export_engine(engine, "triton", output)
+    with pytest.raises(OutputExistsError, match="--force"):
+        export_engine(engine, "triton", output)
+    (output / "mine.txt").write_text("kept")
+    export_engine(engine, "hub", output, licence="mit", force=True)
+    assert not (output / REPOSITORY).exists()
+    assert (output / "mine.txt").read_text() == "kept"
+    with pytest.raises(ArtifactError):
+        export_engine(engine, "triton", engine, force=True)
+    graph = engine / read_manifest(engine).graph.name
+    graph.write_bytes(graph.read_bytes() + b"\0")
+    with pytest.raises(EdgesegError):
+        export_engine(engine, "triton", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_verb_says_what_to_do_next(engine: Path) -> None:
+    done = CliRunner().invoke(cli, ["export", str(engine), "--to", "triton"])
+    assert done.exit_code == 0, done.output
+    output = engine.with_name("engine-triton")
+    assert f"tritonserver --model-repository {output / REPOSITORY}" in done.output
+    done = CliRunner().invoke(cli, ["export", str(engine), "--to", "hub", "--license", "mit", "--json"])
+    assert json.loads(done.output)["host"] == "hub"
