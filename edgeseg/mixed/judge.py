@@ -154,6 +154,16 @@ class Remembered(Closing):
         with np.load(path, allow_pickle=False) as results:
             return dict(results)
 
+    def digest(self) -> str:
+        """SHA-256 over all that was returned so far, by whatever session uses the folder."""
+        digest = hashlib.sha256()
+        for path in sorted(self._folder.glob("*.npz")):
+            with np.load(path, allow_pickle=False) as results:
+                for name in sorted(results.files):
+                    digest.update(f"{path.name} {name} {results[name].dtype} {results[name].shape}".encode())
+                    digest.update(np.ascontiguousarray(results[name]).data)
+        return digest.hexdigest()
+
     def close(self) -> None:
         """The session belongs to the caller."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeseg.backends.base import Backend, Session
+from edgeseg.backends.base import Backend
 from edgeseg.backends.cpu.options import CPU_OPTIONS
 from edgeseg.backends.portable import builds_here
 from edgeseg.errors import GateError
@@ -23,7 +23,7 @@ from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.results import Profile
 from edgeseg.graph.types import typed_precision
 from edgeseg.mixed.costs import ModuleTimes, module_times, times_from_file
-from edgeseg.mixed.judge import JUDGED_NAME, Judged, judge, pairs_key, spread
+from edgeseg.mixed.judge import JUDGED_NAME, Judged, Remembered, judge, pairs_key, spread
 from edgeseg.mixed.search import by_gain, trials
 from edgeseg.mixed.sensitivity import IMAGES, NetworkModules, judge_modules, sensitivities
 from edgeseg.pipeline.candidate import GRAPH_NAME, Candidate, build_typed, write_typed
@@ -117,7 +117,7 @@ class GoalSearch:
         request: of the build, with a goal.
         graph: fp32, that ``table`` was made from.
         pairs: images to judge on; read again for every candidate.
-        reference: PyTorch, best one that remembers.
+        reference: PyTorch, which has seen all of ``pairs``.
         write: puts a candidate's files and a manifest into its folder.
         engines_folder: see :meth:`~edgeseg.backends.base.Backend.build`.
     """
@@ -126,7 +126,7 @@ class GoalSearch:
     graph: OnnxGraph
     table: CalibrationTable
     pairs: Iterable[Pair]
-    reference: Session
+    reference: Remembered
     write: WriteEngine
     engines_folder: Path
     reporter: Reporter
@@ -143,7 +143,8 @@ class GoalSearch:
             GateError: not even a float engine meets the goal.
         """
         self._deadline = time.monotonic() + 60 * self.request.search_minutes
-        self._images = pairs_key(self.pairs)
+        # A judgement is one beside these masks: the module's code may have changed, and nothing else.
+        self._images = f"{pairs_key(self.pairs)} {self.reference.digest()}"
         self._portable = {c.backend.name for c in plain if not builds_here(c.backend, c.graph.scheme)}
         everything: list[Trial] = []
         for position, candidate in enumerate(plain):

@@ -224,12 +224,14 @@ def reach_goal(
     reporter: Reporter,
 ) -> tuple[Result, _ManifestMaker]:
     """Find the fastest engine that keeps the limits which plain INT8 did not keep, and put it into ``folder``."""
+    from edgeseg.mixed.judge import Remembered
     from edgeseg.pipeline.goal import GoalSearch, carried_names
 
     assert quantized.table is not None  # nothing is int8 without
     reporter.note("plain INT8 misses the goal: looking for modules to leave in float (--no-search does not)")
     candidates = [plain.best, *(candidate for candidate in quantized.candidates if candidate is not plain.best)]
-    with verifier.reference(make.spec) as (reference, _):
+    with verifier.reference(make.spec, verifier.device) as (reference, _):
+        assert isinstance(reference, Remembered)  # of a build with a goal
         reached = GoalSearch(
             request=request,
             graph=quantized.graph,
@@ -652,6 +654,8 @@ class _Verifier:
         self.request = request
         self.loaded = loaded
         self.data = data
+        self.device = "cpu"
+        """PyTorch's, where it was asked last."""
         self._opened = ExitStack()
 
     def __enter__(self) -> _Verifier:
@@ -668,6 +672,7 @@ class _Verifier:
     @contextmanager
     def reference(self, spec: PipelineSpec, device: str = "cpu") -> Iterator[tuple[Session, Session]]:
         """(what to compare with, what to time) while it is open, both on ``device``."""
+        self.device = device
         from edgeseg.backends.pytorch import PyTorchSession
         from edgeseg.machine.cpu import this_cpu
 

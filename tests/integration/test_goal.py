@@ -25,7 +25,7 @@ from edgeseg.pipeline.fastest import compile_fastest
 from edgeseg.store.artifacts import Engine, open_engine
 
 pytestmark = pytest.mark.integration
-IMAGES = 12
+IMAGES = 8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +53,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "weights": folder / "badly_scaled.pth",
         "mean": preprocess.mean,
         "std": preprocess.std,
-        "size": 96,
+        "size": 64,
         "equalize": False,
         "calibration": sample_folder() / "calib" / "images",
         "calibration_limit": 24,
