@@ -21,6 +21,7 @@ from edgeseg.backends.portable import builds_here
 from edgeseg.errors import GateError
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.results import Profile
+from edgeseg.evaluate.tables import counted
 from edgeseg.graph.types import typed_precision
 from edgeseg.mixed.costs import ModuleTimes, module_times, times_from_file
 from edgeseg.mixed.judge import JUDGED_NAME, Judged, Remembered, judge, pairs_key, spread
@@ -217,7 +218,7 @@ class GoalSearch:
                 if is_over():
                     break
             met = sum(trial.meets_goal for trial in tried[2:])
-            said.append(f"{backend.name}: {len(tried) - 2} mixes judged, {met} meet the goal")
+            said.append(f"{backend.name}: {counted(len(tried) - 2, 'mix', 'mixes')} judged, {met} of them good enough")
         return tried
 
     def _in_float(self, backend: Backend, folder: Path, precision: Precision, network: NetworkModules) -> Trial:
@@ -349,7 +350,7 @@ class GoalSearch:
         elif chosen.floats:
             share = chosen.mac_share.get("int8", 0.0)
             self.reporter.note(
-                f"plain INT8 missed the goal: {', '.join(sorted(chosen.floats))} stay float, {share:.1%} of MACs are int8"
+                f"in float for the goal: {', '.join(sorted(chosen.floats))}; {share:.1%} of MACs are int8"
             )
 
     def _missed(self, everything: Sequence[Trial]) -> str:

@@ -42,7 +42,7 @@ from edgeseg.pipeline.verification_data import (
     sample_images,
 )
 from edgeseg.progress import Reporter, SilentReporter, stage
-from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, CalibrationSet, calibrate, method_or_default, table_key
+from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, calibrate, method_or_default, table_key
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import InputSpec, ModelRequest, PipelineSpec, one_of
 from edgeseg.store.artifacts import (
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
 
 CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
 EQUALIZED_NAME = "equalized.onnx"
-EXPORT_FOLDER, PLAIN_FOLDER, AUTO_FOLDER = "export", "plain", "auto"
+EXPORT_FOLDER, PLAIN_FOLDER = "export", "plain"
 """What a build works in, inside the engine folder in the making."""
 
 
@@ -102,22 +102,11 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
                 verifier = opened.enter_context(_Verifier(request, loaded, plan.held_out))
             result = verified(request, quantized, make, scratch, verifier, reporter)
             if verifier is not None and verifier.misses(result.verification):
-                if request.calibration_method is None and isinstance(plan.samples, CalibrationSet):
-                    reporter.note(
-                        "plain INT8 misses the goal: ranges chosen by what the output loses are tried (method auto)"
-                    )
-                    repaired = dataclasses.replace(request, calibration_method=AUTO)
-                    again = quantize_stage(repaired, targets, exported, plan.samples, scratch / AUTO_FOLDER, reporter)
-                    if again.table != quantized.table:
-                        before, quantized, make = result, again, dataclasses.replace(make, table=again.table)
-                        result = verified(request, again, make, scratch, verifier, reporter)
-                        reporter.note(f"method auto: agreement {_agreement(before):.4f} -> {_agreement(result):.4f}")
-                if verifier.misses(result.verification):
-                    result, make = reach_goal(request, quantized, result, make, scratch, verifier, reporter)
+                result, make = reach_goal(request, quantized, result, make, scratch, verifier, reporter)
         if result.verification is not None:
             check_gates(result.verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
         make.write(result.best, result.medians, scratch, result.verification)
-        for name in (EXPORT_FOLDER, PLAIN_FOLDER, AUTO_FOLDER):
+        for name in (EXPORT_FOLDER, PLAIN_FOLDER):
             shutil.rmtree(scratch / name, ignore_errors=True)
     return open_engine(folder)
 
@@ -145,11 +134,6 @@ class Result:
     medians: dict[str, float]
     engine: Engine
     verification: Verification | None
-
-
-def _agreement(result: Result) -> float:
-    assert result.verification is not None  # of an engine that missed a goal
-    return result.verification.agreement
 
 
 def quantize_stage(
