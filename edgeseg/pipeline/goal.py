@@ -131,7 +131,7 @@ class GoalSearch:
     write: WriteEngine
     engines_folder: Path
     reporter: Reporter
-    _deadline: float = 0.0
+    _is_complete: bool = True
     _images: str = ""
     _portable: set[str] = field(default_factory=set)
     _modules: dict[str, tuple[ModuleSensitivity, ...]] = field(default_factory=dict)
@@ -143,14 +143,14 @@ class GoalSearch:
         Raises:
             GateError: not even a float engine meets the goal.
         """
-        self._deadline = time.monotonic() + 60 * self.request.search_minutes
+        deadline = time.monotonic() + 60 * self.request.search_minutes
         # A judgement is one beside these masks: the module's code may have changed, and nothing else.
         self._images = f"{pairs_key(self.pairs)} {self.reference.digest()}"
         self._portable = {c.backend.name for c in plain if not builds_here(c.backend, c.graph.scheme)}
         everything: list[Trial] = []
         for position, candidate in enumerate(plain):
-            share = (self._deadline - time.monotonic()) / (len(plain) - position)
-            everything += self._search(candidate, time.monotonic() + share)
+            now = time.monotonic()
+            everything += self._search(candidate, now + (deadline - now) / (len(plain) - position))
         eligible = [trial for trial in everything if trial.meets_goal]
         if not eligible:
             raise GateError(self._missed(everything))
@@ -184,8 +184,12 @@ class GoalSearch:
             floats.estimated_ms = times.estimate_ms(network.modules.names)
         saved = {} if times is None else times.saved_ms
 
+        over = False
+
         def is_over() -> bool:
-            return time.monotonic() > until
+            nonlocal over
+            over = over or time.monotonic() > until
+            return over
 
         with stage(self.reporter, "modules") as said:
             judged = judge_modules(
@@ -199,7 +203,9 @@ class GoalSearch:
             modules = {m.module: m for m in sensitivities(network, judged, saved)}
             losses = {name: _loss(module) for name, module in modules.items() if module.agreement is not None}
             costs = saved if any(ms > 0 for ms in saved.values()) else network.mac_share
-            order = by_gain(losses, costs, network.modules.names)
+            # What cannot be INT8 by itself is float in any mix.
+            names = [name for name in network.modules.names if name in judged or over]
+            order = by_gain(losses, costs, names)
             self._modules[backend.name] = tuple(modules[name] for name in order)
             said.append(f"{backend.name}: {len(order)} modules; INT8 of {order[0]} costs most for what it saves")
         with stage(self.reporter, "search") as said:
@@ -217,6 +223,7 @@ class GoalSearch:
             for _ in trials(order, costs, meets):
                 if is_over():
                     break
+            self._is_complete = self._is_complete and not over
             met = sum(trial.meets_goal for trial in tried[2:])
             said.append(f"{backend.name}: {counted(len(tried) - 2, 'mix', 'mixes')} judged, {met} of them good enough")
         return tried
@@ -340,7 +347,7 @@ class GoalSearch:
         return (trial.estimated_ms or 0.0, 1.0 - trial.mac_share.get("int8", 0.0))
 
     def _say(self, chosen: Trial, is_timed: bool) -> None:
-        if time.monotonic() > self._deadline:
+        if not self._is_complete:
             self.reporter.note(
                 f"the search ended at its limit of {self.request.search_minutes:g} minutes with the best so far; the next "
                 "build goes on from there (--search-minutes)"
@@ -381,7 +388,7 @@ class GoalSearch:
             max_drop=self.request.max_drop,
             min_agreement=self.request.min_agreement,
             images=len(chosen.judged.images),
-            is_complete=time.monotonic() <= self._deadline,
+            is_complete=self._is_complete,
             latency_source=None if times is None else times.source,
             modules=self._modules.get(chosen.backend.name, ()),
             candidates=tuple(
