@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from arm.emulated_machine import ROOT, ArmMachine, CannotEmulateError, prepare
+from arm.emulated_machine import ROOT, ArmMachine, CannotEmulateError, for_arm, prepare
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -175,7 +177,7 @@ def test_the_command_line(machine: ArmMachine, engines: dict[str, Engine], tmp_p
     inspected = json.loads(edgeseg_cli("inspect", "fpn", "--json"))
     assert inspected["manifest"]["device"]["cpu"] == doctor["cpu"]["name"]
     edgeseg_cli("run", "fpn", VAL / "images", "--limit", "2", "--output", "masks")
-    assert len(list((tmp_path / "masks").glob("*.png"))) == 2
+    assert len(list((tmp_path / "masks").rglob("*.png"))) == 2
     edgeseg_cli(
         *("bench", "fpn", "--baseline", "none", "--duration-s", "0", "--fresh-processes", "1"),
         *("--data", VAL, "--limit", "6", "--json", "bench.json"),
@@ -186,3 +188,20 @@ def test_the_command_line(machine: ArmMachine, engines: dict[str, Engine], tmp_p
     assert row["accuracy"]["miou"] > 0.3
     edgeseg_cli("report", "bench.json", "--html", "report.html")
     assert "aarch64, emulated" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("python", ["python3.10", "python3.11", "python3.12", "python3.13"])
+def test_the_runtime_installs_on_aarch64(python: str, machine: ArmMachine, tmp_path: Path) -> None:
+    """Every package of the extra has a wheel for ARM: what pip would install, not installed."""
+    (wheel,) = (machine.folder / "wheel").glob("edgeseg-*.whl")
+    pip = (sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "report.json")
+    done = subprocess.run(
+        [*pip, "--target", "unused", *for_arm(python), f"{wheel}[onnxruntime]"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    chosen = json.loads((tmp_path / "report.json").read_text())["install"]
+    assert {"edgeseg", "onnx", "onnxruntime", "numpy"} <= {package["metadata"]["name"] for package in chosen}
