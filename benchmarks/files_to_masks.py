@@ -105,7 +105,7 @@ def by_hand(engine: Engine) -> dict[str, Contender]:
         return onnxruntime.InferenceSession(str(engine.engine_path), settings, providers=["CPUExecutionProvider"])
 
     wide, narrow = session(cores), session(1)
-    palette = np.zeros((256, 3), np.uint8).tobytes()
+    palette = bytes(3 * engine.manifest.spec.model.classes)
 
     def segment(runner: onnxruntime.InferenceSession, path: Path, masks: Path) -> None:
         image = Image.open(path).convert("RGB")

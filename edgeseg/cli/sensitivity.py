@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from edgeseg.arguments import arguments_of
 from edgeseg.cli.output import console_reporter, echo, result_console
 from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.cli.shared_options import argument_names, request_options
@@ -15,6 +16,7 @@ from edgeseg.spec import ModelRequest
 
 
 @click.command("sensitivity", short_help="What INT8 of each module loses and saves.")
+@click.argument("folder", type=ANY_PATH, metavar="[ENGINE_DIR]", required=False)
 @request_options(
     *argument_names(ModelRequest),
     "size",
@@ -30,23 +32,26 @@ from edgeseg.spec import ModelRequest
     "latency_from",
     flags={"validation": "--data"},
 )
+@click.option("--limit", type=click.IntRange(min=1), default=64, show_default=True, help="Judge on so many images.")
 @click.option("--json", "json_path", type=ANY_PATH, help="Write the figures to this file; - is standard output.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-def command(given: dict[str, Any], json_path: Path | None, force: bool) -> None:
+def command(folder: Path | None, given: dict[str, Any], limit: int, json_path: Path | None, force: bool) -> None:
     """Judge INT8 of one module of the network after the other, all others in float.
+
+    The network is that of ENGINE_DIR, with the calibration table in it, or what the options of a build say.
 
     Says what each loses (agreement with the float network, mIoU where --data has masks/) and what it saves in milliseconds. An
     ended run goes on where it was.
     """
     from edgeseg.store.outputs import check_outputs, is_stdout
 
-    request = BuildRequest.of(given)
+    request = BuildRequest.of(given) if folder is None else _of_folder(folder, given)
     if json_path is not None:
         check_outputs([json_path], force=force, inputs=[])
     from edgeseg.pipeline.stages import run_sensitivity
 
     with console_reporter() as reporter:
-        report = run_sensitivity(request, reporter)
+        report = run_sensitivity(request, reporter, limit)
     if json_path is not None:
         from edgeseg.store.artifacts import write_json
 
@@ -63,3 +68,17 @@ def command(given: dict[str, Any], json_path: Path | None, force: bool) -> None:
         echo(line)
     if json_path is not None:
         echo(f"figures: {json_path}")
+
+
+def _of_folder(folder: Path, given: dict[str, Any]) -> BuildRequest:
+    """The request for an engine folder's network; of the options only what it is judged on and timed by."""
+    from edgeseg.errors import SpecError
+    from edgeseg.store.artifacts import open_engine
+
+    arguments = {argument.name: argument for argument in arguments_of(BuildRequest).values()}
+    own = ("validation", "ignore_index", "latency_from")
+    asked, default = BuildRequest.of(given), BuildRequest()
+    for name, argument in arguments.items():
+        if name in given and name not in own and getattr(asked, argument.field) != getattr(default, argument.field):
+            raise SpecError(f"{folder} says what its network is; leave out {argument.flag}, or ENGINE_DIR")
+    return BuildRequest.of_engine(open_engine(folder), **{name: getattr(asked, name) for name in own})

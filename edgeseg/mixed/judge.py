@@ -154,6 +154,16 @@ class Remembered(Closing):
         with np.load(path, allow_pickle=False) as results:
             return dict(results)
 
+    def digest(self) -> str:
+        """SHA-256 over all that was returned so far, by whatever session uses the folder."""
+        digest = hashlib.sha256()
+        for path in sorted(self._folder.glob("*.npz")):
+            with np.load(path, allow_pickle=False) as results:
+                for name in sorted(results.files):
+                    digest.update(f"{path.name} {name} {results[name].dtype} {results[name].shape}".encode())
+                    digest.update(np.ascontiguousarray(results[name]).data)
+        return digest.hexdigest()
+
     def close(self) -> None:
         """The session belongs to the caller."""
 
@@ -174,3 +184,10 @@ def pairs_key(pairs: Iterable[Pair]) -> str:
                 digest.update(repr((array.shape, str(array.dtype))).encode())
                 digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def spread(pairs: Iterable[Pair], limit: int) -> list[Pair]:
+    """At most ``limit`` of the images, evenly spread over their order."""
+    count = operator.length_hint(pairs)
+    chosen = {k * count // limit for k in range(limit)} if count > limit else range(count)
+    return [pair for k, pair in enumerate(pairs) if k in chosen]

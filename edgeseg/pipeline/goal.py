@@ -8,7 +8,6 @@ they do not, their graphs travel with the folder and the device chooses.
 from __future__ import annotations
 
 import dataclasses
-import operator
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,15 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeseg.backends.base import Backend, Session
+from edgeseg.backends.base import Backend
 from edgeseg.backends.cpu.options import CPU_OPTIONS
 from edgeseg.backends.portable import builds_here
 from edgeseg.errors import GateError
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.results import Profile
+from edgeseg.evaluate.tables import counted
 from edgeseg.graph.types import typed_precision
 from edgeseg.mixed.costs import ModuleTimes, module_times, times_from_file
-from edgeseg.mixed.judge import JUDGED_NAME, Judged, judge, pairs_key
+from edgeseg.mixed.judge import JUDGED_NAME, Judged, Remembered, judge, pairs_key, spread
 from edgeseg.mixed.search import by_gain, trials
 from edgeseg.mixed.sensitivity import IMAGES, NetworkModules, judge_modules, sensitivities
 from edgeseg.pipeline.candidate import GRAPH_NAME, Candidate, build_typed, write_typed
@@ -95,7 +95,13 @@ class Reached:
 def has_goal(request: BuildRequest) -> bool:
     """Whether a build of this request may search."""
     wanted = request.max_drop is not None or request.min_agreement is not None
-    return wanted and request.search and request.precision == "int8"
+    # By implicit calibration TensorRT decides itself what is INT8.
+    return (
+        wanted
+        and request.search
+        and request.precision == "int8"
+        and not request.backend_options.get("implicit_calibration")
+    )
 
 
 def in_float(request: BuildRequest, backend: Backend) -> BuildRequest:
@@ -112,7 +118,7 @@ class GoalSearch:
         request: of the build, with a goal.
         graph: fp32, that ``table`` was made from.
         pairs: images to judge on; read again for every candidate.
-        reference: PyTorch, best one that remembers.
+        reference: PyTorch, which has seen all of ``pairs``.
         write: puts a candidate's files and a manifest into its folder.
         engines_folder: see :meth:`~edgeseg.backends.base.Backend.build`.
     """
@@ -121,11 +127,11 @@ class GoalSearch:
     graph: OnnxGraph
     table: CalibrationTable
     pairs: Iterable[Pair]
-    reference: Session
+    reference: Remembered
     write: WriteEngine
     engines_folder: Path
     reporter: Reporter
-    _deadline: float = 0.0
+    _is_complete: bool = True
     _images: str = ""
     _portable: set[str] = field(default_factory=set)
     _modules: dict[str, tuple[ModuleSensitivity, ...]] = field(default_factory=dict)
@@ -137,13 +143,14 @@ class GoalSearch:
         Raises:
             GateError: not even a float engine meets the goal.
         """
-        self._deadline = time.monotonic() + 60 * self.request.search_minutes
-        self._images = pairs_key(self.pairs)
+        deadline = time.monotonic() + 60 * self.request.search_minutes
+        # A judgement is one beside these masks: the module's code may have changed, and nothing else.
+        self._images = f"{pairs_key(self.pairs)} {self.reference.digest()}"
         self._portable = {c.backend.name for c in plain if not builds_here(c.backend, c.graph.scheme)}
         everything: list[Trial] = []
         for position, candidate in enumerate(plain):
-            share = (self._deadline - time.monotonic()) / (len(plain) - position)
-            everything += self._search(candidate, time.monotonic() + share)
+            now = time.monotonic()
+            everything += self._search(candidate, now + (deadline - now) / (len(plain) - position))
         eligible = [trial for trial in everything if trial.meets_goal]
         if not eligible:
             raise GateError(self._missed(everything))
@@ -177,22 +184,28 @@ class GoalSearch:
             floats.estimated_ms = times.estimate_ms(network.modules.names)
         saved = {} if times is None else times.saved_ms
 
+        over = False
+
         def is_over() -> bool:
-            return time.monotonic() > until
+            nonlocal over
+            over = over or time.monotonic() > until
+            return over
 
         with stage(self.reporter, "modules") as said:
             judged = judge_modules(
                 network,
                 self.table,
                 SCHEMES[first.graph.scheme or backend.scheme],
-                self._sample(),
+                spread(self.pairs, IMAGES),
                 progress=self.reporter.progress,
                 is_over=is_over,
             )
             modules = {m.module: m for m in sensitivities(network, judged, saved)}
             losses = {name: _loss(module) for name, module in modules.items() if module.agreement is not None}
             costs = saved if any(ms > 0 for ms in saved.values()) else network.mac_share
-            order = by_gain(losses, costs, network.modules.names)
+            # What cannot be INT8 by itself is float in any mix.
+            names = [name for name in network.modules.names if name in judged or over]
+            order = by_gain(losses, costs, names)
             self._modules[backend.name] = tuple(modules[name] for name in order)
             said.append(f"{backend.name}: {len(order)} modules; INT8 of {order[0]} costs most for what it saves")
         with stage(self.reporter, "search") as said:
@@ -210,8 +223,9 @@ class GoalSearch:
             for _ in trials(order, costs, meets):
                 if is_over():
                     break
+            self._is_complete = self._is_complete and not over
             met = sum(trial.meets_goal for trial in tried[2:])
-            said.append(f"{backend.name}: {len(tried) - 2} mixes judged, {met} meet the goal")
+            said.append(f"{backend.name}: {counted(len(tried) - 2, 'mix', 'mixes')} judged, {met} of them good enough")
         return tried
 
     def _in_float(self, backend: Backend, folder: Path, precision: Precision, network: NetworkModules) -> Trial:
@@ -292,12 +306,6 @@ class GoalSearch:
             return None
         return measured_times(network, *(self.write(self._built(trial)) for trial in (int8, floats)))
 
-    def _sample(self) -> list[Pair]:
-        """Images to judge modules on, evenly spread over all."""
-        count = operator.length_hint(self.pairs)
-        chosen = {k * count // IMAGES for k in range(IMAGES)} if count > IMAGES else range(count)
-        return [pair for k, pair in enumerate(self.pairs) if k in chosen]
-
     def _runs_here(self, trial: Trial) -> bool:
         return trial.backend.name not in self._portable and trial.backend.status().available
 
@@ -339,7 +347,7 @@ class GoalSearch:
         return (trial.estimated_ms or 0.0, 1.0 - trial.mac_share.get("int8", 0.0))
 
     def _say(self, chosen: Trial, is_timed: bool) -> None:
-        if time.monotonic() > self._deadline:
+        if not self._is_complete:
             self.reporter.note(
                 f"the search ended at its limit of {self.request.search_minutes:g} minutes with the best so far; the next "
                 "build goes on from there (--search-minutes)"
@@ -349,7 +357,7 @@ class GoalSearch:
         elif chosen.floats:
             share = chosen.mac_share.get("int8", 0.0)
             self.reporter.note(
-                f"plain INT8 missed the goal: {', '.join(sorted(chosen.floats))} stay float, {share:.1%} of MACs are int8"
+                f"in float for the goal: {', '.join(sorted(chosen.floats))}; {share:.1%} of MACs are int8"
             )
 
     def _missed(self, everything: Sequence[Trial]) -> str:
@@ -380,7 +388,7 @@ class GoalSearch:
             max_drop=self.request.max_drop,
             min_agreement=self.request.min_agreement,
             images=len(chosen.judged.images),
-            is_complete=time.monotonic() <= self._deadline,
+            is_complete=self._is_complete,
             latency_source=None if times is None else times.source,
             modules=self._modules.get(chosen.backend.name, ()),
             candidates=tuple(

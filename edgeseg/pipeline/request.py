@@ -25,7 +25,7 @@ from edgeseg.arguments import (
 from edgeseg.backends import BACKENDS
 from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.spec import BATCH, PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputKind, OutputSpec, Precision
-from edgeseg.store.artifacts import MIN_INT8_SHARE
+from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
 
 
 def _images(value: Any) -> Any:
@@ -116,7 +116,7 @@ class BuildRequest(ModelRequest):
     )
     latency_from: Path | None = argument(
         PATH,
-        help="For that search: JSON of an `edgeseg bench --profile` of the device, for its milliseconds by module.",
+        help="JSON of an `edgeseg bench --profile` of the device: milliseconds by module come from there.",
         metavar="FILE",
     )
     min_int8_share: float = argument(
@@ -145,6 +145,37 @@ class BuildRequest(ModelRequest):
             if name not in fields:
                 raise SpecError(f"a build has no argument {name!r}{did_you_mean(name, fields)}")
         return cls(**{fields[name]: value for name, value in arguments.items()})
+
+    @classmethod
+    def of_engine(cls, engine: Engine, **changes: Any) -> BuildRequest:
+        """The request for the network of an engine folder, calibrated by the table in it; ``changes`` by field.
+
+        Raises:
+            SpecError: the folder does not say how to load its model, or holds no table.
+        """
+        manifest, spec = engine.manifest, engine.manifest.spec
+        if manifest.model_request is None:
+            raise SpecError(
+                f"{engine.folder} was built from a module in Python; give its checkpoint with --weights instead"
+            )
+        if manifest.calibration is None:
+            raise SpecError(
+                f"{engine.folder} holds no calibration table; give an int8 engine, or the options of a build"
+            )
+        asked = {field.name: getattr(manifest.model_request, field.name) for field in dataclasses.fields(ModelRequest)}
+        given = {
+            "size": (spec.input.height, spec.input.width),
+            "batch": spec.input.batch,
+            "dynamic_size": spec.input.dynamic_size,
+            "fit": spec.input.fit,
+            "output_kind": spec.output.kind,
+            "confidence": spec.output.confidence,
+            "threshold": spec.output.threshold,
+            "calibration": engine.folder / manifest.calibration.name,
+            "target": manifest.target,
+            "scheme": manifest.scheme,
+        }
+        return cls(**{**asked, **given, **changes})
 
     @property
     def model(self) -> ModelRequest:

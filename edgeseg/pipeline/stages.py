@@ -33,7 +33,7 @@ from edgeseg.evaluate.verify import check_gates, missed_gates
 from edgeseg.machine.packages import package_versions
 from edgeseg.pipeline.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.pipeline.command import build_command
-from edgeseg.pipeline.goal import Reached, carried_names, has_goal
+from edgeseg.pipeline.goal import has_goal
 from edgeseg.pipeline.plan import DEMO_NAME, BuildPlan, default_name, refuse_early
 from edgeseg.pipeline.verification_data import (
     VerificationData,
@@ -60,6 +60,7 @@ from edgeseg.store.artifacts import (
     engine_folder,
     open_engine,
     read_json,
+    read_manifest,
     sha256_file,
     sha256_json,
     write_json,
@@ -78,7 +79,8 @@ if TYPE_CHECKING:
 
 CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
 EQUALIZED_NAME = "equalized.onnx"
-EXPORT_FOLDER = "export"
+EXPORT_FOLDER, PLAIN_FOLDER = "export", "plain"
+"""What a build works in, inside the engine folder in the making."""
 
 
 def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter: Reporter) -> Engine:
@@ -86,60 +88,148 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
     plan = plan_build(request, model, reporter)
     targets, loaded, spec, folder = plan.targets, plan.loaded, plan.spec, plan.folder
     with usable_cache(reporter.note), engine_folder(folder, force=request.force) as scratch:
-        graph, conversion = export_stage(loaded, spec, scratch, reporter)
-        table = None
-        if plan.samples is not None:
-            judges = judging_schemes(request, targets)
-            graph, table = calibration_stage(request, graph, plan.samples, judges, scratch, reporter)
-        if request.precision == "fp16" and table is None:
-            reporter.note(
-                "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
-            )
-
-        candidates: list[Candidate] = []
-        for target in targets:
-            try:
-                candidates.append(candidate_stage(request, target, graph, table, scratch, reporter))
-            except (BuildError, QuantizationError) as exc:
-                # With --target auto the others may still do; the one asked for by name may not fail.
-                if target == targets[-1] and not candidates:
-                    raise
-                reporter.note(f"{target} is left out: {exc}")
-
+        exported, conversion = export_stage(loaded, spec, scratch, reporter)
+        quantized = quantize_stage(request, targets, exported, plan.samples, scratch / PLAIN_FOLDER, reporter)
         # What no file describes cannot be loaded again, nor built by a command.
         if loaded.origin is not None and loaded.origin.hub_id is not None:
             # A branch moves on; the engine is made again from the commit it was made from.
             request = dataclasses.replace(request, weights=loaded.origin.hub_id)
         command, asked = (None, None) if model is not None else (build_command(request), request.model)
-        make = _ManifestMaker(request, loaded, spec, conversion, table, folder.name, command, asked)
-        best, medians = choose_fastest(candidates, make, table, reporter)
-        engine = make.write(best, medians, table, scratch, None)
+        make = _ManifestMaker(request, loaded, spec, conversion, quantized.table, folder.name, command, asked)
         with ExitStack() as opened:
-            verifier = (
-                None if plan.held_out is None else opened.enter_context(_Verifier(request, loaded, plan.held_out))
-            )
-            verification = verify_stage(request, engine, verifier, reporter)
-            if (
-                verifier is not None
-                and verification is not None
-                and table is not None
-                and verifier.misses(verification)
-            ):
-                plain = [best, *(candidate for candidate in candidates if candidate is not best)]
-                reached = goal_stage(request, graph, table, plain, verifier, make, reporter)
-                best, make = reached.candidate, dataclasses.replace(make, search=reached.record)
-                for path, name in zip(reached.carried, carried_names(len(reached.carried)), strict=True):
-                    shutil.copyfile(path, scratch / name)
-                remove_built(engine)
-                engine = make.write(best, medians, table, scratch, None)
-                verification = verify_stage(request, engine, verifier, reporter)
-        if verification is not None:
-            check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
-        make.write(best, medians, table, scratch, verification)
-        for name in (EXPORT_FOLDER, *(f"target-{target}" for target in targets)):
+            verifier = None
+            if plan.held_out is not None:
+                verifier = opened.enter_context(_Verifier(request, loaded, plan.held_out))
+            result = verified(request, quantized, make, scratch, verifier, reporter)
+            if verifier is not None and verifier.misses(result.verification):
+                result, make = reach_goal(request, quantized, result, make, scratch, verifier, reporter)
+        if result.verification is not None:
+            check_gates(result.verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
+        make.write(result.best, result.medians, scratch, result.verification)
+        for name in (EXPORT_FOLDER, PLAIN_FOLDER):
             shutil.rmtree(scratch / name, ignore_errors=True)
-        (scratch / EQUALIZED_NAME).unlink(missing_ok=True)
     return open_engine(folder)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What the targets of a build have in common, and the engine of each in the making.
+
+    Attributes:
+        graph: fp32, that ``table`` is for.
+        table: ``None`` of a build without calibration.
+        candidates: a target each, those left out that could not be built.
+    """
+
+    graph: OnnxGraph
+    table: CalibrationTable | None
+    candidates: list[Candidate]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The engine of a build: of the candidates the one to take, the medians they were compared by, and what it is worth."""
+
+    best: Candidate
+    medians: dict[str, float]
+    engine: Engine
+    verification: Verification | None
+
+
+def quantize_stage(
+    request: BuildRequest,
+    targets: tuple[str, ...],
+    exported: OnnxGraph,
+    samples: Any,
+    scratch: Path,
+    reporter: Reporter,
+) -> Quantized:
+    """Calibrate and build for every target, in ``scratch``, which is made. Errors are those of a build."""
+    scratch.mkdir()
+    graph, table = exported, None
+    if samples is not None:
+        judges = judging_schemes(request, targets)
+        graph, table = calibration_stage(request, exported, samples, judges, scratch, reporter)
+    if request.precision == "fp16" and table is None:
+        reporter.note(
+            "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
+        )
+    candidates: list[Candidate] = []
+    for target in targets:
+        try:
+            candidates.append(candidate_stage(request, target, graph, table, scratch, reporter))
+        except (BuildError, QuantizationError) as exc:
+            # With --target auto the others may still do; the one asked for by name may not fail.
+            if target == targets[-1] and not candidates:
+                raise
+            reporter.note(f"{target} is left out: {exc}")
+    return Quantized(graph, table, candidates)
+
+
+def verified(
+    request: BuildRequest,
+    quantized: Quantized,
+    make: _ManifestMaker,
+    folder: Path,
+    verifier: _Verifier | None,
+    reporter: Reporter,
+) -> Result:
+    """Take the fastest candidate, put its engine into ``folder`` and verify it."""
+    best, medians = choose_fastest(quantized.candidates, make, reporter)
+    return delivered(request, best, medians, make, folder, verifier, reporter)
+
+
+def delivered(
+    request: BuildRequest,
+    best: Candidate,
+    medians: dict[str, float],
+    make: _ManifestMaker,
+    folder: Path,
+    verifier: _Verifier | None,
+    reporter: Reporter,
+) -> Result:
+    """Put an engine into ``folder``, in place of one that is there, and verify it."""
+    if (folder / MANIFEST_NAME).exists():
+        before = read_manifest(folder)
+        for file in (before.engine, *before.extra_files):
+            if file is not None:
+                (folder / file.name).unlink()
+    engine = make.write(best, medians, folder, None)
+    return Result(best, medians, engine, verify_stage(request, engine, verifier, reporter))
+
+
+def reach_goal(
+    request: BuildRequest,
+    quantized: Quantized,
+    plain: Result,
+    make: _ManifestMaker,
+    folder: Path,
+    verifier: _Verifier,
+    reporter: Reporter,
+) -> tuple[Result, _ManifestMaker]:
+    """Find the fastest engine that keeps the limits which plain INT8 did not keep, and put it into ``folder``."""
+    from edgeseg.mixed.judge import Remembered
+    from edgeseg.pipeline.goal import GoalSearch, carried_names
+
+    assert quantized.table is not None  # nothing is int8 without
+    reporter.note("plain INT8 misses the goal: looking for modules to leave in float (--no-search does not)")
+    candidates = [plain.best, *(candidate for candidate in quantized.candidates if candidate is not plain.best)]
+    with verifier.reference(make.spec, verifier.device) as (reference, _):
+        assert isinstance(reference, Remembered)  # of a build with a goal
+        reached = GoalSearch(
+            request=request,
+            graph=quantized.graph,
+            table=quantized.table,
+            pairs=verifier.data.pairs,
+            reference=reference,
+            write=lambda candidate: make.write(candidate, {}, candidate.folder, None),
+            engines_folder=folder.parent,
+            reporter=reporter,
+        ).run(candidates)
+    make = dataclasses.replace(make, search=reached.record)
+    for path, name in zip(reached.carried, carried_names(len(reached.carried)), strict=True):
+        shutil.copyfile(path, folder / name)
+    return delivered(request, reached.candidate, plain.medians, make, folder, verifier, reporter), make
 
 
 def plan_build(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> BuildPlan:
@@ -422,13 +512,19 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     return table
 
 
-def run_sensitivity(request: BuildRequest, reporter: Reporter) -> SensitivityReport:
+def run_sensitivity(request: BuildRequest, reporter: Reporter, limit: int) -> SensitivityReport:
     """Judge and time INT8 of each module by itself: ``edgeseg sensitivity``. Errors are those of a build.
+
+    Args:
+        request: of the network; of the target what it is judged and timed for.
+        reporter: told about progress.
+        limit: most images to judge on, evenly spread over those there are.
 
     Raises:
         InputError: no images to judge on.
     """
     from edgeseg.mixed.costs import times_from_file
+    from edgeseg.mixed.judge import spread
     from edgeseg.mixed.sensitivity import NetworkModules, judge_modules, sensitivities
     from edgeseg.pipeline.goal import in_float, measured_times
 
@@ -456,11 +552,13 @@ def run_sensitivity(request: BuildRequest, reporter: Reporter) -> SensitivityRep
                     candidate = build_candidate(
                         wanted, backend, graph, table, scratch / name, SilentReporter(), scratch
                     )
-                    engines.append(make.write(candidate, {}, table, scratch / name, None))
+                    engines.append(make.write(candidate, {}, scratch / name, None))
                 times = measured_times(network, *engines)
                 said.append(f"{backend.name}: {len(network.modules.names)} modules, in int8 and in float")
         with stage(reporter, "modules") as said:
-            judged = judge_modules(network, table, SCHEMES[scheme], list(data.pairs), progress=reporter.progress)
+            judged = judge_modules(
+                network, table, SCHEMES[scheme], spread(data.pairs, limit), progress=reporter.progress
+            )
             modules = sensitivities(network, judged, {} if times is None else times.saved_ms)
             images = max((len(one.images) for one in judged.values()), default=0)
             said.append(f"{scheme}: {len(modules)} modules judged on {images} images")
@@ -488,7 +586,9 @@ def candidate_stage(
     """Quantize and build for one backend, and check that the precision asked for is delivered."""
     with stage(reporter, "compile" if request.precision == "fp32" else "quantize") as said:
         folder = scratch / f"target-{target}"
-        candidate = build_candidate(request, get_backend(target), graph, table, folder, reporter, scratch.parent)
+        # The folder around is the engine folder in the making, whose neighbours are engines.
+        engines = scratch.parent.parent
+        candidate = build_candidate(request, get_backend(target), graph, table, folder, reporter, engines)
         share = candidate.built.precision.mac_share.get(request.precision, 0.0)
         said.append(f"{target}: {share:.1%} of MACs in {request.precision}")
     if candidate.built.path is not None or not awaits_calibration(candidate.built.precision, request.backend_options):
@@ -504,7 +604,7 @@ def candidate_stage(
 
 
 def choose_fastest(
-    candidates: list[Candidate], make: _ManifestMaker, table: CalibrationTable | None, reporter: Reporter
+    candidates: list[Candidate], make: _ManifestMaker, reporter: Reporter
 ) -> tuple[Candidate, dict[str, float]]:
     """With several candidates, measure them in turns on one image; return the one to take and all medians."""
     if len(candidates) == 1:
@@ -516,7 +616,7 @@ def choose_fastest(
         with ExitStack() as opened:
             sessions = {}
             for candidate in candidates:
-                engine = make.write(candidate, {}, table, candidate.folder, None)
+                engine = make.write(candidate, {}, candidate.folder, None)
                 sessions[candidate.backend.name] = opened.enter_context(candidate.backend.load(engine))
             measured = measure_sessions(sessions, make.spec.input)
         medians = {name: samples.median_ms for name, samples in measured.items()}
@@ -538,6 +638,8 @@ class _Verifier:
         self.request = request
         self.loaded = loaded
         self.data = data
+        self.device = "cpu"
+        """PyTorch's, where it was asked last."""
         self._opened = ExitStack()
 
     def __enter__(self) -> _Verifier:
@@ -554,6 +656,7 @@ class _Verifier:
     @contextmanager
     def reference(self, spec: PipelineSpec, device: str = "cpu") -> Iterator[tuple[Session, Session]]:
         """(what to compare with, what to time) while it is open, both on ``device``."""
+        self.device = device
         from edgeseg.backends.pytorch import PyTorchSession
         from edgeseg.machine.cpu import this_cpu
 
@@ -572,11 +675,12 @@ class _Verifier:
                 session = Remembered(session, self.memory / device)
             yield session, timed
 
-    def misses(self, verification: Verification) -> bool:
+    def misses(self, verification: Verification | None) -> bool:
         """Whether the engine misses a goal that a search may reach."""
         request = self.request
-        limits = {"max_drop": request.max_drop, "min_agreement": request.min_agreement}
-        return has_goal(request) and bool(missed_gates(verification, **limits))
+        if verification is None or not has_goal(request):
+            return False
+        return bool(missed_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement))
 
 
 def verify_stage(
@@ -629,39 +733,6 @@ def verify_stage(
     return verification
 
 
-def goal_stage(
-    request: BuildRequest,
-    graph: OnnxGraph,
-    table: CalibrationTable,
-    plain: list[Candidate],
-    verifier: _Verifier,
-    make: _ManifestMaker,
-    reporter: Reporter,
-) -> Reached:
-    """Find the fastest engine that keeps the limits which plain INT8 did not keep."""
-    from edgeseg.pipeline.goal import GoalSearch
-
-    reporter.note("plain INT8 misses the goal: looking for modules to leave in float (--no-search does not)")
-    with verifier.reference(graph.spec) as (reference, _):
-        return GoalSearch(
-            request=request,
-            graph=graph,
-            table=table,
-            pairs=verifier.data.pairs,
-            reference=reference,
-            write=lambda candidate: make.write(candidate, {}, table, candidate.folder, None),
-            engines_folder=plain[0].folder.parent.parent,
-            reporter=reporter,
-        ).run(plain)
-
-
-def remove_built(engine: Engine) -> None:
-    """Take an engine's own files out of a folder that another engine is to have."""
-    for file in (engine.manifest.engine, *engine.manifest.extra_files):
-        if file is not None:
-            (engine.folder / file.name).unlink()
-
-
 @dataclass(frozen=True)
 class _ManifestMaker:
     """What all manifests of one build have in common."""
@@ -680,11 +751,11 @@ class _ManifestMaker:
         self,
         candidate: Candidate,
         medians: dict[str, float],
-        table: CalibrationTable | None,
         folder: Path,
         verification: Verification | None,
     ) -> Engine:
         """Put the candidate's files and the manifest into ``folder``."""
+        table = self.table
         for source in (candidate.graph.path, candidate.built.path, *candidate.built.extra_files):
             if source is not None and source.parent != folder:
                 shutil.copyfile(source, folder / source.name)

@@ -37,7 +37,7 @@ def lint(model: onnx.ModelProto, scheme: QuantScheme, floats: Collection[str] = 
 class _Graph:
     """A graph's nodes by what they make and read, and its constants as arrays."""
 
-    def __init__(self, model: onnx.ModelProto, floats: frozenset[str]) -> None:
+    def __init__(self, model: onnx.ModelProto, floats: frozenset[str] = frozenset()) -> None:
         self.floats = floats
         self.nodes = list(model.graph.node)
         self.inputs = {value.name for value in model.graph.input}

@@ -170,17 +170,17 @@ class _Task:
 
 def _plan(inputs: Iterable[str | Path | int]) -> list[_Task]:
     """Expand folders, globs and lists; each file once, in the order given."""
-    found: dict[str, Path | int] = {}
+    files: dict[str, Path | int] = {}
     for item in inputs:
         camera = camera_index(item)
         if camera is not None:
-            found.setdefault(f"camera {camera}", camera)
+            files.setdefault(f"camera {camera}", camera)
             continue
         for path in list_images(str(item), suffixes=IMAGE_SUFFIXES | VIDEO_SUFFIXES):
-            found.setdefault(os.path.realpath(path), path)
-    if not found:
+            files.setdefault(os.path.realpath(path), path)
+    if not files:
         raise InputError("no input; give images, folders, globs, videos or a camera index")
-    sources = list(found.values())
+    sources = list(files.values())
     names = unique_names([Path(f"camera{s}") if isinstance(s, int) else s for s in sources])
     return [_Task(source, name) for source, name in zip(sources, names, strict=True)]
 

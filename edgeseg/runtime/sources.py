@@ -97,8 +97,8 @@ class Video:
         """Decode frame after frame. Raises ``InputError`` when not even one can be decoded."""
         index, begin = 0, 0.0
         while True:
-            found, frame = self._capture.read()
-            if not found:
+            is_read, frame = self._capture.read()
+            if not is_read:
                 break
             now = time.monotonic()
             begin = begin or now

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +22,10 @@ from benchmarks.badly_scaled import badly_scaled
 from edgeseg.demo import sample_folder
 from edgeseg.errors import GateError
 from edgeseg.pipeline.fastest import compile_fastest
-from edgeseg.store.artifacts import Engine, open_engine
+from edgeseg.store.artifacts import Engine, SensitivityReport, open_engine, read_json
 
 pytestmark = pytest.mark.integration
-IMAGES = 12
+IMAGES = 8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +53,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "weights": folder / "badly_scaled.pth",
         "mean": preprocess.mean,
         "std": preprocess.std,
-        "size": 96,
+        "size": 64,
         "equalize": False,
         "calibration": sample_folder() / "calib" / "images",
         "calibration_limit": 24,
@@ -107,7 +108,7 @@ def test_the_goal_is_reached_with_most_of_the_work_in_int8(mixed: tuple[Engine, 
     worst = min(search.modules, key=lambda module: 1.0 if module.agreement is None else module.agreement.value)
     assert worst.module.startswith("encoder.blocks") and worst.module in chosen.float_modules
     assert all(module.saved_ms is not None for module in search.modules)
-    assert heard.has("stay float") and heard.has("plain INT8 misses the goal")
+    assert heard.has("in float for the goal") and heard.has("plain INT8 misses the goal")
     assert open_engine(engine.folder).manifest == engine.manifest
     with edgeseg.load(engine.folder) as segmenter:
         assert segmenter.spec == engine.manifest.spec
@@ -122,6 +123,38 @@ def test_the_summary_fits_a_terminal(mixed: tuple[Engine, Heard], capsys: pytest
     shown = capsys.readouterr().out
     assert "met" in shown and "all (fp32)" in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_sensitivity_of_the_folder_is_what_the_search_saw(
+    mixed: tuple[Engine, Heard], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    from edgeseg.cli.sensitivity import command
+
+    engine = mixed[0]
+    words = [str(engine.folder), "--data", str(arguments["validation"]), "--json", str(tmp_path / "modules.json")]
+    done = CliRunner().invoke(command, words)
+    assert done.exit_code == 0, done.output
+    assert "encoder.blocks.2" in done.output
+    report = read_json(tmp_path / "modules.json", SensitivityReport, "sensitivity")
+    assert engine.manifest.search is not None
+    by_search = {module.module: module for module in engine.manifest.search.modules}
+    assert [module.module for module in report.modules] == sorted(
+        by_search, key=[m.module for m in report.modules].index
+    )
+    for module in report.modules:
+        seen = by_search[module.module]
+        assert (module.agreement, module.miou_drop, module.class_drops) == (
+            seen.agreement,
+            seen.miou_drop,
+            seen.class_drops,
+        )
+        assert module.saved_ms is not None
+    assert sum(module.mac_share for module in report.modules) == pytest.approx(1.0)
+    refused = CliRunner().invoke(command, [*words, "--arch", "unet"])
+    assert isinstance(refused.exception, edgeseg.SpecError)
+    assert "says what its network is; leave out --arch" in str(refused.exception)
 
 
 def test_no_search_where_plain_int8_meets_the_goal(arguments: dict[str, Any], tmp_path: Path) -> None:
@@ -158,10 +191,16 @@ def test_what_no_engine_meets_is_said_with_figures(
     assert not (tmp_path / "e").exists()
 
 
+def nothing_judged(cache: Path, folder: Path) -> Path:
+    """The cache with the network's graph and ranges, and no judgement."""
+    shutil.copytree(cache, folder, ignore=shutil.ignore_patterns("judged"))
+    return folder
+
+
 def test_at_the_time_limit_the_best_so_far_is_delivered(
-    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: dict[str, Any], cache: Path, mixed: tuple[Engine, Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("EDGESEG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("EDGESEG_CACHE", str(nothing_judged(cache, tmp_path / "cache")))
     heard = Heard()
     engine = edgeseg.build(**arguments, max_drop=0.005, search_minutes=0, output=tmp_path / "e", reporter=heard)
     search = engine.manifest.search
@@ -173,10 +212,10 @@ def test_at_the_time_limit_the_best_so_far_is_delivered(
 
 
 def test_a_killed_build_goes_on_where_it_was(
-    arguments: dict[str, Any], tmp_path: Path, mixed: tuple[Engine, Heard]
+    arguments: dict[str, Any], cache: Path, tmp_path: Path, mixed: tuple[Engine, Heard]
 ) -> None:
     """SIGKILL during the search; the next build judges only what was not judged yet."""
-    cache = tmp_path / "cache"
+    cache = nothing_judged(cache, tmp_path / "cache")
     words = ["build", "--output", str(tmp_path / "e"), "--max-drop", "0.005", "--no-equalize"]
     for name in ("arch", "encoder", "weights", "size", "calibration", "calibration_limit", "validation", "target"):
         words += [f"--{name.replace('_', '-')}", str(arguments[name])]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,15 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 from recorded_tensorrt.parser8 import complaints
+from small_graphs import plain_session
 
 from edgeseg.backends import get_backend
 from edgeseg.backends.tensorrt.opset17 import for_tensorrt_8
 from edgeseg.convert.export import export_onnx
 from edgeseg.convert.load import load_model
 from edgeseg.demo import sample_folder
+from edgeseg.graph.types import typed_precision
+from edgeseg.mixed.sensitivity import NetworkModules
 from edgeseg.quantize.calibration import CalibrationSet, calibrate
 from edgeseg.quantize.fp16 import write_fp16
 from edgeseg.quantize.lint import lint
@@ -106,9 +111,7 @@ def test_tensorrt_8_takes_every_precision_and_computes_the_same(
 
 def run_plainly(model: onnx.ModelProto, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
     """Logits without ONNX Runtime's fusions, which are not the same for both forms."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = plain_session(model)
     return np.concatenate([session.run(["logits"], {"image": image[None]})[0] for image in images])
 
 
@@ -130,6 +133,26 @@ def weights_of(model: onnx.ModelProto) -> dict[str, bytes]:
             weights[node.name] = np.clip(np.rint(floats / steps), -128, 127).astype(np.int8).tobytes()
     assert weights
     return weights
+
+
+def test_half_of_the_modules_in_float(
+    quantizable: tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]], tmp_path: Path
+) -> None:
+    """A seeded choice in three schemes; the linter raises, and TensorRT-RTX runs what stays float in FP16."""
+    graph, table, images = quantizable
+    names = NetworkModules.of(graph).modules.names
+    floats = random.Random(graph.spec.model.arch).sample(names, len(names) // 2)
+    expected = logits(graph.path, images)
+    for scheme in ("onnxruntime-vnni", "openvino", "tensorrt"):
+        quantized = write_qdq(graph, table, SCHEMES[scheme], tmp_path / f"{scheme}.onnx", floats)
+        assert signal_to_noise_db(expected, logits(quantized.path, images)) > 10
+        shares = typed_precision(quantized.path, "int8", graph.spec.input).mac_share
+        assert set(shares) <= {"int8", "fp32", "fp16"} and shares["int8"] > 0
+        assert shares.get("fp16", 0.0) > 0 if scheme == "tensorrt" else shares["fp32"] > 0
+    if importlib.util.find_spec("tensorrt_rtx") is not None:
+        built = get_backend("tensorrt-rtx").build(quantized, tmp_path, {"sm": "86"})
+        assert built.precision.mac_share["int8"] == pytest.approx(shares["int8"], abs=0.05)
+        assert built.precision.mac_share["fp16"] == pytest.approx(shares["fp16"], abs=0.05)
 
 
 def test_engine_runs_in_int8(

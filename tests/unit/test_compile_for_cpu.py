@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("onnxruntime")
-sys.path.insert(0, str(Path(__file__).parent))
 from cpu_folders import COMMAND, IMAGES, SIDE, folder_for, own_scheme, verification
 from small_graphs import spec
 
@@ -244,7 +243,7 @@ def test_sessions_are_closed_when_measuring_raises() -> None:
     make = type("M", (), {"spec": spec(SIDE, SIDE), "write": lambda *_: None})()
     candidates = [candidate(name, session) for name, session in zip("ab", sessions, strict=True)]
     with pytest.raises(BuildError, match="does not run"):
-        pipeline.choose_fastest(candidates, make, None, Notes())
+        pipeline.choose_fastest(candidates, make, Notes())
     assert [session.closed for session in sessions] == [True, True]
 
 
@@ -261,7 +260,7 @@ def test_with_auto_the_first_target_is_taken_unless_another_is_faster(monkeypatc
         ]
         make: Any = type("M", (), {"spec": spec(SIDE, SIDE), "write": lambda *_: None})()
         notes = Notes()
-        best, medians = pipeline.choose_fastest(candidates, make, None, notes)
+        best, medians = pipeline.choose_fastest(candidates, make, notes)
         assert medians == {name: samples.median_ms for name, samples in measured.items()}
         return best.backend.name, notes.notes[-1]
 
