@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,10 @@ def main() -> None:
     machine = this_machine()
     rows: list[dict[str, Any]] = []
     for name in options.workloads:
-        work = camvid(options.limit) if name == "camvid" else demo(name, options.limit)
+        make = camvid if name == "camvid" else partial(demo, name)
+        work = make(options.limit, options.calibration_limit)
         with tempfile.TemporaryDirectory() as scratch:
-            for row in measure(work, Path(scratch)):
+            for row in measure(work, options.schemes, Path(scratch)):
                 rows.append({"workload": name, **row})
                 console.print(rows[-1])
     Record(
@@ -56,7 +58,7 @@ def main() -> None:
         workload="calibration methods alone and auto; Q/DQ graphs executed in ONNX Runtime, optimizations off",
         machine=machine,
         versions=versions(),
-        settings={"workloads": options.workloads, "limit": options.limit},
+        settings={key: value for key, value in vars(options).items() if key != "output"},
         rows=rows,
     ).write(options.output)
     console.print(f"written: {options.output}")
@@ -66,18 +68,20 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", type=lambda text: text.split(","), default=[*demo_models(), "camvid"])
     parser.add_argument("--limit", type=int, default=32, help="validation images of each")
+    parser.add_argument("--calibration-limit", type=int, help="calibration images of each; all without it")
+    parser.add_argument("--schemes", type=lambda text: text.split(","), default=list(JUDGES))
     parser.add_argument("--output", type=Path, default=RESULTS / "range_methods.json")
     return parser.parse_args()
 
 
-def measure(work: Workload, folder: Path) -> Iterator[dict[str, Any]]:
+def measure(work: Workload, schemes: list[str], folder: Path) -> Iterator[dict[str, Any]]:
     graph, _ = export_onnx(work.loaded, work.spec, folder / "fp32.onnx")
     samples = CalibrationSet.open(work.calibration)
     reference = masks_of(graph, work.images)
     truth = confusion(reference, work)
     yield {"method": None, "scheme": "fp32", "miou": float(miou(truth.sum(axis=0)))}
     observation: Observation | None = None
-    for scheme in JUDGES:
+    for scheme in schemes:
         seen: dict[str, tuple[NDArray[np.float64], NDArray[np.int64]]] = {}
         started = time.process_time()
         calibrated, chosen = calibrate_repaired(

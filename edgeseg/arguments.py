@@ -308,7 +308,10 @@ def argument(
     repeated: Literal["changed", "always", "never"] = "changed",
     positional: bool = False,
 ) -> Any:
-    """A dataclass field people can say; see :class:`Argument`. ``default`` may be a callable that makes it."""
+    """A dataclass field people can say; see :class:`Argument`. ``default`` may be a callable that makes it.
+
+    Keyword-only unless ``positional``, each by itself: a ``KW_ONLY`` among the fields cannot be read on Python 3.10.
+    """
     settings = {"argument": (kind, help, name, metavar, repeated)}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=settings, kw_only=not positional)

@@ -199,7 +199,7 @@ def engine_contenders(folders: Sequence[Path]) -> tuple[list[Contender], dict[Pa
     """
     if len({os.path.realpath(folder) for folder in folders}) != len(folders):
         raise SpecError("an engine folder was given twice; give each once")
-    found: list[Contender] = []
+    opened: list[Contender] = []
     broken: dict[Path, EdgesegError] = {}
     for folder, name in engine_names(folders).items():
         try:
@@ -209,8 +209,8 @@ def engine_contenders(folders: Sequence[Path]) -> tuple[list[Contender], dict[Pa
             continue
         device: Device = "cuda" if manifest.target in GPU_TARGETS else "cpu"
         weights = manifest.inputs_sha256.get("weights")
-        found.append(Contender(name, manifest.spec, str(folder), weights_sha256=weights, device=device))
-    return found, broken
+        opened.append(Contender(name, manifest.spec, str(folder), weights_sha256=weights, device=device))
+    return opened, broken
 
 
 def engine_names(folders: Sequence[Path]) -> dict[Path, str]:
@@ -236,7 +236,7 @@ def baseline_contenders(
     Raises:
         CheckpointError, SpecError: ``weights`` was given and cannot be read, or is not what an engine was built from.
     """
-    found: list[Contender] = []
+    baselines: list[Contender] = []
     notes: list[str] = []
     seen: set[tuple[str, Device, str]] = set()
     distinct = len({engine.pair_key for engine in engines})
@@ -276,14 +276,14 @@ def baseline_contenders(
                 raise
             notes.append(f"no PyTorch baseline for {engine.name}: {exc}")
             continue
-        found += made
+        baselines += made
     # Two models of one architecture and size would get one name: the weights tell them apart.
-    for index, contender in enumerate(found):
-        if sum(other.name == contender.name for other in found) > 1:
-            found[index] = dataclasses.replace(
+    for index, contender in enumerate(baselines):
+        if sum(other.name == contender.name for other in baselines) > 1:
+            baselines[index] = dataclasses.replace(
                 contender, name=f"{contender.name}-{(contender.weights_sha256 or '')[:8]}"
             )
-    return found, notes
+    return baselines, notes
 
 
 def _on_devices(kinds: Sequence[str], device: Device, notes: list[str]) -> list[tuple[Device, str]]:

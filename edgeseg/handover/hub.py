@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from edgeseg.errors import SpecError
+from edgeseg.evaluate.summary import noise_lines
 from edgeseg.handover.contents import Content, input_words, labels, values_words
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine, Manifest, Verification
 
@@ -125,6 +126,8 @@ def _verification(verification: Verification | None) -> str:
     ]
     table = "\n".join(f"| {name} | {one} | {two} |" for name, one, two in rows)
     words = f"On {v.images} images: {_plain(v.data)}. Times are of the machine that built it; `-` was not measured."
+    if noise_lines(v):
+        words += " They are noisy: measure with `edgeseg bench`."
     return f"| | PyTorch | engine |\n|---|---:|---:|\n{table}\n\n{words}"
 
 

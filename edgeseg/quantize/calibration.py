@@ -180,6 +180,11 @@ class Observation:
                     if progress is not None:
                         progress(number * len(samples) + batch.done, len(self._groups) * len(samples))
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """By tensor, the one whose values it has: its own, or those of the one it rearranges."""
+        return {activation.name: activation.values_of for activation in self._activations}
+
     def magnitudes(self) -> dict[str, tuple[float, ...]]:
         """Largest absolute value of each channel, of the tensors it was asked of that were computed."""
         seen = {name: watch.channel_magnitude for name, watch in self._watches.items()}

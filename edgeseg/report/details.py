@@ -148,21 +148,21 @@ def style_of(entry: Entry) -> str:
 
 def stage_lines(group: DeviceGroup) -> tuple[StageLine, ...]:
     """A line per row whose stages were measured."""
-    found = []
+    measured = []
     for entry in group.entries:
         if entry.row.latency is None:
             continue
         values = [(name, getattr(entry.row.latency.stages, field)) for name, field in STAGES]
         if any(value is not None for _, value in values):
-            found.append((entry, values))
-    longest = max((sum(value or 0.0 for _, value in values) for _, values in found), default=0.0)
+            measured.append((entry, values))
+    longest = max((sum(value or 0.0 for _, value in values) for _, values in measured), default=0.0)
     return tuple(
         StageLine(
             entry,
             bar([(f"stage-{name}", value) for name, value in values if value], longest),
             tuple("-" if value is None else f"{value:.2f}" for _, value in values),
         )
-        for entry, values in found
+        for entry, values in measured
     )
 
 
@@ -172,7 +172,7 @@ def engine_details(report: MergedReport, group: DeviceGroup, chosen: Entry | Non
     ``chosen``, the engine to deploy, is shown unfolded; where there is none, all are.
     """
     seen: set[tuple[int, str]] = set()
-    found = []
+    details_of_all = []
     for entry in group.engines:
         key = entry.run, entry.row.engine.name
         if key in seen:
@@ -181,8 +181,8 @@ def engine_details(report: MergedReport, group: DeviceGroup, chosen: Entry | Non
         is_open = chosen is None or key == (chosen.run, chosen.row.engine.name)
         details = _details(report, group, entry, is_open)
         if not details.is_empty:
-            found.append(details)
-    return tuple(found)
+            details_of_all.append(details)
+    return tuple(details_of_all)
 
 
 def _details(report: MergedReport, group: DeviceGroup, entry: Entry, is_open: bool) -> EngineDetails:

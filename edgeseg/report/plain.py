@@ -136,7 +136,9 @@ def _spreadsheet(text: str) -> str:
     """
     begins = text[:1]
     is_risky = begins in _FORMULA or not begins.isprintable() or begins.isspace()
-    return f"'{text}" if text and is_risky else text
+    # Python 3.10 neither writes nor reads a cell with NUL in it.
+    plain = text.replace("\0", "\ufffd")
+    return f"'{plain}" if text and is_risky else plain
 
 
 def terminal(verdicts: Sequence[DeviceVerdict], failed: Sequence[tuple[str, str]] = (), *, width: int) -> Group:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from small_graphs import plain_session
 
 from edgeseg.errors import ArtifactError, InputError, QuantizationError, SpecError
 from edgeseg.quantize import calibration
@@ -114,9 +114,7 @@ def fetched(graph: OnnxGraph, batches: Images, names: Sequence[str] = WATCHED) -
     model = onnx.load(graph.path)
     del model.graph.output[:]
     model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model.SerializeToString(), options)
+    session = plain_session(model)
     runs = [session.run(list(names), {"image": batch}) for batch in batches]
     return {name: [run[k] for run in runs] for k, name in enumerate(names)}
 

@@ -19,6 +19,7 @@ import onnx_ir as ir
 import onnxruntime
 from export_models import by_hand, smooth_images, smp_model
 from numpy.typing import NDArray
+from small_graphs import plain_session
 
 from edgeseg.convert import export as export_module
 from edgeseg.convert.export import ConversionReport, export_onnx
@@ -57,10 +58,7 @@ def outputs(model: Any, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
 
 def plain_logits(model: Any, images: NDArray[np.uint8]) -> NDArray[Any]:
     """Logits of each image, from ONNX Runtime without its own rewrites."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = plain_session(model)
     return np.concatenate([session.run(["logits"], {"image": image[None]})[0] for image in images])
 
 

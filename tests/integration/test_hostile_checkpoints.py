@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from fuzz_readers import Subject, checkpoints, fuzz
 
 from edgeseg.errors import EdgesegError
@@ -87,6 +84,6 @@ def test_pipes_and_files_of_gigabytes_are_not_read(whole: dict[str, Subject], ki
 
 
 def test_damaged_checkpoints_raise_nothing_but_our_own(whole: dict[str, Subject]) -> None:
-    """A short run of ``tests/unit/fuzz_readers.py``."""
+    """A short run of ``tests/fuzz_readers.py``."""
     for name, subject in whole.items():
         assert fuzz(subject, random.Random(name), 3) == []

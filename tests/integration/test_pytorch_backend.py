@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from edgeseg.errors import BuildError, DeviceError, InputError, SpecError
 from edgeseg.runtime.segmenter import Segmenter
@@ -393,3 +394,44 @@ def test_what_is_asked_of_a_device_that_is_not_there(monkeypatch: pytest.MonkeyP
     assert reason is not None and str(torch.__version__) in reason
     with pytest.raises(DeviceError, match="install a PyTorch for CUDA, or run it on the CPU"):
         session(model(2, None), "multiclass", 2, None, device="cuda")
+
+
+def test_a_build_for_a_gpu_is_never_timed_beside_a_cpu(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime stands for a GPU's backend: first beside a PyTorch without CUDA, then beside one that has it."""
+    import edgeseg
+    from edgeseg.backends import pytorch
+    from edgeseg.pipeline import stages
+
+    monkeypatch.setattr(stages, "GPU_TARGETS", ("onnxruntime",))
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(3):
+        coarse = np.random.default_rng(number).integers(0, 256, (4, 4, 3), np.uint8)
+        Image.fromarray(coarse.repeat(16, 0).repeat(16, 1)).save(images / f"{number}.png")
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 3, 1))
+    said: list[str] = []
+
+    def build(name: str) -> Any:
+        return edgeseg.build(
+            network.eval(), precision="fp32", target="onnxruntime", size=(64, 64), mean=(0.5,) * 3, std=(0.2,) * 3,
+            validation=images, output=tmp_path / name, reporter=said.append,
+        ).manifest.verification  # fmt: skip
+
+    monkeypatch.setattr(pytorch, "why_no_cuda", lambda: "the PyTorch here has no CUDA")
+    alone = build("alone")
+    assert alone.agreement > 0.999 and (alone.speedup, alone.pytorch_latency, alone.engine_latency) == (None,) * 3
+    assert any("not timed beside PyTorch: the PyTorch here has no CUDA" in line for line in said)
+
+    opened: list[tuple[str, bool]] = []
+
+    class OnDevice(PyTorchSession):
+        def __init__(self, loaded: Any, spec: Any, *, device: str = "cpu", exact: bool = False, **others: Any) -> None:
+            opened.append((device, exact))
+            runtime = stand_in([]) if device == "cuda" else None
+            super().__init__(loaded, spec, exact=exact, runtime=runtime, **others)
+
+    monkeypatch.setattr(pytorch, "why_no_cuda", lambda: None)
+    monkeypatch.setattr(pytorch, "PyTorchSession", OnDevice)
+    beside = build("beside")
+    assert opened == [("cuda", True), ("cuda", False)], "accuracy beside the exact one, time beside the fast one"
+    assert beside.agreement == alone.agreement and beside.speedup is not None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 from recorded_tensorrt.parser8 import complaints
+from small_graphs import plain_session
 
 from edgeseg.backends import get_backend
 from edgeseg.backends.tensorrt.opset17 import for_tensorrt_8
@@ -110,9 +111,7 @@ def test_tensorrt_8_takes_every_precision_and_computes_the_same(
 
 def run_plainly(model: onnx.ModelProto, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
     """Logits without ONNX Runtime's fusions, which are not the same for both forms."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = plain_session(model)
     return np.concatenate([session.run(["logits"], {"image": image[None]})[0] for image in images])
 
 

@@ -17,8 +17,8 @@ pytest.importorskip("torch", reason="the convert extra is not installed")
 pytest.importorskip("segmentation_models_pytorch", reason="the convert extra is not installed")
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
-import onnxruntime  # noqa: E402
 from export_models import smooth_images, smp_model  # noqa: E402
+from small_graphs import plain_session  # noqa: E402
 
 from edgeseg.backends import get_backend  # noqa: E402
 from edgeseg.backends.tensorrt.graph import ParsedGraph  # noqa: E402
@@ -73,11 +73,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def logits(model: onnx.ModelProto, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(["logits"], {"image": images})[0])
+    return np.asarray(plain_session(model).run(["logits"], {"image": images})[0])
 
 
 def layers(parsed: ParsedGraph) -> int:

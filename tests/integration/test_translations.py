@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the convert extra is not installed")
 pytest.importorskip("onnxscript", reason="the convert extra is not installed")
 
-import onnxruntime  # noqa: E402
+from small_graphs import plain_session  # noqa: E402
 
 from edgeseg.convert.export import OPSET  # noqa: E402
 from edgeseg.convert.silence import silenced  # noqa: E402
@@ -50,9 +50,7 @@ def exported(function: Any, example: Any, axes: dict[int, Any]) -> Any:
 
 
 def outputs(model: Any, x: Any) -> list[np.ndarray[Any, Any]]:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = plain_session(model)
     return list(session.run(None, {session.get_inputs()[0].name: x.numpy()}))
 
 

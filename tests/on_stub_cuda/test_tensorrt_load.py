@@ -106,7 +106,7 @@ def test_compile_measures_time_per_dtype(
     assert stub.live() == {}
 
 
-@pytest.mark.parametrize("version", VERSIONS[1:])
+@pytest.mark.parametrize("version", VERSIONS[2:])
 def test_an_engine_without_weights_gets_them_back_to_be_measured_and_to_run(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, version: str
 ) -> None:

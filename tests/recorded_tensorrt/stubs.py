@@ -37,6 +37,9 @@ _REMOVED = frozenset(
         'backend.py: "IBuilderConfig" has no attribute "int8_calibrator"',
         'backend.py: "IBuilderConfig" has no attribute "set_calibration_profile"',
         'calibration.py: Module "tensorrt" has no attribute "IInt8EntropyCalibrator2"',
+        'backend.py: "ILayer" has no attribute "precision"',
+        'backend.py: "ILayer" has no attribute "set_output_type"; maybe "get_output_type"?',
+        'backend.py: "type[BuilderFlag]" has no attribute "PREFER_PRECISION_CONSTRAINTS"',
     }
 )
 _BEFORE_10 = frozenset(

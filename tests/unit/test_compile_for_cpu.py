@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("onnxruntime")
-sys.path.insert(0, str(Path(__file__).parent))
 from cpu_folders import COMMAND, SIDE, folder_for, own_scheme, verification
 from small_graphs import spec
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_folders import write_manifest
 from recorded_tensorrt import VERSIONS, Recorder
 from recorded_tensorrt.fake import build_serialized_network
 from recorded_tensorrt.graphs import SIDE, small_model
@@ -27,16 +28,7 @@ from edgeseg.errors import ArtifactError, BuildError, SpecError
 from edgeseg.progress import ConsoleReporter, SilentReporter
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Precision
-from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    FileRef,
-    Manifest,
-    OnnxGraph,
-    open_engine,
-    sha256_file,
-    write_json,
-)
+from edgeseg.store.artifacts import MANIFEST_NAME, FileRef, OnnxGraph, open_engine, sha256_file
 
 
 @pytest.fixture(autouse=True)
@@ -56,24 +48,8 @@ def portable_folder(folder: Path, precision: Precision = "int8", **options: Any)
     spec = PipelineSpec(ModelSpec("unet", classes=4), InputSpec(SIDE, SIDE))
     graph = OnnxGraph(path, sha256_file(path), precision, spec, "0" * 64, None if implicit else "tensorrt")
     built = portable_engine(graph, "tensorrt", precision, options)
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        edgeseg_version="0",
-        name=folder.name,
-        spec=spec,
-        precision=built.precision,
-        target="tensorrt",
-        scheme=graph.scheme,
-        graph=FileRef.of(path),
-        engine=None,
-        calibration=FileRef.of(folder / "calibration.json"),
-        weights="random",
-        inputs_sha256={"weights": "0"},
-        options=built.options,
-        versions={},
-        device={},
-    )
-    write_json(folder / MANIFEST_NAME, manifest)
+    calibration = FileRef.of(folder / "calibration.json")
+    write_manifest(folder, spec, built=built, scheme=graph.scheme, calibration=calibration, versions={}, device={})
     return folder
 
 

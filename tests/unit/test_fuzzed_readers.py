@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import random
 import resource
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from fuzz_readers import Subject, fuzz, subjects
 
 KINDS = (

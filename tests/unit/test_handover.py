@@ -191,11 +191,21 @@ def test_the_hub_gets_an_engine_folder_with_a_card(engine: Path, tmp_path: Path)
     text = (output / "README.md").read_text()
     assert "| agreement with PyTorch | - | 0.9900 |" in text
     assert "| mIoU | - | - |" in text
+    assert "noisy" not in text
     with Image.open(output / "picture.png") as shown:
         assert shown.size == (2 * SIDE, SIDE)
     # It is the engine: whoever downloads it runs it.
     with edgeseg.load(output) as there, edgeseg.load(engine) as here:
         np.testing.assert_array_equal(there(IMAGES[0]), here(IMAGES[0]))
+
+
+def test_noisy_times_are_called_so(engine: Path, tmp_path: Path) -> None:
+    v = read_manifest(engine).verification
+    assert v is not None
+    assert v.engine_latency is not None
+    noisy = replace(v, engine_latency=replace(v.engine_latency, noise=("the clock was held back",)))
+    export_engine(changed(engine, verification=noisy), "hub", tmp_path / "out", licence="mit")
+    assert "They are noisy" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_plan_is_not_uploaded(engine: Path, tmp_path: Path) -> None:

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-sys.path.insert(0, str(Path(__file__).parent))
 import onnx
 from fuzz_readers import Subject, subjects
 from onnx import TensorProto, helper

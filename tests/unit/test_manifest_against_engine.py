@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-sys.path.insert(0, str(Path(__file__).parent))
 from cpu_folders import CLASSES, IMAGES, folder_for, own_scheme
 
 import edgeseg

@@ -14,6 +14,7 @@ import pytest
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+from cpu_folders import folder_for, own_scheme  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 import edgeseg  # noqa: E402
@@ -22,9 +23,6 @@ from edgeseg.backends.self_contained import require_self_contained  # noqa: E402
 from edgeseg.backends.tensorrt.module import TENSORRT, TENSORRT_RTX, Product  # noqa: E402
 from edgeseg.errors import ArtifactError  # noqa: E402
 from edgeseg.store.artifacts import MANIFEST_NAME, FileRef, read_manifest, write_json  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent))
-from cpu_folders import folder_for, own_scheme  # noqa: E402
 
 
 def tensor(location: str | None = None) -> onnx.TensorProto:

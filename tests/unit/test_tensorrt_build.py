@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from engine_folders import write_manifest
 from onnx import TensorProto
 from recorded_tensorrt import VERSIONS, Recorder
 from recorded_tensorrt.fake import parse
@@ -28,16 +29,7 @@ from edgeseg.backends.tensorrt.progress import BuildWatch
 from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, SpecError
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    Engine,
-    FileRef,
-    Manifest,
-    OnnxGraph,
-    sha256_file,
-    write_json,
-)
+from edgeseg.store.artifacts import Engine, OnnxGraph, sha256_file
 
 ORIN = Gpu("Orin", (8, 7), 8)
 TEN = ("10.3.0", "10.16.1.11")
@@ -268,6 +260,39 @@ def test_without_profile_sharing_one_batch_runs_at_a_time(tmp_path: Path) -> Non
         build(tmp_path / "asked", Recorder("8.5.3.1"), dynamic=True, contexts=3)
     assert build(tmp_path / "one", Recorder("8.5.3.1"), dynamic=True, contexts=1).notes == ()
     assert build(tmp_path / "static", Recorder("8.5.3.1"), contexts=3).options["contexts"] == 3
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("precision", "options", "bound"),
+    [("fp16", {}, True), ("int8", {}, True), ("int8", {"allow_fp16": False}, False), ("fp32", {}, False)],
+)
+def test_statistics_of_a_normalization_stay_in_float32(
+    tmp_path: Path, version: str, precision: str, options: dict[str, Any], bound: bool
+) -> None:
+    """In TensorRT 8 the graph's types do not bind: where half precision is allowed, squares of 300 would be infinite."""
+    graph = portable(tmp_path / "engine", precision)
+    model = onnx.load(graph.path)
+    dtype = np.float16 if precision == "fp16" else np.float32
+    first = next(node for node in model.graph.node if node.op_type == "Relu")
+    node = onnx.helper.make_node(
+        "InstanceNormalization", [first.output[0], "gain", "gain"], ["normal"], "encoder.norm/IN"
+    )
+    following = next(n for n in model.graph.node if first.output[0] in n.input)
+    following.input[list(following.input).index(first.output[0])] = "normal"
+    model.graph.node.insert(list(model.graph.node).index(first) + 1, node)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(8, dtype), "gain"))
+    onnx.save(model, graph.path)
+    recorder = Recorder(version, {"ILayer.set_output_type": lambda layer, index, dtype: None})
+    backend_of(recorder).build(graph, graph.path.parent, options)
+    asked = {call.target.name for call in recorder.of("ILayer.precision =")}
+    expected = {
+        f"encoder.norm/IN/{part}"
+        for part in ("centred", "mean", "squares", "variance", "positive", "deviation", "normal")
+    }
+    assert asked == (expected if bound and version.startswith("8.") else set())
+    assert {call.target.name for call in recorder.of("ILayer.set_output_type")} == asked
+    assert ("PREFER_PRECISION_CONSTRAINTS" in recorder.set_flags()) == bool(asked)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -641,24 +666,7 @@ def test_dla_takes_the_typed_graph_on_11(tmp_path: Path) -> None:
 
 def engine_folder(folder: Path, graph: OnnxGraph, built: BuiltEngine) -> Engine:
     assert built.path is not None
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        edgeseg_version="0",
-        name="e",
-        spec=graph.spec,
-        precision=built.precision,
-        target="tensorrt",
-        scheme=None,
-        graph=FileRef.of(graph.path),
-        engine=FileRef.of(built.path),
-        calibration=None,
-        weights="random",
-        inputs_sha256={"weights": "0"},
-        options=built.options,
-        versions=built.versions,
-        device=built.device,
-    )
-    write_json(folder / MANIFEST_NAME, manifest)
+    manifest = write_manifest(folder, graph.spec, built=built, graph=graph.path.name)
     return Engine(folder, manifest)
 
 

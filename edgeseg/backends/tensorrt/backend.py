@@ -34,7 +34,7 @@ from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
 
 if TYPE_CHECKING:
     # Objects of the library are typed as those of 10, where old and new exist side by side.
-    from tensorrt import Builder, IBuilderConfig, IOptimizationProfile
+    from tensorrt import Builder, IBuilderConfig, INetworkDefinition, IOptimizationProfile
     from tensorrt_surface import TensorRT
 
     from edgeseg.backends.tensorrt.graph import ParsedGraph
@@ -248,6 +248,7 @@ class _Build:
         network = TENSORRT.parse(trt, builder, self._network_flags(), self.logger, self.log, parsed)
         config = builder.create_builder_config()
         self._set_precision(config)
+        self._keep_float32(network, config)
         self._set_limits(config, builder)
         profile = self._add_profile(builder, config, parsed.spec)
         calibrated = self._set_calibrator(config, profile, folder)
@@ -280,6 +281,17 @@ class _Build:
             config.set_flag(flags.FP16)
         if self.requested == "int8":
             config.set_flag(flags.INT8)
+
+    def _keep_float32(self, network: INetworkDefinition, config: IBuilderConfig) -> None:
+        """Where half precision is allowed and would overflow (TensorRT 8 only): ask for float32."""
+        if not self.parsed.float32 or not config.get_flag(self.trt.BuilderFlag.FP16):
+            return
+        for index in range(network.num_layers):
+            layer = network.get_layer(index)
+            if layer.name in self.parsed.float32:
+                layer.precision = self.trt.float32
+                layer.set_output_type(0, self.trt.float32)
+        config.set_flag(self.trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
 
     def _set_limits(self, config: IBuilderConfig, builder: Builder) -> None:
         trt, options = self.trt, self.options

@@ -65,7 +65,7 @@ def cache_text(table: CalibrationTable, version: str) -> str:
     if not table.ranges:
         raise ArtifactError("the calibration table holds no ranges; calibrate again")
     lines = [cache_header(version)]
-    lines += [f"{name}: {scale_text(found.magnitude / _LIMIT)}" for name, found in table.ranges.items()]
+    lines += [f"{name}: {scale_text(chosen.magnitude / _LIMIT)}" for name, chosen in table.ranges.items()]
     return "\n".join(lines) + "\n"
 
 

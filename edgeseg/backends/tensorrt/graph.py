@@ -31,6 +31,7 @@ class ParsedGraph:
         macs: multiply-accumulates of one image, by node of the file.
         dtypes: what each node of the file is to compute in, by the graph's types.
         origins: by node of ``model`` that a rewrite made: the node of the file it is a part of.
+        float32: nodes of ``model`` that must not be computed in half precision.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class ParsedGraph:
     macs: Mapping[str, int]
     dtypes: Mapping[str, str]
     origins: Mapping[str, str] = field(default_factory=dict)
+    float32: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, graph: OnnxGraph, requested: Precision) -> ParsedGraph:
@@ -114,7 +116,7 @@ class ParsedGraph:
             return replace(self, model=model)
         rewritten = for_tensorrt_8(model, has_normalization=has_normalization)
         nodes = tuple(node.name for node in rewritten.model.graph.node)
-        return replace(self, model=rewritten.model, nodes=nodes, origins=rewritten.origins)
+        return replace(self, model=rewritten.model, nodes=nodes, origins=rewritten.origins, float32=rewritten.float32)
 
     def where(self, node: str) -> str:
         """``, at node encoder.conv1/Conv (module encoder.conv1 of the model)``, or ``""`` without a node.

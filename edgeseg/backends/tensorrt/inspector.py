@@ -174,8 +174,8 @@ def time_share(layers: Collection[EngineLayer], times: Collection[tuple[str, flo
         dtypes.setdefault(layer.name, set()).add(layer.dtype)
     spent: Counter[str] = Counter()
     for name, ms in times:
-        found = dtypes.get(name, set())
-        spent[next(iter(found)) if len(found) == 1 else "unknown"] += ms  # type: ignore[assignment]  # adds floats alike
+        told = dtypes.get(name, set())
+        spent[next(iter(told)) if len(told) == 1 else "unknown"] += ms  # type: ignore[assignment]  # adds floats alike
     total = float(sum(spent.values()))
     return {dtype: float(ms) / total for dtype, ms in sorted(spent.items())} if total > 0 else None
 

@@ -87,8 +87,8 @@ def io_tensors(trt: TensorRT, engine: ICudaEngine | CachingEngine) -> tuple[IoTe
         else:
             outputs.append(IoTensor(name, np.dtype(dtypes[dtype]), shape, shape, shape))
     if len(inputs) != 1 or inputs[0].dtype != np.uint8 or len(inputs[0].shape) != 4:
-        found = ", ".join(f"{t.name} {t.dtype} {t.shape_text}" for t in inputs)
-        raise DeviceError(f"the engine's inputs are [{found}]; edgeseg's engines have one, uint8 (N, H, W, C)")
+        listed = ", ".join(f"{t.name} {t.dtype} {t.shape_text}" for t in inputs)
+        raise DeviceError(f"the engine's inputs are [{listed}]; edgeseg's engines have one, uint8 (N, H, W, C)")
     return inputs[0], tuple(outputs)
 
 
@@ -267,11 +267,11 @@ class Lane:
             self._input.fit(shape)
             self._stream.copy_on_device(self._input.address, address, math.prod(shape))
             address = self._input.address
-        found = {
+        results = {
             tensor.name: (lend(math.prod(self._shapes[tensor.name]) * tensor.dtype.itemsize), self._shapes[tensor.name])
             for tensor in self._outputs
         }
-        leases = [lease for lease, _ in found.values()]
+        leases = [lease for lease, _ in results.values()]
         readers = {lease.before for lease in leases}
         if "any stream" in readers:
             self._cuda.synchronize()
@@ -280,7 +280,7 @@ class Lane:
         self._bind((address, *(lease.memory.address for lease in leases)))
         self._launch()
         self._stream.synchronize()
-        return found
+        return results
 
     def report_layers_to(self, profiler: Any) -> None:
         """From now on TensorRT tells ``profiler`` (its ``IProfiler``) the time of every layer, and waits for each run."""
@@ -341,12 +341,10 @@ class Lane:
         if not self._context.set_input_shape(self._image.name, shape):
             raise InputError(f"TensorRT refuses images of shape {shape}; this engine takes {self._image.shape_text}")
         for tensor in self._outputs:
-            found = tuple(self._context.get_tensor_shape(tensor.name))
-            if any(n < 0 for n in found):
-                raise DeviceError(
-                    f"the shape of output {tensor.name} is {found} before running; build the engine again"
-                )
-            self._shapes[tensor.name] = found
+            dims = tuple(self._context.get_tensor_shape(tensor.name))
+            if any(n < 0 for n in dims):
+                raise DeviceError(f"the shape of output {tensor.name} is {dims} before running; build the engine again")
+            self._shapes[tensor.name] = dims
         self._shape = shape
 
     def _bind(self, addresses: tuple[int, ...]) -> None:

@@ -101,8 +101,8 @@ def capture(trt: TensorRT) -> Iterator[tuple[Any, LogCapture]]:
 
 def blamed_node(text: str, names: Iterable[str]) -> str | None:
     """The ONNX node a message speaks of: the longest of ``names`` that stands in it as a whole."""
-    found = [name for name in names if name and re.search(rf"(?<![\w./]){re.escape(name)}(?![\w/])", text)]
-    return max(found, key=len, default=None)
+    named = [name for name in names if name and re.search(rf"(?<![\w./]){re.escape(name)}(?![\w/])", text)]
+    return max(named, key=len, default=None)
 
 
 def _make_logger(trt: TensorRT) -> Any:

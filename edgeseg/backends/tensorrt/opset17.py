@@ -7,8 +7,8 @@ by onnx, in which every such thing is written in another way or, where that cann
 
 - Q and DQ have three inputs, and integer constants become floats with a Q: "invalid weights type of Int8" (reported of 8.4).
   The Q gives the same integers: a float that is an integer times a scale is at most one rounding away from it.
-- InstanceNormalization is a plugin there, of cuDNN; LayerNormalization and Mish are unknown before 8.6 and at all. They are
-  written out, in float32 where the graph has halves: squares of theirs overflow.
+- InstanceNormalization is a plugin there, of cuDNN; LayerNormalization is known from 8.6 on, Mish not at all. They are written
+  out, the normalizations in float32 where the graph has halves: their squares overflow.
 - uint8 is a type of inputs and outputs only, cast from and to a float type: inside, such values are float32, which is exact.
 
 Names of nodes and values stay. What is made of a node has a name that begins with the node's.
@@ -52,10 +52,13 @@ class Rewritten:
     Attributes:
         model: of opset 17.
         origins: by name of a node that was made: the node of the given graph it is a part of.
+        float32: names of nodes that half precision would overflow: the statistics of normalizations. TensorRT 8 takes the
+            graph's types for a hint and computes in half where that is allowed.
     """
 
     model: onnx.ModelProto
     origins: Mapping[str, str]
+    float32: frozenset[str]
 
 
 def for_tensorrt_8(model: onnx.ModelProto, *, has_normalization: bool = False) -> Rewritten:
@@ -89,6 +92,7 @@ class _Rewrite:
         self._made: list[TensorProto] = []
         self._node = NodeProto()
         self._origins: dict[str, str] = {}
+        self._statistics: set[str] = set()
         self._floats: dict[str, str] = {}
         self._has_normalization = has_normalization
 
@@ -112,7 +116,7 @@ class _Rewrite:
         next(domain for domain in model.opset_import if domain.domain in ("", "ai.onnx")).version = OPSET
         model.ir_version = min(model.ir_version, _IR_VERSION)
         self._check()
-        return Rewritten(model, self._origins)
+        return Rewritten(model, self._origins, frozenset(self._statistics))
 
     def _check(self) -> None:
         try:
@@ -315,6 +319,8 @@ class _Rewrite:
         variance = self._step("ReduceMean", "variance", squares, axes=axes, keepdims=1)
         epsilon = self._constant("epsilon", np.float32(self._attribute("epsilon", 1e-5)))
         deviation = self._step("Sqrt", "deviation", self._step("Add", "positive", variance, epsilon))
+        parts = ("centred", "mean", "squares", "variance", "positive", "deviation", "normal")
+        self._statistics |= {f"{node.name}/{part}" for part in parts}
         steps = [("Div", "normal", deviation), ("Mul", "scaled", self._constant("gain", gain.astype(np.float32)))]
         if shift is not None:
             steps.append(("Add", "shifted", self._constant("shift", shift.astype(np.float32))))

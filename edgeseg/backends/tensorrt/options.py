@@ -149,12 +149,12 @@ def parse_options(kind: type[Options], backend: str, options: Mapping[str, Any])
 
 def _checked(name: str, value: Any, check: Callable[[Any], Any], wanted: str) -> Any:
     try:
-        found = check(value)
+        read = check(value)
     except (TypeError, ValueError):
-        found = None
-    if found is None:
+        read = None
+    if read is None:
         raise SpecError(f"{name} is {value!r}; give {wanted}")
-    return found
+    return read
 
 
 def _number(low: int, high: int) -> Callable[[Any], int | None]:

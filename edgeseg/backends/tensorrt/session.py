@@ -260,14 +260,14 @@ class TensorRTSession(Closing):
                     afterwards.callback(images.release)
                     shape = self._batched(images.shape)
                     self._check(np.dtype(np.uint8), shape)
-                    found = lane.run_on_device(images, shape, lend)
+                    results = lane.run_on_device(images, shape, lend)
             except BaseException:
                 for lease in taken:
                     with suppress(DeviceError):
                         lease.spoil()
                 raise
         dtypes = {tensor.name: tensor.dtype for tensor in self._outputs}
-        return {name: DeviceTensor(self._cuda, lease, shape, dtypes[name]) for name, (lease, shape) in found.items()}
+        return {name: DeviceTensor(self._cuda, lease, shape, dtypes[name]) for name, (lease, shape) in results.items()}
 
     def close(self) -> None:
         """Free all memory, streams and contexts; what another thread still uses is freed when it is done.
@@ -310,9 +310,9 @@ class TensorRTSession(Closing):
         """Finish the oldest batch in flight."""
         lane = flying.popleft()
         with self._lanes.using(lane):
-            found = lane.finish()
+            arrays = lane.finish()
         self._lanes.put(lane)
-        return self._converted(found)
+        return self._converted(arrays)
 
 
 def open_session(

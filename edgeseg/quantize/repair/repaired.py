@@ -82,7 +82,7 @@ def calibrate_repaired(
     methods = dict.fromkeys(table.ranges, rule.name)
     if method == AUTO and course.schemes:
         tables = {name: _table(graph, samples, observation, range_method(name)) for name in METHODS}
-        choice = choose_methods(graph, tables, judge, course.schemes, progress)
+        choice = choose_methods(graph, tables, observation.sources, judge, course.schemes, progress)
         methods = choice.methods
         course.went_on("calibration-method", choice.fidelity, dict(Counter(methods.values())))
     if held is not None:

@@ -173,7 +173,11 @@ def questions(session: Session) -> Any:
     )
     if done["ended"] != 0:
         raise RuntimeError(f"questions: {done['ended']}: {done['stderr'][-800:]}")
-    return json.loads((session.output / "questions" / "probe.json").read_text())
+    answers = json.loads((session.output / "questions" / "probe.json").read_text())
+    if not any(answer.get("built") for answer in answers.values()):
+        first = next(iter(answers.values()))
+        raise RuntimeError(f"questions: nothing was built: {str(first.get('stderr') or first)[-400:]}")
+    return answers
 
 
 def compiling(session: Session) -> Any:

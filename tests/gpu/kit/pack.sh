@@ -73,7 +73,8 @@ rm -rf "$site"/sympy* "$site"/mpmath* "$site"/isympy.py "$site"/coloredlogs* "$s
     "$site"/onnx/backend/test "$site"/onnx/test "$site"/onnxruntime/transformers "$site"/onnxruntime/tools \
     "$site"/onnxruntime/datasets "$site"/setuptools* "$site"/pkg_resources "$site"/_distutils_hack "$site"/distutils-precedence.pth
 find "$site" \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pxd.in' -o -name '*.pyx.in' -o -name '*.h' -o -name '*.a' \) -delete
-find "$site/numpy" -type d -name tests -prune -exec rm -rf {} +
+find "$site/numpy" -type d -name tests -not -path '*/_core/tests' -prune -exec rm -rf {} +
+find "$site/numpy/_core/tests" -mindepth 1 -not -name '__init__.py' -not -name '_natype.py' -delete  # numpy.testing reads these
 
 # ---- TensorRT
 say "TensorRT, libraries: $libraries"

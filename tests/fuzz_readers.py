@@ -1,6 +1,6 @@
 """Every reader of files from outside, put through damaged files: no exception but edgeseg's own, said in one line.
 
-A few seconds of it run with the tests. By hand: ``python tests/unit/fuzz_readers.py --minutes 10``.
+A few seconds of it run with the tests. By hand: ``python tests/fuzz_readers.py --minutes 10``.
 """
 
 from __future__ import annotations

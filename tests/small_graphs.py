@@ -32,13 +32,16 @@ def graph(signature: str, body: str, **weights: Any) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(model, strict_mode=True)
 
 
-def run(model: onnx.ModelProto, **feeds: NDArray[Any]) -> list[NDArray[Any]]:
-    """Run without optimization: every operator as written."""
+def plain_session(model: onnx.ModelProto) -> ort.InferenceSession:
+    """ONNX Runtime without optimization: every operator as written."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, feeds))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run(model: onnx.ModelProto, **feeds: NDArray[Any]) -> list[NDArray[Any]]:
+    return list(plain_session(model).run(None, feeds))
 
 
 def every_value(model: onnx.ModelProto) -> onnx.ModelProto:
