@@ -1,0 +1,230 @@
+"""Engines behind the input and output of hosts that are not edgeseg.
+
+What each host does around the graph is written here again in numpy, after its source, and the masks that come out are compared
+with those of the engine folder's own segmenter. No host was started.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+from cpu_folders import CLASSES, IMAGES, SIDE, folder_for, model, own_scheme
+from engine_folders import write_manifest
+from handed_over import assert_whole, changed
+from numpy.typing import NDArray
+from small_graphs import graph, table_for
+
+import edgeseg
+from edgeseg.backends import get_backend
+from edgeseg.cli.app import cli
+from edgeseg.errors import BuildError, SpecError
+from edgeseg.handover import face
+from edgeseg.handover.folder import export_engine
+from edgeseg.quantize.fp16 import fp16_model, magnitudes
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
+from edgeseg.store.artifacts import OnnxGraph, read_manifest, sha256_file
+
+KINDS = ("fp32", "fp16", "int8", "binary", "batches")
+NAMES = ("road", "sky; high", "car", "tree", "nighttime road")
+GREATER = "score = Sub(l, limit) over = Greater(score, zero) one = Cast <to = 2> (over) mask = Squeeze(one, axis)"
+
+
+def binary_model() -> onnx.ModelProto:
+    """One class, above 0.3 of a sigmoid: its score is 0.85 above where 0.5 would be."""
+    rng = np.random.default_rng(8)
+    return graph(
+        f"(uint8[1, {SIDE}, {SIDE}, 3] image) => (uint8[1, {SIDE}, {SIDE}] mask)",
+        f"""real = Cast <to = 1> (image) planes = Transpose <perm = [0, 3, 1, 2]> (real) x = Mul(planes, gain)
+        l = Conv <pads = [1, 1, 1, 1]> (x, w1, b1) {GREATER}""",
+        gain=np.array(1 / 128, np.float32),
+        w1=rng.standard_normal((1, 3, 3, 3)).astype(np.float32),
+        b1=np.array([0.1], np.float32),
+        limit=np.array(np.log(0.3 / 0.7), np.float32),
+        zero=np.array(0, np.float32),
+        axis=np.array([1], np.int64),
+    )
+
+
+def folder_of(folder: Path, network: onnx.ModelProto, spec: PipelineSpec, precision: Any) -> Path:
+    folder.mkdir(parents=True)
+    onnx.save(network, folder / "model.onnx")
+    made = OnnxGraph(folder / "model.onnx", sha256_file(folder / "model.onnx"), precision, spec, "0" * 64)
+    built = get_backend("onnxruntime").build(made, folder, {})
+    write_manifest(folder, spec, target="onnxruntime", built=built)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An ONNX Runtime engine of each kind of graph, fit policy ``tile``."""
+    base = tmp_path_factory.mktemp("hosts")
+    spec = PipelineSpec(
+        ModelSpec("custom", classes=CLASSES, class_names=NAMES), InputSpec(SIDE, SIDE, stride=1, fit="tile")
+    )
+    binary = replace(
+        spec,
+        model=ModelSpec("custom", classes=1, task="binary", class_names=("road",)),
+        output=OutputSpec(threshold=0.3),
+    )
+    made = {"int8": folder_for(base / "int8", "onnxruntime", own_scheme())}
+    changed(made["int8"], spec=spec)
+    made["fp32"] = folder_of(base / "fp32", model(), spec, "fp32")
+    half = fp16_model(model(), magnitudes(table_for(model(), image=IMAGES)))
+    made["fp16"] = folder_of(base / "fp16", half, spec, "fp16")
+    made["binary"] = folder_of(base / "binary", binary_model(), binary, "fp32")
+    batches = model()
+    for value in (*batches.graph.input, *batches.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    del batches.graph.value_info[:]
+    many = replace(spec, input=replace(spec.input, batch=BatchRange(1, 2, 4)))
+    made["batches"] = folder_of(base / "batches", batches, many, "fp32")
+    return made
+
+
+def own_masks(folder: Path) -> NDArray[Any]:
+    with edgeseg.load(folder) as segmenter:
+        return np.stack([np.asarray(segmenter(image)) for image in IMAGES])
+
+
+def copied(folder: Path, to: Path, **fields: Any) -> Path:
+    return changed(Path(shutil.copytree(folder, to)), **fields)
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+# The QGIS plug-in: model_base.py (preprocessing, metadata), segmentor.py, map_processor_segmentation.py (_process_tile).
+def deepness_masks(path: Path, images: NDArray[np.uint8]) -> NDArray[Any]:
+    run = session(path)
+    (given,) = run.get_inputs()
+    metadata = run.get_modelmeta().custom_metadata_map
+    assert str(json.loads(metadata["model_type"])).capitalize() == "Segmentor"
+    tiles = np.float32(images[:, :, :, : given.shape[-3]] * 1.0 / 255.0)
+    tiles = (tiles - np.zeros(3, np.float32)) / np.ones(3, np.float32)
+    masks = []
+    for result in run.run(None, {given.name: np.transpose(tiles, (0, 3, 1, 2))}):
+        result[result < float(json.loads(metadata["seg_thresh"]))] = 0.0
+        assert result.shape[1] > 1  # one plane would be taken for a sigmoid
+        masks.append(np.argmax(result, axis=1))
+    (mask,) = masks
+    return np.asarray(mask)
+
+
+def agreement(one: NDArray[Any], other: NDArray[Any]) -> float:
+    assert one.shape == other.shape
+    assert len(np.unique(other)) > 1  # a mask of one class would prove nothing
+    return float(np.mean(one == other))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deepness_gives_the_engines_masks(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    export_engine(folders[kind], "deepness", tmp_path / "out", resolution_cm=12.5)
+    assert_whole(tmp_path / "out")
+    path = tmp_path / "out" / "model.onnx"
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    assert agreement(deepness_masks(path, IMAGES), own_masks(folders[kind])) == 1.0
+
+
+def test_deepness_reads_its_settings_from_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    export_engine(folders["binary"], "deepness", tmp_path / "binary", resolution_cm=12.5)
+    export_engine(folders["fp32"], "deepness", tmp_path / "fp32", resolution_cm=12.5)
+    metadata = session(tmp_path / "fp32" / "model.onnx").get_modelmeta().custom_metadata_map
+    read = {name: json.loads(text) for name, text in metadata.items()}
+    assert (read["resolution"], read["tile_size"], read["tiles_overlap"], read["seg_small_segment"]) == (
+        12.5,
+        SIDE,
+        25,
+        0,
+    )
+    # As get_outputs_channel_names sorts and checks them.
+    assert [read["class_names"][str(index)] for index in range(CLASSES)] == list(NAMES)
+    binary = session(tmp_path / "binary" / "model.onnx")
+    assert json.loads(binary.get_modelmeta().custom_metadata_map["class_names"]) == {"0": "background", "1": "road"}
+    assert [output.shape for output in binary.get_outputs()] == [[1, 2, SIDE, SIDE]]
+
+
+SPEC = PipelineSpec(ModelSpec("custom", classes=CLASSES), InputSpec(SIDE, SIDE, stride=1, fit="tile"))
+COMMON: list[tuple[dict[str, Any], str]] = [
+    ({"spec": replace(SPEC, model=replace(SPEC.model, task="multilabel"))}, "multilabel; give --task multiclass"),
+    ({"spec": replace(SPEC, output=OutputSpec("logits"))}, "gives logits; build with --output-kind mask"),
+    ({"spec": replace(SPEC, model=ModelSpec("custom", classes=300))}, "300 classes; at most 256"),
+    ({"spec": replace(SPEC, input=replace(SPEC.input, dynamic_size=True))}, "build without --dynamic-size"),
+    ({"spec": replace(SPEC, input=replace(SPEC.input, batch=BatchRange(2, 2, 2)))}, "takes 2; build with --batch 1"),
+    ({"spec": replace(SPEC, input=replace(SPEC.input, fit="letterbox"))}, "for letterbox; build with --fit"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *COMMON,
+        ({"target": "tensorrt"}, "graphs of --target onnxruntime, this is tensorrt's"),
+        ({"spec": replace(SPEC, input=replace(SPEC.input, width=2 * SIDE))}, f"square tiles.*--size {SIDE}x{SIDE}"),
+    ],
+)
+def test_what_deepness_cannot_run_is_refused(
+    fields: dict[str, Any], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    engine = copied(folders["fp32"], tmp_path / "engine", **fields)
+    with pytest.raises(SpecError, match=message):
+        export_engine(engine, "deepness", tmp_path / "out", resolution_cm=10)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_ground_resolution_is_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+    for wrong in (None, 0.0, float("nan")):
+        with pytest.raises(SpecError, match="give --resolution CM"):
+            export_engine(folders["fp32"], "deepness", tmp_path / "out", resolution_cm=wrong)
+    with pytest.raises(SpecError, match="leave it out with --to triton"):
+        export_engine(folders["fp32"], "triton", tmp_path / "out", resolution_cm=10.0)
+
+
+def test_a_graph_that_gives_other_masks_is_not_handed_over(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A host that divides twice: the graph undoes what the host is said to do, so the check must see the difference.
+    put = face._put_input
+    monkeypatch.setattr(face, "_put_input", lambda model, wanted: put(model, replace(wanted, scale=1 / 128)))
+    with pytest.raises(BuildError, match="agrees with the engine on .*nothing was written"):
+        export_engine(folders["fp32"], "deepness", tmp_path / "out", resolution_cm=10)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_made_in_another_way_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    odd = onnx.load(folders["fp32"] / "model.onnx")
+    cast = odd.graph.node[-1]
+    odd.graph.node.insert(len(odd.graph.node) - 1, onnx.helper.make_node("Add", [cast.input[0]] * 2, ["twice"]))
+    cast.input[0] = "twice"
+    spec = read_manifest(folders["fp32"]).spec
+    engine = folder_of(tmp_path / "engine", odd, spec, "fp32")
+    with pytest.raises(SpecError, match="made in a way"):
+        export_engine(engine, "deepness", tmp_path / "out", resolution_cm=10)
+
+
+def test_the_verb_hands_over_to_deepness(folders: dict[str, Path], tmp_path: Path) -> None:
+    arguments = [
+        "export",
+        str(folders["fp32"]),
+        "--to",
+        "deepness",
+        "--output",
+        str(tmp_path / "out"),
+        "--resolution",
+        "10",
+    ]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    assert str(tmp_path / "out" / "README.md") in done.output
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "Load default parameters" in readme
+    assert "written and checked in ONNX Runtime, not started" in readme.replace("\n", " ").replace("Written", "written")
