@@ -12,7 +12,9 @@ from edgeseg.cli.parameters import ANY_PATH
 
 @click.command("export", short_help="Write an engine as another host takes it.")
 @click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
-@click.option("--to", "host", type=click.Choice(("triton", "hub", "deepness")), required=True, help="The host.")
+@click.option(
+    "--to", "host", type=click.Choice(("triton", "hub", "deepness", "deepstream")), required=True, help="The host."
+)
 @click.option("--output", type=ANY_PATH, help="Folder to write.  [default: ENGINE_DIR-HOST]")
 @click.option("--license", "licence", metavar="ID", help="hub: licence of the weights, such as apache-2.0.")
 @click.option("--picture", type=ANY_PATH, metavar="IMAGE", help="hub: an image to show with its mask.")
@@ -34,7 +36,7 @@ def command(
     """Write the engine in ENGINE_DIR as HOST takes it: a folder with a README that says how it is started.
 
     triton: a model repository of NVIDIA's Triton. hub: a folder to upload to the Hugging Face hub, with a model card.
-    deepness: a model for the QGIS plug-in.
+    deepness: a model for the QGIS plug-in. deepstream: a configuration for nvinfer and its graph.
     """
     from edgeseg.handover.folder import export_engine, next_step
 

@@ -120,6 +120,14 @@ engine's masks. `handover.json` has the SHA-256 of every file, `{MANIFEST_NAME}`
 """.encode()
 
 
+def threshold_words(engine: Engine) -> str:
+    """How a pixel's class is decided, as a sentence."""
+    spec = engine.manifest.spec
+    if spec.model.task == "multiclass":
+        return "The most probable class wins."
+    return f"The engine's threshold of {spec.output.threshold:g} is inside the graph: the higher of two planes wins."
+
+
 def plain(text: str | None) -> str:
     """Text that Markdown shows as it is: no markup, no HTML, one line."""
     flat = " ".join((text or "").split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -11,7 +11,7 @@ import json
 import math
 
 from edgeseg.errors import SpecError
-from edgeseg.handover.contents import Content, graph_bytes, labels, readme, require
+from edgeseg.handover.contents import Content, graph_bytes, labels, readme, require, threshold_words
 from edgeseg.handover.face import Face, with_face
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine
 
@@ -64,17 +64,10 @@ def contents(engine: Engine, resolution_cm: float | None) -> dict[str, Content]:
     notes = (
         f"Tiles of {size.width}x{size.width} pixels at {resolution_cm:g} cm, {TILES_OVERLAP_PERCENT}% overlap; bands in the "
         "order the model was trained with. The plug-in cuts overlaps in the middle, edgeseg blends them: masks differ at seams.",
-        "Median filter and threshold are off, so that masks are the engine's. " + _threshold_words(engine),
+        "Median filter and threshold are off, so that masks are the engine's. " + threshold_words(engine),
     )
     return {
         "model.onnx": graph_bytes(made),
         MANIFEST_NAME: engine.folder / MANIFEST_NAME,
         "README.md": readme(engine, "Deepness", start, notes),
     }
-
-
-def _threshold_words(engine: Engine) -> str:
-    spec = engine.manifest.spec
-    if spec.model.task == "multiclass":
-        return "The most probable class wins."
-    return f"The engine's threshold of {spec.output.threshold:g} is inside the graph: the higher of two planes wins."

@@ -6,6 +6,7 @@ with those of the engine folder's own segmenter. No host was started.
 
 from __future__ import annotations
 
+import configparser
 import json
 import shutil
 from dataclasses import replace
@@ -25,15 +26,17 @@ from small_graphs import graph, table_for
 
 import edgeseg
 from edgeseg.backends import get_backend
+from edgeseg.backends.portable import open_graph
 from edgeseg.cli.app import cli
 from edgeseg.errors import BuildError, SpecError
-from edgeseg.handover import face
+from edgeseg.handover import deepstream, face
 from edgeseg.handover.folder import export_engine
 from edgeseg.quantize.fp16 import fp16_model, magnitudes
-from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import OnnxGraph, read_manifest, sha256_file
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
+from edgeseg.store.artifacts import OnnxGraph, open_engine, read_manifest, sha256_file
 
 KINDS = ("fp32", "fp16", "int8", "binary", "batches")
+GPU_KINDS = ("fp32", "fp16", "int8 of TensorRT", "binary")
 NAMES = ("road", "sky; high", "car", "tree", "nighttime road")
 GREATER = "score = Sub(l, limit) over = Greater(score, zero) one = Cast <to = 2> (over) mask = Squeeze(one, axis)"
 
@@ -77,6 +80,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )
     made = {"int8": folder_for(base / "int8", "onnxruntime", own_scheme())}
     changed(made["int8"], spec=spec)
+    scheme = get_backend("tensorrt").scheme
+    made["int8 of TensorRT"] = folder_for(base / "gpu", "tensorrt", scheme, portable_only=True)
+    changed(made["int8 of TensorRT"], spec=spec)
     made["fp32"] = folder_of(base / "fp32", model(), spec, "fp32")
     half = fp16_model(model(), magnitudes(table_for(model(), image=IMAGES)))
     made["fp16"] = folder_of(base / "fp16", half, spec, "fp16")
@@ -91,6 +97,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def own_masks(folder: Path) -> NDArray[Any]:
+    if read_manifest(folder).target == "tensorrt":  # there is no GPU here: the portable graph, as verification runs it
+        with open_graph(open_engine(folder)) as graph_session:
+            return np.asarray(graph_session.run(IMAGES)["mask"])
     with edgeseg.load(folder) as segmenter:
         return np.stack([np.asarray(segmenter(image)) for image in IMAGES])
 
@@ -118,6 +127,34 @@ def deepness_masks(path: Path, images: NDArray[np.uint8]) -> NDArray[Any]:
         masks.append(np.argmax(result, axis=1))
     (mask,) = masks
     return np.asarray(mask)
+
+
+# DeepStream: NvDsInferConvert_CxToP3FloatKernel, parseSemanticSegmentationOutput.
+def deepstream_masks(folder: Path, images: NDArray[np.uint8]) -> NDArray[Any]:
+    # GLib's key files are read by configparser but for nesting, which there is none of.
+    parser = configparser.ConfigParser()
+    parser.read(folder / deepstream.CONFIG_NAME)
+    key = parser["property"]
+    assert (key["network-type"], key["network-input-order"], key["segmentation-output-order"]) == ("2", "0", "0")
+    assert (key["model-color-format"], key["maintain-aspect-ratio"]) == ("0", "0")
+    assert (key["network-mode"], key["strongly-typed"]) == ("0", "1")
+    assert key["infer-dims"] == f"3;{SIDE};{SIDE}"
+    assert not {"offsets", "mean-file", "int8-calib-file"} & set(key)
+    run = session(folder / key["onnx-file"])
+    (given,), (output,) = run.get_inputs(), run.get_outputs()
+    assert (given.type, output.type) == ("tensor(float)", "tensor(float)")
+    planes = np.float32(float(key["net-scale-factor"]) * images.transpose(0, 3, 1, 2))
+    (probabilities,) = run.run([key["output-blob-names"]], {given.name: planes})
+    classes, threshold = int(key["num-detected-classes"]), float(key["segmentation-threshold"])
+    assert classes == probabilities.shape[1]
+    assert len((folder / key["labelfile-path"]).read_text().splitlines()) == classes
+    highest = np.full(probabilities[:, 0].shape, -1.0, np.float32)
+    mask = np.full(highest.shape, -1)
+    for index in range(classes):
+        better = (probabilities[:, index] > highest) & (probabilities[:, index] > threshold)
+        mask[better] = index
+        highest[better] = probabilities[:, index][better]
+    return mask
 
 
 def agreement(one: NDArray[Any], other: NDArray[Any]) -> float:
@@ -228,3 +265,54 @@ def test_the_verb_hands_over_to_deepness(folders: dict[str, Path], tmp_path: Pat
     readme = (tmp_path / "out" / "README.md").read_text()
     assert "Load default parameters" in readme
     assert "written and checked in ONNX Runtime, not started" in readme.replace("\n", " ").replace("Written", "written")
+
+
+def for_gpu(folder: Path, to: Path, **fields: Any) -> Path:
+    """The same graph as an engine for TensorRT, whose masks are those of the folder on the CPU."""
+    spec = fields.pop("spec", read_manifest(folder).spec)
+    fit = fields.pop("fit", "resize")
+    return copied(
+        folder, to, **{"target": "tensorrt", "spec": replace(spec, input=replace(spec.input, fit=fit)), **fields}
+    )
+
+
+@pytest.mark.parametrize("kind", [*GPU_KINDS, "batches"])
+def test_deepstream_gives_the_engines_masks(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    export_engine(for_gpu(folders[kind], tmp_path / "engine"), "deepstream", tmp_path / "out")
+    assert_whole(tmp_path / "out")
+    assert agreement(deepstream_masks(tmp_path / "out", IMAGES), own_masks(folders[kind])) == 1.0
+    # DeepStream divides labels at semicolons.
+    assert ";" not in (tmp_path / "out" / "labels.txt").read_text()
+    batch = "4" if kind == "batches" else "1"
+    assert f"\nbatch-size={batch}\n" in (tmp_path / "out" / deepstream.CONFIG_NAME).read_text()
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert f"nvinfer config-file-path={deepstream.CONFIG_NAME}" in readme
+    assert "not started" in readme
+
+
+FOUR = PipelineSpec(
+    ModelSpec("custom", classes=CLASSES, in_channels=4),
+    InputSpec(SIDE, SIDE, channels=4, stride=1),
+    Preprocess(mean=(0.5,) * 4, std=(0.5,) * 4),
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *COMMON[:5],
+        ({"fit": "letterbox"}, "by resize, the engine was built for letterbox; build with --fit resize"),
+        ({"target": "onnxruntime"}, "graphs of --target tensorrt"),
+        ({"spec": FOUR}, "1 or 3 channels, the engine takes 4"),
+        ({"options": {"typing": "weak"}}, "build without --backend-option typing=weak"),
+        ({"scheme": None}, "build without implicit_calibration"),
+    ],
+)
+def test_what_deepstream_cannot_run_is_refused(
+    fields: dict[str, Any], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        export_engine(
+            for_gpu(folders["int8 of TensorRT"], tmp_path / "engine", **fields), "deepstream", tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
