@@ -13,7 +13,11 @@ from edgeseg.cli.parameters import ANY_PATH
 @click.command("export", short_help="Write an engine as another host takes it.")
 @click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
 @click.option(
-    "--to", "host", type=click.Choice(("triton", "hub", "deepness", "deepstream")), required=True, help="The host."
+    "--to",
+    "host",
+    type=click.Choice(("triton", "hub", "deepness", "deepstream", "isaac-ros")),
+    required=True,
+    help="The host.",
 )
 @click.option("--output", type=ANY_PATH, help="Folder to write.  [default: ENGINE_DIR-HOST]")
 @click.option("--license", "licence", metavar="ID", help="hub: licence of the weights, such as apache-2.0.")
@@ -37,6 +41,7 @@ def command(
 
     triton: a model repository of NVIDIA's Triton. hub: a folder to upload to the Hugging Face hub, with a model card.
     deepness: a model for the QGIS plug-in. deepstream: a configuration for nvinfer and its graph.
+    isaac-ros: a launch file, its parameters and a graph.
     """
     from edgeseg.handover.folder import export_engine, next_step
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from edgeseg.errors import SpecError
-from edgeseg.handover import deepness, deepstream, hub, triton
+from edgeseg.handover import deepness, deepstream, hub, isaac_ros, triton
 from edgeseg.handover.contents import Content
 from edgeseg.store.artifacts import Engine, FileRef, open_engine, write_json
 from edgeseg.store.atomic import atomic_folder, check_folder
@@ -23,6 +23,7 @@ SCHEMA_VERSION = 1
 _PLAIN_HOSTS: Mapping[str, Callable[[Engine], dict[str, Content]]] = {
     "triton": triton.contents,
     "deepstream": deepstream.contents,
+    "isaac-ros": isaac_ros.contents,
 }
 HOSTS = ("deepness", "hub", *_PLAIN_HOSTS)
 """That an engine can be handed over to."""

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import configparser
 import json
+import runpy
 import shutil
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +32,10 @@ from edgeseg.backends import get_backend
 from edgeseg.backends.portable import open_graph
 from edgeseg.cli.app import cli
 from edgeseg.errors import BuildError, SpecError
-from edgeseg.handover import deepstream, face
+from edgeseg.handover import deepstream, face, isaac_ros
 from edgeseg.handover.folder import export_engine
 from edgeseg.quantize.fp16 import fp16_model, magnitudes
+from edgeseg.runtime.overlay import spec_palette
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
 from edgeseg.store.artifacts import OnnxGraph, open_engine, read_manifest, sha256_file
 
@@ -155,6 +159,33 @@ def deepstream_masks(folder: Path, images: NDArray[np.uint8]) -> NDArray[Any]:
         mask[better] = index
         highest[better] = probabilities[:, index][better]
     return mask
+
+
+# Isaac ROS: isaac_ros_unet_encoder.launch.py with ImageToTensorNode and ImageTensorNormalizeNode, CopyTensorDataCuda of the
+# segmentation postprocessor (NHWC), ColorizeSegmentationMaskImpl.
+def isaac_ros_masks(folder: Path, images: NDArray[np.uint8]) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+    told = json.loads((folder / isaac_ros.PARAMETERS_NAME).read_text())
+    encoder, node, decoder = told["encoder"], told["tensor_rt"], told["decoder"]
+    assert (encoder["network_image_height"], encoder["network_image_width"]) == (str(SIDE), str(SIDE))
+    assert (encoder["keep_aspect_ratio"], encoder["enable_padding"], encoder["use_planar_input"]) == (
+        "False",
+        "True",
+        "True",
+    )
+    real = images.astype(np.float32) * np.float32(1 / 255)
+    mean, std = (np.array(json.loads(encoder[f"image_{name}"]), np.float32) for name in ("mean", "stddev"))
+    planes = ((real - mean) / std).transpose(0, 3, 1, 2)
+    assert encoder["final_tensor_name"] in node["input_tensor_names"]
+    run = session(folder / node["model_file_path"])
+    (output,) = run.get_outputs()
+    assert output.type in ("tensor(int32)", "tensor(int64)")
+    assert output.shape == [1, SIDE, SIDE, 1]
+    (classes,) = run.run(node["output_binding_names"], {node["input_binding_names"][0]: planes})
+    assert (decoder["network_output_type"], decoder["mask_height"], decoder["mask_width"]) == ("argmax", SIDE, SIDE)
+    mask = classes[..., 0].astype(np.uint8)
+    palette = np.array(decoder["color_palette"], np.int64)
+    colours = palette[mask % len(palette)]
+    return mask, np.stack([(colours >> shift) & 0xFF for shift in (16, 8, 0)], axis=-1).astype(np.uint8)
 
 
 def agreement(one: NDArray[Any], other: NDArray[Any]) -> float:
@@ -315,4 +346,75 @@ def test_what_deepstream_cannot_run_is_refused(
         export_engine(
             for_gpu(folders["int8 of TensorRT"], tmp_path / "engine", **fields), "deepstream", tmp_path / "out"
         )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", GPU_KINDS)
+def test_isaac_ros_gives_the_engines_masks(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    engine, output = for_gpu(folders[kind], tmp_path / "engine"), tmp_path / "out"
+    export_engine(engine, "isaac-ros", output)
+    assert_whole(output)
+    own = own_masks(folders[kind])
+    mask, picture = isaac_ros_masks(output, IMAGES)
+    assert agreement(mask, own) == 1.0
+    np.testing.assert_array_equal(picture, spec_palette(read_manifest(engine).spec)[own])
+
+
+def test_the_launch_file_starts_what_the_parameters_say(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_engine(for_gpu(folders["fp32"], tmp_path / "engine"), "isaac-ros", tmp_path / "out")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "--saveEngine=model.plan --stronglyTyped" in readme
+    assert f"ros2 launch ./{isaac_ros.LAUNCH_NAME}" in readme
+
+    class Recorded:
+        """Takes the place of ROS's descriptions: it keeps what they are given."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.args, self.kwargs = args, kwargs
+
+    for name in ("ament_index_python", "launch", "launch_ros"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    for name, attributes in {
+        "launch": {"LaunchDescription": Recorded},
+        "ament_index_python.packages": {"get_package_share_directory": lambda package: f"/share/{package}"},
+        "launch.actions": {"IncludeLaunchDescription": Recorded},
+        "launch.launch_description_sources": {"PythonLaunchDescriptionSource": Recorded},
+        "launch_ros.actions": {"ComposableNodeContainer": Recorded},
+        "launch_ros.descriptions": {"ComposableNode": Recorded},
+    }.items():
+        stand_in = types.ModuleType(name)
+        vars(stand_in).update(attributes)
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    made = runpy.run_path(str(tmp_path / "out" / isaac_ros.LAUNCH_NAME))["generate_launch_description"]()
+    container, encoder = made.args[0]
+    runner, decoder = container.kwargs["composable_node_descriptions"]
+    (parameters,) = runner.kwargs["parameters"]
+    assert Path(parameters["model_file_path"]).is_file()
+    assert parameters["engine_file_path"] == str(tmp_path / "out" / "model.plan")
+    assert parameters["force_engine_update"] is False
+    assert decoder.kwargs["parameters"][0]["network_output_type"] == "argmax"
+    arguments = dict(encoder.kwargs["launch_arguments"])
+    assert all(isinstance(value, str) for value in arguments.values())
+    assert arguments["component_container_name"] == container.kwargs["name"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *COMMON[:5],
+        ({"fit": "tile"}, "by resize, the engine was built for tile; build with --fit resize"),
+        ({"spec": FOUR}, "3 channels, the engine takes 4"),
+        (
+            {"spec": replace(SPEC, input=replace(SPEC.input, batch=BatchRange(1, 2, 4)))},
+            "takes 1:2:4; build with --batch 1",
+        ),
+    ],
+)
+def test_what_isaac_ros_cannot_run_is_refused(
+    fields: dict[str, Any], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        export_engine(for_gpu(folders["fp32"], tmp_path / "engine", **fields), "isaac-ros", tmp_path / "out")
     assert not (tmp_path / "out").exists()
