@@ -15,7 +15,7 @@ from edgeseg.cli.parameters import ANY_PATH
 @click.option(
     "--to",
     "host",
-    type=click.Choice(("triton", "hub", "deepness", "deepstream", "isaac-ros")),
+    type=click.Choice(("triton", "hub", "deepness", "deepstream", "isaac-ros", "jetson-inference")),
     required=True,
     help="The host.",
 )
@@ -41,7 +41,7 @@ def command(
 
     triton: a model repository of NVIDIA's Triton. hub: a folder to upload to the Hugging Face hub, with a model card.
     deepness: a model for the QGIS plug-in. deepstream: a configuration for nvinfer and its graph.
-    isaac-ros: a launch file, its parameters and a graph.
+    isaac-ros: a launch file, its parameters and a graph. jetson-inference: a graph, labels and colours for segnet.
     """
     from edgeseg.handover.folder import export_engine, next_step
 

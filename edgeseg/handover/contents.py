@@ -95,8 +95,8 @@ def graph_bytes(model: onnx.ModelProto) -> bytes:
 
 
 def label_lines(spec: PipelineSpec) -> bytes:
-    """``labels.txt``: a name per line, none with the line ends and semicolons at which hosts divide."""
-    return "".join(f"{' '.join(name.replace(';', ',').split())}\n" for name in labels(spec)).encode()
+    """``labels.txt``: a name per line, none with the line ends, semicolons or lengths at which hosts divide."""
+    return "".join(f"{' '.join(name.replace(';', ',').split())[:100]}\n" for name in labels(spec)).encode()
 
 
 def readme(engine: Engine, host: str, start: str, notes: Sequence[str]) -> bytes:

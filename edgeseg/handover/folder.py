@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from edgeseg.errors import SpecError
-from edgeseg.handover import deepness, deepstream, hub, isaac_ros, triton
+from edgeseg.handover import deepness, deepstream, hub, isaac_ros, jetson_inference, triton
 from edgeseg.handover.contents import Content
 from edgeseg.store.artifacts import Engine, FileRef, open_engine, write_json
 from edgeseg.store.atomic import atomic_folder, check_folder
@@ -24,6 +24,7 @@ _PLAIN_HOSTS: Mapping[str, Callable[[Engine], dict[str, Content]]] = {
     "triton": triton.contents,
     "deepstream": deepstream.contents,
     "isaac-ros": isaac_ros.contents,
+    "jetson-inference": jetson_inference.contents,
 }
 HOSTS = ("deepness", "hub", *_PLAIN_HOSTS)
 """That an engine can be handed over to."""

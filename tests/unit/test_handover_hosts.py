@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnx
 import onnxruntime
@@ -30,14 +32,15 @@ from small_graphs import graph, table_for
 import edgeseg
 from edgeseg.backends import get_backend
 from edgeseg.backends.portable import open_graph
+from edgeseg.cli import export
 from edgeseg.cli.app import cli
 from edgeseg.errors import BuildError, SpecError
 from edgeseg.handover import deepstream, face, isaac_ros
-from edgeseg.handover.folder import export_engine
+from edgeseg.handover.folder import HOSTS, export_engine
 from edgeseg.quantize.fp16 import fp16_model, magnitudes
 from edgeseg.runtime.overlay import spec_palette
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
-from edgeseg.store.artifacts import OnnxGraph, open_engine, read_manifest, sha256_file
+from edgeseg.store.artifacts import OnnxGraph, PrecisionReport, open_engine, read_manifest, sha256_file
 
 KINDS = ("fp32", "fp16", "int8", "binary", "batches")
 GPU_KINDS = ("fp32", "fp16", "int8 of TensorRT", "binary")
@@ -186,6 +189,28 @@ def isaac_ros_masks(folder: Path, images: NDArray[np.uint8]) -> tuple[NDArray[An
     palette = np.array(decoder["color_palette"], np.int64)
     colours = palette[mask % len(palette)]
     return mask, np.stack([(colours >> shift) & 0xFF for shift in (16, 8, 0)], axis=-1).astype(np.uint8)
+
+
+# jetson-inference: gpuTensorNormMean of tensorConvert.cu, classify of segNet.cpp, LoadClassLabels and LoadClassColors.
+def jetson_inference_masks(folder: Path, images: NDArray[np.uint8], ignored: str) -> NDArray[Any]:
+    mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    planes = ((images * np.float32(1 / 255) - mean) / std).transpose(0, 3, 1, 2)
+    labels = []
+    for line in (folder / "labels.txt").read_text().splitlines():
+        labels.append(line[10:] if len(line) > 9 and line[0] == "n" and line[9] == " " else line)
+    (scores,) = session(folder / "model.onnx").run(["output_0"], {"input_0": planes})
+    assert scores.dtype == np.float32
+    assert len(labels) == scores.shape[1]
+    left_out = next((index for index, label in enumerate(labels) if label.lower() == ignored.lower()), -1)
+    mask = np.full(scores[:, 0].shape, -1)
+    highest = np.full(mask.shape, -100000.0, np.float32)
+    for index in range(scores.shape[1]):
+        if index == left_out:
+            continue
+        better = (mask < 0) | (scores[:, index] > highest)
+        mask[better] = index
+        highest[better] = scores[:, index][better]
+    return mask.astype(np.uint8)
 
 
 def agreement(one: NDArray[Any], other: NDArray[Any]) -> float:
@@ -418,3 +443,55 @@ def test_what_isaac_ros_cannot_run_is_refused(
     with pytest.raises(SpecError, match=message):
         export_engine(for_gpu(folders["fp32"], tmp_path / "engine", **fields), "isaac-ros", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "binary"])
+def test_jetson_inference_gives_the_engines_masks(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    spec = read_manifest(folders[kind]).spec
+    names = ("void",) if kind == "binary" else ("void", "none", *NAMES[2:])
+    spec = replace(spec, model=replace(spec.model, class_names=names))
+    output = tmp_path / "out"
+    export_engine(for_gpu(folders[kind], tmp_path / "engine", spec=spec), "jetson-inference", output)
+    assert_whole(output)
+    readme = (output / "README.md").read_text()
+    ignored = re.search(r"--ignore-class=(\S+) ", readme)
+    assert ignored is not None
+    masks = jetson_inference_masks(output, IMAGES, ignored[1])
+    assert agreement(masks, own_masks(folders[kind])) == 1.0
+    colours = np.array([line.split() for line in (output / "colors.txt").read_text().splitlines()], np.uint8)
+    np.testing.assert_array_equal(colours, spec_palette(spec))
+    labels = (output / "labels.txt").read_text().splitlines()
+    assert labels == (["background", "void"] if kind == "binary" else ["void", "none", "car", "tree", "nighttime_road"])
+    # TensorRT 8 of JetPack 4 to 6 reads opset 17 at most.
+    graph_file = onnx.load(output / "model.onnx")
+    onnx.checker.check_model(graph_file, full_check=True)
+    assert [domain.version for domain in graph_file.opset_import] == [17]
+    assert [(i.name, o.name) for i, o in zip(graph_file.graph.input, graph_file.graph.output, strict=True)] == [
+        ("input_0", "output_0")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *COMMON[:5],
+        ({"precision": PrecisionReport("int8", {}, {}, 0, "typed")}, "no integers; build with --precision fp16"),
+        ({"spec": FOUR}, "3 channels, the engine takes 4"),
+        (
+            {"spec": replace(SPEC, input=replace(SPEC.input, batch=BatchRange(1, 2, 4)))},
+            "takes 1:2:4; build with --batch 1",
+        ),
+    ],
+)
+def test_what_jetson_inference_cannot_run_is_refused(
+    fields: dict[str, Any], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match=message):
+        export_engine(for_gpu(folders["fp32"], tmp_path / "engine", **fields), "jetson-inference", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_host_of_the_verb_is_known() -> None:
+    (option,) = (p for p in export.command.params if p.name == "host")
+    assert isinstance(option.type, click.Choice)
+    assert set(option.type.choices) == set(HOSTS)
