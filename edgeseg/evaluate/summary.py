@@ -112,10 +112,12 @@ def sensitivity_lines(report: SensitivityReport) -> list[str]:
 def front_table(search: Search) -> FigureTable:
     """The engines a search saw that no other beats in accuracy and time at once, fastest first; the chosen one marked."""
     drops = any(candidate.miou_drop is not None for candidate in search.candidates)
+    several = len({candidate.target for candidate in search.candidates}) > 1
     table = FigureTable(
         (
             ("", "words"),
             ("in float", "name"),
+            *((("backend", "words"),) if several else ()),
             ("int8", "figure"),
             ("agreement", "figure"),
             *((("mIoU drop", "figure"),) if drops else ()),
@@ -129,6 +131,7 @@ def front_table(search: Search) -> FigureTable:
         table.add(
             mark,
             float_words(candidate),
+            *((candidate.target,) if several else ()),
             f"{candidate.mac_share.get('int8', 0.0):.1%}",
             share(candidate.agreement.value),
             *((estimate_words(candidate.miou_drop),) if drops else ()),
@@ -147,13 +150,16 @@ def front_lines(search: Search) -> list[str]:
         lines[0] += "; the search ended at its time limit"
     if chosen.float_modules:
         lines.append(f"in float: {', '.join(chosen.float_modules)}")
-    if any(c.median_ms is None and c.estimated_ms is not None for c in search.candidates):
+    if any(c.median_ms is None and c.estimated_ms is not None for c in pareto_front(search)):
         lines.append(f"~: the sum of its modules' times, from {search.latency_source}")
     return lines
 
 
 def pareto_front(search: Search) -> list[SearchCandidate]:
-    """Candidates that no other beats, and the chosen one; by time where it was measured, else by the share in int8."""
+    """Candidates that no other beats; by time where it was measured, else by the share in int8.
+
+    The chosen one and the ends, plain INT8 and what is float throughout, are there in any case.
+    """
 
     def cost(candidate: SearchCandidate) -> float:
         if candidate.median_ms is not None:
@@ -170,7 +176,9 @@ def pareto_front(search: Search) -> list[SearchCandidate]:
     front = [
         candidate
         for candidate, (ms, lost) in zip(candidates, points, strict=True)
-        if candidate is chosen or not any(a <= ms and b <= lost and (a, b) != (ms, lost) for a, b in points)
+        if candidate is chosen
+        or not candidate.float_modules
+        or not any(a <= ms and b <= lost and (a, b) != (ms, lost) for a, b in points)
     ]
     return sorted(front, key=cost)
 

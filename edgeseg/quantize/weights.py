@@ -3,8 +3,7 @@
 Rounded weights are wrong by up to half a step each; over inputs that are not centred on zero (everything behind a ReLU) the
 errors do not average out but shift each output channel. The shift is known: ``(W_rounded - W) . mean(x)``, with the mean
 of each input channel from calibration (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
-Correction", ICCV 2019, section 4.2). The other half of that paper, cross-layer equalization, was left out on purpose: it
-makes up for per-tensor weight scales, and every scheme here has one per channel.
+Correction", ICCV 2019, section 4.2).
 """
 
 from __future__ import annotations

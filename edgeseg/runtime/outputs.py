@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -39,7 +40,8 @@ def write_mask(path: Path, mask: NDArray[Any], palette: NDArray[np.uint8], *, ov
     picture = Image.fromarray(np.ascontiguousarray(mask))
     if mask.dtype == np.uint8:
         picture.putpalette(palette.tobytes())
-    _write_png(path, picture, overwrite)
+    # Areas of one value are runs: looking for nothing else takes half the time and makes smaller files.
+    _write_png(path, picture, overwrite, compress_type=zlib.Z_RLE)
 
 
 def write_picture(path: Path, picture: NDArray[np.uint8], *, overwrite: bool = False) -> None:
@@ -168,9 +170,15 @@ def _clear_errors(path: Path) -> Iterator[None]:
         raise InputError(f"cannot write {path}: {exc.strerror or exc}; free space or give another --output") from exc
 
 
-def _write_png(path: Path, picture: Image.Image, overwrite: bool, compress_level: int = 6) -> None:
+def _write_png(
+    path: Path,
+    picture: Image.Image,
+    overwrite: bool,
+    compress_level: int = 6,
+    compress_type: int = zlib.Z_DEFAULT_STRATEGY,
+) -> None:
     png = io.BytesIO()
-    picture.save(png, "PNG", compress_level=compress_level)
+    picture.save(png, "PNG", compress_level=compress_level, compress_type=compress_type)
     with _clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, png.getvalue(), overwrite=overwrite)

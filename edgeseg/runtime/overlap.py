@@ -6,14 +6,18 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, Generic, TypeVar
 
 from edgeseg.closing import Closing
+from edgeseg.machine.cpu import this_cpu
 
 A = TypeVar("A")
 B = TypeVar("B")
 
+# Of threads that decode or encode: each holds an image, of any size.
+MAX_THREADS = 4
 # How long closing waits for a thread that is inside someone else's code (a camera driver, a user's generator).
 JOIN_TIMEOUT_S = 5.0
 
@@ -136,6 +140,26 @@ class Overlapped(Generic[B], Closing):
     def close(self) -> None:
         """End both threads and close the source; harmless when done already."""
         self._end()
+
+
+def in_parallel(items: Iterable[A], work: Callable[[A], B]) -> Generator[B, None, None]:
+    """Yield ``work(item)`` for each of ``items``, in order, from as many threads as there are cores, 4 at most.
+
+    No more items than threads are drawn ahead of the result asked for. An exception of ``work`` is raised in its item's
+    turn; then, and when the generator is closed, what has begun is waited for and nothing else begins.
+    """
+    threads = min(this_cpu().cores, MAX_THREADS)
+    waiting: deque[Future[B]] = deque()
+    with ThreadPoolExecutor(threads, "edgeseg-parallel") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) == threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _draw(items: Iterable[A], inbox: Pipe[A]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from edgeseg.console import draws_bars, plain_console
 from edgeseg.errors import EdgesegError, InputError, MissingDependencyError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
 from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write_mask, write_picture
-from edgeseg.runtime.overlap import Overlapped
+from edgeseg.runtime.overlap import Overlapped, in_parallel
 from edgeseg.runtime.overlay import add_legend, colorize, legend_entries
 from edgeseg.runtime.overlay import overlay as lay_over
 from edgeseg.runtime.segmenter import Segmenter
@@ -35,6 +35,8 @@ USUAL_FPS = 25.0
 MAX_CLASS_NAME_BYTES = 40
 
 _Read: TypeAlias = "NDArray[np.uint8] | InputError | MissingDependencyError"
+# What of a task's image is still needed, or why there is none; and its mask.
+_Segmented: TypeAlias = "tuple[_Task, _Read | None, NDArray[Any] | None]"
 
 
 @dataclass(frozen=True)
@@ -216,52 +218,68 @@ class _Run:
     def _images(self, tasks: Sequence[_Task], bar: _Silent) -> None:
         channels = self.segmenter.spec.input.channels
 
-        def read() -> Iterator[tuple[_Task, _Read]]:
-            for task in tasks:
-                assert isinstance(task.source, Path)
-                try:
-                    yield task, read_image(task.source, channels)
-                except (InputError, MissingDependencyError) as exc:
-                    yield task, exc
+        def read(task: _Task) -> tuple[_Task, _Read]:
+            assert isinstance(task.source, Path)
+            try:
+                return task, read_image(task.source, channels)
+            except (InputError, MissingDependencyError) as exc:
+                return task, exc
 
-        def segment(
-            item: tuple[_Task, _Read],
-        ) -> tuple[_Task, _Read, NDArray[Any] | None]:
+        def segment(item: tuple[_Task, _Read]) -> _Segmented:
             task, image = item
             if isinstance(image, EdgesegError):
                 return task, image, None
-            return task, image, self.segmenter(image, channel_order="rgb" if channels == 3 else None)
+            mask = self.segmenter(image, channel_order="rgb" if channels == 3 else None)
+            # Nobody else needs the pixels: of large pictures every one held counts.
+            return task, image if self.overlay else None, mask
 
-        with Overlapped(read(), segment) as results:
-            for task, image, mask in results:
-                if isinstance(image, EdgesegError) or mask is None:
-                    self._fail(task, str(image), bar)
+        def write(item: _Segmented) -> tuple[_Task, str | None, list[Path]]:
+            task, image, mask = item
+            if isinstance(image, EdgesegError) or mask is None:
+                return task, str(image), []
+            return task, None, self._write_image(task, image, mask)
+
+        with (
+            Overlapped(in_parallel(tasks, read), segment, ahead=1) as results,
+            closing(in_parallel(self._until_limit(results), write)) as outputs,
+        ):
+            for task, reason, paths in outputs:
+                if reason is not None:
+                    self._fail(task, reason, bar)
                 else:
-                    self._write_image(task, image, mask)
+                    self.written += paths
                     self.images += 1
-                bar.advance(failed=mask is None)
-                if self._finished():
-                    break
+                bar.advance(failed=reason is not None)
 
-    def _write_image(self, task: _Task, image: NDArray[np.uint8], mask: NDArray[Any]) -> None:
-        self._write_masks(self.output / "masks" / task.name, mask)
-        if self.overlay:
+    def _until_limit(self, results: Iterable[_Segmented]) -> Iterator[_Segmented]:
+        """Results up to the last image that may be written; those that failed do not count."""
+        count = self.images + self.frames
+        for result in results:
+            yield result
+            count += result[2] is not None
+            if count == self.limit:
+                return
+
+    def _write_image(self, task: _Task, image: NDArray[np.uint8] | None, mask: NDArray[Any]) -> list[Path]:
+        written = self._write_masks(self.output / "masks" / task.name, mask)
+        if image is not None:
             path = self.output / "overlays" / f"{task.name}.png"
             # Not kept under a name: of a large picture every copy counts.
             picture = add_legend(
                 lay_over(image, mask, alpha=self.alpha, palette=self.segmenter.palette), self._legend(mask)
             )
             write_picture(path, picture, overwrite=self.overwrite)
-            self.written.append(path)
+            written.append(path)
+        return written
 
-    def _write_masks(self, base: Path, mask: NDArray[Any]) -> None:
+    def _write_masks(self, base: Path, mask: NDArray[Any]) -> list[Path]:
         palette = self.segmenter.palette
         paths = self._mask_paths(base)
         planes = mask if mask.ndim == 3 else mask[None]
         for index, (path, plane) in enumerate(zip(paths, planes, strict=True)):
             colours = palette if mask.ndim == 2 else np.stack((np.zeros(3, np.uint8), palette[index]))
             write_mask(path, plane, colours, overwrite=self.overwrite)
-            self.written.append(path)
+        return paths
 
     def _mask_paths(self, base: Path) -> list[Path]:
         if self.segmenter.spec.model.task != "multilabel":
@@ -312,7 +330,9 @@ class _Run:
                 for _ in range(min(max(1, due - file.frames), max(1, int(fps)))):
                     file.write(picture)
                 if self.frame_masks:
-                    self._write_masks(self.output / "masks" / task.name / f"{frame.index:06d}", frame.mask)
+                    self.written += self._write_masks(
+                        self.output / "masks" / task.name / f"{frame.index:06d}", frame.mask
+                    )
                 self.frames += 1
                 bar.advance()
                 if self._finished():

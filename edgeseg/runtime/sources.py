@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.images.decoding import list_images, read_image
+from edgeseg.runtime.overlap import in_parallel
 from edgeseg.spec import ChannelOrder
 from edgeseg.store.files import require_file
 
@@ -182,9 +183,11 @@ def require_utf8(path: Path) -> None:
 
 
 def _read_files(paths: list[Path], channels: int) -> Iterator[Picture]:
-    for index, path in enumerate(paths):
-        image = read_image(path, channels)
-        yield Picture(index, None, image, path, "rgb" if channels == 3 else None)
+    def read(item: tuple[int, Path]) -> Picture:
+        index, path = item
+        return Picture(index, None, read_image(path, channels), path, "rgb" if channels == 3 else None)
+
+    return in_parallel(enumerate(paths), read)
 
 
 def _number_arrays(arrays: Iterable[Any]) -> Iterator[Picture]:

@@ -22,7 +22,7 @@ from benchmarks.badly_scaled import badly_scaled
 from edgeseg.demo import sample_folder
 from edgeseg.errors import GateError
 from edgeseg.pipeline.fastest import compile_fastest
-from edgeseg.store.artifacts import Engine, open_engine
+from edgeseg.store.artifacts import Engine, SensitivityReport, open_engine, read_json
 
 pytestmark = pytest.mark.integration
 IMAGES = 8
@@ -123,6 +123,38 @@ def test_the_summary_fits_a_terminal(mixed: tuple[Engine, Heard], capsys: pytest
     shown = capsys.readouterr().out
     assert "met" in shown and "all (fp32)" in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_sensitivity_of_the_folder_is_what_the_search_saw(
+    mixed: tuple[Engine, Heard], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    from edgeseg.cli.sensitivity import command
+
+    engine = mixed[0]
+    words = [str(engine.folder), "--data", str(arguments["validation"]), "--json", str(tmp_path / "modules.json")]
+    done = CliRunner().invoke(command, words)
+    assert done.exit_code == 0, done.output
+    assert "encoder.blocks.2" in done.output
+    report = read_json(tmp_path / "modules.json", SensitivityReport, "sensitivity")
+    assert engine.manifest.search is not None
+    by_search = {module.module: module for module in engine.manifest.search.modules}
+    assert [module.module for module in report.modules] == sorted(
+        by_search, key=[m.module for m in report.modules].index
+    )
+    for module in report.modules:
+        seen = by_search[module.module]
+        assert (module.agreement, module.miou_drop, module.class_drops) == (
+            seen.agreement,
+            seen.miou_drop,
+            seen.class_drops,
+        )
+        assert module.saved_ms is not None
+    assert sum(module.mac_share for module in report.modules) == pytest.approx(1.0)
+    refused = CliRunner().invoke(command, [*words, "--arch", "unet"])
+    assert isinstance(refused.exception, edgeseg.SpecError)
+    assert "says what its network is; leave out --arch" in str(refused.exception)
 
 
 def test_no_search_where_plain_int8_meets_the_goal(arguments: dict[str, Any], tmp_path: Path) -> None:

@@ -175,10 +175,11 @@ def normalized(body: str, gain: NDArray[np.float32], weights: dict[str, Any]) ->
     return graph(TOKENS, f"{NORMALIZED}\n {body}", flat=ints(2, 6, 64), gain=gain, shift=floats(6), **weights)
 
 
+@pytest.mark.parametrize("shape", [(6,), (1, 6)])
 @pytest.mark.parametrize("read", READ_BY)
-def test_a_layer_normalization_takes_the_factor_for_what_reads_it(read: str) -> None:
+def test_a_layer_normalization_takes_the_factor_for_what_reads_it(read: str, shape: tuple[int, ...]) -> None:
     body, weights = READ_BY[read]
-    model = normalized(body, np.array([40, 1, 1, 0.2, 1, 1], np.float32), weights)
+    model = normalized(body, np.array([40, 1, 1, 0.2, 1, 1], np.float32).reshape(shape), weights)
     result, report = equalized(model)
     assert report.channels >= 5
     before, after = run(model, x=X)[0], run(result, x=X)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -66,6 +67,18 @@ def test_masks_are_palette_pngs_of_class_indices(tmp_path: Path) -> None:
         assert png.mode == "P"
         np.testing.assert_array_equal(np.asarray(png), expected_mask(image))
         np.testing.assert_array_equal(np.asarray(png.convert("RGB")), class_palette(4)[expected_mask(image)])
+
+
+def test_a_mask_of_areas_is_smaller_than_with_the_usual_compression(tmp_path: Path) -> None:
+    y, x = np.mgrid[:300, :400]
+    mask = ((np.hypot(y - 150, x - 90) < 80) + 2 * (np.hypot(y - 80, x - 300) < 110 + 9 * np.sin(y / 7))).astype(
+        np.uint8
+    )
+    write_mask(tmp_path / "mask.png", mask, class_palette(4))
+    usual = io.BytesIO()
+    Image.fromarray(mask).save(usual, "PNG")
+    assert (tmp_path / "mask.png").stat().st_size < usual.tell()
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "mask.png")), mask)
 
 
 def test_overlays_have_the_image_and_a_legend(tmp_path: Path) -> None:

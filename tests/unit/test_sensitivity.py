@@ -21,11 +21,12 @@ from bench_rows import report, row  # noqa: E402
 from small_graphs import run, spec, table_for  # noqa: E402
 from test_float_modules import IMAGE, network  # noqa: E402
 
+from edgeseg.closing import Closing  # noqa: E402
 from edgeseg.errors import SpecError  # noqa: E402
 from edgeseg.evaluate.accuracy.dataset import Pair  # noqa: E402
 from edgeseg.evaluate.results import ModuleTime, Profile, write_report  # noqa: E402
 from edgeseg.mixed.costs import times_from_file  # noqa: E402
-from edgeseg.mixed.judge import ImageTally, Judged  # noqa: E402
+from edgeseg.mixed.judge import ImageTally, Judged, Remembered, spread  # noqa: E402
 from edgeseg.mixed.sensitivity import NetworkModules, judge_modules, sensitivities  # noqa: E402
 from edgeseg.quantize.modules import Modules  # noqa: E402
 from edgeseg.quantize.qdq import write_qdq  # noqa: E402
@@ -186,3 +187,36 @@ def test_milliseconds_come_from_a_bench_of_the_device(tmp_path: Path) -> None:
     write_report(path, report(int8))
     with pytest.raises(SpecError, match="an fp16 or fp32 engine"):
         times_from_file(path, model, modules)
+
+
+def test_a_session_that_remembers_runs_each_batch_once(tmp_path: Path) -> None:
+    class Counted(Closing):
+        runs = 0
+
+        def run(self, images: Any) -> dict[str, Any]:
+            self.runs += 1
+            return {"mask": images[..., 0], "confidence": images[..., 1].astype(np.float32)}
+
+        def close(self) -> None:
+            raise AssertionError("it is the caller's")
+
+    session = Counted()
+    batches = [RNG.integers(0, 256, (1, 4, 5, 3), dtype=np.uint8) for _ in range(2)]
+    with Remembered(session, tmp_path / "kept") as first:
+        for batch in (*batches, *batches):
+            outputs = first.run(batch)
+            np.testing.assert_array_equal(outputs["mask"], batch[..., 0])
+            assert outputs["confidence"].dtype == np.float32
+        one = first.digest()
+    second = Remembered(session, tmp_path / "kept")
+    second.run(batches[1])
+    assert session.runs == 2 and second.digest() == one
+    # The same bytes in another shape are another batch, and change what the results are known by.
+    second.run(batches[0].reshape(1, 5, 4, 3))
+    assert session.runs == 3 and second.digest() != one
+
+
+def test_images_are_taken_evenly() -> None:
+    pairs = [Pair(str(k), np.zeros((1, 1, 3), np.uint8), None) for k in range(10)]
+    assert [pair.name for pair in spread(pairs, 4)] == ["0", "2", "5", "7"]
+    assert spread(pairs, 10) == spread(pairs, 99) == pairs

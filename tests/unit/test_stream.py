@@ -19,8 +19,9 @@ from memory_backend import MemorySession
 from PIL import Image
 
 from edgeseg.errors import InputError, MissingDependencyError, SpecError
-from edgeseg.runtime import sources
-from edgeseg.runtime.overlap import Overlapped
+from edgeseg.machine.cpu import Cpu
+from edgeseg.runtime import overlap, sources
+from edgeseg.runtime.overlap import Overlapped, in_parallel
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import Picture, camera_index
 from edgeseg.runtime.stream import stream
@@ -125,6 +126,53 @@ def test_reading_ahead_is_bounded() -> None:
         time.sleep(0.2)
         # 1 taken, 3 waiting at each hand-over, and 1 in the hands of each thread.
         assert len(drawn) <= 1 + 3 + 3 + 2
+
+
+def test_several_threads_work_at_the_same_time_and_the_order_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 3))
+    # Passed only by three threads at once.
+    together = threading.Barrier(3, timeout=10)
+
+    def work(item: int) -> int:
+        together.wait()
+        time.sleep(0.03 * (2 - item % 3))  # the first is done last
+        return item
+
+    assert list(in_parallel(range(9), work)) == list(range(9))
+
+
+def test_working_in_parallel_draws_no_more_than_it_has_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 64))
+    drawn: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(1000):
+            drawn.append(i)
+            yield i
+
+    results = in_parallel(items(), lambda item: item)
+    assert [next(results), next(results)] == [0, 1]
+    assert len(drawn) == 1 + overlap.MAX_THREADS
+    results.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("edgeseg-parallel")]
+
+
+def test_an_error_in_parallel_work_comes_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 2))
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 2:
+            raise InputError("item 2")
+        time.sleep(0.02)
+        return item
+
+    results = in_parallel(range(100), work)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(InputError, match="item 2"):
+        next(results)
+    assert max(begun) <= 3
 
 
 def test_an_error_while_reading_comes_after_the_frames_before_it(tmp_path: Path) -> None:

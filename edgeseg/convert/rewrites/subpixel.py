@@ -38,12 +38,27 @@ class _Terms:
 
     low: list[tuple[ir.Value, FloatArray]] = field(default_factory=list)
     full: list[tuple[ir.Value, FloatArray]] = field(default_factory=list)
+    lateral: tuple[ir.Value, FloatArray, FloatArray] | None = None
+    """One more value at full resolution: what a composed 1x1 convolution reads, its weights ``(M, I)``, and the 3x3 kernel
+    ``(O, M, 3, 3)`` behind it."""
     shift: FloatArray | None = None
     """Bias of a composed 1x1 convolution, per channel of the first low-resolution value. Zero padding keeps it away from
     the border, so it is no bias of the result: it is added to that value, which is padded alike."""
 
     def macs_per_pixel(self) -> int:
-        return sum(4 * int(w.shape[0] * w.shape[1]) for _, w in self.low) + sum(int(w.size) for _, w in self.full)
+        macs = sum(4 * int(w.shape[0] * w.shape[1]) for _, w in self.low) + sum(int(w.size) for _, w in self.full)
+        if self.lateral is not None:
+            _, inner, kernel = self.lateral
+            macs += int(kernel.size) // inner.shape[0] * inner.shape[1]
+        return macs
+
+    def at_full_resolution(self) -> list[tuple[ir.Value, FloatArray]]:
+        """All values at full resolution, the composed one with its kernel."""
+        if self.lateral is None:
+            return self.full
+        value, inner, kernel = self.lateral
+        composed = np.tensordot(kernel.astype(np.float64), inner.astype(np.float64), ((1,), (0,)))
+        return [*self.full, (value, np.moveaxis(composed, -1, 1).astype(np.float32))]
 
 
 def _matches(model: ir.Model) -> list[tuple[Convolution, _Terms]]:
@@ -74,7 +89,7 @@ def _decompose(value: ir.Value | None, kernel: FloatArray, terms: _Terms, *, add
     """Split ``conv(value, kernel)`` into terms; ``added`` says that ``value`` is a term of a sum."""
     assert value is not None
     low, total, concat = _before_nearest_2x(value), maker(value, "Add"), maker(value, "Concat")
-    lateral = pointwise(maker(value, "Conv")) if added and terms.shift is None else None
+    lateral = pointwise(maker(value, "Conv")) if added and terms.lateral is None else None
     if low is not None:
         terms.low.append((low, kernel))
     elif total is not None and all(dims(v) == dims(value) is not None for v in total.inputs):
@@ -85,8 +100,7 @@ def _decompose(value: ir.Value | None, kernel: FloatArray, terms: _Terms, *, add
         for part, start, stop in zip(concat.inputs, starts[:-1], starts[1:], strict=True):
             _decompose(part, kernel[:, start:stop], terms)
     elif lateral is not None and lateral.node.inputs[0] is not None:
-        composed = np.einsum("omhw,mi->oihw", kernel.astype(np.float64), lateral.weight[:, :, 0, 0])
-        terms.full.append((lateral.node.inputs[0], composed.astype(np.float32)))
+        terms.lateral = lateral.node.inputs[0], lateral.weight[:, :, 0, 0], kernel
         terms.shift = lateral.bias
     else:
         terms.full.append((value, kernel))
@@ -131,14 +145,15 @@ def transposed_kernel(kernel: FloatArray) -> FloatArray:
 def _rewrite(conv: Convolution, terms: _Terms) -> None:
     node, output = conv.node, conv.node.outputs[0]
     after = None if output.shape is None else list(output.shape)
+    full_terms = terms.at_full_resolution()
     low, kernel = _joined(node, _shifted(conv, terms), conv.stem)
     inputs = [low, weight(node, transposed_kernel(kernel), f"{conv.stem}.upsampled.weight")]
-    if conv.has_bias and not terms.full:
+    if conv.has_bias and not full_terms:
         inputs.append(weight(node, conv.bias, f"{conv.stem}.upsampled.bias"))
     attributes = {"kernel_shape": [4, 4], "strides": [2, 2], "pads": [1, 1, 1, 1]}
     result = emit(node, "ConvTranspose", inputs, attributes, shape=after)
-    if terms.full:
-        full, kernel = _joined(node, terms.full, conv.stem)
+    if full_terms:
+        full, kernel = _joined(node, full_terms, conv.stem)
         inputs = [full, weight(node, kernel, f"{conv.stem}.skip.weight")]
         if conv.has_bias:
             inputs.append(weight(node, conv.bias, f"{conv.stem}.skip.bias"))

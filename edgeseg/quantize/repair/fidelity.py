@@ -33,10 +33,10 @@ JUDGES = ("onnxruntime-vnni", "tensorrt")
 HELD_OUT_EVERY = 4
 MIN_TO_HOLD_OUT = 16
 
-IMAGES = 8
+IMAGES = 16
 """Most images that judge: a repair is worth seconds, not minutes."""
 
-FEWEST_IMAGES, PIXELS = 4, 8 * 512 * 512
+FEWEST_IMAGES, PIXELS = 4, 8 * 352 * 480
 """Fewer judge where the input is large: as many as have so many pixels together, but four."""
 
 _DECISIONS = frozenset({"ArgMax", "Cast", "Greater", "GreaterOrEqual", "Squeeze", "Softmax", "Sigmoid", "Identity"})

@@ -49,9 +49,12 @@ def free_normalizations(graph: ir.Graph) -> list[Normalization]:
         if node.op_type != "LayerNormalization" or node.domain or len(node.outputs) != 1:
             continue
         output, gain = node.outputs[0], constant_array(node.inputs[1])
-        if output.shape is None or gain is None or gain.dtype != np.float32 or gain.shape != (output.shape[-1],):
+        if output.shape is None or gain is None or gain.dtype != np.float32:
             continue
-        if len(node.inputs) > 2 and node.inputs[2] is not None and constant_array(node.inputs[2]) is None:
+        # (C,), or with ones in front.
+        channels = output.shape[-1]
+        shift = constant_array(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else gain
+        if shift is None or any(array.size != channels or array.shape[-1:] != (channels,) for array in (gain, shift)):
             continue
         last = len(output.shape) - 1
         readers = _readers(output, last)
