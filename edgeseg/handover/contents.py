@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from edgeseg.backends.portable import awaits_calibration
 from edgeseg.errors import SpecError
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine
@@ -80,8 +81,8 @@ def require(engine: Engine, host: str, *, target: str, fit: str, batch: bool, ch
             f"brings images to size by {fit}, the engine was built for {size.fit}; build with --fit {fit}",
         ),
         (
-            about.precision.requested == "int8" and about.scheme is None,
-            "needs the Q/DQ graph of an int8 engine; build without implicit_calibration",
+            awaits_calibration(about.precision, about.options),
+            "needs the Q/DQ graph of an int8 engine; build without --backend-option implicit_calibration=true",
         ),
     )
     for refused, words in refusals:

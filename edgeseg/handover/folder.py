@@ -103,7 +103,7 @@ def next_step(host: str, output: Path) -> str:
         return f"hf upload USER/MODEL {shlex.quote(str(output))}"
     if host == "triton":
         return f"tritonserver --model-repository {shlex.quote(str(output / triton.REPOSITORY))}"
-    return f"how to start it: {shlex.quote(str(output / 'README.md'))}"
+    return f"start it as {shlex.quote(str(output / 'README.md'))} says"
 
 
 def _write(scratch: Path, files: Mapping[str, Content]) -> None:

@@ -361,7 +361,7 @@ FOUR = PipelineSpec(
         ({"target": "onnxruntime"}, "graphs of --target tensorrt"),
         ({"spec": FOUR}, "1 or 3 channels, the engine takes 4"),
         ({"options": {"typing": "weak"}}, "build without --backend-option typing=weak"),
-        ({"scheme": None}, "build without implicit_calibration"),
+        ({"options": {"implicit_calibration": True}}, "build without --backend-option implicit_calibration"),
     ],
 )
 def test_what_deepstream_cannot_run_is_refused(
