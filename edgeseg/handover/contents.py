@@ -104,6 +104,12 @@ def readme(engine: Engine, host: str, start: str, notes: Sequence[str]) -> bytes
     """README of a folder for ``host``: what it is, how it is started (Markdown), what to know."""
     spec = engine.manifest.spec
     numbered = ", ".join(f"{index} {plain(name)}" for index, name in enumerate(labels(spec)))
+    size = spec.input
+    if size.fit == "resize" and size.interpolation != "linear":
+        notes = (
+            *notes,
+            f"edgeseg resizes for this model by {size.interpolation}; frames of {size.height}x{size.width} give its masks.",
+        )
     listed = "\n".join(f"- {note}" for note in notes)
     return f"""# {plain(engine.manifest.name)} for {host}
 
