@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from edgeseg.backends.portable import awaits_calibration
 from edgeseg.errors import SpecError
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine
@@ -80,8 +81,8 @@ def require(engine: Engine, host: str, *, target: str, fit: str, batch: bool, ch
             f"brings images to size by {fit}, the engine was built for {size.fit}; build with --fit {fit}",
         ),
         (
-            about.precision.requested == "int8" and about.scheme is None,
-            "needs the Q/DQ graph of an int8 engine; build without implicit_calibration",
+            awaits_calibration(about.precision, about.options),
+            "needs the Q/DQ graph of an int8 engine; build without --backend-option implicit_calibration=true",
         ),
     )
     for refused, words in refusals:
@@ -103,6 +104,12 @@ def readme(engine: Engine, host: str, start: str, notes: Sequence[str]) -> bytes
     """README of a folder for ``host``: what it is, how it is started (Markdown), what to know."""
     spec = engine.manifest.spec
     numbered = ", ".join(f"{index} {plain(name)}" for index, name in enumerate(labels(spec)))
+    size = spec.input
+    if size.fit == "resize" and size.interpolation != "linear":
+        notes = (
+            *notes,
+            f"edgeseg resizes for this model by {size.interpolation}; frames of {size.height}x{size.width} give its masks.",
+        )
     listed = "\n".join(f"- {note}" for note in notes)
     return f"""# {plain(engine.manifest.name)} for {host}
 

@@ -13,6 +13,7 @@ import msgspec
 from edgeseg.errors import SpecError
 from edgeseg.handover import deepness, deepstream, hub, isaac_ros, jetson_inference, triton
 from edgeseg.handover.contents import Content
+from edgeseg.spec import one_of
 from edgeseg.store.artifacts import Engine, FileRef, open_engine, write_json
 from edgeseg.store.atomic import atomic_folder, check_folder
 from edgeseg.version import __version__
@@ -72,11 +73,12 @@ def export_engine(
         force: replace a folder that was handed over before.
 
     Raises:
-        SpecError: the host cannot run this engine, or something it needs was not said.
+        SpecError: an unknown host, or one that cannot run this engine, or something it needs was not said.
         BuildError: the graph made for the host does not give the engine's masks.
         ArtifactError: no engine folder, or one that was changed; the output cannot be written.
         InputError: the picture cannot be read.
     """
+    one_of("host", host, HOSTS)
     check_folder(output, force=force, ours=_own_names)
     engine = open_engine(folder)
     if host != "hub" and (licence is not None or picture is not None):
@@ -103,7 +105,7 @@ def next_step(host: str, output: Path) -> str:
         return f"hf upload USER/MODEL {shlex.quote(str(output))}"
     if host == "triton":
         return f"tritonserver --model-repository {shlex.quote(str(output / triton.REPOSITORY))}"
-    return f"how to start it: {shlex.quote(str(output / 'README.md'))}"
+    return f"start it as {shlex.quote(str(output / 'README.md'))} says"
 
 
 def _write(scratch: Path, files: Mapping[str, Content]) -> None:

@@ -361,7 +361,7 @@ FOUR = PipelineSpec(
         ({"target": "onnxruntime"}, "graphs of --target tensorrt"),
         ({"spec": FOUR}, "1 or 3 channels, the engine takes 4"),
         ({"options": {"typing": "weak"}}, "build without --backend-option typing=weak"),
-        ({"scheme": None}, "build without implicit_calibration"),
+        ({"options": {"implicit_calibration": True}}, "build without --backend-option implicit_calibration"),
     ],
 )
 def test_what_deepstream_cannot_run_is_refused(
@@ -491,7 +491,16 @@ def test_what_jetson_inference_cannot_run_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_every_host_of_the_verb_is_known() -> None:
+def test_another_way_of_resizing_is_said(folders: dict[str, Path], tmp_path: Path) -> None:
+    spec = read_manifest(folders["fp32"]).spec
+    area = replace(spec, input=replace(spec.input, interpolation="area"))
+    export_engine(for_gpu(folders["fp32"], tmp_path / "area", spec=area), "deepstream", tmp_path / "out")
+    assert "resizes for this model by area" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_every_host_of_the_verb_is_known(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="unknown host 'tritton'; did you mean 'triton'"):
+        export_engine(folders["fp32"], "tritton", tmp_path / "out")
     (option,) = (p for p in export.command.params if p.name == "host")
     assert isinstance(option.type, click.Choice)
     assert set(option.type.choices) == set(HOSTS)
