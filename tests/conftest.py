@@ -14,10 +14,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """What one file exported or calibrated, every other finds; xdist's workers inherit the folder.
 
     A test that asserts on what is made anew brings a cache of its own. Who names one keeps it from run to run.
-    PyTorch takes one thread, here and in the programs that tests start: the models are tiny, two workers share the cores,
-    and threads would wait for each other longer than they compute. A test that needs more asks for them.
+    PyTorch takes one thread, here and in the programs that tests start: the models are tiny, and two workers share the cores.
+    Where a build asks for more, they sleep while they wait for each other: on a busy machine spinning takes most of a build.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "EDGESEG_CACHE" not in os.environ:
         folder = os.environ["EDGESEG_CACHE"] = tempfile.mkdtemp(prefix="edgeseg-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
