@@ -3,7 +3,7 @@
 - ``loop``: PIL decodes and resizes, the session runs with a thread per core, PIL enlarges the mask and writes a PNG; one
   image after the other.
 - ``pool``: the same function in a thread pool, a thread per core, and a session of one thread that they share.
-- ``edgeseg run``: :func:`edgeseg.runtime.run.run_inputs` on the folder, with the engine as built.
+- ``edgeseg run``: :func:`edgeseg.runtime.run.run_inputs` on the folder, loaded as the command does.
 
 Each is timed on the same folder in turns, another one first in each round: images per second by the clock, milliseconds
 of CPU time per image, bytes written. ``agreement`` is the share of pixels in which masks agree with those of the loop,
@@ -34,14 +34,15 @@ import edgeseg
 from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
 from edgeseg.evaluate.latency.protocol import LatencySamples, median
 from edgeseg.images.decoding import list_images
+from edgeseg.runtime.overlap import parallel_threads
 from edgeseg.runtime.run import run_inputs
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.artifacts import Engine, open_engine
 
 SIZES = ((256, 256), (512, 512), (1080, 1920))
 """Of the image files, ``(height, width)`` in pixels."""
 SUFFIXES = ("jpg", "png")
 ENGINE_SIZE = 256
-SCENES = Path(__file__).resolve().parent.parent / "calibration" / "demo"
+SCENES = Path(__file__).resolve().parent.parent / "calibration" / "demo" / "calib" / "images"
 
 Contender = Callable[[Path, Path], None]
 """Segments every file of a folder into another folder."""
@@ -62,11 +63,9 @@ def main() -> None:
     speed: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        engine = edgeseg.build(
-            arch="fpn", precision="int8", size=ENGINE_SIZE, target="onnxruntime", output=folder / "engine"
-        )
+        engine = open_engine(options.engine) if options.engine else built(folder / "engine")
         contenders = by_hand(engine)
-        segmenter = edgeseg.load(engine)
+        segmenter = edgeseg.load(engine, streams=parallel_threads())
         contenders["edgeseg run"] = lambda files, masks: _run(segmenter, files, masks)
         for height, width in SIZES:
             for suffix in SUFFIXES:
@@ -90,6 +89,10 @@ def main() -> None:
     _print(console, rows, speed)
 
 
+def built(folder: Path) -> Engine:
+    return edgeseg.build(arch="fpn", precision="int8", size=ENGINE_SIZE, target="onnxruntime", output=folder)
+
+
 def by_hand(engine: Engine) -> dict[str, Contender]:
     """The loop and the pool, around sessions of the engine's own file."""
     cores = len(os.sched_getaffinity(0))
@@ -102,7 +105,7 @@ def by_hand(engine: Engine) -> dict[str, Contender]:
         return onnxruntime.InferenceSession(str(engine.engine_path), settings, providers=["CPUExecutionProvider"])
 
     wide, narrow = session(cores), session(1)
-    palette = np.zeros((256, 3), np.uint8).tobytes()
+    palette = bytes(3 * engine.manifest.spec.model.classes)
 
     def segment(runner: onnxruntime.InferenceSession, path: Path, masks: Path) -> None:
         image = Image.open(path).convert("RGB")
@@ -132,7 +135,7 @@ def written_images(folder: Path, size: tuple[int, int], suffix: str, count: int)
     """Write street scenes at ``size``, with the noise of a camera so that they compress as photographs do."""
     folder.mkdir()
     noise = np.random.default_rng(0)
-    scenes = list_images(SCENES / "calib")
+    scenes = list_images(SCENES)
     for index in range(count):
         scene = Image.open(scenes[index % len(scenes)]).convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
         pixels = np.asarray(scene) + noise.normal(0.0, 3.0, (*size, 3))
@@ -191,6 +194,7 @@ def _print(console: Console, rows: list[dict[str, Any]], speed: dict[str, dict[s
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", type=Path, help="what this benchmark builds, from an earlier build")
     parser.add_argument("--images", type=int, default=48, help="files of each kind")
     parser.add_argument("--rounds", type=int, default=9, help="times each folder is segmented by each contender")
     parser.add_argument("--output", type=Path, default=RESULTS / "files_to_masks.json")

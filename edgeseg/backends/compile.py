@@ -201,6 +201,7 @@ def compile_folder(
             versions={name: v for name, v in old.versions.items() if name not in BACKENDS} | dict(built.versions),
             device=dict(built.device),
             candidates={},
+            search=old.search and old.search.untimed(),
             command=old.command if (backend.name, given) == (old.target, kept_options(old)) else None,
         )
         if manifest.engine_key != old.engine_key:

@@ -58,10 +58,11 @@ def command(
     as_json: bool,
 ) -> None:
     """Segment images, folders, globs, video files or a camera (its index) with ENGINE_DIR."""
-    from edgeseg.runtime.run import run_inputs
+    from edgeseg.runtime.run import run_inputs, streams_of
     from edgeseg.runtime.segmenter import load
 
-    with load(folder, fit=fit, tile_overlap=tile_overlap, recompile=recompile) as segmenter:
+    streams = streams_of(inputs)
+    with load(folder, fit=fit, tile_overlap=tile_overlap, recompile=recompile, streams=streams) as segmenter:
         summary = run_inputs(
             segmenter,
             inputs,

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from edgeseg.errors import SpecError
-from edgeseg.handover import hub, triton
+from edgeseg.handover import deepness, deepstream, hub, isaac_ros, jetson_inference, triton
 from edgeseg.handover.contents import Content
-from edgeseg.store.artifacts import FileRef, open_engine, write_json
+from edgeseg.spec import one_of
+from edgeseg.store.artifacts import Engine, FileRef, open_engine, write_json
 from edgeseg.store.atomic import atomic_folder, check_folder
 from edgeseg.version import __version__
 
 LISTING_NAME = "handover.json"
 SCHEMA_VERSION = 1
+
+_PLAIN_HOSTS: Mapping[str, Callable[[Engine], dict[str, Content]]] = {
+    "triton": triton.contents,
+    "deepstream": deepstream.contents,
+    "isaac-ros": isaac_ros.contents,
+    "jetson-inference": jetson_inference.contents,
+}
+HOSTS = ("deepness", "hub", *_PLAIN_HOSTS)
+"""That an engine can be handed over to."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +58,39 @@ def export_engine(
     *,
     licence: str | None = None,
     picture: Path | None = None,
+    resolution_cm: float | None = None,
     force: bool = False,
 ) -> Listing:
     """Write the engine in ``folder`` as ``host`` takes it to ``output``.
 
     Args:
         folder: an engine folder.
-        host: ``triton`` or ``hub``.
+        host: one of :data:`HOSTS`.
         output: the new folder.
         licence: of the weights, for the hub's model card; the hub's own word, such as ``apache-2.0``.
         picture: an image to show with its mask, for the hub.
+        resolution_cm: ground size of a pixel of the training images, centimetres, for ``deepness``.
         force: replace a folder that was handed over before.
 
     Raises:
-        SpecError: the host cannot run this engine, or something it needs was not said.
+        SpecError: an unknown host, or one that cannot run this engine, or something it needs was not said.
+        BuildError: the graph made for the host does not give the engine's masks.
         ArtifactError: no engine folder, or one that was changed; the output cannot be written.
         InputError: the picture cannot be read.
     """
+    one_of("host", host, HOSTS)
     check_folder(output, force=force, ours=_own_names)
     engine = open_engine(folder)
-    if host == "triton":
-        if licence is not None or picture is not None:
-            raise SpecError("--license and --picture are for the hub's model card; leave them out with --to triton")
-        contents = triton.contents(engine)
-    else:
+    if host != "hub" and (licence is not None or picture is not None):
+        raise SpecError(f"--license and --picture are for the hub's model card; leave them out with --to {host}")
+    if host != "deepness" and resolution_cm is not None:
+        raise SpecError(f"--resolution is for deepness, which works on maps; leave it out with --to {host}")
+    if host == "hub":
         contents = hub.contents(engine, licence, picture)
+    elif host == "deepness":
+        contents = deepness.contents(engine, resolution_cm)
+    else:
+        contents = _PLAIN_HOSTS[host](engine)
     with atomic_folder(output, force=force, ours=_own_names) as scratch:
         _write(scratch, contents)
         files = {name: FileRef.of(scratch / name) for name in sorted(contents)}
@@ -85,7 +103,9 @@ def next_step(host: str, output: Path) -> str:
     """What to type next, for a person."""
     if host == "hub":
         return f"hf upload USER/MODEL {shlex.quote(str(output))}"
-    return f"tritonserver --model-repository {shlex.quote(str(output / triton.REPOSITORY))}"
+    if host == "triton":
+        return f"tritonserver --model-repository {shlex.quote(str(output / triton.REPOSITORY))}"
+    return f"start it as {shlex.quote(str(output / 'README.md'))} says"
 
 
 def _write(scratch: Path, files: Mapping[str, Content]) -> None:

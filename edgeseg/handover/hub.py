@@ -13,7 +13,7 @@ import msgspec
 
 from edgeseg.errors import SpecError
 from edgeseg.evaluate.summary import noise_lines
-from edgeseg.handover.contents import Content, input_words, labels, values_words
+from edgeseg.handover.contents import Content, input_words, labels, plain, values_words
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine, Manifest, Verification
 
 PICTURE_NAME = "picture.png"
@@ -81,10 +81,10 @@ def _card(manifest: Manifest, licence: str, *, has_picture: bool) -> str:
     # JSON is YAML: no text of a manifest can end the metadata early.
     metadata = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
     names = labels(spec)
-    listed = ", ".join(f"{index} {_plain(name)}" for index, name in enumerate(names[:_MOST_LABELS]))
+    listed = ", ".join(f"{index} {plain(name)}" for index, name in enumerate(names[:_MOST_LABELS]))
     more = f" and {len(names) - _MOST_LABELS} more" if len(names) > _MOST_LABELS else ""
     picture = f"![An image and its mask]({PICTURE_NAME})\n\n" if has_picture else ""
-    source = f" of {_plain(origin.hub_id)}" if origin is not None and origin.hub_id is not None else ""
+    source = f" of {plain(origin.hub_id)}" if origin is not None and origin.hub_id is not None else ""
     install = {"openvino": "openvino", "tensorrt": "jetson", "tensorrt-rtx": "tensorrt-rtx"}.get(
         manifest.target, "onnxruntime"
     )
@@ -92,9 +92,9 @@ def _card(manifest: Manifest, licence: str, *, has_picture: bool) -> str:
     return f"""---
 {metadata}
 ---
-# {_plain(manifest.name)}
+# {plain(manifest.name)}
 
-{picture}An edgeseg engine folder{source}: {_plain(spec.in_words)}; {manifest.precision.requested} for {manifest.target}.
+{picture}An edgeseg engine folder{source}: {plain(spec.in_words)}; {manifest.precision.requested} for {manifest.target}.
 
 ## Run
 
@@ -125,7 +125,7 @@ def _verification(verification: Verification | None) -> str:
         ("size", *(f"{size / 1e6:.1f} MB" for size in (v.pytorch_size_bytes, v.engine_size_bytes))),
     ]
     table = "\n".join(f"| {name} | {one} | {two} |" for name, one, two in rows)
-    words = f"On {v.images} images: {_plain(v.data)}. Times are of the machine that built it; `-` was not measured."
+    words = f"On {v.images} images: {plain(v.data)}. Times are of the machine that built it; `-` was not measured."
     if noise_lines(v):
         words += " They are noisy: measure with `edgeseg bench`."
     return f"| | PyTorch | engine |\n|---|---:|---:|\n{table}\n\n{words}"
@@ -133,9 +133,3 @@ def _verification(verification: Verification | None) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _plain(text: str | None) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML, one line."""
-    flat = " ".join((text or "").split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*\[\]|~#])", r"\\\1", flat)

@@ -30,6 +30,9 @@ from edgeseg.store.onnx_file import read_onnx
 PREFIX_BUDGET_BYTES = 512 << 20
 """Values of the float graph held in memory at a time; more images are judged in stretches."""
 
+LARGE_BYTES = 16 << 20
+"""What a value of unknown size is taken to have: those of a graph of dynamic size are known when it runs only."""
+
 IMAGES = 32
 """Images that modules are judged on in a build, which wants their order and no more."""
 
@@ -87,7 +90,7 @@ def judge_modules(
         InputError: an image that cannot be used.
     """
     bench = _Bench(network, table, scheme)
-    stretch = max(1, budget_bytes // max(1, bench.bytes_per_image))
+    stretch = max(1, budget_bytes // bench.bytes_per_image)
     total = len(pairs) if isinstance(pairs, Sequence) else 0
     tallies: dict[str, list[ImageTally]] = {name: [] for name in bench.modules}
     done, images = 0, iter(pairs)
@@ -131,7 +134,9 @@ class _Bench:
                 part.graph.initializer.extend(own)
                 self._parts[name] = part
         self.names = sorted({v.name for part in self._parts.values() for v in part.graph.input if v.name in known})
-        self.bytes_per_image = sum(value_bytes(known[name]) for name in self.names)
+        sizes = [value_bytes(known[name]) for name in self.names]
+        counted = [size for size in sizes if size is not None]
+        self.bytes_per_image = sum(counted) + LARGE_BYTES * (len(sizes) - len(counted)) or 1
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -76,9 +76,11 @@ def cut(model: onnx.ModelProto, known: Mapping[str, onnx.ValueInfoProto]) -> onn
     return part
 
 
-def value_bytes(value: onnx.ValueInfoProto) -> int:
-    """Of a float value, with 1 in place of a size that only the run knows."""
-    return 4 * prod(int(dim.dim_value) or 1 for dim in value.type.tensor_type.shape.dim)
+def value_bytes(value: onnx.ValueInfoProto) -> int | None:
+    """Of a float value, for one image; ``None`` where only the run knows its size."""
+    tensor = value.type.tensor_type
+    sizes = [int(dim.dim_value) for dim in tensor.shape.dim][1:]
+    return 4 * prod(sizes) if tensor.HasField("shape") and all(sizes) else None
 
 
 class SharedPrefix(Closing):

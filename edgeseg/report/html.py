@@ -15,6 +15,7 @@ from edgeseg.decide.entries import Entry, MergedReport, Run
 from edgeseg.decide.metrics import METRICS, Metric
 from edgeseg.decide.verdict import DeviceVerdict, data_key
 from edgeseg.errors import MissingDependencyError
+from edgeseg.evaluate.tables import counted
 from edgeseg.machine.record import Environment, MachineState
 from edgeseg.report import cells
 from edgeseg.report.details import EngineDetails, StageLine, engine_details, stage_lines, style_of
@@ -98,6 +99,7 @@ def html(
         heading=cells.heading,
         legend_mark=legend_mark,
         printed=PRINTED,
+        counted=counted,
         stage_names=("pre", "h2d", "compute", "d2h", "post"),
     )
 

@@ -16,7 +16,7 @@ from edgeseg.machine.cpu import this_cpu
 A = TypeVar("A")
 B = TypeVar("B")
 
-# Of threads that decode or encode: each holds an image, of any size.
+# Each holds an image, of any size.
 MAX_THREADS = 4
 # How long closing waits for a thread that is inside someone else's code (a camera driver, a user's generator).
 JOIN_TIMEOUT_S = 5.0
@@ -142,13 +142,18 @@ class Overlapped(Generic[B], Closing):
         self._end()
 
 
+def parallel_threads() -> int:
+    """One per core, 4 at most; 2 on a single core, where one may wait for a disk or a GPU."""
+    return min(max(2, this_cpu().cores), MAX_THREADS)
+
+
 def in_parallel(items: Iterable[A], work: Callable[[A], B]) -> Generator[B, None, None]:
-    """Yield ``work(item)`` for each of ``items``, in order, from as many threads as there are cores, 4 at most.
+    """Yield ``work(item)`` for each of ``items``, in order, from :func:`parallel_threads` threads.
 
     No more items than threads are drawn ahead of the result asked for. An exception of ``work`` is raised in its item's
     turn; then, and when the generator is closed, what has begun is waited for and nothing else begins.
     """
-    threads = min(this_cpu().cores, MAX_THREADS)
+    threads = parallel_threads()
     waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(threads, "edgeseg-parallel") as pool:
         try:

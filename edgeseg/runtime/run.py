@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.console import draws_bars, plain_console
-from edgeseg.errors import EdgesegError, InputError, MissingDependencyError
+from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
 from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write_mask, write_picture
-from edgeseg.runtime.overlap import Overlapped, in_parallel
+from edgeseg.runtime.overlap import in_parallel, parallel_threads
 from edgeseg.runtime.overlay import add_legend, colorize, legend_entries
 from edgeseg.runtime.overlay import overlay as lay_over
 from edgeseg.runtime.segmenter import Segmenter
@@ -34,9 +35,8 @@ USUAL_FPS = 25.0
 # Of a class in a file's name, which holds 255 bytes at most.
 MAX_CLASS_NAME_BYTES = 40
 
-_Read: TypeAlias = "NDArray[np.uint8] | InputError | MissingDependencyError"
-# What of a task's image is still needed, or why there is none; and its mask.
-_Segmented: TypeAlias = "tuple[_Task, _Read | None, NDArray[Any] | None]"
+# Of an image's pixels: larger ones are segmented and written one at a time, which takes several times that.
+LARGE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def run_inputs(
     overwrite: bool = False,
     progress: bool = True,
 ) -> RunSummary:
-    """Segment everything named and write the results, reading, inference and writing overlapped.
+    """Segment everything named and write the results: several images, or reading, inference and writing, at a time.
 
     Written below ``output``:
 
@@ -144,6 +144,16 @@ def run_inputs(
     )
 
 
+def streams_of(inputs: Iterable[str | Path | int]) -> int:
+    """How many threads :func:`run_inputs` calls the segmenter from: one for videos, several for images.
+
+    Raises:
+        InputError: nothing there.
+    """
+    tasks = _plan(inputs)
+    return 1 if any(task.is_video for task in tasks) else min(len(tasks), parallel_threads())
+
+
 @dataclass(frozen=True)
 class _Task:
     source: Path | int
@@ -189,6 +199,7 @@ class _Run:
     dropped: int = 0
     written: list[Path] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
+    _large: threading.Lock = field(default_factory=threading.Lock)
 
     def outputs(self, task: _Task) -> list[Path]:
         """The files a task will write, masks of frames apart."""
@@ -208,6 +219,9 @@ class _Run:
                     return True
                 continue
             end = next((i for i in range(position, len(tasks)) if tasks[i].is_video), len(tasks))
+            if self.limit is not None:
+                # No more than are wanted; where some fail, there is another turn.
+                end = min(end, position + self.limit - self.images - self.frames)
             self._images(tasks[position:end], bar)
             position = end
         return False
@@ -216,53 +230,30 @@ class _Run:
         return self.limit is not None and self.images + self.frames >= self.limit
 
     def _images(self, tasks: Sequence[_Task], bar: _Silent) -> None:
-        channels = self.segmenter.spec.input.channels
-
-        def read(task: _Task) -> tuple[_Task, _Read]:
-            assert isinstance(task.source, Path)
-            try:
-                return task, read_image(task.source, channels)
-            except (InputError, MissingDependencyError) as exc:
-                return task, exc
-
-        def segment(item: tuple[_Task, _Read]) -> _Segmented:
-            task, image = item
-            if isinstance(image, EdgesegError):
-                return task, image, None
-            mask = self.segmenter(image, channel_order="rgb" if channels == 3 else None)
-            # Nobody else needs the pixels: of large pictures every one held counts.
-            return task, image if self.overlay else None, mask
-
-        def write(item: _Segmented) -> tuple[_Task, str | None, list[Path]]:
-            task, image, mask = item
-            if isinstance(image, EdgesegError) or mask is None:
-                return task, str(image), []
-            return task, None, self._write_image(task, image, mask)
-
-        with (
-            Overlapped(in_parallel(tasks, read), segment, ahead=1) as results,
-            closing(in_parallel(self._until_limit(results), write)) as outputs,
-        ):
-            for task, reason, paths in outputs:
-                if reason is not None:
-                    self._fail(task, reason, bar)
-                else:
+        with closing(in_parallel(tasks, self._image)) as results:
+            for task, reason, paths in results:
+                if reason is None:
                     self.written += paths
                     self.images += 1
+                else:
+                    self._fail(task, reason, bar)
                 bar.advance(failed=reason is not None)
 
-    def _until_limit(self, results: Iterable[_Segmented]) -> Iterator[_Segmented]:
-        """Results up to the last image that may be written; those that failed do not count."""
-        count = self.images + self.frames
-        for result in results:
-            yield result
-            count += result[2] is not None
-            if count == self.limit:
-                return
+    def _image(self, task: _Task) -> tuple[_Task, str | None, list[Path]]:
+        """Read, segment and write one image: why it could not be read, the files written. Called in several threads."""
+        assert isinstance(task.source, Path)
+        channels = self.segmenter.spec.input.channels
+        try:
+            image = read_image(task.source, channels)
+        except (InputError, MissingDependencyError) as exc:
+            return task, str(exc), []
+        with self._large if image.nbytes > LARGE_BYTES else nullcontext():
+            mask = self.segmenter(image, channel_order="rgb" if channels == 3 else None)
+            return task, None, self._write_image(task, image, mask)
 
-    def _write_image(self, task: _Task, image: NDArray[np.uint8] | None, mask: NDArray[Any]) -> list[Path]:
+    def _write_image(self, task: _Task, image: NDArray[np.uint8], mask: NDArray[Any]) -> list[Path]:
         written = self._write_masks(self.output / "masks" / task.name, mask)
-        if image is not None:
+        if self.overlay:
             path = self.output / "overlays" / f"{task.name}.png"
             # Not kept under a name: of a large picture every copy counts.
             picture = add_legend(

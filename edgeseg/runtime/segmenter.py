@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgeseg.arguments import choice, shortened
 from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
+from edgeseg.backends.cpu.options import with_streams
 from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, EdgesegError, InputError, SpecError, StaleEngineError
 from edgeseg.images.placement import Placement, Tiling, plan_fit
@@ -360,6 +361,7 @@ def load(
     tile_overlap: float = 0.25,
     palette: NDArray[np.uint8] | None = None,
     recompile: bool = False,
+    streams: int = 1,
 ) -> Segmenter:
     """Load an engine folder. torch, onnx and SMP are not imported.
 
@@ -371,6 +373,8 @@ def load(
         palette: see :class:`Segmenter`.
         recompile: when the engine was built for another device or version, build it again from the folder's graph
             (what ``edgeseg compile`` does; minutes for TensorRT) and go on. A damaged folder stays an error.
+        streams: threads that will call the segmenter at the same time. ONNX Runtime then divides its threads among them
+            and never spins: more images a second where callers decode and write as well, each mask later.
 
     Raises:
         ArtifactError: no engine folder, or a damaged, stale or foreign one.
@@ -378,10 +382,12 @@ def load(
         MissingDependencyError: the backend is not installed.
         SpecError, InputError: see :class:`Segmenter`.
     """
+    if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
+        raise SpecError(f"streams is {shortened(streams)}; give the number of threads that will call, from 1")
     if isinstance(folder, Engine):
-        engine, session = folder, _loaded(folder, recompile)
+        engine, session = folder, _loaded(folder, recompile, streams)
     else:
-        engine, session = _loaded_whole(_folder_of(folder), recompile)
+        engine, session = _loaded_whole(_folder_of(folder), recompile, streams)
     try:
         return Segmenter(
             session,
@@ -396,12 +402,12 @@ def load(
         raise
 
 
-def _loaded_whole(folder: Path, recompile: bool) -> tuple[Engine, Session]:
+def _loaded_whole(folder: Path, recompile: bool, streams: int) -> tuple[Engine, Session]:
     """Open an engine folder that may be replaced meanwhile: the session is of the very engine that was checked."""
     while True:
         engine = open_engine(folder)
         try:
-            session = _loaded(engine, recompile)
+            session = _loaded(engine, recompile, streams)
         except EdgesegError:
             if read_manifest(folder) == engine.manifest:
                 raise
@@ -421,16 +427,16 @@ def _folder_of(given: object) -> Path:
     return path.parent if os.path.isfile(path) and os.path.isfile(path.parent / MANIFEST_NAME) else path
 
 
-def _loaded(engine: Engine, recompile: bool) -> Session:
+def _loaded(engine: Engine, recompile: bool, streams: int) -> Session:
     backend = get_backend(engine.manifest.target)
     try:
-        return backend.load(engine)
+        return backend.load(with_streams(engine, streams))
     except StaleEngineError:
         if not recompile:
             raise
     from edgeseg.backends.compile import recompile as compile_again
 
-    return backend.load(compile_again(engine))
+    return backend.load(with_streams(compile_again(engine), streams))
 
 
 def _mean(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32] | None:

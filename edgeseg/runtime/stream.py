@@ -86,7 +86,8 @@ def stream(
         source: a video file; a camera's index (``0`` or ``"0"``); a folder, glob or ``.txt`` list of images; a list
             of paths; or any iterable of uint8 arrays (drawn from in another thread), in the segmenter's channel order.
         segmenter: from :func:`edgeseg.load`; the two may change places.
-        ahead: frames read ahead, and masks waiting for the caller, at most.
+        ahead: frames read ahead, and masks waiting for the caller, at most. Of image files one per core, 2 to 4, are being
+            decoded beside.
         drop: skip older frames when the engine cannot keep up, so that the newest is always next; ``None``: for
             cameras only. :attr:`Stream.dropped` counts them.
 

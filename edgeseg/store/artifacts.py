@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -345,6 +345,10 @@ class Search:
     def __post_init__(self) -> None:
         if self.chosen >= len(self.candidates):
             raise SpecError(f"candidate {self.chosen} was chosen of {len(self.candidates)}")
+
+    def untimed(self) -> Search:
+        """Without measured times, which are of the machine that made the folder."""
+        return replace(self, candidates=tuple(replace(candidate, median_ms=None) for candidate in self.candidates))
 
     @property
     def float_modules(self) -> tuple[str, ...]:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("onnxruntime")
-from cpu_folders import COMMAND, SIDE, folder_for, own_scheme, verification
+from cpu_folders import COMMAND, IMAGES, SIDE, folder_for, own_scheme, verification
 from small_graphs import spec
 
 import edgeseg
@@ -56,6 +57,26 @@ def test_the_very_same_engine_keeps_its_figures_and_its_command(verified: Path, 
     assert manifest.engine == open_engine(verified).manifest.engine
     assert manifest.verification == verification()
     assert manifest.command == COMMAND
+
+
+@pytest.mark.parametrize(
+    ("built_with", "streams", "threads", "spins"), [(4, 1, 4, "1"), (4, 3, 1, "0"), (4, 2, 2, "0"), (1, 4, 1, "0")]
+)
+def test_callers_at_the_same_time_share_the_threads(
+    verified: Path, tmp_path: Path, built_with: int, streams: int, threads: int, spins: str
+) -> None:
+    folder = compile_folder(verified, options={"threads": built_with}, output=tmp_path / "b").folder
+    with edgeseg.load(verified) as usual, edgeseg.load(folder, streams=streams) as segmenter:
+        assert np.array_equal(segmenter(IMAGES), usual(IMAGES))
+        settings = segmenter._session._session.get_session_options()  # type: ignore[union-attr]
+    assert settings.intra_op_num_threads == threads
+    assert settings.get_session_config_entry("session.intra_op.allow_spinning") == spins
+
+
+@pytest.mark.parametrize("streams", [0, -1, 1.5, True, "2"])
+def test_streams_that_are_no_number_of_callers(verified: Path, streams: Any) -> None:
+    with pytest.raises(SpecError, match="streams is .*; give the number of threads that will call, from 1"):
+        edgeseg.load(verified, streams=streams)
 
 
 @pytest.mark.parametrize("umask", [0o002, 0o077])

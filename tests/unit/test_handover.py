@@ -15,22 +15,20 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from cpu_folders import CLASSES, IMAGES, SIDE, folder_for, own_scheme
+from handed_over import assert_whole, changed
 from PIL import Image
 
 import edgeseg
 from edgeseg.cli.app import cli
 from edgeseg.errors import ArtifactError, EdgesegError, OutputExistsError, SpecError
-from edgeseg.handover.folder import LISTING_NAME, Listing, export_engine
+from edgeseg.handover.folder import export_engine
 from edgeseg.handover.triton import REPOSITORY
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
 from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
     WeightsOrigin,
     open_engine,
-    read_json,
     read_manifest,
     sha256_file,
-    write_json,
 )
 
 
@@ -42,11 +40,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def engine(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "engine"))
-
-
-def changed(folder: Path, **fields: Any) -> Path:
-    write_json(folder / MANIFEST_NAME, replace(read_manifest(folder), **fields))
-    return folder
 
 
 def configuration(output: Path) -> Any:
@@ -65,18 +58,6 @@ def configuration(output: Path) -> Any:
 
     (text,) = output.glob(f"{REPOSITORY}/*/config.pbtxt")
     return text_format.Parse(text.read_text(), messages.ModelConfig())
-
-
-def assert_whole(output: Path) -> Listing:
-    """Every file is listed with its hash, and no other is there."""
-    listing = read_json(output / LISTING_NAME, Listing, "listing")
-    there = {p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file()} - {LISTING_NAME}
-    assert there == set(listing.files)
-    for name, ref in listing.files.items():
-        assert ref.sha256 == sha256_file(output / name)
-        assert ref.size_bytes == (output / name).stat().st_size
-    assert "README.md" in there
-    return listing
 
 
 def test_triton_gets_a_repository_whose_model_is_the_engine(engine: Path, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from PIL import Image
 
 from edgeseg.cli.output import print_json
 from edgeseg.errors import BuildError, InputError, OutputExistsError, SpecError
-from edgeseg.runtime import sources
+from edgeseg.machine.cpu import Cpu
+from edgeseg.runtime import overlap, run, sources
 from edgeseg.runtime.outputs import VideoFile, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlay import class_palette, colorize
 from edgeseg.runtime.run import run_inputs
@@ -325,6 +326,44 @@ def test_limit(tmp_path: Path) -> None:
     summary = run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", limit=4, progress=False)
     assert summary.images == 4
     assert files(tmp_path / "out") == [f"masks/{i}.png" for i in range(4)]
+
+
+def test_images_that_fail_do_not_count_towards_the_limit(tmp_path: Path) -> None:
+    for i in range(8):
+        photo(tmp_path / "in" / f"{i}.png")
+    for i in (0, 2, 3):
+        (tmp_path / "in" / f"{i}.png").write_bytes(b"no picture")
+    summary = run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", limit=3, progress=False)
+    assert (summary.images, len(summary.failed)) == (3, 3)
+    assert files(tmp_path / "out") == [f"masks/{i}.png" for i in (1, 4, 5)]
+
+
+def test_several_images_at_a_time_give_the_files_and_the_order_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = {f"{i:02d}": photo(tmp_path / "in" / f"{i:02d}.png", (20 + i % 7 * 30, 30)) for i in range(20)}
+    monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 4))
+    # The larger ones take turns.
+    monkeypatch.setattr(run, "LARGE_BYTES", 100 * 30 * 3)
+    summary = run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", overlay=True, progress=False)
+    assert [Path(path).stem for path in summary.written if "masks" in path] == list(images)
+    assert len(summary.written) == 40
+    for name, image in images.items():
+        mask = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{name}.png"))
+        assert np.array_equal(mask, expected_mask(image))
+
+
+def test_a_run_calls_from_several_threads_for_images_and_from_one_for_videos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(6):
+        photo(tmp_path / "in" / f"{i}.png")
+    monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 3))
+    assert run.streams_of([tmp_path / "in"]) == 3
+    assert run.streams_of([tmp_path / "in" / "0.png"]) == 1
+    assert run.streams_of([tmp_path / "in", 0]) == 1
+    monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 64))
+    assert run.streams_of([tmp_path / "in"]) == overlap.MAX_THREADS
 
 
 def test_inputs_that_are_not_there(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from edgeseg.mixed.sensitivity import NetworkModules, judge_modules, sensitiviti
 from edgeseg.quantize.modules import Modules  # noqa: E402
 from edgeseg.quantize.qdq import write_qdq  # noqa: E402
 from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
-from edgeseg.quantize.suffix import SharedPrefix, SuffixSession, cut, float_values  # noqa: E402
+from edgeseg.quantize.suffix import SharedPrefix, SuffixSession, cut, float_values, value_bytes  # noqa: E402
 from edgeseg.quantize.table import CalibrationTable  # noqa: E402
 from edgeseg.spec import ModelSpec  # noqa: E402
 from edgeseg.store.artifacts import OnnxGraph, sha256_file  # noqa: E402
@@ -214,6 +214,15 @@ def test_a_session_that_remembers_runs_each_batch_once(tmp_path: Path) -> None:
     # The same bytes in another shape are another batch, and change what the results are known by.
     second.run(batches[0].reshape(1, 5, 4, 3))
     assert session.runs == 3 and second.digest() != one
+
+
+def test_memory_of_values_is_counted_for_one_image() -> None:
+    def value(*dims: int | str | None) -> onnx.ValueInfoProto:
+        return onnx.helper.make_tensor_value_info("v", onnx.TensorProto.FLOAT, list(dims))
+
+    assert value_bytes(value(1, 8, 16, 16)) == value_bytes(value("batch", 8, 16, 16)) == 8 * 16 * 16 * 4
+    assert value_bytes(value(1, 8, "height", None)) is None
+    assert value_bytes(onnx.helper.make_tensor_value_info("v", onnx.TensorProto.FLOAT, None)) is None
 
 
 def test_images_are_taken_evenly() -> None:

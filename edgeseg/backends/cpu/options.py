@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from edgeseg.errors import InputError, SpecError, StaleEngineError, did_you_mean, typed
-from edgeseg.machine.cpu import Cpu
+from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import Engine
 
@@ -49,6 +50,20 @@ def saved_options(engine: Engine, backend: str) -> dict[str, Any]:
     """The options an engine was built with, checked again: a manifest may have been edited. Raises ``SpecError``."""
     saved = engine.manifest.options
     return cpu_options(backend, {name: saved[name] for name in CPU_OPTIONS[backend] if name in saved})
+
+
+def with_streams(engine: Engine, streams: int) -> Engine:
+    """``engine`` to be loaded for ``streams`` callers at a time: a share of ONNX Runtime's threads for each, none spinning.
+
+    An inference on one thread waits for no other; and threads that spin take the cores from callers that do something else:
+    fpn at 256x256 took 3.0 ms of CPU time with one thread, 4.6 with two that spin, on a machine with other work.
+    """
+    manifest = engine.manifest
+    if streams == 1 or manifest.target != "onnxruntime":
+        return engine
+    threads = saved_options(engine, manifest.target)["threads"] or this_cpu().cores
+    options = {**manifest.options, "threads": max(1, threads // streams), "spinning": False}
+    return replace(engine, manifest=replace(manifest, options=options))
 
 
 def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> None:

@@ -32,6 +32,7 @@ from edgeseg.evaluate.accuracy.worst import save_worst
 from edgeseg.evaluate.contenders import Contender, Opener, first_baseline
 from edgeseg.evaluate.intervals import MIN_IMAGES, Counts
 from edgeseg.evaluate.results import Accuracy, Resolution, WorstImage
+from edgeseg.evaluate.tables import counted
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.orphans import end_with_parent
 from edgeseg.progress import Reporter, stage
@@ -134,7 +135,7 @@ def evaluate(
         with nullcontext() if request.state_folder else usable_cache(reporter.note):
             with stage(reporter, "accuracy") as said:
                 ledgers, reused = _records(group, request, opener, reporter)
-                said.append(f"{len(data)} images, {len(members)} engines")
+                said.append(f"{counted(len(data), 'image')}, {counted(len(members), 'engine')}")
                 if meaning:
                     said.append(meaning)
                 if reused:
