@@ -236,7 +236,10 @@ def test_a_graph_for_another_kind_of_cpu_is_a_portable_folder(tmp_path: Path) ->
     assert manifest.precision.mac_share["int8"] > 0.9 and manifest.precision.evidence == "typed"
     assert manifest.verification is not None and manifest.verification.agreement > 0.95
     assert manifest.verification.engine_latency is None
-    for words in (["compile", folder], ["run", folder, sample_folder() / "val", "--output", tmp_path / "out"]):
+    for words in (
+        ["compile", folder],
+        ["run", folder, sample_folder() / "val" / "images", "--output", tmp_path / "out"],
+    ):
         done = run(*words)
         assert done.returncode == 1
         assert scheme in done.stderr and len(done.stderr.splitlines()) == 1
