@@ -38,7 +38,7 @@ from edgeseg.convert.fit import ARCH_MARKERS, guess_arch  # noqa: E402
 from edgeseg.convert.load import load_model  # noqa: E402
 
 smp = import_smp()
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.integration
 
 ENCODER = "mobilenet_v2"
 ARGS = {"decoder_pyramid_channels": 16, "decoder_segmentation_channels": 32}

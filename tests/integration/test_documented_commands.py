@@ -16,6 +16,10 @@ pytestmark = pytest.mark.integration
 RUN = {page: [block for block in blocks(page) if block.reason is None] for page in PAGES}
 
 
+# What a reader measures three times and for longer.
+QUICKLY = ("--fresh-processes", "1", "--duration-s", "1")
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if RUN[p]], ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_blocks_of_the_page(page: Path, tmp_path: Path) -> None:
     # A fresh checkout, as far as a reader needs it.
@@ -39,7 +43,8 @@ def test_the_blocks_of_the_page(page: Path, tmp_path: Path) -> None:
 def commands(block: Block) -> list[list[str]]:
     if block.language == "python":
         return [["-c", line] for line in block.lines]
-    return [["-m", "edgeseg", *shlex.split(line)[1:]] for line in block.lines]
+    words = [shlex.split(line)[1:] for line in block.lines]
+    return [["-m", "edgeseg", *line, *(QUICKLY if line[0] == "bench" else ())] for line in words]
 
 
 def test_the_readme_and_the_tutorial_are_among_them() -> None:

@@ -79,15 +79,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 EVERY = ("config.json", "model.safetensors", CONFIG_NAME, "README.md")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The models are tiny: threads would wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_a_cached_model_is_the_one_that_was_saved(cache: Path, saved: Path) -> None:
     put(cache, saved, *EVERY)
     # The layout is the hub's own: its functions read it.

@@ -24,7 +24,7 @@ from edgeseg.convert.load import LoadedModel, load_model  # noqa: E402
 from edgeseg.convert.reparameterize import merge_branches  # noqa: E402
 
 smp = import_smp()
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.integration
 
 TINY = "mobilenet_v2"
 # The decoder of dpt is 90 MB by default; its shape is all that matters here.

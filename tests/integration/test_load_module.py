@@ -18,7 +18,7 @@ from edgeseg.convert.load import load_model, wrap_module  # noqa: E402
 
 smp = import_smp()
 nn = torch.nn
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.integration
 
 ENCODER = "mobilenet_v2"
 NOTHING = ModelRequest()

@@ -26,7 +26,7 @@ from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E
 from edgeseg.convert.load import load_model  # noqa: E402
 
 smp = import_smp()
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.integration
 
 # (architecture, encoder): the outputs of SMP 0.4.0 and of 0.5.0.
 RECORDED = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,13 @@ from edgeseg.store.artifacts import MIN_INT8_SHARE, OnnxGraph
 
 pytestmark = pytest.mark.integration
 
-SIZES = {"pan": 128, "dpt": 64}
+SIZES = {"pan": 128}
+RESNET: dict[str, Any] = {"encoder": "resnet18"}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "segformer": {"encoder": "mit_b0"},
+    # The depth of the default, of fewer channels.
+    "dpt": {"encoder": "tu-vit_tiny_patch16_224", "model_args": {"dynamic_img_size": True}},
+}
 
 
 def demo_images(count: int, side: int) -> list[NDArray[np.uint8]]:
@@ -43,21 +51,41 @@ def demo_images(count: int, side: int) -> list[NDArray[np.uint8]]:
     return [np.asarray(Image.open(path).convert("RGB").resize((side, side))) for path in paths]
 
 
+@dataclass(frozen=True, eq=False)
+class Quantizable:
+    """An fp32 graph of logits, its table, and images; each of its typed graphs is written once."""
+
+    graph: OnnxGraph
+    table: CalibrationTable
+    images: list[NDArray[np.uint8]]
+    folder: Path
+
+    @cached_property
+    def logits(self) -> NDArray[np.float32]:
+        return logits(self.graph.path, self.images)
+
+    @cached_property
+    def fp16(self) -> OnnxGraph:
+        return write_fp16(self.graph, self.table, self.folder / "fp16.onnx")
+
+    @cache  # noqa: B019  it goes with the module's fixture
+    def int8(self, scheme: str) -> OnnxGraph:
+        return write_qdq(self.graph, self.table, SCHEMES[scheme], self.folder / f"{scheme}.onnx")
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def quantizable(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]]:
-    """An architecture with random weights as an fp32 graph of logits, its table, and images."""
+def quantizable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Quantizable:
+    """An architecture with random weights."""
     arch = request.param
     side = SIZES.get(arch, 64)
-    encoder = None if arch == "dpt" else "mit_b0" if arch == "segformer" else "resnet18"
-    loaded = load_model(ModelRequest(arch=arch, encoder=encoder, weights="random", classes=4))
+    loaded = load_model(ModelRequest(arch=arch, weights="random", classes=4, **ENCODERS.get(arch, RESNET)))
     spec = PipelineSpec(
         loaded.model, InputSpec(side, side, stride=loaded.stride), loaded.preprocess, OutputSpec("logits")
     )
-    graph, _ = export_onnx(loaded, spec, tmp_path_factory.mktemp(arch) / "model.onnx")
+    folder = tmp_path_factory.mktemp(arch)
+    graph, _ = export_onnx(loaded, spec, folder / "model.onnx")
     images = demo_images(8, side)
-    return graph, calibrate(graph, CalibrationSet.open(images)), images
+    return Quantizable(graph, calibrate(graph, CalibrationSet.open(images)), images, folder)
 
 
 def logits(path: Path, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
@@ -71,36 +99,26 @@ def signal_to_noise_db(expected: NDArray[Any], actual: NDArray[Any]) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["onnxruntime-vnni", "tensorrt"])
-def test_quantized_graph_follows_its_scheme_and_the_fp32_graph(
-    quantizable: tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]], scheme: str, tmp_path: Path
-) -> None:
-    graph, table, images = quantizable
-    quantized = write_qdq(graph, table, SCHEMES[scheme], tmp_path / "q.onnx")
+def test_quantized_graph_follows_its_scheme_and_the_fp32_graph(quantizable: Quantizable, scheme: str) -> None:
+    quantized = quantizable.int8(scheme)
     model = onnx.load(str(quantized.path))
     assert lint(model, SCHEMES[scheme]) == []
     operators = {node.op_type for node in model.graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
     # 8-bit rounding of every activation leaves random networks 15 to 40 dB; a wrong scale or axis leaves less than 5.
-    assert signal_to_noise_db(logits(graph.path, images), logits(quantized.path, images)) > 10
+    assert signal_to_noise_db(quantizable.logits, logits(quantized.path, quantizable.images)) > 10
 
 
-def test_tensorrt_8_takes_every_precision_and_computes_the_same(
-    quantizable: tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]], tmp_path: Path
-) -> None:
+def test_tensorrt_8_takes_every_precision_and_computes_the_same(quantizable: Quantizable) -> None:
     """Nothing its parser's source refuses is left, and ONNX Runtime gets the same logits, of int8 from the same integers."""
-    graph, table, images = quantizable
-    typed = {
-        "fp32": graph,
-        "fp16": write_fp16(graph, table, tmp_path / "h.onnx"),
-        "int8": write_qdq(graph, table, SCHEMES["tensorrt"], tmp_path / "q.onnx"),
-    }
+    typed = {"fp32": quantizable.graph, "fp16": quantizable.fp16, "int8": quantizable.int8("tensorrt")}
     for precision, one in typed.items():
         given = onnx.load(str(one.path))
         made = for_tensorrt_8(given)
         onnx.checker.check_model(made.model, full_check=True)
         assert list(complaints(made.model, "8.5")) == []
         assert list(complaints(for_tensorrt_8(given, has_normalization=True).model, "8.6")) == []
-        before, after = (run_plainly(model, images[:1]) for model in (given, made.model))
+        before, after = (run_plainly(model, quantizable.images[:1]) for model in (given, made.model))
         if precision == "int8":
             assert weights_of(made.model) == weights_of(given)
         if not set(made.origins) & {f"{node}/variance" for node in made.origins.values()}:
@@ -135,17 +153,14 @@ def weights_of(model: onnx.ModelProto) -> dict[str, bytes]:
     return weights
 
 
-def test_half_of_the_modules_in_float(
-    quantizable: tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]], tmp_path: Path
-) -> None:
+def test_half_of_the_modules_in_float(quantizable: Quantizable, tmp_path: Path) -> None:
     """A seeded choice in three schemes; the linter raises, and TensorRT-RTX runs what stays float in FP16."""
-    graph, table, images = quantizable
+    graph, images = quantizable.graph, quantizable.images
     names = NetworkModules.of(graph).modules.names
     floats = random.Random(graph.spec.model.arch).sample(names, len(names) // 2)
-    expected = logits(graph.path, images)
     for scheme in ("onnxruntime-vnni", "openvino", "tensorrt"):
-        quantized = write_qdq(graph, table, SCHEMES[scheme], tmp_path / f"{scheme}.onnx", floats)
-        assert signal_to_noise_db(expected, logits(quantized.path, images)) > 10
+        quantized = write_qdq(graph, quantizable.table, SCHEMES[scheme], tmp_path / f"{scheme}.onnx", floats)
+        assert signal_to_noise_db(quantizable.logits, logits(quantized.path, images)) > 10
         shares = typed_precision(quantized.path, "int8", graph.spec.input).mac_share
         assert set(shares) <= {"int8", "fp32", "fp16"} and shares["int8"] > 0
         assert shares.get("fp16", 0.0) > 0 if scheme == "tensorrt" else shares["fp32"] > 0
@@ -155,43 +170,29 @@ def test_half_of_the_modules_in_float(
         assert built.precision.mac_share["fp16"] == pytest.approx(shares["fp16"], abs=0.05)
 
 
-def test_engine_runs_in_int8(
-    quantizable: tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]], tmp_path: Path
-) -> None:
-    graph, table, _ = quantizable
+def test_engine_runs_in_int8(quantizable: Quantizable, tmp_path: Path) -> None:
     backend = get_backend("onnxruntime")
-    quantized = write_qdq(graph, table, SCHEMES[backend.scheme], tmp_path / "q.onnx")
-    built = backend.build(quantized, tmp_path, {})
+    built = backend.build(quantizable.int8(backend.scheme), tmp_path, {})
     assert built.path.is_file()
     # Attention multiplies activations with each other, in float.
     assert built.precision.mac_share.get("int8", 0.0) >= 0.97, built.precision.float_layers
 
 
-def test_fp16_graph_is_typed_and_close(
-    quantizable: tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]], tmp_path: Path
-) -> None:
-    graph, table, images = quantizable
-    half = write_fp16(graph, table, tmp_path / "h.onnx")
+def test_fp16_graph_is_typed_and_close(quantizable: Quantizable) -> None:
+    half = quantizable.fp16
     model = onnx.load(str(half.path))
     types = element_types(model)
     convolutions = [n for n in model.graph.node if n.op_type in {"Conv", "MatMul", "Gemm"}]
     assert all(types[n.output[0]] == onnx.TensorProto.FLOAT16 for n in convolutions)
     assert types["logits"] == onnx.TensorProto.FLOAT
-    assert signal_to_noise_db(logits(graph.path, images), logits(half.path, images)) > 35
+    assert signal_to_noise_db(quantizable.logits, logits(half.path, quantizable.images)) > 35
 
 
-def test_typed_graphs_build_in_tensorrt_rtx(
-    quantizable: tuple[OnnxGraph, CalibrationTable, list[NDArray[np.uint8]]], tmp_path: Path
-) -> None:
+def test_typed_graphs_build_in_tensorrt_rtx(quantizable: Quantizable, tmp_path: Path) -> None:
     """Built, not run: a GPU is needed for that. SM 75 has an engine of its own: it may need another graph."""
     trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    graph, table, _ = quantizable
-    typed = (
-        graph,
-        write_fp16(graph, table, tmp_path / "h.onnx"),
-        write_qdq(graph, table, SCHEMES["tensorrt"], tmp_path / "q.onnx"),
-    )
-    for one in typed:
+    graph = quantizable.graph
+    for one in (graph, quantizable.fp16, quantizable.int8("tensorrt")):
         for sm in ("86,89,120", "75"):
             built = get_backend("tensorrt-rtx").build(one, tmp_path, {"sm": sm})
             assert built.path is not None and built.path.stat().st_size > 0

@@ -18,6 +18,8 @@ pytest.importorskip("segmentation_models_pytorch", reason="the convert extra is 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
 from export_models import smooth_images, smp_model  # noqa: E402
+from recorded_tensorrt.graphs import SIDE as SMALL_SIDE  # noqa: E402
+from recorded_tensorrt.graphs import small_model  # noqa: E402
 from small_graphs import plain_session  # noqa: E402
 
 from edgeseg.backends import get_backend  # noqa: E402
@@ -28,8 +30,8 @@ from edgeseg.backends.tensorrt.turing import for_turing  # noqa: E402
 from edgeseg.convert.export import export_onnx  # noqa: E402
 from edgeseg.convert.load import load_model  # noqa: E402
 from edgeseg.errors import BuildError  # noqa: E402
-from edgeseg.spec import BatchRange, InputSpec, ModelRequest, OutputSpec, PipelineSpec  # noqa: E402
-from edgeseg.store.artifacts import OnnxGraph  # noqa: E402
+from edgeseg.spec import BatchRange, InputSpec, ModelRequest, ModelSpec, OutputSpec, PipelineSpec  # noqa: E402
+from edgeseg.store.artifacts import OnnxGraph, sha256_file  # noqa: E402
 
 pytestmark = pytest.mark.integration
 
@@ -126,20 +128,17 @@ def test_it_builds_for_sm_75(exported: tuple[OnnxGraph, str], tmp_path: Path) ->
 
 
 def test_a_product_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
-    loaded, spec = smp_model("unet", size=(SIDE, SIDE), output=OutputSpec("logits"))
-    graph, _ = export_onnx(loaded, spec, tmp_path / "model.onnx")
-    model = onnx.load(str(graph.path))
-    value = model.graph.output[0]
-    value.name = "before"
-    for node in model.graph.node:
-        node.output[:] = ["before" if name == "logits" else name for name in node.output]
+    model = small_model()
+    value = next(node.input[0] for node in model.graph.node if node.op_type == "ArgMax")
+    del model.graph.node[-2:]  # the mask's
     einsum = onnx.helper.make_node(
-        "Einsum", ["before", "before"], ["logits"], "decoder.odd/Einsum", equation="bchw,bdhw->bcd"
+        "Einsum", [value, value], ["logits"], "decoder.odd/Einsum", equation="bchw,bdhw->bcd"
     )
     model.graph.node.append(einsum)
-    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, (1, 5, 5)))
+    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, (1, 4, 4)))
     path = tmp_path / "odd.onnx"
     onnx.save(model, str(path))
-    odd = OnnxGraph(path, graph.sha256, "fp32", graph.spec, graph.weights_sha256)
+    spec = PipelineSpec(ModelSpec("unet", classes=4), InputSpec(SMALL_SIDE, SMALL_SIDE), output=OutputSpec("logits"))
+    odd = OnnxGraph(path, sha256_file(path), "fp32", spec, "0" * 64)
     with pytest.raises(BuildError, match=r"at node decoder\.odd/Einsum .*; leave 75 out of --sm"):
         get_backend("tensorrt-rtx").build(odd, tmp_path, {"sm": "75"})
