@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from device_engines import images
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # torch.compile of PyTorch 2.11 says it to itself.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
+]
 
 torch = pytest.importorskip("torch", reason="a PyTorch for CUDA")
 pytorch = pytest.importorskip("edgeseg.backends.pytorch", reason="a PyTorch for CUDA")

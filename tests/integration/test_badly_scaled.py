@@ -44,7 +44,7 @@ def test_int8_of_a_badly_scaled_network(tmp_path: Path) -> None:
         assert engine.manifest.verification is not None
         agreement[equalize] = engine.manifest.verification.agreement
         assert engine.manifest.precision.mac_share["int8"] > 0.95
-        assert any("equalized" in note for note in engine.manifest.notes) is equalize
+        assert ("equalization" in [repair.name for repair in engine.manifest.repairs]) is equalize
         assert bool(load_table(engine.folder / "calibration.json").equalization) is equalize
     assert agreement[False] < 0.9
     assert agreement[True] > 0.985

@@ -37,6 +37,7 @@ def complaints(model: onnx.ModelProto, version: str) -> Iterator[tuple[int, str]
     graph = onnx.shape_inference.infer_shapes(model).graph
     types = {t.name: t.data_type for t in graph.initializer}
     types.update({v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)})
+    shapes = {v.name: v.type.tensor_type.shape for v in graph.value_info}
     constants = {t.name: t for t in graph.initializer}
     for index, node in enumerate(graph.node):
         if node.op_type not in importers:
@@ -52,6 +53,10 @@ def complaints(model: onnx.ModelProto, version: str) -> Iterator[tuple[int, str]
         elif TensorProto.UINT8 in kinds:
             # NvInfer.h: "Use IdentityLayer to convert uint8 network-level inputs prior to use with other layers".
             yield index, "Found invalid input type of UINT8"
+        if node.op_type in ("Conv", "ConvTranspose") and node.input[1] not in constants:
+            shape = [dim.dim_value for dim in shapes[node.input[1]].dim[2:]]
+            if list(attributes.get("kernel_shape", [1] * len(shape))) != shape:  # type: ignore[call-overload]
+                yield index, "The input tensor shape misaligns with the input kernel shape."  # seen on an H200
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             yield from ((index, text) for text in _of_quantization(node, constants))
         yield from ((index, f"silently: {text}") for text in _misread(node, attributes))

@@ -190,6 +190,14 @@ class _Rewrite:
         node.input[0] = self._step("QuantizeLinear", "Q", floats, node.input[1], node.input[2], **axes)
         return False
 
+    def _convolution(self) -> bool:
+        """Write the kernel's size: of a kernel that is no constant the parser takes it from the attribute alone."""
+        node = self._node
+        if self._attribute("kernel_shape", None) is None and node.input[1] not in self._constants:
+            sides = [dim.dim_value for dim in self._values[node.input[1]].shape.dim[2:]]
+            node.attribute.append(helper.make_attribute("kernel_shape", sides))
+        return False
+
     def _zero_point(self, kind: int) -> None:
         """Write the zero point, of as many elements as the scale; without one, a Q's integers are uint8."""
         node = self._node
@@ -390,6 +398,8 @@ class _Rewrite:
 _REWRITES: dict[str, Callable[[_Rewrite], bool]] = {
     "QuantizeLinear": _Rewrite._quantize,
     "DequantizeLinear": _Rewrite._dequantize,
+    "Conv": _Rewrite._convolution,
+    "ConvTranspose": _Rewrite._convolution,
     "Shape": _Rewrite._shape,
     "Split": _Rewrite._split,
     "GridSample": _Rewrite._grid_sample,
