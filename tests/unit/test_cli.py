@@ -15,6 +15,7 @@ from edgeseg.cli.app import VERBS, main
 from edgeseg.errors import InputError, SpecError
 
 ROOT = Path(__file__).parents[2]
+PHOTO = str(ROOT / "calibration" / "demo" / "val" / "images" / "000.jpg")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -67,7 +68,7 @@ def test_version() -> None:
         (["build", "--arch", "fpn", "--max-drop", "7"], 2, "between 0 and 1"),
         (["build", "--arch", "fpn", "--model-arg", "depth"], 2, "key=value"),
         (["inspect", "no-such-folder"], 1, "no such folder"),
-        (["run", "no-such-folder", "x.png", "--output", "out"], 1, "no such folder"),
+        (["run", "no-such-folder", PHOTO, "--output", "out"], 1, "no such folder"),
         (["compile", "no-such-folder"], 1, "no such folder"),
         (["bench", "no-such-folder"], 1, "no such folder"),
         (["bench", "x", "--batch", "1,0"], 2, "different counts"),
