@@ -113,14 +113,7 @@ def calibrate(
     rule = range_method(method, percentile)
     observation = Observation(graph, histograms=rule.needs_histogram, activation_budget_bytes=activation_budget_bytes)
     observation.add(samples, progress)
-    return CalibrationTable(
-        schema_version=TABLE_SCHEMA_VERSION,
-        method=rule.name,
-        options=rule.options,
-        key=table_key(graph, samples, rule.name, rule.options),
-        images=len(samples),
-        ranges=observation.ranges(rule),
-    )
+    return observation.table(samples, rule)
 
 
 class Observation:
@@ -148,6 +141,7 @@ class Observation:
             raise QuantizationError(
                 f"{graph.path} is {graph.precision}; calibration needs the fp32 graph it was made from"
             )
+        self._graph = graph
         self._spec = graph.spec.input
         self._model = read_onnx(graph.path)
         self._activations = find_activations(self._model, self._spec)
@@ -210,6 +204,17 @@ class Observation:
             axis = activation.channel_axis if mean is not None else None
             ranges[activation.name] = TensorRange(low, high, statistics.minimum, statistics.maximum, mean, axis)
         return ranges
+
+    def table(self, samples: CalibrationSet, rule: RangeMethod) -> CalibrationTable:
+        """All ranges by one method; the table is kept under ``samples``, which may be more than were added."""
+        return CalibrationTable(
+            schema_version=TABLE_SCHEMA_VERSION,
+            method=rule.name,
+            options=rule.options,
+            key=table_key(self._graph, samples, rule.name, rule.options),
+            images=len(samples),
+            ranges=self.ranges(rule),
+        )
 
 
 @dataclass

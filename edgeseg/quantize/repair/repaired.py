@@ -17,13 +17,13 @@ import onnx_ir as ir
 from edgeseg.errors import QuantizationError
 from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, Observation, table_key
 from edgeseg.quantize.qdq import quantize_model
-from edgeseg.quantize.ranges import METHODS, RangeMethod, range_method
+from edgeseg.quantize.ranges import METHODS, range_method
 from edgeseg.quantize.repair.equalization import IMAGES, channel_axes, require_equal, write_equalized
 from edgeseg.quantize.repair.fidelity import JUDGES, Fidelity, Judge, hold_out
 from edgeseg.quantize.repair.range_choice import choose_methods
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable
+from edgeseg.quantize.table import CalibrationTable
 from edgeseg.store.artifacts import OnnxGraph, Repair, RepairName
 from edgeseg.store.onnx_file import read_onnx
 
@@ -71,23 +71,23 @@ def calibrate_repaired(
         magnitudes = seen.magnitudes()
         graph, report = write_equalized(original, magnitudes, equalized)
         require_equal(original, graph, samples)
-        course = _Course.started(judge, judges, original, _table(original, samples, seen, rule))
+        course = _Course.started(judge, judges, original, seen.table(samples, rule))
     observation = Observation(graph, histograms=rule.needs_histogram or method == AUTO)
     observation.add(kept, progress)
-    table = _table(graph, samples, observation, rule)
+    table = observation.table(samples, rule)
     if course is None:
         course = _Course.started(judge, judges, graph, table)
     else:
         course.went_on("equalization", judge.fidelities(graph, table, course.schemes), {"channels": report.channels})
     methods = dict.fromkeys(table.ranges, rule.name)
     if method == AUTO and course.schemes:
-        tables = {name: _table(graph, samples, observation, range_method(name)) for name in METHODS}
+        tables = {name: observation.table(samples, range_method(name)) for name in METHODS}
         choice = choose_methods(graph, tables, observation.sources, judge, course.schemes, progress)
         methods = choice.methods
         course.went_on("calibration-method", choice.fidelity, dict(Counter(methods.values())))
     if held is not None:
         observation.add(held, progress)
-    final = _table(graph, samples, observation, rule)
+    final = observation.table(samples, rule)
     if method == AUTO:
         chosen = observation.ranges({name: range_method(methods[name]) for name in methods})
         chosen = {name: replace(limits, method=methods[name]) for name, limits in chosen.items()}
@@ -137,14 +137,3 @@ def _writable(graph: OnnxGraph, table: CalibrationTable) -> tuple[str, ...]:
             continue
         schemes.append(scheme)
     return tuple(schemes)
-
-
-def _table(graph: OnnxGraph, samples: CalibrationSet, observation: Observation, rule: RangeMethod) -> CalibrationTable:
-    return CalibrationTable(
-        schema_version=TABLE_SCHEMA_VERSION,
-        method=rule.name,
-        options=rule.options,
-        key=table_key(graph, samples, rule.name, rule.options),
-        images=len(samples),
-        ranges=observation.ranges(rule),
-    )
