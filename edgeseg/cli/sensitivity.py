@@ -48,7 +48,7 @@ def command(folder: Path | None, given: dict[str, Any], limit: int, json_path: P
     request = BuildRequest.of(given) if folder is None else _of_folder(folder, given)
     if json_path is not None:
         check_outputs([json_path], force=force, inputs=[])
-    from edgeseg.pipeline.stages import run_sensitivity
+    from edgeseg.pipeline.sensitivity import run_sensitivity
 
     with console_reporter() as reporter:
         report = run_sensitivity(request, reporter, limit)

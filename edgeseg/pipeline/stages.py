@@ -11,50 +11,39 @@ import functools
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.backends import AUTO_TARGETS, GPU_TARGETS, get_backend, require_backend, require_builder
+from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require_builder
 from edgeseg.backends.portable import (
     DEVICE_TARGETS,
     awaits_calibration,
-    builds_here,
     check_options,
-    measured_on,
-    open_graph,
 )
 from edgeseg.convert.saved_preprocessing import CONFIG_NAME
-from edgeseg.errors import BuildError, InputError, QuantizationError, SpecError
+from edgeseg.errors import BuildError, QuantizationError, SpecError
 from edgeseg.evaluate.summary import input_line
-from edgeseg.evaluate.verify import check_gates, missed_gates
-from edgeseg.machine.packages import package_versions
+from edgeseg.evaluate.verify import check_gates
 from edgeseg.pipeline.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
 from edgeseg.pipeline.command import build_command
-from edgeseg.pipeline.goal import has_goal
+from edgeseg.pipeline.manifest_maker import ManifestMaker
 from edgeseg.pipeline.plan import DEMO_NAME, BuildPlan, default_name, refuse_early
+from edgeseg.pipeline.verification import Verifier, verify_stage
 from edgeseg.pipeline.verification_data import (
-    VerificationData,
     calibration_and_held_out,
     calibration_source,
     sample_images,
 )
-from edgeseg.progress import Reporter, SilentReporter, stage
+from edgeseg.progress import Reporter, stage
 from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, calibrate, method_or_default, table_key
 from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.spec import InputSpec, ModelRequest, PipelineSpec, one_of
+from edgeseg.spec import InputSpec, PipelineSpec, one_of
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,
-    SCHEMA_VERSION,
     Engine,
-    FileRef,
-    Manifest,
     OnnxGraph,
-    Repair,
-    Search,
-    SensitivityReport,
     Verification,
     check_engine_folder,
     engine_folder,
@@ -62,22 +51,18 @@ from edgeseg.store.artifacts import (
     read_json,
     read_manifest,
     sha256_file,
-    sha256_json,
     write_json,
 )
 from edgeseg.store.cache import cached_folder, software, usable_cache
-from edgeseg.version import __version__
 
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only
 
-    from edgeseg.backends.base import Session
     from edgeseg.convert.export import ConversionReport
     from edgeseg.convert.load import LoadedModel
     from edgeseg.pipeline.request import BuildRequest
     from edgeseg.quantize.table import CalibrationTable
 
-CONVERT_PACKAGES = ("torch", "segmentation-models-pytorch", "timm", "onnx", "onnxscript", "onnxsim", "onnx-ir")
 EQUALIZED_NAME = "equalized.onnx"
 EXPORT_FOLDER, PLAIN_FOLDER = "export", "plain"
 """What a build works in, inside the engine folder in the making."""
@@ -95,11 +80,11 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
             # A branch moves on; the engine is made again from the commit it was made from.
             request = dataclasses.replace(request, weights=loaded.origin.hub_id)
         command, asked = (None, None) if model is not None else (build_command(request), request.model)
-        make = _ManifestMaker(request, loaded, spec, conversion, quantized.table, folder.name, command, asked)
+        make = ManifestMaker(request, loaded, spec, conversion, quantized.table, folder.name, command, asked)
         with ExitStack() as opened:
             verifier = None
             if plan.held_out is not None:
-                verifier = opened.enter_context(_Verifier(request, loaded, plan.held_out))
+                verifier = opened.enter_context(Verifier(request, loaded, plan.held_out))
             result = verified(request, quantized, make, scratch, verifier, reporter)
             if verifier is not None and verifier.misses(result.verification):
                 result, make = reach_goal(request, quantized, result, make, scratch, verifier, reporter)
@@ -169,9 +154,9 @@ def quantize_stage(
 def verified(
     request: BuildRequest,
     quantized: Quantized,
-    make: _ManifestMaker,
+    make: ManifestMaker,
     folder: Path,
-    verifier: _Verifier | None,
+    verifier: Verifier | None,
     reporter: Reporter,
 ) -> Result:
     """Take the fastest candidate, put its engine into ``folder`` and verify it."""
@@ -183,9 +168,9 @@ def delivered(
     request: BuildRequest,
     best: Candidate,
     medians: dict[str, float],
-    make: _ManifestMaker,
+    make: ManifestMaker,
     folder: Path,
-    verifier: _Verifier | None,
+    verifier: Verifier | None,
     reporter: Reporter,
 ) -> Result:
     """Put an engine into ``folder``, in place of one that is there, and verify it."""
@@ -202,11 +187,11 @@ def reach_goal(
     request: BuildRequest,
     quantized: Quantized,
     plain: Result,
-    make: _ManifestMaker,
+    make: ManifestMaker,
     folder: Path,
-    verifier: _Verifier,
+    verifier: Verifier,
     reporter: Reporter,
-) -> tuple[Result, _ManifestMaker]:
+) -> tuple[Result, ManifestMaker]:
     """Find the fastest engine that keeps the limits which plain INT8 did not keep, and put it into ``folder``."""
     from edgeseg.mixed.judge import Remembered
     from edgeseg.pipeline.goal import GoalSearch, carried_names
@@ -512,69 +497,6 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     return table
 
 
-def run_sensitivity(request: BuildRequest, reporter: Reporter, limit: int) -> SensitivityReport:
-    """Judge and time INT8 of each module by itself: ``edgeseg sensitivity``. Errors are those of a build.
-
-    Args:
-        request: of the network; of the target what it is judged and timed for.
-        reporter: told about progress.
-        limit: most images to judge on, evenly spread over those there are.
-
-    Raises:
-        InputError: no images to judge on.
-    """
-    from edgeseg.mixed.costs import times_from_file
-    from edgeseg.mixed.judge import spread
-    from edgeseg.mixed.sensitivity import NetworkModules, judge_modules, sensitivities
-    from edgeseg.pipeline.goal import in_float, measured_times
-
-    refuse_early(request, is_module=False, makes_engine=False)
-    backend = get_backend(choose_targets(request, reporter)[0])
-    scheme = request.scheme or backend.scheme
-    loaded = load_stage(request, None, reporter)
-    spec = pipeline_spec(request, loaded, reporter)
-    samples, data = calibration_and_held_out(request, loaded)
-    if data is None:
-        raise InputError("no images to judge modules on; give --data DIR")
-    with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as folder:
-        scratch = Path(folder)
-        graph, conversion = export_stage(loaded, spec, scratch, reporter)
-        judges = judging_schemes(request, (backend.name,))
-        graph, table = calibration_stage(request, graph, samples, judges, scratch, reporter)
-        network, times = NetworkModules.of(graph), None
-        if request.latency_from is not None:
-            times = times_from_file(request.latency_from, spec.model, network.modules)
-        elif builds_here(backend, scheme) and backend.status().available:
-            make = _ManifestMaker(request, loaded, spec, conversion, table, "sensitivity", None, request.model)
-            with stage(reporter, "measure") as said:
-                engines = []
-                for name, wanted in (("int8", request), ("float", in_float(request, backend))):
-                    candidate = build_candidate(
-                        wanted, backend, graph, table, scratch / name, SilentReporter(), scratch
-                    )
-                    engines.append(make.write(candidate, {}, scratch / name, None))
-                times = measured_times(network, *engines)
-                said.append(f"{backend.name}: {len(network.modules.names)} modules, in int8 and in float")
-        with stage(reporter, "modules") as said:
-            judged = judge_modules(
-                network, table, SCHEMES[scheme], spread(data.pairs, limit), progress=reporter.progress
-            )
-            modules = sensitivities(network, judged, {} if times is None else times.saved_ms)
-            images = max((len(one.images) for one in judged.values()), default=0)
-            said.append(f"{scheme}: {len(modules)} modules judged on {images} images")
-    return SensitivityReport(
-        schema_version=SCHEMA_VERSION,
-        edgeseg_version=__version__,
-        spec=spec,
-        target=backend.name,
-        scheme=scheme,
-        images=images,
-        data=data.description,
-        latency_source=None if times is None else times.source,
-        modules=modules,
-    )
-
-
 def candidate_stage(
     request: BuildRequest,
     target: str,
@@ -604,7 +526,7 @@ def candidate_stage(
 
 
 def choose_fastest(
-    candidates: list[Candidate], make: _ManifestMaker, reporter: Reporter
+    candidates: list[Candidate], make: ManifestMaker, reporter: Reporter
 ) -> tuple[Candidate, dict[str, float]]:
     """With several candidates, measure them in turns on one image; return the one to take and all medians."""
     if len(candidates) == 1:
@@ -624,190 +546,3 @@ def choose_fastest(
     name, why = fastest_or_first(measured)
     reporter.note(f"target auto took {name}: {why}; name one with --target")
     return next(candidate for candidate in candidates if candidate.backend.name == name), medians
-
-
-class _Verifier:
-    """The PyTorch model as the reference of a build, and the images it is run on.
-
-    With a goal, several engines are compared with it: what it returned is kept until the build ends.
-    """
-
-    def __init__(self, request: BuildRequest, loaded: LoadedModel, data: VerificationData) -> None:
-        if request.max_drop is not None and not data.has_masks:
-            raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
-        self.request = request
-        self.loaded = loaded
-        self.data = data
-        self.device = "cpu"
-        """PyTorch's, where it was asked last."""
-        self._opened = ExitStack()
-
-    def __enter__(self) -> _Verifier:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._opened.close()
-
-    @functools.cached_property
-    def memory(self) -> Path:
-        """Where PyTorch's results are kept for the engines after the first."""
-        return Path(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="edgeseg-")))
-
-    @contextmanager
-    def reference(self, spec: PipelineSpec, device: str = "cpu") -> Iterator[tuple[Session, Session]]:
-        """(what to compare with, what to time) while it is open, both on ``device``."""
-        self.device = device
-        from edgeseg.backends.pytorch import PyTorchSession
-        from edgeseg.machine.cpu import this_cpu
-
-        # As bench runs it: by itself PyTorch may take more threads than this process has cores.
-        threads, on_gpu = this_cpu().cores, device == "cuda"
-        with ExitStack() as stack:
-            session: Session = stack.enter_context(
-                PyTorchSession(self.loaded, spec, threads=threads, device=device, exact=on_gpu)
-            )
-            timed = session
-            if on_gpu:
-                timed = stack.enter_context(PyTorchSession(self.loaded, spec, threads=threads, device=device))
-            if has_goal(self.request):
-                from edgeseg.mixed.judge import Remembered
-
-                session = Remembered(session, self.memory / device)
-            yield session, timed
-
-    def misses(self, verification: Verification | None) -> bool:
-        """Whether the engine misses a goal that a search may reach."""
-        request = self.request
-        if verification is None or not has_goal(request):
-            return False
-        return bool(missed_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement))
-
-
-def verify_stage(
-    request: BuildRequest, engine: Engine, verifier: _Verifier | None, reporter: Reporter
-) -> Verification | None:
-    """Compare the engine with the PyTorch model on held-out images."""
-    if verifier is None:
-        if request.max_drop is not None or request.min_agreement is not None:
-            raise SpecError("--max-drop and --min-agreement need images to verify on; give --validation DIR")
-        reporter.note("not verified: no images were given; --validation DIR compares the engine with PyTorch")
-        return None
-    from edgeseg.backends.pytorch import PyTorchSession, why_no_cuda
-    from edgeseg.evaluate.latency.protocol import SHORT
-    from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, verify
-
-    spec, data, loaded = engine.manifest.spec, verifier.data, verifier.loaded
-    with stage(reporter, "verify") as said:
-        backend = get_backend(engine.manifest.target)
-        runs_here = engine.manifest.engine is not None and backend.status().available
-        opened = backend.load(engine) if runs_here else open_graph(engine)
-        on_gpu = runs_here and backend.name in GPU_TARGETS
-        missing = why_no_cuda() if on_gpu else None
-        device = "cuda" if on_gpu and missing is None else "cpu"
-        with verifier.reference(spec, device) as (reference, timed), opened as session:
-            verification = verify(
-                reference,
-                session,
-                spec,
-                data.pairs,
-                data=data.description if runs_here else f"{data.description}; {measured_on(engine.manifest)}",
-                reference_size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
-                engine_size_bytes=(engine.manifest.engine or engine.manifest.graph).size_bytes,
-                # Never beside PyTorch on another device: the ratio would be of a GPU and a CPU.
-                protocol=SHORT if runs_here and missing is None else None,
-                timed_reference=timed,
-                progress=reporter.progress,
-            )
-            said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
-
-            def without_ties() -> float:
-                tie = TIE_TF32 if engine.manifest.options.get("tf32") else TIE
-                with PyTorchSession(loaded, spec, with_scores=True) as telling:
-                    return agreement_without_ties(telling, session, spec, data.pairs, tie)
-
-            note = check_fidelity(verification, engine.manifest.precision.requested, without_ties)
-    if missing is not None:
-        reporter.note(f"not timed beside PyTorch: {missing}, and the engine runs on the GPU; edgeseg bench times it")
-    if note is not None:
-        reporter.note(note)
-    return verification
-
-
-@dataclass(frozen=True)
-class _ManifestMaker:
-    """What all manifests of one build have in common."""
-
-    request: BuildRequest
-    loaded: LoadedModel
-    spec: PipelineSpec
-    conversion: ConversionReport
-    table: CalibrationTable | None
-    name: str
-    command: str | None
-    model_request: ModelRequest | None
-    search: Search | None = None
-
-    def write(
-        self,
-        candidate: Candidate,
-        medians: dict[str, float],
-        folder: Path,
-        verification: Verification | None,
-    ) -> Engine:
-        """Put the candidate's files and the manifest into ``folder``."""
-        table = self.table
-        for source in (candidate.graph.path, candidate.built.path, *candidate.built.extra_files):
-            if source is not None and source.parent != folder:
-                shutil.copyfile(source, folder / source.name)
-        calibration = None
-        if table is not None:
-            table.save(folder / TABLE_NAME)
-            calibration = FileRef.of(folder / TABLE_NAME)
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            edgeseg_version=__version__,
-            name=self.name,
-            spec=self.spec,
-            precision=candidate.built.precision,
-            target=candidate.backend.name,
-            scheme=candidate.graph.scheme,
-            graph=FileRef.of(folder / candidate.graph.path.name),
-            engine=None if candidate.built.path is None else FileRef.of(folder / candidate.built.path.name),
-            calibration=calibration,
-            extra_files=tuple(FileRef.of(folder / path.name) for path in candidate.built.extra_files),
-            weights=self.loaded.weights,
-            origin=self.loaded.origin,
-            model_request=self.model_request,
-            inputs_sha256={
-                "weights": self.loaded.weights_sha256,
-                "spec": sha256_json(self.spec),
-                **({f"calibration_{cause}": value for cause, value in table.key.items()} if table else {}),
-            },
-            options=dict(candidate.built.options),
-            options_given=self._options_given(candidate),
-            versions={**package_versions(*CONVERT_PACKAGES), **candidate.built.versions},
-            device=dict(candidate.built.device),
-            candidates=medians,
-            conversion=dataclasses.asdict(self.conversion),
-            command=self.command,
-            notes=self.loaded.notes,
-            verification=verification,
-            repairs=self._repairs(candidate),
-            search=self.search,
-        )
-        write_json(folder / MANIFEST_NAME, manifest)
-        return Engine(folder, manifest)
-
-    def _repairs(self, candidate: Candidate) -> tuple[Repair, ...]:
-        """Those of the table, judged in the scheme that rounds like the engine's; none for FP16, which takes its graph only."""
-        from edgeseg.quantize.repair.fidelity import judge_of
-
-        if self.table is None or candidate.built.precision.requested != "int8":
-            return ()
-        judge = judge_of(SCHEMES[candidate.graph.scheme or candidate.backend.scheme])
-        return tuple(repair for repair in self.table.repairs if repair.scheme == judge)
-
-    def _options_given(self, candidate: Candidate) -> dict[str, Any]:
-        given = self.request.backend_options
-        # File names of a portable folder are for the device: this machine does not know them.
-        return dict(given) if candidate.built.path is None else check_options(candidate.backend.name, given)

@@ -400,9 +400,9 @@ def test_a_build_for_a_gpu_is_never_timed_beside_a_cpu(tmp_path: Any, monkeypatc
     """ONNX Runtime stands for a GPU's backend: first beside a PyTorch without CUDA, then beside one that has it."""
     import edgeseg
     from edgeseg.backends import pytorch
-    from edgeseg.pipeline import stages
+    from edgeseg.pipeline import verification
 
-    monkeypatch.setattr(stages, "GPU_TARGETS", ("onnxruntime",))
+    monkeypatch.setattr(verification, "GPU_TARGETS", ("onnxruntime",))
     images = tmp_path / "images"
     images.mkdir()
     for number in range(3):
