@@ -8,14 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from edgeseg.errors import SpecError
 from edgeseg.handover import deepness, deepstream, hub, isaac_ros, jetson_inference, triton
 from edgeseg.handover.contents import Content
 from edgeseg.spec import one_of
 from edgeseg.store.artifacts import Engine, FileRef, open_engine, write_json
-from edgeseg.store.atomic import atomic_folder, check_folder
+from edgeseg.store.atomic import atomic_folder, check_folder, listed_names
 from edgeseg.version import __version__
 
 LISTING_NAME = "handover.json"
@@ -120,11 +118,6 @@ def _write(scratch: Path, files: Mapping[str, Content]) -> None:
 
 def _own_names(folder: Path) -> frozenset[str] | None:
     """What an export wrote at the top of ``folder``; ``None`` when it is not empty and none of ours."""
-    try:
-        listing = msgspec.json.decode((folder / LISTING_NAME).read_bytes(), type=Listing)
-    except (OSError, msgspec.DecodeError, ValueError, RecursionError):
-        try:
-            return None if any(folder.iterdir()) else frozenset()
-        except OSError:
-            return None
-    return frozenset({LISTING_NAME, *(name.partition("/")[0] for name in listing.files)})
+    return listed_names(
+        folder, LISTING_NAME, Listing, lambda listing: (name.partition("/")[0] for name in listing.files)
+    )

@@ -21,7 +21,7 @@ from edgeseg.console import printable
 from edgeseg.errors import ArtifactError, SpecError, StaleEngineError, refusals_as, typed
 from edgeseg.machine.record import Count, Finite
 from edgeseg.spec import ModelRequest, PipelineSpec, Precision
-from edgeseg.store.atomic import atomic_folder, check_folder, recover_folder, write_bytes
+from edgeseg.store.atomic import atomic_folder, check_folder, listed_names, recover_folder, write_bytes
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -545,16 +545,13 @@ class _AnyManifest:
 
 def engine_files(folder: Path) -> frozenset[str] | None:
     """The names that edgeseg wrote in ``folder``; ``None`` when it is not empty and none of edgeseg's engine folders."""
-    try:
-        manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=_AnyManifest)
-    except (OSError, msgspec.DecodeError, ValueError, RecursionError):
-        try:
-            return None if any(folder.iterdir()) else frozenset()
-        except OSError:
-            return None  # who cannot look into it cannot know
+    return listed_names(folder, MANIFEST_NAME, _AnyManifest, _names_in)
+
+
+def _names_in(manifest: _AnyManifest) -> Iterator[str]:
     searched = (candidate.graph for candidate in manifest.search.candidates) if manifest.search is not None else ()
     files = (manifest.graph, manifest.engine, manifest.calibration, *manifest.extra_files, *searched)
-    return frozenset({MANIFEST_NAME, *(file.name for file in files if file is not None)})
+    return (file.name for file in files if file is not None)
 
 
 def read_json(path: Path, kind: type[T], what: str) -> T:

@@ -17,13 +17,17 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from edgeseg.errors import ArtifactError
 from edgeseg.store.outputs import is_stream, open_descriptor, refuse_existing
 
+T = TypeVar("T")
 Ours = Callable[[Path], "Collection[str] | None"]
 """Names of the files in a folder that edgeseg wrote; ``None`` for a folder that is none of edgeseg's."""
 
@@ -198,6 +202,24 @@ def _publish_new(part: Path, path: Path) -> None:
         # File systems without hard links (FAT on an SD card).
         refuse_existing(path, False)
         os.replace(part, path)
+
+
+def listed_names(
+    folder: Path, listing: str, kind: type[T], names: Callable[[T], Iterable[str]]
+) -> frozenset[str] | None:
+    """What edgeseg wrote in ``folder`` by its file ``listing``, of type ``kind``; that file is one of the names.
+
+    Returns:
+        the names; none for an empty folder; ``None`` for one that is not empty and has no such file.
+    """
+    try:
+        listed = msgspec.json.decode((folder / listing).read_bytes(), type=kind)
+    except (OSError, msgspec.DecodeError, ValueError, RecursionError):
+        try:
+            return None if any(folder.iterdir()) else frozenset()
+        except OSError:
+            return None  # who cannot look into it cannot know
+    return frozenset({listing, *names(listed)})
 
 
 def check_folder(target: Path, *, force: bool, ours: Ours) -> None:
