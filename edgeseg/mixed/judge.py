@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
 from edgeseg.closing import Closing
-from edgeseg.evaluate.accuracy.dataset import Pair
-from edgeseg.evaluate.accuracy.meters import AccuracyMeter
-from edgeseg.evaluate.intervals import MIN_IMAGES, interval
+from edgeseg.evaluate.accuracy.counts import AREA_COLUMNS
+from edgeseg.evaluate.accuracy.dataset import Pair, evenly_spread
+from edgeseg.evaluate.accuracy.meters import AccuracyMeter, optional
+from edgeseg.evaluate.intervals import COLUMNS, MIN_IMAGES, Counts, figure, interval, per_class
 from edgeseg.evaluate.verify import compare_masks
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.artifacts import Estimate
@@ -65,22 +66,29 @@ class Judged:
         if not self.has_masks:
             return None
         before, after = self._counts("reference"), self._counts("session")
-        return _estimate(len(self.images), lambda weights: _miou(weights, before) - _miou(weights, after))
+
+        def lost(weights: NDArray[Any]) -> NDArray[Any]:
+            return figure("miou", before.totals(weights)) - figure("miou", after.totals(weights))
+
+        return _estimate(len(self.images), lost)
 
     def class_drops(self) -> tuple[float | None, ...]:
         """IoU lost per class; empty without masks, ``None`` for a class that has no IoU on either side."""
         if not self.has_masks:
             return ()
-        before, after = (_iou(self._counts(which).sum(axis=0)) for which in ("reference", "session"))
-        return tuple(None if np.isnan(a) or np.isnan(b) else float(a - b) for a, b in zip(before, after, strict=True))
+        before, after = (
+            per_class("miou", self._counts(which).classes.sum(axis=0)) for which in ("reference", "session")
+        )
+        return optional(before - after)
 
-    def _counts(self, which: str) -> NDArray[np.float64]:
-        """``(N, classes, 3)``; sums of pixels are exact in float64."""
-        counts = np.zeros((len(self.images), self.classes, 3))
+    def _counts(self, which: str) -> Counts:
+        """Of areas; contours and pixels, which no figure here needs, are 0."""
+        images = len(self.images)
+        classes = np.zeros((images, self.classes, COLUMNS))
         for position, image in enumerate(self.images):
-            for index, *columns in getattr(image, which):
-                counts[position, index] = columns
-        return counts
+            for index, *areas in getattr(image, which):
+                classes[position, index, :AREA_COLUMNS] = areas
+        return Counts(classes, np.zeros(images), np.zeros(images))
 
 
 def _estimate(images: int, statistic: Callable[[NDArray[Any]], NDArray[Any]]) -> Estimate | None:
@@ -89,18 +97,6 @@ def _estimate(images: int, statistic: Callable[[NDArray[Any]], NDArray[Any]]) ->
         return None if np.isnan(value) else Estimate(value)
     result = interval(images, statistic)
     return None if result is None else Estimate(result.value, result.low, result.high)
-
-
-def _iou(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):
-        return np.asarray(totals[..., 0] / totals.sum(axis=-1))
-
-
-def _miou(weights: NDArray[Any], counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    scores = _iou(np.tensordot(weights.astype(np.float64), counts, axes=1))
-    known = ~np.isnan(scores)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(np.where(known, scores, 0.0).sum(axis=-1) / known.sum(axis=-1))
 
 
 def judge(
@@ -130,7 +126,7 @@ def judge(
 
 def _class_counts(meter: AccuracyMeter) -> ClassCounts:
     """Of a meter that saw one image."""
-    rows = enumerate(meter.counts[:, :3].tolist())
+    rows = enumerate(meter.counts[:, :AREA_COLUMNS].tolist())
     return tuple((index, tp, fp, fn) for index, (tp, fp, fn) in rows if tp or fp or fn)
 
 
@@ -188,6 +184,5 @@ def pairs_key(pairs: Iterable[Pair]) -> str:
 
 def spread(pairs: Iterable[Pair], limit: int) -> list[Pair]:
     """At most ``limit`` of the images, evenly spread over their order."""
-    count = operator.length_hint(pairs)
-    chosen = {k * count // limit for k in range(limit)} if count > limit else range(count)
+    chosen = set(evenly_spread(operator.length_hint(pairs), limit))
     return [pair for k, pair in enumerate(pairs) if k in chosen]

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from edgeseg.closing import Closing
 from edgeseg.errors import QuantizationError
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.graph.types import graph_macs
@@ -95,11 +96,11 @@ def judge_modules(
     tallies: dict[str, list[ImageTally]] = {name: [] for name in bench.modules}
     done, images = 0, iter(pairs)
     while chunk := list(islice(images, stretch)):
-        with _Stretch(bench, chunk) as judged:
+        with _Stretch(bench, chunk) as stretched:
             for position, name in enumerate(bench.modules):
                 if is_over():
                     return _complete(tallies, network, done)
-                tallies[name].extend(judged(name).images)
+                tallies[name].extend(stretched.judged(name).images)
                 if progress is not None:
                     progress(done * len(tallies) + len(chunk) * (position + 1), total * len(tallies))
         done += len(chunk)
@@ -152,7 +153,7 @@ class _Bench:
         return whole
 
 
-class _Stretch:
+class _Stretch(Closing):
     """Judges modules on a few images; the float graph runs when the first is asked for that the cache does not hold."""
 
     def __init__(self, bench: _Bench, chunk: Sequence[Pair]) -> None:
@@ -161,13 +162,11 @@ class _Stretch:
         self._images = pairs_key(chunk)
         self._prefix: SharedPrefix | None = None
 
-    def __enter__(self) -> Callable[[str], Judged]:
-        return self._judged
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Forget the values of the float graph."""
         self._prefix = None
 
-    def _judged(self, module: str) -> Judged:
+    def judged(self, module: str) -> Judged:
         def make(folder: Path) -> None:
             write_json(folder / JUDGED_NAME, self._judge(module))
 

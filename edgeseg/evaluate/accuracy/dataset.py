@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,6 @@ from edgeseg.errors import InputError, refusals_as
 from edgeseg.evaluate.accuracy.labels import LabelCoding, LabelReader
 from edgeseg.images.decoding import list_images, pixel_digest, read_image
 from edgeseg.spec import ModelSpec
-
-T = TypeVar("T")
 
 IMAGE_FOLDERS = ("images", "image", "img", "img_dir")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "ann_dir")
@@ -107,7 +104,8 @@ class ValidationSet:
             raise InputError(f"{limit} validation images asked for; at least 1 is needed")
         images, masks = _find(folder, split)
         unpaired = tuple(i.name for i in images if i not in masks) if masks else ()
-        chosen = _spread([i for i in images if not masks or i in masks], limit)
+        usable = [i for i in images if not masks or i in masks]
+        chosen = [usable[k] for k in evenly_spread(len(usable), limit)]
         return cls(folder, tuple(chosen), tuple(masks[i] for i in chosen if masks), model, ignore_index, unpaired)
 
     def __len__(self) -> int:
@@ -134,13 +132,13 @@ class ValidationSet:
             first.setdefault(file_digest(path), k)
         return self._subset([k for digest, k in first.items() if digest in digests])
 
-    def _subset(self, keep: list[int]) -> ValidationSet:
+    def _subset(self, keep: Sequence[int]) -> ValidationSet:
         masks = tuple(self.masks[k] for k in keep) if self.masks else ()
         return replace(self, images=tuple(self.images[k] for k in keep), masks=masks)
 
     def limited(self, limit: int | None) -> ValidationSet:
         """``limit`` of the images, evenly spread over their order; all with ``None``."""
-        return self._subset(_spread(list(range(len(self))), limit))
+        return self._subset(evenly_spread(len(self), limit))
 
     def __iter__(self) -> Iterator[Pair]:
         """Read the pairs in order.
@@ -239,7 +237,6 @@ def _mask_files(folder: Path) -> list[Path]:
     return sorted(p for p in files if p.suffix.lower() in {".png", ".npy", ".tif", ".tiff", ".bmp", ".gif"})
 
 
-def _spread(items: list[T], limit: int | None) -> list[T]:
-    if limit is None or limit >= len(items):
-        return items
-    return [items[k * len(items) // limit] for k in range(limit)]
+def evenly_spread(count: int, limit: int | None) -> Sequence[int]:
+    """Positions of at most ``limit`` of ``count`` items, evenly spread over their order."""
+    return range(count) if limit is None or limit >= count else [k * count // limit for k in range(limit)]
