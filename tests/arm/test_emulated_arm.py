@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ VAL = ROOT / "calibration" / "demo" / "val"
 SIZES = {"pan": 128}
 ENCODERS = {"dpt": "tu-vit_tiny_patch16_224", "segformer": "mit_b0"}
 IMAGES = 12
+NAMES = (*(f"demo-{arch}" for arch in demo_models()), *ARCHITECTURES)
+Engines = Callable[[str], Engine]
 
 
 @pytest.fixture(scope="session")
@@ -47,32 +50,34 @@ def machine() -> ArmMachine:
 
 
 @pytest.fixture(scope="session")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Engine]:
-    """The four demo models, and every architecture with random weights and a small encoder, as portable folders."""
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """By name, built when it is asked for: a demo model, or an architecture with random weights and a small encoder."""
     root = tmp_path_factory.mktemp("portable")
-    common: dict[str, Any] = {"target": "onnxruntime", "scheme": "onnxruntime-arm", "calibration": CALIB}
-    built = {f"demo-{a}": edgeseg.build(a, output=root / f"demo-{a}", **common) for a in demo_models()}
-    for arch in ARCHITECTURES:
-        side = SIZES.get(arch, 64)
-        built[arch] = edgeseg.build(
-            arch,
-            encoder=ENCODERS.get(arch, "resnet18"),
-            weights="random",
-            classes=4,
-            size=(side, side),
-            calibration_limit=16,
-            output=root / arch,
-            **common,
-        )
-    return built
+
+    @functools.cache
+    def build(name: str) -> Engine:
+        how: dict[str, Any] = {"target": "onnxruntime", "scheme": "onnxruntime-arm", "calibration": CALIB}
+        if not name.startswith("demo-"):
+            side = SIZES.get(name, 64)
+            how |= {
+                "encoder": ENCODERS.get(name, "resnet18"),
+                "weights": "random",
+                "classes": 4,
+                "calibration_limit": 16,
+            }
+            how["size"] = (side, side)
+        return edgeseg.build(name.removeprefix("demo-"), output=root / name, **how)
+
+    return build
 
 
 @pytest.fixture(scope="session")
-def images(engines: dict[str, Engine]) -> dict[str, NDArray[np.uint8]]:
+def images(engines: Engines) -> dict[str, NDArray[np.uint8]]:
     """Validation images, uint8 ``(N, H, W, 3)``: of the demo models as they are, of the others at the engine's size."""
     paths = sorted((VAL / "images").iterdir())[:IMAGES]
     given = {}
-    for name, engine in engines.items():
+    for name in NAMES:
+        engine = engines(name)
         size = (engine.manifest.spec.input.width, engine.manifest.spec.input.height)
         read = (Image.open(path).convert("RGB") for path in paths)
         given[name] = np.stack([np.asarray(i if name.startswith("demo-") else i.resize(size)) for i in read])
@@ -82,40 +87,37 @@ def images(engines: dict[str, Engine]) -> dict[str, NDArray[np.uint8]]:
 @pytest.fixture(scope="session")
 def on_arm(
     machine: ArmMachine,
-    engines: dict[str, Engine],
+    engines: Engines,
     images: dict[str, NDArray[np.uint8]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[dict[str, Any], NDArray[np.uint8]]]:
     """By engine: what its compiled folder says, and its masks."""
     folder = tmp_path_factory.mktemp("board")
-    for name, engine in engines.items():
-        shutil.copytree(engine.folder, folder / name)
+    for name in NAMES:
+        shutil.copytree(engines(name).folder, folder / name)
     np.savez(folder / "images.npz", **images)
     script = Path(__file__).with_name("on_machine.py")
-    done = machine.python(script, "images.npz", *engines, folder=folder)
+    done = machine.python(script, "images.npz", *NAMES, folder=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads(done.stdout)
-    return {name: (facts[name], np.load(folder / f"{name}.npy")) for name in engines}
+    return {name: (facts[name], np.load(folder / f"{name}.npy")) for name in NAMES}
 
 
 @pytest.fixture
-def masks_here(engines: dict[str, Engine], images: dict[str, NDArray[np.uint8]], name: str) -> Iterator[Any]:
+def masks_here(engines: Engines, images: dict[str, NDArray[np.uint8]], name: str) -> Iterator[Any]:
     """The same graph, by its own semantics, on this machine."""
-    engine = engines[name]
+    engine = engines(name)
     with open_graph(engine) as session:
         segmenter = Segmenter(session, engine.manifest.spec)
         yield np.stack([segmenter(image) for image in images[name]])
 
 
-NAMES = (*(f"demo-{arch}" for arch in demo_models()), *ARCHITECTURES)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_all_that_was_promised_runs_in_int8(
-    on_arm: dict[str, tuple[dict[str, Any], NDArray[np.uint8]]], engines: dict[str, Engine], name: str
+    on_arm: dict[str, tuple[dict[str, Any], NDArray[np.uint8]]], engines: Engines, name: str
 ) -> None:
     facts, _ = on_arm[name]
-    promised = engines[name].manifest.precision.mac_share["int8"]
+    promised = engines(name).manifest.precision.mac_share["int8"]
     assert facts["int8_share"] == pytest.approx(promised, abs=1e-9)
     assert "aarch64, emulated" in facts["device"]["cpu"]
 
@@ -123,12 +125,12 @@ def test_all_that_was_promised_runs_in_int8(
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_are_as_near_to_pytorch_as_here(
     on_arm: dict[str, tuple[dict[str, Any], NDArray[np.uint8]]],
-    engines: dict[str, Engine],
+    engines: Engines,
     images: dict[str, NDArray[np.uint8]],
     masks_here: NDArray[np.uint8],
     name: str,
 ) -> None:
-    request, spec = engines[name].manifest.model_request, engines[name].manifest.spec
+    request, spec = engines(name).manifest.model_request, engines(name).manifest.spec
     assert request is not None
     with PyTorchSession(load_model(request), spec) as session:
         segmenter = Segmenter(session, spec)
@@ -161,9 +163,9 @@ def mean_iou(masks: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
     return float(np.mean(ious))
 
 
-def test_the_command_line(machine: ArmMachine, engines: dict[str, Engine], tmp_path: Path) -> None:
+def test_the_command_line(machine: ArmMachine, engines: Engines, tmp_path: Path) -> None:
     """What the owner of a board types, from the folder that was copied there to a page of figures."""
-    shutil.copytree(engines["demo-fpn"].folder, tmp_path / "fpn")
+    shutil.copytree(engines("demo-fpn").folder, tmp_path / "fpn")
 
     def edgeseg_cli(*arguments: str | Path) -> str:
         done = machine.python("-m", "edgeseg", *arguments, folder=tmp_path)
@@ -183,9 +185,9 @@ def test_the_command_line(machine: ArmMachine, engines: dict[str, Engine], tmp_p
         *("--data", VAL, "--limit", "6", "--json", "bench.json"),
     )
     bench = json.loads((tmp_path / "bench.json").read_text())
-    assert bench["machine"]["cpu"]["name"] == doctor["cpu"]["name"]
+    assert bench["environment"]["cpu"] == doctor["cpu"]["name"]
     (row,) = bench["rows"]
-    assert row["accuracy"]["miou"] > 0.3
+    assert row["accuracy"]["truth"]["miou"]["value"] > 0.3
     edgeseg_cli("report", "bench.json", "--html", "report.html")
     assert "aarch64, emulated" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
