@@ -99,6 +99,19 @@ class Preprocess:
             raise SpecError(f"std and scale must be > 0, got std={self.std} scale={self.scale}")
         one_of("channel order", self.channel_order, get_args(ChannelOrder))
 
+    def usual_values(self, dtype: InputDtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Lowest and highest pixel value that images of ``dtype`` usually have, by channel in RGB order.
+
+        Of uint8 all there are, else two standard deviations around the mean of training, within the range of the dtype.
+        """
+        if dtype == "uint8":
+            return (0.0,) * len(self.mean), (255.0,) * len(self.mean)
+        least, most = (-math.inf, math.inf) if dtype == "float32" else (0.0, float(FULL_SCALE[dtype]))
+        around = [(m / self.scale, 2 * s / self.scale) for m, s in zip(self.mean, self.std, strict=True)]
+        ordered = around[::-1] if self.channel_order == "bgr" else around
+        low = tuple(min(max(middle - spread, least), most - 1) for middle, spread in ordered)
+        return low, tuple(max(min(middle + spread, most), least + 1) for middle, spread in ordered)
+
 
 @dataclass(frozen=True)
 class BatchRange:
@@ -326,22 +339,6 @@ class PipelineSpec:
         classes = "1 class" if model.classes == 1 else f"{model.classes} classes"
         size = "any size" if given.dynamic_size else f"{given.height}x{given.width}"
         return f"{model.display_name}, {classes}, {size} {given.pixel_words} ({given.fit}) -> {self.output.kind}"
-
-    @property
-    def usual_values(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Lowest and highest pixel value that images usually have, by channel of the input (RGB): of uint8 all there are,
-        else two standard deviations around the mean the network was trained with, as far as the dtype has such values.
-        """
-        dtype, known = self.input.dtype, self.preprocess
-        if dtype == "uint8":
-            return (0.0,) * self.input.channels, (255.0,) * self.input.channels
-        top = math.inf if dtype == "float32" else float(FULL_SCALE[dtype])
-        least = -math.inf if dtype == "float32" else 0.0
-        step = -1 if known.channel_order == "bgr" else 1
-        around = [(m / known.scale, 2 * s / known.scale) for m, s in zip(known.mean, known.std, strict=True)][::step]
-        low = tuple(min(max(middle - spread, least), top - 1) for middle, spread in around)
-        high = tuple(max(min(middle + spread, top), least + 1) for middle, spread in around)
-        return low, high
 
     @property
     def mask_dtype(self) -> str:

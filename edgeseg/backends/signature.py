@@ -75,7 +75,7 @@ def expected_image(spec: PipelineSpec) -> TensorInfo:
     if size.dynamic_size:
         low, high = size.min_size or (size.height, size.width), size.max_size or (size.height, size.width)
         sides = ((low[0], high[0]), (low[1], high[1]))
-    return TensorInfo("image", "uint8", (_batch(spec), *sides, (size.channels, size.channels)))
+    return TensorInfo("image", size.dtype, (_batch(spec), *sides, (size.channels, size.channels)))
 
 
 def expected_outputs(spec: PipelineSpec) -> list[TensorInfo]:

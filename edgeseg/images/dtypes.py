@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
-from edgeseg.spec import InputDtype
+from edgeseg.spec import InputDtype, Preprocess
 
 
 def in_dtype(array: NDArray[Any], dtype: InputDtype, what: str) -> NDArray[Any]:
@@ -25,6 +25,7 @@ def in_dtype(array: NDArray[Any], dtype: InputDtype, what: str) -> NDArray[Any]:
     Raises:
         InputError: another dtype, or NaN or infinite values, which a network makes wrong masks of without a word.
     """
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype != dtype and (dtype != "float32" or array.dtype.kind not in "fi"):
         raise refusal(array.dtype, dtype, what)
     if dtype != "float32":
@@ -38,6 +39,15 @@ def in_dtype(array: NDArray[Any], dtype: InputDtype, what: str) -> NDArray[Any]:
             "replace them as in training (np.nan_to_num)"
         )
     return pixels
+
+
+def usual_pixels(levels: NDArray[Any], preprocess: Preprocess, dtype: InputDtype) -> NDArray[Any]:
+    """Made-up images ``(..., C)`` of levels 0..255 as pixels of ``dtype``, spread over the values usual in training."""
+    if dtype == "uint8":
+        return levels.astype(np.uint8)
+    low, high = (np.array(values) for values in preprocess.usual_values(dtype))
+    values = low + levels / 255 * (high - low)
+    return values.astype(np.float32) if dtype == "float32" else np.rint(values).astype(dtype)
 
 
 def refusal(has: np.dtype[Any], dtype: InputDtype, what: str) -> InputError:

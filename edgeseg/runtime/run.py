@@ -242,16 +242,16 @@ class _Run:
     def _image(self, task: _Task) -> tuple[_Task, str | None, list[Path]]:
         """Read, segment and write one image: why it could not be read, the files written. Called in several threads."""
         assert isinstance(task.source, Path)
-        channels = self.segmenter.spec.input.channels
+        wanted = self.segmenter.spec.input
         try:
-            image = read_image(task.source, channels)
+            image = read_image(task.source, wanted.channels, wanted.dtype)
         except (InputError, MissingDependencyError) as exc:
             return task, str(exc), []
         with self._large if image.nbytes > LARGE_BYTES else nullcontext():
-            mask = self.segmenter(image, channel_order="rgb" if channels == 3 else None)
+            mask = self.segmenter(image, channel_order="rgb" if wanted.channels == 3 else None)
             return task, None, self._write_image(task, image, mask)
 
-    def _write_image(self, task: _Task, image: NDArray[np.uint8], mask: NDArray[Any]) -> list[Path]:
+    def _write_image(self, task: _Task, image: NDArray[Any], mask: NDArray[Any]) -> list[Path]:
         written = self._write_masks(self.output / "masks" / task.name, mask)
         if self.overlay:
             path = self.output / "overlays" / f"{task.name}.png"
@@ -288,7 +288,7 @@ class _Run:
     def _video(self, task: _Task, bar: _Silent) -> bool:
         """Process one video or camera; true if a camera was stopped by Ctrl-C."""
         try:
-            video = Video(task.source, self.segmenter.spec.input.channels)
+            video = Video(task.source, self.segmenter.spec.input)
             bar.expect(video.frames)
             path = self.output / "videos" / f"{task.name}.mp4"
             with (

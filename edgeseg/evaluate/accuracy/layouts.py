@@ -29,6 +29,7 @@ def open_layout(
     ignore_index: int | None = None,
     label_map: dict[int, int] | None = None,
     limit: int | None = None,
+    dtype: InputDtype = "uint8",
 ) -> ValidationSet:
     """Find the images and masks of a data set; nothing is decoded yet.
 
@@ -41,6 +42,7 @@ def open_layout(
         ignore_index: value of unlabelled pixels; ``None``: the layout's own, or recognized.
         label_map: file value -> class index or :data:`~edgeseg.evaluate.accuracy.labels.IGNORED`, over the layout's own.
         limit: keep this many, evenly spread.
+        dtype: of the engine's input.
 
     Raises:
         InputError: the layout is not there, or has no images in this split.
@@ -51,7 +53,7 @@ def open_layout(
         raise InputError(f"--limit {limit}; give at least 1 image")
     extra = label_map or {}
     if layout == "images-masks":
-        paired = ValidationSet.open(source, model, ignore_index=ignore_index, split=split)
+        paired = ValidationSet.open(source, model, ignore_index=ignore_index, split=split, dtype=dtype)
         return replace(paired, coding=LabelCoding(extra)).limited(limit)
     pairs, own_ignore, coding = _READERS[layout](source, split)
     with_masks = [(image, mask) for image, mask in pairs if mask is not None]
