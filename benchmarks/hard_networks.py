@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,25 @@ from edgeseg.spec import ModelRequest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "calibration"))
 train_demo: Any = importlib.import_module("train_demo")
 
-NETWORKS = {"segformer": ("segformer", "mit_b0"), "fpn": ("fpn", "mobilenet_v2")}
-"""Name -> architecture and encoder: layer normalization and GELU, and clips at 6."""
+@dataclass(frozen=True)
+class Network:
+    """What ``smp.create_model`` is told, beside the classes."""
+
+    arch: str
+    encoder: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+
+NETWORKS = {
+    "segformer": Network("segformer", "mit_b0"),
+    "dpt": Network("dpt", "tu-vit_tiny_patch16_224", {"dynamic_img_size": True}),
+    "upernet": Network("upernet", "tu-convnext_atto", {"decoder_channels": 64}),
+    "unet": Network("unet", "efficientnet-b0"),
+    "fpn": Network("fpn", "mobilenet_v2"),
+    "manet": Network("manet", "tu-mobilenetv3_small_100"),
+}
+"""By architecture: layer normalization with GELU thrice (attention in the first two), SiLU with squeeze-and-excite, clips at 6,
+hard-swish."""
 
 SCENES = 600
 CROP = 128
@@ -51,9 +68,9 @@ CROP = 128
 
 def build(name: str) -> torch.nn.Module:
     """The network with random weights."""
-    arch, encoder = NETWORKS[name]
+    network, classes = NETWORKS[name], len(train_demo.CLASS_NAMES)
     model: torch.nn.Module = smp.create_model(
-        arch, encoder, encoder_weights=None, classes=len(train_demo.CLASS_NAMES), in_channels=3
+        network.arch, network.encoder, encoder_weights=None, classes=classes, **network.model_args
     )
     return model
 
