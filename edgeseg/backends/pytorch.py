@@ -209,16 +209,16 @@ class PyTorchSession(Closing):
                 f"torch.compile failed: {first_line(exc)}; it needs a C++ compiler, or run without it"
             ) from exc
 
-    def _run_on_device(
-        self, runtime: CudaRuntime, images: NDArray[Any]
-    ) -> tuple[dict[str, NDArray[Any]], StageTimes]:
+    def _run_on_device(self, runtime: CudaRuntime, images: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], StageTimes]:
         """One batch through this thread's page-locked memory, on the stream all threads share."""
         lane: _Lane | None = getattr(self._lanes, "lane", None)
         if lane is None:
             lane = self._lanes.lane = _Lane(runtime)
         self._numerics.apply()  # the process's: another session may have set its own since
         start, copied, computed, done = lane.marks
-        staged = lane.host("image", torch.empty(images.shape, dtype=getattr(torch, self.spec.input.dtype), device="meta"))
+        staged = lane.host(
+            "image", torch.empty(images.shape, dtype=getattr(torch, self.spec.input.dtype), device="meta")
+        )
         np.copyto(staged.numpy(), images)
         start.record()
         on_device = staged.to(self._device, non_blocking=True)

@@ -150,7 +150,7 @@ def _meaning(activation: str, removed: bool) -> Meaning:
 
 
 class Pipeline(nn.Module):
-    """An image of the engine's dtype in; the outputs of ``spec`` out, and always ``logits``: the network's map without its activation.
+    """An image in; the outputs of ``spec`` out, and always ``logits``: the network's map without its activation.
 
     Args:
         module: float32 normalized ``(N, C, H, W)`` -> map ``(N, classes, H, W)``, or a tuple of that and an auxiliary

@@ -144,7 +144,10 @@ def resolve_preprocess(
     if whole is not None or recorded is not None:
         doubt = "if it normalizes by itself" if whole is not None else "if it was trained otherwise"
         hint = "--mean 0 --std 1" if whole is not None else f"--scale 1 for pixel values{_range(dtype)}"
-        return assumed, (*notes, f"{before}{in_words(assumed, dtype)} ({assumed.source}): assumed; {doubt}, give {hint}")
+        return assumed, (
+            *notes,
+            f"{before}{in_words(assumed, dtype)} ({assumed.source}): assumed; {doubt}, give {hint}",
+        )
     return assumed, notes
 
 

@@ -411,7 +411,9 @@ class _Reader:
     def _doubt(self, what: str, top: float) -> None:
         if self.saved.dtype == "uint8" and top > self.full_scale:
             wanted = "uint16" if top <= FULL_SCALE["uint16"] else "float32"
-            note = f"the saved {what} is for images of more than 8 bits, the engine takes uint8: --input-dtype {wanted}?"
+            note = (
+                f"the saved {what} is for images of more than 8 bits, the engine takes uint8: --input-dtype {wanted}?"
+            )
             self._add(doubts=(*self.saved.doubts, note))
 
     def _preprocess(self, mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> Preprocess:

@@ -25,9 +25,9 @@ def in_dtype(array: NDArray[Any], dtype: InputDtype, what: str) -> NDArray[Any]:
     Raises:
         InputError: another dtype, or NaN or infinite values, which a network makes wrong masks of without a word.
     """
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.dtype != dtype and (dtype != "float32" or array.dtype.kind not in "fi"):
+    if not takes(array.dtype, dtype):
         raise refusal(array.dtype, dtype, what)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if dtype != "float32":
         return array
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
@@ -41,13 +41,18 @@ def in_dtype(array: NDArray[Any], dtype: InputDtype, what: str) -> NDArray[Any]:
     return pixels
 
 
+def takes(has: np.dtype[Any], dtype: InputDtype) -> bool:
+    """Whether an engine of ``dtype`` takes pixels of dtype ``has``; see :func:`in_dtype`."""
+    return has.newbyteorder("=") == dtype or (dtype == "float32" and has.kind in "fi")
+
+
 def usual_pixels(levels: NDArray[Any], preprocess: Preprocess, dtype: InputDtype) -> NDArray[Any]:
     """Made-up images ``(..., C)`` of levels 0..255 as pixels of ``dtype``, spread over the values usual in training."""
     if dtype == "uint8":
         return levels.astype(np.uint8)
     low, high = (np.array(values) for values in preprocess.usual_values(dtype))
     values = low + levels / 255 * (high - low)
-    return values.astype(np.float32) if dtype == "float32" else np.rint(values).astype(dtype)
+    return np.asarray(values if dtype == "float32" else np.rint(values), dtype)
 
 
 def refusal(has: np.dtype[Any], dtype: InputDtype, what: str) -> InputError:

@@ -224,7 +224,9 @@ def _place(source: tuple[int, int], content: tuple[int, int], spec: InputSpec) -
 
 def _repeats_border(content: tuple[int, int], canvas: tuple[int, int], spec: InputSpec) -> bool:
     """Whether the padding is narrower than the stride on both axes, or black is none of the dtype's usual values."""
-    return spec.dtype != "uint8" or all(outer - inner < spec.stride for inner, outer in zip(content, canvas, strict=True))
+    return spec.dtype != "uint8" or all(
+        outer - inner < spec.stride for inner, outer in zip(content, canvas, strict=True)
+    )
 
 
 def _largest(spec: InputSpec) -> tuple[int, int]:

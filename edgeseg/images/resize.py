@@ -41,9 +41,7 @@ def linear_taps(length: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.
     return before, np.minimum(before + 1, length - 1), centre - before
 
 
-def resize_image(
-    image: NDArray[Any], size: tuple[int, int], interpolation: Interpolation = "linear"
-) -> NDArray[Any]:
+def resize_image(image: NDArray[Any], size: tuple[int, int], interpolation: Interpolation = "linear") -> NDArray[Any]:
     """Resize uint8, uint16 or float32 ``(H, W, C)`` to ``size`` ``(height, width)``; the image itself when it has that
     size. Of the same dtype; integers are rounded, and held within their range."""
     if image.shape[:2] == size:

@@ -323,7 +323,7 @@ class GoalSearch:
         with stage(self.reporter, "measure") as said, ExitStack() as opened:
             engines = {trial.name: self.write(self._built(trial)) for trial in timed}
             sessions = {trial.name: opened.enter_context(trial.backend.load(engines[trial.name])) for trial in timed}
-            measured = measure_sessions(sessions, self.graph.spec.input)
+            measured = measure_sessions(sessions, self.graph.spec)
             for trial in timed:
                 trial.median_ms = measured[trial.name].median_ms
             said.append(f"{len(timed)} engines in turns")

@@ -23,7 +23,7 @@ from edgeseg.images.decoding import (
     pixel_digest,
     read_image,
 )
-from edgeseg.images.dtypes import in_dtype
+from edgeseg.images.dtypes import in_dtype, refusal, takes
 from edgeseg.spec import InputDtype, InputSpec
 from edgeseg.store.artifacts import sha256_file
 
@@ -141,7 +141,7 @@ class CalibrationSet:
         """
         if limit is not None and limit < 1:
             raise InputError(f"calibration limit is {limit}; give at least 1 image, or none for all of them")
-        words, sources = _find(source)
+        words, sources = _find(source, dtype)
         order = list(range(len(sources)))
         if limit is not None and limit < len(sources):
             random.Random(seed).shuffle(order)
@@ -229,11 +229,11 @@ class CalibrationSet:
             yield name, [np.ascontiguousarray(window[None]) for window in fit_windows(pixels, spec)]
 
 
-def check_source(source: CalibrationSource, limit: int | None) -> None:
+def check_source(source: CalibrationSource, limit: int | None, dtype: InputDtype) -> None:
     """Raise ``InputError`` where a look at the names, or at the arrays' shapes, shows that there is too little to calibrate
-    on, or nothing. What can be gone through only once is left alone."""
+    on, nothing, or another dtype than the engine's. What can be gone through only once is left alone."""
     if isinstance(source, (str, Path, Sequence, np.ndarray)):
-        words, sources = _find(source)
+        words, sources = _find(source, dtype)
         needed = MINIMUM_IMAGES if limit is None else min(MINIMUM_IMAGES, limit)
         if len(sources) < needed:
             raise InputError(_too_few(words, len(sources), len(sources), needed, ()))
@@ -273,13 +273,13 @@ def _too_few(words: str, taken: int, given: int, needed: int, skipped: Sequence[
 
 
 @refusals_as(InputError)
-def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:
+def _find(source: CalibrationSource, dtype: InputDtype) -> tuple[str, Sequence[_Image]]:
     """What ``source`` is called in messages, and its candidates in a fixed order."""
     if not isinstance(source, (str, Path)):
-        return "the given images", _from_items(source)
+        return "the given images", _from_items(source, dtype)
     path = Path(source).expanduser()
     if os.path.isfile(path) and path.suffix.lower() in ARRAY_SUFFIXES:
-        return str(path), _from_array_file(path)
+        return str(path), _from_array_file(path, dtype)
     if os.path.isfile(path) and path.suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(
             f"{path} is one image; calibration takes a folder, a glob, a .txt list, or a .npy or .npz of many"
@@ -290,31 +290,30 @@ def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:
     return str(path), [_File(p) for p in dict.fromkeys(files)]
 
 
-def _from_array_file(path: Path) -> list[_Image]:
+def _from_array_file(path: Path, dtype: InputDtype) -> list[_Image]:
     try:
         arrays = open_arrays(path, "calibration images", MAX_ARCHIVE_BYTES)
     except InputError as exc:
         raise InputError(f"{exc}; save (N, H, W, C) arrays, without pickled objects") from exc
-    return [image for name, array in arrays.items() for image in _split(name, array)]
+    return [image for name, array in arrays.items() for image in _split(name, array, dtype)]
 
 
-def _from_items(source: Iterable[NDArray[Any] | str | Path]) -> list[_Image]:
+def _from_items(source: Iterable[NDArray[Any] | str | Path], dtype: InputDtype) -> list[_Image]:
     images: list[_Image] = []
     for index, item in enumerate(source):
         if isinstance(item, (str, Path)):
             images.append(_File(Path(item)))
         else:
-            images.extend(_split(f"array {index}", np.asarray(item)))
+            images.extend(_split(f"array {index}", np.asarray(item), dtype))
     return images
 
 
-def _split(name: str, array: NDArray[np.generic]) -> list[_Image]:
+def _split(name: str, array: NDArray[np.generic], dtype: InputDtype) -> list[_Image]:
     """One candidate per image of ``(H, W)``, ``(H, W, C)`` or ``(N, H, W, C)``; views, not copies."""
-    if array.dtype.kind not in "iuf" or array.ndim not in (2, 3, 4) or 0 in array.shape:
-        raise InputError(
-            f"{name} is {array.dtype} of shape {array.shape}; calibration arrays are numbers, (H, W, C) or (N, H, W, C), "
-            "as decoded and before any normalization"
-        )
+    if not takes(array.dtype, dtype):
+        raise refusal(array.dtype, dtype, f"{name}, which is to be as decoded and before any normalization, is")
+    if array.ndim not in (2, 3, 4) or 0 in array.shape:
+        raise InputError(f"{name} has shape {array.shape}; calibration arrays are (H, W, C) or (N, H, W, C)")
     if (array[0] if array.ndim == 4 else array).nbytes > MAX_ARRAY_BYTES:
         raise InputError(f"{name} holds an image of more than {MAX_ARRAY_BYTES} bytes; cut it into parts")
     if array.ndim == 4:

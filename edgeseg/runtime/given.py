@@ -30,7 +30,9 @@ class _Picture(Protocol):
     def __array_interface__(self) -> dict[str, Any]: ...
 
 
-ImageLike: TypeAlias = "NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.floating[Any]] | str | Path | _Array | _Picture"
+ImageLike: TypeAlias = (
+    "NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.floating[Any]] | str | Path | _Array | _Picture"
+)
 
 
 @dataclass(frozen=True)

@@ -111,10 +111,10 @@ class Segmenter(Closing):
         """Segment one image or several.
 
         Args:
-            images: ``(H, W, C)`` or ``(N, H, W, C)`` of any size and the engine's dtype, which is uint8 unless it was
-                built for another (float32: or what float32 holds by value, see
-                :func:`~edgeseg.images.dtypes.in_dtype`); ``(H, W)`` too for a model with one channel. A numpy array, or what turns into one (a torch tensor on the CPU). Or the path of an image file, or a PIL
-                image. Or a list of single images, of any of these kinds and of different sizes.
+            images: ``(H, W, C)`` or ``(N, H, W, C)`` of any size; ``(H, W)`` too for a model with one channel. Of the
+                engine's dtype, which is uint8 unless it was built for another; a float32 engine also takes other floats
+                and signed integers. A numpy array, or what turns into one (a torch tensor on the CPU). Or the path of an
+                image file, or a PIL image. Or a list of single images, of any of these kinds and of different sizes.
             channel_order: of arrays; ``None`` for the segmenter's. Files and PIL images know theirs.
 
         Returns:

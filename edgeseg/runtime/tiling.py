@@ -72,9 +72,7 @@ def blended_rows(
             band[:, window_height - done :] = 0.0
 
 
-def stitched(
-    image: NDArray[Any], tiling: Tiling, run: RunWindows, names: tuple[str, ...]
-) -> dict[str, NDArray[Any]]:
+def stitched(image: NDArray[Any], tiling: Tiling, run: RunWindows, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     """Run every window of ``image`` and cut its outputs, ``(..., H, W)`` of any dtype, together at source size."""
     padded = tiling.pad(image)
     height, width = tiling.source

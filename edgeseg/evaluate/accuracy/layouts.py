@@ -11,7 +11,7 @@ from pathlib import Path
 from edgeseg.errors import InputError, one_line
 from edgeseg.evaluate.accuracy.dataset import ValidationSet
 from edgeseg.evaluate.accuracy.labels import IGNORED, LabelCoding
-from edgeseg.spec import ModelSpec, one_of
+from edgeseg.spec import InputDtype, ModelSpec, one_of
 from edgeseg.store.files import read_lines
 
 # Cityscapes' 19 training classes, by label id (cityscapesscripts/helpers/labels.py); every other id is not judged.
@@ -72,6 +72,7 @@ def open_layout(
         ignore_index=own_ignore if ignore_index is None else ignore_index,
         unpaired=unpaired,
         coding=LabelCoding({**coding.values, **extra}, coding.colours),
+        dtype=dtype,
     ).limited(limit)
 
 
