@@ -37,7 +37,8 @@ def input_words(spec: PipelineSpec, dtype: str | None = None) -> str:
     size = spec.input
     colours = {1: "grey", 3: "RGB"}.get(size.channels, f"{size.channels} channels")
     sides = f"multiples of {size.stride}" if size.dynamic_size else f"{size.height}x{size.width}"
-    return f"{dtype or size.dtype} `(N, height, width, {size.channels})`, {colours}, {sides}, N {size.batch}: the image as it was decoded"
+    shape = f"{dtype or size.dtype} `(N, height, width, {size.channels})`"
+    return f"{shape}, {colours}, {sides}, N {size.batch}: the image as it was decoded"
 
 
 def require(engine: Engine, host: str, *, target: str, fit: str, batch: bool, channels: tuple[int, ...] = ()) -> None:

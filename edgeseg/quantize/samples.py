@@ -311,9 +311,11 @@ def _from_items(source: Iterable[NDArray[Any] | str | Path], dtype: InputDtype) 
 def _split(name: str, array: NDArray[np.generic], dtype: InputDtype) -> list[_Image]:
     """One candidate per image of ``(H, W)``, ``(H, W, C)`` or ``(N, H, W, C)``; views, not copies."""
     if not takes(array.dtype, dtype):
-        raise refusal(array.dtype, dtype, f"{name}, which is to be as decoded and before any normalization, is")
+        raise InputError(f"{refusal(array.dtype, dtype, f'{name} is')}; as decoded, before any normalization")
     if array.ndim not in (2, 3, 4) or 0 in array.shape:
-        raise InputError(f"{name} has shape {array.shape}; calibration arrays are (H, W, C) or (N, H, W, C)")
+        raise InputError(
+            f"{name} is {array.dtype} of shape {array.shape}; calibration arrays are (H, W, C) or (N, H, W, C)"
+        )
     if (array[0] if array.ndim == 4 else array).nbytes > MAX_ARRAY_BYTES:
         raise InputError(f"{name} holds an image of more than {MAX_ARRAY_BYTES} bytes; cut it into parts")
     if array.ndim == 4:

@@ -124,7 +124,8 @@ def shown_levels(image: NDArray[Any]) -> NDArray[np.uint8]:
         return image
     # Of a large image every n-th row says as much.
     low, high = np.percentile(image[:: max(1, image.size // BAND_PIXELS)], SHOWN_PERCENTILES)
-    return np.asarray(np.clip((image - low) / max(high - low, 1e-9) * 255, 0, 255).round(), np.uint8)
+    levels = (image - np.float32(low)) * np.float32(255 / max(high - low, 1e-9))
+    return np.asarray(levels.clip(0, 255).round(), np.uint8)
 
 
 def overlay(

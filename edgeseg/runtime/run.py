@@ -20,7 +20,7 @@ from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
 from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlap import in_parallel, parallel_threads
-from edgeseg.runtime.overlay import add_legend, colorize, legend_entries
+from edgeseg.runtime.overlay import SHOWN_PERCENTILES, add_legend, colorize, legend_entries
 from edgeseg.runtime.overlay import overlay as lay_over
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
@@ -132,6 +132,11 @@ def run_inputs(
             refuse_existing(run.output / "masks" / task.name, overwrite)
     begin = time.perf_counter()
     with _Bar(len(tasks), limit) if progress else nullcontext(_Silent()) as bar:
+        if overlay and segmenter.spec.input.dtype != "uint8":
+            low, high = SHOWN_PERCENTILES
+            bar.say(
+                f"overlays show {segmenter.spec.input.dtype} images from percentile {low:g} (black) to {high:g} (white)"
+            )
         interrupted = run.all(tasks, bar)
     seconds, count = time.perf_counter() - begin, run.images + run.frames
     return RunSummary(

@@ -22,6 +22,7 @@ from edgeseg.store.files import require_file
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
 # Their headers count the frames; elsewhere the count is estimated from duration and rate.
 COUNTED_SUFFIXES = frozenset({".avi", ".m4v", ".mov", ".mp4"})
+_USUAL = InputSpec()
 MATROSKA_SUFFIXES = frozenset({".mkv", ".webm"})
 
 
@@ -71,7 +72,7 @@ class Video:
         InputError: no such file or camera, not a video, or an engine of other than 1 or 3 channels or uint8.
     """
 
-    def __init__(self, source: Path | int, spec: InputSpec) -> None:
+    def __init__(self, source: Path | int, spec: InputSpec = _USUAL) -> None:
         channels = spec.channels
         if channels not in (1, 3) or spec.dtype != "uint8":
             raise InputError(
@@ -135,7 +136,7 @@ def _missing_bytes(path: Path) -> int:
     size, place = path.stat().st_size, 0
     with path.open("rb") as stream:
         for _ in range(2):  # the EBML header and the segment
-            stream.seek(place)
+            stream.seek(min(place, size))  # what a damaged file says may be beyond what a file can have
             head = stream.read(12)
             # A number begins with as many zero bits as it has bytes behind the first.
             id_bytes = 9 - head[0].bit_length() if head else 0
