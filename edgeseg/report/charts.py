@@ -98,9 +98,17 @@ def nice_step(rough: float) -> float:
 
 
 def scatter(
-    points: Sequence[Point], lines: Iterable[Sequence[Point]], *, x_title: str, y_title: str, title: str, key: str
+    points: Sequence[Point],
+    lines: Iterable[Sequence[Point]],
+    *,
+    x_title: str,
+    y_title: str,
+    title: str,
+    key: str,
+    from_zero: bool = False,
 ) -> Markup:
-    """Figures against milliseconds, with 95 % intervals and ``lines`` through some of the points. ``key`` makes ids unique."""
+    """Figures against milliseconds, with 95 % intervals and ``lines`` through some of the points. ``key`` makes ids unique,
+    ``from_zero`` begins the figures' axis there."""
     height, left, right, top, bottom = 280, 46, 14, 14, 40
     widest = max((p.x_interval or (p.x, p.x))[1] for p in points)
     narrowest = min(min(p.x, (p.x_interval or (p.x, p.x))[0]) for p in points)
@@ -112,7 +120,7 @@ def scatter(
     lows = [min(p.y, (p.y_interval or (p.y, p.y))[0]) for p in points]
     highs = [max(p.y, (p.y_interval or (p.y, p.y))[1]) for p in points]
     room = max((max(highs) - min(lows)) * 0.12, 0.002)
-    y = Scale(min(lows) - room, max(highs) + room, height - bottom, top)
+    y = Scale(0.0 if from_zero else min(lows) - room, max(highs) + room, height - bottom, top)
     parts = [*_grid(x, y, height - bottom), *_axis_titles(x_title, y_title, height)]
     parts += [
         Markup('<polyline class="front" points="{}"/>').format(" ".join(f"{x(p.x)},{y(p.y)}" for p in line))

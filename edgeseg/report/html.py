@@ -246,6 +246,7 @@ def _throughput(verdict: DeviceVerdict, key: str) -> Markup | None:
         y_title="images per second",
         title=f"Throughput against latency on {verdict.group.label}",
         key=f"{key}-throughput",
+        from_zero=True,
     )
 
 
