@@ -117,7 +117,7 @@ def scatter(
         x_title += ", logarithmic"
     else:
         x = Scale(0.0, x.high, x.start, x.end)
-    lows = [min(p.y, (p.y_interval or (p.y, p.y))[0]) for p in points]
+    lows = [0.0] if from_zero else [min(p.y, (p.y_interval or (p.y, p.y))[0]) for p in points]
     highs = [max(p.y, (p.y_interval or (p.y, p.y))[1]) for p in points]
     room = max((max(highs) - min(lows)) * 0.12, 0.002)
     y = Scale(0.0 if from_zero else min(lows) - room, max(highs) + room, height - bottom, top)
@@ -273,7 +273,8 @@ def _histogram(samples: Sequence[float], x: Scale, floor: float, height: float) 
 
 
 def _grid(x: Scale, y: Scale, base: float) -> Iterable[Markup]:
-    digits = max(2, -math.floor(math.log10(nice_step((y.high - y.low) / 5))))
+    # Accuracies are shares, images a second are not.
+    digits = max(2 if y.high < 10 else 0, -math.floor(math.log10(nice_step((y.high - y.low) / 5))))
     for tick in y.ticks():
         yield Markup(
             '<line class="grid" x1="{1}" y1="{0}" x2="{2}" y2="{0}"/><text class="tick end" x="{3}" y="{4}">{5}</text>'
