@@ -291,19 +291,22 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def noise_images(spec: PipelineSpec, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Images to time with, ``(*shape, C)`` of the engine's dtype, always the same."""
-    levels = np.random.default_rng(0).integers(0, 256, (*shape, spec.input.channels), dtype=np.uint8)
-    return usual_pixels(levels, spec.preprocess, spec.input.dtype)
-
-
 def measure_sessions(
     sessions: Mapping[str, Session], spec: PipelineSpec, protocol: LatencyProtocol = SHORT
 ) -> dict[str, LatencySamples]:
-    """Time each session on one image (or the smallest batch) of the engine's size, in turns.
-
-    The image is noise, always the same: what an image shows does not change what the kernels do.
-    """
-    size = spec.input
-    images = noise_images(spec, (size.batch.minimum, size.height, size.width))
+    """Time each session on one image (or the smallest batch) of the engine's size, in turns."""
+    images = noise_image(spec)
     return measure_interleaved({name: partial(session.run, images) for name, session in sessions.items()}, protocol)
+
+
+def noise_image(spec: PipelineSpec) -> NDArray[Any]:
+    """One image (or the smallest batch) to time with; see :func:`noise_images`."""
+    size = spec.input
+    return noise_images(spec, (size.batch.minimum, size.height, size.width))
+
+
+def noise_images(spec: PipelineSpec, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Images to time with, ``(*shape, C)`` of the engine's dtype, always the same: what they show does not change what
+    kernels do."""
+    levels = np.random.default_rng(0).integers(0, 256, (*shape, spec.input.channels), dtype=np.uint8)
+    return usual_pixels(levels, spec.preprocess, spec.input.dtype)
