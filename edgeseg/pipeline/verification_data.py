@@ -80,6 +80,7 @@ def calibration_and_held_out(request: BuildRequest, loaded: LoadedModel) -> tupl
     samples = calibration_source(request, loaded) if wanted else None
     if request.validation is not None:
         pairs = _validation(request, loaded, request.validation)
+        pairs.image(0)  # channels and dtype: what is wrong with them is said before the work
         return samples, _unseen(pairs, samples)
     if loaded.is_demo and request.calibration is None:
         pairs = ValidationSet.open(sample_folder() / "val", loaded.model)

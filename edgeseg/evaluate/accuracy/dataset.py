@@ -126,7 +126,7 @@ class ValidationSet:
 
         Every image is decoded: a copy under another name or in another format shows the same.
         """
-        return self._subset([k for k in range(len(self)) if pixel_digest(self._image(k)) not in pixels])
+        return self._subset([k for k in range(len(self)) if pixel_digest(self.image(k)) not in pixels])
 
     def only(self, digests: Collection[str]) -> ValidationSet:
         """The set with just the images whose file content has one of these SHA-256; of equal files the first."""
@@ -161,14 +161,15 @@ class ValidationSet:
         """
         return LabelReader.of(self.masks, self.model, self.ignore_index, self.coding)
 
-    def _image(self, position: int) -> NDArray[Any]:
+    def image(self, position: int) -> NDArray[Any]:
+        """Read one image. Raises ``InputError``."""
         return read_image(self.images[position], self.model.in_channels, self.dtype)
 
     def read(self, position: int) -> Pair:
         """Read one pair. Errors are those of iterating."""
         labels = self.labels
         path = self.images[position]
-        image = self._image(position)
+        image = self.image(position)
         mask = labels.read(self.masks[position]) if self.masks else None
         if mask is not None and mask.shape[-2:] != image.shape[:2]:
             (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[-2:]

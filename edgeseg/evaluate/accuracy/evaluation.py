@@ -77,7 +77,10 @@ class AccuracyRequest:
         Returns what cannot be judged on it, a sentence each.
         """
         specs = {_reads_alike(c): c.spec for c in contenders}.values()
-        sizes = {len(data) for data in map(self.open, specs) if data.masks}
+        sets = [self.open(spec) for spec in specs]
+        for data in sets:
+            data.image(0)  # of other channels, or another dtype: said before the work
+        sizes = {len(data) for data in sets if data.masks}
         if not any(images < MIN_IMAGES for images in sizes):
             return ()
         return (
