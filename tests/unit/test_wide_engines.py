@@ -17,6 +17,7 @@ from onnx import TensorProto
 from recorded_tensorrt import VERSIONS, Recorder
 from small_graphs import graph, run
 
+from edgeseg.backends import get_backend
 from edgeseg.backends.signature import TensorInfo, check_signature, expected_image, expected_outputs
 from edgeseg.backends.tensorrt.graph import ParsedGraph
 from edgeseg.convert.preprocessing import RecordedNormalization, in_words, recorded_preprocess, resolve_preprocess
@@ -92,6 +93,20 @@ def test_tensorrt_gets_16_bits_as_float32(tmp_path: Path, dtype: Any, opset_17: 
     # Where types are hints only (TensorRT 8, weak typing) these are asked for in float32.
     assert ("preprocess/Mul" in parsed.float32) == (dtype != "uint8")
     assert "encoder.conv1/Conv" not in parsed.float32
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tensorrt_rtx_parses_and_builds_them(tmp_path: Path, dtype: Any, precision: Any) -> None:
+    """The real parser and builder; running the engine needs a GPU."""
+    pytest.importorskip("tensorrt_rtx")
+    model = network(dtype, 1 / 3000, -26000 / 3000)
+    onnx.save(model if precision == "fp32" else fp16_model(model, {}), tmp_path / "model.onnx")
+    spec = pipeline(dtype, Preprocess((0.4,), (0.05,), 1 / 65535))
+    stored = OnnxGraph(tmp_path / "model.onnx", sha256_file(tmp_path / "model.onnx"), precision, spec, "0" * 64)
+    built = get_backend("tensorrt-rtx").build(stored, tmp_path, {"sm": [86]})
+    assert built.path is not None
+    assert built.precision.mac_share == {precision: 1.0}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
