@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from edgeseg.errors import InputError, SpecError, StaleEngineError, did_you_mean, typed
+from edgeseg.backends.base import require_known
+from edgeseg.errors import InputError, SpecError, StaleEngineError, typed
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import Engine
@@ -28,11 +29,7 @@ def cpu_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
         SpecError: an unknown option, or a value out of range.
     """
     allowed = CPU_OPTIONS[backend]
-    for key in options:
-        if key not in allowed:
-            raise SpecError(
-                f"target {backend} has no build option {key!r}{did_you_mean(key, allowed)} (allowed: {', '.join(allowed)})"
-            )
+    require_known(backend, options, allowed)
     # ``None`` asks for the default, as in the TensorRT backends.
     chosen = {name: _DEFAULTS[name] if options.get(name) is None else options[name] for name in allowed}
     threads, spinning = chosen["threads"], chosen.get("spinning", True)
