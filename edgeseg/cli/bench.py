@@ -119,13 +119,13 @@ def command(
     from edgeseg.evaluate.accuracy.layouts import parse_label_map
     from edgeseg.evaluate.bench import BenchRequest, run_bench
     from edgeseg.evaluate.results import write_report
-    from edgeseg.store.artifacts import engine_files
+    from edgeseg.store.artifacts import engine_paths
     from edgeseg.store.outputs import check_outputs, is_stdout, is_stream
 
     to_stdout = json_path is not None and is_stdout(json_path)
     outputs = [path for path in (json_path, html_path) if path is not None]
     if outputs:
-        read = [folder / name for folder in engines if folder.is_dir() for name in engine_files(folder) or ()]
+        read = [path for folder in engines for path in engine_paths(folder)]
         check_outputs(outputs, force=force, inputs=[*read, *filter(None, (weights, data))])
     if to_stdout and (require is not None or (html_path is not None and is_stdout(html_path))):
         raise SpecError(
