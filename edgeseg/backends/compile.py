@@ -26,6 +26,7 @@ from edgeseg.store.artifacts import (
     check_engine_folder,
     check_file,
     engine_folder,
+    engine_paths,
     open_engine,
     read_manifest,
     write_json,
@@ -220,7 +221,7 @@ def write_graph_for(folder: Path, builder: str, output: Path, *, force: bool = F
 
     one_of("builder", builder, GRAPHS_FOR)
     manifest = read_manifest(folder)
-    check_outputs([output], force=force, inputs=[folder / manifest.graph.name])
+    check_outputs([output], force=force, inputs=engine_paths(folder))
     check_file(folder, manifest.graph)
     graph = _graph_of(folder, manifest)
     float_graph = awaits_calibration(manifest.precision, manifest.options)

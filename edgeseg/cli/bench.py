@@ -29,8 +29,14 @@ from edgeseg.evaluate.results import BASELINES, Layout, Resolution
 )
 @click.option("--weights", type=ANY_PATH, help="The checkpoint, if it is no longer where the engine was built from.")
 @click.option("--batch", "batches", type=CountsType(), default="1", show_default=True, help="Images of one call.")
-@click.option("--threads", type=CountsType(), help="Threads of one inference.  [default: the engine's own]")
-@click.option("--streams", type=CountsType(), default="1", show_default=True, help="Callers at the same time.")
+@click.option("--threads", type=CountsType(), help="Threads of an engine.  [default: its own]")
+@click.option(
+    "--streams",
+    type=CountsType(),
+    default="1",
+    show_default=True,
+    help="Callers at the same time, among whom a CPU engine divides its threads.",
+)
 @click.option(
     "--duration-s",
     type=KindType(number(0, 86400, "seconds, from 0 to 86400")),
@@ -113,13 +119,13 @@ def command(
     from edgeseg.evaluate.accuracy.layouts import parse_label_map
     from edgeseg.evaluate.bench import BenchRequest, run_bench
     from edgeseg.evaluate.results import write_report
-    from edgeseg.store.artifacts import engine_files
+    from edgeseg.store.artifacts import engine_paths
     from edgeseg.store.outputs import check_outputs, is_stdout, is_stream
 
     to_stdout = json_path is not None and is_stdout(json_path)
     outputs = [path for path in (json_path, html_path) if path is not None]
     if outputs:
-        read = [folder / name for folder in engines if folder.is_dir() for name in engine_files(folder) or ()]
+        read = [path for folder in engines for path in engine_paths(folder)]
         check_outputs(outputs, force=force, inputs=[*read, *filter(None, (weights, data))])
     if to_stdout and (require is not None or (html_path is not None and is_stdout(html_path))):
         raise SpecError(

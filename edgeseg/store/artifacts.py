@@ -546,6 +546,11 @@ def engine_files(folder: Path) -> frozenset[str] | None:
     return listed_names(folder, MANIFEST_NAME, _AnyManifest, _names_in)
 
 
+def engine_paths(folder: Path) -> list[Path]:
+    """Where the files of :func:`engine_files` are; none in what is no engine folder."""
+    return [folder / name for name in sorted(engine_files(folder) or ())]
+
+
 def _names_in(manifest: _AnyManifest) -> Iterator[str]:
     searched = (candidate.graph for candidate in manifest.search.candidates) if manifest.search is not None else ()
     files = (manifest.graph, manifest.engine, manifest.calibration, *manifest.extra_files, *searched)
