@@ -89,7 +89,7 @@ def _walk(data: mmap.mmap) -> Container:
             whole = max(whole, begin + length)
         place = begin if name in _ENTERED else begin + length
     is_countable &= place >= size or place == end
-    counted = frames.get(*videos, 0) if is_countable and len(videos) == 1 else None
+    counted = sum(frames.get(track, 0) for track in videos) if is_countable and len(videos) == 1 else None
     return Container(counted, missing_bytes=whole - size)
 
 
