@@ -74,7 +74,9 @@ def _console_class() -> type[Console]:
 def hanging(head: str, text: str, console: Console) -> list[str]:
     """``head`` and ``text`` in lines that a terminal does not split within a word; one line where there is none."""
     width = max(console.width - len(head), 20)
-    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) if console.is_terminal else [text]
+    lines = (
+        textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) if console.is_terminal else [text]
+    )
     return [f"{head if n == 0 else ' ' * len(head)}{line}" for n, line in enumerate(lines or [""])]
 
 

@@ -46,7 +46,6 @@ def test_words_that_are_longer_than_the_terminal_are_all_shown() -> None:
     assert "mean (0.485, 0.456, 0.406)" in "".join(lines)
 
 
-
 def test_on_the_tools_console_a_wrapped_name_has_lines_and_its_own_line_ends_are_written_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
