@@ -338,6 +338,11 @@ def _activation(
         head = _head_activation(module) if network.smp else None
         if head is not None:
             return head, ()
+        if not ending.sure and not (ending.low >= 0 and ending.high <= 1):
+            raise SpecError(
+                f"the module returns {values}, computed from the result of an activation, which are neither logits nor "
+                "probabilities: let it return one of these, or say activation='none' if these are logits"
+            )
         if not ending.sure:
             raise SpecError(
                 f"the module returns {values} and does not end in a sigmoid, or a softmax over the classes, that "

@@ -16,40 +16,20 @@ import numpy as np
 import onnx
 import pytest
 from recorded_tensorrt import VERSIONS
-from simulated import ONE, SIDE, Simulation, model, spec
+from simulated import SIDE, Simulation, images, model, session, spec
 from stub_cuda import LAUNCH_FAILED, OUT_OF_MEMORY, Stub
 
 from edgeseg.backends.base import DeviceSession, PipelinedSession, TimedSession
 from edgeseg.backends.cuda import dlpack
 from edgeseg.backends.cuda.device import DriverName, open_cuda
-from edgeseg.backends.tensorrt.session import SessionOptions, TensorRTSession
+from edgeseg.backends.tensorrt.options import SessionOptions
+from edgeseg.backends.tensorrt.session import TensorRTSession
 from edgeseg.errors import ArtifactError, DeviceError, EdgesegError, InputError
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import BatchRange, InputDtype, OutputSpec
 
-DEFAULT, MASK = SessionOptions(), OutputSpec()
 RNG = np.random.default_rng(11)
 DYNAMIC = [(1, 16, 16, 3), (2, SIDE, SIDE, 3), (4, 64, 64, 3)]
-
-
-def images(n: int = 1, height: int = SIDE, width: int = SIDE, seed: int | None = None) -> np.ndarray:
-    rng = RNG if seed is None else np.random.default_rng(seed)
-    return rng.integers(0, 256, (n, height, width, 3), np.uint8)
-
-
-def session(
-    simulation: Simulation,
-    driver: DriverName,
-    options: SessionOptions = DEFAULT,
-    batch: BatchRange = ONE,
-    output: OutputSpec = MASK,
-) -> TensorRTSession:
-    cuda, contract = open_cuda(driver), replace(spec(batch), output=output)
-    try:
-        return TensorRTSession(simulation.trt, simulation.engine, contract, cuda, options)
-    except BaseException:
-        cuda.close()
-        raise
 
 
 @pytest.fixture(params=["copy", "mapped"])

@@ -15,10 +15,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from fuzz_readers import encoded
 from PIL import Image
 
 from edgeseg.errors import EdgesegError
@@ -35,12 +35,6 @@ PHOTO = RNG.integers(0, 256, (19, 23, 3), dtype=np.uint8)
 LABELS = (PHOTO[..., 0] % 5).astype(np.uint8)
 MODEL = ModelSpec("fpn", classes=5)
 MULTILABEL = ModelSpec("fpn", classes=3, task="multilabel")
-
-
-def encoded(array: np.ndarray, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(array).save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def chunk(name: bytes, body: bytes) -> bytes:

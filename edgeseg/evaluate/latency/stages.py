@@ -6,13 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from statistics import median
 from typing import Any
 
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session, StageTimes, TimedSession
 from edgeseg.closing import Closing
-from edgeseg.evaluate.latency.protocol import median
 from edgeseg.evaluate.results import StageSplit
 
 Clock = Callable[[], int]
