@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from engine_folders import write_manifest
 from onnx import TensorProto
 from recorded_tensorrt import VERSIONS, Recorder
-from recorded_tensorrt.fake import parse
+from recorded_tensorrt.fake import PLAN_MARK, parse
 from recorded_tensorrt.graphs import SIDE, small_model
 
 from edgeseg.backends.base import BuiltEngine
@@ -22,11 +23,12 @@ from edgeseg.backends.tensorrt import backend as tensorrt_module
 from edgeseg.backends.tensorrt import device as tensorrt_device
 from edgeseg.backends.tensorrt import implicit as tensorrt_implicit
 from edgeseg.backends.tensorrt.backend import TensorRTBackend
-from edgeseg.backends.tensorrt.calibration import cache_text
+from edgeseg.backends.tensorrt.calibration import ImageFeed, cache_text
 from edgeseg.backends.tensorrt.device import Gpu
 from edgeseg.backends.tensorrt.options import profile_shapes
 from edgeseg.backends.tensorrt.progress import BuildWatch
 from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, SpecError
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import Engine, OnnxGraph, sha256_file
@@ -293,6 +295,31 @@ def test_statistics_of_a_normalization_stay_in_float32(
     assert asked == (expected if bound and version.startswith("8.") else set())
     assert {call.target.name for call in recorder.of("ILayer.set_output_type")} == asked
     assert ("PREFER_PRECISION_CONSTRAINTS" in recorder.set_flags()) == bool(asked)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+@pytest.mark.parametrize(("precision", "options"), [("fp32", {}), ("int8", {}), ("int8", {"typing": "weak"})])
+def test_16_bit_and_float_images_go_in_as_float32(
+    tmp_path: Path, version: str, dtype: Any, precision: str, options: dict[str, Any]
+) -> None:
+    """No version has 16-bit integers. Where types do not bind, their normalization is asked for in float32."""
+    if options and version.startswith(("8.", "11.")):
+        pytest.skip("typing is no choice there")
+    graph = portable(tmp_path / "engine", precision)
+    model = onnx.load(graph.path)
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT16 if dtype == "uint16" else TensorProto.FLOAT
+    onnx.save(model, graph.path)
+    spec = replace(graph.spec, input=replace(graph.spec.input, dtype=dtype))
+    recorder = Recorder(version, {"ILayer.set_output_type": lambda layer, index, dtype: None})
+    changed = replace(graph, spec=spec, sha256=sha256_file(graph.path))
+    backend_of(recorder).build(changed, graph.path.parent, options)
+    plan = json.loads((graph.path.parent / "engine.plan").read_bytes().removeprefix(PLAN_MARK))
+    assert [t["dtype"] for t in plan["tensors"] if t["name"] == "image"] == ["FLOAT"]
+    asked = {call.target.name for call in recorder.of("ILayer.precision =")}
+    half = "FP16" in recorder.set_flags()
+    assert asked == ({f"preprocess/{part}" for part in ("Cast", "Transpose", "Mul")} if half else set())
+    assert half == (precision == "int8" and (version.startswith("8.") or bool(options)))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -612,6 +639,19 @@ def test_tensorrt_measures_on_images(
     assert isinstance(recorder.of("IBuilderConfig.int8_calibrator =")[0].arguments["value"], base)
     cache = next(path for path in built.extra_files if path.name == "calibration.cache")
     assert cache.read_bytes() == b"TRT-8601-EntropyCalibration2\nimage: 9\n"
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_tensorrt_measures_on_16_bits_as_float32(tmp_path: Path, dtype: Any) -> None:
+    images = np.random.default_rng(0).integers(0, 65536, (8, SIDE, SIDE, 3)).astype(dtype)
+    cuda = FakeCuda()
+    samples = CalibrationSet.open(list(images), dtype=dtype)
+    feed = ImageFeed(samples, InputSpec(SIDE, SIDE, dtype=dtype), cuda)  # type: ignore[arg-type]
+    while feed.next_address() is not None:
+        pass
+    feed.close()
+    given = np.concatenate(cuda.copied).view(np.float32)
+    np.testing.assert_array_equal(given, images.reshape(-1).astype(np.float32))
 
 
 def test_an_image_that_vanishes_is_the_error_and_nothing_stays_open(

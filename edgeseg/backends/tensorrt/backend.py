@@ -283,8 +283,8 @@ class _Build:
             config.set_flag(flags.INT8)
 
     def _keep_float32(self, network: INetworkDefinition, config: IBuilderConfig) -> None:
-        """Where half precision is allowed and would overflow (TensorRT 8 only): ask for float32."""
-        if not self.parsed.float32 or not config.get_flag(self.trt.BuilderFlag.FP16):
+        """Where half precision is allowed and would overflow, or round an image's values: ask for float32."""
+        if self.strong or not self.parsed.float32 or not config.get_flag(self.trt.BuilderFlag.FP16):
             return
         for index in range(network.num_layers):
             layer = network.get_layer(index)
