@@ -46,9 +46,9 @@ def test_masks_are_exact_under_every_version(stub: Stub, driver: DriverName, ver
     with session(simulation, driver, SessionOptions(host_memory=memory)) as opened:  # type: ignore[arg-type]
         for _ in range(3):
             image = images()
-            found = opened.run(image)
-            assert found["mask"].dtype == np.uint8
-            np.testing.assert_array_equal(found["mask"], simulation.masks(image))
+            outputs = opened.run(image)
+            assert outputs["mask"].dtype == np.uint8
+            np.testing.assert_array_equal(outputs["mask"], simulation.masks(image))
     assert "IExecutionContext.execute_async_v3" in simulation.recorder.names
 
 
@@ -82,10 +82,10 @@ def test_several_outputs(stub: Stub, driver: DriverName) -> None:
     simulation = Simulation(stub, model(confidence=True))
     with session(simulation, driver, output=OutputSpec(confidence=True)) as opened:
         image = images()
-        found = opened.run(image)
+        outputs = opened.run(image)
         mask, confidence = simulation.reference.run(["mask", "confidence"], {"image": image})
-        np.testing.assert_array_equal(found["mask"], mask)
-        np.testing.assert_array_equal(found["confidence"], confidence)
+        np.testing.assert_array_equal(outputs["mask"], mask)
+        np.testing.assert_array_equal(outputs["confidence"], confidence)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_stage_times(stub: Stub, driver: DriverName) -> None:
         assert isinstance(opened, PipelinedSession)
         assert isinstance(opened, DeviceSession)
         image = images()
-        found, times = opened.run_timed(image)
-        np.testing.assert_array_equal(found["mask"], simulation.masks(image))
+        outputs, times = opened.run_timed(image)
+        np.testing.assert_array_equal(outputs["mask"], simulation.masks(image))
         assert times.h2d_ms is not None
         assert times.d2h_ms is not None
         assert min(times.h2d_ms, times.d2h_ms, times.enqueue_ms) >= 0
@@ -154,9 +154,9 @@ def test_many_batches_overlap_and_stay_in_order(stub: Stub, driver: DriverName) 
     batches = [images() for _ in range(7)]
     with session(simulation, driver) as opened:
         stub.record_calls()
-        found = list(opened.run_many(iter(batches)))
+        outputs = list(opened.run_many(iter(batches)))
         calls = [call for call in stub.calls() if call in ("cuMemcpyHtoDAsync_v2", "cuStreamSynchronize")]
-        for batch, result in zip(batches, found, strict=True):
+        for batch, result in zip(batches, outputs, strict=True):
             np.testing.assert_array_equal(result["mask"], simulation.masks(batch))
         # The second batch is on its way before the first is waited for.
         assert calls[:3] == ["cuMemcpyHtoDAsync_v2", "cuMemcpyHtoDAsync_v2", "cuStreamSynchronize"]
@@ -376,8 +376,8 @@ def test_a_graph_that_cannot_be_recorded_is_said_and_done_without(
         stub.fail(function, 1, OUT_OF_MEMORY)
         image = images()
         with pytest.warns(RuntimeWarning, match=f"no CUDA graph, every inference is enqueued anew: {said}"):
-            found = opened.run(image)
-        np.testing.assert_array_equal(found["mask"], simulation.masks(image))
+            outputs = opened.run(image)
+        np.testing.assert_array_equal(outputs["mask"], simulation.masks(image))
         stub.record_calls()
         np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
         assert "cuStreamBeginCapture_v2" not in stub.calls(), "it is not tried again"
@@ -427,12 +427,12 @@ def test_an_array_on_the_device_is_read_in_place(
     on_device.append(OnDevice(driver, image[0], offset))
     with session(simulation, driver) as opened:
         stub.record_calls()
-        found = opened.run_device(on_device[0])
+        outputs = opened.run_device(on_device[0])
         copies = [call for call in stub.calls() if "Memcpy" in call]
         # TensorRT wants addresses in multiples of 256 bytes; others are copied, on the device.
         wanted = ["cuMemcpyDtoDAsync_v2"] if offset else []
         assert copies in (wanted, ["cuMemcpyHtoDAsync_v2", *wanted])  # the writer's own copy may be deferred till then
-        with found["mask"] as mask:
+        with outputs["mask"] as mask:
             np.testing.assert_array_equal(mask.numpy(), simulation.masks(image))
             assert mask.__cuda_array_interface__["shape"] == (1, SIDE, SIDE)
             assert mask.__cuda_array_interface__["data"][0] == mask.address

@@ -20,7 +20,7 @@ def commands(page: Path) -> list[str]:
 def service_commands(page: Path) -> list[str]:
     """What a systemd unit or a container runs: ``/path/edgeseg VERB ...``, ``edgeseg:TAG VERB ...``."""
     text = page.read_text(encoding="utf-8")
-    return [f"edgeseg {found}" for found in re.findall(r"(?:bin/edgeseg|edgeseg:\w+) ([a-z]+ [^'\n]*)", text)]
+    return [f"edgeseg {command}" for command in re.findall(r"(?:bin/edgeseg|edgeseg:\w+) ([a-z]+ [^'\n]*)", text)]
 
 
 SERVICES = [p for folder in ("docs", "docker") for p in sorted((ROOT / folder).glob("*")) if p.is_file()]
