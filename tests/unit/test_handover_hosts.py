@@ -254,6 +254,10 @@ COMMON: list[tuple[dict[str, Any], str]] = [
     ({"spec": replace(SPEC, input=replace(SPEC.input, dynamic_size=True))}, "build without --dynamic-size"),
     ({"spec": replace(SPEC, input=replace(SPEC.input, batch=BatchRange(2, 2, 2)))}, "takes 2; build with --batch 1"),
     ({"spec": replace(SPEC, input=replace(SPEC.input, fit="letterbox"))}, "for letterbox; build with --fit"),
+    (
+        {"spec": replace(SPEC, input=replace(SPEC.input, dtype="uint16"))},
+        "hands over pixels of 8 bits, the engine takes uint16; give --to triton",
+    ),
 ]
 
 
