@@ -49,6 +49,10 @@ def test_verbs_named_in_the_text_exist(page: Path) -> None:
     assert named <= set(VERBS), f"{page.name} names verbs the command line does not have: {named - set(VERBS)}"
 
 
+def test_the_readme_is_read_in_a_minute() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
+
+
 def test_services_and_containers_are_checked() -> None:
     checked = {page.name for page, _ in FOUND}
     assert {"jetson.md", "edgeseg.service", "Dockerfile.l4t", "Dockerfile.x86"} <= checked
