@@ -246,13 +246,13 @@ def read_sweep(path: Path) -> object:
 
 def subjects(place: Path) -> dict[str, Subject]:
     """Whole files of every kind that needs no torch, below ``place``; of others what can be read with what is installed."""
-    found: dict[str, Subject] = {}
+    by_name: dict[str, Subject] = {}
 
     def add(kind: str, name: str, content: bytes, read: Callable[[Path], object]) -> Path:
         path = place / kind / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        found[f"{kind}/{name}"] = Subject(path, read)
+        by_name[f"{kind}/{name}"] = Subject(path, read)
         return path
 
     for kind, options in {
@@ -301,10 +301,10 @@ def subjects(place: Path) -> dict[str, Subject]:
             row("int8", 6.0, miou=0.69, drop=0.01, agreement=0.98, precision="int8", samples_ms=(6.0, 6.5, 5.5) * 5),
         ),
     )
-    found["report/bench.json"] = Subject(place / "report" / "bench.json", read_reports)
+    by_name["report/bench.json"] = Subject(place / "report" / "bench.json", read_reports)
     with contextlib.suppress(ImportError):
-        found |= engines(place)
-    return found
+        by_name |= engines(place)
+    return by_name
 
 
 def engines(place: Path) -> dict[str, Subject]:
@@ -333,7 +333,7 @@ def checkpoints(place: Path) -> dict[str, Subject]:
     from edgeseg.convert.architectures import import_smp
     from edgeseg.convert.load import load_model
 
-    found: dict[str, Subject] = {}
+    by_name: dict[str, Subject] = {}
 
     def load(path: Path) -> object:
         return load_model(ModelRequest(weights=str(path)))
@@ -354,11 +354,11 @@ def checkpoints(place: Path) -> dict[str, Subject]:
     torch.save(tensors, place / "checkpoint" / "old.pt", _use_new_zipfile_serialization=False)
     save_file(dict(tensors), place / "checkpoint" / "a.safetensors")
     for name in ("a.ckpt", "old.pt", "a.safetensors"):
-        found[f"checkpoint/{name}"] = Subject(place / "checkpoint" / name, load)
+        by_name[f"checkpoint/{name}"] = Subject(place / "checkpoint" / name, load)
     network.save_pretrained(place / "hub")
     for name in ("config.json", "model.safetensors"):
-        found[f"hub/{name}"] = Subject(place / "hub" / name, load_folder)
-    return found
+        by_name[f"hub/{name}"] = Subject(place / "hub" / name, load_folder)
+    return by_name
 
 
 def fault_of(subject: Subject, content: bytes) -> str | None:
