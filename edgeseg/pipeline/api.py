@@ -12,11 +12,12 @@ from edgeseg.arguments import (
     shortened,
 )
 from edgeseg.errors import ArtifactError, EdgesegError, SpecError, refusals_as
-from edgeseg.pipeline.request import BuildRequest
+from edgeseg.pipeline.request import BuildRequest, OptimizeFor
 from edgeseg.progress import Reporter, reporter_of
 from edgeseg.spec import (
     ChannelOrder,
     FitPolicy,
+    InputDtype,
     OutputKind,
     Precision,
     Task,
@@ -24,7 +25,6 @@ from edgeseg.spec import (
 from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch  # noqa: TID251  # the type only
     from numpy.typing import NDArray
 
@@ -46,6 +46,7 @@ def build(
     activation: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     keep_aux: bool = False,
+    input_dtype: InputDtype = "uint8",
     mean: float | Iterable[float] | None = None,
     std: float | Iterable[float] | None = None,
     scale: float | None = None,
@@ -57,7 +58,7 @@ def build(
     output_kind: OutputKind = "mask",
     confidence: bool = False,
     threshold: float = 0.5,
-    calibration: str | Path | Iterable[NDArray[np.uint8]] | CalibrationTable | None = None,
+    calibration: str | Path | Iterable[NDArray[Any]] | CalibrationTable | None = None,
     calibration_method: str | None = None,
     equalize: bool = True,
     calibration_limit: int | None = None,
@@ -66,6 +67,7 @@ def build(
     target: str = "auto",
     scheme: str | None = None,
     backend_options: Mapping[str, Any] | None = None,
+    optimize_for: OptimizeFor = "latency",
     max_drop: float | None = None,
     min_agreement: float | None = None,
     search: bool = True,
@@ -96,10 +98,12 @@ def build(
         activation: SMP's ``activation`` argument as trained.
         model_args: any other argument of the SMP constructor.
         keep_aux: keep the auxiliary classification head as a second output.
-        mean: per channel, or one for all, of pixel values scaled to [0, 1]; default the checkpoint's or the encoder's.
+        input_dtype: of the images the engine takes: ``uint8``, ``uint16`` (16-bit PNG, TIFF) or ``float32`` (physical values,
+            such as reflectance or Hounsfield units). Images of another one are refused, never converted.
+        mean: per channel, or one for all, of pixel values times ``scale``; default the checkpoint's or the encoder's.
         std: the same.
-        scale: factor on pixel values 0..255 before mean and std, whose units are then those: 1, or 1/255; default 1/255
-            for mean and std up to 1.
+        scale: factor on pixel values before mean and std, whose units are then those; default 1/255, of uint16 1/65535, for
+            mean and std up to 1, else 1; of float32 always 1.
         channel_order: ``rgb`` or ``bgr``, as the network was trained; the engine's input is RGB either way.
         size: ``(height, width)`` in pixels, ``"HxW"`` or one number for a square; default the model's own.
         batch: ``N``, ``(MIN, OPT, MAX)`` or ``"MIN:OPT:MAX"``.
@@ -109,7 +113,7 @@ def build(
         output_kind: ``mask``, ``logits`` or ``probabilities``.
         confidence: also return each pixel's probability of its class.
         threshold: probability above which binary and multilabel pixels are 1.
-        calibration: images an int8 engine is calibrated with (a folder, glob, list file, ``.npy``, or uint8 RGB arrays
+        calibration: images an int8 engine is calibrated with (a folder, glob, list file, ``.npy``, or RGB arrays
             ``(H, W, 3)``), or a finished table (``.json`` path or object).
         calibration_method: ``minmax``, ``moving-average``, ``percentile``, ``entropy``, ``mse``, or ``auto``, the
             default: by what the network's output loses.
@@ -122,6 +126,8 @@ def build(
             first of them where noise could turn it.
         scheme: Q/DQ scheme; default what is fast on the target here.
         backend_options: settings of the backend, such as ``{"threads": 2}``; recorded in the manifest.
+        optimize_for: ``latency`` of one image at a time, or ``throughput``: images a second with a caller per thread
+            (``streams`` of the CPU backends, which :func:`edgeseg.load` then keeps).
         max_drop: lose no more mIoU than this (0.01 = one point): where plain int8 does, the modules that cost most accuracy
             for the time they save stay float. Needs masks.
         min_agreement: agree with PyTorch on at least this share of pixels, in the same way.

@@ -15,11 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
-from edgeseg.backends.cpu.options import check_built_for, check_image_size, cpu_options, saved_options
+from edgeseg.backends.cpu.options import (
+    check_built_for,
+    check_image_size,
+    cpu_options,
+    saved_options,
+    threads_and_streams,
+)
 from edgeseg.backends.cpu.precision import executed_precision, node_times, profiled_events, run_profiled
 from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.backends.signature import ANY, TensorInfo, check_signature
@@ -124,12 +129,12 @@ class OnnxRuntimeSession(Closing):
         self._session = session
         self._spec = spec
         (image,) = session.get_inputs()
-        self._input = image.name
+        self._input, self._dtype = image.name, _dtype(image)
         self._shape = tuple(image.shape)
         self._outputs = [output.name for output in session.get_outputs()]
 
-    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """Run one batch: uint8 ``(N, H, W, C)`` in, arrays by output name out.
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Run one batch: ``(N, H, W, C)`` of the engine's dtype in, arrays by output name out.
 
         Raises:
             InputError: dtype or shape the engine does not take, or a closed session.
@@ -142,9 +147,9 @@ class OnnxRuntimeSession(Closing):
             return dict(zip(self._outputs, self._session.run(self._outputs, {self._input: images}), strict=True))
         except Exception as exc:
             # ONNX Runtime derives nothing useful from its exceptions; the shape is the one thing a caller gets wrong.
-            if images.dtype != np.uint8 or not _fits(images.shape, self._shape):
+            if images.dtype != self._dtype or not _fits(images.shape, self._shape):
                 raise InputError(
-                    f"images are {images.dtype} {images.shape}, this engine takes uint8 {_shape_text(self._shape)}"
+                    f"images are {images.dtype} {images.shape}, this engine takes {self._dtype} {_shape_text(self._shape)}"
                 ) from exc
             raise BuildError(f"ONNX Runtime failed to run the engine: {one_line(exc)}") from exc
 
@@ -186,7 +191,8 @@ def _import_ort() -> Any:
 
 def _session_options(ort: Any, options: Mapping[str, Any], cpu: Cpu) -> Any:
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options["threads"] or cpu.cores
+    threads, streams = threads_and_streams(options, cpu.cores)
+    settings.intra_op_num_threads = threads // streams
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.log_severity_level = 3  # errors only: each is raised anyway
     for key, value in _SESSION_ENTRIES.items():
@@ -227,14 +233,19 @@ def _open(
         raise error(f"ONNX Runtime {ort.__version__} cannot load {path}: {one_line(exc)}") from exc
 
 
+def _dtype(argument: Any) -> str:
+    """numpy's name of ``tensor(float)``."""
+    dtype: str = argument.type.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32"}.get(dtype, dtype)
+
+
 def _tensors(arguments: Sequence[Any]) -> list[TensorInfo]:
     """What ONNX Runtime says of a session's inputs or outputs: ``tensor(uint8)``, a number or a name per dimension."""
     tensors = []
     for argument in arguments:
-        dtype = argument.type.removeprefix("tensor(").removesuffix(")")
         # A scalar and a shape nobody knows look alike.
         shape = [(size, size) if isinstance(size, int) else ANY for size in argument.shape] or None
-        tensors.append(TensorInfo(argument.name, {"float": "float32"}.get(dtype, dtype), shape and tuple(shape)))
+        tensors.append(TensorInfo(argument.name, _dtype(argument), shape and tuple(shape)))
     return tensors
 
 

@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
-from edgeseg.backends.cpu.options import check_built_for, check_image_size, cpu_options, saved_options
+from edgeseg.backends.cpu.options import (
+    check_built_for,
+    check_image_size,
+    cpu_options,
+    saved_options,
+    threads_and_streams,
+)
 from edgeseg.backends.signature import TensorInfo, check_signature
 from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, one_line
@@ -72,7 +78,7 @@ class OpenVinoBackend:
 
         chosen = cpu_options(self.name, options)
         ov = _import_openvino()
-        settings = self._settings(ov, chosen["threads"], graph.precision)
+        settings = self._settings(ov, chosen, graph.precision)
         path = folder / ENGINE_NAME
         source = read_onnx(graph.path)  # refused here, not by a parser in native code
         try:
@@ -85,7 +91,7 @@ class OpenVinoBackend:
         return BuiltEngine(
             path=path,
             precision=_executed_precision(compiled, graph, source),
-            options={"threads": chosen["threads"], **{k: str(v) for k, v in settings.items()}},
+            options={**chosen, **{k: str(v) for k, v in settings.items()}},
             versions={"openvino": _version(ov)},
             device={"cpu": self.cpu.name, "isa": self.cpu.isa},
         )
@@ -95,7 +101,7 @@ class OpenVinoBackend:
         ov, path = _import_openvino(), engine.engine_path
         check_built_for(engine, self.cpu, "openvino", _version(ov))
         manifest = engine.manifest
-        settings = self._settings(ov, saved_options(engine, self.name)["threads"], manifest.precision.requested)
+        settings = self._settings(ov, saved_options(engine, self.name), manifest.precision.requested)
         try:
             compiled = ov.Core().import_model(path.read_bytes(), "CPU", settings)
         except Exception as exc:  # see build
@@ -103,14 +109,15 @@ class OpenVinoBackend:
         check_signature(_tensors(compiled.inputs), _tensors(compiled.outputs), manifest.spec)
         return OpenVinoSession(compiled, manifest.spec.input)
 
-    def _settings(self, ov: Any, threads: int, precision: Precision) -> dict[str, Any]:
+    def _settings(self, ov: Any, options: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
         hint = "f32"
         if precision == "fp16" and "FP16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             hint = "f16"
+        threads, streams = threads_and_streams(options, self.cpu.cores)
         return {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads or self.cpu.cores,
+            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": threads,
             # Without this OpenVINO runs the float parts in bfloat16 where the CPU can: a precision nobody asked for.
             "INFERENCE_PRECISION_HINT": hint,
         }
@@ -127,8 +134,8 @@ class OpenVinoSession(Closing):
         self._outputs = [output.get_any_name() for output in compiled.outputs]
         self._shape = compiled.inputs[0].get_partial_shape()
 
-    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """Run one batch: uint8 ``(N, H, W, C)`` in, arrays by output name out.
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Run one batch: ``(N, H, W, C)`` of the engine's dtype in, arrays by output name out.
 
         Raises:
             InputError: dtype or shape the engine does not take, or a closed session.
@@ -136,9 +143,10 @@ class OpenVinoSession(Closing):
         """
         if self._compiled is None:
             raise InputError("this session is closed; load the engine again")
-        if images.dtype != np.uint8 or not self._fits(images.shape):
+        if images.dtype != self._spec.dtype or not self._fits(images.shape):
             # Asked first: OpenVINO would convert another dtype without a word.
-            raise InputError(f"images are {images.dtype} {images.shape}, this engine takes uint8 {self._shape}")
+            wanted = f"{self._spec.dtype} {self._shape}"
+            raise InputError(f"images are {images.dtype} {images.shape}, this engine takes {wanted}")
         check_image_size(images.shape, self._spec)
         with self._lock:
             request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
@@ -182,9 +190,9 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
 
     ov, chosen, manifest = _import_openvino(), backend(), engine.manifest
     read_onnx(engine.graph_path)
-    settings = chosen._settings(ov, saved_options(engine, chosen.name)["threads"], manifest.precision.requested)
+    settings = chosen._settings(ov, saved_options(engine, chosen.name), manifest.precision.requested)
     spec = manifest.spec.input
-    image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, np.uint8)
+    image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, spec.dtype)
     try:
         model = ov.Core().read_model(str(engine.graph_path))
         replace_argmax(ov, model)
