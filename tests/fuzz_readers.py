@@ -244,6 +244,10 @@ def read_sweep(path: Path) -> object:
     return expand(read_config(path))
 
 
+def read_costs(path: Path) -> object:
+    return times_from_file(path, ModelSpec("fpn", classes=5), Modules({"encoder": ("encoder",)}))
+
+
 def subjects(place: Path) -> dict[str, Subject]:
     """Whole files of every kind that needs no torch, below ``place``; of others what can be read with what is installed."""
     by_name: dict[str, Subject] = {}
