@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import groupby, islice
@@ -22,9 +22,9 @@ from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, EdgesegError, InputError, SpecError, StaleEngineError
 from edgeseg.images.placement import Placement, Tiling, plan_fit
 from edgeseg.runtime.given import Given, ImageLike, accepted_order, given_images, reversed_channels, single_images
-from edgeseg.runtime.prediction import Prediction, stacked
+from edgeseg.runtime.prediction import Prediction, arrays_of, stacked
 from edgeseg.runtime.scores import ScoreRule
-from edgeseg.runtime.tiling import blended_rows, stitched
+from edgeseg.runtime.tiling import Part, RunRow, Strip, blended_strips, joined, stitched_strips
 from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine, open_engine, read_manifest
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from edgeseg.backends.cuda.arrays import DeviceTensor
 
 Outputs = Mapping[str, NDArray[Any]]
+ReadRow = Callable[[int, range], tuple[Sequence[int], NDArray[np.uint8]]]
 
 
 class Segmenter(Closing):
@@ -317,28 +318,59 @@ class Segmenter(Closing):
             return Prediction(mask)
         return self._scored(self._rule, place.restore(scores), mask, aux)
 
-    def _tiled(self, image: NDArray[np.uint8], tiling: Tiling, swap: bool, mask_only: bool) -> Prediction:
-        aux: list[NDArray[np.float32]] = []
+    def strips(
+        self, tiling: Tiling, windows: ReadRow, part: Part | None = None, *, mask_only: bool = False
+    ) -> Iterator[tuple[Strip, Prediction | None]]:
+        """Segment an image that need not be in memory, window by window, as fit policy ``tile`` segments one that is.
 
-        def run(windows: NDArray[np.uint8]) -> Iterator[Outputs]:
-            for outputs in self._run(windows, swap):
-                if "aux_logits" in outputs:
-                    aux.append(outputs["aux_logits"])
-                yield outputs
+        Args:
+            tiling: of the image.
+            windows: reads windows of one row, given its index and columns: those that are worth it, uint8
+                ``(windows, H, W, C)`` with RGB order, and their columns.
+            part: of the image; ``None`` for all of it.
+            mask_only: leave out everything but the mask.
 
+        Yields:
+            from top to bottom each finished piece, and the prediction for it; ``None`` where no window was read yet. The
+            auxiliary head is left out.
+        """
+
+        def run(row: int, columns: range) -> Iterator[tuple[int, Outputs]]:
+            wanted, images = windows(row, columns)
+            yield from zip(wanted, self._run(images, swap=False), strict=True)
+
+        return self._strips(run, tiling, part, mask_only=mask_only)
+
+    def _strips(
+        self, run: RunRow, tiling: Tiling, part: Part | None, *, mask_only: bool
+    ) -> Iterator[tuple[Strip, Prediction | None]]:
         if self._rule is None:
             names = ("mask", "confidence") if self.spec.output.confidence and not mask_only else ("mask",)
-            whole = stitched(image, tiling, run, names)
-            return Prediction(whole["mask"], confidence=whole.get("confidence"), aux_logits=_mean(aux))
+            for strip in stitched_strips(run, tiling, names, part):
+                yield strip, Prediction(**strip.outputs) if strip.outputs else None
+            return
         kind = self.spec.output.kind
-        masks, kept = [], []
-        for _, bands in blended_rows(image, tiling, run, (kind,)):
-            masks.append(self._rule.mask(bands[kind]))
-            kept += [] if mask_only else [bands[kind]]
-        mask = np.concatenate(masks, axis=-2)
-        if mask_only:
-            return Prediction(mask)
-        return self._scored(self._rule, np.concatenate(kept, axis=-2), mask, _mean(aux))
+        for strip in blended_strips(run, tiling, (kind,), part):
+            scores = strip.outputs.get(kind)
+            if scores is None:
+                yield strip, None
+                continue
+            mask = self._rule.mask(scores)
+            yield strip, Prediction(mask) if mask_only else self._scored(self._rule, scores, mask, None)
+
+    def _tiled(self, image: NDArray[np.uint8], tiling: Tiling, swap: bool, mask_only: bool) -> Prediction:
+        aux: list[NDArray[np.float32]] = []
+        padded = tiling.pad(image)
+
+        def run(row: int, columns: range) -> Iterator[tuple[int, Outputs]]:
+            for column, outputs in zip(columns, self._run(tiling.row(padded, row), swap), strict=True):
+                if "aux_logits" in outputs:
+                    aux.append(outputs["aux_logits"])
+                yield column, outputs
+
+        strips = self._strips(run, tiling, None, mask_only=mask_only)
+        whole = joined(((strip.rows, arrays_of(prediction)) for strip, prediction in strips), tiling.source[0])
+        return Prediction(**whole, aux_logits=_mean(aux))
 
     def _scored(
         self, rule: ScoreRule, scores: NDArray[np.float32], mask: NDArray[Any], aux: NDArray[np.float32] | None
