@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, overload
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -46,6 +49,10 @@ class Segmenter(Closing):
         tile_overlap: share of a tile that it has in common with its neighbour, from 0 to 0.9 (fit policy ``tile``).
         palette: uint8 ``(classes, 3)`` RGB colours for pictures; ``None`` for edgeseg's own.
 
+    Attributes:
+        identity: what tells the engine from any other; ``None`` where nobody knows. Work that was interrupted goes on only
+            with the same.
+
     Raises:
         SpecError: an option out of range.
         InputError: a palette of another shape.
@@ -66,6 +73,7 @@ class Segmenter(Closing):
             raise SpecError(f"tile overlap is {tile_overlap}; give a share of the tile from 0 to 0.9")
         self.spec = spec
         self.channel_order = channel_order
+        self.identity: str | None = None
         self._session: Session | None = session
         self._input = (
             spec.input if fit is None else replace(spec.input, fit=choice(get_args(FitPolicy)).accept("fit", fit))
@@ -78,6 +86,19 @@ class Segmenter(Closing):
         size = (spec.input.height, spec.input.width, spec.input.channels)
         # The shape that goes to the engine untouched.
         self._exact = size if single and self._rule is None else None
+
+    def as_tiles(self) -> Segmenter:
+        """The same engine with fit policy ``tile``; closed with this one. Without a largest size it takes windows of the
+        size it was built for.
+        """
+        tiles = copy(self)
+        most = (self._input.height, self._input.width) if self._input.dynamic_size else None
+        tiles._input = replace(self._input, fit="tile", max_size=self._input.max_size or most)
+        return tiles
+
+    def plan(self, height: int, width: int) -> Placement | Tiling:
+        """How an image of ``height`` x ``width`` pixels meets the engine's input."""
+        return plan_fit(height, width, self._input, self._overlap)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -210,7 +231,7 @@ class Segmenter(Closing):
                 batch = given.batch
                 if len(batch) != 1:
                     raise InputError(f"images have shape {batch.shape}; give one image at a time")
-                plan = plan_fit(batch.shape[1], batch.shape[2], self._input, self._overlap)
+                plan = self.plan(*batch.shape[1:3])
                 assert not isinstance(plan, Tiling)
                 plans.append((plan, given.alone))
                 placed = batch if plan.is_identity else plan.apply(batch[0])[None]
@@ -269,7 +290,7 @@ class Segmenter(Closing):
         return given_images(images, self.spec.input.channels, swap=self._swaps_channels(channel_order))
 
     def _predictions(self, batch: NDArray[np.uint8], swap: bool, *, mask_only: bool) -> Iterator[Prediction]:
-        plan = plan_fit(batch.shape[1], batch.shape[2], self._input, self._overlap)
+        plan = self.plan(*batch.shape[1:3])
         if isinstance(plan, Tiling):
             for image in batch:
                 yield self._tiled(image, plan, swap, mask_only)
@@ -421,7 +442,7 @@ def load(
     else:
         engine, session = _loaded_whole(_folder_of(folder), recompile, streams)
     try:
-        return Segmenter(
+        segmenter = Segmenter(
             session,
             engine.manifest.spec,
             channel_order=channel_order,
@@ -429,6 +450,8 @@ def load(
             tile_overlap=tile_overlap,
             palette=palette,
         )
+        segmenter.identity = hashlib.sha256(msgspec.json.encode(engine.manifest)).hexdigest()
+        return segmenter
     except BaseException:
         session.close()
         raise

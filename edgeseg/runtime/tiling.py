@@ -75,6 +75,11 @@ def cuts(starts: tuple[int, ...], window: int, length: int) -> tuple[int, ...]:
     return (0, *middles, length)
 
 
+def boundaries(starts: tuple[int, ...], window: int, length: int, *, blended: bool) -> tuple[int, ...]:
+    """Where the pieces begin and end along one axis, that each row of windows finishes, or each column of a part."""
+    return (*starts, length) if blended else cuts(starts, window, length)
+
+
 def blended_strips(run: RunRow, tiling: Tiling, names: Sequence[str], part: Part | None = None) -> Iterator[Strip]:
     """Run the windows of a part and yield the blended float32 outputs ``(C, rows, columns)`` from top to bottom.
 

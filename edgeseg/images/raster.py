@@ -1,0 +1,267 @@
+"""Large and georeferenced images: GeoTIFF, COG and JPEG 2000, read window by window through rasterio, an extra.
+
+GDAL reads a hundred formats, some of which name other files and addresses on the network. A file of unknown origin is
+opened by the driver its first bytes call for, and by no other; files beside it (``.aux.xml``, ``.ovr``, ``.msk``, world
+files) are not looked for, and one whose overviews are said to be elsewhere is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeseg.errors import InputError, MissingDependencyError, one_line
+from edgeseg.images.decoding import MAX_ARRAY_BYTES, MAX_PIXELS
+from edgeseg.images.tiff import tiff_layout
+from edgeseg.store.files import require_file, without_warnings
+
+RASTER_SUFFIXES = frozenset({".tif", ".tiff", ".jp2", ".j2k"})
+MAX_SIDE = 1 << 20
+"""Pixels of a raster's height or width."""
+MAX_BLOCK_BYTES = 1 << 28
+"""Of the tiles or strips a file is stored in: what a decoder takes at a time."""
+CACHE_BYTES = 1 << 26
+"""Decoded blocks GDAL keeps; it would take a twentieth of the machine's memory."""
+
+_DRIVERS = {
+    b"II*\0": "GTiff",
+    b"MM\0*": "GTiff",
+    b"II+\0": "GTiff",
+    b"MM\0+": "GTiff",
+    b"\0\0\0\x0cjP  \r\n\x87\n": "JP2OpenJPEG",
+    b"\xff\x4f\xff\x51": "JP2OpenJPEG",
+}
+_SETTINGS = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    "GDAL_PAM_ENABLED": "NO",
+    # No address is ever given to GDAL; should a file bring one in a way not known here, no name is allowed.
+    "CPL_VSIL_CURL_ALLOWED_FILENAME": "none",
+    "GDAL_CACHEMAX": CACHE_BYTES,
+}
+# It logs what it raises anyway; without a handler Python prints it.
+logging.getLogger("rasterio").addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True, eq=False)
+class Raster:
+    """An open raster, or one of its overviews.
+
+    Attributes:
+        path: of the file.
+        dataset: rasterio's.
+        bands: read, from 1, one per channel.
+        has_nodata: whether some pixels may hold no data: by a nodata value, a mask or an alpha band.
+    """
+
+    path: Path
+    dataset: Any
+    bands: tuple[int, ...]
+    has_nodata: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width, pixels."""
+        return int(self.dataset.height), int(self.dataset.width)
+
+    def read(self, rows: slice, columns: slice) -> NDArray[np.uint8]:
+        """Return a window, uint8 ``(H, W, C)``. Raises ``InputError`` where the file is damaged."""
+        with self._clear_errors(rows):
+            planes = self.dataset.read(self.bands, window=((rows.start, rows.stop), (columns.start, columns.stop)))
+        return np.ascontiguousarray(np.moveaxis(planes, 0, -1))
+
+    def valid(self, rows: slice, columns: slice) -> NDArray[np.bool_] | None:
+        """Where a window holds data in any of the bands, ``(H, W)``; ``None`` for everywhere."""
+        if not self.has_nodata:
+            return None
+        window = ((rows.start, rows.stop), (columns.start, columns.stop))
+        with self._clear_errors(rows), without_warnings():
+            return np.asarray(self.dataset.read_masks(sorted(set(self.bands)), window=window).any(axis=0))
+
+    @contextmanager
+    def _clear_errors(self, rows: slice) -> Iterator[None]:
+        from rasterio.errors import RasterioError
+
+        try:
+            yield
+        except RasterioError as exc:
+            why = one_line(exc.__cause__ or exc)
+            raise InputError(f"cannot read {self.path}, rows {rows.start} to {rows.stop}: {why}") from exc
+
+
+def raster_driver(path: Path) -> str | None:
+    """GDAL's name of the driver that reads a file, by its first bytes; ``None`` for what is no raster."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+    except (OSError, ValueError):
+        return None
+    return next((driver for magic, driver in _DRIVERS.items() if head.startswith(magic)), None)
+
+
+def is_georeferenced(path: Path) -> bool:
+    """Whether a file says where on Earth it lies. JPEG 2000 is asked through rasterio, if that is installed."""
+    driver = raster_driver(path)
+    if driver == "GTiff":
+        layout = tiff_layout(path)
+        return layout is not None and layout.georeferenced
+    if driver is None:
+        return False
+    try:
+        with opened_raster(path) as dataset:
+            return dataset.crs is not None or bool(dataset.gcps[0]) or not dataset.transform.is_identity
+    except (InputError, MissingDependencyError):
+        return False  # whoever reads it says why
+
+
+def is_too_large(path: Path) -> bool:
+    """Whether a TIFF or JPEG 2000 file has more pixels than an image that is read whole may have."""
+    driver, size, samples = raster_driver(path), (0, 0), 1
+    if driver == "GTiff":
+        layout = tiff_layout(path)
+        if layout is not None:
+            size, samples = (layout.height, layout.width), layout.samples * ((layout.bits + 7) // 8)
+    elif driver is not None:
+        size, samples = _jpeg2000_size(path)
+    pixels = size[0] * size[1]
+    return pixels > MAX_PIXELS or pixels * samples > MAX_ARRAY_BYTES
+
+
+def import_rasterio(path: Path) -> Any:
+    """Import rasterio. Raises ``MissingDependencyError``."""
+    try:
+        import rasterio
+    except ImportError as exc:
+        raise MissingDependencyError("rasterio", "raster", f"segment {path.name} by windows") from exc
+    return rasterio
+
+
+@contextmanager
+def open_raster(
+    path: Path, channels: int, bands: Sequence[int] | None = None, overview: int | None = None
+) -> Iterator[Raster]:
+    """Open a GeoTIFF, COG or JPEG 2000 file.
+
+    Args:
+        path: of the file.
+        channels: what the model takes.
+        bands: to read, from 1, one per channel; ``None``: the colours, or all that are no alpha.
+        overview: how many times smaller than the raster the overview is that is read; ``None`` for the raster itself.
+
+    Raises:
+        InputError: no such file, none of these formats, damaged, or not of such bands or overviews.
+        MissingDependencyError: rasterio is not installed.
+    """
+    with opened_raster(path) as full, ExitStack() as stack:
+        dataset = full
+        if overview is not None:
+            levels = full.overviews(1)
+            if overview not in levels:
+                has = f"has overviews {', '.join(map(str, levels))}" if levels else "has no overviews within it"
+                raise InputError(
+                    f"{path} {has}, none that is {overview} times smaller; rio overview --build 2,4,8 makes them"
+                )
+            dataset = stack.enter_context(opened_raster(path, overview_level=levels.index(overview)))
+        chosen = _chosen_bands(path, dataset, channels, bands)
+        types = {dataset.dtypes[band - 1] for band in chosen}
+        if types != {"uint8"}:
+            raise InputError(
+                f"{path} holds {' and '.join(sorted(types))}, this engine takes uint8: scale it first, such as with "
+                "rio convert --dtype uint8 --scale-ratio 0.00389"
+            )
+        from rasterio.enums import MaskFlags
+
+        flags = dataset.mask_flag_enums
+        yield Raster(path, dataset, chosen, all(MaskFlags.all_valid not in flags[band - 1] for band in chosen))
+
+
+def geotiff_settings() -> Any:
+    """The environment in which GDAL writes: no file beside the one asked for, and little memory."""
+    from rasterio.env import Env
+
+    return Env(**_SETTINGS)
+
+
+@contextmanager
+def opened_raster(path: Path, **options: Any) -> Iterator[Any]:
+    """Open a file as rasterio's dataset, after all checks but those of its bands.
+
+    Raises:
+        InputError: no such file, none of these formats, damaged, or too large.
+        MissingDependencyError: rasterio is not installed.
+    """
+    require_file(path, "raster")
+    driver = raster_driver(path)
+    if driver is None:
+        raise InputError(f"cannot read {path} as a raster: neither TIFF nor JPEG 2000")
+    rasterio = import_rasterio(path)
+    with ExitStack() as stack:
+        stack.enter_context(geotiff_settings())
+        try:
+            with without_warnings():
+                # An absolute path: GDAL reads "zip:..." and the like as more than a name.
+                dataset = stack.enter_context(rasterio.open(path.absolute(), driver=driver, **options))
+            # Before anything asks for overviews or masks, which would open what is named there.
+            elsewhere = dataset.tags(ns="OVERVIEWS")
+            blocks = dataset.block_shapes
+        except (rasterio.errors.RasterioError, UnicodeError, ValueError) as exc:
+            raise InputError(f"cannot read {path}: {one_line(exc)}") from exc
+        if elsewhere:
+            raise InputError(f"cannot read {path}: it says that its overviews are in another file")
+        if not 0 < dataset.height <= MAX_SIDE or not 0 < dataset.width <= MAX_SIDE:
+            raise InputError(
+                f"cannot read {path}: {dataset.height}x{dataset.width} pixels; at most {MAX_SIDE} along a side"
+            )
+        together = dataset.count if dataset.interleaving is rasterio.enums.Interleaving.pixel else 1
+        itemsize = max((np.dtype(name).itemsize for name in dataset.dtypes if name in _NUMPY), default=16)
+        block_bytes = max(height * width for height, width in blocks) * together * itemsize
+        if block_bytes > MAX_BLOCK_BYTES:
+            raise InputError(
+                f"cannot read {path}: it is stored in pieces of {block_bytes} bytes, at most {MAX_BLOCK_BYTES}: store it "
+                "in tiles, such as with rio convert --co TILED=YES"
+            )
+        yield dataset
+
+
+_NUMPY = {"uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64"}
+
+
+def _chosen_bands(path: Path, dataset: Any, channels: int, bands: Sequence[int] | None) -> tuple[int, ...]:
+    names = [colour.name for colour in dataset.colorinterp]
+    listed = ", ".join(f"{number} {name}" for number, name in enumerate(names[:12], 1)) + ", ..." * (len(names) > 12)
+    has = f"{path} has {dataset.count} band{'s' * (dataset.count > 1)} ({listed})"
+    if bands is not None:
+        if len(bands) != channels:
+            raise InputError(f"{len(bands)} bands are asked for, this model takes {channels} channels; {has}")
+        if not all(1 <= band <= dataset.count for band in bands):
+            raise InputError(f"{has}, not {', '.join(map(str, bands))}; give --bands from 1 to {dataset.count}")
+        return tuple(bands)
+    if "palette" in names:
+        raise InputError(f"{path} holds a palette's indices; make colours of them, such as with pct2rgb.py")
+    known = [number for number, name in enumerate(names, 1) if name != "alpha"]
+    if len(known) == channels:
+        return tuple(known)
+    if channels == 3 and {"red", "green", "blue"} <= set(names):
+        return tuple(names.index(name) + 1 for name in ("red", "green", "blue"))
+    if channels == 3 and len(known) == 1:
+        return (known[0],) * 3  # grey, as for any other picture
+    raise InputError(f"{has}, this model takes {channels} channels; name them in its order, such as --bands 4,3,2")
+
+
+def _jpeg2000_size(path: Path) -> tuple[tuple[int, int], int]:
+    """Height and width, and bytes a pixel, by Pillow's reading of the header; zeros for a damaged one."""
+    from PIL import Image
+
+    try:
+        with without_warnings(), Image.open(path, formats=["JPEG2000"]) as image:
+            return (image.height, image.width), len(image.getbands()) * (2 if "16" in image.mode else 1)
+    except Image.DecompressionBombError:
+        return (MAX_SIDE, MAX_SIDE), 1
+    except Exception:
+        return (0, 0), 1  # whoever decodes it says what is wrong
