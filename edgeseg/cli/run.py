@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from edgeseg.arguments import INT32, number
-from edgeseg.cli.output import echo, print_json
+from edgeseg.cli.output import echo, print_json, show
 from edgeseg.cli.parameters import ANY_PATH, BandsType, KindType
 from edgeseg.errors import SpecError
 from edgeseg.spec import FitPolicy
 
 if TYPE_CHECKING:
+    from edgeseg.runtime.averaging import Augmentation
     from edgeseg.runtime.raster import ProbabilityType
 
 
@@ -44,6 +45,19 @@ if TYPE_CHECKING:
     help="Share of a tile that its neighbour covers too, with --fit tile.",
 )
 @click.option(
+    "--tta",
+    type=click.Choice(("flips", "d4")),
+    help="Average the probabilities of the image and its mirror images (flips: 4 runs), of quarter turns too (d4: 8 runs).",
+)
+@click.option(
+    "--with",
+    "ensemble",
+    multiple=True,
+    type=ANY_PATH,
+    metavar="ENGINE_DIR",
+    help="Average the probabilities with those of this engine; repeatable.",
+)
+@click.option(
     "--raster/--no-raster",
     default=None,
     help="Segment TIFF and JPEG 2000 files window by window, and keep where they lie; or never.  [default: those that are "
@@ -58,6 +72,7 @@ if TYPE_CHECKING:
 )
 @click.option("--limit", type=click.IntRange(1, INT32), help="Stop after so many images or frames.")
 @click.option("--force", is_flag=True, help="Replace files that exist in --output.")
+@click.option("--open", "shows", is_flag=True, help="Show the result when it is done.")
 @click.option("--recompile", is_flag=True, help="Build the engine again if it was built for another device or version.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
@@ -69,12 +84,15 @@ def command(
     frame_masks: bool,
     fit: FitPolicy | None,
     tile_overlap: float,
+    tta: Augmentation | None,
+    ensemble: tuple[Path, ...],
     raster: bool | None,
     bands: tuple[int, ...] | None,
     overview: int | None,
     probabilities: ProbabilityType | None,
     limit: int | None,
     force: bool,
+    shows: bool,
     recompile: bool,
     as_json: bool,
 ) -> None:
@@ -87,7 +105,15 @@ def command(
     streams = streams_of(inputs, rasters)
     if fit not in (None, "tile") and has_rasters(inputs, rasters):
         raise SpecError(f"rasters are cut into tiles; leave out --fit {fit}, or give --no-raster")
-    with load(folder, fit=fit, tile_overlap=tile_overlap, recompile=recompile, streams=streams) as segmenter:
+    with load(
+        folder,
+        fit=fit,
+        tile_overlap=tile_overlap,
+        recompile=recompile,
+        streams=streams,
+        tta=tta,
+        ensemble=ensemble,
+    ) as segmenter:
         summary = run_inputs(
             segmenter,
             inputs,
@@ -104,5 +130,7 @@ def command(
     else:
         for path in summary.written:
             echo(path)
+    if shows and summary.written:
+        show(Path(summary.written[0]) if len(summary.written) == 1 else output)
     if summary.failed:
         sys.exit(1)

@@ -39,8 +39,8 @@ from edgeseg.version import __version__
 
 ProbabilityType: TypeAlias = Literal["uint8", "float32"]
 
-PANEL_BYTES = 1 << 26
-"""Of the scores and pixels of a row of windows, as wide as the panel; a few times that is used at the worst moment."""
+PANEL_BYTES = 1 << 27
+"""Of the scores and pixels of a row of windows. Narrower panels run more windows twice, at the edges they share."""
 PROBABILITY_STEPS = 254
 """Of probabilities written as uint8: 255 is no data."""
 
@@ -243,7 +243,7 @@ class _Work:
             "raster": (self._raster.path.name, status.st_size, status.st_mtime_ns, self._raster.bands),
             "overview": self._options.overview,
             "probabilities": self._options.probabilities,
-            "plan": repr(self._plan),
+            "plan": (repr(self._plan), [columns.start for columns in self._panels]),
         }
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 

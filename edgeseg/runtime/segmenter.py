@@ -24,6 +24,7 @@ from edgeseg.backends.cpu.options import with_streams
 from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, EdgesegError, InputError, SpecError, StaleEngineError
 from edgeseg.images.placement import Placement, Tiling, plan_fit
+from edgeseg.runtime.averaging import Augmentation, AveragedSession, averaged_spec
 from edgeseg.runtime.given import Given, ImageLike, accepted_order, given_images, reversed_channels, single_images
 from edgeseg.runtime.prediction import Prediction, arrays_of, stacked
 from edgeseg.runtime.scores import ScoreRule
@@ -48,13 +49,15 @@ class Segmenter(Closing):
         fit: how images of another size are brought to the engine's; ``None`` as the engine was calibrated and verified.
         tile_overlap: share of a tile that it has in common with its neighbour, from 0 to 0.9 (fit policy ``tile``).
         palette: uint8 ``(classes, 3)`` RGB colours for pictures; ``None`` for edgeseg's own.
+        tta: test-time augmentation: average the probabilities of the image as it is and mirrored (``flips``: 4 runs), or
+            mirrored and turned (``d4``: 8 runs, a square input). The engine has to return scores.
 
     Attributes:
         identity: what tells the engine from any other; ``None`` where nobody knows. Work that was interrupted goes on only
             with the same.
 
     Raises:
-        SpecError: an option out of range.
+        SpecError: an option out of range; ``tta`` of an engine that returns masks, or ``d4`` of one that is not square.
         InputError: a palette of another shape.
     """
 
@@ -67,7 +70,10 @@ class Segmenter(Closing):
         fit: FitPolicy | None = None,
         tile_overlap: float = 0.25,
         palette: NDArray[np.uint8] | None = None,
+        tta: Augmentation | None = None,
     ) -> None:
+        if tta is not None:
+            session, spec = AveragedSession([session], [spec], tta), averaged_spec([spec], tta, ["the engine"])
         channel_order = accepted_order(channel_order, spec.input.channels)
         if not 0.0 <= tile_overlap <= 0.9:
             raise SpecError(f"tile overlap is {tile_overlap}; give a share of the tile from 0 to 0.9")
@@ -415,6 +421,8 @@ def load(
     palette: NDArray[np.uint8] | None = None,
     recompile: bool = False,
     streams: int | None = None,
+    tta: Augmentation | None = None,
+    ensemble: Sequence[str | Path] = (),
 ) -> Segmenter:
     """Load an engine folder. torch, onnx and SMP are not imported.
 
@@ -428,6 +436,9 @@ def load(
             (what ``edgeseg compile`` does; minutes for TensorRT) and go on. A damaged folder stays an error.
         streams: threads that will call the segmenter at the same time: ONNX Runtime and OpenVINO divide their threads
             among them, for more images a second, each mask later. ``None``: what the engine was built for.
+        tta: see :class:`Segmenter`.
+        ensemble: further engine folders, of the same classes, input and threshold, all with scores: the probabilities of
+            all are averaged.
 
     Raises:
         ArtifactError: no engine folder, or a damaged, stale or foreign one.
@@ -437,24 +448,28 @@ def load(
     """
     if streams is not None and (isinstance(streams, bool) or not isinstance(streams, int) or streams < 1):
         raise SpecError(f"streams is {shortened(streams)}; give the number of threads that will call, from 1")
-    if isinstance(folder, Engine):
-        engine, session = folder, _loaded(folder, recompile, streams)
-    else:
-        engine, session = _loaded_whole(_folder_of(folder), recompile, streams)
+    engines = list[tuple[Engine, Session]]()
     try:
+        for given in (folder, *ensemble):
+            if isinstance(given, Engine):
+                engines.append((given, _loaded(given, recompile, streams)))
+            else:
+                engines.append(_loaded_whole(_folder_of(given), recompile, streams))
+        manifests = [engine.manifest for engine, _ in engines]
+        (_, session), spec = engines[0], manifests[0].spec
+        if ensemble:
+            specs = [manifest.spec for manifest in manifests]
+            spec = averaged_spec(specs, None, [str(engine.folder) for engine, _ in engines])
+            session = AveragedSession([session for _, session in engines], specs, None)
         segmenter = Segmenter(
-            session,
-            engine.manifest.spec,
-            channel_order=channel_order,
-            fit=fit,
-            tile_overlap=tile_overlap,
-            palette=palette,
+            session, spec, channel_order=channel_order, fit=fit, tile_overlap=tile_overlap, palette=palette, tta=tta
         )
-        segmenter.identity = hashlib.sha256(msgspec.json.encode(engine.manifest)).hexdigest()
-        return segmenter
     except BaseException:
-        session.close()
+        for _, session in engines:
+            session.close()
         raise
+    segmenter.identity = hashlib.sha256(msgspec.json.encode((manifests, tta))).hexdigest()
+    return segmenter
 
 
 def _loaded_whole(folder: Path, recompile: bool, streams: int | None) -> tuple[Engine, Session]:
