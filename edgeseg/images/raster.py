@@ -44,6 +44,8 @@ _SETTINGS = {
     # No address is ever given to GDAL; should a file bring one in a way not known here, no name is allowed.
     "CPL_VSIL_CURL_ALLOWED_FILENAME": "none",
     "GDAL_CACHEMAX": CACHE_BYTES,
+    # What goes wrong is raised; decoders' threads would print it, too.
+    "CPL_LOG": "/dev/null",
 }
 # It logs what it raises anyway; without a handler Python prints it.
 logging.getLogger("rasterio").addHandler(logging.NullHandler())
@@ -86,11 +88,9 @@ class Raster:
 
     @contextmanager
     def _clear_errors(self, rows: slice) -> Iterator[None]:
-        from rasterio.errors import RasterioError
-
         try:
             yield
-        except RasterioError as exc:
+        except gdal_errors() as exc:
             why = one_line(exc.__cause__ or exc)
             raise InputError(f"cannot read {self.path}, rows {rows.start} to {rows.stop}: {why}") from exc
 
@@ -188,6 +188,14 @@ def geotiff_settings() -> Any:
     return Env(**_SETTINGS)
 
 
+def gdal_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """What rasterio raises of its own, what it passes on of GDAL, and ``others``."""
+    from rasterio._err import CPLE_BaseError
+    from rasterio.errors import RasterioError
+
+    return RasterioError, CPLE_BaseError, *others
+
+
 @contextmanager
 def opened_raster(path: Path, **options: Any) -> Iterator[Any]:
     """Open a file as rasterio's dataset, after all checks but those of its bands.
@@ -210,7 +218,7 @@ def opened_raster(path: Path, **options: Any) -> Iterator[Any]:
             # Before anything asks for overviews or masks, which would open what is named there.
             elsewhere = dataset.tags(ns="OVERVIEWS")
             blocks = dataset.block_shapes
-        except (rasterio.errors.RasterioError, UnicodeError, ValueError) as exc:
+        except gdal_errors(UnicodeError, ValueError) as exc:
             raise InputError(f"cannot read {path}: {one_line(exc)}") from exc
         if elsewhere:
             raise InputError(f"cannot read {path}: it says that its overviews are in another file")

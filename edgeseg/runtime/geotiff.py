@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, MissingDependencyError, one_line
-from edgeseg.images.raster import Raster, geotiff_settings, opened_raster
+from edgeseg.images.raster import Raster, gdal_errors, geotiff_settings, opened_raster
 from edgeseg.store.files import without_warnings
 
 BLOCK = 512
@@ -52,7 +53,6 @@ def write_geotiff(path: Path, what: GeoTiff, raster: Raster, read: Callable[[int
         InputError: it cannot be written.
     """
     import rasterio
-    from rasterio.errors import RasterioError
 
     source, (height, width) = raster.dataset, raster.size
     predictor = 3 if np.dtype(what.dtype).kind == "f" else 2 if what.colours is None else 1
@@ -81,12 +81,35 @@ def write_geotiff(path: Path, what: GeoTiff, raster: Raster, read: Callable[[int
                 )
             with file:
                 _describe(file, what, source)
-                for band in range(len(what.bands)):
-                    for top in range(0, height, BLOCK):
-                        rows = slice(top, min(top + BLOCK, height))
-                        file.write(read(band, rows), band + 1, window=((rows.start, rows.stop), (0, width)))
-        except RasterioError as exc:
+                written = [_write_band(file, band, read) for band in range(len(what.bands))]
+            # What is still to be written when GDAL closes a file may fail on a full disk, and nobody is told.
+            with without_warnings(), rasterio.open(path.absolute(), driver="GTiff") as file:
+                kept = [_checksum(file, band) for band in range(len(what.bands))]
+        except gdal_errors() as exc:
             raise InputError(f"cannot write {path}: {one_line(exc.__cause__ or exc)}; give another --output") from exc
+    if kept != written:
+        raise InputError(f"cannot write {path}: what is in the file is not what was written; is the disk full?")
+
+
+def _write_band(file: Any, band: int, read: Callable[[int, slice], NDArray[Any]]) -> int:
+    checksum = 0
+    for rows in _rows_of_blocks(file.height):
+        pixels = np.ascontiguousarray(read(band, rows))
+        checksum = zlib.crc32(pixels.data, checksum)
+        file.write(pixels, band + 1, window=((rows.start, rows.stop), (0, file.width)))
+    return checksum
+
+
+def _checksum(file: Any, band: int) -> int:
+    checksum = 0
+    for rows in _rows_of_blocks(file.height):
+        pixels = file.read(band + 1, window=((rows.start, rows.stop), (0, file.width)))
+        checksum = zlib.crc32(np.ascontiguousarray(pixels).data, checksum)
+    return checksum
+
+
+def _rows_of_blocks(height: int) -> Iterator[slice]:
+    return (slice(top, min(top + BLOCK, height)) for top in range(0, height, BLOCK))
 
 
 def request_of(path: Path) -> str | None:

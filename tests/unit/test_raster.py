@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -368,6 +369,24 @@ def test_a_damaged_strip_is_made_anew(tmp_path: Path) -> None:
     assert "damaged and is gone now; the same command makes it anew" in summary.failed[0].reason
     assert run(segmenter_of(spec), path, tmp_path / "out").failed == ()
     run(segmenter_of(spec), path, tmp_path / "whole")
+    np.testing.assert_array_equal(read(tmp_path / "out/masks/big.tif"), read(tmp_path / "whole/masks/big.tif"))
+
+
+def test_a_full_disk_leaves_no_output(tmp_path: Path) -> None:
+    """GDAL tells nobody when it cannot write the end of a file."""
+    spec, path = spec_of(), write(tmp_path / "big.tif", planes_of())
+    run(segmenter_of(spec), path, tmp_path / "whole")
+    size_bytes = (tmp_path / "whole/masks/big.tif").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for missing in (1, 100, size_bytes // 3):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes - missing, hard))
+        try:
+            (failure,) = run(segmenter_of(spec), path, tmp_path / "out").failed
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "cannot write" in failure.reason
+        assert not list((tmp_path / "out").rglob("*.tif"))
+    run(segmenter_of(spec), path, tmp_path / "out")
     np.testing.assert_array_equal(read(tmp_path / "out/masks/big.tif"), read(tmp_path / "whole/masks/big.tif"))
 
 
