@@ -6,21 +6,25 @@ import json
 import resource
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from memory_backend import LogitsFunction, MemorySession
+from click.testing import CliRunner
+from memory_backend import LogitsFunction, MemorySession, write_memory_engine
 
+from edgeseg.backends import BACKENDS
+from edgeseg.cli.run import command
 from edgeseg.errors import OutputExistsError, SpecError
 from edgeseg.images.raster import is_georeferenced
 from edgeseg.runtime import raster as raster_module
 from edgeseg.runtime.raster import RasterOptions
 from edgeseg.runtime.run import RunSummary, run_inputs
 from edgeseg.runtime.segmenter import Segmenter
-from edgeseg.spec import InputSpec, ModelSpec, OutputKind, OutputSpec, PipelineSpec, Task
+from edgeseg.spec import InputSpec, ModelSpec, OutputKind, OutputSpec, PipelineSpec, Preprocess, Task
 from edgeseg.store.files import without_warnings
 
 rasterio = pytest.importorskip("rasterio")
@@ -38,8 +42,6 @@ def spec_of(
     names = tuple(f"class-{index}" for index in range(classes))
     options = {"height": 32, "width": 32, "channels": channels, "stride": 1, **given}
     mean = (0.5,) * channels
-    from edgeseg.spec import Preprocess
-
     return PipelineSpec(
         ModelSpec("custom", classes=classes, class_names=names, task=task, in_channels=channels),
         InputSpec(**options),
@@ -183,15 +185,10 @@ def test_pixels_without_data_get_a_value_of_their_own(tmp_path: Path, kind: Outp
     planes[:, 40:50, 20:30] = 0
     planes[0, 5, 5] = 0  # in one band only: that is black, not nothing
     spec = spec_of(kind)
-    sessions = MemorySession(spec, by_place(4))
-    segmenter = Segmenter(sessions, spec)
-    run(segmenter, write(tmp_path / "big.tif", planes, nodata=0), tmp_path / "out")
+    run(segmenter_of(spec), write(tmp_path / "big.tif", planes, nodata=0), tmp_path / "out")
     expected = segmenter_of(spec, fit="tile")(np.ascontiguousarray(planes.transpose(1, 2, 0)))
     nowhere = (planes == 0).all(axis=0)
     np.testing.assert_array_equal(read(tmp_path / "out/masks/big.tif")[0], np.where(nowhere, 255, expected))
-    plan = segmenter.as_tiles().plan(*SIZE)
-    beyond = sum(left >= 100 for left in plan.lefts)  # type: ignore[union-attr]
-    assert beyond == 0
     assert 0 < expected.max() < 255
 
 
@@ -434,6 +431,49 @@ def test_no_overlay_over_a_raster(tmp_path: Path) -> None:
     path = write(tmp_path / "big.tif", planes_of())
     with pytest.raises(SpecError, match="leave out --overlay, or give --no-raster"):
         run_inputs(segmenter_of(spec_of()), [path], tmp_path / "out", overlay=True, progress=False)
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(BACKENDS, "memory", "memory_backend")
+    write_memory_engine(tmp_path / "engine", spec_of(fit="letterbox"))
+    return tmp_path / "engine"
+
+
+def test_the_command(tmp_path: Path, engine: Path) -> None:
+    path = write(tmp_path / "big.tif", planes_of(4))
+    output = tmp_path / "out"
+    words = [str(engine), str(path), "--output", str(output), "--bands", "3,2,1", "--probabilities", "uint8"]
+    done = CliRunner().invoke(command, words)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.split() == [str(output / "masks/big.tif"), str(output / "probabilities/big.tif")]
+    assert CliRunner().invoke(command, words).stdout == done.stdout
+    refused = CliRunner().invoke(command, [*words, "--fit", "letterbox"])
+    assert str(refused.exception) == "rasters are cut into tiles; leave out --fit letterbox, or give --no-raster"
+    refused = CliRunner().invoke(command, [*words[:4], "--bands", "0,1"])
+    assert "'0,1' is not a list of band numbers" in refused.output
+
+
+def test_a_picture_that_is_cut_into_tiles_unasked_is_noted(tmp_path: Path, engine: Path) -> None:
+    path = write(tmp_path / "big.tif", planes_of())
+    done = CliRunner().invoke(command, [str(engine), str(path), "--output", str(tmp_path / "out")])
+    assert "big.tif is cut into tiles at its own scale; --no-raster brings it to the engine's size" in done.stderr
+    done = CliRunner().invoke(command, [str(engine), str(path), "--output", str(tmp_path / "b"), "--no-raster"])
+    assert (done.stderr, done.stdout.split()) == ("", [str(tmp_path / "b/masks/big.png")])
+
+
+def test_without_the_extra_a_placed_picture_is_a_picture(
+    tmp_path: Path, engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "big.tif", planes_of())
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    words = [str(engine), str(path), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(command, words)
+    assert done.stdout.split() == [str(tmp_path / "out/masks/big.png")]
+    assert f"note: {path} is georeferenced; its mask will be, too, with pip install 'edgeseg[raster]'" in done.stderr
+    done = CliRunner().invoke(command, [*words[:3], str(tmp_path / "b"), "--raster"])
+    assert done.exit_code == 1
+    assert "rasterio is needed to segment big.tif by windows: pip install 'edgeseg[raster]'" in done.stderr
 
 
 def truncated(path: Path) -> None:
