@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import InputError, MissingDependencyError, one_line
+from edgeseg.errors import EdgesegError, InputError, MissingDependencyError, one_line
 from edgeseg.images.decoding import MAX_ARRAY_BYTES, MAX_PIXELS
 from edgeseg.images.tiff import tiff_layout
 from edgeseg.store.files import require_file, without_warnings
@@ -60,12 +60,17 @@ class Raster:
         dataset: rasterio's.
         bands: read, from 1, one per channel.
         has_nodata: whether some pixels may hold no data: by a nodata value, a mask or an alpha band.
+        crs, transform, control_points, rpcs: where it lies, as rasterio has it.
     """
 
     path: Path
     dataset: Any
     bands: tuple[int, ...]
     has_nodata: bool
+    crs: Any
+    transform: Any
+    control_points: tuple[Any, Any]
+    rpcs: Any
 
     @property
     def size(self) -> tuple[int, int]:
@@ -74,7 +79,7 @@ class Raster:
 
     def read(self, rows: slice, columns: slice) -> NDArray[np.uint8]:
         """Return a window, uint8 ``(H, W, C)``. Raises ``InputError`` where the file is damaged."""
-        with self._clear_errors(rows):
+        with _clear_errors(self.path, rows):
             planes = self.dataset.read(self.bands, window=((rows.start, rows.stop), (columns.start, columns.stop)))
         return np.ascontiguousarray(np.moveaxis(planes, 0, -1))
 
@@ -83,16 +88,8 @@ class Raster:
         if not self.has_nodata:
             return None
         window = ((rows.start, rows.stop), (columns.start, columns.stop))
-        with self._clear_errors(rows), without_warnings():
+        with _clear_errors(self.path, rows), without_warnings():
             return np.asarray(self.dataset.read_masks(sorted(set(self.bands)), window=window).any(axis=0))
-
-    @contextmanager
-    def _clear_errors(self, rows: slice) -> Iterator[None]:
-        try:
-            yield
-        except gdal_errors() as exc:
-            why = one_line(exc.__cause__ or exc)
-            raise InputError(f"cannot read {self.path}, rows {rows.start} to {rows.stop}: {why}") from exc
 
 
 def raster_driver(path: Path) -> str | None:
@@ -114,7 +111,7 @@ def is_georeferenced(path: Path) -> bool:
     if driver is None:
         return False
     try:
-        with opened_raster(path) as dataset:
+        with opened_raster(path) as dataset, _clear_errors(path):
             return dataset.crs is not None or bool(dataset.gcps[0]) or not dataset.transform.is_identity
     except (InputError, MissingDependencyError):
         return False  # whoever reads it says why
@@ -161,24 +158,29 @@ def open_raster(
     with opened_raster(path) as full, ExitStack() as stack:
         dataset = full
         if overview is not None:
-            levels = full.overviews(1)
+            with _clear_errors(path):
+                levels = full.overviews(1)
             if overview not in levels:
                 has = f"has overviews {', '.join(map(str, levels))}" if levels else "has no overviews within it"
                 raise InputError(
                     f"{path} {has}, none that is {overview} times smaller; rio overview --build 2,4,8 makes them"
                 )
             dataset = stack.enter_context(opened_raster(path, overview_level=levels.index(overview)))
-        chosen = _chosen_bands(path, dataset, channels, bands)
-        types = {dataset.dtypes[band - 1] for band in chosen}
-        if types != {"uint8"}:
-            raise InputError(
-                f"{path} holds {' and '.join(sorted(types))}, this engine takes uint8: scale it first, such as with "
-                "rio convert --dtype uint8 --scale-ratio 0.00389"
+        # GDAL reads much of a header when it is asked.
+        with _clear_errors(path):
+            chosen = _chosen_bands(path, dataset, channels, bands)
+            _require_uint8(path, {dataset.dtypes[band - 1] for band in chosen})
+            raster = Raster(
+                path,
+                dataset,
+                chosen,
+                has_nodata=_has_nodata(dataset, chosen),
+                crs=dataset.crs,
+                transform=dataset.transform,
+                control_points=dataset.gcps,
+                rpcs=dataset.rpcs,
             )
-        from rasterio.enums import MaskFlags
-
-        flags = dataset.mask_flag_enums
-        yield Raster(path, dataset, chosen, all(MaskFlags.all_valid not in flags[band - 1] for band in chosen))
+        yield raster
 
 
 def geotiff_settings() -> Any:
@@ -211,23 +213,21 @@ def opened_raster(path: Path, **options: Any) -> Iterator[Any]:
     rasterio = import_rasterio(path)
     with ExitStack() as stack:
         stack.enter_context(geotiff_settings())
-        try:
+        with _clear_errors(path):
             with without_warnings():
                 # An absolute path: GDAL reads "zip:..." and the like as more than a name.
                 dataset = stack.enter_context(rasterio.open(path.absolute(), driver=driver, **options))
             # Before anything asks for overviews or masks, which would open what is named there.
             elsewhere = dataset.tags(ns="OVERVIEWS")
             blocks = dataset.block_shapes
-        except gdal_errors(UnicodeError, ValueError) as exc:
-            raise InputError(f"cannot read {path}: {one_line(exc)}") from exc
+            together = dataset.count if dataset.interleaving is rasterio.enums.Interleaving.pixel else 1
+            itemsize = max((np.dtype(name).itemsize for name in dataset.dtypes if name in _NUMPY), default=16)
         if elsewhere:
             raise InputError(f"cannot read {path}: it says that its overviews are in another file")
         if not 0 < dataset.height <= MAX_SIDE or not 0 < dataset.width <= MAX_SIDE:
             raise InputError(
                 f"cannot read {path}: {dataset.height}x{dataset.width} pixels; at most {MAX_SIDE} along a side"
             )
-        together = dataset.count if dataset.interleaving is rasterio.enums.Interleaving.pixel else 1
-        itemsize = max((np.dtype(name).itemsize for name in dataset.dtypes if name in _NUMPY), default=16)
         block_bytes = max(height * width for height, width in blocks) * together * itemsize
         if block_bytes > MAX_BLOCK_BYTES:
             raise InputError(
@@ -235,6 +235,32 @@ def opened_raster(path: Path, **options: Any) -> Iterator[Any]:
                 "in tiles, such as with rio convert --co TILED=YES"
             )
         yield dataset
+
+
+@contextmanager
+def _clear_errors(path: Path, rows: slice | None = None) -> Iterator[None]:
+    try:
+        yield
+    except EdgesegError:
+        raise
+    except gdal_errors(UnicodeError, ValueError) as exc:
+        where = "" if rows is None else f", rows {rows.start} to {rows.stop}"
+        raise InputError(f"cannot read {path}{where}: {one_line(exc.__cause__ or exc)}") from exc
+
+
+def _require_uint8(path: Path, types: set[str]) -> None:
+    if types != {"uint8"}:
+        raise InputError(
+            f"{path} holds {' and '.join(sorted(types))}, this engine takes uint8: scale it first, such as with "
+            "rio convert --dtype uint8 --scale-ratio 0.00389"
+        )
+
+
+def _has_nodata(dataset: Any, bands: Sequence[int]) -> bool:
+    from rasterio.enums import MaskFlags
+
+    flags = dataset.mask_flag_enums
+    return all(MaskFlags.all_valid not in flags[band - 1] for band in bands)
 
 
 _NUMPY = {"uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64"}

@@ -54,9 +54,9 @@ def write_geotiff(path: Path, what: GeoTiff, raster: Raster, read: Callable[[int
     """
     import rasterio
 
-    source, (height, width) = raster.dataset, raster.size
+    height, width = raster.size
     predictor = 3 if np.dtype(what.dtype).kind == "f" else 2 if what.colours is None else 1
-    place = {} if source.transform.is_identity else {"transform": source.transform}
+    place = {} if raster.transform.is_identity else {"transform": raster.transform}
     with geotiff_settings():
         try:
             with without_warnings():
@@ -69,7 +69,7 @@ def write_geotiff(path: Path, what: GeoTiff, raster: Raster, read: Callable[[int
                     count=len(what.bands),
                     dtype=what.dtype,
                     nodata=what.nodata,
-                    crs=source.crs,
+                    crs=raster.crs,
                     tiled=True,
                     blockxsize=BLOCK,
                     blockysize=BLOCK,
@@ -80,7 +80,7 @@ def write_geotiff(path: Path, what: GeoTiff, raster: Raster, read: Callable[[int
                     **place,
                 )
             with file:
-                _describe(file, what, source)
+                _describe(file, what, raster)
                 written = [_write_band(file, band, read) for band in range(len(what.bands))]
             # What is still to be written when GDAL closes a file may fail on a full disk, and nobody is told.
             with without_warnings(), rasterio.open(path.absolute(), driver="GTiff") as file:
@@ -121,7 +121,7 @@ def request_of(path: Path) -> str | None:
         return None
 
 
-def _describe(file: Any, what: GeoTiff, source: Any) -> None:
+def _describe(file: Any, what: GeoTiff, raster: Raster) -> None:
     file.update_tags(**what.tags)
     if what.colours is not None:
         table = {value: (*(int(level) for level in colour), 255) for value, colour in enumerate(what.colours)}
@@ -130,8 +130,8 @@ def _describe(file: Any, what: GeoTiff, source: Any) -> None:
         file.set_band_description(number, name)
     if what.scale != 1.0:
         file.scales = (what.scale,) * len(what.bands)
-    points, system = source.gcps
+    points, system = raster.control_points
     if points:
         file.gcps = (points, system)
-    if source.rpcs is not None:
-        file.rpcs = source.rpcs
+    if raster.rpcs is not None:
+        file.rpcs = raster.rpcs

@@ -227,7 +227,9 @@ class _Work:
             self._rows = boundaries(plan.tops, plan.window[0], height, blended=blended)
             self._columns = boundaries(plan.lefts, plan.window[1], width, blended=blended)
             per_pixel = (8 * spec.model.classes if blended else 4) + 3 * spec.input.channels
-            self._panels = _panels(plan, PANEL_BYTES // (plan.window[0] * per_pixel))
+            # Narrow panels cost masks nothing: no window is run twice.
+            budget_bytes = PANEL_BYTES if blended else PANEL_BYTES // 4
+            self._panels = _panels(plan, budget_bytes // (plan.window[0] * per_pixel))
         else:
             self._rows, self._columns, self._panels = (0, height), (0, width), [range(1)]
 
