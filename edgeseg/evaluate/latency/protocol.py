@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,14 +165,6 @@ def percentile_of_rows(samples: NDArray[np.float64], percent: float) -> NDArray[
     excluded = int((100 - percent) * samples.shape[1] / 100)
     place = max(samples.shape[1] - 1 - excluded, 0)
     return np.asarray(np.partition(samples, place, axis=1)[:, place])
-
-
-def median(samples: tuple[float, ...] | list[float]) -> float:
-    """The middle sample or the mean of the two middle ones (trtexec's ``findMedian``); ``ValueError`` if empty."""
-    if not samples:
-        raise ValueError("median of no samples")
-    ordered, middle = sorted(samples), len(samples) // 2
-    return ordered[middle] if len(samples) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def measure(
