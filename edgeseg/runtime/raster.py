@@ -184,6 +184,7 @@ def segment_raster(
     require_rasters_engine(segmenter, options)
     if not overwrite and is_answered(segmenter, path, outputs, options):
         progress.say(f"{outputs[0]} is there already, of the same raster and engine")
+        progress.advance()
         return
     tiles = segmenter.as_tiles()
     with open_raster(path, tiles.spec.input.channels, options.bands, options.overview) as raster, ExitStack() as stack:

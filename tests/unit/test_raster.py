@@ -328,6 +328,21 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, after: int) -> None:
     assert sum(shape[0] for shape in session.calls) == sum(expected)
 
 
+def test_a_person_who_interrupts_is_told_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(images: np.ndarray) -> np.ndarray:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return by_place(4)(images)
+
+    calls = iter(range(14))
+    path = write(tmp_path / "big.tif", planes_of())
+    with pytest.raises(KeyboardInterrupt):
+        run_inputs(segmenter_of(spec_of(fit="tile"), interrupted), [path], tmp_path / "out")
+    assert capsys.readouterr().err == f"{path}: what is finished is kept; the same command goes on from there\n"
+    run_inputs(segmenter_of(spec_of(fit="tile")), [path], tmp_path / "out")
+    assert capsys.readouterr().err == f"{path}: goes on, 12 of 24 windows are done\n"
+
+
 def test_a_changed_request_begins_anew(tmp_path: Path) -> None:
     spec, path = spec_of(), write(tmp_path / "big.tif", planes_of())
     with pytest.raises(Killed):
