@@ -46,7 +46,7 @@ from edgeseg.quantize.table import load_table
 from edgeseg.report import plain
 from edgeseg.report.decision import decision_of
 from edgeseg.report.html import html
-from edgeseg.spec import ModelRequest, ModelSpec
+from edgeseg.spec import ModelRequest, ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, sha256_file
 from edgeseg.sweep.config import expand, read_config
 
@@ -186,7 +186,7 @@ def read_bands(path: Path) -> object:
 
 def read_raster(path: Path) -> object:
     """Some of the pixels: a damaged header may speak of many more than there are."""
-    with open_raster(path, 3) as raster:
+    with open_raster(path, PipelineSpec(MODEL)) as raster:
         rows, columns = (slice(0, min(side, 64)) for side in raster.size)
         return raster.read(rows, columns), raster.valid(rows, columns), is_georeferenced(path), is_too_large(path)
 

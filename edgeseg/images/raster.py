@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import EdgesegError, InputError, MissingDependencyError, one_line
 from edgeseg.images.decoding import MAX_ARRAY_BYTES, MAX_PIXELS
+from edgeseg.images.dtypes import takes
 from edgeseg.images.tiff import tiff_layout
+from edgeseg.spec import InputDtype, PipelineSpec
 from edgeseg.store.files import require_file, without_warnings
 
 RASTER_SUFFIXES = frozenset({".tif", ".tiff", ".jp2", ".j2k"})
@@ -59,6 +61,9 @@ class Raster:
         path: of the file.
         dataset: rasterio's.
         bands: read, from 1, one per channel.
+        dtype: of the pixels read.
+        fill: what a float32 pixel without data is read as, by channel: a float's nodata value may be NaN or -3e38, and
+            spoils whatever the network computes beside it. Other dtypes have their own values there.
         has_nodata: whether some pixels may hold no data: by a nodata value, a mask or an alpha band.
         crs, transform, control_points, rpcs: where it lies, as rasterio has it.
     """
@@ -66,6 +71,8 @@ class Raster:
     path: Path
     dataset: Any
     bands: tuple[int, ...]
+    dtype: InputDtype
+    fill: tuple[float, ...]
     has_nodata: bool
     crs: Any
     transform: Any
@@ -77,10 +84,21 @@ class Raster:
         """Height and width, pixels."""
         return int(self.dataset.height), int(self.dataset.width)
 
-    def read(self, rows: slice, columns: slice) -> NDArray[np.uint8]:
-        """Return a window, uint8 ``(H, W, C)``. Raises ``InputError`` where the file is damaged."""
-        with _clear_errors(self.path, rows):
-            planes = self.dataset.read(self.bands, window=((rows.start, rows.stop), (columns.start, columns.stop)))
+    def read(self, rows: slice, columns: slice) -> NDArray[Any]:
+        """Return a window, ``(H, W, C)`` of :attr:`dtype`. Raises ``InputError`` where the file is damaged, or holds NaN."""
+        window = ((rows.start, rows.stop), (columns.start, columns.stop))
+        with _clear_errors(self.path, rows), without_warnings():
+            planes = self.dataset.read(self.bands, window=window)
+            if self.dtype == "float32":
+                planes = planes.astype(np.float32)
+                if self.has_nodata:
+                    nothing = self.dataset.read_masks(self.bands, window=window) == 0
+                    planes = np.where(nothing, np.array(self.fill, np.float32)[:, None, None], planes)
+        if self.dtype == "float32" and not np.isfinite(planes).all():
+            raise InputError(
+                f"cannot read {self.path}, rows {rows.start} to {rows.stop}: NaN or infinite values that its nodata value does "
+                "not cover; rio edit-info --nodata nan says that NaN is no data"
+            )
         return np.ascontiguousarray(np.moveaxis(planes, 0, -1))
 
     def valid(self, rows: slice, columns: slice) -> NDArray[np.bool_] | None:
@@ -141,13 +159,13 @@ def import_rasterio(path: Path) -> Any:
 
 @contextmanager
 def open_raster(
-    path: Path, channels: int, bands: Sequence[int] | None = None, overview: int | None = None
+    path: Path, wanted: PipelineSpec, bands: Sequence[int] | None = None, overview: int | None = None
 ) -> Iterator[Raster]:
     """Open a GeoTIFF, COG or JPEG 2000 file.
 
     Args:
         path: of the file.
-        channels: what the model takes.
+        wanted: what the engine takes: channels and dtype.
         bands: to read, from 1, one per channel; ``None``: the colours, or all that are no alpha.
         overview: how many times smaller than the raster the overview is that is read; ``None`` for the raster itself.
 
@@ -168,12 +186,16 @@ def open_raster(
             dataset = stack.enter_context(opened_raster(path, overview_level=levels.index(overview)))
         # GDAL reads much of a header when it is asked.
         with _clear_errors(path):
-            chosen = _chosen_bands(path, dataset, channels, bands)
-            _require_uint8(path, {dataset.dtypes[band - 1] for band in chosen})
+            chosen = _chosen_bands(path, dataset, wanted.input.channels, bands)
+            for name in (dataset.dtypes[band - 1] for band in chosen):
+                _require_dtype(path, name, wanted.input.dtype)
+            low, high = (np.array(values) for values in wanted.preprocess.usual_values(wanted.input.dtype))
             raster = Raster(
                 path,
                 dataset,
                 chosen,
+                dtype=wanted.input.dtype,
+                fill=tuple((low + high) / 2),
                 has_nodata=_has_nodata(dataset, chosen),
                 crs=dataset.crs,
                 transform=dataset.transform,
@@ -248,12 +270,13 @@ def _clear_errors(path: Path, rows: slice | None = None) -> Iterator[None]:
         raise InputError(f"cannot read {path}{where}: {one_line(exc.__cause__ or exc)}") from exc
 
 
-def _require_uint8(path: Path, types: set[str]) -> None:
-    if types != {"uint8"}:
-        raise InputError(
-            f"{path} holds {' and '.join(sorted(types))}, this engine takes uint8: scale it first, such as with "
-            "rio convert --dtype uint8 --scale-ratio 0.00389"
-        )
+def _require_dtype(path: Path, name: str, dtype: InputDtype) -> None:
+    """Refuse a band of GDAL's type ``name``, which may be one that numpy has not."""
+    if name in _NUMPY and takes(np.dtype(name), dtype):
+        return
+    build = f"build with --input-dtype {name if name in {'uint8', 'uint16'} else 'float32'}" if name in _NUMPY else ""
+    scale = "" if dtype == "float32" else f"scale it, such as with rio convert --dtype {dtype} --scale-ratio RATIO"
+    raise InputError(f"{path} holds {name}, the engine takes {dtype}: {', or '.join(filter(None, (build, scale)))}")
 
 
 def _has_nodata(dataset: Any, bands: Sequence[int]) -> bool:

@@ -8,7 +8,7 @@ The image is turned and mirrored as the engine takes it, fitted and padded, as w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -46,8 +46,8 @@ class AveragedSession(Closing):
         self._kinds = tuple(spec.output.kind for spec in specs)
         self._views = _VIEWS[augmentation_of(augmentation)]
 
-    def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
-        """Run a batch, uint8 ``(N, H, W, C)``: the means of ``probabilities`` and, where all give them, ``aux_logits``."""
+    def run(self, images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
+        """Run a batch, ``(N, H, W, C)``: the means of ``probabilities`` and, where all give them, ``aux_logits``."""
         totals: dict[str, NDArray[np.float32]] = {}
         answers = 0
         for turns, mirrored in self._views:
@@ -89,8 +89,9 @@ def averaged_spec(specs: Sequence[PipelineSpec], augmentation: object, names: Se
             )
         for what in ("classes", "class_names", "task"):
             _require_same(getattr(first.model, what), getattr(spec.model, what), what.replace("_", " "), names[0], name)
-        for what in ("height", "width", "channels", "dynamic_size", "min_size", "max_size", "stride", "batch", "fit"):
-            _require_same(getattr(first.input, what), getattr(spec.input, what), what.replace("_", " "), names[0], name)
+        for field in fields(InputSpec):
+            ours, theirs = getattr(first.input, field.name), getattr(spec.input, field.name)
+            _require_same(ours, theirs, field.name.replace("_", " "), names[0], name)
         _require_same(first.output.threshold, spec.output.threshold, "threshold", names[0], name)
     if accepted == "d4" and not _is_square(first.input):
         raise SpecError(

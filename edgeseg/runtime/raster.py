@@ -147,7 +147,7 @@ def is_answered(segmenter: Segmenter, path: Path, outputs: Sequence[Path], optio
     if not all(output.is_file() for output in outputs):
         return False
     try:
-        with open_raster(path, segmenter.spec.input.channels, options.bands, options.overview) as raster:
+        with open_raster(path, segmenter.spec, options.bands, options.overview) as raster:
             request = _Work(segmenter.as_tiles(), raster, options).request()
     except (InputError, MissingDependencyError):
         return False  # whoever segments it says why
@@ -187,7 +187,7 @@ def segment_raster(
         progress.advance()
         return
     tiles = segmenter.as_tiles()
-    with open_raster(path, tiles.spec.input.channels, options.bands, options.overview) as raster, ExitStack() as stack:
+    with open_raster(path, tiles.spec, options.bands, options.overview) as raster, ExitStack() as stack:
         work = _Work(tiles, raster, options)
         request = work.request()
         for output in outputs:
@@ -227,7 +227,8 @@ class _Work:
             blended = self._rule is not None
             self._rows = boundaries(plan.tops, plan.window[0], height, blended=blended)
             self._columns = boundaries(plan.lefts, plan.window[1], width, blended=blended)
-            per_pixel = (8 * spec.model.classes if blended else 4) + 3 * spec.input.channels
+            pixel_bytes = spec.input.channels * np.dtype(spec.input.dtype).itemsize
+            per_pixel = (8 * spec.model.classes if blended else 4) + 3 * pixel_bytes
             # Narrow panels cost masks nothing: no window is run twice.
             budget_bytes = PANEL_BYTES if blended else PANEL_BYTES // 4
             self._panels = _panels(plan, budget_bytes // (plan.window[0] * per_pixel))
@@ -304,7 +305,7 @@ class _Work:
         pixels = self._raster.read(whole.rows, whole.columns)
         return iter([(whole, self._tiles.predict(pixels, channel_order=order))])
 
-    def _windows(self, row: int, columns: range) -> tuple[list[int], NDArray[np.uint8]]:
+    def _windows(self, row: int, columns: range) -> tuple[list[int], NDArray[Any]]:
         """Windows of a row that hold data, and their columns: what the engine says of others nobody sees."""
         plan = self._plan
         assert isinstance(plan, Tiling)
@@ -315,7 +316,7 @@ class _Work:
         valid = self._raster.valid(rows, across)
         wanted = [c for c, left in lefts.items() if valid is None or valid[:, left : left + window_width].any()]
         if not wanted:
-            return [], np.empty((0, *plan.window, len(self._raster.bands)), np.uint8)
+            return [], np.empty((0, *plan.window, len(self._raster.bands)), self._raster.dtype)
         padded = plan.pad(self._raster.read(rows, across))
         return wanted, np.stack([padded[:, lefts[column] : lefts[column] + window_width] for column in wanted])
 

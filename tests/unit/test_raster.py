@@ -223,6 +223,31 @@ def test_an_alpha_band_is_no_channel_and_says_where_data_is(tmp_path: Path) -> N
     np.testing.assert_array_equal(read(tmp_path / "out/masks/big.tif")[0], expected)
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_pixels_of_the_engines_dtype(tmp_path: Path, dtype: Any) -> None:
+    planes = (RNG.random((3, *SIZE)) * 1000).astype(dtype)
+    spec = spec_of(dtype=dtype)
+    run(segmenter_of(spec), write(tmp_path / "big.tif", planes), tmp_path / "out")
+    expected = segmenter_of(spec, fit="tile")(np.ascontiguousarray(planes.transpose(1, 2, 0)))
+    np.testing.assert_array_equal(read(tmp_path / "out/masks/big.tif")[0], expected)
+
+
+@pytest.mark.parametrize("nothing", [float("nan"), -3e38])
+def test_floats_without_data_spoil_nothing_beside_them(tmp_path: Path, nothing: float) -> None:
+    planes = (RNG.random((3, *SIZE)) * 255).astype(np.float32)
+    planes[:, :, 50:60] = nothing
+    planes[1, 3, 3] = nothing  # in one band only
+    spec = spec_of(dtype="float32")  # mean 0.5 of a scale of 1/255
+    run(segmenter_of(spec), write(tmp_path / "big.tif", planes, nodata=nothing), tmp_path / "out")
+    filled = np.where(np.isnan(planes) | (planes == nothing), np.float32(127.5), planes)
+    expected = segmenter_of(spec, fit="tile")(np.ascontiguousarray(filled.transpose(1, 2, 0)))
+    expected[:, 50:60] = 255
+    np.testing.assert_array_equal(read(tmp_path / "out/masks/big.tif")[0], expected)
+    unsaid = write(tmp_path / "unsaid.tif", np.where(np.isnan(filled), 0, filled) * np.float32("nan"))
+    (failure,) = run(segmenter_of(spec), unsaid, tmp_path / "out").failed
+    assert "rows 0 to 32: NaN or infinite values that its nodata value does not cover" in failure.reason
+
+
 def test_bands_are_chosen_by_number(tmp_path: Path) -> None:
     planes = planes_of(6)
     path = write(tmp_path / "big.tif", planes, photometric="minisblack")
@@ -549,7 +574,7 @@ def jpeg2000_of_noise(path: Path) -> None:
     [
         (truncated, "rows "),
         (virtual, "neither TIFF nor JPEG 2000"),
-        (of_16_bits, "holds uint16, this engine takes uint8"),
+        (of_16_bits, "holds uint16, the engine takes uint8: build with --input-dtype uint16, or scale it"),
         (of_indices, "holds a palette's indices"),
         (of_six_bands, "has 6 bands (1 gray, 2 undefined"),
         (too_wide, "9x2097152 pixels; at most 1048576 along a side"),
