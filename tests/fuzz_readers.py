@@ -41,6 +41,8 @@ from edgeseg.evaluate.accuracy.layouts import open_layout
 from edgeseg.evaluate.results import write_report
 from edgeseg.images.decoding import read_image
 from edgeseg.images.raster import is_georeferenced, is_too_large, open_raster
+from edgeseg.mixed.costs import times_from_file
+from edgeseg.quantize.modules import Modules
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import load_table
 from edgeseg.report import plain

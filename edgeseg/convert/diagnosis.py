@@ -37,7 +37,9 @@ def likely_cause(given: Mapping[str, torch.Tensor], own: Shapes, arch: str, enco
             "both, not model.parameters()"
         )
     wrong = missing | changed | (theirs.keys() - own.keys())
-    if any(k.startswith("segmentation_head.") and _differs_by_more_than_input(own.get(k), theirs.get(k)) for k in wrong):
+    if any(
+        k.startswith("segmentation_head.") and _differs_by_more_than_input(own.get(k), theirs.get(k)) for k in wrong
+    ):
         return f"its segmentation head is not SMP's: {_OWN_MODULE}"
     if not missing and not changed:
         added = ", ".join(sorted(wrong)[:2])

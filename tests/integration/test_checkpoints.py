@@ -163,7 +163,9 @@ def test_averaged_weights_are_told_and_taken_when_asked_for(model: Any, state: d
     assert said in load_model(asked(path)).notes
     assert_same(model, asked(path, weights_key="best"))
     torch.save({"first": state, "second": state}, path)
-    with pytest.raises(CheckpointError, match=r"holds 2 state dicts, under 'first', 'second'; say which with --weights"):
+    with pytest.raises(
+        CheckpointError, match=r"holds 2 state dicts, under 'first', 'second'; say which with --weights"
+    ):
         load_model(asked(path))
     torch.save({"ema": state}, path)
     assert "averaged weights are used, those under 'ema': there are no others" in load_model(asked(path)).notes
@@ -518,7 +520,9 @@ def test_what_is_missing_or_added_is_named(model: Any, state: dict[str, Any], tm
     torch.save(dict(model.named_parameters()), tmp_path / "w.pt")
     refuse(tmp_path / "w.pt", r"without BatchNorm's running_mean and running_var: save model\.state_dict\(\)")
     torch.save({**state, "encoder.fc.weight": torch.ones(1)}, tmp_path / "w.pt")
-    refuse(tmp_path / "w.pt", r"are all there: if what training added \(encoder\.fc\.weight, \.\.\.\) does not take part")
+    refuse(
+        tmp_path / "w.pt", r"are all there: if what training added \(encoder\.fc\.weight, \.\.\.\) does not take part"
+    )
     # A head of the user's own: without its tensors the rest would fit another network.
     weight = "segmentation_head.0.weight"
     for other in ({weight: state[weight].repeat(1, 1, 3, 3)}, {"segmentation_head.3.weight": torch.ones(2, 4, 1, 1)}):
