@@ -15,6 +15,8 @@ from edgeseg.store.artifacts import WeightsOrigin
 if TYPE_CHECKING:
     import torch
 
+    from edgeseg.convert.fake_quantizers import Reading
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -36,6 +38,8 @@ class LoadedModel:
         saved: the preprocessing that was saved beside the weights.
         fitting: how it brings images to the engine, once it is settled with the user's size and fit policy.
         origin: the hub's repository or the model card beside the weights.
+        trained: the fake-quantizers of ``module``, :class:`~edgeseg.convert.fake_quantizers.FakeQuantizer` all, where it was
+            trained with them.
         users_module: an object of the user's: neither ``model`` nor the weights tell what its code computes, so nothing
             made of it may be found again by them.
     """
@@ -54,6 +58,7 @@ class LoadedModel:
     saved: SavedPreprocessing | None = None
     origin: WeightsOrigin | None = None
     fitting: Fitting = field(default_factory=Fitting)
+    trained: Reading | None = None
 
     @property
     def has_own_size(self) -> bool:

@@ -88,7 +88,7 @@ def quantize_model(
     observed = Observed.of(table, stays_float)
     for name in scheme.passes:
         PASSES[name](model, observed)
-    propagate_ranges(model.graph, observed.ranges)
+    propagate_ranges(model.graph, observed)
     placement = place(model.graph, observed, scheme)
     if Role.WEIGHTED not in placement.roles.values():
         raise QuantizationError(
