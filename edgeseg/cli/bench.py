@@ -43,8 +43,14 @@ _BASELINES = (
 )
 @click.option("--weights", type=ANY_PATH, help="The checkpoint, if it is no longer where the engine was built from.")
 @click.option("--batch", "batches", type=CountsType(), default="1", show_default=True, help="Images of one call.")
-@click.option("--threads", type=CountsType(), help="Threads of one inference.  [default: the engine's own]")
-@click.option("--streams", type=CountsType(), default="1", show_default=True, help="Callers at the same time.")
+@click.option("--threads", type=CountsType(), help="Threads of an engine.  [default: its own]")
+@click.option(
+    "--streams",
+    type=CountsType(),
+    default="1",
+    show_default=True,
+    help="Callers at the same time, among whom a CPU engine divides its threads.",
+)
 @click.option(
     "--duration-s",
     type=KindType(number(0, 86400, "seconds, from 0 to 86400")),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeseg.backends import GPU_TARGETS, Session, get_backend
+from edgeseg.backends.cpu.options import with_streams
 from edgeseg.errors import CheckpointError, EdgesegError, MissingDependencyError, SpecError
 from edgeseg.evaluate.results import Identity
 from edgeseg.machine.cpu import this_cpu
@@ -98,13 +99,20 @@ class Opener:
         return loaded
 
     def open(
-        self, contender: Contender, threads: int | None = None, *, with_scores: bool = False, exact: bool = False
+        self,
+        contender: Contender,
+        threads: int | None = None,
+        streams: int | None = None,
+        *,
+        with_scores: bool = False,
+        exact: bool = False,
     ) -> Session:
         """Load a contender.
 
         Args:
             contender: what to load.
-            threads: of one inference; ``None``: the engine's own setting, one per core for PyTorch.
+            threads: ``None``: the engine's own setting, one per core for PyTorch.
+            streams: callers at the same time that an engine is to be loaded for; ``None``: its own setting.
             with_scores: let a baseline return its scores beside the mask; takes time.
             exact: a baseline on a GPU is to be judged for accuracy: without TF32, always the same kernels.
 
@@ -138,7 +146,7 @@ class Opener:
             engine = dataclasses.replace(
                 engine, manifest=dataclasses.replace(engine.manifest, options={**options, "threads": threads})
             )
-        return get_backend(engine.manifest.target).load(engine)
+        return get_backend(engine.manifest.target).load(with_streams(engine, streams))
 
     def identity(self, contender: Contender) -> Identity:
         """What a report's rows say about the contender."""

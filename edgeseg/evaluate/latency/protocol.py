@@ -292,10 +292,12 @@ def _no_garbage_collection() -> Iterator[None]:
 def measure_sessions(
     sessions: Mapping[str, Session], spec: InputSpec, protocol: LatencyProtocol = SHORT
 ) -> dict[str, LatencySamples]:
-    """Time each session on one image (or the smallest batch) of the engine's size, in turns.
-
-    The image is noise, always the same: what an image shows does not change what the kernels do.
-    """
-    shape = (spec.batch.minimum, spec.height, spec.width, spec.channels)
-    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    """Time each session on one image (or the smallest batch) of the engine's size, in turns."""
+    images = noise_image(spec)
     return measure_interleaved({name: partial(session.run, images) for name, session in sessions.items()}, protocol)
+
+
+def noise_image(spec: InputSpec) -> NDArray[np.uint8]:
+    """One image (or the smallest batch) to time with, always the same: what it shows does not change what kernels do."""
+    shape = (spec.batch.minimum, spec.height, spec.width, spec.channels)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
