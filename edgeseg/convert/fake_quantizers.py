@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeseg.convert.silence import silenced
-from edgeseg.errors import SpecError, first_line
+from edgeseg.errors import SpecError
 from edgeseg.graph.grid import Grid
 
 Mode = Literal["on", "weights", "marked", "off"]
@@ -267,15 +267,17 @@ def _refused(name: str, what: str, advice: str) -> SpecError:
     return SpecError(f"the fake-quantizer {name} {what}, which an int8 engine cannot take over; {advice}")
 
 
+_CONVERTED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+
 def _refuse_converted(module: nn.Module) -> None:
     for name, part in module.named_modules():
-        home = type(part).__module__
-        if home.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")) and not (
-            type(part).__name__ in ("FloatFunctional", "FXFloatFunctional")
-        ):
+        kind = type(part)
+        # Its FloatFunctional is the one that computes in float.
+        if kind.__module__.startswith(_CONVERTED) and not kind.__name__.endswith("FloatFunctional"):
             raise SpecError(
-                f"the module was converted to integers ({name or 'it'} is a {home.rpartition('.modules')[0] or home} "
-                f"{type(part).__name__}); give it as it was before convert(), with its fake-quantizers"
+                f"the module was converted to integers ({name or 'it'} is a quantized {kind.__name__}); give it as it was "
+                "before convert(), with its fake-quantizers"
             )
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if type(tensor).__module__.startswith("torchao."):
@@ -302,9 +304,9 @@ def _refuse_training(module: torch.fx.GraphModule) -> None:
 
 def _replace_pairs(module: torch.fx.GraphModule) -> int:
     """Replace the Q/DQ pairs of a graph that PT2E converted, and the integers of its weights; returns how many pairs."""
-    graph, count = module.graph, 0
+    graph, count, replaced = module.graph, 0, set()
     for node in list(graph.nodes):
-        what = _decomposed(node)
+        what = "" if node in replaced else _decomposed(node)
         if what.startswith("quantize_per_tensor"):
             scale, zero_point, low, high = (_constant(module, argument) for argument in node.args[1:5])
             name = f"fake_quantizer_{count}"
@@ -321,6 +323,7 @@ def _replace_pairs(module: torch.fx.GraphModule) -> int:
                         "convert_pt2e(model, use_reference_representation=False)"
                     )
                 reader.replace_all_uses_with(new)
+                replaced.add(reader)
                 graph.erase_node(reader)
             graph.erase_node(node)
             count += 1
@@ -366,6 +369,7 @@ def settled(module: nn.Module, reading: Reading, image: Tensor) -> Reading:
 
     Args:
         module: from :func:`read_fake_quantizers`, its parameters frozen.
+        reading: what was read of it.
         image: float32 ``(N, C, H, W)`` it runs on.
 
     Raises:
@@ -423,6 +427,15 @@ def _first(output: Any) -> Tensor:
     while not isinstance(first, Tensor):
         first = next(iter(first.values())) if isinstance(first, dict) else first[0]
     return first
+
+
+def switched_off(module: nn.Module) -> nn.Module:
+    """A copy that rounds nothing: the float network it was trained as."""
+    twin = copy.deepcopy(module)
+    for part in twin.modules():
+        if isinstance(part, FakeQuantizer):
+            part.mode = "off"
+    return twin
 
 
 @contextmanager

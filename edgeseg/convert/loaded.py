@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from edgeseg.convert.architectures import name_softmax_axis
@@ -59,6 +59,14 @@ class LoadedModel:
     origin: WeightsOrigin | None = None
     fitting: Fitting = field(default_factory=Fitting)
     trained: Reading | None = None
+
+    def in_float(self) -> LoadedModel:
+        """The same with its fake-quantizers off."""
+        if self.trained is None:
+            return self
+        from edgeseg.convert.fake_quantizers import switched_off
+
+        return replace(self, module=switched_off(self.module), trained=None)
 
     @property
     def has_own_size(self) -> bool:

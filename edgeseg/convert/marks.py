@@ -148,9 +148,6 @@ def _affine(node: ir.Node, value: ir.Value, channels: int) -> tuple[NDArray[np.f
         return None
     operand = np.broadcast_to(other.astype(np.float64).reshape(-1), (channels,))
     one, zero = np.ones(channels), np.zeros(channels)
-    return {
-        "Mul": lambda: (operand, zero),
-        "Div": lambda: (1.0 / operand, zero),
-        "Add": lambda: (one, operand),
-        "Sub": lambda: (one, -operand),
-    }[node.op_type]()
+    if node.op_type in {"Mul", "Div"}:
+        return operand if node.op_type == "Mul" else 1.0 / operand, zero
+    return one, operand if node.op_type == "Add" else -operand

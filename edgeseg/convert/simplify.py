@@ -13,7 +13,6 @@ from edgeseg.convert.silence import silenced
 from edgeseg.errors import ExportError, first_line
 from edgeseg.graph.editing import tidy
 
-
 _COMPOSED = frozenset({"compose_concat", "compose_conv", "subpixel"})
 """Rewrites that make one weight of several: what each was rounded to in training would be lost."""
 

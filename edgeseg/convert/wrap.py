@@ -108,6 +108,8 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
 
     shown = np.stack([resize_image(s, size) for s in samples]) if len(samples) else make_probe_images(*size, channels)
     inputs = normalized(shown, preprocess)
+    if run_on(described, inputs) is None:
+        inputs = inputs[:1]  # a graph that was exported for one image
     if reading is not None:
         require_same(_copied(_unwrapped(module)), whole, inputs)
         reading = settled(described, reading, inputs)

@@ -125,8 +125,9 @@ def trained_parameters(
 def trained_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme) -> QuantizedWeight:
     """Quantize a weight that training rounded already by the scales it was rounded with, per channel.
 
-    They are found from the values: every one of a channel is a whole multiple of its scale, at most 128 times it. Whatever scaled the channels since (a folded normalization) changes nothing. A channel that is no such multiple, or
-    whose integers the scheme cannot hold, is quantized as :func:`quantize_weight` does.
+    They are found from the values: every one of a channel is a whole multiple of its scale, at most 128 times it. Whatever
+    scaled the channels since (a folded normalization) changes nothing. A channel that is no such multiple, or whose integers
+    the scheme cannot hold, is quantized as :func:`quantize_weight` does.
     """
     plain = quantize_weight(weight, axis, scheme)
     channels = np.moveaxis(weight.astype(np.float64), axis, 0).reshape(weight.shape[axis], -1)

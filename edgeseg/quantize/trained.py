@@ -13,15 +13,12 @@ from onnx import numpy_helper
 
 from edgeseg.graph.editing import constant_array
 from edgeseg.graph.grid import Grid, Marks
-from edgeseg.quantize.calibration import DEFAULT_METHOD, calibrate, table_key
+from edgeseg.quantize.calibration import DEFAULT_METHOD, TRAINED, calibrate, table_key
 from edgeseg.quantize.placement import clamp_limits
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange, Trained
 from edgeseg.store.artifacts import OnnxGraph, sha256_json
 from edgeseg.store.onnx_file import read_onnx
-
-TRAINED = "trained"
-"""The method of a table, and of a range, that comes from fake-quantizers."""
 
 # Every value of the result is one of the first input's.
 _MOVES = frozenset(
@@ -70,12 +67,12 @@ def trained_table(
         low, high = grid.limits
         extremes = (low, high) if seen is None else (seen.minimum, seen.maximum)
         ranges[name] = TensorRange(low, high, *extremes, method=TRAINED, grid=grid)
-    key = table_key(graph, samples, method)
+    key = table_key(graph, samples, TRAINED)
     return CalibrationTable(
         schema_version=TABLE_SCHEMA_VERSION,
         method=TRAINED,
         options={},
-        key={**key, "images": key.get("images", sha256_json(None)), "method": sha256_json([TRAINED, marks])},
+        key={"images": sha256_json(None), **key},
         images=0 if samples is None else len(samples),
         ranges=ranges,
         trained=Trained(
@@ -189,7 +186,8 @@ def held(graph: OnnxGraph, quantized: OnnxGraph, table: CalibrationTable) -> Hel
     def array(name: str) -> NDArray[np.float64]:
         return np.asarray(numpy_helper.to_array(constants[name]), np.float64)
 
-    exact, others = [], []
+    exact: list[str] = []
+    others: list[str] = []
     for node in typed.node:
         grid = table.ranges[node.input[0]].grid if node.input and node.input[0] in table.ranges else None
         if node.op_type == "QuantizeLinear" and grid is not None:
