@@ -67,15 +67,15 @@ def drop_marks(simplified: onnx.ModelProto, kept: Kept, tools: tuple[str, ...]) 
     model = ir.serde.deserialize_model(result)
     tidy(model)
     final = normalize(ir.serde.serialize_model(model))
-    makers = {node.name: node for node in final.graph.node}
+    makers, inputs = {node.name: node for node in final.graph.node}, {value.name for value in final.graph.input}
     grids: dict[str, tuple[Grid, ...]] = {}
     lost = kept.lost
     for name, each in kept.grids.items():
         node, index = made_by.get(name, ("", 0))
-        if node not in makers:
+        if node not in makers and name not in inputs:
             lost += 1
             continue
-        value = makers[node].output[index]
+        value = makers[node].output[index] if node in makers else name
         grids[value] = tuple(dict.fromkeys((*grids.get(value, ()), *each)))
     return final, Marks(tools, grids, lost)
 

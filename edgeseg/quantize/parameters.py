@@ -109,15 +109,15 @@ def trained_parameters(
         clamp: what the integers have to clip at, in place of a Relu or Clip that is left out; no value beyond half a step.
     """
     if scheme.symmetric or (symmetric and grid.limits[0] < 0):
-        zero_point, limits, ends = 0, (-127, 127), (-128, 127)
+        limits, zero_point = (-128, 127), 0
     else:
-        limits = ends = (0, 255) if scheme.activations == "u8" else (-128, 127)
+        limits = (0, 255) if scheme.activations == "u8" else (-128, 127)
         zero_point = limits[0] + grid.zero_point - grid.low
     low, high = (integer + zero_point - grid.zero_point for integer in (grid.low, grid.high))
-    if low < ends[0] or high > ends[1]:
+    if low < limits[0] or high > limits[1]:
         return None
-    slack = grid.scale / 2
-    if (ends[0] - zero_point) * grid.scale < clamp[0] - slack or (ends[1] - zero_point) * grid.scale > clamp[1] + slack:
+    lowest, highest = ((end - zero_point) * grid.scale for end in limits)
+    if lowest < clamp[0] - grid.scale / 2 or highest > clamp[1] + grid.scale / 2:
         return None
     return ActivationParameters(grid.scale, zero_point, limits)
 

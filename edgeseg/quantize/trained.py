@@ -189,9 +189,11 @@ def held(graph: OnnxGraph, quantized: OnnxGraph, table: CalibrationTable) -> Hel
     exact: list[str] = []
     others: list[str] = []
     for node in typed.node:
-        grid = table.ranges[node.input[0]].grid if node.input and node.input[0] in table.ranges else None
+        # Named after the value that is quantized; where a Relu went into the saturation, its input is another.
+        name = node.name.rpartition("/")[0]
+        grid = table.ranges[name].grid if name in table.ranges else None
         if node.op_type == "QuantizeLinear" and grid is not None:
-            (exact if float(array(node.input[1])) == np.float32(grid.scale) else others).append(node.input[0])
+            (exact if float(array(node.input[1])) == np.float32(grid.scale) else others).append(name)
     weights = {tensor.name: tensor for tensor in plain.initializer}
     floats = {
         node.name: weights[node.input[1]] for node in plain.node if len(node.input) > 1 and node.input[1] in weights
