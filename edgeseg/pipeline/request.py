@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from edgeseg.arguments import (
 )
 from edgeseg.backends import BACKENDS
 from edgeseg.backends.cpu.options import CPU_OPTIONS
-from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.errors import InputError, SpecError, did_you_mean
 from edgeseg.spec import BATCH, PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputKind, OutputSpec, Precision
 from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
 
@@ -141,6 +142,21 @@ class BuildRequest(ModelRequest):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.output
+
+    def files(self) -> list[Path]:
+        """The files it is known to read, before any is opened: what an output must not replace."""
+        from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images
+
+        named = (self.weights, self.calibration, self.validation, self.latency_from)
+        files = [Path(name) for name in named if isinstance(name, (str, Path))]
+        if self.weights is not None and Path(self.weights).is_dir():
+            files += Path(self.weights).iterdir()
+        if isinstance(self.calibration, (str, Path)):
+            with contextlib.suppress(InputError):  # said by who reads them
+                files += list_images(self.calibration)
+        if self.validation is not None:
+            files += (path for path in self.validation.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        return files
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> BuildRequest:

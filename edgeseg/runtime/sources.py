@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.images.decoding import list_images, read_image
+from edgeseg.runtime.matroska import read_container
 from edgeseg.runtime.overlap import in_parallel
-from edgeseg.spec import ChannelOrder
+from edgeseg.spec import ChannelOrder, InputSpec
 from edgeseg.store.files import require_file
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
 # Their headers count the frames; elsewhere the count is estimated from duration and rate.
 COUNTED_SUFFIXES = frozenset({".avi", ".m4v", ".mov", ".mp4"})
+_USUAL = InputSpec()
 MATROSKA_SUFFIXES = frozenset({".mkv", ".webm"})
 
 
@@ -32,14 +34,14 @@ class Picture:
     Attributes:
         index: position in the source, from 0, dropped frames counted.
         timestamp_s: seconds since the start of a video, or since the first frame of a camera; else ``None``.
-        image: uint8 ``(H, W, C)``.
+        image: ``(H, W, C)`` of the engine's dtype.
         path: the image file it was read from, if any.
         channel_order: of ``image``; ``None``: as the segmenter expects.
     """
 
     index: int
     timestamp_s: float | None
-    image: NDArray[np.uint8]
+    image: NDArray[Any]
     path: Path | None = None
     channel_order: ChannelOrder | None = None
 
@@ -58,7 +60,7 @@ class Video:
 
     Args:
         source: path of a video file, or a camera's index.
-        channels: 3, or 1 for grey.
+        spec: the engine's input, of 3 channels, or 1 for grey, and uint8.
 
     Attributes:
         fps: frames per second the source says it has; ``None`` when it does not.
@@ -68,12 +70,16 @@ class Video:
 
     Raises:
         MissingDependencyError: OpenCV is not installed.
-        InputError: no such file or camera, not a video, or a model of other than 1 or 3 channels.
+        InputError: no such file or camera, not a video, or an engine of other than 1 or 3 channels or uint8.
     """
 
-    def __init__(self, source: Path | int, channels: int = 3) -> None:
-        if channels not in (1, 3):
-            raise InputError(f"videos and cameras have 3 channels, this model takes {channels}; give images or arrays")
+    def __init__(self, source: Path | int, spec: InputSpec = _USUAL) -> None:
+        channels = spec.channels
+        if channels not in (1, 3) or spec.dtype != "uint8":
+            raise InputError(
+                f"videos and cameras have 3 channels of uint8, this engine takes {channels} of {spec.dtype}; give images "
+                "or arrays"
+            )
         self.source = source
         self.live = isinstance(source, int)
         self._name = f"camera {source}" if isinstance(source, int) else str(source)
@@ -115,8 +121,15 @@ class Video:
     def _lost(self, path: Path, decoded: int) -> str:
         if path.suffix.lower() in COUNTED_SUFFIXES and self.frames and decoded < self.frames:
             return f"{decoded} of {self.frames} frames could be decoded"
-        if path.suffix.lower() in MATROSKA_SUFFIXES and (missing := _missing_bytes(path)):
-            return f"{decoded} frames could be decoded, {missing} bytes are missing at the end of the file"
+        if path.suffix.lower() not in MATROSKA_SUFFIXES:
+            return ""
+        told = read_container(path)
+        if told.broken_at is not None:
+            return f"{decoded} frames could be decoded, the file is damaged at byte {told.broken_at}"
+        if told.missing_bytes:
+            return f"{decoded} frames could be decoded, {told.missing_bytes} bytes are missing at the end of the file"
+        if told.frames is not None and decoded < told.frames:
+            return f"{decoded} of {told.frames} frames could be decoded"
         return ""
 
     def close(self) -> None:
@@ -124,39 +137,19 @@ class Video:
         self._capture.release()
 
 
-def _missing_bytes(path: Path) -> int:
-    """How many bytes a Matroska file lacks of what its two top elements say they hold (RFC 8794, sections 4 to 6); 0 where
-    the size is not said, as in a live recording.
-    """
-    size, place = path.stat().st_size, 0
-    with path.open("rb") as stream:
-        for _ in range(2):  # the EBML header and the segment
-            stream.seek(place)
-            head = stream.read(12)
-            # A number begins with as many zero bits as it has bytes behind the first.
-            id_bytes = 9 - head[0].bit_length() if head else 0
-            first = head[id_bytes] if id_bytes < len(head) else 0
-            size_bytes = 9 - first.bit_length()
-            value = int.from_bytes(head[id_bytes : id_bytes + size_bytes], "big") & ~(1 << 7 * size_bytes)
-            if first == 0 or value == (1 << 7 * size_bytes) - 1:
-                return 0
-            place += id_bytes + size_bytes + value
-    return max(0, place - size)
-
-
-def open_source(source: object, channels: int) -> Video | Iterable[Picture]:
+def open_source(source: object, spec: InputSpec) -> Video | Iterable[Picture]:
     """Open what :func:`edgeseg.stream` takes. Raises ``InputError`` for what is not there."""
     index = camera_index(source)
     if index is not None:
-        return Video(index, channels)
+        return Video(index, spec)
     if isinstance(source, (str, Path)):
         if Path(source).suffix.lower() in VIDEO_SUFFIXES:
-            return Video(Path(source), channels)
-        return _read_files(list_images(source), channels)
+            return Video(Path(source), spec)
+        return _read_files(list_images(source), spec)
     if isinstance(source, np.ndarray) and source.ndim == 3:
         raise InputError(f"one array of shape {source.shape} is no stream; give an iterable of images, such as [image]")
     if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, Path)) for item in source):
-        return _read_files([Path(item) for item in source], channels)
+        return _read_files([Path(item) for item in source], spec)
     if isinstance(source, Iterable):
         return _number_arrays(source)
     raise InputError(
@@ -182,10 +175,11 @@ def require_utf8(path: Path) -> None:
         raise InputError(f"cannot open {shown}: OpenCV needs a name in UTF-8; rename it") from exc
 
 
-def _read_files(paths: list[Path], channels: int) -> Iterator[Picture]:
+def _read_files(paths: list[Path], spec: InputSpec) -> Iterator[Picture]:
     def read(item: tuple[int, Path]) -> Picture:
         index, path = item
-        return Picture(index, None, read_image(path, channels), path, "rgb" if channels == 3 else None)
+        image = read_image(path, spec.channels, spec.dtype)
+        return Picture(index, None, image, path, "rgb" if spec.channels == 3 else None)
 
     return in_parallel(enumerate(paths), read)
 

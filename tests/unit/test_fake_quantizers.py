@@ -97,8 +97,8 @@ def test_modes() -> None:
             some = result(IMAGE)
         assert torch.allclose(switched_off(result)(IMAGE), floating, atol=1e-6)
         rounded = result(IMAGE)
-    assert 0 < float((some - floating).abs().max())
-    assert 0 < float((rounded - some).abs().max())
+    assert float((some - floating).abs().max()) > 0
+    assert float((rounded - some).abs().max()) > 0
 
 
 def test_a_quantizer_that_is_off_and_an_observer_are_left_out() -> None:
