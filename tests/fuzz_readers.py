@@ -14,11 +14,13 @@ import json
 import logging
 import random
 import shutil
+import struct
 import sys
 import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +184,26 @@ def saved(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def deep_png(colours: np.ndarray) -> bytes:
+    """16 bits a sample, which Pillow does not write."""
+    height, width = colours.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    parts = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def read_16_bits(path: Path) -> object:
+    return read_image(path, 1, "uint16")
+
+
+def read_values(path: Path) -> object:
+    return read_image(path, 1, "float32")
+
+
 def read_bands(path: Path) -> object:
     return read_image(path, channels=8)
 
@@ -275,6 +297,12 @@ def subjects(place: Path) -> dict[str, Subject]:
         add("image", f"a.{'jp2' if kind == 'jpeg2000' else kind}", encoded(PHOTO, kind, **options), read_image)
     add("image", "a.npy", saved(PHOTO), read_image)
     add("image", "a.npz", arrays(PHOTO, compressed=True), read_image)
+    deep = PHOTO.astype(np.uint16) * 251
+    for kind in ("png", "ppm", "jpeg2000", "tiff"):
+        add("wide", f"g.{'jp2' if kind == 'jpeg2000' else kind}", encoded(deep[..., 0], kind), read_16_bits)
+    add("wide", "c.png", deep_png(deep), lambda path: read_image(path, 3, "uint16"))
+    add("wide", "f.tiff", encoded(deep[..., 0].astype(np.float32), "TIFF"), read_values)
+    add("wide", "f.npy", saved(deep.astype(np.float64)), lambda path: read_image(path, 3, "float32"))
     add("mask", "m.png", encoded(LABELS, "PNG"), read_mask)
     add("mask", "m.tif", encoded(LABELS, "TIFF"), read_mask)
     add("mask", "m.npy", saved(LABELS.astype(np.int64)), read_mask)

@@ -11,6 +11,7 @@ from fuzz_readers import Subject, fuzz, subjects
 KINDS = (
     "image",
     "bands",
+    "wide",
     "mask",
     "calibration",
     "list",
