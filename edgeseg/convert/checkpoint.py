@@ -293,7 +293,9 @@ def _pickle_error(path: Path, exc: Exception) -> CheckpointError:
     built = re.search(r"add_safe_globals.*but got <class '([\w.]+)'>", text)
     if built is not None:
         name = "an array of Python objects" if built[1].endswith("ObjectDType") else built[1]
-        return CheckpointError(f"{path} holds {name} beside its weights, which is refused; where you trust it, {_RESAVE}")
+        return CheckpointError(
+            f"{path} holds {name} beside its weights, which is refused; where you trust it, {_RESAVE}"
+        )
     if "Unsupported operand" in text or "Unsupported class" in text:
         return CheckpointError(
             f"{path} is a pickle that torch.save did not write, which is refused; where you trust it, {_RESAVE}"

@@ -163,7 +163,9 @@ def test_averaged_weights_are_told_and_taken_when_asked_for(model: Any, state: d
     assert said in load_model(asked(path)).notes
     assert_same(model, asked(path, weights_key="best"))
     torch.save({"first": state, "second": state}, path)
-    with pytest.raises(CheckpointError, match=r"holds 2 state dicts, under 'first', 'second'; say which with --weights"):
+    with pytest.raises(
+        CheckpointError, match=r"holds 2 state dicts, under 'first', 'second'; say which with --weights"
+    ):
         load_model(asked(path))
     torch.save({"ema": state}, path)
     assert "averaged weights are used, those under 'ema': there are no others" in load_model(asked(path)).notes
@@ -518,12 +520,29 @@ def test_what_is_missing_or_added_is_named(model: Any, state: dict[str, Any], tm
     torch.save(dict(model.named_parameters()), tmp_path / "w.pt")
     refuse(tmp_path / "w.pt", r"without BatchNorm's running_mean and running_var: save model\.state_dict\(\)")
     torch.save({**state, "encoder.fc.weight": torch.ones(1)}, tmp_path / "w.pt")
-    refuse(tmp_path / "w.pt", r"are all there: if what training added \(encoder\.fc\.weight, \.\.\.\) does not take part")
+    refuse(
+        tmp_path / "w.pt", r"are all there: if what training added \(encoder\.fc\.weight, \.\.\.\) does not take part"
+    )
     # A head of the user's own: without its tensors the rest would fit another network.
     weight = "segmentation_head.0.weight"
     for other in ({weight: state[weight].repeat(1, 1, 3, 3)}, {"segmentation_head.3.weight": torch.ones(2, 4, 1, 1)}):
         torch.save({**state, **other}, tmp_path / "w.pt")
         refuse(tmp_path / "w.pt", r"its segmentation head is not SMP's: load the weights into your own module and give")
+
+
+def test_the_image_size_of_a_position_embedding_is_told(tmp_path: Path) -> None:
+    small = {"decoder_intermediate_channels": [16, 16, 16, 16], "decoder_fusion_channels": 16}
+    encoder = "tu-vit_tiny_patch16_224"
+    with quiet_libraries():
+        made = smp.DPT(encoder, encoder_weights=None, classes=2, img_size=128, **small).eval()
+    torch.save(made.state_dict(), tmp_path / "w.pt")
+    request = ModelRequest(arch="dpt", encoder=encoder, weights=str(tmp_path / "w.pt"), model_args=small)
+    with pytest.raises(CheckpointError, match=r"images of 128x128: give --model-arg img_size=128$"):
+        load_model(request)
+    loaded = load_model(replace(request, model_args={**small, "img_size": 128}))
+    image = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        assert torch.equal(loaded.module(image), made(image))
 
 
 def test_keys_of_older_smp_versions_still_load(tmp_path: Path) -> None:
