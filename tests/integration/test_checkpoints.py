@@ -473,7 +473,19 @@ HARMLESS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         k.replace("features.1.", "features.1._checkpoint_wrapped_module."): v for k, v in s.items()
     },
     "(DataParallel of a part)": lambda s: {k.replace("encoder.", "encoder.module."): v for k, v in s.items()},
-    "observers of": lambda s: {**s, "decoder.p5.activation_post_process.eps": torch.zeros(1)},
+    "dropped 5 tensors: fake-quantizers of": lambda s: {
+        **s,
+        **dict.fromkeys(
+            (
+                "decoder.p5.activation_post_process.eps",
+                "decoder.p5.weight_fake_quant.scale",
+                "decoder.p5._input_quantizer._amax",
+                "decoder.p5.weight_quantizer._amax",
+                "__nncf_hooks.post_hooks.conv/0.0.input_low",
+            ),
+            torch.zeros(1),
+        ),
+    },
 }
 
 
