@@ -231,10 +231,10 @@ def test_many_images_and_one_are_checked_alike(session: type[MemorySession]) -> 
 
 
 @pytest.mark.parametrize("images", ["a.png", Path("a.png"), None, 3])
-def test_many_takes_an_iterable_of_images(images: Any) -> None:
+def test_many_takes_an_iterable_of_images(images: object) -> None:
     segmenter = Segmenter(MemorySession(make_spec()), make_spec())
     with pytest.raises(InputError, match=r"^images are .*; give an iterable of images, such as \[image\]$"):
-        list(segmenter.many(images))
+        list(segmenter.many(images))  # type: ignore[arg-type]
 
 
 def test_grey_images_need_no_channel_axis() -> None:
