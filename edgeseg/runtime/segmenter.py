@@ -218,7 +218,12 @@ class Segmenter(Closing):
 
         A TensorRT engine copies one image to and from the GPU while it computes another. An image is therefore drawn
         before the mask of the one before is given.
+
+        Raises:
+            InputError: no iterable of images, or one that cannot be used.
         """
+        if isinstance(images, (str, Path)) or not isinstance(images, Iterable):
+            raise InputError(f"images are {shortened(images)}; give an iterable of images, such as [image]")
         session = self._open()
         pairs = (
             isinstance(session, PipelinedSession)
