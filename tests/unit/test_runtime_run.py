@@ -22,7 +22,7 @@ from memory_backend import MemorySession
 from PIL import Image
 
 from edgeseg.cli.output import print_json
-from edgeseg.errors import BuildError, InputError, OutputExistsError, SpecError
+from edgeseg.errors import ArtifactError, BuildError, InputError, OutputExistsError, SpecError
 from edgeseg.machine.cpu import Cpu
 from edgeseg.runtime import overlap, run, sources
 from edgeseg.runtime.outputs import VideoFile, unique_names, write_mask, write_picture
@@ -315,7 +315,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
     photo(tmp_path / "a.png")
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(InputError, match=r"cannot write .*a\.png: Not a directory"):
+    with pytest.raises(ArtifactError, match=r"cannot write .*a\.png: .*out is a file; give another file"):
         run_inputs(segmenter(), [tmp_path / "a.png"], tmp_path / "out", progress=False)
 
 
