@@ -516,6 +516,21 @@ def test_every_damage_that_a_container_shows_is_told(
     assert re.search(told, reason), reason
 
 
+def test_nothing_of_a_damaged_video_reaches_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """OpenCV's own reader of AVI files prints what it found in place of a name."""
+    cv2 = pytest.importorskip("cv2")
+    path = tmp_path / "a.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (64, 48))
+    writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.release()
+    path.write_bytes(path.read_bytes().replace(b"LIST", b"\x1b[2J", 1))
+    summary = run_inputs(segmenter(), [path], tmp_path / "out", progress=False)
+    assert [failure.reason for failure in summary.failed] == [
+        f"cannot open {path}: not a video, damaged, or of an unknown codec"
+    ]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_live_recording_of_unknown_length_is_whole(tmp_path: Path) -> None:
     cv2 = pytest.importorskip("cv2")
     writer = cv2.VideoWriter(str(tmp_path / "a.mkv"), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48))
