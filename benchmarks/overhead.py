@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from rich.console import Console
 
 import edgeseg
 from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
-from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved, median
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
 from edgeseg.progress import SilentReporter
 from edgeseg.store.artifacts import Engine
 
@@ -102,11 +103,11 @@ def call_overhead(engine: Engine, protocol: LatencyProtocol) -> dict[str, Latenc
 
 def fresh_process(code: str, count: int, *arguments: str) -> list[float]:
     """Seconds that ``code`` prints, from ``count`` fresh processes."""
-    found = []
+    times = []
     for _ in range(count):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
-        found.append(float(done.stdout))
-    return found
+        times.append(float(done.stdout))
+    return times
 
 
 def timed_help() -> float:

@@ -45,14 +45,15 @@ from edgeseg.evaluate.accuracy.layouts import open_layout
 from edgeseg.evaluate.accuracy.ledger import Ledger
 from edgeseg.evaluate.results import ModuleTime, Profile, write_report
 from edgeseg.images.decoding import read_image
+from edgeseg.images.raster import is_georeferenced, is_too_large, open_raster
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import load_table
 from edgeseg.report import plain
 from edgeseg.report.decision import decision_of
 from edgeseg.report.html import html
 from edgeseg.runtime.sources import Video
-from edgeseg.spec import ModelRequest, ModelSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, read_json, sha256_file, write_json
+from edgeseg.spec import ModelRequest, ModelSpec, PipelineSpec
+from edgeseg.store.artifacts import MANIFEST_NAME, read_json, sha256_file
 from edgeseg.store.atomic import atomic_folder
 from edgeseg.store.cache import cached_folder
 from edgeseg.sweep.config import expand, read_config
@@ -192,6 +193,13 @@ def read_bands(path: Path) -> object:
     return read_image(path, channels=8)
 
 
+def read_raster(path: Path) -> object:
+    """Some of the pixels: a damaged header may speak of many more than there are."""
+    with open_raster(path, PipelineSpec(MODEL)) as raster:
+        rows, columns = (slice(0, min(side, 64)) for side in raster.size)
+        return raster.read(rows, columns), raster.valid(rows, columns), is_georeferenced(path), is_too_large(path)
+
+
 def read_mask(path: Path) -> object:
     return LabelReader.of([path], MODEL).read(path)
 
@@ -287,13 +295,13 @@ def read_cached(path: Path) -> object:
 
 def subjects(place: Path) -> dict[str, Subject]:
     """Whole files of every kind that needs no torch, below ``place``; of others what can be read with what is installed."""
-    found: dict[str, Subject] = {}
+    by_name: dict[str, Subject] = {}
 
     def add(kind: str, name: str, content: bytes, read: Callable[[Path], object]) -> Path:
         path = place / kind / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        found[f"{kind}/{name}"] = Subject(path, read)
+        by_name[f"{kind}/{name}"] = Subject(path, read)
         return path
 
     for kind, options in {
@@ -332,14 +340,28 @@ def subjects(place: Path) -> dict[str, Subject]:
         bands = RNG.integers(0, 256, (19, 23, 8), dtype=np.uint8)
         tifffile.imwrite(stream, bands, photometric="minisblack", planarconfig="contig", compression="lzw")
         add("bands", "a.tif", stream.getvalue(), read_bands)
+    with contextlib.suppress(ImportError):
+        from rasterio import Affine
+        from rasterio.io import MemoryFile
+
+        planes = np.ascontiguousarray(PHOTO.transpose(2, 0, 1))
+        place_on_earth = {"crs": "EPSG:32633", "transform": Affine(0.5, 0, 5e5, 0, -0.5, 4.6e6), "dtype": "uint8"}
+        for name, driver, more in (
+            ("r.tif", "GTiff", {"compress": "deflate", "tiled": True, "blockxsize": 16, "blockysize": 16, "nodata": 0}),
+            ("r.jp2", "JP2OpenJPEG", {"reversible": "YES", "quality": "100"}),
+        ):
+            with MemoryFile() as file:
+                with file.open(driver=driver, count=3, height=19, width=23, **place_on_earth, **more) as raster:
+                    raster.write(planes)
+                add("raster", name, bytes(file.getbuffer()), read_raster)
     add("sweep", "sweep.toml", SWEEP, read_sweep)
     add("names", "names.txt", b"road\nsky\n\n a tree \n", read_names)
     add("state", "fpn-int8.json", msgspec.json.encode(CellState("fpn-int8", "0" * 64, 2.5, "no disk")), read_state)
     records = (ImageRecord(n, f"{n}.png", agreement=AgreementCounts(8, 9, 3, 4, ((1, 8, 9),))) for n in range(3))
     add("state", "images.jsonl", b"".join(msgspec.json.encode(record) + b"\n" for record in records), read_ledger)
     kept = Path(cast("Path", read_cached(place / "cache" / "judged" / "0")))
-    found["cache/contents.json"] = Subject(kept / "contents.json", lambda path: read_cached(path.parent))
-    found["cache/result"] = Subject(kept / "result", lambda path: read_cached(path.parent))
+    by_name["cache/contents.json"] = Subject(kept / "contents.json", lambda path: read_cached(path.parent))
+    by_name["cache/result"] = Subject(kept / "result", lambda path: read_cached(path.parent))
     (place / "report").mkdir()
     write_report(
         place / "report" / "bench.json",
@@ -349,12 +371,12 @@ def subjects(place: Path) -> dict[str, Subject]:
             row("int8", 6.0, miou=0.69, drop=0.01, agreement=0.98, precision="int8", samples_ms=(6.0, 6.5, 5.5) * 5),
         ),
     )
-    found["report/bench.json"] = Subject(place / "report" / "bench.json", read_reports)
+    by_name["report/bench.json"] = Subject(place / "report" / "bench.json", read_reports)
     with contextlib.suppress(ImportError):
-        found |= videos(place)
+        by_name |= videos(place)
     with contextlib.suppress(ImportError):
-        found |= engines(place)
-    return found
+        by_name |= engines(place)
+    return by_name
 
 
 def videos(place: Path) -> dict[str, Subject]:
@@ -363,15 +385,15 @@ def videos(place: Path) -> dict[str, Subject]:
     import cv2
 
     (place / "video").mkdir()
-    found = {}
+    by_name = {}
     for name, codec in {"a.mp4": "mp4v", "a.mkv": "mp4v", "a.webm": "VP80", "a.avi": "MJPG"}.items():
         path = place / "video" / name
         writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 10.0, (32, 24))
         for _ in range(6):
             writer.write(RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8))
         writer.release()
-        found[f"video/{name}"] = Subject(path, read_frames)
-    return found
+        by_name[f"video/{name}"] = Subject(path, read_frames)
+    return by_name
 
 
 def engines(place: Path) -> dict[str, Subject]:
@@ -383,7 +405,6 @@ def engines(place: Path) -> dict[str, Subject]:
     from edgeseg.backends.tensorrt.calibration import cache_text, check_cache
     from edgeseg.handover.folder import LISTING_NAME, export_engine, exported_files
     from edgeseg.mixed.costs import times_from_file
-    from edgeseg.mixed.judge import ImageTally, Judged
     from edgeseg.quantize.modules import Modules
     from edgeseg.store.onnx_file import write_onnx
 
@@ -400,19 +421,14 @@ def engines(place: Path) -> dict[str, Subject]:
         replace(row(kind, precision=kind), profile=Profile("IProfiler", 20, 3.0, (ModuleTime("decoder", 2, 3.0, 1.0),)))
         for kind in ("int8", "fp16")
     )
-    costs, judged = table.with_name("costs.json"), table.with_name("judged.json")
+    costs = table.with_name("costs.json")
     write_report(costs, report(*profiled))
-    write_json(judged, Judged(3, (ImageTally(0.5, ((0, 3, 1, 1),), ((0, 2, 1, 2), (2, 0, 1, 0))),) * 6))
     export_engine(folder, "triton", place / "handed over")
     listing = place / "handed over" / LISTING_NAME
 
     def read_costs(path: Path) -> object:
         spec = ModelSpec(row("a").engine.arch, row("a").engine.encoder, classes=2)
         return times_from_file(path, spec, Modules(("decoder",), {"decoder": "decoder"})).estimate_ms(["decoder"])
-
-    def read_judged(path: Path) -> object:
-        it = read_json(path, Judged, "judgement")
-        return it.agreement(), it.miou_drop(), it.class_drops()
 
     def read_handed_over(path: Path) -> object:
         """Whatever the listing says, nothing of a user's is lost and nothing outside is touched."""
@@ -434,7 +450,6 @@ def engines(place: Path) -> dict[str, Subject]:
         "table/table.json": Subject(table, load_table),
         "table/scales.cache": Subject(scales, lambda path: check_cache(path, "10.3.0", tensors, None)),
         "table/costs.json": Subject(costs, read_costs),
-        "table/judged.json": Subject(judged, read_judged),
         "handover/handover.json": Subject(listing, read_handed_over),
     } | files
 
@@ -447,7 +462,7 @@ def checkpoints(place: Path) -> dict[str, Subject]:
     from edgeseg.convert.architectures import import_smp
     from edgeseg.convert.load import load_model
 
-    found: dict[str, Subject] = {}
+    by_name: dict[str, Subject] = {}
 
     def load(path: Path) -> object:
         return load_model(ModelRequest(weights=str(path)))
@@ -468,11 +483,11 @@ def checkpoints(place: Path) -> dict[str, Subject]:
     torch.save(tensors, place / "checkpoint" / "old.pt", _use_new_zipfile_serialization=False)
     save_file(dict(tensors), place / "checkpoint" / "a.safetensors")
     for name in ("a.ckpt", "old.pt", "a.safetensors"):
-        found[f"checkpoint/{name}"] = Subject(place / "checkpoint" / name, load)
+        by_name[f"checkpoint/{name}"] = Subject(place / "checkpoint" / name, load)
     network.save_pretrained(place / "hub")
     for name in ("config.json", "model.safetensors"):
-        found[f"hub/{name}"] = Subject(place / "hub" / name, load_folder)
-    return found
+        by_name[f"hub/{name}"] = Subject(place / "hub" / name, load_folder)
+    return by_name
 
 
 def fault_of(subject: Subject, content: bytes) -> str | None:

@@ -7,29 +7,15 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import get_args
 
 import click
 
 from edgeseg.arguments import INT32, SIZE, number, whole
-from edgeseg.cli.output import console_reporter, echo, print_json, result_console
+from edgeseg.cli.output import console_reporter, echo, print_json, result_console, show
 from edgeseg.cli.parameters import ANY_PATH, CountsType, KindType
 from edgeseg.errors import SpecError
-
-if TYPE_CHECKING:
-    from edgeseg.evaluate.results import Resolution
-
-# Repeated here from edgeseg.evaluate, which imports numpy: help has to be fast. A test compares them.
-_LAYOUTS = ("images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff")
-_BASELINES = (
-    "pytorch",
-    "pytorch-channels-last",
-    "pytorch-compile",
-    "pytorch-bf16",
-    "pytorch-fp16",
-    "pytorch-cpu",
-    "none",
-)
+from edgeseg.evaluate.results import BASELINES, Layout, Resolution
 
 
 @click.command("bench", short_help="Measure engines: latency, memory, power, profile, accuracy.")
@@ -38,7 +24,7 @@ _BASELINES = (
     "--baseline",
     "baselines",
     multiple=True,
-    type=click.Choice(_BASELINES),
+    type=click.Choice((*BASELINES, "none")),
     help="What to compare with, on the engine's device; repeatable, the first counts.  [default: pytorch]",
 )
 @click.option("--weights", type=ANY_PATH, help="The checkpoint, if it is no longer where the engine was built from.")
@@ -64,13 +50,15 @@ _BASELINES = (
 )
 @click.option("--profile", is_flag=True, help="Also measure where the time goes, by module of the model.")
 @click.option("--data", type=ANY_PATH, help="Labelled (or plain) images to judge accuracy on.")
-@click.option("--layout", type=click.Choice(_LAYOUTS), default="images-masks", show_default=True, help="Of --data.")
+@click.option(
+    "--layout", type=click.Choice(get_args(Layout)), default="images-masks", show_default=True, help="Of --data."
+)
 @click.option("--split", default="val", show_default=True, help="Of --data, where the layout has splits.")
 @click.option("--ignore-index", type=KindType(whole(-INT32, INT32, 255)), help="Mask value that counts for nothing.")
 @click.option("--label-map", metavar="V=C,...", help="Mask value to class, such as 7=0,8=1,255=ignore.")
 @click.option(
     "--resolution",
-    type=click.Choice(("source", "engine")),
+    type=click.Choice(get_args(Resolution)),
     default="source",
     show_default=True,
     help="Judge masks at this size.",
@@ -92,6 +80,7 @@ _BASELINES = (
     help='What an engine must keep, such as "p99_ms<=33 and miou>=0.68", as in edgeseg report. Exit 3 when none does.',
 )
 @click.option("--force", is_flag=True, help="Replace files that exist.")
+@click.option("--open", "shows", is_flag=True, help="Show the page of --html when it is written.")
 def command(
     engines: tuple[Path, ...],
     baselines: tuple[str, ...],
@@ -116,15 +105,16 @@ def command(
     html_path: Path | None,
     require: str | None,
     force: bool,
+    shows: bool,
 ) -> None:
     """Measure engines beside the PyTorch model they came from, in turns, so that drift hits all alike.
 
-    Latency is end to end: decoded uint8 image in memory to uint8 mask in memory. Counts are comma-separated: --batch
+    Latency is end to end: decoded image in memory to mask in memory. Counts are comma-separated: --batch
     1,4,8. An engine that fails does not stop the others; it is named, and the exit code is 1.
 
     One command from engines to a page and an answer: --html and --require. --html needs the extra edgeseg[report].
     """
-    from edgeseg.cli.report import write_reports
+    from edgeseg.cli.report import require_page, write_reports
     from edgeseg.decide.entries import Run
     from edgeseg.decide.requirement import Requirement
     from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
@@ -134,6 +124,7 @@ def command(
     from edgeseg.store.artifacts import engine_paths
     from edgeseg.store.outputs import check_outputs, is_stdout, is_stream
 
+    require_page(html_path, shows)
     to_stdout = json_path is not None and is_stdout(json_path)
     outputs = [path for path in (json_path, html_path) if path is not None]
     if outputs:
@@ -199,4 +190,6 @@ def command(
             decided = write_reports(
                 (run,), html_path, None, None, require, "edgeseg bench", as_json=False, tables=require is not None
             )
+    if shows and html_path is not None:
+        show(html_path)
     sys.exit(1 if report.failed else decided if require is not None else 0)

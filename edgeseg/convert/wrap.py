@@ -68,7 +68,11 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
         raise SpecError("weights and model_args are for models edgeseg builds; load the weights into the module first")
     _require_python(module)
     name = type(_unwrapped(module)).__name__
-    network = _find_network(_copied(_unwrapped(module)), request)
+    from edgeseg.convert.fake_quantizers import read_fake_quantizers, require_same, settled
+
+    read, reading = read_fake_quantizers(_copied(_unwrapped(module)))
+    whole = read if reading is None else _copied(read)
+    network = _find_network(read, request)
     channels = _input_channels(network, request)
     notes = list(network.notes)
     described: torch.nn.Module = network.module
@@ -102,8 +106,19 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     )
     from edgeseg.convert.parity import make_probe_images
 
-    shown = np.stack([resize_image(s, size) for s in samples]) if len(samples) else make_probe_images(*size, channels)
-    activation, activation_notes = _activation(described, network, request, normalized(shown, preprocess))
+    shown = (
+        np.stack([resize_image(sample, size) for sample in samples])
+        if len(samples)
+        else make_probe_images(*size, channels, preprocess=preprocess, dtype=request.input_dtype)
+    )
+    inputs = normalized(shown, preprocess)
+    if run_on(described, inputs) is None:
+        inputs = inputs[:1]  # a graph that was exported for one image
+    if reading is not None:
+        require_same(_copied(_unwrapped(module)), whole, inputs)
+        reading = settled(described, reading, inputs)
+        notes.append(reading.words)
+    activation, activation_notes = _activation(described, network, request, inputs)
     spec, geometry = _describe(described, network, request, encoder, channels, classes, activation, geometry)
     _check_request(request, spec.arch, encoder if network.inner is not None else None)
     _, task_notes = resolve_task(request.task, classes, activation)
@@ -119,6 +134,7 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
         notes=tuple(dict.fromkeys(notes)),
         fixed_size=geometry.fixed,
         users_module=True,
+        trained=reading,
     )
 
 
@@ -147,6 +163,9 @@ def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 def _copied(module: torch.nn.Module) -> torch.nn.Module:
     try:
         twin = copy.deepcopy(module)
+        for name in ("train", "eval"):
+            # torch.export puts its own there, which raise: nothing of such a graph depends on the mode any more.
+            vars(twin).pop(name, None)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as exc:
         raise SpecError(
             f"{type(module).__name__} cannot be copied ({one_line(exc)}); give the network inside "
@@ -175,7 +194,7 @@ def _find_network(module: torch.nn.Module, request: ModelRequest) -> _Network:
     note = f"the network .{path} of {name} is converted; the wrapper adds nothing to it"
     if agreement == "same":
         return _Network(inner, smp=True, inner=inner, notes=(note,))
-    recorded = recorded_preprocess({}, {"mean": module.mean, "std": module.std})
+    recorded = recorded_preprocess({}, {"mean": module.mean, "std": module.std}, request.input_dtype)
     return _Network(inner, smp=True, inner=inner, recorded=recorded, notes=(f"{note} but the normalization",))
 
 
@@ -334,6 +353,11 @@ def _activation(
         head = _head_activation(module) if network.smp else None
         if head is not None:
             return head, ()
+        if not ending.sure and not (ending.low >= 0 and ending.high <= 1):
+            raise SpecError(
+                f"the module returns {values}, computed from the result of an activation, which are neither logits nor "
+                "probabilities: let it return one of these, or say activation='none' if these are logits"
+            )
         if not ending.sure:
             raise SpecError(
                 f"the module returns {values} and does not end in a sigmoid, or a softmax over the classes, that "

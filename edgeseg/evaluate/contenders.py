@@ -21,16 +21,6 @@ from edgeseg.store.artifacts import Engine, Manifest, open_engine, sha256_json
 if TYPE_CHECKING:
     from edgeseg.convert.loaded import LoadedModel
 
-BASELINES = (
-    "pytorch",
-    "pytorch-channels-last",
-    "pytorch-compile",
-    "pytorch-bf16",
-    "pytorch-fp16",
-    "pytorch-cpu",
-)
-"""PyTorch on the device of the engine, in several ways; ``pytorch-cpu`` on the CPU in any case."""
-
 Device = Literal["cpu", "cuda"]
 
 
@@ -42,7 +32,7 @@ class Contender:
         name: unique in a report.
         spec: the contract.
         folder: of the engine; ``None`` for a baseline.
-        baseline: one of :data:`BASELINES`; ``None`` for an engine.
+        baseline: one of :data:`~edgeseg.evaluate.results.BASELINES`; ``None`` for an engine.
         request: how to load the baseline's model.
         weights_sha256: of the weights (both kinds).
         device: it runs on.
@@ -63,7 +53,8 @@ class Contender:
     @property
     def pair_key(self) -> str:
         """Contenders with the same key run the same model on the same input, so they can be compared."""
-        return sha256_json([self.weights_sha256, self.spec.model, self.spec.input.height, self.spec.input.width])
+        image = self.spec.input
+        return sha256_json([self.weights_sha256, self.spec.model, image.height, image.width, image.dtype])
 
 
 class Opener:
@@ -237,7 +228,7 @@ def baseline_contenders(
 
     Args:
         engines: from :func:`engine_contenders`.
-        kinds: of :data:`BASELINES`.
+        kinds: of :data:`~edgeseg.evaluate.results.BASELINES`.
         weights: checkpoint, given again; ``None`` takes what the manifest says.
         opener: loads them, to see that they are the right ones.
 

@@ -25,6 +25,17 @@ Classes: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=65536)]
 
 AccuracyVerdict: TypeAlias = Literal["loss", "gain", "no difference", "cannot tell"]
 Resolution: TypeAlias = Literal["source", "engine"]
+Layout: TypeAlias = Literal["images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff"]
+
+BASELINES = (
+    "pytorch",
+    "pytorch-channels-last",
+    "pytorch-compile",
+    "pytorch-bf16",
+    "pytorch-fp16",
+    "pytorch-cpu",
+)
+"""PyTorch on the device of the engine, in several ways; ``pytorch-cpu`` on the CPU in any case."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,7 @@ class Latency:
     """Times of one row.
 
     Attributes:
-        end_to_end: decoded uint8 image(s) in host memory -> uint8 mask(s) in host memory, per call.
+        end_to_end: decoded image(s) in host memory -> mask(s) in host memory, per call.
         stages: where they go.
         images_per_s: images over wall-clock time of all callers.
         warmup_iterations: calls made before counting.

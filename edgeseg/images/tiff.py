@@ -1,4 +1,4 @@
-"""TIFF files of more bands than Pillow knows colours for, as GDAL, QGIS and tifffile write them.
+"""TIFF files of more bands, or other samples, than Pillow returns, as GDAL, QGIS and tifffile write them.
 
 Such a file holds all samples of a pixel in one page (or a plane per band, still in one page): satellite and multispectral
 images of 4 to some dozen bands. Pillow drops bands it has no name for, or does not open the file. The bands are read by
@@ -23,6 +23,8 @@ _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 256, 257, 258, 259, 262, 274
 _SAMPLES, _PLANAR, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 277, 284, 338, 339
 _RGB = 2
+# GeoTIFF's: pixel scale, tie points, transformation, keys.
+_GEOREFERENCE = {33550, 33922, 34264, 34735}
 # Samples that are colour, by the value of the photometric interpretation; those beyond are "extra".
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
 _STRAIGHT_ALPHA = 2
@@ -43,6 +45,7 @@ class TiffLayout:
         sample_format: 1 unsigned, 2 signed, 3 floating-point.
         extra: meaning of each sample beyond the colours: 0 unspecified, 1 premultiplied alpha, 2 alpha.
         photometric, compression, planar, orientation: as in the specification.
+        georeferenced: whether it has tags of the GeoTIFF specification.
     """
 
     height: int
@@ -55,12 +58,22 @@ class TiffLayout:
     compression: int
     planar: int
     orientation: int
+    georeferenced: bool = False
 
     @property
     def is_plain(self) -> bool:
         """Whether every sample is a colour or an alpha that Pillow returns as it is stored."""
         extra = self.samples - _COLOURS.get(self.photometric, self.samples)
         return extra <= 0 or (extra == 1 and self.extra == (_STRAIGHT_ALPHA,))
+
+    @property
+    def is_rgb(self) -> bool:
+        return self.photometric == _RGB
+
+    @property
+    def is_stored_in_pillow(self) -> bool:
+        """Whether Pillow returns one band in the type it is stored in: uint16, float32, or signed integers as int32."""
+        return self.samples == 1 and (self.sample_format, self.bits) in {(1, 16), (2, 16), (2, 32), (3, 32)}
 
     @property
     def has_colours_for_pillow(self) -> bool:
@@ -97,6 +110,7 @@ def tiff_layout(path: Path) -> TiffLayout | None:
                 compression=int(tags.get(_COMPRESSION, _UNCOMPRESSED)),
                 planar=int(tags.get(_PLANAR, 1)),
                 orientation=int(tags.get(_ORIENTATION, 1)),
+                georeferenced=not _GEOREFERENCE.isdisjoint(tags),
             )
         except Exception:
             # Whatever parsing trips over, the decoder says it better when it comes to the pixels.
@@ -140,6 +154,8 @@ def read_bands(path: Path, layout: TiffLayout, largest_bytes: int) -> NDArray[An
         pixels = np.asarray(page.asarray(maxworkers=1))
     if layout.planar == 2 and layout.samples > 1:
         pixels = np.moveaxis(pixels, 0, -1)
+    if layout.samples == 1:
+        pixels = pixels[..., None]
     if pixels.shape != (layout.height, layout.width, layout.samples):
         raise InputError(f"cannot read image {path}: its tags say {layout}, its data have shape {pixels.shape}")
     return pixels

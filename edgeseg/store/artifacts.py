@@ -108,7 +108,7 @@ class AccuracyFigures:
 
 @dataclass(frozen=True)
 class LatencyFigures:
-    """Milliseconds from a uint8 image in memory to a uint8 mask in memory, batch 1, short protocol.
+    """Milliseconds from an image in memory to a mask in memory, batch 1, short protocol.
 
     ``noise``: reasons not to trust them, a line each, as ``edgeseg bench`` flags them; empty for a quiet run.
     """
@@ -144,7 +144,7 @@ class Verification:
         miou_vs_pytorch: mean IoU of the engine's masks against PyTorch's; ``None`` when neither shows any foreground.
         images: how many images were compared.
         data: where they came from, in words; whether they were also used for calibration.
-        speedup: ``None`` where latency was not measured, and in folders of before it was recorded.
+        speedup: ``None`` where latency was not measured.
     """
 
     agreement: float
@@ -374,13 +374,11 @@ class Manifest:
         calibration: the calibration table of an int8 graph.
         extra_files: further files the engine file needs beside it.
         weights: where the weights came from, in words, for people.
-        model_request: what was asked of the model, so that it can be loaded again; ``None`` when it was a module object, and
-            in folders of before it was recorded.
+        model_request: what was asked of the model, so that it can be loaded again; ``None`` when it was a module object.
         origin: repository, revision and model card of the weights; ``None`` where nothing says.
         inputs_sha256: hash per input of the build (weights, fp32 graph, calibration images, options).
         options: backend build options and session settings, as chosen, defaults included.
-        options_given: those of them someone asked for; what building the engine again keeps. ``None`` in folders of before
-            it was recorded.
+        options_given: those of them someone asked for; what building the engine again keeps.
         candidates: with ``--target auto``, median milliseconds of each backend that was built and measured.
         versions: packages that took part.
         device: what the engine was built on (CPU model or GPU name, flags that matter).
@@ -413,7 +411,7 @@ class Manifest:
     command: str | None = None
     notes: tuple[str, ...] = ()
     verification: Verification | None = None
-    options_given: dict[str, Any] | None = None
+    options_given: dict[str, Any] = field(default_factory=dict)
     model_request: ModelRequest | None = None
     origin: WeightsOrigin | None = None
     repairs: tuple[Repair, ...] = ()

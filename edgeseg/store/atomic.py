@@ -326,8 +326,7 @@ def _lock_path(target: Path) -> Path:
 
 def _beside(target: Path, word: str) -> list[Path]:
     """The folders of ours beside ``target`` that are called ``.NAME.<word>-...``."""
-    # mkdtemp, which made these names before, takes eight of these characters.
-    name = re.compile(rf"\.{re.escape(target.name)}\.{word}-[0-9a-z_]{{8,16}}")
+    name = re.compile(rf"\.{re.escape(target.name)}\.{word}-[0-9a-f]{{16}}")
     try:
         with os.scandir(target.parent) as entries:
             return [Path(e.path) for e in entries if name.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
@@ -445,7 +444,7 @@ def _own_folder(parent: Path) -> tuple[Path, int]:
         os.close(handle)
 
 
-_PARTIAL_FOLDER = re.compile(r"\.partial-[0-9a-z_]{8,16}")
+_PARTIAL_FOLDER = re.compile(r"\.partial-[0-9a-f]{16}")
 
 
 def sweep_folders(parent: Path) -> None:

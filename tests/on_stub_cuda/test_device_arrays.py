@@ -13,33 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulated import ONE, SIDE, Simulation, model, spec
+from simulated import RNG, SIDE, Simulation, an_image, model, session
 from stub_cuda import LAUNCH_FAILED, Stub
 
 from edgeseg.backends.cuda import dlpack
 from edgeseg.backends.cuda.device import Cuda, Stream, open_cuda
 from edgeseg.backends.cuda.driver import DriverName
-from edgeseg.backends.tensorrt.session import SessionOptions, TensorRTSession
+from edgeseg.backends.tensorrt.options import SessionOptions
+from edgeseg.backends.tensorrt.session import TensorRTSession
 from edgeseg.errors import DeviceError, InputError
 from edgeseg.spec import BatchRange
-
-DEFAULT = SessionOptions()
-RNG = np.random.default_rng(19)
-
-
-def an_image() -> np.ndarray:
-    return RNG.integers(0, 256, (1, SIDE, SIDE, 3), np.uint8)
-
-
-@pytest.fixture
-def simulation(stub: Stub) -> Simulation:
-    return Simulation(stub, model())
-
-
-def session(
-    simulation: Simulation, driver: DriverName, options: SessionOptions = DEFAULT, batch: BatchRange = ONE
-) -> TensorRTSession:
-    return TensorRTSession(simulation.trt, simulation.engine, spec(batch), open_cuda(driver), options)
 
 
 @pytest.fixture

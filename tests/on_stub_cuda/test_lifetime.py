@@ -17,36 +17,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from simulated import SIDE, Simulation, model, spec
+from simulated import SIDE, Simulation, an_image, session, spec
 from stub_cuda import LAUNCH_FAILED, Stub
 
 from edgeseg.backends.cuda.device import open_cuda
 from edgeseg.backends.cuda.driver import DriverName
-from edgeseg.backends.tensorrt.session import SessionOptions, TensorRTSession
+from edgeseg.backends.tensorrt.options import SessionOptions
 from edgeseg.errors import DeviceError, EdgesegError, InputError
 from edgeseg.runtime.segmenter import Segmenter
-
-DEFAULT = SessionOptions()
-RNG = np.random.default_rng(23)
-
-
-def an_image() -> np.ndarray:
-    return RNG.integers(0, 256, (1, SIDE, SIDE, 3), np.uint8)
-
-
-@pytest.fixture
-def simulation(stub: Stub) -> Simulation:
-    return Simulation(stub, model())
-
-
-def session(simulation: Simulation, driver: DriverName, options: SessionOptions = DEFAULT) -> TensorRTSession:
-    cuda = open_cuda(driver)
-    try:
-        return TensorRTSession(simulation.trt, simulation.engine, spec(), cuda, options)
-    except BaseException:
-        cuda.close()
-        raise
-
 
 # -- how much is asked of the driver ----------------------------------------------------------------------------------
 
@@ -172,8 +150,8 @@ def load_run_and_stream(simulation: Simulation, driver: DriverName, memory: str)
     with session(simulation, driver, options) as opened:
         for _ in range(3):
             np.testing.assert_array_equal(opened.run(image)["mask"], wanted)
-        for found in opened.run_many([image] * 4):
-            np.testing.assert_array_equal(found["mask"], wanted)
+        for outputs in opened.run_many([image] * 4):
+            np.testing.assert_array_equal(outputs["mask"], wanted)
         opened.run_timed(image)
         with open_cuda(driver) as cuda, cuda.device_memory(image.nbytes + 256) as frame, cuda.stream() as stream:
             for offset in (0, 64):

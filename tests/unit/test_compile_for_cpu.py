@@ -62,7 +62,8 @@ def test_the_very_same_engine_keeps_its_figures_and_its_command(verified: Path, 
 
 
 @pytest.mark.parametrize(
-    ("built_with", "streams", "threads", "spins"), [(4, 1, 4, "1"), (4, 3, 1, "0"), (4, 2, 2, "0"), (1, 4, 1, "0")]
+    ("built_with", "streams", "threads", "spins"),
+    [(4, 1, 4, "1"), (4, 3, 1, "0"), (4, 9999, 1, "0"), (4, 2, 2, "0"), (1, 4, 1, "0")],
 )
 def test_callers_at_the_same_time_share_the_threads(
     verified: Path, tmp_path: Path, built_with: int, streams: int, threads: int, spins: str
@@ -295,7 +296,7 @@ def test_a_build_for_throughput_is_chosen_by_callers_at_the_same_time(monkeypatc
         return {"a": LatencySamples("a", (1.0,), 1)}
 
     monkeypatch.setattr(under_load, "measure_throughput", measured)
-    assert measured_sessions(asked, {}, spec(SIDE, SIDE).input)["a"].median_ms == 1.0
+    assert measured_sessions(asked, {}, spec(SIDE, SIDE))["a"].median_ms == 1.0
     assert given == [this_cpu().cores]
 
 

@@ -295,19 +295,6 @@ def test_a_kept_option_that_cannot_be_had_here_says_how_to_drop_it(
         recompile.compile_folder(folder, options={"dla_core": 0})
 
 
-def test_a_folder_of_before_keeps_what_holds_on_another_device(tmp_path: Path, on_device: Any) -> None:
-    folder = portable_folder(tmp_path / "fpn")
-    on_device("8.6.1")
-    recompile.compile_folder(folder, options={"contexts": 3, "optimization_level": 4})
-    text = json.loads((folder / MANIFEST_NAME).read_text())
-    del text["options_given"]
-    (folder / MANIFEST_NAME).write_text(json.dumps(text))
-    on_device("10.3.0")
-    manifest = recompile.recompile(open_engine(folder))
-    assert (manifest.manifest.options["contexts"], manifest.manifest.options["optimization_level"]) == (3, 4)
-    assert manifest.manifest.options["typing"] == "strong"
-
-
 @pytest.mark.parametrize("version", VERSIONS[:4])
 def test_implicit_int8_comes_from_the_table_in_the_folder(tmp_path: Path, on_device: Any, version: str) -> None:
     folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)

@@ -44,11 +44,11 @@ def engine(made: Path, tmp_path: Path) -> Path:
 
 def configuration(output: Path) -> Any:
     """``config.pbtxt`` as Triton reads it: parsed with the message classes its client ships."""
-    found = importlib.util.find_spec("tritonclient")
-    if found is None or not found.submodule_search_locations:
+    client = importlib.util.find_spec("tritonclient")
+    if client is None or not client.submodule_search_locations:
         pytest.skip("tritonclient, which has Triton's configuration format, is not installed")
     # By file: the package around it wants gRPC.
-    path = Path(found.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
+    path = Path(client.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
     at = importlib.util.spec_from_file_location("model_config_pb2", path)
     assert at is not None
     assert at.loader is not None
@@ -58,6 +58,29 @@ def configuration(output: Path) -> Any:
 
     (text,) = output.glob(f"{REPOSITORY}/*/config.pbtxt")
     return text_format.Parse(text.read_text(), messages.ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "plan", "type_", "word"),
+    [("uint16", False, 3, "UINT16"), ("uint16", True, 11, "FP32"), ("float32", False, 11, "FP32")],
+)
+def test_triton_is_told_the_images_dtype(
+    engine: Path, tmp_path: Path, dtype: Any, plan: bool, type_: int, word: str
+) -> None:
+    """TensorRT has no 16-bit integers: a plan takes float32. Numbers are those of Triton's ``DataType``."""
+    spec = read_manifest(engine).spec
+    known = read_manifest(engine).engine
+    assert known is not None
+    changed(
+        engine, spec=replace(spec, input=replace(spec.input, dtype=dtype)), target="tensorrt" if plan else "onnxruntime"
+    )
+    export_engine(engine, "triton", tmp_path / "out")
+    config = configuration(tmp_path / "out")
+    assert config.input[0].data_type == type_
+    assert config.model_warmup[0].inputs["image"].data_type == type_
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f'"{word}")' in text
+    assert f"np.{'float32' if type_ == 11 else dtype})" in text
 
 
 def test_triton_gets_a_repository_whose_model_is_the_engine(engine: Path, tmp_path: Path) -> None:

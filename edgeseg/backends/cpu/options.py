@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from edgeseg.errors import InputError, SpecError, StaleEngineError, did_you_mean, typed
+from edgeseg.backends.base import require_known
+from edgeseg.errors import InputError, SpecError, StaleEngineError, typed
 from edgeseg.machine.cpu import Cpu
 from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import Engine
@@ -30,18 +31,12 @@ def cpu_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
         SpecError: an unknown option, or a value out of range.
     """
     allowed = CPU_OPTIONS[backend]
-    for key in options:
-        if key not in allowed:
-            raise SpecError(
-                f"target {backend} has no build option {key!r}{did_you_mean(key, allowed)} (allowed: {', '.join(allowed)})"
-            )
+    require_known(backend, options, allowed)
     # ``None`` asks for the default, as in the TensorRT backends.
     defaults = {"threads": 0, "streams": 1, "spinning": options.get("streams") in (None, 1)}
     chosen = {name: defaults[name] if options.get(name) is None else options[name] for name in allowed}
     threads, streams, spinning = chosen["threads"], chosen["streams"], chosen.get("spinning", True)
-    # Threads beyond the processors wait for each other: 40 small convolutions on 2 processors took 0.05 s with 2 of them,
-    # 0.46 with 16, 6.6 with 256.
-    most = max(16, 4 * (os.cpu_count() or 1))
+    most = _most_threads()
     if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= most:
         raise SpecError(f"threads is {threads!r}; give a number from 0 (one per core) to {most} on this machine")
     if isinstance(streams, bool) or not isinstance(streams, int) or not 0 <= streams <= most:
@@ -51,6 +46,12 @@ def cpu_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(spinning, bool):
         raise SpecError(f"spinning is {spinning!r}; give true or false")
     return chosen
+
+
+def _most_threads() -> int:
+    # Threads beyond the processors wait for each other: 40 small convolutions on 2 processors took 0.05 s with 2 of them,
+    # 0.46 with 16, 6.6 with 256.
+    return max(16, 4 * (os.cpu_count() or 1))
 
 
 def saved_options(engine: Engine, backend: str) -> dict[str, Any]:
@@ -75,7 +76,8 @@ def with_streams(engine: Engine, streams: int | None) -> Engine:
     if streams is None or manifest.target not in CPU_OPTIONS:
         return engine
     spinning = {"spinning": False} if streams > 1 and "spinning" in CPU_OPTIONS[manifest.target] else {}
-    return replace(engine, manifest=replace(manifest, options={**manifest.options, **spinning, "streams": streams}))
+    options = {**manifest.options, **spinning, "streams": min(streams, _most_threads())}
+    return replace(engine, manifest=replace(manifest, options=options))
 
 
 def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> None:
