@@ -94,7 +94,6 @@ class VideoFile:
     def _open(self, height: int, width: int) -> None:
         self._size = (height + height % 2, width + width % 2)
         with _clear_errors(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             # OpenCV chooses the container by the suffix.
             part = replacing(self._path, overwrite=self._overwrite, suffix=".mp4")
             self._part = self._replacing.enter_context(part)
@@ -180,5 +179,4 @@ def _write_png(
     png = io.BytesIO()
     picture.save(png, "PNG", compress_level=compress_level, compress_type=compress_type)
     with _clear_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, png.getvalue(), overwrite=overwrite)
