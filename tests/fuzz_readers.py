@@ -40,12 +40,15 @@ from edgeseg.evaluate.accuracy.labels import LabelReader
 from edgeseg.evaluate.accuracy.layouts import open_layout
 from edgeseg.evaluate.results import write_report
 from edgeseg.images.decoding import read_image
+from edgeseg.images.raster import is_georeferenced, is_too_large, open_raster
+from edgeseg.mixed.costs import times_from_file
+from edgeseg.quantize.modules import Modules
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import load_table
 from edgeseg.report import plain
 from edgeseg.report.decision import decision_of
 from edgeseg.report.html import html
-from edgeseg.spec import ModelRequest, ModelSpec
+from edgeseg.spec import ModelRequest, ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, sha256_file
 from edgeseg.sweep.config import expand, read_config
 
@@ -183,6 +186,13 @@ def read_bands(path: Path) -> object:
     return read_image(path, channels=8)
 
 
+def read_raster(path: Path) -> object:
+    """Some of the pixels: a damaged header may speak of many more than there are."""
+    with open_raster(path, PipelineSpec(MODEL)) as raster:
+        rows, columns = (slice(0, min(side, 64)) for side in raster.size)
+        return raster.read(rows, columns), raster.valid(rows, columns), is_georeferenced(path), is_too_large(path)
+
+
 def read_mask(path: Path) -> object:
     return LabelReader.of([path], MODEL).read(path)
 
@@ -244,6 +254,10 @@ def read_sweep(path: Path) -> object:
     return expand(read_config(path))
 
 
+def read_costs(path: Path) -> object:
+    return times_from_file(path, ModelSpec("fpn", classes=5), Modules({"encoder": ("encoder",)}))
+
+
 def subjects(place: Path) -> dict[str, Subject]:
     """Whole files of every kind that needs no torch, below ``place``; of others what can be read with what is installed."""
     by_name: dict[str, Subject] = {}
@@ -291,6 +305,20 @@ def subjects(place: Path) -> dict[str, Subject]:
         bands = RNG.integers(0, 256, (19, 23, 8), dtype=np.uint8)
         tifffile.imwrite(stream, bands, photometric="minisblack", planarconfig="contig", compression="lzw")
         add("bands", "a.tif", stream.getvalue(), read_bands)
+    with contextlib.suppress(ImportError):
+        from rasterio import Affine
+        from rasterio.io import MemoryFile
+
+        planes = np.ascontiguousarray(PHOTO.transpose(2, 0, 1))
+        place_on_earth = {"crs": "EPSG:32633", "transform": Affine(0.5, 0, 5e5, 0, -0.5, 4.6e6), "dtype": "uint8"}
+        for name, driver, more in (
+            ("r.tif", "GTiff", {"compress": "deflate", "tiled": True, "blockxsize": 16, "blockysize": 16, "nodata": 0}),
+            ("r.jp2", "JP2OpenJPEG", {"reversible": "YES", "quality": "100"}),
+        ):
+            with MemoryFile() as file:
+                with file.open(driver=driver, count=3, height=19, width=23, **place_on_earth, **more) as raster:
+                    raster.write(planes)
+                add("raster", name, bytes(file.getbuffer()), read_raster)
     add("sweep", "sweep.toml", SWEEP, read_sweep)
     (place / "report").mkdir()
     write_report(
