@@ -97,6 +97,20 @@ def _mark(x: Tensor, grid: Grid) -> Tensor:
     return marked
 
 
+class _Refused(nn.Module):
+    """Stands for a fake-quantizer that cannot be taken over, which matters only where it takes part."""
+
+    def __init__(self, reason: SpecError) -> None:
+        super().__init__()
+        self.reason = reason
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def refuse(self, _inputs: Any, _result: Any) -> None:
+        raise self.reason
+
+
 @dataclass(frozen=True)
 class Reading:
     """What was read of a module.
@@ -124,8 +138,7 @@ def read_fake_quantizers(module: nn.Module) -> tuple[nn.Module, Reading | None]:
     """Replace every fake-quantizer of ``module``, in place where that can be; ``None``: it has none.
 
     Raises:
-        SpecError: one whose rounding no int8 engine can take over: not calibrated, computed anew for each image, floating
-            point, blocks, more than 8 bits; or a module that was converted to integers already.
+        SpecError: a module that was converted to integers already, or exported in training mode.
     """
     _refuse_converted(module)
     tools: Counter[str] = Counter()
@@ -136,7 +149,11 @@ def read_fake_quantizers(module: nn.Module) -> tuple[nn.Module, Reading | None]:
         if tool is None:
             continue
         inside.update(part.modules())  # its observer goes with it
-        quantizer = None if tool == _WATCHES else _READERS[tool](name, part)
+        quantizer: nn.Module | None
+        try:
+            quantizer = None if tool == _WATCHES else _READERS[tool](name, part)
+        except SpecError as exc:
+            quantizer = _Refused(exc)
         if quantizer is None:
             off.append(name)
         else:
@@ -373,7 +390,8 @@ def settled(module: nn.Module, reading: Reading, image: Tensor) -> Reading:
         image: float32 ``(N, C, H, W)`` it runs on.
 
     Raises:
-        SpecError: one quantizer rounds several weights.
+        SpecError: one whose rounding no int8 engine can take over: not calibrated, computed anew for each image, floating
+            point, blocks, more than 8 bits, for several weights.
     """
     took_part: dict[FakeQuantizer, str] = {}
     weights: dict[FakeQuantizer, Tensor] = {}
@@ -393,6 +411,7 @@ def settled(module: nn.Module, reading: Reading, image: Tensor) -> Reading:
         for name, part in module.named_modules()
         if isinstance(part, FakeQuantizer)
     ]
+    hooks += [part.register_forward_hook(_Refused.refuse) for part in module.modules() if isinstance(part, _Refused)]
     try:
         with silenced(), torch.enable_grad():
             module(image.detach().clone().requires_grad_(True))
