@@ -459,8 +459,8 @@ def switched_off(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def mode(module: nn.Module, wanted: Mode) -> Iterator[None]:
-    """Let the fake-quantizers of ``module`` do so while it is open."""
-    parts = [part for part in module.modules() if isinstance(part, FakeQuantizer)]
+    """Let the fake-quantizers of ``module`` do so while it is open; those that were switched off stay off."""
+    parts = [part for part in module.modules() if isinstance(part, FakeQuantizer) and part.mode != "off"]
     before = [part.mode for part in parts]
     for part in parts:
         part.mode = wanted

@@ -59,7 +59,7 @@ def _first_tensor(output: Any) -> torch.Tensor | None:
 def exported_size(module: torch.nn.Module) -> tuple[int, int] | None:
     """Height and width of the image that ``torch.export`` fixed in a graph, ``None`` where it fixed none."""
     for node in getattr(getattr(module, "graph", None), "nodes", ()):
-        shape = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
+        shape: Any = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
         if len(shape) == 4:
             return (shape[2], shape[3]) if all(type(side) is int for side in shape[2:]) else None
     return None

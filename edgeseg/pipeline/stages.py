@@ -586,7 +586,9 @@ def candidate_stage(
         except QuantizationError as exc:
             if table is None or table.trained is None or table.images:
                 raise
-            raise QuantizationError(f"{exc}; the module's fake-quantizers leave them so: give --calibration DIR") from exc
+            raise QuantizationError(
+                f"{exc}; the module's fake-quantizers leave them so: give --calibration DIR"
+            ) from exc
     if request.precision == "fp16" and target not in DEVICE_TARGETS and share < 0.5:
         path = candidate.built.path or candidate.graph.path
         size, fp32_size = path.stat().st_size / 1e6, graph.path.stat().st_size / 1e6
