@@ -130,8 +130,11 @@ class Reading:
         """How many of what, for the user."""
         activations = sum(bool(part.is_activation) for part in self.quantizers.values())
         weights = len(self.quantizers) - activations
-        off = f"; {len(self.off)} are off, or observers, and left out" if self.off else ""
-        return f"fake-quantizers of {' and '.join(self.tools)}: {activations} of activations, {weights} of weights{off}"
+        by_channel = sum(part.grid is None for part in self.quantizers.values() if part.is_activation)
+        left_out = [f"{by_channel} round activations by channel, which no engine does"] if by_channel else []
+        left_out += [f"{len(self.off)} are off, or observers"] if self.off else []
+        words = f"fake-quantizers of {' and '.join(self.tools)}: {activations} of activations, {weights} of weights"
+        return f"{words}; left out: {' and '.join(left_out)}" if left_out else words
 
 
 def read_fake_quantizers(module: nn.Module) -> tuple[nn.Module, Reading | None]:

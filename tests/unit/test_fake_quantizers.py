@@ -124,7 +124,7 @@ def test_a_quantizer_that_is_off_and_an_observer_are_left_out() -> None:
     module.append(ao.MinMaxObserver())
     _, reading = read(module)
     assert sum(bool(q.is_activation) for q in reading.quantizers.values()) == 2
-    assert "2 are off, or observers" in reading.words
+    assert reading.words.endswith("; left out: 2 are off, or observers")
     assert read_fake_quantizers(network())[1] is None
     assert read_fake_quantizers(nn.Sequential(network(), ao.MinMaxObserver()))[1] is None
 
@@ -268,6 +268,18 @@ def test_a_quantizer_of_nncf_is_read_by_its_parameters() -> None:
     with torch.no_grad():
         assert torch.allclose(result[0](IMAGE), module[0](IMAGE))
     assert list(reading.quantizers) == ["0"]
+
+
+def test_activations_rounded_by_channel_are_counted() -> None:
+    module = by_nvidia(TensorQuantizer(torch.ones(1, 3, 1, 1)))
+    with torch.no_grad():
+        expected = module(IMAGE)
+    result, reading = read(module)
+    assert "left out: 1 round activations by channel" in reading.words
+    with torch.no_grad():
+        assert ((result(IMAGE) - expected).abs() < 1e-5).float().mean() > 0.95
+    _, kept = take_marks(exported(result))
+    assert kept.grids == {}
 
 
 # --- modules that are no fake-quantized ones any more -------------------------------------------------------------
