@@ -22,7 +22,7 @@ from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write
 from edgeseg.runtime.overlap import in_parallel, parallel_threads
 from edgeseg.runtime.overlay import SHOWN_PERCENTILES, add_legend, colorize, legend_entries
 from edgeseg.runtime.overlay import overlay as lay_over
-from edgeseg.runtime.raster import RasterOptions, is_answered, raster_outputs, require_rasters_engine, segment_raster
+from edgeseg.runtime.raster import RasterOptions, raster_outputs, require_rasters_engine, segment_raster, unanswered
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
 from edgeseg.runtime.stream import Stream
@@ -135,7 +135,7 @@ def run_inputs(
                 f"no overlay is drawn over a raster ({large[0].label}); leave out --overlay, or give --no-raster"
             )
     check_outputs(
-        [path for task in tasks for path in run.outputs(task) if not run.is_answered(task)],
+        [path for task in tasks for path in run.unwritten(task)],
         force=overwrite,
         inputs=[task.source for task in tasks if isinstance(task.source, Path)],
     )
@@ -253,11 +253,12 @@ class _Run:
         paths = self._mask_paths(self.output / "masks" / task.name)
         return paths + ([self.output / "overlays" / f"{task.name}.png"] if self.overlay else [])
 
-    def is_answered(self, task: _Task) -> bool:
-        """Whether a task's outputs are there already, and would be the same."""
+    def unwritten(self, task: _Task) -> list[Path]:
+        """Those of :meth:`outputs` that are not there already, the same as they would be."""
+        outputs = self.outputs(task)
         if self.overwrite or not task.is_raster or not isinstance(task.source, Path):
-            return False
-        return is_answered(self.segmenter, task.source, self.outputs(task), self.rasters)
+            return outputs
+        return unanswered(self.segmenter, task.source, outputs, self.rasters)
 
     def all(self, tasks: Sequence[_Task], bar: _Silent) -> bool:
         """Process every task; true if a camera was stopped by Ctrl-C."""
