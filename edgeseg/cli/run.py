@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import click
 
 from edgeseg.arguments import INT32, number
 from edgeseg.cli.output import echo, print_json
-from edgeseg.cli.parameters import ANY_PATH, KindType
+from edgeseg.cli.parameters import ANY_PATH, PLACE, KindType
 from edgeseg.spec import FitPolicy
 
 
 @click.command("run", short_help="Segment images, folders, videos or a camera.")
 @click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.option("--output", type=ANY_PATH, required=True, help="Folder for masks, overlays and videos.")
+@click.option("--output", type=PLACE, required=True, help="Folder for masks, overlays and videos.")
 @click.option("--overlay", is_flag=True, help="Also write colour overlays with a legend.")
 @click.option(
     "--alpha",
@@ -42,11 +42,16 @@ from edgeseg.spec import FitPolicy
 @click.option("--limit", type=click.IntRange(1, INT32), help="Stop after so many images or frames.")
 @click.option("--force", is_flag=True, help="Replace files that exist in --output.")
 @click.option("--recompile", is_flag=True, help="Build the engine again if it was built for another device or version.")
+@click.option("--executor", type=click.Choice(("local", "ray")), default="local", show_default=True)
+@click.option("--ray-address", help="Of a Ray cluster.  [default: RAY_ADDRESS, else one started here]")
+@click.option(
+    "--jobs", type=click.IntRange(1, 65536), help="Workers on the cluster.  [default: as many as it has room for]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     folder: Path,
     inputs: tuple[str, ...],
-    output: Path,
+    output: str | Path,
     overlay: bool,
     alpha: float,
     frame_masks: bool,
@@ -55,24 +60,51 @@ def command(
     limit: int | None,
     force: bool,
     recompile: bool,
+    executor: Literal["local", "ray"],
+    ray_address: str | None,
+    jobs: int | None,
     as_json: bool,
 ) -> None:
-    """Segment images, folders, globs, video files or a camera (its index) with ENGINE_DIR."""
-    from edgeseg.runtime.run import run_inputs, streams_of
-    from edgeseg.runtime.segmenter import load
+    """Segment images, folders, globs, video files or a camera (its index) with ENGINE_DIR.
 
-    streams = streams_of(inputs)
-    with load(folder, fit=fit, tile_overlap=tile_overlap, recompile=recompile, streams=streams) as segmenter:
-        summary = run_inputs(
-            segmenter,
+    With --executor ray images go to the workers of a cluster, INPUT and --output may be URLs (s3://bucket/photos), and a second
+    run does only what is missing.
+    """
+    if executor == "ray":
+        from edgeseg.cluster.run import run_on_cluster
+        from edgeseg.cluster.worker import Settings
+
+        summary = run_on_cluster(
+            folder,
             inputs,
             output,
-            overlay=overlay,
-            alpha=alpha,
-            frame_masks=frame_masks,
+            Settings(fit, tile_overlap, overlay, alpha),
+            workers=jobs,
+            address=ray_address,
+            recompile=recompile,
             limit=limit,
             overwrite=force,
         )
+    else:
+        from edgeseg.runtime.run import run_inputs, streams_of
+        from edgeseg.runtime.segmenter import load
+
+        if jobs is not None or ray_address is not None:
+            raise click.UsageError("--jobs and --ray-address are for --executor ray; one machine needs neither")
+        if any("://" in str(place) for place in (*inputs, output)):
+            raise click.UsageError("URLs are for --executor ray, on one machine too")
+        streams = streams_of(inputs)
+        with load(folder, fit=fit, tile_overlap=tile_overlap, recompile=recompile, streams=streams) as segmenter:
+            summary = run_inputs(
+                segmenter,
+                inputs,
+                output,
+                overlay=overlay,
+                alpha=alpha,
+                frame_masks=frame_masks,
+                limit=limit,
+                overwrite=force,
+            )
     if as_json:
         print_json(summary)
     else:

@@ -25,6 +25,7 @@ from edgeseg.runtime.overlay import overlay as lay_over
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
 from edgeseg.runtime.stream import Stream
+from edgeseg.spec import PipelineSpec
 from edgeseg.store.outputs import check_outputs, refuse_existing
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class RunSummary:
         failed: inputs that could not be used, or not to their end.
         frames_per_second: images and frames over seconds, reading and writing included; ``None`` when there were none.
         interrupted: a camera was stopped with Ctrl-C.
+        reused: images that an earlier run had done, by its ledger (``--executor ray``).
     """
 
     images: int
@@ -70,6 +72,7 @@ class RunSummary:
     failed: tuple[Failure, ...]
     frames_per_second: float | None
     interrupted: bool = False
+    reused: int = 0
 
 
 def run_inputs(
@@ -83,6 +86,7 @@ def run_inputs(
     limit: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    names: Sequence[str] | None = None,
 ) -> RunSummary:
     """Segment everything named and write the results: several images, or reading, inference and writing, at a time.
 
@@ -108,6 +112,7 @@ def run_inputs(
         limit: stop after so many images and frames.
         overwrite: replace files that exist.
         progress: show a progress bar with frames per second, and failures, on standard error.
+        names: NAME of each of ``inputs``, which are files then, where somebody else has chosen them.
 
     Raises:
         OutputExistsError: an output exists, and ``overwrite`` is false.
@@ -118,7 +123,11 @@ def run_inputs(
     """
     if not 0.0 <= alpha <= 1.0:
         raise InputError(f"alpha is {alpha}; give an opacity from 0 to 1")
-    tasks = _plan(inputs)
+    tasks = (
+        _plan(inputs)
+        if names is None
+        else [_Task(Path(str(file)), name) for file, name in zip(inputs, names, strict=True)]
+    )
     run = _Run(segmenter, Path(output), overlay, alpha, frame_masks, limit, overwrite)
     check_outputs(
         [path for task in tasks for path in run.outputs(task)],
@@ -129,7 +138,7 @@ def run_inputs(
         if task.is_video and frame_masks:
             refuse_existing(run.output / "masks" / task.name, overwrite)
     begin = time.perf_counter()
-    with _Bar(len(tasks), limit) if progress else nullcontext(_Silent()) as bar:
+    with Bar(len(tasks), limit) if progress else nullcontext(Silent()) as bar:
         interrupted = run.all(tasks, bar)
     seconds, count = time.perf_counter() - begin, run.images + run.frames
     return RunSummary(
@@ -152,6 +161,22 @@ def streams_of(inputs: Iterable[str | Path | int]) -> int:
     """
     tasks = _plan(inputs)
     return 1 if any(task.is_video for task in tasks) else min(len(tasks), parallel_threads())
+
+
+def image_outputs(name: str, spec: PipelineSpec, *, overlay: bool) -> list[str]:
+    """The files, below the output folder, that an image of this NAME is written to by :func:`run_inputs`."""
+    paths = _mask_paths(Path("masks", name), spec)
+    return [path.as_posix() for path in paths] + ([f"overlays/{name}.png"] if overlay else [])
+
+
+def _mask_paths(base: Path, spec: PipelineSpec) -> list[Path]:
+    if spec.model.task != "multilabel":
+        return [base.with_name(f"{base.name}.png")]
+    names = (
+        cut_to_bytes("".join(c if c.isalnum() else "_" for c in name), MAX_CLASS_NAME_BYTES)
+        for name in spec.model.names
+    )
+    return [base.with_name(f"{base.name}.{index}-{name}.png") for index, name in enumerate(names)]
 
 
 @dataclass(frozen=True)
@@ -205,10 +230,9 @@ class _Run:
         """The files a task will write, masks of frames apart."""
         if task.is_video:
             return [self.output / "videos" / f"{task.name}.mp4"]
-        paths = self._mask_paths(self.output / "masks" / task.name)
-        return paths + ([self.output / "overlays" / f"{task.name}.png"] if self.overlay else [])
+        return [self.output / name for name in image_outputs(task.name, self.segmenter.spec, overlay=self.overlay)]
 
-    def all(self, tasks: Sequence[_Task], bar: _Silent) -> bool:
+    def all(self, tasks: Sequence[_Task], bar: Silent) -> bool:
         """Process every task; true if a camera was stopped by Ctrl-C."""
         position = 0
         while position < len(tasks) and not self._finished():
@@ -229,7 +253,7 @@ class _Run:
     def _finished(self) -> bool:
         return self.limit is not None and self.images + self.frames >= self.limit
 
-    def _images(self, tasks: Sequence[_Task], bar: _Silent) -> None:
+    def _images(self, tasks: Sequence[_Task], bar: Silent) -> None:
         with closing(in_parallel(tasks, self._image)) as results:
             for task, reason, paths in results:
                 if reason is None:
@@ -265,27 +289,18 @@ class _Run:
 
     def _write_masks(self, base: Path, mask: NDArray[Any]) -> list[Path]:
         palette = self.segmenter.palette
-        paths = self._mask_paths(base)
+        paths = _mask_paths(base, self.segmenter.spec)
         planes = mask if mask.ndim == 3 else mask[None]
         for index, (path, plane) in enumerate(zip(paths, planes, strict=True)):
             colours = palette if mask.ndim == 2 else np.stack((np.zeros(3, np.uint8), palette[index]))
             write_mask(path, plane, colours, overwrite=self.overwrite)
         return paths
 
-    def _mask_paths(self, base: Path) -> list[Path]:
-        if self.segmenter.spec.model.task != "multilabel":
-            return [base.with_name(f"{base.name}.png")]
-        names = (
-            cut_to_bytes("".join(c if c.isalnum() else "_" for c in name), MAX_CLASS_NAME_BYTES)
-            for name in self.segmenter.class_names
-        )
-        return [base.with_name(f"{base.name}.{index}-{name}.png") for index, name in enumerate(names)]
-
     def _legend(self, mask: NDArray[Any] | None) -> Any:
         binary = self.segmenter.spec.model.task == "binary"
         return legend_entries(mask, self.segmenter.class_names, self.segmenter.palette, binary=binary)
 
-    def _video(self, task: _Task, bar: _Silent) -> bool:
+    def _video(self, task: _Task, bar: Silent) -> bool:
         """Process one video or camera; true if a camera was stopped by Ctrl-C."""
         try:
             video = Video(task.source, self.segmenter.spec.input.channels)
@@ -305,7 +320,7 @@ class _Run:
             return False
         return interrupted
 
-    def _write_frames(self, task: _Task, video: Video, frames: Stream, file: VideoFile, bar: _Silent) -> bool:
+    def _write_frames(self, task: _Task, video: Video, frames: Stream, file: VideoFile, bar: Silent) -> bool:
         palette, legend = self.segmenter.palette, self._legend(None)
         fps = video.fps or USUAL_FPS
         try:
@@ -334,12 +349,12 @@ class _Run:
             return True
         return False
 
-    def _fail(self, task: _Task, reason: str, bar: _Silent, what: str = "skipped") -> None:
+    def _fail(self, task: _Task, reason: str, bar: Silent, what: str = "skipped") -> None:
         self.failed.append(Failure(task.label, reason))
         bar.say(f"{what}: {reason}")
 
 
-class _Silent:
+class Silent:
     """Takes progress and says nothing."""
 
     def expect(self, frames: int | None) -> None:
@@ -352,7 +367,7 @@ class _Silent:
         """Something a person should read."""
 
 
-class _Bar(_Silent):
+class Bar(Silent):
     """A progress bar with frames per second on standard error."""
 
     def __init__(self, inputs: int, limit: int | None) -> None:
@@ -392,7 +407,7 @@ class _Bar(_Silent):
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         self._bar.start()
         return self
 

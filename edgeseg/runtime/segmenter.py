@@ -81,8 +81,7 @@ class Segmenter(Closing):
     @property
     def class_names(self) -> tuple[str, ...]:
         """One name per class; ``class 0``, ``class 1``, ... when the model has none."""
-        model = self.spec.model
-        return model.class_names or tuple(f"class {index}" for index in range(model.classes))
+        return self.spec.model.names
 
     @property
     def palette(self) -> NDArray[np.uint8]:

@@ -1,0 +1,41 @@
+"""Ray: one place that says it is missing, and one that begins and ends it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from edgeseg.errors import InputError, MissingDependencyError, one_line
+
+
+@contextmanager
+def connected(address: str | None, *, extra: str, purpose: str) -> Generator[Any, None, None]:
+    """Yield the module ``ray``, connected; a connection that was there before is used and stays.
+
+    Args:
+        address: of the cluster; ``None``: the one in ``RAY_ADDRESS``, else one started on this machine until the end.
+        extra: of edgeseg, that brings ray.
+        purpose: what needs it, as the rest of "... is needed to <purpose>".
+
+    Raises:
+        MissingDependencyError: ray is not installed.
+        InputError: no cluster at the address.
+    """
+    try:
+        import ray
+    except ImportError as exc:
+        raise MissingDependencyError("ray", extra, purpose) from exc
+    if ray.is_initialized():
+        yield ray
+        return
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError) as exc:
+        where = "here" if address is None else f"at {address}"
+        raise InputError(f"no Ray cluster {where}: {one_line(exc)}; start one with: ray start --head") from exc
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
