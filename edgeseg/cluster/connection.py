@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -39,3 +41,17 @@ def connected(address: str | None, *, extra: str, purpose: str) -> Generator[Any
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def quiet_stdout() -> Generator[None, None, None]:
+    """Send to standard error what anything, compiled code too, prints: of a cluster that loses nodes, Ray says so there."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(stdout, 1)
+        os.close(stdout)

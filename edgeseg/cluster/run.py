@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from edgeseg.cluster.connection import connected
+from edgeseg.cluster.connection import connected, quiet_stdout
 from edgeseg.cluster.ledger import LEDGER, Ledger
 from edgeseg.cluster.places import Bucket, is_url, without_protocol
 from edgeseg.cluster.plan import Image, Plan
@@ -107,7 +107,7 @@ def run_on_cluster(
             if not run.is_done():
                 with (pool or _on_ray(workers, address))(job, engine, bar) as hands:
                     run.all(hands)
-        seconds = time.perf_counter() - begin
+        seconds = 0.0 if run.begin is None else time.perf_counter() - run.begin
         outputs = (name for image in plan.finished() for name in _outputs(image, engine, settings))
         return RunSummary(
             images=run.images,
@@ -152,6 +152,7 @@ def _on_ray(workers: int | None, address: str | None) -> Workers:
         names = [MANIFEST_NAME, *(file.name for file in engine.manifest.files)]
         files = {name: (engine.folder / name).read_bytes() for name in names}
         with (
+            quiet_stdout(),
             connected(address, extra="cluster", purpose="run on a Ray cluster") as ray,
             closing(RayPool(ray, job, engine.manifest.target, files, workers, bar.say)) as ray_pool,
         ):
@@ -185,7 +186,7 @@ def _names(target: Path | Bucket, folder: str) -> Iterator[str]:
     if isinstance(target, Bucket):
         yield from target.names(folder)
         return
-    with contextlib.suppress(FileNotFoundError), refusals_as(InputError), os.scandir(target / folder) as entries:
+    with refusals_as(InputError), contextlib.suppress(FileNotFoundError), os.scandir(target / folder) as entries:
         for entry in entries:
             yield entry.name
 
@@ -198,6 +199,7 @@ class _Run:
     limit: int | None
     overwrite: bool
     images: int = 0
+    begin: float | None = None
     _drawn: int = 0
     _failed: int = 0
     _given: int = 0
@@ -218,6 +220,9 @@ class _Run:
         """Give the workers what there is to do until nothing is left."""
         while not self.is_done():
             if self._waiting and pool.has_room(self._waiting[0]):
+                if self.begin is None:
+                    # As on one machine, loading the engine is not part of it.
+                    self.begin = time.perf_counter()
                 pool.give(self._waiting.popleft())
                 self._given += 1
                 continue
@@ -264,7 +269,7 @@ class _Run:
 
     def _again(self, lost: Sequence[Lost]) -> None:
         count = sum(len(event.batch.images) for event in lost)
-        self.bar.say(f"a worker died; what it had in hand ({counted(count, 'image')}) is done again: {lost[0].reason}")
+        self.bar.say(f"a worker died; what it had in hand ({counted(count, 'image')}) is done again")
         for event in lost:
             batch = event.batch
             if batch.is_suspect and len(batch.images) == 1 and batch.deaths + 1 == _MOST_DEATHS:
