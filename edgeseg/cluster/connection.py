@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -46,8 +47,13 @@ def connected(address: str | None, *, extra: str, purpose: str) -> Generator[Any
 @contextmanager
 def quiet_stdout() -> Generator[None, None, None]:
     """Send to standard error what anything, compiled code too, prints: of a cluster that loses nodes, Ray says so there."""
-    sys.stdout.flush()
-    stdout = os.dup(1)
+    with contextlib.suppress(AttributeError):  # there may be none
+        sys.stdout.flush()
+    try:
+        stdout = os.dup(1)
+    except OSError:
+        yield  # closed: nothing can be printed there
+        return
     os.dup2(2, 1)
     try:
         yield

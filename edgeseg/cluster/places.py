@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 import secrets
@@ -82,8 +83,6 @@ class Bucket:
         Raises:
             InputError: nothing there, or the store refuses.
         """
-        from fsspec.utils import glob
-
         try:
             if glob.has_magic(self.path):
                 infos = self.files.glob(self.path, detail=True).values()

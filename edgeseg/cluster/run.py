@@ -100,7 +100,6 @@ def run_on_cluster(
             cores=1,
         )
         ledger.start()
-        begin = time.perf_counter()
         most = None if limit is None else limit - reused
         with Bar(plan.images - reused, most) if progress else nullcontext(Silent()) as bar:
             run = _Run(plan, ledger, bar, most, overwrite)
