@@ -43,7 +43,10 @@ from edgeseg.spec import FitPolicy
 @click.option("--force", is_flag=True, help="Replace files that exist in --output.")
 @click.option("--recompile", is_flag=True, help="Build the engine again if it was built for another device or version.")
 @click.option("--executor", type=click.Choice(("local", "ray")), default="local", show_default=True)
-@click.option("--ray-address", help="Of a Ray cluster.  [default: RAY_ADDRESS, else one started here]")
+@click.option(
+    "--ray-address",
+    help="Of a Ray cluster; local for one of this run's own.  [default: RAY_ADDRESS, else one on this machine, else local]",
+)
 @click.option(
     "--jobs", type=click.IntRange(1, 65536), help="Workers on the cluster.  [default: as many as it has room for]"
 )
@@ -90,9 +93,11 @@ def command(
         from edgeseg.runtime.segmenter import load
 
         if jobs is not None or ray_address is not None:
-            raise click.UsageError("--jobs and --ray-address are for --executor ray; one machine needs neither")
+            raise click.UsageError(
+                "--jobs and --ray-address go with --executor ray, which makes processes of one machine too"
+            )
         if any("://" in str(place) for place in (*inputs, output)):
-            raise click.UsageError("URLs are for --executor ray, on one machine too")
+            raise click.UsageError("URLs go with --executor ray, on one machine too")
         streams = streams_of(inputs)
         with load(folder, fit=fit, tile_overlap=tile_overlap, recompile=recompile, streams=streams) as segmenter:
             summary = run_inputs(

@@ -18,7 +18,8 @@ def connected(address: str | None, *, extra: str, purpose: str) -> Generator[Any
     """Yield the module ``ray``, connected; a connection that was there before is used and stays.
 
     Args:
-        address: of the cluster; ``None``: the one in ``RAY_ADDRESS``, else one started on this machine until the end.
+        address: of the cluster; ``local``: one of its own, started on this machine until the end; ``None``: the one in
+            ``RAY_ADDRESS``, else one that runs on this machine, else ``local``.
         extra: of edgeseg, that brings ray.
         purpose: what needs it, as the rest of "... is needed to <purpose>".
 
@@ -45,8 +46,11 @@ def connected(address: str | None, *, extra: str, purpose: str) -> Generator[Any
 
 
 @contextmanager
-def quiet_stdout() -> Generator[None, None, None]:
-    """Send to standard error what anything, compiled code too, prints: of a cluster that loses nodes, Ray says so there."""
+def kept_stdout() -> Generator[None, None, None]:
+    """Keep off standard output what Ray prints there, pages about every node it loses: it is ours, and may be JSON.
+
+    Ray's own logs have it all.
+    """
     with contextlib.suppress(AttributeError):  # there may be none
         sys.stdout.flush()
     try:
@@ -54,7 +58,9 @@ def quiet_stdout() -> Generator[None, None, None]:
     except OSError:
         yield  # closed: nothing can be printed there
         return
-    os.dup2(2, 1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
     try:
         yield
     finally:

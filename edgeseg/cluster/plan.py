@@ -25,6 +25,7 @@ from edgeseg.runtime.outputs import first_free, told_apart
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, camera_index
 
 _SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+# The transaction that begins here never ends: nobody else reads the file, and nothing of it outlives the run.
 _TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
@@ -35,6 +36,7 @@ CREATE TABLE image (
 );
 CREATE TABLE taken (name BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE there (name BLOB PRIMARY KEY) WITHOUT ROWID;
+BEGIN;
 """
 _NEW, _BEGUN, _DONE_BEFORE, _DONE, _FAILED = range(5)
 
@@ -86,7 +88,6 @@ class Plan(Closing):
         self._folder = tempfile.TemporaryDirectory(prefix="edgeseg-plan-")
         try:
             with _clear_errors():
-                # One thread uses it at a time.
                 self._db = sqlite3.connect(Path(self._folder.name) / "plan.db", isolation_level=None)
                 self._db.executescript(_TABLES)
                 for number, item in enumerate(inputs):
@@ -111,11 +112,9 @@ class Plan(Closing):
         self._folder.cleanup()
 
     def _list(self, number: int, item: str | Path | int) -> None:
-        self._db.execute("BEGIN")
         self._db.executemany(
             "INSERT INTO listed VALUES (?, ?, ?, ?, ?, ?)", (self._row(number, *row) for row in _listed(item))
         )
-        self._db.execute("COMMIT")
 
     @staticmethod
     def _row(
@@ -129,7 +128,6 @@ class Plan(Closing):
     def _name(self) -> None:
         """Give every image its name, as :func:`edgeseg.runtime.outputs.unique_names` does; its stem needs no noting."""
         db = self._db
-        db.execute("BEGIN")
         db.execute("CREATE INDEX by_stem ON image (stem)")
         shared = [stem for (stem,) in db.execute("SELECT stem FROM image GROUP BY stem HAVING COUNT(*) > 1")]
         for stem in shared:
@@ -153,7 +151,6 @@ class Plan(Closing):
                     changed.append((os.fsencode(free), position))
             db.executemany("UPDATE image SET name = ? WHERE position = ?", changed)
         db.execute("DELETE FROM taken")
-        db.execute("COMMIT")
 
     def _pages(self, columns: str, where: str) -> Iterator[list[tuple[Any, ...]]]:
         """Rows in order, some at a time, so that what is read may be changed meanwhile; the first column is the position."""
@@ -207,9 +204,7 @@ class Plan(Closing):
             how many images were done before: by the ledger, and all their outputs are there.
         """
         with _clear_errors():
-            self._db.execute("BEGIN")
             self._db.executemany("INSERT OR IGNORE INTO there VALUES (?)", ((os.fsencode(name),) for name in there))
-            self._db.execute("COMMIT")
             (some,) = self._db.execute("SELECT EXISTS (SELECT 1 FROM there)").fetchone()
             if not some:
                 self._db.execute("UPDATE image SET state = ? WHERE state = ?", (_BEGUN, _DONE_BEFORE))

@@ -194,7 +194,10 @@ class RayPool:
     def wait(self) -> list[Event]:
         starting = {hand.starting: hand for hand in self._hands if hand not in self._ready}
         given = {reference: hand for hand in self._hands for reference in hand.batches}
-        ready, _ = self._ray.wait([*given, *starting], num_returns=1, timeout=_WAIT_S)
+        references = [*given, *starting]
+        ready, _ = self._ray.wait(references, num_returns=1, timeout=_WAIT_S)
+        if ready:  # and all others that are
+            ready, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
         if not ready and not self._ready:
             self._say(f"waiting for a worker: {len(starting)} asked for, none up; see: ray status")
         events: list[Event] = []
@@ -221,7 +224,9 @@ class RayPool:
     def _started(self, hand: _Hand) -> None:
         try:
             answer = self._ray.get(hand.starting)
-        except self._ray.exceptions.RayActorError as exc:
+        except self._ray.exceptions.RayTaskError:
+            raise  # a bug
+        except self._ray.exceptions.RayError as exc:
             self._stillborn += 1
             if self._stillborn >= _MOST_STILLBORN:
                 raise BuildError(f"workers die before they have loaded the engine: {one_line(exc)}") from exc
@@ -236,7 +241,9 @@ class RayPool:
             return []
         try:
             answer = self._ray.get(reference)
-        except self._ray.exceptions.RayActorError as exc:
+        except self._ray.exceptions.RayTaskError:
+            raise
+        except self._ray.exceptions.RayError as exc:
             # Whatever else it had is lost as well.
             lost: list[Event] = [Lost(batch, one_line(exc)) for batch in hand.batches.values()]
             self._replace(hand)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from edgeseg.cluster.connection import connected, quiet_stdout
+from edgeseg.cluster.connection import connected, kept_stdout
 from edgeseg.cluster.ledger import LEDGER, Ledger
 from edgeseg.cluster.places import Bucket, is_url, without_protocol
 from edgeseg.cluster.plan import Image, Plan
@@ -64,7 +64,7 @@ def run_on_cluster(
         output: folder that all nodes see, or URL.
         settings: how masks are made and written.
         workers: how many; ``None``: as many as the cluster has room for.
-        address: of the cluster; ``None``: the one in ``RAY_ADDRESS``, else one started on this machine.
+        address: of the cluster; see :func:`edgeseg.cluster.connection.connected`.
         recompile: workers build the engine again where it was built for another device.
         limit: stop after so many images, those done before included.
         overwrite: replace files that are there, but those the ledger knows as done.
@@ -98,6 +98,7 @@ def run_on_cluster(
             recompile=recompile,
             output=target.url if isinstance(target, Bucket) else os.path.abspath(target),
             cores=1,
+            folders=_folders(plan, target),
         )
         ledger.start()
         most = None if limit is None else limit - reused
@@ -118,6 +119,13 @@ def run_on_cluster(
             frames_per_second=run.images / seconds if run.images else None,
             reused=reused,
         )
+
+
+def _folders(plan: Plan, target: Path | Bucket) -> tuple[str, ...]:
+    """Folders of this machine that the run reads from, as far as one image tells, and writes to."""
+    first = next(plan.todo(), None)
+    places = [] if first is None or is_url(first.place) else [os.path.dirname(first.place)]
+    return tuple(places if isinstance(target, Bucket) else [*places, os.path.abspath(target)])
 
 
 def _target(output: str | Path) -> Path | Bucket:
@@ -151,7 +159,7 @@ def _on_ray(workers: int | None, address: str | None) -> Workers:
         names = [MANIFEST_NAME, *(file.name for file in engine.manifest.files)]
         files = {name: (engine.folder / name).read_bytes() for name in names}
         with (
-            quiet_stdout(),
+            kept_stdout(),
             connected(address, extra="cluster", purpose="run on a Ray cluster") as ray,
             closing(RayPool(ray, job, engine.manifest.target, files, workers, bar.say)) as ray_pool,
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,7 @@ class Job:
         recompile: build the engine again where it was built for another device.
         output: folder that every node sees, or URL.
         cores: that the worker may use.
+        folders: that every node must see.
     """
 
     folder: str
@@ -56,6 +58,7 @@ class Job:
     recompile: bool
     output: str
     cores: int
+    folders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class Worker(Closing):
             raise SpecError(
                 f"this node has edgeseg {__version__}, the run was begun with {job.version}; install the same"
             )
+        for place in job.folders:
+            # Else every image it is given would fail, and it would be the first to ask for more.
+            if not os.path.isdir(place):
+                raise InputError(f"this node does not see {place}; mount it there at the same place, or use a bucket")
 
         def unpack(folder: Path) -> None:
             for name, data in files().items():

@@ -82,7 +82,7 @@ def build_on_ray(cells: Sequence[Cell], address: str | None, builder: Builder = 
 
     Args:
         cells: what to build.
-        address: of the cluster; ``None``: the one in ``RAY_ADDRESS``, else one started here for this sweep.
+        address: of the cluster; see :func:`edgeseg.cluster.connection.connected`.
         builder: builds one cell (tests bring their own).
 
     Raises:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -12,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_backend import write_memory_engine
@@ -19,12 +23,22 @@ from PIL import Image
 
 import edgeseg
 from edgeseg.backends import BACKENDS
+from edgeseg.cli.app import cli
 from edgeseg.cluster import ledger as ledgers
 from edgeseg.cluster.plan import Plan, sort_key
 from edgeseg.cluster.pool import Batch, Event, Finished, Lost, Pool, shares
 from edgeseg.cluster.run import run_on_cluster
 from edgeseg.cluster.worker import Job, Settings, Worker
-from edgeseg.errors import ArtifactError, BuildError, EdgesegError, InputError, OutputExistsError, SpecError
+from edgeseg.errors import (
+    ArtifactError,
+    BuildError,
+    DeviceError,
+    EdgesegError,
+    InputError,
+    MissingDependencyError,
+    OutputExistsError,
+    SpecError,
+)
 from edgeseg.images.decoding import list_images, natural_key
 from edgeseg.runtime.outputs import unique_names
 from edgeseg.runtime.run import RunSummary, run_inputs
@@ -485,8 +499,6 @@ names = st.text(st.sampled_from("aAbB0129._- \u00e9\u0130\u00df"), min_size=1, m
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(("", "x", "y/x")), names, st.sampled_from((".png", ".jpg"))), min_size=1))
 def test_order_and_names_are_those_of_a_list_in_memory(tree: list[tuple[str, str, str]]) -> None:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch, "root")
         for folder, stem, suffix in tree:
@@ -549,3 +561,85 @@ def test_the_ledger_says_in_words_what_it_is_of(engine: Path, tmp_path: Path) ->
 )
 def test_shares(nodes: list[dict[str, float]], gpus: int, workers: int | None, expected: tuple[int, int]) -> None:
     assert shares(nodes, gpus, workers) == expected
+
+
+# The command line.
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--output", "out", "--jobs", "2"], "--jobs and --ray-address go with --executor ray"),
+        (["--output", "out", "--ray-address", "auto"], "--jobs and --ray-address go with --executor ray"),
+        (["--output", "memory://out"], "URLs go with --executor ray"),
+        (["--output", "out", "memory://photos"], "URLs go with --executor ray"),
+    ],
+)
+def test_options_of_a_cluster_need_one(options: list[str], said: str, engine: Path) -> None:
+    result = CliRunner().invoke(cli, ["run", str(engine), "photo.png", *options])
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_the_command_is_the_same_but_for_the_executor(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def here(job: Job, built: Engine, bar: object) -> Iterator[Pool]:
+        yield HerePool(job, {path.name: path.read_bytes() for path in engine.iterdir()}, lambda batch: None)
+
+    monkeypatch.setattr("edgeseg.cluster.run._on_ray", lambda workers, address: here)
+    folder = photos(tmp_path / "in", 5)
+    (folder / "broken.png").write_bytes(b"broken")
+    results, options = (
+        {},
+        ["--overlay", "--alpha", "0.3", "--fit", "letterbox", "--tile-overlap", "0.1", "--limit", "4"],
+    )
+    for executor in ("local", "ray"):
+        output = tmp_path / executor
+        words = ["run", str(engine), str(folder), "--output", str(output), "--executor", executor, "--json", *options]
+        result = CliRunner().invoke(cli, words)
+        said = json.loads(result.stdout)
+        del said["seconds"], said["frames_per_second"]
+        said["written"] = [path.replace(str(output), "") for path in said["written"]]
+        results[executor] = (result.exit_code, result.stderr, said, contents(output))
+    assert results["ray"] == results["local"]
+    assert results["ray"][0] == 1
+    assert len(results["ray"][3]) == 8
+
+
+def test_without_ray_the_line_to_type_is_named(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    words = [
+        "run",
+        str(engine),
+        str(photos(tmp_path / "in", 1)),
+        "--output",
+        str(tmp_path / "out"),
+        "--executor",
+        "ray",
+    ]
+    result = CliRunner().invoke(cli, words)
+    assert isinstance(result.exception, MissingDependencyError)
+    assert "pip install 'edgeseg[cluster]'" in str(result.exception)
+
+
+def test_errors_of_a_worker_arrive_as_they_were() -> None:
+    for error in (BuildError("a"), MissingDependencyError("ray", "cluster", "run"), DeviceError("no", "CUDA_ERROR")):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again)) == (type(error), str(error))
+
+
+def test_a_node_that_does_not_see_the_folders_is_refused(engine: Path, tmp_path: Path) -> None:
+    job = Job(str(engine), "key", edgeseg.__version__, Settings(), False, str(tmp_path), 1, (str(tmp_path / "nfs"),))
+    with pytest.raises(InputError, match=r"this node does not see .*nfs; mount it there"):
+        Worker(job, dict)
+
+
+def test_what_is_printed_while_ray_runs_does_not_get_into_the_json(capfd: pytest.CaptureFixture[str]) -> None:
+    print("before")
+    with kept_stdout():
+        print("(raylet) The node has been marked dead")
+        os.write(1, b"from compiled code")
+    print("after")
+    assert capfd.readouterr().out == "before\nafter\n"
