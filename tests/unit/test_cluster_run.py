@@ -25,6 +25,7 @@ import edgeseg
 from edgeseg.backends import BACKENDS
 from edgeseg.cli.app import cli
 from edgeseg.cluster import ledger as ledgers
+from edgeseg.cluster.connection import kept_stdout
 from edgeseg.cluster.plan import Plan, sort_key
 from edgeseg.cluster.pool import Batch, Event, Finished, Lost, Pool, shares
 from edgeseg.cluster.run import run_on_cluster
