@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -34,11 +36,15 @@ def connected(address: str | None, *, extra: str, purpose: str) -> Generator[Any
     if ray.is_initialized():
         yield ray
         return
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError) as exc:
         where = "here" if address is None else f"at {address}"
         raise InputError(f"no Ray cluster {where}: {one_line(exc)}; start one with: ray start --head") from exc
+    if before is not None and threading.current_thread() is threading.main_thread():
+        # Ray takes it to print a stack and abort; to us it means what Ctrl-C does.
+        signal.signal(signal.SIGTERM, before)
     try:
         yield ray
     finally:
@@ -53,17 +59,15 @@ def kept_stdout() -> Generator[None, None, None]:
     """
     with contextlib.suppress(AttributeError):  # there may be none
         sys.stdout.flush()
-    try:
-        stdout = os.dup(1)
-    except OSError:
-        yield  # closed: nothing can be printed there
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(stdout, 1)
-        os.close(stdout)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            stdout = os.dup(1)
+        except OSError:
+            yield  # closed: compiled code cannot print there either
+            return
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
