@@ -84,7 +84,7 @@ modelopt: .venv-modelopt/.installed ## Make the environment of the peer that nee
 
 bench: venv modelopt ## Measure everything in benchmarks/README.md again (about an hour and a half, on a machine that does nothing else)
 	$(BIN)/pip install --quiet -c constraints.txt -r benchmarks/requirements-peers.txt
-	for name in end_to_end architectures overhead files_to_masks calibration harness_check tensorrt_rtx tensorrt_accuracy equalization results; do \
+	for name in end_to_end architectures overhead files_to_masks nodes calibration harness_check tensorrt_rtx tensorrt_accuracy equalization results; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 
 encoders: venv   ## Build every family of encoders that benchmarks/results/encoders.json does not hold yet (hours); writes docs/encoders.md

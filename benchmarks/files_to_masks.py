@@ -21,6 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from rich.table import Table
 
 import edgeseg
 from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
-from edgeseg.evaluate.latency.protocol import LatencySamples, median
+from edgeseg.evaluate.latency.protocol import LatencySamples
 from edgeseg.images.decoding import list_images
 from edgeseg.runtime.overlap import parallel_threads
 from edgeseg.runtime.run import run_inputs

@@ -1,11 +1,12 @@
-"""Networks INT8 is known to dislike: what equalization of channels recovers of them, as trained and badly scaled.
+"""Networks INT8 is known to dislike: what it loses plainly, after repair, and as mixed precision that meets a goal.
 
-    python -m benchmarks.hard_networks --folder /tmp/hard [--names segformer] [--minutes 4]
+    python -m benchmarks.hard_networks --folder /tmp/hard [--names segformer ...] [--minutes 4]
 
 Each is trained for a few CPU minutes on generated scenes and kept as ``<folder>/<name>.safetensors``; the weights are not
 committed. They are good enough to have class boundaries where the scenes have them, and no better: what INT8 loses of them is
-compared with themselves in float, on validation scenes. Q/DQ graphs run in ONNX Runtime as they are written, optimizations off,
-TensorRT's too: nothing is said about a GPU.
+compared with themselves in PyTorch, on the validation scenes of the demo. ``plain`` is INT8 of per-tensor ranges from minimum to
+maximum; ``repaired`` what ``edgeseg build`` makes without a limit; ``goal`` what it delivers with ``--max-drop``. Graphs for
+TensorRT are executed in ONNX Runtime as they are written; nothing is said about a GPU.
 """
 
 from __future__ import annotations
@@ -14,46 +15,65 @@ import argparse
 import importlib
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import segmentation_models_pytorch as smp
 import torch
 from safetensors.torch import load_file, save_file
 
+import edgeseg
 from benchmarks.badly_scaled import scaled_badly
-from benchmarks.range_methods import confusion, masks_of, miou
-from benchmarks.record import RESULTS, Record, this_machine, versions
-from benchmarks.workload import demo
-from edgeseg.convert.export import export_onnx
-from edgeseg.convert.load import wrap_module
-from edgeseg.quantize.calibration import AUTO, CalibrationSet
-from edgeseg.quantize.qdq import write_qdq
-from edgeseg.quantize.repair.fidelity import JUDGES
-from edgeseg.quantize.repair.repaired import calibrate_repaired
-from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.spec import ModelRequest
+from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
+from edgeseg.demo import sample_folder
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
+from edgeseg.images.decoding import list_images, read_image
+from edgeseg.spec import Precision
+from edgeseg.store.artifacts import Engine, Verification, open_engine
 
 # A folder of scripts, whose recipe this is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "calibration"))
 train_demo: Any = importlib.import_module("train_demo")
 
-NETWORKS = {"segformer": ("segformer", "mit_b0"), "fpn": ("fpn", "mobilenet_v2")}
-"""Name -> architecture and encoder: layer normalization and GELU, and clips at 6."""
+
+@dataclass(frozen=True)
+class Network:
+    """What ``smp.create_model`` is told, beside the classes."""
+
+    arch: str
+    encoder: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+
+NETWORKS = {
+    "segformer": Network("segformer", "mit_b0"),
+    "dpt": Network("dpt", "tu-vit_tiny_patch16_224", {"dynamic_img_size": True}),
+    "upernet": Network("upernet", "tu-convnext_atto", {"decoder_channels": 64}),
+    "unet": Network("unet", "efficientnet-b0"),
+    "fpn": Network("fpn", "mobilenet_v2"),
+    "manet": Network("manet", "tu-mobilenetv3_small_100"),
+}
+"""By architecture: layer normalization with GELU thrice (attention in the first two), SiLU with squeeze-and-excite, clips at 6,
+hard-swish."""
 
 SCENES = 600
 CROP = 128
+SIZE = 256
+DEMO = sample_folder()
+BADLY_SCALED = "badly scaled"
+SCALINGS = ("as trained", BADLY_SCALED)
+TARGETS = ("onnxruntime", "openvino", "tensorrt")
 
 
 def build(name: str) -> torch.nn.Module:
     """The network with random weights."""
-    arch, encoder = NETWORKS[name]
+    network, classes = NETWORKS[name], len(train_demo.CLASS_NAMES)
     model: torch.nn.Module = smp.create_model(
-        arch, encoder, encoder_weights=None, classes=len(train_demo.CLASS_NAMES), in_channels=3
+        network.arch, network.encoder, encoder_weights=None, classes=classes, **network.model_args
     )
     return model
 
@@ -90,33 +110,75 @@ def train(name: str, folder: Path, minutes: float, threads: int, rate: float = 1
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
 
 
-def measure(name: str, folder: Path, limit: int) -> Iterator[dict[str, Any]]:
-    """Agreement with the float graph and mIoU, with and without equalization."""
-    module = trained(name, folder)
-    for scaling, network in (("as trained", module), ("badly scaled", scaled_badly(module))):
-        loaded = wrap_module(network, ModelRequest(mean=train_demo.MEAN, std=train_demo.STD))
-        work = replace(demo("fpn", limit), name=name, loaded=loaded)
-        spec = replace(work.spec, model=loaded.model, preprocess=loaded.preprocess)
-        spec = replace(spec, input=replace(spec.input, stride=loaded.stride))
-        graph, _ = export_onnx(loaded, spec, folder / "fp32.onnx")
-        reference = masks_of(graph, work.images)
-        row = {"network": name, "scaling": scaling}
-        yield row | {"scheme": "fp32", "miou": float(miou(confusion(reference, work).sum(axis=0)))}
-        for equalized in (None, folder / "equalized.onnx"):
-            calibrated, table = calibrate_repaired(
-                graph, CalibrationSet.open(work.calibration), equalized, method=AUTO, judges=JUDGES
+def measure(
+    name: str, scaling: str, options: argparse.Namespace, scratch: Path
+) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """For each target a row, and how much faster than fp32 its engine is, where it runs here."""
+    module = trained(name, options.folder)
+    if scaling == BADLY_SCALED:
+        module = scaled_badly(module)
+    for target in options.targets:
+
+        def build(kind: str, precision: Precision = "int8", *, target: str = target, **settings: Any) -> Engine:
+            return edgeseg.build(
+                module,
+                precision=precision,
+                size=SIZE,
+                mean=train_demo.MEAN,
+                std=train_demo.STD,
+                calibration=DEMO / "calib" / "images" if precision == "int8" else None,
+                validation=DEMO / "val",
+                target=target,
+                # A low share is a finding here, not a failure.
+                min_int8_share=0.0,
+                output=scratch / kind,
+                force=True,
+                **settings,
             )
-            for scheme in JUDGES:
-                masks = masks_of(write_qdq(calibrated, table, SCHEMES[scheme], folder / "int8.onnx"), work.images)
-                agreement = [float((a == b).mean()) for a, b in zip(masks, reference, strict=True)]
-                yield row | {
-                    "scheme": scheme,
-                    "equalized": equalized is not None,
-                    "methods": dict(Counter(limits.method for limits in table.ranges.values())),
-                    "agreement": float(np.mean(agreement)),
-                    "agreement_by_image": [round(value, 5) for value in agreement],
-                    "miou": float(miou(confusion(masks, work).sum(axis=0))),
-                }
+
+        row: dict[str, Any] = {"name": name, "scaling": scaling, "target": target}
+        plain = build("plain", equalize=False, calibration_method="minmax")
+        row["plain"] = figures(plain)
+        row["pytorch_miou"] = verified(plain).pytorch_accuracy.miou
+        row["repaired"] = figures(build("repaired"))
+        started = time.process_time()
+        engine = build("goal", max_drop=options.max_drop, search_minutes=options.search_minutes)
+        row["goal"] = figures(engine) | {"build_cpu_s": round(time.process_time() - started, 1)}
+        speed = None
+        if target in ("onnxruntime", "openvino"):
+            samples = in_turns(
+                {"fp32": build("fp32", "fp32"), "goal": engine, "repaired": open_engine(scratch / "repaired")}
+            )
+            row["samples_ms"] = {kind: [round(ms, 4) for ms in s.samples_ms] for kind, s in samples.items()}
+            speed = ratios(samples, ("fp32",))["fp32"]
+        yield row, speed
+
+
+def verified(engine: Engine) -> Verification:
+    assert engine.manifest.verification is not None
+    return engine.manifest.verification
+
+
+def figures(engine: Engine) -> dict[str, Any]:
+    verification, search = verified(engine), engine.manifest.search
+    return {
+        "miou_drop": verification.miou_drop,
+        "agreement": verification.agreement,
+        "mac_share": engine.manifest.precision.mac_share,
+        "float_modules": None if search is None else search.float_modules,
+        "candidates": None if search is None else len(search.candidates),
+    }
+
+
+def in_turns(engines: dict[str, Engine]) -> dict[str, LatencySamples]:
+    """Samples of all engines on one image, taken in turns."""
+    with ExitStack() as sessions:
+        loaded = {kind: edgeseg.load(engine) for kind, engine in engines.items()}
+        for segmenter in loaded.values():
+            sessions.enter_context(segmenter)
+        image = read_image(list_images(DEMO / "val" / "images")[0], 3)
+        protocol = LatencyProtocol(warmup_ms=300.0, min_duration_ms=6000.0, min_iterations=100)
+        return measure_interleaved({kind: partial(segmenter, image) for kind, segmenter in loaded.items()}, protocol)
 
 
 def main() -> None:
@@ -125,25 +187,35 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=4, help="of processor time a thread, for each network")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--limit", type=int, default=24, help="validation images")
+    parser.add_argument("--scalings", nargs="+", choices=SCALINGS, default=list(SCALINGS))
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--max-drop", type=float, default=0.005, help="of the goal")
+    parser.add_argument("--search-minutes", type=float, default=10.0, help="for one engine")
+    parser.add_argument("--shared-machine", action="store_true", help="record that other programs ran beside")
     parser.add_argument("--output", type=Path, default=RESULTS / "hard_networks.json")
     options = parser.parse_args()
-    machine, rows = this_machine(), []
+    rows: list[dict[str, Any]] = []
+    speeds: dict[str, Any] = {}
     for name in options.names:
         if not (options.folder / f"{name}.safetensors").is_file():
             train(name, options.folder, options.minutes, options.threads)
-        for row in measure(name, options.folder, options.limit):
-            rows.append(row)
-            print(row, flush=True)
-    Record(
-        benchmark="hard_networks",
-        workload="networks INT8 dislikes, trained for CPU minutes, as trained and badly scaled; Q/DQ graphs executed in ONNX "
-        "Runtime, optimizations off",
-        machine=machine,
-        versions=versions(),
-        settings={"names": options.names, "minutes": options.minutes, "limit": options.limit},
-        rows=rows,
-    ).write(options.output)
+        for scaling in options.scalings:
+            for row, speed in measure(name, scaling, options, options.folder / "engines"):
+                rows.append(row)
+                if speed is not None:
+                    speeds[f"{name}, {scaling}, {row['target']}"] = speed
+                print(*(f"{key}: {value}" for key, value in row.items() if key != "samples_ms"), speed, flush=True)
+                # After each: a run takes hours.
+                Record(
+                    benchmark="hard_networks",
+                    workload=f"networks INT8 dislikes, trained for CPU minutes, {SIZE}x{SIZE}, demo scenes; TensorRT's "
+                    "graphs executed in ONNX Runtime, not run on a GPU",
+                    machine=this_machine(),
+                    versions=versions(),
+                    settings={key: value for key, value in vars(options).items() if key not in ("folder", "output")},
+                    rows=rows,
+                    ratios={"fp32": speeds},
+                ).write(options.output)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from rich.console import Console
 
 import edgeseg
 from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
-from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved, median
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
 from edgeseg.progress import SilentReporter
 from edgeseg.store.artifacts import Engine
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,6 +69,15 @@ def _console_class() -> type[Console]:
             raise BrokenPipeError
 
     return PlainConsole
+
+
+def hanging(head: str, text: str, console: Console) -> list[str]:
+    """``head`` and ``text`` in lines that a terminal does not split within a word; one line where there is none."""
+    width = max(console.width - len(head), 20)
+    lines = (
+        textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) if console.is_terminal else [text]
+    )
+    return [f"{head if n == 0 else ' ' * len(head)}{line}" for n, line in enumerate(lines or [""])]
 
 
 def draws_bars(console: Console) -> bool:

@@ -31,9 +31,14 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class EdgesegError(Exception):
-    """Base of all errors edgeseg raises on purpose."""
+    """Base of all errors edgeseg raises on purpose.
+
+    Attributes:
+        figures: what there is all the same, for ``--json``.
+    """
 
     exit_code = 1
+    figures: object = None
 
 
 class SpecError(EdgesegError, ValueError):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, cast
 
-from edgeseg.console import draws_bars
+from edgeseg.console import draws_bars, hanging
 from edgeseg.errors import SpecError
 
 if TYPE_CHECKING:
@@ -149,9 +149,8 @@ class ConsoleReporter:
 
     def finish(self, detail: str, seconds: float) -> None:
         self.close()
-        self._console.print(
-            f"  {stage_line(self._stage, detail, seconds)}", highlight=False, markup=False, soft_wrap=True
-        )
+        for line in hanging(f"  {stage_line(self._stage, '', seconds)}", detail, self._console):
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         console = self._bar.console if self._bar is not None else self._console

@@ -26,6 +26,7 @@ def manifest_of(
     if built is not None:
         precision, engine = built.precision, None if built.path is None else built.path.name
         told = {"options": dict(built.options), "versions": dict(built.versions), "device": dict(built.device)}
+        told["options_given"] = told["options"] if built.path is None else {}
         fields = {**told, "extra_files": tuple(map(FileRef.of, built.extra_files)), **fields}
     return Manifest(
         **{

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
 
 if TYPE_CHECKING:
@@ -163,3 +164,12 @@ class Backend(Protocol):
     def load(self, engine: Engine) -> Session:
         """Load a checked engine folder. Raises ``BuildError``, ``ArtifactError``, ``MissingDependencyError``."""
         ...
+
+
+def require_known(target: str, options: Iterable[str], allowed: Sequence[str]) -> None:
+    """Raise ``SpecError`` for the first of these options that the target does not have."""
+    for name in options:
+        if name not in allowed:
+            raise SpecError(
+                f"target {target} has no build option {name!r}{did_you_mean(name, allowed)} (allowed: {', '.join(allowed)})"
+            )

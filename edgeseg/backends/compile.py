@@ -26,45 +26,12 @@ from edgeseg.store.artifacts import (
     check_engine_folder,
     check_file,
     engine_folder,
+    engine_paths,
     open_engine,
     read_manifest,
     write_json,
 )
 from edgeseg.store.atomic import lock
-
-_MACHINE_INDEPENDENT: dict[str, tuple[str, ...]] = {
-    "onnxruntime": ("threads", "spinning"),
-    "openvino": ("threads",),
-    "tensorrt": (
-        "workspace_mb",
-        "allow_fp16",
-        "tf32",
-        "hardware_compatibility",
-        "version_compatible",
-        "optimization_level",
-        "aux_streams",
-        "min_size",
-        "max_size",
-        "contexts",
-        "cuda_graph",
-        "host_memory",
-        "strip_weights",
-        "refit",
-        "implicit_calibration",
-    ),
-    "tensorrt-rtx": ("runtime_cache", "workspace_mb", "tf32", "strip_weights", "refit", "min_size", "max_size"),
-}
-"""By target: recorded options that hold on another device too, for folders of before ``options_given`` was recorded."""
-
-
-def kept_options(manifest: Manifest) -> dict[str, Any]:
-    """The options of a folder that hold when its engine is built again: all that someone asked for."""
-    if manifest.options_given is not None:
-        return dict(manifest.options_given)
-    if manifest.engine is None:
-        return dict(manifest.options)
-    kept = _MACHINE_INDEPENDENT.get(manifest.target, ())
-    return {name: manifest.options[name] for name in kept if name in manifest.options}
 
 
 def recompile(engine: Engine) -> Engine:
@@ -79,7 +46,7 @@ def recompile(engine: Engine) -> Engine:
     """
     manifest = engine.manifest
     options: dict[str, Any] = {}
-    if manifest.target == "tensorrt-rtx" and (asked := kept_options(manifest).get("sm")):
+    if manifest.target == "tensorrt-rtx" and (asked := manifest.options_given.get("sm")):
         from edgeseg.backends.tensorrt.rtx import backend as rtx
 
         # It is to run here, whatever else it is for.
@@ -164,7 +131,7 @@ def compile_folder(
             f"edgeseg build ... --scheme {backend.scheme}"
         )
     graph = _graph_of(folder, old)
-    kept = kept_options(old) if backend.name == old.target else {}
+    kept = old.options_given if backend.name == old.target else {}
     settings = {**kept, **(options or {})}
     with _naming_kept(set(kept) - set(options or {}), folder):
         given = check_options(backend.name, settings)
@@ -202,7 +169,7 @@ def compile_folder(
             device=dict(built.device),
             candidates={},
             search=old.search and old.search.untimed(),
-            command=old.command if (backend.name, given) == (old.target, kept_options(old)) else None,
+            command=old.command if (backend.name, given) == (old.target, old.options_given) else None,
         )
         if manifest.engine_key != old.engine_key:
             manifest = dataclasses.replace(manifest, verification=None)
@@ -254,7 +221,7 @@ def write_graph_for(folder: Path, builder: str, output: Path, *, force: bool = F
 
     one_of("builder", builder, GRAPHS_FOR)
     manifest = read_manifest(folder)
-    check_outputs([output], force=force, inputs=[folder / manifest.graph.name])
+    check_outputs([output], force=force, inputs=engine_paths(folder))
     check_file(folder, manifest.graph)
     graph = _graph_of(folder, manifest)
     float_graph = awaits_calibration(manifest.precision, manifest.options)

@@ -135,7 +135,7 @@ class _Ending:
         code: one of :data:`EXIT_CODES`.
         kind: the error's class.
         message: one line.
-        figures: what was measured, where a gate was not met.
+        figures: see :attr:`~edgeseg.errors.EdgesegError.figures`.
         usage: what to print before the message.
     """
 
@@ -157,7 +157,7 @@ class _Ending:
         if isinstance(error, (KeyboardInterrupt, click.Abort)):
             return cls(130, "Interrupted", "interrupted; nothing half-done was left behind")
         if isinstance(error, EdgesegError):
-            return cls(error.exit_code, kind, str(error), getattr(error, "figures", None))
+            return cls(error.exit_code, kind, str(error), error.figures)
         if isinstance(error, OSError):
             return cls(1, kind, refusal(error))
         if isinstance(error, MemoryError):
@@ -178,8 +178,8 @@ class _Ending:
 
 
 def _asks_for_json(arguments: list[str]) -> bool:
-    """Whether standard output was to be JSON: ``--json``, or ``--json -`` where a file may be named."""
-    if arguments[:1] == ["bench"]:
+    """Whether standard output was to be JSON: ``--json``, or ``--json -`` where a file is named."""
+    if arguments[:1] in (["bench"], ["sensitivity"]):
         return "--json=-" in arguments or ("--json", "-") in itertools.pairwise(arguments)
     return "--json" in arguments
 

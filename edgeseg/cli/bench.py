@@ -7,7 +7,7 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import get_args
 
 import click
 
@@ -15,21 +15,7 @@ from edgeseg.arguments import INT32, SIZE, number, whole
 from edgeseg.cli.output import console_reporter, echo, print_json, result_console
 from edgeseg.cli.parameters import ANY_PATH, CountsType, KindType
 from edgeseg.errors import SpecError
-
-if TYPE_CHECKING:
-    from edgeseg.evaluate.results import Resolution
-
-# Repeated here from edgeseg.evaluate, which imports numpy: help has to be fast. A test compares them.
-_LAYOUTS = ("images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff")
-_BASELINES = (
-    "pytorch",
-    "pytorch-channels-last",
-    "pytorch-compile",
-    "pytorch-bf16",
-    "pytorch-fp16",
-    "pytorch-cpu",
-    "none",
-)
+from edgeseg.evaluate.results import BASELINES, Layout, Resolution
 
 
 @click.command("bench", short_help="Measure engines: latency, memory, power, profile, accuracy.")
@@ -38,13 +24,19 @@ _BASELINES = (
     "--baseline",
     "baselines",
     multiple=True,
-    type=click.Choice(_BASELINES),
+    type=click.Choice((*BASELINES, "none")),
     help="What to compare with, on the engine's device; repeatable, the first counts.  [default: pytorch]",
 )
 @click.option("--weights", type=ANY_PATH, help="The checkpoint, if it is no longer where the engine was built from.")
 @click.option("--batch", "batches", type=CountsType(), default="1", show_default=True, help="Images of one call.")
-@click.option("--threads", type=CountsType(), help="Threads of one inference.  [default: the engine's own]")
-@click.option("--streams", type=CountsType(), default="1", show_default=True, help="Callers at the same time.")
+@click.option("--threads", type=CountsType(), help="Threads of an engine.  [default: its own]")
+@click.option(
+    "--streams",
+    type=CountsType(),
+    default="1",
+    show_default=True,
+    help="Callers at the same time, among whom a CPU engine divides its threads.",
+)
 @click.option(
     "--duration-s",
     type=KindType(number(0, 86400, "seconds, from 0 to 86400")),
@@ -58,13 +50,15 @@ _BASELINES = (
 )
 @click.option("--profile", is_flag=True, help="Also measure where the time goes, by module of the model.")
 @click.option("--data", type=ANY_PATH, help="Labelled (or plain) images to judge accuracy on.")
-@click.option("--layout", type=click.Choice(_LAYOUTS), default="images-masks", show_default=True, help="Of --data.")
+@click.option(
+    "--layout", type=click.Choice(get_args(Layout)), default="images-masks", show_default=True, help="Of --data."
+)
 @click.option("--split", default="val", show_default=True, help="Of --data, where the layout has splits.")
 @click.option("--ignore-index", type=KindType(whole(-INT32, INT32, 255)), help="Mask value that counts for nothing.")
 @click.option("--label-map", metavar="V=C,...", help="Mask value to class, such as 7=0,8=1,255=ignore.")
 @click.option(
     "--resolution",
-    type=click.Choice(("source", "engine")),
+    type=click.Choice(get_args(Resolution)),
     default="source",
     show_default=True,
     help="Judge masks at this size.",
@@ -125,13 +119,13 @@ def command(
     from edgeseg.evaluate.accuracy.layouts import parse_label_map
     from edgeseg.evaluate.bench import BenchRequest, run_bench
     from edgeseg.evaluate.results import write_report
-    from edgeseg.store.artifacts import engine_files
+    from edgeseg.store.artifacts import engine_paths
     from edgeseg.store.outputs import check_outputs, is_stdout, is_stream
 
     to_stdout = json_path is not None and is_stdout(json_path)
     outputs = [path for path in (json_path, html_path) if path is not None]
     if outputs:
-        read = [folder / name for folder in engines if folder.is_dir() for name in engine_files(folder) or ()]
+        read = [path for folder in engines for path in engine_paths(folder)]
         check_outputs(outputs, force=force, inputs=[*read, *filter(None, (weights, data))])
     if to_stdout and (require is not None or (html_path is not None and is_stdout(html_path))):
         raise SpecError(

@@ -8,6 +8,7 @@ import click
 
 from edgeseg.cli.output import console_reporter, echo, print_json, result_console
 from edgeseg.cli.shared_options import argument_names, request_options
+from edgeseg.console import hanging
 from edgeseg.errors import typed
 from edgeseg.pipeline.request import BuildRequest
 
@@ -35,10 +36,13 @@ def _plan_and_print(request: BuildRequest, as_json: bool) -> None:
         plan = plan_build(request, None, reporter)
     if as_json:
         print_json(plan.summary(request))
-    else:
-        for name, value in plan.summary(request).items():
-            shown = ", ".join(value) if isinstance(value, list) else value
-            echo(f"{name:<12} {'-' if shown is None else shown}")
+        return
+    for name, value in plan.summary(request).items():
+        shown = ", ".join(value) if isinstance(value, list) else value or "-"
+        head = f"{name:<12} "
+        # A command is copied: it stays one line.
+        for line in [f"{head}{shown}"] if name == "command" else hanging(head, shown, result_console()):
+            echo(line)
 
 
 def _build_and_print(request: BuildRequest, as_json: bool) -> None:

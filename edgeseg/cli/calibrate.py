@@ -35,7 +35,7 @@ def command(given: dict[str, Any], images: str, output: Path, force: bool) -> No
     from edgeseg.store.outputs import check_outputs, is_stdout
 
     request = BuildRequest.of({**given, "calibration": images})
-    check_outputs([output], force=force, inputs=[Path(name) for name in (images, request.weights) if name])
+    check_outputs([output], force=force, inputs=request.files())
     from edgeseg.pipeline.stages import run_calibration
 
     with console_reporter() as reporter:

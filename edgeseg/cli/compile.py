@@ -80,12 +80,16 @@ def command(
         compiled.append(engine)
         if not as_json:
             _say(engine)
-    if as_json:
-        manifests = [engine.manifest for engine in compiled]
-        print_json(manifests[0] if len(chosen) == 1 else manifests)
+    manifests = [engine.manifest for engine in compiled]
     if failed:
         listed = ", ".join(str(folder) for folder in failed)
-        raise BuildError(f"{len(failed)} of {len(chosen)} folders were not compiled ({listed}); the reasons are above")
+        error = BuildError(
+            f"{len(failed)} of {len(chosen)} folders were not compiled ({listed}); the reasons are above"
+        )
+        error.figures = manifests
+        raise error
+    if as_json:
+        print_json(manifests[0] if len(chosen) == 1 else manifests)
 
 
 def _say(engine: Engine) -> None:

@@ -45,7 +45,8 @@ def command(
     """
     from edgeseg.handover.folder import export_engine, next_step
 
-    target = output or folder.with_name(f"{folder.resolve().name}-{host}")
+    beside = folder if folder.name not in ("", "..") else folder.resolve()
+    target = output or Path(f"{beside}-{host}")
     listing = export_engine(
         folder, host, target, licence=licence, picture=picture, resolution_cm=resolution_cm, force=force
     )

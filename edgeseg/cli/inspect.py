@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,14 +22,13 @@ from edgeseg.evaluate.summary import (
     time_line,
     verification_table,
 )
-from edgeseg.evaluate.tables import MISSING
+from edgeseg.evaluate.tables import MISSING, FigureTable
 from edgeseg.graph.modules import module_group, module_of
 from edgeseg.store.artifacts import Engine, FileRef, Manifest, open_engine
 
 if TYPE_CHECKING:
     import onnx
     from rich.console import Group, RenderableType
-    from rich.table import Table
 
 # Operators that compute in integers whatever their output is called.
 _INTEGER_OPS = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention")
@@ -208,15 +207,14 @@ def render(report: EngineReport, *, layers: bool = False) -> Group:
     return Group(*parts)
 
 
-def _spec_table(manifest: Manifest) -> Table:
+def _spec_table(manifest: Manifest) -> FigureTable:
     spec, preprocess = manifest.spec, manifest.spec.preprocess
     size = f"{spec.input.height}x{spec.input.width}"
     batch = spec.input.batch
     batches = f"{batch.minimum}:{batch.optimum}:{batch.maximum}" if batch.is_dynamic else str(batch.minimum)
     dynamic = f" or any multiple of {spec.input.stride}" if spec.input.dynamic_size else ""
     output = f"{spec.output.kind}{', confidence' if spec.output.confidence else ''}"
-    table = _plain(("", "left"), ("", "left"))
-    table.show_header = False
+    table = FigureTable((("", "words"), ("", "words")), has_header=False)
     for name, value in (
         ("engine", f"{manifest.name}: {manifest.precision.requested} for {manifest.target}"),
         ("scheme", manifest.scheme or MISSING),
@@ -238,31 +236,33 @@ def _spec_table(manifest: Manifest) -> Table:
         ("to repeat", manifest.command or MISSING),
     ):
         if value != MISSING:
-            table.add_row(name, value)
+            table.add(name, value)
     return table
 
 
-def _file_table(files: Sequence[CheckedFile]) -> Table:
-    table = _plain(("file", "left"), ("what", "left"), ("bytes", "right"), ("SHA-256 (checked)", "left"))
+def _file_table(files: Sequence[CheckedFile]) -> FigureTable:
+    table = FigureTable((("file", "name"), ("what", "words"), ("bytes", "figure"), ("SHA-256 (checked)", "words")))
     for file in files:
-        table.add_row(file.name, file.role, f"{file.size_bytes:,}", file.sha256[:16])
+        table.add(file.name, file.role, f"{file.size_bytes:,}", file.sha256[:16])
     return table
 
 
-def _layer_table(layers: Sequence[Layer]) -> Table:
-    table = _plain(("layer", "left"), ("op", "left"), ("dtype", "left"), ("MMAC", "right"))
+def _layer_table(layers: Sequence[Layer]) -> FigureTable:
+    table = FigureTable((("layer", "name"), ("op", "words"), ("dtype", "words"), ("MMAC", "figure")))
     for layer in layers:
-        table.add_row(layer.name, layer.op, layer.dtype or MISSING, f"{layer.macs / 1e6:.2f}" if layer.macs else "")
+        table.add(layer.name, layer.op, layer.dtype or MISSING, f"{layer.macs / 1e6:.2f}" if layer.macs else "")
     return table
 
 
-def _module_table(layers: Sequence[Layer]) -> Table:
+def _module_table(layers: Sequence[Layer]) -> FigureTable:
     """A line per module, as ``bench --profile`` groups them: ``encoder.layer3``, ``decoder.p4``, ``segmentation_head``."""
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
         groups.setdefault(module_group(layer.name) or "(around the network)", []).append(layer)
     total = sum(layer.macs or 0 for layer in layers)
-    table = _plain(("module", "left"), ("nodes", "right"), ("MMAC", "right"), ("share", "right"), ("dtypes", "left"))
+    table = FigureTable(
+        (("module", "name"), ("nodes", "figure"), ("MMAC", "figure"), ("share", "figure"), ("dtypes", "words"))
+    )
     for name, members in groups.items():
         macs = sum(layer.macs or 0 for layer in members)
         counts: dict[str, int] = {}
@@ -270,17 +270,7 @@ def _module_table(layers: Sequence[Layer]) -> Table:
             counts[layer.dtype or MISSING] = counts.get(layer.dtype or MISSING, 0) + 1
         listed = ", ".join(f"{dtype} {count}" for dtype, count in sorted(counts.items(), key=lambda i: -i[1]))
         figures = (f"{macs / 1e6:.1f}", f"{macs / total:.1%}") if total else (MISSING, MISSING)
-        table.add_row(name, str(len(members)), *figures, listed)
-    return table
-
-
-def _plain(*columns: tuple[str, Any]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in columns:
-        table.add_column(name, justify=justify, overflow="fold")
+        table.add(name, str(len(members)), *figures, listed)
     return table
 
 

@@ -43,11 +43,12 @@ def command(folder: Path | None, given: dict[str, Any], limit: int, json_path: P
     Says what each loses (agreement with the float network, mIoU where --data has masks/) and what it saves in milliseconds. An
     ended run goes on where it was.
     """
+    from edgeseg.store.artifacts import engine_paths
     from edgeseg.store.outputs import check_outputs, is_stdout
 
     request = BuildRequest.of(given) if folder is None else _of_folder(folder, given)
     if json_path is not None:
-        check_outputs([json_path], force=force, inputs=[])
+        check_outputs([json_path], force=force, inputs=[*request.files(), *(engine_paths(folder) if folder else ())])
     from edgeseg.pipeline.sensitivity import run_sensitivity
 
     with console_reporter() as reporter:

@@ -12,6 +12,8 @@ from collections.abc import Container, Iterator
 import onnx
 import onnx_ir as ir
 
+from edgeseg.graph.proto import makers
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _NETWORK = "model"
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -69,11 +71,11 @@ def _unique(stem: str, taken: dict[str, int]) -> str:
 
 def adopt_names(model: onnx.ModelProto, known: Container[str]) -> None:
     """Call nodes whose name is not among ``known`` after the module of the node before or behind them, in place."""
-    makers = {output: node for node in model.graph.node for output in node.output}
+    made_by = makers(model.graph)
     readers = {value: node for node in reversed(model.graph.node) for value in node.input}
     for node in model.graph.node:
         if node.name not in known:
-            around = [makers.get(v) for v in node.input] + [readers.get(v) for v in node.output]
+            around = [made_by.get(v) for v in node.input] + [readers.get(v) for v in node.output]
             names = [n.name for n in around if n is not None and "/" in n.name]
             node.name = f"{names[0].rpartition('/')[0] if names else 'edgeseg'}/{node.op_type}"
 

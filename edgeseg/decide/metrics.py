@@ -252,7 +252,7 @@ _ALL = (
     ),
     Metric("int8_share", "", None, 3, "in int8", "share of multiply-accumulates executed in int8", _int8_share),
     _setting("batch", "Batch", "images of one call"),
-    _setting("threads", "Threads", "threads of one inference"),
+    _setting("threads", "Threads", "threads of the engine"),
     _setting("streams", "Streams", "callers at the same time"),
 )
 

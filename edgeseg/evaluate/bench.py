@@ -12,7 +12,6 @@ from typing import Protocol
 
 from edgeseg.errors import BuildError, EdgesegError, SpecError
 from edgeseg.evaluate.contenders import (
-    BASELINES,
     Contender,
     Opener,
     baseline_contenders,
@@ -26,6 +25,7 @@ from edgeseg.evaluate.latency.profile import profile_engine
 from edgeseg.evaluate.latency.protocol import BENCH, LatencyProtocol
 from edgeseg.evaluate.latency.statistics import speed_comparison
 from edgeseg.evaluate.results import (
+    BASELINES,
     SCHEMA_VERSION,
     Accuracy,
     BenchReport,
@@ -69,7 +69,7 @@ class BenchRequest:
 
     Attributes:
         engines: engine folders.
-        baselines: of :data:`~edgeseg.evaluate.contenders.BASELINES`, the first is what the engines are compared with; empty
+        baselines: of :data:`~edgeseg.evaluate.results.BASELINES`, the first is what the engines are compared with; empty
             for none.
         weights: the checkpoint the engines were built from, when the manifest's path no longer holds.
         batches: images of one call.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgeseg.backends import GPU_TARGETS, Session, get_backend
+from edgeseg.backends.cpu.options import with_streams
 from edgeseg.errors import CheckpointError, EdgesegError, MissingDependencyError, SpecError
 from edgeseg.evaluate.results import Identity
 from edgeseg.machine.cpu import this_cpu
@@ -19,16 +20,6 @@ from edgeseg.store.artifacts import Engine, Manifest, open_engine, sha256_json
 
 if TYPE_CHECKING:
     from edgeseg.convert.loaded import LoadedModel
-
-BASELINES = (
-    "pytorch",
-    "pytorch-channels-last",
-    "pytorch-compile",
-    "pytorch-bf16",
-    "pytorch-fp16",
-    "pytorch-cpu",
-)
-"""PyTorch on the device of the engine, in several ways; ``pytorch-cpu`` on the CPU in any case."""
 
 Device = Literal["cpu", "cuda"]
 
@@ -41,7 +32,7 @@ class Contender:
         name: unique in a report.
         spec: the contract.
         folder: of the engine; ``None`` for a baseline.
-        baseline: one of :data:`BASELINES`; ``None`` for an engine.
+        baseline: one of :data:`~edgeseg.evaluate.results.BASELINES`; ``None`` for an engine.
         request: how to load the baseline's model.
         weights_sha256: of the weights (both kinds).
         device: it runs on.
@@ -98,13 +89,20 @@ class Opener:
         return loaded
 
     def open(
-        self, contender: Contender, threads: int | None = None, *, with_scores: bool = False, exact: bool = False
+        self,
+        contender: Contender,
+        threads: int | None = None,
+        streams: int | None = None,
+        *,
+        with_scores: bool = False,
+        exact: bool = False,
     ) -> Session:
         """Load a contender.
 
         Args:
             contender: what to load.
-            threads: of one inference; ``None``: the engine's own setting, one per core for PyTorch.
+            threads: ``None``: the engine's own setting, one per core for PyTorch.
+            streams: callers at the same time that an engine is to be loaded for; ``None``: its own setting.
             with_scores: let a baseline return its scores beside the mask; takes time.
             exact: a baseline on a GPU is to be judged for accuracy: without TF32, always the same kernels.
 
@@ -138,7 +136,7 @@ class Opener:
             engine = dataclasses.replace(
                 engine, manifest=dataclasses.replace(engine.manifest, options={**options, "threads": threads})
             )
-        return get_backend(engine.manifest.target).load(engine)
+        return get_backend(engine.manifest.target).load(with_streams(engine, streams))
 
     def identity(self, contender: Contender) -> Identity:
         """What a report's rows say about the contender."""
@@ -229,7 +227,7 @@ def baseline_contenders(
 
     Args:
         engines: from :func:`engine_contenders`.
-        kinds: of :data:`BASELINES`.
+        kinds: of :data:`~edgeseg.evaluate.results.BASELINES`.
         weights: checkpoint, given again; ``None`` takes what the manifest says.
         opener: loads them, to see that they are the right ones.
 

@@ -25,6 +25,17 @@ Classes: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=65536)]
 
 AccuracyVerdict: TypeAlias = Literal["loss", "gain", "no difference", "cannot tell"]
 Resolution: TypeAlias = Literal["source", "engine"]
+Layout: TypeAlias = Literal["images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff"]
+
+BASELINES = (
+    "pytorch",
+    "pytorch-channels-last",
+    "pytorch-compile",
+    "pytorch-bf16",
+    "pytorch-fp16",
+    "pytorch-cpu",
+)
+"""PyTorch on the device of the engine, in several ways; ``pytorch-cpu`` on the CPU in any case."""
 
 
 @dataclass(frozen=True)

@@ -313,15 +313,12 @@ def time_line(report: PrecisionReport) -> str | None:
 
 def speed_words(verification: Verification) -> str:
     """``5.0x faster``, ``2.0x slower``, ``no difference``, ``cannot tell``, or ``-`` where latency was not measured."""
-    v = verification
-    if v.speedup is not None and v.speedup.verdict not in {"faster", "slower"}:
-        return v.speedup.verdict
-    if v.speedup is not None:
-        ratio = v.speedup.ratio
-    elif v.pytorch_latency is not None and v.engine_latency is not None:
-        ratio = v.pytorch_latency.median_ms / v.engine_latency.median_ms
-    else:
+    speedup = verification.speedup
+    if speedup is None:
         return MISSING
+    if speedup.verdict not in {"faster", "slower"}:
+        return speedup.verdict
+    ratio = speedup.ratio
     return f"{ratio:.1f}x faster" if ratio >= 1 else f"{1 / ratio:.1f}x slower"
 
 

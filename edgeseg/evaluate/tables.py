@@ -77,19 +77,17 @@ class FigureTable:
         self.rows.append(((*shown, *[""] * (len(self.columns) - len(cells))), style))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        """Wrap words, then names, by as much as the table is too wide."""
+        """Wrap words, then names, by as much as the table is too wide; in the end within a word, such as a path."""
         widths = dict.fromkeys(range(len(self.columns)), 10_000)
-        for kind in ("words", "name"):
+        for kind, is_whole in (("words", True), ("name", False), ("words", False)):
             for index in (k for k, (_, of) in enumerate(self.columns) if of == kind):
                 table = self._table(widths)
                 excess = console.measure(table, options=options.update(width=10_000)).maximum - options.max_width
                 if excess <= 0:
                     break
                 cells = [self.columns[index][0], *(cells[index] for cells, _ in self.rows)]
-                longest = max(len(line) for cell in cells for line in cell.split("\n"))
-                least = (
-                    NARROWEST_NAME if kind == "name" else max(len(part) for cell in cells for part in cell.split(" "))
-                )
+                longest = max(len(line) for cell in cells for line in wrapped(cell, widths[index]).split("\n"))
+                least = max(len(part) for cell in cells for part in cell.split(" ")) if is_whole else NARROWEST_NAME
                 widths[index] = max(least, longest - excess)
         yield self._table(widths)
 

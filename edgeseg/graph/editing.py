@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
+Details = TypeVar("Details")
 Dims = tuple[int | None, ...]
 
 
@@ -232,6 +233,18 @@ def remove_unread_constants(graph: ir.Graph) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             graph.initializers.pop(name)
+
+
+def rewrite_each(
+    graph: ir.Graph, match: Callable[[ir.Node], Details | None], rewrite: Callable[[ir.Graph, ir.Node, Details], None]
+) -> int:
+    """Rewrite every node that matches, each as the ones before left it; returns how many."""
+    count = 0
+    for node in list(graph):
+        if (details := match(node)) is not None:
+            rewrite(graph, node, details)
+            count += 1
+    return count
 
 
 def tidy(model: ir.Model) -> None:

@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from edgeseg.errors import ArtifactError, first_line
+from edgeseg.graph.proto import attribute, dims, value_infos
 
 Shape = tuple[int, ...]
 
@@ -105,14 +106,14 @@ def _known_shapes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> dict[str,
 
 def _inferred(model: onnx.ModelProto) -> dict[str, Shape]:
     try:
-        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        values = value_infos(model, data_prop=True)
     except Exception as exc:
         raise ArtifactError(f"shapes of the graph cannot be inferred: {first_line(exc)}") from exc
-    shapes: dict[str, Shape] = {t.name: tuple(t.dims) for t in graph.initializer}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        tensor = value.type.tensor_type
-        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim):
-            shapes[value.name] = tuple(d.dim_value for d in tensor.shape.dim)
+    shapes: dict[str, Shape] = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    for name, value in values.items():
+        known = dims(value)
+        if known is not None and None not in known:
+            shapes[name] = tuple(d for d in known if d is not None)
     return shapes
 
 
@@ -145,8 +146,7 @@ def _shape_arithmetic(
 ) -> list[NDArray[Any]] | None:
     """Outputs of a node that reads shapes, or computes with what such nodes gave; else ``None``."""
     if node.op_type == "Shape" and node.input[0] in shapes:
-        bounds = {a.name: a.i for a in node.attribute}
-        return [np.array(shapes[node.input[0]][bounds.get("start", 0) : bounds.get("end")], np.int64)]
+        return [np.array(shapes[node.input[0]][attribute(node, "start", 0) : attribute(node, "end")], np.int64)]
     if node.op_type not in SHAPE_ARITHMETIC or not node.input:
         return None
     feeds: dict[str, NDArray[Any]] = {}
@@ -185,7 +185,6 @@ def _node_macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
             raise ArtifactError(f"the shape of {name!r} at node {node.name!r} is unknown; export the graph again")
         return shapes[name]
 
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type in CONV_WEIGHT:
         return _convolution(node, shape)
     if node.op_type == "ConvTranspose":
@@ -193,7 +192,7 @@ def _node_macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
         return math.prod(shape(node.input[0])) * math.prod(weight[1:])
     if node.op_type in MATMUL_OPERANDS:
         left, right = (shape(node.input[i]) for i in MATMUL_OPERANDS[node.op_type])
-        return _product(left, right, bool(attributes.get("transA")), bool(attributes.get("transB")))
+        return _product(left, right, bool(attribute(node, "transA")), bool(attribute(node, "transB")))
     return None
 
 
@@ -208,7 +207,7 @@ def _product(left: Sequence[int], right: Sequence[int], transpose_left: bool, tr
     rows, inner = (left[-1], left[-2]) if transpose_left else (left[-2], left[-1])
     columns = right[-2] if transpose_right else right[-1]
     batches = [1] * (max(len(left), len(right)) - 2)
-    for dims in (left[:-2], right[:-2]):
-        for i, d in enumerate(reversed(dims), start=1):
+    for sides in (left[:-2], right[:-2]):
+        for i, d in enumerate(reversed(sides), start=1):
             batches[-i] = max(batches[-i], d)
     return math.prod(batches) * rows * inner * columns

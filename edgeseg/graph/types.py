@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 
 from edgeseg.graph.macs import count_macs
+from edgeseg.graph.proto import makers, value_infos
 from edgeseg.spec import InputSpec, Precision
 from edgeseg.store.artifacts import PrecisionReport
 from edgeseg.store.onnx_file import read_onnx
@@ -34,13 +35,12 @@ def graph_macs(model: onnx.ModelProto, spec: InputSpec) -> dict[str, int]:
 
 def node_dtypes(model: onnx.ModelProto) -> dict[str, str]:
     """By node name: ``int8`` for a node whose operands are all dequantized, else the float type of its data."""
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    makers = {name: node for node in graph.node for name in node.output}
-    types = {t.name: t.data_type for t in graph.initializer}
-    types.update({v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info, *graph.output)})
+    made_by = makers(model.graph)
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    types.update({name: value.type.tensor_type.elem_type for name, value in value_infos(model).items()})
     dtypes = {}
-    for node in graph.node:
-        operands = [makers.get(name) for name in node.input[:2]]
+    for node in model.graph.node:
+        operands = [made_by.get(name) for name in node.input[:2]]
         if operands and all(maker is not None and maker.op_type == "DequantizeLinear" for maker in operands):
             dtypes[node.name] = "int8"
         else:

@@ -117,7 +117,5 @@ def _write(scratch: Path, files: Mapping[str, Content]) -> None:
 
 
 def _own_names(folder: Path) -> frozenset[str] | None:
-    """What an export wrote at the top of ``folder``; ``None`` when it is not empty and none of ours."""
-    return listed_names(
-        folder, LISTING_NAME, Listing, lambda listing: (name.partition("/")[0] for name in listing.files)
-    )
+    """What an export wrote in ``folder``; ``None`` when it is not empty and none of ours."""
+    return listed_names(folder, LISTING_NAME, Listing, lambda listing: listing.files)

@@ -12,7 +12,7 @@ from edgeseg.arguments import (
     shortened,
 )
 from edgeseg.errors import ArtifactError, EdgesegError, SpecError, refusals_as
-from edgeseg.pipeline.request import BuildRequest
+from edgeseg.pipeline.request import BuildRequest, OptimizeFor
 from edgeseg.progress import Reporter, reporter_of
 from edgeseg.spec import (
     ChannelOrder,
@@ -66,6 +66,7 @@ def build(
     target: str = "auto",
     scheme: str | None = None,
     backend_options: Mapping[str, Any] | None = None,
+    optimize_for: OptimizeFor = "latency",
     max_drop: float | None = None,
     min_agreement: float | None = None,
     search: bool = True,
@@ -122,6 +123,8 @@ def build(
             first of them where noise could turn it.
         scheme: Q/DQ scheme; default what is fast on the target here.
         backend_options: settings of the backend, such as ``{"threads": 2}``; recorded in the manifest.
+        optimize_for: ``latency`` of one image at a time, or ``throughput``: images a second with a caller per thread
+            (``streams`` of the CPU backends, which :func:`edgeseg.load` then keeps).
         max_drop: lose no more mIoU than this (0.01 = one point): where plain int8 does, the modules that cost most accuracy
             for the time they save stay float. Needs masks.
         min_agreement: agree with PyTorch on at least this share of pixels, in the same way.

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeseg.backends.base import Backend, BuiltEngine
+from edgeseg.backends.base import Backend, BuiltEngine, Session
 from edgeseg.backends.portable import builds_here, portable_engine
 from edgeseg.errors import QuantizationError
 from edgeseg.progress import Reporter
+from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import OnnxGraph
 
 if TYPE_CHECKING:
+    from edgeseg.evaluate.latency.protocol import LatencySamples
     from edgeseg.pipeline.request import BuildRequest
     from edgeseg.quantize.table import CalibrationTable
 
@@ -94,7 +96,7 @@ def build_typed(
 
     ``is_portable``: leave it at the graph though the engine could be built here.
     """
-    options = request.backend_options
+    options = request.options_for(backend.name)
     if is_portable or not builds_here(backend, graph.scheme):
         built = portable_engine(graph, backend.name, request.precision, options)
     else:
@@ -102,6 +104,19 @@ def build_typed(
     for note in built.notes:
         reporter.note(note)
     return Candidate(backend, folder, graph, built)
+
+
+def measured_sessions(
+    request: BuildRequest, sessions: Mapping[str, Session], spec: InputSpec
+) -> dict[str, LatencySamples]:
+    """Milliseconds of an image on each session, in turns: one caller's, or those of as many as cores by their number."""
+    from edgeseg.evaluate.latency.protocol import measure_sessions
+    from edgeseg.evaluate.latency.streams import measure_throughput
+    from edgeseg.machine.cpu import this_cpu
+
+    if request.optimize_for == "latency":
+        return measure_sessions(sessions, spec)
+    return measure_throughput(sessions, spec, this_cpu().cores)
 
 
 def require_precision(candidate: Candidate, min_int8_share: float) -> None:

@@ -27,7 +27,7 @@ from edgeseg.mixed.costs import ModuleTimes, module_times, times_from_file
 from edgeseg.mixed.judge import JUDGED_NAME, Judged, Remembered, judge, pairs_key, spread
 from edgeseg.mixed.search import by_gain, trials
 from edgeseg.mixed.sensitivity import IMAGES, NetworkModules, judge_modules, sensitivities
-from edgeseg.pipeline.candidate import GRAPH_NAME, Candidate, build_typed, write_typed
+from edgeseg.pipeline.candidate import GRAPH_NAME, Candidate, build_typed, measured_sessions, write_typed
 from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import Precision
@@ -258,7 +258,7 @@ class GoalSearch:
             with opened as session:
                 write_json(place / JUDGED_NAME, judge(self.reference, session, graph.spec, self.pairs))
 
-        how = [backend.name, self.request.backend_options] if as_engine else ["graph"]
+        how = [backend.name, self.request.options_for(backend.name)] if as_engine else ["graph"]
         key = ["engine", graph.sha256, self.graph.sha256, graph.weights_sha256, how, self._images, graph.spec]
         place, _ = cached_folder("judged", [*key, software()], make)
         trial.judged = read_json(place / JUDGED_NAME, Judged, "judgement")
@@ -313,8 +313,6 @@ class GoalSearch:
         """Time plain INT8, float and the finalists of every target in turns; whether engines run here at all."""
         if not all(map(self._runs_here, everything)):
             return False
-        from edgeseg.evaluate.latency.protocol import measure_sessions
-
         timed = []
         for name in dict.fromkeys(trial.backend.name for trial in everything):
             mine = [trial for trial in everything if trial.backend.name == name]
@@ -323,7 +321,7 @@ class GoalSearch:
         with stage(self.reporter, "measure") as said, ExitStack() as opened:
             engines = {trial.name: self.write(self._built(trial)) for trial in timed}
             sessions = {trial.name: opened.enter_context(trial.backend.load(engines[trial.name])) for trial in timed}
-            measured = measure_sessions(sessions, self.graph.spec.input)
+            measured = measured_sessions(self.request, sessions, self.graph.spec.input)
             for trial in timed:
                 trial.median_ms = measured[trial.name].median_ms
             said.append(f"{len(timed)} engines in turns")

@@ -111,6 +111,6 @@ class ManifestMaker:
         return tuple(repair for repair in self.table.repairs if repair.scheme == judge)
 
     def _options_given(self, candidate: Candidate) -> dict[str, Any]:
-        given = self.request.backend_options
+        given = self.request.options_for(candidate.backend.name)
         # File names of a portable folder are for the device: this machine does not know them.
         return dict(given) if candidate.built.path is None else check_options(candidate.backend.name, given)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from edgeseg.arguments import (
     FLAG,
@@ -23,9 +24,13 @@ from edgeseg.arguments import (
     whole,
 )
 from edgeseg.backends import BACKENDS
-from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.backends.cpu.options import CPU_OPTIONS
+from edgeseg.errors import InputError, SpecError, did_you_mean
 from edgeseg.spec import BATCH, PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputKind, OutputSpec, Precision
 from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
+
+OptimizeFor = Literal["latency", "throughput"]
+OPTIMIZE_FOR: tuple[OptimizeFor, ...] = get_args(OptimizeFor)
 
 
 def _images(value: Any) -> Any:
@@ -100,6 +105,11 @@ class BuildRequest(ModelRequest):
     backend_options: dict[str, Any] = argument(
         SETTINGS, dict, help="Setting of the backend, such as threads=2; repeatable."
     )
+    optimize_for: OptimizeFor = argument(
+        choice(OPTIMIZE_FOR),
+        "latency",
+        help="Of one image at a time, or images a second with a caller per thread: on the CPU.",
+    )
     max_drop: float | None = argument(
         number(0, 1, "a share of mIoU between 0 and 1, such as 0.01 for one point"),
         help="Lose no more mIoU than this (0.01 = one point); what costs most stays float.  [exit 3 if that fails]",
@@ -132,6 +142,21 @@ class BuildRequest(ModelRequest):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.output
+
+    def files(self) -> list[Path]:
+        """The files it is known to read, before any is opened: what an output must not replace."""
+        from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images
+
+        named = (self.weights, self.calibration, self.validation, self.latency_from)
+        files = [Path(name) for name in named if isinstance(name, (str, Path))]
+        if self.weights is not None and Path(self.weights).is_dir():
+            files += Path(self.weights).iterdir()
+        if isinstance(self.calibration, (str, Path)):
+            with contextlib.suppress(InputError):  # said by who reads them
+                files += list_images(self.calibration)
+        if self.validation is not None:
+            files += (path for path in self.validation.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        return files
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> BuildRequest:
@@ -181,6 +206,21 @@ class BuildRequest(ModelRequest):
     def model(self) -> ModelRequest:
         """What was said about the model alone."""
         return ModelRequest(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelRequest)})
+
+    def options_for(self, target: str) -> dict[str, Any]:
+        """Settings of a backend, with what ``optimize_for`` adds to those given.
+
+        Raises:
+            SpecError: throughput of a GPU, where calls wait for each other.
+        """
+        if self.optimize_for == "latency":
+            return self.backend_options
+        if target not in CPU_OPTIONS:
+            raise SpecError(
+                f"optimize_for throughput divides a CPU's threads among callers, and {target} is for a GPU: build with --batch, "
+                "and compare edgeseg bench --batch and --streams"
+            )
+        return {"streams": 0, **self.backend_options}
 
     @property
     def output(self) -> OutputSpec:

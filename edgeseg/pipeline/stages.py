@@ -26,7 +26,14 @@ from edgeseg.convert.saved_preprocessing import CONFIG_NAME
 from edgeseg.errors import BuildError, QuantizationError, SpecError
 from edgeseg.evaluate.summary import input_line
 from edgeseg.evaluate.verify import check_gates
-from edgeseg.pipeline.candidate import GRAPH_NAME, TABLE_NAME, Candidate, build_candidate, require_precision
+from edgeseg.pipeline.candidate import (
+    GRAPH_NAME,
+    TABLE_NAME,
+    Candidate,
+    build_candidate,
+    measured_sessions,
+    require_precision,
+)
 from edgeseg.pipeline.command import build_command
 from edgeseg.pipeline.manifest_maker import ManifestMaker
 from edgeseg.pipeline.plan import DEMO_NAME, BuildPlan, default_name, refuse_early
@@ -292,7 +299,7 @@ def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]
     if target != "auto":
         if target not in DEVICE_TARGETS:
             require_builder(target)
-        check_options(target, request.backend_options)
+        check_options(target, request.options_for(target))
         return (target,)
     usable = [name for name in AUTO_TARGETS if get_backend(name).status().available]
     if not usable:
@@ -305,7 +312,7 @@ def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]
     refusals: dict[str, SpecError] = {}
     for name in usable:
         try:
-            check_options(name, request.backend_options)
+            check_options(name, request.options_for(name))
         except SpecError as exc:
             refusals[name] = exc
     if len(refusals) == len(usable):
@@ -528,10 +535,12 @@ def candidate_stage(
 def choose_fastest(
     candidates: list[Candidate], make: ManifestMaker, reporter: Reporter
 ) -> tuple[Candidate, dict[str, float]]:
-    """With several candidates, measure them in turns on one image; return the one to take and all medians."""
+    """With several candidates, measure them in turns on one image; return the one to take and all medians.
+
+    The medians are milliseconds of an image, those of a build for throughput with a caller per core.
+    """
     if len(candidates) == 1:
         return candidates[0], {}
-    from edgeseg.evaluate.latency.protocol import measure_sessions
     from edgeseg.evaluate.latency.statistics import fastest_or_first
 
     with stage(reporter, "measure") as said:
@@ -540,7 +549,7 @@ def choose_fastest(
             for candidate in candidates:
                 engine = make.write(candidate, {}, candidate.folder, None)
                 sessions[candidate.backend.name] = opened.enter_context(candidate.backend.load(engine))
-            measured = measure_sessions(sessions, make.spec.input)
+            measured = measured_sessions(make.request, sessions, make.spec.input)
         medians = {name: samples.median_ms for name, samples in measured.items()}
         said.append(", ".join(f"{name} {ms:.1f} ms" for name, ms in medians.items()))
     name, why = fastest_or_first(measured)

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, shape_inference
+from onnx import TensorProto, helper
 
 from edgeseg.errors import MissingDependencyError, QuantizationError, first_line
+from edgeseg.graph.proto import Dims, attribute, dims, makers, readers, value_infos
 from edgeseg.spec import InputSpec
 
 _REARRANGING = frozenset(
@@ -59,7 +60,7 @@ def find_activations(model: onnx.ModelProto, spec: InputSpec) -> list[Activation
         QuantizationError: the type of a tensor cannot be told, or there is no float activation.
     """
     shapes = _float_shapes(model, spec)
-    consumers, producers = _edges(model.graph)
+    consumers, producers = readers(model.graph), makers(model.graph)
     outputs = {value.name for value in model.graph.output}
     sizes = {name: _size(shape) for name, shape in shapes.items()}
     largest = max((size for size in sizes.values() if size is not None), default=0)
@@ -157,7 +158,7 @@ def _with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelPro
     return watched
 
 
-def _float_shapes(model: onnx.ModelProto, spec: InputSpec) -> dict[str, tuple[int | None, ...] | None]:
+def _float_shapes(model: onnx.ModelProto, spec: InputSpec) -> dict[str, Dims | None]:
     """Shapes of all float32 tensors with the input at the smallest batch and the size of ``spec``."""
     sized = onnx.ModelProto()
     sized.CopyFrom(model)
@@ -170,43 +171,24 @@ def _float_shapes(model: onnx.ModelProto, spec: InputSpec) -> dict[str, tuple[in
     for output in sized.graph.output:
         output.type.tensor_type.ClearField("shape")
     try:
-        inferred = shape_inference.infer_shapes(sized, data_prop=True)
+        values = value_infos(sized, data_prop=True)
     except Exception as exc:  # a C++ error with no Python class of its own
         raise QuantizationError(f"the shapes of the graph cannot be inferred: {first_line(exc)}") from exc
-    values = [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]
-    types = {value.name: value.type.tensor_type for value in values if value.type.HasField("tensor_type")}
     for node in model.graph.node:
         for name in node.output:
-            if name and name not in types:
+            if name and name not in values:
                 raise QuantizationError(
                     f"cannot tell the type of tensor {name!r} (operator {node.domain or 'onnx'}::{node.op_type}); "
                     "calibration takes graphs of standard ONNX operators"
                 )
-    return {name: _dims(t) for name, t in types.items() if t.elem_type == TensorProto.FLOAT}
+    return {name: dims(v) for name, v in values.items() if v.type.tensor_type.elem_type == TensorProto.FLOAT}
 
 
-def _dims(tensor_type: onnx.TypeProto.Tensor) -> tuple[int | None, ...] | None:
-    if not tensor_type.HasField("shape"):
-        return None
-    return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in tensor_type.shape.dim)
-
-
-def _size(shape: tuple[int | None, ...] | None) -> int | None:
+def _size(shape: Dims | None) -> int | None:
     if shape is None:
         return None
     known = [size for size in shape if size is not None]
     return math.prod(known) if len(known) == len(shape) else None
-
-
-def _edges(graph: onnx.GraphProto) -> tuple[dict[str, list[onnx.NodeProto]], dict[str, onnx.NodeProto]]:
-    consumers: dict[str, list[onnx.NodeProto]] = {}
-    producers: dict[str, onnx.NodeProto] = {}
-    for node in graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
-        for name in node.output:
-            producers[name] = node
-    return consumers, producers
 
 
 def _computed_from_input(graph: onnx.GraphProto) -> list[str]:
@@ -228,14 +210,10 @@ def _is_clipped_in_place(producer: onnx.NodeProto, consumers: list[onnx.NodeProt
     return consumers[0].op_type in {"Relu", "Clip"} and consumers[0].input[0] == producer.output[0]
 
 
-def _channel_axis(name: str, shape: tuple[int | None, ...] | None, consumers: list[onnx.NodeProto]) -> int | None:
+def _channel_axis(name: str, shape: Dims | None, consumers: list[onnx.NodeProto]) -> int | None:
     """Axis the first multiplying layer that reads ``name`` as its data sums over."""
     for node in consumers:
         if node.op_type in _CHANNEL_AXIS and node.input[0] == name and shape is not None:
-            axis = 0 if node.op_type == "Gemm" and _transposed(node) else _CHANNEL_AXIS[node.op_type]
+            axis = 0 if node.op_type == "Gemm" and attribute(node, "transA", 0) else _CHANNEL_AXIS[node.op_type]
             return axis % len(shape)
     return None
-
-
-def _transposed(gemm: onnx.NodeProto) -> bool:
-    return any(attribute.name == "transA" and attribute.i for attribute in gemm.attribute)

@@ -22,6 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from edgeseg.errors import QuantizationError, first_line
+from edgeseg.graph.proto import drop_unread_constants, value_infos
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.store.artifacts import OnnxGraph, sha256_file
 from edgeseg.store.onnx_file import read_onnx, write_onnx
@@ -86,12 +87,8 @@ def fp16_model(
     """
     typed = onnx.ModelProto()
     typed.CopyFrom(model)
-    inferred = shape_inference.infer_shapes(typed).graph
-    floats = {
-        value.name
-        for value in (*inferred.input, *inferred.value_info, *inferred.output)
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT
-    }
+    values = value_infos(typed)
+    floats = {name for name, v in values.items() if v.type.tensor_type.elem_type == TensorProto.FLOAT}
     weights = {t.name: t for t in typed.graph.initializer if t.data_type == TensorProto.FLOAT}
     writer = _Writer(typed.graph, floats, weights, magnitudes, within)
     writer.run()
@@ -120,6 +117,8 @@ class _Writer:
         self._full: dict[str, str] = {value.name: value.name for value in graph.input if value.name in floats}
         self._nodes: list[onnx.NodeProto] = []
         self._outputs = {value.name for value in graph.output if value.name in floats}
+        self._fresh: set[str] = set()
+        """Values straight from integers."""
 
     def run(self) -> None:
         converted = 0
@@ -132,7 +131,7 @@ class _Writer:
                 if name in self._floats:
                     full = island or index in _FLOAT32_INPUTS.get(node.op_type, ())
                     copy.input[index] = self._as_full(name) if full else self._as_half(name)
-            self._nodes.append(copy)
+            self._add(copy)
             if not island:
                 self._retype(copy)
             for index, name in enumerate(node.output):
@@ -142,7 +141,7 @@ class _Writer:
             raise QuantizationError("no layer can run in FP16: every range or weight leaves it; build fp32 or int8")
         del self._graph.node[:]
         self._graph.node.extend(self._nodes)
-        self._drop_unused_weights()
+        drop_unread_constants(self._graph)
 
     def _is_island(self, node: onnx.NodeProto) -> bool:
         if not self._within(node):
@@ -159,10 +158,13 @@ class _Writer:
             np.abs(numpy_helper.to_array(w)).max(initial=0.0) > FP16_MAX for w in held
         )
 
-    @property
-    def _fresh(self) -> set[str]:
-        """Values straight from integers."""
-        return {n.output[0] for n in self._nodes if n.op_type == "Cast" and n.input[0] not in self._floats}
+    def _add(self, node: onnx.NodeProto) -> None:
+        self._nodes.append(node)
+        if node.op_type == "Cast" and node.input[0] not in self._floats:
+            self._fresh.add(node.output[0])
+
+    def _cast(self, value: str, result: str, name: str, to: int) -> None:
+        self._add(helper.make_node("Cast", [value], [result], name, to=to))
 
     def _retype(self, node: onnx.NodeProto) -> None:
         """Change what the node's attributes say about float32."""
@@ -179,9 +181,7 @@ class _Writer:
             # The graph's float outputs stay float32 under their own names.
             node.output[index] = self._half[name] = f"{name}_fp16"
             self._full[name] = name
-            self._nodes.append(
-                helper.make_node("Cast", [f"{name}_fp16"], [name], f"{name}/to_fp32", to=TensorProto.FLOAT)
-            )
+            self._cast(f"{name}_fp16", name, f"{name}/to_fp32", TensorProto.FLOAT)
         else:
             self._half[name] = name
 
@@ -191,7 +191,7 @@ class _Writer:
             if name in self._weights:
                 self._graph.initializer.append(_half_tensor(self._weights[name], half))
             else:
-                self._nodes.append(helper.make_node("Cast", [name], [half], f"{name}/to_fp16", to=TensorProto.FLOAT16))
+                self._cast(name, half, f"{name}/to_fp16", TensorProto.FLOAT16)
         return self._half[name]
 
     def _as_full(self, name: str) -> str:
@@ -199,16 +199,8 @@ class _Writer:
             return name
         if name not in self._full:
             self._full[name] = full = f"{name}_fp32"
-            self._nodes.append(
-                helper.make_node("Cast", [self._half[name]], [full], f"{name}/to_fp32", to=TensorProto.FLOAT)
-            )
+            self._cast(self._half[name], full, f"{name}/to_fp32", TensorProto.FLOAT)
         return self._full[name]
-
-    def _drop_unused_weights(self) -> None:
-        used = {name for node in self._graph.node for name in node.input} | {v.name for v in self._graph.output}
-        kept = [t for t in self._graph.initializer if t.name in used]
-        del self._graph.initializer[:]
-        self._graph.initializer.extend(kept)
 
 
 def _half_tensor(tensor: TensorProto, name: str) -> TensorProto:

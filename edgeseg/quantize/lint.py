@@ -7,13 +7,14 @@ rule a target documents, and each that was measured, is checked here on the file
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
+from edgeseg.graph.proto import attribute, makers, readers
 from edgeseg.quantize.schemes import QuantScheme
 
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -34,6 +35,13 @@ def lint(model: onnx.ModelProto, scheme: QuantScheme, floats: Collection[str] = 
     return [problem for rule in RULES for problem in rule(graph, scheme)]
 
 
+class _Numbers(NamedTuple):
+    """What a Q or DQ node quantizes with."""
+
+    scale: NDArray[Any]
+    zero_point: NDArray[Any]
+
+
 class _Graph:
     """A graph's nodes by what they make and read, and its constants as arrays."""
 
@@ -44,11 +52,7 @@ class _Graph:
         self.outputs = {value.name for value in model.graph.output}
         self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
         self._tensors = {t.name: t for t in model.graph.initializer}
-        self.maker = {name: node for node in self.nodes for name in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in self.nodes:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
+        self.maker, self.readers = makers(model.graph), readers(model.graph)
 
     @property
     def unread_constants(self) -> list[str]:
@@ -70,10 +74,11 @@ class _Graph:
         """Whether a DequantizeLinear reads a constant (a weight, a bias, an operand)."""
         return node.input[0] in self._tensors
 
-    def parameters(self, node: onnx.NodeProto) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    def numbers(self, node: onnx.NodeProto | None) -> _Numbers | None:
         """Scale and zero point of a Q or DQ node, ``None`` if one of them is missing or not constant."""
-        values = [self.constant(name) for name in node.input[1:3]]
-        return (values[0], values[1]) if len(values) == 2 and values[0] is not None and values[1] is not None else None
+        known = [self.constant(name) for name in node.input[1:3]] if node is not None else []
+        values = [value for value in known if value is not None]
+        return _Numbers(*values) if len(values) == 2 else None
 
     def quantizers(self, name: str) -> Iterator[onnx.NodeProto]:
         """The QuantizeLinear nodes whose integers reach ``name`` through nodes that move them."""
@@ -97,11 +102,11 @@ def _opset(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
 
 def _parameters_are_sound(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
     for node in graph.each("QuantizeLinear", "DequantizeLinear"):
-        found = graph.parameters(node)
-        if found is None:
+        numbers = graph.numbers(node)
+        if numbers is None:
             yield f"{node.name} has no constant scale and zero point"
             continue
-        scale, zero_point = found
+        scale, zero_point = numbers
         if not np.all(np.isfinite(scale)) or not np.all(scale > 0):
             yield f"{node.name} has a scale that is not positive and finite"
         if scale.shape != zero_point.shape:
@@ -113,14 +118,15 @@ def _parameters_are_sound(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
 def _activation_types(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
     dtype = np.uint8 if scheme.activations == "u8" else np.int8
     for node in graph.each("QuantizeLinear", "DequantizeLinear"):
-        found = graph.parameters(node)
-        if found is None or graph.is_constant_pair(node):
+        numbers = graph.numbers(node)
+        if numbers is None or graph.is_constant_pair(node):
             continue
-        if found[0].size != 1:
+        if numbers.scale.size != 1:
             yield f"{node.name} has a scale per channel; activations are quantized per tensor"
-        unzeroed = scheme.signed_transposed and found[1].dtype == np.int8 and not np.any(found[1])
-        if found[1].dtype != dtype and not unzeroed:
-            yield f"{node.name} has integers of type {found[1].dtype}; {scheme.name} takes {np.dtype(dtype)}"
+        kind = numbers.zero_point.dtype
+        unzeroed = scheme.signed_transposed and kind == np.int8 and not np.any(numbers.zero_point)
+        if kind != dtype and not unzeroed:
+            yield f"{node.name} has integers of type {kind}; {scheme.name} takes {np.dtype(dtype)}"
 
 
 def _weights(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
@@ -128,15 +134,15 @@ def _weights(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
         pair = graph.dequantizer(node.input[1])
         if pair is None or not graph.is_constant_pair(pair):
             continue
-        values, found = graph.constant(pair.input[0]), graph.parameters(pair)
-        if values is None or found is None:
+        values, numbers = graph.constant(pair.input[0]), graph.numbers(pair)
+        if values is None or numbers is None:
             continue
-        if values.dtype != np.int8 or np.any(found[1]):
+        if values.dtype != np.int8 or np.any(numbers.zero_point):
             yield f"{node.name}: weight is not symmetric int8"
         elif np.abs(values.astype(np.int16)).max(initial=0) > 2 ** (scheme.weight_bits - 1) - 1:
             yield f"{node.name}: weight leaves {scheme.weight_bits} bits"
-        axis, wanted = _attribute(pair, "axis", 1), _channel_axis(node, values)
-        if found[0].ndim != 1 or axis != wanted or found[0].size != values.shape[wanted]:
+        axis, wanted = attribute(pair, "axis", 1), _channel_axis(node, values)
+        if numbers.scale.ndim != 1 or axis != wanted or numbers.scale.size != values.shape[wanted]:
             yield f"{node.name}: weight is not quantized per output channel (axis {wanted})"
 
 
@@ -154,10 +160,11 @@ def _biases(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
         if bias is None or values is None or values.dtype != np.int32:
             yield f"{node.name}: bias is not int32"
             continue
-        found, of_weight, of_source = (graph.parameters(pair) for pair in (bias, weight, source))
-        if found is not None and of_weight is not None and of_source is not None and of_source[0].size == 1:
-            product = of_weight[0].astype(np.float64) * of_source[0].item()
-            if found[0].shape != of_weight[0].shape or not np.allclose(found[0], product, rtol=1e-5, atol=0):
+        numbers = [graph.numbers(pair) for pair in (bias, weight, source)]
+        of_bias, of_weight, of_source = (None if pair is None else pair.scale for pair in numbers)
+        if of_bias is not None and of_weight is not None and of_source is not None and of_source.size == 1:
+            product = of_weight.astype(np.float64) * of_source.item()
+            if of_bias.shape != of_weight.shape or not np.allclose(of_bias, product, rtol=1e-5, atol=0):
                 yield f"{node.name}: bias scale is not input scale times weight scale"
 
 
@@ -189,7 +196,7 @@ def _pairs_agree(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
         if graph.is_constant_pair(node):
             continue
         for quantizer in graph.quantizers(node.input[0]):
-            ours, theirs = graph.parameters(node), graph.parameters(quantizer)
+            ours, theirs = graph.numbers(node), graph.numbers(quantizer)
             if ours is None or theirs is None:
                 continue
             if not all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)):
@@ -200,9 +207,8 @@ def _transposed_convolutions_meet_no_zero_point(graph: _Graph, scheme: QuantSche
     if not scheme.signed_transposed:
         return
     for node in graph.each("ConvTranspose"):
-        pair = graph.dequantizer(node.input[0])
-        found = graph.parameters(pair) if pair is not None else None
-        if found is not None and np.any(found[1]):
+        numbers = graph.numbers(graph.dequantizer(node.input[0]))
+        if numbers is not None and np.any(numbers.zero_point):
             yield f"{node.name} reads integers with a zero point: {scheme.name} runs it in float"
 
 
@@ -250,12 +256,9 @@ def _concats_share_a_scale(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
         readers = [r for r in graph.readers.get(node.output[0], []) if r.op_type == "QuantizeLinear"]
         if not readers:
             continue
-        pairs = [graph.dequantizer(name) for name in node.input]
-        found = [graph.parameters(pair) if pair is not None else None for pair in (*pairs, readers[0])]
-        if (
-            any(f is None for f in found)
-            or len({(f[0].tobytes(), f[1].tobytes()) for f in found if f is not None}) != 1
-        ):
+        pairs = [*(graph.dequantizer(name) for name in node.input), readers[0]]
+        seen = {n and (n.scale.tobytes(), n.zero_point.tobytes()) for n in map(graph.numbers, pairs)}
+        if None in seen or len(seen) != 1:
             yield f"{node.name}: inputs and output of a Concat do not share one scale"
 
 
@@ -278,10 +281,5 @@ RULES: tuple[Rule, ...] = (
 
 def _channel_axis(node: onnx.NodeProto, weight: NDArray[Any]) -> int:
     if node.op_type == "Gemm":
-        return 0 if _attribute(node, "transB", 0) else 1
+        return 0 if attribute(node, "transB", 0) else 1
     return {"Conv": 0, "ConvTranspose": 1, "MatMul": weight.ndim - 1}[node.op_type]
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
-    found = next((a for a in node.attribute if a.name == name), None)
-    return default if found is None else int(helper.get_attribute_value(found))

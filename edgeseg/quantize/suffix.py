@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgeseg.closing import Closing
 from edgeseg.errors import MissingDependencyError, QuantizationError, first_line
+from edgeseg.graph.proto import drop_unread_constants, makers, value_infos
 from edgeseg.machine.cpu import this_cpu
 
 Values = Mapping[str, NDArray[Any]]
@@ -25,9 +26,8 @@ _PAIR = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 def float_values(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
     """The float32 values that ``model`` computes, by name, with their shapes."""
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    values = (*inferred.value_info, *inferred.output)
-    return {v.name: v for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    values, computed = value_infos(model), makers(model.graph)
+    return {n: v for n, v in values.items() if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT and n in computed}
 
 
 def cut(model: onnx.ModelProto, known: Mapping[str, onnx.ValueInfoProto]) -> onnx.ModelProto:
@@ -41,7 +41,7 @@ def cut(model: onnx.ModelProto, known: Mapping[str, onnx.ValueInfoProto]) -> onn
         a model of the same outputs whose inputs are values of ``known``, or inputs of ``model``.
     """
     graph = model.graph
-    makers = {name: node for node in graph.node for name in node.output}
+    made_by = makers(graph)
     changed: set[str] = set()
     kept: set[str] = set()
     for node in graph.node:
@@ -54,7 +54,7 @@ def cut(model: onnx.ModelProto, known: Mapping[str, onnx.ValueInfoProto]) -> onn
     pending += [value.name for value in graph.output]
     while pending:
         name = pending.pop()
-        maker = makers.get(name)
+        maker = made_by.get(name)
         if name in changed or name in inputs:
             continue
         if name in given:
@@ -66,13 +66,12 @@ def cut(model: onnx.ModelProto, known: Mapping[str, onnx.ValueInfoProto]) -> onn
             kept.add(maker.output[0])
             pending.extend(maker.input)
     nodes = [node for node in graph.node if node.output[0] in kept]
-    read = {name for node in nodes for name in node.input}
     part = onnx.ModelProto()
     part.CopyFrom(model)
-    del part.graph.node[:], part.graph.input[:], part.graph.initializer[:], part.graph.value_info[:]
+    del part.graph.node[:], part.graph.input[:], part.graph.value_info[:]
     part.graph.node.extend(nodes)
     part.graph.input.extend(inputs[name] for name in sorted(inputs))
-    part.graph.initializer.extend(t for t in graph.initializer if t.name in read)
+    drop_unread_constants(part.graph)
     return part
 
 

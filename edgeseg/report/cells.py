@@ -11,24 +11,7 @@ from edgeseg.decide.verdict import DeviceVerdict, Judged
 from edgeseg.evaluate.tables import MISSING
 
 ALWAYS = ("median_ms", "p99_ms", "miou", "size_mb")
-"""Shown even where no row has them, so that their absence is seen."""
-WHERE_MEASURED = (
-    "images_per_s",
-    "speedup",
-    "miou_drop",
-    "dice",
-    "loss",
-    "cross_entropy",
-    "pixel_accuracy",
-    "boundary_iou",
-    "agreement",
-    "cold_start_ms",
-    "peak_rss_mb",
-    "gpu_mb",
-    "mean_w",
-    "energy_per_image_j",
-    "int8_share",
-)
+"""Shown even where no row has them, so that their absence is seen; the others only where one was measured."""
 ORDER = (
     "median_ms",
     "p99_ms",
@@ -74,8 +57,8 @@ class Line:
 
 def metrics_of(entries: Sequence[Entry]) -> tuple[Metric, ...]:
     """The metrics worth a column: the core ones, and every other that some row has."""
-    shown = set(ALWAYS) | {name for name in WHERE_MEASURED if any(METRICS[name].value(e) is not None for e in entries)}
-    return tuple(METRICS[name] for name in ORDER if name in shown)
+    metrics = (METRICS[name] for name in ORDER)
+    return tuple(m for m in metrics if m.name in ALWAYS or any(m.value(entry) is not None for entry in entries))
 
 
 def heading(metric: Metric) -> str:

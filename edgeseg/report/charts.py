@@ -24,7 +24,7 @@ LOG_FROM = 10.0
 
 @dataclass(frozen=True)
 class Point:
-    """A mark of the Pareto chart.
+    """A mark of a scatter chart.
 
     Attributes:
         number: printed beside the mark; the row's number in the tables.
@@ -32,7 +32,6 @@ class Point:
         style: one of :data:`STYLES`.
         x, y: the figures.
         x_interval, y_interval: 95 %, ``None`` where there is none.
-        is_on_front: joined by the front's line.
     """
 
     number: int
@@ -42,7 +41,6 @@ class Point:
     y: float
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
-    is_on_front: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,18 @@ def nice_step(rough: float) -> float:
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
 
 
-def pareto(points: Sequence[Point], *, x_title: str, y_title: str, title: str, key: str) -> Markup:
-    """Accuracy against latency with 95 % intervals, and the Pareto front as a line. ``key`` makes ids unique."""
+def scatter(
+    points: Sequence[Point],
+    lines: Iterable[Sequence[Point]],
+    *,
+    x_title: str,
+    y_title: str,
+    title: str,
+    key: str,
+    from_zero: bool = False,
+) -> Markup:
+    """Figures against milliseconds, with 95 % intervals and ``lines`` through some of the points. ``key`` makes ids unique,
+    ``from_zero`` begins the figures' axis there."""
     height, left, right, top, bottom = 280, 46, 14, 14, 40
     widest = max((p.x_interval or (p.x, p.x))[1] for p in points)
     narrowest = min(min(p.x, (p.x_interval or (p.x, p.x))[0]) for p in points)
@@ -109,16 +117,16 @@ def pareto(points: Sequence[Point], *, x_title: str, y_title: str, title: str, k
         x_title += ", logarithmic"
     else:
         x = Scale(0.0, x.high, x.start, x.end)
-    lows = [min(p.y, (p.y_interval or (p.y, p.y))[0]) for p in points]
+    lows = [0.0] if from_zero else [min(p.y, (p.y_interval or (p.y, p.y))[0]) for p in points]
     highs = [max(p.y, (p.y_interval or (p.y, p.y))[1]) for p in points]
     room = max((max(highs) - min(lows)) * 0.12, 0.002)
-    y = Scale(min(lows) - room, max(highs) + room, height - bottom, top)
+    y = Scale(0.0 if from_zero else min(lows) - room, max(highs) + room, height - bottom, top)
     parts = [*_grid(x, y, height - bottom), *_axis_titles(x_title, y_title, height)]
-    front = sorted((p for p in points if p.is_on_front), key=lambda p: p.x)
-    if len(front) > 1:
-        parts.append(
-            Markup('<polyline class="front" points="{}"/>').format(" ".join(f"{x(p.x)},{y(p.y)}" for p in front))
-        )
+    parts += [
+        Markup('<polyline class="front" points="{}"/>').format(" ".join(f"{x(p.x)},{y(p.y)}" for p in line))
+        for line in lines
+        if len(line) > 1
+    ]
     placed: list[tuple[float, float]] = []
     for point in points:
         px, py = x(point.x), y(point.y)
@@ -265,7 +273,8 @@ def _histogram(samples: Sequence[float], x: Scale, floor: float, height: float) 
 
 
 def _grid(x: Scale, y: Scale, base: float) -> Iterable[Markup]:
-    digits = max(2, -math.floor(math.log10(nice_step((y.high - y.low) / 5))))
+    # Accuracies are shares, images a second are not.
+    digits = max(2 if y.high < 10 else 0, -math.floor(math.log10(nice_step((y.high - y.low) / 5))))
     for tick in y.ticks():
         yield Markup(
             '<line class="grid" x1="{1}" y1="{0}" x2="{2}" y2="{0}"/><text class="tick end" x="{3}" y="{4}">{5}</text>'

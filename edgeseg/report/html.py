@@ -36,7 +36,7 @@ class Charts:
 
     Attributes:
         setting: in words, ``""`` when there is only the plain one.
-        paretos: one per data set, with the data in words.
+        paretos: accuracy against latency, one per data set, with the data in words.
         distribution: ``None`` without raw samples.
     """
 
@@ -52,6 +52,7 @@ class DevicePage:
     Attributes:
         key: unique within the page, for ids.
         charts: for each way of driving the engines.
+        throughput: images a second against latency, ``None`` where no engine was driven in several ways.
         front: names of the engines no other beats.
         noise: rows whose run was flagged, and why.
     """
@@ -66,6 +67,7 @@ class DevicePage:
     failures: tuple[tuple[str, tuple[str, ...]], ...]
     close_calls: tuple[str, ...]
     charts: tuple[Charts, ...]
+    throughput: Markup | None
     front: tuple[str, ...]
     styles: tuple[str, ...]
     stages: tuple[StageLine, ...]
@@ -137,6 +139,7 @@ def _page(report: MergedReport, verdict: DeviceVerdict, key: str) -> DevicePage:
         failures=cells.failures(verdict),
         close_calls=cells.close_calls(verdict),
         charts=_charts(verdict, key),
+        throughput=_throughput(verdict, key),
         front=tuple(judged.entry.name for judged in verdict.judged if judged.is_on_front),
         styles=tuple(dict.fromkeys(style_of(entry) for entry in group.entries)),
         stages=stage_lines(group),
@@ -181,35 +184,38 @@ def _charts(verdict: DeviceVerdict, key: str) -> tuple[Charts, ...]:
 
 
 def _paretos(verdict: DeviceVerdict, entries: Sequence[Entry], where: str, key: str) -> tuple[tuple[str, Markup], ...]:
-    from edgeseg.report.charts import Point, pareto
+    from edgeseg.report.charts import Point, scatter
 
     metric = verdict.accuracy_metric
     if metric is None:
         return ()
     by_data: dict[str | None, list[Point]] = {}
+    front: list[Point] = []
     words: dict[str | None, str] = {}
     for entry in entries:
         ms, score, accuracy = METRICS["median_ms"].value(entry), metric.value(entry), entry.row.accuracy
         if ms is None or score is None or accuracy is None:
             continue
         words[data_key(entry)] = f"{accuracy.images} images of {accuracy.data}"
-        by_data.setdefault(data_key(entry), []).append(
-            Point(
-                entry.number,
-                f"{entry.name} ({entry.row.engine.backend}), {ms:.2f} ms, {metric.title} {score:.4f}",
-                style_of(entry),
-                ms,
-                score,
-                METRICS["median_ms"].interval(entry),
-                metric.interval(entry),
-                verdict.of(entry).is_on_front,
-            )
+        point = Point(
+            entry.number,
+            f"{entry.name} ({entry.row.engine.backend}), {ms:.2f} ms, {metric.title} {score:.4f}",
+            style_of(entry),
+            ms,
+            score,
+            METRICS["median_ms"].interval(entry),
+            metric.interval(entry),
         )
+        by_data.setdefault(data_key(entry), []).append(point)
+        if verdict.of(entry).is_on_front:
+            front.append(point)
+    front.sort(key=lambda point: point.x)
     return tuple(
         (
             words[data],
-            pareto(
+            scatter(
                 points,
+                [[point for point in front if point in points]],
                 x_title="median milliseconds per call",
                 y_title=metric.title,
                 title=f"{metric.title} against latency on {where}",
@@ -217,6 +223,30 @@ def _paretos(verdict: DeviceVerdict, entries: Sequence[Entry], where: str, key: 
             ),
         )
         for k, (data, points) in enumerate(by_data.items())
+    )
+
+
+def _throughput(verdict: DeviceVerdict, key: str) -> Markup | None:
+    """A line through the batch sizes and numbers of callers that an engine was driven with."""
+    from edgeseg.report.charts import Point, scatter
+
+    lines: dict[str, list[Point]] = {}
+    for entry in verdict.group.entries:
+        p99_ms, rate = METRICS["p99_ms"].value(entry), METRICS["images_per_s"].value(entry)
+        if p99_ms is not None and rate is not None:
+            label = f"{entry.name} ({entry.row.engine.backend}), p99 {p99_ms:.2f} ms, {rate:.1f} images/s"
+            point = Point(entry.number, label, style_of(entry), p99_ms, rate)
+            lines.setdefault(entry.row.engine.name, []).append(point)
+    if all(len(line) < 2 for line in lines.values()):
+        return None
+    return scatter(
+        [point for line in lines.values() for point in line],
+        [sorted(line, key=lambda point: point.x) for line in lines.values()],
+        x_title="p99 milliseconds per call",
+        y_title="images per second",
+        title=f"Throughput against latency on {verdict.group.label}",
+        key=f"{key}-throughput",
+        from_zero=True,
     )
 
 

@@ -147,11 +147,13 @@ def parallel_threads() -> int:
     return min(max(2, this_cpu().cores), MAX_THREADS)
 
 
-def in_parallel(items: Iterable[A], work: Callable[[A], B]) -> Generator[B, None, None]:
+def in_parallel(items: Iterable[A], work: Callable[[A], B], *, ahead: int = 1) -> Generator[B, None, None]:
     """Yield ``work(item)`` for each of ``items``, in order, from :func:`parallel_threads` threads.
 
-    No more items than threads are drawn ahead of the result asked for. An exception of ``work`` is raised in its item's
-    turn; then, and when the generator is closed, what has begun is waited for and nothing else begins.
+    No more items than ``ahead`` times the threads are drawn before the result asked for, and no more results held. With
+    1 a thread that is done waits for a slower item before its own; more where results are small. An exception of
+    ``work`` is raised in its item's turn; then, and when the generator is closed, what has begun is waited for and
+    nothing else begins.
     """
     threads = parallel_threads()
     waiting: deque[Future[B]] = deque()
@@ -159,7 +161,7 @@ def in_parallel(items: Iterable[A], work: Callable[[A], B]) -> Generator[B, None
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) == threads:
+                if len(waiting) == ahead * threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -38,6 +38,8 @@ MAX_CLASS_NAME_BYTES = 40
 
 # Of an image's pixels: larger ones are segmented and written one at a time, which takes several times that.
 LARGE_BYTES = 1 << 26
+# Images a thread may be ahead of the slowest; of a finished one only the names of its files are held.
+PATHS_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,7 @@ class _Run:
         return self.limit is not None and self.images + self.frames >= self.limit
 
     def _images(self, tasks: Sequence[_Task], bar: Silent) -> None:
-        with closing(in_parallel(tasks, self._image)) as results:
+        with closing(in_parallel(tasks, self._image, ahead=PATHS_AHEAD)) as results:
             for task, reason, paths in results:
                 if reason is None:
                     self.written += paths

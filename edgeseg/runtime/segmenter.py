@@ -360,7 +360,7 @@ def load(
     tile_overlap: float = 0.25,
     palette: NDArray[np.uint8] | None = None,
     recompile: bool = False,
-    streams: int = 1,
+    streams: int | None = None,
 ) -> Segmenter:
     """Load an engine folder. torch, onnx and SMP are not imported.
 
@@ -372,8 +372,8 @@ def load(
         palette: see :class:`Segmenter`.
         recompile: when the engine was built for another device or version, build it again from the folder's graph
             (what ``edgeseg compile`` does; minutes for TensorRT) and go on. A damaged folder stays an error.
-        streams: threads that will call the segmenter at the same time. ONNX Runtime then divides its threads among them
-            and never spins: more images a second where callers decode and write as well, each mask later.
+        streams: threads that will call the segmenter at the same time: ONNX Runtime and OpenVINO divide their threads
+            among them, for more images a second, each mask later. ``None``: what the engine was built for.
 
     Raises:
         ArtifactError: no engine folder, or a damaged, stale or foreign one.
@@ -381,7 +381,7 @@ def load(
         MissingDependencyError: the backend is not installed.
         SpecError, InputError: see :class:`Segmenter`.
     """
-    if isinstance(streams, bool) or not isinstance(streams, int) or streams < 1:
+    if streams is not None and (isinstance(streams, bool) or not isinstance(streams, int) or streams < 1):
         raise SpecError(f"streams is {shortened(streams)}; give the number of threads that will call, from 1")
     if isinstance(folder, Engine):
         engine, session = folder, _loaded(folder, recompile, streams)
@@ -401,7 +401,7 @@ def load(
         raise
 
 
-def _loaded_whole(folder: Path, recompile: bool, streams: int) -> tuple[Engine, Session]:
+def _loaded_whole(folder: Path, recompile: bool, streams: int | None) -> tuple[Engine, Session]:
     """Open an engine folder that may be replaced meanwhile: the session is of the very engine that was checked."""
     while True:
         engine = open_engine(folder)
@@ -426,7 +426,7 @@ def _folder_of(given: object) -> Path:
     return path.parent if os.path.isfile(path) and os.path.isfile(path.parent / MANIFEST_NAME) else path
 
 
-def _loaded(engine: Engine, recompile: bool, streams: int) -> Session:
+def _loaded(engine: Engine, recompile: bool, streams: int | None) -> Session:
     backend = get_backend(engine.manifest.target)
     try:
         return backend.load(with_streams(engine, streams))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.images.decoding import list_images, read_image
+from edgeseg.runtime.matroska import read_container
 from edgeseg.runtime.overlap import in_parallel
 from edgeseg.spec import ChannelOrder
 from edgeseg.store.files import require_file
@@ -115,33 +116,20 @@ class Video:
     def _lost(self, path: Path, decoded: int) -> str:
         if path.suffix.lower() in COUNTED_SUFFIXES and self.frames and decoded < self.frames:
             return f"{decoded} of {self.frames} frames could be decoded"
-        if path.suffix.lower() in MATROSKA_SUFFIXES and (missing := _missing_bytes(path)):
-            return f"{decoded} frames could be decoded, {missing} bytes are missing at the end of the file"
+        if path.suffix.lower() not in MATROSKA_SUFFIXES:
+            return ""
+        told = read_container(path)
+        if told.broken_at is not None:
+            return f"{decoded} frames could be decoded, the file is damaged at byte {told.broken_at}"
+        if told.missing_bytes:
+            return f"{decoded} frames could be decoded, {told.missing_bytes} bytes are missing at the end of the file"
+        if told.frames is not None and decoded < told.frames:
+            return f"{decoded} of {told.frames} frames could be decoded"
         return ""
 
     def close(self) -> None:
         """Give the file or camera back."""
         self._capture.release()
-
-
-def _missing_bytes(path: Path) -> int:
-    """How many bytes a Matroska file lacks of what its two top elements say they hold (RFC 8794, sections 4 to 6); 0 where
-    the size is not said, as in a live recording.
-    """
-    size, place = path.stat().st_size, 0
-    with path.open("rb") as stream:
-        for _ in range(2):  # the EBML header and the segment
-            stream.seek(place)
-            head = stream.read(12)
-            # A number begins with as many zero bits as it has bytes behind the first.
-            id_bytes = 9 - head[0].bit_length() if head else 0
-            first = head[id_bytes] if id_bytes < len(head) else 0
-            size_bytes = 9 - first.bit_length()
-            value = int.from_bytes(head[id_bytes : id_bytes + size_bytes], "big") & ~(1 << 7 * size_bytes)
-            if first == 0 or value == (1 << 7 * size_bytes) - 1:
-                return 0
-            place += id_bytes + size_bytes + value
-    return max(0, place - size)
 
 
 def open_source(source: object, channels: int) -> Video | Iterable[Picture]:

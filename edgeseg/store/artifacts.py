@@ -144,7 +144,7 @@ class Verification:
         miou_vs_pytorch: mean IoU of the engine's masks against PyTorch's; ``None`` when neither shows any foreground.
         images: how many images were compared.
         data: where they came from, in words; whether they were also used for calibration.
-        speedup: ``None`` where latency was not measured, and in folders of before it was recorded.
+        speedup: ``None`` where latency was not measured.
     """
 
     agreement: float
@@ -374,13 +374,11 @@ class Manifest:
         calibration: the calibration table of an int8 graph.
         extra_files: further files the engine file needs beside it.
         weights: where the weights came from, in words, for people.
-        model_request: what was asked of the model, so that it can be loaded again; ``None`` when it was a module object, and
-            in folders of before it was recorded.
+        model_request: what was asked of the model, so that it can be loaded again; ``None`` when it was a module object.
         origin: repository, revision and model card of the weights; ``None`` where nothing says.
         inputs_sha256: hash per input of the build (weights, fp32 graph, calibration images, options).
         options: backend build options and session settings, as chosen, defaults included.
-        options_given: those of them someone asked for; what building the engine again keeps. ``None`` in folders of before
-            it was recorded.
+        options_given: those of them someone asked for; what building the engine again keeps.
         candidates: with ``--target auto``, median milliseconds of each backend that was built and measured.
         versions: packages that took part.
         device: what the engine was built on (CPU model or GPU name, flags that matter).
@@ -413,7 +411,7 @@ class Manifest:
     command: str | None = None
     notes: tuple[str, ...] = ()
     verification: Verification | None = None
-    options_given: dict[str, Any] | None = None
+    options_given: dict[str, Any] = field(default_factory=dict)
     model_request: ModelRequest | None = None
     origin: WeightsOrigin | None = None
     repairs: tuple[Repair, ...] = ()
@@ -546,6 +544,11 @@ class _AnyManifest:
 def engine_files(folder: Path) -> frozenset[str] | None:
     """The names that edgeseg wrote in ``folder``; ``None`` when it is not empty and none of edgeseg's engine folders."""
     return listed_names(folder, MANIFEST_NAME, _AnyManifest, _names_in)
+
+
+def engine_paths(folder: Path) -> list[Path]:
+    """Where the files of :func:`engine_files` are; none in what is no engine folder."""
+    return [folder / name for name in sorted(engine_files(folder) or ())]
 
 
 def _names_in(manifest: _AnyManifest) -> Iterator[str]:

@@ -29,7 +29,7 @@ from edgeseg.store.outputs import is_stream, open_descriptor, refuse_existing
 
 T = TypeVar("T")
 Ours = Callable[[Path], "Collection[str] | None"]
-"""Names of the files in a folder that edgeseg wrote; ``None`` for a folder that is none of edgeseg's."""
+"""The files in a folder that edgeseg wrote, as paths with ``/`` from there; ``None`` for a folder that is none of edgeseg's."""
 
 _PLACE_ERRORS = {
     errno.ENOSPC,
@@ -207,10 +207,10 @@ def _publish_new(part: Path, path: Path) -> None:
 def listed_names(
     folder: Path, listing: str, kind: type[T], names: Callable[[T], Iterable[str]]
 ) -> frozenset[str] | None:
-    """What edgeseg wrote in ``folder`` by its file ``listing``, of type ``kind``; that file is one of the names.
+    """What edgeseg wrote in ``folder`` by its file ``listing``, of type ``kind``; that file is one of them.
 
     Returns:
-        the names; none for an empty folder; ``None`` for one that is not empty and has no such file.
+        the files, see :data:`Ours`; none for an empty folder; ``None`` for one that is not empty and has no such file.
     """
     try:
         listed = msgspec.json.decode((folder / listing).read_bytes(), type=kind)
@@ -237,7 +237,7 @@ def check_folder(target: Path, *, force: bool, ours: Ours) -> None:
         raise ArtifactError(f"{target} is a file; edgeseg replaces engine folders only: give another --output")
     if ours(target) is None:
         raise ArtifactError(
-            f"{target} is not an engine folder of edgeseg, and not empty; it is left as it is: give another --output"
+            f"{target} is not empty, and not what edgeseg would write there; it is left as it is: give another --output"
         )
 
 
@@ -339,8 +339,7 @@ def _lock_path(target: Path) -> Path:
 
 def _beside(target: Path, word: str) -> list[Path]:
     """The folders of ours beside ``target`` that are called ``.NAME.<word>-...``."""
-    # mkdtemp, which made these names before, takes eight of these characters.
-    name = re.compile(rf"\.{re.escape(target.name)}\.{word}-[0-9a-z_]{{8,16}}")
+    name = re.compile(rf"\.{re.escape(target.name)}\.{word}-[0-9a-f]{{16}}")
     try:
         with os.scandir(target.parent) as entries:
             return [Path(e.path) for e in entries if name.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
@@ -354,14 +353,25 @@ def _publish(scratch: Path, target: Path, ours: Ours) -> None:
         os.rename(scratch, target)
         return
     known = ours(target)
-    if known is not None and (both := sorted(set(os.listdir(scratch)) & set(os.listdir(target)) - {*known})):
-        raise ArtifactError(f"{target / both[0]} is not edgeseg's and would be replaced; move it away and try again")
+    if known is not None and (path := _in_the_way(scratch, target, known)) is not None:
+        raise ArtifactError(f"{path} is not edgeseg's and would be replaced; move it away and try again")
     replaced = _sibling(target)
     # From here on both folders are whole, and whichever is called "replaced" when this process is killed, nothing is lost.
     os.rename(scratch, replaced)
     if not _exchange(replaced, target):
         os.rename(target, _sibling(target))
         os.rename(replaced, target)
+
+
+def _in_the_way(scratch: Path, target: Path, known: Collection[str]) -> Path | None:
+    """What lies in ``target`` where a file or folder of ``scratch`` is to be, and is none of ``known``."""
+    for folder, _, names in os.walk(scratch):
+        inside = target / Path(folder).relative_to(scratch)
+        is_folder = inside.is_dir() and (inside == target or not inside.is_symlink())
+        for path in (inside / name for name in sorted(names)) if is_folder else (inside,):
+            if os.path.lexists(path) and path.relative_to(target).as_posix() not in known:
+                return path
+    return None
 
 
 def _sibling(target: Path) -> Path:
@@ -377,15 +387,27 @@ def _put_right(target: Path, ours: Ours) -> None:
         known = ours(replaced)
         if known is None:
             continue  # not to be told apart from what somebody wants to keep
-        for name in os.listdir(replaced):
-            if name not in known:
-                # A name that was given again after a kill: both are kept.
-                again = f".{secrets.token_hex(4)}" if os.path.lexists(target / name) else ""
-                os.rename(replaced / name, target / f"{name}{again}")
+        _keep_others(replaced, target, known)
         # Under this name it is rubbish, half removed or not.
         os.rename(replaced, target.parent / f".{target.name}.partial-{secrets.token_hex(8)}")
     for rubbish in _beside(target, "partial"):
         shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def _keep_others(replaced: Path, target: Path, known: Collection[str], within: str = "") -> None:
+    """Move what is none of ``known`` to the folder that took the place, into the same folders."""
+    for name in os.listdir(replaced / within):
+        path = f"{within}{name}"
+        source = replaced / path
+        if path in known:
+            continue
+        if any(other.startswith(f"{path}/") for other in known) and source.is_dir() and not source.is_symlink():
+            _keep_others(replaced, target, known, f"{path}/")
+            continue
+        (target / within).mkdir(parents=True, exist_ok=True)
+        # A name that was given again after a kill: both are kept.
+        again = f".{secrets.token_hex(4)}" if os.path.lexists(target / path) else ""
+        os.rename(source, target / f"{path}{again}")
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -435,7 +457,7 @@ def _own_folder(parent: Path) -> tuple[Path, int]:
         os.close(handle)
 
 
-_PARTIAL_FOLDER = re.compile(r"\.partial-[0-9a-z_]{8,16}")
+_PARTIAL_FOLDER = re.compile(r"\.partial-[0-9a-f]{16}")
 
 
 def sweep_folders(parent: Path) -> None:

@@ -16,16 +16,14 @@ from edgeseg.decide.requirement import Comparison, Node, Requirement
 from edgeseg.demo import demo_models, sample_folder
 from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.evaluate.accuracy.layouts import parse_label_map
-from edgeseg.evaluate.contenders import BASELINES
 from edgeseg.evaluate.intervals import MIN_IMAGES
-from edgeseg.evaluate.results import Resolution
+from edgeseg.evaluate.results import BASELINES, Layout, Resolution
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import ARCHITECTURES, PRECISIONS, OutputKind, one_of
 from edgeseg.store.files import read_bounded
 
 DEMO = "demo"
 Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
-Layout = Literal["images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff"]
 
 
 class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

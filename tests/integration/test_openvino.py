@@ -162,10 +162,12 @@ def test_without_vnni_sums_saturate_so_weights_have_seven_bits() -> None:
     assert eight > 0.1, "the process was to run AVX2's kernels"
 
 
-def test_results_belong_to_the_caller_and_threads_do_not_mix(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"threads": 4, "streams": 2}])
+def test_results_belong_to_the_caller_and_threads_do_not_mix(tmp_path: Path, options: dict[str, int]) -> None:
     model = mask_model()
     backend = get_backend("openvino")
-    session = backend.load(engine(tmp_path, backend.build(saved(model, tmp_path / "model.onnx"), tmp_path, {})))
+    session = backend.load(engine(tmp_path, backend.build(saved(model, tmp_path / "model.onnx"), tmp_path, options)))
+    assert session._compiled.get_property("NUM_STREAMS") == options.get("streams", 1)  # type: ignore[attr-defined]
     given = [images() for _ in range(12)]
     expected = [run(model, image=one)[0] for one in given]
     with ThreadPoolExecutor(4) as pool:

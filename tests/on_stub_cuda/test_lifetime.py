@@ -22,7 +22,8 @@ from stub_cuda import LAUNCH_FAILED, Stub
 
 from edgeseg.backends.cuda.device import open_cuda
 from edgeseg.backends.cuda.driver import DriverName
-from edgeseg.backends.tensorrt.session import SessionOptions, TensorRTSession
+from edgeseg.backends.tensorrt.options import SessionOptions
+from edgeseg.backends.tensorrt.session import TensorRTSession
 from edgeseg.errors import DeviceError, EdgesegError, InputError
 from edgeseg.runtime.segmenter import Segmenter
 

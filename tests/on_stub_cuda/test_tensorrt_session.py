@@ -20,7 +20,8 @@ from stub_cuda import LAUNCH_FAILED, OUT_OF_MEMORY, Stub
 from edgeseg.backends.base import DeviceSession, PipelinedSession, TimedSession
 from edgeseg.backends.cuda import dlpack
 from edgeseg.backends.cuda.device import DriverName, open_cuda
-from edgeseg.backends.tensorrt.session import SessionOptions, TensorRTSession
+from edgeseg.backends.tensorrt.options import SessionOptions
+from edgeseg.backends.tensorrt.session import TensorRTSession
 from edgeseg.errors import ArtifactError, DeviceError, EdgesegError, InputError
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import BatchRange, OutputSpec

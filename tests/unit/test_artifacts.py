@@ -150,7 +150,10 @@ def test_existing_folder_needs_force_and_survives_failure(tmp_path: Path) -> Non
 def test_force_does_not_delete_what_is_no_engine(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ArtifactError, match="not an engine folder"), engine_folder(tmp_path / "thesis", force=True):
+    with (
+        pytest.raises(ArtifactError, match="not what edgeseg would write there"),
+        engine_folder(tmp_path / "thesis", force=True),
+    ):
         pass
     assert (tmp_path / "thesis" / "thesis.tex").exists()
 

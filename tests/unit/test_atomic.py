@@ -266,7 +266,7 @@ def test_another_programs_manifest_makes_no_engine_folder(tmp_path: Path, manife
 
 @pytest.mark.parametrize("name", ["*", "[a-z]", "?", "e", "e.partial-1"])
 def test_names_are_not_patterns(tmp_path: Path, name: str) -> None:
-    others = [".e.partial-00000000", ".other.partial-0123456789abcdef", ".e.partial-1.partial-0123456789abcdef"]
+    others = [".e.partial-0000000000000000", ".other.partial-0123456789abcdef", ".e.partial-1.partial-0123456789abcdef"]
     theirs = [other for other in others if not other.startswith(f".{name}.partial-0")]
     for other in others:
         (tmp_path / other).mkdir()

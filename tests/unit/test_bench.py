@@ -274,8 +274,8 @@ def test_an_engine_that_fails_in_one_setting_keeps_the_rows_of_the_others(
     write_memory_engine(tmp_path / "small", SPEC)
     real = Opener.open
 
-    def opened(self: Opener, contender: Contender, threads: int | None = None) -> Any:
-        return Failing(SPEC) if contender.name == "small" else real(self, contender, threads)
+    def opened(self: Opener, contender: Contender, *settings: Any) -> Any:
+        return Failing(SPEC) if contender.name == "small" else real(self, contender, *settings)
 
     monkeypatch.setattr(Opener, "open", opened)
     request = BenchRequest(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from engine_folders import write_manifest
 
 import edgeseg
 from edgeseg.arguments import parse_settings
 from edgeseg.cli.app import VERBS, main
 from edgeseg.errors import InputError, SpecError
+from edgeseg.pipeline.request import BuildRequest
+from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
 
 ROOT = Path(__file__).parents[2]
 PHOTO = str(ROOT / "calibration" / "demo" / "val" / "images" / "000.jpg")
@@ -111,7 +115,7 @@ def test_bad_input_is_one_line(arguments: list[str], code: int, message: str) ->
             "--max-drop needs masks",
         ),
         (["--arch", "fpn", "--output", "{tmp}/few"], "exists; give --force"),
-        (["--arch", "fpn", "--output", "{tmp}/few", "--force"], "is not an engine folder"),
+        (["--arch", "fpn", "--output", "{tmp}/few", "--force"], "not what edgeseg would write there"),
         (["--arch", "fpn", "--output", "{tmp}/few/a.png", "--force"], "edgeseg replaces engine folders only"),
         (["--arch", "fpn", "--scheme", "onnxruntime-vni"], "did you mean 'onnxruntime-vnni'"),
         (["--arch", "fpn", "--calibration-method", "kl"], "unknown calibration method 'kl'"),
@@ -170,6 +174,43 @@ def test_calibrate_asks_before_it_replaces_a_table(
     else:
         assert (begun, end.value.code) == ([], 2)
         assert capsys.readouterr().err == f"edgeseg: {table} exists; give --force to replace it, or another output\n"
+
+
+@pytest.mark.parametrize("given", ["engine", "options"])
+def test_figures_replace_nothing_that_they_are_made_of(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file of the engine, the checkpoint's folder, the calibration and validation images, the bench report."""
+    (tmp_path / "w").mkdir()
+    (tmp_path / "v" / "masks").mkdir(parents=True)
+    files = ["b.json", "w/config.json", "w/model.safetensors", "c.txt", "i.png", "v/i.png", "v/masks/i.png"]
+    for name in files:
+        (tmp_path / name).write_text("i.png" if name == "c.txt" else "mine")
+    if given == "engine":
+        (tmp_path / "e").mkdir()
+        for name in ("model.onnx", "engine.onnx"):
+            (tmp_path / "e" / name).write_text("mine")
+        spec = PipelineSpec(model=ModelSpec("fpn", classes=2), input=InputSpec(64, 64))
+        write_manifest(tmp_path / "e", spec, graph="model.onnx", engine="engine.onnx")
+        files = ["b.json", "v/i.png", *(f"e/{name}" for name in os.listdir(tmp_path / "e"))]
+        request = ["e"]
+        monkeypatch.setattr("edgeseg.cli.sensitivity._of_folder", lambda folder, given: BuildRequest.of(given))
+    else:
+        request = ["--weights", "w", "--calibration", "c.txt"]
+    monkeypatch.chdir(tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in files}
+    for name in files:
+        options = ["--data", "v", "--latency-from", "b.json", "--json", name, "--force"]
+        monkeypatch.setattr(sys, "argv", ["edgeseg", "sensitivity", *request, *options])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2
+        assert "would replace the input" in capsys.readouterr().err
+    assert {name: (tmp_path / name).read_bytes() for name in files} == before
+    monkeypatch.setattr(sys, "argv", ["edgeseg", "calibrate", ".", "--arch", "fpn", "--output", "i.png", "--force"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code, (tmp_path / "i.png").read_text()) == (2, "mine")
 
 
 def test_a_refused_build_has_not_imported_torch() -> None:
@@ -271,6 +312,7 @@ def test_people_see_their_own_alphabet() -> None:
         (["build", "--json", "--size", "big"], 2, "BadParameter"),
         (["compile", "--json"], 2, "MissingParameter"),
         (["bench", "no-such-folder", "--json", "-"], 1, "ArtifactError"),
+        (["sensitivity", "no-such-folder", "--json", "-"], 1, "ArtifactError"),
     ],
 )
 def test_json_in_every_end(arguments: list[str], code: int, kind: str) -> None:
@@ -279,6 +321,12 @@ def test_json_in_every_end(arguments: list[str], code: int, kind: str) -> None:
     error = json.loads(done.stdout)["error"]
     assert error["kind"] == kind
     assert error["message"] in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["bench", "sensitivity"])
+def test_json_that_goes_to_a_file_is_not_printed(verb: str) -> None:
+    done = run(verb, "no-such-folder", "--json", "never-written.json")
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_an_unmet_gate_gives_its_figures_as_json(capsys: pytest.CaptureFixture[str]) -> None:

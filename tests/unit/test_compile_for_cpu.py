@@ -25,9 +25,11 @@ from edgeseg.backends.compile import compile_folder
 from edgeseg.backends.cpu import onnxruntime
 from edgeseg.errors import BuildError, SpecError, StaleEngineError
 from edgeseg.evaluate.latency import protocol
+from edgeseg.evaluate.latency import streams as under_load
 from edgeseg.evaluate.latency.protocol import LatencySamples
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.pipeline import stages as pipeline
+from edgeseg.pipeline.candidate import measured_sessions
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.progress import SilentReporter
 from edgeseg.quantize.schemes import SCHEMES
@@ -60,7 +62,8 @@ def test_the_very_same_engine_keeps_its_figures_and_its_command(verified: Path, 
 
 
 @pytest.mark.parametrize(
-    ("built_with", "streams", "threads", "spins"), [(4, 1, 4, "1"), (4, 3, 1, "0"), (4, 2, 2, "0"), (1, 4, 1, "0")]
+    ("built_with", "streams", "threads", "spins"),
+    [(4, 1, 4, "1"), (4, 3, 1, "0"), (4, 9999, 1, "0"), (4, 2, 2, "0"), (1, 4, 1, "0")],
 )
 def test_callers_at_the_same_time_share_the_threads(
     verified: Path, tmp_path: Path, built_with: int, streams: int, threads: int, spins: str
@@ -71,6 +74,14 @@ def test_callers_at_the_same_time_share_the_threads(
         settings = segmenter._session._session.get_session_options()  # type: ignore[union-attr]
     assert settings.intra_op_num_threads == threads
     assert settings.get_session_config_entry("session.intra_op.allow_spinning") == spins
+
+
+def test_an_engine_built_for_throughput_runs_on_a_thread_for_each_caller(verified: Path, tmp_path: Path) -> None:
+    folder = compile_folder(verified, options={"threads": 3, "streams": 0}, output=tmp_path / "b").folder
+    for streams, threads in ((None, 1), (1, 3)):
+        with edgeseg.load(folder, streams=streams) as segmenter:
+            settings = segmenter._session._session.get_session_options()  # type: ignore[union-attr]
+        assert settings.intra_op_num_threads == threads
 
 
 @pytest.mark.parametrize("streams", [0, -1, 1.5, True, "2"])
@@ -240,7 +251,7 @@ def test_sessions_are_closed_when_measuring_raises() -> None:
         backend = type("B", (), {"name": name, "load": lambda self, engine: session})()
         return type("C", (), {"backend": backend, "folder": Path()})()
 
-    make = type("M", (), {"spec": spec(SIDE, SIDE), "write": lambda *_: None})()
+    make = type("M", (), {"spec": spec(SIDE, SIDE), "write": lambda *_: None, "request": BuildRequest(arch="fpn")})()
     candidates = [candidate(name, session) for name, session in zip("ab", sessions, strict=True)]
     with pytest.raises(BuildError, match="does not run"):
         pipeline.choose_fastest(candidates, make, Notes())
@@ -258,7 +269,8 @@ def test_with_auto_the_first_target_is_taken_unless_another_is_faster(monkeypatc
         candidates: list[Any] = [
             type("C", (), {"backend": type("N", (load,), {"name": name})(), "folder": Path()})() for name in measured
         ]
-        make: Any = type("M", (), {"spec": spec(SIDE, SIDE), "write": lambda *_: None})()
+        request = BuildRequest(arch="fpn")
+        make: Any = type("M", (), {"spec": spec(SIDE, SIDE), "write": lambda *_: None, "request": request})()
         notes = Notes()
         best, medians = pipeline.choose_fastest(candidates, make, notes)
         assert medians == {name: samples.median_ms for name, samples in measured.items()}
@@ -270,6 +282,22 @@ def test_with_auto_the_first_target_is_taken_unless_another_is_faster(monkeypatc
     assert name == "onnxruntime"
     assert note.startswith("target auto took onnxruntime: the first of them; openvino is ")
     assert note.endswith("here: noise could turn it; name one with --target")
+
+
+def test_a_build_for_throughput_is_chosen_by_callers_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = BuildRequest(arch="fpn", optimize_for="throughput", backend_options={"threads": 4})
+    assert asked.options_for("openvino") == {"threads": 4, "streams": 0}
+    with pytest.raises(SpecError, match=r"tensorrt is for a GPU: build with --batch"):
+        asked.options_for("tensorrt")
+    given: list[int] = []
+
+    def measured(sessions: Any, spec: Any, callers: int) -> dict[str, LatencySamples]:
+        given.append(callers)
+        return {"a": LatencySamples("a", (1.0,), 1)}
+
+    monkeypatch.setattr(under_load, "measure_throughput", measured)
+    assert measured_sessions(asked, {}, spec(SIDE, SIDE).input)["a"].median_ms == 1.0
+    assert given == [this_cpu().cores]
 
 
 def test_loading_leaves_the_callers_arithmetic_as_it_was(verified: Path) -> None:

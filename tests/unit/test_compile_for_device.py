@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -294,19 +295,6 @@ def test_a_kept_option_that_cannot_be_had_here_says_how_to_drop_it(
         recompile.compile_folder(folder, options={"dla_core": 0})
 
 
-def test_a_folder_of_before_keeps_what_holds_on_another_device(tmp_path: Path, on_device: Any) -> None:
-    folder = portable_folder(tmp_path / "fpn")
-    on_device("8.6.1")
-    recompile.compile_folder(folder, options={"contexts": 3, "optimization_level": 4})
-    text = json.loads((folder / MANIFEST_NAME).read_text())
-    del text["options_given"]
-    (folder / MANIFEST_NAME).write_text(json.dumps(text))
-    on_device("10.3.0")
-    manifest = recompile.recompile(open_engine(folder))
-    assert (manifest.manifest.options["contexts"], manifest.manifest.options["optimization_level"]) == (3, 4)
-    assert manifest.manifest.options["typing"] == "strong"
-
-
 @pytest.mark.parametrize("version", VERSIONS[:4])
 def test_implicit_int8_comes_from_the_table_in_the_folder(tmp_path: Path, on_device: Any, version: str) -> None:
     folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)
@@ -383,6 +371,10 @@ def test_all_folders_are_compiled_and_those_that_fail_are_named(
     assert [open_engine(folder).manifest.engine is not None for folder in (folders[0], folders[2])] == [True, True]
     assert edgeseg("compile", folders[0], folders[2], "--json") == 0
     assert [manifest["name"] for manifest in json.loads(capsys.readouterr().out)] == ["a", "c"]
+    assert edgeseg("compile", *folders, "--json") == 1
+    ending = json.loads(capsys.readouterr().out)
+    assert ending["error"]["kind"] == "BuildError"
+    assert [manifest["name"] for manifest in ending["figures"]] == ["a", "c"]
     assert edgeseg("compile", folders[0], folders[2], "--output", tmp_path / "one") == 2
     assert edgeseg("compile", "--all", tmp_path / "none") == 1
     assert "cannot list" in capsys.readouterr().err
@@ -403,4 +395,7 @@ def test_a_graph_for_trtexec_is_written_anywhere(
     assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", output) == 2
     assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", output, "--target", "tensorrt") == 2
     capsys.readouterr()
+    for name in os.listdir(folder):  # what is read is not replaced, the manifest no more than the graph
+        assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", folder / name, "--force") == 2
+        assert "would replace the input" in capsys.readouterr().err
     assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", output, "--force") == 0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edgeseg.backends.cpu.onnxruntime import OnnxRuntimeBackend
-from edgeseg.backends.cpu.options import check_built_for, cpu_options
+from edgeseg.backends.cpu.options import check_built_for, cpu_options, threads_and_streams
 from edgeseg.errors import ArtifactError, SpecError
 from edgeseg.machine.cpu import Cpu, is_emulated, parse_cpuinfo, this_cpu
 from edgeseg.quantize.schemes import SCHEMES
@@ -71,8 +71,17 @@ def test_the_scheme_follows_the_instruction_set(arch: str, flags: tuple[str, ...
 
 
 def test_options_have_defaults() -> None:
-    assert cpu_options("onnxruntime", {"spinning": None}) == {"threads": 0, "spinning": True}
-    assert cpu_options("openvino", {"threads": 3}) == {"threads": 3}
+    assert cpu_options("onnxruntime", {"spinning": None}) == {"threads": 0, "spinning": True, "streams": 1}
+    assert cpu_options("onnxruntime", {"streams": 2}) == {"threads": 0, "spinning": False, "streams": 2}
+    assert cpu_options("openvino", {"threads": 3}) == {"threads": 3, "streams": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "shared"),
+    [({}, (4, 1)), ({"streams": 0}, (4, 4)), ({"threads": 6, "streams": 2}, (6, 2)), ({"streams": 9}, (4, 4))],
+)
+def test_streams_are_no_more_than_threads(options: dict[str, Any], shared: tuple[int, int]) -> None:
+    assert threads_and_streams(cpu_options("openvino", options), 4) == shared
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,8 @@ def test_options_have_defaults() -> None:
         ({"threads": True}, "threads is True"),
         ({"threads": "2"}, "threads is '2'"),
         ({"spinning": 1}, "spinning is 1; give true or false"),
+        ({"streams": -1}, "streams is -1; give 1 (the lowest latency), more, up to "),
+        ({"streams": True}, "streams is True"),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:

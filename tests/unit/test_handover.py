@@ -225,6 +225,40 @@ def test_names_cannot_write_into_card_or_configuration(engine: Path, tmp_path: P
     assert len((tmp_path / "triton" / REPOSITORY / config.name / "labels.txt").read_text().splitlines()) == CLASSES
 
 
+def test_other_models_in_an_exported_repository_stay(engine: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    export_engine(engine, "triton", output)
+    (model,) = (output / REPOSITORY).iterdir()
+    mine = [output / REPOSITORY / "mine" / "config.pbtxt", model / "2" / "model.onnx", model / "notes.txt"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    export_engine(engine, "triton", output, force=True)
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+    export_engine(engine, "hub", output, licence="mit", force=True)  # writes no such folders
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+    assert not (model / "config.pbtxt").exists()
+    shutil.rmtree(output / REPOSITORY)
+    (output / REPOSITORY).write_text("mine")
+    with pytest.raises(ArtifactError, match=f"{REPOSITORY} is not edgeseg's and would be replaced"):
+        export_engine(engine, "triton", output, force=True)
+    (output / REPOSITORY).unlink()
+    (output / REPOSITORY / model.name / "config.pbtxt").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="config.pbtxt is not edgeseg's and would be replaced"):
+        export_engine(engine, "triton", output, force=True)
+
+
+@pytest.mark.parametrize(("here", "given"), [(".", "engine"), ("engine", "."), ("engine/within", "..")])
+def test_an_export_lies_beside_its_engine(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, given: str
+) -> None:
+    (engine / "within").mkdir()
+    monkeypatch.chdir(tmp_path / here)
+    result = CliRunner().invoke(cli, ["export", given, "--to", "triton"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert (tmp_path / "engine-triton" / REPOSITORY).is_dir()
+
+
 def test_only_an_export_is_replaced_and_an_engine_that_was_changed_is_none(engine: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     export_engine(engine, "triton", output)
@@ -234,7 +268,7 @@ def test_only_an_export_is_replaced_and_an_engine_that_was_changed_is_none(engin
     export_engine(engine, "hub", output, licence="mit", force=True)
     assert not (output / REPOSITORY).exists()
     assert (output / "mine.txt").read_text() == "kept"
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match="not what edgeseg would write there"):
         export_engine(engine, "triton", engine, force=True)
     graph = engine / read_manifest(engine).graph.name
     graph.write_bytes(graph.read_bytes() + b"\0")

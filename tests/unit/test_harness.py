@@ -17,10 +17,10 @@ from edgeseg.evaluate.latency.profile import NodeTime, group_by_module, profile_
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, compare, measure, measure_interleaved
 from edgeseg.evaluate.latency.stages import StageClock
 from edgeseg.evaluate.latency.statistics import distribution, noise_flags, speed_comparison
-from edgeseg.evaluate.latency.streams import measure_streams
+from edgeseg.evaluate.latency.streams import measure_streams, measure_throughput
 from edgeseg.graph.modules import module_group as module_of
 from edgeseg.runtime.segmenter import Segmenter
-from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 
 SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(32, 32))
 QUIET = LatencyProtocol(warmup_ms=0, warmup_iterations=0, min_iterations=200, min_duration_ms=0)
@@ -218,6 +218,25 @@ def test_streams_make_their_calls_at_the_same_time() -> None:
     assert len(found.samples_ms) == 12
     assert found.warmup_iterations == 3
     assert found.calls_per_s > 0
+
+
+def test_throughput_is_time_per_image_of_all_callers() -> None:
+    clock = Clock()
+
+    class Working:
+        def __init__(self, ms: float) -> None:
+            self.ms = ms
+
+        def run(self, images: Any) -> dict[str, Any]:
+            assert images.shape == (4, 32, 64, 3)
+            clock.now_ns += int(self.ms * 1e6)
+            return {}
+
+    sessions: Any = {"slow": Working(8.0), "fast": Working(2.0)}
+    batches = InputSpec(32, 64, batch=BatchRange(4, 4, 8))
+    measured = measure_throughput(sessions, batches, 1, duration_ms=200.0, clock_ns=clock)
+    assert {name: samples.median_ms for name, samples in measured.items()} == {"slow": 2.0, "fast": 0.5}
+    assert compare(measured["slow"], measured["fast"]).low == 4.0
 
 
 def test_a_failing_stream_fails_the_measurement() -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from edgeseg.cli import bench as bench_verb
 from edgeseg.errors import InputError, SpecError
 from edgeseg.evaluate.accuracy.dataset import ValidationSet
 from edgeseg.evaluate.accuracy.labels import IGNORED
-from edgeseg.evaluate.accuracy.layouts import LAYOUTS, open_layout, parse_label_map
-from edgeseg.evaluate.contenders import BASELINES
+from edgeseg.evaluate.accuracy.layouts import open_layout, parse_label_map
+from edgeseg.evaluate.results import Layout
 from edgeseg.spec import ModelSpec
 
 ELEVEN = ModelSpec("fpn", "resnet18", classes=11)
@@ -125,6 +124,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         open_layout(tmp_path, "cityscape", NINETEEN)
 
 
-def test_the_command_line_offers_what_there_is() -> None:
-    assert bench_verb._LAYOUTS == LAYOUTS
-    assert (*BASELINES, "none") == bench_verb._BASELINES
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_every_layout_the_command_line_offers_has_a_reader(tmp_path: Path, layout: str) -> None:
+    with pytest.raises(InputError):
+        open_layout(tmp_path, layout, ELEVEN)

@@ -23,7 +23,7 @@ from edgeseg.decide.entries import MergedReport, Run, merge, read_runs
 from edgeseg.decide.requirement import Requirement
 from edgeseg.decide.verdict import decide
 from edgeseg.errors import ArtifactError, InputError
-from edgeseg.evaluate.results import ModuleTime, Profile, Row, WorstImage, write_report
+from edgeseg.evaluate.results import ModuleTime, Profile, Row, WorstImage, row_id, write_report
 from edgeseg.report.charts import Scale, latency_scale, nice_step
 from edgeseg.report.decision import decision_of
 from edgeseg.report.details import CHANGES_SHOWN, PNG
@@ -316,6 +316,26 @@ def test_rows_without_anything_measured_still_make_a_page() -> None:
     page = Page(page_of(merged(row("e", None))))
     assert "Not decided: not measured" in " ".join(page.texts)
     assert page.open == []
+
+
+def test_an_engine_driven_in_several_ways_has_a_line_of_throughput_against_latency() -> None:
+    one = row("e", 10, miou=0.7)
+    assert "Throughput against latency" not in page_of(merged(one))
+    driven = []
+    for streams, rate, p99_ms in ((1, 100.0, 12.0), (2, 150.0, 17.0)):
+        setting = replace(one.setting, streams=streams)
+        assert one.latency is not None
+        end_to_end = replace(one.latency.end_to_end, p99_ms=p99_ms)
+        latency = replace(one.latency, images_per_s=rate, end_to_end=end_to_end)
+        driven.append(replace(one, id=row_id("e", setting), setting=setting, latency=latency))
+    page = page_of(merged(*driven))
+    (chart,) = re.findall(r"<svg(?:(?!</svg>).)*Throughput against latency.*?</svg>", page, re.DOTALL)
+    assert "p99 12.00 ms, 100.0 images/s" in chart
+    (line,) = re.findall(r'<polyline class="front" points="(.*?)"', chart)
+    (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in line.split())
+    assert x1 < x2  # later
+    assert y1 > y2  # more, which is up
+    assert Page(page).open == []
 
 
 @pytest.mark.parametrize(("rough", "expected"), [(0.3, 0.5), (1.0, 1.0), (1.2, 2.0), (2.1, 2.5), (7.0, 10.0), (40, 50)])

@@ -157,6 +157,20 @@ def test_working_in_parallel_draws_no_more_than_it_has_threads(monkeypatch: pyte
     assert not [t for t in threading.enumerate() if t.name.startswith("edgeseg-parallel")]
 
 
+def test_a_slow_item_stops_the_other_threads_only_when_they_are_too_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 2))
+    third = threading.Event()
+
+    def work(item: int) -> bool:
+        if item == 3:
+            third.set()
+        return third.wait(0.5) if item == 0 else True
+
+    assert list(in_parallel(range(9), work, ahead=2)) == [True] * 9
+    third.clear()
+    assert list(in_parallel(range(9), work)) == [False, *[True] * 8]
+
+
 def test_an_error_in_parallel_work_comes_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 2))
     begun: list[int] = []

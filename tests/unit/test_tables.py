@@ -35,6 +35,17 @@ def printed(renderable: object, width: int = 80) -> list[str]:
     return lines
 
 
+def test_words_that_are_longer_than_the_terminal_are_all_shown() -> None:
+    path = "/data/" + "abcdefghij" * 30 + ".pth"
+    table = FigureTable((("", "words"), ("", "words")), has_header=False)
+    table.add("normalization", "mean (0.485, 0.456, 0.406)")
+    table.add("to repeat", f"edgeseg build --weights {path} --size 64x96")
+    lines = printed(table, width=80)
+    assert max(map(len, lines)) <= 80
+    assert path in "".join("".join(lines).split())
+    assert "mean (0.485, 0.456, 0.406)" in "".join(lines)
+
+
 def test_on_the_tools_console_a_wrapped_name_has_lines_and_its_own_line_ends_are_written_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -240,6 +240,7 @@ GOOD = Verification(
     engine_latency=FIGURES,
     pytorch_size_bytes=20_000_000,
     engine_size_bytes=5_500_000,
+    speedup=SpeedUp(5.0, 4.9, 5.1, "faster"),
 )
 
 
@@ -345,7 +346,8 @@ def test_the_table_shows_both_and_their_difference() -> None:
 
 
 def test_a_slower_engine_is_called_slower() -> None:
-    slow = dataclasses.replace(GOOD, engine_latency=dataclasses.replace(FIGURES, median_ms=100.0))
+    latency, speedup = dataclasses.replace(FIGURES, median_ms=100.0), SpeedUp(0.5, 0.4, 0.6, "slower")
+    slow = dataclasses.replace(GOOD, engine_latency=latency, speedup=speedup)
     assert rows(verification_table(slow, "e"))["median ms"] == ["50.0", "100.0", "2.0x slower"]
 
 
@@ -397,6 +399,7 @@ def test_what_was_not_measured_has_no_line_and_a_dash_beside_what_was() -> None:
         engine_accuracy=AccuracyFigures(),
         pytorch_latency=None,
         engine_latency=None,
+        speedup=None,
     )
     found = rows(verification_table(bare, "fpn-int8"))
     assert [name for name in found if set(name) != {"\u2500"}] == ["PyTorch", "agreement with PyTorch", "size"]

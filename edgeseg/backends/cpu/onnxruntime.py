@@ -19,7 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
-from edgeseg.backends.cpu.options import check_built_for, check_image_size, cpu_options, saved_options
+from edgeseg.backends.cpu.options import (
+    check_built_for,
+    check_image_size,
+    cpu_options,
+    saved_options,
+    threads_and_streams,
+)
 from edgeseg.backends.cpu.precision import executed_precision, node_times, profiled_events, run_profiled
 from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.backends.signature import ANY, TensorInfo, check_signature
@@ -186,7 +192,8 @@ def _import_ort() -> Any:
 
 def _session_options(ort: Any, options: Mapping[str, Any], cpu: Cpu) -> Any:
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options["threads"] or cpu.cores
+    threads, streams = threads_and_streams(options, cpu.cores)
+    settings.intra_op_num_threads = threads // streams
     settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     settings.log_severity_level = 3  # errors only: each is raised anyway
     for key, value in _SESSION_ENTRIES.items():

@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
-from edgeseg.backends.cpu.options import check_built_for, check_image_size, cpu_options, saved_options
+from edgeseg.backends.cpu.options import (
+    check_built_for,
+    check_image_size,
+    cpu_options,
+    saved_options,
+    threads_and_streams,
+)
 from edgeseg.backends.signature import TensorInfo, check_signature
 from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, one_line
@@ -72,7 +78,7 @@ class OpenVinoBackend:
 
         chosen = cpu_options(self.name, options)
         ov = _import_openvino()
-        settings = self._settings(ov, chosen["threads"], graph.precision)
+        settings = self._settings(ov, chosen, graph.precision)
         path = folder / ENGINE_NAME
         source = read_onnx(graph.path)  # refused here, not by a parser in native code
         try:
@@ -85,7 +91,7 @@ class OpenVinoBackend:
         return BuiltEngine(
             path=path,
             precision=_executed_precision(compiled, graph, source),
-            options={"threads": chosen["threads"], **{k: str(v) for k, v in settings.items()}},
+            options={**chosen, **{k: str(v) for k, v in settings.items()}},
             versions={"openvino": _version(ov)},
             device={"cpu": self.cpu.name, "isa": self.cpu.isa},
         )
@@ -95,7 +101,7 @@ class OpenVinoBackend:
         ov, path = _import_openvino(), engine.engine_path
         check_built_for(engine, self.cpu, "openvino", _version(ov))
         manifest = engine.manifest
-        settings = self._settings(ov, saved_options(engine, self.name)["threads"], manifest.precision.requested)
+        settings = self._settings(ov, saved_options(engine, self.name), manifest.precision.requested)
         try:
             compiled = ov.Core().import_model(path.read_bytes(), "CPU", settings)
         except Exception as exc:  # see build
@@ -103,14 +109,15 @@ class OpenVinoBackend:
         check_signature(_tensors(compiled.inputs), _tensors(compiled.outputs), manifest.spec)
         return OpenVinoSession(compiled, manifest.spec.input)
 
-    def _settings(self, ov: Any, threads: int, precision: Precision) -> dict[str, Any]:
+    def _settings(self, ov: Any, options: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
         hint = "f32"
         if precision == "fp16" and "FP16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             hint = "f16"
+        threads, streams = threads_and_streams(options, self.cpu.cores)
         return {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads or self.cpu.cores,
+            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": threads,
             # Without this OpenVINO runs the float parts in bfloat16 where the CPU can: a precision nobody asked for.
             "INFERENCE_PRECISION_HINT": hint,
         }
@@ -182,7 +189,7 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
 
     ov, chosen, manifest = _import_openvino(), backend(), engine.manifest
     read_onnx(engine.graph_path)
-    settings = chosen._settings(ov, saved_options(engine, chosen.name)["threads"], manifest.precision.requested)
+    settings = chosen._settings(ov, saved_options(engine, chosen.name), manifest.precision.requested)
     spec = manifest.spec.input
     image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, np.uint8)
     try:

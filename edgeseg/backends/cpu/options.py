@@ -7,43 +7,51 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from edgeseg.errors import InputError, SpecError, StaleEngineError, did_you_mean, typed
-from edgeseg.machine.cpu import Cpu, this_cpu
+from edgeseg.backends.base import require_known
+from edgeseg.errors import InputError, SpecError, StaleEngineError, typed
+from edgeseg.machine.cpu import Cpu
 from edgeseg.spec import InputSpec
 from edgeseg.store.artifacts import Engine
 
-CPU_OPTIONS: Mapping[str, tuple[str, ...]] = {"onnxruntime": ("threads", "spinning"), "openvino": ("threads",)}
+CPU_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "onnxruntime": ("threads", "spinning", "streams"),
+    "openvino": ("threads", "streams"),
+}
 """Build options by backend."""
-
-_DEFAULTS: dict[str, Any] = {"threads": 0, "spinning": True}
 
 
 def cpu_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Check a backend's build options and add defaults, also for those that are ``None``.
 
-    ``threads``: threads of one inference, 0 for one per core this process may use. ``spinning``: pool threads spin a
-    little before they sleep, for lower latency at more power.
+    ``threads``: of the engine, 0 for one per core this process may use. ``streams``: inferences at the same time, among which
+    the threads are divided; 0 for as many as threads. ``spinning``: pool threads spin a little before they sleep, for lower
+    latency at more power; by default where there is one stream.
 
     Raises:
         SpecError: an unknown option, or a value out of range.
     """
     allowed = CPU_OPTIONS[backend]
-    for key in options:
-        if key not in allowed:
-            raise SpecError(
-                f"target {backend} has no build option {key!r}{did_you_mean(key, allowed)} (allowed: {', '.join(allowed)})"
-            )
+    require_known(backend, options, allowed)
     # ``None`` asks for the default, as in the TensorRT backends.
-    chosen = {name: _DEFAULTS[name] if options.get(name) is None else options[name] for name in allowed}
-    threads, spinning = chosen["threads"], chosen.get("spinning", True)
-    # Threads beyond the processors wait for each other: 40 small convolutions on 2 processors took 0.05 s with 2 of them,
-    # 0.46 with 16, 6.6 with 256.
-    most = max(16, 4 * (os.cpu_count() or 1))
+    defaults = {"threads": 0, "streams": 1, "spinning": options.get("streams") in (None, 1)}
+    chosen = {name: defaults[name] if options.get(name) is None else options[name] for name in allowed}
+    threads, streams, spinning = chosen["threads"], chosen["streams"], chosen.get("spinning", True)
+    most = _most_threads()
     if isinstance(threads, bool) or not isinstance(threads, int) or not 0 <= threads <= most:
         raise SpecError(f"threads is {threads!r}; give a number from 0 (one per core) to {most} on this machine")
+    if isinstance(streams, bool) or not isinstance(streams, int) or not 0 <= streams <= most:
+        raise SpecError(
+            f"streams is {streams!r}; give 1 (the lowest latency), more, up to {most} on this machine, or 0 (one per thread)"
+        )
     if not isinstance(spinning, bool):
         raise SpecError(f"spinning is {spinning!r}; give true or false")
     return chosen
+
+
+def _most_threads() -> int:
+    # Threads beyond the processors wait for each other: 40 small convolutions on 2 processors took 0.05 s with 2 of them,
+    # 0.46 with 16, 6.6 with 256.
+    return max(16, 4 * (os.cpu_count() or 1))
 
 
 def saved_options(engine: Engine, backend: str) -> dict[str, Any]:
@@ -52,17 +60,23 @@ def saved_options(engine: Engine, backend: str) -> dict[str, Any]:
     return cpu_options(backend, {name: saved[name] for name in CPU_OPTIONS[backend] if name in saved})
 
 
-def with_streams(engine: Engine, streams: int) -> Engine:
-    """``engine`` to be loaded for ``streams`` callers at a time: a share of ONNX Runtime's threads for each, none spinning.
+def threads_and_streams(options: Mapping[str, Any], cores: int) -> tuple[int, int]:
+    """How many threads an engine of these options has on a machine, and for how many callers; no more than threads."""
+    threads: int = options["threads"] or cores
+    return threads, min(options["streams"] or threads, threads)
+
+
+def with_streams(engine: Engine, streams: int | None) -> Engine:
+    """``engine`` to be loaded for ``streams`` callers at a time, none of whose threads spin; ``None``: as it was built.
 
     An inference on one thread waits for no other; and threads that spin take the cores from callers that do something else:
     fpn at 256x256 took 3.0 ms of CPU time with one thread, 4.6 with two that spin, on a machine with other work.
     """
     manifest = engine.manifest
-    if streams == 1 or manifest.target != "onnxruntime":
+    if streams is None or manifest.target not in CPU_OPTIONS:
         return engine
-    threads = saved_options(engine, manifest.target)["threads"] or this_cpu().cores
-    options = {**manifest.options, "threads": max(1, threads // streams), "spinning": False}
+    spinning = {"spinning": False} if streams > 1 and "spinning" in CPU_OPTIONS[manifest.target] else {}
+    options = {**manifest.options, **spinning, "streams": min(streams, _most_threads())}
     return replace(engine, manifest=replace(manifest, options=options))
 
 

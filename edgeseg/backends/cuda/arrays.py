@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,6 @@ from edgeseg.backends.cuda.device import LEGACY_STREAM, Cuda, Stream
 from edgeseg.backends.cuda.result_memory import Lease
 from edgeseg.closing import Closing
 from edgeseg.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 PER_THREAD_STREAM = 2
 

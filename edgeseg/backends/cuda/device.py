@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,6 @@ from edgeseg.backends.cuda.driver import Driver, DriverName
 from edgeseg.closing import Closing
 from edgeseg.errors import DeviceError, MissingDependencyError
 from edgeseg.spec import one_of
-
-if TYPE_CHECKING:
-    pass
 
 
 class Resource(Closing):

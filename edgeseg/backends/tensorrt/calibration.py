@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,21 +22,12 @@ from edgeseg.spec import InputSpec
 if TYPE_CHECKING:
     from tensorrt_surface import TensorRT
 
+    from edgeseg.backends.cuda.device import Cuda
     from edgeseg.quantize.samples import CalibrationSet
 
 CACHE_NAME = "calibration.cache"
 ENTROPY = "EntropyCalibration2"
 _LIMIT = 127.0
-
-
-class DeviceCopies(Protocol):
-    """What a calibrator needs of the CUDA layer (:class:`edgeseg.backends.cuda.device.Cuda` in part)."""
-
-    def device_memory(self, size_bytes: int) -> Any: ...
-
-    def stream(self) -> Any: ...
-
-    def active(self) -> AbstractContextManager[Any]: ...
 
 
 def version_number(version: str) -> int:
@@ -134,42 +124,13 @@ def check_cache(path: Path, version: str, tensors: Collection[str], table: Calib
     return data
 
 
-def cache_calibrator(trt: TensorRT, cache: bytes) -> Any:
-    """A calibrator that has the answer already: TensorRT reads the cache and asks for no images."""
-
-    if TYPE_CHECKING:
-        from tensorrt import IInt8EntropyCalibrator2
-    else:
-        IInt8EntropyCalibrator2 = trt.IInt8EntropyCalibrator2  # noqa: N806  # a class of the module at hand
-
-    class CachedCalibrator(IInt8EntropyCalibrator2):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.asked_for_images = False
-
-        def get_batch_size(self) -> int:
-            return 1
-
-        def get_batch(self, names: list[str]) -> None:
-            # Only asked when TensorRT does not take the cache; without a batch its build fails, as it should.
-            self.asked_for_images = True
-
-        def read_calibration_cache(self) -> bytes:
-            return cache
-
-        def write_calibration_cache(self, cache: Any) -> None:
-            pass
-
-    return CachedCalibrator()
-
-
 class ImageFeed:
     """Calibration images in device memory, a batch at a time, for a calibrator's ``get_batch``.
 
     An exception inside TensorRT's callback would be lost: the first one is kept in ``failure``, and the images end.
     """
 
-    def __init__(self, samples: CalibrationSet, spec: InputSpec, cuda: DeviceCopies) -> None:
+    def __init__(self, samples: CalibrationSet, spec: InputSpec, cuda: Cuda) -> None:
         self.batch_size = spec.batch.optimum
         self.batches = 0
         self.failure: EdgesegError | None = None
@@ -201,42 +162,46 @@ class ImageFeed:
         self._memory.close()
 
 
-def image_calibrator(trt: TensorRT, algorithm: str, feed: ImageFeed) -> Any:
-    """A calibrator that lets TensorRT measure on images.
+def make_calibrator(trt: TensorRT, algorithm: str, cache: bytes, feed: ImageFeed | None) -> Any:
+    """A calibrator that has the answer already, in ``cache``, or lets TensorRT measure on images.
 
     Args:
         trt: the TensorRT module, up to 10.
-        algorithm: ``entropy`` or ``minmax``.
-        feed: the images.
+        algorithm: ``minmax``, or ``entropy``, whose caches edgeseg writes.
+        cache: a calibration cache; ``b""`` to measure.
+        feed: the images to measure on.
 
     Returns:
-        the calibrator; its ``written`` is the cache TensorRT made, ``b""`` before.
+        the calibrator; its ``written`` is the cache TensorRT made, ``b""`` before, ``asked_for_images`` whether it did.
     """
     if TYPE_CHECKING:
         # What it overrides is the same of the other one.
         from tensorrt import IInt8EntropyCalibrator2 as Base
     else:
-        Base = trt.IInt8EntropyCalibrator2 if algorithm == "entropy" else trt.IInt8MinMaxCalibrator  # noqa: N806
+        Base = trt.IInt8MinMaxCalibrator if algorithm == "minmax" else trt.IInt8EntropyCalibrator2  # noqa: N806
 
-    class ImageCalibrator(Base):  # type: ignore[misc]
+    class Calibrator(Base):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
+            self.asked_for_images = False
             self.written = b""
 
         def get_batch_size(self) -> int:
-            return feed.batch_size
+            return 1 if feed is None else feed.batch_size
 
         def get_batch(self, names: list[str]) -> list[int] | None:
-            address = feed.next_address()
+            # Where TensorRT does not take the cache, it gets no batch either, and its build fails, as it should.
+            self.asked_for_images = True
+            address = None if feed is None else feed.next_address()
             return None if address is None else [address]
 
-        def read_calibration_cache(self) -> None:
-            return None
+        def read_calibration_cache(self) -> bytes | None:
+            return cache or None
 
         def write_calibration_cache(self, cache: Any) -> None:
             self.written = bytes(cache)
 
-    return ImageCalibrator()
+    return Calibrator()
 
 
 def require_measured(feed: ImageFeed) -> None:

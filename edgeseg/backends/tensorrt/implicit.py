@@ -10,10 +10,9 @@ from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.backends.tensorrt.calibration import (
     CACHE_NAME,
     ImageFeed,
-    cache_calibrator,
     cache_text,
     check_cache,
-    image_calibrator,
+    make_calibrator,
     require_measured,
 )
 from edgeseg.backends.tensorrt.graph import ParsedGraph
@@ -63,7 +62,7 @@ class Ranges:
             except BaseException:
                 cuda.close()
                 raise
-            return cls(image_calibrator(trt, options.calibrator, feed), feed=feed, cuda=cuda)
+            return cls(make_calibrator(trt, options.calibrator, b"", feed), feed=feed, cuda=cuda)
         table = _table_beside(parsed.path, folder)
         if options.calibration_cache is not None:
             cache = check_cache(Path(options.calibration_cache), version, parsed.tensors, table)
@@ -74,7 +73,7 @@ class Ranges:
                 f"implicit calibration has no {TABLE_NAME} beside the graph; "
                 "give calibration_cache=FILE, or calibrator=entropy and calibration_images=DIR"
             )
-        return cls(cache_calibrator(trt, cache), cache)
+        return cls(make_calibrator(trt, "entropy", cache, None), cache)
 
     def finish(self, folder: Path) -> tuple[Path, ...]:
         """After the build: check that the ranges were used, and leave them in the folder as a calibration cache.

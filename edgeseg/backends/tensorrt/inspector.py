@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -172,12 +172,11 @@ def time_share(layers: Collection[EngineLayer], times: Collection[tuple[str, flo
     dtypes: dict[str, set[str]] = {}
     for layer in layers:
         dtypes.setdefault(layer.name, set()).add(layer.dtype)
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     for name, ms in times:
         told = dtypes.get(name, set())
-        spent[next(iter(told)) if len(told) == 1 else "unknown"] += ms  # type: ignore[assignment]  # adds floats alike
-    total = float(sum(spent.values()))
-    return {dtype: float(ms) / total for dtype, ms in sorted(spent.items())} if total > 0 else None
+        spent[next(iter(told)) if len(told) == 1 else "unknown"] += ms
+    return shares(spent) or None
 
 
 def proven_precision(

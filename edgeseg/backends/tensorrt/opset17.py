@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from edgeseg.errors import BuildError, first_line
+from edgeseg.graph.proto import Dims, attribute, dims, drop_unread_constants, value_infos
 
 OPSET = 17
 _IR_VERSION = 8
@@ -80,8 +81,8 @@ class _Rewrite:
     def __init__(self, model: onnx.ModelProto, has_normalization: bool) -> None:
         self._model = onnx.ModelProto()
         self._model.CopyFrom(model)
-        graph = onnx.shape_inference.infer_shapes(model).graph
-        self._values = {v.name: v.type.tensor_type for v in (*graph.input, *graph.value_info, *graph.output)}
+        graph = model.graph
+        self._values = value_infos(model)
         self._constants = {t.name: t for t in self._model.graph.initializer}
         for node in graph.node:
             if node.op_type == "Constant" and node.attribute[0].name == "value":
@@ -109,10 +110,8 @@ class _Rewrite:
         model.graph.node.extend(self._new)
         # Types noted for values of before, bytes among them that are floats now: the parser infers its own.
         del model.graph.value_info[:]
-        read = {name for node in self._new for name in node.input} | {v.name for v in model.graph.output}
-        kept = [tensor for tensor in (*model.graph.initializer, *self._made) if tensor.name in read]
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(kept)
+        model.graph.initializer.extend(self._made)
+        drop_unread_constants(model.graph)
         next(domain for domain in model.opset_import if domain.domain in ("", "ai.onnx")).version = OPSET
         model.ir_version = min(model.ir_version, _IR_VERSION)
         self._check()
@@ -194,7 +193,7 @@ class _Rewrite:
         """Write the kernel's size: of a kernel that is no constant the parser takes it from the attribute alone."""
         node = self._node
         if self._attribute("kernel_shape", None) is None and node.input[1] not in self._constants:
-            sides = [dim.dim_value for dim in self._values[node.input[1]].shape.dim[2:]]
+            sides = [dim.dim_value for dim in self._values[node.input[1]].type.tensor_type.shape.dim[2:]]
             node.attribute.append(helper.make_attribute("kernel_shape", sides))
         return False
 
@@ -248,7 +247,7 @@ class _Rewrite:
         self._drop("num_outputs")
         if count is None:
             return False
-        size = self._dimension(node.input[0], self._attribute("axis", 0))
+        size = self._dims(node.input[0])[self._attribute("axis", 0)]
         if size is None:
             raise BuildError(
                 f"TensorRT 8 would split {node.name} in equal parts, and its size is not known; use a fixed --size"
@@ -259,9 +258,9 @@ class _Rewrite:
         return False
 
     def _grid_sample(self) -> bool:
-        for attribute in self._node.attribute:
-            if attribute.name == "mode":
-                attribute.s = _GRID_SAMPLE_MODES.get(attribute.s, attribute.s)
+        for given in self._node.attribute:
+            if given.name == "mode":
+                given.s = _GRID_SAMPLE_MODES.get(given.s, given.s)
         return False
 
     def _scatter(self) -> bool:
@@ -293,7 +292,7 @@ class _Rewrite:
     def _instance_normalization(self) -> bool:
         """The statistics of each plane, the gain and shift of each channel."""
         node = self._node
-        rank = self._rank(node.input[0])
+        rank = len(self._dims(node.input[0]))
         gain, shift = (self._array(name) for name in node.input[1:3])
         if gain is None or shift is None:
             raise BuildError(f"TensorRT 8 takes InstanceNormalization with constants only, {node.name} computes them")
@@ -306,7 +305,7 @@ class _Rewrite:
         if self._has_normalization:
             return False
         axis = self._attribute("axis", -1)
-        axes = list(range(axis, 0)) if axis < 0 else list(range(axis, self._rank(node.input[0])))
+        axes = list(range(axis, 0)) if axis < 0 else list(range(axis, len(self._dims(node.input[0]))))
         gain = self._array(node.input[1])
         shift = self._array(node.input[2]) if len(node.input) > 2 and node.input[2] else None
         if gain is None or (shift is None and len(node.input) > 2 and node.input[2]) or len(node.output) > 1:
@@ -370,20 +369,16 @@ class _Rewrite:
     def _type(self, name: str) -> int:
         if name in self._constants:
             return int(self._constants[name].data_type)
-        return int(self._values[name].elem_type) if name in self._values else int(TensorProto.FLOAT)
+        return int(self._values[name].type.tensor_type.elem_type) if name in self._values else int(TensorProto.FLOAT)
 
-    def _rank(self, name: str) -> int:
-        value = self._values.get(name)
-        if value is None or not value.HasField("shape"):
+    def _dims(self, name: str) -> Dims:
+        known = dims(self._values[name]) if name in self._values else None
+        if known is None:
             raise BuildError(f"the rank of what {self._node.name} reads is not known; please report the model")
-        return len(value.shape.dim)
-
-    def _dimension(self, name: str, axis: int) -> int | None:
-        dim = self._values[name].shape.dim[axis % self._rank(name)]
-        return int(dim.dim_value) if dim.HasField("dim_value") else None
+        return known
 
     def _attribute(self, name: str, default: Any) -> Any:
-        return next((helper.get_attribute_value(a) for a in self._node.attribute if a.name == name), default)
+        return attribute(self._node, name, default)
 
     def _drop(self, *names: str) -> None:
         kept = [a for a in self._node.attribute if a.name not in names]

@@ -5,26 +5,79 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
-from edgeseg.errors import SpecError, did_you_mean
-from edgeseg.spec import InputSpec, one_of
+from edgeseg.arguments import FLAG, Kind, argument, choice, settle, whole
+from edgeseg.backends.base import require_known
+from edgeseg.errors import SpecError
+from edgeseg.spec import InputSpec
 
 Shape = tuple[int, int, int, int]
-Options = TypeVar("Options")
+Options = TypeVar("Options", bound="SessionOptions | RtxOptions")
+HostMemoryMode: TypeAlias = Literal["auto", "copy", "mapped"]
 
-TYPINGS = ("auto", "strong", "weak")
-COMPATIBILITY_LEVELS = ("none", "ampere_plus", "same_compute_capability")
-VERBOSITIES = ("detailed", "layer_names_only", "none")
-CALIBRATORS = ("table", "entropy", "minmax")
-HOST_MEMORY_MODES = ("auto", "copy", "mapped")
 RTX_SMS = (75, 80, 86, 89, 120, 121)
 
 
+def _whole(low: int, high: int, wanted: str) -> Kind:
+    return dataclasses.replace(whole(low, high, low), wanted=wanted)
+
+
+def _path(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError
+    return os.path.abspath(value)
+
+
+def _flag_or_path(value: Any) -> bool | str:
+    return value if isinstance(value, bool) else _path(value)
+
+
+def _size(value: Any) -> str:
+    if re.fullmatch(r"[1-9]\d*x[1-9]\d*", value) is None:
+        raise ValueError
+    return str(value)
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    words = value.split(",") if isinstance(value, str) else list(value)
+    if not words:
+        raise ValueError
+    return tuple(str(word).strip().upper() for word in words)
+
+
+def _sms(value: Any) -> tuple[int, ...]:
+    numbers = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else list(value)
+    return tuple(int(number) for number in numbers)
+
+
+_MIB = _whole(1, 1 << 20, "MiB, from 1")
+_SIZE = Kind("HEIGHTxWIDTH in pixels, such as 256x320", _size)
+
+
 @dataclass(frozen=True)
-class TensorRTOptions:
+class SessionOptions:
+    """How a loaded engine runs.
+
+    Attributes:
+        contexts: batches in flight at most, each with an execution context and buffers; further callers wait.
+        cuda_graph: launch repeated shapes as a CUDA graph; needs ``cuda-bindings``.
+        host_memory: ``copy`` to the GPU's memory and back; ``mapped``: the GPU uses host memory in place; ``auto``: the
+            latter where GPU and CPU share their memory (Jetson).
+    """
+
+    contexts: int = argument(_whole(1, 64, "a number from 1 to 64"), 2)
+    cuda_graph: bool = argument(FLAG, False)
+    host_memory: HostMemoryMode = argument(choice(get_args(HostMemoryMode)), "auto")
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+@dataclass(frozen=True)
+class TensorRTOptions(SessionOptions):
     """Settings of one TensorRT build; ``None`` leaves a setting to TensorRT.
 
     Attributes:
@@ -52,42 +105,35 @@ class TensorRTOptions:
         calibration_images: what ``entropy`` and ``minmax`` measure on.
         calibration_cache: a TensorRT calibration cache to use as it is.
         layer_times: run the new engine a few times with TensorRT's profiler: the share of time per dtype, in the manifest.
-        contexts, cuda_graph, host_memory: how the engine runs once loaded; see
-            :class:`edgeseg.backends.tensorrt.session.SessionOptions`.
     """
 
-    workspace_mb: int | None = None
-    timing_cache: bool | str = True
-    typing: str = "auto"
-    allow_fp16: bool = True
-    tf32: bool = True
-    hardware_compatibility: str = "none"
-    version_compatible: bool = False
-    optimization_level: int | None = None
-    aux_streams: int | None = None
-    tactic_sources: tuple[str, ...] | None = None
-    dla_core: int | None = None
-    profiling_verbosity: str = "detailed"
-    prove_precision: bool = True
-    strip_weights: bool = False
-    refit: bool = False
-    min_size: str | None = None
-    max_size: str | None = None
-    implicit_calibration: bool = False
-    calibrator: str = "table"
-    calibration_images: str | None = None
-    calibration_cache: str | None = None
-    layer_times: bool = True
-    contexts: int = 2
-    cuda_graph: bool = False
-    host_memory: str = "auto"
+    workspace_mb: int | None = argument(_MIB)
+    timing_cache: bool | str = argument(Kind("true, false or a file", _flag_or_path), True)
+    typing: str = argument(choice(("auto", "strong", "weak")), "auto")
+    allow_fp16: bool = argument(FLAG, True)
+    tf32: bool = argument(FLAG, True)
+    hardware_compatibility: str = argument(choice(("none", "ampere_plus", "same_compute_capability")), "none")
+    version_compatible: bool = argument(FLAG, False)
+    optimization_level: int | None = argument(_whole(0, 5, "a number from 0 to 5"))
+    aux_streams: int | None = argument(_whole(0, 64, "a number from 0 to 64"))
+    tactic_sources: tuple[str, ...] | None = argument(
+        Kind("names separated by commas, such as JIT_CONVOLUTIONS", _words)
+    )
+    dla_core: int | None = argument(_whole(0, 15, "the number of a DLA core, from 0"))
+    profiling_verbosity: str = argument(choice(("detailed", "layer_names_only", "none")), "detailed")
+    prove_precision: bool = argument(FLAG, True)
+    strip_weights: bool = argument(FLAG, False)
+    refit: bool = argument(FLAG, False)
+    min_size: str | None = argument(_SIZE)
+    max_size: str | None = argument(_SIZE)
+    implicit_calibration: bool = argument(FLAG, False)
+    calibrator: str = argument(choice(("table", "entropy", "minmax")), "table")
+    calibration_images: str | None = argument(Kind("a folder, glob or list of images", _path))
+    calibration_cache: str | None = argument(Kind("a calibration cache file", _path))
+    layer_times: bool = argument(FLAG, True)
 
     def __post_init__(self) -> None:
-        one_of("typing", self.typing, TYPINGS)
-        one_of("hardware compatibility", self.hardware_compatibility, COMPATIBILITY_LEVELS)
-        one_of("profiling verbosity", self.profiling_verbosity, VERBOSITIES)
-        one_of("calibrator", self.calibrator, CALIBRATORS)
-        one_of("host memory", self.host_memory, HOST_MEMORY_MODES)
+        super().__post_init__()
         if self.calibrator != "table" and self.calibration_images is None:
             raise SpecError(f"calibrator {self.calibrator} measures on images; give calibration_images=DIR too")
         explicit = [name for name in ("calibration_images", "calibration_cache") if getattr(self, name) is not None]
@@ -110,16 +156,17 @@ class RtxOptions:
         workspace_mb, tf32, strip_weights, refit, min_size, max_size: as in :class:`TensorRTOptions`.
     """
 
-    sm: tuple[int, ...] = ()
-    runtime_cache: bool = True
-    workspace_mb: int | None = None
-    tf32: bool = True
-    strip_weights: bool = False
-    refit: bool = False
-    min_size: str | None = None
-    max_size: str | None = None
+    sm: tuple[int, ...] = argument(Kind("numbers such as 86,89", _sms), ())
+    runtime_cache: bool = argument(FLAG, True)
+    workspace_mb: int | None = argument(_MIB)
+    tf32: bool = argument(FLAG, True)
+    strip_weights: bool = argument(FLAG, False)
+    refit: bool = argument(FLAG, False)
+    min_size: str | None = argument(_SIZE)
+    max_size: str | None = argument(_SIZE)
 
     def __post_init__(self) -> None:
+        settle(self)
         listed = ", ".join(str(sm) for sm in RTX_SMS)
         for sm in self.sm:
             if sm not in RTX_SMS:
@@ -134,97 +181,8 @@ def parse_options(kind: type[Options], backend: str, options: Mapping[str, Any])
     Raises:
         SpecError: an unknown name, a value of another type or out of range; says what is allowed.
     """
-    names = tuple(f.name for f in dataclasses.fields(kind))  # type: ignore[arg-type]  # a dataclass, by use
-    chosen: dict[str, Any] = {}
-    for name, value in options.items():
-        if name not in names:
-            raise SpecError(
-                f"target {backend} has no build option {name!r}{did_you_mean(name, names)} (allowed: {', '.join(names)})"
-            )
-        if value is not None:
-            check, wanted = _CHECKS[name]
-            chosen[name] = _checked(name, value, check, wanted)
-    return kind(**chosen)
-
-
-def _checked(name: str, value: Any, check: Callable[[Any], Any], wanted: str) -> Any:
-    try:
-        read = check(value)
-    except (TypeError, ValueError):
-        read = None
-    if read is None:
-        raise SpecError(f"{name} is {value!r}; give {wanted}")
-    return read
-
-
-def _number(low: int, high: int) -> Callable[[Any], int | None]:
-    def check(value: Any) -> int | None:
-        return value if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high else None
-
-    return check
-
-
-def _flag(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def _path(value: Any) -> str | None:
-    return os.path.abspath(value) if _text(value) else None
-
-
-def _flag_or_path(value: Any) -> bool | str | None:
-    return value if isinstance(value, bool) else _path(value)
-
-
-def _size(value: Any) -> str | None:
-    return value if isinstance(value, str) and re.fullmatch(r"[1-9]\d*x[1-9]\d*", value) else None
-
-
-def _words(value: Any) -> tuple[str, ...] | None:
-    words = value.split(",") if isinstance(value, str) else list(value)
-    return tuple(str(word).strip().upper() for word in words) or None
-
-
-def _sms(value: Any) -> tuple[int, ...] | None:
-    numbers = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else list(value)
-    return tuple(int(number) for number in numbers)
-
-
-_FLAG = (_flag, "true or false")
-_SIZE = (_size, "HEIGHTxWIDTH in pixels, such as 256x320")
-_CHECKS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "workspace_mb": (_number(1, 1 << 20), "MiB, from 1"),
-    "timing_cache": (_flag_or_path, "true, false or a file"),
-    "typing": (_text, f"one of {', '.join(TYPINGS)}"),
-    "allow_fp16": _FLAG,
-    "tf32": _FLAG,
-    "hardware_compatibility": (_text, f"one of {', '.join(COMPATIBILITY_LEVELS)}"),
-    "version_compatible": _FLAG,
-    "optimization_level": (_number(0, 5), "a number from 0 to 5"),
-    "aux_streams": (_number(0, 64), "a number from 0 to 64"),
-    "tactic_sources": (_words, "names separated by commas, such as JIT_CONVOLUTIONS"),
-    "dla_core": (_number(0, 15), "the number of a DLA core, from 0"),
-    "profiling_verbosity": (_text, f"one of {', '.join(VERBOSITIES)}"),
-    "prove_precision": _FLAG,
-    "strip_weights": _FLAG,
-    "refit": _FLAG,
-    "layer_times": _FLAG,
-    "min_size": _SIZE,
-    "max_size": _SIZE,
-    "implicit_calibration": _FLAG,
-    "calibrator": (_text, f"one of {', '.join(CALIBRATORS)}"),
-    "calibration_images": (_path, "a folder, glob or list of images"),
-    "calibration_cache": (_path, "a calibration cache file"),
-    "contexts": (_number(1, 64), "a number from 1 to 64"),
-    "cuda_graph": _FLAG,
-    "host_memory": (_text, f"one of {', '.join(HOST_MEMORY_MODES)}"),
-    "runtime_cache": _FLAG,
-    "sm": (_sms, "numbers such as 86,89"),
-}
+    require_known(backend, options, tuple(f.name for f in dataclasses.fields(kind)))
+    return kind(**options)
 
 
 def profile_shapes(spec: InputSpec, min_size: str | None, max_size: str | None) -> tuple[Shape, Shape, Shape] | None:

@@ -14,9 +14,8 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,39 +27,16 @@ from edgeseg.backends.cuda.result_memory import Lease, ResultMemory
 from edgeseg.backends.signature import check_signature
 from edgeseg.backends.tensorrt.lane import Lane, io_tensors
 from edgeseg.backends.tensorrt.lanes import LanePool
+from edgeseg.backends.tensorrt.options import SessionOptions
 from edgeseg.closing import Closing
-from edgeseg.errors import DeviceError, InputError, SpecError
-from edgeseg.spec import PipelineSpec, one_of
+from edgeseg.errors import DeviceError, InputError
+from edgeseg.spec import PipelineSpec
 
 if TYPE_CHECKING:
     from tensorrt import ICudaEngine
     from tensorrt_surface import TensorRT
 
     from edgeseg.backends.tensorrt.rtx_cache import CachingEngine
-
-HostMemoryMode: TypeAlias = Literal["auto", "copy", "mapped"]
-
-
-@dataclass(frozen=True)
-class SessionOptions:
-    """How a loaded engine runs.
-
-    Attributes:
-        contexts: batches in flight at most, each with an execution context and buffers; further callers wait.
-        cuda_graph: launch repeated shapes as a CUDA graph; needs ``cuda-bindings``.
-        host_memory: ``copy`` to the GPU's memory and back; ``mapped``: the GPU uses host memory in place; ``auto``: the
-            latter where GPU and CPU share their memory (Jetson).
-    """
-
-    contexts: int = 2
-    cuda_graph: bool = False
-    host_memory: HostMemoryMode = "auto"
-
-    def __post_init__(self) -> None:
-        one_of("host memory", self.host_memory, get_args(HostMemoryMode))
-        if not 1 <= self.contexts <= 64:
-            raise SpecError(f"contexts is {self.contexts}; give a number from 1 to 64")
-
 
 _open: weakref.WeakSet[TensorRTSession] = weakref.WeakSet()
 
@@ -98,7 +74,7 @@ class TensorRTSession(Closing):
         engine: a deserialized ``ICudaEngine``.
         spec: the contract it fulfils.
         cuda: an opened GPU, whose context was current when ``engine`` was deserialized; closed with the session.
-        options: how to run it.
+        options: how to run it; default as :class:`~edgeseg.backends.tensorrt.options.SessionOptions` has it.
 
     Raises:
         DeviceError: an engine that is not edgeseg's, or no memory for the first context. ``cuda`` stays open then.
@@ -111,9 +87,9 @@ class TensorRTSession(Closing):
         engine: ICudaEngine | CachingEngine,
         spec: PipelineSpec,
         cuda: Cuda,
-        options: SessionOptions = SessionOptions(),
+        options: SessionOptions | None = None,
     ) -> None:
-        self.options = options
+        self.options = options = options or SessionOptions()
         self._trt = trt
         self._cuda = cuda
         self._image, self._outputs = io_tensors(trt, engine)

@@ -30,6 +30,7 @@ from onnx import helper, numpy_helper
 
 from edgeseg.backends.tensorrt.graph import ParsedGraph
 from edgeseg.errors import BuildError, SpecError
+from edgeseg.graph.proto import Dims, attribute, dims, drop_unread_constants, makers, value_infos
 
 TURING = 75
 """The compute capability without float32 matrix products."""
@@ -37,8 +38,6 @@ TURING = 75
 _GEMM = frozenset({"MatMul", "Gemm"})
 _MOST_AXES = 4
 """Of a product with a constant matrix: it becomes a two-dimensional convolution."""
-
-Dims = tuple[int | None, ...]
 
 
 def for_turing(parsed: ParsedGraph, *, keep_weights: bool = False) -> ParsedGraph:
@@ -96,7 +95,7 @@ class _Products:
         self.model.CopyFrom(parsed.model)
         self._dtypes = parsed.dtypes
         self._weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        self._makers = {name: node for node in parsed.model.graph.node for name in node.output}
+        self._makers = makers(parsed.model.graph)
         self._shapes = _shapes(parsed.model)
         self._new: list[onnx.NodeProto] = []
         self.origins: dict[str, str] = {}
@@ -131,10 +130,9 @@ class _Products:
 
     def _is_linear(self, node: onnx.NodeProto) -> bool:
         """Whether a Gemm is ``x @ W + b`` with a constant W and b, and nothing more."""
-        values = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        plain = values.get("alpha", 1.0) == values.get("beta", 1.0) == 1.0 and not values.get("transA")
+        plain = attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0 and not attribute(node, "transA")
         bias = self._weights.get(node.input[2]) if len(node.input) > 2 else None
-        columns = self._shapes[node.input[1]][0 if values.get("transB") else 1]
+        columns = self._shapes[node.input[1]][0 if attribute(node, "transB") else 1]
         fits = len(node.input) < 3 or (bias is not None and math.prod(bias.dims) == columns)
         return bool(plain and fits and self._constant(node.input[1]) is not None)
 
@@ -145,8 +143,7 @@ class _Products:
         matrix = self._constant(right)
         if node.op_type == "Gemm":
             assert matrix is not None
-            transposed = any(a.name == "transB" and a.i for a in node.attribute)
-            self._linear(node, left, matrix, 0 if transposed else 1)
+            self._linear(node, left, matrix, 0 if attribute(node, "transB") else 1)
         elif matrix is not None and ranks[0] <= _MOST_AXES:
             self._linear(node, left, matrix, 1)
         elif (matrix := self._constant(left)) is not None and ranks[1] <= _MOST_AXES:
@@ -272,7 +269,7 @@ class _Products:
         if maker is None or maker.op_type != "DequantizeLinear" or maker.input[0] not in self._weights:
             return None
         array, scales = (numpy_helper.to_array(self._weights[name]) for name in maker.input[:2])
-        axis = next((a.i for a in maker.attribute if a.name == "axis"), 1) % max(array.ndim, 1)
+        axis = attribute(maker, "axis", 1) % max(array.ndim, 1)
         return _Constant(_matrix(array), scales, axis - array.ndim + 2) if _is_matrix(array) else None
 
     def _kernel(self, node: onnx.NodeProto, matrix: _Constant, outputs: int) -> str:
@@ -300,9 +297,7 @@ class _Products:
                 read.update(node.input)
             else:
                 graph.node.remove(node)
-        kept = [tensor for tensor in graph.initializer if tensor.name in read]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
+        drop_unread_constants(graph)
         infos = [v for v in graph.value_info if v.name in read]
         del graph.value_info[:]
         graph.value_info.extend(infos)
@@ -318,10 +313,6 @@ def _matrix(array: NDArray[Any]) -> NDArray[Any]:
 
 def _shapes(model: onnx.ModelProto) -> dict[str, Dims]:
     """Shapes of all values whose rank is known; ``None`` for a size known at run time only."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    shapes: dict[str, Dims] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        if value.type.tensor_type.HasField("shape"):
-            dims = value.type.tensor_type.shape.dim
-            shapes[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
-    return shapes
+    known = {name: dims(value) for name, value in value_infos(model, data_prop=True).items()}
+    constants: dict[str, Dims] = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    return constants | {name: shape for name, shape in known.items() if shape is not None}

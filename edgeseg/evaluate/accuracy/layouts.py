@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from edgeseg.errors import InputError, one_line
 from edgeseg.evaluate.accuracy.dataset import ValidationSet
 from edgeseg.evaluate.accuracy.labels import IGNORED, LabelCoding
+from edgeseg.evaluate.results import Layout
 from edgeseg.spec import ModelSpec, one_of
 from edgeseg.store.files import read_lines
 
@@ -46,7 +48,7 @@ def open_layout(
         InputError: the layout is not there, or has no images in this split.
         SpecError: unknown layout.
     """
-    one_of("layout", layout, LAYOUTS)
+    one_of("layout", layout, get_args(Layout))
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit}; give at least 1 image")
     extra = label_map or {}
@@ -172,4 +174,3 @@ _EXPECTED = {
     "camvid": "expected SPLIT/ with SPLITannot/, or SPLIT/ with SPLIT_labels/ and class_dict.csv",
     "coco-stuff": "expected images/SPLIT2017/ and annotations/ (or stuffthingmaps/) SPLIT2017/",
 }
-LAYOUTS: tuple[str, ...] = ("images-masks", *_READERS)

@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import msgspec
 
 from edgeseg.errors import BuildError
 from edgeseg.evaluate.contenders import Contender, Opener
-from edgeseg.evaluate.latency.protocol import median
 from edgeseg.evaluate.results import ColdStart, Memory
 from edgeseg.machine.nvml import gpu_bytes
 

@@ -97,7 +97,8 @@ def measure_setting(
         sessions: dict[str, Session] = {}
         for contender in contenders:
             try:
-                sessions[contender.name] = stack.enter_context(opener.open(contender, setting.threads))
+                streams = setting.streams if setting.streams > 1 else None
+                sessions[contender.name] = stack.enter_context(opener.open(contender, setting.threads, streams))
             except SpecError:
                 raise
             except EdgesegError as exc:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -166,14 +167,6 @@ def percentile_of_rows(samples: NDArray[np.float64], percent: float) -> NDArray[
     return np.asarray(np.partition(samples, place, axis=1)[:, place])
 
 
-def median(samples: tuple[float, ...] | list[float]) -> float:
-    """The middle sample or the mean of the two middle ones (trtexec's ``findMedian``); ``ValueError`` if empty."""
-    if not samples:
-        raise ValueError("median of no samples")
-    ordered, middle = sorted(samples), len(samples) // 2
-    return ordered[middle] if len(samples) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
 def measure(
     call: Call,
     protocol: LatencyProtocol = TRTEXEC,
@@ -292,10 +285,12 @@ def _no_garbage_collection() -> Iterator[None]:
 def measure_sessions(
     sessions: Mapping[str, Session], spec: InputSpec, protocol: LatencyProtocol = SHORT
 ) -> dict[str, LatencySamples]:
-    """Time each session on one image (or the smallest batch) of the engine's size, in turns.
-
-    The image is noise, always the same: what an image shows does not change what the kernels do.
-    """
-    shape = (spec.batch.minimum, spec.height, spec.width, spec.channels)
-    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    """Time each session on one image (or the smallest batch) of the engine's size, in turns."""
+    images = noise_image(spec)
     return measure_interleaved({name: partial(session.run, images) for name, session in sessions.items()}, protocol)
+
+
+def noise_image(spec: InputSpec) -> NDArray[np.uint8]:
+    """One image (or the smallest batch) to time with, always the same: what it shows does not change what kernels do."""
+    shape = (spec.batch.minimum, spec.height, spec.width, spec.channels)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session, StageTimes, TimedSession
 from edgeseg.closing import Closing
-from edgeseg.evaluate.latency.protocol import median
 from edgeseg.evaluate.results import StageSplit
 
 Clock = Callable[[], int]

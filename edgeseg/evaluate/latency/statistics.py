@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 import numpy as np
 
 from edgeseg.evaluate.latency.batches import median_interval
-from edgeseg.evaluate.latency.protocol import LatencySamples, compare, median, percentile
+from edgeseg.evaluate.latency.protocol import LatencySamples, compare, percentile
 from edgeseg.evaluate.results import Distribution, SpeedComparison, SpeedVerdict
 from edgeseg.machine.record import NoiseFlag
 

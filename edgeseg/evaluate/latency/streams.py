@@ -6,8 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
+from edgeseg.backends import Session
 from edgeseg.errors import SpecError
+from edgeseg.evaluate.latency.protocol import LatencySamples, noise_image
+from edgeseg.spec import InputSpec
 
 Call = Callable[[], object]
 ROUNDS = 4
@@ -21,12 +25,14 @@ class StreamSamples:
         name: of the contender.
         samples_ms: of every call, by round and thread.
         calls_per_s: completed calls over wall-clock time.
+        calls_per_s_by_round: the same of each round.
         warmup_iterations: uncounted calls.
     """
 
     name: str
     samples_ms: tuple[float, ...]
     calls_per_s: float
+    calls_per_s_by_round: tuple[float, ...]
     warmup_iterations: int
 
 
@@ -36,6 +42,7 @@ def measure_streams(
     duration_ms: float,
     *,
     warmup_ms: float = 200.0,
+    rounds: int = ROUNDS,
     clock_ns: Callable[[], int] = time.perf_counter_ns,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, StreamSamples]:
@@ -46,6 +53,7 @@ def measure_streams(
         streams: threads.
         duration_ms: counted wall-clock time of each contender, all rounds together.
         warmup_ms: uncounted, at the start of each contender's first round.
+        rounds: turns of each contender.
         clock_ns: monotonic clock, nanoseconds.
         progress: called when all are warm and after each round, with the milliseconds counted of each contender and
             those needed.
@@ -59,17 +67,47 @@ def measure_streams(
     warmups = {name: len(_burst(call, streams, warmup_ms, clock_ns)[0]) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     seconds: dict[str, float] = dict.fromkeys(calls, 0.0)
+    rates: dict[str, list[float]] = {name: [] for name in calls}
     tell = progress or (lambda done, total: None)
     tell(0, int(duration_ms))
-    for number in range(1, ROUNDS + 1):
+    for number in range(1, rounds + 1):
         for name, call in calls.items():
-            took_ms, wall_s = _burst(call, streams, duration_ms / ROUNDS, clock_ns)
+            took_ms, wall_s = _burst(call, streams, duration_ms / rounds, clock_ns)
             samples[name] += took_ms
             seconds[name] += wall_s
-        tell(int(duration_ms * number / ROUNDS), int(duration_ms))
+            rates[name].append(len(took_ms) / wall_s)
+        tell(int(duration_ms * number / rounds), int(duration_ms))
     return {
-        name: StreamSamples(name, tuple(samples[name]), len(samples[name]) / seconds[name], warmups[name])
+        name: StreamSamples(
+            name, tuple(samples[name]), len(samples[name]) / seconds[name], tuple(rates[name]), warmups[name]
+        )
         for name in calls
+    }
+
+
+def measure_throughput(
+    sessions: Mapping[str, Session],
+    spec: InputSpec,
+    callers: int,
+    *,
+    duration_ms: float = 2000.0,
+    clock_ns: Callable[[], int] = time.perf_counter_ns,
+) -> dict[str, LatencySamples]:
+    """Milliseconds per image with ``callers`` calling at the same time, a sample each round, the sessions in turns.
+
+    One image (or the smallest batch) of the engine's size is given, noise, always the same.
+    """
+    images = noise_image(spec)
+    calls = {name: partial(session.run, images) for name, session in sessions.items()}
+    # As many pairs as an interval of the median needs to be narrow.
+    measured = measure_streams(calls, callers, duration_ms, rounds=16, clock_ns=clock_ns)
+    return {
+        name: LatencySamples(
+            name,
+            tuple(1000 / (rate * spec.batch.minimum) for rate in samples.calls_per_s_by_round),
+            samples.warmup_iterations,
+        )
+        for name, samples in measured.items()
     }
 
 

@@ -10,21 +10,19 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, image_shape, replace_value, sole_reader
+from edgeseg.graph.editing import Editor, image_shape, replace_value, rewrite_each, sole_reader
 from edgeseg.quantize.observed import Observed
 
 
 def depth_to_space(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many nodes it replaced."""
-    count = 0
-    for node in list(model.graph):
-        if node.op_type != "DepthToSpace" or node.attributes.get_string("mode", "DCR") != "DCR":
-            continue
-        shape = image_shape(node.inputs[0])
-        if shape is not None:
-            _replace(model.graph, node, shape)
-            count += 1
-    return count
+    return rewrite_each(model.graph, _match, _replace)
+
+
+def _match(node: ir.Node) -> tuple[int, int, int] | None:
+    if node.op_type != "DepthToSpace" or node.attributes.get_string("mode", "DCR") != "DCR":
+        return None
+    return image_shape(node.inputs[0])
 
 
 def _replace(graph: ir.Graph, node: ir.Node, shape: tuple[int, int, int]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.graph.editing import Editor, constant_array, image_shape, replace_value, sole_reader
+from edgeseg.graph.editing import Editor, constant_array, image_shape, replace_value, rewrite_each, sole_reader
 from edgeseg.quantize.observed import Observed
 
 
@@ -33,13 +33,7 @@ class _GroupNorm:
 
 def group_norm(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many GroupNorms it rewrote."""
-    count = 0
-    for node in list(model.graph):
-        match = _match(node)
-        if match is not None:
-            _replace(model.graph, match)
-            count += 1
-    return count
+    return rewrite_each(model.graph, _match, _replace)
 
 
 def _match(node: ir.Node) -> _GroupNorm | None:
@@ -94,7 +88,7 @@ def _channel_constant(node: ir.Node, channels: int) -> NDArray[np.float32] | Non
     return None
 
 
-def _replace(graph: ir.Graph, match: _GroupNorm) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, match: _GroupNorm) -> None:
     channels, height, width = image_shape(match.source) or (0, 0, 0)
     editor = Editor(graph, match.last, f"{match.last.name}/group_norm")
     ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)

@@ -11,19 +11,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, image_shape, replace_value
+from edgeseg.graph.editing import Editor, image_shape, replace_value, rewrite_each
 from edgeseg.quantize.observed import Observed
 
 
 def nearest_resize(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many Resize nodes it replaced."""
-    count = 0
-    for node in list(model.graph):
-        factors = _factors(node)
-        if factors is not None:
-            _replace(model.graph, node, factors)
-            count += 1
-    return count
+    return rewrite_each(model.graph, _factors, _replace)
 
 
 def _factors(node: ir.Node) -> tuple[int, int] | None:

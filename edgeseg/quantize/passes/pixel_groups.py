@@ -13,11 +13,12 @@ uint8 NHWC image as :mod:`fold_preprocessing` leaves it; static size; output wid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, constant_array, image_shape, sole_reader
+from edgeseg.graph.editing import Editor, constant_array, image_shape, rewrite_each, sole_reader
 from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.passes.fold_preprocessing import for_each_image
 
@@ -46,14 +47,13 @@ class _Grouping:
 
 def pixel_groups(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many convolutions it changed."""
-    count = 0
-    for node in list(model.graph):
-        planes = _image_planes(node)
-        grouping = _grouping(node, planes) if planes is not None else None
-        if planes is not None and grouping is not None:
-            _replace(model.graph, node, planes, grouping, observed)
-            count += 1
-    return count
+    return rewrite_each(model.graph, _match, partial(_replace, observed))
+
+
+def _match(node: ir.Node) -> tuple[ir.Node, _Grouping] | None:
+    planes = _image_planes(node)
+    grouping = _grouping(node, planes) if planes is not None else None
+    return (planes, grouping) if planes is not None and grouping is not None else None
 
 
 def _image_planes(node: ir.Node) -> ir.Node | None:
@@ -89,7 +89,8 @@ def _grouping(node: ir.Node, planes: ir.Node) -> _Grouping | None:
     return grouping if output[2] % made == 0 and image[1] <= grouping.width else None
 
 
-def _replace(graph: ir.Graph, node: ir.Node, planes: ir.Node, grouping: _Grouping, observed: Observed) -> None:
+def _replace(observed: Observed, graph: ir.Graph, node: ir.Node, match: tuple[ir.Node, _Grouping]) -> None:
+    planes, grouping = match
     weight, bias = constant_array(node.inputs[1]), constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
     image, output = planes.inputs[0], image_shape(node.outputs[0])
     assert weight is not None

@@ -10,22 +10,18 @@ output padding such that the output is exactly s times the input.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, constant_array, image_shape, replace_value, sole_reader
+from edgeseg.graph.editing import Editor, constant_array, image_shape, replace_value, rewrite_each, sole_reader
 from edgeseg.quantize.observed import Observed
 
 
 def transposed_convolution(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many transposed convolutions it replaced."""
-    count = 0
-    for node in list(model.graph):
-        stride = _stride(node)
-        if stride is not None:
-            _replace(model.graph, node, stride, observed)
-            count += 1
-    return count
+    return rewrite_each(model.graph, _stride, partial(_replace, observed))
 
 
 def _stride(node: ir.Node) -> int | None:
@@ -49,7 +45,7 @@ def _stride(node: ir.Node) -> int | None:
     return stride if exact and reached else None
 
 
-def _replace(graph: ir.Graph, node: ir.Node, stride: int, observed: Observed) -> None:
+def _replace(observed: Observed, graph: ir.Graph, node: ir.Node, stride: int) -> None:
     weight, output = constant_array(node.inputs[1]), node.outputs[0]
     source, shape = node.inputs[0], image_shape(node.inputs[0])
     # A Relu or Clip behind it has to follow each phase, where it costs nothing: integer convolutions saturate.

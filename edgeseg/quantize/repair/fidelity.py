@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeseg.graph.proto import attribute, makers
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.quantize.activations import ActivationSession
 from edgeseg.quantize.calibration import sample_stride
@@ -61,12 +62,12 @@ def windows(samples: CalibrationSet, spec: InputSpec) -> Iterator[tuple[NDArray[
 
 def score_names(model: onnx.ModelProto) -> list[str]:
     """The float value each output of the graph is decided from: logits, where the graph goes through them."""
-    makers = {name: node for node in model.graph.node for name in node.output}
+    made_by = makers(model.graph)
     names = []
     for output in model.graph.output:
         name = output.name
-        while name in makers and makers[name].op_type in _DECISIONS:
-            name = makers[name].input[0]
+        while name in made_by and made_by[name].op_type in _DECISIONS:
+            name = made_by[name].input[0]
         names.append(name)
     return list(dict.fromkeys(names))
 
@@ -157,10 +158,10 @@ class Judge:
 
 def _class_axis(model: onnx.ModelProto) -> int:
     """Of the first output's scores: what the ArgMax is taken over, else that of images, 1."""
-    makers = {name: node for node in model.graph.node for name in node.output}
+    made_by = makers(model.graph)
     name = model.graph.output[0].name
-    while name in makers and makers[name].op_type in _DECISIONS:
-        if makers[name].op_type == "ArgMax":
-            return next((a.i for a in makers[name].attribute if a.name == "axis"), 0)
-        name = makers[name].input[0]
+    while name in made_by and made_by[name].op_type in _DECISIONS:
+        if made_by[name].op_type == "ArgMax":
+            return int(attribute(made_by[name], "axis", 0))
+        name = made_by[name].input[0]
     return 1

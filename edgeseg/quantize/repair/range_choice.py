@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.graph.modules import module_group
+from edgeseg.graph.proto import makers
 from edgeseg.quantize.calibration import DEFAULT_METHOD
 from edgeseg.quantize.ranges import METHODS
 from edgeseg.quantize.repair.fidelity import Fidelity, Judge
@@ -136,7 +137,7 @@ def _pairs(
     others: Sequence[str],
 ) -> list[tuple[list[str], str]]:
     """Tensors of a module, and a method that would give them other ranges than ``best``; the largest difference first."""
-    module = {name: module_group(node.name) for node in read_onnx(graph.path).graph.node for name in node.output}
+    module = {name: module_group(node.name) for name, node in makers(read_onnx(graph.path).graph).items()}
     members: dict[str | None, list[str]] = {}
     for name in tables[best].ranges:
         members.setdefault(module.get(sources[name]), []).append(name)
