@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Row:
 
     way: str
     images: int
-    seconds: float
+    seconds: float | None
     missing: int
     different: int
     stray_files: int
@@ -57,6 +57,8 @@ def main() -> None:
         print(json.dumps(asdict(row)))
     if options.output is not None:
         settings = {"images": options.images, "size": options.size, "nodes": "2 of one processor each, this machine"}
+        if options.shared_machine:
+            rows = [replace(row, seconds=None) for row in rows]
         record = Record(
             "cluster_run", "generated images", this_machine(), versions(), settings, [asdict(row) for row in rows]
         )
@@ -70,6 +72,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("engine", type=Path, help="engine folder for this machine's CPU")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--size", type=int, default=64, help="of the images, pixels a side, give or take some")
+    parser.add_argument(
+        "--shared-machine", action="store_true", help="other programs ran beside: no times are recorded"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "cluster_run.json")
     return parser.parse_args()
 

@@ -1,4 +1,10 @@
-"""Workers on a Ray cluster: actors, each with an engine, that are given batches of images and may die at any moment."""
+"""Workers on a Ray cluster: actors, each with an engine, that are given batches of images and may die at any moment.
+
+Actors of Ray's core rather than a dataset of Ray Data. Nothing is to be moved between machines here: a worker reads an image
+itself and writes its mask under a name of its own, where Ray Data passes pixels through its object store and names files by
+block. It holds every path on the driver before the first is read, gives an image that kills its worker to another one for
+ever, and skips and records whole blocks. And it needs pandas and pyarrow on every node.
+"""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def run_on_cluster(
             folders=_folders(plan, target),
         )
         ledger.start()
-        most = None if limit is None else limit - reused
+        most = None if limit is None else max(0, limit - reused)
         with Bar(plan.images - reused, most) if progress else nullcontext(Silent()) as bar:
             run = _Run(plan, ledger, bar, most, overwrite)
             if not run.is_done():

@@ -13,10 +13,10 @@ from pathlib import Path
 from edgeseg.backends.cpu.options import CPU_OPTIONS, saved_options
 from edgeseg.closing import Closing
 from edgeseg.cluster.places import Bucket, download, is_url
-from edgeseg.errors import EdgesegError, InputError, SpecError
+from edgeseg.errors import EdgesegError, InputError, SpecError, StaleEngineError
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.runtime.run import run_inputs
-from edgeseg.runtime.segmenter import load
+from edgeseg.runtime.segmenter import Segmenter, load
 from edgeseg.spec import FitPolicy
 from edgeseg.store.artifacts import Engine, open_engine
 from edgeseg.store.cache import cached_folder, usable_cache
@@ -102,17 +102,8 @@ class Worker(Closing):
             self._held.enter_context(usable_cache(lambda note: None))
             # A shared home has nodes of several kinds, each of which may have to compile its own.
             folder, _ = cached_folder("shipped", [job.engine_key, this_cpu().isa], unpack)
-            settings = job.settings
             try:
-                self._segmenter = self._held.enter_context(
-                    load(
-                        _on_cores(open_engine(folder), job.cores),
-                        fit=settings.fit,
-                        tile_overlap=settings.tile_overlap,
-                        recompile=job.recompile,
-                        streams=max(2, job.cores),
-                    )
-                )
+                self._segmenter = self._held.enter_context(self._loaded(open_engine(folder)))
             except EdgesegError as exc:
                 # What only this node knows, in the user's words.
                 exc.args = (str(exc).replace(str(folder), job.folder),)
@@ -120,6 +111,22 @@ class Worker(Closing):
         except BaseException:
             self._held.close()
             raise
+
+    def _loaded(self, engine: Engine) -> Segmenter:
+        def segmenter(engine: Engine) -> Segmenter:
+            settings, cores = self._job.settings, self._job.cores
+            return load(
+                on_cores(engine, cores), fit=settings.fit, tile_overlap=settings.tile_overlap, streams=max(2, cores)
+            )
+
+        try:
+            return segmenter(engine)
+        except StaleEngineError:
+            if not self._job.recompile:
+                raise
+        from edgeseg.backends.compile import recompile
+
+        return segmenter(recompile(engine))
 
     def close(self) -> None:
         """Free the engine."""
@@ -180,7 +187,7 @@ def _fetched(item: Item, file: Path) -> str | None:
     return None
 
 
-def _on_cores(engine: Engine, cores: int) -> Engine:
+def on_cores(engine: Engine, cores: int) -> Engine:
     """``engine`` to be loaded for so many of a machine's processors: other workers have the rest."""
     manifest = engine.manifest
     if "threads" not in CPU_OPTIONS.get(manifest.target, ()):

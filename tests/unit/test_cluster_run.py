@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from cpu_folders import folder_for, own_scheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_backend import write_memory_engine
@@ -29,7 +30,7 @@ from edgeseg.cluster.connection import kept_stdout
 from edgeseg.cluster.plan import Plan, sort_key
 from edgeseg.cluster.pool import Batch, Event, Finished, Lost, Pool, shares
 from edgeseg.cluster.run import run_on_cluster
-from edgeseg.cluster.worker import Job, Settings, Worker
+from edgeseg.cluster.worker import Item, Job, Settings, Worker, on_cores
 from edgeseg.errors import (
     ArtifactError,
     BuildError,
@@ -39,12 +40,13 @@ from edgeseg.errors import (
     MissingDependencyError,
     OutputExistsError,
     SpecError,
+    StaleEngineError,
 )
 from edgeseg.images.decoding import list_images, natural_key
 from edgeseg.runtime.outputs import unique_names
 from edgeseg.runtime.run import RunSummary, run_inputs
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.artifacts import Engine, open_engine
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed: pip install 'edgeseg[cluster]'")
 
@@ -644,3 +646,35 @@ def test_what_is_printed_while_ray_runs_does_not_get_into_the_json(capfd: pytest
         os.write(1, b"from compiled code")
     print("after")
     assert capfd.readouterr().out == "before\nafter\n"
+
+
+def test_a_node_of_another_kind_builds_its_own_engine_where_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGESEG_CACHE", str(tmp_path / "cache"))
+    folder = folder_for(tmp_path / "engine", "onnxruntime", own_scheme())
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    stale = json.loads(files["manifest.json"])
+    stale["versions"]["onnxruntime"] = "1.0"
+    files["manifest.json"] = json.dumps(stale).encode()
+    job = Job("engines/a", "key", edgeseg.__version__, USUAL, False, str(tmp_path / "out"), 1)
+    with pytest.raises(
+        StaleEngineError, match=r"^engines/a was built with onnxruntime 1.0.*run: edgeseg compile engines/a$"
+    ):
+        Worker(job, lambda: files)
+    items = [Item(str(photo(tmp_path / "a.png")), "a.png", "a")]
+    with Worker(replace(job, recompile=True), lambda: files) as worker:
+        assert worker.segment(items, overwrite=False) == [None]
+    # It is built once a node.
+    with Worker(job, dict) as worker:
+        assert worker.segment(items, overwrite=True) == [None]
+    on_one_machine(folder, [tmp_path / "a.png"], tmp_path / "one")
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+def test_a_worker_leaves_processors_to_others(tmp_path: Path) -> None:
+    engine = open_engine(folder_for(tmp_path / "engine", "onnxruntime", own_scheme()))
+    assert engine.manifest.options["threads"] == 0
+    assert on_cores(engine, 3).manifest.options["threads"] == 3
+    two = replace(engine, manifest=replace(engine.manifest, options={**engine.manifest.options, "threads": 2}))
+    assert on_cores(two, 3).manifest.options["threads"] == 2
