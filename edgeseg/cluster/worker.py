@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from edgeseg.runtime.run import run_inputs
 from edgeseg.runtime.segmenter import Segmenter, load
 from edgeseg.spec import FitPolicy
 from edgeseg.store.artifacts import Engine, open_engine
+from edgeseg.store.atomic import scratch_folder
 from edgeseg.store.cache import cached_folder, usable_cache
 from edgeseg.version import __version__
 
@@ -140,16 +143,15 @@ class Worker(Closing):
             InputError: an output cannot be written.
             EdgesegError: the engine failed.
         """
-        with tempfile.TemporaryDirectory(prefix="edgeseg-images-") as scratch:
+        with _scratch() as scratch:
             here = [
-                Path(scratch, "in", f"{number}{Path(item.place).suffix}") if is_url(item.place) else Path(item.place)
+                scratch / f"{number}{Path(item.place).suffix}" if is_url(item.place) else Path(item.place)
                 for number, item in enumerate(items)
             ]
-            Path(scratch, "in").mkdir()
             with ThreadPoolExecutor(_TRANSFERS) as threads:
                 reasons = list(threads.map(_fetched, items, here))
             ready = [number for number, reason in enumerate(reasons) if reason is None]
-            output = Path(scratch, "out") if self._bucket is not None else Path(self._job.output)
+            output = scratch / "out" if self._bucket is not None else Path(self._job.output)
             summary = run_inputs(
                 self._segmenter,
                 [here[number] for number in ready],
@@ -174,6 +176,19 @@ class Worker(Closing):
         with ThreadPoolExecutor(_TRANSFERS) as threads:
             # All of them are waited for, and the first error is raised.
             list(threads.map(self._bucket.upload, names, files))
+
+
+@contextmanager
+def _scratch() -> Generator[Path, None, None]:
+    """A folder for the files of one batch; what killed workers left in theirs goes first."""
+    parent = Path(tempfile.gettempdir(), f"edgeseg-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        parent.mkdir(mode=0o700)
+    status = parent.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise InputError(f"{parent} is somebody else's; remove it, or set TMPDIR to another folder on this node")
+    with scratch_folder(parent) as folder:
+        yield folder
 
 
 def _fetched(item: Item, file: Path) -> str | None:

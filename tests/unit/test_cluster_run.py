@@ -678,3 +678,20 @@ def test_a_worker_leaves_processors_to_others(tmp_path: Path) -> None:
     assert on_cores(engine, 3).manifest.options["threads"] == 3
     two = replace(engine, manifest=replace(engine.manifest, options={**engine.manifest.options, "threads": 2}))
     assert on_cores(two, 3).manifest.options["threads"] == 2
+
+
+def test_what_a_killed_worker_left_in_the_temporary_folder_goes(
+    engine: Path, tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    left = tmp_path / "tmp" / f"edgeseg-{os.getuid()}" / ".partial-0123456789abcdef"
+    photo(left / "0.png")
+    fill(bucket, photos(tmp_path / "in", 2), "memory://photos")
+    assert on_cluster(engine, ["memory://photos"], "memory://masks").images == 2
+    assert [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()] == []
+    left.parent.rmdir()
+    left.parent.symlink_to(tmp_path)
+    photo(tmp_path / "in" / "new.png")
+    bucket.pipe_file("memory://photos/new.png", (tmp_path / "in" / "new.png").read_bytes())
+    with pytest.raises(InputError, match="is somebody else's"):
+        on_cluster(engine, ["memory://photos"], "memory://masks")
