@@ -110,7 +110,11 @@ def _integer(value: Any) -> int:
 def _float(value: Any) -> float:
     if isinstance(value, bool):
         raise TypeError
-    number = float(value)
+    above, fraction, below = value.partition("/") if isinstance(value, str) else (value, "", "")
+    divisor = float(below) if fraction else 1.0  # 1/255, as people write it
+    if divisor == 0:
+        raise ValueError
+    number = float(above) / divisor
     if not math.isfinite(number):
         raise ValueError
     return number
@@ -187,13 +191,13 @@ def _names(value: Any) -> tuple[str, ...]:
 
 def _settings(value: Any) -> dict[str, Any]:
     if isinstance(value, Mapping):
-        return {_text(key): _plain(item) for key, item in value.items()}
+        return {_text(key): _plain(key, item) for key, item in value.items()}
     if isinstance(value, str):
         raise TypeError
     return parse_settings(value)
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
     """A value that JSON can hold: what travels into the manifest and back."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
@@ -202,10 +206,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {_text(key): _plain(item) for key, item in value.items()}
+        return {_text(key): _plain(name, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
-    raise SpecError(f"a setting is {shortened(value)}; give numbers, words, true or false, null, or lists of them")
+        return type(value)(_plain(name, item) for item in value)
+    raise SpecError(f"{name} is {shortened(value)}; give numbers, words, true or false, null, or lists of them")
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:

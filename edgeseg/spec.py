@@ -33,6 +33,7 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 Task: TypeAlias = Literal["multiclass", "binary", "multilabel"]
 OutputKind: TypeAlias = Literal["mask", "logits", "probabilities"]
 ChannelOrder: TypeAlias = Literal["rgb", "bgr"]
+InputDtype: TypeAlias = Literal["uint8", "uint16", "float32"]
 FitPolicy: TypeAlias = Literal["resize", "letterbox", "tile"]
 Interpolation: TypeAlias = Literal["linear", "cubic", "area", "nearest", "lanczos"]
 PadPosition: TypeAlias = Literal["top_left", "center"]
@@ -55,6 +56,8 @@ ARCHITECTURES: tuple[str, ...] = (
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 MAX_CLASSES = 65536
+FULL_SCALE: dict[InputDtype, int] = {"uint8": 255, "uint16": 65535, "float32": 1}
+"""The pixel value that training scripts divide by where nobody says another: albumentations' and OpenCV's."""
 MAX_INPUT_BYTES = 2**31
 """Of one batch of images: what a runtime allocates before it has seen any."""
 
@@ -70,12 +73,12 @@ def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a uint8 image becomes the network's float input: ``(x * scale - mean) / std`` per channel.
+    """How an image becomes the network's float input: ``(x * scale - mean) / std`` per channel.
 
     Attributes:
         mean: per channel, in the units after ``scale`` (0..1 for the usual 1/255), in ``channel_order``.
         std: per channel, > 0, same units.
-        scale: factor applied to the uint8 value first; 1/255 for models trained on [0, 1].
+        scale: factor applied to the pixel value first; 1/255 of uint8, 1/65535 of uint16 for models trained on [0, 1].
         channel_order: order the *network* was trained with. The engine's input is always RGB;
             the swap, if any, is inside the graph.
         source: where the values came from, for the manifest and the log.
@@ -95,6 +98,19 @@ class Preprocess:
         if not all(s > 0 for s in self.std) or self.scale <= 0:
             raise SpecError(f"std and scale must be > 0, got std={self.std} scale={self.scale}")
         one_of("channel order", self.channel_order, get_args(ChannelOrder))
+
+    def usual_values(self, dtype: InputDtype) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Lowest and highest pixel value that images of ``dtype`` usually have, by channel in RGB order.
+
+        Of uint8 all there are, else two standard deviations around the mean of training, within the range of the dtype.
+        """
+        if dtype == "uint8":
+            return (0.0,) * len(self.mean), (255.0,) * len(self.mean)
+        least, most = (-math.inf, math.inf) if dtype == "float32" else (0.0, float(FULL_SCALE[dtype]))
+        around = [(m / self.scale, 2 * s / self.scale) for m, s in zip(self.mean, self.std, strict=True)]
+        ordered = around[::-1] if self.channel_order == "bgr" else around
+        low = tuple(min(max(middle - spread, least), most - 1) for middle, spread in ordered)
+        return low, tuple(max(min(middle + spread, most), least + 1) for middle, spread in ordered)
 
 
 @dataclass(frozen=True)
@@ -131,6 +147,8 @@ class BatchRange:
         return self.minimum != self.maximum
 
 
+_ITEM_BYTES: dict[InputDtype, int] = {"uint8": 1, "uint16": 2, "float32": 4}
+
 BATCH = Kind("N or MIN:OPT:MAX, such as 1 or 1:4:8", BatchRange.read, metavar="N|MIN:OPT:MAX")
 
 
@@ -142,27 +160,26 @@ class Padding:
         position: of the image: in the middle (of an odd number of pixels the larger half is to the right and below), or at
             the top left. Windows of fit policy ``tile`` are always filled to the right and below.
         border: what is repeated there; ``constant`` is a colour.
-        value: that colour, 0..255, one for all channels or one per channel, RGB.
+        value: that colour, a pixel value of the engine's dtype, one for all channels or one per channel, RGB.
     """
 
     position: PadPosition = "center"
     border: Border = "constant"
-    value: tuple[int, ...] = (0,)
+    value: tuple[int | float, ...] = (0,)
 
     def __post_init__(self) -> None:
         one_of("position of padding", self.position, get_args(PadPosition))
         one_of("border of padding", self.border, get_args(Border))
-        if not self.value or not all(0 <= level <= 255 for level in self.value):
-            raise SpecError(
-                f"the padding's colour is {self.value}; give levels from 0 to 255, one per channel or one for all"
-            )
+        if not self.value or not all(math.isfinite(level) for level in self.value):
+            raise SpecError(f"the padding's colour is {self.value}; give pixel values, one per channel or one for all")
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The engine's image input: uint8 ``(N, height, width, channels)``, RGB for three channels.
+    """The engine's image input: ``dtype`` ``(N, height, width, channels)``, RGB for three channels.
 
     Attributes:
+        dtype: of its pixels. Images of another one are never converted without being told to.
         height, width: pixels; the optimum when ``dynamic_size``.
         stride: height and width must be multiples of this (what the network demands).
         dynamic_size: any multiple of ``stride`` is accepted at run time, not just ``height`` x ``width``.
@@ -172,7 +189,7 @@ class InputSpec:
             calibration, runtime and evaluation.
         interpolation: by which an image is resized, as OpenCV does it.
         padding: how the rest of the input is filled; ``None``: to the right and below, black, or the border repeated
-            where that is narrower than the stride.
+            where that is narrower than the stride, and where ``dtype`` is not uint8: 0 may be far from any pixel's value.
     """
 
     height: int = 256
@@ -186,15 +203,21 @@ class InputSpec:
     fit: FitPolicy = "resize"
     interpolation: Interpolation = "linear"
     padding: Padding | None = None
+    dtype: InputDtype = "uint8"
 
     def __post_init__(self) -> None:
+        one_of("input dtype", self.dtype, get_args(InputDtype))
         one_of("fit policy", self.fit, get_args(FitPolicy))
         one_of("interpolation", self.interpolation, get_args(Interpolation))
         if self.padding is not None and len(self.padding.value) not in (1, self.channels):
             raise SpecError(f"the padding's colour has {len(self.padding.value)} values for {self.channels} channels")
+        if self.padding is not None and self.dtype != "float32":
+            top = FULL_SCALE[self.dtype]
+            if not all(0 <= level <= top and level == int(level) for level in self.padding.value):
+                raise SpecError(f"the padding's colour is {self.padding.value}; of {self.dtype} give levels 0 to {top}")
         if self.height < 1 or self.width < 1 or self.channels < 1 or self.stride < 1:
             raise SpecError(f"size {self.height}x{self.width} with {self.channels} channels is not positive")
-        size_bytes = self.batch.maximum * self.height * self.width * self.channels
+        size_bytes = self.batch.maximum * self.height * self.width * self.channels * _ITEM_BYTES[self.dtype]
         if size_bytes > MAX_INPUT_BYTES:
             raise SpecError(
                 f"{shortened(self.batch.maximum)} images of {shortened(self.height)}x{shortened(self.width)} with "
@@ -217,6 +240,12 @@ class InputSpec:
     @property
     def pixels(self) -> int:
         return self.height * self.width
+
+    @property
+    def pixel_words(self) -> str:
+        """``RGB``, ``uint16 grey``, ``float32 5 channels``: what a pixel is, for people."""
+        words = {1: "grey", 3: "RGB"}.get(self.channels, f"{self.channels} channels")
+        return words if self.dtype == "uint8" else f"{self.dtype} {words}"
 
 
 @dataclass(frozen=True)
@@ -314,8 +343,7 @@ class PipelineSpec:
         model, given = self.model, self.input
         classes = "1 class" if model.classes == 1 else f"{model.classes} classes"
         size = "any size" if given.dynamic_size else f"{given.height}x{given.width}"
-        channels = {1: "grey", 3: "RGB"}.get(given.channels, f"{given.channels} channels")
-        return f"{model.display_name}, {classes}, {size} {channels} ({given.fit}) -> {self.output.kind}"
+        return f"{model.display_name}, {classes}, {size} {given.pixel_words} ({given.fit}) -> {self.output.kind}"
 
     @property
     def mask_dtype(self) -> str:
@@ -333,6 +361,7 @@ class ModelRequest:
             ``None`` for the demo model of ``arch``.
         weights_key: where the state dict is in a checkpoint that holds several, such as ``"state_dict_ema"``.
         keep_aux: keep an auxiliary classification head as a second output (dropped by default).
+        input_dtype: of the images, as in :class:`InputSpec`.
         mean, std, scale, channel_order: preprocessing overrides, as in :class:`Preprocess`.
 
     Raises:
@@ -365,15 +394,21 @@ class ModelRequest:
         SETTINGS, dict, help="Any other argument of the SMP constructor, value as JSON; repeatable."
     )
     keep_aux: bool = argument(FLAG, False, help="Keep the auxiliary classification head as a second output.")
+    input_dtype: InputDtype = argument(
+        choice(get_args(InputDtype)),
+        "uint8",
+        help="Of the images' pixels: uint16 for 16-bit PNG and TIFF, float32 for physical values.",
+    )
     mean: tuple[float, ...] | None = argument(
-        NUMBERS, help="Of pixels scaled to 0..1.  [default: the checkpoint's or encoder's]"
+        NUMBERS, help="Of pixel values times --scale.  [default: the checkpoint's or encoder's]"
     )
     std: tuple[float, ...] | None = argument(
-        NUMBERS, help="Of pixels scaled to 0..1.  [default: the checkpoint's or encoder's]"
+        NUMBERS, help="Of pixel values times --scale.  [default: the checkpoint's or encoder's]"
     )
     scale: float | None = argument(
-        number(1e-9, 1e9, "a factor above 0: 1 for pixel values 0..255, else 1/255"),
-        help="Factor on pixel values before mean and std: 1 for a network that takes 0..255.  [default: 1/255]",
+        number(1e-9, 1e9, "a factor above 0: 1 for a network that takes pixel values as they are, such as 0..255"),
+        help="Factor on pixel values before mean and std: 1 for a network that takes them as they are.  "
+        "[default: 1/255; of uint16 1/65535, of float32 1]",
     )
     channel_order: ChannelOrder | None = argument(
         choice(get_args(ChannelOrder)), help="Order the network was trained with."

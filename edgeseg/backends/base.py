@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import SpecError, did_you_mean
@@ -64,11 +63,11 @@ class BuiltEngine:
 class Session(Protocol):
     """A loaded engine. Safe to call from several threads."""
 
-    def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    def run(self, images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
         """Run one batch.
 
         Args:
-            images: uint8 ``(N, H, W, C)``, C-contiguous, of a size the engine accepts.
+            images: ``(N, H, W, C)`` of the contract's dtype, C-contiguous, of a size the engine accepts.
 
         Returns:
             by output name (``mask`` | ``logits`` | ``probabilities``, and ``confidence``); arrays the caller owns.
@@ -107,7 +106,7 @@ class StageTimes:
 class TimedSession(Protocol):
     """A session that can say how long its stages take."""
 
-    def run_timed(self, images: NDArray[np.uint8]) -> tuple[Mapping[str, NDArray[Any]], StageTimes | None]:
+    def run_timed(self, images: NDArray[Any]) -> tuple[Mapping[str, NDArray[Any]], StageTimes | None]:
         """Like :meth:`Session.run`, and the times of this one batch; ``None`` where the device has no clock of its own."""
         ...
 
@@ -116,7 +115,7 @@ class TimedSession(Protocol):
 class PipelinedSession(Protocol):
     """A session that copies one batch while it computes another."""
 
-    def run_many(self, batches: Iterable[NDArray[np.uint8]]) -> Generator[Mapping[str, NDArray[Any]], None, None]:
+    def run_many(self, batches: Iterable[NDArray[Any]]) -> Generator[Mapping[str, NDArray[Any]], None, None]:
         """Run batch after batch; results in order, as :meth:`Session.run` returns them."""
         ...
 

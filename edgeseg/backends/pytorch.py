@@ -69,7 +69,7 @@ class CudaRuntime:
 
 
 class PyTorchSession(Closing):
-    """Runs a loaded model in PyTorch: uint8 images in, the outputs of ``spec`` out, both in the CPU's memory.
+    """Runs a loaded model in PyTorch: images in, the outputs of ``spec`` out, both in the CPU's memory.
 
     On a GPU a call is what it is for an engine: images into page-locked memory, to the device, the network, the outputs
     back into page-locked memory, and the wait for all of it.
@@ -171,21 +171,22 @@ class PyTorchSession(Closing):
             self.close()
             raise
 
-    def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    def run(self, images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
         """Run one batch; see :class:`~edgeseg.backends.base.Session`.
 
         Raises:
-            InputError: not uint8 ``(N, H, W, C)`` of the model's channels.
+            InputError: not ``(N, H, W, C)`` of the contract's dtype and channels.
             BuildError: ``torch.compile`` failed.
             DeviceError: out of the GPU's memory.
         """
         return self.run_timed(images)[0]
 
-    def run_timed(self, images: NDArray[np.uint8]) -> tuple[Mapping[str, NDArray[Any]], StageTimes | None]:
+    def run_timed(self, images: NDArray[Any]) -> tuple[Mapping[str, NDArray[Any]], StageTimes | None]:
         """Like :meth:`run`, and the times by the GPU's events; ``None`` on a CPU."""
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != self.spec.input.channels:
+        wanted = self.spec.input
+        if images.dtype != wanted.dtype or images.ndim != 4 or images.shape[-1] != wanted.channels:
             raise InputError(
-                f"got {images.dtype} {images.shape}; the model takes uint8 (N, H, W, {self.spec.input.channels})"
+                f"got {images.dtype} {images.shape}; the model takes {wanted.dtype} (N, H, W, {wanted.channels})"
             )
         with torch.inference_mode():
             if self._runtime is not None:
@@ -208,16 +209,16 @@ class PyTorchSession(Closing):
                 f"torch.compile failed: {first_line(exc)}; it needs a C++ compiler, or run without it"
             ) from exc
 
-    def _run_on_device(
-        self, runtime: CudaRuntime, images: NDArray[np.uint8]
-    ) -> tuple[dict[str, NDArray[Any]], StageTimes]:
+    def _run_on_device(self, runtime: CudaRuntime, images: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], StageTimes]:
         """One batch through this thread's page-locked memory, on the stream all threads share."""
         lane: _Lane | None = getattr(self._lanes, "lane", None)
         if lane is None:
             lane = self._lanes.lane = _Lane(runtime)
         self._numerics.apply()  # the process's: another session may have set its own since
         start, copied, computed, done = lane.marks
-        staged = lane.host("image", torch.empty(images.shape, dtype=torch.uint8, device="meta"))
+        staged = lane.host(
+            "image", torch.empty(images.shape, dtype=getattr(torch, self.spec.input.dtype), device="meta")
+        )
         np.copyto(staged.numpy(), images)
         start.record()
         on_device = staged.to(self._device, non_blocking=True)
@@ -270,11 +271,12 @@ class PyTorchSession(Closing):
         return outputs
 
     def _normalize(self, images: Tensor) -> Tensor:
-        """uint8 NHWC RGB -> ``(x * scale - mean) / std``, NCHW in the network's channel order."""
+        """NHWC RGB -> ``(x * scale - mean) / std``, NCHW in the network's channel order."""
         if self.spec.preprocess.channel_order == "bgr":
             images = images.flip(-1)
         memory = torch.channels_last if self._channels_last else torch.contiguous_format
-        x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory)
+        # A copy, of float32 too: what follows is done in place.
+        x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory, copy=True)
         return x.mul_(self.spec.preprocess.scale).sub_(self._mean).div_(self._std)
 
     def _outputs(self, raw: Tensor) -> dict[str, Tensor]:

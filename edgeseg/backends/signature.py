@@ -42,7 +42,7 @@ class TensorInfo:
 
 
 def check_signature(
-    inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], spec: PipelineSpec, *, wide_masks: bool = False
+    inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], spec: PipelineSpec, *, has_uint16: bool = True
 ) -> None:
     """Raise :class:`ArtifactError` unless the engine takes and gives what ``spec`` says.
 
@@ -50,42 +50,44 @@ def check_signature(
         inputs: of the engine.
         outputs: of the engine.
         spec: of its manifest.
-        wide_masks: the backend has no 16-bit integers and gives wider ones in their place.
+        has_uint16: the backend has 16-bit integers; else it takes float32 and gives wider integers in their place.
     """
-    image = expected_image(spec)
+    image = expected_image(spec, has_uint16=has_uint16)
     if len(inputs) != 1:
         raise _other("inputs", inputs, [image])
     if not _fits(inputs[0], image):
         raise _other("input", inputs, [image])
-    expected = expected_outputs(spec)
+    expected = expected_outputs(spec, has_uint16=has_uint16)
     by_name = {tensor.name: tensor for tensor in outputs}
     if set(by_name) - {AUXILIARY} != {tensor.name for tensor in expected}:
         raise _other("outputs", outputs, expected)
     for tensor in expected:
         has = by_name[tensor.name]
-        wide = wide_masks and tensor.dtype == "uint16" and has.dtype in {"int32", "int64"}
+        wide = tensor.dtype == "int32" and has.dtype == "int64"
         if not (_fits(has, tensor) or (wide and _fits(TensorInfo(has.name, tensor.dtype, has.shape), tensor))):
             raise _other("output", [has], [tensor])
 
 
-def expected_image(spec: PipelineSpec) -> TensorInfo:
-    """The image input of the contract."""
+def expected_image(spec: PipelineSpec, *, has_uint16: bool = True) -> TensorInfo:
+    """The image input of the contract; of a backend without 16-bit integers uint16 is float32, which holds every value."""
     size = spec.input
     sides: tuple[Extent, Extent] = ((size.height, size.height), (size.width, size.width))
     if size.dynamic_size:
         low, high = size.min_size or (size.height, size.width), size.max_size or (size.height, size.width)
         sides = ((low[0], high[0]), (low[1], high[1]))
-    return TensorInfo("image", "uint8", (_batch(spec), *sides, (size.channels, size.channels)))
+    dtype = "float32" if size.dtype == "uint16" and not has_uint16 else size.dtype
+    return TensorInfo("image", dtype, (_batch(spec), *sides, (size.channels, size.channels)))
 
 
-def expected_outputs(spec: PipelineSpec) -> list[TensorInfo]:
-    """The outputs of the contract, without the auxiliary one."""
+def expected_outputs(spec: PipelineSpec, *, has_uint16: bool = True) -> list[TensorInfo]:
+    """The outputs of the contract, without the auxiliary one; of a backend without 16-bit integers uint16 is int32."""
     _, height, width, _ = expected_image(spec).shape or ()
     classes: Extent = (spec.model.classes, spec.model.classes)
     per_class = (_batch(spec), classes, height, width)
     per_pixel = per_class if spec.model.task == "multilabel" else (_batch(spec), height, width)
     kind = spec.output.kind
-    first = TensorInfo(kind, spec.mask_dtype, per_pixel) if kind == "mask" else TensorInfo(kind, "float32", per_class)
+    mask_dtype = "int32" if spec.mask_dtype == "uint16" and not has_uint16 else spec.mask_dtype
+    first = TensorInfo(kind, mask_dtype, per_pixel) if kind == "mask" else TensorInfo(kind, "float32", per_class)
     return [first, TensorInfo("confidence", "float32", per_pixel)] if spec.output.confidence else [first]
 
 

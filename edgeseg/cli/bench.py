@@ -107,7 +107,7 @@ def command(
 ) -> None:
     """Measure engines beside the PyTorch model they came from, in turns, so that drift hits all alike.
 
-    Latency is end to end: decoded uint8 image in memory to uint8 mask in memory. Counts are comma-separated: --batch
+    Latency is end to end: decoded image in memory to mask in memory. Counts are comma-separated: --batch
     1,4,8. An engine that fails does not stop the others; it is named, and the exit code is 1.
 
     One command from engines to a page and an answer: --html and --require. --html needs the extra edgeseg[report].

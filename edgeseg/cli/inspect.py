@@ -213,6 +213,7 @@ def _spec_table(manifest: Manifest) -> FigureTable:
     batch = spec.input.batch
     batches = f"{batch.minimum}:{batch.optimum}:{batch.maximum}" if batch.is_dynamic else str(batch.minimum)
     dynamic = f" or any multiple of {spec.input.stride}" if spec.input.dynamic_size else ""
+    image = f"{spec.input.dtype} ({batches}, {size}{dynamic}, {spec.input.channels})"
     output = f"{spec.output.kind}{', confidence' if spec.output.confidence else ''}"
     table = FigureTable((("", "words"), ("", "words")), has_header=False)
     for name, value in (
@@ -222,7 +223,7 @@ def _spec_table(manifest: Manifest) -> FigureTable:
         ("classes", ", ".join(spec.model.class_names) or MISSING),
         ("weights", manifest.weights),
         ("licence", (manifest.origin and manifest.origin.licence_words) or MISSING),
-        ("input", f"image uint8 ({batches}, {size}{dynamic}, {spec.input.channels}), others {fit_words(spec.input)}"),
+        ("input", f"image {image}, others {fit_words(spec.input)}"),
         (
             "normalization",
             f"mean {_numbers(preprocess.mean)} std {_numbers(preprocess.std)}, {preprocess.channel_order}",

@@ -20,7 +20,7 @@ from edgeseg.cluster.pool import Batch, Finished, Lost, Pool, RayPool
 from edgeseg.cluster.worker import Job, Settings
 from edgeseg.errors import ArtifactError, InputError, OutputExistsError, SpecError, refusals_as
 from edgeseg.evaluate.tables import counted
-from edgeseg.runtime.run import Bar, Failure, RunSummary, Silent, image_outputs
+from edgeseg.runtime.run import Bar, Failure, RunSummary, Silent, image_outputs, tell_what_overlays_show
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine, open_engine, sha256_json
 from edgeseg.store.atomic import HeldError, lock
 from edgeseg.version import __version__
@@ -103,6 +103,8 @@ def run_on_cluster(
         ledger.start()
         most = None if limit is None else max(0, limit - reused)
         with Bar(plan.images - reused, most) if progress else nullcontext(Silent()) as bar:
+            if settings.overlay:
+                tell_what_overlays_show(engine.manifest.spec, bar)
             run = _Run(plan, ledger, bar, most, overwrite)
             if not run.is_done():
                 with (pool or _on_ray(workers, address))(job, engine, bar) as hands:

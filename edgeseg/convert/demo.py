@@ -67,6 +67,7 @@ def _conflicts(request: ModelRequest, demo: DemoModel) -> list[str]:
         ("classes", request.classes, demo.classes),
         ("class names", request.class_names or None, demo.class_names),
         ("task", request.task, demo.task),
+        ("input dtype", request.input_dtype, "uint8"),
         ("in_channels", request.in_channels, len(demo.preprocess.mean)),
         ("mean", request.mean, demo.preprocess.mean),
         ("std", request.std, demo.preprocess.std),

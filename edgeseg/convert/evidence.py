@@ -15,8 +15,8 @@ from edgeseg.spec import Preprocess
 if TYPE_CHECKING:
     import torch
 
-ImageSource: TypeAlias = "Callable[[int], Sequence[NDArray[np.uint8]]]"
-"""Given the number of channels: a few of the user's images, uint8 ``(H, W, C)`` of any size; empty when there are none."""
+ImageSource: TypeAlias = "Callable[[int], Sequence[NDArray[Any]]]"
+"""Given the number of channels: a few of the user's images, ``(H, W, C)`` of any size; empty when there are none."""
 
 # In nats, the median over channels. Images of one domain stay below 1. A wrong scale (0..1 for 0..255) is off by 11,
 # a left-out ImageNet normalization by 3: between the best and the next there is room for photos of another day.
@@ -24,14 +24,14 @@ _FITS = 1.2
 _AHEAD = 1.2
 
 
-def no_images(_: int) -> Sequence[NDArray[np.uint8]]:
+def no_images(_: int) -> Sequence[NDArray[Any]]:
     """An :data:`ImageSource` for where the user gave none."""
     return ()
 
 
 def best_fit(
     module: torch.nn.Module,
-    images: Sequence[NDArray[np.uint8]],
+    images: Sequence[NDArray[Any]],
     size: tuple[int, int],
     candidates: Sequence[Preprocess],
 ) -> Preprocess | None:
@@ -42,7 +42,7 @@ def best_fit(
 
     Args:
         module: in evaluation mode.
-        images: of the kind the network was trained on, uint8 ``(H, W, C)``.
+        images: of the kind the network was trained on, ``(H, W, C)``.
         size: height and width it takes, pixels.
         candidates: at least two.
 
@@ -59,8 +59,8 @@ def best_fit(
     return candidates[known[0][1]]
 
 
-def normalized(images: NDArray[np.uint8], preprocess: Preprocess) -> torch.Tensor:
-    """uint8 ``(N, H, W, C)`` RGB -> float32 ``(N, C, H, W)`` as the network gets them."""
+def normalized(images: NDArray[Any], preprocess: Preprocess) -> torch.Tensor:
+    """``(N, H, W, C)`` RGB -> float32 ``(N, C, H, W)`` as the network gets them."""
     import torch
 
     pixels = images.astype(np.float32) * np.float32(preprocess.scale)

@@ -1,4 +1,4 @@
-"""PyTorch model -> the portable fp32 ONNX graph: uint8 image in, mask out, checked against PyTorch."""
+"""PyTorch model -> the portable fp32 ONNX graph: image in, mask out, checked against PyTorch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import copy
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ class ConversionReport:
 
 
 def export_onnx(
-    loaded: LoadedModel, spec: PipelineSpec, path: Path, probe_images: NDArray[np.uint8] | None = None
+    loaded: LoadedModel, spec: PipelineSpec, path: Path, probe_images: NDArray[Any] | None = None
 ) -> tuple[OnnxGraph, ConversionReport]:
     """Export ``loaded`` as one self-contained ONNX file that fulfils ``spec``, and check it against PyTorch.
 
@@ -78,7 +79,7 @@ def export_onnx(
         loaded: the model, evaluation mode, float32.
         spec: its input, preprocessing and output contract.
         path: file to write, atomically; nothing appears there on failure.
-        probe_images: uint8 ``(N, H, W, C)`` images of the spec's size to compare on; ``None`` for generated ones.
+        probe_images: ``(N, H, W, C)`` images of the spec's dtype and size to compare on; ``None`` for generated ones.
 
     Raises:
         SpecError: a size, activation or output the model cannot have.
@@ -87,7 +88,7 @@ def export_onnx(
     """
     start = time.monotonic()
     pipeline = Pipeline(loaded.module, spec).eval()
-    probes = _probes(spec.input, probe_images)
+    probes = _probes(spec, probe_images)
     reference = [_reference(pipeline, image, spec) for image in probes]
     if spec.input.dynamic_size:
         module = constant_same_padding(loaded.module, spec.input.channels, spec.input.stride)
@@ -121,9 +122,11 @@ def export_onnx(
     return OnnxGraph(path, sha256_file(path), "fp32", spec, loaded.weights_sha256), report
 
 
-def _probes(spec: InputSpec, given: NDArray[np.uint8] | None) -> list[NDArray[np.uint8]]:
+def _probes(pipeline: PipelineSpec, given: NDArray[Any] | None) -> list[NDArray[Any]]:
     """Batches to compare on: each image alone; then what is dynamic, put to the test."""
-    images = make_probe_images(spec.height, spec.width, spec.channels) if given is None else given
+    spec = pipeline.input
+    make = partial(make_probe_images, channels=spec.channels, preprocess=pipeline.preprocess, dtype=spec.dtype)
+    images = make(spec.height, spec.width) if given is None else given
     static = 1 if spec.batch.is_dynamic else spec.batch.optimum
     probes = [np.repeat(images[i : i + 1], static, axis=0) for i in range(len(images))]
     if spec.batch.is_dynamic:
@@ -131,7 +134,7 @@ def _probes(spec: InputSpec, given: NDArray[np.uint8] | None) -> list[NDArray[np
     if spec.dynamic_size:
         height, width = (_another(v, spec, i) for i, v in enumerate((spec.height, spec.width)))
         for size in {(height, width), spec.min_size or (height, width)}:
-            other = make_probe_images(*size, spec.channels, count=1, seed=1)
+            other = make(*size, count=1, seed=1)
             probes.append(np.repeat(other, static, axis=0))
     return probes
 
@@ -143,7 +146,7 @@ def _another(value: int, spec: InputSpec, axis: int) -> int:
     return larger if fits else max(spec.stride, spec.min_size[axis] if spec.min_size else value - spec.stride)
 
 
-def _reference(pipeline: Pipeline, images: NDArray[np.uint8], spec: PipelineSpec) -> dict[str, NDArray[Any]]:
+def _reference(pipeline: Pipeline, images: NDArray[Any], spec: PipelineSpec) -> dict[str, NDArray[Any]]:
     # Eagerly, before tracing: SMP checks sizes only when not tracing, and the graph of a wrong size is silently wrong.
     try:
         return torch_outputs(pipeline, images)
@@ -161,7 +164,7 @@ def _smallest_above(pipeline: Pipeline, height: int, width: int, spec: InputSpec
     for side in range(first, 512 + 1, spec.stride):
         size = (max(side, height), max(side, width))
         with contextlib.suppress(Exception):  # a model may refuse a size with any error
-            torch_outputs(pipeline, np.zeros((1, *size, spec.channels), np.uint8))
+            torch_outputs(pipeline, np.zeros((1, *size, spec.channels), spec.dtype))
             return size
     return None
 
@@ -171,7 +174,8 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
     shapes = _dynamic_shapes(spec.input)
     # torch.export takes a dimension of size 1 for a constant
     batch = max(spec.input.batch.optimum, 2) if spec.input.batch.is_dynamic else spec.input.batch.optimum
-    image = torch.zeros((batch, spec.input.height, spec.input.width, spec.input.channels), dtype=torch.uint8)
+    shape = (batch, spec.input.height, spec.input.width, spec.input.channels)
+    image = torch.zeros(shape, dtype=getattr(torch, spec.input.dtype))
     try:
         with silenced(), torch.inference_mode():
             names = list(pipeline(image))
@@ -233,7 +237,7 @@ def _dynamic_shapes(spec: InputSpec) -> dict[str, dict[int, Any]] | None:
 def check(
     model: onnx.ModelProto,
     spec: PipelineSpec,
-    probes: list[NDArray[np.uint8]],
+    probes: list[NDArray[Any]],
     reference: list[dict[str, NDArray[Any]]],
 ) -> Parity:
     """Compare ``model``, ``logits`` among its outputs, with PyTorch's outputs. Raises :class:`ExportError`."""
@@ -255,7 +259,7 @@ def without_extra_logits(model: onnx.ModelProto, spec: PipelineSpec) -> onnx.Mod
     return result
 
 
-def rounding_error(loaded: LoadedModel, images: NDArray[np.uint8]) -> float:
+def rounding_error(loaded: LoadedModel, images: NDArray[Any]) -> float:
     """How far PyTorch's float32 logits are from its float64 ones, relative to the largest: what rounding alone does.
 
     Untrained networks without working normalization amplify it from layer to layer.

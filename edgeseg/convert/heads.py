@@ -1,4 +1,4 @@
-"""What surrounds the network inside the graph: preprocessing of the uint8 image, and the outputs made of its logits.
+"""What surrounds the network inside the graph: preprocessing of the image, and the outputs made of its logits.
 
 One torch module, :class:`Pipeline`, is what is exported and what the graph is then compared with.
 """
@@ -39,7 +39,7 @@ LOGITS = "logits"
 
 
 class Normalize(nn.Module):
-    """uint8 ``(N, H, W, C)`` RGB -> float32 ``(N, C, H, W)`` in the network's channel order and range.
+    """``(N, H, W, C)`` RGB of any input dtype -> float32 ``(N, C, H, W)`` in the network's channel order and range.
 
     ``(x * scale - mean) / std`` as one multiply-add. The mean is not folded into the first convolution: that pads with
     zeros, so folding is exact everywhere but at the image border. Cast comes first because TensorRT takes uint8 at a
@@ -150,7 +150,7 @@ def _meaning(activation: str, removed: bool) -> Meaning:
 
 
 class Pipeline(nn.Module):
-    """uint8 image in; the outputs of ``spec`` out, and always ``logits``: the network's map without its activation.
+    """An image in; the outputs of ``spec`` out, and always ``logits``: the network's map without its activation.
 
     Args:
         module: float32 normalized ``(N, C, H, W)`` -> map ``(N, classes, H, W)``, or a tuple of that and an auxiliary
@@ -171,7 +171,7 @@ class Pipeline(nn.Module):
         self.postprocess = Outputs(spec, removed)
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Run uint8 ``(N, H, W, C)``; outputs by name, those of the contract first."""
+        """Run ``(N, H, W, C)``; outputs by name, those of the contract first."""
         raw = self.model(self.preprocess(image))
         logits, *aux = raw if isinstance(raw, (tuple, list)) else (raw,)
         outputs = dict(self.postprocess(logits))

@@ -148,19 +148,19 @@ def _load_hub_model(request: ModelRequest, weights: str, images: ImageSource) ->
 
 def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint, images: ImageSource) -> LoadedModel:
     recorded = recorded_model(checkpoint)
-    saved = saved_beside(checkpoint.path)
+    saved = saved_beside(checkpoint.path, request.input_dtype)
     named = strip_prefixes(checkpoint)
     settled, notes = _settle(merge(request, recorded), checkpoint, named)
     assembly, fit_notes = _assemble_for(settled, request, checkpoint, named)
     freeze(assembly.module)
     samples = images(assembly.model.in_channels)
-    normalization = recorded_preprocess(checkpoint.config, named.outside)
+    normalization = recorded_preprocess(checkpoint.config, named.outside, request.input_dtype)
     saved_notes: tuple[str, ...] = ()
     if saved is not None:
-        saved_notes = (saved.note,)
+        saved_notes = (saved.note, *saved.doubts)
         known = saved.for_channels(assembly.model.in_channels)
         if known is not None and request.mean is not None:
-            saved_notes = (saved.note, "--mean and --std override the saved normalization")
+            saved_notes = (*saved_notes, "--mean and --std override the saved normalization")
         normalization = normalization if known is None else RecordedNormalization(known, scale_known=True)
     preprocess, preprocess_notes = resolve_preprocess(
         request,

@@ -89,7 +89,8 @@ class Ending:
 
     Attributes:
         activation: SMP's name, ``None`` for raw scores.
-        sure: whether that can be told: ``False`` for values in 0..1 that no known operator explains.
+        sure: whether that can be told: ``False`` for values in 0..1 that no known operator explains, and for what is
+            computed from an activation, such as 255 times a sigmoid.
         low, high: least and largest value.
     """
 
@@ -123,7 +124,7 @@ def output_ending(module: torch.nn.Module, inputs: torch.Tensor) -> Ending:
     within = low >= 0 and high <= 1
     if last in ("sigmoid", "tanh") or (last == "clamp" and within):
         return Ending(last, True, low, high)
-    return Ending(None, not within, low, high)
+    return Ending(None, not within and not _is_of_activations(output.grad_fn), low, high)
 
 
 # As autograd calls them, without the word Backward and what follows it.
@@ -140,13 +141,38 @@ _KEEPS_RANGE = frozenset(
     ("Alias", "AsStrided", "Clone", "Contiguous", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze")
     + ("ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "UpsampleBilinear2D", "UpsampleNearest2D", "View")
 )
+_BOUNDED = frozenset(("Sigmoid", "Softmax", "LogSigmoid", "Hardsigmoid", "Tanh"))
+_ARITHMETIC = frozenset(("Add", "Div", "Exp", "Log", "Mul", "Neg", "Pow", "Rsub", "Sub"))
+
+
+def _is_of_activations(output: Any) -> bool:
+    """Whether nothing but arithmetic lies between activations and an autograd node."""
+    seen, ahead = set(), [output]
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = "" if node is None else _name_of(node)
+        if name in _BOUNDED:
+            continue
+        before = [n for n, _ in node.next_functions if n is not None] if name in _ARITHMETIC | _KEEPS_RANGE else []
+        if not before:
+            return False
+        ahead.extend(before)
+    return True
+
+
+def _name_of(node: Any) -> str:
+    name: str = node.name().split("::")[-1].split("Backward")[0]
+    return name
 
 
 def _last_operator(output: torch.Tensor) -> str:
     """Name of the operator that made the values of ``output``, ``""`` where autograd was switched off."""
     node = output.grad_fn
     while node is not None:
-        name = node.name().split("::")[-1].split("Backward")[0]
+        name = _name_of(node)
         if name not in _KEEPS_RANGE or not node.next_functions:
             return name
         node = node.next_functions[0][0]

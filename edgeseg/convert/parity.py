@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from edgeseg.convert.heads import LOGITS, Pipeline
 from edgeseg.convert.silence import silenced
 from edgeseg.errors import ExportError, first_line
+from edgeseg.images.dtypes import usual_pixels
+from edgeseg.spec import InputDtype, Preprocess
 
 RELATIVE_TOLERANCE = 1e-3
 """Largest error of a logit, relative to the largest logit (at least 1). Deep float32 networks summed in another order
@@ -41,8 +43,27 @@ class Parity:
     ties: float
 
 
-def make_probe_images(height: int, width: int, channels: int, count: int = 2, seed: int = 0) -> NDArray[np.uint8]:
-    """Deterministic uint8 ``(count, H, W, C)``: smooth colour waves, discs and noise, so that classes vary."""
+def make_probe_images(
+    height: int,
+    width: int,
+    channels: int,
+    count: int = 2,
+    seed: int = 0,
+    *,
+    preprocess: Preprocess | None = None,
+    dtype: InputDtype = "uint8",
+) -> NDArray[Any]:
+    """Deterministic ``dtype`` ``(count, H, W, C)``: smooth colour waves, discs and noise, so that classes vary.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        channels: of a pixel.
+        count: of images.
+        seed: of the choice.
+        preprocess: tells which values are usual; may be ``None`` of uint8, which has all of them.
+        dtype: the engine's.
+    """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     images = np.empty((count, height, width, channels), np.float32)
@@ -55,11 +76,11 @@ def make_probe_images(height: int, width: int, channels: int, count: int = 2, se
             radius = rng.uniform(0.05, 0.25) * min(height, width)
             image[(y - cy) ** 2 + (x - cx) ** 2 < radius**2] = rng.uniform(0, 255, channels)
     images += rng.normal(0.0, 12.0, images.shape)
-    return np.clip(images, 0, 255).astype(np.uint8)
+    return usual_pixels(np.clip(images, 0, 255), preprocess or Preprocess(), dtype)
 
 
-def torch_outputs(pipeline: Pipeline, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    """Run the torch pipeline on uint8 ``(N, H, W, C)``; outputs by name, and the decision margin."""
+def torch_outputs(pipeline: Pipeline, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Run the torch pipeline on ``(N, H, W, C)`` of its dtype; outputs by name, and the decision margin."""
     with silenced(), torch.inference_mode():
         outputs = pipeline(torch.from_numpy(np.ascontiguousarray(images)))
         outputs[MARGIN] = pipeline.postprocess.margin(outputs[LOGITS])
@@ -78,8 +99,8 @@ def ort_session(model: onnx.ModelProto) -> Any:
         raise ExportError(f"ONNX Runtime does not load the exported graph: {first_line(exc)}") from exc
 
 
-def run_session(session: Any, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    """Run uint8 ``(N, H, W, C)`` through a session; outputs by name. Raises :class:`ExportError`."""
+def run_session(session: Any, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Run ``(N, H, W, C)`` of its dtype through a session; outputs by name. Raises :class:`ExportError`."""
     names = [o.name for o in session.get_outputs()]
     try:
         return dict(zip(names, session.run(None, {"image": images}), strict=True))

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from edgeseg.convert.architectures import import_for_conversion
 from edgeseg.errors import SpecError
-from edgeseg.spec import IMAGENET_MEAN, IMAGENET_STD, ChannelOrder, ModelRequest, Preprocess
+from edgeseg.spec import FULL_SCALE, IMAGENET_MEAN, IMAGENET_STD, ChannelOrder, InputDtype, ModelRequest, Preprocess
 
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _DPN = ((124 / 255, 117 / 255, 104 / 255), (1 / (0.0167 * 255),) * 3)
@@ -32,7 +32,7 @@ _SMP_EXCEPTIONS: tuple[tuple[str, str, tuple[tuple[float, ...], tuple[float, ...
 
 @dataclass(frozen=True)
 class KnownStatistics:
-    """Normalization of RGB images divided by 255, and where it is from."""
+    """Normalization of RGB images of values 0..1, and where it is from."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -106,26 +106,30 @@ def resolve_preprocess(
         SpecError: mean without std, scale without both, a wrong number of values, or in_channels for which nothing can
             be assumed.
     """
+    dtype = request.input_dtype
     if request.mean is not None or request.std is not None:
         given, notes = _from_user(request, in_channels)
-        if request.scale is None and judge is not None:
-            better = judge((given, _other_scale(given)))
+        # Of float32 the scale is known: mean and std are those of the values.
+        if request.scale is None and judge is not None and dtype != "float32":
+            better = judge((given, _other_scale(given, dtype)))
             if better is not None and better != given:
-                notes = (*notes, f"{_evidence(better)}, and not as given: {in_words(given)}; --scale settles it")
+                told = f"and not as given: {in_words(given, dtype)}; --scale settles it"
+                notes = (*notes, f"{_evidence(better, dtype)}, {told}")
         return given, notes
     if recorded is not None:
         assumed, notes = _from_record(request, recorded, in_channels)
         settled = recorded.scale_known or request.scale is not None
-        candidates: tuple[Preprocess, ...] = (assumed, _other_scale(assumed))
+        candidates: tuple[Preprocess, ...] = (assumed, _other_scale(assumed, dtype))
     else:
         assumed, notes = _from_encoder(request, encoder, encoder_weights, in_channels, untrained)
         settled = untrained
         usual = [assumed, replace(assumed, mean=(0.0,) * in_channels, std=(1.0,) * in_channels)]
         if in_channels == 3:
-            usual.append(_with_order(Preprocess(IMAGENET_MEAN, IMAGENET_STD), request.channel_order))
+            imagenet = Preprocess(IMAGENET_MEAN, IMAGENET_STD, 1.0 / FULL_SCALE[dtype])
+            usual.append(_with_order(imagenet, request.channel_order))
         # The same values once more, wherever they came from, are no rival.
         alone = dict.fromkeys(replace(p, source=assumed.source) for p in usual)
-        candidates = tuple(p for one in alone for p in (one, _other_scale(one)))
+        candidates = tuple(p for one in alone for p in (one, _other_scale(one, dtype)))
     if settled:
         return assumed, notes
     best = None if judge is None else judge(candidates)
@@ -134,27 +138,31 @@ def resolve_preprocess(
             return replace(
                 best, source=f"{assumed.source}, as the first batch norm confirms"
             ), notes if recorded else ()
-        note = f"{_evidence(best)}; --mean, --std and --scale say otherwise"
+        note = f"{_evidence(best, dtype)}; --mean, --std and --scale say otherwise"
         return replace(best, source="what fits the first batch norm"), (note,)
     before = "" if whole is None else f"the whole of {whole} is converted; before it, "
     if whole is not None or recorded is not None:
         doubt = "if it normalizes by itself" if whole is not None else "if it was trained otherwise"
-        hint = "--mean 0 --std 1" if whole is not None else "--scale 1 for pixel values 0..255"
-        return assumed, (*notes, f"{before}{in_words(assumed)} ({assumed.source}): assumed; {doubt}, give {hint}")
+        hint = "--mean 0 --std 1" if whole is not None else f"--scale 1 for pixel values{_range(dtype)}"
+        return assumed, (
+            *notes,
+            f"{before}{in_words(assumed, dtype)} ({assumed.source}): assumed; {doubt}, give {hint}",
+        )
     return assumed, notes
 
 
-def _evidence(preprocess: Preprocess) -> str:
-    return f"the network's first batch norm fits the images given when {in_words(preprocess)}"
+def _evidence(preprocess: Preprocess, dtype: InputDtype) -> str:
+    return f"the network's first batch norm fits the images given when {in_words(preprocess, dtype)}"
 
 
-def in_words(preprocess: Preprocess) -> str:
+def in_words(preprocess: Preprocess, dtype: InputDtype = "uint8") -> str:
     """What is done to pixel values, as a clause: ``images are divided by 255, then ...``."""
     scale = preprocess.scale
+    divisor = next((n for n in (255, 65535) if scale == 1.0 / n), None)
     if scale == 1.0:
-        first = "images keep their values 0..255"
+        first = f"images keep their values{_range(dtype)}"
     else:
-        first = "images are divided by 255" if scale == 1.0 / 255.0 else f"images are multiplied by {scale:g}"
+        first = f"images are divided by {divisor}" if divisor else f"images are multiplied by {scale:g}"
     if set(preprocess.mean) == {0.0} and set(preprocess.std) == {1.0}:
         return f"{first} and not normalized further"
     return f"{first}, then normalized with mean {_listed(preprocess.mean)} and std {_listed(preprocess.std)}"
@@ -164,9 +172,14 @@ def _listed(values: Sequence[float]) -> str:
     return ", ".join(f"{v:.4g}" for v in (values[:1] if len(set(values)) == 1 else values))
 
 
-def _other_scale(preprocess: Preprocess) -> Preprocess:
+def _range(dtype: InputDtype) -> str:
+    return "" if dtype == "float32" else f" 0..{FULL_SCALE[dtype]}"
+
+
+def _other_scale(preprocess: Preprocess, dtype: InputDtype) -> Preprocess:
     """The same numbers on the other usual scale: images of 0..255 in place of 0..1, or the reverse."""
-    return replace(preprocess, scale=1.0 if preprocess.scale != 1.0 else 1.0 / 255.0)
+    unit = 1.0 / (255 if dtype == "float32" else FULL_SCALE[dtype])
+    return replace(preprocess, scale=1.0 if preprocess.scale != 1.0 else unit)
 
 
 def _from_record(
@@ -186,7 +199,9 @@ def _from_record(
 def _from_encoder(
     request: ModelRequest, encoder: str, encoder_weights: str | None, in_channels: int, untrained: bool
 ) -> tuple[Preprocess, tuple[str, ...]]:
-    if request.scale is not None and request.scale != 1.0 / 255.0:
+    dtype = request.input_dtype
+    full_scale = FULL_SCALE[dtype]
+    if request.scale is not None and request.scale != 1.0 / full_scale:
         raise SpecError(
             f"--scale {request.scale:g} was given, and neither mean nor std is recorded; give --mean and --std in the "
             "same units (0 and 1 if images were not normalized)"
@@ -202,7 +217,12 @@ def _from_encoder(
     if in_channels != len(known.mean):
         known, note = _adapt(known, in_channels, untrained)
         notes.append(note)
-    assumed = Preprocess(known.mean, known.std, 1.0 / 255.0, "rgb", known.source)
+    if dtype != "uint8" and not untrained:
+        notes.append(
+            f"{dtype} images: mean and std of {known.source} assumed, for values 0..{full_scale}; give --mean, --std and "
+            "--scale as in training"
+        )
+    assumed = Preprocess(known.mean, known.std, 1.0 / full_scale, "rgb", known.source)
     return _with_order(assumed, request.channel_order), tuple(notes)
 
 
@@ -225,14 +245,14 @@ def _from_user(request: ModelRequest, in_channels: int) -> tuple[Preprocess, tup
     order: ChannelOrder = request.channel_order or "rgb"
     if order == "bgr" and in_channels != 3:
         raise SpecError(f"channel order 'bgr' is for 3 channels, the model takes {in_channels}")
-    if request.scale is not None:
-        return Preprocess(mean, std, request.scale, order, "given"), ()
+    full_scale = FULL_SCALE[request.input_dtype]
+    if request.scale is not None or full_scale == 1:
+        return Preprocess(mean, std, request.scale or 1.0, order, "given"), ()
     # In units of [0, 1] neither can exceed 1; mmsegmentation and others write them for 0..255.
     if max(*mean, *std) > 1.0:
-        return Preprocess(mean, std, 1.0, order, "given, for pixel values 0..255"), (
-            "--mean/--std above 1 are taken for pixel values 0..255",
-        )
-    return Preprocess(mean, std, 1.0 / 255.0, order, "given"), ()
+        meant = f"for pixel values{_range(request.input_dtype)}"
+        return Preprocess(mean, std, 1.0, order, f"given, {meant}"), (f"--mean/--std above 1 are taken {meant}",)
+    return Preprocess(mean, std, 1.0 / full_scale, order, "given"), ()
 
 
 def _per_channel(what: str, values: Sequence[float], in_channels: int) -> tuple[float, ...]:
@@ -263,7 +283,9 @@ def _adapt(known: KnownStatistics, in_channels: int, untrained: bool) -> tuple[K
     return KnownStatistics(repeated[0], repeated[1], known.source), note
 
 
-def recorded_preprocess(config: Mapping[str, Any], tensors: Mapping[str, Any]) -> RecordedNormalization | None:
+def recorded_preprocess(
+    config: Mapping[str, Any], tensors: Mapping[str, Any], dtype: InputDtype = "uint8"
+) -> RecordedNormalization | None:
     """Return the normalization a checkpoint carries: ``preprocess`` in its config, or Lightning's mean/std buffers.
 
     SMP's own training examples register buffers ``mean`` and ``std`` of shape ``(1, C, 1, 1)``.
@@ -281,7 +303,7 @@ def recorded_preprocess(config: Mapping[str, Any], tensors: Mapping[str, Any]) -
             raise SpecError("preprocess in the checkpoint's config.json is not numbers; give --mean and --std") from exc
         channel_order: ChannelOrder = "bgr" if order == "bgr" else "rgb"
         return RecordedNormalization(
-            Preprocess(mean, std, top / 255.0, channel_order, "the checkpoint's config"), scale_known=True
+            Preprocess(mean, std, top / FULL_SCALE[dtype], channel_order, "the checkpoint's config"), scale_known=True
         )
     buffers = [tensors.get("mean"), tensors.get("std")]
     if any(b is None or not 1 <= b.numel() <= 64 for b in buffers):
@@ -290,6 +312,6 @@ def recorded_preprocess(config: Mapping[str, Any], tensors: Mapping[str, Any]) -
     # SMP's example has ImageNet's mean and std for 0..1, and was often fed images of 0..255: only above 1 are they clear.
     above = max(*values[0], *values[1]) > 1.0
     return RecordedNormalization(
-        Preprocess(values[0], values[1], 1.0 if above else 1.0 / 255.0, "rgb", "buffers mean and std"),
+        Preprocess(values[0], values[1], 1.0 if above else 1.0 / FULL_SCALE[dtype], "rgb", "buffers mean and std"),
         scale_known=above,
     )

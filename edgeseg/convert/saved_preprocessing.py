@@ -18,7 +18,17 @@ from edgeseg.arguments import MOST
 from edgeseg.convert.checkpoint import read_saved_json
 from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.images.placement import Placement, plan_fit
-from edgeseg.spec import Border, FitPolicy, InputSpec, Interpolation, Padding, PadPosition, Preprocess
+from edgeseg.spec import (
+    FULL_SCALE,
+    Border,
+    FitPolicy,
+    InputDtype,
+    InputSpec,
+    Interpolation,
+    Padding,
+    PadPosition,
+    Preprocess,
+)
 from edgeseg.store.files import require_regular
 
 CONFIG_NAME = "albumentations_config_eval.json"
@@ -117,6 +127,8 @@ class SavedPreprocessing:
         scaling, canvas, crop: what it does to sizes, in this order.
         unfit: transforms that no engine can hold.
         rounded: a note on a colour of padding that is between two levels.
+        doubts: notes on pixel values that the images' dtype does not have.
+        dtype: of the images.
     """
 
     words: tuple[str, ...] = ()
@@ -126,6 +138,8 @@ class SavedPreprocessing:
     crop: Crop | None = None
     unfit: tuple[Unfit, ...] = ()
     rounded: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    dtype: InputDtype = "uint8"
 
     @property
     def note(self) -> str:
@@ -248,7 +262,7 @@ class SavedPreprocessing:
         self, images: tuple[tuple[int, int], ...], canvas: tuple[int, int], policy: FitPolicy, channels: int
     ) -> bool:
         """Whether the policy places every image in the canvas just as the saved preprocessing does."""
-        spec = InputSpec(*canvas, channels=channels, stride=1, fit=policy, padding=self._padding)
+        spec = InputSpec(*canvas, channels=channels, stride=1, fit=policy, padding=self._padding, dtype=self.dtype)
         for image in images:
             plan = plan_fit(*image, spec)
             if not isinstance(plan, Placement) or plan.content != self._after(image)[0]:
@@ -261,8 +275,8 @@ def _both(sides: tuple[int | None, int | None]) -> tuple[int, int] | None:
     return None if height is None or width is None else (height, width)
 
 
-def saved_beside(weights: Path) -> SavedPreprocessing | None:
-    """Read the file beside a weights file; ``None`` where there is none.
+def saved_beside(weights: Path, dtype: InputDtype = "uint8") -> SavedPreprocessing | None:
+    """Read the file beside a weights file, for images of ``dtype``; ``None`` where there is none.
 
     Raises:
         CheckpointError: it is damaged, too large, or no transform that albumentations saved.
@@ -278,15 +292,16 @@ def saved_beside(weights: Path) -> SavedPreprocessing | None:
         raise CheckpointError(
             f"{path} holds no transform; save it again with albumentations' Compose.save_pretrained, or move the file away"
         )
-    return _Reader(path).read(transform)
+    return _Reader(path, dtype).read(transform)
 
 
 class _Reader:
     """Goes through the transforms in order, which matters: a colour given after Normalize is in its units."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dtype: InputDtype) -> None:
         self.path = path
-        self.saved = SavedPreprocessing()
+        self.full_scale = FULL_SCALE[dtype]
+        self.saved = SavedPreprocessing(dtype=dtype)
 
     def read(self, transform: Mapping[str, Any]) -> SavedPreprocessing:
         for name, step in self._flat(transform, 0):
@@ -366,7 +381,7 @@ class _Reader:
             return
         before = 1.0 if known is None else known.scale
         most = step.get("max_pixel_value", 255.0)
-        top = self._number(step, "max_pixel_value", (255.0 if known is None else 1.0) if most is None else most)
+        top = self._number(step, "max_pixel_value", (self.full_scale if known is None else 1) if most is None else most)
         mean = self._numbers(step, "mean", step.get("mean"))
         std = self._numbers(step, "std", step.get("std"))
         longest = max(len(mean), len(std))
@@ -377,6 +392,8 @@ class _Reader:
             ",".join(f"{v:g}" for v in (values[:1] if len(set(values)) == 1 else values)) for values in (mean, std)
         ]
         self._say(f"Normalize(mean {shown[0]}, std {shown[1]}, max_pixel_value {top:g})")
+        if known is None:
+            self._doubt(f"Normalize(max_pixel_value={top:g})", top)
         self._add(normalization=self._preprocess(mean, std, before / top))
 
     def _to_float(self, step: Mapping[str, Any]) -> None:
@@ -384,11 +401,20 @@ class _Reader:
             self._refuse("ToFloat after Normalize or another ToFloat", _VALUES)
             return
         most = step.get("max_value")
-        top = 255.0 if most is None else self._number(step, "max_value", most)
+        top = self.full_scale if most is None else self._number(step, "max_value", most)
         if top <= 0:
             raise CheckpointError(f"{self.path}: max_value of ToFloat is {top:g}; it is above 0")
         self._say(f"ToFloat(max_value {top:g})")
+        self._doubt(f"ToFloat(max_value={top:g})", top)
         self._add(normalization=self._preprocess((0.0,), (1.0,), 1.0 / top))
+
+    def _doubt(self, what: str, top: float) -> None:
+        if self.saved.dtype == "uint8" and top > self.full_scale:
+            wanted = "uint16" if top <= FULL_SCALE["uint16"] else "float32"
+            note = (
+                f"the saved {what} is for images of more than 8 bits, the engine takes uint8: --input-dtype {wanted}?"
+            )
+            self._add(doubts=(*self.saved.doubts, note))
 
     def _preprocess(self, mean: tuple[float, ...], std: tuple[float, ...], scale: float) -> Preprocess:
         try:
@@ -492,16 +518,18 @@ class _Reader:
                 )
             spread = zip(known.mean * len(colour), known.std * len(colour), strict=True)
             colour = tuple((v * s + m) / known.scale for v, (m, s) in zip(colour, spread, strict=False))
-        levels = tuple(round(v) for v in colour)
-        if not all(0 <= level <= 255 for level in levels):
+        top = self.full_scale
+        levels = tuple(colour) if self.saved.dtype == "float32" else tuple(round(v) for v in colour)
+        if self.saved.dtype != "float32" and not all(0 <= level <= top for level in levels):
             self._refuse(
-                f"{name} fills with a colour that no image has ({', '.join(f'{v:g}' for v in colour)} of 255)", _SIZES
+                f"{name} fills with a colour that no image has ({', '.join(f'{v:g}' for v in colour)} of {top})", _SIZES
             )
             return None
+        is_rounded = any(abs(v - level) > 1e-3 for v, level in zip(colour, levels, strict=True))
         levels = levels[:1] if len(set(levels)) == 1 else levels
-        if any(abs(v - round(v)) > 1e-3 for v in colour):
+        if is_rounded:
             shown = (",".join(f"{v:.4g}" for v in dict.fromkeys(vs)) for vs in (colour, levels))
-            self._add(rounded=("the saved colour of padding, {} of 255, is {} here".format(*shown),))
+            self._add(rounded=("the saved colour of padding, {} of {top}, is {} here".format(*shown, top=top),))
         return Padding(position, "constant", levels)
 
 

@@ -102,7 +102,11 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     )
     from edgeseg.convert.parity import make_probe_images
 
-    shown = np.stack([resize_image(s, size) for s in samples]) if len(samples) else make_probe_images(*size, channels)
+    shown = (
+        np.stack([resize_image(sample, size) for sample in samples])
+        if len(samples)
+        else make_probe_images(*size, channels, preprocess=preprocess, dtype=request.input_dtype)
+    )
     activation, activation_notes = _activation(described, network, request, normalized(shown, preprocess))
     spec, geometry = _describe(described, network, request, encoder, channels, classes, activation, geometry)
     _check_request(request, spec.arch, encoder if network.inner is not None else None)
@@ -175,7 +179,7 @@ def _find_network(module: torch.nn.Module, request: ModelRequest) -> _Network:
     note = f"the network .{path} of {name} is converted; the wrapper adds nothing to it"
     if agreement == "same":
         return _Network(inner, smp=True, inner=inner, notes=(note,))
-    recorded = recorded_preprocess({}, {"mean": module.mean, "std": module.std})
+    recorded = recorded_preprocess({}, {"mean": module.mean, "std": module.std}, request.input_dtype)
     return _Network(inner, smp=True, inner=inner, recorded=recorded, notes=(f"{note} but the normalization",))
 
 
@@ -334,6 +338,11 @@ def _activation(
         head = _head_activation(module) if network.smp else None
         if head is not None:
             return head, ()
+        if not ending.sure and not (ending.low >= 0 and ending.high <= 1):
+            raise SpecError(
+                f"the module returns {values}, computed from the result of an activation, which are neither logits nor "
+                "probabilities: let it return one of these, or say activation='none' if these are logits"
+            )
         if not ending.sure:
             raise SpecError(
                 f"the module returns {values} and does not end in a sigmoid, or a softmax over the classes, that "

@@ -53,7 +53,8 @@ class Contender:
     @property
     def pair_key(self) -> str:
         """Contenders with the same key run the same model on the same input, so they can be compared."""
-        return sha256_json([self.weights_sha256, self.spec.model, self.spec.input.height, self.spec.input.width])
+        image = self.spec.input
+        return sha256_json([self.weights_sha256, self.spec.model, image.height, image.width, image.dtype])
 
 
 class Opener:

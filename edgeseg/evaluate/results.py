@@ -159,7 +159,7 @@ class Latency:
     """Times of one row.
 
     Attributes:
-        end_to_end: decoded uint8 image(s) in host memory -> uint8 mask(s) in host memory, per call.
+        end_to_end: decoded image(s) in host memory -> mask(s) in host memory, per call.
         stages: where they go.
         images_per_s: images over wall-clock time of all callers.
         warmup_iterations: calls made before counting.

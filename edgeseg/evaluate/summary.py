@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgeseg.console import printable
 from edgeseg.evaluate.tables import MISSING, FigureTable, number
+from edgeseg.spec import FULL_SCALE
 from edgeseg.store.artifacts import (
     AccuracyFigures,
     Engine,
@@ -23,7 +24,7 @@ from edgeseg.store.artifacts import (
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
-    from edgeseg.spec import InputSpec, PipelineSpec
+    from edgeseg.spec import InputDtype, InputSpec, PipelineSpec, Preprocess
 
 
 _FITTED = {"resize": "resized", "letterbox": "letterboxed", "tile": "tiled"}
@@ -32,18 +33,25 @@ _FITTED = {"resize": "resized", "letterbox": "letterboxed", "tile": "tiled"}
 def input_line(spec: PipelineSpec, *, is_default_size: bool) -> str:
     """``256x256 RGB, resized; mean ... std ... (from ...)``: what the engine takes and what is done with it."""
     image, preprocess = spec.input, spec.preprocess
-    colours = {1: "grey", 3: "RGB"}.get(image.channels, f"{image.channels} channels")
-    parts = [f"{image.height}x{image.width} {colours}"]
+    parts = [f"{image.height}x{image.width} {image.pixel_words}"]
     if image.dynamic_size:
         parts.append(f"or any multiple of {image.stride}")
     if str(image.batch) != "1":
         parts.append(f"batch {image.batch}")
     parts.append(fit_words(image))
     mean, std = (",".join(f"{value:.4g}" for value in values) for values in (preprocess.mean, preprocess.std))
-    values = "0..1" if preprocess.scale != 1 else "0..255"
+    values = values_words(preprocess, image.dtype)
     order = "" if preprocess.channel_order == "rgb" else f", {preprocess.channel_order.upper()} inside"
     line = f"{', '.join(parts)}; mean {mean} std {std} of {values}{order} (from {preprocess.source})"
     return line + ("; the size is only a default, give --size" if is_default_size else "")
+
+
+def values_words(preprocess: Preprocess, dtype: InputDtype) -> str:
+    """What mean and std are of: ``0..1``, ``0..255``, ``0..65535`` or, of float32, ``pixel values``."""
+    if preprocess.scale == 1:
+        return "pixel values" if dtype == "float32" else f"0..{FULL_SCALE[dtype]}"
+    is_unit = dtype != "float32" and preprocess.scale == 1 / FULL_SCALE[dtype]
+    return "0..1" if is_unit else f"pixel values times {preprocess.scale:.4g}"
 
 
 def fit_words(image: InputSpec) -> str:

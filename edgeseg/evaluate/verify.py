@@ -1,4 +1,4 @@
-"""An engine against the PyTorch model it came from: the same uint8 images into both, and what came out of each."""
+"""An engine against the PyTorch model it came from: the same images into both, and what came out of each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Comparison:
         reference, engine: PyTorch and the engine against the ground truth, at the size of the source images, as a user
             of :class:`~edgeseg.runtime.segmenter.Segmenter` gets the masks. Empty without ground truth.
         images: how many were compared.
-        sample: one image (or as many as the smallest batch) at the engine's size, uint8 ``(N, H, W, C)``, to time with.
+        sample: one image (or as many as the smallest batch) at the engine's size, ``(N, H, W, C)``, to time with.
         unlabelled: what was not judged, in words, or ``""``.
     """
 
@@ -48,7 +48,7 @@ class Comparison:
     reference: AccuracyMeter
     engine: AccuracyMeter
     images: int
-    sample: NDArray[np.uint8]
+    sample: NDArray[Any]
     unlabelled: str
 
 
@@ -173,7 +173,7 @@ def compare_masks(
     recorders = (_Recorder(reference, spec), _Recorder(engine, spec))
     expected, by_engine = (Segmenter(recorder, spec) for recorder in recorders)
     total, done, ignored = operator.length_hint(pairs), 0, 0
-    sample: NDArray[np.uint8] | None = None
+    sample: NDArray[Any] | None = None
     ignore_index: int | None = None
     for pair in pairs:
         true_to, answer = expected(pair.image), by_engine(pair.image)
@@ -198,9 +198,9 @@ def compare_masks(
 
 
 def latency_figures(
-    reference: Session, engine: Session, spec: PipelineSpec, sample: NDArray[np.uint8], protocol: LatencyProtocol
+    reference: Session, engine: Session, spec: PipelineSpec, sample: NDArray[Any], protocol: LatencyProtocol
 ) -> tuple[LatencyFigures, LatencyFigures, SpeedUp]:
-    """Time both in turns, uint8 image to mask, through the runtime's :class:`Segmenter`, with the doubts and the paired
+    """Time both in turns, image to mask, through the runtime's :class:`Segmenter`, with the doubts and the paired
     ratio that ``edgeseg bench`` has: (reference, engine, how many times faster the engine is)."""
     first, second = Segmenter(reference, spec), Segmenter(engine, spec)
     image = sample[0] if len(sample) == 1 else sample
@@ -265,7 +265,7 @@ class _Recorder(Closing):
         self._rule = None if self._kind == "mask" else ScoreRule.of(spec)
         self._masks: list[NDArray[Any]] = []
 
-    def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    def run(self, images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
         outputs = self._session.run(images)
         answers = outputs[self._kind]
         self._masks.extend(answers if self._rule is None else [self._rule.mask(scores) for scores in answers])

@@ -32,14 +32,13 @@ def values_words(spec: PipelineSpec) -> str:
     return "Values of `mask`"
 
 
-def input_words(spec: PipelineSpec) -> str:
-    """What goes in, for a README."""
+def input_words(spec: PipelineSpec, dtype: str | None = None) -> str:
+    """What goes in, for a README; ``dtype`` where that of the image is another."""
     size = spec.input
     colours = {1: "grey", 3: "RGB"}.get(size.channels, f"{size.channels} channels")
     sides = f"multiples of {size.stride}" if size.dynamic_size else f"{size.height}x{size.width}"
-    return (
-        f"uint8 `(N, height, width, {size.channels})`, {colours}, {sides}, N {size.batch}: the image as it was decoded"
-    )
+    shape = f"{dtype or size.dtype} `(N, height, width, {size.channels})`"
+    return f"{shape}, {colours}, {sides}, N {size.batch}: the image as it was decoded"
 
 
 def require(engine: Engine, host: str, *, target: str, fit: str, batch: bool, channels: tuple[int, ...] = ()) -> None:
@@ -60,6 +59,10 @@ def require(engine: Engine, host: str, *, target: str, fit: str, batch: bool, ch
     size, kind = spec.input, spec.output.kind
     wanted = "--batch 1 or 1:N:M" if batch else "--batch 1"
     refusals = (
+        (
+            size.dtype != "uint8",
+            f"hands over pixels of 8 bits, the engine takes {size.dtype}; give --to triton, or build with --input-dtype uint8",
+        ),
         (about.target != target, f"runs graphs of --target {target}, this is {about.target}'s; build for that"),
         (
             spec.model.task == "multilabel",

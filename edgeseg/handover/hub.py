@@ -55,12 +55,14 @@ def _picture(engine: Engine, path: Path) -> bytes:
     from PIL import Image
 
     from edgeseg.images.decoding import read_image
-    from edgeseg.runtime.overlay import colorize
+    from edgeseg.runtime.overlay import colorize, shown_levels
     from edgeseg.runtime.segmenter import load
 
     with load(engine.folder) as segmenter:
-        image = read_image(path, segmenter.spec.input.channels)
+        wanted = segmenter.spec.input
+        image = read_image(path, wanted.channels, wanted.dtype)
         colours = colorize(np.asarray(segmenter(image)))
+    image = shown_levels(image)
     shown = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
     stream = io.BytesIO()
     Image.fromarray(np.concatenate([shown, colours], axis=1)).save(stream, "PNG")

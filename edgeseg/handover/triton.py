@@ -1,6 +1,6 @@
 """A model repository of NVIDIA's Triton Inference Server.
 
-Triton takes the engine's graph as it is: uint8 image in, uint8 mask out, everything between inside. Written against the
+Triton takes the engine's graph as it is: image in, mask out, everything between inside. Written against the
 protocol buffer of its model configuration (``model_config.proto``).
 """
 
@@ -17,7 +17,7 @@ from edgeseg.spec import PipelineSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine, Manifest
 
 REPOSITORY = "model_repository"
-_TYPES = {"uint8": "TYPE_UINT8", "uint16": "TYPE_UINT16", "float32": "TYPE_FP32"}
+_TYPES = {"uint8": "TYPE_UINT8", "uint16": "TYPE_UINT16", "float32": "TYPE_FP32", "int32": "TYPE_INT32"}
 # How long a request waits for others to share its batch: far below a frame's time.
 QUEUE_DELAY_US = 500
 
@@ -60,12 +60,13 @@ def _configuration(name: str, manifest: Manifest, *, is_plan: bool) -> str:
     spec = manifest.spec
     # A server that batches leaves the first dimension to it; a graph of a fixed batch has all its dimensions written out.
     batches = spec.input.batch.is_dynamic
-    outputs = [*expected_outputs(spec), *_auxiliary(spec)]
+    image = expected_image(spec, has_uint16=not is_plan)
+    outputs = [*expected_outputs(spec, has_uint16=not is_plan), *_auxiliary(spec)]
     lines = [
         f"name: {json.dumps(name)}",
         f'backend: "{"tensorrt" if is_plan else "onnxruntime"}"',
         f"max_batch_size: {spec.input.batch.maximum if batches else 0}",
-        *_tensor("input", expected_image(spec), batches),
+        *_tensor("input", image, batches),
     ]
     for index, output in enumerate(outputs):
         lines += _tensor("output", output, batches, "labels.txt" if index == 0 else None)
@@ -81,7 +82,7 @@ def _configuration(name: str, manifest: Manifest, *, is_plan: bool) -> str:
     shape: Sequence[int] = (size.height, size.width, size.channels)
     dims = ", ".join(map(str, shape if batches else (size.batch.maximum, *shape)))
     lines.append(
-        'model_warmup [ { name: "zeros" batch_size: 1 inputs { key: "image" value { data_type: TYPE_UINT8 '
+        f'model_warmup [ {{ name: "zeros" batch_size: 1 inputs {{ key: "image" value {{ data_type: {_TYPES[image.dtype]} '
         f"dims: [ {dims} ] zero_data: true }} }} }} ]"
     )
     return "\n".join(lines) + "\n"
@@ -121,7 +122,9 @@ def _readme(name: str, manifest: Manifest, *, is_plan: bool) -> str:
         + (f" Its INT8 is in the scheme {manifest.scheme}." if manifest.scheme else "")
         + (" It was built and measured for OpenVINO, not for ONNX Runtime." if manifest.target == "openvino" else "")
     )
-    outputs = "\n".join(f"- `{tensor.name}`: {tensor.dtype}" for tensor in [*expected_outputs(spec), *_auxiliary(spec)])
+    given = expected_image(spec, has_uint16=not is_plan).dtype
+    results = [*expected_outputs(spec, has_uint16=not is_plan), *_auxiliary(spec)]
+    outputs = "\n".join(f"- `{tensor.name}`: {tensor.dtype}" for tensor in results)
     return f"""# {name} for Triton
 
 {spec.in_words}. {where}
@@ -131,7 +134,7 @@ Start it, in this folder:
     docker run --rm --net host {"--gpus all " if is_plan else ""}-v "$PWD/{REPOSITORY}:/models" \\
         nvcr.io/nvidia/tritonserver:<release>-py3 tritonserver --model-repository /models
 
-- `image`: {input_words(spec)}. Normalization is inside.
+- `image`: {input_words(spec, given)}. Normalization is inside.
 {outputs}
 
 {values_words(spec)}: the lines of `labels.txt`, from 0 on. A request, with `pip install tritonclient[http] numpy`:
@@ -140,8 +143,8 @@ Start it, in this folder:
 import numpy as np
 import tritonclient.http as http
 
-image = np.zeros(({shown}, {size.height}, {size.width}, {size.channels}), np.uint8)
-given = http.InferInput("image", image.shape, "UINT8")
+image = np.zeros(({shown}, {size.height}, {size.width}, {size.channels}), np.{given})
+given = http.InferInput("image", image.shape, "{_TYPES[given].removeprefix("TYPE_")}")
 given.set_data_from_numpy(image)
 answer = http.InferenceServerClient("localhost:8000").infer("{name}", [given])
 mask = answer.as_numpy("{spec.output.kind}")

@@ -1,4 +1,4 @@
-"""Finding image files, reading them as the uint8 arrays the engine expects, and fitting those to its size.
+"""Finding image files, reading them as arrays of the dtype the engine expects, and fitting those to its size.
 
 What :func:`read_image` makes of unusual files, so that a mask does not depend on how a picture was stored:
 
@@ -6,10 +6,11 @@ What :func:`read_image` makes of unusual files, so that a mask does not depend o
 - Grey becomes three equal channels; colour becomes grey by ITU-R 601 luma where the model has one channel.
 - Palettes are looked up. Transparency is dropped, the colours under it stay: that is what ``convert("RGB")`` and
   OpenCV give at training time.
-- 16-bit samples keep their high byte, so 65535 becomes 255 and nothing is clipped. The range is that of the container:
-  a 12-bit sensor stored in 16 bits comes out dark, scale it first.
 - CMYK, YCbCr and HSV are converted without colour profiles. Of an animation or a stack the first frame is read.
-- 32-bit integers, floats and CIELAB have no one meaning as 0..255 and are refused.
+- Samples of another dtype than the engine's are refused, never scaled or cut: 16 bits for a uint8 engine, 8 bits for a
+  uint16 one. A float32 engine takes floats and signed integers, by their values (:mod:`edgeseg.images.dtypes`).
+- Of uint16 and float32, grey becomes three equal channels, alpha beside three colours is dropped; nothing else is converted.
+- CIELAB is refused.
 - Larger than 178956970 pixels (Pillow's limit), or 1 GiB as an array or a stack, is refused.
 - Four and more channels: RGBA or CMYK files (raw), TIFF with all bands in one page (extra ``tiff``) or a page per channel,
   ``.npy``, ``.npz``.
@@ -33,8 +34,10 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import EdgesegError, InputError, one_line, refusals_as
 from edgeseg.images.arrays import ARRAY_SUFFIXES, read_array
+from edgeseg.images.dtypes import in_dtype, refusal
 from edgeseg.images.placement import Placement, fit, fit_windows
 from edgeseg.images.tiff import TiffLayout, read_bands, tiff_layout
+from edgeseg.spec import InputDtype
 from edgeseg.store.files import read_lines, require_file, without_warnings
 
 __all__ = [
@@ -67,28 +70,29 @@ _WIDE_GREY = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
 @refusals_as(InputError)
-def read_image(path: str | Path, channels: int = 3) -> NDArray[np.uint8]:
+def read_image(path: str | Path, channels: int = 3, dtype: InputDtype = "uint8") -> NDArray[Any]:
     """Read an image file; see the module for how unusual ones are handled.
 
     Args:
         path: PNG, JPEG, TIFF, WebP, BMP, GIF, PPM, JPEG 2000, or ``.npy``/``.npz`` holding one ``(H, W)`` or
-            ``(H, W, C)`` uint8 or uint16 array (never unpickled).
+            ``(H, W, C)`` array (never unpickled).
         channels: what the model takes.
+        dtype: what the engine takes.
 
     Returns:
-        uint8 ``(H, W, channels)``, RGB for three channels; the caller owns it.
+        ``dtype`` ``(H, W, channels)``, RGB for three channels; the caller owns it.
 
     Raises:
-        InputError: no such file, not an image, truncated, too large, or of a kind that cannot be ``channels`` x uint8.
+        InputError: no such file, not an image, truncated, too large, or of a kind that cannot be ``channels`` x ``dtype``.
     """
     path = Path(path)
     require_file(path, "image")
     if path.suffix.lower() in ARRAY_SUFFIXES:
-        return _from_array(path, read_array(path, "image", MAX_ARRAY_BYTES), channels)
-    return _read_with_pillow(path, channels)
+        return _from_array(path, read_array(path, "image", MAX_ARRAY_BYTES), channels, dtype)
+    return _read_with_pillow(path, channels, dtype)
 
 
-def pixel_digest(image: NDArray[np.uint8]) -> str:
+def pixel_digest(image: NDArray[Any]) -> str:
     """SHA-256 of what an image shows, hex: equal for copies of a picture, whatever their names and file formats."""
     digest = hashlib.sha256(f"{image.shape}".encode())
     digest.update(np.ascontiguousarray(image).data)
@@ -176,11 +180,8 @@ def _read_list(path: Path) -> list[Path]:
     return paths
 
 
-def _from_array(path: Path, array: NDArray[Any], channels: int) -> NDArray[np.uint8]:
-    if array.dtype == np.uint16:
-        array = (array >> 8).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise InputError(f"{path} holds {array.dtype}; an image holds uint8 or uint16: scale it to 0..255 first")
+def _from_array(path: Path, array: NDArray[Any], channels: int, dtype: InputDtype) -> NDArray[Any]:
+    array = in_dtype(array, dtype, f"{path} holds")
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or 0 in array.shape:
@@ -189,7 +190,7 @@ def _from_array(path: Path, array: NDArray[Any], channels: int) -> NDArray[np.ui
         array = np.repeat(array, 3, axis=2)
     if array.shape[2] != channels:
         raise InputError(f"{path} has {array.shape[2]} channels, shape {array.shape}; this model takes {channels}")
-    return np.ascontiguousarray(array, np.uint8)
+    return np.ascontiguousarray(array)
 
 
 @contextmanager
@@ -214,24 +215,29 @@ def open_picture(path: Path) -> Iterator[Any]:
         yield image
 
 
-def _read_with_pillow(path: Path, channels: int) -> NDArray[np.uint8]:
+def _read_with_pillow(path: Path, channels: int, dtype: InputDtype) -> NDArray[Any]:
     from PIL import UnidentifiedImageError
 
     layout = tiff_layout(path)
+    if layout is not None and dtype != "uint8" and not layout.is_stored_in_pillow:
+        return _from_tiff(path, layout, channels, dtype)
     if layout is not None and not layout.is_plain:
         if layout.samples == channels:
-            return _from_tiff(path, layout, channels)
+            return _from_tiff(path, layout, channels, dtype)
         if channels not in (1, 3) or not layout.has_colours_for_pillow:
             raise InputError(f"{path} holds {layout}; this model takes {channels} channels")
     try:
         with open_picture(path) as image:
-            return _from_pillow(path, image, channels)
+            if dtype != "uint8" and _is_wide(image) and image.mode in {"RGB", "RGBA"} and image.format == "PNG":
+                return _from_array(path, _deep_colours(path, channels), channels, dtype)
+            return _from_pillow(path, image, channels, dtype)
     except InputError:
         raise
     except UnidentifiedImageError as exc:
         if layout is not None:
             raise InputError(
-                f"cannot read image {path}: a TIFF with {layout}, or damaged; store 8 or 16 unsigned bits per sample"
+                f"cannot read image {path}: a TIFF with {layout}, or damaged; store 8 unsigned bits per sample, or build "
+                "with --input-dtype uint16 or float32"
             ) from exc
         raise InputError(f"cannot read image {path}: not one of {', '.join(FORMATS)}, or damaged") from exc
     except Exception as exc:
@@ -247,24 +253,25 @@ def is_picture(value: object) -> bool:
     return kind is not None and isinstance(value, kind)
 
 
-def picture_pixels(picture: Any, channels: int) -> NDArray[np.uint8]:
-    """Return what :func:`read_image` would of the file of a PIL image, uint8 ``(H, W, channels)``.
+def picture_pixels(picture: Any, channels: int, dtype: InputDtype = "uint8") -> NDArray[Any]:
+    """Return what :func:`read_image` would of the file of a PIL image, ``dtype`` ``(H, W, channels)``.
 
     Raises:
-        InputError: truncated, or of a kind that cannot be ``channels`` x uint8.
+        InputError: truncated, or of a kind that cannot be ``channels`` x ``dtype``.
     """
     name = Path(getattr(picture, "filename", "") or "the PIL image")
     try:
-        return _from_pillow(name, picture.copy(), channels)
+        return _from_pillow(name, picture if _is_wide(picture) else picture.copy(), channels, dtype)
     except InputError:
         raise
     except Exception as exc:
         raise InputError(f"cannot read image {name}: {one_line(exc)}") from exc
 
 
-def _from_tiff(path: Path, layout: TiffLayout, channels: int) -> NDArray[np.uint8]:
+def _from_tiff(path: Path, layout: TiffLayout, channels: int, dtype: InputDtype) -> NDArray[Any]:
     try:
-        return _from_array(path, read_bands(path, layout, MAX_ARRAY_BYTES), channels)
+        bands = read_bands(path, layout, MAX_ARRAY_BYTES)
+        return _from_array(path, bands[..., :3] if layout.is_rgb and channels == 3 else bands, channels, dtype)
     except EdgesegError:
         raise
     except Exception as exc:
@@ -272,11 +279,13 @@ def _from_tiff(path: Path, layout: TiffLayout, channels: int) -> NDArray[np.uint
         raise InputError(f"cannot read image {path}: {one_line(exc)}") from exc
 
 
-def _from_pillow(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
+def _from_pillow(path: Path, image: Any, channels: int, dtype: InputDtype) -> NDArray[Any]:
     from PIL import ImageOps
 
     if channels not in (1, 3):
-        return _bands(path, image, channels)
+        return _from_array(path, _bands(path, image, channels, dtype), channels, dtype)
+    if dtype != "uint8":
+        return _from_array(path, _stored(path, image), channels, dtype)
     image, mode = _eight_bit(path, image), "RGB" if channels == 3 else "L"
     # In place, and converted only where that changes something: Pillow would copy.
     image.load()
@@ -303,27 +312,77 @@ def _pixels(image: Any) -> NDArray[np.uint8]:
     return pixels
 
 
-def _eight_bit(path: Path, image: Any) -> Any:
-    """Bring 16-bit grey to 8 bits by its high byte, which is also what Pillow does with 16-bit colour."""
-    from PIL import Image
+def _is_wide(image: Any) -> bool:
+    """Whether samples of more than 8 bits are stored, known before they are decoded: of colours Pillow keeps the high byte."""
+    return image.mode in _WIDE_GREY or _bits(image) > 8
 
-    # Pillow reads 16-bit PGM, and older releases 16-bit PNG, into 32-bit integers of the range 0..65535.
-    if image.mode in _WIDE_GREY or (image.mode == "I" and image.format in {"PNG", "PPM"}):
-        samples = np.asarray(image).astype(np.int64)
-        narrow = Image.fromarray((samples >> 8).astype(np.uint8))
-        narrow.info.update(image.info)
-        narrow.getexif().update(image.getexif())
-        return narrow
-    if image.mode in {"I", "F", "LAB"}:
-        raise InputError(f"{path} holds {_SAMPLES[image.mode]}; convert it to 8 or 16 bits per channel first")
+
+def _bits(image: Any) -> int:
+    """Bits of an unsigned sample of a picture that is not decoded yet, if it has more than 8."""
+    for codec, _, _, args in getattr(image, "tile", ()):
+        first, *rest = args if isinstance(args, tuple) else (args,)
+        if codec.startswith("ppm") and rest:
+            return int(rest[0]).bit_length()
+        if re.search(r";16[LBN]?$", str(first)):
+            return 16
+    return _jpeg2000_bits(image)
+
+
+def _jpeg2000_bits(image: Any) -> int:
+    """Bits of a sample of a JPEG 2000 file that is not decoded yet, by its image header (ISO 15444-1, I.5.3.1 and A.5.1)."""
+    if getattr(image, "format", None) != "JPEG2000" or not image.tile:
+        return 8
+    image.fp.seek(0)
+    head = image.fp.read(512)
+    box, codestream = head.find(b"ihdr"), head.find(b"\xff\x4f\xff\x51")
+    place = box + 14 if box >= 0 else codestream + 42
+    return (head[place] & 0x7F) + 1 if place < len(head) and max(box, codestream) >= 0 else 8
+
+
+def _stored(path: Path, image: Any) -> NDArray[Any]:
+    """The samples of a picture in the type they are stored in, ``(H, W)`` or ``(H, W, bands)``.
+
+    Raises:
+        InputError: Pillow does not give them as they are stored.
+    """
+    from PIL import ImageOps
+
+    wide, bits = _is_wide(image), _bits(image)
+    # Of 9 to 15 bits Pillow makes the full range of 16, of colours 8 bits.
+    if 8 < bits < 16 or (wide and image.mode not in _WIDE_GREY | {"I"}):
+        raise InputError(f"cannot read {path}: {bits} bits of {image.mode} in this format; store it as TIFF or .npy")
+    # Pillow reads 16-bit PGM, and older releases 16-bit PNG, into 32-bit integers.
+    with without_warnings():
+        samples = np.asarray(ImageOps.exif_transpose(image))
+    return samples.astype(np.uint16) if wide else samples
+
+
+def _deep_colours(path: Path, channels: int) -> NDArray[np.uint16]:
+    """RGB or RGBA of a PNG of 16 bits a sample. Pillow unpacks one byte of each: it is asked for the high, then the low one."""
+    from PIL import ImageOps
+
+    halves = []
+    for byte_order in ("16B", "16L"):
+        with open_picture(path) as image:
+            image.tile = [(*tile[:3], f"{image.mode};{byte_order}") for tile in image.tile]
+            halves.append(np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16))
+    colours = halves[0] << 8 | halves[1]
+    return np.asarray(colours[..., :3] if channels == 3 else colours)
+
+
+def _eight_bit(path: Path, image: Any) -> Any:
+    """Refuse what is no picture of 8-bit samples, and bring premultiplied colours to what Pillow converts."""
+    if _is_wide(image) or (image.mode == "I" and image.format in {"PNG", "PPM"}):
+        raise refusal(np.dtype(np.uint16), "uint8", f"{path} holds")
+    if image.mode in {"I", "F"}:
+        raise refusal(np.dtype(np.int32 if image.mode == "I" else np.float32), "uint8", f"{path} holds")
+    if image.mode == "LAB":
+        raise InputError(f"{path} holds CIELAB colours; convert it to RGB first")
     # Premultiplied colours have no direct way to RGB.
     return image.convert("RGBA") if image.mode == "RGBa" else image.convert("LA") if image.mode == "La" else image
 
 
-_SAMPLES = {"I": "32-bit integers", "F": "floating-point samples", "LAB": "CIELAB colours"}
-
-
-def _bands(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
+def _bands(path: Path, image: Any, channels: int, dtype: InputDtype) -> NDArray[Any]:
     """Read 2, 4 or more channels: the bands of one picture, or the pages of a stack."""
     from PIL import ImageOps, ImageSequence
 
@@ -333,7 +392,11 @@ def _bands(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
             raise InputError(
                 f"cannot read {path}: {pages} pages of more than {MAX_ARRAY_BYTES} bytes; cut it into parts"
             )
-        planes = [np.asarray(_eight_bit(path, page).convert("L")) for page in ImageSequence.Iterator(image)]
+        pages_read = ImageSequence.Iterator(image)
+        if dtype == "uint8":
+            planes = [np.asarray(_eight_bit(path, page).convert("L")) for page in pages_read]
+        else:
+            planes = [_stored(path, page) for page in pages_read]
         if any(plane.shape != planes[0].shape for plane in planes):
             raise InputError(f"the {pages} pages of {path} differ in size; a page per channel is expected")
         return np.stack(planes, axis=-1)
@@ -342,4 +405,6 @@ def _bands(path: Path, image: Any, channels: int) -> NDArray[np.uint8]:
             f"{path} has {len(image.getbands())} channels (mode {image.mode}, {pages} pages); this model takes "
             f"{channels}: store them as a .npy of shape (H, W, {channels}) or a TIFF with a page per channel"
         )
-    return np.array(ImageOps.exif_transpose(image), np.uint8)
+    if dtype != "uint8":
+        return _stored(path, image)
+    return np.array(ImageOps.exif_transpose(_eight_bit(path, image)), np.uint8)

@@ -1,4 +1,4 @@
-"""TIFF files of more bands than Pillow knows colours for, as GDAL, QGIS and tifffile write them.
+"""TIFF files of more bands, or other samples, than Pillow returns, as GDAL, QGIS and tifffile write them.
 
 Such a file holds all samples of a pixel in one page (or a plane per band, still in one page): satellite and multispectral
 images of 4 to some dozen bands. Pillow drops bands it has no name for, or does not open the file. The bands are read by
@@ -61,6 +61,15 @@ class TiffLayout:
         """Whether every sample is a colour or an alpha that Pillow returns as it is stored."""
         extra = self.samples - _COLOURS.get(self.photometric, self.samples)
         return extra <= 0 or (extra == 1 and self.extra == (_STRAIGHT_ALPHA,))
+
+    @property
+    def is_rgb(self) -> bool:
+        return self.photometric == _RGB
+
+    @property
+    def is_stored_in_pillow(self) -> bool:
+        """Whether Pillow returns one band in the type it is stored in: uint16, float32, or signed integers as int32."""
+        return self.samples == 1 and (self.sample_format, self.bits) in {(1, 16), (2, 16), (2, 32), (3, 32)}
 
     @property
     def has_colours_for_pillow(self) -> bool:
@@ -140,6 +149,8 @@ def read_bands(path: Path, layout: TiffLayout, largest_bytes: int) -> NDArray[An
         pixels = np.asarray(page.asarray(maxworkers=1))
     if layout.planar == 2 and layout.samples > 1:
         pixels = np.moveaxis(pixels, 0, -1)
+    if layout.samples == 1:
+        pixels = pixels[..., None]
     if pixels.shape != (layout.height, layout.width, layout.samples):
         raise InputError(f"cannot read image {path}: its tags say {layout}, its data have shape {pixels.shape}")
     return pixels

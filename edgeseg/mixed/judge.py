@@ -143,7 +143,7 @@ class Remembered(Closing):
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    def run(self, images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
         path = self._folder / f"{batch_key(images)}.npz"
         if not path.is_file():
             np.savez_compressed(path, **self._session.run(images))  # type: ignore[arg-type]
@@ -164,7 +164,7 @@ class Remembered(Closing):
         """The session belongs to the caller."""
 
 
-def batch_key(images: NDArray[np.uint8]) -> str:
+def batch_key(images: NDArray[Any]) -> str:
     """What a batch is recognized by: its shape and all its pixels."""
     digest = hashlib.blake2b(repr(images.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(images).data)

@@ -17,6 +17,7 @@ from edgeseg.progress import Reporter, reporter_of
 from edgeseg.spec import (
     ChannelOrder,
     FitPolicy,
+    InputDtype,
     OutputKind,
     Precision,
     Task,
@@ -24,7 +25,6 @@ from edgeseg.spec import (
 from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch  # noqa: TID251  # the type only
     from numpy.typing import NDArray
 
@@ -46,6 +46,7 @@ def build(
     activation: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     keep_aux: bool = False,
+    input_dtype: InputDtype = "uint8",
     mean: float | Iterable[float] | None = None,
     std: float | Iterable[float] | None = None,
     scale: float | None = None,
@@ -57,7 +58,7 @@ def build(
     output_kind: OutputKind = "mask",
     confidence: bool = False,
     threshold: float = 0.5,
-    calibration: str | Path | Iterable[NDArray[np.uint8]] | CalibrationTable | None = None,
+    calibration: str | Path | Iterable[NDArray[Any]] | CalibrationTable | None = None,
     calibration_method: str | None = None,
     equalize: bool = True,
     calibration_limit: int | None = None,
@@ -97,10 +98,12 @@ def build(
         activation: SMP's ``activation`` argument as trained.
         model_args: any other argument of the SMP constructor.
         keep_aux: keep the auxiliary classification head as a second output.
-        mean: per channel, or one for all, of pixel values scaled to [0, 1]; default the checkpoint's or the encoder's.
+        input_dtype: of the images the engine takes: ``uint8``, ``uint16`` (16-bit PNG, TIFF) or ``float32`` (physical values,
+            such as reflectance or Hounsfield units). Images of another one are refused, never converted.
+        mean: per channel, or one for all, of pixel values times ``scale``; default the checkpoint's or the encoder's.
         std: the same.
-        scale: factor on pixel values 0..255 before mean and std, whose units are then those: 1, or 1/255; default 1/255
-            for mean and std up to 1.
+        scale: factor on pixel values before mean and std, whose units are then those; default 1/255, of uint16 1/65535, for
+            mean and std up to 1, else 1; of float32 always 1.
         channel_order: ``rgb`` or ``bgr``, as the network was trained; the engine's input is RGB either way.
         size: ``(height, width)`` in pixels, ``"HxW"`` or one number for a square; default the model's own.
         batch: ``N``, ``(MIN, OPT, MAX)`` or ``"MIN:OPT:MAX"``.
@@ -110,7 +113,7 @@ def build(
         output_kind: ``mask``, ``logits`` or ``probabilities``.
         confidence: also return each pixel's probability of its class.
         threshold: probability above which binary and multilabel pixels are 1.
-        calibration: images an int8 engine is calibrated with (a folder, glob, list file, ``.npy``, or uint8 RGB arrays
+        calibration: images an int8 engine is calibrated with (a folder, glob, list file, ``.npy``, or RGB arrays
             ``(H, W, 3)``), or a finished table (``.json`` path or object).
         calibration_method: ``minmax``, ``moving-average``, ``percentile``, ``entropy``, ``mse``, or ``auto``, the
             default: by what the network's output loses.

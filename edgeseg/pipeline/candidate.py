@@ -13,7 +13,7 @@ from edgeseg.backends.base import Backend, BuiltEngine, Session
 from edgeseg.backends.portable import builds_here, portable_engine
 from edgeseg.errors import QuantizationError
 from edgeseg.progress import Reporter
-from edgeseg.spec import InputSpec
+from edgeseg.spec import PipelineSpec
 from edgeseg.store.artifacts import OnnxGraph
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def build_typed(
 
 
 def measured_sessions(
-    request: BuildRequest, sessions: Mapping[str, Session], spec: InputSpec
+    request: BuildRequest, sessions: Mapping[str, Session], spec: PipelineSpec
 ) -> dict[str, LatencySamples]:
     """Milliseconds of an image on each session, in turns: one caller's, or those of as many as cores by their number."""
     from edgeseg.evaluate.latency.protocol import measure_sessions

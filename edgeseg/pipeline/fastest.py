@@ -67,7 +67,7 @@ def compile_fastest(
                     str(index): opened.enter_context(get_backend(name).load(engine))
                     for index, engine in engines.items()
                 }
-                measured = measure_sessions(sessions, manifest.spec.input)
+                measured = measure_sessions(sessions, manifest.spec)
             medians = {index: samples.median_ms for index, samples in measured.items()}
             said.append(", ".join(f"{ms:.1f} ms" for ms in medians.values()))
         best = min(engines, key=lambda index: medians[str(index)])

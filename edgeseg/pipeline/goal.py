@@ -321,7 +321,7 @@ class GoalSearch:
         with stage(self.reporter, "measure") as said, ExitStack() as opened:
             engines = {trial.name: self.write(self._built(trial)) for trial in timed}
             sessions = {trial.name: opened.enter_context(trial.backend.load(engines[trial.name])) for trial in timed}
-            measured = measured_sessions(self.request, sessions, self.graph.spec.input)
+            measured = measured_sessions(self.request, sessions, self.graph.spec)
             for trial in timed:
                 trial.median_ms = measured[trial.name].median_ms
             said.append(f"{len(timed)} engines in turns")

@@ -354,6 +354,7 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter
             fit=request.fit or loaded.fitting.fit or "resize",
             interpolation=loaded.fitting.interpolation,
             padding=loaded.fitting.padding,
+            dtype=request.input_dtype,
         ),
         preprocess=loaded.preprocess,
         output=request.output,
@@ -549,7 +550,7 @@ def choose_fastest(
             for candidate in candidates:
                 engine = make.write(candidate, {}, candidate.folder, None)
                 sessions[candidate.backend.name] = opened.enter_context(candidate.backend.load(engine))
-            measured = measured_sessions(make.request, sessions, make.spec.input)
+            measured = measured_sessions(make.request, sessions, make.spec)
         medians = {name: samples.median_ms for name, samples in measured.items()}
         said.append(", ".join(f"{name} {ms:.1f} ms" for name, ms in medians.items()))
     name, why = fastest_or_first(measured)

@@ -6,9 +6,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.demo import sample_folder
@@ -80,14 +79,14 @@ def calibration_and_held_out(request: BuildRequest, loaded: LoadedModel) -> tupl
     wanted = request.precision == "int8" or (request.precision == "fp16" and _has_calibration(request, loaded))
     samples = calibration_source(request, loaded) if wanted else None
     if request.validation is not None:
-        pairs = ValidationSet.open(request.validation, loaded.model, ignore_index=request.ignore_index)
+        pairs = _validation(request, loaded, request.validation)
         return samples, _unseen(pairs, samples)
     if loaded.is_demo and request.calibration is None:
         pairs = ValidationSet.open(sample_folder() / "val", loaded.model)
         return samples, VerificationData(pairs, "the demo validation images (generated street scenes)")
     if isinstance(samples, CalibrationSet):
         return _split(request, loaded, samples)
-    if loaded.model.in_channels != 3:
+    if loaded.model.in_channels != 3 or request.input_dtype != "uint8":
         return samples, None
     stand_in = ValidationSet.open(sample_folder() / "val" / "images", loaded.model).limited(STAND_INS)
     return samples, VerificationData(
@@ -110,7 +109,7 @@ def check_images(request: BuildRequest, *, is_demo: bool) -> None:
             if not Path(source).is_file():
                 raise InputError(f"calibration table {source} does not exist; edgeseg calibrate makes one")
         elif not isinstance(source, CalibrationTable):
-            check_source(source, request.calibration_limit)
+            check_source(source, request.calibration_limit, request.input_dtype)
     has_masks = is_demo and source is None
     if request.validation is not None:
         has_masks = ValidationSet.open(request.validation, _ANY_MODEL).has_masks
@@ -143,11 +142,17 @@ def calibration_source(request: BuildRequest, loaded: LoadedModel) -> Calibratio
         if not loaded.is_demo:
             raise InputError(NO_CALIBRATION)
         source = sample_folder() / "calib"
-    return CalibrationSet.open(source, limit=request.calibration_limit, channels=loaded.model.in_channels)
+    return CalibrationSet.open(
+        source, limit=request.calibration_limit, channels=loaded.model.in_channels, dtype=request.input_dtype
+    )
 
 
-def sample_images(request: BuildRequest, channels: int) -> list[NDArray[np.uint8]]:
-    """A few of the images given, uint8 ``(H, W, channels)``: what they show tells how the network wants them.
+def _validation(request: BuildRequest, loaded: LoadedModel, folder: str | Path) -> ValidationSet:
+    return ValidationSet.open(folder, loaded.model, ignore_index=request.ignore_index, dtype=request.input_dtype)
+
+
+def sample_images(request: BuildRequest, channels: int) -> list[NDArray[Any]]:
+    """A few of the images given, ``(H, W, channels)``: what they show tells how the network wants them.
 
     Empty where none are given, or none can be read, which the stage that needs them refuses.
     """
@@ -155,7 +160,9 @@ def sample_images(request: BuildRequest, channels: int) -> list[NDArray[np.uint8
         if source is None or _is_table(source):
             continue
         try:
-            samples = CalibrationSet.open(source, limit=SAMPLES, channels=channels, minimum=1)
+            samples = CalibrationSet.open(
+                source, limit=SAMPLES, channels=channels, dtype=request.input_dtype, minimum=1
+            )
             return [image for _, image in samples.named_images(channels)]
         except InputError:
             continue
@@ -187,6 +194,6 @@ def _split(
     description = f"{len(held)} images {words} {samples.source}"
     source = request.calibration
     if isinstance(source, (str, Path)) and os.path.isdir(source):
-        pairs = ValidationSet.open(source, loaded.model, ignore_index=request.ignore_index)
+        pairs = _validation(request, loaded, source)
         return kept, VerificationData(pairs.only(set(held.content)), description)
     return kept, VerificationData(ImagesWithoutMasks(held, loaded.model.in_channels), description)

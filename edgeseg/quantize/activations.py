@@ -135,8 +135,8 @@ class ActivationSession:
         except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception
             raise QuantizationError(f"ONNX Runtime cannot load the graph to calibrate: {first_line(exc)}") from exc
 
-    def run(self, images: NDArray[np.uint8], what: str) -> list[NDArray[np.float32]]:
-        """Run uint8 ``(N, H, W, C)`` and return the tensors, C-contiguous float32.
+    def run(self, images: NDArray[Any], what: str) -> list[NDArray[np.float32]]:
+        """Run ``(N, H, W, C)`` and return the tensors, C-contiguous float32.
 
         Raises:
             QuantizationError: ONNX Runtime failed.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +96,7 @@ def calibrate(
     """Run the images through the fp32 graph and choose a range for each of its float activations.
 
     Args:
-        graph: the fp32 graph, input uint8 ``(N, H, W, C)``.
+        graph: the fp32 graph, input ``(N, H, W, C)``.
         samples: the images; brought to the engine's size as at run time.
         method: a key of :data:`edgeseg.quantize.ranges.METHODS`.
         percentile: for method ``percentile``.
@@ -120,7 +121,7 @@ class Observation:
     """What the float activations of a graph do on images, from which any method chooses its ranges.
 
     Args:
-        graph: the fp32 graph, input uint8 ``(N, H, W, C)``.
+        graph: the fp32 graph, input ``(N, H, W, C)``.
         histograms: keep what methods other than ``minmax`` and ``moving-average`` need.
         magnitudes_of: by tensor, the axis of its channels, where the magnitude of each is kept, too.
         activation_budget_bytes: most activations to fetch at once.
@@ -264,17 +265,17 @@ class _Watch:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Images to run at once: their names, uint8 ``(N, H, W, C)``, and how many images of the set are then done."""
+    """Images to run at once: their names, ``(N, H, W, C)``, and how many images of the set are then done."""
 
     name: str
-    images: NDArray[np.uint8]
+    images: NDArray[Any]
     done: int
 
 
 @dataclass
 class _Pending:
     names: list[str] = field(default_factory=list)
-    windows: list[NDArray[np.uint8]] = field(default_factory=list)
+    windows: list[NDArray[Any]] = field(default_factory=list)
 
     def batch(self, size: int, done: int) -> _Batch:
         """Make a batch of ``size``, repeating windows when there are fewer."""

@@ -1,14 +1,15 @@
 """Write a typed FP16 graph: half precision everywhere it is safe, float32 islands where it is not.
 
 TensorRT 11 has no precision flags: what a layer computes in is what the graph's types say. So the types are written here,
-with a Cast wherever two regions meet. The contract of the graph does not change: uint8 image in, the same outputs.
+with a Cast wherever two regions meet. The contract of the graph does not change: the same image in, the same outputs.
 
 An island is a node that
 
 - makes or reads a value whose calibrated range leaves FP16's (65504, IEEE 754 binary16), with a margin for images the
   calibration did not see;
 - has a weight that FP16 cannot hold, other than a bound of Clip, which saturates;
-- is fed integers (the preprocessing's first multiplication works on 0..255 in float32 and costs one layer).
+- is fed integers (the preprocessing's first multiplication works on 0..255 in float32 and costs one layer);
+- belongs to the preprocessing of a uint16 or float32 image: FP16 has 11 bits for its values, and ends at 65504.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ class _Writer:
         self._too_large = {n for n, magnitude in magnitudes.items() if magnitude * RANGE_MARGIN > FP16_MAX}
         self._half: dict[str, str] = {}
         self._full: dict[str, str] = {value.name: value.name for value in graph.input if value.name in floats}
+        self._is_wide = graph.input[0].type.tensor_type.elem_type != TensorProto.UINT8
         self._nodes: list[onnx.NodeProto] = []
         self._outputs = {value.name for value in graph.output if value.name in floats}
         self._fresh: set[str] = set()
@@ -144,7 +146,7 @@ class _Writer:
         drop_unread_constants(self._graph)
 
     def _is_island(self, node: onnx.NodeProto) -> bool:
-        if not self._within(node):
+        if not self._within(node) or (self._is_wide and node.name.startswith("preprocess/")):
             return True
         if self._too_large.intersection((*node.input, *node.output)):
             return True

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from edgeseg.images.decoding import (
     pixel_digest,
     read_image,
 )
-from edgeseg.spec import InputSpec
+from edgeseg.images.dtypes import in_dtype, refusal, takes
+from edgeseg.spec import InputDtype, InputSpec
 from edgeseg.store.artifacts import sha256_file
 
 MINIMUM_IMAGES = 8
@@ -38,7 +39,7 @@ MAX_STACKED_IMAGES = 100_000
 SMALLEST_SIDE = 16
 """Images with a side of fewer pixels are thumbnails or accidents, and are skipped."""
 
-CalibrationSource: TypeAlias = "str | Path | Iterable[NDArray[np.uint8] | str | Path]"
+CalibrationSource: TypeAlias = "str | Path | Iterable[NDArray[Any] | str | Path]"
 
 
 class _Image(Protocol):
@@ -47,8 +48,8 @@ class _Image(Protocol):
     @property
     def name(self) -> str: ...
 
-    def read(self, channels: int) -> NDArray[np.uint8]:
-        """Return uint8 ``(H, W, channels)``. Raises ``InputError``."""
+    def read(self, channels: int, dtype: InputDtype) -> NDArray[Any]:
+        """Return ``dtype`` ``(H, W, channels)``. Raises ``InputError``."""
         ...
 
     def digest(self) -> str:
@@ -64,8 +65,8 @@ class _File:
     def name(self) -> str:
         return self.path.name
 
-    def read(self, channels: int) -> NDArray[np.uint8]:
-        return read_image(self.path, channels)
+    def read(self, channels: int, dtype: InputDtype) -> NDArray[Any]:
+        return read_image(self.path, channels, dtype)
 
     def digest(self) -> str:
         try:
@@ -77,12 +78,12 @@ class _File:
 @dataclass(frozen=True)
 class _Array:
     name: str
-    pixels: NDArray[np.uint8]
+    pixels: NDArray[Any]
 
-    def read(self, channels: int) -> NDArray[np.uint8]:
+    def read(self, channels: int, dtype: InputDtype) -> NDArray[Any]:
         if self.pixels.shape[2] != channels:
             raise InputError(f"{self.name} has {self.pixels.shape[2]} channels, the model takes {channels}")
-        return np.ascontiguousarray(self.pixels)
+        return np.ascontiguousarray(in_dtype(self.pixels, dtype, f"{self.name} is"))
 
     def digest(self) -> str:
         return pixel_digest(self.pixels)
@@ -97,12 +98,14 @@ class CalibrationSet:
         content: SHA-256 of each image taken, in order: of the file's bytes, or of an array's pixels.
         pixels: SHA-256 of what each shows, which copies in other files or formats have in common; no two are equal.
         skipped: name and reason of every image that could not be used.
+        dtype: of the images.
     """
 
     source: str
     content: tuple[str, ...]
     pixels: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
+    dtype: InputDtype
     _images: tuple[_Image, ...]
 
     @classmethod
@@ -113,6 +116,7 @@ class CalibrationSet:
         limit: int | None = None,
         seed: int = 0,
         channels: int = 3,
+        dtype: InputDtype = "uint8",
         minimum: int = MINIMUM_IMAGES,
     ) -> CalibrationSet:
         """Find the images, take a subset, and make sure that each can be decoded and shows something else.
@@ -122,12 +126,13 @@ class CalibrationSet:
 
         Args:
             source: a folder of images (or one with them in ``images/``), a glob pattern, a ``.txt`` list with one
-                path a line relative to the list, a ``.npy`` or ``.npz`` of uint8 ``(N, H, W, C)``, or an iterable
-                of paths and of uint8 ``(H, W, C)``, ``(H, W)`` or ``(N, H, W, C)`` arrays (kept in memory). RGB for
+                path a line relative to the list, a ``.npy`` or ``.npz`` of ``(N, H, W, C)``, or an iterable
+                of paths and of ``(H, W, C)``, ``(H, W)`` or ``(N, H, W, C)`` arrays (kept in memory). RGB for
                 three channels.
             limit: take at most this many, chosen by ``seed``; an image that cannot be used is replaced by another.
             seed: of the choice; the same images and seed give the same subset.
             channels: of the model's input.
+            dtype: of the engine's input; images of another one are skipped, with the reason.
             minimum: refuse to calibrate on fewer; a smaller ``limit`` lowers it.
 
         Raises:
@@ -136,7 +141,7 @@ class CalibrationSet:
         """
         if limit is not None and limit < 1:
             raise InputError(f"calibration limit is {limit}; give at least 1 image, or none for all of them")
-        words, sources = _find(source)
+        words, sources = _find(source, dtype)
         order = list(range(len(sources)))
         if limit is not None and limit < len(sources):
             random.Random(seed).shuffle(order)
@@ -147,7 +152,7 @@ class CalibrationSet:
             if len(taken) == limit:
                 break
             try:
-                content = _check(sources[index], channels)
+                content = _check(sources[index], channels, dtype)
                 if content.pixels in name_of:
                     raise InputError(f"the same picture as {name_of[content.pixels]}")
                 name_of[content.pixels] = sources[index].name
@@ -168,6 +173,7 @@ class CalibrationSet:
             content=tuple(content.stored for _, content in taken),
             pixels=tuple(content.pixels for _, content in taken),
             skipped=tuple(sorted(skipped)),
+            dtype=dtype,
             _images=tuple(sources[index] for index, _ in taken),
         )
 
@@ -194,22 +200,22 @@ class CalibrationSet:
             _images=tuple(self._images[k] for k in indices),
         )
 
-    def named_images(self, channels: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-        """Yield each image's name and pixels, uint8 ``(H, W, channels)``, at its own size.
+    def named_images(self, channels: int) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield each image's name and pixels, ``(H, W, channels)``, at its own size.
 
         Raises:
             InputError: an image changed or vanished since :meth:`open`.
         """
         for image in self._images:
-            yield image.name, image.read(channels)
+            yield image.name, image.read(channels, self.dtype)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the images taken, in order."""
         return tuple(image.name for image in self._images)
 
-    def images(self, spec: InputSpec) -> Iterator[NDArray[np.uint8]]:
-        """Yield what the engine would see, uint8 ``(1, H, W, C)``: one array an image, several with policy ``tile``.
+    def images(self, spec: InputSpec) -> Iterator[NDArray[Any]]:
+        """Yield what the engine would see, ``(1, H, W, C)``: one array an image, several with policy ``tile``.
 
         Raises:
             InputError: an image changed or vanished since :meth:`open`.
@@ -217,17 +223,17 @@ class CalibrationSet:
         for _, windows in self.named_windows(spec):
             yield from windows
 
-    def named_windows(self, spec: InputSpec) -> Iterator[tuple[str, list[NDArray[np.uint8]]]]:
+    def named_windows(self, spec: InputSpec) -> Iterator[tuple[str, list[NDArray[Any]]]]:
         """Yield each image's name with all that the engine sees of it; see :meth:`images`."""
         for name, pixels in self.named_images(spec.channels):
             yield name, [np.ascontiguousarray(window[None]) for window in fit_windows(pixels, spec)]
 
 
-def check_source(source: CalibrationSource, limit: int | None) -> None:
+def check_source(source: CalibrationSource, limit: int | None, dtype: InputDtype) -> None:
     """Raise ``InputError`` where a look at the names, or at the arrays' shapes, shows that there is too little to calibrate
-    on, or nothing. What can be gone through only once is left alone."""
+    on, nothing, or another dtype than the engine's. What can be gone through only once is left alone."""
     if isinstance(source, (str, Path, Sequence, np.ndarray)):
-        words, sources = _find(source)
+        words, sources = _find(source, dtype)
         needed = MINIMUM_IMAGES if limit is None else min(MINIMUM_IMAGES, limit)
         if len(sources) < needed:
             raise InputError(_too_few(words, len(sources), len(sources), needed, ()))
@@ -242,8 +248,8 @@ class _Content:
     is_one_colour: bool
 
 
-def _check(image: _Image, channels: int) -> _Content:
-    pixels = image.read(channels)
+def _check(image: _Image, channels: int, dtype: InputDtype) -> _Content:
+    pixels = image.read(channels, dtype)
     height, width = pixels.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
         raise InputError(f"{height}x{width} pixels, at least {SMALLEST_SIDE}x{SMALLEST_SIDE} are needed")
@@ -267,13 +273,13 @@ def _too_few(words: str, taken: int, given: int, needed: int, skipped: Sequence[
 
 
 @refusals_as(InputError)
-def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:
+def _find(source: CalibrationSource, dtype: InputDtype) -> tuple[str, Sequence[_Image]]:
     """What ``source`` is called in messages, and its candidates in a fixed order."""
     if not isinstance(source, (str, Path)):
-        return "the given images", _from_items(source)
+        return "the given images", _from_items(source, dtype)
     path = Path(source).expanduser()
     if os.path.isfile(path) and path.suffix.lower() in ARRAY_SUFFIXES:
-        return str(path), _from_array_file(path)
+        return str(path), _from_array_file(path, dtype)
     if os.path.isfile(path) and path.suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(
             f"{path} is one image; calibration takes a folder, a glob, a .txt list, or a .npy or .npz of many"
@@ -284,38 +290,38 @@ def _find(source: CalibrationSource) -> tuple[str, Sequence[_Image]]:
     return str(path), [_File(p) for p in dict.fromkeys(files)]
 
 
-def _from_array_file(path: Path) -> list[_Image]:
+def _from_array_file(path: Path, dtype: InputDtype) -> list[_Image]:
     try:
         arrays = open_arrays(path, "calibration images", MAX_ARCHIVE_BYTES)
     except InputError as exc:
-        raise InputError(f"{exc}; save uint8 (N, H, W, C) arrays, without pickled objects") from exc
-    return [image for name, array in arrays.items() for image in _split(name, array)]
+        raise InputError(f"{exc}; save (N, H, W, C) arrays, without pickled objects") from exc
+    return [image for name, array in arrays.items() for image in _split(name, array, dtype)]
 
 
-def _from_items(source: Iterable[NDArray[np.uint8] | str | Path]) -> list[_Image]:
+def _from_items(source: Iterable[NDArray[Any] | str | Path], dtype: InputDtype) -> list[_Image]:
     images: list[_Image] = []
     for index, item in enumerate(source):
         if isinstance(item, (str, Path)):
             images.append(_File(Path(item)))
         else:
-            images.extend(_split(f"array {index}", np.asarray(item)))
+            images.extend(_split(f"array {index}", np.asarray(item), dtype))
     return images
 
 
-def _split(name: str, array: NDArray[np.generic]) -> list[_Image]:
-    """One candidate per image of uint8 ``(H, W)``, ``(H, W, C)`` or ``(N, H, W, C)``; views, not copies."""
-    if array.dtype != np.uint8 or array.ndim not in (2, 3, 4) or 0 in array.shape:
+def _split(name: str, array: NDArray[np.generic], dtype: InputDtype) -> list[_Image]:
+    """One candidate per image of ``(H, W)``, ``(H, W, C)`` or ``(N, H, W, C)``; views, not copies."""
+    if not takes(array.dtype, dtype):
+        raise InputError(f"{refusal(array.dtype, dtype, f'{name} is')}; as decoded, before any normalization")
+    if array.ndim not in (2, 3, 4) or 0 in array.shape:
         raise InputError(
-            f"{name} is {array.dtype} of shape {array.shape}; calibration arrays are uint8, (H, W, C) or (N, H, W, C), "
-            "as decoded and before any normalization"
+            f"{name} is {array.dtype} of shape {array.shape}; calibration arrays are (H, W, C) or (N, H, W, C)"
         )
     if (array[0] if array.ndim == 4 else array).nbytes > MAX_ARRAY_BYTES:
         raise InputError(f"{name} holds an image of more than {MAX_ARRAY_BYTES} bytes; cut it into parts")
-    pixels = array.astype(np.uint8, copy=False)
     if array.ndim == 4:
         if len(array) > MAX_STACKED_IMAGES:
             raise InputError(
                 f"{name} holds {len(array)} images; calibration takes {MAX_STACKED_IMAGES} of one array at most"
             )
-        return [_Array(f"{name}[{index}]", image) for index, image in enumerate(pixels)]
-    return [_Array(name, pixels if array.ndim == 3 else pixels[..., None])]
+        return [_Array(f"{name}[{index}]", image) for index, image in enumerate(array)]
+    return [_Array(name, array if array.ndim == 3 else array[..., None])]

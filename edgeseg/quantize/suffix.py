@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 
@@ -103,7 +102,7 @@ class SharedPrefix(Closing):
         self.runs = 0
         """How often the graph ran."""
 
-    def values(self, images: NDArray[np.uint8]) -> Values:
+    def values(self, images: NDArray[Any]) -> Values:
         """Outputs and kept values for a batch, and the batch itself."""
         key = images.shape, images.tobytes()
         if key not in self._kept:
@@ -115,7 +114,7 @@ class SharedPrefix(Closing):
         """Free what was kept."""
         self._kept.clear()
 
-    def run(self, images: NDArray[np.uint8]) -> Values:
+    def run(self, images: NDArray[Any]) -> Values:
         """What the float graph returns; see :class:`~edgeseg.backends.base.Session`."""
         values = self.values(images)
         return {name: values[name] for name in self._outputs}
@@ -132,11 +131,11 @@ class SuffixSession(Closing):
         values: of :meth:`SharedPrefix.values`.
     """
 
-    def __init__(self, part: onnx.ModelProto, values: Callable[[NDArray[np.uint8]], Values]) -> None:
+    def __init__(self, part: onnx.ModelProto, values: Callable[[NDArray[Any]], Values]) -> None:
         self._part = _Part(part)
         self._values = values
 
-    def run(self, images: NDArray[np.uint8]) -> Values:
+    def run(self, images: NDArray[Any]) -> Values:
         """Run one batch; see :class:`~edgeseg.backends.base.Session`."""
         return self._part.run(self._values(images))
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from edgeseg.arguments import choice
 from edgeseg.errors import InputError, SpecError, one_line
 from edgeseg.images.decoding import is_picture, picture_pixels, read_image
-from edgeseg.spec import ChannelOrder
+from edgeseg.images.dtypes import in_dtype
+from edgeseg.spec import ChannelOrder, InputSpec
 
 
 class _Array(Protocol):
@@ -29,31 +30,34 @@ class _Picture(Protocol):
     def __array_interface__(self) -> dict[str, Any]: ...
 
 
-ImageLike: TypeAlias = "NDArray[np.uint8] | str | Path | _Array | _Picture"
+ImageLike: TypeAlias = (
+    "NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.floating[Any]] | str | Path | _Array | _Picture"
+)
 
 
 @dataclass(frozen=True)
 class Given:
-    """Images as they came, uint8 ``(N, H, W, C)``; one ``alone``; with channels to ``swap``."""
+    """Images as they came, in the engine's dtype, ``(N, H, W, C)``; one ``alone``; with channels to ``swap``."""
 
-    batch: NDArray[np.uint8]
+    batch: NDArray[Any]
     alone: bool
     swap: bool
 
 
-def given_images(images: object, channels: int, *, swap: bool) -> Given:
+def given_images(images: object, spec: InputSpec, *, swap: bool) -> Given:
     """Check one image or a batch, whatever form it has.
 
     Raises:
-        InputError: no image, or not of these channels.
+        InputError: no image, or not of the engine's channels or dtype.
     """
-    wanted = f"uint8 (H, W, {channels}) or (N, H, W, {channels})"
+    channels, dtype = spec.channels, spec.dtype
+    wanted = f"{dtype} (H, W, {channels}) or (N, H, W, {channels})"
     if images is None:
         raise InputError("the image is None, which cv2.imread returns for a file it cannot read; check the path")
     if isinstance(images, (str, Path)):
-        return Given(read_image(images, channels)[None], True, False)
+        return Given(read_image(images, channels, dtype)[None], True, False)
     if is_picture(images):
-        return Given(picture_pixels(images, channels)[None], True, False)
+        return Given(picture_pixels(images, channels, dtype)[None], True, False)
     if not isinstance(images, np.ndarray) and hasattr(images, "__array__"):
         try:
             images = np.asarray(images.__array__())
@@ -65,8 +69,7 @@ def given_images(images: object, channels: int, *, swap: bool) -> Given:
         raise InputError(
             f"images are a {type(images).__name__}; give a numpy array, {wanted}, a path, a PIL image or a list of them"
         )
-    if images.dtype != np.uint8:
-        raise InputError(f"images are {images.dtype}; give {wanted}: {_conversion(images.dtype)}")
+    images = in_dtype(images, dtype, "images are")
     if channels == 1 and images.ndim == 2:
         images = images[..., None]
     if images.ndim not in (3, 4) or 0 in images.shape:
@@ -85,12 +88,12 @@ def given_images(images: object, channels: int, *, swap: bool) -> Given:
     return Given(images[None], True, swap) if images.ndim == 3 else Given(images, False, swap)
 
 
-def single_images(images: Sequence[object], channels: int, *, swap: bool) -> Iterator[Given]:
+def single_images(images: Sequence[object], spec: InputSpec, *, swap: bool) -> Iterator[Given]:
     """Check single images of a list, each as :func:`given_images` does; the message of an error counts them."""
 
     def single(index: int) -> Given:
         try:
-            given = given_images(images[index], channels, swap=swap)
+            given = given_images(images[index], spec, swap=swap)
         except InputError as exc:
             raise InputError(f"image {index} of {len(images)}: {exc}") from exc
         if not given.alone:
@@ -110,18 +113,10 @@ def is_file(image: object) -> bool:
     return isinstance(image, (str, Path)) or is_picture(image)
 
 
-def _conversion(dtype: np.dtype[Any]) -> str:
-    if dtype.kind == "f":
-        return "(x * 255).round().clip(0, 255).astype(np.uint8) for values in [0, 1]"
-    if dtype == np.uint16:
-        return "(x >> 8).astype(np.uint8) for the full 16-bit range"
-    return "scale to 0..255, then .astype(np.uint8)"
-
-
-def reversed_channels(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def reversed_channels(images: NDArray[Any]) -> NDArray[Any]:
     """A copy of ``(N, H, W, 3)`` with BGR turned into RGB."""
     # Channel by channel takes a third of the time of copying a view with a negative stride.
-    swapped = np.empty(images.shape, np.uint8)
+    swapped = np.empty(images.shape, images.dtype)
     for channel in range(3):
         swapped[..., channel] = images[..., 2 - channel]
     return swapped

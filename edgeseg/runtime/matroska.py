@@ -89,8 +89,8 @@ def _walk(data: mmap.mmap) -> Container:
             whole = max(whole, begin + length)
         place = begin if name in _ENTERED else begin + length
     is_countable &= place >= size or place == end
-    counted = frames.get(*videos, 0) if is_countable and len(videos) == 1 else None
-    return Container(counted, missing_bytes=whole - size)
+    shown = sum(frames.get(track, 0) for track in videos)
+    return Container(shown if is_countable and len(videos) == 1 else None, missing_bytes=whole - size)
 
 
 def _number(data: mmap.mmap, place: int, *, keeps_marker: bool = False) -> tuple[int, int]:

@@ -39,6 +39,7 @@ _COLOURS = bytes.fromhex(
 NOT_A_CLASS = (128, 128, 128)
 # Laid over at a time: the six copies that takes are of a band, not of a picture of 100 megapixels.
 BAND_PIXELS = 1 << 22
+SHOWN_PERCENTILES = (1.0, 99.0)
 BACKGROUND_NAMES = frozenset({"background", "bg", "void", "unlabeled", "unlabelled", "ignore"})
 
 
@@ -115,13 +116,26 @@ def colorize(mask: NDArray[Any], palette: NDArray[np.uint8] | None = None) -> ND
     return np.asarray(colours[mask])
 
 
+def shown_levels(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """An image ``(H, W, C)`` as people see it: uint8 as it is, of other dtypes the values between the 1st and the 99th
+    percentile of the whole image as 0..255, those beyond as 0 and 255.
+    """
+    if image.dtype == np.uint8:
+        return image
+    # Of a large image every n-th row says as much.
+    low, high = np.percentile(image[:: max(1, image.size // BAND_PIXELS)], SHOWN_PERCENTILES)
+    levels = (image - np.float32(low)) * np.float32(255 / max(high - low, 1e-9))
+    return np.asarray(levels.clip(0, 255).round(), np.uint8)
+
+
 def overlay(
-    image: NDArray[np.uint8], mask: NDArray[Any], *, alpha: float = 0.5, palette: NDArray[np.uint8] | None = None
+    image: NDArray[Any], mask: NDArray[Any], *, alpha: float = 0.5, palette: NDArray[np.uint8] | None = None
 ) -> NDArray[np.uint8]:
     """Lay the colours of a mask over its image. Where the colour is black the image stays as it is.
 
     Args:
-        image: uint8 ``(H, W, C)`` RGB or grey; of more than three channels the first three are shown.
+        image: ``(H, W, C)`` RGB or grey; of more than three channels the first three are shown. Of other dtypes than
+            uint8 as :func:`shown_levels` scales it.
         mask: as for :func:`colorize`, of the image's size.
         alpha: opacity of the colours, from 0 to 1.
         palette: as for :func:`colorize`.
@@ -134,11 +148,12 @@ def overlay(
     """
     if not 0.0 <= alpha <= 1.0:
         raise InputError(f"alpha is {alpha}; give an opacity from 0 to 1")
-    if image.dtype != np.uint8 or image.ndim != 3:
-        raise InputError(f"an image is uint8 (H, W, C), got {image.dtype} {image.shape}")
+    if image.dtype.kind not in "iuf" or image.ndim != 3:
+        raise InputError(f"an image is numbers (H, W, C), got {image.dtype} {image.shape}")
     if image.shape[:2] != mask.shape[-2:]:
         (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[-2:]
         raise InputError(f"the image has {height}x{width} pixels and the mask {mask_height}x{mask_width}")
+    image = shown_levels(image)
     height, width = image.shape[:2]
     laid = np.empty((height, width, 3), np.uint8)
     rows = max(1, BAND_PIXELS // width)

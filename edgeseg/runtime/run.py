@@ -20,7 +20,7 @@ from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
 from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlap import in_parallel, parallel_threads
-from edgeseg.runtime.overlay import add_legend, colorize, legend_entries
+from edgeseg.runtime.overlay import SHOWN_PERCENTILES, add_legend, colorize, legend_entries
 from edgeseg.runtime.overlay import overlay as lay_over
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
@@ -141,6 +141,8 @@ def run_inputs(
             refuse_existing(run.output / "masks" / task.name, overwrite)
     begin = time.perf_counter()
     with Bar(len(tasks), limit) if progress else nullcontext(Silent()) as bar:
+        if overlay:
+            tell_what_overlays_show(segmenter.spec, bar)
         interrupted = run.all(tasks, bar)
     seconds, count = time.perf_counter() - begin, run.images + run.frames
     return RunSummary(
@@ -163,6 +165,13 @@ def streams_of(inputs: Iterable[str | Path | int]) -> int:
     """
     tasks = _plan(inputs)
     return 1 if any(task.is_video for task in tasks) else min(len(tasks), parallel_threads())
+
+
+def tell_what_overlays_show(spec: PipelineSpec, bar: Silent) -> None:
+    """Say which values of images that are not uint8 are black and white in overlays."""
+    if spec.input.dtype != "uint8":
+        low, high = SHOWN_PERCENTILES
+        bar.say(f"overlays show {spec.input.dtype} images from percentile {low:g} (black) to {high:g} (white)")
 
 
 def image_outputs(name: str, spec: PipelineSpec, *, overlay: bool) -> list[str]:
@@ -268,16 +277,16 @@ class _Run:
     def _image(self, task: _Task) -> tuple[_Task, str | None, list[Path]]:
         """Read, segment and write one image: why it could not be read, the files written. Called in several threads."""
         assert isinstance(task.source, Path)
-        channels = self.segmenter.spec.input.channels
+        wanted = self.segmenter.spec.input
         try:
-            image = read_image(task.source, channels)
+            image = read_image(task.source, wanted.channels, wanted.dtype)
         except (InputError, MissingDependencyError) as exc:
             return task, str(exc), []
         with self._large if image.nbytes > LARGE_BYTES else nullcontext():
-            mask = self.segmenter(image, channel_order="rgb" if channels == 3 else None)
+            mask = self.segmenter(image, channel_order="rgb" if wanted.channels == 3 else None)
             return task, None, self._write_image(task, image, mask)
 
-    def _write_image(self, task: _Task, image: NDArray[np.uint8], mask: NDArray[Any]) -> list[Path]:
+    def _write_image(self, task: _Task, image: NDArray[Any], mask: NDArray[Any]) -> list[Path]:
         written = self._write_masks(self.output / "masks" / task.name, mask)
         if self.overlay:
             path = self.output / "overlays" / f"{task.name}.png"
@@ -305,7 +314,7 @@ class _Run:
     def _video(self, task: _Task, bar: Silent) -> bool:
         """Process one video or camera; true if a camera was stopped by Ctrl-C."""
         try:
-            video = Video(task.source, self.segmenter.spec.input.channels)
+            video = Video(task.source, self.segmenter.spec.input)
             bar.expect(video.frames)
             path = self.output / "videos" / f"{task.name}.mp4"
             with (

@@ -75,8 +75,8 @@ class Segmenter(Closing):
         self._palette = None if palette is None else _checked_palette(palette, spec)
         single = spec.input.batch.minimum == 1 and not spec.input.dynamic_size and channel_order == "rgb"
         size = (spec.input.height, spec.input.width, spec.input.channels)
-        # The shape that goes to the engine untouched.
-        self._exact = size if single and self._rule is None else None
+        # The shape that goes to the engine untouched; of float32, the values are looked at first.
+        self._exact = size if single and self._rule is None and spec.input.dtype != "float32" else None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -110,9 +110,10 @@ class Segmenter(Closing):
         """Segment one image or several.
 
         Args:
-            images: uint8 ``(H, W, C)`` or ``(N, H, W, C)`` of any size; ``(H, W)`` too for a model with one channel. A
-                numpy array, or what turns into one (a torch tensor on the CPU). Or the path of an image file, or a PIL
-                image. Or a list of single images, of any of these kinds and of different sizes.
+            images: ``(H, W, C)`` or ``(N, H, W, C)`` of any size; ``(H, W)`` too for a model with one channel. Of the
+                engine's dtype, which is uint8 unless it was built for another; a float32 engine also takes other floats
+                and signed integers. A numpy array, or what turns into one (a torch tensor on the CPU). Or the path of an
+                image file, or a PIL image. Or a list of single images, of any of these kinds and of different sizes.
             channel_order: of arrays; ``None`` for the segmenter's. Files and PIL images know theirs.
 
         Returns:
@@ -128,7 +129,7 @@ class Segmenter(Closing):
             channel_order is None
             and isinstance(images, np.ndarray)
             and images.shape == self._exact
-            and images.dtype == np.uint8
+            and images.dtype == self.spec.input.dtype
             and images.flags.c_contiguous
         ):
             mask: NDArray[Any] = self._values_checked(self._open().run(images[None])["mask"])[0]
@@ -165,7 +166,7 @@ class Segmenter(Closing):
         """Segment images that are in the GPU's memory; the results stay there, nothing is copied or resized.
 
         Args:
-            images: uint8 ``(H, W, C)`` or ``(N, H, W, C)`` of the engine's own size, in RGB, with
+            images: ``(H, W, C)`` or ``(N, H, W, C)`` of the engine's own size and dtype (float32 for uint16), in RGB, with
                 ``__cuda_array_interface__`` or ``__dlpack__``.
 
         Returns:
@@ -202,7 +203,7 @@ class Segmenter(Closing):
         assert isinstance(session, PipelinedSession)
         plans: deque[tuple[Placement, bool]] = deque()
 
-        def fitted() -> Iterator[NDArray[np.uint8]]:
+        def fitted() -> Iterator[NDArray[Any]]:
             for image in images:
                 given = self._given(image, channel_order)
                 batch = given.batch
@@ -255,7 +256,7 @@ class Segmenter(Closing):
         if not images:
             raise InputError("images are an empty list; give at least one image")
         step, predictions = self.spec.input.batch.maximum, list[Prediction]()
-        singles = single_images(images, self.spec.input.channels, swap=self._swaps_channels(channel_order))
+        singles = single_images(images, self.spec.input, swap=self._swaps_channels(channel_order))
         for _, alike in groupby(singles, key=lambda given: (given.batch.shape, given.swap)):
             # No more at a time than the engine takes: paths of files may be many.
             while part := list(islice(alike, step)):
@@ -264,9 +265,9 @@ class Segmenter(Closing):
         return predictions, False
 
     def _given(self, images: object, channel_order: ChannelOrder | None) -> Given:
-        return given_images(images, self.spec.input.channels, swap=self._swaps_channels(channel_order))
+        return given_images(images, self.spec.input, swap=self._swaps_channels(channel_order))
 
-    def _predictions(self, batch: NDArray[np.uint8], swap: bool, *, mask_only: bool) -> Iterator[Prediction]:
+    def _predictions(self, batch: NDArray[Any], swap: bool, *, mask_only: bool) -> Iterator[Prediction]:
         plan = plan_fit(batch.shape[1], batch.shape[2], self._input, self._overlap)
         if isinstance(plan, Tiling):
             for image in batch:
@@ -284,7 +285,7 @@ class Segmenter(Closing):
             for outputs in self._run(fitted, swap):
                 yield self._placed(outputs, plan, mask_only)
 
-    def _run(self, images: NDArray[np.uint8], swap: bool) -> Iterator[Outputs]:
+    def _run(self, images: NDArray[Any], swap: bool) -> Iterator[Outputs]:
         """Run images of the engine's size, in batches it accepts; yield the outputs of each without a batch axis."""
         session, limits = self._open(), self.spec.input.batch
         for start in range(0, len(images), limits.maximum):
@@ -316,10 +317,10 @@ class Segmenter(Closing):
             return Prediction(mask)
         return self._scored(self._rule, place.restore(scores), mask, aux)
 
-    def _tiled(self, image: NDArray[np.uint8], tiling: Tiling, swap: bool, mask_only: bool) -> Prediction:
+    def _tiled(self, image: NDArray[Any], tiling: Tiling, swap: bool, mask_only: bool) -> Prediction:
         aux: list[NDArray[np.float32]] = []
 
-        def run(windows: NDArray[np.uint8]) -> Iterator[Outputs]:
+        def run(windows: NDArray[Any]) -> Iterator[Outputs]:
             for outputs in self._run(windows, swap):
                 if "aux_logits" in outputs:
                     aux.append(outputs["aux_logits"])

@@ -17,12 +17,13 @@ from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.images.decoding import list_images, read_image
 from edgeseg.runtime.matroska import read_container
 from edgeseg.runtime.overlap import in_parallel
-from edgeseg.spec import ChannelOrder
+from edgeseg.spec import ChannelOrder, InputSpec
 from edgeseg.store.files import require_file
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
 # Their headers count the frames; elsewhere the count is estimated from duration and rate.
 COUNTED_SUFFIXES = frozenset({".avi", ".m4v", ".mov", ".mp4"})
+_USUAL = InputSpec()
 MATROSKA_SUFFIXES = frozenset({".mkv", ".webm"})
 
 
@@ -33,14 +34,14 @@ class Picture:
     Attributes:
         index: position in the source, from 0, dropped frames counted.
         timestamp_s: seconds since the start of a video, or since the first frame of a camera; else ``None``.
-        image: uint8 ``(H, W, C)``.
+        image: ``(H, W, C)`` of the engine's dtype.
         path: the image file it was read from, if any.
         channel_order: of ``image``; ``None``: as the segmenter expects.
     """
 
     index: int
     timestamp_s: float | None
-    image: NDArray[np.uint8]
+    image: NDArray[Any]
     path: Path | None = None
     channel_order: ChannelOrder | None = None
 
@@ -59,7 +60,7 @@ class Video:
 
     Args:
         source: path of a video file, or a camera's index.
-        channels: 3, or 1 for grey.
+        spec: the engine's input, of 3 channels, or 1 for grey, and uint8.
 
     Attributes:
         fps: frames per second the source says it has; ``None`` when it does not.
@@ -69,12 +70,16 @@ class Video:
 
     Raises:
         MissingDependencyError: OpenCV is not installed.
-        InputError: no such file or camera, not a video, or a model of other than 1 or 3 channels.
+        InputError: no such file or camera, not a video, or an engine of other than 1 or 3 channels or uint8.
     """
 
-    def __init__(self, source: Path | int, channels: int = 3) -> None:
-        if channels not in (1, 3):
-            raise InputError(f"videos and cameras have 3 channels, this model takes {channels}; give images or arrays")
+    def __init__(self, source: Path | int, spec: InputSpec = _USUAL) -> None:
+        channels = spec.channels
+        if channels not in (1, 3) or spec.dtype != "uint8":
+            raise InputError(
+                f"videos and cameras have 3 channels of uint8, this engine takes {channels} of {spec.dtype}; give images "
+                "or arrays"
+            )
         self.source = source
         self.live = isinstance(source, int)
         self._name = f"camera {source}" if isinstance(source, int) else str(source)
@@ -132,19 +137,19 @@ class Video:
         self._capture.release()
 
 
-def open_source(source: object, channels: int) -> Video | Iterable[Picture]:
+def open_source(source: object, spec: InputSpec) -> Video | Iterable[Picture]:
     """Open what :func:`edgeseg.stream` takes. Raises ``InputError`` for what is not there."""
     index = camera_index(source)
     if index is not None:
-        return Video(index, channels)
+        return Video(index, spec)
     if isinstance(source, (str, Path)):
         if Path(source).suffix.lower() in VIDEO_SUFFIXES:
-            return Video(Path(source), channels)
-        return _read_files(list_images(source), channels)
+            return Video(Path(source), spec)
+        return _read_files(list_images(source), spec)
     if isinstance(source, np.ndarray) and source.ndim == 3:
         raise InputError(f"one array of shape {source.shape} is no stream; give an iterable of images, such as [image]")
     if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, Path)) for item in source):
-        return _read_files([Path(item) for item in source], channels)
+        return _read_files([Path(item) for item in source], spec)
     if isinstance(source, Iterable):
         return _number_arrays(source)
     raise InputError(
@@ -170,10 +175,11 @@ def require_utf8(path: Path) -> None:
         raise InputError(f"cannot open {shown}: OpenCV needs a name in UTF-8; rename it") from exc
 
 
-def _read_files(paths: list[Path], channels: int) -> Iterator[Picture]:
+def _read_files(paths: list[Path], spec: InputSpec) -> Iterator[Picture]:
     def read(item: tuple[int, Path]) -> Picture:
         index, path = item
-        return Picture(index, None, read_image(path, channels), path, "rgb" if channels == 3 else None)
+        image = read_image(path, spec.channels, spec.dtype)
+        return Picture(index, None, image, path, "rgb" if spec.channels == 3 else None)
 
     return in_parallel(enumerate(paths), read)
 

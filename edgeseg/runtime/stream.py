@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.arguments import shortened
@@ -28,14 +27,14 @@ class Frame:
     Attributes:
         index: position in the source, from 0; gaps where a live source's frames were dropped.
         timestamp_s: seconds since the start of a video or the first frame of a camera; ``None`` for images and arrays.
-        image: uint8 ``(H, W, C)``; RGB, or as given for a source of arrays.
+        image: ``(H, W, C)`` of the engine's dtype; RGB, or as given for a source of arrays.
         mask: as the segmenter returns it for one image.
         path: the image file, for a folder, glob or list.
     """
 
     index: int
     timestamp_s: float | None
-    image: NDArray[np.uint8]
+    image: NDArray[Any]
     mask: NDArray[Any]
     path: Path | None = None
 
@@ -70,7 +69,7 @@ class Stream(Closing):
         self._frames.close()
 
 
-Source: TypeAlias = "str | Path | int | Iterable[NDArray[np.uint8]]"
+Source: TypeAlias = "str | Path | int | Iterable[NDArray[Any]]"
 
 
 def stream(
@@ -84,7 +83,7 @@ def stream(
 
     Args:
         source: a video file; a camera's index (``0`` or ``"0"``); a folder, glob or ``.txt`` list of images; a list
-            of paths; or any iterable of uint8 arrays (drawn from in another thread), in the segmenter's channel order.
+            of paths; or any iterable of arrays (drawn from in another thread), in the segmenter's channel order.
         segmenter: from :func:`edgeseg.load`; the two may change places.
         ahead: frames read ahead, and masks waiting for the caller, at most. Of image files one per core, 2 to 4, are being
             decoded beside.
@@ -108,7 +107,7 @@ def stream(
         raise SpecError(f"segmenter is {shortened(segmenter)}; give a source of images and what edgeseg.load returns")
     if ahead < 1:
         raise SpecError(f"ahead is {ahead}; at least 1 frame has to wait for another")
-    return Stream(open_source(source, segmenter.spec.input.channels), segmenter, ahead, drop)
+    return Stream(open_source(source, segmenter.spec.input), segmenter, ahead, drop)
 
 
 def _segment_with(segmenter: Segmenter) -> Any:
@@ -123,7 +122,7 @@ def _segment_all_with(segmenter: Segmenter) -> Any:
     def segment_all(pictures: Iterator[Picture]) -> Generator[Frame, None, None]:
         waiting: deque[Picture] = deque()
 
-        def images(first: Picture) -> Iterator[NDArray[np.uint8]]:
+        def images(first: Picture) -> Iterator[NDArray[Any]]:
             for picture in itertools.chain((first,), pictures):
                 waiting.append(picture)
                 yield picture.image

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgeseg.images.placement import Tiling
 
-RunWindows = Callable[[NDArray[np.uint8]], Iterable[Mapping[str, NDArray[Any]]]]
+RunWindows = Callable[[NDArray[Any]], Iterable[Mapping[str, NDArray[Any]]]]
 """Runs ``(windows, H, W, C)`` and yields the outputs of one window after the other, without a batch axis."""
 
 
@@ -41,7 +41,7 @@ def cuts(starts: tuple[int, ...], window: int, length: int) -> tuple[int, ...]:
 
 
 def blended_rows(
-    image: NDArray[np.uint8], tiling: Tiling, run: RunWindows, names: tuple[str, ...]
+    image: NDArray[Any], tiling: Tiling, run: RunWindows, names: tuple[str, ...]
 ) -> Iterator[tuple[slice, dict[str, NDArray[np.float32]]]]:
     """Run every window of ``image`` and yield the blended float outputs from top to bottom.
 
@@ -72,9 +72,7 @@ def blended_rows(
             band[:, window_height - done :] = 0.0
 
 
-def stitched(
-    image: NDArray[np.uint8], tiling: Tiling, run: RunWindows, names: tuple[str, ...]
-) -> dict[str, NDArray[Any]]:
+def stitched(image: NDArray[Any], tiling: Tiling, run: RunWindows, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     """Run every window of ``image`` and cut its outputs, ``(..., H, W)`` of any dtype, together at source size."""
     padded = tiling.pad(image)
     height, width = tiling.source

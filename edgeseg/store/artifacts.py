@@ -108,7 +108,7 @@ class AccuracyFigures:
 
 @dataclass(frozen=True)
 class LatencyFigures:
-    """Milliseconds from a uint8 image in memory to a uint8 mask in memory, batch 1, short protocol.
+    """Milliseconds from an image in memory to a mask in memory, batch 1, short protocol.
 
     ``noise``: reasons not to trust them, a line each, as ``edgeseg bench`` flags them; empty for a quiet run.
     """

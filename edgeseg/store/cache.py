@@ -24,11 +24,12 @@ import platformdirs
 from edgeseg.errors import ArtifactError
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.packages import COMPUTING_PACKAGES, package_versions
-from edgeseg.store.artifacts import sha256_json
+from edgeseg.store.artifacts import FileRef, check_file, read_json, sha256_json, write_json
 from edgeseg.store.atomic import scratch_folder, sweep_folders
 
 # A dozen fp32 graphs of large models; the least recently used go first.
 MAX_SIZE_BYTES = 4 << 30
+_CONTENTS = "contents.json"
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -102,31 +103,51 @@ def software() -> dict[str, str]:
 def cached_folder(stage: Stage, inputs: object, make: Callable[[Path], None]) -> tuple[Path, bool]:
     """Return the folder that ``make`` filled for these ``inputs``, making it if need be.
 
+    What is there and not as it was made (a disk that was full, a tool that clears old files) is made anew.
+
     Args:
         stage: name of the stage.
         inputs: JSON-encodable; everything the result depends on, versions included.
-        make: fills an empty folder; on any exception nothing is kept.
+        make: fills an empty folder with files; on any exception nothing is kept.
 
     Returns:
         the folder, and whether it was there already.
+
+    Raises:
+        ArtifactError: what is there is damaged, and cannot be removed.
     """
     home = stage_folder(stage)
     folder = home / sha256_json(inputs)
     if folder.is_dir():
         with contextlib.suppress(OSError):  # somebody else's, or gone this moment
             os.utime(folder)
-        if folder.is_dir():
+        if _is_whole(folder):
             return folder, True
+        shutil.rmtree(folder, ignore_errors=True)
     with scratch_folder(home) as scratch:
         make(scratch)
+        write_json(scratch / _CONTENTS, [FileRef.of(path) for path in sorted(scratch.iterdir())])
         try:
             os.rename(scratch, folder)
         except OSError:
             # Another build finished the same stage first; its result is the same by construction.
             if not folder.is_dir():
                 raise
+            if not _is_whole(folder):
+                raise ArtifactError(
+                    f"{folder} is damaged and cannot be removed; set EDGESEG_CACHE to another folder"
+                ) from None
     prune(keep=folder)
     return folder, False
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        for file in read_json(folder / _CONTENTS, list[FileRef], "cache"):
+            check_file(folder, file)
+    except ArtifactError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from device_engines import AGREEMENT, PRECISIONS, OnDevice, agreement, images, measured, portable, with_options
+from in_threads import in_threads
 
 import edgeseg
 from edgeseg.backends import get_backend
@@ -106,12 +107,8 @@ def test_eight_threads(engines: dict[str, Engine], figures: dict[str, Any]) -> N
     given = images(16)
     with with_options(engines["int8"], contexts=3) as session:
         wanted = [session.run(image)["mask"] for image in given]
-        threads = [threading.Thread(target=work, args=(session, seed)) for seed in range(8)]
         begun = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(8, partial(work, session))
         figures.update(images_per_s=8 * len(given) / (time.perf_counter() - begun))
     assert wrong == []
 

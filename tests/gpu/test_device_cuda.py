@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
 from typing import Any
 
 import numpy as np
 import pytest
+from in_threads import in_threads
 from numpy.typing import NDArray
 
 from edgeseg.backends.cuda.arrays import DeviceTensor, device_images
@@ -131,11 +131,7 @@ def test_eight_threads_copy(cuda: Cuda) -> None:
         except EdgesegError as exc:
             wrong.append(repr(exc))
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(8, work)
     assert wrong == []
 
 

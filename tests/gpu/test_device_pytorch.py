@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from device_engines import images
+from in_threads import in_threads
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,11 +92,7 @@ def test_eight_threads_of_pytorch(network: Any) -> None:
                 if not np.array_equal(there.run(image)["logits"], logits):
                     wrong.append(seed)
 
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(8, work)
     assert wrong == []
 
 

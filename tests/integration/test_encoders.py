@@ -1,8 +1,10 @@
-"""One of the families in ``benchmarks/encoders.py`` a run, built for real; EDGESEG_ENCODER_SAMPLE=N takes the N-th."""
+"""One of the families in ``benchmarks/encoders.py`` a day, built for real; EDGESEG_ENCODER_SAMPLE=N takes the N-th."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ pytest.importorskip("segmentation_models_pytorch")
 pytest.importorskip("onnxruntime")
 
 import edgeseg
-from benchmarks.encoders import architectures_for
+from benchmarks.encoders import FILE, VARIANTS, architectures_for
+from benchmarks.record import read_record
 
 pytestmark = pytest.mark.integration
 
@@ -27,10 +30,17 @@ SMALL = (
 )  # fmt: skip
 """Families whose smallest member builds in seconds."""
 
-SAMPLE = int(os.environ.get("EDGESEG_ENCODER_SAMPLE", "0")) % len(SMALL)
+
+def _was_built(row: Mapping[str, Any]) -> bool:
+    return all("agreement" in row.get(variant, {}) for variant in VARIANTS) and row["int8"]["int8_share"] > 0.95
 
 
-@pytest.mark.parametrize("encoder", [SMALL[SAMPLE]])
+# What was never built whole shall not stop somebody's landing: it comes in with its row in the table.
+BUILT = [row["name"] for row in read_record(FILE).rows if row["name"] in SMALL and _was_built(row)]
+SAMPLE = int(os.environ.get("EDGESEG_ENCODER_SAMPLE", date.today().toordinal())) % len(BUILT)
+
+
+@pytest.mark.parametrize("encoder", [BUILT[SAMPLE]])
 def test_an_encoder_builds_in_int8_and_for_any_size(encoder: str, tmp_path: Path) -> None:
     arch = next(
         a for a in architectures_for(encoder) if a not in ("pan", "deeplabv3", "unetplusplus")

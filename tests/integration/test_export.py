@@ -19,7 +19,7 @@ import onnx_ir as ir
 import onnxruntime
 from export_models import by_hand, smooth_images, smp_model
 from numpy.typing import NDArray
-from small_graphs import plain_session
+from small_graphs import plain_logits
 
 from edgeseg.convert import export as export_module
 from edgeseg.convert.export import ConversionReport, export_onnx
@@ -54,12 +54,6 @@ def outputs(model: Any, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, {"image": images}), strict=True))
-
-
-def plain_logits(model: Any, images: NDArray[np.uint8]) -> NDArray[Any]:
-    """Logits of each image, from ONNX Runtime without its own rewrites."""
-    session = plain_session(model)
-    return np.concatenate([session.run(["logits"], {"image": image[None]})[0] for image in images])
 
 
 def shape_of(value: Any) -> list[int | str]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +24,8 @@ from edgeseg.store.artifacts import WeightsOrigin
 
 torch = pytest.importorskip("torch")
 hub = pytest.importorskip("huggingface_hub")
+from local_hub import Hub, local_hub  # noqa: E402  needs huggingface_hub
+
 from edgeseg.convert.architectures import import_smp  # noqa: E402  needs torch
 from edgeseg.convert.load import load_model  # noqa: E402
 
@@ -162,58 +162,16 @@ def test_an_unreachable_hub_is_said_within_five_seconds(tmp_path: Path) -> None:
     assert rest.endswith("False")
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The few answers of the hub that fetching files needs."""
-
-    folder: Path
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
-        self.asked.append(self.path)
-        path = self.folder / self.path.rsplit("/", 1)[-1]
-        content = path.read_bytes() if self.path.startswith(f"/{NAME}/") and path.is_file() else None
-        self.send_response(200 if content is not None else 404)
-        self.send_header("Content-Length", str(len(content or b"")))
-        self.send_header("X-Repo-Commit", COMMIT)
-        if content is None:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        else:
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.end_headers()
-        if body and content is not None:
-            self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        """Stay quiet."""
-
-
 @pytest.fixture
 def server(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     """A hub on this machine that has the model, and an empty cache."""
-    Hub.folder, Hub.asked = saved, []
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        address = f"http://127.0.0.1:{running.server_port}"
-        monkeypatch.setattr(hub.constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield Hub
-        running.shutdown()
-        thread.join()
+    files = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with local_hub(monkeypatch, tmp_path / "hub", files, NAME, COMMIT) as running:
+        yield running
 
 
-def test_a_model_is_fetched_once_and_data_only(server: type[Hub], saved: Path) -> None:
-    (saved / "modeling.py").write_text("raise SystemExit('run')")
+def test_a_model_is_fetched_once_and_data_only(server: type[Hub]) -> None:
+    server.files = {**server.files, "modeling.py": b"raise SystemExit('run')"}
     loaded = load_model(ModelRequest(weights=NAME))
     assert loaded.origin is not None
     assert loaded.origin.hub_id == f"{NAME}@{COMMIT}"
@@ -233,10 +191,8 @@ def test_a_model_the_hub_has_not_is_one_line(server: type[Hub]) -> None:
     assert time.perf_counter() - start < 5
 
 
-def test_a_repository_without_safetensors_says_so(server: type[Hub], saved: Path, tmp_path: Path) -> None:
-    server.folder = tmp_path / "bare"
-    server.folder.mkdir()
-    (server.folder / "config.json").write_bytes((saved / "config.json").read_bytes())
+def test_a_repository_without_safetensors_says_so(server: type[Hub]) -> None:
+    server.files = {"config.json": server.files["config.json"]}
     with pytest.raises(CheckpointError, match=r"has no config\.json or no model\.safetensors"):
         load_model(ModelRequest(weights=NAME))
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import http.server
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,9 @@ from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.spec import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, ModelRequest
 
 torch = pytest.importorskip("torch")
-from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E402  these need torch
+from local_hub import Hub, local_hub  # noqa: E402  these need torch
+
+from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E402
 from edgeseg.convert.load import LoadedModel, load_model  # noqa: E402
 from edgeseg.convert.reparameterize import merge_branches  # noqa: E402
 
@@ -313,64 +313,25 @@ def test_an_architecture_without_a_demo_model_needs_weights() -> None:
         load_model(ModelRequest(arch="linknet"))
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The few answers of the Hugging Face hub that fetching a file needs."""
-
-    files: dict[str, bytes]
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
-        name = self.path.rsplit("/", 1)[-1]
-        content = self.files.get(name)
-        self.send_response(200 if content is not None else 404)
-        self.send_header("Content-Length", str(len(content or b"")))
-        if content is not None:
-            self.send_header("ETag", f'"{name}"')
-            self.send_header("X-Repo-Commit", self.path.split("/")[-2])
-        self.end_headers()
-        if body and content is not None:
-            self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        """Stay quiet."""
-
-
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.ThreadingHTTPServer]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     """A hub on this machine that has random weights for ``mobilenet_v2``, and an empty cache."""
-    from huggingface_hub import constants
     from safetensors.torch import save
 
     encoder = smp.encoders.get_encoder(TINY, weights=None)
-    Hub.files = {"config.json": b"{}", "model.safetensors": save(encoder.state_dict())}
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield server
-        server.shutdown()
-        thread.join()
+    files = {"config.json": b"{}", "model.safetensors": save(encoder.state_dict())}
+    with local_hub(monkeypatch, tmp_path, files) as running:
+        yield running
 
 
 def test_pretrained_encoder_weights_are_fetched_then_found_in_the_cache(
-    hub: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+    hub: type[Hub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from safetensors.torch import load
 
     request = ModelRequest(arch="unet", encoder=TINY, weights="imagenet", classes=2)
     loaded = load_model(request)
-    expected = load(Hub.files["model.safetensors"])
+    expected = load(hub.files["model.safetensors"])
     state = loaded.module.encoder.state_dict()
     assert all(torch.equal(state[k], v) for k, v in expected.items())
     assert "DECODER IS RANDOM" in loaded.notes[0]
@@ -384,12 +345,12 @@ def test_pretrained_encoder_weights_are_fetched_then_found_in_the_cache(
 
 @pytest.mark.parametrize("encoder", ["resnet18", "tu-resnet18"])
 def test_pretrained_weights_out_of_reach_say_what_to_do(
-    encoder: str, hub: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+    encoder: str, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
 
     request = ModelRequest(arch="unet", encoder=encoder, weights="imagenet")
-    Hub.files = {}
+    hub.files = {}
     with pytest.raises(
         CheckpointError, match=r"are not cached and http.*does not answer \(HTTP 404\); give --weights PATH"
     ):
@@ -445,6 +406,6 @@ def test_a_merge_that_changes_the_result_is_not_taken(monkeypatch: pytest.Monkey
     assert merge_branches(module, 3, 64) == (module, 0)
 
 
-def test_an_encoder_without_pretrained_weights_says_which_it_has(hub: http.server.ThreadingHTTPServer) -> None:
+def test_an_encoder_without_pretrained_weights_says_which_it_has(hub: type[Hub]) -> None:
     with pytest.raises(SpecError, match=r"dpn92 has no pretrained weights 'imagenet' \(it has: imagenet\+5k\)"):
         load_model(ModelRequest(arch="unet", encoder="dpn92", weights="imagenet"))

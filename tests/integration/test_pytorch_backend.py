@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from in_threads import in_threads
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -210,11 +210,7 @@ def test_it_serves_a_segmenter_from_several_threads(images: NDArray[np.uint8]) -
     expected = segmenter(big)
     assert expected.shape == big.shape[:2]
     results: list[NDArray[Any]] = []
-    threads = [threading.Thread(target=lambda: results.append(segmenter(big))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(3, lambda _: results.append(segmenter(big)))
     assert len(results) == 3
     for result in results:
         np.testing.assert_array_equal(result, expected)
@@ -353,11 +349,7 @@ def test_threads_have_memory_of_their_own(images: NDArray[np.uint8]) -> None:
                 if not np.array_equal(got, expected[flip]):
                     wrong.append(flip)
 
-        threads = [threading.Thread(target=work, args=(n % 2,)) for n in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(4, lambda number: work(number % 2))
     assert wrong == [] and not np.array_equal(expected[0], expected[1])
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 from recorded_tensorrt.parser8 import complaints
-from small_graphs import plain_session
+from small_graphs import plain_logits
 
 from edgeseg.backends import get_backend
 from edgeseg.backends.tensorrt.opset17 import for_tensorrt_8
@@ -118,19 +118,13 @@ def test_tensorrt_8_takes_every_precision_and_computes_the_same(quantizable: Qua
         onnx.checker.check_model(made.model, full_check=True)
         assert list(complaints(made.model, "8.5")) == []
         assert list(complaints(for_tensorrt_8(given, has_normalization=True).model, "8.6")) == []
-        before, after = (run_plainly(model, quantizable.images[:1]) for model in (given, made.model))
+        before, after = (plain_logits(model, quantizable.images[:1]) for model in (given, made.model))
         if precision == "int8":
             assert weights_of(made.model) == weights_of(given)
         if not set(made.origins) & {f"{node}/variance" for node in made.origins.values()}:
             np.testing.assert_array_equal(after, before)
         else:  # a mean has another order of sums, which a Q behind it may round to another integer
             assert signal_to_noise_db(before, after) > {"fp32": 90, "fp16": 45, "int8": 30}[precision]
-
-
-def run_plainly(model: onnx.ModelProto, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
-    """Logits without ONNX Runtime's fusions, which are not the same for both forms."""
-    session = plain_session(model)
-    return np.concatenate([session.run(["logits"], {"image": image[None]})[0] for image in images])
 
 
 def weights_of(model: onnx.ModelProto) -> dict[str, bytes]:

@@ -165,6 +165,28 @@ def test_values_in_0_to_1_that_nothing_explains_are_not_guessed_about() -> None:
         wrap_module(tiny(1), ModelRequest(**PLAIN, activation="sigmoid"))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: 255 * torch.sigmoid(x),
+        lambda x: 2 * torch.sigmoid(x) - 1,
+        lambda x: 50 * (torch.sigmoid(x) + torch.sigmoid(-2 * x)),
+        lambda x: -9 * torch.log(torch.sigmoid(x)),
+        nn.functional.logsigmoid,
+    ],
+)
+def test_what_is_computed_from_an_activation_is_not_taken_for_logits(function: Any) -> None:
+    module = Ending(tiny(1), function).eval()
+    with pytest.raises(SpecError, match=r"computed from the result of an activation, .* say activation='none'"):
+        wrap_module(module, ModelRequest(**PLAIN))
+    assert wrap_module(module, ModelRequest(**PLAIN, activation="none")).model.activation is None
+
+
+@pytest.mark.parametrize("function", [lambda x: x * torch.sigmoid(x), lambda x: 3 * x - 1, nn.functional.silu])
+def test_a_gate_is_no_activation(function: Any) -> None:
+    assert wrap_module(Ending(tiny(1), function).eval(), ModelRequest(**PLAIN)).model.activation is None
+
+
 class Dark(nn.Module):  # type: ignore[misc, name-defined]
     """Turns the classes over for dark images only: one bright image shows nothing of it."""
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from simulated import Simulation, model
 from stub_cuda import Stub
 
 DRIVER = os.environ.get("STUB_CUDA_DRIVER", "")
@@ -33,3 +34,9 @@ def stub() -> Iterator[Stub]:
     assert stub.errors == []
     assert stub.live() == {}
     assert stub.violations() == before
+
+
+@pytest.fixture
+def simulation(stub: Stub) -> Simulation:
+    """An engine of a small network, of one shape."""
+    return Simulation(stub, model())

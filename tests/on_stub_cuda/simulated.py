@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,11 @@ from recorded_tensorrt.fake import engine as recorded_engine
 from recorded_tensorrt.graphs import SIDE, small_model
 from stub_cuda import Stub
 
-from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
+from edgeseg.backends.cuda.device import open_cuda
+from edgeseg.backends.cuda.driver import DriverName
+from edgeseg.backends.tensorrt.options import SessionOptions
+from edgeseg.backends.tensorrt.session import TensorRTSession
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
 
 NUMPY = {"FLOAT": np.float32, "UINT8": np.uint8, "INT32": np.int32, "HALF": np.float16}
 
@@ -38,7 +43,8 @@ def model(batch: int | str = 1, size: tuple[int | str, int | str] = (SIDE, SIDE)
     return made
 
 
-ONE = BatchRange()
+ONE, MASK = BatchRange(), OutputSpec()
+RNG = np.random.default_rng(11)
 
 
 def spec(batch: BatchRange = ONE, dynamic_size: bool = False) -> PipelineSpec:
@@ -52,6 +58,12 @@ def reference_session(model: bytes) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def images(n: int = 1, height: int = SIDE, width: int = SIDE, seed: int | None = None) -> np.ndarray:
+    """Noise, another at each call unless ``seed`` is given."""
+    rng = RNG if seed is None else np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, height, width, 3), np.uint8)
 
 
 class Simulation:
@@ -113,3 +125,19 @@ class Simulation:
             for number, name in enumerate(self.layers):
                 profiler.report_layer_time(name, 0.25 * (number + 1))
         return done
+
+
+def session(
+    simulation: Simulation,
+    driver: DriverName,
+    options: SessionOptions | None = None,
+    batch: BatchRange = ONE,
+    output: OutputSpec = MASK,
+) -> TensorRTSession:
+    """The engine of a simulation, opened."""
+    cuda, contract = open_cuda(driver), replace(spec(batch), output=output)
+    try:
+        return TensorRTSession(simulation.trt, simulation.engine, contract, cuda, options)
+    except BaseException:
+        cuda.close()
+        raise

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
+from in_threads import in_threads
 from stub_cuda import LAUNCH_FAILED, OUT_OF_MEMORY, Stub
 
 from edgeseg.backends.cuda.device import Cuda, DeviceMemory, open_cuda
@@ -127,11 +128,7 @@ def test_threads_share_a_device(stub: Stub, driver: DriverName) -> None:
                 wrong.append(seed)
 
     with open_cuda(driver) as cuda:
-        threads = [threading.Thread(target=work, args=(cuda, seed)) for seed in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(2, partial(work, cuda))
         assert wrong == []
         assert "context pushes" not in stub.live()
         assert cuda.live == 0

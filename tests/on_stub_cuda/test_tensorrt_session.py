@@ -10,11 +10,13 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
+import onnx
 import pytest
 from recorded_tensorrt import VERSIONS
-from simulated import ONE, SIDE, Simulation, model, spec
+from simulated import SIDE, Simulation, images, model, session, spec
 from stub_cuda import LAUNCH_FAILED, OUT_OF_MEMORY, Stub
 
 from edgeseg.backends.base import DeviceSession, PipelinedSession, TimedSession
@@ -24,31 +26,10 @@ from edgeseg.backends.tensorrt.options import SessionOptions
 from edgeseg.backends.tensorrt.session import TensorRTSession
 from edgeseg.errors import ArtifactError, DeviceError, EdgesegError, InputError
 from edgeseg.runtime.segmenter import Segmenter
-from edgeseg.spec import BatchRange, OutputSpec
+from edgeseg.spec import BatchRange, InputDtype, OutputSpec
 
-DEFAULT, MASK = SessionOptions(), OutputSpec()
 RNG = np.random.default_rng(11)
 DYNAMIC = [(1, 16, 16, 3), (2, SIDE, SIDE, 3), (4, 64, 64, 3)]
-
-
-def images(n: int = 1, height: int = SIDE, width: int = SIDE, seed: int | None = None) -> np.ndarray:
-    rng = RNG if seed is None else np.random.default_rng(seed)
-    return rng.integers(0, 256, (n, height, width, 3), np.uint8)
-
-
-def session(
-    simulation: Simulation,
-    driver: DriverName,
-    options: SessionOptions = DEFAULT,
-    batch: BatchRange = ONE,
-    output: OutputSpec = MASK,
-) -> TensorRTSession:
-    cuda, contract = open_cuda(driver), replace(spec(batch), output=output)
-    try:
-        return TensorRTSession(simulation.trt, simulation.engine, contract, cuda, options)
-    except BaseException:
-        cuda.close()
-        raise
 
 
 @pytest.fixture(params=["copy", "mapped"])
@@ -73,6 +54,50 @@ def test_masks_are_exact_under_every_version(stub: Stub, driver: DriverName, ver
             assert found["mask"].dtype == np.uint8
             np.testing.assert_array_equal(found["mask"], simulation.masks(image))
     assert "IExecutionContext.execute_async_v3" in simulation.recorder.names
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_16_bit_and_float_images_reach_the_engine_as_float32(
+    stub: Stub, driver: DriverName, memory: str, dtype: InputDtype
+) -> None:
+    proto = model()
+    proto.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    simulation = Simulation(stub, proto)
+    contract = replace(spec(), input=replace(spec().input, dtype=dtype))
+    wide = [RNG.integers(0, 65536, (1, SIDE, SIDE, 3)).astype(dtype) for _ in range(5)]
+    wide[0][0, 0, 0] = 65535
+    options = SessionOptions(host_memory=memory)  # type: ignore[arg-type]
+    with TensorRTSession(simulation.trt, simulation.engine, contract, open_cuda(driver), options) as opened:
+        expected = [simulation.masks(image.astype(np.float32)) for image in wide]
+        np.testing.assert_array_equal([opened.run(image)["mask"] for image in wide], expected)
+        np.testing.assert_array_equal([found["mask"] for found in opened.run_many(wide)], expected)
+        for other in (np.uint8, np.float32 if dtype == "uint16" else np.uint16):
+            with pytest.raises(InputError, match=f"this engine takes {dtype}"):
+                opened.run(wide[0].astype(other))
+        # In place on the device the engine's own dtype; at an odd address it is copied whole.
+        image = wide[1].astype(np.float32)
+        held = opened._cuda.device_memory(image.nbytes + 16)
+        with opened._cuda.stream() as stream, opened._cuda.active():
+            stream.copy_to_device(held.address + 16, image.reshape(-1).view(np.uint8))
+            stream.synchronize()
+
+        class Described:
+            __cuda_array_interface__: ClassVar = {
+                "shape": image.shape,
+                "typestr": "<f4",
+                "data": (held.address + 16, False),
+                "version": 3,
+            }
+
+        with opened.run_device(Described())["mask"] as mask:
+            np.testing.assert_array_equal(mask.numpy(), expected[1])
+        held.close()
+    uint8 = Simulation(stub, model())
+    with (
+        open_cuda(driver) as cuda,
+        pytest.raises(ArtifactError, match="is image uint8 .*, its manifest says image float32"),
+    ):
+        TensorRTSession(uint8.trt, uint8.engine, contract, cuda, options)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

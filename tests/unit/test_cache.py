@@ -41,6 +41,26 @@ def test_changed_inputs_are_made_again(changed: dict[str, object]) -> None:
     assert (folder / "result").read_text() == "2"
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_text(""),
+        lambda file: file.write_text("2"),
+        lambda file: file.with_name("contents.json").unlink(),
+        lambda file: file.with_name("contents.json").write_text("[{"),
+    ],
+)
+def test_what_was_damaged_is_made_again(damage: Callable[[Path], object]) -> None:
+    folder, _ = cache.cached_folder("export", 1, writer("1"))
+    (file,) = (path for path in folder.iterdir() if path.name != "contents.json")
+    damage(file)
+    assert cache.cached_folder("export", 1, writer("1")) == (folder, False)
+    assert file.read_text() == "1"
+    assert cache.cached_folder("export", 1, writer("2")) == (folder, True)
+    assert file.read_text() == "1"
+
+
 def test_failure_keeps_nothing(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "half").write_text("")
@@ -52,10 +72,10 @@ def test_failure_keeps_nothing(tmp_path: Path) -> None:
 
 
 def test_prune_drops_the_least_recently_used() -> None:
-    folders = [cache.cached_folder("export", n, writer("x" * 100))[0] for n in range(4)]
+    folders = [cache.cached_folder("export", n, writer("x" * 100_000))[0] for n in range(4)]
     for age, folder in enumerate(folders):
         os.utime(folder, (1_000_000 + age, 1_000_000 + age))
-    cache.prune(max_size_bytes=250)
+    cache.prune(max_size_bytes=250_000)
     assert [f.exists() for f in folders] == [False, False, True, True]
 
 
@@ -86,12 +106,13 @@ def test_prune_and_clear_leave_what_is_not_edgesegs(tmp_path: Path) -> None:
     mine.write_bytes(b"x" * 1000)
     (tmp_path / "tensorrt-log").mkdir()
     (tmp_path / "tensorrt-log" / "a.log").write_text("x" * 100)
-    cache.cached_folder("export", 1, writer("x" * 100))
-    assert cache.cache_content() == cache.CacheContent(str(tmp_path), 200, cache.MAX_SIZE_BYTES, True)
+    folder, _ = cache.cached_folder("export", 1, writer("x" * 100))
+    made = sum(path.stat().st_size for path in folder.iterdir())
+    assert cache.cache_content() == cache.CacheContent(str(tmp_path), 100 + made, cache.MAX_SIZE_BYTES, True)
     cache.prune(max_size_bytes=0)
     assert cache.cache_content().size_bytes == 0
     cache.cached_folder("export", 1, writer("x" * 100))
-    assert cache.clear() == 100
+    assert cache.clear() == made
     assert os.listdir(tmp_path) == ["photos"]
     assert mine.read_bytes() == b"x" * 1000
 

@@ -296,7 +296,7 @@ def test_a_build_for_throughput_is_chosen_by_callers_at_the_same_time(monkeypatc
         return {"a": LatencySamples("a", (1.0,), 1)}
 
     monkeypatch.setattr(under_load, "measure_throughput", measured)
-    assert measured_sessions(asked, {}, spec(SIDE, SIDE).input)["a"].median_ms == 1.0
+    assert measured_sessions(asked, {}, spec(SIDE, SIDE))["a"].median_ms == 1.0
     assert given == [this_cpu().cores]
 
 

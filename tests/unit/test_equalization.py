@@ -204,6 +204,16 @@ def test_a_layer_normalization_that_something_else_reads_keeps_its_gain(body: st
     np.testing.assert_array_equal(run(result, x=X)[0], run(model, x=X)[0])
 
 
+def int8_error(model: onnx.ModelProto, scheme: str, *, repair: bool) -> float:
+    """Mean distance of the INT8 graph's output from the float graph's, equalized before where it is to be repaired."""
+    if repair:
+        model, _ = equalized(model)
+    exact = run(model, x=X)[0]
+    quantized = ir.serde.deserialize_model(model)
+    quantize_model(quantized, table_for(model, x=X), SCHEMES[scheme])
+    return float(np.abs(run(ir.serde.serialize_model(quantized), x=X)[0] - exact).mean())
+
+
 @pytest.mark.parametrize("scheme", ["onnxruntime-vnni", "tensorrt"])
 def test_int8_behind_an_uneven_normalization_is_that_behind_an_even_one(scheme: str) -> None:
     shift = np.exp2(np.array([5, -4, 0, 3, -5, 1])).astype(np.float32)
@@ -213,12 +223,7 @@ def test_int8_behind_an_uneven_normalization_is_that_behind_an_even_one(scheme: 
         signature = "(float[n, 6, 8, 8] x) => (float[2, 64, 16] y)"
         weights = {"flat": ints(2, 6, 64), "gain": gain, "shift": shifted, "w": w}
         model = graph(signature, f"{NORMALIZED}\n m = MatMul(n, w)\n y = Tanh(m)", **weights)
-        if repair:
-            model, _ = equalized(model)
-        exact = run(model, x=X)[0]
-        quantized = ir.serde.deserialize_model(model)
-        quantize_model(quantized, table_for(model, x=X), SCHEMES[scheme])
-        return float(np.abs(run(ir.serde.serialize_model(quantized), x=X)[0] - exact).mean())
+        return int8_error(model, scheme, repair=repair)
 
     zero = np.zeros(6, np.float32)
     bad = (gain * shift, zero, w / shift[:, None])
@@ -264,12 +269,7 @@ def test_int8_of_a_badly_scaled_network_is_that_of_the_well_scaled_one(scheme: s
 
     def error(w: NDArray[Any], b: NDArray[Any], z: NDArray[Any], *, repair: bool) -> float:
         model = graph(SIGNATURE, text, w=w, b=b, z=z)
-        if repair:
-            model, _ = equalized(model)
-        exact = run(model, x=X)[0]
-        quantized = ir.serde.deserialize_model(model)
-        quantize_model(quantized, table_for(model, x=X), SCHEMES[scheme])
-        return float(np.abs(run(ir.serde.serialize_model(quantized), x=X)[0] - exact).mean())
+        return int8_error(model, scheme, repair=repair)
 
     bad = (w * shift.reshape(-1, 1, 1, 1), b * shift, z / shift.reshape(1, -1, 1, 1))
     good_error, bad_error = error(w, b, z, repair=False), error(*bad, repair=False)

@@ -60,6 +60,29 @@ def configuration(output: Path) -> Any:
     return text_format.Parse(text.read_text(), messages.ModelConfig())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "plan", "type_", "word"),
+    [("uint16", False, 3, "UINT16"), ("uint16", True, 11, "FP32"), ("float32", False, 11, "FP32")],
+)
+def test_triton_is_told_the_images_dtype(
+    engine: Path, tmp_path: Path, dtype: Any, plan: bool, type_: int, word: str
+) -> None:
+    """TensorRT has no 16-bit integers: a plan takes float32. Numbers are those of Triton's ``DataType``."""
+    spec = read_manifest(engine).spec
+    known = read_manifest(engine).engine
+    assert known is not None
+    changed(
+        engine, spec=replace(spec, input=replace(spec.input, dtype=dtype)), target="tensorrt" if plan else "onnxruntime"
+    )
+    export_engine(engine, "triton", tmp_path / "out")
+    config = configuration(tmp_path / "out")
+    assert config.input[0].data_type == type_
+    assert config.model_warmup[0].inputs["image"].data_type == type_
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f'"{word}")' in text
+    assert f"np.{'float32' if type_ == 11 else dtype})" in text
+
+
 def test_triton_gets_a_repository_whose_model_is_the_engine(engine: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     export_engine(engine, "triton", output)

@@ -233,7 +233,7 @@ def test_throughput_is_time_per_image_of_all_callers() -> None:
             return {}
 
     sessions: Any = {"slow": Working(8.0), "fast": Working(2.0)}
-    batches = InputSpec(32, 64, batch=BatchRange(4, 4, 8))
+    batches = PipelineSpec(ModelSpec("custom", classes=2), InputSpec(32, 64, batch=BatchRange(4, 4, 8)))
     measured = measure_throughput(sessions, batches, 1, duration_ms=200.0, clock_ns=clock)
     assert {name: samples.median_ms for name, samples in measured.items()} == {"slow": 2.0, "fast": 0.5}
     assert compare(measured["slow"], measured["fast"]).low == 4.0

@@ -15,10 +15,10 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from fuzz_readers import encoded
 from PIL import Image
 
 from edgeseg.errors import EdgesegError
@@ -35,12 +35,6 @@ PHOTO = RNG.integers(0, 256, (19, 23, 3), dtype=np.uint8)
 LABELS = (PHOTO[..., 0] % 5).astype(np.uint8)
 MODEL = ModelSpec("fpn", classes=5)
 MULTILABEL = ModelSpec("fpn", classes=3, task="multilabel")
-
-
-def encoded(array: np.ndarray, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(array).save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def chunk(name: bytes, body: bytes) -> bytes:
@@ -141,7 +135,7 @@ IMAGES: dict[str, tuple[bytes, str]] = ARRAYS | {
     "two.npz": (zipped(("a.npy", GOOD), ("b.npy", GOOD)), "holds 2 arrays; 1 can be read"),
     "scalar.npy": (saved(np.array(3, np.uint8)), r"has shape \(\); an image has"),
     "nothing.npy": (saved(np.zeros((0, 4, 3), np.uint8)), r"has shape \(0, 4, 3\)"),
-    "floats.npy": (saved(PHOTO / 255.0), "holds float64; an image holds uint8 or uint16: scale it"),
+    "floats.npy": (saved(PHOTO / 255.0), "holds float64, the engine takes uint8: "),
     "complex.npy": (saved(PHOTO.astype(np.complex64)), "holds complex64"),
     "dates.npy": (saved(np.zeros((4, 4, 3), "M8[s]")), "holds datetime64"),
     "words.npy": (saved(np.zeros((4, 4, 3), "U3")), "holds <U3"),
@@ -179,9 +173,9 @@ IMAGES: dict[str, tuple[bytes, str]] = ARRAYS | {
     ),
     "floats.tif": (
         encoded((PHOTO[..., 0] / 9).astype(np.float32), "TIFF"),
-        "floating-point samples; convert it to 8 or 16",
+        "holds float32, the engine takes uint8",
     ),
-    "integers.tif": (encoded(PHOTO[..., 0].astype(np.int32), "TIFF"), "32-bit integers; convert it"),
+    "integers.tif": (encoded(PHOTO[..., 0].astype(np.int32), "TIFF"), "holds int32, the engine takes uint8"),
     "header.tif": (b"II*\0\x08\0\0\0", "not one of|truncated|broken|damaged|unpack"),
     "no tags.tif": (tiff((256, 4, 1, 8)), "not one of|damaged|broken|Missing|KeyError|257|truncated"),
     "bands.tif": (bands(8), r"holds 8 samples per pixel in one page, 8-bit unsigned; this model takes 3 channels"),
@@ -205,7 +199,7 @@ BANDS: dict[str, tuple[bytes, str]] = {
     "lzw.tif": (bands(8, compression=5), "cannot read image"),
     "planar.tif": (bands(8, planar=9), "cannot read image"),
     "strips.tif": (bands(8, height=5000, rows=5), "holds 1 of its 1000 strips or tiles"),
-    "signed.tif": (bands(8, sample_format=2), "holds int8; an image holds uint8 or uint16"),
+    "signed.tif": (bands(8, sample_format=2), "holds int8, the engine takes uint8"),
     "few.tif": (bands(7), r"holds 7 samples per pixel in one page, .*; this model takes 8 channels"),
     "loop.tif": (
         tiff(*((tag, 4, 1, 1) for tag in (256, 257, 258, 262, 277, 278)), following=8),
@@ -249,7 +243,7 @@ CALIBRATION |= {
     "bomb.npz": (zipped(("a.npy", shaped("(3000000000,)"))), "more than the 2147483648 bytes allowed"),
     "none.npz": (zipped(), "holds 0 arrays; 1 to 100000 can be read"),
     "magic alone.npy": (b"\x93NUMPY\x01\x00", "cannot read calibration images"),
-    "floats.npy": (saved(np.zeros((9, 20, 20, 3))), "is float64 of shape .*; calibration arrays are uint8"),
+    "floats.npy": (saved(np.zeros((9, 20, 20, 3))), "is float64, the engine takes uint8"),
     "few.npy": (saved(RNG.integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)), "only 3 images .* at least 8"),
     "small.npy": (saved(RNG.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)), "8x8 pixels, at least 16x16 are needed"),
     "one colour.npy": (saved(np.arange(9, dtype=np.uint8).repeat(1200).reshape(9, 20, 20, 3)), "is of a single colour"),

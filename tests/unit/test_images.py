@@ -80,13 +80,16 @@ def test_one_bit_becomes_0_and_255(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
-def test_16_bit_grey_is_scaled_by_its_range_not_clipped(tmp_path: Path, suffix: str) -> None:
+def test_16_bit_grey_is_kept_or_refused_never_cut(tmp_path: Path, suffix: str) -> None:
     wide = np.array([[0, 255, 256, 32768], [65535, 65280, 1000, 40000]], np.uint16)
     path = saved(tmp_path / f"wide.{suffix}", Image.fromarray(wide))
-    np.testing.assert_array_equal(read_image(path, channels=1)[..., 0], wide // 256)
+    np.testing.assert_array_equal(read_image(path, 1, "uint16")[..., 0], wide)
+    np.testing.assert_array_equal(read_image(path, 3, "uint16"), np.repeat(wide[..., None], 3, axis=2))
+    with pytest.raises(InputError, match=r"holds uint16, the engine takes uint8: .*--input-dtype uint16"):
+        read_image(path, channels=1)
 
 
-def test_16_bit_colour_is_scaled_like_16_bit_grey(tmp_path: Path) -> None:
+def test_16_bit_colour_is_kept_or_refused(tmp_path: Path) -> None:
     wide = RNG.integers(0, 65536, (3, 4, 3), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide)
 
@@ -98,7 +101,9 @@ def test_16_bit_colour_is_scaled_like_16_bit_grey(tmp_path: Path) -> None:
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     )
-    np.testing.assert_array_equal(read_image(path), wide // 256)
+    np.testing.assert_array_equal(read_image(path, 3, "uint16"), wide)
+    with pytest.raises(InputError, match="holds uint16, the engine takes uint8"):
+        read_image(path)
 
 
 def test_cmyk_is_converted(tmp_path: Path) -> None:
@@ -138,7 +143,7 @@ def test_exif_orientation_of_16_bit_grey(tmp_path: Path) -> None:
     exif[0x0112] = 6
     wide = RNG.integers(0, 65536, (3, 4), dtype=np.uint16)
     path = saved(tmp_path / "turned.png", Image.fromarray(wide), exif=exif)
-    np.testing.assert_array_equal(read_image(path, channels=1), oriented((wide // 256)[..., None], 6))
+    np.testing.assert_array_equal(read_image(path, 1, "uint16"), oriented(wide[..., None], 6))
 
 
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
@@ -155,7 +160,7 @@ def test_arrays_of_any_channel_count(tmp_path: Path, suffix: str, channels: int)
     np.save(path, array) if suffix == "npy" else np.savez_compressed(path, array)
     np.testing.assert_array_equal(read_image(path, channels), array)
     np.save(tmp_path / "wide.npy", array.astype(np.uint16) * 257)
-    np.testing.assert_array_equal(read_image(tmp_path / "wide.npy", channels), array)
+    np.testing.assert_array_equal(read_image(tmp_path / "wide.npy", channels, "uint16") >> 8, array)
 
 
 def test_array_of_grey_for_three_channels(tmp_path: Path) -> None:
@@ -357,8 +362,10 @@ def test_bands_of_one_page_are_read_as_they_are_stored(
 ) -> None:
     stored = RNG.integers(0, 256 ** np.dtype(dtype).itemsize, (40, 50, count)).astype(dtype)
     path = multiband(tmp_path / "a.tif", stored, **options)
-    expected = stored if stored.dtype == np.uint8 else stored >> 8
-    np.testing.assert_array_equal(read_image(path, channels=count), expected)
+    kept = "uint8" if stored.dtype == np.uint8 else "uint16"
+    read = read_image(path, count, kept)
+    assert read.dtype == kept
+    np.testing.assert_array_equal(read, stored)
     with pytest.raises(InputError, match=rf"holds {count} samples per pixel in one page, .*; this model takes 6 chann"):
         read_image(path, channels=6)
 
@@ -385,7 +392,7 @@ def test_what_a_multiband_file_needs_is_said(tmp_path: Path, missing: str, monke
 def test_multiband_files_that_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bands = np.zeros((40, 50, 8), np.uint8)
     odd = {
-        "float.tif": (bands.astype("f4"), {}, "holds float32; an image holds uint8 or uint16"),
+        "float.tif": (bands.astype("f4"), {}, "holds float32, the engine takes uint8"),
         "turned.tif": (bands, {"extratags": [(274, 3, 1, 6, True)]}, "orientation 6"),
         "lerc.tif": (bands, {"compression": "lerc"}, "compressed by method 34887; store it uncompressed"),
     }
@@ -422,7 +429,7 @@ def test_arrays_that_are_no_image(tmp_path: Path, array: np.ndarray, words: str)
 
 
 def test_samples_without_a_range_are_refused(tmp_path: Path) -> None:
-    for name, dtype, words in (("f.tif", np.float32, "floating-point"), ("i.tif", np.int32, "32-bit")):
+    for name, dtype, words in (("f.tif", np.float32, "float32"), ("i.tif", np.int32, "int32")):
         path = saved(tmp_path / name, Image.fromarray(np.ones((3, 3), dtype)))
         with pytest.raises(InputError, match=words):
             read_image(path)
@@ -494,7 +501,7 @@ def test_either_byte_order_of_an_array_is_read(tmp_path: Path, order: str) -> No
     stored = RNG.integers(0, 65536, (5, 8, 3)).astype(f"{order}u2")
     for name in ("a.npy", "a.npz"):
         np.save(tmp_path / name, stored) if name == "a.npy" else np.savez(tmp_path / name, stored)
-        np.testing.assert_array_equal(read_image(tmp_path / name), stored >> 8)
+        np.testing.assert_array_equal(read_image(tmp_path / name, 3, "uint16"), stored)
 
 
 def test_nothing_to_list(tmp_path: Path) -> None:

@@ -19,24 +19,14 @@ EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 ROW = "fpn-int8 b1 t- s1"
 
 
-def slowed(report: BenchReport, factor: float) -> BenchReport:
+def slowed(report: BenchReport, factor: float, *, every: bool = False) -> BenchReport:
+    """One row, or with ``every`` the whole machine, takes ``factor`` times as long."""
     rows = []
     for row in report.rows:
         assert row.latency is not None
         samples = tuple(ms * factor for ms in row.latency.samples_ms)
         latency = replace(row.latency, samples_ms=samples, end_to_end=distribution(samples))
-        rows.append(replace(row, latency=latency) if row.id == ROW else row)
-    return replace(report, rows=tuple(rows))
-
-
-def slower_machine(report: BenchReport, factor: float) -> BenchReport:
-    """Every row takes ``factor`` times as long."""
-    rows = []
-    for row in report.rows:
-        assert row.latency is not None
-        samples = tuple(ms * factor for ms in row.latency.samples_ms)
-        latency = replace(row.latency, samples_ms=samples, end_to_end=distribution(samples))
-        rows.append(replace(row, latency=latency))
+        rows.append(replace(row, latency=latency) if every or row.id == ROW else row)
     return replace(report, rows=tuple(rows))
 
 
@@ -63,12 +53,12 @@ def test_a_slower_engine_is_found_and_gated() -> None:
 
 def test_a_slower_machine_is_no_slower_engine() -> None:
     old = read_report(EXAMPLE)
-    found = changes(slower_machine(old, 1.3))
+    found = changes(slowed(old, 1.3, every=True))
     for metric in ("median_ms", "p99_ms"):
         assert found[metric].new == pytest.approx(1.3 * found[metric].old)
         assert found[metric].percent == pytest.approx(0.0, abs=1e-9)
         assert (found[metric].verdict, found[metric].beside) == ("no difference", "pytorch b1 t- s1")
-    both = changes(slowed(slower_machine(old, 1.3), 1.2))
+    both = changes(slowed(slowed(old, 1.3, every=True), 1.2))
     assert both["median_ms"].percent == pytest.approx(20.0)
     assert both["median_ms"].verdict == "worse"
     (words,) = remarks(old, old, tuple(found.values()))
@@ -81,7 +71,7 @@ def test_without_an_unchanged_baseline_the_bare_figures_are_compared_and_it_is_s
         replace(row, engine=replace(row.engine, versions={"torch": "another"})) if row.engine.is_baseline else row
         for row in old.rows
     )
-    new = slower_machine(replace(old, rows=rows), 1.3)
+    new = slowed(replace(old, rows=rows), 1.3, every=True)
     found = changes(new)
     assert (found["median_ms"].verdict, found["median_ms"].beside) == ("worse", None)
     assert found["median_ms"].percent == pytest.approx(30.0)

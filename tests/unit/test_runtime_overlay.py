@@ -120,7 +120,7 @@ def test_what_cannot_be_drawn() -> None:
         ((image, mask[1:]), 0.5),
         ((image, mask), 1.5),
         ((image[0], mask), 0.5),
-        ((image.astype(float), mask), 0.5),
+        ((image.astype(bool), mask), 0.5),
         ((image, mask.astype(float)), 0.5),
         ((image, mask.astype(int) - 1), 0.5),
     ):

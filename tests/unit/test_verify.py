@@ -468,7 +468,7 @@ def test_the_summary_of_an_unverified_build_says_so() -> None:
 def test_sessions_are_measured_in_turns() -> None:
     spec = pipeline(batch=BatchRange(2, 2, 4))
     sessions = {"a": FakeSession(spec, right), "b": FakeSession(spec, right)}
-    measured = measure_sessions(sessions, spec.input, QUICK)
+    measured = measure_sessions(sessions, spec, QUICK)
     assert list(measured) == ["a", "b"]
     assert all(samples.median_ms > 0 for samples in measured.values())
     assert set(sessions["a"].shapes) == {(2, 32, 64, 3)}

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
@@ -130,12 +129,12 @@ class OnnxRuntimeSession(Closing):
         self._session = session
         self._spec = spec
         (image,) = session.get_inputs()
-        self._input = image.name
+        self._input, self._dtype = image.name, _dtype(image)
         self._shape = tuple(image.shape)
         self._outputs = [output.name for output in session.get_outputs()]
 
-    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """Run one batch: uint8 ``(N, H, W, C)`` in, arrays by output name out.
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Run one batch: ``(N, H, W, C)`` of the engine's dtype in, arrays by output name out.
 
         Raises:
             InputError: dtype or shape the engine does not take, or a closed session.
@@ -148,9 +147,9 @@ class OnnxRuntimeSession(Closing):
             return dict(zip(self._outputs, self._session.run(self._outputs, {self._input: images}), strict=True))
         except Exception as exc:
             # ONNX Runtime derives nothing useful from its exceptions; the shape is the one thing a caller gets wrong.
-            if images.dtype != np.uint8 or not _fits(images.shape, self._shape):
+            if images.dtype != self._dtype or not _fits(images.shape, self._shape):
                 raise InputError(
-                    f"images are {images.dtype} {images.shape}, this engine takes uint8 {_shape_text(self._shape)}"
+                    f"images are {images.dtype} {images.shape}, this engine takes {self._dtype} {_shape_text(self._shape)}"
                 ) from exc
             raise BuildError(f"ONNX Runtime failed to run the engine: {one_line(exc)}") from exc
 
@@ -234,14 +233,19 @@ def _open(
         raise error(f"ONNX Runtime {ort.__version__} cannot load {path}: {one_line(exc)}") from exc
 
 
+def _dtype(argument: Any) -> str:
+    """numpy's name of ``tensor(float)``."""
+    dtype: str = argument.type.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32"}.get(dtype, dtype)
+
+
 def _tensors(arguments: Sequence[Any]) -> list[TensorInfo]:
     """What ONNX Runtime says of a session's inputs or outputs: ``tensor(uint8)``, a number or a name per dimension."""
     tensors = []
     for argument in arguments:
-        dtype = argument.type.removeprefix("tensor(").removesuffix(")")
         # A scalar and a shape nobody knows look alike.
         shape = [(size, size) if isinstance(size, int) else ANY for size in argument.shape] or None
-        tensors.append(TensorInfo(argument.name, {"float": "float32"}.get(dtype, dtype), shape and tuple(shape)))
+        tensors.append(TensorInfo(argument.name, _dtype(argument), shape and tuple(shape)))
     return tensors
 
 

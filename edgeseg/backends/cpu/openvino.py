@@ -134,8 +134,8 @@ class OpenVinoSession(Closing):
         self._outputs = [output.get_any_name() for output in compiled.outputs]
         self._shape = compiled.inputs[0].get_partial_shape()
 
-    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """Run one batch: uint8 ``(N, H, W, C)`` in, arrays by output name out.
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Run one batch: ``(N, H, W, C)`` of the engine's dtype in, arrays by output name out.
 
         Raises:
             InputError: dtype or shape the engine does not take, or a closed session.
@@ -143,9 +143,10 @@ class OpenVinoSession(Closing):
         """
         if self._compiled is None:
             raise InputError("this session is closed; load the engine again")
-        if images.dtype != np.uint8 or not self._fits(images.shape):
+        if images.dtype != self._spec.dtype or not self._fits(images.shape):
             # Asked first: OpenVINO would convert another dtype without a word.
-            raise InputError(f"images are {images.dtype} {images.shape}, this engine takes uint8 {self._shape}")
+            wanted = f"{self._spec.dtype} {self._shape}"
+            raise InputError(f"images are {images.dtype} {images.shape}, this engine takes {wanted}")
         check_image_size(images.shape, self._spec)
         with self._lock:
             request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
@@ -191,7 +192,7 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
     read_onnx(engine.graph_path)
     settings = chosen._settings(ov, saved_options(engine, chosen.name), manifest.precision.requested)
     spec = manifest.spec.input
-    image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, np.uint8)
+    image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, spec.dtype)
     try:
         model = ov.Core().read_model(str(engine.graph_path))
         replace_argmax(ov, model)

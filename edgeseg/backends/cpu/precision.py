@@ -78,7 +78,7 @@ def profiled_events(ort: Any, path: Path, settings: Any, spec: InputSpec, runs: 
     Raises:
         BuildError: ONNX Runtime wrote no profile.
     """
-    image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, np.uint8)
+    image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, spec.dtype)
     with tempfile.TemporaryDirectory(prefix="edgeseg-profile-") as folder:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / "run")

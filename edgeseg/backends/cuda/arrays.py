@@ -24,7 +24,7 @@ PER_THREAD_STREAM = 2
 
 @dataclass(frozen=True)
 class DeviceImages:
-    """Images of somebody else in the GPU's memory, uint8, C-contiguous.
+    """Images of somebody else in the GPU's memory, C-contiguous.
 
     Attributes:
         address: of the first byte, as our context sees it.
@@ -39,28 +39,29 @@ class DeviceImages:
     release: Callable[[], None]
 
 
-def device_images(image: Any, cuda: Cuda, stream: Stream) -> DeviceImages:
+def device_images(image: Any, cuda: Cuda, stream: Stream, dtype: np.dtype[Any]) -> DeviceImages:
     """Look at an array of another library; nothing is copied.
 
     Args:
         image: has ``__cuda_array_interface__`` (CuPy, Numba, PyTorch, jetson-utils) or ``__dlpack__``.
         cuda: our GPU.
         stream: ours, on which it will be read; a DLPack maker is told.
+        dtype: the engine's own.
 
     Raises:
-        InputError: in host memory or on another GPU, not uint8, not C-contiguous, or not described as the rules say.
+        InputError: in host memory or on another GPU, not of this dtype, not C-contiguous, or not described as the rules say.
     """
     if hasattr(image, "__cuda_array_interface__"):
-        return _by_interface(image, cuda)
+        return _by_interface(image, cuda, dtype)
     if hasattr(image, "__dlpack__"):
-        return _by_dlpack(image, cuda, stream)
+        return _by_dlpack(image, cuda, stream, dtype)
     raise InputError(
         f"the image is a {type(image).__name__}; give an array in GPU memory that has __cuda_array_interface__ or "
         "__dlpack__ (CuPy, PyTorch, Numba), or call the segmenter with a numpy array"
     )
 
 
-def _by_interface(image: Any, cuda: Cuda) -> DeviceImages:
+def _by_interface(image: Any, cuda: Cuda, wanted: np.dtype[Any]) -> DeviceImages:
     described = image.__cuda_array_interface__
     try:
         dtype, shape, version = np.dtype(described["typestr"]), tuple(described["shape"]), int(described["version"])
@@ -72,7 +73,7 @@ def _by_interface(image: Any, cuda: Cuda) -> DeviceImages:
         ) from exc
     if described.get("mask") is not None:
         raise InputError("the image has a mask of valid elements; give an array without one")
-    _check(dtype, shape, strides)
+    _check(dtype, wanted, shape, strides)
     if version < 3:
         # Before version 3 nobody says which stream writes: the legacy default stream waits for most others.
         streams: tuple[int, ...] = (LEGACY_STREAM,)
@@ -86,7 +87,7 @@ def _by_interface(image: Any, cuda: Cuda) -> DeviceImages:
     return DeviceImages(_located(address, cuda), shape, streams, lambda: None)
 
 
-def _by_dlpack(image: Any, cuda: Cuda, stream: Stream) -> DeviceImages:
+def _by_dlpack(image: Any, cuda: Cuda, stream: Stream, wanted: np.dtype[Any]) -> DeviceImages:
     device_type, index = image.__dlpack_device__()
     if device_type not in (dlpack.CUDA, dlpack.CUDA_HOST, dlpack.CUDA_MANAGED) or (
         device_type == dlpack.CUDA and index != cuda.device.index
@@ -107,7 +108,7 @@ def _by_dlpack(image: Any, cuda: Cuda, stream: Stream) -> DeviceImages:
     received = dlpack.receive(capsule)
     try:
         strides = received.strides and tuple(n * received.dtype.itemsize for n in received.strides)
-        _check(received.dtype, received.shape, strides)
+        _check(received.dtype, wanted, received.shape, strides)
         # The maker was told our stream, and has made it wait.
         return DeviceImages(_located(received.address, cuda), received.shape, (), received.release)
     except BaseException:
@@ -124,12 +125,14 @@ def _located(address: int, cuda: Cuda) -> int:
     return place[0]
 
 
-def _check(dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...] | None) -> None:
+def _check(
+    dtype: np.dtype[Any], wanted: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...] | None
+) -> None:
     """``strides`` in bytes, ``None`` for C order."""
-    if dtype != np.uint8:
-        raise InputError(f"the image is {dtype}; give uint8")
+    if dtype != wanted:
+        raise InputError(f"the image is {dtype}; give {wanted}")
     expected: list[int] = []
-    step = 1
+    step = dtype.itemsize
     for n in reversed(shape):
         expected.insert(0, step)
         step *= n

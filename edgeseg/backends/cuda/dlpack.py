@@ -170,9 +170,9 @@ def _dtype(described: Any) -> np.dtype[Any]:
     kind, bits = _KINDS.get(described.kind), described.bits
     if kind is None or described.lanes != 1 or bits % 8:
         raise InputError(
-            f"a DLPack tensor of type code {described.kind}, {bits} bits, {described.lanes} lanes is not an image; give uint8"
+            f"a DLPack tensor of type code {described.kind}, {bits} bits, {described.lanes} lanes is no image"
         )
     try:
         return np.dtype(np.bool_ if kind == "b" else f"{kind}{bits // 8}")
     except TypeError as exc:
-        raise InputError(f"a DLPack tensor of {bits}-bit numbers of kind {kind} is not an image; give uint8") from exc
+        raise InputError(f"a DLPack tensor of {bits}-bit numbers of kind {kind} is no image") from exc

@@ -136,7 +136,9 @@ class ImageFeed:
         self.failure: EdgesegError | None = None
         self._batches = _batches(samples, spec)
         self._cuda = cuda
-        size_bytes = self.batch_size * spec.height * spec.width * spec.channels
+        # TensorRT has no uint16; float32 holds its values.
+        self._dtype = np.dtype("float32" if spec.dtype == "uint16" else spec.dtype)
+        size_bytes = self.batch_size * spec.height * spec.width * spec.channels * self._dtype.itemsize
         self._memory = cuda.device_memory(size_bytes)
         self._stream = cuda.stream()
 
@@ -148,7 +150,7 @@ class ImageFeed:
                 return None
             # TensorRT calls from a thread of its choice, which need not have the GPU's context.
             with self._cuda.active():
-                self._stream.copy_to_device(self._memory.address, batch.reshape(-1))
+                self._stream.copy_to_device(self._memory.address, batch.astype(self._dtype).reshape(-1).view(np.uint8))
                 self._stream.synchronize()
         except EdgesegError as exc:
             self.failure = exc
@@ -212,9 +214,9 @@ def require_measured(feed: ImageFeed) -> None:
         raise BuildError("TensorRT asked for no calibration images; its int8 ranges would mean nothing")
 
 
-def _batches(samples: CalibrationSet, spec: InputSpec) -> Iterator[NDArray[np.uint8]]:
-    """Full batches of uint8 ``(N, H, W, C)`` at the engine's own size; a last one that is not full is left out."""
-    pending: list[NDArray[np.uint8]] = []
+def _batches(samples: CalibrationSet, spec: InputSpec) -> Iterator[NDArray[Any]]:
+    """Full batches ``(N, H, W, C)`` at the engine's own size; a last one that is not full is left out."""
+    pending: list[NDArray[Any]] = []
     for window in samples.images(spec):
         if window.shape[1:3] != (spec.height, spec.width):
             continue  # a dynamic size's own: the calibration profile has the engine's size only

@@ -90,7 +90,8 @@ class ParsedGraph:
     def for_parser(self, *, opset_17: bool, has_normalization: bool = True) -> ParsedGraph:
         """The graph with what TensorRT's parser cannot do written in another way.
 
-        No version has 16-bit integers: masks of more than 256 classes leave the engine as int32.
+        No version has 16-bit integers: masks of more than 256 classes leave the engine as int32, and uint16 images come as
+        float32, which holds every value of theirs.
 
         Args:
             opset_17: for TensorRT 8, see :func:`~edgeseg.backends.tensorrt.opset17.for_tensorrt_8`.
@@ -102,8 +103,13 @@ class ParsedGraph:
         from edgeseg.backends.tensorrt.opset17 import for_tensorrt_8
 
         wide = [v.name for v in self.model.graph.output if v.type.tensor_type.elem_type == TensorProto.UINT16]
-        if not opset_17 and not wide:
+        image = self.model.graph.input[0]
+        image_type = image.type.tensor_type.elem_type
+        if not opset_17 and not wide and image_type == TensorProto.UINT8:
             return self
+        # What FP16 would round: 16 bits of a pixel, a float's 24.
+        exact = {n.name for n in self.model.graph.node if n.name.startswith("preprocess/")}
+        float32 = self.float32 if image_type == TensorProto.UINT8 else self.float32 | exact
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         for node in model.graph.node:
@@ -112,11 +118,14 @@ class ParsedGraph:
         for value in model.graph.output:
             if value.name in wide:
                 value.type.tensor_type.elem_type = TensorProto.INT32
+        if image_type == TensorProto.UINT16:
+            model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
         if not opset_17:
-            return replace(self, model=model)
+            return replace(self, model=model, float32=float32)
         rewritten = for_tensorrt_8(model, has_normalization=has_normalization)
         nodes = tuple(node.name for node in rewritten.model.graph.node)
-        return replace(self, model=rewritten.model, nodes=nodes, origins=rewritten.origins, float32=rewritten.float32)
+        every = float32 | rewritten.float32
+        return replace(self, model=rewritten.model, nodes=nodes, origins=rewritten.origins, float32=every)
 
     def where(self, node: str) -> str:
         """``, at node encoder.conv1/Conv (module encoder.conv1 of the model)``, or ``""`` without a node.

@@ -55,7 +55,7 @@ class Ranges:
 
             assert options.calibration_images is not None  # TensorRTOptions checks
             spec = parsed.spec.input
-            samples = CalibrationSet.open(options.calibration_images, channels=spec.channels)
+            samples = CalibrationSet.open(options.calibration_images, channels=spec.channels, dtype=spec.dtype)
             cuda = open_cuda()
             try:
                 feed = ImageFeed(samples, spec, cuda)

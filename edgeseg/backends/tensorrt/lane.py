@@ -86,9 +86,11 @@ def io_tensors(trt: TensorRT, engine: ICudaEngine | CachingEngine) -> tuple[IoTe
             inputs.append(IoTensor(name, np.dtype(dtypes[dtype]), shape, tuple(low), tuple(high)))
         else:
             outputs.append(IoTensor(name, np.dtype(dtypes[dtype]), shape, shape, shape))
-    if len(inputs) != 1 or inputs[0].dtype != np.uint8 or len(inputs[0].shape) != 4:
+    if len(inputs) != 1 or inputs[0].dtype not in (np.uint8, np.float32) or len(inputs[0].shape) != 4:
         listed = ", ".join(f"{t.name} {t.dtype} {t.shape_text}" for t in inputs)
-        raise DeviceError(f"the engine's inputs are [{listed}]; edgeseg's engines have one, uint8 (N, H, W, C)")
+        raise DeviceError(
+            f"the engine's inputs are [{listed}]; edgeseg's engines have one, uint8 or float32 (N, H, W, C)"
+        )
     return inputs[0], tuple(outputs)
 
 
@@ -209,8 +211,8 @@ class Lane:
         """The lane's own."""
         return self._stream
 
-    def enqueue(self, images: NDArray[np.uint8], *, timed: bool = False) -> None:
-        """Give the GPU one batch to do, uint8 ``(N, H, W, C)``; it is copied before this returns."""
+    def enqueue(self, images: NDArray[Any], *, timed: bool = False) -> None:
+        """Give the GPU one batch to do, ``(N, H, W, C)``; it is copied, and uint16 made float32, before this returns."""
         self._prepare(images.shape)
         np.copyto(self._input.array, images)
         start, copied, computed, done = self._marks
@@ -265,7 +267,7 @@ class Lane:
         address = images.address
         if address % ALIGNMENT_BYTES:
             self._input.fit(shape)
-            self._stream.copy_on_device(self._input.address, address, math.prod(shape))
+            self._stream.copy_on_device(self._input.address, address, math.prod(shape) * self._image.dtype.itemsize)
             address = self._input.address
         results = {
             tensor.name: (lend(math.prod(self._shapes[tensor.name]) * tensor.dtype.itemsize), self._shapes[tensor.name])

@@ -94,8 +94,9 @@ class TensorRTSession(Closing):
         self._cuda = cuda
         self._image, self._outputs = io_tensors(trt, engine)
         described = [tensor.described() for tensor in self._outputs]
-        check_signature([self._image.described()], described, spec, wide_masks=True)
-        # TensorRT has no 16-bit integers: masks of more than 256 classes leave the engine wider.
+        check_signature([self._image.described()], described, spec, has_uint16=False)
+        # TensorRT has no 16-bit integers: images of them are copied as float32, masks leave the engine wider.
+        self._dtype = np.dtype(spec.input.dtype)
         self._mask_dtype = np.dtype(spec.mask_dtype)
         # On a Jetson (from SM 7.2) the CPU caches page-locked memory and the GPU does not: no matter for bytes that it
         # reads or writes once.
@@ -125,8 +126,8 @@ class TensorRTSession(Closing):
         """What was asked for and cannot be had here, one line each; also given as warnings."""
         return tuple(self._notes.texts)
 
-    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """Run one batch: uint8 ``(N, H, W, C)`` in, arrays by output name out.
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Run one batch: ``(N, H, W, C)`` of the contract's dtype in, arrays by output name out.
 
         Raises:
             InputError: dtype or shape the engine does not take, or a closed session.
@@ -137,18 +138,18 @@ class TensorRTSession(Closing):
             lane.enqueue(images)
             return self._converted(lane.finish())
 
-    def run_timed(self, images: NDArray[np.uint8]) -> tuple[dict[str, NDArray[Any]], StageTimes]:
+    def run_timed(self, images: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], StageTimes]:
         """Like :meth:`run`, and how long its stages took, by CUDA events."""
         self._check(images.dtype, images.shape)
         with self._lanes.lane() as lane:
             lane.enqueue(images, timed=True)
             return self._converted(lane.finish()), lane.stage_times()
 
-    def layer_times(self, images: NDArray[np.uint8], runs: int) -> list[tuple[str, float]]:
+    def layer_times(self, images: NDArray[Any], runs: int) -> list[tuple[str, float]]:
         """What TensorRT's ``IProfiler`` reports over ``runs`` runs of a batch, after one that is not counted.
 
         Args:
-            images: uint8 ``(N, H, W, C)``.
+            images: ``(N, H, W, C)``.
             runs: how often.
 
         Returns:
@@ -175,7 +176,7 @@ class TensorRTSession(Closing):
             self._lanes.drop(lane)
         return reports
 
-    def run_many(self, batches: Iterable[NDArray[np.uint8]]) -> Generator[dict[str, NDArray[Any]], None, None]:
+    def run_many(self, batches: Iterable[NDArray[Any]]) -> Generator[dict[str, NDArray[Any]], None, None]:
         """Run batch after batch, copying one while another is computed; results in order.
 
         Two batches are in flight where there are two contexts. One context stays free for other callers while the
@@ -214,7 +215,8 @@ class TensorRTSession(Closing):
         """Run an image or batch that is in the GPU's memory; the results stay there. Nothing is copied.
 
         Args:
-            image: uint8 ``(H, W, C)`` or ``(N, H, W, C)``, C-contiguous, with ``__cuda_array_interface__`` or
+            image: ``(H, W, C)`` or ``(N, H, W, C)`` of the contract's dtype, float32 for uint16; C-contiguous, with
+                ``__cuda_array_interface__`` or
                 ``__dlpack__``. One at an address that is no multiple of 256 bytes is copied, on the device.
 
         Returns:
@@ -232,10 +234,10 @@ class TensorRTSession(Closing):
         with ExitStack() as afterwards:
             try:
                 with self._lanes.lane() as lane:
-                    images = device_images(image, self._cuda, lane.stream)
+                    images = device_images(image, self._cuda, lane.stream, self._image.dtype)
                     afterwards.callback(images.release)
                     shape = self._batched(images.shape)
-                    self._check(np.dtype(np.uint8), shape)
+                    self._check(self._dtype, shape)
                     results = lane.run_on_device(images, shape, lend)
             except BaseException:
                 for lease in taken:
@@ -267,8 +269,8 @@ class TensorRTSession(Closing):
             self.close()
 
     def _check(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        if dtype != np.uint8 or not self._image.accepts(shape):
-            raise InputError(f"images are {dtype} {shape}, this engine takes uint8 {self._image.shape_text}")
+        if dtype != self._dtype or not self._image.accepts(shape):
+            raise InputError(f"images are {dtype} {shape}, this engine takes {self._dtype} {self._image.shape_text}")
 
     def _converted(self, outputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         if "mask" in outputs:

@@ -43,7 +43,7 @@ def measure_layer_times(
         MissingDependencyError, DeviceError: no CUDA layer; the GPU has no memory left for it, or cannot run it.
     """
     size = parsed.spec.input
-    grey = np.full((size.batch.minimum, size.height, size.width, size.channels), 128, np.uint8)
+    grey = np.full((size.batch.minimum, size.height, size.width, size.channels), 128, size.dtype)
     cuda = open_cuda()
     with closed_on_failure(cuda):
         session = _opened(trt, cuda, logger, log, plan, options, parsed)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from edgeseg.errors import InputError, refusals_as
 from edgeseg.evaluate.accuracy.labels import LabelCoding, LabelReader
 from edgeseg.images.decoding import list_images, pixel_digest, read_image
-from edgeseg.spec import ModelSpec
+from edgeseg.spec import InputDtype, ModelSpec
 
 IMAGE_FOLDERS = ("images", "image", "img", "img_dir")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "ann_dir")
@@ -28,7 +29,7 @@ class Pair:
 
     Attributes:
         name: the file's name, for messages and reports.
-        image: uint8 ``(H, W, C)``, RGB for three channels.
+        image: ``(H, W, C)`` of the engine's dtype, RGB for three channels.
         mask: int32 ``(H, W)`` of class indices (binary: 0 and 1), or ``(classes, H, W)`` of 0 and 1 for multilabel;
             :data:`~edgeseg.evaluate.accuracy.labels.IGNORED` where unlabelled. ``None`` without a mask.
         digest: SHA-256 of the image file, hex.
@@ -36,7 +37,7 @@ class Pair:
     """
 
     name: str
-    image: NDArray[np.uint8]
+    image: NDArray[Any]
     mask: NDArray[np.int32] | None
     digest: str = ""
     ignore_index: int | None = None
@@ -61,6 +62,7 @@ class ValidationSet:
         ignore_index: the value of unlabelled pixels in the files; ``None`` to recognize it.
         unpaired: images left out because they have no mask though others have.
         coding: how the values of the mask files become class indices.
+        dtype: of the engine's input, which the images must have.
     """
 
     source: Path
@@ -70,6 +72,7 @@ class ValidationSet:
     ignore_index: int | None = None
     unpaired: tuple[str, ...] = ()
     coding: LabelCoding = field(default_factory=lambda: LabelCoding())
+    dtype: InputDtype = "uint8"
 
     @classmethod
     @refusals_as(InputError)
@@ -81,6 +84,7 @@ class ValidationSet:
         ignore_index: int | None = None,
         limit: int | None = None,
         split: str | None = None,
+        dtype: InputDtype = "uint8",
     ) -> ValidationSet:
         """Find the images and masks of a folder; nothing is decoded yet.
 
@@ -93,6 +97,7 @@ class ValidationSet:
             ignore_index: see the class.
             limit: keep this many, evenly spread over the name order; ``None`` for all.
             split: folder to take in both, where there is one (``images/val`` beside ``masks/val``).
+            dtype: see the class.
 
         Raises:
             InputError: no such folder, no images, or a mask folder in which no mask belongs to an image.
@@ -106,7 +111,8 @@ class ValidationSet:
         unpaired = tuple(i.name for i in images if i not in masks) if masks else ()
         usable = [i for i in images if not masks or i in masks]
         chosen = [usable[k] for k in evenly_spread(len(usable), limit)]
-        return cls(folder, tuple(chosen), tuple(masks[i] for i in chosen if masks), model, ignore_index, unpaired)
+        labelled = tuple(masks[i] for i in chosen if masks)
+        return cls(folder, tuple(chosen), labelled, model, ignore_index, unpaired, dtype=dtype)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -120,10 +126,7 @@ class ValidationSet:
 
         Every image is decoded: a copy under another name or in another format shows the same.
         """
-        channels = self.model.in_channels
-        return self._subset(
-            [k for k, path in enumerate(self.images) if pixel_digest(read_image(path, channels)) not in pixels]
-        )
+        return self._subset([k for k in range(len(self)) if pixel_digest(self._image(k)) not in pixels])
 
     def only(self, digests: Collection[str]) -> ValidationSet:
         """The set with just the images whose file content has one of these SHA-256; of equal files the first."""
@@ -158,11 +161,14 @@ class ValidationSet:
         """
         return LabelReader.of(self.masks, self.model, self.ignore_index, self.coding)
 
+    def _image(self, position: int) -> NDArray[Any]:
+        return read_image(self.images[position], self.model.in_channels, self.dtype)
+
     def read(self, position: int) -> Pair:
         """Read one pair. Errors are those of iterating."""
         labels = self.labels
         path = self.images[position]
-        image = read_image(path, self.model.in_channels)
+        image = self._image(position)
         mask = labels.read(self.masks[position]) if self.masks else None
         if mask is not None and mask.shape[-2:] != image.shape[:2]:
             (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[-2:]

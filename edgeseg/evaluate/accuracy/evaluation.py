@@ -37,7 +37,7 @@ from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.orphans import end_with_parent
 from edgeseg.progress import Reporter, stage
 from edgeseg.runtime.segmenter import Segmenter
-from edgeseg.spec import ModelSpec, PipelineSpec
+from edgeseg.spec import PipelineSpec
 from edgeseg.store.artifacts import sha256_json
 from edgeseg.store.cache import software, stage_folder, usable_cache
 
@@ -76,8 +76,8 @@ class AccuracyRequest:
 
         Returns what cannot be judged on it, a sentence each.
         """
-        models = {sha256_json(c.spec.model): c.spec.model for c in contenders}.values()
-        sizes = {len(data) for data in map(self.open, models) if data.masks}
+        specs = {_reads_alike(c): c.spec for c in contenders}.values()
+        sizes = {len(data) for data in map(self.open, specs) if data.masks}
         if not any(images < MIN_IMAGES for images in sizes):
             return ()
         return (
@@ -85,16 +85,17 @@ class AccuracyRequest:
             + ("raise --limit" if self.limit is not None else "give more with --data"),
         )
 
-    def open(self, model: ModelSpec) -> ValidationSet:
-        """The data set as ``model`` is to be judged on it."""
+    def open(self, spec: PipelineSpec) -> ValidationSet:
+        """The data set as an engine of ``spec`` is to be judged on it."""
         return open_layout(
             self.data,
             self.layout,
-            model,
+            spec.model,
             split=self.split,
             ignore_index=self.ignore_index,
             label_map=self.label_map,
             limit=self.limit,
+            dtype=spec.input.dtype,
         )
 
     def __call__(self, contenders: Sequence[Contender], opener: Opener, reporter: Reporter) -> dict[str, Accuracy]:
@@ -102,9 +103,14 @@ class AccuracyRequest:
         return evaluate(self, contenders, opener, reporter)
 
 
+def _reads_alike(contender: Contender) -> str:
+    """Of contenders that read a data set alike the same."""
+    return sha256_json([contender.spec.model, contender.spec.input.dtype])
+
+
 @dataclass(frozen=True)
 class _Group:
-    """Contenders of one model specification, which read the data alike."""
+    """Contenders of one model specification and input dtype, which read the data alike."""
 
     data: ValidationSet
     digest: str
@@ -124,10 +130,10 @@ def evaluate(
     """
     by_model: dict[str, list[Contender]] = {}
     for contender in contenders:
-        by_model.setdefault(sha256_json(contender.spec.model), []).append(contender)
+        by_model.setdefault(_reads_alike(contender), []).append(contender)
     by_name: dict[str, Accuracy] = {}
     for members in by_model.values():
-        data = request.open(members[0].spec.model)
+        data = request.open(members[0].spec)
         pairs = {c.name: b.name for c in members if (b := first_baseline(c, members)) is not None}
         # Decided here, before the work, and carried to every process: none of them decides for itself.
         meaning = data.labels.meaning

@@ -35,7 +35,7 @@ class ImageRecord:
     loss: LossSums | None = None
 
 
-def at_resolution(pair: Pair, spec: PipelineSpec, resolution: Resolution) -> tuple[NDArray[np.uint8], Any]:
+def at_resolution(pair: Pair, spec: PipelineSpec, resolution: Resolution) -> tuple[NDArray[Any], Any]:
     """(image to segment, mask to judge with) at the source's or the engine's size.
 
     At the engine's size the mask is moved by nearest neighbour, and padding is unlabelled.

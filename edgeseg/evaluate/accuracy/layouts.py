@@ -13,7 +13,7 @@ from edgeseg.errors import InputError, one_line
 from edgeseg.evaluate.accuracy.dataset import ValidationSet
 from edgeseg.evaluate.accuracy.labels import IGNORED, LabelCoding
 from edgeseg.evaluate.results import Layout
-from edgeseg.spec import ModelSpec, one_of
+from edgeseg.spec import InputDtype, ModelSpec, one_of
 from edgeseg.store.files import read_lines
 
 # Cityscapes' 19 training classes, by label id (cityscapesscripts/helpers/labels.py); every other id is not judged.
@@ -31,6 +31,7 @@ def open_layout(
     ignore_index: int | None = None,
     label_map: dict[int, int] | None = None,
     limit: int | None = None,
+    dtype: InputDtype = "uint8",
 ) -> ValidationSet:
     """Find the images and masks of a data set; nothing is decoded yet.
 
@@ -43,6 +44,7 @@ def open_layout(
         ignore_index: value of unlabelled pixels; ``None``: the layout's own, or recognized.
         label_map: file value -> class index or :data:`~edgeseg.evaluate.accuracy.labels.IGNORED`, over the layout's own.
         limit: keep this many, evenly spread.
+        dtype: of the engine's input.
 
     Raises:
         InputError: the layout is not there, or has no images in this split.
@@ -53,7 +55,7 @@ def open_layout(
         raise InputError(f"--limit {limit}; give at least 1 image")
     extra = label_map or {}
     if layout == "images-masks":
-        paired = ValidationSet.open(source, model, ignore_index=ignore_index, split=split)
+        paired = ValidationSet.open(source, model, ignore_index=ignore_index, split=split, dtype=dtype)
         return replace(paired, coding=LabelCoding(extra)).limited(limit)
     pairs, own_ignore, coding = _READERS[layout](source, split)
     with_masks = [(image, mask) for image, mask in pairs if mask is not None]
@@ -72,6 +74,7 @@ def open_layout(
         ignore_index=own_ignore if ignore_index is None else ignore_index,
         unpaired=unpaired,
         coding=LabelCoding({**coding.values, **extra}, coding.colours),
+        dtype=dtype,
     ).limited(limit)
 
 

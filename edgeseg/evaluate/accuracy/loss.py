@@ -57,7 +57,7 @@ class ScoreTap(Closing):
         self._session = session
         self._last: tuple[str, NDArray[Any]] | None = None
 
-    def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    def run(self, images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
         """Run one batch; see :class:`~edgeseg.backends.base.Session`."""
         outputs = self._session.run(images)
         self._last = next(((name, outputs[name]) for name in SCORES if name in outputs), None)

@@ -18,7 +18,7 @@ from edgeseg.evaluate.accuracy.scores import image_miou
 from edgeseg.evaluate.contenders import Contender, Opener
 from edgeseg.evaluate.results import Resolution, WorstImage
 from edgeseg.runtime.outputs import write_picture
-from edgeseg.runtime.overlay import spec_palette
+from edgeseg.runtime.overlay import shown_levels, spec_palette
 from edgeseg.runtime.segmenter import Segmenter
 
 GAP_PX = 4
@@ -60,12 +60,12 @@ def save_worst(
 
 
 def side_by_side(
-    image: NDArray[np.uint8], reference: NDArray[Any], engine: NDArray[Any], palette: NDArray[np.uint8]
+    image: NDArray[Any], reference: NDArray[Any], engine: NDArray[Any], palette: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
     """Image, baseline's mask, engine's mask and difference (white on the darkened image), from left to right.
 
     Args:
-        image: uint8 ``(H, W, C)``.
+        image: ``(H, W, C)``; of other dtypes than uint8 as :func:`~edgeseg.runtime.overlay.shown_levels` scales it.
         reference: ``(H, W)`` class indices.
         engine: ``(H, W)`` class indices.
         palette: uint8 ``(values, 3)``.
@@ -73,6 +73,7 @@ def side_by_side(
     Returns:
         uint8 ``(H, 4 * W + 3 * GAP_PX, 3)``.
     """
+    image = shown_levels(image)
     seen = image if image.shape[2] == 3 else np.repeat(image[..., :1], 3, axis=2)
     difference = (seen // 4).astype(np.uint8)
     difference[reference != engine] = DIFFERENT

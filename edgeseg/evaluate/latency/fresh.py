@@ -19,6 +19,7 @@ import msgspec
 
 from edgeseg.errors import BuildError
 from edgeseg.evaluate.contenders import Contender, Opener
+from edgeseg.evaluate.latency.protocol import noise_images
 from edgeseg.evaluate.results import ColdStart, Memory
 from edgeseg.machine.nvml import gpu_bytes
 
@@ -95,8 +96,6 @@ def _ask(request: FreshRequest) -> FreshAnswer:
 
 def answer(request: FreshRequest) -> FreshAnswer:
     """Do in this process what the request asks."""
-    import numpy as np
-
     start = time.perf_counter()
     _import_packages(request.contender)
     from edgeseg.runtime.segmenter import Segmenter
@@ -111,7 +110,7 @@ def answer(request: FreshRequest) -> FreshAnswer:
     peak_while_loading, when_loaded = resident_bytes("VmHWM"), resident_bytes("VmRSS")
     was_reset = _reset_peak()
     spec = request.contender.spec.input
-    image = np.random.default_rng(0).integers(0, 256, (spec.height, spec.width, spec.channels), dtype=np.uint8)
+    image = noise_images(request.contender.spec, (spec.height, spec.width))
     before = time.perf_counter()
     segmenter(image)
     after = time.perf_counter()

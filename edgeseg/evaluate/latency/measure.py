@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
 from edgeseg.errors import EdgesegError, SpecError
 from edgeseg.evaluate.contenders import Contender, Opener
-from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved, noise_images
 from edgeseg.evaluate.latency.stages import StageClock
 from edgeseg.evaluate.latency.statistics import distribution, noise_flags
 from edgeseg.evaluate.latency.streams import measure_streams
@@ -163,11 +164,11 @@ def _measure(
     }
 
 
-def noise(contender: Contender, setting: Setting) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def noise(contender: Contender, setting: Setting) -> NDArray[Any]:
     """Images to time with, always the same: what they show does not change what the kernels do."""
     spec = contender.spec.input
     height, width = setting.source_height or spec.height, setting.source_width or spec.width
-    images = np.random.default_rng(0).integers(0, 256, (setting.batch, height, width, spec.channels), dtype=np.uint8)
+    images = noise_images(contender.spec, (setting.batch, height, width))
     return images[0] if setting.batch == 1 else images
 
 

@@ -97,7 +97,7 @@ def _profile_tensorrt(engine: Engine, runs: int) -> Profile:
     from edgeseg.backends.tensorrt.session import TensorRTSession
 
     size = engine.manifest.spec.input
-    grey = np.full((size.batch.minimum, size.height, size.width, size.channels), 128, np.uint8)
+    grey = np.full((size.batch.minimum, size.height, size.width, size.channels), 128, size.dtype)
     with get_backend(engine.manifest.target).load(engine) as session:
         assert isinstance(session, TensorRTSession)
         return profile_of_layers(session.layer_times(grey, runs), runs)

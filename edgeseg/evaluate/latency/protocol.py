@@ -1,6 +1,6 @@
 """How long a call takes: trtexec's protocol, raw samples kept, several contenders measured in turns.
 
-What is timed is what the caller passes in; edgeseg times from a decoded uint8 image in host memory to the uint8 mask in
+What is timed is what the caller passes in; edgeseg times from a decoded image in host memory to the mask in
 host memory. A machine drifts (clocks, neighbours, caches), so contenders that are to be compared are measured in turns
 and compared in pairs: see :func:`measure_interleaved` and :func:`compare`.
 """
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from edgeseg.backends.base import Session
 from edgeseg.errors import SpecError
 from edgeseg.evaluate.latency.batches import ratio_interval
-from edgeseg.spec import InputSpec
+from edgeseg.images.dtypes import usual_pixels
+from edgeseg.spec import PipelineSpec
 from edgeseg.store.artifacts import LatencyFigures
 
 Call = Callable[[], object]
@@ -283,14 +285,21 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def measure_sessions(
-    sessions: Mapping[str, Session], spec: InputSpec, protocol: LatencyProtocol = SHORT
+    sessions: Mapping[str, Session], spec: PipelineSpec, protocol: LatencyProtocol = SHORT
 ) -> dict[str, LatencySamples]:
     """Time each session on one image (or the smallest batch) of the engine's size, in turns."""
     images = noise_image(spec)
     return measure_interleaved({name: partial(session.run, images) for name, session in sessions.items()}, protocol)
 
 
-def noise_image(spec: InputSpec) -> NDArray[np.uint8]:
-    """One image (or the smallest batch) to time with, always the same: what it shows does not change what kernels do."""
-    shape = (spec.batch.minimum, spec.height, spec.width, spec.channels)
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+def noise_image(spec: PipelineSpec) -> NDArray[Any]:
+    """One image (or the smallest batch) to time with; see :func:`noise_images`."""
+    size = spec.input
+    return noise_images(spec, (size.batch.minimum, size.height, size.width))
+
+
+def noise_images(spec: PipelineSpec, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Images to time with, ``(*shape, C)`` of the engine's dtype, always the same: what they show does not change what
+    kernels do."""
+    levels = np.random.default_rng(0).integers(0, 256, (*shape, spec.input.channels), dtype=np.uint8)
+    return usual_pixels(levels, spec.preprocess, spec.input.dtype)

@@ -9,7 +9,6 @@ from dataclasses import fields
 from statistics import median
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session, StageTimes, TimedSession
@@ -35,7 +34,7 @@ class StageClock(Closing):
         self._split: dict[str, list[float]] = {name: [] for name in (f.name for f in fields(StageSplit))}
         self._lock = threading.Lock()
 
-    def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    def run(self, images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
         """Run one batch; see :class:`~edgeseg.backends.base.Session`."""
         runs = getattr(self._local, "runs", None)
         if runs is None:

@@ -11,7 +11,7 @@ from functools import partial
 from edgeseg.backends import Session
 from edgeseg.errors import SpecError
 from edgeseg.evaluate.latency.protocol import LatencySamples, noise_image
-from edgeseg.spec import InputSpec
+from edgeseg.spec import PipelineSpec
 
 Call = Callable[[], object]
 ROUNDS = 4
@@ -87,7 +87,7 @@ def measure_streams(
 
 def measure_throughput(
     sessions: Mapping[str, Session],
-    spec: InputSpec,
+    spec: PipelineSpec,
     callers: int,
     *,
     duration_ms: float = 2000.0,
@@ -104,7 +104,7 @@ def measure_throughput(
     return {
         name: LatencySamples(
             name,
-            tuple(1000 / (rate * spec.batch.minimum) for rate in samples.calls_per_s_by_round),
+            tuple(1000 / (rate * spec.input.batch.minimum) for rate in samples.calls_per_s_by_round),
             samples.warmup_iterations,
         )
         for name, samples in measured.items()

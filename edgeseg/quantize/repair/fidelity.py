@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -53,7 +54,7 @@ def hold_out(samples: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet | 
     return samples.hold_out(HELD_OUT_EVERY) if len(samples) >= MIN_TO_HOLD_OUT else (samples, None)
 
 
-def windows(samples: CalibrationSet, spec: InputSpec) -> Iterator[tuple[NDArray[np.uint8], str]]:
+def windows(samples: CalibrationSet, spec: InputSpec) -> Iterator[tuple[NDArray[Any], str]]:
     """Batches of the smallest size a graph takes, each of one image repeated, and the image's name."""
     for name, shown in samples.named_windows(spec):
         for window in shown:

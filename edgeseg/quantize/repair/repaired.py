@@ -40,7 +40,7 @@ def calibrate_repaired(
     """Equalize the channels, choose the ranges, correct the biases, and measure what each gains.
 
     Args:
-        graph: the fp32 graph, input uint8 ``(N, H, W, C)``.
+        graph: the fp32 graph, input ``(N, H, W, C)``.
         samples: the images.
         equalized: where the graph with equalized channels goes; ``None`` leaves them as they are.
         method: a key of :data:`edgeseg.quantize.ranges.METHODS`, or ``auto``. With fewer than
