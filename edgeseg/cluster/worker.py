@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -20,9 +21,9 @@ from edgeseg.machine.cpu import this_cpu
 from edgeseg.runtime.run import run_inputs
 from edgeseg.runtime.segmenter import Segmenter, load
 from edgeseg.spec import FitPolicy
-from edgeseg.store.artifacts import Engine, open_engine
+from edgeseg.store.artifacts import Engine, engine_files, open_engine
 from edgeseg.store.atomic import scratch_folder
-from edgeseg.store.cache import cached_folder, usable_cache
+from edgeseg.store.cache import cached_folder, software, usable_cache
 from edgeseg.version import __version__
 
 # Of a bucket: most of a request is waiting.
@@ -127,9 +128,10 @@ class Worker(Closing):
         except StaleEngineError:
             if not self._job.recompile:
                 raise
-        from edgeseg.backends.compile import recompile
-
-        return segmenter(recompile(engine))
+        folder, _ = cached_folder(
+            "shipped", [self._job.engine_key, software()], lambda folder: _compile(engine, folder)
+        )
+        return segmenter(open_engine(folder))
 
     def close(self) -> None:
         """Free the engine."""
@@ -200,6 +202,18 @@ def _fetched(item: Item, file: Path) -> str | None:
     except InputError as exc:
         return str(exc)
     return None
+
+
+def _compile(engine: Engine, folder: Path) -> None:
+    """Build a stale engine again, for this node, into ``folder``."""
+    from edgeseg.backends.compile import recompile
+
+    with tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
+        stale = Path(scratch, "engine")
+        shutil.copytree(engine.folder, stale)
+        recompile(open_engine(stale))
+        for name in engine_files(stale) or ():
+            shutil.copyfile(stale / name, folder / name)
 
 
 def on_cores(engine: Engine, cores: int) -> Engine:

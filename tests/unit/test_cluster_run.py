@@ -666,7 +666,8 @@ def test_a_node_of_another_kind_builds_its_own_engine_where_asked(
     with Worker(replace(job, recompile=True), lambda: files) as worker:
         assert worker.segment(items, overwrite=False) == [None]
     # It is built once a node.
-    with Worker(job, dict) as worker:
+    monkeypatch.setattr("edgeseg.backends.compile.recompile", None)
+    with Worker(replace(job, recompile=True), dict) as worker:
         assert worker.segment(items, overwrite=True) == [None]
     on_one_machine(folder, [tmp_path / "a.png"], tmp_path / "one")
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
