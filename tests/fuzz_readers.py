@@ -40,12 +40,15 @@ from edgeseg.evaluate.accuracy.labels import LabelReader
 from edgeseg.evaluate.accuracy.layouts import open_layout
 from edgeseg.evaluate.results import write_report
 from edgeseg.images.decoding import read_image
+from edgeseg.images.raster import is_georeferenced, is_too_large, open_raster
+from edgeseg.mixed.costs import times_from_file
+from edgeseg.quantize.modules import Modules
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import load_table
 from edgeseg.report import plain
 from edgeseg.report.decision import decision_of
 from edgeseg.report.html import html
-from edgeseg.spec import ModelRequest, ModelSpec
+from edgeseg.spec import ModelRequest, ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, sha256_file
 from edgeseg.sweep.config import expand, read_config
 
@@ -183,6 +186,13 @@ def read_bands(path: Path) -> object:
     return read_image(path, channels=8)
 
 
+def read_raster(path: Path) -> object:
+    """Some of the pixels: a damaged header may speak of many more than there are."""
+    with open_raster(path, PipelineSpec(MODEL)) as raster:
+        rows, columns = (slice(0, min(side, 64)) for side in raster.size)
+        return raster.read(rows, columns), raster.valid(rows, columns), is_georeferenced(path), is_too_large(path)
+
+
 def read_mask(path: Path) -> object:
     return LabelReader.of([path], MODEL).read(path)
 
@@ -244,15 +254,19 @@ def read_sweep(path: Path) -> object:
     return expand(read_config(path))
 
 
+def read_costs(path: Path) -> object:
+    return times_from_file(path, ModelSpec("fpn", classes=5), Modules({"encoder": ("encoder",)}))
+
+
 def subjects(place: Path) -> dict[str, Subject]:
     """Whole files of every kind that needs no torch, below ``place``; of others what can be read with what is installed."""
-    found: dict[str, Subject] = {}
+    by_name: dict[str, Subject] = {}
 
     def add(kind: str, name: str, content: bytes, read: Callable[[Path], object]) -> Path:
         path = place / kind / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        found[f"{kind}/{name}"] = Subject(path, read)
+        by_name[f"{kind}/{name}"] = Subject(path, read)
         return path
 
     for kind, options in {
@@ -291,6 +305,20 @@ def subjects(place: Path) -> dict[str, Subject]:
         bands = RNG.integers(0, 256, (19, 23, 8), dtype=np.uint8)
         tifffile.imwrite(stream, bands, photometric="minisblack", planarconfig="contig", compression="lzw")
         add("bands", "a.tif", stream.getvalue(), read_bands)
+    with contextlib.suppress(ImportError):
+        from rasterio import Affine
+        from rasterio.io import MemoryFile
+
+        planes = np.ascontiguousarray(PHOTO.transpose(2, 0, 1))
+        place_on_earth = {"crs": "EPSG:32633", "transform": Affine(0.5, 0, 5e5, 0, -0.5, 4.6e6), "dtype": "uint8"}
+        for name, driver, more in (
+            ("r.tif", "GTiff", {"compress": "deflate", "tiled": True, "blockxsize": 16, "blockysize": 16, "nodata": 0}),
+            ("r.jp2", "JP2OpenJPEG", {"reversible": "YES", "quality": "100"}),
+        ):
+            with MemoryFile() as file:
+                with file.open(driver=driver, count=3, height=19, width=23, **place_on_earth, **more) as raster:
+                    raster.write(planes)
+                add("raster", name, bytes(file.getbuffer()), read_raster)
     add("sweep", "sweep.toml", SWEEP, read_sweep)
     (place / "report").mkdir()
     write_report(
@@ -301,10 +329,10 @@ def subjects(place: Path) -> dict[str, Subject]:
             row("int8", 6.0, miou=0.69, drop=0.01, agreement=0.98, precision="int8", samples_ms=(6.0, 6.5, 5.5) * 5),
         ),
     )
-    found["report/bench.json"] = Subject(place / "report" / "bench.json", read_reports)
+    by_name["report/bench.json"] = Subject(place / "report" / "bench.json", read_reports)
     with contextlib.suppress(ImportError):
-        found |= engines(place)
-    return found
+        by_name |= engines(place)
+    return by_name
 
 
 def engines(place: Path) -> dict[str, Subject]:
@@ -333,7 +361,7 @@ def checkpoints(place: Path) -> dict[str, Subject]:
     from edgeseg.convert.architectures import import_smp
     from edgeseg.convert.load import load_model
 
-    found: dict[str, Subject] = {}
+    by_name: dict[str, Subject] = {}
 
     def load(path: Path) -> object:
         return load_model(ModelRequest(weights=str(path)))
@@ -354,11 +382,11 @@ def checkpoints(place: Path) -> dict[str, Subject]:
     torch.save(tensors, place / "checkpoint" / "old.pt", _use_new_zipfile_serialization=False)
     save_file(dict(tensors), place / "checkpoint" / "a.safetensors")
     for name in ("a.ckpt", "old.pt", "a.safetensors"):
-        found[f"checkpoint/{name}"] = Subject(place / "checkpoint" / name, load)
+        by_name[f"checkpoint/{name}"] = Subject(place / "checkpoint" / name, load)
     network.save_pretrained(place / "hub")
     for name in ("config.json", "model.safetensors"):
-        found[f"hub/{name}"] = Subject(place / "hub" / name, load_folder)
-    return found
+        by_name[f"hub/{name}"] = Subject(place / "hub" / name, load_folder)
+    return by_name
 
 
 def fault_of(subject: Subject, content: bytes) -> str | None:

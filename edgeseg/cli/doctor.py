@@ -49,6 +49,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "pycuda": ("pycuda", "onnx"),
     "tensorrt-rtx": ("tensorrt-rtx-cu12", "onnx"),
     "tiff": ("tifffile", "imagecodecs"),
+    "raster": ("rasterio",),
     "video": ("opencv-python-headless",),
     "report": ("jinja2",),
     "sweep": ("ray",),

@@ -27,6 +27,7 @@ import msgspec
 from edgeseg.closing import Closing
 from edgeseg.cluster.places import Bucket
 from edgeseg.cluster.plan import Image, Plan
+from edgeseg.cluster.worker import Outcome
 from edgeseg.errors import ArtifactError, refusals_as
 
 LEDGER = "ledger"
@@ -92,10 +93,10 @@ class Ledger(Closing):
         """Say that the outputs of these images may be there from now on."""
         self._write({"begun": [_quoted(image.identity) for image in images]}, now=True)
 
-    def finish(self, results: Sequence[tuple[Image, str | None]]) -> None:
-        """Say what became of images: why they failed, or ``None``."""
-        done = [[_quoted(i.identity), i.stamp, _quoted(i.name)] for i, reason in results if reason is None]
-        failed = [[_quoted(i.identity), _quoted(reason)] for i, reason in results if reason is not None]
+    def finish(self, results: Sequence[tuple[Image, Outcome]]) -> None:
+        """Say what became of images."""
+        done = [[_quoted(i.identity), i.stamp, _quoted(i.name)] for i, outcome in results if outcome.reason is None]
+        failed = [[_quoted(i.identity), _quoted(o.reason)] for i, o in results if o.reason is not None]
         self._write({name: rows for name, rows in (("done", done), ("failed", failed)) if rows}, now=False)
 
     def close(self) -> None:

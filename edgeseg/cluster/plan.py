@@ -19,6 +19,7 @@ from typing import Any
 
 from edgeseg.closing import Closing
 from edgeseg.cluster.places import Bucket, file_stamp, is_url, without_protocol
+from edgeseg.cluster.worker import Outcome
 from edgeseg.errors import ArtifactError, InputError, SpecError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, glob_matches, list_images
 from edgeseg.runtime.outputs import first_free, told_apart
@@ -38,7 +39,7 @@ CREATE TABLE taken (name BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE there (name BLOB PRIMARY KEY) WITHOUT ROWID;
 BEGIN;
 """
-_NEW, _BEGUN, _DONE_BEFORE, _DONE, _FAILED = range(5)
+_NEW, _BEGUN, _DONE_BEFORE, _DONE, _DONE_RASTER, _FAILED = range(6)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Image:
     def begun(self) -> bool:
         """Whether an earlier run has begun it, so that what is there under its name is ours."""
         return self.state == _BEGUN
+
+    @property
+    def is_raster(self) -> bool:
+        """Whether this run has segmented it as a raster."""
+        return self.state == _DONE_RASTER
 
     @property
     def place(self) -> str:
@@ -191,13 +197,16 @@ class Plan(Closing):
                 self._db.execute("UPDATE image SET state = ? WHERE position = ?", (_DONE_BEFORE, row[0]))
 
     def check_outputs(
-        self, there: Iterable[str], outputs: Callable[[str], Sequence[str]], refuse: Callable[[Image, str], None]
+        self,
+        there: Iterable[str],
+        outputs: Callable[[Image], Sequence[Sequence[str]]],
+        refuse: Callable[[Image, str], None],
     ) -> int:
         """Compare with the outputs that are there, before the work.
 
         Args:
             there: names of the files below the place of the outputs.
-            outputs: those of an image, by its name.
+            outputs: of an image: as many sets as there are ways to segment it, each of which is a whole answer.
             refuse: called for every output that is there and is to be written (again).
 
         Returns:
@@ -210,13 +219,13 @@ class Plan(Closing):
                 self._db.execute("UPDATE image SET state = ? WHERE state = ?", (_BEGUN, _DONE_BEFORE))
                 return 0
             for image in self._all("1"):
-                wanted = outputs(image.name)
-                present = [output for output in wanted if self._is_there(output)]
-                if image.state == _DONE_BEFORE and len(present) < len(wanted):
-                    self._db.execute("UPDATE image SET state = ? WHERE position = ?", (_BEGUN, image.position))
-                elif image.state != _DONE_BEFORE:
-                    for output in present:
+                sets = outputs(image)
+                present = {output for wanted in sets for output in wanted if self._is_there(output)}
+                if image.state != _DONE_BEFORE:
+                    for output in sorted(present):
                         refuse(image, output)
+                elif not any(present.issuperset(wanted) for wanted in sets):
+                    self._db.execute("UPDATE image SET state = ? WHERE position = ?", (_BEGUN, image.position))
             self._db.execute("DROP TABLE there")
             return self._count(_DONE_BEFORE)
 
@@ -234,17 +243,17 @@ class Plan(Closing):
         """The images that are not done, in order. What becomes of them may be noted meanwhile."""
         return self._all(f"state IN ({_NEW}, {_BEGUN})")
 
-    def finish(self, results: Sequence[tuple[Image, str | None]]) -> None:
-        """Note what became of images: why they failed, or ``None``."""
+    def finish(self, results: Sequence[tuple[Image, Outcome]]) -> None:
+        """Note what became of images."""
         with _clear_errors():
             self._db.executemany(
                 "UPDATE image SET state = ?, reason = ? WHERE position = ?",
-                [(_DONE if reason is None else _FAILED, _as_text(reason), image.position) for image, reason in results],
+                [(*_state_and_reason(outcome), image.position) for image, outcome in results],
             )
 
     def finished(self) -> Iterator[Image]:
         """The images this run has segmented, in order."""
-        return self._all(f"state = {_DONE}")
+        return self._all(f"state IN ({_DONE}, {_DONE_RASTER})")
 
     def failed(self) -> Iterator[tuple[str, str]]:
         """The images this run could not use, in order, and why."""
@@ -253,8 +262,10 @@ class Plan(Closing):
                 yield os.fsdecode(source), os.fsdecode(reason)
 
 
-def _as_text(reason: str | None) -> bytes | None:
-    return None if reason is None else os.fsencode(reason)
+def _state_and_reason(outcome: Outcome) -> tuple[int, bytes | None]:
+    if outcome.reason is not None:
+        return _FAILED, os.fsencode(outcome.reason)
+    return (_DONE_RASTER if outcome.is_raster else _DONE), None
 
 
 def _name_of(source: bytes, name: bytes | None) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 
 from edgeseg.backends import GPU_TARGETS
 from edgeseg.cluster.plan import Image
-from edgeseg.cluster.worker import Item, Job, Worker
+from edgeseg.cluster.worker import Item, Job, Outcome, Worker
 from edgeseg.errors import BuildError, EdgesegError, one_line
 from edgeseg.runtime.overlap import MAX_THREADS
 
@@ -52,10 +52,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Finished:
-    """A batch is done: why each image could not be used, or ``None``; seconds it took."""
+    """A batch is done: what became of each image; seconds it took."""
 
     batch: Batch
-    reasons: Sequence[str | None]
+    outcomes: Sequence[Outcome]
     seconds: float
 
 
@@ -96,8 +96,8 @@ class _Refusal:
 
 
 @dataclass(frozen=True)
-class _Reasons:
-    reasons: list[str | None]
+class _Answer:
+    outcomes: list[Outcome]
     seconds: float
 
 
@@ -112,18 +112,18 @@ class _Actor:
         import ray
 
         try:
-            self._worker = Worker(self._job, lambda: ray.get(self._files[0]))
+            self._worker = Worker(self._job, lambda number: ray.get(self._files[number]))
         except EdgesegError as exc:
             return _Refusal(exc, platform.node())
         return None
 
-    def segment(self, items: tuple[Item, ...], overwrite: bool) -> _Reasons | _Refusal:
+    def segment(self, items: tuple[Item, ...], overwrite: bool) -> _Answer | _Refusal:
         begin = time.perf_counter()
         try:
-            reasons = self._worker.segment(items, overwrite=overwrite)
+            outcomes = self._worker.segment(items, overwrite=overwrite)
         except EdgesegError as exc:
             return _Refusal(exc, platform.node())
-        return _Reasons(reasons, time.perf_counter() - begin)
+        return _Answer(outcomes, time.perf_counter() - begin)
 
 
 @dataclass(eq=False)
@@ -142,8 +142,8 @@ class RayPool:
     Args:
         ray: the connected module.
         job: for the workers; its ``cores`` are chosen here.
-        target: of the engine: one for a GPU takes one a worker.
-        files: the content of the engine folder by name; goes to each node once.
+        targets: of the engines: those for a GPU take one a worker.
+        files: the content of each engine's folder by name; goes to each node once.
         workers: how many; ``None``: as many as the cluster has room for now.
         say: gets a line for a person when workers are waited for.
     """
@@ -152,13 +152,13 @@ class RayPool:
         self,
         ray: Any,
         job: Job,
-        target: str,
-        files: Mapping[str, bytes],
+        targets: Sequence[str],
+        files: Sequence[Mapping[str, bytes]],
         workers: int | None,
         say: Callable[[str], None],
     ) -> None:
         self._ray, self._say = ray, say
-        gpus = 1 if target in GPU_TARGETS else 0
+        gpus = 0 if set(GPU_TARGETS).isdisjoint(targets) else 1
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cores, fitting = shares(nodes, gpus, workers)
         self.workers = workers or fitting
@@ -175,7 +175,7 @@ class RayPool:
             )
             .remote,
             replace(job, cores=cores),
-            [ray.put(dict(files))],
+            [ray.put(dict(content)) for content in files],
         )
         self._hands: list[_Hand] = []
         self._ready: list[_Hand] = []
@@ -256,7 +256,7 @@ class RayPool:
             return lost
         batch = hand.batches.pop(reference)
         _raise_refusal(answer)
-        return [Finished(batch, answer.reasons, answer.seconds)]
+        return [Finished(batch, answer.outcomes, answer.seconds)]
 
     def _replace(self, hand: _Hand) -> None:
         hand.dead = True

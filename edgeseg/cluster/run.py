@@ -17,10 +17,13 @@ from edgeseg.cluster.ledger import LEDGER, Ledger
 from edgeseg.cluster.places import Bucket, is_url, without_protocol
 from edgeseg.cluster.plan import Image, Plan
 from edgeseg.cluster.pool import Batch, Finished, Lost, Pool, RayPool
-from edgeseg.cluster.worker import Job, Settings
+from edgeseg.cluster.worker import Job, Outcome, Settings
 from edgeseg.errors import ArtifactError, InputError, OutputExistsError, SpecError, refusals_as
 from edgeseg.evaluate.tables import counted
+from edgeseg.images.raster import RASTER_SUFFIXES
+from edgeseg.runtime.raster import RasterOptions, is_installed, raster_outputs
 from edgeseg.runtime.run import Bar, Failure, RunSummary, Silent, image_outputs, tell_what_overlays_show
+from edgeseg.spec import PipelineSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine, open_engine, sha256_json
 from edgeseg.store.atomic import HeldError, lock
 from edgeseg.version import __version__
@@ -34,7 +37,7 @@ _FIRST_BATCH, _LARGEST_BATCH = 8, 256
 _PARTS = 8
 _MOST_DEATHS = 3
 
-Workers = Callable[[Job, Engine, Silent], "AbstractContextManager[Pool]"]
+Workers = Callable[[Job, Sequence[Engine], Silent], "AbstractContextManager[Pool]"]
 """Gives the workers of a run (tests bring their own)."""
 
 
@@ -44,6 +47,7 @@ def run_on_cluster(
     output: str | Path,
     settings: Settings,
     *,
+    ensemble: Sequence[Path] = (),
     workers: int | None = None,
     address: str | None = None,
     recompile: bool = False,
@@ -63,6 +67,7 @@ def run_on_cluster(
         inputs: images, folders (their own files), globs and ``.txt`` lists, or URLs of the first three.
         output: folder that all nodes see, or URL.
         settings: how masks are made and written.
+        ensemble: folders of further engines; the probabilities of all are averaged.
         workers: how many; ``None``: as many as the cluster has room for.
         address: of the cluster; see :func:`edgeseg.cluster.connection.connected`.
         recompile: workers build the engine again where it was built for another device.
@@ -81,36 +86,40 @@ def run_on_cluster(
     """
     if not 0.0 <= settings.alpha <= 1.0:
         raise InputError(f"alpha is {settings.alpha}; give an opacity from 0 to 1")
-    engine = open_engine(folder)
+    engines = [open_engine(path) for path in (folder, *ensemble)]
+    spec = engines[0].manifest.spec
     target = _target(output)
     with ExitStack() as held:
         plan = held.enter_context(Plan(inputs))
         held.enter_context(_alone_in(target))
-        about = {"engine": engine.manifest.engine_key, "edgeseg": __version__, **asdict(settings)}
-        ledger = held.enter_context(Ledger(target, sha256_json(about), {**about, "name": engine.manifest.name}))
+        _check_rasters(plan, settings.rasters)
+        keys = [engine.manifest.engine_key for engine in engines]
+        about = {"engines": keys, "edgeseg": __version__, **asdict(settings)}
+        names = [engine.manifest.name for engine in engines]
+        ledger = held.enter_context(Ledger(target, sha256_json(about), {**about, "names": names}))
         ledger.read_into(plan)
-        reused = _check_outputs(plan, target, engine, settings, overwrite)
+        reused = _check_outputs(plan, target, spec, settings, overwrite)
         job = Job(
-            folder=str(folder),
-            engine_key=engine.manifest.engine_key,
+            engines=tuple(zip(map(str, (folder, *ensemble)), keys, strict=True)),
             version=__version__,
             settings=settings,
             recompile=recompile,
             output=target.url if isinstance(target, Bucket) else os.path.abspath(target),
             cores=1,
             folders=_folders(plan, target),
+            has_rasterio=is_installed(),
         )
         ledger.start()
         most = None if limit is None else max(0, limit - reused)
         with Bar(plan.images - reused, most) if progress else nullcontext(Silent()) as bar:
             if settings.overlay:
-                tell_what_overlays_show(engine.manifest.spec, bar)
+                tell_what_overlays_show(spec, bar)
             run = _Run(plan, ledger, bar, most, overwrite)
             if not run.is_done():
-                with (pool or _on_ray(workers, address))(job, engine, bar) as hands:
+                with (pool or _on_ray(workers, address))(job, engines, bar) as hands:
                     run.all(hands)
         seconds = 0.0 if run.begin is None else time.perf_counter() - run.begin
-        outputs = (name for image in plan.finished() for name in _outputs(image, engine, settings))
+        outputs = (name for image in plan.finished() for name in _outputs(image, spec, settings))
         return RunSummary(
             images=run.images,
             frames=0,
@@ -157,25 +166,52 @@ def _alone_in(target: Path | Bucket) -> Generator[None, None, None]:
 
 def _on_ray(workers: int | None, address: str | None) -> Workers:
     @contextmanager
-    def hands(job: Job, engine: Engine, bar: Silent) -> Generator[Pool, None, None]:
-        names = [MANIFEST_NAME, *(file.name for file in engine.manifest.files)]
-        files = {name: (engine.folder / name).read_bytes() for name in names}
+    def hands(job: Job, engines: Sequence[Engine], bar: Silent) -> Generator[Pool, None, None]:
+        targets = [engine.manifest.target for engine in engines]
+        files = [engine_content(engine) for engine in engines]
         with (
             kept_stdout(),
             connected(address, extra="cluster", purpose="run on a Ray cluster") as ray,
-            closing(RayPool(ray, job, engine.manifest.target, files, workers, bar.say)) as ray_pool,
+            closing(RayPool(ray, job, targets, files, workers, bar.say)) as ray_pool,
         ):
             yield ray_pool
 
     return hands
 
 
-def _outputs(image: Image, engine: Engine, settings: Settings) -> list[str]:
-    return image_outputs(image.name, engine.manifest.spec, overlay=settings.overlay)
+def engine_content(engine: Engine) -> dict[str, bytes]:
+    """The files of an engine folder by name."""
+    names = [MANIFEST_NAME, *(file.name for file in engine.manifest.files)]
+    return {name: (engine.folder / name).read_bytes() for name in names}
 
 
-def _check_outputs(plan: Plan, target: Path | Bucket, engine: Engine, settings: Settings, overwrite: bool) -> int:
+def _outputs(image: Image, spec: PipelineSpec, settings: Settings) -> list[str]:
+    """What this run has written of an image, below the output."""
+    if image.is_raster:
+        return _raster_outputs(image, settings)
+    return image_outputs(image.name, spec, overlay=settings.overlay)
+
+
+def _raster_outputs(image: Image, settings: Settings) -> list[str]:
+    return [path.as_posix() for path in raster_outputs(Path(), image.name, settings.rasters)]
+
+
+def _check_rasters(plan: Plan, rasters: RasterOptions) -> None:
+    """Refuse, before the work, what is no raster where rasters are asked for. Raises ``SpecError``."""
+    if rasters.for_all:
+        for image in plan.todo():
+            rasters.applies_to(Path(image.source))
+
+
+def _check_outputs(plan: Plan, target: Path | Bucket, spec: PipelineSpec, settings: Settings, overwrite: bool) -> int:
     """Refuse, before the work, what must not be written; how many images are done already."""
+
+    def outputs(image: Image) -> list[list[str]]:
+        sets = [image_outputs(image.name, spec, overlay=settings.overlay)]
+        # Which of them it is, its worker sees.
+        if settings.rasters.use is not False and Path(image.source).suffix.lower() in RASTER_SUFFIXES:
+            sets.append(_raster_outputs(image, settings))
+        return sets
 
     def refuse(image: Image, name: str) -> None:
         path = _joined(target, name)
@@ -184,11 +220,9 @@ def _check_outputs(plan: Plan, target: Path | Bucket, engine: Engine, settings: 
         if not overwrite and not image.begun:
             raise OutputExistsError(f"{path} exists; give --force to replace it, or another output")
 
-    return plan.check_outputs(
-        (f"{folder}/{name}" for folder in ("masks", "overlays") for name in _names(target, folder)),
-        lambda name: image_outputs(name, engine.manifest.spec, overlay=settings.overlay),
-        refuse,
-    )
+    folders = ("masks", "overlays", "probabilities")
+    there = (f"{folder}/{name}" for folder in folders for name in _names(target, folder))
+    return plan.check_outputs(there, outputs, refuse)
 
 
 def _names(target: Path | Bucket, folder: str) -> Iterator[str]:
@@ -240,7 +274,7 @@ class _Run:
                 self._given -= 1
                 if isinstance(event, Finished):
                     self._batch_size = _next_size(event)
-                    self._finish(list(zip(event.batch.images, event.reasons, strict=True)))
+                    self._finish(list(zip(event.batch.images, event.outcomes, strict=True)))
                 else:
                     lost.append(event)
             if lost:
@@ -265,16 +299,16 @@ class _Run:
         self._drawn += len(images)
         return tuple(images)
 
-    def _finish(self, results: Sequence[tuple[Image, str | None]]) -> None:
+    def _finish(self, results: Sequence[tuple[Image, Outcome]]) -> None:
         self.plan.finish(results)
         self.ledger.finish(results)
-        for _, reason in results:
-            if reason is None:
+        for _, outcome in results:
+            if outcome.reason is None:
                 self.images += 1
             else:
                 self._failed += 1
-                self.bar.say(f"skipped: {reason}")
-            self.bar.advance(failed=reason is not None)
+                self.bar.say(f"skipped: {outcome.reason}")
+            self.bar.advance(failed=outcome.reason is not None)
 
     def _again(self, lost: Sequence[Lost]) -> None:
         count = sum(len(event.batch.images) for event in lost)
@@ -284,7 +318,7 @@ class _Run:
             if batch.is_suspect and len(batch.images) == 1 and batch.deaths + 1 == _MOST_DEATHS:
                 image = batch.images[0]
                 reason = f"{image.source} was given to {_MOST_DEATHS} workers alone, and each died (out of memory?)"
-                self._finish([(image, f"{reason}: {event.reason}")])
+                self._finish([(image, Outcome(f"{reason}: {event.reason}"))])
                 continue
             size = max(1, len(batch.images) // _PARTS)
             parts = [batch.images[start : start + size] for start in range(0, len(batch.images), size)]

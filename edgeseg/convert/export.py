@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from edgeseg.convert.dynamic_size import constant_same_padding
+from edgeseg.convert.fake_quantizers import mode
 from edgeseg.convert.heads import LOGITS, Pipeline
+from edgeseg.convert.marks import drop_marks, take_marks
 from edgeseg.convert.naming import name_by_scope, name_dynamic_axes
 from edgeseg.convert.parity import (
     RELATIVE_TOLERANCE,
@@ -34,13 +36,16 @@ from edgeseg.convert.translations import TRANSLATIONS
 from edgeseg.errors import ExportError, SpecError, first_line
 from edgeseg.graph.macs import count_macs
 from edgeseg.spec import InputSpec, PipelineSpec
-from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.artifacts import OnnxGraph, sha256_file, write_json
 from edgeseg.store.onnx_file import write_onnx
 
 if TYPE_CHECKING:
     from edgeseg.convert.load import LoadedModel
 
 OPSET = 20
+
+MARKS_NAME = "marks.json"
+"""Beside the graph of a module with fake-quantizers: where they stand, :class:`~edgeseg.graph.grid.Marks`."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ def export_onnx(
     Args:
         loaded: the model, evaluation mode, float32.
         spec: its input, preprocessing and output contract.
-        path: file to write, atomically; nothing appears there on failure.
+        path: file to write, atomically; nothing appears there on failure. Of a module with fake-quantizers the graph is
+            float with the weights they rounded, and :data:`MARKS_NAME` is written beside it.
         probe_images: ``(N, H, W, C)`` images of the spec's dtype and size to compare on; ``None`` for generated ones.
 
     Raises:
@@ -89,12 +95,21 @@ def export_onnx(
     start = time.monotonic()
     pipeline = Pipeline(loaded.module, spec).eval()
     probes = _probes(spec, probe_images)
-    reference = [_reference(pipeline, image, spec) for image in probes]
+    # Rounding of activations is not of the float graph; their places are. Weights are what they were rounded to.
+    with mode(pipeline, "weights"):
+        reference = [_reference(pipeline, image, spec) for image in probes]
     if spec.input.dynamic_size:
         module = constant_same_padding(loaded.module, spec.input.channels, spec.input.stride)
         pipeline = Pipeline(module, spec).eval()
-    exported = export_graph(pipeline, spec)
-    model, applied = simplify(exported)
+    with mode(pipeline, "marked"):
+        exported = export_graph(pipeline, spec)
+    if loaded.trained is None:
+        model, applied = simplify(exported)
+    else:
+        exported, kept = take_marks(exported)
+        model, applied = simplify(exported, keeps_weights=True)
+        model, marks = drop_marks(model, kept, loaded.trained.tools)
+        write_json(path.with_name(MARKS_NAME), marks)
     try:
         parity = check(model, spec, probes, reference)
     except ExportError as exc:

@@ -23,8 +23,12 @@ _PARALLEL = re.compile(r"(^|\.)(encoder|decoder|segmentation_head|classification
 _WATCHERS = (
     ("thop's counters", re.compile(r"(^|\.)total_(ops|params)$")),
     (
-        "observers of quantization-aware training; the weights are used as floats",
-        re.compile(r"(^|\.)(activation_post_process(_\d+)?|weight_fake_quant)\."),
+        # torch.ao and PT2E; NVIDIA's pytorch-quantization and Model Optimizer; NNCF.
+        "fake-quantizers of quantization-aware training; the weights are used as floats (edgeseg.build(module) in Python takes "
+        "their scales)",
+        re.compile(
+            r"(^|\.)((activation_post_process(_\d+)?|weight_fake_quant)\.|_?(input|weight|output)_quantizer\.|__nncf_hooks\.)"
+        ),
     ),
 )
 

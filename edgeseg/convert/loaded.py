@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from edgeseg.convert.architectures import name_softmax_axis
@@ -14,6 +14,8 @@ from edgeseg.store.artifacts import WeightsOrigin
 
 if TYPE_CHECKING:
     import torch
+
+    from edgeseg.convert.fake_quantizers import Reading
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class LoadedModel:
         saved: the preprocessing that was saved beside the weights.
         fitting: how it brings images to the engine, once it is settled with the user's size and fit policy.
         origin: the hub's repository or the model card beside the weights.
+        trained: the fake-quantizers of ``module``, :class:`~edgeseg.convert.fake_quantizers.FakeQuantizer` all, where it was
+            trained with them.
         users_module: an object of the user's: neither ``model`` nor the weights tell what its code computes, so nothing
             made of it may be found again by them.
     """
@@ -54,6 +58,15 @@ class LoadedModel:
     saved: SavedPreprocessing | None = None
     origin: WeightsOrigin | None = None
     fitting: Fitting = field(default_factory=Fitting)
+    trained: Reading | None = None
+
+    def in_float(self) -> LoadedModel:
+        """The same with its fake-quantizers off."""
+        if self.trained is None:
+            return self
+        from edgeseg.convert.fake_quantizers import switched_off
+
+        return replace(self, module=switched_off(self.module), trained=None)
 
     @property
     def has_own_size(self) -> bool:

@@ -13,9 +13,12 @@ from edgeseg.convert.silence import silenced
 from edgeseg.errors import ExportError, first_line
 from edgeseg.graph.editing import tidy
 
+_COMPOSED = frozenset({"compose_concat", "compose_conv", "subpixel"})
+"""Rewrites that make one weight of several: what each was rounded to in training would be lost."""
 
-def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:
-    """Simplify and rewrite ``model``.
+
+def simplify(model: onnx.ModelProto, *, keeps_weights: bool = False) -> tuple[onnx.ModelProto, dict[str, int]]:
+    """Simplify and rewrite ``model``; with ``keeps_weights`` every layer's weight stays its own.
 
     Returns:
         the new model, shapes inferred and names final; and how many times each rewrite applied.
@@ -24,7 +27,8 @@ def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:
         ExportError: onnxsim failed, or a rewrite broke its own postcondition.
     """
     rewritable = ir.serde.deserialize_model(infer_shapes(run_onnxsim(model)))
-    applied = apply_rewrites(rewritable, REWRITES)
+    rewrites = [rewrite for rewrite in REWRITES if not (keeps_weights and rewrite.name in _COMPOSED)]
+    applied = apply_rewrites(rewritable, rewrites)
     # rewrites make parameters anew: equal ones become one, and so do nodes that then compute the same
     DeduplicateInitializersPass()(rewritable)
     CommonSubexpressionEliminationPass()(rewritable)

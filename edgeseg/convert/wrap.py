@@ -68,7 +68,11 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
         raise SpecError("weights and model_args are for models edgeseg builds; load the weights into the module first")
     _require_python(module)
     name = type(_unwrapped(module)).__name__
-    network = _find_network(_copied(_unwrapped(module)), request)
+    from edgeseg.convert.fake_quantizers import read_fake_quantizers, require_same, settled
+
+    read, reading = read_fake_quantizers(_copied(_unwrapped(module)))
+    whole = read if reading is None else _copied(read)
+    network = _find_network(read, request)
     channels = _input_channels(network, request)
     notes = list(network.notes)
     described: torch.nn.Module = network.module
@@ -107,7 +111,14 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
         if len(samples)
         else make_probe_images(*size, channels, preprocess=preprocess, dtype=request.input_dtype)
     )
-    activation, activation_notes = _activation(described, network, request, normalized(shown, preprocess))
+    inputs = normalized(shown, preprocess)
+    if run_on(described, inputs) is None:
+        inputs = inputs[:1]  # a graph that was exported for one image
+    if reading is not None:
+        require_same(_copied(_unwrapped(module)), whole, inputs)
+        reading = settled(described, reading, inputs)
+        notes.append(reading.words)
+    activation, activation_notes = _activation(described, network, request, inputs)
     spec, geometry = _describe(described, network, request, encoder, channels, classes, activation, geometry)
     _check_request(request, spec.arch, encoder if network.inner is not None else None)
     _, task_notes = resolve_task(request.task, classes, activation)
@@ -123,6 +134,7 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
         notes=tuple(dict.fromkeys(notes)),
         fixed_size=geometry.fixed,
         users_module=True,
+        trained=reading,
     )
 
 
@@ -151,6 +163,9 @@ def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 def _copied(module: torch.nn.Module) -> torch.nn.Module:
     try:
         twin = copy.deepcopy(module)
+        for name in ("train", "eval"):
+            # torch.export puts its own there, which raise: nothing of such a graph depends on the mode any more.
+            vars(twin).pop(name, None)
     except (RuntimeError, TypeError, AttributeError, NotImplementedError) as exc:
         raise SpecError(
             f"{type(module).__name__} cannot be copied ({one_line(exc)}); give the network inside "

@@ -26,6 +26,7 @@ from edgeseg.convert.saved_preprocessing import CONFIG_NAME
 from edgeseg.errors import BuildError, QuantizationError, SpecError
 from edgeseg.evaluate.summary import input_line
 from edgeseg.evaluate.verify import check_gates
+from edgeseg.graph.grid import Marks
 from edgeseg.pipeline.candidate import (
     GRAPH_NAME,
     TABLE_NAME,
@@ -44,7 +45,14 @@ from edgeseg.pipeline.verification_data import (
     sample_images,
 )
 from edgeseg.progress import Reporter, stage
-from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, calibrate, method_or_default, table_key
+from edgeseg.quantize.calibration import (
+    AUTO,
+    DEFAULT_METHOD,
+    CalibrationSet,
+    calibrate,
+    method_or_default,
+    table_key,
+)
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import InputSpec, PipelineSpec, one_of
 from edgeseg.store.artifacts import (
@@ -81,7 +89,8 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
     targets, loaded, spec, folder = plan.targets, plan.loaded, plan.spec, plan.folder
     with usable_cache(reporter.note), engine_folder(folder, force=request.force) as scratch:
         exported, conversion = export_stage(loaded, spec, scratch, reporter)
-        quantized = quantize_stage(request, targets, exported, plan.samples, scratch / PLAIN_FOLDER, reporter)
+        marks = None if loaded.trained is None else read_marks(exported)
+        quantized = quantize_stage(request, targets, exported, plan.samples, scratch / PLAIN_FOLDER, reporter, marks)
         # What no file describes cannot be loaded again, nor built by a command.
         if loaded.origin is not None and loaded.origin.hub_id is not None:
             # A branch moves on; the engine is made again from the commit it was made from.
@@ -135,13 +144,19 @@ def quantize_stage(
     samples: Any,
     scratch: Path,
     reporter: Reporter,
+    marks: Marks | None = None,
 ) -> Quantized:
-    """Calibrate and build for every target, in ``scratch``, which is made. Errors are those of a build."""
+    """Calibrate and build for every target, in ``scratch``, which is made. Errors are those of a build.
+
+    ``marks``: the fake-quantizers of ``exported``, of a network that was trained with them.
+    """
     scratch.mkdir()
     graph, table = exported, None
-    if samples is not None:
+    if samples is not None and (marks is None or not isinstance(samples, CalibrationSet)):
         judges = judging_schemes(request, targets)
         graph, table = calibration_stage(request, exported, samples, judges, scratch, reporter)
+    elif marks is not None:
+        table = trained_stage(request, exported, marks, samples, reporter)
     if request.precision == "fp16" and table is None:
         reporter.note(
             "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
@@ -255,6 +270,9 @@ def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: R
             loaded = wrap_module(model, request.model, images)
         said.append(f"{loaded.model.display_name}, {loaded.model.classes} classes, {loaded.weights}")
     loaded = fitted(request, loaded)
+    if loaded.trained is not None and request.precision != "int8":
+        note = f"its fake-quantizers are off for {request.precision}: int8 takes their scales"
+        loaded = dataclasses.replace(loaded.in_float(), notes=(*loaded.notes, note))
     for note in loaded.notes:
         reporter.note(note)
     return loaded
@@ -376,7 +394,9 @@ def export_stage(
     def make(folder: Path) -> None:
         # The merged module is only what is exported; the verification compares with the one that was loaded.
         side = loaded.fixed_size[0] if loaded.fixed_size else max(spec.input.height, spec.input.width)
-        module, saved = merge_branches(loaded.module, spec.input.channels, side)
+        module, saved = loaded.module, 0
+        if loaded.trained is None:
+            module, saved = merge_branches(loaded.module, spec.input.channels, side)
         _, report = export_onnx(dataclasses.replace(loaded, module=module), spec, folder / GRAPH_NAME)
         write_json(folder / "report.json", dataclasses.replace(report, layers_merged=saved))
 
@@ -485,6 +505,41 @@ def calibration_stage(
     return graph, table
 
 
+def read_marks(exported: OnnxGraph) -> Marks:
+    """The fake-quantizers that :func:`export_stage` found in a module."""
+    from edgeseg.convert.export import MARKS_NAME
+
+    return read_json(exported.path.with_name(MARKS_NAME), Marks, "list of fake-quantizers")
+
+
+def trained_stage(
+    request: BuildRequest, graph: OnnxGraph, marks: Marks, samples: CalibrationSet | None, reporter: Reporter
+) -> CalibrationTable:
+    """Take the scales of training; what it left in float is calibrated where there are images."""
+    from edgeseg.quantize.trained import trained_table
+
+    method = request.calibration_method
+    method = DEFAULT_METHOD if method in (None, AUTO) else method_or_default(method)
+    with stage(reporter, "calibrate") as said:
+        table = trained_table(graph, marks, samples, method, reporter.progress)
+        assert table.trained is not None
+        said.append(f"scales of {table.trained.activations} tensors as {' and '.join(marks.tools)} trained them")
+        if samples is not None:
+            said.append(f"{table.trained.calibrated} others: {method} over {table.images} images")
+    if samples is None:
+        reporter.note("tensors without a fake-quantizer stay float; --calibration DIR gives them ranges")
+    if marks.lost:
+        reporter.note(
+            f"{marks.lost} fake-quantizers are left out: they round between a convolution and the batch normalization that is "
+            "folded into it (fuse the two before prepare_qat)"
+        )
+    if table.trained.ambiguous:
+        reporter.note(
+            f"{table.trained.ambiguous} tensors are rounded by each of their readers in its own way: the first is taken"
+        )
+    return table
+
+
 def chosen_methods(table: CalibrationTable) -> str:
     """The method; for one chosen by tensor, which and for how many: ``auto (90 percentile, 12 mse)``."""
     counts = Counter(limits.method for limits in table.ranges.values() if limits.method is not None)
@@ -521,6 +576,10 @@ def candidate_stage(
         candidate = build_candidate(request, get_backend(target), graph, table, folder, reporter, engines)
         share = candidate.built.precision.mac_share.get(request.precision, 0.0)
         said.append(f"{target}: {share:.1%} of MACs in {request.precision}")
+    if table is not None and table.trained is not None and candidate.graph.precision == "int8":
+        from edgeseg.quantize.trained import held
+
+        reporter.note(f"{target}: {held(graph, candidate.graph, table).words}")
     if candidate.built.path is not None or not awaits_calibration(candidate.built.precision, request.backend_options):
         require_precision(candidate, request.min_int8_share)
     if request.precision == "fp16" and target not in DEVICE_TARGETS and share < 0.5:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from edgeseg.pipeline.request import BuildRequest
 
 
+WITH_FAKE_QUANTIZERS = "PyTorch is the module with its fake-quantizers on"
+
+
 class Verifier(Closing):
     """The PyTorch model as the reference of a build, and the images it is run on.
 
@@ -65,8 +68,11 @@ class Verifier(Closing):
                 PyTorchSession(self.loaded, spec, threads=threads, device=device, exact=on_gpu)
             )
             timed = session
-            if on_gpu:
-                timed = stack.enter_context(PyTorchSession(self.loaded, spec, threads=threads, device=device))
+            if on_gpu or self.loaded.trained is not None:
+                # Fake-quantizers cost time that only training spends.
+                timed = stack.enter_context(
+                    PyTorchSession(self.loaded.in_float(), spec, threads=threads, device=device)
+                )
             if has_goal(self.request):
                 from edgeseg.mixed.judge import Remembered
 
@@ -95,6 +101,7 @@ def verify_stage(
     from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, verify
 
     spec, data, loaded = engine.manifest.spec, verifier.data, verifier.loaded
+    described = data.description if loaded.trained is None else f"{data.description}; {WITH_FAKE_QUANTIZERS}"
     with stage(reporter, "verify") as said:
         backend = get_backend(engine.manifest.target)
         runs_here = engine.manifest.engine is not None and backend.status().available
@@ -108,7 +115,7 @@ def verify_stage(
                 session,
                 spec,
                 data.pairs,
-                data=data.description if runs_here else f"{data.description}; {measured_on(engine.manifest)}",
+                data=described if runs_here else f"{described}; {measured_on(engine.manifest)}",
                 reference_size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
                 engine_size_bytes=(engine.manifest.engine or engine.manifest.graph).size_bytes,
                 # Never beside PyTorch on another device: the ratio would be of a GPU and a CPU.

@@ -71,12 +71,14 @@ class VerificationData:
 def calibration_and_held_out(request: BuildRequest, loaded: LoadedModel) -> tuple[Samples, VerificationData | None]:
     """Choose what to calibrate with and the images to verify on.
 
-    int8 has to be calibrated; fp16 is where there are images, to find what leaves its range; fp32 never is.
+    int8 has to be calibrated, unless its scales were trained; fp16 is where there are images, to find what leaves its range;
+    fp32 never is.
 
     Raises:
         InputError: int8 without calibration images for a model that is no demo model; unusable folders.
     """
-    wanted = request.precision == "int8" or (request.precision == "fp16" and _has_calibration(request, loaded))
+    has_images = _has_calibration(request, loaded)
+    wanted = has_images if request.precision == "fp16" or loaded.trained is not None else request.precision == "int8"
     samples = calibration_source(request, loaded) if wanted else None
     if request.validation is not None:
         pairs = _validation(request, loaded, request.validation)
@@ -95,14 +97,16 @@ def calibration_and_held_out(request: BuildRequest, loaded: LoadedModel) -> tupl
     )
 
 
-def check_images(request: BuildRequest, *, is_demo: bool) -> None:
+def check_images(request: BuildRequest, *, is_demo: bool, is_module: bool) -> None:
     """Refuse, before the model is loaded, what a look at the files shows to be impossible.
+
+    ``is_module``: a module may have scales of its own, from fake-quantizers.
 
     Raises:
         InputError: calibration or validation images that are missing or too few, or ``max_drop`` without masks.
     """
     source = request.calibration
-    if request.precision == "int8" and source is None and not is_demo:
+    if request.precision == "int8" and source is None and not is_demo and not is_module:
         raise InputError(NO_CALIBRATION)
     if request.precision != "fp32" and source is not None:
         if _is_table(source):

@@ -37,6 +37,9 @@ DEFAULT_METHOD = "minmax"
 AUTO = "auto"
 """Each tensor's method is chosen by what the network's output loses (:mod:`edgeseg.quantize.repair.range_choice`)."""
 
+TRAINED = "trained"
+"""The scales are those that the network's fake-quantizers were trained with (:mod:`edgeseg.quantize.trained`)."""
+
 DEFAULT_PERCENTILE = 99.99
 
 SAMPLE = 16384
@@ -63,13 +66,14 @@ def table_key(
     Args:
         graph: the fp32 graph.
         samples: the images; ``None`` leaves their hash out, for a table whose images are not at hand.
-        method: a calibration method, or ``auto``.
+        method: a calibration method, ``auto`` or ``trained``.
         options: its options, as in :attr:`CalibrationTable.options`; those left out have their defaults.
 
     Raises:
         SpecError: unknown method or bad option.
     """
-    rule = RangeMethod(AUTO) if method == AUTO else range_method(method, _percentile(options or {}))
+    by_itself = method in (AUTO, TRAINED)
+    rule = RangeMethod(method) if by_itself else range_method(method, _percentile(options or {}))
     key = {
         "weights": graph.weights_sha256,
         "graph": graph.sha256,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,12 @@ from edgeseg.quantize.parameters import (
     activation_parameters,
     quantize_bias,
     quantize_weight,
+    trained_parameters,
+    trained_weight,
     weight_axis,
     widen_for_bias,
 )
-from edgeseg.quantize.placement import Placement, Role
+from edgeseg.quantize.placement import Placement, Role, clamp_limits
 from edgeseg.quantize.schemes import QuantScheme
 from edgeseg.quantize.weights import bias_correction
 
@@ -157,7 +160,9 @@ class _Inserter:
                 )
             low, high = min(lo for lo, _ in limits), max(hi for _, hi in limits)
             signed = self._scheme.signed_transposed and leader in self._signed
-            parameters = activation_parameters(str(leader.name), low, high, self._scheme, symmetric=signed)
+            parameters = self._trained(leader, signed=signed) or activation_parameters(
+                str(leader.name), low, high, self._scheme, symmetric=signed
+            )
             editor = Editor(self._graph, self._graph[0], leader.name)
             self._affines[leader] = _Affine(
                 parameters,
@@ -165,6 +170,18 @@ class _Inserter:
                 editor.constant("zero_point", np.array(parameters.zero_point, parameters.dtype)),
             )
         return self._affines[leader]
+
+    def _trained(self, leader: ir.Value, *, signed: bool) -> ActivationParameters | None:
+        """The integers of training for a group of values, where all of them have the same and the scheme can hold them."""
+        members = [member for member in self._placement.members(leader) if member.name in self._observed.ranges]
+        grids = {self._observed.grids.get(str(member.name)) for member in members}
+        grid = grids.pop() if len(grids) == 1 else None
+        if grid is None:
+            return None
+        clamps = [producer for member in members if (producer := member.producer()) is not None]
+        clamps = [node for node in clamps if self._placement.roles.get(node) is Role.CLAMP]
+        lows, highs = zip((-math.inf, math.inf), *map(clamp_limits, clamps), strict=True)
+        return trained_parameters(grid, self._scheme, symmetric=signed, clamp=(max(lows), min(highs)))
 
     def _operand(self, value: ir.Value, node: ir.Node) -> ir.Value:
         """A constant that an integer operator adds or multiplies with, quantized like an activation."""
@@ -185,7 +202,8 @@ class _Inserter:
         bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
         groups, transposed = node.attributes.get_int("group", 1), bool(node.attributes.get_int("transB", 0))
         axis = weight_axis(node.op_type, groups=groups, transposed=transposed)
-        quantized = quantize_weight(weight, axis, self._scheme)
+        quantize = trained_weight if self._observed.rounded_weights else quantize_weight
+        quantized = quantize(weight, axis, self._scheme)
         takes_bias = node.op_type != "MatMul" and node.attributes.get_float("beta", 1.0) == 1.0
         if takes_bias and channel_mean is not None and channel_mean.size == self._input_channels(node, weight, axis):
             correction = bias_correction(weight, quantized, channel_mean, groups=groups)

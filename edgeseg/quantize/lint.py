@@ -139,7 +139,7 @@ def _weights(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
             continue
         if values.dtype != np.int8 or np.any(numbers.zero_point):
             yield f"{node.name}: weight is not symmetric int8"
-        elif np.abs(values.astype(np.int16)).max(initial=0) > 2 ** (scheme.weight_bits - 1) - 1:
+        elif values.max(initial=0) > scheme.weight_limit or values.min(initial=0) < -scheme.weight_limit - 1:
             yield f"{node.name}: weight leaves {scheme.weight_bits} bits"
         axis, wanted = attribute(pair, "axis", 1), _channel_axis(node, values)
         if numbers.scale.ndim != 1 or axis != wanted or numbers.scale.size != values.shape[wanted]:

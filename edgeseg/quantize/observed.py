@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeseg.graph.grid import Grid
 from edgeseg.quantize.table import CalibrationTable
 
 Range = tuple[float, float]
@@ -21,12 +22,16 @@ class Observed:
     Attributes:
         ranges: low and high to quantize to.
         channel_means: mean per channel of layer inputs.
+        grids: the integers that training rounded to.
+        rounded_weights: whether training rounded the weights, too: their own scales are to be found again.
         stays_float: of a node: whether it was asked to run in float.
     """
 
     ranges: dict[str, Range] = field(default_factory=dict)
     channel_means: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     stays_float: Callable[[ir.Node], bool] = lambda node: False
+    grids: dict[str, Grid] = field(default_factory=dict)
+    rounded_weights: bool = False
 
     @classmethod
     def of(cls, table: CalibrationTable, stays_float: Callable[[ir.Node], bool] = lambda node: False) -> Observed:
@@ -39,9 +44,13 @@ class Observed:
                 if limits.channel_mean is not None
             },
             stays_float,
+            {name: limits.grid for name, limits in table.ranges.items() if limits.grid is not None},
+            table.trained is not None,
         )
 
     def copy_range(self, of: ir.Value, to: ir.Value) -> None:
         """``to`` has the values of ``of``, or some of them."""
         if of.name in self.ranges:
             self.ranges[str(to.name)] = self.ranges[str(of.name)]
+        if of.name in self.grids:
+            self.grids[str(to.name)] = self.grids[str(of.name)]

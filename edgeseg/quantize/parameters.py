@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
+from edgeseg.graph.grid import Grid
 from edgeseg.quantize.schemes import QuantScheme
 
 SMALLEST_SCALE = 1e-8
@@ -90,6 +92,71 @@ def activation_parameters(
     scale = float(np.float32(max((high - low) / 255, SMALLEST_SCALE)))
     zero_point = int(np.clip(np.rint(smallest - low / scale), smallest, largest))
     return ActivationParameters(scale, zero_point, (smallest, largest))
+
+
+def trained_parameters(
+    grid: Grid, scheme: QuantScheme, *, symmetric: bool = False, clamp: tuple[float, float] = (-math.inf, math.inf)
+) -> ActivationParameters | None:
+    """The integers of training in those of the scheme: the same steps, 0 at another integer; ``None``: it has none.
+
+    Where training used fewer integers than the scheme has (7 bits, or a signed scale for values that are never negative), the
+    steps are the same, but values above the largest are not cut off.
+
+    Args:
+        grid: what the tensor was rounded to.
+        scheme: says type and symmetry.
+        symmetric: signed and symmetric whatever the scheme says, if there are negative values.
+        clamp: what the integers have to clip at, in place of a Relu or Clip that is left out; no value beyond half a step.
+    """
+    if scheme.symmetric or (symmetric and grid.limits[0] < 0):
+        limits, zero_point = (-128, 127), 0
+    else:
+        limits = (0, 255) if scheme.activations == "u8" else (-128, 127)
+        zero_point = limits[0] + grid.zero_point - grid.low
+    low, high = (integer + zero_point - grid.zero_point for integer in (grid.low, grid.high))
+    if low < limits[0] or high > limits[1]:
+        return None
+    lowest, highest = ((end - zero_point) * grid.scale for end in limits)
+    if lowest < clamp[0] - grid.scale / 2 or highest > clamp[1] + grid.scale / 2:
+        return None
+    return ActivationParameters(grid.scale, zero_point, limits)
+
+
+def trained_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme) -> QuantizedWeight:
+    """Quantize a weight that training rounded already by the scales it was rounded with, per channel.
+
+    They are found from the values: every one of a channel is a whole multiple of its scale, at most 128 times it. Whatever
+    scaled the channels since (a folded normalization) changes nothing. A channel that is no such multiple, or whose integers
+    the scheme cannot hold, is quantized as :func:`quantize_weight` does.
+    """
+    plain = quantize_weight(weight, axis, scheme)
+    channels = np.moveaxis(weight.astype(np.float64), axis, 0).reshape(weight.shape[axis], -1)
+    largest = np.abs(channels).max(axis=1)
+    # A few values of each rule nearly all multiples out.
+    some = np.take_along_axis(channels, np.argsort(-np.abs(channels), axis=1)[:, :_FEW], axis=1)
+    scale = plain.scale.astype(np.float64)
+    integers = np.moveaxis(plain.values, axis, 0).reshape(channels.shape).copy()
+    pending = np.flatnonzero(largest > SMALLEST_WEIGHT_SCALE)
+    for steps in range(1, scheme.weight_limit + 2):
+        step = largest[pending] / steps
+        fitting = pending[_are_whole(some[pending] / step[:, None])]
+        fitting = fitting[_are_whole(channels[fitting] / (largest[fitting] / steps)[:, None])]
+        scale[fitting] = largest[fitting] / steps
+        whole = np.rint(channels[fitting] / scale[fitting][:, None])
+        # Where a negative factor turned -128 round, the one value is a step off.
+        integers[fitting] = np.minimum(whole, scheme.weight_limit).astype(np.int8)
+        pending = np.setdiff1d(pending, fitting)
+    rest = [size for index, size in enumerate(weight.shape) if index != axis]
+    values = np.moveaxis(integers.reshape(weight.shape[axis], *rest), 0, axis)
+    return QuantizedWeight(np.ascontiguousarray(values), scale.astype(np.float32), axis)
+
+
+def _are_whole(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.asarray(np.abs(values - np.rint(values)).max(axis=1, initial=0.0) < _WHOLE, np.bool_)
+
+
+_FEW, _WHOLE = 64, 2e-3
+"""Values of a channel looked at first; how far a value may be from a whole number of steps: what float32 rounds off in 128."""
 
 
 def quantize_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme) -> QuantizedWeight:

@@ -84,18 +84,23 @@ def place(graph: ir.Graph, observed: Observed, scheme: QuantScheme) -> Placement
     """
     if scheme.placement == "inputs":
         return _place_inputs(graph, observed.ranges, observed.stays_float)
-    return _OperatorPlacement(graph, observed.ranges, observed.stays_float).run()
+    return _OperatorPlacement(graph, observed).run()
 
 
-def propagate_ranges(graph: ir.Graph, ranges: dict[str, Range]) -> None:
-    """Give values that only move others' values their range, where the table has none."""
+def propagate_ranges(graph: ir.Graph, observed: Observed) -> None:
+    """Give values that only move others' values their range and integers, where the table has none."""
+    ranges, grids = observed.ranges, observed.grids
     for node in graph:
         if node.op_type not in _MOVES | {"Concat"}:
             continue
         sources = [ranges.get(str(v.name)) for v in _activations(node)]
         known = [limits for limits in sources if limits is not None]
         if known and len(known) == len(sources):
+            of_sources = {grids.get(str(v.name)) for v in _activations(node)}
+            grid = of_sources.pop() if len(of_sources) == 1 else None
             for output in node.outputs:
+                if str(output.name) not in ranges and grid is not None:
+                    grids[str(output.name)] = grid
                 ranges.setdefault(str(output.name), _union(known))
 
 
@@ -129,10 +134,11 @@ def tail(graph: ir.Graph) -> set[ir.Node]:
 class _OperatorPlacement:
     """The ``operators`` policy: one backward pass over who wants integers, one forward pass over who has them."""
 
-    def __init__(self, graph: ir.Graph, ranges: Mapping[str, Range], stays_float: Callable[[ir.Node], bool]) -> None:
+    def __init__(self, graph: ir.Graph, observed: Observed) -> None:
         self._nodes = list(graph)
-        self._ranges = ranges
-        self._floats = {node for node in self._nodes if stays_float(node)}
+        self._ranges = observed.ranges
+        self._grids = observed.grids
+        self._floats = {node for node in self._nodes if observed.stays_float(node)}
         self._wanted: set[ir.Value] = set()
         self._demanded: set[ir.Value] = set()
         self._tail = tail(graph)
@@ -178,7 +184,7 @@ class _OperatorPlacement:
             return self._concat(node, inputs) if whole and (demanded or natural) else None
         if node.op_type in _MOVES and (natural or (demanded and sole_reader(inputs[0]) is node)):
             return self._moves(node, inputs)
-        if node.op_type in _FUSED and natural and node not in self._tail:
+        if node.op_type in _FUSED and natural and node not in self._tail and all(map(self._can_emit, node.outputs)):
             self._emit(node.outputs)
             return Role.FUSED
         return None
@@ -189,9 +195,18 @@ class _OperatorPlacement:
         output = node.outputs[0]
         # A convolution has no integer kernel with a float result; a matrix product has, so its result stays float
         # unless every reader takes integers.
-        if node.op_type == "Conv" or (output in self._wanted and all(map(self._takes_integers, output.consumers()))):
+        if node.op_type == "Conv" and not self._can_emit(output):
+            return None
+        all_take = output in self._wanted and all(map(self._takes_integers, output.consumers()))
+        if node.op_type == "Conv" or (all_take and self._can_emit(output)):
             self._emit([output])
         return Role.WEIGHTED
+
+    def _can_emit(self, value: ir.Value) -> bool:
+        """Whether the table knows what ``value`` would be quantized to; training may have left it in float."""
+        reader = sole_reader(value)
+        clamped = reader.outputs[0] if reader is not None and reader.op_type in _CLAMPS else value
+        return value.name in self._ranges or clamped.name in self._ranges
 
     def _takes_integers(self, node: ir.Node) -> bool:
         if node in self._floats:
@@ -214,7 +229,10 @@ class _OperatorPlacement:
         saturates = all(
             low >= self._clamped[m][0] and high <= self._clamped[m][1] for m in members if m in self._clamped
         )
-        if saturates and high - low <= SHARED_SCALE_RATIO * min(b - a for a, b in limits):
+        # What training rounded each in its own steps keeps them: integers are joined only where they mean the same.
+        grids = {self._grids.get(str(m.name)) for m in members if m.name in self._ranges}
+        is_close = high - low <= SHARED_SCALE_RATIO * min(b - a for a, b in limits)
+        if saturates and (is_close if grids == {None} else len(grids) == 1):
             self._natural.update(node.outputs)
             self._result.share([*inputs, *node.outputs])
             return Role.MOVES

@@ -22,7 +22,7 @@ from edgeseg.quantize.lint import lint
 from edgeseg.quantize.modules import Modules
 from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.passes import PASSES
-from edgeseg.quantize.placement import Role, place, propagate_ranges
+from edgeseg.quantize.placement import Role, is_weighted, place, propagate_ranges
 from edgeseg.quantize.schemes import QuantScheme
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.store.artifacts import OnnxGraph, sha256_file
@@ -59,6 +59,9 @@ def write_qdq(
     stays_float = Modules.of(model.graph).holds(float_modules)
     quantize_model(model, table, scheme, stays_float)
     floats = {str(node.name) for node in model.graph if stays_float(node)}
+    if table.trained is not None:
+        # Training may have left a layer in float, whose input another layer reads as integers.
+        floats |= {str(node.name) for node in model.graph if is_weighted(node)}
     proto = ir.serde.serialize_model(model)
     if problems := lint(proto, scheme, floats):
         raise QuantizationError(
@@ -88,7 +91,7 @@ def quantize_model(
     observed = Observed.of(table, stays_float)
     for name in scheme.passes:
         PASSES[name](model, observed)
-    propagate_ranges(model.graph, observed.ranges)
+    propagate_ranges(model.graph, observed)
     placement = place(model.graph, observed, scheme)
     if Role.WEIGHTED not in placement.roles.values():
         raise QuantizationError(

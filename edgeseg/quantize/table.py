@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgeseg.errors import ArtifactError
+from edgeseg.graph.grid import Grid
 from edgeseg.store.artifacts import Repair, read_versioned, write_json
 
 TABLE_SCHEMA_VERSION = 1
@@ -40,6 +41,7 @@ class TensorRange:
             Equalization and Bias Correction", ICCV 2019, section 4.2). ``None`` for other tensors.
         channel_axis: the axis ``channel_mean`` runs along (1 for Conv, the last for MatMul), ``None`` without it.
         method: what chose the range, where it was chosen by tensor; ``None``: the table's.
+        grid: the integers training rounded the tensor to, of which ``low`` and ``high`` are the ends.
     """
 
     low: float
@@ -49,6 +51,7 @@ class TensorRange:
     channel_mean: tuple[float, ...] | None = None
     channel_axis: int | None = None
     method: str | None = None
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         numbers = (self.low, self.high, self.minimum, self.maximum, *(self.channel_mean or ()))
@@ -68,20 +71,43 @@ class TensorRange:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What quantization-aware training left of one network.
+
+    Attributes:
+        tools: what it was trained with.
+        activations: tensors of the graph that have its scales, as they are.
+        derived: tensors whose values are those of such a tensor, clipped, moved or repeated.
+        ambiguous: of ``activations``, those that several readers rounded each in its own way; the first is taken.
+        lost: fake-quantizers that stood where the graph has no tensor, between a convolution and its normalization.
+        calibrated: tensors it left in float, with ranges from calibration images.
+    """
+
+    tools: tuple[str, ...]
+    activations: int
+    derived: int
+    ambiguous: int
+    lost: int
+    calibrated: int
+
+
+@dataclass(frozen=True)
 class CalibrationTable:
     """Ranges of every float activation of one fp32 graph.
 
     Attributes:
         schema_version: of this layout; another one is refused.
-        method: how ``low`` and ``high`` were chosen: a key of :data:`edgeseg.quantize.ranges.METHODS`, or ``auto``.
+        method: how ``low`` and ``high`` were chosen: a key of :data:`edgeseg.quantize.ranges.METHODS`, ``auto``, or
+            ``trained``: by the fake-quantizers of the module.
         options: the method's numbers, such as ``{"percentile": 99.99}``.
         key: SHA-256 per cause in :data:`KEY_CAUSES`.
-        images: how many images were used.
+        images: how many images were used; 0 of a network whose scales were trained.
         ranges: by tensor name of the fp32 graph, in the graph's order.
         equalization: what the channels of that graph were scaled by before (see
             :mod:`edgeseg.quantize.repair.equalization`): magnitudes per channel by tensor name of the exported graph; empty
             when they were left as they are.
         repairs: what was done for INT8's accuracy and what it gained, in each scheme it was judged in.
+        trained: of a network trained with fake-quantizers, whose weights are rounded already.
     """
 
     schema_version: int
@@ -92,9 +118,10 @@ class CalibrationTable:
     ranges: dict[str, TensorRange] = field(default_factory=dict)
     equalization: dict[str, tuple[float, ...]] = field(default_factory=dict)
     repairs: tuple[Repair, ...] = ()
+    trained: Trained | None = None
 
     def __post_init__(self) -> None:
-        if self.images < 1:
+        if self.images < (1 if self.trained is None else 0):
             raise ValueError(f"a table of {self.images} images says nothing")
         if set(self.key) != set(KEY_CAUSES):
             raise ValueError(f"key has {sorted(self.key)}, must have {sorted(KEY_CAUSES)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.console import draws_bars, plain_console
-from edgeseg.errors import InputError, MissingDependencyError
+from edgeseg.errors import InputError, MissingDependencyError, SpecError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
 from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlap import in_parallel, parallel_threads
 from edgeseg.runtime.overlay import SHOWN_PERCENTILES, add_legend, colorize, legend_entries
 from edgeseg.runtime.overlay import overlay as lay_over
+from edgeseg.runtime.raster import RasterOptions, is_answered, raster_outputs, require_rasters_engine, segment_raster
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
 from edgeseg.runtime.stream import Stream
@@ -88,6 +89,7 @@ def run_inputs(
     limit: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    rasters: RasterOptions | None = None,
     names: Sequence[str] | None = None,
 ) -> RunSummary:
     """Segment everything named and write the results: several images, or reading, inference and writing, at a time.
@@ -97,6 +99,7 @@ def run_inputs(
     - ``masks/NAME.png`` for each image: class indices as pixel values, with the palette (16-bit grey above 256
       classes). For a multilabel model ``masks/NAME.0-road.png`` and so on, one plane of 0 and 1 per class.
     - ``overlays/NAME.png`` with ``overlay``: the classes' colours over the image, and a legend with their shares.
+    - ``masks/NAME.tif`` for each raster (:mod:`edgeseg.runtime.raster`), with ``probabilities/NAME.tif`` where asked for.
     - ``videos/NAME.mp4`` for each video or camera: the colours alone, or over the frames with ``overlay``, and a
       legend. With ``frame_masks`` also ``masks/NAME/000000.png`` and so on.
 
@@ -114,25 +117,34 @@ def run_inputs(
         limit: stop after so many images and frames.
         overwrite: replace files that exist.
         progress: show a progress bar with frames per second, and failures, on standard error.
+        rasters: which files are rasters, and how they are read; ``None`` for the defaults.
         names: NAME of each of ``inputs``, which are files then, where somebody else has chosen them.
 
     Raises:
         OutputExistsError: an output exists, and ``overwrite`` is false.
-        SpecError: an output would replace an input.
+        SpecError: an output would replace an input; what rasters cannot be asked for.
         InputError: an input that is not there at all, an output that cannot be written.
         MissingDependencyError: OpenCV is not installed, and there is a video or camera.
         BuildError: the engine failed.
     """
     if not 0.0 <= alpha <= 1.0:
         raise InputError(f"alpha is {alpha}; give an opacity from 0 to 1")
-    tasks = (
-        _plan(inputs)
-        if names is None
-        else [_Task(Path(str(file)), name) for file, name in zip(inputs, names, strict=True)]
-    )
-    run = _Run(segmenter, Path(output), overlay, alpha, frame_masks, limit, overwrite)
+    rasters = RasterOptions() if rasters is None else rasters
+    if names is None:
+        tasks = _plan(inputs, rasters)
+    else:
+        files = [Path(str(item)) for item in inputs]
+        tasks = [_Task(file, name, rasters.applies_to(file)) for file, name in zip(files, names, strict=True)]
+    run = _Run(segmenter, Path(output), overlay, alpha, frame_masks, limit, overwrite, rasters)
+    large = [task for task in tasks if task.is_raster]
+    if large:
+        require_rasters_engine(segmenter, rasters)
+        if overlay:
+            raise SpecError(
+                f"no overlay is drawn over a raster ({large[0].label}); leave out --overlay, or give --no-raster"
+            )
     check_outputs(
-        [path for task in tasks for path in run.outputs(task)],
+        [path for task in tasks for path in run.outputs(task) if not run.is_answered(task)],
         force=overwrite,
         inputs=[task.source for task in tasks if isinstance(task.source, Path)],
     )
@@ -140,7 +152,9 @@ def run_inputs(
         if task.is_video and frame_masks:
             refuse_existing(run.output / "masks" / task.name, overwrite)
     begin = time.perf_counter()
-    with Bar(len(tasks), limit) if progress else nullcontext(Silent()) as bar:
+    with Bar(len(tasks), limit, unit="tiles" if large else "frames") if progress else nullcontext(Silent()) as bar:
+        for note in _notes_on_rasters(tasks, rasters, segmenter):
+            bar.say(note)
         if overlay:
             tell_what_overlays_show(segmenter.spec, bar)
         interrupted = run.all(tasks, bar)
@@ -157,14 +171,31 @@ def run_inputs(
     )
 
 
-def streams_of(inputs: Iterable[str | Path | int]) -> int:
-    """How many threads :func:`run_inputs` calls the segmenter from: one for videos, several for images.
+def streams_of(inputs: Iterable[str | Path | int], rasters: RasterOptions | None = None) -> int:
+    """How many threads :func:`run_inputs` calls the segmenter from: one for videos and rasters, several for images.
 
     Raises:
         InputError: nothing there.
+        SpecError: a file that is to be a raster and cannot be one.
     """
-    tasks = _plan(inputs)
-    return 1 if any(task.is_video for task in tasks) else min(len(tasks), parallel_threads())
+    tasks = _plan(inputs, RasterOptions() if rasters is None else rasters)
+    alone = any(task.is_video or task.is_raster for task in tasks)
+    return 1 if alone else min(len(tasks), parallel_threads())
+
+
+def has_rasters(inputs: Iterable[str | Path | int], rasters: RasterOptions) -> bool:
+    """Whether any input will be segmented as a raster."""
+    return any(task.is_raster for task in _plan(inputs, rasters))
+
+
+def _notes_on_rasters(tasks: Sequence[_Task], rasters: RasterOptions, segmenter: Segmenter) -> Iterator[str]:
+    missed = next((t.source for t in tasks if isinstance(t.source, Path) and rasters.is_missed(t.source)), None)
+    if missed is not None:
+        yield f"note: {missed} is georeferenced; its mask will be, too, with pip install 'edgeseg[raster]'"
+    cut = next((task for task in tasks if task.is_raster), None)
+    fit = segmenter.spec.input.fit
+    if cut is not None and fit != "tile" and rasters.use is None:
+        yield f"note: {cut.label} is cut into tiles at its own scale; --no-raster brings it to the engine's size ({fit})"
 
 
 def tell_what_overlays_show(spec: PipelineSpec, bar: Silent) -> None:
@@ -194,6 +225,7 @@ def _mask_paths(base: Path, spec: PipelineSpec) -> list[Path]:
 class _Task:
     source: Path | int
     name: str
+    is_raster: bool = False
 
     @property
     def is_video(self) -> bool:
@@ -204,7 +236,7 @@ class _Task:
         return f"camera {self.source}" if isinstance(self.source, int) else str(self.source)
 
 
-def _plan(inputs: Iterable[str | Path | int]) -> list[_Task]:
+def _plan(inputs: Iterable[str | Path | int], rasters: RasterOptions) -> list[_Task]:
     """Expand folders, globs and lists; each file once, in the order given."""
     files: dict[str, Path | int] = {}
     for item in inputs:
@@ -218,7 +250,10 @@ def _plan(inputs: Iterable[str | Path | int]) -> list[_Task]:
         raise InputError("no input; give images, folders, globs, videos or a camera index")
     sources = list(files.values())
     names = unique_names([Path(f"camera{s}") if isinstance(s, int) else s for s in sources])
-    return [_Task(source, name) for source, name in zip(sources, names, strict=True)]
+    return [
+        _Task(source, name, isinstance(source, Path) and rasters.applies_to(source))
+        for source, name in zip(sources, names, strict=True)
+    ]
 
 
 @dataclass(eq=False)
@@ -230,6 +265,7 @@ class _Run:
     frame_masks: bool
     limit: int | None
     overwrite: bool
+    rasters: RasterOptions
     images: int = 0
     frames: int = 0
     dropped: int = 0
@@ -241,7 +277,15 @@ class _Run:
         """The files a task will write, masks of frames apart."""
         if task.is_video:
             return [self.output / "videos" / f"{task.name}.mp4"]
+        if task.is_raster:
+            return raster_outputs(self.output, task.name, self.rasters)
         return [self.output / name for name in image_outputs(task.name, self.segmenter.spec, overlay=self.overlay)]
+
+    def is_answered(self, task: _Task) -> bool:
+        """Whether a task's outputs are there already, and would be the same."""
+        if self.overwrite or not task.is_raster or not isinstance(task.source, Path):
+            return False
+        return is_answered(self.segmenter, task.source, self.outputs(task), self.rasters)
 
     def all(self, tasks: Sequence[_Task], bar: Silent) -> bool:
         """Process every task; true if a camera was stopped by Ctrl-C."""
@@ -253,7 +297,11 @@ class _Run:
                 if self._video(task, bar):
                     return True
                 continue
-            end = next((i for i in range(position, len(tasks)) if tasks[i].is_video), len(tasks))
+            if task.is_raster:
+                position += 1
+                self._raster(task, bar)
+                continue
+            end = next((i for i in range(position, len(tasks)) if tasks[i].is_video or tasks[i].is_raster), len(tasks))
             if self.limit is not None:
                 # No more than are wanted; where some fail, there is another turn.
                 end = min(end, position + self.limit - self.images - self.frames)
@@ -263,6 +311,17 @@ class _Run:
 
     def _finished(self) -> bool:
         return self.limit is not None and self.images + self.frames >= self.limit
+
+    def _raster(self, task: _Task, bar: Silent) -> None:
+        assert isinstance(task.source, Path)
+        outputs = self.outputs(task)
+        try:
+            segment_raster(self.segmenter, task.source, outputs, self.rasters, bar, overwrite=self.overwrite)
+        except (InputError, MissingDependencyError) as exc:
+            self._fail(task, str(exc), bar)
+            return
+        self.written += outputs
+        self.images += 1
 
     def _images(self, tasks: Sequence[_Task], bar: Silent) -> None:
         with closing(in_parallel(tasks, self._image, ahead=PATHS_AHEAD)) as results:
@@ -371,8 +430,8 @@ class Silent:
     def expect(self, frames: int | None) -> None:
         """The next input, counted as one so far, has ``frames`` frames (``None``: nobody knows)."""
 
-    def advance(self, *, failed: bool = False) -> None:
-        """One more image or frame is done, or an input has failed."""
+    def advance(self, *, failed: bool = False, count: int = 1) -> None:
+        """One more image or frame is done, or so many windows of a raster; or an input has failed."""
 
     def say(self, text: str) -> None:
         """Something a person should read."""
@@ -381,14 +440,14 @@ class Silent:
 class Bar(Silent):
     """A progress bar with frames per second on standard error."""
 
-    def __init__(self, inputs: int, limit: int | None) -> None:
+    def __init__(self, inputs: int, limit: int | None, unit: str = "frames") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
             TextColumn("segment"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[fps]:.1f} frames/s"),
+            TextColumn(f"{{task.fields[fps]:.1f}} {unit}/s"),
             TimeRemainingColumn(),
         )
         console = plain_console(stderr=True)
@@ -409,8 +468,8 @@ class Bar(Silent):
         self._inputs = None if frames is None or self._inputs is None else self._inputs - 1 + frames
         self._bar.update(self._task, total=self._total)
 
-    def advance(self, *, failed: bool = False) -> None:
-        self._done += 1
+    def advance(self, *, failed: bool = False, count: int = 1) -> None:
+        self._done += count
         self._failed += failed
         seconds = time.perf_counter() - self._begin
         self._bar.update(self._task, completed=self._done, total=self._total, fps=self._done / seconds)

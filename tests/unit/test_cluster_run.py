@@ -24,13 +24,14 @@ from PIL import Image
 
 import edgeseg
 from edgeseg.backends import BACKENDS
+from edgeseg.backends.cpu.options import with_threads
 from edgeseg.cli.app import cli
 from edgeseg.cluster import ledger as ledgers
 from edgeseg.cluster.connection import kept_stdout
 from edgeseg.cluster.plan import Plan, sort_key
 from edgeseg.cluster.pool import Batch, Event, Finished, Lost, Pool, shares
-from edgeseg.cluster.run import run_on_cluster
-from edgeseg.cluster.worker import Item, Job, Settings, Worker, on_cores
+from edgeseg.cluster.run import engine_content, run_on_cluster
+from edgeseg.cluster.worker import Item, Job, Outcome, Settings, Worker
 from edgeseg.errors import (
     ArtifactError,
     BuildError,
@@ -44,9 +45,11 @@ from edgeseg.errors import (
 )
 from edgeseg.images.decoding import list_images, natural_key
 from edgeseg.runtime.outputs import unique_names
+from edgeseg.runtime.raster import RasterOptions
 from edgeseg.runtime.run import RunSummary, run_inputs
-from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
+from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec
 from edgeseg.store.artifacts import Engine, open_engine
+from edgeseg.store.files import without_warnings
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed: pip install 'edgeseg[cluster]'")
 
@@ -79,8 +82,8 @@ class HerePool:
 
     workers = 1
 
-    def __init__(self, job: Job, files: dict[str, bytes], fate: Callable[[Batch], str | None]) -> None:
-        self._worker = Worker(job, lambda: files)
+    def __init__(self, job: Job, engines: Sequence[Engine], fate: Callable[[Batch], str | None]) -> None:
+        self._worker = Worker(job, lambda number: engine_content(engines[number]))
         self._fate = fate
         self._given: list[Batch] = []
         self.batches: list[Batch] = []
@@ -113,8 +116,8 @@ def on_cluster(
     **options: Any,
 ) -> RunSummary:
     @contextmanager
-    def pool(job: Job, built: Engine, bar: object) -> Iterator[Pool]:
-        here = HerePool(job, {path.name: path.read_bytes() for path in engine.iterdir()}, fate)
+    def pool(job: Job, engines: Sequence[Engine], bar: object) -> Iterator[Pool]:
+        here = HerePool(job, engines, fate)
         yield here
         if batches is not None:
             batches.extend(here.batches)
@@ -371,9 +374,9 @@ def test_inputs_that_cannot_be(
 
 
 def test_a_worker_of_another_version_is_refused(engine: Path, tmp_path: Path) -> None:
-    job = Job(str(engine), "key", "0.0.1", Settings(), False, str(tmp_path), 1)
+    job = Job(((str(engine), "key"),), "0.0.1", Settings(), False, str(tmp_path), 1)
     with pytest.raises(SpecError, match=r"this node has edgeseg .*, the run was begun with 0.0.1"):
-        Worker(job, dict)
+        Worker(job, lambda number: {})
 
 
 def test_a_file_url_is_a_path(engine: Path, tmp_path: Path) -> None:
@@ -539,7 +542,7 @@ def test_a_group_of_names_that_nothing_tells_apart_takes_no_square_of_time(tmp_p
 def test_the_ledger_says_in_words_what_it_is_of(engine: Path, tmp_path: Path) -> None:
     on_cluster(engine, [photos(tmp_path / "in", 1)], tmp_path / "out", Settings(fit="resize"))
     run, begun, done = map(json.loads, (tmp_path / "out" / "ledger.jsonl").read_text().splitlines())
-    assert run["about"]["name"] == "engine"
+    assert run["about"]["names"] == ["engine"]
     assert run["about"]["fit"] == "resize"
     image = str(tmp_path / "in" / "image0.png")
     assert begun == {"begun": [image]}
@@ -588,8 +591,8 @@ def test_the_command_is_the_same_but_for_the_executor(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
-    def here(job: Job, built: Engine, bar: object) -> Iterator[Pool]:
-        yield HerePool(job, {path.name: path.read_bytes() for path in engine.iterdir()}, lambda batch: None)
+    def here(job: Job, engines: Sequence[Engine], bar: object) -> Iterator[Pool]:
+        yield HerePool(job, engines, lambda batch: None)
 
     monkeypatch.setattr("edgeseg.cluster.run._on_ray", lambda workers, address: here)
     folder = photos(tmp_path / "in", 5)
@@ -634,9 +637,11 @@ def test_errors_of_a_worker_arrive_as_they_were() -> None:
 
 
 def test_a_node_that_does_not_see_the_folders_is_refused(engine: Path, tmp_path: Path) -> None:
-    job = Job(str(engine), "key", edgeseg.__version__, Settings(), False, str(tmp_path), 1, (str(tmp_path / "nfs"),))
+    job = Job(
+        ((str(engine), "key"),), edgeseg.__version__, Settings(), False, str(tmp_path), 1, (str(tmp_path / "nfs"),)
+    )
     with pytest.raises(InputError, match=r"this node does not see .*nfs; mount it there"):
-        Worker(job, dict)
+        Worker(job, lambda number: {})
 
 
 def test_what_is_printed_while_ray_runs_does_not_get_into_the_json(capfd: pytest.CaptureFixture[str]) -> None:
@@ -657,18 +662,18 @@ def test_a_node_of_another_kind_builds_its_own_engine_where_asked(
     stale = json.loads(files["manifest.json"])
     stale["versions"]["onnxruntime"] = "1.0"
     files["manifest.json"] = json.dumps(stale).encode()
-    job = Job("engines/a", "key", edgeseg.__version__, USUAL, False, str(tmp_path / "out"), 1)
+    job = Job((("engines/a", "key"),), edgeseg.__version__, USUAL, False, str(tmp_path / "out"), 1)
     with pytest.raises(
         StaleEngineError, match=r"^engines/a was built with onnxruntime 1.0.*run: edgeseg compile engines/a$"
     ):
-        Worker(job, lambda: files)
+        Worker(job, lambda number: files)
     items = [Item(str(photo(tmp_path / "a.png")), "a.png", "a")]
-    with Worker(replace(job, recompile=True), lambda: files) as worker:
-        assert worker.segment(items, overwrite=False) == [None]
+    with Worker(replace(job, recompile=True), lambda number: files) as worker:
+        assert worker.segment(items, overwrite=False) == [Outcome(None)]
     # It is built once a node.
     monkeypatch.setattr("edgeseg.backends.compile.recompile", None)
-    with Worker(replace(job, recompile=True), dict) as worker:
-        assert worker.segment(items, overwrite=True) == [None]
+    with Worker(replace(job, recompile=True), lambda number: {}) as worker:
+        assert worker.segment(items, overwrite=True) == [Outcome(None)]
     on_one_machine(folder, [tmp_path / "a.png"], tmp_path / "one")
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
 
@@ -676,9 +681,12 @@ def test_a_node_of_another_kind_builds_its_own_engine_where_asked(
 def test_a_worker_leaves_processors_to_others(tmp_path: Path) -> None:
     engine = open_engine(folder_for(tmp_path / "engine", "onnxruntime", own_scheme()))
     assert engine.manifest.options["threads"] == 0
-    assert on_cores(engine, 3).manifest.options["threads"] == 3
+    assert with_threads(engine, 3).manifest.options["threads"] == 3
     two = replace(engine, manifest=replace(engine.manifest, options={**engine.manifest.options, "threads": 2}))
-    assert on_cores(two, 3).manifest.options["threads"] == 2
+    assert with_threads(two, 3).manifest.options["threads"] == 2
+    assert with_threads(two, None) is two
+    # It is the same engine, to whatever asks which one it is.
+    assert edgeseg.load(engine, threads=1).identity == edgeseg.load(engine).identity
 
 
 def test_what_a_killed_worker_left_in_the_temporary_folder_goes(
@@ -696,3 +704,66 @@ def test_what_a_killed_worker_left_in_the_temporary_folder_goes(
     bucket.pipe_file("memory://photos/new.png", (tmp_path / "in" / "new.png").read_bytes())
     with pytest.raises(InputError, match="is somebody else's"):
         on_cluster(engine, ["memory://photos"], "memory://masks")
+
+
+# What else a run can be asked for.
+
+
+def chip(path: Path) -> Path:
+    """A small georeferenced image."""
+    rasterio = pytest.importorskip("rasterio", reason="rasterio is not installed: pip install 'edgeseg[raster]'")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = rasterio.Affine(0.5, 0, 500_000, 0, -0.5, 4_600_000)
+    planes = RNG.integers(1, 256, (3, 24, 40), dtype=np.uint8)
+    form = {"height": 24, "width": 40, "count": 3, "dtype": "uint8", "crs": "EPSG:32633", "transform": place}
+    with without_warnings(), rasterio.open(path, "w", driver="GTiff", **form) as file:
+        file.write(planes)
+    return path
+
+
+@pytest.mark.parametrize("use", [None, False, True])
+def test_rasters_are_those_of_one_machine(use: bool | None, engine: Path, tmp_path: Path, bucket: Any) -> None:
+    folder = tmp_path / "in"
+    for name in ("chip1.tif", "chip2.tif"):
+        chip(folder / name)
+    if not use:
+        photo(folder / "photo.png")
+        photo(folder / "plain.tif")
+    rasters = RasterOptions(use)
+    expected = on_one_machine(engine, [folder], tmp_path / "one", rasters=rasters)
+    suffix = ".png" if use is False else ".tif"
+    assert {Path(path).suffix for path in expected.written if "chip" in path} == {suffix}
+    summary = on_cluster(engine, [folder], tmp_path / "many", Settings(rasters=rasters))
+    assert as_json(summary, tmp_path / "many") == as_json(expected, tmp_path / "one")
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    assert on_cluster(engine, [folder], tmp_path / "many", Settings(rasters=rasters)).reused == expected.images
+    # From a bucket to a bucket, and again.
+    fill(bucket, folder, "memory://chips")
+    for times in range(2):
+        again = on_cluster(engine, ["memory://chips"], "memory://masks", Settings(rasters=rasters))
+        assert (again.images, again.reused) == ((expected.images, 0), (0, expected.images))[times]
+    there = stored(bucket, "memory://masks")
+    assert {name for name in there if not name.startswith("ledger/")} == set(contents(tmp_path / "one"))
+
+
+def test_what_no_raster_is_is_refused_before_the_work(engine: Path, tmp_path: Path) -> None:
+    folder, batches = photos(tmp_path / "in", 2), list[Batch]()
+    with pytest.raises(SpecError, match=r"image0.png is no raster"):
+        on_cluster(engine, [folder], tmp_path / "out", Settings(rasters=RasterOptions(True)), batches=batches)
+    chip(tmp_path / "in" / "chip.tif")
+    with pytest.raises(SpecError, match="rasters are cut into tiles; leave out --fit resize"):
+        on_cluster(engine, [tmp_path / "in" / "chip.tif"], tmp_path / "out", Settings(fit="resize"))
+    assert not (tmp_path / "out" / "masks").exists()
+
+
+def test_ensembles_and_augmentation_are_those_of_one_machine(tmp_path: Path, engine: Path) -> None:
+    for name, kind in (("a", "logits"), ("b", "probabilities")):
+        write_memory_engine(tmp_path / name, replace(SPEC, output=OutputSpec(kind)))  # type: ignore[arg-type]
+    folder = photos(tmp_path / "in", 3)
+    with edgeseg.load(tmp_path / "a", ensemble=[tmp_path / "b"], tta="d4") as segmenter:
+        run_inputs(segmenter, [folder], tmp_path / "one", progress=False)
+    on_cluster(tmp_path / "a", [folder], tmp_path / "many", Settings(tta="d4"), ensemble=[tmp_path / "b"])
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    for settings_, others in ((USUAL, [tmp_path / "b"]), (Settings(tta="d4"), [])):
+        with pytest.raises(OutputExistsError):
+            on_cluster(tmp_path / "a", [folder], tmp_path / "many", settings_, ensemble=others)

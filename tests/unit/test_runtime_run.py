@@ -393,8 +393,8 @@ def read_video(path: Path) -> tuple[list[np.ndarray], float]:
     capture = cv2.VideoCapture(str(path))
     frames = []
     while True:
-        found, frame = capture.read()
-        if not found:
+        is_there, frame = capture.read()
+        if not is_there:
             break
         frames.append(frame[..., ::-1])
     fps = capture.get(cv2.CAP_PROP_FPS)

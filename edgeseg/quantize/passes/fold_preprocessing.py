@@ -6,8 +6,8 @@ convolution pads normalized zeros, which are pixels of the mean colour: these ar
 uint8, rounded to the nearest pixel value.
 
 Precondition: from the graph's uint8 NHWC input a chain of elementwise and channel operators leads to convolutions with
-constant weights; static size; the mean colour is a colour; none of them is to stay float, where they read integers. Otherwise
-nothing changes.
+constant weights; static size; the mean colour is a colour; none of them is to stay float, where they read integers; the
+normalized image has no scale of training. Otherwise nothing changes.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def _fold(model: ir.Model, observed: Observed, *, in_float: bool) -> int:
         return 0
     if not in_float and any(map(observed.stays_float, convolutions)):
         return 0
+    if str(normalized.name) in observed.grids:
+        return 0  # trained on the normalized image in these steps, with weights that belong to them
     mean = observed.channel_means.get(str(normalized.name))
     # Any zero point is exact here. The mean colour keeps the input around zero, where rounding errors of the weights
     # average out; at 0 they add up to a shift of the whole image, unless bias correction knows the image's mean.

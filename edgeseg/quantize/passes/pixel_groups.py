@@ -143,6 +143,8 @@ def _ungroup(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...], observed: O
     output.name = f"{node.name}/pixel_groups/output"
     if name in observed.ranges:
         observed.ranges[output.name] = observed.ranges[name]
+    if name in observed.grids:
+        observed.grids[output.name] = observed.grids[name]
     editor = Editor(graph, last, f"{node.name}/pixel_groups", after=True)
     pixels = editor.op("output_nhwc", "Transpose", [output], perm=[0, 2, 3, 1])
     size = editor.constant("output_shape", np.array([-1, shape[1], shape[2], shape[0]], np.int64))
