@@ -39,7 +39,8 @@ def connected(address: str | None, *, extra: str, purpose: str) -> Generator[Any
     before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as exc:
+    except Exception as exc:
+        # Whatever kept it from starting, or from being reached: Ray raises plain exceptions, too.
         where = "here" if address is None else f"at {address}"
         raise InputError(f"no Ray cluster {where}: {one_line(exc)}; start one with: ray start --head") from exc
     if before is not None and threading.current_thread() is threading.main_thread():
