@@ -74,6 +74,11 @@ class RasterOptions:
             raise SpecError("bands, overviews and probabilities are of rasters; leave them out, or --no-raster")
 
     @property
+    def for_all(self) -> bool:
+        """Whether every file is to be a raster, which its name tells."""
+        return bool(self.use) or self._asked
+
+    @property
     def _asked(self) -> bool:
         return (self.bands, self.overview, self.probabilities) != (None, None, None)
 
@@ -86,7 +91,7 @@ class RasterOptions:
         if self.use is False:
             return False
         possible = path.suffix.lower() in RASTER_SUFFIXES
-        if self.use or self._asked:
+        if self.for_all:
             if not possible:
                 raise SpecError(
                     f"{path} is no raster (GeoTIFF, COG or JPEG 2000); leave it out, or the options of rasters"
