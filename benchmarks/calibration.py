@@ -202,7 +202,7 @@ def accuracy(
 def without_channel_means(table: CalibrationTable) -> CalibrationTable:
     """The same ranges without what bias correction works from."""
     ranges = {
-        name: dataclasses.replace(found, channel_mean=None, channel_axis=None) for name, found in table.ranges.items()
+        name: dataclasses.replace(limits, channel_mean=None, channel_axis=None) for name, limits in table.ranges.items()
     }
     return dataclasses.replace(table, ranges=ranges)
 

@@ -99,14 +99,14 @@ def measured(work: Workload, options: argparse.Namespace, console: Console) -> M
             console.print(f"{name}: ready after {time.perf_counter() - started:.0f} s")
         accuracy = judge(work, contenders)
         samples = measure_interleaved({n: rotating(c, work) for n, c in contenders.items()}, protocol(options))
-    found = Measured(
+    results = Measured(
         workload=f"{work.name}, {len(work.images)} images, {len(work.calibration)} calibration images",
         rows=[*(row(name, contenders[name], accuracy[name], samples[name]) for name in contenders), *missing],
         ratios=ratios(samples, BASELINES),
         versions={package: version for c in contenders.values() for package, version in c.versions.items()},
     )
-    console.print(table(found))
-    return found
+    console.print(table(results))
+    return results
 
 
 def protocol(options: argparse.Namespace) -> LatencyProtocol:
@@ -144,7 +144,7 @@ def judge(work: Workload, contenders: dict[str, Contender]) -> dict[str, dict[st
     """Accuracy of every contender on all images, and its agreement with the reference's masks."""
     classes = work.spec.model.classes
     expected = [contenders[REFERENCE].call(image) for image in work.images] if REFERENCE in contenders else None
-    found = {}
+    scores = {}
     for name, contender in contenders.items():
         truth, agreement = AccuracyMeter(classes), AgreementMeter(classes)
         for k, image in enumerate(work.images):
@@ -153,7 +153,7 @@ def judge(work: Workload, contenders: dict[str, Contender]) -> dict[str, dict[st
             if expected is not None:
                 agreement.update(mask, expected[k])
         figures = truth.figures()
-        found[name] = {
+        scores[name] = {
             "miou": figures.miou,
             "dice": figures.dice,
             "pixel_accuracy": figures.pixel_accuracy,
@@ -161,7 +161,7 @@ def judge(work: Workload, contenders: dict[str, Contender]) -> dict[str, dict[st
             "agreement": agreement.agreement,
             "boundary_agreement": agreement.boundary,
         }
-    return found
+    return scores
 
 
 def row(name: str, contender: Contender, accuracy: dict[str, Any], samples: LatencySamples) -> dict[str, Any]:
@@ -175,13 +175,13 @@ def row(name: str, contender: Contender, accuracy: dict[str, Any], samples: Late
     }
 
 
-def table(found: Measured) -> Table:
-    against = found.ratios.get(REFERENCE, {})
-    shown = Table(title=found.workload, box=box.SIMPLE_HEAD, pad_edge=False)
+def table(results: Measured) -> Table:
+    against = results.ratios.get(REFERENCE, {})
+    shown = Table(title=results.workload, box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("contender", no_wrap=True)
     for column in ("mIoU", "agree", "median ms", "times eager", "95 %"):
         shown.add_column(column, justify="right", no_wrap=True)
-    for entry in found.rows:
+    for entry in results.rows:
         if "latency" not in entry:
             shown.add_row(entry["name"], "failed" if "failed" in entry else "-", *["-"] * 4)
             continue

@@ -57,8 +57,8 @@ def main() -> None:
         segmenter.close()
     protocol = LatencyProtocol(block=1, settle=0, min_iterations=options.rounds)
     samples = {which: LatencySamples(which, tuple(ms), 20, protocol) for which, ms in taken.items()}
-    found = ratios(samples, ("bare loop",))
-    difference = 1 / found["bare loop"]["harness"]["median"] - 1
+    compared = ratios(samples, ("bare loop",))
+    difference = 1 / compared["bare loop"]["harness"]["median"] - 1
     record = Record(
         benchmark="harness_check",
         workload=f"demo fpn, int8, onnxruntime, {options.size[0]}x{options.size[1]}",
@@ -69,7 +69,7 @@ def main() -> None:
             {"name": which, "median_ms": s.median_ms, "samples_ms": [round(ms, 4) for ms in s.samples_ms]}
             for which, s in samples.items()
         ],
-        ratios=found,
+        ratios=compared,
     )
     record.write(options.output)
     console = Console()

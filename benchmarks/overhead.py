@@ -103,11 +103,11 @@ def call_overhead(engine: Engine, protocol: LatencyProtocol) -> dict[str, Latenc
 
 def fresh_process(code: str, count: int, *arguments: str) -> list[float]:
     """Seconds that ``code`` prints, from ``count`` fresh processes."""
-    found = []
+    times = []
     for _ in range(count):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
-        found.append(float(done.stdout))
-    return found
+        times.append(float(done.stdout))
+    return times
 
 
 def timed_help() -> float:

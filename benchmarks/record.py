@@ -31,6 +31,7 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
     "nncf",
+    "ray",
 )
 
 
@@ -86,7 +87,7 @@ def this_machine() -> Machine:
 
 
 def versions() -> dict[str, str]:
-    return {name: found for name in PACKAGES if (found := installed_version(name)) is not None}
+    return {name: version for name in PACKAGES if (version := installed_version(name)) is not None}
 
 
 def ratios(samples: dict[str, LatencySamples], baselines: tuple[str, ...]) -> dict[str, dict[str, Any]]:

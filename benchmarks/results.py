@@ -73,10 +73,10 @@ def section(path: Path) -> str:
     return "\n".join(parts)
 
 
-def machine(found: Machine) -> str:
-    limit = f" (limited to {found.core_limit:g})" if found.core_limit is not None else ""
-    load = f"{found.load_before[0]:.1f}"
-    return f"{found.cpu}, {found.cores} cores{limit}, {', '.join(found.flags)}; load before {load}; {found.system}"
+def machine(record: Machine) -> str:
+    limit = f" (limited to {record.core_limit:g})" if record.core_limit is not None else ""
+    load = f"{record.load_before[0]:.1f}"
+    return f"{record.cpu}, {record.cores} cores{limit}, {', '.join(record.flags)}; load before {load}; {record.system}"
 
 
 def flat_rows(record: Record) -> Iterable[dict[str, Any]]:

@@ -59,14 +59,14 @@ def main() -> None:
     Console(width=100).print(table(rows))
 
 
-def row(name: str, precision: str, found: Verification) -> dict[str, Any]:
+def row(name: str, precision: str, verification: Verification) -> dict[str, Any]:
     return {
         "name": f"{name}, {precision}",
-        "miou_pytorch": found.pytorch_accuracy.miou,
-        "miou": found.engine_accuracy.miou,
-        "miou_drop": found.miou_drop,
-        "agreement": found.agreement,
-        "images": found.images,
+        "miou_pytorch": verification.pytorch_accuracy.miou,
+        "miou": verification.engine_accuracy.miou,
+        "miou_drop": verification.miou_drop,
+        "agreement": verification.agreement,
+        "images": verification.images,
     }
 
 

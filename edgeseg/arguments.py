@@ -11,7 +11,9 @@ import dataclasses
 import json
 import math
 import operator
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,14 @@ from typing import Any, Literal
 
 import msgspec
 
-from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.errors import SpecError, did_you_mean, one_line
 
 MOST = 65535
 """Largest count of classes, channels, pixels of a side or images of a batch that a request may name."""
 
 INT32 = (1 << 31) - 1
+MAX_NAMES_BYTES = 16 << 20
+"""Of a file of names, one a line."""
 
 
 @dataclass(frozen=True)
@@ -179,14 +183,24 @@ def _numbers(value: Any) -> tuple[float, ...]:
 
 def _names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str) and value.startswith("@"):
-        try:
-            lines = Path(value[1:]).read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as exc:
-            raise SpecError(f"cannot read the names in {value[1:]}: {exc}") from exc
-        return tuple(line.strip() for line in lines if line.strip())
+        return _listed_names(value[1:])
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",")) if value else ()
     return tuple(_text(name) for name in value)
+
+
+def _listed_names(path: str) -> tuple[str, ...]:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise SpecError(f"cannot read the names in {path}: it is no regular file")
+        with open(path, "rb") as file:
+            content = file.read(MAX_NAMES_BYTES + 1)
+        lines = content.decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as exc:
+        raise SpecError(f"cannot read the names in {path}: {one_line(exc)}") from exc
+    if len(content) > MAX_NAMES_BYTES:
+        raise SpecError(f"cannot read the names in {path}: more than {MAX_NAMES_BYTES} bytes")
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _settings(value: Any) -> dict[str, Any]:

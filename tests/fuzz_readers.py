@@ -12,6 +12,7 @@ import copy
 import io
 import json
 import logging
+import os
 import random
 import shutil
 import sys
@@ -20,10 +21,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import numpy as np
 from bench_rows import report, row
 from PIL import Image
@@ -36,18 +38,26 @@ from edgeseg.convert.saved_preprocessing import CONFIG_NAME, saved_beside
 from edgeseg.decide.entries import merge, read_runs
 from edgeseg.decide.verdict import decide
 from edgeseg.errors import EdgesegError
+from edgeseg.evaluate.accuracy.counts import AgreementCounts
+from edgeseg.evaluate.accuracy.judge import ImageRecord
 from edgeseg.evaluate.accuracy.labels import LabelReader
 from edgeseg.evaluate.accuracy.layouts import open_layout
-from edgeseg.evaluate.results import write_report
+from edgeseg.evaluate.accuracy.ledger import Ledger
+from edgeseg.evaluate.results import ModuleTime, Profile, write_report
 from edgeseg.images.decoding import read_image
+from edgeseg.images.raster import is_georeferenced, is_too_large, open_raster
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import load_table
 from edgeseg.report import plain
 from edgeseg.report.decision import decision_of
 from edgeseg.report.html import html
-from edgeseg.spec import ModelRequest, ModelSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, sha256_file
+from edgeseg.runtime.sources import Video
+from edgeseg.spec import ModelRequest, ModelSpec, PipelineSpec
+from edgeseg.store.artifacts import MANIFEST_NAME, read_json, sha256_file
+from edgeseg.store.atomic import atomic_folder
+from edgeseg.store.cache import cached_folder
 from edgeseg.sweep.config import expand, read_config
+from edgeseg.sweep.state import CellState
 
 RNG = np.random.default_rng(15)
 PHOTO = RNG.integers(0, 256, (19, 23, 3), dtype=np.uint8)
@@ -183,6 +193,13 @@ def read_bands(path: Path) -> object:
     return read_image(path, channels=8)
 
 
+def read_raster(path: Path) -> object:
+    """Some of the pixels: a damaged header may speak of many more than there are."""
+    with open_raster(path, PipelineSpec(MODEL)) as raster:
+        rows, columns = (slice(0, min(side, 64)) for side in raster.size)
+        return raster.read(rows, columns), raster.valid(rows, columns), is_georeferenced(path), is_too_large(path)
+
+
 def read_mask(path: Path) -> object:
     return LabelReader.of([path], MODEL).read(path)
 
@@ -244,15 +261,47 @@ def read_sweep(path: Path) -> object:
     return expand(read_config(path))
 
 
+def read_names(path: Path) -> object:
+    return ModelRequest(class_names=f"@{path}")  # type: ignore[arg-type]
+
+
+def read_state(path: Path) -> object:
+    return read_json(path, CellState, "sweep state")
+
+
+def read_ledger(path: Path) -> object:
+    return list(Ledger(path).records())
+
+
+def read_frames(path: Path) -> object:
+    video = Video(path)
+    try:
+        return sum(1 for _ in video), video.damage
+    finally:
+        video.close()
+
+
+def read_cached(path: Path) -> object:
+    """Made again when it is damaged: what is returned is whole."""
+
+    def make(folder: Path) -> None:
+        (folder / "result").write_bytes(b"whole")
+
+    os.environ["EDGESEG_CACHE"] = str(path.parents[2])
+    folder, _ = cached_folder("judged", 15, make)
+    assert (folder / "result").read_bytes() == b"whole"
+    return folder
+
+
 def subjects(place: Path) -> dict[str, Subject]:
     """Whole files of every kind that needs no torch, below ``place``; of others what can be read with what is installed."""
-    found: dict[str, Subject] = {}
+    by_name: dict[str, Subject] = {}
 
     def add(kind: str, name: str, content: bytes, read: Callable[[Path], object]) -> Path:
         path = place / kind / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        found[f"{kind}/{name}"] = Subject(path, read)
+        by_name[f"{kind}/{name}"] = Subject(path, read)
         return path
 
     for kind, options in {
@@ -291,7 +340,28 @@ def subjects(place: Path) -> dict[str, Subject]:
         bands = RNG.integers(0, 256, (19, 23, 8), dtype=np.uint8)
         tifffile.imwrite(stream, bands, photometric="minisblack", planarconfig="contig", compression="lzw")
         add("bands", "a.tif", stream.getvalue(), read_bands)
+    with contextlib.suppress(ImportError):
+        from rasterio import Affine
+        from rasterio.io import MemoryFile
+
+        planes = np.ascontiguousarray(PHOTO.transpose(2, 0, 1))
+        place_on_earth = {"crs": "EPSG:32633", "transform": Affine(0.5, 0, 5e5, 0, -0.5, 4.6e6), "dtype": "uint8"}
+        for name, driver, more in (
+            ("r.tif", "GTiff", {"compress": "deflate", "tiled": True, "blockxsize": 16, "blockysize": 16, "nodata": 0}),
+            ("r.jp2", "JP2OpenJPEG", {"reversible": "YES", "quality": "100"}),
+        ):
+            with MemoryFile() as file:
+                with file.open(driver=driver, count=3, height=19, width=23, **place_on_earth, **more) as raster:
+                    raster.write(planes)
+                add("raster", name, bytes(file.getbuffer()), read_raster)
     add("sweep", "sweep.toml", SWEEP, read_sweep)
+    add("names", "names.txt", b"road\nsky\n\n a tree \n", read_names)
+    add("state", "fpn-int8.json", msgspec.json.encode(CellState("fpn-int8", "0" * 64, 2.5, "no disk")), read_state)
+    records = (ImageRecord(n, f"{n}.png", agreement=AgreementCounts(8, 9, 3, 4, ((1, 8, 9),))) for n in range(3))
+    add("state", "images.jsonl", b"".join(msgspec.json.encode(record) + b"\n" for record in records), read_ledger)
+    kept = Path(cast("Path", read_cached(place / "cache" / "judged" / "0")))
+    by_name["cache/contents.json"] = Subject(kept / "contents.json", lambda path: read_cached(path.parent))
+    by_name["cache/result"] = Subject(kept / "result", lambda path: read_cached(path.parent))
     (place / "report").mkdir()
     write_report(
         place / "report" / "bench.json",
@@ -301,10 +371,29 @@ def subjects(place: Path) -> dict[str, Subject]:
             row("int8", 6.0, miou=0.69, drop=0.01, agreement=0.98, precision="int8", samples_ms=(6.0, 6.5, 5.5) * 5),
         ),
     )
-    found["report/bench.json"] = Subject(place / "report" / "bench.json", read_reports)
+    by_name["report/bench.json"] = Subject(place / "report" / "bench.json", read_reports)
     with contextlib.suppress(ImportError):
-        found |= engines(place)
-    return found
+        by_name |= videos(place)
+    with contextlib.suppress(ImportError):
+        by_name |= engines(place)
+    return by_name
+
+
+def videos(place: Path) -> dict[str, Subject]:
+    """Of every container whose damage is told."""
+    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
+    import cv2
+
+    (place / "video").mkdir()
+    by_name = {}
+    for name, codec in {"a.mp4": "mp4v", "a.mkv": "mp4v", "a.webm": "VP80", "a.avi": "MJPG"}.items():
+        path = place / "video" / name
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 10.0, (32, 24))
+        for _ in range(6):
+            writer.write(RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        writer.release()
+        by_name[f"video/{name}"] = Subject(path, read_frames)
+    return by_name
 
 
 def engines(place: Path) -> dict[str, Subject]:
@@ -313,6 +402,10 @@ def engines(place: Path) -> dict[str, Subject]:
     from cpu_folders import IMAGES, folder_for, model, own_scheme
     from small_graphs import table_for
 
+    from edgeseg.backends.tensorrt.calibration import cache_text, check_cache
+    from edgeseg.handover.folder import LISTING_NAME, export_engine, exported_files
+    from edgeseg.mixed.costs import times_from_file
+    from edgeseg.quantize.modules import Modules
     from edgeseg.store.onnx_file import write_onnx
 
     graph, table = place / "onnx" / "a.onnx", place / "table" / "table.json"
@@ -322,7 +415,43 @@ def engines(place: Path) -> dict[str, Subject]:
     table_for(model(), image=IMAGES).save(table)
     folder = folder_for(place / "engine", "onnxruntime", own_scheme())
     files = {f"engine/{path.name}": Subject(path, read_folder) for path in sorted(folder.iterdir())}
-    return {"onnx/a.onnx": Subject(graph, read_graph), "table/table.json": Subject(table, load_table)} | files
+    scales, tensors = table.with_name("scales.cache"), load_table(table).ranges
+    scales.write_text(cache_text(load_table(table), "10.3.0"))
+    profiled = (
+        replace(row(kind, precision=kind), profile=Profile("IProfiler", 20, 3.0, (ModuleTime("decoder", 2, 3.0, 1.0),)))
+        for kind in ("int8", "fp16")
+    )
+    costs = table.with_name("costs.json")
+    write_report(costs, report(*profiled))
+    export_engine(folder, "triton", place / "handed over")
+    listing = place / "handed over" / LISTING_NAME
+
+    def read_costs(path: Path) -> object:
+        spec = ModelSpec(row("a").engine.arch, row("a").engine.encoder, classes=2)
+        return times_from_file(path, spec, Modules(("decoder",), {"decoder": "decoder"})).estimate_ms(["decoder"])
+
+    def read_handed_over(path: Path) -> object:
+        """Whatever the listing says, nothing of a user's is lost and nothing outside is touched."""
+        mine = [path.with_name("mine.txt"), path.parent / "model_repository" / "mine" / "a", place / "outside" / "a"]
+        for file in mine:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("mine")
+        try:
+            with atomic_folder(path.parent, force=True, ours=exported_files) as scratch:
+                shutil.copy(path, scratch)
+                (scratch / "model_repository").mkdir()
+                (scratch / "model_repository" / "new").write_text("new")
+        finally:
+            assert [file.read_text() for file in mine] == ["mine"] * 3
+        return mine
+
+    return {
+        "onnx/a.onnx": Subject(graph, read_graph),
+        "table/table.json": Subject(table, load_table),
+        "table/scales.cache": Subject(scales, lambda path: check_cache(path, "10.3.0", tensors, None)),
+        "table/costs.json": Subject(costs, read_costs),
+        "handover/handover.json": Subject(listing, read_handed_over),
+    } | files
 
 
 def checkpoints(place: Path) -> dict[str, Subject]:
@@ -333,7 +462,7 @@ def checkpoints(place: Path) -> dict[str, Subject]:
     from edgeseg.convert.architectures import import_smp
     from edgeseg.convert.load import load_model
 
-    found: dict[str, Subject] = {}
+    by_name: dict[str, Subject] = {}
 
     def load(path: Path) -> object:
         return load_model(ModelRequest(weights=str(path)))
@@ -354,11 +483,11 @@ def checkpoints(place: Path) -> dict[str, Subject]:
     torch.save(tensors, place / "checkpoint" / "old.pt", _use_new_zipfile_serialization=False)
     save_file(dict(tensors), place / "checkpoint" / "a.safetensors")
     for name in ("a.ckpt", "old.pt", "a.safetensors"):
-        found[f"checkpoint/{name}"] = Subject(place / "checkpoint" / name, load)
+        by_name[f"checkpoint/{name}"] = Subject(place / "checkpoint" / name, load)
     network.save_pretrained(place / "hub")
     for name in ("config.json", "model.safetensors"):
-        found[f"hub/{name}"] = Subject(place / "hub" / name, load_folder)
-    return found
+        by_name[f"hub/{name}"] = Subject(place / "hub" / name, load_folder)
+    return by_name
 
 
 def fault_of(subject: Subject, content: bytes) -> str | None:

@@ -114,9 +114,9 @@ class MemorySession(Closing):
         spec = self._spec.input
         if self.closed:
             raise InputError("this session is closed; load the engine again")
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != spec.channels:
+        if images.dtype != spec.dtype or images.ndim != 4 or images.shape[3] != spec.channels:
             raise InputError(
-                f"images are {images.dtype} {images.shape}, this engine takes uint8 (N, H, W, {spec.channels})"
+                f"images are {images.dtype} {images.shape}, this engine takes {spec.dtype} (N, H, W, {spec.channels})"
             )
         if not images.flags.c_contiguous:
             raise InputError("images are not C-contiguous; use np.ascontiguousarray")

@@ -75,7 +75,7 @@ def argmax(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
     """
     classes = len(logits)
     best = logits.max(axis=0)
-    found = np.zeros(best.shape, np.uint8)
+    best_index = np.zeros(best.shape, np.uint8)
     for index, plane in enumerate(logits):
-        np.maximum(found, (plane == best).view(np.uint8) * np.uint8(classes - index), out=found)
-    return np.uint8(classes) - found
+        np.maximum(best_index, (plane == best).view(np.uint8) * np.uint8(classes - index), out=best_index)
+    return np.uint8(classes) - best_index

@@ -155,7 +155,7 @@ class _Ending:
             )
             return cls(error.exit_code, kind, error.format_message(), usage=help_line)
         if isinstance(error, (KeyboardInterrupt, click.Abort)):
-            return cls(130, "Interrupted", "interrupted; nothing half-done was left behind")
+            return cls(130, "Interrupted", "interrupted; no output is left half-written")
         if isinstance(error, EdgesegError):
             return cls(error.exit_code, kind, str(error), error.figures)
         if isinstance(error, OSError):

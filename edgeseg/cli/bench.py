@@ -12,7 +12,7 @@ from typing import get_args
 import click
 
 from edgeseg.arguments import INT32, SIZE, number, whole
-from edgeseg.cli.output import console_reporter, echo, print_json, result_console
+from edgeseg.cli.output import console_reporter, echo, print_json, result_console, show
 from edgeseg.cli.parameters import ANY_PATH, CountsType, KindType
 from edgeseg.errors import SpecError
 from edgeseg.evaluate.results import BASELINES, Layout, Resolution
@@ -80,6 +80,7 @@ from edgeseg.evaluate.results import BASELINES, Layout, Resolution
     help='What an engine must keep, such as "p99_ms<=33 and miou>=0.68", as in edgeseg report. Exit 3 when none does.',
 )
 @click.option("--force", is_flag=True, help="Replace files that exist.")
+@click.option("--open", "shows", is_flag=True, help="Show the page of --html when it is written.")
 def command(
     engines: tuple[Path, ...],
     baselines: tuple[str, ...],
@@ -104,6 +105,7 @@ def command(
     html_path: Path | None,
     require: str | None,
     force: bool,
+    shows: bool,
 ) -> None:
     """Measure engines beside the PyTorch model they came from, in turns, so that drift hits all alike.
 
@@ -112,7 +114,7 @@ def command(
 
     One command from engines to a page and an answer: --html and --require. --html needs the extra edgeseg[report].
     """
-    from edgeseg.cli.report import write_reports
+    from edgeseg.cli.report import require_page, write_reports
     from edgeseg.decide.entries import Run
     from edgeseg.decide.requirement import Requirement
     from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
@@ -122,6 +124,7 @@ def command(
     from edgeseg.store.artifacts import engine_paths
     from edgeseg.store.outputs import check_outputs, is_stdout, is_stream
 
+    require_page(html_path, shows)
     to_stdout = json_path is not None and is_stdout(json_path)
     outputs = [path for path in (json_path, html_path) if path is not None]
     if outputs:
@@ -187,4 +190,6 @@ def command(
             decided = write_reports(
                 (run,), html_path, None, None, require, "edgeseg bench", as_json=False, tables=require is not None
             )
+    if shows and html_path is not None:
+        show(html_path)
     sys.exit(1 if report.failed else decided if require is not None else 0)

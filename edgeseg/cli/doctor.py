@@ -49,9 +49,11 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "pycuda": ("pycuda", "onnx"),
     "tensorrt-rtx": ("tensorrt-rtx-cu12", "onnx"),
     "tiff": ("tifffile", "imagecodecs"),
+    "raster": ("rasterio",),
     "video": ("opencv-python-headless",),
     "report": ("jinja2",),
     "sweep": ("ray",),
+    "cluster": ("ray", "fsspec"),
     "power": ("nvidia-ml-py",),
 }
 """Every package edgeseg uses, by the extra that brings it; ``base`` always comes."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -30,6 +33,15 @@ def print_json(value: object) -> None:
         # A file name that is no UTF-8: Python holds its bytes as halves of surrogate pairs, which JSON can escape.
         text = json.dumps(msgspec.to_builtins(value), indent=2)
     click.echo(printable_json(text))
+
+
+def show(path: Path) -> None:
+    """Open a file or folder in the program the desktop has for it; where there is none, say so and go on."""
+    linux = sys.platform.startswith("linux")
+    if linux and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        echo(f"not opened: no display here; the result is {path}", err=True)
+    elif click.launch(str(path.absolute())) != 0:
+        echo(f"not opened: no program for it{' (xdg-open)' * linux}; the result is {path}", err=True)
 
 
 def result_console() -> Console:

@@ -36,10 +36,23 @@ class KindType(click.ParamType):  # type: ignore[type-arg]  # generic from click
         return [CompletionItem(incomplete, type="file")] if takes_path else []
 
 
+class _PlaceType(click.Path):
+    """A path, or a URL, which a path would rob of its second slash."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+PLACE = _PlaceType(path_type=Path)
+
+
 class CountsType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on only
     """Comma-separated whole numbers from 1 on, each once."""
 
     name = "N,N,..."
+    repeats = False
+    described = "different counts"
+    example = "1,4,8"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
@@ -48,6 +61,17 @@ class CountsType(click.ParamType):  # type: ignore[type-arg]  # generic from cli
             numbers = [int(part) for part in value.split(",")]
         except ValueError:
             numbers = []
-        if not numbers or min(numbers) < 1 or max(numbers) > MOST or len(set(numbers)) != len(numbers):
-            self.fail(f"{value!r} is not a list of different counts from 1 to {MOST}, such as 1,4,8", param, ctx)
+        once = self.repeats or len(set(numbers)) == len(numbers)
+        if not numbers or min(numbers) < 1 or max(numbers) > MOST or not once:
+            self.fail(
+                f"{value!r} is not a list of {self.described} from 1 to {MOST}, such as {self.example}", param, ctx
+            )
         return tuple(numbers)
+
+
+class BandsType(CountsType):
+    """Comma-separated numbers of bands."""
+
+    repeats = True
+    described = "band numbers"
+    example = "4,3,2"

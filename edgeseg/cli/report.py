@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeseg.cli.output import echo, print_json, result_console
+from edgeseg.cli.output import echo, print_json, result_console, show
 from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.errors import SpecError
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     "device, when it was not measured, or when noise could turn the verdict.",
 )
 @click.option("--force", is_flag=True, help="Replace files that exist.")
+@click.option("--open", "shows", is_flag=True, help="Show the page of --html when it is written.")
 @click.option("--title", default="edgeseg report", show_default=True, help="Of the HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as JSON instead of tables.")
 def command(
@@ -39,6 +40,7 @@ def command(
     csv_path: Path | None,
     require: str | None,
     force: bool,
+    shows: bool,
     title: str,
     as_json: bool,
 ) -> None:
@@ -50,8 +52,19 @@ def command(
     from edgeseg.store.outputs import check_outputs
 
     check_outputs(list(filter(None, (html_path, markdown_path, csv_path))), force=force, inputs=reports)
+    require_page(html_path, shows)
+    code = write_reports(read_runs(reports), html_path, markdown_path, csv_path, require, title, as_json)
+    if shows and html_path is not None:
+        show(html_path)
+    sys.exit(code)
 
-    sys.exit(write_reports(read_runs(reports), html_path, markdown_path, csv_path, require, title, as_json))
+
+def require_page(html_path: Path | None, shows: bool) -> None:
+    """Refuse, before the work, to show a page that no file will hold."""
+    from edgeseg.store.outputs import is_stream
+
+    if shows and (html_path is None or is_stream(html_path)):
+        raise SpecError("--open shows the page of --html; give --html a file, too")
 
 
 def write_reports(

@@ -264,7 +264,7 @@ def _harmless_types() -> list[Any]:
         # torch fills plain dictionaries and lists only.
         (_empty_dict, "collections.defaultdict"),
         (_empty_list, "collections.deque"),
-        *(list, dict, tuple, set, frozenset, int, float, str, bool),
+        *(list, dict, tuple, set, frozenset, int, float, str, bool, range, slice),
         *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
         np.ndarray,
         np.dtype,
@@ -291,10 +291,16 @@ def _pickle_error(path: Path, exc: Exception) -> CheckpointError:
         if re.match(r"(segmentation_models_pytorch|torch\.nn\.modules)\.(.*\.)?(loss(es)?)\.", name):
             what = f"holds a loss object ({name}) beside its weights"
         elif name.startswith(("segmentation_models_pytorch.", "torch.nn.modules.", "timm.", "torchvision.models.")):
-            what = f"is a whole pickled model ({name})"
+            what = f"holds a pickled module ({name})"
         else:
             what = f"is a pickle that would run code to open ({name})"
         return CheckpointError(f"{path} {what}, which is refused; where you trust it, {_RESAVE}")
+    built = re.search(r"add_safe_globals.*but got <class '([\w.]+)'>", text)
+    if built is not None:
+        name = "an array of Python objects" if built[1].endswith("ObjectDType") else built[1]
+        return CheckpointError(
+            f"{path} holds {name} beside its weights, which is refused; where you trust it, {_RESAVE}"
+        )
     if "Unsupported operand" in text or "Unsupported class" in text:
         return CheckpointError(
             f"{path} is a pickle that torch.save did not write, which is refused; where you trust it, {_RESAVE}"
@@ -306,8 +312,8 @@ def _pickle_error(path: Path, exc: Exception) -> CheckpointError:
 
 
 def _find_state_dict(path: Path, content: object, key: str | None) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """Return the mapping of names to tensors inside what torch.load returned, at most two levels deep, and notes."""
-    candidates = {name: tensors for name, inner in _candidates(content) if (tensors := _tensors(inner))}
+    """Return the mapping of names to tensors inside what torch.load returned, at most three levels deep, and notes."""
+    candidates = _candidates(content)
     if key is not None:
         if key not in candidates:
             have = ", ".join(n for n in candidates if n) or "none under a key"
@@ -315,14 +321,22 @@ def _find_state_dict(path: Path, content: object, key: str | None) -> tuple[dict
                 f"{path} holds no state dict under {key[:60]!r} (it has: {have}); change --weights-key"
             )
         return candidates[key], (f"the state dict under {key!r} is used, as asked",)
-    if candidates:
-        chosen = next(iter(candidates))
-        averaged = [n for n in candidates if n.split(".")[-1] in _AVERAGED_UNDER]
-        if chosen in averaged:
-            return candidates[chosen], (f"averaged weights are used, those under {chosen!r}: there are no others",)
-        beside = ", ".join(repr(n) for n in averaged)
-        note = f"the weights under {chosen!r} are used; averaged ones are under {beside}: --weights-key takes those"
-        return candidates[chosen], (note,) if averaged else ()
+    whole = {name: tensors for name, tensors in candidates.items() if _has_head(tensors)} or candidates
+    if whole:
+        chosen, *others = whole
+        beside = ", ".join(repr(name) for name in others)
+        if not _is_usual(chosen) and others:
+            raise CheckpointError(
+                f"{path} holds {len(whole)} state dicts, under {chosen!r}, {beside}; say which with --weights-key"
+            )
+        if not others:
+            kind = "averaged weights" if _is_averaged(chosen) else "weights"
+            told = _is_averaged(chosen) or not _is_usual(chosen)
+            note = f"{kind} are used, those under {chosen!r}: there are no others"
+            return whole[chosen], (note,) if told else ()
+        kind = "averaged ones" if all(map(_is_averaged, others)) else "others"
+        where = f"under {chosen!r}" if chosen else "under no key"
+        return whole[chosen], (f"the weights {where} are used; {kind} are under {beside}: --weights-key takes those",)
     if isinstance(content, Mapping):
         keys = ", ".join(repr(k) for k in list(content)[:6]) or "nothing"
         raise CheckpointError(f"{path} holds no state dict (it has {keys[:120]}); {_RESAVE}")
@@ -334,20 +348,54 @@ def _tensors(mapping: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
     return {k: v.detach() for k, v in mapping.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
 
 
-def _candidates(content: object) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Where a state dict may be: the names of keys, joined by dots, and what is there; the plain ones first."""
+def _has_head(tensors: Mapping[str, object]) -> bool:
+    return any("segmentation_head." in name for name in tensors)
+
+
+def _is_usual(name: str) -> bool:
+    return all(part in _NESTED_UNDER for part in name.split(".")) if name else True
+
+
+def _is_averaged(name: str) -> bool:
+    return any(part in _AVERAGED_UNDER for part in name.split("."))
+
+
+def _candidates(content: object) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of each place where a state dict may be, by its keys joined by dots, in the order of preference.
+
+    Under a key that trainers do not usually take, only what has a segmentation head counts.
+    """
     if not isinstance(content, Mapping):
-        return
-    nested = {k: content[k] for k in _NESTED_UNDER if isinstance(content.get(k), Mapping)}
-    deeper = {
-        f"{outer}.{k}": inner[k]
-        for outer, inner in nested.items()
-        for k in _NESTED_UNDER
-        if isinstance(inner.get(k), Mapping)
+        return {}
+    places = {"": content, **dict(_nested(content, "", 3, set()))}
+    # A pickle can hold one mapping under any number of names: it is looked through once.
+    held = {id(mapping): _tensors(mapping) for mapping in {id(m): m for m in places.values()}.values()}
+    whole = {number for number, tensors in held.items() if _has_head(tensors)}
+    every = {
+        name: held[id(mapping)]
+        for name, mapping in places.items()
+        if held[id(mapping)] and (_is_usual(name) or id(mapping) in whole)
     }
-    every = {**nested, **deeper, "": content}
-    for name in sorted(every, key=lambda n: any(part in _AVERAGED_UNDER for part in n.split("."))):
-        yield name, every[name]
+
+    def rank(name: str) -> tuple[bool, bool, int, list[int]]:
+        parts = name.split(".") if name else []
+        places = [_NESTED_UNDER.index(part) for part in parts] if _is_usual(name) else []
+        return not _is_usual(name), _is_averaged(name), len(parts) or 9, places
+
+    return {name: every[name] for name in sorted(every, key=rank)}
+
+
+def _nested(
+    mapping: Mapping[Any, Any], prefix: str, levels: int, opened: set[int]
+) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Mappings inside of ``mapping`` by their keys; one that is there several times is opened once."""
+    if not levels or id(mapping) in opened:
+        return
+    opened.add(id(mapping))
+    inside = [(k, v) for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Mapping)]
+    yield from ((prefix + key, inner) for key, inner in inside)
+    for key, inner in inside:
+        yield from _nested(inner, f"{prefix}{key}.", levels - 1, opened)
 
 
 def _check_backing(path: Path, tensors: Mapping[str, torch.Tensor], size: int) -> None:

@@ -20,6 +20,7 @@ _TIMM_SAMPLE = (
     *("mobilenetv3_small_100", "efficientnet_b0", "tf_efficientnet_lite0", "convnext_tiny", "regnety_008"),
 )
 _MAX_BUILDS = 14
+_OWN_MODULE = "load the weights into your own module and give that to edgeseg.build(model=...)"
 
 
 def likely_cause(given: Mapping[str, torch.Tensor], own: Shapes, arch: str, encoder: str, depth: int) -> str:
@@ -35,16 +36,26 @@ def likely_cause(given: Mapping[str, torch.Tensor], own: Shapes, arch: str, enco
             "it holds parameters without BatchNorm's running_mean and running_var: save model.state_dict(), which has "
             "both, not model.parameters()"
         )
-    if not missing and not changed:
-        added = ", ".join(sorted(theirs.keys() - own.keys())[:2])
-        return (
-            f"the model's own tensors are all there, so delete from the state dict what training added ({added}, ...)"
-        )
     wrong = missing | changed | (theirs.keys() - own.keys())
+    if any(
+        k.startswith("segmentation_head.") and _differs_by_more_than_input(own.get(k), theirs.get(k)) for k in wrong
+    ):
+        return f"its segmentation head is not SMP's: {_OWN_MODULE}"
+    if not missing and not changed:
+        added = ", ".join(sorted(wrong)[:2])
+        return (
+            f"the model's own tensors are all there: if what training added ({added}, ...) does not take part in the result, "
+            f"delete it from the state dict, else {_OWN_MODULE}"
+        )
     inside = {k for k in wrong if k.startswith("encoder.")}
     if inside:
         return _input_cause(inside, own, theirs) or _encoder_cause(theirs, encoder, depth)
     return _decoder_cause(wrong, own, arch)
+
+
+def _differs_by_more_than_input(mine: tuple[int, ...] | None, stored: tuple[int, ...] | None) -> bool:
+    # A decoder built with other arguments hands the head another number of channels.
+    return mine is None or stored is None or (mine[:1], mine[2:]) != (stored[:1], stored[2:])
 
 
 def _input_cause(wrong: set[str], own: Shapes, theirs: Shapes) -> str:
@@ -57,17 +68,19 @@ def _input_cause(wrong: set[str], own: Shapes, theirs: Shapes) -> str:
             return f"it takes {stored[1]} input channels: give --in-channels {stored[1]}"
     tables = [k for k in both if k.endswith("pos_embed")]
     if tables and len(wrong) == len(tables):
-        return _image_size_cause(theirs[tables[0]])
+        patch = theirs.get(tables[0].replace("pos_embed", "patch_embed.proj.weight"), ())
+        return _image_size_cause(theirs[tables[0]], patch[2:])
     return ""
 
 
-def _image_size_cause(shape: tuple[int, ...]) -> str:
+def _image_size_cause(shape: tuple[int, ...], patch: tuple[int, ...]) -> str:
     # (1, tokens + 0..5 prefix tokens, width): trained at another image size.
     for prefix in (1, 0, 2, 5):
         side = math.isqrt(max(shape[1] - prefix, 0))
-        if side > 0 and side * side == shape[1] - prefix:
-            return f"its position embedding is for {side}x{side} patches: give --model-arg img_size={side}*patch size"
-    return "its position embedding is for another image size: give --model-arg img_size=..."
+        if side > 0 and side * side == shape[1] - prefix and len(set(patch)) == 1:
+            size = side * patch[0]
+            return f"its position embedding is for images of {size}x{size}: give --model-arg img_size={size}"
+    return "its position embedding is for another image size: give --model-arg img_size=[HEIGHT,WIDTH]"
 
 
 def matching_encoders(theirs: Shapes) -> list[str]:
@@ -122,7 +135,7 @@ def _encoder_cause(theirs: Shapes, encoder: str, depth: int) -> str:
         if alike > score:
             best, score = name, alike
     if best == encoder:
-        return f"its encoder is {encoder} with other tensors than SMP's: changed in training, or of an older timm?"
+        return f"its encoder is {encoder} with other tensors than SMP's, changed in training or of an older timm: {_OWN_MODULE}"
     if score > 0.6:
         return f"its encoder is not {encoder}; the nearest known is {best}"
     return f"its encoder is not {encoder}: give --encoder as in training"

@@ -125,9 +125,10 @@ class Tiling:
     padding: Padding | None = None
 
     def pad(self, image: NDArray[Any]) -> NDArray[Any]:
-        """Return ``image`` grown to at least one window, at its native scale."""
-        canvas = (max(self.source[0], self.window[0]), max(self.source[1], self.window[1]))
-        return Placement(self.source, canvas, self.source, self.repeat_border, self.padding).apply(image)
+        """Return ``image``, or a part of it that ends where windows do, grown to at least one window at its native scale."""
+        height, width = image.shape[:2]
+        canvas = (max(height, self.window[0]), max(width, self.window[1]))
+        return Placement((height, width), canvas, (height, width), self.repeat_border, self.padding).apply(image)
 
     def row(self, padded: NDArray[Any], index: int) -> NDArray[Any]:
         """Return row ``index`` of windows of an image from :meth:`pad`, ``(windows, H, W, C)``."""

@@ -23,6 +23,8 @@ _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 256, 257, 258, 259, 262, 274
 _SAMPLES, _PLANAR, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 277, 284, 338, 339
 _RGB = 2
+# GeoTIFF's: pixel scale, tie points, transformation, keys.
+_GEOREFERENCE = {33550, 33922, 34264, 34735}
 # Samples that are colour, by the value of the photometric interpretation; those beyond are "extra".
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
 _STRAIGHT_ALPHA = 2
@@ -43,6 +45,7 @@ class TiffLayout:
         sample_format: 1 unsigned, 2 signed, 3 floating-point.
         extra: meaning of each sample beyond the colours: 0 unspecified, 1 premultiplied alpha, 2 alpha.
         photometric, compression, planar, orientation: as in the specification.
+        georeferenced: whether it has tags of the GeoTIFF specification.
     """
 
     height: int
@@ -55,6 +58,7 @@ class TiffLayout:
     compression: int
     planar: int
     orientation: int
+    georeferenced: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -106,6 +110,7 @@ def tiff_layout(path: Path) -> TiffLayout | None:
                 compression=int(tags.get(_COMPRESSION, _UNCOMPRESSED)),
                 planar=int(tags.get(_PLANAR, 1)),
                 orientation=int(tags.get(_ORIENTATION, 1)),
+                georeferenced=not _GEOREFERENCE.isdisjoint(tags),
             )
         except Exception:
             # Whatever parsing trips over, the decoder says it better when it comes to the pixels.

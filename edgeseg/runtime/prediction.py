@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -39,3 +39,9 @@ def stacked(predictions: list[Prediction]) -> Prediction:
         return None if arrays[0] is None else np.stack(arrays)
 
     return Prediction(*(stack(name) for name in ("mask", "confidence", "probabilities", "logits", "aux_logits")))
+
+
+def arrays_of(prediction: Prediction | None) -> dict[str, NDArray[Any]]:
+    """What a prediction holds, by name."""
+    named = {} if prediction is None else {field.name: getattr(prediction, field.name) for field in fields(prediction)}
+    return {name: array for name, array in named.items() if array is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.console import draws_bars, plain_console
-from edgeseg.errors import InputError, MissingDependencyError
+from edgeseg.errors import InputError, MissingDependencyError, SpecError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
 from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlap import in_parallel, parallel_threads
 from edgeseg.runtime.overlay import SHOWN_PERCENTILES, add_legend, colorize, legend_entries
 from edgeseg.runtime.overlay import overlay as lay_over
+from edgeseg.runtime.raster import RasterOptions, raster_outputs, require_rasters_engine, segment_raster, unanswered
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
 from edgeseg.runtime.stream import Stream
+from edgeseg.spec import PipelineSpec
 from edgeseg.store.outputs import check_outputs, refuse_existing
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class RunSummary:
         failed: inputs that could not be used, or not to their end.
         frames_per_second: images and frames over seconds, reading and writing included; ``None`` when there were none.
         interrupted: a camera was stopped with Ctrl-C.
+        reused: images that an earlier run had done, by its ledger (``--executor ray``).
     """
 
     images: int
@@ -72,6 +75,7 @@ class RunSummary:
     failed: tuple[Failure, ...]
     frames_per_second: float | None
     interrupted: bool = False
+    reused: int = 0
 
 
 def run_inputs(
@@ -85,6 +89,8 @@ def run_inputs(
     limit: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    rasters: RasterOptions | None = None,
+    names: Sequence[str] | None = None,
 ) -> RunSummary:
     """Segment everything named and write the results: several images, or reading, inference and writing, at a time.
 
@@ -93,6 +99,7 @@ def run_inputs(
     - ``masks/NAME.png`` for each image: class indices as pixel values, with the palette (16-bit grey above 256
       classes). For a multilabel model ``masks/NAME.0-road.png`` and so on, one plane of 0 and 1 per class.
     - ``overlays/NAME.png`` with ``overlay``: the classes' colours over the image, and a legend with their shares.
+    - ``masks/NAME.tif`` for each raster (:mod:`edgeseg.runtime.raster`), with ``probabilities/NAME.tif`` where asked for.
     - ``videos/NAME.mp4`` for each video or camera: the colours alone, or over the frames with ``overlay``, and a
       legend. With ``frame_masks`` also ``masks/NAME/000000.png`` and so on.
 
@@ -110,20 +117,34 @@ def run_inputs(
         limit: stop after so many images and frames.
         overwrite: replace files that exist.
         progress: show a progress bar with frames per second, and failures, on standard error.
+        rasters: which files are rasters, and how they are read; ``None`` for the defaults.
+        names: NAME of each of ``inputs``, which are files then, where somebody else has chosen them.
 
     Raises:
         OutputExistsError: an output exists, and ``overwrite`` is false.
-        SpecError: an output would replace an input.
+        SpecError: an output would replace an input; what rasters cannot be asked for.
         InputError: an input that is not there at all, an output that cannot be written.
         MissingDependencyError: OpenCV is not installed, and there is a video or camera.
         BuildError: the engine failed.
     """
     if not 0.0 <= alpha <= 1.0:
         raise InputError(f"alpha is {alpha}; give an opacity from 0 to 1")
-    tasks = _plan(inputs)
-    run = _Run(segmenter, Path(output), overlay, alpha, frame_masks, limit, overwrite)
+    rasters = RasterOptions() if rasters is None else rasters
+    if names is None:
+        tasks = _plan(inputs, rasters)
+    else:
+        files = [Path(str(item)) for item in inputs]
+        tasks = [_Task(file, name, rasters.applies_to(file)) for file, name in zip(files, names, strict=True)]
+    run = _Run(segmenter, Path(output), overlay, alpha, frame_masks, limit, overwrite, rasters)
+    large = [task for task in tasks if task.is_raster]
+    if large:
+        require_rasters_engine(segmenter, rasters)
+        if overlay:
+            raise SpecError(
+                f"no overlay is drawn over a raster ({large[0].label}); leave out --overlay, or give --no-raster"
+            )
     check_outputs(
-        [path for task in tasks for path in run.outputs(task)],
+        [path for task in tasks for path in run.unwritten(task)],
         force=overwrite,
         inputs=[task.source for task in tasks if isinstance(task.source, Path)],
     )
@@ -131,12 +152,11 @@ def run_inputs(
         if task.is_video and frame_masks:
             refuse_existing(run.output / "masks" / task.name, overwrite)
     begin = time.perf_counter()
-    with _Bar(len(tasks), limit) if progress else nullcontext(_Silent()) as bar:
-        if overlay and segmenter.spec.input.dtype != "uint8":
-            low, high = SHOWN_PERCENTILES
-            bar.say(
-                f"overlays show {segmenter.spec.input.dtype} images from percentile {low:g} (black) to {high:g} (white)"
-            )
+    with Bar(len(tasks), limit, unit="tiles" if large else "frames") if progress else nullcontext(Silent()) as bar:
+        for note in _notes_on_rasters(tasks, rasters, segmenter):
+            bar.say(note)
+        if overlay:
+            tell_what_overlays_show(segmenter.spec, bar)
         interrupted = run.all(tasks, bar)
     seconds, count = time.perf_counter() - begin, run.images + run.frames
     return RunSummary(
@@ -151,20 +171,61 @@ def run_inputs(
     )
 
 
-def streams_of(inputs: Iterable[str | Path | int]) -> int:
-    """How many threads :func:`run_inputs` calls the segmenter from: one for videos, several for images.
+def streams_of(inputs: Iterable[str | Path | int], rasters: RasterOptions | None = None) -> int:
+    """How many threads :func:`run_inputs` calls the segmenter from: one for videos and rasters, several for images.
 
     Raises:
         InputError: nothing there.
+        SpecError: a file that is to be a raster and cannot be one.
     """
-    tasks = _plan(inputs)
-    return 1 if any(task.is_video for task in tasks) else min(len(tasks), parallel_threads())
+    tasks = _plan(inputs, RasterOptions() if rasters is None else rasters)
+    alone = any(task.is_video or task.is_raster for task in tasks)
+    return 1 if alone else min(len(tasks), parallel_threads())
+
+
+def has_rasters(inputs: Iterable[str | Path | int], rasters: RasterOptions) -> bool:
+    """Whether any input will be segmented as a raster."""
+    return any(task.is_raster for task in _plan(inputs, rasters))
+
+
+def _notes_on_rasters(tasks: Sequence[_Task], rasters: RasterOptions, segmenter: Segmenter) -> Iterator[str]:
+    missed = next((t.source for t in tasks if isinstance(t.source, Path) and rasters.is_missed(t.source)), None)
+    if missed is not None:
+        yield f"note: {missed} is georeferenced; its mask will be, too, with pip install 'edgeseg[raster]'"
+    cut = next((task for task in tasks if task.is_raster), None)
+    fit = segmenter.spec.input.fit
+    if cut is not None and fit != "tile" and rasters.use is None:
+        yield f"note: {cut.label} is cut into tiles at its own scale; --no-raster brings it to the engine's size ({fit})"
+
+
+def tell_what_overlays_show(spec: PipelineSpec, bar: Silent) -> None:
+    """Say which values of images that are not uint8 are black and white in overlays."""
+    if spec.input.dtype != "uint8":
+        low, high = SHOWN_PERCENTILES
+        bar.say(f"overlays show {spec.input.dtype} images from percentile {low:g} (black) to {high:g} (white)")
+
+
+def image_outputs(name: str, spec: PipelineSpec, *, overlay: bool) -> list[str]:
+    """The files, below the output folder, that an image of this NAME is written to by :func:`run_inputs`."""
+    paths = _mask_paths(Path("masks", name), spec)
+    return [path.as_posix() for path in paths] + ([f"overlays/{name}.png"] if overlay else [])
+
+
+def _mask_paths(base: Path, spec: PipelineSpec) -> list[Path]:
+    if spec.model.task != "multilabel":
+        return [base.with_name(f"{base.name}.png")]
+    names = (
+        cut_to_bytes("".join(c if c.isalnum() else "_" for c in name), MAX_CLASS_NAME_BYTES)
+        for name in spec.model.names
+    )
+    return [base.with_name(f"{base.name}.{index}-{name}.png") for index, name in enumerate(names)]
 
 
 @dataclass(frozen=True)
 class _Task:
     source: Path | int
     name: str
+    is_raster: bool = False
 
     @property
     def is_video(self) -> bool:
@@ -175,7 +236,7 @@ class _Task:
         return f"camera {self.source}" if isinstance(self.source, int) else str(self.source)
 
 
-def _plan(inputs: Iterable[str | Path | int]) -> list[_Task]:
+def _plan(inputs: Iterable[str | Path | int], rasters: RasterOptions) -> list[_Task]:
     """Expand folders, globs and lists; each file once, in the order given."""
     files: dict[str, Path | int] = {}
     for item in inputs:
@@ -189,7 +250,10 @@ def _plan(inputs: Iterable[str | Path | int]) -> list[_Task]:
         raise InputError("no input; give images, folders, globs, videos or a camera index")
     sources = list(files.values())
     names = unique_names([Path(f"camera{s}") if isinstance(s, int) else s for s in sources])
-    return [_Task(source, name) for source, name in zip(sources, names, strict=True)]
+    return [
+        _Task(source, name, isinstance(source, Path) and rasters.applies_to(source))
+        for source, name in zip(sources, names, strict=True)
+    ]
 
 
 @dataclass(eq=False)
@@ -201,6 +265,7 @@ class _Run:
     frame_masks: bool
     limit: int | None
     overwrite: bool
+    rasters: RasterOptions
     images: int = 0
     frames: int = 0
     dropped: int = 0
@@ -212,10 +277,18 @@ class _Run:
         """The files a task will write, masks of frames apart."""
         if task.is_video:
             return [self.output / "videos" / f"{task.name}.mp4"]
-        paths = self._mask_paths(self.output / "masks" / task.name)
-        return paths + ([self.output / "overlays" / f"{task.name}.png"] if self.overlay else [])
+        if task.is_raster:
+            return raster_outputs(self.output, task.name, self.rasters)
+        return [self.output / name for name in image_outputs(task.name, self.segmenter.spec, overlay=self.overlay)]
 
-    def all(self, tasks: Sequence[_Task], bar: _Silent) -> bool:
+    def unwritten(self, task: _Task) -> list[Path]:
+        """Those of :meth:`outputs` that are not there already, the same as they would be."""
+        outputs = self.outputs(task)
+        if self.overwrite or not task.is_raster or not isinstance(task.source, Path):
+            return outputs
+        return unanswered(self.segmenter, task.source, outputs, self.rasters)
+
+    def all(self, tasks: Sequence[_Task], bar: Silent) -> bool:
         """Process every task; true if a camera was stopped by Ctrl-C."""
         position = 0
         while position < len(tasks) and not self._finished():
@@ -225,7 +298,11 @@ class _Run:
                 if self._video(task, bar):
                     return True
                 continue
-            end = next((i for i in range(position, len(tasks)) if tasks[i].is_video), len(tasks))
+            if task.is_raster:
+                position += 1
+                self._raster(task, bar)
+                continue
+            end = next((i for i in range(position, len(tasks)) if tasks[i].is_video or tasks[i].is_raster), len(tasks))
             if self.limit is not None:
                 # No more than are wanted; where some fail, there is another turn.
                 end = min(end, position + self.limit - self.images - self.frames)
@@ -236,7 +313,18 @@ class _Run:
     def _finished(self) -> bool:
         return self.limit is not None and self.images + self.frames >= self.limit
 
-    def _images(self, tasks: Sequence[_Task], bar: _Silent) -> None:
+    def _raster(self, task: _Task, bar: Silent) -> None:
+        assert isinstance(task.source, Path)
+        outputs = self.outputs(task)
+        try:
+            segment_raster(self.segmenter, task.source, outputs, self.rasters, bar, overwrite=self.overwrite)
+        except (InputError, MissingDependencyError) as exc:
+            self._fail(task, str(exc), bar)
+            return
+        self.written += outputs
+        self.images += 1
+
+    def _images(self, tasks: Sequence[_Task], bar: Silent) -> None:
         with closing(in_parallel(tasks, self._image, ahead=PATHS_AHEAD)) as results:
             for task, reason, paths in results:
                 if reason is None:
@@ -272,27 +360,18 @@ class _Run:
 
     def _write_masks(self, base: Path, mask: NDArray[Any]) -> list[Path]:
         palette = self.segmenter.palette
-        paths = self._mask_paths(base)
+        paths = _mask_paths(base, self.segmenter.spec)
         planes = mask if mask.ndim == 3 else mask[None]
         for index, (path, plane) in enumerate(zip(paths, planes, strict=True)):
             colours = palette if mask.ndim == 2 else np.stack((np.zeros(3, np.uint8), palette[index]))
             write_mask(path, plane, colours, overwrite=self.overwrite)
         return paths
 
-    def _mask_paths(self, base: Path) -> list[Path]:
-        if self.segmenter.spec.model.task != "multilabel":
-            return [base.with_name(f"{base.name}.png")]
-        names = (
-            cut_to_bytes("".join(c if c.isalnum() else "_" for c in name), MAX_CLASS_NAME_BYTES)
-            for name in self.segmenter.class_names
-        )
-        return [base.with_name(f"{base.name}.{index}-{name}.png") for index, name in enumerate(names)]
-
     def _legend(self, mask: NDArray[Any] | None) -> Any:
         binary = self.segmenter.spec.model.task == "binary"
         return legend_entries(mask, self.segmenter.class_names, self.segmenter.palette, binary=binary)
 
-    def _video(self, task: _Task, bar: _Silent) -> bool:
+    def _video(self, task: _Task, bar: Silent) -> bool:
         """Process one video or camera; true if a camera was stopped by Ctrl-C."""
         try:
             video = Video(task.source, self.segmenter.spec.input)
@@ -312,7 +391,7 @@ class _Run:
             return False
         return interrupted
 
-    def _write_frames(self, task: _Task, video: Video, frames: Stream, file: VideoFile, bar: _Silent) -> bool:
+    def _write_frames(self, task: _Task, video: Video, frames: Stream, file: VideoFile, bar: Silent) -> bool:
         palette, legend = self.segmenter.palette, self._legend(None)
         fps = video.fps or USUAL_FPS
         try:
@@ -341,35 +420,35 @@ class _Run:
             return True
         return False
 
-    def _fail(self, task: _Task, reason: str, bar: _Silent, what: str = "skipped") -> None:
+    def _fail(self, task: _Task, reason: str, bar: Silent, what: str = "skipped") -> None:
         self.failed.append(Failure(task.label, reason))
         bar.say(f"{what}: {reason}")
 
 
-class _Silent:
+class Silent:
     """Takes progress and says nothing."""
 
     def expect(self, frames: int | None) -> None:
         """The next input, counted as one so far, has ``frames`` frames (``None``: nobody knows)."""
 
-    def advance(self, *, failed: bool = False) -> None:
-        """One more image or frame is done, or an input has failed."""
+    def advance(self, *, failed: bool = False, count: int = 1) -> None:
+        """One more image or frame is done, or so many windows of a raster; or an input has failed."""
 
     def say(self, text: str) -> None:
         """Something a person should read."""
 
 
-class _Bar(_Silent):
+class Bar(Silent):
     """A progress bar with frames per second on standard error."""
 
-    def __init__(self, inputs: int, limit: int | None) -> None:
+    def __init__(self, inputs: int, limit: int | None, unit: str = "frames") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
             TextColumn("segment"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[fps]:.1f} frames/s"),
+            TextColumn(f"{{task.fields[fps]:.1f}} {unit}/s"),
             TimeRemainingColumn(),
         )
         console = plain_console(stderr=True)
@@ -390,8 +469,8 @@ class _Bar(_Silent):
         self._inputs = None if frames is None or self._inputs is None else self._inputs - 1 + frames
         self._bar.update(self._task, total=self._total)
 
-    def advance(self, *, failed: bool = False) -> None:
-        self._done += 1
+    def advance(self, *, failed: bool = False, count: int = 1) -> None:
+        self._done += count
         self._failed += failed
         seconds = time.perf_counter() - self._begin
         self._bar.update(self._task, completed=self._done, total=self._total, fps=self._done / seconds)
@@ -399,7 +478,7 @@ class _Bar(_Silent):
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         self._bar.start()
         return self
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from copy import copy
 from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, overload
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.arguments import choice, shortened
 from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
-from edgeseg.backends.cpu.options import with_streams
+from edgeseg.backends.cpu.options import with_streams, with_threads
 from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, EdgesegError, InputError, SpecError, StaleEngineError
 from edgeseg.images.placement import Placement, Tiling, plan_fit
+from edgeseg.runtime.averaging import Augmentation, AveragedSession, averaged_spec
 from edgeseg.runtime.given import Given, ImageLike, accepted_order, given_images, reversed_channels, single_images
-from edgeseg.runtime.prediction import Prediction, stacked
+from edgeseg.runtime.prediction import Prediction, arrays_of, stacked
 from edgeseg.runtime.scores import ScoreRule
-from edgeseg.runtime.tiling import blended_rows, stitched
+from edgeseg.runtime.tiling import Part, RunRow, Strip, blended_strips, joined, stitched_strips
 from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine, open_engine, read_manifest
 
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from edgeseg.backends.cuda.arrays import DeviceTensor
 
 Outputs = Mapping[str, NDArray[Any]]
+ReadRow = Callable[[int, range], tuple[Sequence[int], NDArray[Any]]]
 
 
 class Segmenter(Closing):
@@ -44,9 +49,15 @@ class Segmenter(Closing):
         fit: how images of another size are brought to the engine's; ``None`` as the engine was calibrated and verified.
         tile_overlap: share of a tile that it has in common with its neighbour, from 0 to 0.9 (fit policy ``tile``).
         palette: uint8 ``(classes, 3)`` RGB colours for pictures; ``None`` for edgeseg's own.
+        tta: test-time augmentation: average the probabilities of the image as it is and mirrored (``flips``: 4 runs), or
+            mirrored and turned (``d4``: 8 runs, a square input). The engine has to return scores.
+
+    Attributes:
+        identity: what tells the engine from any other; ``None`` where nobody knows. Work that was interrupted goes on only
+            with the same.
 
     Raises:
-        SpecError: an option out of range.
+        SpecError: an option out of range; ``tta`` of an engine that returns masks, or ``d4`` of one that is not square.
         InputError: a palette of another shape.
     """
 
@@ -59,12 +70,16 @@ class Segmenter(Closing):
         fit: FitPolicy | None = None,
         tile_overlap: float = 0.25,
         palette: NDArray[np.uint8] | None = None,
+        tta: Augmentation | None = None,
     ) -> None:
+        if tta is not None:
+            session, spec = AveragedSession([session], [spec], tta), averaged_spec([spec], tta, ["the engine"])
         channel_order = accepted_order(channel_order, spec.input.channels)
         if not 0.0 <= tile_overlap <= 0.9:
             raise SpecError(f"tile overlap is {tile_overlap}; give a share of the tile from 0 to 0.9")
         self.spec = spec
         self.channel_order = channel_order
+        self.identity: str | None = None
         self._session: Session | None = session
         self._input = (
             spec.input if fit is None else replace(spec.input, fit=choice(get_args(FitPolicy)).accept("fit", fit))
@@ -78,11 +93,23 @@ class Segmenter(Closing):
         # The shape that goes to the engine untouched; of float32, the values are looked at first.
         self._exact = size if single and self._rule is None and spec.input.dtype != "float32" else None
 
+    def as_tiles(self) -> Segmenter:
+        """The same engine with fit policy ``tile``; closed with this one. Without a largest size it takes windows of the
+        size it was built for.
+        """
+        tiles = copy(self)
+        most = (self._input.height, self._input.width) if self._input.dynamic_size else None
+        tiles._input = replace(self._input, fit="tile", max_size=self._input.max_size or most)
+        return tiles
+
+    def plan(self, height: int, width: int) -> Placement | Tiling:
+        """How an image of ``height`` x ``width`` pixels meets the engine's input."""
+        return plan_fit(height, width, self._input, self._overlap)
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """One name per class; ``class 0``, ``class 1``, ... when the model has none."""
-        model = self.spec.model
-        return model.class_names or tuple(f"class {index}" for index in range(model.classes))
+        return self.spec.model.names
 
     @property
     def palette(self) -> NDArray[np.uint8]:
@@ -190,7 +217,12 @@ class Segmenter(Closing):
 
         A TensorRT engine copies one image to and from the GPU while it computes another. An image is therefore drawn
         before the mask of the one before is given.
+
+        Raises:
+            InputError: no iterable of images, or one that cannot be used.
         """
+        if isinstance(images, (str, Path)) or not isinstance(images, Iterable):
+            raise InputError(f"images are {shortened(images)}; give an iterable of images, such as [image]")
         session = self._open()
         pairs = (
             isinstance(session, PipelinedSession)
@@ -210,7 +242,7 @@ class Segmenter(Closing):
                 batch = given.batch
                 if len(batch) != 1:
                     raise InputError(f"images have shape {batch.shape}; give one image at a time")
-                plan = plan_fit(batch.shape[1], batch.shape[2], self._input, self._overlap)
+                plan = self.plan(*batch.shape[1:3])
                 assert not isinstance(plan, Tiling)
                 plans.append((plan, given.alone))
                 placed = batch if plan.is_identity else plan.apply(batch[0])[None]
@@ -269,7 +301,7 @@ class Segmenter(Closing):
         return given_images(images, self.spec.input, swap=self._swaps_channels(channel_order))
 
     def _predictions(self, batch: NDArray[Any], swap: bool, *, mask_only: bool) -> Iterator[Prediction]:
-        plan = plan_fit(batch.shape[1], batch.shape[2], self._input, self._overlap)
+        plan = self.plan(*batch.shape[1:3])
         if isinstance(plan, Tiling):
             for image in batch:
                 yield self._tiled(image, plan, swap, mask_only)
@@ -318,28 +350,59 @@ class Segmenter(Closing):
             return Prediction(mask)
         return self._scored(self._rule, place.restore(scores), mask, aux)
 
-    def _tiled(self, image: NDArray[Any], tiling: Tiling, swap: bool, mask_only: bool) -> Prediction:
-        aux: list[NDArray[np.float32]] = []
+    def strips(
+        self, tiling: Tiling, windows: ReadRow, part: Part | None = None, *, mask_only: bool = False
+    ) -> Iterator[tuple[Strip, Prediction | None]]:
+        """Segment an image that need not be in memory, window by window, as fit policy ``tile`` segments one that is.
 
-        def run(windows: NDArray[Any]) -> Iterator[Outputs]:
-            for outputs in self._run(windows, swap):
-                if "aux_logits" in outputs:
-                    aux.append(outputs["aux_logits"])
-                yield outputs
+        Args:
+            tiling: of the image.
+            windows: reads windows of one row, given its index and columns: those that are worth it,
+                ``(windows, H, W, C)`` of the engine's dtype with RGB order, and their columns.
+            part: of the image; ``None`` for all of it.
+            mask_only: leave out everything but the mask.
 
+        Yields:
+            from top to bottom each finished piece, and the prediction for it; ``None`` where no window was read yet. The
+            auxiliary head is left out.
+        """
+
+        def run(row: int, columns: range) -> Iterator[tuple[int, Outputs]]:
+            wanted, images = windows(row, columns)
+            yield from zip(wanted, self._run(images, swap=False), strict=True)
+
+        return self._strips(run, tiling, part, mask_only=mask_only)
+
+    def _strips(
+        self, run: RunRow, tiling: Tiling, part: Part | None, *, mask_only: bool
+    ) -> Iterator[tuple[Strip, Prediction | None]]:
         if self._rule is None:
             names = ("mask", "confidence") if self.spec.output.confidence and not mask_only else ("mask",)
-            whole = stitched(image, tiling, run, names)
-            return Prediction(whole["mask"], confidence=whole.get("confidence"), aux_logits=_mean(aux))
+            for strip in stitched_strips(run, tiling, names, part):
+                yield strip, Prediction(**strip.outputs) if strip.outputs else None
+            return
         kind = self.spec.output.kind
-        masks, kept = [], []
-        for _, bands in blended_rows(image, tiling, run, (kind,)):
-            masks.append(self._rule.mask(bands[kind]))
-            kept += [] if mask_only else [bands[kind]]
-        mask = np.concatenate(masks, axis=-2)
-        if mask_only:
-            return Prediction(mask)
-        return self._scored(self._rule, np.concatenate(kept, axis=-2), mask, _mean(aux))
+        for strip in blended_strips(run, tiling, (kind,), part):
+            scores = strip.outputs.get(kind)
+            if scores is None:
+                yield strip, None
+                continue
+            mask = self._rule.mask(scores)
+            yield strip, Prediction(mask) if mask_only else self._scored(self._rule, scores, mask, None)
+
+    def _tiled(self, image: NDArray[Any], tiling: Tiling, swap: bool, mask_only: bool) -> Prediction:
+        aux: list[NDArray[np.float32]] = []
+        padded = tiling.pad(image)
+
+        def run(row: int, columns: range) -> Iterator[tuple[int, Outputs]]:
+            for column, outputs in zip(columns, self._run(tiling.row(padded, row), swap), strict=True):
+                if "aux_logits" in outputs:
+                    aux.append(outputs["aux_logits"])
+                yield column, outputs
+
+        strips = self._strips(run, tiling, None, mask_only=mask_only)
+        whole = joined(((strip.rows, arrays_of(prediction)) for strip, prediction in strips), tiling.source[0])
+        return Prediction(**whole, aux_logits=_mean(aux))
 
     def _scored(
         self, rule: ScoreRule, scores: NDArray[np.float32], mask: NDArray[Any], aux: NDArray[np.float32] | None
@@ -363,6 +426,9 @@ def load(
     palette: NDArray[np.uint8] | None = None,
     recompile: bool = False,
     streams: int | None = None,
+    threads: int | None = None,
+    tta: Augmentation | None = None,
+    ensemble: Sequence[str | Path | Engine] = (),
 ) -> Segmenter:
     """Load an engine folder. torch, onnx and SMP are not imported.
 
@@ -376,6 +442,10 @@ def load(
             (what ``edgeseg compile`` does; minutes for TensorRT) and go on. A damaged folder stays an error.
         streams: threads that will call the segmenter at the same time: ONNX Runtime and OpenVINO divide their threads
             among them, for more images a second, each mask later. ``None``: what the engine was built for.
+        threads: that ONNX Runtime or OpenVINO may use at most, where others share the machine; ``None``: as built.
+        tta: see :class:`Segmenter`.
+        ensemble: further engine folders, of the same classes, input and threshold, all with scores: the probabilities of
+            all are averaged.
 
     Raises:
         ArtifactError: no engine folder, or a damaged, stale or foreign one.
@@ -385,30 +455,36 @@ def load(
     """
     if streams is not None and (isinstance(streams, bool) or not isinstance(streams, int) or streams < 1):
         raise SpecError(f"streams is {shortened(streams)}; give the number of threads that will call, from 1")
-    if isinstance(folder, Engine):
-        engine, session = folder, _loaded(folder, recompile, streams)
-    else:
-        engine, session = _loaded_whole(_folder_of(folder), recompile, streams)
+    engines = list[tuple[Engine, Session]]()
     try:
-        return Segmenter(
-            session,
-            engine.manifest.spec,
-            channel_order=channel_order,
-            fit=fit,
-            tile_overlap=tile_overlap,
-            palette=palette,
+        for given in (folder, *ensemble):
+            if isinstance(given, Engine):
+                engines.append((given, _loaded(given, recompile, streams, threads)))
+            else:
+                engines.append(_loaded_whole(_folder_of(given), recompile, streams, threads))
+        manifests = [engine.manifest for engine, _ in engines]
+        (_, session), spec = engines[0], manifests[0].spec
+        if ensemble:
+            specs = [manifest.spec for manifest in manifests]
+            spec = averaged_spec(specs, None, [str(engine.folder) for engine, _ in engines])
+            session = AveragedSession([session for _, session in engines], specs, None)
+        segmenter = Segmenter(
+            session, spec, channel_order=channel_order, fit=fit, tile_overlap=tile_overlap, palette=palette, tta=tta
         )
     except BaseException:
-        session.close()
+        for _, session in engines:
+            session.close()
         raise
+    segmenter.identity = hashlib.sha256(msgspec.json.encode((manifests, tta))).hexdigest()
+    return segmenter
 
 
-def _loaded_whole(folder: Path, recompile: bool, streams: int | None) -> tuple[Engine, Session]:
+def _loaded_whole(folder: Path, recompile: bool, streams: int | None, threads: int | None) -> tuple[Engine, Session]:
     """Open an engine folder that may be replaced meanwhile: the session is of the very engine that was checked."""
     while True:
         engine = open_engine(folder)
         try:
-            session = _loaded(engine, recompile, streams)
+            session = _loaded(engine, recompile, streams, threads)
         except EdgesegError:
             if read_manifest(folder) == engine.manifest:
                 raise
@@ -428,16 +504,16 @@ def _folder_of(given: object) -> Path:
     return path.parent if os.path.isfile(path) and os.path.isfile(path.parent / MANIFEST_NAME) else path
 
 
-def _loaded(engine: Engine, recompile: bool, streams: int | None) -> Session:
+def _loaded(engine: Engine, recompile: bool, streams: int | None, threads: int | None) -> Session:
     backend = get_backend(engine.manifest.target)
     try:
-        return backend.load(with_streams(engine, streams))
+        return backend.load(with_threads(with_streams(engine, streams), threads))
     except StaleEngineError:
         if not recompile:
             raise
     from edgeseg.backends.compile import recompile as compile_again
 
-    return backend.load(with_streams(compile_again(engine), streams))
+    return backend.load(with_threads(with_streams(compile_again(engine), streams), threads))
 
 
 def _mean(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32] | None:

@@ -58,6 +58,10 @@ class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     together: Literal["all", "model"] = "all"
 
 
+OF_DATA = ("layout", "split", "label_map", "resolution", "limit", "jobs", "ignore_index")
+"""What says how ``data`` is judged, and nothing without it."""
+
+
 class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``sweep.toml``: the lists are multiplied.
 

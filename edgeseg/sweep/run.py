@@ -16,7 +16,7 @@ from edgeseg.evaluate.results import read_report
 from edgeseg.evaluate.tables import counted
 from edgeseg.store.artifacts import open_engine
 from edgeseg.store.atomic import HeldError, lock
-from edgeseg.sweep.config import Cell, SweepConfig, data_folder, expand
+from edgeseg.sweep.config import OF_DATA, BenchConfig, Cell, SweepConfig, data_folder, expand
 from edgeseg.sweep.executors import Built, build_locally, build_on_ray
 from edgeseg.sweep.state import UNFINISHED, CellState, bench_key, cell_key, check_ours, is_done, remember
 
@@ -179,18 +179,15 @@ def _is_portable_only(cell: Cell) -> bool:
 
 def bench_options(config: SweepConfig) -> tuple[str, ...]:
     """The options of ``edgeseg bench`` that the config's ``[bench]`` stands for."""
-    bench, data = config.bench, data_folder(config.bench)
-    options = ["--baseline", bench.baseline, "--duration-s", f"{bench.duration_s:g}"]
-    options += ["--fresh-processes", str(bench.fresh_processes), "--batch", bench.batch, "--streams", bench.streams]
-    options += ["--threads", bench.threads] if bench.threads is not None else []
-    if bench.profile:
-        options.append("--profile")
-    if data is not None:
-        options += ["--data", str(data), "--layout", bench.layout, "--split", bench.split]
-        options += ["--resolution", bench.resolution, "--jobs", str(bench.jobs)]
-        options += ["--label-map", bench.label_map] if bench.label_map is not None else []
-        options += ["--limit", str(bench.limit)] if bench.limit is not None else []
-        options += ["--ignore-index", str(config.ignore_index)] if config.ignore_index is not None else []
+    data = data_folder(config.bench)
+    given = {name: getattr(config.bench, name) for name in BenchConfig.__struct_fields__ if name != "together"}
+    given |= {"data": data, "ignore_index": config.ignore_index}
+    options: list[str] = []
+    for name, value in given.items():
+        if value is None or value is False or (data is None and name in OF_DATA):
+            continue
+        words = () if value is True else (f"{value:g}" if isinstance(value, float) else str(value),)
+        options += [f"--{name.replace('_', '-')}", *words]
     return tuple(options)
 
 

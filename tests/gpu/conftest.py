@@ -110,7 +110,7 @@ def device(request: pytest.FixtureRequest) -> dict[str, Any]:
         pytest.skip(f"needs an NVIDIA GPU and TensorRT: {exc}")
     with cuda:
         free, total = cuda.memory_info()
-        found = {
+        described = {
             "gpu": cuda.device.name,
             "compute_capability": list(cuda.device.compute_capability),
             "multiprocessors": cuda.device.multiprocessors,
@@ -128,8 +128,8 @@ def device(request: pytest.FixtureRequest) -> dict[str, Any]:
             "l4t": first_line("/etc/nv_tegra_release"),
             "power_mode": first_line("/var/lib/nvpmodel/status"),
         }
-    request.config.stash[FINDINGS].device.update(found)
-    return found
+    request.config.stash[FINDINGS].device.update(described)
+    return described
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ def test_each_cuda_package_gives_the_same_masks(
         with with_options(engines["fp16"], host_memory=memory) as session:
             for mask, image in zip(wanted, given, strict=True):
                 np.testing.assert_array_equal(session.run(image)["mask"], mask)
-            piped = [found["mask"] for found in session.run_many(given)]
+            piped = [outputs["mask"] for outputs in session.run_many(given)]
             np.testing.assert_array_equal(np.stack(piped), np.stack(wanted))
     with with_options(engines["fp16"]) as session, open_cuda() as cuda:
         assert cuda.driver.name == package

@@ -104,11 +104,11 @@ def test_an_engine_is_measured_from_cold_start_to_profile(engine: Path, tmp_path
 
 def test_openvino_tells_its_layers(tmp_path: Path) -> None:
     folder = brightness_engine(tmp_path / "grey", "openvino")
-    found = profile_engine(open_engine(folder), runs=2)
-    assert found is not None
-    assert found.source == "openvino profiling_info"
-    assert found.total_ms > 0
-    assert any(m.module != "other" for m in found.modules)
+    profile = profile_engine(open_engine(folder), runs=2)
+    assert profile is not None
+    assert profile.source == "openvino profiling_info"
+    assert profile.total_ms > 0
+    assert any(m.module != "other" for m in profile.modules)
 
 
 def test_several_processes_say_the_same(engine: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_figures_equal_smp_s() -> None:
         ImageRecord(i, str(i), count_truth(p, t, model.classes))
         for i, (p, t) in enumerate(zip(prediction, truth, strict=True))
     ]
-    found = accuracy_of(lambda: records, len(records), model, data="", data_sha256="", resolution="source").truth
+    accuracy = accuracy_of(lambda: records, len(records), model, data="", data_sha256="", resolution="source").truth
     stats = metrics.get_stats(
         torch.from_numpy(prediction).long(),
         torch.from_numpy(truth).long(),
@@ -153,15 +153,15 @@ def test_figures_equal_smp_s() -> None:
         ignore_index=IGNORED,
     )
     summed = [s.sum(0, keepdim=True) for s in stats]
-    assert found is not None and found.miou is not None
-    assert found.miou.value == pytest.approx(float(metrics.iou_score(*summed, reduction="macro")), abs=1e-6)
-    assert found.dice == pytest.approx(float(metrics.f1_score(*summed, reduction="macro")), abs=1e-6)
-    assert found.per_class_iou == pytest.approx(
+    assert accuracy is not None and accuracy.miou is not None
+    assert accuracy.miou.value == pytest.approx(float(metrics.iou_score(*summed, reduction="macro")), abs=1e-6)
+    assert accuracy.dice == pytest.approx(float(metrics.f1_score(*summed, reduction="macro")), abs=1e-6)
+    assert accuracy.per_class_iou == pytest.approx(
         [float(v) for v in metrics.iou_score(*summed, reduction=None)[0]], abs=1e-6
     )
     matrix = np.zeros((7, 7), np.int64)
     np.add.at(matrix, (truth[truth != IGNORED], prediction[truth != IGNORED]), 1)
-    assert np.array_equal(np.asarray(found.confusion), matrix)
+    assert np.array_equal(np.asarray(accuracy.confusion), matrix)
 
 
 def test_an_engine_beside_the_model_it_came_from(tmp_path: Path) -> None:

@@ -152,10 +152,10 @@ def test_what_is_read_before_its_relu_is_in_the_table(tmp_path: Path) -> None:
 def test_extremes_are_exact(graph: OnnxGraph) -> None:
     table = calibrate(graph, CalibrationSet.open(images()), method="minmax")
     for name, values in fetched(graph, [image[None] for image in images()]).items():
-        found = table.ranges[name]
-        assert found.minimum == pytest.approx(min(float(v.min()) for v in values), rel=1e-5, abs=1e-5), name
-        assert found.maximum == pytest.approx(max(float(v.max()) for v in values), rel=1e-5, abs=1e-5), name
-        assert (found.low, found.high) == (min(found.minimum, 0), max(found.maximum, 0))
+        limits = table.ranges[name]
+        assert limits.minimum == pytest.approx(min(float(v.min()) for v in values), rel=1e-5, abs=1e-5), name
+        assert limits.maximum == pytest.approx(max(float(v.max()) for v in values), rel=1e-5, abs=1e-5), name
+        assert (limits.low, limits.high) == (min(limits.minimum, 0), max(limits.maximum, 0))
 
 
 def test_percentile_is_that_of_all_values_of_all_images(graph: OnnxGraph) -> None:
@@ -165,8 +165,8 @@ def test_percentile_is_that_of_all_values_of_all_images(graph: OnnxGraph) -> Non
         # All values are counted here (tensors below the sample size); a bin is at most 1/4096 of the range.
         assert max(v.size for v in values) <= calibration.SAMPLE
         slack = np.ptp(flat) / 2048
-        found = table.ranges[name]
-        for got, side, ordered in ((-found.low, "low", -flat), (found.high, "high", flat)):
+        limits = table.ranges[name]
+        for got, side, ordered in ((-limits.low, "low", -flat), (limits.high, "high", flat)):
             below, above = (float(np.percentile(ordered, 99.5, method=m)) for m in ("lower", "higher"))
             assert max(below, 0.0) - slack <= got <= max(above, 0.0) + slack, (name, side)
 
@@ -179,12 +179,12 @@ def test_channel_means_are_those_of_all_images(graph: OnnxGraph) -> None:
         "relu6": np.mean([v.mean(axis=(0, 2, 3), dtype=np.float64) for v in runs["relu6"]], axis=0),
         "tokens": np.mean([v.mean(axis=(0, 1), dtype=np.float64) for v in runs["tokens"]], axis=0),
     }
-    for name, found in table.ranges.items():
+    for name, limits in table.ranges.items():
         if name in expected:
-            assert found.channel_mean == pytest.approx(expected[name].tolist(), rel=1e-4, abs=1e-5)
-            assert found.channel_axis == (2 if name == "tokens" else 1)
+            assert limits.channel_mean == pytest.approx(expected[name].tolist(), rel=1e-4, abs=1e-5)
+            assert limits.channel_axis == (2 if name == "tokens" else 1)
         else:
-            assert (found.channel_mean, found.channel_axis) == (None, None)
+            assert (limits.channel_mean, limits.channel_axis) == (None, None)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -200,14 +200,14 @@ def test_order_of_the_images_does_not_matter(graph: OnnxGraph, order: Images, me
     second = calibrate(graph, CalibrationSet.open(order), method=method)
     assert first.key == second.key
     for name, expected in first.ranges.items():
-        found = second.ranges[name]
-        assert (found.low, found.high, found.minimum, found.maximum) == (
+        limits = second.ranges[name]
+        assert (limits.low, limits.high, limits.minimum, limits.maximum) == (
             expected.low,
             expected.high,
             expected.minimum,
             expected.maximum,
         )
-        assert found.channel_mean == (
+        assert limits.channel_mean == (
             None if expected.channel_mean is None else pytest.approx(expected.channel_mean, rel=1e-9, abs=1e-9)
         )
 
@@ -257,9 +257,9 @@ def test_several_passes_give_the_table_of_one(graph: OnnxGraph) -> None:
     )
     assert several.key == one.key
     assert list(several.ranges) == list(one.ranges)
-    for name, found in several.ranges.items():
+    for name, limits in several.ranges.items():
         # Each pass runs another graph, which ONNX Runtime may fuse otherwise.
-        assert dataclasses.astuple(found)[:4] == pytest.approx(dataclasses.astuple(one.ranges[name])[:4], rel=1e-4)
+        assert dataclasses.astuple(limits)[:4] == pytest.approx(dataclasses.astuple(one.ranges[name])[:4], rel=1e-4)
     total = seen[-1][1]
     assert total > 2 * len(samples)
     assert seen == [(k + 1, total) for k in range(total)]
@@ -301,9 +301,9 @@ def test_batches_see_every_image(tmp_path: Path, batch: BatchRange) -> None:
         progress=lambda done, total: seen.append(done),
     )
     assert seen[-1] == 9
-    for name, found in batched.ranges.items():
-        assert found.minimum == pytest.approx(single.ranges[name].minimum, rel=1e-5)
-        assert found.maximum == pytest.approx(single.ranges[name].maximum, rel=1e-5)
+    for name, limits in batched.ranges.items():
+        assert limits.minimum == pytest.approx(single.ranges[name].minimum, rel=1e-5)
+        assert limits.maximum == pytest.approx(single.ranges[name].maximum, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -111,11 +111,16 @@ CONTAINERS: dict[str, Callable[[dict[str, Any]], Any]] = {
             "last": collections.deque([1, 2], maxlen=3),
             "started": datetime.datetime(2024, 1, 2, tzinfo=datetime.timezone.utc),
             "space": types.SimpleNamespace(lr=0.1),
+            "steps": range(3),
+            "part": slice(1, 2),
         },
     },
     "of Windows": lambda s: {"state_dict": s, "data": pathlib.PureWindowsPath("C:/data")},
     "network": lambda s: {"network": s},
     "state": lambda s: {"state": s},
+    "a name of its own": lambda s: {"best_model": s, "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
+    "three deep": lambda s: {"run": {"last": {"weights": s}}, "scheduler": {"state": {"last": torch.ones(1)}}},
+    "beside other tensors": lambda s: {"state": {"step": torch.ones(1)}, "segmenter": s},
     "ema only": lambda s: {"ema": s},
     "params_ema only": lambda s: {"params_ema": s},
     "beside averaged ones": lambda s: {"state_dict_ema": {k: v * 0 for k, v in s.items()}, "state_dict": s},
@@ -153,6 +158,15 @@ def test_averaged_weights_are_told_and_taken_when_asked_for(model: Any, state: d
     assert_same(model, asked(path, weights_key="state_dict_ema"))
     with pytest.raises(CheckpointError, match=r"no state dict under 'ema' \(it has: state_dict, state_dict_ema\)"):
         load_model(asked(path, weights_key="ema"))
+    torch.save({"model": {k: v * 0 for k, v in state.items()}, "best": state}, path)
+    said = "the weights under 'model' are used; others are under 'best': --weights-key takes those"
+    assert said in load_model(asked(path)).notes
+    assert_same(model, asked(path, weights_key="best"))
+    torch.save({"first": state, "second": state}, path)
+    with pytest.raises(
+        CheckpointError, match=r"holds 2 state dicts, under 'first', 'second'; say which with --weights"
+    ):
+        load_model(asked(path))
     torch.save({"ema": state}, path)
     assert "averaged weights are used, those under 'ema': there are no others" in load_model(asked(path)).notes
     with pytest.raises(SpecError, match="but the weights are no checkpoint file"):
@@ -518,7 +532,29 @@ def test_what_is_missing_or_added_is_named(model: Any, state: dict[str, Any], tm
     torch.save(dict(model.named_parameters()), tmp_path / "w.pt")
     refuse(tmp_path / "w.pt", r"without BatchNorm's running_mean and running_var: save model\.state_dict\(\)")
     torch.save({**state, "encoder.fc.weight": torch.ones(1)}, tmp_path / "w.pt")
-    refuse(tmp_path / "w.pt", r"are all there, so delete .* what training added \(encoder\.fc\.weight, \.\.\.\)")
+    refuse(
+        tmp_path / "w.pt", r"are all there: if what training added \(encoder\.fc\.weight, \.\.\.\) does not take part"
+    )
+    # A head of the user's own: without its tensors the rest would fit another network.
+    weight = "segmentation_head.0.weight"
+    for other in ({weight: state[weight].repeat(1, 1, 3, 3)}, {"segmentation_head.3.weight": torch.ones(2, 4, 1, 1)}):
+        torch.save({**state, **other}, tmp_path / "w.pt")
+        refuse(tmp_path / "w.pt", r"its segmentation head is not SMP's: load the weights into your own module and give")
+
+
+def test_the_image_size_of_a_position_embedding_is_told(tmp_path: Path) -> None:
+    small = {"decoder_intermediate_channels": [16, 16, 16, 16], "decoder_fusion_channels": 16}
+    encoder = "tu-vit_tiny_patch16_224"
+    with quiet_libraries():
+        made = smp.DPT(encoder, encoder_weights=None, classes=2, img_size=128, **small).eval()
+    torch.save(made.state_dict(), tmp_path / "w.pt")
+    request = ModelRequest(arch="dpt", encoder=encoder, weights=str(tmp_path / "w.pt"), model_args=small)
+    with pytest.raises(CheckpointError, match=r"images of 128x128: give --model-arg img_size=128$"):
+        load_model(request)
+    loaded = load_model(replace(request, model_args={**small, "img_size": 128}))
+    image = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        assert torch.equal(loaded.module(image), made(image))
 
 
 def test_keys_of_older_smp_versions_still_load(tmp_path: Path) -> None:
@@ -584,13 +620,25 @@ def test_code_in_a_pickle_is_not_run(form: str, state: dict[str, Any], tmp_path:
 
 def test_a_whole_pickled_model_is_refused(model: Any, tmp_path: Path) -> None:
     torch.save(model, tmp_path / "whole.pt")
-    refuse(tmp_path / "whole.pt", r"a whole pickled model \(segmentation_models_pytorch\.decoders\.fpn\.model\.FPN\)")
+    refuse(tmp_path / "whole.pt", r"holds a pickled module \(segmentation_models_pytorch\.decoders\.fpn\.model\.FPN\)")
 
 
 def test_a_loss_object_is_named(state: dict[str, Any], tmp_path: Path) -> None:
     for loss in (smp.losses.DiceLoss("multiclass"), torch.nn.CrossEntropyLoss()):
         torch.save({"state_dict": state, "hyper_parameters": {"loss": loss}}, tmp_path / "w.ckpt")
         refuse(tmp_path / "w.ckpt", r"holds a loss object \(.*Loss\) beside its weights, which is refused")
+
+
+def test_an_array_of_objects_is_named(state: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"state_dict": state, "names": np.array(["road", None], object)}, tmp_path / "w.pt")
+    refuse(tmp_path / "w.pt", "holds an array of Python objects beside its weights, which is refused")
+
+
+def test_a_dictionary_that_holds_itself_ends(state: dict[str, Any], model: Any, tmp_path: Path) -> None:
+    content: dict[str, Any] = {"best": state}
+    content.update({f"self{number}": content for number in range(1000)})
+    torch.save(content, tmp_path / "w.pt")
+    assert_same(model, asked(tmp_path / "w.pt"))
 
 
 def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:

@@ -148,11 +148,11 @@ def test_losses_equal_smp_and_torch(task: Task, classes: int, kind: str) -> None
     if kind == "probabilities":
         whole = torch.from_numpy(logits)
         scores = (whole.softmax(1) if task == "multiclass" else whole.sigmoid()).numpy()
-    found = losses(loss_sums(kind, image, mask, task) for image, mask in zip(scores, truth, strict=True))
-    assert found is not None
-    assert found.dice_loss == pytest.approx(expected[0], abs=TOLERANCE)
+    ours = losses(loss_sums(kind, image, mask, task) for image, mask in zip(scores, truth, strict=True))
+    assert ours is not None
+    assert ours.dice_loss == pytest.approx(expected[0], abs=TOLERANCE)
     # A float32 probability next to 1 has forgotten how far from 1 it is, and the logarithm asks.
-    assert found.cross_entropy == pytest.approx(expected[1], abs=1e-5 if kind == "logits" else 1e-3)
+    assert ours.cross_entropy == pytest.approx(expected[1], abs=1e-5 if kind == "logits" else 1e-3)
 
 
 def test_losses_of_what_has_none() -> None:
@@ -185,6 +185,6 @@ def test_pytorch_s_own_scores_give_its_loss(task: Task) -> None:
         x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (spec.preprocess.mean, spec.preprocess.std))
         expected = smp_losses(module((x - mean) / std).numpy(), truth, task)
-    found = losses([loss_sums(*scores, truth[0], task)])
-    assert found is not None
-    assert (found.dice_loss, found.cross_entropy) == pytest.approx(expected, abs=1e-5)
+    ours = losses([loss_sums(*scores, truth[0], task)])
+    assert ours is not None
+    assert (ours.dice_loss, ours.cross_entropy) == pytest.approx(expected, abs=1e-5)

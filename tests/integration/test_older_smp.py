@@ -118,8 +118,8 @@ def test_an_old_network_is_built_of_old_weights_and_a_new_one_of_new(arch: str, 
         torch.save(weights(arch, encoder, old_names=version == "0.4"), path)
         # Without a version said, the tensors' names tell: only mobilenetv3's are the same in both.
         said = {"smp_version": version} if "mobilenetv3" in encoder else {}
-        loaded, found = outputs(path, arch, encoder, **said)
-        assert found.tolist() == pytest.approx(values, abs=3e-5)
+        loaded, ours = outputs(path, arch, encoder, **said)
+        assert ours.tolist() == pytest.approx(values, abs=3e-5)
         assert loaded.model.model_args == ({"smp_version": "0.4"} if version == "0.4" else {})
         assert any(n.startswith(f"{encoder} is dilated as SMP {version} and") for n in loaded.notes)
 
@@ -127,8 +127,8 @@ def test_an_old_network_is_built_of_old_weights_and_a_new_one_of_new(arch: str, 
 def test_the_xception_of_smp_0_1_0_is_built_when_it_is_said(tmp_path: Path) -> None:
     torch.save(weights("fpn", "xception", old_names=False), tmp_path / "w.pt")
     for said, values in (({"smp_version": "0.1.0"}, FIRST_XCEPTION[0]), ({}, FIRST_XCEPTION[1])):
-        loaded, found = outputs(tmp_path / "w.pt", "fpn", "xception", **said)
-        assert found.tolist() == pytest.approx(values, abs=3e-5)
+        loaded, ours = outputs(tmp_path / "w.pt", "fpn", "xception", **said)
+        assert ours.tolist() == pytest.approx(values, abs=3e-5)
         assert loaded.model.model_args == said
         assert any("xception leaves out block11" in n if said else "smp_version=0.1.0" in n for n in loaded.notes)
     # What every version builds the same needs no note.

@@ -25,10 +25,10 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
         pytest.skip(f"no browser on PATH (looked for {', '.join(NAMES)})")
-    return found
+    return program
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def test_nothing_is_wider_than_the_window(chromium: str, tmp_path: Path, page: s
     frame = f'<iframe width="{width}" height="900" style="border:0" srcdoc="{inner}"></iframe>'
     outer = f"<!DOCTYPE html><html><body>{frame}</body></html>"
     dom, _ = browse(chromium, tmp_path, outer, "--dump-dom", "--virtual-time-budget=2000", width=1600)
-    found = re.search(r"<title>(\d+)x(\d+)</title>", dom)
-    assert found is not None
-    assert (int(found[1]), int(found[2])) == (width, width)
+    sides = re.search(r"<title>(\d+)x(\d+)</title>", dom)
+    assert sides is not None
+    assert (int(sides[1]), int(sides[2])) == (width, width)
 
 
 def test_both_colour_schemes_are_drawn(chromium: str, tmp_path: Path, page: str) -> None:

@@ -86,9 +86,9 @@ def check(folder: Path, cache: Path, *lines: str, version: str = "10.16.1.11") -
 
 
 def test_a_wrong_name_keyword_or_argument_is_reported(tmp_path: Path, cache: Path) -> None:
-    found = check(tmp_path, cache, *WRONG)
+    complaints = check(tmp_path, cache, *WRONG)
     for number, (line, message) in enumerate(WRONG.items()):
-        mine = [text for text in found if text.startswith(f"snippet_{number}.py")]
+        mine = [text for text in complaints if text.startswith(f"snippet_{number}.py")]
         assert any(message in text for text in mine), (line, mine)
 
 
@@ -99,8 +99,8 @@ def test_what_is_right_is_not_reported(tmp_path: Path, cache: Path) -> None:
 def test_what_a_version_dropped_is_reported(tmp_path: Path, cache: Path) -> None:
     line = "config.set_flag(trt.BuilderFlag.FP16)"
     assert check(tmp_path, cache, line, version="10.16.1.11") == set()
-    (found,) = check(tmp_path, cache, line, version="11.4.0.106")
-    assert found == 'snippet_0.py: "type[BuilderFlag]" has no attribute "FP16"'
+    (complaint,) = check(tmp_path, cache, line, version="11.4.0.106")
+    assert complaint == 'snippet_0.py: "type[BuilderFlag]" has no attribute "FP16"'
 
 
 @pytest.mark.parametrize(
@@ -116,5 +116,5 @@ def test_a_method_tensorrt_would_not_call_is_reported(
     tmp_path: Path, cache: Path, method: str, message: str | None
 ) -> None:
     code = f"pass\n\nclass P(IProfiler):\n    def {method} -> None: ...\n\nP()"
-    found = check(tmp_path, cache, code)
-    assert found == set() if message is None else any(message in text for text in found), found
+    complaints = check(tmp_path, cache, code)
+    assert complaints == set() if message is None else any(message in text for text in complaints), complaints

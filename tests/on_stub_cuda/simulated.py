@@ -66,6 +66,9 @@ def images(n: int = 1, height: int = SIDE, width: int = SIDE, seed: int | None =
     return rng.integers(0, 256, (n, height, width, 3), np.uint8)
 
 
+an_image = images
+
+
 class Simulation:
     """A recorded TensorRT of one version with an engine of one graph.
 
@@ -115,8 +118,8 @@ class Simulation:
 
         def work() -> None:
             names = [output.name for output in self.reference.get_outputs()]
-            found = self.reference.run(names, {"image": array("image", shape)})
-            for name, result in zip(names, found, strict=True):
+            results = self.reference.run(names, {"image": array("image", shape)})
+            for name, result in zip(names, results, strict=True):
                 array(name, result.shape)[...] = result
 
         done = self._stub.enqueue(stream_handle, work) == 0

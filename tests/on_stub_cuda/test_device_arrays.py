@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulated import RNG, SIDE, Simulation, images, model, session
+from simulated import RNG, SIDE, Simulation, an_image, model, session
 from stub_cuda import LAUNCH_FAILED, Stub
 
 from edgeseg.backends.cuda import dlpack
@@ -87,7 +87,7 @@ def mask_of(opened: TensorRTSession, image: object) -> np.ndarray:
 
 
 def test_no_stream_means_no_waiting(simulation: Simulation, driver: DriverName, stub: Stub, other: Other) -> None:
-    array = images()
+    array = an_image()
     address = other.finished(array)
     with session(simulation, driver) as opened:
         for described in (Described(address, array.shape), Described(address, array.shape, stream=None)):
@@ -97,7 +97,7 @@ def test_no_stream_means_no_waiting(simulation: Simulation, driver: DriverName, 
 
 
 def test_the_stream_named_is_waited_for(simulation: Simulation, driver: DriverName, other: Other) -> None:
-    array = images()
+    array = an_image()
     with session(simulation, driver) as opened:
         described = Described(other.image(array), array.shape, stream=other.stream.address)
         np.testing.assert_array_equal(mask_of(opened, described), simulation.masks(array))
@@ -112,7 +112,7 @@ def test_default_streams_are_waited_for(
     simulation: Simulation, driver: DriverName, stub: Stub, other: Other, named: dict[str, object]
 ) -> None:
     """And with them the work of every blocking stream, which the default stream waits for."""
-    array = images()
+    array = an_image()
     memory = other.cuda.device_memory(array.nbytes)
     theirs = other.blocking_stream()
     source = array.reshape(-1).view(np.uint8)
@@ -144,7 +144,7 @@ def test_default_streams_are_waited_for(
 def test_what_is_described(
     simulation: Simulation, driver: DriverName, other: Other, changed: dict[str, Any], said: str | None
 ) -> None:
-    array = images()
+    array = an_image()
     address = other.finished(array)
     with session(simulation, driver) as opened:
         if said is None:
@@ -158,7 +158,7 @@ def test_what_is_described(
 
 
 def test_what_must_be_described(simulation: Simulation, driver: DriverName, other: Other) -> None:
-    array = images()
+    array = an_image()
     described = Described(other.finished(array), array.shape)
     with session(simulation, driver) as opened:
         for key in ("shape", "typestr", "data", "version"):
@@ -172,7 +172,7 @@ def test_what_must_be_described(simulation: Simulation, driver: DriverName, othe
 def test_an_image_of_another_gpu(
     simulation: Simulation, driver: DriverName, other: Other, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    array = images()
+    array = an_image()
     described = Described(other.finished(array), array.shape)
     with session(simulation, driver) as opened:
         monkeypatch.setenv("STUB_CUDA_ORDINAL", "1")
@@ -184,7 +184,7 @@ def test_mapped_host_memory_is_read_in_place(
     simulation: Simulation, driver: DriverName, stub: Stub, other: Other
 ) -> None:
     """What a Jetson's camera library gives."""
-    array = images()
+    array = an_image()
     with other.cuda.mapped_memory(array.nbytes) as mapped, session(simulation, driver) as opened:
         mapped.array[:] = array.reshape(-1)
         stub.record_calls()
@@ -227,7 +227,7 @@ class Maker:
 def test_the_maker_is_told_our_stream_and_gets_its_tensor_back(
     simulation: Simulation, driver: DriverName, other: Other, old: bool
 ) -> None:
-    array = images()
+    array = an_image()
     maker = Maker(other.finished(array), array, old=old)
     with session(simulation, driver) as opened:
         np.testing.assert_array_equal(mask_of(opened, maker), simulation.masks(array))
@@ -239,7 +239,7 @@ def test_the_maker_is_told_our_stream_and_gets_its_tensor_back(
 
 def test_a_maker_that_waits_for_itself_on_our_stream(simulation: Simulation, driver: DriverName, other: Other) -> None:
     """What the stream is for: the maker makes it wait for the maker's own."""
-    array = images()
+    array = an_image()
 
     class Waiting(Maker):
         def __dlpack__(self, **asked: Any) -> object:
@@ -259,7 +259,7 @@ def test_a_maker_that_waits_for_itself_on_our_stream(simulation: Simulation, dri
 def test_page_locked_and_managed_memory(
     simulation: Simulation, driver: DriverName, other: Other, device: tuple[int, int]
 ) -> None:
-    array = images()
+    array = an_image()
     with other.cuda.mapped_memory(array.nbytes) as mapped, session(simulation, driver) as opened:
         mapped.array[:] = array.reshape(-1)
         maker = Maker(mapped.array.ctypes.data, array, device=device)
@@ -271,7 +271,7 @@ def test_page_locked_and_managed_memory(
 def test_tensors_elsewhere_are_refused_before_they_are_taken(
     simulation: Simulation, driver: DriverName, other: Other, device: tuple[int, int]
 ) -> None:
-    array = images()
+    array = an_image()
     maker = Maker(other.finished(array), array, device=device)
     with session(simulation, driver) as opened:
         with pytest.raises(InputError, match=rf"on DLPack device \({device[0]}, {device[1]}\), the engine on GPU 0"):
@@ -288,7 +288,7 @@ def test_a_tensor_that_does_not_fit_goes_back(simulation: Simulation, driver: Dr
             with pytest.raises(InputError, match=said):
                 opened.run_device(maker)
             assert maker.has_it_back()
-        failing = Maker(other.finished(images()), images())
+        failing = Maker(other.finished(an_image()), an_image())
         failing.memory = None  # type: ignore[assignment]
         failing.__class__ = type("Refusing", (Maker,), {"__dlpack__": _refuse})
         with pytest.raises(InputError, match="cannot be given away as DLPack: not contiguous"):
@@ -302,7 +302,7 @@ def _refuse(self: Maker, **asked: object) -> object:
 def test_a_tensor_goes_back_when_the_gpu_fails(
     simulation: Simulation, driver: DriverName, stub: Stub, other: Other
 ) -> None:
-    array = images()
+    array = an_image()
     maker = Maker(other.finished(array), array)
     with session(simulation, driver) as opened:
         stub.fail("kernel", 1, LAUNCH_FAILED)
@@ -315,7 +315,7 @@ def test_a_tensor_goes_back_when_the_gpu_fails(
 
 
 def test_a_result_describes_itself(simulation: Simulation, driver: DriverName, other: Other) -> None:
-    array = images()
+    array = an_image()
     described = Described(other.finished(array), array.shape)
     with session(simulation, driver) as opened, opened.run_device(described)["mask"] as mask:
         assert mask.__cuda_array_interface__ == {
@@ -336,7 +336,7 @@ def test_a_result_describes_itself(simulation: Simulation, driver: DriverName, o
 
 
 def test_a_result_is_copied_to_the_host_on_request(simulation: Simulation, driver: DriverName, other: Other) -> None:
-    array = images()
+    array = an_image()
     described = Described(other.finished(array), array.shape)
     with session(simulation, driver) as opened, opened.run_device(described)["mask"] as mask:
         if np.lib.NumpyVersion(np.__version__) >= "2.1.0":
@@ -352,13 +352,15 @@ def test_a_result_is_copied_to_the_host_on_request(simulation: Simulation, drive
 def test_a_taker_by_dlpack_outlives_the_tensor_and_the_engine(
     simulation: Simulation, driver: DriverName, stub: Stub, other: Other
 ) -> None:
-    array = images()
+    array = an_image()
     described = Described(other.finished(array), array.shape)
     with session(simulation, driver) as opened:
         with opened.run_device(described)["mask"] as mask:
             taken = dlpack.receive(mask.__dlpack__(stream=1, max_version=(1, 0)))
         for _ in range(3):  # the memory is not used again while it is taken
-            assert opened.run_device(Described(other.finished(images()), array.shape))["mask"].address != taken.address
+            assert (
+                opened.run_device(Described(other.finished(an_image()), array.shape))["mask"].address != taken.address
+            )
     view = np.ctypeslib.as_array((ctypes.c_uint8 * (SIDE * SIDE)).from_address(taken.address))
     np.testing.assert_array_equal(view.reshape(1, SIDE, SIDE), simulation.masks(array))
     assert stub.live()["retains"] == 2, "the context is kept for it"
@@ -369,7 +371,7 @@ def test_a_taker_by_dlpack_outlives_the_tensor_and_the_engine(
 def test_results_that_outlive_the_engine_free_the_rest_at_once(
     simulation: Simulation, driver: DriverName, stub: Stub, other: Other
 ) -> None:
-    array = images()
+    array = an_image()
     described = Described(other.finished(array), array.shape)
     before = stub.live()
     with session(simulation, driver) as opened:
@@ -405,7 +407,7 @@ def test_memory_is_written_again_only_when_its_readers_are_done(
     simulation: Simulation, driver: DriverName, stub: Stub, other: Other, by: str
 ) -> None:
     """A taker enqueues work on the mask, closes it and goes on: the next mask must not get there first."""
-    array = images()
+    array = an_image()
     own = by in ("dlpack, own stream", "dlpack, no stream")
     stream = other.cuda.stream().address if own else other.blocking_stream()
     with session(simulation, driver) as opened:
@@ -418,7 +420,7 @@ def test_memory_is_written_again_only_when_its_readers_are_done(
             dlpack.receive(mask.__dlpack__(stream=told)).release()
         see = reading(other, address, stream)
         mask.close()
-        again = opened.run_device(Described(other.finished(images()), array.shape))["mask"]
+        again = opened.run_device(Described(other.finished(an_image()), array.shape))["mask"]
         assert again.address == address
         np.testing.assert_array_equal(see(), simulation.masks(array))
         again.close()
@@ -429,7 +431,7 @@ def test_memory_is_written_again_only_when_its_readers_are_done(
 def test_memory_that_nobody_else_saw_is_not_waited_for(
     simulation: Simulation, driver: DriverName, stub: Stub, other: Other
 ) -> None:
-    array = images()
+    array = an_image()
     described = Described(other.finished(array), array.shape)
     with session(simulation, driver) as opened:
         mask_of(opened, described)
@@ -439,7 +441,7 @@ def test_memory_that_nobody_else_saw_is_not_waited_for(
 
 
 def test_spare_memory_is_bounded(simulation: Simulation, driver: DriverName, stub: Stub, other: Other) -> None:
-    array = images()
+    array = an_image()
     described = Described(other.finished(array), array.shape)
     with session(simulation, driver) as opened:
         before = stub.live()["device memory"]
@@ -473,7 +475,7 @@ def test_a_loop_over_one_buffer_becomes_one_cuda_graph(
     with session(simulation, driver, SessionOptions(cuda_graph=True, contexts=1)) as opened:
         stub.record_calls()
         for _ in range(5):
-            array = images()
+            array = an_image()
             with other.cuda.active():
                 other.stream.copy_to_device(frame.address, array.reshape(-1))
                 other.stream.synchronize()
@@ -484,7 +486,7 @@ def test_a_loop_over_one_buffer_becomes_one_cuda_graph(
         assert calls.count("cuStreamBeginCapture_v2") == 1
         assert calls.count("cuGraphLaunch") == 4
         # At another address the graph is void, and is not launched.
-        array = images()
+        array = an_image()
         stub.record_calls()
         np.testing.assert_array_equal(
             mask_of(opened, Described(other.finished(array), array.shape)), simulation.masks(array)
@@ -497,7 +499,7 @@ def test_a_loop_over_one_buffer_becomes_one_cuda_graph(
 def test_nothing_is_allocated_for_images_in_place(
     simulation: Simulation, driver: DriverName, stub: Stub, other: Other
 ) -> None:
-    array = images()
+    array = an_image()
     described = Described(other.finished(array), array.shape)
     with session(simulation, driver) as opened:
         mask_of(opened, described)

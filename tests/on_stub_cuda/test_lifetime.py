@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from simulated import SIDE, Simulation, images, session, spec
+from simulated import SIDE, Simulation, an_image, session, spec
 from stub_cuda import LAUNCH_FAILED, Stub
 
 from edgeseg.backends.cuda.device import open_cuda
@@ -44,7 +44,7 @@ def test_calls_of_one_inference(
         pytest.skip("pycuda has no CUDA graphs")
     options = SessionOptions(host_memory=memory, cuda_graph=graph)  # type: ignore[arg-type]
     with Segmenter(session(simulation, driver, options), spec()) as segmenter:
-        image = images()[0]
+        image = an_image()[0]
         for _ in range(3):
             segmenter(image)
         asked = len(simulation.recorder.calls)
@@ -62,7 +62,7 @@ def test_calls_of_one_inference(
 
 def test_calls_of_a_stream_of_images(simulation: Simulation, driver: DriverName, stub: Stub) -> None:
     """Each image costs a push and a pop for giving it, and again for taking its mask; nothing else."""
-    images = [images()[0] for _ in range(6)]
+    images = [an_image()[0] for _ in range(6)]
     with Segmenter(session(simulation, driver, SessionOptions(host_memory="copy")), spec()) as segmenter:
         list(segmenter.many(images))
         stub.record_calls()
@@ -81,7 +81,7 @@ def test_calls_of_a_stream_of_images(simulation: Simulation, driver: DriverName,
 
 def everything(simulation: Simulation, driver: DriverName) -> None:
     """Load, run in every way, close."""
-    image = images()
+    image = an_image()
     with session(simulation, driver) as opened:
         np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
         opened.run_timed(image)
@@ -144,14 +144,14 @@ def test_a_context_of_pycuda_below_one_of_another_library(
 
 def load_run_and_stream(simulation: Simulation, driver: DriverName, memory: str) -> None:
     """Everything that takes part in inference, with a second lane and, where there are any, CUDA graphs."""
-    image = images()
+    image = an_image()
     wanted = simulation.masks(image)
     options = SessionOptions(host_memory=memory, cuda_graph=driver == "cuda-bindings")  # type: ignore[arg-type]
     with session(simulation, driver, options) as opened:
         for _ in range(3):
             np.testing.assert_array_equal(opened.run(image)["mask"], wanted)
-        for found in opened.run_many([image] * 4):
-            np.testing.assert_array_equal(found["mask"], wanted)
+        for outputs in opened.run_many([image] * 4):
+            np.testing.assert_array_equal(outputs["mask"], wanted)
         opened.run_timed(image)
         with open_cuda(driver) as cuda, cuda.device_memory(image.nbytes + 256) as frame, cuda.stream() as stream:
             for offset in (0, 64):
@@ -237,7 +237,7 @@ def test_every_call_of_every_function_fails_in_turn(
 
 def test_a_session_that_is_dropped_closes_and_warns(simulation: Simulation, driver: DriverName, stub: Stub) -> None:
     opened = session(simulation, driver)
-    opened.run(images())
+    opened.run(an_image())
     kept = [opened]
     del opened
     with pytest.warns(ResourceWarning, match=r"TensorRTSession .*was not closed"):
@@ -285,7 +285,7 @@ def test_close_while_calls_are_in_flight(simulation: Simulation, driver: DriverN
     opened = session(simulation, driver, SessionOptions(contexts=1))
     told: list[str] = []
     masks: list[np.ndarray] = []
-    image = images()
+    image = an_image()
 
     def run() -> None:
         try:
@@ -329,7 +329,7 @@ def until(true: Callable[[], bool]) -> None:
 
 
 def test_ctrl_c_while_waiting_for_a_context(simulation: Simulation, driver: DriverName, stub: Stub) -> None:
-    image = images()
+    image = an_image()
     with session(simulation, driver, SessionOptions(contexts=1)) as opened:
         lane = opened._lanes.take(wait=True)
         assert lane is not None
@@ -361,7 +361,7 @@ def test_ctrl_c_does_not_take_the_turn_of_the_next_in_line(simulation: Simulatio
 
         def other() -> None:
             until(lambda: len(opened._lanes._condition._waiters) == 1)  # type: ignore[attr-defined]  # behind the first
-            opened.run(images())
+            opened.run(an_image())
             served.set()
 
         def giver() -> None:
@@ -372,14 +372,14 @@ def test_ctrl_c_does_not_take_the_turn_of_the_next_in_line(simulation: Simulatio
         for thread in threads:
             thread.start()
         with pytest.raises(KeyboardInterrupt):
-            opened.run(images())
+            opened.run(an_image())
         assert served.wait(10), "the second waiter was never woken"
         for thread in threads:
             thread.join(10)
 
 
 def test_ctrl_c_in_the_middle_of_an_inference(simulation: Simulation, driver: DriverName, stub: Stub) -> None:
-    image = images()
+    image = an_image()
     inner = simulation.recorder.behaviour["IExecutionContext.execute_async_v3"]
 
     def interrupted(context: object, stream_handle: int) -> object:
@@ -416,7 +416,7 @@ def in_a_fork(work: Callable[[], None]) -> None:
 
 
 def test_a_forked_process_is_told_and_calls_nothing(simulation: Simulation, driver: DriverName, stub: Stub) -> None:
-    image = images()
+    image = an_image()
     opened = session(simulation, driver)
     result_of = opened.run(image)
 

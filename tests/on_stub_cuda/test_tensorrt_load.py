@@ -212,8 +212,8 @@ def test_a_load_that_fails_late_destroys_the_engine_before_the_context(
     gone: list[bool] = []
 
     def deserialize(runtime: object, serialized_engine: object) -> object:
-        made.append(weakref.ref(found := inner(runtime, serialized_engine)))
-        return found
+        made.append(weakref.ref(engine := inner(runtime, serialized_engine)))
+        return engine
 
     close = Cuda.close
 
@@ -250,8 +250,8 @@ def test_two_processes_compile_again_once(stub: Stub, monkeypatch: pytest.Monkey
         return inner(builder, network, config)
 
     simulation.recorder.behaviour["Builder.build_serialized_network"] = slow
-    found: list[Engine] = []
-    threads = [threading.Thread(target=lambda: found.append(recompile(stale))) for _ in range(2)]
+    engines: list[Engine] = []
+    threads = [threading.Thread(target=lambda: engines.append(recompile(stale))) for _ in range(2)]
     for thread in threads:
         thread.start()
     assert built.wait(10)
@@ -260,7 +260,7 @@ def test_two_processes_compile_again_once(stub: Stub, monkeypatch: pytest.Monkey
     go_on.set()
     for thread in threads:
         thread.join(30)
-    assert [engine.manifest.versions["tensorrt"] for engine in found] == ["10.3.0"] * 2
+    assert [engine.manifest.versions["tensorrt"] for engine in engines] == ["10.3.0"] * 2
     assert len(simulation.recorder.of("Builder.build_serialized_network")) == 1
     assert not lock.exists()
 

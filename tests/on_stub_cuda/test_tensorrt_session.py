@@ -37,8 +37,7 @@ def memory(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_the_oracle_tells_images_apart(stub: Stub) -> None:
-    simulation = Simulation(stub, model())
+def test_the_oracle_tells_images_apart(simulation: Simulation) -> None:
     one, two = simulation.masks(images()), simulation.masks(images())
     assert len(np.unique(one)) > 1
     assert (one != two).any()
@@ -50,9 +49,9 @@ def test_masks_are_exact_under_every_version(stub: Stub, driver: DriverName, ver
     with session(simulation, driver, SessionOptions(host_memory=memory)) as opened:  # type: ignore[arg-type]
         for _ in range(3):
             image = images()
-            found = opened.run(image)
-            assert found["mask"].dtype == np.uint8
-            np.testing.assert_array_equal(found["mask"], simulation.masks(image))
+            outputs = opened.run(image)
+            assert outputs["mask"].dtype == np.uint8
+            np.testing.assert_array_equal(outputs["mask"], simulation.masks(image))
     assert "IExecutionContext.execute_async_v3" in simulation.recorder.names
 
 
@@ -116,8 +115,7 @@ def test_dynamic_shapes(stub: Stub, driver: DriverName, version: str, memory: st
     assert shapes == [(1, 32, 32, 3), (4, 64, 64, 3), (2, 16, 48, 3), (1, 32, 32, 3)], "set once for each change"
 
 
-def test_results_belong_to_the_caller(stub: Stub, driver: DriverName) -> None:
-    simulation = Simulation(stub, model())
+def test_results_belong_to_the_caller(simulation: Simulation, driver: DriverName) -> None:
     with session(simulation, driver) as opened:
         first_image = images()
         first = opened.run(first_image)["mask"]
@@ -130,10 +128,10 @@ def test_several_outputs(stub: Stub, driver: DriverName) -> None:
     simulation = Simulation(stub, model(confidence=True))
     with session(simulation, driver, output=OutputSpec(confidence=True)) as opened:
         image = images()
-        found = opened.run(image)
+        outputs = opened.run(image)
         mask, confidence = simulation.reference.run(["mask", "confidence"], {"image": image})
-        np.testing.assert_array_equal(found["mask"], mask)
-        np.testing.assert_array_equal(found["confidence"], confidence)
+        np.testing.assert_array_equal(outputs["mask"], mask)
+        np.testing.assert_array_equal(outputs["confidence"], confidence)
 
 
 @pytest.mark.parametrize(
@@ -150,15 +148,14 @@ def test_an_engine_of_another_contract_is_refused(
         session(Simulation(stub, model()), driver, output=output)
 
 
-def test_stage_times(stub: Stub, driver: DriverName) -> None:
-    simulation = Simulation(stub, model())
+def test_stage_times(simulation: Simulation, driver: DriverName) -> None:
     with session(simulation, driver) as opened:
         assert isinstance(opened, TimedSession)
         assert isinstance(opened, PipelinedSession)
         assert isinstance(opened, DeviceSession)
         image = images()
-        found, times = opened.run_timed(image)
-        np.testing.assert_array_equal(found["mask"], simulation.masks(image))
+        outputs, times = opened.run_timed(image)
+        np.testing.assert_array_equal(outputs["mask"], simulation.masks(image))
         assert times.h2d_ms is not None
         assert times.d2h_ms is not None
         assert min(times.h2d_ms, times.d2h_ms, times.enqueue_ms) >= 0
@@ -185,9 +182,8 @@ def test_layer_times_come_from_a_context_nobody_else_gets(stub: Stub, driver: Dr
 
 
 def test_mapped_memory_copies_nothing_and_is_the_choice_on_integrated_gpus(
-    stub: Stub, driver: DriverName, monkeypatch: pytest.MonkeyPatch
+    simulation: Simulation, stub: Stub, driver: DriverName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    simulation = Simulation(stub, model())
     monkeypatch.setenv("STUB_CUDA_INTEGRATED", "1")
     with session(simulation, driver) as opened:
         opened.run(images())
@@ -197,14 +193,13 @@ def test_mapped_memory_copies_nothing_and_is_the_choice_on_integrated_gpus(
         assert not [call for call in stub.calls() if "Memcpy" in call]
 
 
-def test_many_batches_overlap_and_stay_in_order(stub: Stub, driver: DriverName) -> None:
-    simulation = Simulation(stub, model())
+def test_many_batches_overlap_and_stay_in_order(simulation: Simulation, stub: Stub, driver: DriverName) -> None:
     batches = [images() for _ in range(7)]
     with session(simulation, driver) as opened:
         stub.record_calls()
-        found = list(opened.run_many(iter(batches)))
+        outputs = list(opened.run_many(iter(batches)))
         calls = [call for call in stub.calls() if call in ("cuMemcpyHtoDAsync_v2", "cuStreamSynchronize")]
-        for batch, result in zip(batches, found, strict=True):
+        for batch, result in zip(batches, outputs, strict=True):
             np.testing.assert_array_equal(result["mask"], simulation.masks(batch))
         # The second batch is on its way before the first is waited for.
         assert calls[:3] == ["cuMemcpyHtoDAsync_v2", "cuMemcpyHtoDAsync_v2", "cuStreamSynchronize"]
@@ -212,9 +207,8 @@ def test_many_batches_overlap_and_stay_in_order(stub: Stub, driver: DriverName) 
 
 @pytest.mark.parametrize("contexts", [1, 2, 3])
 def test_many_batches_leave_room_for_others_and_can_be_broken_off(
-    stub: Stub, driver: DriverName, contexts: int
+    simulation: Simulation, driver: DriverName, contexts: int
 ) -> None:
-    simulation = Simulation(stub, model())
     with session(simulation, driver, SessionOptions(contexts=contexts)) as opened:
         for _ in opened.run_many(images() for _ in range(4)):
             image = images()  # would wait for ever if the iterator held every context here
@@ -301,10 +295,9 @@ FAILING = [
 @pytest.mark.parametrize("function", FAILING)
 @pytest.mark.parametrize("code", [OUT_OF_MEMORY, LAUNCH_FAILED])
 def test_a_failure_half_way_is_told_frees_everything_and_is_not_repeated(
-    stub: Stub, driver: DriverName, function: str, code: int
+    simulation: Simulation, stub: Stub, driver: DriverName, function: str, code: int
 ) -> None:
     """Each call fails in turn, from loading to the last copy, until one run goes through without a failure."""
-    simulation = Simulation(stub, model())
     image = images()
     told = 0
     for k in range(1, 30):
@@ -328,8 +321,9 @@ def test_a_failure_half_way_is_told_frees_everything_and_is_not_repeated(
     assert told == k - 1 >= (0 if pycuda_asks_twice else 1)
 
 
-def test_a_lost_gpu_says_so_and_closing_says_nothing_else(stub: Stub, driver: DriverName) -> None:
-    simulation = Simulation(stub, model())
+def test_a_lost_gpu_says_so_and_closing_says_nothing_else(
+    simulation: Simulation, stub: Stub, driver: DriverName
+) -> None:
     opened = session(simulation, driver)
     stub.fail("cuStreamSynchronize", 1, LAUNCH_FAILED, sticky=True)
     with pytest.raises(DeviceError, match="CUDA_ERROR_LAUNCH_FAILED.*restart"):
@@ -341,8 +335,7 @@ def test_a_lost_gpu_says_so_and_closing_says_nothing_else(stub: Stub, driver: Dr
         opened.run(images())
 
 
-def test_tensorrt_refusing(stub: Stub, driver: DriverName) -> None:
-    simulation = Simulation(stub, model())
+def test_tensorrt_refusing(simulation: Simulation, driver: DriverName) -> None:
     with session(simulation, driver) as opened:
         simulation.refuse = 1
         with pytest.raises(DeviceError, match="refuses to run the engine"):
@@ -354,8 +347,7 @@ def test_tensorrt_refusing(stub: Stub, driver: DriverName) -> None:
         session(simulation, driver)
 
 
-def test_what_the_engine_does_not_take(stub: Stub, driver: DriverName) -> None:
-    simulation = Simulation(stub, model())
+def test_what_the_engine_does_not_take(simulation: Simulation, stub: Stub, driver: DriverName) -> None:
     with session(simulation, driver) as opened:
         with pytest.raises(InputError, match=r"images are float32 .*takes uint8 \(1, 32, 32, 3\)"):
             opened.run(images().astype(np.float32))  # type: ignore[arg-type]
@@ -364,8 +356,7 @@ def test_what_the_engine_does_not_take(stub: Stub, driver: DriverName) -> None:
         assert stub.made("streams") >= 1
 
 
-def test_closing_while_a_result_is_pending(stub: Stub, driver: DriverName) -> None:
-    simulation = Simulation(stub, model())
+def test_closing_while_a_result_is_pending(simulation: Simulation, stub: Stub, driver: DriverName) -> None:
     opened = session(simulation, driver)
     iterator = opened.run_many(images() for _ in range(4))
     next(iterator)
@@ -424,8 +415,8 @@ def test_a_graph_that_cannot_be_recorded_is_said_and_done_without(
         stub.fail(function, 1, OUT_OF_MEMORY)
         image = images()
         with pytest.warns(RuntimeWarning, match=f"no CUDA graph, every inference is enqueued anew: {said}"):
-            found = opened.run(image)
-        np.testing.assert_array_equal(found["mask"], simulation.masks(image))
+            outputs = opened.run(image)
+        np.testing.assert_array_equal(outputs["mask"], simulation.masks(image))
         stub.record_calls()
         np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
         assert "cuStreamBeginCapture_v2" not in stub.calls(), "it is not tried again"
@@ -468,19 +459,18 @@ def on_device(driver: DriverName) -> Iterator[list[OnDevice]]:
 
 @pytest.mark.parametrize("offset", [0, 64])
 def test_an_array_on_the_device_is_read_in_place(
-    stub: Stub, driver: DriverName, on_device: list[OnDevice], offset: int
+    simulation: Simulation, stub: Stub, driver: DriverName, on_device: list[OnDevice], offset: int
 ) -> None:
-    simulation = Simulation(stub, model())
     image = images()
     on_device.append(OnDevice(driver, image[0], offset))
     with session(simulation, driver) as opened:
         stub.record_calls()
-        found = opened.run_device(on_device[0])
+        outputs = opened.run_device(on_device[0])
         copies = [call for call in stub.calls() if "Memcpy" in call]
         # TensorRT wants addresses in multiples of 256 bytes; others are copied, on the device.
         wanted = ["cuMemcpyDtoDAsync_v2"] if offset else []
         assert copies in (wanted, ["cuMemcpyHtoDAsync_v2", *wanted])  # the writer's own copy may be deferred till then
-        with found["mask"] as mask:
+        with outputs["mask"] as mask:
             np.testing.assert_array_equal(mask.numpy(), simulation.masks(image))
             assert mask.__cuda_array_interface__["shape"] == (1, SIDE, SIDE)
             assert mask.__cuda_array_interface__["data"][0] == mask.address
@@ -506,8 +496,9 @@ def test_device_arrays_and_cuda_graphs_do_not_disturb_each_other(
                 np.testing.assert_array_equal(mask.numpy(), wanted)
 
 
-def test_device_memory_of_results_is_used_again(stub: Stub, driver: DriverName, on_device: list[OnDevice]) -> None:
-    simulation = Simulation(stub, model())
+def test_device_memory_of_results_is_used_again(
+    simulation: Simulation, stub: Stub, driver: DriverName, on_device: list[OnDevice]
+) -> None:
     image = images()
     on_device.append(OnDevice(driver, image))
     with session(simulation, driver) as opened:
@@ -530,8 +521,9 @@ def test_device_memory_of_results_is_used_again(stub: Stub, driver: DriverName, 
     assert stub.live() == {}
 
 
-def test_dlpack_results_live_as_long_as_their_taker(stub: Stub, driver: DriverName, on_device: list[OnDevice]) -> None:
-    simulation = Simulation(stub, model())
+def test_dlpack_results_live_as_long_as_their_taker(
+    simulation: Simulation, driver: DriverName, on_device: list[OnDevice]
+) -> None:
     image = images()
     on_device.append(OnDevice(driver, image))
     with session(simulation, driver) as opened:
@@ -551,9 +543,8 @@ def test_dlpack_results_live_as_long_as_their_taker(stub: Stub, driver: DriverNa
 
 
 def test_a_failure_on_the_device_path_frees_the_results(
-    stub: Stub, driver: DriverName, on_device: list[OnDevice]
+    simulation: Simulation, stub: Stub, driver: DriverName, on_device: list[OnDevice]
 ) -> None:
-    simulation = Simulation(stub, model())
     image = images()
     on_device.append(OnDevice(driver, image))
     with session(simulation, driver) as opened:
@@ -565,8 +556,9 @@ def test_a_failure_on_the_device_path_frees_the_results(
             np.testing.assert_array_equal(mask.numpy(), simulation.masks(image))
 
 
-def test_arrays_that_do_not_fit(stub: Stub, driver: DriverName, on_device: list[OnDevice]) -> None:
-    simulation = Simulation(stub, model())
+def test_arrays_that_do_not_fit(
+    simulation: Simulation, stub: Stub, driver: DriverName, on_device: list[OnDevice]
+) -> None:
     on_device += [OnDevice(driver, images(1, 64, 64)), OnDevice(driver, images()[..., :2].astype(np.float32))]
     with session(simulation, driver) as opened:
         streams = stub.made("streams")

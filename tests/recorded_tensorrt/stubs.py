@@ -227,9 +227,9 @@ def reported(version: str, files: list[Path], cache: Path | None = None) -> set[
         )
     if done.returncode not in (0, 1):
         raise RuntimeError(done.stdout + done.stderr)
-    found = re.findall(r"^(.+?):\d+: error: (.*?)(?:  \[[\w-]+\])?$", done.stdout, re.MULTILINE)
+    errors = re.findall(r"^(.+?):\d+: error: (.*?)(?:  \[[\w-]+\])?$", done.stdout, re.MULTILINE)
     asked = {path.resolve() for path in files}
-    return {f"{Path(file).name}: {message}" for file, message in found if (ROOT / file).resolve() in asked}
+    return {f"{Path(file).name}: {message}" for file, message in errors if (ROOT / file).resolve() in asked}
 
 
 def backend_files(version: str) -> list[Path]:
@@ -245,12 +245,12 @@ def main(versions: list[str]) -> int:
     wrong = 0
     with tempfile.TemporaryDirectory(prefix="tensorrt-mypy-") as cache:
         for version in versions or list(LACKING):
-            found = reported(version, backend_files(version), Path(cache))
-            for message in sorted(found - LACKING[version]):
+            errors = reported(version, backend_files(version), Path(cache))
+            for message in sorted(errors - LACKING[version]):
                 print(f"TensorRT {version}: {message}")
-            for message in sorted(LACKING[version] - found):
+            for message in sorted(LACKING[version] - errors):
                 print(f"TensorRT {version}: no longer reported, take it out of LACKING: {message}")
-            wrong += len(found ^ LACKING[version])
+            wrong += len(errors ^ LACKING[version])
     print(f"mypy with TensorRT's names and signatures: {wrong or 'no'} errors")
     return min(wrong, 1)
 

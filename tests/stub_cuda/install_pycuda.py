@@ -90,8 +90,8 @@ def toolkits() -> list[Path]:
 
 def pip_folders() -> list[Path]:
     """Where pip's CUDA packages have their headers: CUDA 13 in one folder, CUDA 12 in one a package."""
-    found = importlib.util.find_spec("nvidia")
-    roots = found.submodule_search_locations if found is not None else None
+    nvidia = importlib.util.find_spec("nvidia")
+    roots = nvidia.submodule_search_locations if nvidia is not None else None
     return sorted(path for root in roots or () for path in Path(root).glob("*/include"))
 
 

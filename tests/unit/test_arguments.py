@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from edgeseg.errors import InputError, SpecError
 from edgeseg.evaluate.summary import input_line
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.progress import LineReporter, reporter_of, stage
-from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
+from edgeseg.spec import BatchRange, InputSpec, ModelRequest, ModelSpec, PipelineSpec
 
 ARGUMENTS = {argument.name: argument for argument in arguments_of(BuildRequest).values()}
 
@@ -174,3 +175,23 @@ def test_a_function_is_told_a_line_per_stage_and_note() -> None:
         said.append("done")
     assert lines[0] == "note: assumed"
     assert lines[1].startswith("export") and lines[1].endswith("s  done")
+
+
+def test_names_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "names.txt"
+    path.write_bytes("\ufeffroad\n\n sky \n".encode())
+    assert ModelRequest(class_names=f"@{path}").class_names == ("road", "sky")  # type: ignore[arg-type]
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr("edgeseg.arguments.MAX_NAMES_BYTES", 10)
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    for name, why in (
+        (path, "more than 10 bytes"),
+        (tmp_path / "pipe", "no regular file"),
+        (tmp_path, "no regular file"),
+        ("/dev/zero", "no regular file"),
+        (tmp_path / "none", "No such file"),
+        (tmp_path / "latin", "utf-8"),
+        ("a\0b", "null byte"),
+    ):
+        with pytest.raises(SpecError, match=f"^cannot read the names in [^\n]*: .*{why}[^\n]*$"):
+            ModelRequest(class_names=f"@{name}")  # type: ignore[arg-type]

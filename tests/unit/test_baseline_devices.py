@@ -46,8 +46,8 @@ def engines(folder: Path) -> list[Contender]:
 
 
 def baselines(of: Sequence[Contender], *kinds: str) -> tuple[dict[str, str], list[str]]:
-    found, notes = baseline_contenders(of, kinds, Path("weights.pt"), Loads())
-    return {contender.name: contender.device for contender in found}, notes
+    made, notes = baseline_contenders(of, kinds, Path("weights.pt"), Loads())
+    return {contender.name: contender.device for contender in made}, notes
 
 
 @pytest.mark.usefixtures("cuda")

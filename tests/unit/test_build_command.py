@@ -54,12 +54,12 @@ FULL = BuildRequest(
 
 def asked(text: str, monkeypatch: pytest.MonkeyPatch) -> BuildRequest:
     """What the command line asks for when it is typed."""
-    found: list[BuildRequest] = []
-    monkeypatch.setattr(verb, "_build_and_print", lambda request, as_json: found.append(request))
+    requests: list[BuildRequest] = []
+    monkeypatch.setattr(verb, "_build_and_print", lambda request, as_json: requests.append(request))
     words = shlex.split(text)
     assert words[:2] == ["edgeseg", "build"]
     verb.command.main(words[2:], standalone_mode=False)
-    return found[0]
+    return requests[0]
 
 
 def test_only_what_was_said_is_repeated() -> None:

@@ -118,10 +118,10 @@ def test_a_machine_without_control_groups_has_no_limit(tmp_path: Path) -> None:
 
 
 def test_memory_is_read_in_bytes_and_unknown_stays_unknown(tmp_path: Path) -> None:
-    found = read_memory(
+    memory = read_memory(
         write(tmp_path / "meminfo", "MemTotal:       16000 kB\nMemFree: 1 kB\nMemAvailable:    9000 kB\n")
     )
-    assert (found.total_bytes, found.available_bytes) == (16000 * 1024, 9000 * 1024)
+    assert (memory.total_bytes, memory.available_bytes) == (16000 * 1024, 9000 * 1024)
     assert read_memory(tmp_path / "none").total_bytes is None
 
 
@@ -221,8 +221,8 @@ def test_a_pytorch_that_cannot_be_the_baseline_of_a_gpu_is_said() -> None:
     assert not [line for line in advise(cpu("arm", "i8mm"), None, PLENTY, ALL, WORKS) if "CUDA" in line]
     (said,) = [line for line in advise(cpu("arm", "i8mm"), None, PLENTY, ALL, gpu) if "CUDA" in line]
     assert "no PyTorch to compare the GPU's engines with" in said and "--baseline pytorch-cpu" in said
-    found = diagnose()
-    lines = [torch_line(dataclasses.replace(found, packages=ALL, torch_cuda=c, backends=b)) for c, b in (
+    diagnosis = diagnose()
+    lines = [torch_line(dataclasses.replace(diagnosis, packages=ALL, torch_cuda=c, backends=b)) for c, b in (
         (None, WORKS), ("12.6", WORKS), ("12.6", gpu), (None, gpu),
     )]  # fmt: skip
     assert lines == [

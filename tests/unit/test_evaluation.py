@@ -99,8 +99,8 @@ def run(
 
 
 def test_a_drop_of_exactly_k_pixels_is_found(tmp_path: Path, data: Path, engine: Contender) -> None:
-    found, _ = run(tmp_path, data, engine, pixels=7)
-    perfect, wrong = found["pytorch"], found["int8"]
+    accuracy, _ = run(tmp_path, data, engine, pixels=7)
+    perfect, wrong = accuracy["pytorch"], accuracy["int8"]
     assert perfect.truth is not None and wrong.truth is not None and wrong.agreement is not None
     assert perfect.truth.miou is not None and perfect.truth.miou.value == 1.0
     assert (perfect.truth.dice, perfect.truth.boundary_iou, perfect.truth.boundary_f) == (1.0, 1.0, 1.0)
@@ -123,22 +123,22 @@ def test_a_drop_of_exactly_k_pixels_is_found(tmp_path: Path, data: Path, engine:
 
 
 def test_without_an_error_there_is_no_difference(tmp_path: Path, data: Path, engine: Contender) -> None:
-    found, _ = run(tmp_path, data, engine, pixels=0)
-    truth = found["int8"].truth
+    accuracy, _ = run(tmp_path, data, engine, pixels=0)
+    truth = accuracy["int8"].truth
     assert truth is not None
     assert {d.metric: d.verdict for d in truth.drops} == dict.fromkeys(METRICS, "no difference")
 
 
 def test_images_without_masks_give_agreement_alone(tmp_path: Path, data: Path, engine: Contender) -> None:
-    found, _ = run(tmp_path, data / "images", engine, pixels=3)
-    assert found["int8"].truth is None
-    assert found["int8"].agreement is not None
-    assert found["int8"].agreement.overall.value == pytest.approx(1 - 18 / 6144)
+    accuracy, _ = run(tmp_path, data / "images", engine, pixels=3)
+    assert accuracy["int8"].truth is None
+    assert accuracy["int8"].agreement is not None
+    assert accuracy["int8"].agreement.overall.value == pytest.approx(1 - 18 / 6144)
 
 
 def test_worst_images_are_saved_side_by_side(tmp_path: Path, data: Path, engine: Contender) -> None:
-    found, _ = run(tmp_path, data, engine, pixels=7, worst=2, images_folder=tmp_path / "report-images")
-    worst = found["int8"].worst
+    accuracy, _ = run(tmp_path, data, engine, pixels=7, worst=2, images_folder=tmp_path / "report-images")
+    worst = accuracy["int8"].worst
     assert [w.agreement for w in worst] == [1 - 7 / 1024] * 2
     picture = np.asarray(Image.open(tmp_path / str(worst[0].side_by_side)))
     assert picture.shape == (32, 4 * 32 + 3 * 4, 3)
@@ -147,9 +147,9 @@ def test_worst_images_are_saved_side_by_side(tmp_path: Path, data: Path, engine:
 
 
 def test_equal_masks_have_no_worst_image(tmp_path: Path, data: Path, engine: Contender) -> None:
-    found, _ = run(tmp_path, data, engine, pixels=0, worst=2, images_folder=tmp_path / "report-images")
-    assert found["int8"].agreement is not None and found["int8"].agreement.overall.value == 1.0
-    assert found["int8"].worst == ()
+    accuracy, _ = run(tmp_path, data, engine, pixels=0, worst=2, images_folder=tmp_path / "report-images")
+    assert accuracy["int8"].agreement is not None and accuracy["int8"].agreement.overall.value == 1.0
+    assert accuracy["int8"].worst == ()
     assert not (tmp_path / "report-images").exists()
 
 
@@ -188,16 +188,16 @@ def test_a_finished_evaluation_is_not_repeated_and_changed_data_is(
     _, opener = run(tmp_path, data, engine, pixels=7)
     assert opener.opened == []
     Image.fromarray(np.zeros(SIZE, np.uint8)).save(data / "masks" / "0.png")
-    found, opener = run(tmp_path, data, engine, pixels=7)
+    accuracy, opener = run(tmp_path, data, engine, pixels=7)
     assert opener.opened == ["pytorch", "int8"]
-    assert found["pytorch"].truth is not None and found["pytorch"].truth.pixel_accuracy != 1.0
+    assert accuracy["pytorch"].truth is not None and accuracy["pytorch"].truth.pixel_accuracy != 1.0
 
 
 def test_the_limit_spreads_over_the_set(tmp_path: Path, data: Path, engine: Contender) -> None:
-    found, _ = run(tmp_path, data, engine, pixels=7, limit=3)
-    assert found["int8"].images == 3
-    assert found["int8"].truth is not None
-    assert found["int8"].truth.drops == ()  # three images say nothing about the next one
+    accuracy, _ = run(tmp_path, data, engine, pixels=7, limit=3)
+    assert accuracy["int8"].images == 3
+    assert accuracy["int8"].truth is not None
+    assert accuracy["int8"].truth.drops == ()  # three images say nothing about the next one
 
 
 def test_engine_resolution_moves_the_mask_to_the_engine() -> None:
@@ -233,12 +233,17 @@ def loop_contour_f(
                     points.add((y, x))
         return points
 
-    found, wanted = contour(prediction), contour(truth)
+    predicted, wanted = contour(prediction), contour(truth)
 
     def near(point: tuple[int, int], others: set[tuple[int, int]]) -> bool:
         return any(max(abs(point[0] - o[0]), abs(point[1] - o[1])) <= reach for o in others)
 
-    return [len(found), sum(near(p, wanted) for p in found), len(wanted), sum(near(p, found) for p in wanted)]
+    return [
+        len(predicted),
+        sum(near(p, wanted) for p in predicted),
+        len(wanted),
+        sum(near(p, predicted) for p in wanted),
+    ]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -257,8 +262,8 @@ def test_agreement_counts_of_planes() -> None:
     reference[0, :4], reference[1, :, :2] = 1, 1
     prediction = reference.copy()
     prediction[0, 0, 0] = 0
-    found = count_agreement(prediction, reference, 2, "multilabel")
-    assert (found.equal, found.pixels, found.classes) == (127, 128, ((0, 31, 32), (1, 16, 16)))
+    counts = count_agreement(prediction, reference, 2, "multilabel")
+    assert (counts.equal, counts.pixels, counts.classes) == (127, 128, ((0, 31, 32), (1, 16, 16)))
 
 
 def counts_of(rows: NDArray[Any]) -> Counts:
@@ -286,11 +291,11 @@ def test_a_drop_inside_the_noise_says_so() -> None:
 
 def test_the_interval_over_images_is_the_binomial_one() -> None:
     """Half of 400 images wholly right: the interval of the mean is 0.5 +- 1.96 * sqrt(0.25 / 400)."""
-    found = metric_interval(counts_of(np.tile([0, 100], 200)), "miou")
-    assert found is not None
-    assert found.value == 0.5
-    assert found.low == pytest.approx(0.451, abs=0.008)
-    assert found.high == pytest.approx(0.549, abs=0.008)
+    bounds = metric_interval(counts_of(np.tile([0, 100], 200)), "miou")
+    assert bounds is not None
+    assert bounds.value == 0.5
+    assert bounds.low == pytest.approx(0.451, abs=0.008)
+    assert bounds.high == pytest.approx(0.549, abs=0.008)
     assert interval(3, lambda weights: np.full(len(weights), np.nan)) is None
 
 
@@ -315,15 +320,16 @@ def test_a_ledger_survives_half_a_line(tmp_path: Path) -> None:
     again = Ledger(ledger.path)
     again.append(ImageRecord(2, "c"))
     again.append(ImageRecord(1, "b"))
-    found = Ledger(ledger.path)
-    assert [record.name for record in found.records()] == ["a", "b", "c"]
-    assert (len(found), 1 in found, 3 in found, found.ignore_values) == (3, True, False, {255})
+    reopened = Ledger(ledger.path)
+    assert [record.name for record in reopened.records()] == ["a", "b", "c"]
+    assert (len(reopened), 1 in reopened, 3 in reopened, reopened.ignore_values) == (3, True, False, {255})
 
 
-def test_a_damaged_ledger_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b"nonsense", b"\xff", b'{"index": 1, "name": "\xcf"}', b"[" * 100_000, b"{}"])
+def test_a_damaged_ledger_says_what_to_do(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "images.jsonl"
-    path.write_text('{"index":0,"name":"a"}\nnonsense\n')
-    with pytest.raises(ArtifactError, match="is damaged .*remove it"):
+    path.write_bytes(b'{"index":0,"name":"a"}\n' + line + b"\n")
+    with pytest.raises(ArtifactError, match=r"^[^\n]* is damaged [^\n]*; remove it: [^\n]*$"):
         Ledger(path)
 
 
@@ -354,20 +360,20 @@ def test_an_engine_that_tells_its_scores_has_a_loss(tmp_path: Path, data: Path, 
         bands = images[..., 0] // 64
         return np.stack([np.where(bands == k, 3.0, 0.0) for k in range(4)], axis=1).astype(np.float32)
 
-    found = evaluate(
+    accuracy = evaluate(
         AccuracyRequest(data, state_folder=tmp_path / "state"),
         [replace(engine, spec=spec, name="scores")],
         Fakes({"scores": lambda: MemorySession(spec, three)}),
         SilentReporter(),
     )["scores"].truth
-    assert found is not None
+    assert accuracy is not None
     right = np.exp(3) / (np.exp(3) + 3)
-    assert found.cross_entropy == pytest.approx(-np.log(right), abs=1e-6)
+    assert accuracy.cross_entropy == pytest.approx(-np.log(right), abs=1e-6)
     masks = np.stack([np.asarray(Image.open(p)) for p in sorted((data / "masks").iterdir())])
     true = np.bincount(masks.ravel(), minlength=4)
     probability = true * right + (true.sum() - true) * (1 - right) / 3
-    assert found.loss == pytest.approx(np.mean(1 - 2 * true * right / (probability + true)), abs=1e-6)
-    assert found.miou is not None and found.miou.value == 1.0
+    assert accuracy.loss == pytest.approx(np.mean(1 - 2 * true * right / (probability + true)), abs=1e-6)
+    assert accuracy.miou is not None and accuracy.miou.value == 1.0
 
 
 def test_an_engine_that_returns_masks_has_none(tmp_path: Path, data: Path, engine: Contender) -> None:

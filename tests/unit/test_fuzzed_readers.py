@@ -22,6 +22,11 @@ KINDS = (
     "engine",
     "transform",
     "card",
+    "names",
+    "state",
+    "cache",
+    "video",
+    "handover",
 )
 
 

@@ -44,11 +44,11 @@ def engine(made: Path, tmp_path: Path) -> Path:
 
 def configuration(output: Path) -> Any:
     """``config.pbtxt`` as Triton reads it: parsed with the message classes its client ships."""
-    found = importlib.util.find_spec("tritonclient")
-    if found is None or not found.submodule_search_locations:
+    client = importlib.util.find_spec("tritonclient")
+    if client is None or not client.submodule_search_locations:
         pytest.skip("tritonclient, which has Triton's configuration format, is not installed")
     # By file: the package around it wants gRPC.
-    path = Path(found.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
+    path = Path(client.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
     at = importlib.util.spec_from_file_location("model_config_pb2", path)
     assert at is not None
     assert at.loader is not None

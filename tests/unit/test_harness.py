@@ -44,12 +44,18 @@ def segment(session: Any) -> Any:
 
 
 def test_figures_of_a_hand_made_sample() -> None:
-    found = distribution([float(37 * k % 101) for k in range(1, 101)])  # 1 to 100 in no order
-    assert (found.count, found.min_ms, found.max_ms, found.mean_ms, found.median_ms) == (100, 1, 100, 50.5, 50.5)
+    figures = distribution([float(37 * k % 101) for k in range(1, 101)])  # 1 to 100 in no order
+    assert (figures.count, figures.min_ms, figures.max_ms, figures.mean_ms, figures.median_ms) == (
+        100,
+        1,
+        100,
+        50.5,
+        50.5,
+    )
     # trtexec: sorted[n - 1 - int((1 - p) * n)], one of the samples
-    assert (found.p90_ms, found.p95_ms, found.p99_ms) == (90, 95, 99)
-    assert found.std_ms == pytest.approx(29.0115)  # sqrt(sum((k - 50.5)^2) / 99)
-    assert 39 < found.median_low_ms < 50.5 < found.median_high_ms < 62
+    assert (figures.p90_ms, figures.p95_ms, figures.p99_ms) == (90, 95, 99)
+    assert figures.std_ms == pytest.approx(29.0115)  # sqrt(sum((k - 50.5)^2) / 99)
+    assert 39 < figures.median_low_ms < 50.5 < figures.median_high_ms < 62
     drifting = distribution([float(v) for v in range(100, 0, -1)])  # the same figures, but another run may well say 30
     assert (drifting.median_ms, drifting.p99_ms) == (50.5, 99)
     assert drifting.median_low_ms < 30 < 70 < drifting.median_high_ms
@@ -105,26 +111,26 @@ def compared(first_ms: list[float], second_ms: list[float]) -> Any:
 
 
 def test_a_contender_twice_as_fast_is_found_with_its_interval() -> None:
-    found = compared(jitter(1, 20.0), jitter(2, 10.0))
-    assert found.verdict == "faster"
-    assert found.low < 2.0 < found.high
-    assert found.high - found.low < 0.1
+    comparison = compared(jitter(1, 20.0), jitter(2, 10.0))
+    assert comparison.verdict == "faster"
+    assert comparison.low < 2.0 < comparison.high
+    assert comparison.high - comparison.low < 0.1
     assert compared(jitter(1, 10.0), jitter(2, 20.0)).verdict == "slower"
 
 
 def test_a_tie_is_called_a_tie() -> None:
-    found = compared(jitter(1, 10.0), jitter(2, 10.0))
-    assert found.verdict == "no difference"
-    assert found.low <= 1.0 <= found.high
+    comparison = compared(jitter(1, 10.0), jitter(2, 10.0))
+    assert comparison.verdict == "no difference"
+    assert comparison.low <= 1.0 <= comparison.high
 
 
 def slow_and_fast_spells(rng: np.random.Generator, count: int) -> NDArray[Any]:
     """Durations around 10 ms of a machine that is slow for a while and fast for a while (AR(1), 3 %), with jitter (2 %)."""
-    steps, level, found = rng.normal(0, 1, count), 0.0, []
+    steps, level, levels = rng.normal(0, 1, count), 0.0, []
     for step in steps:
         level = 0.9 * level + step * np.sqrt(1 - 0.9**2)
-        found.append(10 * np.exp(0.03 * level + 0.02 * rng.normal()))
-    return np.array(found)
+        levels.append(10 * np.exp(0.03 * level + 0.02 * rng.normal()))
+    return np.array(levels)
 
 
 def test_a_tie_is_called_a_tie_on_a_machine_that_is_slow_for_a_while() -> None:
@@ -192,9 +198,9 @@ def test_a_call_is_split_into_before_in_and_after_the_engine() -> None:
         after()
 
     stage_clock.timed(call)
-    found = stage_clock.split()
-    assert (found.pre_ms, found.compute_ms, found.post_ms) == (2.0, 7.0, 1.5)
-    assert (found.h2d_ms, found.d2h_ms) == (None, None)
+    split = stage_clock.split()
+    assert (split.pre_ms, split.compute_ms, split.post_ms) == (2.0, 7.0, 1.5)
+    assert (split.h2d_ms, split.d2h_ms) == (None, None)
 
 
 def test_device_times_take_the_place_of_the_host_s() -> None:
@@ -205,19 +211,19 @@ def test_device_times_take_the_place_of_the_host_s() -> None:
     clock = Clock()
     stage_clock = StageClock(OnDevice(clock, [7.0]), clock)
     stage_clock.timed(segment(stage_clock))
-    found = stage_clock.split()
-    assert (found.h2d_ms, found.compute_ms, found.d2h_ms, found.enqueue_ms) == (0.5, 6.0, None, 0.1)
+    split = stage_clock.split()
+    assert (split.h2d_ms, split.compute_ms, split.d2h_ms, split.enqueue_ms) == (0.5, 6.0, None, 0.1)
 
 
 def test_streams_make_their_calls_at_the_same_time() -> None:
     import threading
 
     together = threading.Barrier(3)
-    found = measure_streams({"a": lambda: together.wait(5)}, 3, 0.0, warmup_ms=0.0)["a"]
+    measured = measure_streams({"a": lambda: together.wait(5)}, 3, 0.0, warmup_ms=0.0)["a"]
     # Every call waits for two others: only callers at the same time get through.
-    assert len(found.samples_ms) == 12
-    assert found.warmup_iterations == 3
-    assert found.calls_per_s > 0
+    assert len(measured.samples_ms) == 12
+    assert measured.warmup_iterations == 3
+    assert measured.calls_per_s > 0
 
 
 def test_throughput_is_time_per_image_of_all_callers() -> None:
@@ -276,17 +282,17 @@ def test_node_times_are_summed_by_module() -> None:
         NodeTime("Transpose_token_2", 1.0, "fp32"),
         NodeTime("decoder.p4/Conv", 5.0, "int8"),
     ]
-    found = group_by_module(nodes, "test", 1)
-    assert [(m.module, m.nodes, m.time_ms, m.share) for m in found.modules] == [
+    profile = group_by_module(nodes, "test", 1)
+    assert [(m.module, m.nodes, m.time_ms, m.share) for m in profile.modules] == [
         ("encoder.layer1", 3, 5.0, 0.5),
         ("decoder.p4", 1, 5.0, 0.5),
     ]
-    assert found.modules[0].dtypes == {"fp32": 0.2, "int8": 0.6, "other": 0.2}
-    assert found.total_ms == 10.0
+    assert profile.modules[0].dtypes == {"fp32": 0.2, "int8": 0.6, "other": 0.2}
+    assert profile.total_ms == 10.0
 
 
 def test_layers_reported_by_a_profiler_are_means_over_runs() -> None:
     reports = [("encoder.layer1.0/Conv", 2.0), ("decoder.p4/Conv", 1.0)] * 3
-    found = profile_of_layers(reports, runs=3)
-    assert [(m.module, m.time_ms) for m in found.modules] == [("encoder.layer1", 2.0), ("decoder.p4", 1.0)]
-    assert found.source == "tensorrt IProfiler"
+    profile = profile_of_layers(reports, runs=3)
+    assert [(m.module, m.time_ms) for m in profile.modules] == [("encoder.layer1", 2.0), ("decoder.p4", 1.0)]
+    assert profile.source == "tensorrt IProfiler"

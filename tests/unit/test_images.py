@@ -479,10 +479,10 @@ def test_brackets_in_a_folder_that_exists_are_no_pattern(
     inner.mkdir(parents=True)
     for name in ("im2.png", "im10.png", "im1.png"):
         (inner / name).write_bytes(b"x")
-    found = [inner / name for name in ("im1.png", "im2.png", "im10.png") if "[0-9]" not in pattern or len(name) == 7]
-    assert list_images(folder / pattern) == found
+    expected = [inner / name for name in ("im1.png", "im2.png", "im10.png") if "[0-9]" not in pattern or len(name) == 7]
+    assert list_images(folder / pattern) == expected
     monkeypatch.chdir(folder.parent)
-    assert list_images(f"a*b?/{pattern}") == [path.relative_to(folder.parent) for path in found]
+    assert list_images(f"a*b?/{pattern}") == [path.relative_to(folder.parent) for path in expected]
     with pytest.raises(InputError, match="no file matches"):
         list_images(folder / "none[1].png")
 

@@ -118,8 +118,8 @@ def text_of(folder: Path, *, layers: bool = False, width: int = 150) -> str:
 def test_layers_carry_module_precision_and_macs(folder: Path) -> None:
     report = inspect_engine(folder)
     assert report.layers is not None
-    found = [(layer.module, layer.op, layer.dtype, layer.macs) for layer in report.layers]
-    assert found == [
+    layers = [(layer.module, layer.op, layer.dtype, layer.macs) for layer in report.layers]
+    assert layers == [
         ("encoder.layer1.0.conv1", "Conv", "fp32", 4 * 64 * 27),
         ("encoder.layer1.0.conv1", "QuantizeLinear", "fp32", 0),
         ("segmentation_head.0", "QLinearConv", "int8", 2 * 64 * 4),
@@ -171,9 +171,9 @@ def test_it_fits_a_narrow_terminal(folder: Path) -> None:
 
 
 def test_it_is_one_json_object(folder: Path) -> None:
-    found = json.loads(msgspec.json.encode(inspect_engine(folder)))
-    assert found["manifest"]["name"] == "fpn-small"
-    assert found["layers"][2]["dtype"] == "int8"
+    document = json.loads(msgspec.json.encode(inspect_engine(folder)))
+    assert document["manifest"]["name"] == "fpn-small"
+    assert document["layers"][2]["dtype"] == "int8"
 
 
 def test_an_edited_file_is_named(folder: Path) -> None:

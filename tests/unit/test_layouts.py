@@ -42,8 +42,8 @@ def test_voc(tmp_path: Path) -> None:
     for stem in ("2007_000033", "2007_000042", "2007_000061"):
         image(tmp_path / f"JPEGImages/{stem}.jpg")
         mask(tmp_path / f"SegmentationClass/{stem}.png", 0, 20, 255, 1)
-    found = open_layout(tmp_path, "voc", VOC)
-    assert rows(found) == [(f"{stem}.jpg", [0, 20, IGNORED, 1]) for stem in ("2007_000033", "2007_000042")]
+    dataset = open_layout(tmp_path, "voc", VOC)
+    assert rows(dataset) == [(f"{stem}.jpg", [0, 20, IGNORED, 1]) for stem in ("2007_000033", "2007_000042")]
     with pytest.raises(InputError, match=r"test.txt is not there; expected JPEGImages/"):
         open_layout(tmp_path, "voc", VOC, split="test")
 
@@ -67,8 +67,8 @@ def test_camvid_of_segnet_and_in_colours(tmp_path: Path) -> None:
     (tmp_path / "b/val_labels").mkdir()
     Image.fromarray(colours).save(tmp_path / "b/val_labels/0016E5_07959_L.png")
     (tmp_path / "b/class_dict.csv").write_text("name,r,g,b\nAnimal, 64, 128, 64\nBuilding, 128, 0, 0\nVoid, 0, 0, 0\n")
-    found = open_layout(tmp_path / "b", "camvid", ELEVEN, label_map={2: IGNORED})
-    assert rows(found)[0][1] == [0, 1, IGNORED, 1]
+    dataset = open_layout(tmp_path / "b", "camvid", ELEVEN, label_map={2: IGNORED})
+    assert rows(dataset)[0][1] == [0, 1, IGNORED, 1]
     colours[1, 3] = (1, 2, 3)
     Image.fromarray(colours).save(tmp_path / "b/val_labels/0016E5_07959_L.png")
     with pytest.raises(InputError, match=r"colour \(1, 2, 3\) at row 1, column 3"):
@@ -98,8 +98,8 @@ def test_a_label_map_goes_over_any_layout(tmp_path: Path) -> None:
     image(tmp_path / "images/1.png")
     mask(tmp_path / "masks/1.png", 100, 101, 102, 0)
     assert parse_label_map("100=5,101=0, 102=ignore") == {100: 5, 101: 0, 102: IGNORED}
-    found = open_layout(tmp_path, "images-masks", ELEVEN, label_map=parse_label_map("100=5,101=0,102=ignore"))
-    assert rows(found) == [("1.png", [5, 0, IGNORED, 0])]
+    dataset = open_layout(tmp_path, "images-masks", ELEVEN, label_map=parse_label_map("100=5,101=0,102=ignore"))
+    assert rows(dataset) == [("1.png", [5, 0, IGNORED, 0])]
     with pytest.raises(InputError, match="FILE_VALUE=CLASS"):
         parse_label_map("road=1")
     for text in ("1=99999999999999999999", "1=" + "9" * 5000, f"{2**31}=0"):

@@ -50,8 +50,8 @@ def written(scheme: str) -> onnx.ModelProto:
 
 def tensor(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) -> None:
     """Replace an initializer by what ``change`` makes of it."""
-    (found,) = [t for t in model.graph.initializer if t.name == name]
-    found.CopyFrom(numpy_helper.from_array(np.asarray(change(numpy_helper.to_array(found))), name))
+    (constant,) = [t for t in model.graph.initializer if t.name == name]
+    constant.CopyFrom(numpy_helper.from_array(np.asarray(change(numpy_helper.to_array(constant))), name))
 
 
 def node(model: onnx.ModelProto, op_type: str, output: str = "") -> onnx.NodeProto:
@@ -255,9 +255,9 @@ def test_what_the_writer_writes_is_clean(scheme: str) -> None:
 def test_each_rule_finds_its_mistake(scheme: str, mutate: Mutation, rule: str, message: str) -> None:
     model = written(scheme)
     mutate(model)
-    found = list(getattr(lint_module, rule)(lint_module._Graph(model, frozenset()), SCHEMES[scheme]))
-    assert any(message in problem for problem in found), found
-    assert set(found) <= set(lint(model, SCHEMES[scheme]))
+    problems = list(getattr(lint_module, rule)(lint_module._Graph(model, frozenset()), SCHEMES[scheme]))
+    assert any(message in problem for problem in problems), problems
+    assert set(problems) <= set(lint(model, SCHEMES[scheme]))
 
 
 def test_every_rule_is_broken_by_a_mutation() -> None:
@@ -278,5 +278,5 @@ def test_a_part_of_a_split_may_be_for_nobody(read: tuple[int, ...], problems: in
         helper.make_node("DequantizeLinear", [f"part{k}", *quantizer.input[1:]], [f"float{k}"], f"DQ{k}") for k in read
     ]
     insert_before(model, node(model, "Conv", "a"), [parts, *readers])
-    found = [line for line in lint(model, SCHEMES["onnxruntime-vnni"]) if "nothing reads it" in line]
-    assert len(found) == problems
+    unread = [line for line in lint(model, SCHEMES["onnxruntime-vnni"]) if "nothing reads it" in line]
+    assert len(unread) == problems

@@ -85,8 +85,8 @@ def test_normalization_written_for_0_to_255_equals_the_same_in_0_to_1() -> None:
 
 
 def test_one_value_stands_for_all_channels() -> None:
-    found = settle(ModelRequest(mean=(0.5,), std=(0.25,)), channels=4)
-    assert (found.mean, found.std) == ((0.5,) * 4, (0.25,) * 4)
+    settled = settle(ModelRequest(mean=(0.5,), std=(0.25,)), channels=4)
+    assert (settled.mean, settled.std) == ((0.5,) * 4, (0.25,) * 4)
 
 
 @pytest.mark.parametrize(

@@ -45,11 +45,11 @@ def test_state_and_description_of_a_jetson(jetson: Path) -> None:
     assert state.cpu_mhz == (729.6, 1510.4, 1510.4)
     assert state.temperatures_c == {"cpu-thermal": 48.593}  # a sensor that is off is left out
     assert state.load == (0.52, 0.58, 0.59)
-    found = describe_machine(state, state, jetson)
-    assert found.device == "NVIDIA Jetson Orin Nano Developer Kit"
-    assert (found.governor, found.cpu_max_mhz, found.power_mode) == ("schedutil", 1510.4, "25W")
-    assert found.memory_bytes == 7802744 * 1024
-    assert found.jetpack == "L4T 36.4.3"
+    machine = describe_machine(state, state, jetson)
+    assert machine.device == "NVIDIA Jetson Orin Nano Developer Kit"
+    assert (machine.governor, machine.cpu_max_mhz, machine.power_mode) == ("schedutil", 1510.4, "25W")
+    assert machine.memory_bytes == 7802744 * 1024
+    assert machine.jetpack == "L4T 36.4.3"
     packages = ("nvidia-jetpack-runtime\nVersion: 1\n", "nvidia-jetpack\nStatus: ok\nVersion: 6.2+b77\n", "z\n")
     put(jetson / "var/lib/dpkg/status", "\n".join(f"Package: {package}" for package in packages))
     assert describe_machine(state, state, jetson).jetpack == "6.2+b77 (L4T 36.4.3)"
@@ -57,8 +57,8 @@ def test_state_and_description_of_a_jetson(jetson: Path) -> None:
 
 def test_an_empty_machine_tells_nothing(tmp_path: Path) -> None:
     assert machine_state(tmp_path) == MachineState()
-    found = describe_machine(MachineState(), MachineState(), tmp_path)
-    assert (found.governor, found.power_mode, found.board, found.jetpack) == (None, None, None, None)
+    machine = describe_machine(MachineState(), MachineState(), tmp_path)
+    assert (machine.governor, machine.power_mode, machine.board, machine.jetpack) == (None, None, None, None)
     counters = read_counters(tmp_path)
     assert (counters.busy_s, counters.thermal, counters.quota_s) == (None, None, None)
     assert machine_flags(counters, read_counters(tmp_path)) == ()
@@ -69,8 +69,8 @@ def test_counters(tmp_path: Path) -> None:
     put(tmp_path / "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count", "3\n")
     put(tmp_path / "sys/devices/system/cpu/cpu1/thermal_throttle/core_throttle_count", "4\n")
     put(tmp_path / "sys/fs/cgroup/cpu.stat", "usage_usec 5\nthrottled_usec 1500000\n")
-    found = read_counters(tmp_path)
-    assert (found.busy_s, found.thermal, found.quota_s) == (5.0, 7, 1.5)
+    counters = read_counters(tmp_path)
+    assert (counters.busy_s, counters.thermal, counters.quota_s) == (5.0, 7, 1.5)
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ def test_on_the_stub_driver(environment: dict[str, str], package: str, suite: st
     if not installed(package):
         pytest.skip(f"{package} is not installed" + (f": {no_pycuda()}" if package == "pycuda" else ""))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / f"{suite}.py")]
-    found = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
-    path = os.pathsep.join([str(TESTS.parents[1]), *found])
+    search_path = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    path = os.pathsep.join([str(TESTS.parents[1]), *search_path])
     done = subprocess.run(
         command,
         env={**environment, "STUB_CUDA_DRIVER": package, "PYTHONPATH": path},
@@ -101,17 +101,18 @@ def test_the_gpu_suite_itself_runs_and_leaves_its_report(
         cwd=root,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(report.read_text())
-    assert found["device"]["gpu"] == "Stub (no GPU)"
-    outcomes = [test["outcome"] for test in found["tests"].values()]
+    written = json.loads(report.read_text())
+    assert written["device"]["gpu"] == "Stub (no GPU)"
+    outcomes = [test["outcome"] for test in written["tests"].values()]
     assert outcomes.count("passed") >= 25
     assert "failed" not in outcomes
-    assert found["figures"]["test_masks_agree_with_onnxruntime[copy-int8]"] == {"agreement": 1.0}
+    assert written["figures"]["test_masks_agree_with_onnxruntime[copy-int8]"] == {"agreement": 1.0}
     assert (
-        found["figures"]["test_kernel_times_are_used_again"]["cache"] == f"Stub-no-GPU-8sm-8.7-tensorrt-{version}.cache"
+        written["figures"]["test_kernel_times_are_used_again"]["cache"]
+        == f"Stub-no-GPU-8sm-8.7-tensorrt-{version}.cache"
     )
     # What is skipped is what this machine or version lacks.
-    skipped = {name.partition("[")[0] for name, test in found["tests"].items() if test["outcome"] == "skipped"}
+    skipped = {name.partition("[")[0] for name, test in written["tests"].items() if test["outcome"] == "skipped"}
     lacking = {"test_folders_given", "test_dlpack_in_and_out", "test_each_cuda_package_gives_the_same_masks"}
     lacking |= {"test_cupy_both_ways"}
     if version.startswith("8."):

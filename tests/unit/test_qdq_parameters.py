@@ -28,25 +28,25 @@ finite = st.floats(-1e6, 1e6, width=32)
 def test_every_value_of_a_range_is_within_half_a_step(name: str, a: float, b: float) -> None:
     scheme = SCHEMES[name]
     low, high = min(a, b, 0.0), max(a, b, 0.0)
-    found = activation_parameters("x", low, high, scheme)
+    parameters = activation_parameters("x", low, high, scheme)
     expected = (0, 255) if scheme.activations == "u8" else (-127, 127) if scheme.symmetric else (-128, 127)
-    assert found.limits == expected
-    assert found.dtype == (np.uint8 if scheme.activations == "u8" else np.int8)
-    assert found.scale > 0
-    assert expected[0] <= found.zero_point <= expected[1]
-    assert found.zero_point == 0 or not scheme.symmetric
+    assert parameters.limits == expected
+    assert parameters.dtype == (np.uint8 if scheme.activations == "u8" else np.int8)
+    assert parameters.scale > 0
+    assert expected[0] <= parameters.zero_point <= expected[1]
+    assert parameters.zero_point == 0 or not scheme.symmetric
     values = np.linspace(low, high, 41)
-    integers = found.quantize(values).astype(int)
+    integers = parameters.quantize(values).astype(int)
     # The zero point is rounded as well, so the far end of the range may lose half a step more.
-    assert np.abs(found.scale * (integers - found.zero_point) - values).max() <= found.scale * (1 + 1e-3)
+    assert np.abs(parameters.scale * (integers - parameters.zero_point) - values).max() <= parameters.scale * (1 + 1e-3)
 
 
 def test_zero_is_exact_and_relu_needs_no_zero_point() -> None:
     assert activation_parameters("x", 0.0, 5.1, SCHEMES["onnxruntime-vnni"]).zero_point == 0
     assert activation_parameters("x", 0.0, 5.1, SCHEMES["onnxruntime-arm"]).zero_point == -128
-    found = activation_parameters("x", -1.0, 3.0, SCHEMES["onnxruntime-vnni"])
-    assert found.scale == pytest.approx(4 / 255)
-    assert found.zero_point == 64
+    parameters = activation_parameters("x", -1.0, 3.0, SCHEMES["onnxruntime-vnni"])
+    assert parameters.scale == pytest.approx(4 / 255)
+    assert parameters.zero_point == 64
 
 
 def test_symmetric_on_request_where_there_are_negative_values() -> None:
@@ -65,21 +65,21 @@ def test_a_range_that_is_not_finite_names_the_value() -> None:
 @given(hnp.arrays(np.float32, (3, 2, 3, 3), elements=st.floats(-100, 100, width=32)), st.sampled_from([7, 8]))
 def test_weights_are_within_half_a_step_per_channel(weight: np.ndarray, bits: int) -> None:
     scheme = SCHEMES["onnxruntime-vnni" if bits == 8 else "onnxruntime-avx2"]
-    found = quantize_weight(weight, 0, scheme)
+    quantized = quantize_weight(weight, 0, scheme)
     limit = 2 ** (bits - 1) - 1
-    assert found.values.dtype == np.int8
-    assert np.abs(found.values.astype(int)).max() <= limit
-    for channel, scale in zip(range(3), found.scale, strict=True):
-        error = np.abs(found.dequantized()[channel] - weight[channel]).max()
+    assert quantized.values.dtype == np.int8
+    assert np.abs(quantized.values.astype(int)).max() <= limit
+    for channel, scale in zip(range(3), quantized.scale, strict=True):
+        error = np.abs(quantized.dequantized()[channel] - weight[channel]).max()
         assert error <= 0.5001 * scale
         if np.abs(weight[channel]).max() > 1e-30:
             assert scale == pytest.approx(np.abs(weight[channel]).max() / limit, rel=1e-5)
 
 
 def test_a_channel_of_zeros_stays_zero() -> None:
-    found = quantize_weight(np.zeros((2, 1, 1, 1), np.float32), 0, SCHEMES["tensorrt"])
-    assert not found.values.any()
-    assert (found.scale > 0).all()
+    quantized = quantize_weight(np.zeros((2, 1, 1, 1), np.float32), 0, SCHEMES["tensorrt"])
+    assert not quantized.values.any()
+    assert (quantized.scale > 0).all()
 
 
 def test_the_channel_axis_of_each_operator() -> None:

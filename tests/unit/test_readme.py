@@ -20,7 +20,7 @@ def commands(page: Path) -> list[str]:
 def service_commands(page: Path) -> list[str]:
     """What a systemd unit or a container runs: ``/path/edgeseg VERB ...``, ``edgeseg:TAG VERB ...``."""
     text = page.read_text(encoding="utf-8")
-    return [f"edgeseg {found}" for found in re.findall(r"(?:bin/edgeseg|edgeseg:\w+) ([a-z]+ [^'\n]*)", text)]
+    return [f"edgeseg {command}" for command in re.findall(r"(?:bin/edgeseg|edgeseg:\w+) ([a-z]+ [^'\n]*)", text)]
 
 
 SERVICES = [p for folder in ("docs", "docker") for p in sorted((ROOT / folder).glob("*")) if p.is_file()]
@@ -47,6 +47,10 @@ def test_documented_command_parses(line: str) -> None:
 def test_verbs_named_in_the_text_exist(page: Path) -> None:
     named = set(re.findall(r"`edgeseg ([a-z]+)", page.read_text(encoding="utf-8")))
     assert named <= set(VERBS), f"{page.name} names verbs the command line does not have: {named - set(VERBS)}"
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 700
 
 
 def test_services_and_containers_are_checked() -> None:

@@ -35,33 +35,33 @@ def changes(new: BenchReport, **options: Any) -> dict[str, Any]:
 
 
 def test_the_same_report_shows_no_difference() -> None:
-    found = changes(read_report(EXAMPLE))
-    assert {c.verdict for c in found.values()} == {"no difference"}
-    check_limits(tuple(found.values()), dict.fromkeys(found, 0.0))
+    seen = changes(read_report(EXAMPLE))
+    assert {c.verdict for c in seen.values()} == {"no difference"}
+    check_limits(tuple(seen.values()), dict.fromkeys(seen, 0.0))
 
 
 def test_a_slower_engine_is_found_and_gated() -> None:
-    found = changes(slowed(read_report(EXAMPLE), 1.2))
-    assert found["median_ms"].verdict == "worse"
-    assert found["median_ms"].percent == pytest.approx(20.0)
-    assert found["median_ms"].low > 10
-    check_limits(tuple(found.values()), {"median_ms": 25.0})
+    seen = changes(slowed(read_report(EXAMPLE), 1.2))
+    assert seen["median_ms"].verdict == "worse"
+    assert seen["median_ms"].percent == pytest.approx(20.0)
+    assert seen["median_ms"].low > 10
+    check_limits(tuple(seen.values()), {"median_ms": 25.0})
     with pytest.raises(GateError, match=r"fpn-int8 b1 t- s1: median_ms is 20\.0 % worse, 5 % allowed"):
-        check_limits(tuple(found.values()), {"median_ms": 5.0})
+        check_limits(tuple(seen.values()), {"median_ms": 5.0})
     assert changes(slowed(read_report(EXAMPLE), 0.8))["median_ms"].verdict == "better"
 
 
 def test_a_slower_machine_is_no_slower_engine() -> None:
     old = read_report(EXAMPLE)
-    found = changes(slowed(old, 1.3, every=True))
+    seen = changes(slowed(old, 1.3, every=True))
     for metric in ("median_ms", "p99_ms"):
-        assert found[metric].new == pytest.approx(1.3 * found[metric].old)
-        assert found[metric].percent == pytest.approx(0.0, abs=1e-9)
-        assert (found[metric].verdict, found[metric].beside) == ("no difference", "pytorch b1 t- s1")
+        assert seen[metric].new == pytest.approx(1.3 * seen[metric].old)
+        assert seen[metric].percent == pytest.approx(0.0, abs=1e-9)
+        assert (seen[metric].verdict, seen[metric].beside) == ("no difference", "pytorch b1 t- s1")
     both = changes(slowed(slowed(old, 1.3, every=True), 1.2))
     assert both["median_ms"].percent == pytest.approx(20.0)
     assert both["median_ms"].verdict == "worse"
-    (words,) = remarks(old, old, tuple(found.values()))
+    (words,) = remarks(old, old, tuple(seen.values()))
     assert "beside pytorch b1 t- s1" in words
 
 
@@ -72,9 +72,9 @@ def test_without_an_unchanged_baseline_the_bare_figures_are_compared_and_it_is_s
         for row in old.rows
     )
     new = slowed(replace(old, rows=rows), 1.3, every=True)
-    found = changes(new)
-    assert (found["median_ms"].verdict, found["median_ms"].beside) == ("worse", None)
-    assert found["median_ms"].percent == pytest.approx(30.0)
+    seen = changes(new)
+    assert (seen["median_ms"].verdict, seen["median_ms"].beside) == ("worse", None)
+    assert seen["median_ms"].percent == pytest.approx(30.0)
     (words,) = remarks(old, new, compare_reports(old, new))
     assert "no unchanged baseline in both reports for" in words and ROW in words
     fewer = replace(new, rows=(new.row(ROW),))
@@ -109,11 +109,11 @@ def test_lost_accuracy_and_larger_files_count() -> None:
         accuracy=replace(row.accuracy, truth=replace(row.accuracy.truth, miou=miou)),
         engine=replace(row.engine, size_bytes=row.engine.size_bytes * 2),
     )
-    found = changes(replace(report, rows=(worse,)))
-    assert found["miou"].percent == pytest.approx(2.0)
-    assert found["size_bytes"].percent == pytest.approx(100.0)
+    seen = changes(replace(report, rows=(worse,)))
+    assert seen["miou"].percent == pytest.approx(2.0)
+    assert seen["size_bytes"].percent == pytest.approx(100.0)
     with pytest.raises(GateError, match=r"size_bytes.*; .*miou is 2\.0 points worse"):
-        check_limits(tuple(found.values()), {"miou": 1.0, "size_bytes": 10.0})
+        check_limits(tuple(seen.values()), {"miou": 1.0, "size_bytes": 10.0})
     other_data = replace(worse, accuracy=replace(row.accuracy, data_sha256="other"))
     assert changes(replace(report, rows=(other_data,)))["miou"].verdict == "not measured"
 
@@ -182,10 +182,10 @@ def test_a_change_that_noise_hides_is_no_pass() -> None:
         return replace(old, rows=(replace(row, latency=latency),))
 
     noisy = spells(10, 30, 11, 29, 10, 31, 30, 12, 30, 10), spells(30, 10, 12, 28, 31, 10, 30, 11, 10, 30)
-    found = [c for c in compare_reports(*noisy) if c.metric == "median_ms"]
-    assert [c.verdict for c in found] == ["cannot tell"]
+    medians = [c for c in compare_reports(*noisy) if c.metric == "median_ms"]
+    assert [c.verdict for c in medians] == ["cannot tell"]
     with pytest.raises(GateError, match=r"cannot tell whether median_ms keeps 5 % \(-.*; measure longer"):
-        check_limits(found, {"median_ms": 5.0})
-    check_limits(found, {"median_ms": 1000.0})
+        check_limits(medians, {"median_ms": 5.0})
+    check_limits(medians, {"median_ms": 1000.0})
     steady = spells(*[10.0] * 10), spells(*[10.1] * 10)
     assert [c.verdict for c in compare_reports(*steady) if c.metric == "median_ms"] == ["worse"]

@@ -153,10 +153,11 @@ def test_the_method_is_the_one_the_output_loses_least_by(graph: OnnxGraph) -> No
     kept, held = hold_out(CalibrationSet.open(images()))
     assert held is not None
     assert not set(kept.pixels) & set(held.pixels)
-    judge, found = Judge(graph, held), tables(graph, kept)
-    choice = choose_methods(graph, found, sources(graph), judge, JUDGES)
+    judge, by_method = Judge(graph, held), tables(graph, kept)
+    choice = choose_methods(graph, by_method, sources(graph), judge, JUDGES)
     mean = {
-        method: np.mean([judge.fidelity(graph, found[method], s).divergence.mean() for s in JUDGES]) for method in found
+        method: np.mean([judge.fidelity(graph, by_method[method], s).divergence.mean() for s in JUDGES])
+        for method in by_method
     }
     assert mean["minmax"] > 2 * min(mean.values()), "the outlier does not hurt min-max: the network shows nothing"
     assert choice.whole["minmax"] == pytest.approx(1.0)

@@ -247,8 +247,8 @@ def test_many_classes_list_the_largest_changes() -> None:
 
 def folds(text: str) -> dict[str, bool]:
     """Engines' sections by name, and whether each is unfolded."""
-    found = re.findall(r'<details class="one"( open)?>\s*<summary><h3[^>]*>(.*?) against', text)
-    return {name: bool(is_open) for is_open, name in found}
+    shown = re.findall(r'<details class="one"( open)?>\s*<summary><h3[^>]*>(.*?) against', text)
+    return {name: bool(is_open) for is_open, name in shown}
 
 
 def test_only_the_engine_to_deploy_is_unfolded() -> None:

@@ -276,8 +276,8 @@ def planes(op_type: str, weight_shape: tuple[int, ...], channels: int = -1, heig
 
 @pytest.mark.parametrize(("op_type", "weight_shape"), [("Conv", (4, 6, 1, 1)), ("ConvTranspose", (6, 4, 2, 2))])
 def test_reshape_channels(op_type: str, weight_shape: tuple[int, ...]) -> None:
-    found = rewritten(planes(op_type, weight_shape), reshape_channels, 1)
-    assert found["Concat"] == 1 and found["Reshape"] == 1
+    left = rewritten(planes(op_type, weight_shape), reshape_channels, 1)
+    assert left["Concat"] == 1 and left["Reshape"] == 1
     assert rewritten(planes(op_type, weight_shape, channels=6), reshape_channels, 0)["Concat"] == 1
     assert rewritten(planes(op_type, weight_shape, height="two"), reshape_channels, 0)["Concat"] == 1
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeseg.images.placement import Tiling, plan_fit
-from edgeseg.runtime.tiling import blend_weights, blended_rows, cuts, stitched
+from edgeseg.runtime.tiling import Part, RunRow, blend_weights, blended_strips, cuts, joined, stitched_strips
 from edgeseg.spec import InputSpec
 
 SIZES = st.tuples(st.integers(1, 70), st.integers(1, 70))
@@ -77,6 +77,15 @@ def each(windows: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
         }
 
 
+def runs(image: np.ndarray, tiling: Tiling, run: Callable[[np.ndarray], Iterable[dict[str, np.ndarray]]]) -> RunRow:
+    padded = tiling.pad(image)
+
+    def row(index: int, columns: range) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        yield from zip(columns, run(tiling.row(padded, index)[columns.start : columns.stop]), strict=True)
+
+    return row
+
+
 @settings(max_examples=60, deadline=None)
 @given(size=SIZES, window=WINDOWS, overlap=OVERLAPS, seed=st.integers(0, 9))
 def test_tiles_of_a_per_pixel_engine_equal_the_whole(
@@ -85,14 +94,46 @@ def test_tiles_of_a_per_pixel_engine_equal_the_whole(
     image = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     tiling = tiling_of(size, window, overlap)
     (whole,) = each(image[None])
-    parts = stitched(image, tiling, each, ("mask", "planes"))
+    run = runs(image, tiling, each)
+    parts = joined(((strip.rows, strip.outputs) for strip in stitched_strips(run, tiling, ("mask", "planes"))), size[0])
     np.testing.assert_array_equal(parts["mask"], whole["mask"])
     np.testing.assert_array_equal(parts["planes"], whole["planes"])
-    bands = list(blended_rows(image, tiling, each, ("logits",)))
-    assert [rows.start for rows, _ in bands] == list(tiling.tops)
-    assert bands[-1][0].stop == size[0]
-    joined = np.concatenate([band["logits"] for _, band in bands], axis=1)
-    np.testing.assert_allclose(joined, whole["logits"], atol=1e-3)
+    strips = list(blended_strips(run, tiling, ("logits",)))
+    assert [strip.rows.start for strip in strips] == list(tiling.tops)
+    assert strips[-1].rows.stop == size[0]
+    logits = np.concatenate([strip.outputs["logits"] for strip in strips], axis=1)
+    np.testing.assert_allclose(logits, whole["logits"], atol=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=SIZES, window=WINDOWS, overlap=OVERLAPS, pieces=st.integers(1, 5), seed=st.integers(0, 9))
+def test_parts_are_what_the_whole_would_be(
+    size: tuple[int, int], window: tuple[int, int], overlap: float, pieces: int, seed: int
+) -> None:
+    """To the bit, for windows that disagree; and each pixel belongs to one part."""
+    tiling = tiling_of(size, window, overlap)
+    image = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+    def run(row: int, columns: range) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        for column in columns:
+            scores = np.random.default_rng((seed, row, column)).normal(size=(2, *window)).astype(np.float32)
+            yield column, {"logits": scores, "mask": (scores[0] > 0).astype(np.uint8)}
+
+    for strips_of, name in ((blended_strips, "logits"), (stitched_strips, "mask")):
+        whole = np.concatenate([strip.outputs[name] for strip in strips_of(run, tiling, (name,))], axis=-2)
+        together = np.full_like(whole, 77)
+        for rows in split(len(tiling.tops), pieces):
+            for columns in split(len(tiling.lefts), pieces):
+                for strip in strips_of(run, tiling, (name,), Part(rows, columns)):
+                    assert (together[..., strip.rows, strip.columns] == 77).all()
+                    together[..., strip.rows, strip.columns] = strip.outputs[name]
+        np.testing.assert_array_equal(together, whole)
+        assert whole.shape[-2:] == image.shape[:2]
+
+
+def split(count: int, pieces: int) -> list[range]:
+    step = -(-count // pieces)
+    return [range(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 @settings(max_examples=30, deadline=None)
@@ -111,7 +152,8 @@ def test_disagreeing_windows_are_blended_by_distance_from_their_border(
             yield {"logits": next(answers)}
 
     image = np.zeros((*size, 3), np.uint8)
-    joined = np.concatenate([band["logits"] for _, band in blended_rows(image, tiling, run, ("logits",))], axis=1)
+    strips = blended_strips(runs(image, tiling, run), tiling, ("logits",))
+    blended = np.concatenate([strip.outputs["logits"] for strip in strips], axis=1)
     for y in range(size[0]):
         for x in range(size[1]):
             total, mean = 0.0, np.zeros(2)
@@ -120,4 +162,4 @@ def test_disagreeing_windows_are_blended_by_distance_from_their_border(
                     to_border = [min(p + 1, n - p) for p, n in ((y - top, window[0]), (x - left, window[1]))]
                     total += to_border[0] * to_border[1]
                     mean += to_border[0] * to_border[1] * scores[:, y - top, x - left]
-            np.testing.assert_allclose(joined[:, y, x], mean / total, atol=1e-4)
+            np.testing.assert_allclose(blended[:, y, x], mean / total, atol=1e-4)

@@ -50,10 +50,10 @@ def search(*names: str) -> Search:
 
 
 def test_the_front_is_what_no_other_beats() -> None:
-    found = search("encoder.layer1", "encoder.layer2", "decoder.p5")
+    made = search("encoder.layer1", "encoder.layer2", "decoder.p5")
     # Slower and less accurate, and the one whose time nobody knows: not on it.
-    assert [c.median_ms for c in pareto_front(found)] == [1.0, 2.0, 9.0]
-    untimed = found.untimed()
+    assert [c.median_ms for c in pareto_front(made)] == [1.0, 2.0, 9.0]
+    untimed = made.untimed()
     assert [c.mac_share.get("int8", 0.0) for c in pareto_front(untimed)] == [1.0, 0.9, 0.8, 0.7, 0.0]
 
 
@@ -61,8 +61,8 @@ def test_the_front_is_what_no_other_beats() -> None:
 def test_tables_fit_a_terminal(width: int, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    found = search("decoder.fpn_lateral_blocks.10", "encoder.patch_embed1", "segmentation_head")
-    for table in (front_table(found), sensitivity_table(found.modules)):
+    made = search("decoder.fpn_lateral_blocks.10", "encoder.patch_embed1", "segmentation_head")
+    for table in (front_table(made), sensitivity_table(made.modules)):
         Console(width=width, force_terminal=False).print(table)
         shown = capsys.readouterr().out
         assert max(map(len, shown.splitlines())) <= width
@@ -73,8 +73,8 @@ def test_tables_fit_a_terminal(width: int, capsys: pytest.CaptureFixture[str]) -
 
 def test_the_report_shows_what_modules_cost_and_that_precision_is_mixed() -> None:
     int8 = row("mixed", precision="int8", miou=0.6)
-    found = search("encoder.layer1", HOSTILE, "decoder.p5")
-    int8 = replace(int8, engine=replace(int8.engine, search=found))
+    made = search("encoder.layer1", HOSTILE, "decoder.p5")
+    int8 = replace(int8, engine=replace(int8.engine, search=made))
     both = merged(row("pytorch", is_baseline=True, miou=0.6), int8)
     page = Page(page_of(both))
     text = " ".join(page.texts)

@@ -399,10 +399,10 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     path.write_text(
         "archs=['unet']\noutput='o'\ncalibration='c'\n[weights]\nunet='w.pt'\nfpn='demo'\n[bench]\ndata='v'"
     )
-    found = read_config(path)
-    assert (found.output, found.calibration) == (str(tmp_path / "o"), str(tmp_path / "c"))
-    assert found.weights == {"unet": str(tmp_path / "w.pt"), "fpn": "demo"}
-    assert found.bench.data == str(tmp_path / "v")
+    sweep = read_config(path)
+    assert (sweep.output, sweep.calibration) == (str(tmp_path / "o"), str(tmp_path / "c"))
+    assert sweep.weights == {"unet": str(tmp_path / "w.pt"), "fpn": "demo"}
+    assert sweep.bench.data == str(tmp_path / "v")
 
 
 def test_bench_accepts_every_option_a_sweep_gives(tmp_path: Path) -> None:
@@ -415,8 +415,8 @@ def test_bench_accepts_every_option_a_sweep_gives(tmp_path: Path) -> None:
     context = click.Context(cli)
     command = cli.get_command(context, "bench")
     assert command is not None
-    found = command.make_context("bench", arguments, parent=context).params
-    assert found["limit"] == 3 and found["profile"] is True and found["ignore_index"] == 255
+    parsed = command.make_context("bench", arguments, parent=context).params
+    assert parsed["limit"] == 3 and parsed["profile"] is True and parsed["ignore_index"] == 255
 
 
 def test_the_documented_example_is_one_the_sweep_accepts(tmp_path: Path) -> None:

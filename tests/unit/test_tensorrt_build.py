@@ -769,8 +769,8 @@ def test_status_never_raises() -> None:
         raise MissingDependencyError("tensorrt", "tensorrt", "build")
 
     assert not TensorRTBackend(import_module=absent).status().available
-    found = backend_of(Recorder("10.3.0")).status()
-    assert found.available and found.version == "10.3.0" and "Orin, compute capability 8.7" in found.detail
+    status = backend_of(Recorder("10.3.0")).status()
+    assert status.available and status.version == "10.3.0" and "Orin, compute capability 8.7" in status.detail
 
 
 # --- share of time ---

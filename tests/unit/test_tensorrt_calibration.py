@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,13 @@ def test_reading_gives_back_the_scales() -> None:
 def test_damaged_caches_are_refused(text: str, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         read_cache(text)
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ArtifactError, match="cannot read calibration cache .*(no regular file|a folder)"):
+            check_cache(path, "10.3.0", {"x"}, None)
 
 
 def test_a_cache_of_this_version_graph_and_table_is_taken(tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ def test_status_tells_building_from_running() -> None:
     module = Recorder(RTX).module
     without = TensorRTRtxBackend(import_module=lambda: module, gpu=missing).status()
     assert without.can_build and not without.available and "builds engines (--sm 75,80,86" in without.detail
-    found = TensorRTRtxBackend(import_module=lambda: module, gpu=lambda: ADA).status()
-    assert found.available and found.detail == "NVIDIA RTX 4000, compute capability 8.9"
+    status = TensorRTRtxBackend(import_module=lambda: module, gpu=lambda: ADA).status()
+    assert status.available and status.detail == "NVIDIA RTX 4000, compute capability 8.9"
 
 
 def test_an_engine_runs_on_the_gpus_it_was_built_for(tmp_path: Path) -> None:
@@ -122,6 +122,6 @@ def test_recompiling_adds_this_gpu_to_those_asked_for(tmp_path: Path, monkeypatc
     monkeypatch.setattr(tensorrt_rtx, "backend", lambda: TensorRTRtxBackend(gpu=lambda: ADA))
     for given in ({"sm": [75, 120]}, {"sm": [89, 120]}):
         manifest = SimpleNamespace(target="tensorrt-rtx", options_given=given)
-        monkeypatch.setattr(recompile, "read_manifest", lambda folder, found=manifest: found)
+        monkeypatch.setattr(recompile, "read_manifest", lambda folder, read=manifest: read)
         recompile.recompile(SimpleNamespace(folder=tmp_path, manifest=manifest))  # type: ignore[arg-type]
     assert asked == [(75, 120, 89), (89, 120)]

@@ -166,7 +166,7 @@ def test_without_one(tmp_path: Path) -> None:
     recorder = Recorder("10.3.0")
     build(tmp_path, recorder, timing_cache=False)
     assert "DISABLE_TIMING_CACHE" in recorder.set_flags() and not (tmp_path / ".timing").exists()
-    with pytest.raises(SpecError, match="is a folder; give a file, or true"):
+    with pytest.raises(SpecError, match="is a folder, pipe or device; give a file, or true"):
         build(tmp_path, Recorder("10.3.0"), timing_cache=str(tmp_path))
 
 

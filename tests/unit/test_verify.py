@@ -89,14 +89,14 @@ def wrong_in_the_corner(red: NDArray[np.uint8]) -> NDArray[Any]:
 
 def scenes(count: int = 3, size: tuple[int, int] = (32, 64), masks: bool = True) -> list[Pair]:
     rng = np.random.default_rng(0)
-    found = []
+    pairs = []
     for k in range(count):
         coarse = rng.integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
         image = coarse.repeat(8, axis=0).repeat(8, axis=1)
         mask = right(image[..., 0]).astype(np.int32)
         mask[:, -2:] = IGNORED
-        found.append(Pair(f"{k}.png", image, mask if masks else None, ignore_index=255))
-    return found
+        pairs.append(Pair(f"{k}.png", image, mask if masks else None, ignore_index=255))
+    return pairs
 
 
 def run(spec: PipelineSpec, engine: Decide, pairs: list[Pair], **options: Any) -> Verification:
@@ -105,42 +105,42 @@ def run(spec: PipelineSpec, engine: Decide, pairs: list[Pair], **options: Any) -
 
 
 def test_a_perfect_engine_agrees_in_everything() -> None:
-    found = run(pipeline(), right, scenes())
-    assert (found.agreement, found.boundary_agreement, found.miou_vs_pytorch) == (1.0, 1.0, 1.0)
-    assert found.pytorch_accuracy == found.engine_accuracy
-    assert found.pytorch_accuracy.miou == found.pytorch_accuracy.pixel_accuracy == 1.0
-    assert found.miou_drop == 0.0
-    assert found.images == 3
-    assert (found.pytorch_size_bytes, found.engine_size_bytes) == (40, 10)
-    assert found.data == "test scenes; mask value 255 not judged (3.1% of pixels)"
-    assert found.engine_latency is not None
-    assert found.engine_latency.iterations == 2
+    verified = run(pipeline(), right, scenes())
+    assert (verified.agreement, verified.boundary_agreement, verified.miou_vs_pytorch) == (1.0, 1.0, 1.0)
+    assert verified.pytorch_accuracy == verified.engine_accuracy
+    assert verified.pytorch_accuracy.miou == verified.pytorch_accuracy.pixel_accuracy == 1.0
+    assert verified.miou_drop == 0.0
+    assert verified.images == 3
+    assert (verified.pytorch_size_bytes, verified.engine_size_bytes) == (40, 10)
+    assert verified.data == "test scenes; mask value 255 not judged (3.1% of pixels)"
+    assert verified.engine_latency is not None
+    assert verified.engine_latency.iterations == 2
 
 
 @pytest.mark.parametrize("kind", ["mask", "logits", "probabilities"])
 def test_exactly_the_wrong_pixels_are_counted(kind: str) -> None:
     spec = pipeline(kind=kind)
-    found = run(spec, wrong_in_the_corner, scenes())
-    assert found.agreement == 1 - 12 / (32 * 64)
+    verified = run(spec, wrong_in_the_corner, scenes())
+    assert verified.agreement == 1 - 12 / (32 * 64)
     judged = 32 * 62
-    assert found.pytorch_accuracy.pixel_accuracy == 1.0
-    assert found.engine_accuracy.pixel_accuracy == pytest.approx(1 - 12 / judged)
-    assert found.miou_drop is not None
-    assert found.miou_drop > 0
+    assert verified.pytorch_accuracy.pixel_accuracy == 1.0
+    assert verified.engine_accuracy.pixel_accuracy == pytest.approx(1 - 12 / judged)
+    assert verified.miou_drop is not None
+    assert verified.miou_drop > 0
     # By hand: per class over all scenes, truth taken from PyTorch's masks.
     hits, unions = np.zeros(CLASSES), np.zeros(CLASSES)
     for pair in scenes():
         a, b = right(pair.image[..., 0]), wrong_in_the_corner(pair.image[..., 0])
         hits += [np.sum((a == c) & (b == c)) for c in range(CLASSES)]
         unions += [np.sum((a == c) | (b == c)) for c in range(CLASSES)]
-    assert found.miou_vs_pytorch == pytest.approx(np.mean(hits / unions))
+    assert verified.miou_vs_pytorch == pytest.approx(np.mean(hits / unions))
 
 
 def test_without_masks_accuracy_is_not_measured_rather_than_zero() -> None:
-    found = run(pipeline(), wrong_in_the_corner, scenes(masks=False))
-    assert found.engine_accuracy == AccuracyFigures()
-    assert found.miou_drop is None
-    assert found.data == "test scenes"
+    verified = run(pipeline(), wrong_in_the_corner, scenes(masks=False))
+    assert verified.engine_accuracy == AccuracyFigures()
+    assert verified.miou_drop is None
+    assert verified.data == "test scenes"
 
 
 def test_both_models_see_the_same_fitted_bytes() -> None:
@@ -148,36 +148,36 @@ def test_both_models_see_the_same_fitted_bytes() -> None:
     spec = pipeline()
     pairs = scenes(size=(48, 48))
     reference, engine = FakeSession(spec, right), FakeSession(spec, right)
-    found = compare_masks(reference, engine, spec, pairs)
+    compared = compare_masks(reference, engine, spec, pairs)
     assert set(reference.shapes) == set(engine.shapes) == {(1, 32, 64, 3)}
-    assert found.engine.pixels == sum(int((p.mask != IGNORED).sum()) for p in pairs if p.mask is not None)
+    assert compared.engine.pixels == sum(int((p.mask != IGNORED).sum()) for p in pairs if p.mask is not None)
     expected = []
     for pair in pairs:
         fitted, placement = fit(pair.image, spec.input)
         assert pair.mask is not None
         expected.append((placement.restore(right(fitted[..., 0]).astype(np.uint8)) == pair.mask).sum())
-    assert found.engine.right == sum(expected)
-    np.testing.assert_array_equal(found.sample[0], fit(pairs[0].image, spec.input)[0])
+    assert compared.engine.right == sum(expected)
+    np.testing.assert_array_equal(compared.sample[0], fit(pairs[0].image, spec.input)[0])
 
 
 def test_tiles_are_compared_one_by_one_and_judged_as_the_runtime_stitches_them() -> None:
     spec = pipeline(fit="tile")
     pairs = scenes(1, size=(64, 96))
-    found = compare_masks(FakeSession(spec, right), FakeSession(spec, wrong_in_the_corner), spec, pairs)
+    compared = compare_masks(FakeSession(spec, right), FakeSession(spec, wrong_in_the_corner), spec, pairs)
     windows = fit_windows(pairs[0].image, spec.input)
     assert len(windows) > 1
-    assert found.agreement.agreement == 1 - 12 / (32 * 64)
+    assert compared.agreement.agreement == 1 - 12 / (32 * 64)
     stitched = Segmenter(FakeSession(spec, wrong_in_the_corner), spec)(pairs[0].image)
     assert pairs[0].mask is not None
     judged = pairs[0].mask != IGNORED
-    assert found.engine.right == int((stitched == pairs[0].mask)[judged].sum())
+    assert compared.engine.right == int((stitched == pairs[0].mask)[judged].sum())
 
 
 def test_an_engine_with_a_smallest_batch_gets_it() -> None:
     spec = pipeline(batch=BatchRange(2, 2, 4))
-    found = run(spec, wrong_in_the_corner, scenes())
-    assert found.agreement == 1 - 12 / (32 * 64)
-    assert found.engine_latency is not None
+    verified = run(spec, wrong_in_the_corner, scenes())
+    assert verified.agreement == 1 - 12 / (32 * 64)
+    assert verified.engine_latency is not None
 
 
 def test_sessions_stay_open() -> None:
@@ -221,10 +221,10 @@ def test_no_images_is_an_error() -> None:
 
 def test_binary_without_foreground_anywhere_has_no_iou_against_pytorch() -> None:
     spec = PipelineSpec(ModelSpec("fpn", "resnet18", classes=1, task="binary"), InputSpec(32, 32))
-    found = run(spec, np.zeros_like, [Pair("a", np.zeros((32, 32, 3), np.uint8), None)])
-    assert found.agreement == 1.0
-    assert found.miou_vs_pytorch is None
-    assert found.boundary_agreement is None
+    verified = run(spec, np.zeros_like, [Pair("a", np.zeros((32, 32, 3), np.uint8), None)])
+    assert verified.agreement == 1.0
+    assert verified.miou_vs_pytorch is None
+    assert verified.boundary_agreement is None
 
 
 FIGURES = LatencyFigures(10.0, 12.0, 15.0, 100)
@@ -333,16 +333,16 @@ def rows(renderable: Any, width: int = 80) -> dict[str, list[str]]:
 
 
 def test_the_table_shows_both_and_their_difference() -> None:
-    found = rows(verification_table(GOOD, "fpn-int8"))
-    assert found["PyTorch"] == ["fpn-int8", "difference"]
-    assert found["mIoU"] == ["0.7000", "0.6900", "-0.0100"]
-    assert found["Dice"] == ["0.8000", "0.7900", "-0.0100"]
-    assert found["pixel accuracy"] == ["0.9000", "0.8900", "-0.0100"]
-    assert found["agreement with PyTorch"] == ["-", "0.9900"]
-    assert found["near class boundaries"] == ["-", "0.9000"]
-    assert found["mIoU, PyTorch's as truth"] == ["-", "0.9500"]
-    assert found["median ms"] == ["50.0", "10.0", "5.0x faster"]
-    assert found["size"] == ["20.0 MB", "5.5 MB", "0.28x"]
+    lines = rows(verification_table(GOOD, "fpn-int8"))
+    assert lines["PyTorch"] == ["fpn-int8", "difference"]
+    assert lines["mIoU"] == ["0.7000", "0.6900", "-0.0100"]
+    assert lines["Dice"] == ["0.8000", "0.7900", "-0.0100"]
+    assert lines["pixel accuracy"] == ["0.9000", "0.8900", "-0.0100"]
+    assert lines["agreement with PyTorch"] == ["-", "0.9900"]
+    assert lines["near class boundaries"] == ["-", "0.9000"]
+    assert lines["mIoU, PyTorch's as truth"] == ["-", "0.9500"]
+    assert lines["median ms"] == ["50.0", "10.0", "5.0x faster"]
+    assert lines["size"] == ["20.0 MB", "5.5 MB", "0.28x"]
 
 
 def test_a_slower_engine_is_called_slower() -> None:
@@ -379,15 +379,15 @@ def test_a_build_on_a_busy_machine_has_the_flags_of_a_bench() -> None:
         patch.setattr(
             "edgeseg.evaluate.verify.measure_interleaved", partial(measure_interleaved, clock_ns=lambda: now_ns[0])
         )
-        found = verify(
+        verified = verify(
             Slow(spec, right), Slow(spec, right), spec, scenes(), data="", reference_size_bytes=1, engine_size_bytes=1,
             protocol=protocol,
         )  # fmt: skip
-    assert found.pytorch_latency is not None and found.speedup is not None
+    assert verified.pytorch_latency is not None and verified.speedup is not None
     assert any(
-        "of 40 samples above 1.5 times the median, slowest 300.0 ms" in line for line in found.pytorch_latency.noise
+        "of 40 samples above 1.5 times the median, slowest 300.0 ms" in line for line in verified.pytorch_latency.noise
     )
-    assert found.speedup.low <= 1 <= found.speedup.high
+    assert verified.speedup.low <= 1 <= verified.speedup.high
 
 
 def test_what_was_not_measured_has_no_line_and_a_dash_beside_what_was() -> None:
@@ -401,8 +401,8 @@ def test_what_was_not_measured_has_no_line_and_a_dash_beside_what_was() -> None:
         engine_latency=None,
         speedup=None,
     )
-    found = rows(verification_table(bare, "fpn-int8"))
-    assert [name for name in found if set(name) != {"\u2500"}] == ["PyTorch", "agreement with PyTorch", "size"]
+    lines = rows(verification_table(bare, "fpn-int8"))
+    assert [name for name in lines if set(name) != {"\u2500"}] == ["PyTorch", "agreement with PyTorch", "size"]
     half = dataclasses.replace(GOOD, pytorch_latency=None, pytorch_accuracy=AccuracyFigures())
     assert rows(verification_table(half, "fpn-int8"))["mIoU"] == ["-", "0.6900", "-"]
     assert speed_words(bare) == "-" and noise_lines(bare) == []

@@ -50,17 +50,17 @@ def pairs(tmp_path: Path) -> Path:
 
 def test_pairs_come_in_natural_order_with_their_masks(pairs: Path) -> None:
     data = ValidationSet.open(pairs, MODEL)
-    found = list(data)
-    assert [p.name for p in found] == ["img1.jpg", "img2.jpg", "img10.jpg"]
+    listed = list(data)
+    assert [p.name for p in listed] == ["img1.jpg", "img2.jpg", "img10.jpg"]
     assert len(data) == 3
     assert data.has_masks
-    assert found[0].image.shape == (6, 8, 3)
-    assert found[0].digest == file_digest(pairs / "images" / "img1.jpg")
-    second = found[1].mask
+    assert listed[0].image.shape == (6, 8, 3)
+    assert listed[0].digest == file_digest(pairs / "images" / "img1.jpg")
+    second = listed[1].mask
     assert second is not None
     assert second.dtype == np.int32
     assert second.ravel()[:3].tolist() == [10, IGNORED, 0]
-    assert [p.ignore_index for p in found] == [11, 11, 11]
+    assert [p.ignore_index for p in listed] == [11, 11, 11]
 
 
 @pytest.mark.parametrize("folder", ["masks", "labels", "annotations"])
@@ -79,9 +79,9 @@ def test_one_folder_with_photos_and_masks(tmp_path: Path, mask: str) -> None:
     write_image(tmp_path / "b.jpg")
     write_mask(tmp_path / mask, mask_of(5))
     write_mask(tmp_path / mask.replace("a", "b", 1), mask_of(6))
-    found = list(ValidationSet.open(tmp_path, MODEL))
-    assert [p.name for p in found] == ["a.jpg", "b.jpg"]
-    assert [int(p.mask[0, 0]) for p in found if p.mask is not None] == [5, 6]
+    pairs = list(ValidationSet.open(tmp_path, MODEL))
+    assert [p.name for p in pairs] == ["a.jpg", "b.jpg"]
+    assert [int(p.mask[0, 0]) for p in pairs if p.mask is not None] == [5, 6]
 
 
 @pytest.mark.parametrize("folder", [".", "images"])

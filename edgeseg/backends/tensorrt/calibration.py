@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgeseg.errors import ArtifactError, BuildError, EdgesegError
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import InputSpec
+from edgeseg.store.files import read_bounded
 
 if TYPE_CHECKING:
     from tensorrt_surface import TensorRT
@@ -98,10 +99,10 @@ def check_cache(path: Path, version: str, tensors: Collection[str], table: Calib
     Raises:
         ArtifactError: unreadable, damaged, or written for something else; says what.
     """
+    data = read_bounded(path, "calibration cache", ArtifactError)
     try:
-        data = path.read_bytes()
         header, scales = read_cache(data.decode())
-    except (OSError, UnicodeDecodeError) as exc:
+    except UnicodeDecodeError as exc:
         raise ArtifactError(f"cannot read calibration cache {path}: {exc}; give a TensorRT calibration cache") from exc
     if header.rpartition("-")[0] != cache_header(version).rpartition("-")[0]:
         raise ArtifactError(

@@ -81,13 +81,13 @@ class TimingCache:
             version: of TensorRT.
 
         Raises:
-            SpecError: a folder is named.
+            SpecError: something else than a file is named.
         """
         if option is False:
             return None
         if isinstance(option, str):
-            if Path(option).is_dir():
-                raise SpecError(f"timing_cache {option} is a folder; give a file, or true")
+            if Path(option).exists() and not Path(option).is_file():
+                raise SpecError(f"timing_cache {option} is a folder, pipe or device; give a file, or true")
             return cls(Path(option), None)
         origin = CacheOrigin(gpu.name, gpu.multiprocessors, gpu.capability_text, version)
         return cls(engines_folder / FOLDER_NAME / origin.file_name, origin)

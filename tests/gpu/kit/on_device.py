@@ -66,10 +66,8 @@ class Session:
         """Run one program; what it printed, how it ended and how long it took."""
         begun = time.perf_counter()
         environment = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
-        found = [environment["PYTHONPATH"]] if "PYTHONPATH" in environment else []
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent), *found]
-        )
+        path = [environment["PYTHONPATH"]] if "PYTHONPATH" in environment else []
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent), *path])
         try:
             done = subprocess.run([python, *words], capture_output=True, text=True, timeout=limit_s, env=environment)
             ended: int | str = done.returncode
