@@ -12,6 +12,7 @@ import copy
 import io
 import json
 import logging
+import os
 import random
 import shutil
 import struct
@@ -22,10 +23,11 @@ import traceback
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 import numpy as np
 from bench_rows import report, row
 from PIL import Image
@@ -38,21 +40,26 @@ from edgeseg.convert.saved_preprocessing import CONFIG_NAME, saved_beside
 from edgeseg.decide.entries import merge, read_runs
 from edgeseg.decide.verdict import decide
 from edgeseg.errors import EdgesegError
+from edgeseg.evaluate.accuracy.counts import AgreementCounts
+from edgeseg.evaluate.accuracy.judge import ImageRecord
 from edgeseg.evaluate.accuracy.labels import LabelReader
 from edgeseg.evaluate.accuracy.layouts import open_layout
-from edgeseg.evaluate.results import write_report
+from edgeseg.evaluate.accuracy.ledger import Ledger
+from edgeseg.evaluate.results import ModuleTime, Profile, write_report
 from edgeseg.images.decoding import read_image
 from edgeseg.images.raster import is_georeferenced, is_too_large, open_raster
-from edgeseg.mixed.costs import times_from_file
-from edgeseg.quantize.modules import Modules
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import load_table
 from edgeseg.report import plain
 from edgeseg.report.decision import decision_of
 from edgeseg.report.html import html
+from edgeseg.runtime.sources import Video
 from edgeseg.spec import ModelRequest, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, sha256_file
+from edgeseg.store.artifacts import MANIFEST_NAME, read_json, sha256_file
+from edgeseg.store.atomic import atomic_folder
+from edgeseg.store.cache import cached_folder
 from edgeseg.sweep.config import expand, read_config
+from edgeseg.sweep.state import CellState
 
 RNG = np.random.default_rng(15)
 PHOTO = RNG.integers(0, 256, (19, 23, 3), dtype=np.uint8)
@@ -276,8 +283,36 @@ def read_sweep(path: Path) -> object:
     return expand(read_config(path))
 
 
-def read_costs(path: Path) -> object:
-    return times_from_file(path, ModelSpec("fpn", classes=5), Modules({"encoder": ("encoder",)}))
+def read_names(path: Path) -> object:
+    return ModelRequest(class_names=f"@{path}")  # type: ignore[arg-type]
+
+
+def read_state(path: Path) -> object:
+    return read_json(path, CellState, "sweep state")
+
+
+def read_ledger(path: Path) -> object:
+    return list(Ledger(path).records())
+
+
+def read_frames(path: Path) -> object:
+    video = Video(path)
+    try:
+        return sum(1 for _ in video), video.damage
+    finally:
+        video.close()
+
+
+def read_cached(path: Path) -> object:
+    """Made again when it is damaged: what is returned is whole."""
+
+    def make(folder: Path) -> None:
+        (folder / "result").write_bytes(b"whole")
+
+    os.environ["EDGESEG_CACHE"] = str(path.parents[2])
+    folder, _ = cached_folder("judged", 15, make)
+    assert (folder / "result").read_bytes() == b"whole"
+    return folder
 
 
 def subjects(place: Path) -> dict[str, Subject]:
@@ -348,6 +383,13 @@ def subjects(place: Path) -> dict[str, Subject]:
                     raster.write(planes)
                 add("raster", name, bytes(file.getbuffer()), read_raster)
     add("sweep", "sweep.toml", SWEEP, read_sweep)
+    add("names", "names.txt", b"road\nsky\n\n a tree \n", read_names)
+    add("state", "fpn-int8.json", msgspec.json.encode(CellState("fpn-int8", "0" * 64, 2.5, "no disk")), read_state)
+    records = (ImageRecord(n, f"{n}.png", agreement=AgreementCounts(8, 9, 3, 4, ((1, 8, 9),))) for n in range(3))
+    add("state", "images.jsonl", b"".join(msgspec.json.encode(record) + b"\n" for record in records), read_ledger)
+    kept = Path(cast("Path", read_cached(place / "cache" / "judged" / "0")))
+    by_name["cache/contents.json"] = Subject(kept / "contents.json", lambda path: read_cached(path.parent))
+    by_name["cache/result"] = Subject(kept / "result", lambda path: read_cached(path.parent))
     (place / "report").mkdir()
     write_report(
         place / "report" / "bench.json",
@@ -359,7 +401,26 @@ def subjects(place: Path) -> dict[str, Subject]:
     )
     by_name["report/bench.json"] = Subject(place / "report" / "bench.json", read_reports)
     with contextlib.suppress(ImportError):
+        by_name |= videos(place)
+    with contextlib.suppress(ImportError):
         by_name |= engines(place)
+    return by_name
+
+
+def videos(place: Path) -> dict[str, Subject]:
+    """Of every container whose damage is told."""
+    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
+    import cv2
+
+    (place / "video").mkdir()
+    by_name = {}
+    for name, codec in {"a.mp4": "mp4v", "a.mkv": "mp4v", "a.webm": "VP80", "a.avi": "MJPG"}.items():
+        path = place / "video" / name
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 10.0, (32, 24))
+        for _ in range(6):
+            writer.write(RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        writer.release()
+        by_name[f"video/{name}"] = Subject(path, read_frames)
     return by_name
 
 
@@ -369,6 +430,10 @@ def engines(place: Path) -> dict[str, Subject]:
     from cpu_folders import IMAGES, folder_for, model, own_scheme
     from small_graphs import table_for
 
+    from edgeseg.backends.tensorrt.calibration import cache_text, check_cache
+    from edgeseg.handover.folder import LISTING_NAME, export_engine, exported_files
+    from edgeseg.mixed.costs import times_from_file
+    from edgeseg.quantize.modules import Modules
     from edgeseg.store.onnx_file import write_onnx
 
     graph, table = place / "onnx" / "a.onnx", place / "table" / "table.json"
@@ -378,7 +443,43 @@ def engines(place: Path) -> dict[str, Subject]:
     table_for(model(), image=IMAGES).save(table)
     folder = folder_for(place / "engine", "onnxruntime", own_scheme())
     files = {f"engine/{path.name}": Subject(path, read_folder) for path in sorted(folder.iterdir())}
-    return {"onnx/a.onnx": Subject(graph, read_graph), "table/table.json": Subject(table, load_table)} | files
+    scales, tensors = table.with_name("scales.cache"), load_table(table).ranges
+    scales.write_text(cache_text(load_table(table), "10.3.0"))
+    profiled = (
+        replace(row(kind, precision=kind), profile=Profile("IProfiler", 20, 3.0, (ModuleTime("decoder", 2, 3.0, 1.0),)))
+        for kind in ("int8", "fp16")
+    )
+    costs = table.with_name("costs.json")
+    write_report(costs, report(*profiled))
+    export_engine(folder, "triton", place / "handed over")
+    listing = place / "handed over" / LISTING_NAME
+
+    def read_costs(path: Path) -> object:
+        spec = ModelSpec(row("a").engine.arch, row("a").engine.encoder, classes=2)
+        return times_from_file(path, spec, Modules(("decoder",), {"decoder": "decoder"})).estimate_ms(["decoder"])
+
+    def read_handed_over(path: Path) -> object:
+        """Whatever the listing says, nothing of a user's is lost and nothing outside is touched."""
+        mine = [path.with_name("mine.txt"), path.parent / "model_repository" / "mine" / "a", place / "outside" / "a"]
+        for file in mine:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("mine")
+        try:
+            with atomic_folder(path.parent, force=True, ours=exported_files) as scratch:
+                shutil.copy(path, scratch)
+                (scratch / "model_repository").mkdir()
+                (scratch / "model_repository" / "new").write_text("new")
+        finally:
+            assert [file.read_text() for file in mine] == ["mine"] * 3
+        return mine
+
+    return {
+        "onnx/a.onnx": Subject(graph, read_graph),
+        "table/table.json": Subject(table, load_table),
+        "table/scales.cache": Subject(scales, lambda path: check_cache(path, "10.3.0", tensors, None)),
+        "table/costs.json": Subject(costs, read_costs),
+        "handover/handover.json": Subject(listing, read_handed_over),
+    } | files
 
 
 def checkpoints(place: Path) -> dict[str, Subject]:

@@ -22,7 +22,7 @@ from edgeseg.evaluate.summary import (
     time_line,
     verification_table,
 )
-from edgeseg.evaluate.tables import MISSING, FigureTable
+from edgeseg.evaluate.tables import MISSING, FigureTable, counted
 from edgeseg.graph.modules import module_group, module_of
 from edgeseg.store.artifacts import Engine, FileRef, Manifest, open_engine
 
@@ -219,7 +219,7 @@ def _spec_table(manifest: Manifest) -> FigureTable:
     for name, value in (
         ("engine", f"{manifest.name}: {manifest.precision.requested} for {manifest.target}"),
         ("scheme", manifest.scheme or MISSING),
-        ("model", f"{spec.model.display_name}, {spec.model.classes} classes, {spec.model.task}"),
+        ("model", f"{spec.model.display_name}, {counted(spec.model.classes, 'class', 'classes')}, {spec.model.task}"),
         ("classes", ", ".join(spec.model.class_names) or MISSING),
         ("weights", manifest.weights),
         ("licence", (manifest.origin and manifest.origin.licence_words) or MISSING),

@@ -11,7 +11,7 @@ from edgeseg.decide.entries import Entry
 from edgeseg.decide.noise import of_mean, of_percentile, of_processes, of_rate
 from edgeseg.evaluate.intervals import MIN_IMAGES
 from edgeseg.evaluate.results import Interval
-from edgeseg.evaluate.tables import MISSING, number
+from edgeseg.evaluate.tables import MISSING, counted, number
 
 Getter = Callable[[Entry], "float | None"]
 IntervalGetter = Callable[[Entry], "tuple[float, float] | None"]
@@ -273,9 +273,8 @@ def why_missing(name: str, entry: Entry) -> str | None:
         if name in AGAINST_MASKS and accuracy.truth is None:
             return f"{accuracy.data} has no masks"
         if name == "miou_drop" and accuracy.images < MIN_IMAGES:
-            return (
-                f"{accuracy.images} images were judged, a drop needs at least {MIN_IMAGES}: raise --limit, or give more"
-            )
+            judged = counted(accuracy.images, "image was", "images were")
+            return f"{judged} judged, a drop needs at least {MIN_IMAGES}: raise --limit, or give more"
     if name in AGAINST_BASELINE:
         return "there is no baseline of the same model in the run"
     return None

@@ -144,7 +144,7 @@ def _drop_lines(rows: Sequence[Row]) -> list[str]:
             ]
     first = next((row.accuracy for row in rows if row.accuracy is not None), None)
     if first is not None:
-        lines.append(f"judged on {first.images} images of {first.data}, at {first.resolution} resolution")
+        lines.append(f"judged on {counted(first.images, 'image')} of {first.data}, at {first.resolution} resolution")
     return lines
 
 

@@ -443,7 +443,6 @@ class BenchReport:
 def write_report(path: Path, report: BenchReport) -> None:
     """Write a report as JSON, atomically. Raises ``ArtifactError`` when the place cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, report)
     except OSError as exc:
         raise ArtifactError(f"cannot write {path}: {exc.strerror}; give another --json FILE") from exc

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgeseg.console import printable
-from edgeseg.evaluate.tables import MISSING, FigureTable, number
+from edgeseg.evaluate.tables import MISSING, FigureTable, counted, number
 from edgeseg.spec import FULL_SCALE
 from edgeseg.store.artifacts import (
     AccuracyFigures,
@@ -111,7 +111,7 @@ def sensitivity_table(modules: Sequence[ModuleSensitivity]) -> FigureTable:
 
 def sensitivity_lines(report: SensitivityReport) -> list[str]:
     """What :func:`sensitivity_table` was measured on."""
-    lines = [f"judged on {report.images} images: {report.data}"]
+    lines = [f"judged on {counted(report.images, 'image')}: {report.data}"]
     if report.latency_source is not None:
         lines.append(f"milliseconds: {report.latency_source}, scheme {report.scheme}")
     return lines
@@ -153,7 +153,7 @@ def front_table(search: Search) -> FigureTable:
 def front_lines(search: Search) -> list[str]:
     """How to read :func:`front_table`."""
     chosen = search.candidates[search.chosen]
-    lines = [f"{len(search.candidates)} engines judged on {search.images} images; * is this one"]
+    lines = [f"{len(search.candidates)} engines judged on {counted(search.images, 'image')}; * is this one"]
     if not search.is_complete:
         lines[0] += "; the search ended at its time limit"
     if chosen.float_modules:

@@ -19,6 +19,7 @@ from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter
 from edgeseg.evaluate.latency.protocol import SHORT, LatencyProtocol, LatencySamples, measure_interleaved
 from edgeseg.evaluate.latency.statistics import noise_flags, speed_comparison
+from edgeseg.evaluate.tables import counted
 from edgeseg.images.placement import fit_windows
 from edgeseg.machine.state import MachineWatch
 from edgeseg.runtime.scores import ScoreRule
@@ -129,7 +130,7 @@ def check_fidelity(verification: Verification, precision: str, without_ties: Cal
     if untied < floor:
         raise BuildError(
             f"the fp32 engine is not its model: {untied:.4f} of pixels agree with PyTorch, ties aside, at least {floor:g} "
-            f"must ({verification.images} images, {verification.data}); please report the model"
+            f"must ({counted(verification.images, 'image')}, {verification.data}); please report the model"
         )
     return (
         f"{agreement:.4f} of pixels agree with PyTorch; all but {1 - untied:.4f} of the others are ties, where PyTorch's "
@@ -233,7 +234,7 @@ def check_gates(
     failed = missed_gates(verification, max_drop=max_drop, min_agreement=min_agreement)
     if failed:
         remedy = "more or better calibration images, another --calibration-method, or --precision fp16"
-        raise GateError(f"{'; '.join(failed)} ({verification.images} images); try {remedy}", verification)
+        raise GateError(f"{'; '.join(failed)} ({counted(verification.images, 'image')}); try {remedy}", verification)
 
 
 def missed_gates(

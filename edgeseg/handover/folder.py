@@ -77,7 +77,7 @@ def export_engine(
         InputError: the picture cannot be read.
     """
     one_of("host", host, HOSTS)
-    check_folder(output, force=force, ours=_own_names)
+    check_folder(output, force=force, ours=exported_files)
     engine = open_engine(folder)
     if host != "hub" and (licence is not None or picture is not None):
         raise SpecError(f"--license and --picture are for the hub's model card; leave them out with --to {host}")
@@ -89,7 +89,7 @@ def export_engine(
         contents = deepness.contents(engine, resolution_cm)
     else:
         contents = _PLAIN_HOSTS[host](engine)
-    with atomic_folder(output, force=force, ours=_own_names) as scratch:
+    with atomic_folder(output, force=force, ours=exported_files) as scratch:
         _write(scratch, contents)
         files = {name: FileRef.of(scratch / name) for name in sorted(contents)}
         listing = Listing(SCHEMA_VERSION, __version__, host, engine.manifest.name, engine.manifest.engine_key, files)
@@ -116,6 +116,6 @@ def _write(scratch: Path, files: Mapping[str, Content]) -> None:
             path.write_bytes(content)
 
 
-def _own_names(folder: Path) -> frozenset[str] | None:
+def exported_files(folder: Path) -> frozenset[str] | None:
     """What an export wrote in ``folder``; ``None`` when it is not empty and none of ours."""
     return listed_names(folder, LISTING_NAME, Listing, lambda listing: listing.files)

@@ -13,6 +13,7 @@ import msgspec
 
 from edgeseg.errors import SpecError
 from edgeseg.evaluate.summary import noise_lines
+from edgeseg.evaluate.tables import counted
 from edgeseg.handover.contents import Content, input_words, labels, plain, values_words
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine, Manifest, Verification
 
@@ -127,7 +128,7 @@ def _verification(verification: Verification | None) -> str:
         ("size", *(f"{size / 1e6:.1f} MB" for size in (v.pytorch_size_bytes, v.engine_size_bytes))),
     ]
     table = "\n".join(f"| {name} | {one} | {two} |" for name, one, two in rows)
-    words = f"On {v.images} images: {plain(v.data)}. Times are of the machine that built it; `-` was not measured."
+    words = f"On {counted(v.images, 'image')}: {plain(v.data)}. Times are of the machine that built it; `-` was not measured."
     if noise_lines(v):
         words += " They are noisy: measure with `edgeseg bench`."
     return f"| | PyTorch | engine |\n|---|---:|---:|\n{table}\n\n{words}"

@@ -371,11 +371,11 @@ class GoalSearch:
         if self._meets(floats.judged):
             return (
                 f"no engine with {request.min_int8_share:.0%} of the work in int8 (--min-int8-share) meets the goal; "
-                f"the {kind} engine {' and '.join(said)} ({len(floats.judged.images)} images)"
+                f"the {kind} engine {' and '.join(said)} ({counted(len(floats.judged.images), 'image')})"
             )
         return (
-            f"not even the {kind} engine meets the goal: it {' and '.join(said)} ({len(floats.judged.images)} images); "
-            "set another goal, or look at how the model was exported"
+            f"not even the {kind} engine meets the goal: it {' and '.join(said)} "
+            f"({counted(len(floats.judged.images), 'image')}); set another goal, or look at how the model was exported"
         )
 
     def _record(self, everything: Sequence[Trial], chosen: Trial, carried: Sequence[Trial]) -> Search:

@@ -11,6 +11,7 @@ from edgeseg.convert.checkpoint import existing_checkpoint
 from edgeseg.convert.hub_models import fetch_model, is_hub_id
 from edgeseg.demo import demo_files
 from edgeseg.evaluate.summary import input_line
+from edgeseg.evaluate.tables import counted
 from edgeseg.pipeline.command import build_command
 from edgeseg.pipeline.verification_data import Samples, VerificationData, check_images
 from edgeseg.quantize.calibration import CalibrationSet, method_or_default
@@ -36,9 +37,10 @@ class BuildPlan:
 
     def summary(self, request: BuildRequest) -> dict[str, Any]:
         """What ``--dry-run`` prints; ``None`` for what the build would do without."""
+        model = self.loaded.model
         return {
             "folder": str(self.folder),
-            "model": f"{self.loaded.model.display_name}, {self.loaded.model.classes} classes, {self.loaded.model.task}",
+            "model": f"{model.display_name}, {counted(model.classes, 'class', 'classes')}, {model.task}",
             "weights": self.loaded.weights,
             "input": input_line(self.spec, is_default_size=request.size is None and not self.loaded.has_own_size),
             "output": self.spec.output.kind,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from edgeseg.backends import get_backend
 from edgeseg.backends.portable import builds_here
 from edgeseg.errors import InputError
+from edgeseg.evaluate.tables import counted
 from edgeseg.pipeline.candidate import build_candidate
 from edgeseg.pipeline.manifest_maker import ManifestMaker
 from edgeseg.pipeline.plan import refuse_early
@@ -80,7 +81,7 @@ def run_sensitivity(request: BuildRequest, reporter: Reporter, limit: int) -> Se
             )
             modules = sensitivities(network, judged, {} if times is None else times.saved_ms)
             images = max((len(one.images) for one in judged.values()), default=0)
-            said.append(f"{scheme}: {len(modules)} modules judged on {images} images")
+            said.append(f"{scheme}: {len(modules)} modules judged on {counted(images, 'image')}")
     return SensitivityReport(
         schema_version=SCHEMA_VERSION,
         edgeseg_version=__version__,

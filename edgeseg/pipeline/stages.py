@@ -25,6 +25,7 @@ from edgeseg.backends.portable import (
 from edgeseg.convert.saved_preprocessing import CONFIG_NAME
 from edgeseg.errors import BuildError, QuantizationError, SpecError
 from edgeseg.evaluate.summary import input_line
+from edgeseg.evaluate.tables import counted
 from edgeseg.evaluate.verify import check_gates
 from edgeseg.graph.grid import Marks
 from edgeseg.pipeline.candidate import (
@@ -268,7 +269,9 @@ def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: R
             from edgeseg.convert.load import wrap_module
 
             loaded = wrap_module(model, request.model, images)
-        said.append(f"{loaded.model.display_name}, {loaded.model.classes} classes, {loaded.weights}")
+        said.append(
+            f"{loaded.model.display_name}, {counted(loaded.model.classes, 'class', 'classes')}, {loaded.weights}"
+        )
     loaded = fitted(request, loaded)
     if loaded.trained is not None and request.precision != "int8":
         note = f"its fake-quantizers are off for {request.precision}: int8 takes their scales"
@@ -463,11 +466,12 @@ def calibration_stage(
     if samples.skipped:
         listed = "; ".join(f"{name}: {reason}" for name, reason in samples.skipped[:5])
         more = f"; and {len(samples.skipped) - 5} more" if len(samples.skipped) > 5 else ""
-        reporter.note(f"{len(samples.skipped)} calibration images were skipped: {listed}{more}")
+        skipped = counted(len(samples.skipped), "calibration image was", "calibration images were")
+        reporter.note(f"{skipped} skipped: {listed}{more}")
     if len(samples) < MINIMUM_IMAGES:
-        images = "1 image" if len(samples) == 1 else f"{len(samples)} images"
         reporter.note(
-            f"calibrated on {images}: what others need may lie outside the ranges; give {MINIMUM_IMAGES} or more"
+            f"calibrated on {counted(len(samples), 'image')}: what others need may lie outside the ranges; give "
+            f"{MINIMUM_IMAGES} or more"
         )
     method = method_or_default(request.calibration_method)
     repairs = request.precision == "int8"
@@ -581,7 +585,14 @@ def candidate_stage(
 
         reporter.note(f"{target}: {held(graph, candidate.graph, table).words}")
     if candidate.built.path is not None or not awaits_calibration(candidate.built.precision, request.backend_options):
-        require_precision(candidate, request.min_int8_share)
+        try:
+            require_precision(candidate, request.min_int8_share)
+        except QuantizationError as exc:
+            if table is None or table.trained is None or table.images:
+                raise
+            raise QuantizationError(
+                f"{exc}; the module's fake-quantizers leave them so: give --calibration DIR"
+            ) from exc
     if request.precision == "fp16" and target not in DEVICE_TARGETS and share < 0.5:
         path = candidate.built.path or candidate.graph.path
         size, fp32_size = path.stat().st_size / 1e6, graph.path.stat().st_size / 1e6

@@ -13,6 +13,7 @@ from edgeseg.backends import GPU_TARGETS, get_backend
 from edgeseg.backends.portable import measured_on, open_graph
 from edgeseg.closing import Closing
 from edgeseg.errors import InputError, SpecError
+from edgeseg.evaluate.tables import counted
 from edgeseg.evaluate.verify import missed_gates
 from edgeseg.pipeline.goal import has_goal
 from edgeseg.pipeline.verification_data import VerificationData
@@ -123,7 +124,7 @@ def verify_stage(
                 timed_reference=timed,
                 progress=reporter.progress,
             )
-            said.append(f"{verification.images} images, agreement {verification.agreement:.4f}")
+            said.append(f"{counted(verification.images, 'image')}, agreement {verification.agreement:.4f}")
 
             def without_ties() -> float:
                 tie = TIE_TF32 if engine.manifest.options.get("tf32") else TIE

@@ -132,7 +132,7 @@ class CalibrationTable:
         """Write the table as indented JSON, atomically.
 
         Raises:
-            ArtifactError: the folder is missing, read-only or full.
+            ArtifactError: the place is read-only or full.
         """
         try:
             write_json(path, self)

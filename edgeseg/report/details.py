@@ -14,7 +14,7 @@ from edgeseg.decide.verdict import data_key
 from edgeseg.errors import one_line
 from edgeseg.evaluate.results import Accuracy, Identity, Profile, Truth, WorstImage
 from edgeseg.evaluate.summary import repair_rows, repairs_line
-from edgeseg.evaluate.tables import number
+from edgeseg.evaluate.tables import counted, number
 from edgeseg.report.charts import STYLES, bar
 from edgeseg.runtime.overlay import legend_entries, mask_palette
 from edgeseg.store.artifacts import Search
@@ -238,7 +238,7 @@ def _baseline(group: DeviceGroup, entry: Entry) -> Entry | None:
 def _data_line(accuracy: Accuracy) -> str:
     size = "the size of the image files" if accuracy.resolution == "source" else "the engine's input size"
     ignored = f", {accuracy.ignored_share:.1%} of pixels ignored" if accuracy.ignored_share else ""
-    return f"{accuracy.images} images of {accuracy.data}, judged at {size}{ignored}"
+    return f"{counted(accuracy.images, 'image')} of {accuracy.data}, judged at {size}{ignored}"
 
 
 def class_name(names: Sequence[str], index: int) -> str:
@@ -344,7 +344,7 @@ def _sensitivity(search: Search) -> tuple[SensitivityLine, ...]:
 def _search_line(search: Search) -> str:
     limits = (("mIoU drop", "at most", search.max_drop), ("agreement", "at least", search.min_agreement))
     goal = " and ".join(f"{name} {bound} {limit:g}" for name, bound, limit in limits if limit is not None)
-    return f"Goal: {goal}; {len(search.candidates)} engines judged on {search.images} images."
+    return f"Goal: {goal}; {len(search.candidates)} engines judged on {counted(search.images, 'image')}."
 
 
 def _picture(worst: WorstImage, folder: Path | None) -> Picture:

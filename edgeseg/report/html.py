@@ -196,7 +196,7 @@ def _paretos(verdict: DeviceVerdict, entries: Sequence[Entry], where: str, key: 
         ms, score, accuracy = METRICS["median_ms"].value(entry), metric.value(entry), entry.row.accuracy
         if ms is None or score is None or accuracy is None:
             continue
-        words[data_key(entry)] = f"{accuracy.images} images of {accuracy.data}"
+        words[data_key(entry)] = f"{counted(accuracy.images, 'image')} of {accuracy.data}"
         point = Point(
             entry.number,
             f"{entry.name} ({entry.row.engine.backend}), {ms:.2f} ms, {metric.title} {score:.4f}",

@@ -88,7 +88,7 @@ class Video:
             require_utf8(source)
         self._cv2 = import_cv2()
         with _quiet(self._cv2):
-            self._capture = self._cv2.VideoCapture(source if isinstance(source, int) else str(source))
+            self._capture = self._cv2.VideoCapture(source) if isinstance(source, int) else _open_file(self._cv2, source)
         if not self._capture.isOpened():
             what = "no such camera, or it is in use" if self.live else "not a video, damaged, or of an unknown codec"
             raise InputError(f"cannot open {self._name}: {what}")
@@ -135,6 +135,13 @@ class Video:
     def close(self) -> None:
         """Give the file or camera back."""
         self._capture.release()
+
+
+def _open_file(cv2: Any, path: Path) -> Any:
+    # OpenCV's own reader of AVI files prints bytes of a damaged one, which a terminal may obey; FFmpeg reads those files too.
+    backends = [backend for backend in cv2.videoio_registry.getStreamBackends() if backend != cv2.CAP_OPENCV_MJPEG]
+    opened = (cv2.VideoCapture(str(path), backend) for backend in backends or [cv2.CAP_ANY])
+    return next((capture for capture in opened if capture.isOpened()), cv2.VideoCapture())
 
 
 def open_source(source: object, spec: InputSpec) -> Video | Iterable[Picture]:

@@ -490,13 +490,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically, making its folder if need be; ``-`` is standard output.
+    """Write UTF-8 text atomically; ``-`` is standard output.
 
     Raises:
         ArtifactError: the place cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, text.encode())
     except OSError as exc:
         raise ArtifactError(f"cannot write {path}: {exc.strerror}; give another file") from exc

@@ -25,7 +25,7 @@ from typing import TypeVar
 import msgspec
 
 from edgeseg.errors import ArtifactError
-from edgeseg.store.outputs import is_stream, open_descriptor, refuse_existing
+from edgeseg.store.outputs import is_stream, open_descriptor, refuse_existing, why_not_made
 
 T = TypeVar("T")
 Ours = Callable[[Path], "Collection[str] | None"]
@@ -133,7 +133,7 @@ def write_bytes(path: Path, data: bytes, *, overwrite: bool = True) -> None:
 def replacing(path: Path, *, overwrite: bool = True, suffix: str = "") -> Iterator[Path]:
     """Yield an empty file beside ``path`` that becomes ``path`` when the block succeeds, and is gone otherwise.
 
-    Where ``path`` is a symbolic link, the file it leads to is replaced.
+    Its folder is made if need be. Where ``path`` is a symbolic link, the file it leads to is replaced.
 
     Raises:
         OutputExistsError: the file exists and ``overwrite`` is false.
@@ -145,6 +145,7 @@ def replacing(path: Path, *, overwrite: bool = True, suffix: str = "") -> Iterat
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     refuse_existing(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_files(path.parent)
     part, handle = _own_partial(path.parent, suffix)
     try:
@@ -243,23 +244,9 @@ def check_folder(target: Path, *, force: bool, ours: Ours) -> None:
 
 def _check_place(target: Path) -> None:
     """Refuse a new folder where the system would not make one, or not the scratch folder beside it."""
-    above = next(parent for parent in target.parents if os.path.exists(parent))
-    reason = None
-    if not os.path.isdir(above):
-        reason = f"{above} is a file"
-    elif not os.access(above, os.W_OK | os.X_OK):
-        reason = f"no permission to write in {above}"
-    else:
-        *parents, name = target.relative_to(above).parts
-        for part in (*parents, f".{name}.partial-{'0' * 16}"):
-            try:
-                os.lstat(above / part)
-            except FileNotFoundError:
-                continue
-            except OSError as exc:
-                reason = exc.strerror
-    if reason is not None:
-        raise ArtifactError(f"cannot write {target}: {reason}; give another --output")
+    scratch = target.parent / f".{target.name}.partial-{'0' * 16}"
+    if (why := why_not_made(target) or why_not_made(scratch)) is not None:
+        raise ArtifactError(f"cannot write {target}: {why}; give another --output")
 
 
 @contextmanager

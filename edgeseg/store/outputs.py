@@ -8,15 +8,16 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgeseg.errors import OutputExistsError, SpecError
+from edgeseg.errors import ArtifactError, OutputExistsError, SpecError
 
 
 def check_outputs(outputs: Sequence[Path], *, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Refuse, before the work, files that must not be written. What :func:`is_stream` is written to, not replaced.
+    """Refuse, before the work, files that must not or cannot be written. What :func:`is_stream` is written to, not replaced.
 
     Raises:
         OutputExistsError: one exists and ``force`` is false.
         SpecError: one is an input, a folder, a device, or named twice.
+        ArtifactError: its folder can be neither written nor made.
     """
     read = {_identity(path): path for path in inputs if not is_stream(path)}
     written: dict[object, Path] = {}
@@ -32,6 +33,26 @@ def check_outputs(outputs: Sequence[Path], *, force: bool, inputs: Sequence[Path
         if os.path.exists(path) and not os.path.isfile(path):
             raise SpecError(f"{path} is no regular file; give another file")
         refuse_existing(path, force)
+    for path in written.values():
+        if (why := why_not_made(Path(os.path.realpath(path)))) is not None:
+            raise ArtifactError(f"cannot write {path}: {why}; give another file")
+
+
+def why_not_made(path: Path) -> str | None:
+    """Why the system would not let a file or folder be made at ``path``, or the folders above it; ``None`` if it would."""
+    above = next(parent for parent in path.parents if os.path.exists(parent))
+    if not os.path.isdir(above):
+        return f"{above} is a file"
+    if not os.access(above, os.W_OK | os.X_OK):
+        return f"no permission to write in {above}"
+    for part in path.relative_to(above).parts:
+        try:
+            os.lstat(above / part)  # whether the name can be: below what is not there, every name is missing
+        except FileNotFoundError:
+            continue
+        except OSError as exc:
+            return exc.strerror
+    return None
 
 
 def refuse_existing(path: Path, force: bool) -> None:

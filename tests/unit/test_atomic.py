@@ -343,12 +343,25 @@ def test_outputs_are_checked_before_the_work(tmp_path: Path) -> None:
         (SpecError, "would replace the input", functools.partial(check_outputs, [twin], force=True, inputs=[there])),
         (SpecError, "give two files", functools.partial(check_outputs, [new, tmp_path / "." / "new"], force=True)),
         (SpecError, "is a folder", functools.partial(check_outputs, [folder], force=True)),
+        (ArtifactError, "there is a file; give another", functools.partial(check_outputs, [there / "a"], force=True)),
+        (ArtifactError, "too long", functools.partial(check_outputs, [tmp_path / ("n" * 300)], force=True)),
     ]
+    if os.geteuid() != 0:  # who may write everywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        for path in (tmp_path / "closed" / "a", tmp_path / "closed" / "b" / "a"):
+            call = functools.partial(check_outputs, [path], force=True)
+            refused.append((ArtifactError, "no permission to write", call))
     for kind, said, call in refused:
         with pytest.raises(kind, match=said):
             call()
     check_outputs([there, new, Path("-"), Path("/dev/null")], force=True, inputs=[Path("/dev/null")])
     check_outputs([new, Path("/dev/stdout")], force=False)
+
+
+def test_a_file_s_folder_is_made(tmp_path: Path) -> None:
+    check_outputs([tmp_path / "a" / "b" / "c"], force=False)
+    write_bytes(tmp_path / "a" / "b" / "c", b"1")
+    assert (tmp_path / "a" / "b" / "c").read_bytes() == b"1"
 
 
 def test_a_file_that_appears_meanwhile_is_not_replaced_unasked(tmp_path: Path) -> None:

@@ -325,10 +325,11 @@ def test_a_ledger_survives_half_a_line(tmp_path: Path) -> None:
     assert (len(reopened), 1 in reopened, 3 in reopened, reopened.ignore_values) == (3, True, False, {255})
 
 
-def test_a_damaged_ledger_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b"nonsense", b"\xff", b'{"index": 1, "name": "\xcf"}', b"[" * 100_000, b"{}"])
+def test_a_damaged_ledger_says_what_to_do(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "images.jsonl"
-    path.write_text('{"index":0,"name":"a"}\nnonsense\n')
-    with pytest.raises(ArtifactError, match="is damaged .*remove it"):
+    path.write_bytes(b'{"index":0,"name":"a"}\n' + line + b"\n")
+    with pytest.raises(ArtifactError, match=r"^[^\n]* is damaged [^\n]*; remove it: [^\n]*$"):
         Ledger(path)
 
 

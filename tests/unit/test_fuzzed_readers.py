@@ -23,6 +23,11 @@ KINDS = (
     "engine",
     "transform",
     "card",
+    "names",
+    "state",
+    "cache",
+    "video",
+    "handover",
 )
 
 

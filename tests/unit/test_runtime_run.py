@@ -22,7 +22,7 @@ from memory_backend import MemorySession
 from PIL import Image
 
 from edgeseg.cli.output import print_json
-from edgeseg.errors import BuildError, InputError, OutputExistsError, SpecError
+from edgeseg.errors import ArtifactError, BuildError, InputError, OutputExistsError, SpecError
 from edgeseg.machine.cpu import Cpu
 from edgeseg.runtime import overlap, run, sources
 from edgeseg.runtime.outputs import VideoFile, unique_names, write_mask, write_picture
@@ -315,7 +315,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
     photo(tmp_path / "a.png")
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(InputError, match=r"cannot write .*a\.png: Not a directory"):
+    with pytest.raises(ArtifactError, match=r"cannot write .*a\.png: .*out is a file; give another file"):
         run_inputs(segmenter(), [tmp_path / "a.png"], tmp_path / "out", progress=False)
 
 
@@ -514,6 +514,21 @@ def test_every_damage_that_a_container_shows_is_told(
     ((name, reason),) = ((failure.input, failure.reason) for failure in summary.failed)
     assert name == str(damaged)
     assert re.search(told, reason), reason
+
+
+def test_nothing_of_a_damaged_video_reaches_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """OpenCV's own reader of AVI files prints what it found in place of a name."""
+    cv2 = pytest.importorskip("cv2")
+    path = tmp_path / "a.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (64, 48))
+    writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.release()
+    path.write_bytes(path.read_bytes().replace(b"LIST", b"\x1b[2J", 1))
+    summary = run_inputs(segmenter(), [path], tmp_path / "out", progress=False)
+    assert [failure.reason for failure in summary.failed] == [
+        f"cannot open {path}: not a video, damaged, or of an unknown codec"
+    ]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_live_recording_of_unknown_length_is_whole(tmp_path: Path) -> None:

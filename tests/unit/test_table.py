@@ -138,7 +138,7 @@ def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot read calibration table"):
         load_table(tmp_path / "none.json")
     with pytest.raises(ArtifactError, match="cannot write calibration table"):
-        example_table().save(tmp_path / "none" / "table.json")
+        example_table().save(tmp_path)
 
 
 def test_fresh_table_passes() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgeseg.errors import ArtifactError
+from edgeseg.errors import ArtifactError, one_line
 from edgeseg.evaluate.accuracy.judge import ImageRecord
 
 
@@ -76,5 +76,7 @@ class Ledger:
     def _decoded(self, line: bytes) -> ImageRecord:
         try:
             return msgspec.json.decode(line, type=ImageRecord)
-        except msgspec.MsgspecError as exc:
-            raise ArtifactError(f"{self.path} is damaged ({exc}); remove it: its images will be judged again") from exc
+        except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
+            raise ArtifactError(
+                f"{self.path} is damaged ({one_line(exc)}); remove it: its images will be judged again"
+            ) from exc
