@@ -26,9 +26,9 @@ demo: venv       ## Build the demo FPN in INT8, run it on sample images, show th
 
 test: lint docs  ## Lint, type-check, build the docs and run the whole test suite, two files at a time
 	$(BIN)/mypy
-	$(BIN)/pytest tests/integration/test_sweep_ray.py  # alone: Ray has processes of its own for every core
+	$(BIN)/pytest tests/integration/test_ray_cluster.py  # alone: Ray has processes of its own for every core
 # In the order of testpaths: by itself xdist starts files of few tests last, and those are the long ones.
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --deselect tests/integration/test_sweep_ray.py
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --deselect tests/integration/test_ray_cluster.py
 
 unit: venv       ## Run the fast tests only (seconds)
 	$(BIN)/pytest -n 2 --dist loadfile tests/unit

@@ -31,6 +31,7 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
     "nncf",
+    "ray",
 )
 
 

@@ -72,6 +72,11 @@ class MissingDependencyError(EdgesegError, ImportError):
         super().__init__(f"{package} is needed to {purpose}: pip install 'edgeseg[{extra}]'")
         self.package = package
         self.extra = extra
+        self.purpose = purpose
+
+    def __reduce__(self) -> tuple[type[MissingDependencyError], tuple[str, str, str]]:
+        # Exceptions are made again of their message alone, which these are not.
+        return type(self), (self.package, self.extra, self.purpose)
 
 
 class ArtifactError(EdgesegError):

@@ -313,6 +313,11 @@ class ModelSpec:
     def display_name(self) -> str:
         return f"{self.arch}-{self.encoder}"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per class; ``class 0``, ``class 1``, ... when the model has none."""
+        return self.class_names or tuple(f"class {index}" for index in range(self.classes))
+
 
 @dataclass(frozen=True)
 class PipelineSpec:

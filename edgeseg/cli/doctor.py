@@ -53,6 +53,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "video": ("opencv-python-headless",),
     "report": ("jinja2",),
     "sweep": ("ray",),
+    "cluster": ("ray", "fsspec"),
     "power": ("nvidia-ml-py",),
 }
 """Every package edgeseg uses, by the extra that brings it; ``base`` always comes."""

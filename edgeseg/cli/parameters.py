@@ -36,6 +36,16 @@ class KindType(click.ParamType):  # type: ignore[type-arg]  # generic from click
         return [CompletionItem(incomplete, type="file")] if takes_path else []
 
 
+class _PlaceType(click.Path):
+    """A path, or a URL, which a path would rob of its second slash."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+PLACE = _PlaceType(path_type=Path)
+
+
 class CountsType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on only
     """Comma-separated whole numbers from 1 on, each once."""
 

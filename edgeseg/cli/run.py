@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import click
 
 from edgeseg.arguments import INT32, number
 from edgeseg.cli.output import echo, print_json, show
-from edgeseg.cli.parameters import ANY_PATH, BandsType, KindType
+from edgeseg.cli.parameters import ANY_PATH, PLACE, BandsType, KindType
 from edgeseg.errors import SpecError
 from edgeseg.spec import FitPolicy
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.command("run", short_help="Segment images, folders, videos or a camera.")
 @click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.option("--output", type=ANY_PATH, required=True, help="Folder for masks, overlays and videos.")
+@click.option("--output", type=PLACE, required=True, help="Folder for masks, overlays and videos.")
 @click.option("--overlay", is_flag=True, help="Also write colour overlays with a legend.")
 @click.option(
     "--alpha",
@@ -74,11 +74,19 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace files that exist in --output.")
 @click.option("--open", "shows", is_flag=True, help="Show the result when it is done.")
 @click.option("--recompile", is_flag=True, help="Build the engine again if it was built for another device or version.")
+@click.option("--executor", type=click.Choice(("local", "ray")), default="local", show_default=True)
+@click.option(
+    "--ray-address",
+    help="Of a Ray cluster; local for one of this run's own.  [default: RAY_ADDRESS, else one on this machine, else local]",
+)
+@click.option(
+    "--jobs", type=click.IntRange(1, 65536), help="Workers on the cluster.  [default: as many as it has room for]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     folder: Path,
     inputs: tuple[str, ...],
-    output: Path,
+    output: str | Path,
     overlay: bool,
     alpha: float,
     frame_masks: bool,
@@ -94,43 +102,77 @@ def command(
     force: bool,
     shows: bool,
     recompile: bool,
+    executor: Literal["local", "ray"],
+    ray_address: str | None,
+    jobs: int | None,
     as_json: bool,
 ) -> None:
-    """Segment images, folders, globs, video files or a camera (its index) with ENGINE_DIR."""
+    """Segment images, folders, globs, video files or a camera (its index) with ENGINE_DIR.
+
+    With --executor ray images go to the workers of a cluster, INPUT and --output may be URLs (s3://bucket/photos), and a second
+    run does only what is missing.
+    """
     from edgeseg.runtime.raster import RasterOptions
-    from edgeseg.runtime.run import has_rasters, run_inputs, streams_of
-    from edgeseg.runtime.segmenter import load
 
     rasters = RasterOptions(raster, bands, overview, probabilities)
-    streams = streams_of(inputs, rasters)
-    if fit not in (None, "tile") and has_rasters(inputs, rasters):
-        raise SpecError(f"rasters are cut into tiles; leave out --fit {fit}, or give --no-raster")
-    with load(
-        folder,
-        fit=fit,
-        tile_overlap=tile_overlap,
-        recompile=recompile,
-        streams=streams,
-        tta=tta,
-        ensemble=ensemble,
-    ) as segmenter:
-        summary = run_inputs(
-            segmenter,
+    has_urls = any("://" in str(place) for place in (*inputs, output))
+    if executor == "local" and (jobs is not None or ray_address is not None):
+        raise click.UsageError(
+            "--jobs and --ray-address go with --executor ray, which makes processes of one machine too"
+        )
+    if executor == "local" and has_urls:
+        raise click.UsageError("URLs go with --executor ray, on one machine too")
+    if shows and "://" in str(output):
+        raise click.UsageError("--open shows what is on this machine; leave it out, or give a folder as --output")
+    if executor == "ray":
+        from edgeseg.cluster.run import run_on_cluster
+        from edgeseg.cluster.worker import Settings
+
+        summary = run_on_cluster(
+            folder,
             inputs,
             output,
-            overlay=overlay,
-            alpha=alpha,
-            frame_masks=frame_masks,
+            Settings(fit, tile_overlap, overlay, alpha, tta, rasters),
+            ensemble=ensemble,
+            workers=jobs,
+            address=ray_address,
+            recompile=recompile,
             limit=limit,
             overwrite=force,
-            rasters=rasters,
         )
+    else:
+        from edgeseg.runtime.run import has_rasters, run_inputs, streams_of
+        from edgeseg.runtime.segmenter import load
+
+        streams = streams_of(inputs, rasters)
+        if fit not in (None, "tile") and has_rasters(inputs, rasters):
+            raise SpecError(f"rasters are cut into tiles; leave out --fit {fit}, or give --no-raster")
+        with load(
+            folder,
+            fit=fit,
+            tile_overlap=tile_overlap,
+            recompile=recompile,
+            streams=streams,
+            tta=tta,
+            ensemble=ensemble,
+        ) as segmenter:
+            summary = run_inputs(
+                segmenter,
+                inputs,
+                output,
+                overlay=overlay,
+                alpha=alpha,
+                frame_masks=frame_masks,
+                limit=limit,
+                overwrite=force,
+                rasters=rasters,
+            )
     if as_json:
         print_json(summary)
     else:
         for path in summary.written:
             echo(path)
     if shows and summary.written:
-        show(Path(summary.written[0]) if len(summary.written) == 1 else output)
+        show(Path(summary.written[0]) if len(summary.written) == 1 else Path(output))
     if summary.failed:
         sys.exit(1)

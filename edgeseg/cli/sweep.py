@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 @click.option("--output", type=ANY_PATH, help="Instead of the file's: folder of engines, results and reports.")
 @click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that build.")
 @click.option("--executor", type=click.Choice(("local", "ray")), default="local", show_default=True)
-@click.option("--ray-address", help="Of a Ray cluster.  [default: RAY_ADDRESS, else one started here]")
+@click.option(
+    "--ray-address",
+    help="Of a Ray cluster; local for one of this sweep's own.  [default: RAY_ADDRESS, else one on this machine, else local]",
+)
 @click.option("--force", is_flag=True, help="Replace reports and engines in the folder that no sweep wrote.")
 @click.option("--json", "as_json", is_flag=True, help="Print the decision as JSON instead of tables.")
 def command(

@@ -68,17 +68,19 @@ def _input_cause(wrong: set[str], own: Shapes, theirs: Shapes) -> str:
             return f"it takes {stored[1]} input channels: give --in-channels {stored[1]}"
     tables = [k for k in both if k.endswith("pos_embed")]
     if tables and len(wrong) == len(tables):
-        return _image_size_cause(theirs[tables[0]])
+        patch = theirs.get(tables[0].replace("pos_embed", "patch_embed.proj.weight"), ())
+        return _image_size_cause(theirs[tables[0]], patch[2:])
     return ""
 
 
-def _image_size_cause(shape: tuple[int, ...]) -> str:
+def _image_size_cause(shape: tuple[int, ...], patch: tuple[int, ...]) -> str:
     # (1, tokens + 0..5 prefix tokens, width): trained at another image size.
     for prefix in (1, 0, 2, 5):
         side = math.isqrt(max(shape[1] - prefix, 0))
-        if side > 0 and side * side == shape[1] - prefix:
-            return f"its position embedding is for {side}x{side} patches: give --model-arg img_size={side}*patch size"
-    return "its position embedding is for another image size: give --model-arg img_size=..."
+        if side > 0 and side * side == shape[1] - prefix and len(set(patch)) == 1:
+            size = side * patch[0]
+            return f"its position embedding is for images of {size}x{size}: give --model-arg img_size={size}"
+    return "its position embedding is for another image size: give --model-arg img_size=[HEIGHT,WIDTH]"
 
 
 def matching_encoders(theirs: Shapes) -> list[str]:
@@ -133,7 +135,7 @@ def _encoder_cause(theirs: Shapes, encoder: str, depth: int) -> str:
         if alike > score:
             best, score = name, alike
     if best == encoder:
-        return f"its encoder is {encoder} with other tensors than SMP's: changed in training, or of an older timm?"
+        return f"its encoder is {encoder} with other tensors than SMP's, changed in training or of an older timm: {_OWN_MODULE}"
     if score > 0.6:
         return f"its encoder is not {encoder}; the nearest known is {best}"
     return f"its encoder is not {encoder}: give --encoder as in training"

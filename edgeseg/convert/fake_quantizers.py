@@ -97,6 +97,20 @@ def _mark(x: Tensor, grid: Grid) -> Tensor:
     return marked
 
 
+class _Refused(nn.Module):
+    """Stands for a fake-quantizer that cannot be taken over, which matters only where it takes part."""
+
+    def __init__(self, reason: SpecError) -> None:
+        super().__init__()
+        self.reason = reason
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def refuse(self, _inputs: Any, _result: Any) -> None:
+        raise self.reason
+
+
 @dataclass(frozen=True)
 class Reading:
     """What was read of a module.
@@ -116,16 +130,18 @@ class Reading:
         """How many of what, for the user."""
         activations = sum(bool(part.is_activation) for part in self.quantizers.values())
         weights = len(self.quantizers) - activations
-        off = f"; {len(self.off)} are off, or observers, and left out" if self.off else ""
-        return f"fake-quantizers of {' and '.join(self.tools)}: {activations} of activations, {weights} of weights{off}"
+        by_channel = sum(part.grid is None for part in self.quantizers.values() if part.is_activation)
+        left_out = [f"{by_channel} round activations by channel, which no engine does"] if by_channel else []
+        left_out += [f"{len(self.off)} are off, or observers"] if self.off else []
+        words = f"fake-quantizers of {' and '.join(self.tools)}: {activations} of activations, {weights} of weights"
+        return f"{words}; left out: {' and '.join(left_out)}" if left_out else words
 
 
 def read_fake_quantizers(module: nn.Module) -> tuple[nn.Module, Reading | None]:
     """Replace every fake-quantizer of ``module``, in place where that can be; ``None``: it has none.
 
     Raises:
-        SpecError: one whose rounding no int8 engine can take over: not calibrated, computed anew for each image, floating
-            point, blocks, more than 8 bits; or a module that was converted to integers already.
+        SpecError: a module that was converted to integers already, or exported in training mode.
     """
     _refuse_converted(module)
     tools: Counter[str] = Counter()
@@ -136,7 +152,11 @@ def read_fake_quantizers(module: nn.Module) -> tuple[nn.Module, Reading | None]:
         if tool is None:
             continue
         inside.update(part.modules())  # its observer goes with it
-        quantizer = None if tool == _WATCHES else _READERS[tool](name, part)
+        quantizer: nn.Module | None
+        try:
+            quantizer = None if tool == _WATCHES else _READERS[tool](name, part)
+        except SpecError as exc:
+            quantizer = _Refused(exc)
         if quantizer is None:
             off.append(name)
         else:
@@ -373,7 +393,8 @@ def settled(module: nn.Module, reading: Reading, image: Tensor) -> Reading:
         image: float32 ``(N, C, H, W)`` it runs on.
 
     Raises:
-        SpecError: one quantizer rounds several weights.
+        SpecError: one whose rounding no int8 engine can take over: not calibrated, computed anew for each image, floating
+            point, blocks, more than 8 bits, for several weights.
     """
     took_part: dict[FakeQuantizer, str] = {}
     weights: dict[FakeQuantizer, Tensor] = {}
@@ -393,6 +414,7 @@ def settled(module: nn.Module, reading: Reading, image: Tensor) -> Reading:
         for name, part in module.named_modules()
         if isinstance(part, FakeQuantizer)
     ]
+    hooks += [part.register_forward_hook(_Refused.refuse) for part in module.modules() if isinstance(part, _Refused)]
     try:
         with silenced(), torch.enable_grad():
             module(image.detach().clone().requires_grad_(True))
@@ -440,8 +462,8 @@ def switched_off(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def mode(module: nn.Module, wanted: Mode) -> Iterator[None]:
-    """Let the fake-quantizers of ``module`` do so while it is open."""
-    parts = [part for part in module.modules() if isinstance(part, FakeQuantizer)]
+    """Let the fake-quantizers of ``module`` do so while it is open; those that were switched off stay off."""
+    parts = [part for part in module.modules() if isinstance(part, FakeQuantizer) and part.mode != "off"]
     before = [part.mode for part in parts]
     for part in parts:
         part.mode = wanted

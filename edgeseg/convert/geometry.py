@@ -56,6 +56,15 @@ def _first_tensor(output: Any) -> torch.Tensor | None:
     return output if isinstance(output, torch.Tensor) else None
 
 
+def exported_size(module: torch.nn.Module) -> tuple[int, int] | None:
+    """Height and width of the image that ``torch.export`` fixed in a graph, ``None`` where it fixed none."""
+    for node in getattr(getattr(module, "graph", None), "nodes", ()):
+        shape: Any = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
+        if len(shape) == 4:
+            return (shape[2], shape[3]) if all(type(side) is int for side in shape[2:]) else None
+    return None
+
+
 def accepts(module: torch.nn.Module, channels: int, height: int, width: int) -> bool:
     """Whether the model runs at a size and returns a map of that size."""
     output = run_once(module, channels, height, width)
@@ -114,8 +123,10 @@ def default_size(stride: int, fixed: tuple[int, int] | None) -> tuple[int, int]:
     return side, side
 
 
-def custom_geometry(module: torch.nn.Module, channels: int) -> tuple[int, tuple[int, int], int]:
-    """Find out by running it what sizes a module takes.
+def custom_geometry(
+    module: torch.nn.Module, channels: int, fixed: tuple[int, int] | None = None
+) -> tuple[int, tuple[int, int], int]:
+    """Find out by running it what sizes a module takes; ``fixed``: the only height and width it can be.
 
     Returns:
         the size multiple, a size it takes, and its number of output channels.
@@ -123,6 +134,10 @@ def custom_geometry(module: torch.nn.Module, channels: int) -> tuple[int, tuple[
     Raises:
         SpecError: it runs at no size tried, or does not return ``(N, C, H, W)`` of the input's size.
     """
+    if fixed is not None and accepts(module, channels, *fixed):
+        output = run_once(module, channels, *fixed)
+        assert output is not None
+        return 1, fixed, int(output.shape[1])
     base = next((b for b in PROBE_SIZES if accepts(module, channels, b, b)), None)
     if base is None:
         output = run_once(module, channels, DEFAULT_PIXELS, DEFAULT_PIXELS)

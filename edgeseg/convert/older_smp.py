@@ -77,8 +77,8 @@ def settle_version(
     listed = list(keys)
     if arch == "upernet" and any(k.startswith("decoder.fpn_stages.") for k in listed):
         raise CheckpointError(
-            "the weights are of the UPerNet of SMP 0.4, whose decoder is another network since SMP 0.5; train it again "
-            "with SMP 0.5 or newer, or hand your own module with the old decoder to edgeseg.build(model=...)"
+            "the weights are of the UPerNet of SMP 0.4, whose decoder is another network since SMP 0.5; put it together of two "
+            "files of SMP 0.4, in a dozen lines (docs/own-data.md), for edgeseg.build(model=...), or train it again"
         )
     if _leaves_out_a_block(arch, encoder, settled):
         return _settle_first(encoder, settled, model_args.get(ARGUMENT), config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert import architectures
 from edgeseg.convert.architectures import quiet_libraries
-from edgeseg.convert.geometry import PROBE_SIZES, run_raw
+from edgeseg.convert.geometry import PROBE_SIZES, exported_size, run_raw
 from edgeseg.errors import SpecError
 
 if TYPE_CHECKING:
@@ -32,8 +32,9 @@ def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> 
     torch = architectures.import_for_conversion("torch")
     output = None
     reason = ""
-    for side in PROBE_SIZES:
-        output, reason = run_raw(module, channels, side, side)
+    fixed = exported_size(module)
+    for size in ((side, side) for side in PROBE_SIZES) if fixed is None else (fixed,):
+        output, reason = run_raw(module, channels, *size)
         if output is not None:
             break
     if output is None:

@@ -16,7 +16,7 @@ from edgeseg.convert import architectures
 from edgeseg.convert.assemble import Geometry, resolve_activation, resolve_task, settle_geometry
 from edgeseg.convert.evidence import ImageSource, best_fit, no_images, normalized
 from edgeseg.convert.fit import require_finite
-from edgeseg.convert.geometry import custom_geometry, run_on
+from edgeseg.convert.geometry import custom_geometry, exported_size, run_on
 from edgeseg.convert.loaded import LoadedModel, freeze, hash_weights
 from edgeseg.convert.outputs import adapt_outputs, output_ending
 from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
@@ -91,8 +91,9 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
         )
         geometry = None
     else:
-        stride, size, classes = custom_geometry(described, channels)
-        geometry = Geometry(stride, size, None, ())
+        fixed = exported_size(network.module)
+        stride, size, classes = custom_geometry(described, channels, fixed)
+        geometry = Geometry(stride, size, fixed, ())
     samples = images(channels)
     preprocess, more = resolve_preprocess(
         request,
@@ -115,8 +116,8 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     if run_on(described, inputs) is None:
         inputs = inputs[:1]  # a graph that was exported for one image
     if reading is not None:
-        require_same(_copied(_unwrapped(module)), whole, inputs)
         reading = settled(described, reading, inputs)
+        require_same(_copied(_unwrapped(module)), whole, inputs)
         notes.append(reading.words)
     activation, activation_notes = _activation(described, network, request, inputs)
     spec, geometry = _describe(described, network, request, encoder, channels, classes, activation, geometry)

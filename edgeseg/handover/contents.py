@@ -21,7 +21,7 @@ Content: TypeAlias = "bytes | Path"
 
 def labels(spec: PipelineSpec) -> list[str]:
     """A name per value of the mask, or per plane; numbers where nobody named the classes."""
-    names = list(spec.model.class_names) or [f"class {index}" for index in range(spec.model.classes)]
+    names = list(spec.model.names)
     return ["background", *names] if spec.model.task == "binary" and spec.output.kind == "mask" else names
 
 

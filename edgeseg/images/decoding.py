@@ -129,14 +129,14 @@ def list_images(source: str | Path | Iterable[str | Path], *, suffixes: frozense
         except OSError as exc:
             why = f"cannot be reached ({one_line(exc)})"
         raise InputError(f"{source} {why}; give an image, a folder, a glob or a .txt list of images")
-    paths = sorted((p for p in _matches(path) if not os.path.isdir(p)), key=natural_key)
+    paths = sorted((p for p in glob_matches(path) if not os.path.isdir(p)), key=natural_key)
     if not paths:
         raise InputError(f"no file matches {source}; quote the pattern, and use ** for folders within folders")
     return paths
 
 
-def _matches(pattern: Path) -> Iterator[Path]:
-    """Expand a pattern; leading folders that exist under their very name are no pattern, brackets or not."""
+def glob_matches(pattern: Path) -> Iterator[Path]:
+    """Expand a pattern, in no order; leading folders that exist under their very name are no pattern, brackets or not."""
     base, parts = Path(pattern.anchor), list(pattern.parts[1 if pattern.anchor else 0 :])
     while len(parts) > 1 and os.path.isdir(base / parts[0]):
         base /= parts.pop(0)

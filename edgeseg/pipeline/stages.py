@@ -585,7 +585,14 @@ def candidate_stage(
 
         reporter.note(f"{target}: {held(graph, candidate.graph, table).words}")
     if candidate.built.path is not None or not awaits_calibration(candidate.built.precision, request.backend_options):
-        require_precision(candidate, request.min_int8_share)
+        try:
+            require_precision(candidate, request.min_int8_share)
+        except QuantizationError as exc:
+            if table is None or table.trained is None or table.images:
+                raise
+            raise QuantizationError(
+                f"{exc}; the module's fake-quantizers leave them so: give --calibration DIR"
+            ) from exc
     if request.precision == "fp16" and target not in DEVICE_TARGETS and share < 0.5:
         path = candidate.built.path or candidate.graph.path
         size, fp32_size = path.stat().st_size / 1e6, graph.path.stat().st_size / 1e6

@@ -138,6 +138,7 @@ class _OperatorPlacement:
         self._nodes = list(graph)
         self._ranges = observed.ranges
         self._grids = observed.grids
+        self._is_trained = observed.rounded_weights
         self._floats = {node for node in self._nodes if observed.stays_float(node)}
         self._wanted: set[ir.Value] = set()
         self._demanded: set[ir.Value] = set()
@@ -203,7 +204,12 @@ class _OperatorPlacement:
         return Role.WEIGHTED
 
     def _can_emit(self, value: ir.Value) -> bool:
-        """Whether the table knows what ``value`` would be quantized to; training may have left it in float."""
+        """Whether the table knows what ``value`` would be quantized to; training may have left it in float.
+
+        A table of calibration has all: one that is missing is an error of whoever writes the pairs, not a float layer.
+        """
+        if not self._is_trained:
+            return True
         reader = sole_reader(value)
         clamped = reader.outputs[0] if reader is not None and reader.op_type in _CLAMPS else value
         return value.name in self._ranges or clamped.name in self._ranges

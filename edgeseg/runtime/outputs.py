@@ -138,27 +138,51 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
     by_name: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         by_name.setdefault(name.casefold(), []).append(index)
+    for group in by_name.values():
+        for index, name in zip(group, told_apart([paths[index] for index in group]), strict=True):
+            names[index] = name
+    taken: set[str] = set()
+
+    def take(name: str) -> bool:
+        before = len(taken)
+        taken.add(name)
+        return len(taken) > before
+
+    numbers: dict[str, int] = {}
+    return [first_free(name, take, numbers) for name in names]
+
+
+def told_apart(paths: Sequence[Path]) -> list[str]:
+    """Names for inputs whose stems are the same but for case, by the first way that tells all of them apart; see above."""
+    if len(paths) == 1:
+        return [paths[0].stem]
     ways: tuple[Callable[[Path], str], ...] = (
         lambda p: f"{p.stem}_{p.suffix[1:]}",
         lambda p: f"{p.absolute().parent.name}_{p.stem}",
         lambda p: f"{p.absolute().parent.name}_{p.stem}_{p.suffix[1:]}",
     )
-    for group in [g for g in by_name.values() if len(g) > 1]:
-        for way in ways:
-            proposed = [way(paths[index]) for index in group]
-            if len({name.casefold() for name in proposed}) == len(group):
-                break
-        for index, name in zip(group, proposed, strict=True):
-            names[index] = name
-    taken: set[str] = set()
-    names = [cut_to_bytes(name, MAX_NAME_BYTES) for name in names]
-    for index, name in enumerate(names):
-        number = 2
-        while names[index].casefold() in taken:
-            names[index] = f"{name}-{number}"
-            number += 1
-        taken.add(names[index].casefold())
+    for way in ways:
+        names = [way(path) for path in paths]
+        if len({name.casefold() for name in names}) == len(names):
+            break
     return names
+
+
+def first_free(name: str, take: Callable[[str], bool], numbers: dict[str, int]) -> str:
+    """``name``, cut to :data:`MAX_NAME_BYTES`, with a number where it is taken.
+
+    Args:
+        name: wanted.
+        take: takes a name in small letters; false when it is taken already.
+        numbers: by name, the first that was not tried yet; the same dictionary from call to call.
+    """
+    name = free = cut_to_bytes(name, MAX_NAME_BYTES)
+    folded = name.casefold()
+    while not take(free.casefold()):
+        number = numbers.get(folded, 2)
+        free = f"{name}-{number}"
+        numbers[folded] = number + 1
+    return free
 
 
 @contextmanager

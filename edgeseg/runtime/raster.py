@@ -74,6 +74,11 @@ class RasterOptions:
             raise SpecError("bands, overviews and probabilities are of rasters; leave them out, or --no-raster")
 
     @property
+    def for_all(self) -> bool:
+        """Whether every file is to be a raster, which its name tells."""
+        return bool(self.use) or self._asked
+
+    @property
     def _asked(self) -> bool:
         return (self.bands, self.overview, self.probabilities) != (None, None, None)
 
@@ -86,7 +91,7 @@ class RasterOptions:
         if self.use is False:
             return False
         possible = path.suffix.lower() in RASTER_SUFFIXES
-        if self.use or self._asked:
+        if self.for_all:
             if not possible:
                 raise SpecError(
                     f"{path} is no raster (GeoTIFF, COG or JPEG 2000); leave it out, or the options of rasters"
@@ -142,16 +147,16 @@ def require_rasters_engine(segmenter: Segmenter, options: RasterOptions) -> None
         raise SpecError("65536 classes leave no value for pixels without data; give --no-raster")
 
 
-def is_answered(segmenter: Segmenter, path: Path, outputs: Sequence[Path], options: RasterOptions) -> bool:
-    """Whether the outputs are there already, of the same raster, engine and options."""
-    if not all(output.is_file() for output in outputs):
-        return False
+def unanswered(segmenter: Segmenter, path: Path, outputs: Sequence[Path], options: RasterOptions) -> list[Path]:
+    """The outputs that are still to be written: those that are not there already, of the same raster, engine and options."""
+    if not any(output.is_file() for output in outputs):
+        return list(outputs)
     try:
         with open_raster(path, segmenter.spec, options.bands, options.overview) as raster:
             request = _Work(segmenter.as_tiles(), raster, options).request()
     except (InputError, MissingDependencyError):
-        return False  # whoever segments it says why
-    return request is not None and all(request_of(output) == request for output in outputs)
+        return list(outputs)  # whoever segments it says why
+    return [output for output in outputs if request is None or request_of(output) != request]
 
 
 @refusals_as(InputError)
@@ -182,7 +187,7 @@ def segment_raster(
         BuildError: the engine failed.
     """
     require_rasters_engine(segmenter, options)
-    if not overwrite and is_answered(segmenter, path, outputs, options):
+    if not overwrite and not (missing := unanswered(segmenter, path, outputs, options)):
         progress.say(f"{outputs[0]} is there already, of the same raster and engine")
         progress.advance()
         return
@@ -190,9 +195,8 @@ def segment_raster(
     with open_raster(path, tiles.spec, options.bands, options.overview) as raster, ExitStack() as stack:
         work = _Work(tiles, raster, options)
         request = work.request()
-        for output in outputs:
-            # Those of the same request are what an interruption left between two outputs.
-            refuse_existing(output, overwrite or (request is not None and request_of(output) == request))
+        for output in missing if not overwrite else ():
+            refuse_existing(output, force=False)
         outputs[0].parent.mkdir(parents=True, exist_ok=True)
         kept = outputs[0].with_name(f".{outputs[0].name}.unfinished")
         try:
@@ -202,10 +206,11 @@ def segment_raster(
         journal = Journal(kept, request)
         try:
             work.all(journal, progress)
+            work.write(journal, outputs, request, overwrite)
         except KeyboardInterrupt:
-            progress.say(f"{path}: what is finished is kept; the same command goes on from there")
+            if request is not None:
+                progress.say(f"{path}: what is finished is kept; the same command goes on from there")
             raise
-        work.write(journal, outputs, request, overwrite)
         journal.remove()
 
 

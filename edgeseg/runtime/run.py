@@ -22,10 +22,11 @@ from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write
 from edgeseg.runtime.overlap import in_parallel, parallel_threads
 from edgeseg.runtime.overlay import SHOWN_PERCENTILES, add_legend, colorize, legend_entries
 from edgeseg.runtime.overlay import overlay as lay_over
-from edgeseg.runtime.raster import RasterOptions, is_answered, raster_outputs, require_rasters_engine, segment_raster
+from edgeseg.runtime.raster import RasterOptions, raster_outputs, require_rasters_engine, segment_raster, unanswered
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
 from edgeseg.runtime.stream import Stream
+from edgeseg.spec import PipelineSpec
 from edgeseg.store.outputs import check_outputs, refuse_existing
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class RunSummary:
         failed: inputs that could not be used, or not to their end.
         frames_per_second: images and frames over seconds, reading and writing included; ``None`` when there were none.
         interrupted: a camera was stopped with Ctrl-C.
+        reused: images that an earlier run had done, by its ledger (``--executor ray``).
     """
 
     images: int
@@ -73,6 +75,7 @@ class RunSummary:
     failed: tuple[Failure, ...]
     frames_per_second: float | None
     interrupted: bool = False
+    reused: int = 0
 
 
 def run_inputs(
@@ -87,6 +90,7 @@ def run_inputs(
     overwrite: bool = False,
     progress: bool = True,
     rasters: RasterOptions | None = None,
+    names: Sequence[str] | None = None,
 ) -> RunSummary:
     """Segment everything named and write the results: several images, or reading, inference and writing, at a time.
 
@@ -114,6 +118,7 @@ def run_inputs(
         overwrite: replace files that exist.
         progress: show a progress bar with frames per second, and failures, on standard error.
         rasters: which files are rasters, and how they are read; ``None`` for the defaults.
+        names: NAME of each of ``inputs``, which are files then, where somebody else has chosen them.
 
     Raises:
         OutputExistsError: an output exists, and ``overwrite`` is false.
@@ -125,7 +130,11 @@ def run_inputs(
     if not 0.0 <= alpha <= 1.0:
         raise InputError(f"alpha is {alpha}; give an opacity from 0 to 1")
     rasters = RasterOptions() if rasters is None else rasters
-    tasks = _plan(inputs, rasters)
+    if names is None:
+        tasks = _plan(inputs, rasters)
+    else:
+        files = [Path(str(item)) for item in inputs]
+        tasks = [_Task(file, name, rasters.applies_to(file)) for file, name in zip(files, names, strict=True)]
     run = _Run(segmenter, Path(output), overlay, alpha, frame_masks, limit, overwrite, rasters)
     large = [task for task in tasks if task.is_raster]
     if large:
@@ -135,7 +144,7 @@ def run_inputs(
                 f"no overlay is drawn over a raster ({large[0].label}); leave out --overlay, or give --no-raster"
             )
     check_outputs(
-        [path for task in tasks for path in run.outputs(task) if not run.is_answered(task)],
+        [path for task in tasks for path in run.unwritten(task)],
         force=overwrite,
         inputs=[task.source for task in tasks if isinstance(task.source, Path)],
     )
@@ -143,14 +152,11 @@ def run_inputs(
         if task.is_video and frame_masks:
             refuse_existing(run.output / "masks" / task.name, overwrite)
     begin = time.perf_counter()
-    with _Bar(len(tasks), limit, unit="tiles" if large else "frames") if progress else nullcontext(_Silent()) as bar:
+    with Bar(len(tasks), limit, unit="tiles" if large else "frames") if progress else nullcontext(Silent()) as bar:
         for note in _notes_on_rasters(tasks, rasters, segmenter):
             bar.say(note)
-        if overlay and segmenter.spec.input.dtype != "uint8":
-            low, high = SHOWN_PERCENTILES
-            bar.say(
-                f"overlays show {segmenter.spec.input.dtype} images from percentile {low:g} (black) to {high:g} (white)"
-            )
+        if overlay:
+            tell_what_overlays_show(segmenter.spec, bar)
         interrupted = run.all(tasks, bar)
     seconds, count = time.perf_counter() - begin, run.images + run.frames
     return RunSummary(
@@ -190,6 +196,29 @@ def _notes_on_rasters(tasks: Sequence[_Task], rasters: RasterOptions, segmenter:
     fit = segmenter.spec.input.fit
     if cut is not None and fit != "tile" and rasters.use is None:
         yield f"note: {cut.label} is cut into tiles at its own scale; --no-raster brings it to the engine's size ({fit})"
+
+
+def tell_what_overlays_show(spec: PipelineSpec, bar: Silent) -> None:
+    """Say which values of images that are not uint8 are black and white in overlays."""
+    if spec.input.dtype != "uint8":
+        low, high = SHOWN_PERCENTILES
+        bar.say(f"overlays show {spec.input.dtype} images from percentile {low:g} (black) to {high:g} (white)")
+
+
+def image_outputs(name: str, spec: PipelineSpec, *, overlay: bool) -> list[str]:
+    """The files, below the output folder, that an image of this NAME is written to by :func:`run_inputs`."""
+    paths = _mask_paths(Path("masks", name), spec)
+    return [path.as_posix() for path in paths] + ([f"overlays/{name}.png"] if overlay else [])
+
+
+def _mask_paths(base: Path, spec: PipelineSpec) -> list[Path]:
+    if spec.model.task != "multilabel":
+        return [base.with_name(f"{base.name}.png")]
+    names = (
+        cut_to_bytes("".join(c if c.isalnum() else "_" for c in name), MAX_CLASS_NAME_BYTES)
+        for name in spec.model.names
+    )
+    return [base.with_name(f"{base.name}.{index}-{name}.png") for index, name in enumerate(names)]
 
 
 @dataclass(frozen=True)
@@ -250,16 +279,16 @@ class _Run:
             return [self.output / "videos" / f"{task.name}.mp4"]
         if task.is_raster:
             return raster_outputs(self.output, task.name, self.rasters)
-        paths = self._mask_paths(self.output / "masks" / task.name)
-        return paths + ([self.output / "overlays" / f"{task.name}.png"] if self.overlay else [])
+        return [self.output / name for name in image_outputs(task.name, self.segmenter.spec, overlay=self.overlay)]
 
-    def is_answered(self, task: _Task) -> bool:
-        """Whether a task's outputs are there already, and would be the same."""
+    def unwritten(self, task: _Task) -> list[Path]:
+        """Those of :meth:`outputs` that are not there already, the same as they would be."""
+        outputs = self.outputs(task)
         if self.overwrite or not task.is_raster or not isinstance(task.source, Path):
-            return False
-        return is_answered(self.segmenter, task.source, self.outputs(task), self.rasters)
+            return outputs
+        return unanswered(self.segmenter, task.source, outputs, self.rasters)
 
-    def all(self, tasks: Sequence[_Task], bar: _Silent) -> bool:
+    def all(self, tasks: Sequence[_Task], bar: Silent) -> bool:
         """Process every task; true if a camera was stopped by Ctrl-C."""
         position = 0
         while position < len(tasks) and not self._finished():
@@ -284,7 +313,7 @@ class _Run:
     def _finished(self) -> bool:
         return self.limit is not None and self.images + self.frames >= self.limit
 
-    def _raster(self, task: _Task, bar: _Silent) -> None:
+    def _raster(self, task: _Task, bar: Silent) -> None:
         assert isinstance(task.source, Path)
         outputs = self.outputs(task)
         try:
@@ -295,7 +324,7 @@ class _Run:
         self.written += outputs
         self.images += 1
 
-    def _images(self, tasks: Sequence[_Task], bar: _Silent) -> None:
+    def _images(self, tasks: Sequence[_Task], bar: Silent) -> None:
         with closing(in_parallel(tasks, self._image, ahead=PATHS_AHEAD)) as results:
             for task, reason, paths in results:
                 if reason is None:
@@ -331,27 +360,18 @@ class _Run:
 
     def _write_masks(self, base: Path, mask: NDArray[Any]) -> list[Path]:
         palette = self.segmenter.palette
-        paths = self._mask_paths(base)
+        paths = _mask_paths(base, self.segmenter.spec)
         planes = mask if mask.ndim == 3 else mask[None]
         for index, (path, plane) in enumerate(zip(paths, planes, strict=True)):
             colours = palette if mask.ndim == 2 else np.stack((np.zeros(3, np.uint8), palette[index]))
             write_mask(path, plane, colours, overwrite=self.overwrite)
         return paths
 
-    def _mask_paths(self, base: Path) -> list[Path]:
-        if self.segmenter.spec.model.task != "multilabel":
-            return [base.with_name(f"{base.name}.png")]
-        names = (
-            cut_to_bytes("".join(c if c.isalnum() else "_" for c in name), MAX_CLASS_NAME_BYTES)
-            for name in self.segmenter.class_names
-        )
-        return [base.with_name(f"{base.name}.{index}-{name}.png") for index, name in enumerate(names)]
-
     def _legend(self, mask: NDArray[Any] | None) -> Any:
         binary = self.segmenter.spec.model.task == "binary"
         return legend_entries(mask, self.segmenter.class_names, self.segmenter.palette, binary=binary)
 
-    def _video(self, task: _Task, bar: _Silent) -> bool:
+    def _video(self, task: _Task, bar: Silent) -> bool:
         """Process one video or camera; true if a camera was stopped by Ctrl-C."""
         try:
             video = Video(task.source, self.segmenter.spec.input)
@@ -371,7 +391,7 @@ class _Run:
             return False
         return interrupted
 
-    def _write_frames(self, task: _Task, video: Video, frames: Stream, file: VideoFile, bar: _Silent) -> bool:
+    def _write_frames(self, task: _Task, video: Video, frames: Stream, file: VideoFile, bar: Silent) -> bool:
         palette, legend = self.segmenter.palette, self._legend(None)
         fps = video.fps or USUAL_FPS
         try:
@@ -400,12 +420,12 @@ class _Run:
             return True
         return False
 
-    def _fail(self, task: _Task, reason: str, bar: _Silent, what: str = "skipped") -> None:
+    def _fail(self, task: _Task, reason: str, bar: Silent, what: str = "skipped") -> None:
         self.failed.append(Failure(task.label, reason))
         bar.say(f"{what}: {reason}")
 
 
-class _Silent:
+class Silent:
     """Takes progress and says nothing."""
 
     def expect(self, frames: int | None) -> None:
@@ -418,7 +438,7 @@ class _Silent:
         """Something a person should read."""
 
 
-class _Bar(_Silent):
+class Bar(Silent):
     """A progress bar with frames per second on standard error."""
 
     def __init__(self, inputs: int, limit: int | None, unit: str = "frames") -> None:
@@ -458,7 +478,7 @@ class _Bar(_Silent):
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> Bar:
         self._bar.start()
         return self
 

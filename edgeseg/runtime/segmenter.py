@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeseg.arguments import choice, shortened
 from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
-from edgeseg.backends.cpu.options import with_streams
+from edgeseg.backends.cpu.options import with_streams, with_threads
 from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, EdgesegError, InputError, SpecError, StaleEngineError
 from edgeseg.images.placement import Placement, Tiling, plan_fit
@@ -109,8 +109,7 @@ class Segmenter(Closing):
     @property
     def class_names(self) -> tuple[str, ...]:
         """One name per class; ``class 0``, ``class 1``, ... when the model has none."""
-        model = self.spec.model
-        return model.class_names or tuple(f"class {index}" for index in range(model.classes))
+        return self.spec.model.names
 
     @property
     def palette(self) -> NDArray[np.uint8]:
@@ -218,7 +217,12 @@ class Segmenter(Closing):
 
         A TensorRT engine copies one image to and from the GPU while it computes another. An image is therefore drawn
         before the mask of the one before is given.
+
+        Raises:
+            InputError: no iterable of images, or one that cannot be used.
         """
+        if isinstance(images, (str, Path)) or not isinstance(images, Iterable):
+            raise InputError(f"images are {shortened(images)}; give an iterable of images, such as [image]")
         session = self._open()
         pairs = (
             isinstance(session, PipelinedSession)
@@ -422,8 +426,9 @@ def load(
     palette: NDArray[np.uint8] | None = None,
     recompile: bool = False,
     streams: int | None = None,
+    threads: int | None = None,
     tta: Augmentation | None = None,
-    ensemble: Sequence[str | Path] = (),
+    ensemble: Sequence[str | Path | Engine] = (),
 ) -> Segmenter:
     """Load an engine folder. torch, onnx and SMP are not imported.
 
@@ -437,6 +442,7 @@ def load(
             (what ``edgeseg compile`` does; minutes for TensorRT) and go on. A damaged folder stays an error.
         streams: threads that will call the segmenter at the same time: ONNX Runtime and OpenVINO divide their threads
             among them, for more images a second, each mask later. ``None``: what the engine was built for.
+        threads: that ONNX Runtime or OpenVINO may use at most, where others share the machine; ``None``: as built.
         tta: see :class:`Segmenter`.
         ensemble: further engine folders, of the same classes, input and threshold, all with scores: the probabilities of
             all are averaged.
@@ -453,9 +459,9 @@ def load(
     try:
         for given in (folder, *ensemble):
             if isinstance(given, Engine):
-                engines.append((given, _loaded(given, recompile, streams)))
+                engines.append((given, _loaded(given, recompile, streams, threads)))
             else:
-                engines.append(_loaded_whole(_folder_of(given), recompile, streams))
+                engines.append(_loaded_whole(_folder_of(given), recompile, streams, threads))
         manifests = [engine.manifest for engine, _ in engines]
         (_, session), spec = engines[0], manifests[0].spec
         if ensemble:
@@ -473,12 +479,12 @@ def load(
     return segmenter
 
 
-def _loaded_whole(folder: Path, recompile: bool, streams: int | None) -> tuple[Engine, Session]:
+def _loaded_whole(folder: Path, recompile: bool, streams: int | None, threads: int | None) -> tuple[Engine, Session]:
     """Open an engine folder that may be replaced meanwhile: the session is of the very engine that was checked."""
     while True:
         engine = open_engine(folder)
         try:
-            session = _loaded(engine, recompile, streams)
+            session = _loaded(engine, recompile, streams, threads)
         except EdgesegError:
             if read_manifest(folder) == engine.manifest:
                 raise
@@ -498,16 +504,16 @@ def _folder_of(given: object) -> Path:
     return path.parent if os.path.isfile(path) and os.path.isfile(path.parent / MANIFEST_NAME) else path
 
 
-def _loaded(engine: Engine, recompile: bool, streams: int | None) -> Session:
+def _loaded(engine: Engine, recompile: bool, streams: int | None, threads: int | None) -> Session:
     backend = get_backend(engine.manifest.target)
     try:
-        return backend.load(with_streams(engine, streams))
+        return backend.load(with_threads(with_streams(engine, streams), threads))
     except StaleEngineError:
         if not recompile:
             raise
     from edgeseg.backends.compile import recompile as compile_again
 
-    return backend.load(with_streams(compile_again(engine), streams))
+    return backend.load(with_threads(with_streams(compile_again(engine), streams), threads))
 
 
 def _mean(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32] | None:

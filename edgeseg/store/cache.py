@@ -33,7 +33,7 @@ _CONTENTS = "contents.json"
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-Stage = Literal["accuracy", "calibration", "export", "judged", "tensorrt-log", "tensorrt-rtx-runtime"]
+Stage = Literal["accuracy", "calibration", "export", "judged", "shipped", "tensorrt-log", "tensorrt-rtx-runtime"]
 """What is kept, each in a folder of its own. Whatever else lies in the cache's folder is somebody's, and never removed."""
 
 _instead: ContextVar[Path | None] = ContextVar("_instead", default=None)

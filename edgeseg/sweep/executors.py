@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import platform
 import tempfile
@@ -14,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgeseg.errors import EdgesegError, MissingDependencyError, one_line
+from edgeseg.cluster.connection import connected
+from edgeseg.errors import EdgesegError, one_line
 from edgeseg.machine.orphans import end_with_parent
 from edgeseg.store.artifacts import engine_folder
 from edgeseg.sweep.config import Cell
@@ -82,20 +82,14 @@ def build_on_ray(cells: Sequence[Cell], address: str | None, builder: Builder = 
 
     Args:
         cells: what to build.
-        address: of the cluster; ``None``: the one in ``RAY_ADDRESS``, else one started here for this sweep.
+        address: of the cluster; see :func:`edgeseg.cluster.connection.connected`.
         builder: builds one cell (tests bring their own).
 
     Raises:
         MissingDependencyError: ray is not installed.
+        InputError: no cluster at the address.
     """
-    try:
-        import ray
-    except ImportError as exc:
-        raise MissingDependencyError("ray", "sweep", "build on a Ray cluster") from exc
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    try:
+    with connected(address, extra="sweep", purpose="build on a Ray cluster") as ray:
         task = ray.remote(num_cpus=1, max_retries=0, max_calls=1)(_build_and_pack)
         waiting = {task.remote(cell, builder): cell for cell in cells}
         while waiting:
@@ -105,9 +99,6 @@ def build_on_ray(cells: Sequence[Cell], address: str | None, builder: Builder = 
                 yield _unpack(cell, ray.get(reference))
             except ray.exceptions.RayError as exc:
                 yield Built(cell, 0.0, f"the Ray task failed, {type(exc).__name__}: {one_line(exc)}")
-    finally:
-        if started_here:
-            ray.shutdown()
 
 
 @dataclass(frozen=True)

@@ -542,6 +542,21 @@ def test_what_is_missing_or_added_is_named(model: Any, state: dict[str, Any], tm
         refuse(tmp_path / "w.pt", r"its segmentation head is not SMP's: load the weights into your own module and give")
 
 
+def test_the_image_size_of_a_position_embedding_is_told(tmp_path: Path) -> None:
+    small = {"decoder_intermediate_channels": [16, 16, 16, 16], "decoder_fusion_channels": 16}
+    encoder = "tu-vit_tiny_patch16_224"
+    with quiet_libraries():
+        made = smp.DPT(encoder, encoder_weights=None, classes=2, img_size=128, **small).eval()
+    torch.save(made.state_dict(), tmp_path / "w.pt")
+    request = ModelRequest(arch="dpt", encoder=encoder, weights=str(tmp_path / "w.pt"), model_args=small)
+    with pytest.raises(CheckpointError, match=r"images of 128x128: give --model-arg img_size=128$"):
+        load_model(request)
+    loaded = load_model(replace(request, model_args={**small, "img_size": 128}))
+    image = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        assert torch.equal(loaded.module(image), made(image))
+
+
 def test_keys_of_older_smp_versions_still_load(tmp_path: Path) -> None:
     made = smp.DeepLabV3(ENCODER, encoder_weights=None, classes=2).eval()
     new_to_old = {"decoder.aspp.": "decoder.0.", "decoder.conv.": "decoder.1.", "decoder.bn.": "decoder.2."}
@@ -705,6 +720,11 @@ def test_files_of_another_kind(case: str, tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     path.write_bytes(FILES[case][0])
     refuse(path, FILES[case][1])
+
+
+def test_an_onnx_graph_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
+    refuse(tmp_path / "model.onnx", r"is an ONNX graph, not weights; give the module it was exported from")
 
 
 def test_checkpoints_without_a_model(tmp_path: Path) -> None:

@@ -82,6 +82,23 @@ def test_a_module_of_torch_computes_the_same_without_its_own_quantizers(backend:
     assert f"torch.ao: {len(activations)} of activations, 2 of weights" in reading.words
 
 
+def test_a_graph_that_fx_prepared_is_read() -> None:
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = prepare_qat_fx(network().train(), ao.get_default_qat_qconfig_mapping("qnnpack"), (IMAGE,))
+    module(IMAGE)
+    module.eval().apply(ao.disable_observer)
+    with torch.no_grad():
+        expected = module(IMAGE)
+    result, reading = read(module)
+    assert sum(bool(q.is_activation) for q in reading.quantizers.values()) == 3
+    assert len(reading.quantizers) == 5
+    with torch.no_grad():
+        assert torch.equal(result(IMAGE), expected)
+
+
 def test_modes() -> None:
     module = prepared()
     module.apply(ao.disable_observer)
@@ -107,7 +124,7 @@ def test_a_quantizer_that_is_off_and_an_observer_are_left_out() -> None:
     module.append(ao.MinMaxObserver())
     _, reading = read(module)
     assert sum(bool(q.is_activation) for q in reading.quantizers.values()) == 2
-    assert "2 are off, or observers" in reading.words
+    assert reading.words.endswith("; left out: 2 are off, or observers")
     assert read_fake_quantizers(network())[1] is None
     assert read_fake_quantizers(nn.Sequential(network(), ao.MinMaxObserver()))[1] is None
 
@@ -202,7 +219,15 @@ def test_a_tensor_quantizer_is_read_by_its_amax(quantizer: Callable[[], Any], gr
 )
 def test_what_no_int8_engine_can_do_is_refused_by_name(quantizer: Callable[[], Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        read_fake_quantizers(by_nvidia(quantizer()))
+        read(by_nvidia(quantizer()))
+
+
+def test_what_takes_no_part_is_not_asked() -> None:
+    module = by_nvidia(TensorQuantizer(1.0))
+    module.spare = TensorQuantizer(None)  # as the deeper stages that SMP keeps
+    module.forward = module[:4].forward
+    _, reading = read(module)
+    assert list(reading.quantizers) == ["0._input_quantizer", "0._weight_quantizer"]
 
 
 def test_a_disabled_tensor_quantizer_is_none() -> None:
@@ -245,12 +270,24 @@ def test_a_quantizer_of_nncf_is_read_by_its_parameters() -> None:
     assert list(reading.quantizers) == ["0"]
 
 
+def test_activations_rounded_by_channel_are_counted() -> None:
+    module = by_nvidia(TensorQuantizer(torch.ones(1, 3, 1, 1)))
+    with torch.no_grad():
+        expected = module(IMAGE)
+    result, reading = read(module)
+    assert "left out: 1 round activations by channel" in reading.words
+    with torch.no_grad():
+        assert ((result(IMAGE) - expected).abs() < 1e-5).float().mean() > 0.95
+    _, kept = take_marks(exported(result))
+    assert kept.grids == {}
+
+
 # --- modules that are no fake-quantized ones any more -------------------------------------------------------------
 
 
 def test_a_module_that_was_never_run_is_refused() -> None:
     with pytest.raises(SpecError, match=r"0\.activation_post_process has seen no data.*run training images"):
-        read_fake_quantizers(prepared(runs=0))
+        read(prepared(runs=0))
 
 
 def test_converted_modules_are_refused() -> None:

@@ -278,7 +278,7 @@ def test_an_engine_of_the_contract_passes_and_sizes_left_open_too(spec: Pipeline
     check_signature(inputs, [TensorInfo(t.name, t.dtype, None) for t in outputs], spec)
     if spec.mask_dtype == "uint16" and spec.output.kind == "mask":
         wide = [TensorInfo(t.name, t.dtype.replace("uint16", "int32"), t.shape) for t in outputs]
-        check_signature(inputs, wide, spec, wide_masks=True)
+        check_signature(inputs, wide, spec, has_uint16=False)
         with pytest.raises(ArtifactError, match="mask int32"):
             check_signature(inputs, wide, spec)
 

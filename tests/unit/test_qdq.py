@@ -24,6 +24,7 @@ from small_graphs import RNG, floats, graph, run, spec, table_for  # noqa: E402
 
 from edgeseg.backends import get_backend  # noqa: E402
 from edgeseg.backends.cpu.onnxruntime import _open, _session_options, open_unoptimized  # noqa: E402
+from edgeseg.backends.cpu.options import cpu_options  # noqa: E402
 from edgeseg.errors import ArtifactError, BuildError, QuantizationError  # noqa: E402
 from edgeseg.machine.cpu import this_cpu  # noqa: E402
 from edgeseg.quantize.lint import lint  # noqa: E402
@@ -309,7 +310,7 @@ def engine_of(model: onnx.ModelProto) -> Callable[[NDArray[Any]], NDArray[Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(model, path)
-        settings = _session_options(ort, {"threads": 1, "spinning": False}, this_cpu())
+        settings = _session_options(ort, cpu_options("onnxruntime", {"threads": 1, "spinning": False}), this_cpu())
         session = _open(ort, path, settings, BuildError)
     return lambda image: np.asarray(session.run(None, {"image": image})[0])
 

@@ -395,6 +395,17 @@ def test_a_finished_raster_is_not_made_again(tmp_path: Path) -> None:
     assert session.calls
 
 
+def test_what_was_killed_between_two_outputs_is_gone_on_with(tmp_path: Path) -> None:
+    spec, path = spec_of(), write(tmp_path / "big.tif", planes_of())
+    run(segmenter_of(spec), path, tmp_path / "out", probabilities="uint8")
+    (tmp_path / "out/masks/big.tif").unlink()
+    run(segmenter_of(spec), path, tmp_path / "out", probabilities="uint8")
+    assert (tmp_path / "out/masks/big.tif").is_file()
+    (tmp_path / "out/masks/big.tif").unlink()
+    with pytest.raises(OutputExistsError, match="probabilities/big.tif exists"):
+        run(segmenter_of(spec), path, tmp_path / "out", probabilities="float32")
+
+
 def test_a_damaged_strip_is_made_anew(tmp_path: Path) -> None:
     spec, path = spec_of(), write(tmp_path / "big.tif", planes_of())
     with pytest.raises(Killed):

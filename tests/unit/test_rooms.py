@@ -24,6 +24,7 @@ ROOMS = (
     *("decide", "pipeline"),
     "handover",
     "report",
+    "cluster",
     "sweep",
     "cli",
 )

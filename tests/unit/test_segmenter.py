@@ -230,6 +230,13 @@ def test_many_images_and_one_are_checked_alike(session: type[MemorySession]) -> 
             Segmenter(session(spec), spec, channel_order="bgr")
 
 
+@pytest.mark.parametrize("images", ["a.png", Path("a.png"), None, 3])
+def test_many_takes_an_iterable_of_images(images: object) -> None:
+    segmenter = Segmenter(MemorySession(make_spec()), make_spec())
+    with pytest.raises(InputError, match=r"^images are .*; give an iterable of images, such as \[image\]$"):
+        list(segmenter.many(images))  # type: ignore[arg-type]
+
+
 def test_grey_images_need_no_channel_axis() -> None:
     spec = make_spec(channels=1)
     segmenter = Segmenter(MemorySession(spec), spec)

@@ -80,6 +80,15 @@ def with_streams(engine: Engine, streams: int | None) -> Engine:
     return replace(engine, manifest=replace(manifest, options=options))
 
 
+def with_threads(engine: Engine, most: int | None) -> Engine:
+    """``engine`` to be loaded with no more than so many threads; ``None``: as it was built."""
+    manifest = engine.manifest
+    if most is None or manifest.target not in CPU_OPTIONS:
+        return engine
+    threads = min(saved_options(engine, manifest.target)["threads"] or most, most)
+    return replace(engine, manifest=replace(manifest, options={**manifest.options, "threads": threads}))
+
+
 def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> None:
     """Raise ``StaleEngineError`` if the engine was built for another instruction set or with another package version."""
     manifest = engine.manifest

@@ -105,11 +105,11 @@ class ParsedGraph:
         wide = [v.name for v in self.model.graph.output if v.type.tensor_type.elem_type == TensorProto.UINT16]
         image = self.model.graph.input[0]
         image_type = image.type.tensor_type.elem_type
-        if not opset_17 and not wide and image_type == TensorProto.UINT8:
-            return self
         # What FP16 would round: 16 bits of a pixel, a float's 24.
         exact = {n.name for n in self.model.graph.node if n.name.startswith("preprocess/")}
         float32 = self.float32 if image_type == TensorProto.UINT8 else self.float32 | exact
+        if not opset_17 and not wide and image_type != TensorProto.UINT16:
+            return replace(self, float32=float32) if float32 != self.float32 else self
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         for node in model.graph.node:

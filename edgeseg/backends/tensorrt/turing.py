@@ -19,23 +19,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgeseg.backends.tensorrt.graph import ParsedGraph
 from edgeseg.errors import BuildError, SpecError
-from edgeseg.graph.proto import Dims, attribute, dims, drop_unread_constants, makers, value_infos
+from edgeseg.graph.editing import Editor, constant_array, dims, maker, replace_value
 
 TURING = 75
 """The compute capability without float32 matrix products."""
 
-_GEMM = frozenset({"MatMul", "Gemm"})
 _MOST_AXES = 4
 """Of a product with a constant matrix: it becomes a two-dimensional convolution."""
 
@@ -51,21 +51,43 @@ def for_turing(parsed: ParsedGraph, *, keep_weights: bool = False) -> ParsedGrap
         SpecError: weights are to be kept, but would be turned into kernels.
         BuildError: the rewrite left a product it should have replaced.
     """
-    products = _Products(parsed)
-    count = products.apply()
-    if not count:
+    model = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(parsed.model, data_prop=True))
+    products = [node for node in model.graph if _matches(node, parsed.dtypes)]
+    if not products:
         return parsed
     if keep_weights:
         raise SpecError(
-            f"{count} matrix products of {parsed.path.name} become convolutions for SM 75, so strip_weights and refit "
-            "would not find their weights; leave out these options, or 75 of --sm"
+            f"{len(products)} matrix products of {parsed.path.name} become convolutions for SM 75, so strip_weights and "
+            "refit would not find their weights; leave out these options, or 75 of --sm"
         )
-    if left := products.leaves():
+    origins: dict[str, str] = {}
+    for node in products:
+        _Product(model.graph, node, origins).replace()
+    RemoveUnusedNodesPass()(model)
+    if left := sum(_matches(node, parsed.dtypes) for node in model.graph):
         raise BuildError(
             f"{parsed.path.name} has {left} products that were not rewritten for SM 75; please report the model"
         )
-    nodes = tuple(node.name for node in products.model.graph.node)
-    return dataclasses.replace(parsed, model=products.model, nodes=nodes, origins=products.origins)
+    rewritten = ir.serde.serialize_model(model)
+    nodes = tuple(node.name for node in rewritten.graph.node)
+    return dataclasses.replace(parsed, model=rewritten, nodes=nodes, origins=origins)
+
+
+def _matches(node: ir.Node, dtypes: Mapping[str, str]) -> bool:
+    if node.op_type not in {"MatMul", "Gemm"} or dtypes.get(str(node.name)) not in ("fp32", "int8"):
+        return False
+    ranks = [len(dims(value) or ()) for value in node.inputs[:2]]
+    return min(ranks) >= 2 and (node.op_type == "MatMul" or _is_linear(node))
+
+
+def _is_linear(node: ir.Node) -> bool:
+    """Whether a Gemm is ``x @ W + b`` with a constant W and b, and nothing more."""
+    attributes = node.attributes
+    scaled = attributes.get_float("alpha", 1.0) != 1.0 or attributes.get_float("beta", 1.0) != 1.0
+    bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+    columns = (dims(node.inputs[1]) or ())[0 if attributes.get_int("transB", 0) else 1]
+    fits = len(node.inputs) < 3 or (bias is not None and bias.size == columns)
+    return not scaled and not attributes.get_int("transA", 0) and fits and _constant(node.inputs[1]) is not None
 
 
 @dataclass(frozen=True)
@@ -87,232 +109,140 @@ class _Constant:
         return np.ascontiguousarray(self.array if outputs == 0 else self.array.T)[:, :, None, None]
 
 
-class _Products:
-    """A copy of a graph, walked once; new nodes stand where the product stood."""
+def _constant(value: ir.Value | None) -> _Constant | None:
+    """A constant matrix of two axes, leading ones of size 1 left out; ``None`` if it is computed or quantized otherwise."""
+    dequantize = maker(value, "DequantizeLinear")
+    array = constant_array(value if dequantize is None else dequantize.inputs[0])
+    if array is None or array.ndim < 2 or math.prod(array.shape[:-2]) != 1:
+        return None
+    matrix = array.reshape(array.shape[-2:])
+    if dequantize is None:
+        return _Constant(matrix)
+    axis = dequantize.attributes.get_int("axis", 1) % array.ndim
+    return _Constant(matrix, constant_array(dequantize.inputs[1]), axis - array.ndim + 2)
 
-    def __init__(self, parsed: ParsedGraph) -> None:
-        self.model = onnx.ModelProto()
-        self.model.CopyFrom(parsed.model)
-        self._dtypes = parsed.dtypes
-        self._weights = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        self._makers = makers(parsed.model.graph)
-        self._shapes = _shapes(parsed.model)
-        self._new: list[onnx.NodeProto] = []
-        self.origins: dict[str, str] = {}
-        """By node that was made: the product it is a part of."""
-        self._at = ""
-        self._moves = 0
 
-    def apply(self) -> int:
-        """Rewrite; return how often."""
-        count = 0
-        for node in self.model.graph.node:
-            replaced = self._matches(node) and self._replace(node)
-            count += replaced
-            if not replaced:
-                self._new.append(node)
-        if count:
-            nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self._new]
-            del self.model.graph.node[:]
-            self.model.graph.node.extend(nodes)
-            self._remove_unread()
-        return count
+class _Product:
+    """One product of a graph; new nodes stand where it stood, and ``origins`` says of each what it is a part of."""
 
-    def leaves(self) -> int:
-        """How many are left."""
-        return sum(self._matches(node) for node in self.model.graph.node)
+    def __init__(self, graph: ir.Graph, node: ir.Node, origins: dict[str, str]) -> None:
+        self._graph = graph
+        self._node = node
+        self._origins = origins
+        self._editor = Editor(graph, node, node.name)
 
-    def _matches(self, node: onnx.NodeProto) -> bool:
-        if node.op_type not in _GEMM or self._dtypes.get(node.name) not in ("fp32", "int8"):
-            return False
-        ranks = [len(self._shapes.get(name, ())) for name in node.input[:2]]
-        return min(ranks) >= 2 and (node.op_type == "MatMul" or self._is_linear(node))
-
-    def _is_linear(self, node: onnx.NodeProto) -> bool:
-        """Whether a Gemm is ``x @ W + b`` with a constant W and b, and nothing more."""
-        plain = attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0 and not attribute(node, "transA")
-        bias = self._weights.get(node.input[2]) if len(node.input) > 2 else None
-        columns = self._shapes[node.input[1]][0 if attribute(node, "transB") else 1]
-        fits = len(node.input) < 3 or (bias is not None and math.prod(bias.dims) == columns)
-        return bool(plain and fits and self._constant(node.input[1]) is not None)
-
-    def _replace(self, node: onnx.NodeProto) -> bool:
-        self._moves, self._at = 0, node.name
-        left, right = node.input[0], node.input[1]
-        ranks = [len(self._shapes[name]) for name in (left, right)]
-        matrix = self._constant(right)
-        if node.op_type == "Gemm":
-            assert matrix is not None
-            self._linear(node, left, matrix, 0 if attribute(node, "transB") else 1)
-        elif matrix is not None and ranks[0] <= _MOST_AXES:
-            self._linear(node, left, matrix, 1)
-        elif (matrix := self._constant(left)) is not None and ranks[1] <= _MOST_AXES:
-            self._linear_rows(node, right, matrix)
-        elif self._is_grouped(left, right):
-            self._grouped(node, left, right)
+    def replace(self) -> None:
+        """Put one of the four forms in its place."""
+        node = self._node
+        left, right = node.inputs[:2]
+        assert left is not None
+        assert right is not None
+        ranks = [len(dims(value) or ()) for value in (left, right)]
+        matrix = _constant(right)
+        if matrix is not None and (node.op_type == "Gemm" or ranks[0] <= _MOST_AXES):
+            result = self._linear(left, matrix, 0 if node.attributes.get_int("transB", 0) else 1)
+        elif (matrix := _constant(left)) is not None and ranks[1] <= _MOST_AXES:
+            result = self._linear_rows(right, matrix)
+        elif _is_grouped(left, right):
+            result = self._grouped(left, right)
         else:
-            self._multiplied(node, left, right)
-        return True
+            result = self._multiplied(left, right)
+        replace_value(self._graph, node.outputs[0], result)
 
     # ---- the four forms
 
-    def _linear(self, node: onnx.NodeProto, x: str, matrix: _Constant, outputs: int) -> None:
+    def _linear(self, x: ir.Value, matrix: _Constant, outputs: int) -> ir.Value:
         """``x (..., N, K) @ matrix (K, O)``: K becomes the channels, O are what they become."""
-        rank = len(self._shapes[x])
+        rank = len(dims(x) or ())
         # (N, K) -> (N, K, 1, 1); (B, N, K) -> (B, K, N, 1); (B, C, N, K) -> (B, K, C, N)
-        forth = [0, rank - 1, *range(1, rank - 1)]
-        self._convolution(node, x, matrix, outputs, forth, list(np.argsort(forth)))
+        return self._convolution(x, matrix, outputs, [0, rank - 1, *range(1, rank - 1)])
 
-    def _linear_rows(self, node: onnx.NodeProto, x: str, matrix: _Constant) -> None:
+    def _linear_rows(self, x: ir.Value, matrix: _Constant) -> ir.Value:
         """``matrix (O, K) @ x (..., K, N)``."""
-        rank = len(self._shapes[x])
+        rank = len(dims(x) or ())
         # (K, N) -> (N, K, 1, 1), which alone changes the batch; else (B, K, N, 1) and (B, K, C, N)
-        forth = [1, 0] if rank == 2 else [0, rank - 2, *range(1, rank - 2), rank - 1]
-        self._convolution(node, x, matrix, 0, forth, list(np.argsort(forth)))
+        return self._convolution(x, matrix, 0, [1, 0] if rank == 2 else [0, rank - 2, *range(1, rank - 2), rank - 1])
 
-    def _convolution(
-        self, node: onnx.NodeProto, x: str, matrix: _Constant, outputs: int, forth: list[int], back: list[int]
-    ) -> None:
-        missing = list(range(len(forth), 4))
-        moved = self._moved(node, x, "Transpose", perm=forth) if forth != sorted(forth) else x
+    def _convolution(self, x: ir.Value, matrix: _Constant, outputs: int, forth: list[int]) -> ir.Value:
+        missing, is_moved = list(range(len(forth), 4)), forth != sorted(forth)
+        moved = self._moved(x, "Transpose", perm=forth) if is_moved else x
         if missing:
-            moved = self._moved(node, moved, "Unsqueeze", axes=missing)
-        inputs = [moved, self._kernel(node, matrix, outputs)]
-        if len(node.input) > 2:
-            bias = numpy_helper.to_array(self._weights[node.input[2]]).reshape(-1)
-            inputs.append(self._weight(f"{node.name}_bias", bias))
-        steps: list[tuple[str, dict[str, Any]]] = []
+            moved = self._moved(moved, "Unsqueeze", missing)
+        inputs = [moved, self._kernel(matrix, outputs)]
+        bias = constant_array(self._node.inputs[2]) if len(self._node.inputs) > 2 else None
+        if bias is not None:
+            inputs.append(self._editor.constant("bias", bias.reshape(-1)))
+        result = self._multiply("Conv", inputs, kernel_shape=[1, 1])
         if missing:
-            steps.append(("Squeeze", {"axes": missing}))
-        if back != sorted(back):
-            steps.append(("Transpose", {"perm": back}))
-        result = f"{node.name}_convolved" if steps else node.output[0]
-        self._emit("Conv", inputs, result, node.name, kernel_shape=[1, 1])
-        for index, (op_type, how) in enumerate(steps):
-            last = index == len(steps) - 1
-            result = self._move(node, result, op_type, output=node.output[0] if last else None, **how)
+            result = self._move(result, "Squeeze", missing)
+        return self._move(result, "Transpose", perm=[int(axis) for axis in np.argsort(forth)]) if is_moved else result
 
-    def _is_grouped(self, left: str, right: str) -> bool:
-        a, b = self._shapes[left], self._shapes[right]
-        known = None not in a and None not in b[:-1]
-        return known and a[:-2] == b[:-2]
-
-    def _grouped(self, node: onnx.NodeProto, left: str, right: str) -> None:
+    def _grouped(self, left: ir.Value, right: ir.Value) -> ir.Value:
         """``left (..., M, K) @ right (..., K, N)``: the rows of ``left`` are kernels of a group for each of the rest."""
-        a, b = self._shapes[left], self._shapes[right]
+        a, b = dims(left) or (), dims(right) or ()
         groups = math.prod(d or 0 for d in a[:-2])
         rows, inner = (d or 0 for d in a[-2:])
-        kernel = self._moved(node, left, "Reshape", shape=[groups * rows, inner, 1, 1])
-        planes = self._moved(node, right, "Reshape", shape=[1, groups * inner, -1 if b[-1] is None else b[-1], 1])
-        result = f"{node.name}_convolved"
-        self._emit("Conv", [planes, kernel], result, node.name, kernel_shape=[1, 1], group=groups)
-        shape = [*(d or 0 for d in a[:-1]), -1 if b[-1] is None else b[-1]]
-        self._move(node, result, "Reshape", output=node.output[0], shape=shape)
+        columns = -1 if b[-1] is None else b[-1]
+        kernel = self._moved(left, "Reshape", [groups * rows, inner, 1, 1])
+        planes = self._moved(right, "Reshape", [1, groups * inner, columns, 1])
+        result = self._multiply("Conv", [planes, kernel], kernel_shape=[1, 1], group=groups)
+        return self._move(result, "Reshape", [*(d or 0 for d in a[:-1]), columns])
 
-    def _multiplied(self, node: onnx.NodeProto, left: str, right: str) -> None:
+    def _multiplied(self, left: ir.Value, right: ir.Value) -> ir.Value:
         """``sum_k left[..., m, k, 1] * right[..., 1, k, n]``."""
         factors = [
-            self._move(node, left, "Unsqueeze", axes=[len(self._shapes[left])]),
-            self._move(node, right, "Unsqueeze", axes=[len(self._shapes[right]) - 2]),
+            self._move(left, "Unsqueeze", [len(dims(left) or ())]),
+            self._move(right, "Unsqueeze", [len(dims(right) or ()) - 2]),
         ]
-        self._emit("Mul", factors, f"{node.name}_multiplied", node.name)
-        axes = self._weight(f"{node.name}_summed_axes", np.array([-2], np.int64))
-        self._emit("ReduceSum", [f"{node.name}_multiplied", axes], node.output[0], f"{node.name}_sum", keepdims=0)
+        product = self._multiply("Mul", factors)
+        return self._op("sum", "ReduceSum", [product, self._editor.constant("axes", np.array([-2]))], keepdims=0)
 
     # ---- what they are made of
 
-    def _moved(self, node: onnx.NodeProto, value: str, op_type: str, **how: Any) -> str:
+    def _moved(self, value: ir.Value, op_type: str, numbers: Sequence[int] = (), **attributes: Any) -> ir.Value:
         """A movement of an operand. Of a dequantized one the integers are moved: only a DQ right before it makes int8."""
-        maker = self._made(value)
-        if maker is None or maker.op_type != "DequantizeLinear" or self._per_channel(maker):
-            return self._move(node, value, op_type, **how)
-        integers = self._move(node, maker.input[0], op_type, **how)
-        copy = onnx.NodeProto()
-        copy.CopyFrom(maker)
-        copy.input[0] = integers
-        copy.name, copy.output[0] = f"{integers}_DQ", f"{integers}_DQ"
-        self.origins[copy.name] = self._at
-        self._new.append(copy)
-        return str(copy.output[0])
+        dequantize = maker(value, "DequantizeLinear")
+        scale = constant_array(dequantize.inputs[1]) if dequantize is not None else None
+        if dequantize is None or scale is None or scale.size > 1:
+            return self._move(value, op_type, numbers, **attributes)
+        integers = self._move(dequantize.inputs[0], op_type, numbers, **attributes)
+        result = self._op("DQ", "DequantizeLinear", [integers, *dequantize.inputs[1:]])
+        result.producer().attributes.update(dequantize.attributes)  # type: ignore[union-attr]
+        return result
 
-    def _move(self, node: onnx.NodeProto, value: str, op_type: str, output: str | None = None, **how: Any) -> str:
-        self._moves += 1
-        name = f"{node.name}_move{self._moves}"
-        if op_type == "Transpose":
-            return self._emit(op_type, [value], output or name, name, perm=how["perm"])
-        (numbers,) = how.values()
-        tensor = self._weight(f"{name}_{next(iter(how))}", np.array(numbers, np.int64))
-        return self._emit(op_type, [value, tensor], output or name, name)
+    def _move(self, value: ir.Value | None, op_type: str, numbers: Sequence[int] = (), **attributes: Any) -> ir.Value:
+        assert value is not None
+        inputs = [value, self._editor.constant(f"{op_type}/to", np.array(numbers, np.int64))] if numbers else [value]
+        return self._op(op_type, op_type, inputs, dtype=value.dtype or ir.DataType.FLOAT, **attributes)
 
-    def _emit(self, op_type: str, inputs: Sequence[str], output: str, name: str, **attributes: Any) -> str:
-        self._new.append(helper.make_node(op_type, list(inputs), [output], name, **attributes))
-        if name != self._at:
-            self.origins[name] = self._at
-        return output
+    def _op(self, name: str, op_type: str, inputs: Sequence[ir.Value | None], **how: Any) -> ir.Value:
+        value = self._editor.op(name, op_type, inputs, **how)
+        self._origins[str(value.name)] = str(self._node.name)
+        return value
 
-    def _made(self, value: str) -> onnx.NodeProto | None:
-        made = next((n for n in reversed(self._new) if value in n.output), None)
-        return made if made is not None else self._makers.get(value)
+    def _multiply(self, op_type: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
+        """The node that multiplies, which has the product's name."""
+        value = self._editor.op(op_type, op_type, inputs, **attributes)
+        value.producer().name = self._node.name  # type: ignore[union-attr]
+        return value
 
-    def _weight(self, name: str, array: NDArray[Any]) -> str:
-        tensor = numpy_helper.from_array(array, name)
-        self.model.graph.initializer.append(tensor)
-        self._weights[name] = tensor
-        return name
-
-    def _constant(self, value: str) -> _Constant | None:
-        """A constant matrix of two axes, leading ones of size 1 left out; ``None`` if it is computed or quantized otherwise."""
-        maker = self._makers.get(value)
-        if value in self._weights:
-            array = numpy_helper.to_array(self._weights[value])
-            return _Constant(_matrix(array)) if _is_matrix(array) else None
-        if maker is None or maker.op_type != "DequantizeLinear" or maker.input[0] not in self._weights:
-            return None
-        array, scales = (numpy_helper.to_array(self._weights[name]) for name in maker.input[:2])
-        axis = attribute(maker, "axis", 1) % max(array.ndim, 1)
-        return _Constant(_matrix(array), scales, axis - array.ndim + 2) if _is_matrix(array) else None
-
-    def _kernel(self, node: onnx.NodeProto, matrix: _Constant, outputs: int) -> str:
-        name = f"{node.name}_kernel"
-        if matrix.scales is None:
-            return self._weight(name, matrix.kernel(outputs))
-        if matrix.scales.size > 1 and matrix.axis != outputs:
+    def _kernel(self, matrix: _Constant, outputs: int) -> ir.Value:
+        scales = matrix.scales
+        if scales is None:
+            return self._editor.constant("kernel", matrix.kernel(outputs))
+        if scales.size > 1 and matrix.axis != outputs:
             # A scale along the axis that is summed: no convolution has that, so its weight is the float one.
-            factors = matrix.scales[:, None] if matrix.axis == 0 else matrix.scales[None]
-            return self._weight(name, _Constant(matrix.array * factors).kernel(outputs))
-        integers = self._weight(f"{name}_integers", matrix.kernel(outputs))
-        scales = self._weight(f"{name}_scale", matrix.scales)
-        zeros = self._weight(f"{name}_zero_point", np.zeros(matrix.scales.shape, matrix.array.dtype))
-        return self._emit("DequantizeLinear", [integers, scales, zeros], name, f"{name}_DQ", axis=0)
-
-    def _per_channel(self, dequantize: onnx.NodeProto) -> bool:
-        scale = self._weights.get(dequantize.input[1])
-        return scale is None or math.prod(scale.dims) > 1
-
-    def _remove_unread(self) -> None:
-        graph = self.model.graph
-        read = {v.name for v in graph.output}
-        for node in reversed(list(graph.node)):
-            if any(output in read for output in node.output):
-                read.update(node.input)
-            else:
-                graph.node.remove(node)
-        drop_unread_constants(graph)
-        infos = [v for v in graph.value_info if v.name in read]
-        del graph.value_info[:]
-        graph.value_info.extend(infos)
+            factors = scales[:, None] if matrix.axis == 0 else scales[None]
+            return self._editor.constant("kernel", _Constant(matrix.array * factors).kernel(outputs))
+        arrays = {
+            "integers": matrix.kernel(outputs),
+            "scale": scales,
+            "zero_point": np.zeros(scales.shape, matrix.array.dtype),
+        }
+        inputs = [self._editor.constant(f"kernel/{name}", array) for name, array in arrays.items()]
+        return self._op("kernel", "DequantizeLinear", inputs, axis=0)
 
 
-def _is_matrix(array: NDArray[Any]) -> bool:
-    return array.ndim >= 2 and math.prod(array.shape[:-2]) == 1
-
-
-def _matrix(array: NDArray[Any]) -> NDArray[Any]:
-    return array.reshape(array.shape[-2:])
-
-
-def _shapes(model: onnx.ModelProto) -> dict[str, Dims]:
-    """Shapes of all values whose rank is known; ``None`` for a size known at run time only."""
-    known = {name: dims(value) for name, value in value_infos(model, data_prop=True).items()}
-    constants: dict[str, Dims] = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
-    return constants | {name: shape for name, shape in known.items() if shape is not None}
+def _is_grouped(left: ir.Value, right: ir.Value) -> bool:
+    a, b = dims(left) or (), dims(right) or ()
+    return None not in a and None not in b[:-1] and a[:-2] == b[:-2]
