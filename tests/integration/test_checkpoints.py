@@ -722,6 +722,11 @@ def test_files_of_another_kind(case: str, tmp_path: Path) -> None:
     refuse(path, FILES[case][1])
 
 
+def test_an_onnx_graph_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
+    refuse(tmp_path / "model.onnx", r"is an ONNX graph, not weights; give the module it was exported from")
+
+
 def test_checkpoints_without_a_model(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "loss": 0.1}, tmp_path / "a.pt")
     refuse(tmp_path / "a.pt", r"holds no state dict \(it has 'epoch', 'loss'\)")
