@@ -41,8 +41,13 @@ def connected(address: str | None, *, extra: str, purpose: str) -> Generator[Any
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     except Exception as exc:
         # Whatever kept it from starting, or from being reached: Ray raises plain exceptions, too.
-        where = "here" if address is None else f"at {address}"
-        raise InputError(f"no Ray cluster {where}: {one_line(exc)}; start one with: ray start --head") from exc
+        why = one_line(exc).rstrip(".")
+        address = address or os.environ.get("RAY_ADDRESS")
+        if address in (None, "local"):
+            raise InputError(
+                f"Ray did not start on this machine: {why}; try again, or give another --ray-address"
+            ) from exc
+        raise InputError(f"no Ray cluster at {address}: {why}; start one with: ray start --head") from exc
     if before is not None and threading.current_thread() is threading.main_thread():
         # Ray takes it to print a stack and abort; to us it means what Ctrl-C does.
         signal.signal(signal.SIGTERM, before)
