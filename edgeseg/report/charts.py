@@ -117,10 +117,12 @@ def scatter(
         x_title += ", logarithmic"
     else:
         x = Scale(0.0, x.high, x.start, x.end)
-    lows = [0.0] if from_zero else [min(p.y, (p.y_interval or (p.y, p.y))[0]) for p in points]
+    lows = [min(p.y, (p.y_interval or (p.y, p.y))[0]) for p in points]
     highs = [max(p.y, (p.y_interval or (p.y, p.y))[1]) for p in points]
+    if from_zero:
+        lows, highs = [0.0, *lows], [0.0, *highs]
     room = max((max(highs) - min(lows)) * 0.12, 0.002)
-    y = Scale(0.0 if from_zero else min(lows) - room, max(highs) + room, height - bottom, top)
+    y = Scale(min(lows) - (0.0 if from_zero else room), max(highs) + room, height - bottom, top)
     parts = [*_grid(x, y, height - bottom), *_axis_titles(x_title, y_title, height)]
     parts += [
         Markup('<polyline class="front" points="{}"/>').format(" ".join(f"{x(p.x)},{y(p.y)}" for p in line))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import shutil
+import re
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from edgeseg.errors import InputError
 from edgeseg.store.atomic import write_bytes
 
 _STAMP = "request"
+_OWN = re.compile(rf"{_STAMP}|\d+-\d+\.zip|\.edgeseg-partial-[0-9a-f]+")
 
 
 class Journal:
@@ -25,6 +25,9 @@ class Journal:
     Args:
         folder: made anew when it is of another request.
         request: what the work is; ``None``: it cannot be told from other work, and never goes on.
+
+    Raises:
+        InputError: see :meth:`remove`.
     """
 
     def __init__(self, folder: Path, request: str | None) -> None:
@@ -59,14 +62,25 @@ class Journal:
         try:
             with zipfile.ZipFile(path) as file, file.open(name) as stream:
                 return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
-        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError) as exc:
+        except Exception as exc:  # of zipfile, zlib and numpy, for whatever happened to the file
             path.unlink(missing_ok=True)
             raise InputError(f"{path} was damaged and is gone now; the same command makes it anew") from exc
 
     def remove(self) -> None:
-        """Throw everything away."""
-        if self._folder.exists():
-            shutil.rmtree(self._folder)
+        """Throw everything away.
+
+        Raises:
+            InputError: the folder holds what is not of a journal; nothing was removed.
+        """
+        if not self._folder.exists():
+            return
+        files = list(self._folder.iterdir())
+        for path in files:
+            if _OWN.fullmatch(path.name) is None:
+                raise InputError(f"{path} is not edgeseg's and in the way of unfinished work; move it away")
+        for path in files:
+            path.unlink()
+        self._folder.rmdir()
 
     def _path(self, panel: int, row: int) -> Path:
         return self._folder / f"{panel}-{row}.zip"

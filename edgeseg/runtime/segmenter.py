@@ -207,7 +207,9 @@ class Segmenter(Closing):
         """
         session = self._open()
         if not isinstance(session, DeviceSession):
-            raise SpecError("this engine takes no images from a device's memory; a TensorRT engine does")
+            raise SpecError(
+                "this engine takes no images from a device's memory; a TensorRT engine alone, without tta, does"
+            )
         return session.run_device(images)
 
     def many(

@@ -69,7 +69,7 @@ def test_16_bit_and_float_images_reach_the_engine_as_float32(
     with TensorRTSession(simulation.trt, simulation.engine, contract, open_cuda(driver), options) as opened:
         expected = [simulation.masks(image.astype(np.float32)) for image in wide]
         np.testing.assert_array_equal([opened.run(image)["mask"] for image in wide], expected)
-        np.testing.assert_array_equal([found["mask"] for found in opened.run_many(wide)], expected)
+        np.testing.assert_array_equal([result["mask"] for result in opened.run_many(wide)], expected)
         for other in (np.uint8, np.float32 if dtype == "uint16" else np.uint16):
             with pytest.raises(InputError, match=f"this engine takes {dtype}"):
                 opened.run(wide[0].astype(other))

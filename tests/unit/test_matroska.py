@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeseg.runtime import matroska
@@ -86,6 +86,7 @@ def test_not_all_of_a_file_made_to_take_time_is_read(tmp_path: Path, monkeypatch
     assert read(file(tracks(VIDEO), GROUP, b"\xec\x80" * 2000), tmp_path) == Container(None)
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=60))
 def test_any_bytes_have_an_answer(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "any.mkv"

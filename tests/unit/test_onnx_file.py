@@ -97,13 +97,14 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     with pytest.raises(ArtifactError, match="cannot write"):
-        write_onnx(small_model(), tmp_path / "no folder" / "m.onnx")
+        write_onnx(small_model(), tmp_path / "file" / "m.onnx")
     target = tmp_path / "m.onnx"
     target.mkdir()  # os.replace of a file over a folder fails after the scratch file was written
     with pytest.raises(ArtifactError, match="cannot write"):
         write_onnx(small_model(), target)
-    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "m.onnx"]
 
 
 def test_first_line_is_that_of_the_root_cause() -> None:

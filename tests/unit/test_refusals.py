@@ -55,7 +55,7 @@ def test_names_no_system_takes(act: Callable[[], object], kind: type[Exception])
     [
         ([np.zeros((64, 64, 3), np.uint8)], "only 1 image in the given images; calibration needs at least 8"),
         (np.zeros((3, 64, 64, 3), np.uint8), "only 3 images in the given images; calibration needs at least 8"),
-        ([np.zeros((64, 64, 3), np.float32)], "array 0 is float32 of shape"),
+        ([np.zeros((64, 64, 3), np.float32)], "array 0 is float32, the engine takes uint8"),
         ([], "the given images holds no images"),
     ],
 )

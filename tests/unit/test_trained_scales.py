@@ -39,18 +39,18 @@ def test_a_rounded_weight_gets_its_integers_back(rest: tuple[int, ...]) -> None:
     integers, scale = rounded(24, rest)
     integers[:, 0, 0, 0] = -128  # the end that only training uses
     weight = integers.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
-    found = trained_weight(weight, 0, VNNI)
-    assert np.array_equal(found.values, integers)
-    assert np.allclose(found.scale, scale, rtol=1e-6, atol=0)
+    quantized = trained_weight(weight, 0, VNNI)
+    assert np.array_equal(quantized.values, integers)
+    assert np.allclose(quantized.scale, scale, rtol=1e-6, atol=0)
 
 
 def test_a_folded_normalization_changes_nothing_and_a_weight_may_end_anywhere() -> None:
     integers, scale = rounded(8, (32, 3, 3), largest=90)
     gain = RNG.uniform(-2.0, 2.0, 8).astype(np.float32)
     weight = (integers.astype(np.float32) * scale.reshape(-1, 1, 1, 1)) * gain.reshape(-1, 1, 1, 1)
-    found = trained_weight(np.moveaxis(weight, 0, 1).copy(), 1, VNNI)
-    assert np.abs(np.moveaxis(found.dequantized(), 1, 0) - weight).max() < 1e-5 * np.abs(weight).max()
-    assert found.axis == 1
+    quantized = trained_weight(np.moveaxis(weight, 0, 1).copy(), 1, VNNI)
+    assert np.abs(np.moveaxis(quantized.dequantized(), 1, 0) - weight).max() < 1e-5 * np.abs(weight).max()
+    assert quantized.axis == 1
 
 
 def test_what_training_did_not_round_is_quantized_as_ever_channel_by_channel() -> None:
@@ -58,10 +58,10 @@ def test_what_training_did_not_round_is_quantized_as_ever_channel_by_channel() -
     weight = integers.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
     weight[1] = floats(16, 3, 3)
     weight[2] = 0.0
-    found, plain = trained_weight(weight, 0, VNNI), quantize_weight(weight, 0, VNNI)
-    assert np.array_equal(found.values[[0, 3]], integers[[0, 3]])
-    assert np.array_equal(found.values[[1, 2]], plain.values[[1, 2]])
-    assert np.array_equal(found.scale[[1, 2]], plain.scale[[1, 2]])
+    quantized, plain = trained_weight(weight, 0, VNNI), quantize_weight(weight, 0, VNNI)
+    assert np.array_equal(quantized.values[[0, 3]], integers[[0, 3]])
+    assert np.array_equal(quantized.values[[1, 2]], plain.values[[1, 2]])
+    assert np.array_equal(quantized.scale[[1, 2]], plain.scale[[1, 2]])
 
 
 def test_seven_bits_hold_what_training_rounded_to_seven_bits() -> None:
@@ -97,16 +97,16 @@ NOT_NEGATIVE = S8.without_negative()
     ],
 )
 def test_integers_of_training_in_those_of_a_scheme(grid: Grid, scheme: Any, zero_point: int | None) -> None:
-    found = trained_parameters(grid, scheme)
+    parameters = trained_parameters(grid, scheme)
     if zero_point is None:
-        assert found is None
+        assert parameters is None
         return
-    assert found is not None
-    assert (found.scale, found.zero_point) == (grid.scale, zero_point)
+    assert parameters is not None
+    assert (parameters.scale, parameters.zero_point) == (grid.scale, zero_point)
     # The oracle: every value of training is a value of the scheme, and is rounded to itself.
     low, high = grid.limits
     values = np.arange(low, high + grid.scale / 2, grid.scale)
-    assert np.array_equal((found.quantize(values).astype(np.float64) - zero_point) * found.scale, values)
+    assert np.array_equal((parameters.quantize(values).astype(np.float64) - zero_point) * parameters.scale, values)
 
 
 def test_integers_that_stand_for_a_clip_have_to_clip_where_it_does() -> None:
@@ -210,19 +210,19 @@ def test_a_quantized_graph_computes_what_the_fake_quantized_one_does(
     off = np.abs(got - expected)
     assert (off > GRIDS["d"].scale / 2).mean() < 0.03
     assert off.max() < 1.1 * GRIDS["d"].scale
-    found = held(network, quantized, table)
-    assert (found.activations, found.weights, found.others) == (found.activations_trained, found.layers, ())
-    assert found.layers >= 2
+    kept = held(network, quantized, table)
+    assert (kept.activations, kept.weights, kept.others) == (kept.activations_trained, kept.layers, ())
+    assert kept.layers >= 2
 
 
 def test_symmetric_schemes_say_which_scales_they_cannot_hold(network: OnnxGraph, tmp_path: Path) -> None:
     table = trained_table(network, marks(**GRIDS), None)
     quantized = write_qdq(network, table, TENSORRT, tmp_path / "int8.onnx")
-    found = held(network, quantized, table)
-    assert found.others == ("m", "q")
-    assert (found.activations, found.activations_trained, found.weights) == (1, 3, 3)
-    assert "1 of 3 trained scales" in found.words
-    assert "m, q" in found.words
+    kept = held(network, quantized, table)
+    assert kept.others == ("m", "q")
+    assert (kept.activations, kept.activations_trained, kept.weights) == (1, 3, 3)
+    assert "1 of 3 trained scales" in kept.words
+    assert "m, q" in kept.words
     signed = {name: Grid(grid.scale, 0, -128, 127) for name, grid in GRIDS.items()}
     table = trained_table(network, marks(**signed), None)
     assert held(network, write_qdq(network, table, TENSORRT, tmp_path / "s8.onnx"), table).others == ()

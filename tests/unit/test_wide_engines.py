@@ -145,8 +145,8 @@ def settled(judge: Any = None, recorded: RecordedNormalization | None = None, **
     ],
 )
 def test_mean_and_std_are_of_the_scaled_value(asked: dict[str, Any], value: float, expected: float) -> None:
-    found, _ = settled(**asked)
-    assert (value * found.scale - found.mean[0]) / found.std[0] == pytest.approx(expected, abs=1e-9)
+    preprocess, _ = settled(**asked)
+    assert (value * preprocess.scale - preprocess.mean[0]) / preprocess.std[0] == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_two_usual_scales_of_16_bits_are_judged_but_a_floats_is_told() -> None:
@@ -169,11 +169,11 @@ def test_the_two_usual_scales_of_16_bits_are_judged_but_a_floats_is_told() -> No
 
 
 def test_what_is_assumed_of_wide_images_is_said() -> None:
-    found, notes = settled(input_dtype="uint16")
-    assert found.scale == 1 / 65535
+    preprocess, notes = settled(input_dtype="uint16")
+    assert preprocess.scale == 1 / 65535
     assert any("uint16 images: mean and std of" in n and "for values 0..65535; give --mean" in n for n in notes)
-    found, notes = settled(input_dtype="float32")
-    assert found.scale == 1.0
+    preprocess, notes = settled(input_dtype="float32")
+    assert preprocess.scale == 1.0
     assert any("float32 images: " in n and "for values 0..1; give --mean" in n for n in notes)
     with pytest.raises(SpecError, match="give --mean and --std"):
         settled(input_dtype="uint16", scale=1 / 255)
@@ -206,9 +206,9 @@ def test_the_input_line_says_what_mean_and_std_are_of() -> None:
 def saved(folder: Path, dtype: Any, *transforms: dict[str, Any]) -> SavedPreprocessing:
     content = {"__version__": "2.0", "transform": {"__class_fullname__": "Compose", "p": 1.0, "transforms": transforms}}
     (folder / CONFIG_NAME).write_text(json.dumps(content))
-    found = saved_beside(folder / "model.safetensors", dtype)
-    assert found is not None
-    return found
+    stated = saved_beside(folder / "model.safetensors", dtype)
+    assert stated is not None
+    return stated
 
 
 NORMALIZE = {"__class_fullname__": "Normalize", "mean": [0.4], "std": [0.1], "max_pixel_value": 65535.0}
