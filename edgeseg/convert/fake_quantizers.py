@@ -118,7 +118,7 @@ class Reading:
     Attributes:
         tools: what put its fake-quantizers there.
         off: names of those that were switched off, and of observers, which only watch.
-        quantizers: by name, as :func:`settle` left them.
+        quantizers: by name, as :func:`settled` left them.
     """
 
     tools: tuple[str, ...]

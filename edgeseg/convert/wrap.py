@@ -118,7 +118,7 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     if reading is not None:
         reading = settled(described, reading, inputs)
         require_same(_copied(_unwrapped(module)), whole, inputs)
-        notes.append(reading.words)
+        notes += [reading.words] if reading.quantizers else []
     activation, activation_notes = _activation(described, network, request, inputs)
     spec, geometry = _describe(described, network, request, encoder, channels, classes, activation, geometry)
     _check_request(request, spec.arch, encoder if network.inner is not None else None)
@@ -135,7 +135,7 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
         notes=tuple(dict.fromkeys(notes)),
         fixed_size=geometry.fixed,
         users_module=True,
-        trained=reading,
+        trained=reading if reading is not None and reading.quantizers else None,
     )
 
 
