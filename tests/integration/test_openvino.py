@@ -24,6 +24,7 @@ from small_graphs import RNG, floats, graph, run, spec, table_for  # noqa: E402
 from edgeseg.backends import get_backend  # noqa: E402
 from edgeseg.backends.cpu.openvino import OpenVinoBackend  # noqa: E402
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax  # noqa: E402
+from edgeseg.backends.cpu.openvino_group_norm import replace_group_norm  # noqa: E402
 from edgeseg.errors import ArtifactError, BuildError, InputError, SpecError  # noqa: E402
 from edgeseg.machine.cpu import Cpu, this_cpu  # noqa: E402
 from edgeseg.quantize.qdq import quantize_model, write_qdq  # noqa: E402
@@ -90,6 +91,35 @@ def test_other_topk_is_left_alone(tmp_path: Path) -> None:
     body = "v, y = TopK <axis = 1> (x, two)"
     onnx.save(graph("(float[1, 5, 6, 7] x) => (int64[1, 2, 6, 7] y)", body, two=np.array([2])), str(path))
     assert replace_argmax(ov, ov.Core().read_model(str(path))) == 0
+
+
+@pytest.mark.parametrize(("channels", "replaced"), [(64, 1), (96, 0)])
+def test_group_norm_by_sums_is_pytorchs(channels: int, replaced: int, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    groups, path = 16, tmp_path / "norm.onnx"
+    gain, shift = floats(channels), floats(channels)
+    body = """rows = Reshape(x, flat) normal = InstanceNormalization <epsilon = 0.00001> (rows, ones, zeros)
+    back = Reshape(normal, whole) scaled = Mul(back, gain) y = Add(scaled, shift)"""
+    constants = {
+        "flat": np.array([0, groups, -1]),
+        "whole": np.array([2, channels, 12, 20]),
+        "ones": np.ones(groups, np.float32),
+        "zeros": np.zeros(groups, np.float32),
+        "gain": gain.reshape(1, -1, 1, 1),
+        "shift": shift.reshape(1, -1, 1, 1),
+    }
+    onnx.save(
+        graph(f"(float[2, {channels}, 12, 20] x) => (float[2, {channels}, 12, 20] y)", body, **constants), str(path)
+    )
+    model = ov.Core().read_model(str(path))
+    assert replace_group_norm(ov, model) == replaced
+    # Means far from zero: what a difference of squares could lose.
+    given = RNG.normal(RNG.normal(0, 8, (2, channels, 1, 1)), 1.5, (2, channels, 12, 20)).astype(np.float32)
+    (actual,) = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([given]).values()
+    expected = torch.nn.functional.group_norm(
+        torch.from_numpy(given).double(), groups, torch.from_numpy(gain).double(), torch.from_numpy(shift).double()
+    )
+    np.testing.assert_allclose(actual, expected.numpy(), atol=2e-4)
 
 
 @pytest.mark.parametrize("batch", [1, 2, "n"])

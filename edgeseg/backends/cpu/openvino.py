@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
+from edgeseg.backends.cpu.openvino_group_norm import replace_group_norm
 from edgeseg.backends.cpu.options import (
     check_built_for,
     check_image_size,
@@ -82,9 +83,7 @@ class OpenVinoBackend:
         path = folder / ENGINE_NAME
         source = read_onnx(graph.path)  # refused here, not by a parser in native code
         try:
-            model = ov.Core().read_model(str(graph.path))
-            replace_argmax(ov, model)
-            compiled = ov.Core().compile_model(model, "CPU", settings)
+            compiled = ov.Core().compile_model(_read(ov, graph.path), "CPU", settings)
             path.write_bytes(_exported(compiled))
         except Exception as exc:  # OpenVINO raises RuntimeError subclasses and pybind's own alike
             raise BuildError(f"OpenVINO {_version(ov)} cannot compile {graph.path}: {one_line(exc)}") from exc
@@ -194,8 +193,7 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
     spec = manifest.spec.input
     image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, spec.dtype)
     try:
-        model = ov.Core().read_model(str(engine.graph_path))
-        replace_argmax(ov, model)
+        model = _read(ov, engine.graph_path)
         request = ov.Core().compile_model(model, "CPU", {**settings, "PERF_COUNT": True}).create_infer_request()
         request.infer([image], share_inputs=True)  # allocates; not counted
         total: dict[str, float] = {}
@@ -210,6 +208,14 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
     except Exception as exc:  # see OpenVinoBackend.build
         raise BuildError(f"OpenVINO {_version(ov)} cannot profile {engine.graph_path}: {one_line(exc)}") from exc
     return [(name, ms / runs, dtypes[name]) for name, ms in total.items()]
+
+
+def _read(ov: Any, path: Path) -> Any:
+    """The graph as OpenVINO runs it fastest."""
+    model = ov.Core().read_model(str(path))
+    replace_argmax(ov, model)
+    replace_group_norm(ov, model)
+    return model
 
 
 def _import_openvino() -> Any:
