@@ -3,7 +3,7 @@
 Both quantize with the same calibration images and may look at the same labelled images; both leave parts in float until the
 mIoU on those is at most ``--max-drop`` below the float network's. Compared are the mIoU of what each delivers, on those
 images, through its own runtime, milliseconds in turns, and what the search took. The networks are demo models made badly scaled
-(:mod:`benchmarks.badly_scaled`: the float network computes the same, plain INT8 loses a third of its mIoU), and where
+(:mod:`benchmarks.badly_scaled`: the float network computes the same, plain INT8 loses 31 points of mIoU), and where
 ``--folder`` holds weights of :mod:`benchmarks.hard_networks`, those. Needs ``requirements-peers.txt``.
 """
 
