@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
 from edgeseg.closing import Closing
+from edgeseg.errors import SpecError
 from edgeseg.evaluate.accuracy.counts import AREA_COLUMNS
 from edgeseg.evaluate.accuracy.dataset import Pair, evenly_spread
 from edgeseg.evaluate.accuracy.meters import AccuracyMeter, optional
@@ -49,6 +50,13 @@ class Judged:
 
     classes: int
     images: tuple[ImageTally, ...]
+
+    def __post_init__(self) -> None:
+        for image in self.images:
+            counts = (image.reference, image.session)
+            seen = [index for tallies in counts for index, *_ in tallies or ()]
+            if (None in counts) != (counts == (None, None)) or not all(0 <= index < self.classes for index in seen):
+                raise SpecError(f"a tally is not that of an image of {self.classes} classes")
 
     @property
     def has_masks(self) -> bool:

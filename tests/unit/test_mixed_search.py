@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 
+from edgeseg.errors import ArtifactError
+from edgeseg.mixed.judge import Judged
 from edgeseg.mixed.search import by_gain, trials
+from edgeseg.store.artifacts import read_json, write_json
 
 
 def run(order: list[str], costs: dict[str, float], losses: dict[str, float], allowed: float) -> list[frozenset[str]]:
@@ -68,3 +72,13 @@ def test_when_all_are_needed_no_set_is_missed() -> None:
     asked = run(names, dict.fromkeys(names, 1.0), losses, 0.0)
     assert frozenset(names) not in asked
     assert all(frozenset(names) - {name} in asked for name in names)
+
+
+@pytest.mark.parametrize(
+    ("reference", "session"), [([[9, 1, 1, 1]], [[0, 1, 1, 1]]), ([[0, 1, 1, 1]], None), ([[-1, 1, 1, 1]], [])]
+)
+def test_a_judgement_that_cannot_be_is_refused(reference: object, session: object, tmp_path: Path) -> None:
+    image = {"agreement": 1.0, "reference": reference, "session": session}
+    write_json(tmp_path / "judged.json", {"classes": 4, "images": [image]})
+    with pytest.raises(ArtifactError, match="not that of an image of 4 classes"):
+        read_json(tmp_path / "judged.json", Judged, "judgement")
