@@ -31,9 +31,8 @@ from benchmarks.record import RESULTS, Record, this_machine, versions
 from benchmarks.workload import CAMVID_WEIGHTS, camvid, camvid_folder
 from edgeseg.backends import get_backend
 from edgeseg.backends.cpu.onnxruntime import OnnxRuntimeBackend
-from edgeseg.backends.cpu.precision import profiled_events
+from edgeseg.backends.cpu.precision import ExecutedNode, executed_macs, executed_node, profiled_events
 from edgeseg.evaluate.latency.protocol import median
-from edgeseg.graph.macs import count_macs
 from edgeseg.store.artifacts import Engine
 
 ARCHITECTURES = ("fpn", "unet", "pspnet", "segformer", "dpt")
@@ -126,16 +125,12 @@ def kernels_of(engine: Engine, runs: int) -> dict[tuple[str, str], Kernels]:
     settings = backend.load_settings(onnxruntime, engine)
     events = profiled_events(onnxruntime, engine.engine_path, settings, engine.manifest.spec.input, runs)
     by_node: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    ran: dict[str, ExecutedNode] = {}
     for event in events:
-        by_node[event["name"].removesuffix("_kernel_time")].append(event)
-    model = onnx.load(str(engine.engine_path))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for index, node in enumerate(model.graph.node):
-        node.name = node.name or f"{node.op_type}_{index}"  # as the profiler calls it
-        if node.name in by_node:
-            seen = by_node[node.name][0]["args"]["output_type_shape"]
-            shapes.update(zip(node.output, (tuple(shape) for entry in seen for shape in entry.values()), strict=False))
-    macs = count_macs(model, shapes=shapes)
+        node = executed_node(event)
+        ran[node.name] = node
+        by_node[node.name].append(event)
+    macs = executed_macs(onnx.load(str(engine.engine_path)), ran, engine.engine_path)
     kernels: dict[tuple[str, str], Kernels] = defaultdict(Kernels)
     for name, seen in by_node.items():
         args = seen[0]["args"]

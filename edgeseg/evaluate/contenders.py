@@ -129,14 +129,11 @@ class Opener:
             )
         engine = self.engine(contender)
         if threads is not None:
-            options = engine.manifest.options
-            if "threads" not in options:
+            if "threads" not in engine.manifest.options:
                 raise SpecError(
                     f"{contender.name}: target {engine.manifest.target} has no threads to set; leave --threads out"
                 )
-            engine = dataclasses.replace(
-                engine, manifest=dataclasses.replace(engine.manifest, options={**options, "threads": threads})
-            )
+            engine = engine.with_options(threads=threads)
         return get_backend(engine.manifest.target).load(with_streams(engine, streams))
 
     def identity(self, contender: Contender) -> Identity:

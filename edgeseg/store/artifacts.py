@@ -451,6 +451,10 @@ class Engine:
         about = self.manifest
         return f"<Engine {self.folder}: {about.spec.in_words}, {about.precision.requested} for {about.target}>"
 
+    def with_options(self, **options: Any) -> Engine:
+        """The same engine, to be loaded with other settings of its backend than it was built with."""
+        return replace(self, manifest=replace(self.manifest, options={**self.manifest.options, **options}))
+
     @property
     def engine_path(self) -> Path:
         if self.manifest.engine is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from pathlib import Path
@@ -133,8 +132,7 @@ class OnDevice:
 
 def with_options(engine: Engine, **options: Any) -> TensorRTSession:
     """Load an engine with other session options than it was compiled with."""
-    manifest = dataclasses.replace(engine.manifest, options={**engine.manifest.options, **options})
-    session = get_backend("tensorrt").load(Engine(engine.folder, manifest))
+    session = get_backend("tensorrt").load(engine.with_options(**options))
     assert isinstance(session, TensorRTSession)
     return session
 

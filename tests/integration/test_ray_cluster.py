@@ -19,6 +19,7 @@ from PIL import Image
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'edgeseg[sweep]'")
 
 import edgeseg  # noqa: E402
+from benchmarks.cluster_run import worker_processes  # noqa: E402
 from edgeseg.cluster.run import run_on_cluster  # noqa: E402
 from edgeseg.cluster.worker import Settings  # noqa: E402
 from edgeseg.errors import InputError, StaleEngineError  # noqa: E402
@@ -148,17 +149,3 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < patience
         time.sleep(0.005)
-
-
-def worker_processes(address: str) -> list[int]:
-    """The actors of the cluster at ``address``, by their parents: others may have one on this machine."""
-    processes = []
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdigit() and (folder / "cmdline").read_bytes().startswith(b"ray::_Actor"):
-                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-                if f"={address}\0".encode() in Path("/proc", parent, "cmdline").read_bytes():
-                    processes.append(int(folder.name))
-        except OSError:
-            continue  # gone this moment, or somebody else's
-    return processes

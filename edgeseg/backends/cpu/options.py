@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from edgeseg.backends.base import require_known
@@ -72,21 +71,19 @@ def with_streams(engine: Engine, streams: int | None) -> Engine:
     An inference on one thread waits for no other; and threads that spin take the cores from callers that do something else:
     fpn at 256x256 took 3.0 ms of CPU time with one thread, 4.6 with two that spin, on a machine with other work.
     """
-    manifest = engine.manifest
-    if streams is None or manifest.target not in CPU_OPTIONS:
+    target = engine.manifest.target
+    if streams is None or target not in CPU_OPTIONS:
         return engine
-    spinning = {"spinning": False} if streams > 1 and "spinning" in CPU_OPTIONS[manifest.target] else {}
-    options = {**manifest.options, **spinning, "streams": min(streams, _most_threads())}
-    return replace(engine, manifest=replace(manifest, options=options))
+    spinning = {"spinning": False} if streams > 1 and "spinning" in CPU_OPTIONS[target] else {}
+    return engine.with_options(**spinning, streams=min(streams, _most_threads()))
 
 
 def with_threads(engine: Engine, most: int | None) -> Engine:
     """``engine`` to be loaded with no more than so many threads; ``None``: as it was built."""
-    manifest = engine.manifest
-    if most is None or manifest.target not in CPU_OPTIONS:
+    target = engine.manifest.target
+    if most is None or target not in CPU_OPTIONS:
         return engine
-    threads = min(saved_options(engine, manifest.target)["threads"] or most, most)
-    return replace(engine, manifest=replace(manifest, options={**manifest.options, "threads": threads}))
+    return engine.with_options(threads=min(saved_options(engine, target)["threads"] or most, most))
 
 
 def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> None:

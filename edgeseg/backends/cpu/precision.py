@@ -11,15 +11,19 @@ import json
 import math
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeseg.errors import BuildError
 from edgeseg.spec import InputSpec, Precision
 from edgeseg.store.artifacts import PrecisionReport
+
+if TYPE_CHECKING:
+    import onnx
 
 DTYPE_NAMES = {
     "float": "fp32",
@@ -57,7 +61,7 @@ def run_profiled(ort: Any, path: Path, settings: Any, spec: InputSpec) -> list[E
 
     Arguments and errors are those of :func:`profiled_events`.
     """
-    return [_executed(event) for event in profiled_events(ort, path, settings, spec, runs=1)]
+    return [executed_node(event) for event in profiled_events(ort, path, settings, spec, runs=1)]
 
 
 def profiled_events(ort: Any, path: Path, settings: Any, spec: InputSpec, runs: int) -> list[dict[str, Any]]:
@@ -101,7 +105,7 @@ def node_times(events: list[dict[str, Any]], runs: int) -> list[tuple[str, float
     for event in events:
         name = event["name"].removesuffix(_KERNEL)
         total[name] = total.get(name, 0.0) + event["dur"] / 1000
-        dtypes[name] = _executed(event).dtype
+        dtypes[name] = executed_node(event).dtype
     return [(name, ms / runs, dtypes[name]) for name, ms in total.items()]
 
 
@@ -113,20 +117,13 @@ def executed_precision(path: Path, requested: Precision, executed: list[Executed
     """
     import onnx
 
-    from edgeseg.graph.macs import CONV_WEIGHT, MATMUL_OPERANDS, count_macs
     from edgeseg.graph.types import precision_report, shares
 
     model = onnx.load(str(path))
     ran = {node.name: node for node in executed}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for index, node in enumerate(model.graph.node):
-        node.name = node.name or f"{node.op_type}_{index}"  # what ONNX Runtime's profiler calls a node without a name
-        if node.name in ran:
-            shapes.update(zip(node.output, ran[node.name].output_shapes, strict=False))
-        elif node.op_type in {*CONV_WEIGHT, *MATMUL_OPERANDS, "ConvTranspose"}:
-            raise BuildError(f"ONNX Runtime's profile of {path} holds no node {node.name!r}; please report the model")
+    counts = executed_macs(model, ran, path)
     op_types = {node.name: node.op_type for node in model.graph.node}
-    macs = {name: count // batch for name, count in count_macs(model, shapes=shapes).items()}
+    macs = {name: count // batch for name, count in counts.items()}
     report = precision_report(requested, {name: node.dtype for name, node in ran.items()}, macs)
     return replace(
         report,
@@ -136,7 +133,26 @@ def executed_precision(path: Path, requested: Precision, executed: list[Executed
     )
 
 
-def _executed(event: dict[str, Any]) -> ExecutedNode:
+def executed_macs(model: onnx.ModelProto, ran: Mapping[str, ExecutedNode], path: Path) -> dict[str, int]:
+    """Multiply-accumulates by node of a saved graph, from the shapes that were seen; its nodes get the profiler's names.
+
+    Raises:
+        BuildError: a node that multiplies was not executed under its name.
+    """
+    from edgeseg.graph.macs import CONV_WEIGHT, MATMUL_OPERANDS, count_macs
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"  # what ONNX Runtime's profiler calls a node without a name
+        if node.name in ran:
+            shapes.update(zip(node.output, ran[node.name].output_shapes, strict=False))
+        elif node.op_type in {*CONV_WEIGHT, *MATMUL_OPERANDS, "ConvTranspose"}:
+            raise BuildError(f"ONNX Runtime's profile of {path} holds no node {node.name!r}; please report the model")
+    return count_macs(model, shapes=shapes)
+
+
+def executed_node(event: dict[str, Any]) -> ExecutedNode:
+    """A kernel event of the profiler, without its times."""
     args = event["args"]
     inputs = [next(iter(entry.items())) for entry in args.get("input_type_shape", [])]
     outputs = [next(iter(entry.items())) for entry in args.get("output_type_shape", [])]
