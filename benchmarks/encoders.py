@@ -15,8 +15,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ENCODERS, metavar="ENCODER", help="build these, done or not")
     parser.add_argument("--limit-s", type=float, default=900.0, help="for one encoder, then its process is ended")
+    parser.add_argument("--jobs", type=int, default=1, help="encoders at a time")
     parser.add_argument("--until", help="local time HH:MM after which no other encoder is begun")
     parser.add_argument("--shared-machine", action="store_true", help="record that other programs ran beside")
     parser.add_argument("--page", action="store_true", help=f"build nothing, write {PAGE.name} from {FILE.name}")
@@ -111,20 +114,35 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     rows = {row["name"]: row for row in read_record(FILE).rows} if FILE.is_file() else {}
-    for encoder in options.only or [name for name in ENCODERS if name not in rows]:
+    lock = threading.Lock()
+
+    def build(encoder: str) -> None:
         if options.until and time.strftime("%H:%M") >= options.until:
-            break
-        rows[encoder] = in_process(encoder, options.limit_s)
-        print(*row_cells(rows[encoder]), sep=" | ", flush=True)
-        record = Record(
-            benchmark="encoders",
-            workload=f"{SIDE}x{SIDE} (or the encoder's only size), {CLASSES} classes, random weights, ONNX Runtime",
-            machine=this_machine(),
-            versions=versions(),
-            settings={"limit_s": options.limit_s, "shared_machine": options.shared_machine, "images": len(SIZES)},
-            rows=[rows[name] for name in ENCODERS if name in rows],
-        )
-        record.write(FILE)
+            return
+        row = in_process(encoder, options.limit_s)
+        with lock:
+            rows[encoder] = row
+            print(*row_cells(row), sep=" | ", flush=True)
+            record = Record(
+                benchmark="encoders",
+                workload=f"{SIDE}x{SIDE} (or the encoder's only size), {CLASSES} classes, random weights, ONNX Runtime",
+                machine=this_machine(),
+                versions=versions(),
+                settings={
+                    "limit_s": options.limit_s,
+                    "jobs": options.jobs,
+                    "shared_machine": options.shared_machine,
+                    "images": len(SIZES),
+                },
+                rows=[rows[name] for name in ENCODERS if name in rows],
+            )
+            record.write(FILE)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for done in [
+            pool.submit(build, name) for name in options.only or [name for name in ENCODERS if name not in rows]
+        ]:
+            done.result()
 
 
 def in_process(encoder: str, limit_s: float) -> dict[str, Any]:
