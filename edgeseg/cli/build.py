@@ -30,7 +30,7 @@ def command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
 
 
 def _plan_and_print(request: BuildRequest, as_json: bool) -> None:
-    from edgeseg.pipeline.stages import plan_build
+    from edgeseg.pipeline.plan import plan_build
 
     with console_reporter() as reporter:
         plan = plan_build(request, None, reporter)
@@ -46,7 +46,7 @@ def _plan_and_print(request: BuildRequest, as_json: bool) -> None:
 
 
 def _build_and_print(request: BuildRequest, as_json: bool) -> None:
-    from edgeseg.pipeline.stages import run_build
+    from edgeseg.pipeline.build import run_build
 
     with console_reporter() as reporter:
         engine = run_build(request, model=None, reporter=reporter)

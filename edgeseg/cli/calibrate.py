@@ -36,7 +36,7 @@ def command(given: dict[str, Any], images: str, output: Path, force: bool) -> No
 
     request = BuildRequest.of({**given, "calibration": images})
     check_outputs([output], force=force, inputs=request.files())
-    from edgeseg.pipeline.stages import run_calibration
+    from edgeseg.pipeline.calibration import run_calibration
 
     with console_reporter() as reporter:
         table = run_calibration(request, output, reporter)

@@ -22,10 +22,11 @@ from edgeseg.arguments import (
     choice,
     number,
     whole,
+    words_of,
 )
 from edgeseg.backends import BACKENDS
 from edgeseg.backends.cpu.options import CPU_OPTIONS
-from edgeseg.errors import InputError, SpecError, did_you_mean
+from edgeseg.errors import InputError, SpecError, did_you_mean, typed
 from edgeseg.spec import BATCH, PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputKind, OutputSpec, Precision
 from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
 
@@ -201,6 +202,15 @@ class BuildRequest(ModelRequest):
             "scheme": manifest.scheme,
         }
         return cls(**{**asked, **given, **changes})
+
+    @property
+    def command(self) -> str | None:
+        """The ``edgeseg build`` for it; ``None`` where no command line can say it (images or a table given as objects).
+
+        Only what differs from the defaults is named, so the command stays readable and means the same in later versions.
+        """
+        words = words_of(self)
+        return None if words is None else typed("build", *words)
 
     @property
     def model(self) -> ModelRequest:

@@ -163,7 +163,7 @@ def test_calibrate_asks_before_it_replaces_a_table(
         begun.append(path)
         raise InputError("the images are being read")
 
-    monkeypatch.setattr("edgeseg.pipeline.stages.run_calibration", begin)
+    monkeypatch.setattr("edgeseg.pipeline.calibration.run_calibration", begin)
     arguments = ["calibrate", str(tmp_path), "--arch", "fpn", "--output", str(table), *["--force"] * force]
     monkeypatch.setattr(sys, "argv", ["edgeseg", *arguments])
     with pytest.raises(SystemExit) as end:
