@@ -18,15 +18,15 @@ from edgeseg.arguments import (
     TEXT,
     Kind,
     argument,
-    arguments_of,
     choice,
     number,
+    request_of,
     whole,
     words_of,
 )
 from edgeseg.backends import BACKENDS
 from edgeseg.backends.cpu.options import CPU_OPTIONS
-from edgeseg.errors import InputError, SpecError, did_you_mean, typed
+from edgeseg.errors import InputError, SpecError, typed
 from edgeseg.spec import BATCH, PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputKind, OutputSpec, Precision
 from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
 
@@ -166,11 +166,7 @@ class BuildRequest(ModelRequest):
         Raises:
             SpecError: an argument there is not, or a value that is not allowed.
         """
-        fields = {argument.name: argument.field for argument in arguments_of(cls).values()}
-        for name in arguments:
-            if name not in fields:
-                raise SpecError(f"a build has no argument {name!r}{did_you_mean(name, fields)}")
-        return cls(**{fields[name]: value for name, value in arguments.items()})
+        return request_of(cls, "a build", arguments)
 
     @classmethod
     def of_engine(cls, engine: Engine, **changes: Any) -> BuildRequest:

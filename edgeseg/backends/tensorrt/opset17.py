@@ -139,8 +139,8 @@ class _Rewrite:
             if value.is_graph_input():
                 node.replace_input_with(index, self._float_image(value))
             elif (array := constant_array(value)) is not None:
-                name = str(value.name).rpartition("/")[2]
-                node.replace_input_with(index, self.editor.constant(name, array.astype(np.float32)))
+                stem = str(value.name).rpartition("/")[2]
+                node.replace_input_with(index, self.editor.constant(stem, array.astype(np.float32)))
         for value in node.outputs:
             if _is_mask(value):
                 name = value.name
