@@ -83,7 +83,7 @@ def test_what_a_fresh_process_cannot_do_is_said_and_the_rest_is_measured(engine:
 
 
 def test_data_that_is_not_there_is_said_before_anything_is_measured(engine: Path, tmp_path: Path) -> None:
-    request = BenchRequest((engine,), baselines=(), duration_s=1e6, fresh_processes=0)
+    request = BenchRequest((engine,), baselines=(), duration_s=86_400, fresh_processes=0)
     with pytest.raises(InputError, match="is not a folder"):
         run_bench(request, SilentReporter(), AccuracyRequest(tmp_path / "missing"))
 

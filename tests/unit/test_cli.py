@@ -79,7 +79,7 @@ def test_version() -> None:
         (["bench", "x", "--baseline", "keras"], 2, "keras"),
         (["bench", "x", "--duration-s", "nan"], 2, "duration_s is 'nan'; give seconds"),
         (["bench", "x", "--ignore-index", "9" * 400], 2, "give a whole number from"),
-        (["bench", "x", "--limit", "9" * 5000], 2, "not a valid integer"),
+        (["bench", "x", "--limit", "9" * 5000], 2, "give a whole number from 1"),
         (["bench", "x", "--batch", "4611686018427387904"], 2, "different counts"),
         (["build", "--arch", "fpn", "--classes", "9" * 400], 2, "give a whole number from 1 to 65535"),
         (["build", "--arch", "fpn", "--size", "4611686018427387904"], 2, "HEIGHTxWIDTH"),
