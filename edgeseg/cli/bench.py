@@ -56,7 +56,7 @@ def command(
     from edgeseg.decide.requirement import Requirement
     from edgeseg.evaluate.results import write_report
     from edgeseg.store.artifacts import engine_paths
-    from edgeseg.store.outputs import check_outputs, is_stdout, is_stream
+    from edgeseg.store.files import check_outputs, is_stdout, is_stream
 
     require_page(html_path, shows)
     to_stdout = json_path is not None and is_stdout(json_path)

@@ -5,26 +5,22 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgeseg.errors import BuildError, QuantizationError
 from edgeseg.evaluate.verify import check_gates
-from edgeseg.graph.grid import Marks
 from edgeseg.pipeline.calibration import calibration_stage, judging_schemes, trained_stage
 from edgeseg.pipeline.candidate import Candidate, candidate_stage, measured_sessions
 from edgeseg.pipeline.manifest_maker import ManifestMaker
-from edgeseg.pipeline.plan import plan_build
+from edgeseg.pipeline.plan import BuildPlan, plan_build
 from edgeseg.pipeline.stages import EXPORT_FOLDER, export_stage, read_marks
 from edgeseg.pipeline.verification import Verifier, verify_stage
 from edgeseg.progress import Reporter, stage
 from edgeseg.quantize.calibration import CalibrationSet
 from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
     Engine,
     OnnxGraph,
-    Verification,
     engine_folder,
     open_engine,
     read_manifest,
@@ -44,82 +40,67 @@ PLAIN_FOLDER = "plain"
 def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter: Reporter) -> Engine:
     """Run every stage of ``request`` and return the finished engine folder. See :func:`edgeseg.build`."""
     plan = plan_build(request, model, reporter)
-    targets, loaded, spec, folder = plan.targets, plan.loaded, plan.spec, plan.folder
+    loaded, spec, folder = plan.loaded, plan.spec, plan.folder
     with usable_cache(reporter.note), engine_folder(folder, force=request.force) as scratch:
         exported, conversion = export_stage(loaded, spec, scratch, reporter)
-        marks = None if loaded.trained is None else read_marks(exported)
-        quantized = quantize_stage(request, targets, exported, plan.samples, scratch / PLAIN_FOLDER, reporter, marks)
+        (scratch / PLAIN_FOLDER).mkdir()
+        graph, table = ranges_stage(request, plan, exported, scratch / PLAIN_FOLDER, reporter)
+        candidates = build_for_each(request, plan.targets, graph, table, scratch / PLAIN_FOLDER, reporter)
         # What no file describes cannot be loaded again, nor built by a command.
         if loaded.origin is not None and loaded.origin.hub_id is not None:
             # A branch moves on; the engine is made again from the commit it was made from.
             request = dataclasses.replace(request, weights=loaded.origin.hub_id)
         command, asked = (None, None) if model is not None else (request.command, request.model)
-        make = ManifestMaker(request, loaded, spec, conversion, quantized.table, folder.name, command, asked)
+        make = ManifestMaker(request, loaded, spec, conversion, table, folder.name, command, asked)
         with ExitStack() as opened:
             verifier = None
             if plan.held_out is not None:
                 verifier = opened.enter_context(Verifier(request, loaded, plan.held_out))
-            best, medians = choose_fastest(quantized.candidates, make, reporter)
-            result = delivered(request, best, medians, make, scratch, verifier, reporter)
-            if verifier is not None and verifier.misses(result.verification):
-                result, make = reach_goal(request, quantized, result, make, scratch, verifier, reporter)
-        if result.verification is not None:
-            check_gates(result.verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
-        make.write(result.best, result.medians, scratch, result.verification)
+            best, medians = choose_fastest(candidates, make, reporter)
+            verification = verify_stage(request, make.write(best, medians, scratch, None), verifier, reporter)
+            if verifier is not None and verifier.misses(verification):
+                candidates = [best, *(candidate for candidate in candidates if candidate is not best)]
+                best, make = reach_goal(graph, candidates, make, scratch, verifier, reporter)
+                before = read_manifest(scratch)
+                for file in filter(None, (before.engine, *before.extra_files)):
+                    (scratch / file.name).unlink()
+                verification = verify_stage(request, make.write(best, medians, scratch, None), verifier, reporter)
+        if verification is not None:
+            check_gates(verification, max_drop=request.max_drop, min_agreement=request.min_agreement)
+        make.write(best, medians, scratch, verification)
         for name in (EXPORT_FOLDER, PLAIN_FOLDER):
             shutil.rmtree(scratch / name, ignore_errors=True)
     return open_engine(folder)
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """What the targets of a build have in common, and the engine of each in the making.
-
-    Attributes:
-        graph: fp32, that ``table`` is for.
-        table: ``None`` of a build without calibration.
-        candidates: a target each, those left out that could not be built.
-    """
-
-    graph: OnnxGraph
-    table: CalibrationTable | None
-    candidates: list[Candidate]
-
-
-@dataclass(frozen=True)
-class Result:
-    """The engine of a build: of the candidates the one to take, the medians they were compared by, and what it is worth."""
-
-    best: Candidate
-    medians: dict[str, float]
-    engine: Engine
-    verification: Verification | None
-
-
-def quantize_stage(
-    request: BuildRequest,
-    targets: tuple[str, ...],
-    exported: OnnxGraph,
-    samples: Any,
-    scratch: Path,
-    reporter: Reporter,
-    marks: Marks | None = None,
-) -> Quantized:
-    """Calibrate and build for every target, in ``scratch``, which is made. Errors are those of a build.
-
-    ``marks``: the fake-quantizers of ``exported``, of a network that was trained with them.
-    """
-    scratch.mkdir()
+def ranges_stage(
+    request: BuildRequest, plan: BuildPlan, exported: OnnxGraph, scratch: Path, reporter: Reporter
+) -> tuple[OnnxGraph, CalibrationTable | None]:
+    """Calibrate, or take what training left: the fp32 graph and the table that is for it; ``None`` without calibration."""
+    marks, samples = None if plan.loaded.trained is None else read_marks(exported), plan.samples
     graph, table = exported, None
     if samples is not None and (marks is None or not isinstance(samples, CalibrationSet)):
-        judges = judging_schemes(request, targets)
+        judges = judging_schemes(request, plan.targets)
         graph, table = calibration_stage(request, exported, samples, judges, scratch, reporter)
     elif marks is not None:
+        assert samples is None or isinstance(samples, CalibrationSet)
         table = trained_stage(request, exported, marks, samples, reporter)
     if request.precision == "fp16" and table is None:
         reporter.note(
             "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"
         )
+    return graph, table
+
+
+def build_for_each(
+    request: BuildRequest,
+    targets: tuple[str, ...],
+    graph: OnnxGraph,
+    table: CalibrationTable | None,
+    scratch: Path,
+    reporter: Reporter,
+) -> list[Candidate]:
+    """A candidate for each target, those left out that could not be built."""
     candidates: list[Candidate] = []
     for target in targets:
         try:
@@ -129,7 +110,7 @@ def quantize_stage(
             if target == targets[-1] and not candidates:
                 raise
             reporter.note(f"{target} is left out: {exc}")
-    return Quantized(graph, table, candidates)
+    return candidates
 
 
 def choose_fastest(
@@ -157,54 +138,35 @@ def choose_fastest(
     return next(candidate for candidate in candidates if candidate.backend.name == name), medians
 
 
-def delivered(
-    request: BuildRequest,
-    best: Candidate,
-    medians: dict[str, float],
-    make: ManifestMaker,
-    folder: Path,
-    verifier: Verifier | None,
-    reporter: Reporter,
-) -> Result:
-    """Put an engine into ``folder``, in place of one that is there, and verify it."""
-    if (folder / MANIFEST_NAME).exists():
-        before = read_manifest(folder)
-        for file in (before.engine, *before.extra_files):
-            if file is not None:
-                (folder / file.name).unlink()
-    engine = make.write(best, medians, folder, None)
-    return Result(best, medians, engine, verify_stage(request, engine, verifier, reporter))
-
-
 def reach_goal(
-    request: BuildRequest,
-    quantized: Quantized,
-    plain: Result,
+    graph: OnnxGraph,
+    candidates: list[Candidate],
     make: ManifestMaker,
     folder: Path,
     verifier: Verifier,
     reporter: Reporter,
-) -> tuple[Result, ManifestMaker]:
-    """Find the fastest engine that keeps the limits which plain INT8 did not keep, and put it into ``folder``."""
+) -> tuple[Candidate, ManifestMaker]:
+    """Find the fastest engine that keeps the limits which plain INT8, ``candidates[0]``, did not keep.
+
+    Graphs that a device may choose among go into ``folder``; the maker knows of the search.
+    """
     from edgeseg.mixed.judge import Remembered
     from edgeseg.pipeline.goal import GoalSearch, carried_names
 
-    assert quantized.table is not None  # nothing is int8 without
+    assert make.table is not None  # nothing is int8 without
     reporter.note("plain INT8 misses the goal: looking for modules to leave in float (--no-search does not)")
-    candidates = [plain.best, *(candidate for candidate in quantized.candidates if candidate is not plain.best)]
     with verifier.reference(make.spec, verifier.device) as (reference, _):
         assert isinstance(reference, Remembered)  # of a build with a goal
         reached = GoalSearch(
-            request=request,
-            graph=quantized.graph,
-            table=quantized.table,
+            request=make.request,
+            graph=graph,
+            table=make.table,
             pairs=verifier.data.pairs,
             reference=reference,
             write=lambda candidate: make.write(candidate, {}, candidate.folder, None),
             engines_folder=folder.parent,
             reporter=reporter,
         ).run(candidates)
-    make = dataclasses.replace(make, search=reached.record)
     for path, name in zip(reached.carried, carried_names(len(reached.carried)), strict=True):
         shutil.copyfile(path, folder / name)
-    return delivered(request, reached.candidate, plain.medians, make, folder, verifier, reporter), make
+    return reached.candidate, dataclasses.replace(make, search=reached.record)

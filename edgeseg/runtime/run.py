@@ -29,7 +29,7 @@ from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
 from edgeseg.runtime.stream import Stream
 from edgeseg.spec import FitPolicy, PipelineSpec
-from edgeseg.store.outputs import check_outputs, refuse_existing
+from edgeseg.store.files import check_outputs, refuse_existing
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

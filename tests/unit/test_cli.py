@@ -417,7 +417,7 @@ def test_the_json_of_every_verb_is_documented() -> None:
     from edgeseg.cli.inspect import CheckedFile, EngineReport, Layer
     from edgeseg.evaluate.regressions import Change
     from edgeseg.machine.cpu import Cpu
-    from edgeseg.machine.limits import Memory
+    from edgeseg.machine.reading import Memory
     from edgeseg.runtime.run import Failure, RunSummary
 
     page = (ROOT / "docs" / "json.md").read_text()

@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 from edgeseg.arguments import INT32, PATH, TEXT, argument, choice, settle, whole
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.dataset import Pair, ValidationSet, file_digest
-from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution, judge, truth_of_scores
+from edgeseg.evaluate.accuracy.judge import ImageRecord, Ledger, at_resolution, judge, truth_of_scores
 from edgeseg.evaluate.accuracy.layouts import LABEL_MAP, open_layout
-from edgeseg.evaluate.accuracy.ledger import Ledger
 from edgeseg.evaluate.accuracy.loss import LossSums, ScoreTap, loss_sums
 from edgeseg.evaluate.accuracy.scores import accuracy_of, truth_counts
 from edgeseg.evaluate.accuracy.worst import save_worst
