@@ -79,7 +79,7 @@ def test_version() -> None:
         (["bench", "x", "--baseline", "keras"], 2, "keras"),
         (["bench", "x", "--duration-s", "nan"], 2, "duration_s is 'nan'; give seconds"),
         (["bench", "x", "--ignore-index", "9" * 400], 2, "give a whole number from"),
-        (["bench", "x", "--limit", "9" * 5000], 2, "not a valid integer"),
+        (["bench", "x", "--limit", "9" * 5000], 2, "give a whole number from 1"),
         (["bench", "x", "--batch", "4611686018427387904"], 2, "different counts"),
         (["build", "--arch", "fpn", "--classes", "9" * 400], 2, "give a whole number from 1 to 65535"),
         (["build", "--arch", "fpn", "--size", "4611686018427387904"], 2, "HEIGHTxWIDTH"),
@@ -163,7 +163,7 @@ def test_calibrate_asks_before_it_replaces_a_table(
         begun.append(path)
         raise InputError("the images are being read")
 
-    monkeypatch.setattr("edgeseg.pipeline.stages.run_calibration", begin)
+    monkeypatch.setattr("edgeseg.pipeline.calibration.run_calibration", begin)
     arguments = ["calibrate", str(tmp_path), "--arch", "fpn", "--output", str(table), *["--force"] * force]
     monkeypatch.setattr(sys, "argv", ["edgeseg", *arguments])
     with pytest.raises(SystemExit) as end:
@@ -417,7 +417,7 @@ def test_the_json_of_every_verb_is_documented() -> None:
     from edgeseg.cli.inspect import CheckedFile, EngineReport, Layer
     from edgeseg.evaluate.regressions import Change
     from edgeseg.machine.cpu import Cpu
-    from edgeseg.machine.limits import Memory
+    from edgeseg.machine.reading import Memory
     from edgeseg.runtime.run import Failure, RunSummary
 
     page = (ROOT / "docs" / "json.md").read_text()
