@@ -56,8 +56,8 @@ ANY_JSON: dict[str, tuple[Change, str]] = {
     "twice": (b"{}{}", "is damaged or not one"),
     "nan": (b'{"schema_version": NaN}', "is damaged or not one"),
     "digits": (b'{"schema_version": 1' + b"0" * 5000 + b"}", "is damaged or not one|schema version"),
-    "version": (put("schema_version", value=10**6), "has schema version 1000000"),
-    "version 0": (put("schema_version", value=0), "has schema version 0|build the engine again|calibrate again"),
+    "version": (put("schema_version", value=10**6), "has schema version 1000000.*upgrade edgeseg"),
+    "version 0": (put("schema_version", value=0), "version 0.*(build the engine|calibrate|measure) again"),
     "version of words": (put("schema_version", value="1"), "is damaged or not one.*schema_version"),
     "no version": (gone("schema_version"), "is damaged or not one.*missing required field `schema_version`"),
 }
@@ -141,6 +141,8 @@ TABLES: dict[str, tuple[Change, str]] = ANY_JSON | {
 REPORTS: dict[str, tuple[Change, str]] = ANY_JSON | {
     "no rows": (gone("rows"), "missing required field `rows`"),
     "rows of a number": (put("rows", value=3), "rows"),
+    "an empty row": (put("rows", value=[{}]), r"\$\.rows\[0\]"),
+    "a number as date": (put("created_at", value=5), "created_at"),
     "the same row": (lambda d: d["rows"].append(d["rows"][0]), "two rows have the same id"),
     "comparison": (
         put("comparisons", value=[{"baseline": "x", "row": "y", "ratio": 1.0}]),
@@ -155,6 +157,7 @@ REPORTS: dict[str, tuple[Change, str]] = ANY_JSON | {
     "batch": (put("rows", 0, "setting", "batch", value=0), "batch"),
     "share": (put("rows", 0, "accuracy", "truth", "miou", "value", value=7.0), "miou|value"),
     "confusion": (put("rows", 0, "accuracy", "truth", "confusion", value=[[-1]]), "confusion"),
+    "confusion of three": (put("rows", 0, "accuracy", "truth", "confusion", 0, value=[1, 2, 3]), "not square"),
     "classes": (put("rows", 0, "engine", "classes", value=10**12), "classes"),
 }
 

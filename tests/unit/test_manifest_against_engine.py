@@ -23,7 +23,7 @@ from edgeseg.backends.compile import compile_folder
 from edgeseg.backends.signature import TensorInfo, check_signature, expected_image, expected_outputs
 from edgeseg.errors import ArtifactError, EdgesegError, SpecError
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, MAX_JSON_BYTES, FileRef, read_json, read_manifest
+from edgeseg.store.artifacts import MANIFEST_NAME, MAX_JSON_BYTES, FileRef, read_json
 
 
 @pytest.fixture(scope="module")
@@ -207,21 +207,6 @@ def test_a_hostile_manifest_ends_in_one_line(folder: Path, tmp_path: Path, case:
         except EdgesegError as exc:
             assert "\n" not in str(exc)
             assert len(str(exc)) < 1000
-
-
-def test_options_without_a_bottom_end_in_one_line(folder: Path) -> None:
-    edit(folder, options="deep")
-    path = folder / MANIFEST_NAME
-    path.write_text(path.read_text().replace('"deep"', '{"a":' * 30_000 + "1" + "}" * 30_000))
-    with pytest.raises(ArtifactError, match=r"manifest\.json is damaged or not one: it is nested too deeply"):
-        read_manifest(folder)
-
-
-def test_a_manifest_of_gigabytes_is_not_read(folder: Path) -> None:
-    with (folder / MANIFEST_NAME).open("wb") as stream:
-        stream.truncate(6 << 30)
-    with pytest.raises(ArtifactError, match=r"manifest\.json is larger than 64 MiB"):
-        read_manifest(folder)
 
 
 def test_a_json_of_the_largest_size_is_read(tmp_path: Path) -> None:
