@@ -25,7 +25,7 @@ from edgeseg.backends.tensorrt.backend import TensorRTBackend
 from edgeseg.backends.tensorrt.device import Gpu
 from edgeseg.backends.tensorrt.options import TensorRTOptions
 from edgeseg.cli import main
-from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.errors import ArtifactError, SpecError
 from edgeseg.progress import ConsoleReporter, SilentReporter
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Precision
@@ -314,14 +314,6 @@ def test_11_takes_no_implicit_int8_and_leaves_the_folder_as_it_was(tmp_path: Pat
         recompile.compile_folder(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["fpn"]
-
-
-def test_a_failed_build_leaves_the_folder_as_it_was(tmp_path: Path, on_device: Any) -> None:
-    folder = portable_folder(tmp_path / "fpn")
-    on_device("10.3.0").fakery.build_error = "Error Code 9: out of luck at encoder.conv1/Conv"
-    with pytest.raises(BuildError, match="at node encoder.conv1/Conv"):
-        recompile.compile_folder(folder)
-    assert open_engine(folder).manifest.engine is None
 
 
 def test_a_portable_folder_does_not_load_and_says_what_to_run(tmp_path: Path) -> None:

@@ -364,13 +364,6 @@ def test_an_error_at_a_node_that_was_made_names_the_users(tmp_path: Path, versio
         build(tmp_path / "built", again, "int8")
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_progress_is_told_where_there_is_a_monitor(tmp_path: Path, version: str) -> None:
-    told: list[tuple[int, int]] = []
-    build(tmp_path, Recorder(version), progress=lambda done, total: told.append((done, total)))
-    assert told == ([] if version.startswith("8.") else [(33, 100), (66, 100), (100, 100)])
-
-
 def test_phases_are_shares_of_their_parents_step() -> None:
     told: list[int] = []
     watch = BuildWatch(lambda done, total: told.append(done))
