@@ -12,12 +12,14 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import msgspec
 import pytest
 from bench_rows import merged, report, row
+from command_line import typed
 
 from edgeseg.decide.entries import MergedReport, Run, merge, read_runs
 from edgeseg.decide.requirement import Requirement
@@ -363,10 +365,7 @@ def test_reports_are_read_once_and_checked(tmp_path: Path) -> None:
         read_runs([bad])
 
 
-def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "edgeseg", "report", *arguments], capture_output=True, text=True, check=False
-    )
+cli = partial(typed, "report")
 
 
 @pytest.mark.parametrize(
