@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+from command_line import typed
 from cpu_folders import CLASSES, IMAGES, folder_for, own_scheme
 
 import edgeseg
@@ -226,8 +225,7 @@ def test_the_command_line_refuses_it_as_well(whole: Path, tmp_path: Path) -> Non
     edit(copy, model__task="binary", model__classes=1)
     image = tmp_path / "image.png"
     Image.fromarray(IMAGES[0]).save(image)
-    command = [sys.executable, "-m", "edgeseg", "run", copy, image, "--output", tmp_path / "out"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=120)
+    done = typed("run", copy, image, "--output", tmp_path / "out")
     assert done.returncode == 1
     assert "its manifest says 2 values (binary, 1 classes)" in done.stderr
     assert "internal error" not in done.stderr

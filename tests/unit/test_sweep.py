@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from bench_rows import report, row
+from command_line import typed
 from test_artifacts import make_engine
 
 from edgeseg.decide.entries import failed_measurements
@@ -430,9 +429,7 @@ def test_the_documented_example_is_one_the_sweep_accepts(tmp_path: Path) -> None
 
 
 def test_command_line_says_what_is_missing() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "edgeseg", "sweep"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    done = typed("sweep")
     assert done.returncode == 2 and "SWEEP.toml" in done.stderr
 
 
