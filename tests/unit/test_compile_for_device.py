@@ -272,17 +272,6 @@ def test_a_kept_option_that_cannot_be_had_here_says_how_to_drop_it(tmp_path: Pat
         recompile.compile_folder(folder, options={"dla_core": 0})
 
 
-@pytest.mark.parametrize("version", VERSIONS[:4])
-def test_implicit_int8_comes_from_the_table_in_the_folder(tmp_path: Path, on_device: Any, version: str) -> None:
-    folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)
-    recorder = on_device(version)
-    manifest = recompile.compile_folder(folder).manifest
-    assert manifest.precision.requested == "int8" and manifest.precision.mac_share == {"int8": 1.0}
-    assert "INT8" in recorder.set_flags()
-    assert [ref.name for ref in manifest.extra_files] == ["tensorrt.log", "calibration.cache"]
-    assert (folder / "calibration.cache").read_text().splitlines()[1] == "x: 3c010204"  # float32(1 / 127)
-
-
 def test_11_takes_no_implicit_int8_and_leaves_the_folder_as_it_was(tmp_path: Path, on_device: Any) -> None:
     folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -365,28 +365,6 @@ def test_a_config_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, o
         expand(config(tmp_path, **changes))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("archs = ['unet']\nencodres = []", "encodres"),
-        ("archs = 'unet'", r"\$.archs"),
-        ("archs = [", "no sweep"),
-        ("archs = ['unet']\n[bench]\ntogether = 'some'", "some"),
-        ("precisions = ['int8']", "archs"),
-        ("archs = ['unet']\n[bench]\nduration_s = inf", r"\$.bench.duration_s"),
-        ("archs = ['unet']\n[bench]\njobs = -1", r"\$.bench.jobs"),
-        ("archs = ['unet']\nclasses = 1" + "0" * 400, "no sweep"),
-        ("archs = " + "[" * 100_000, "nested too deeply"),
-    ],
-)
-def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "sweep.toml"
-    path.write_text(text)
-    with pytest.raises(SpecError, match=message) as caught:
-        read_config(path)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_requirement_that_can_be_met_without_what_is_not_measured_is_no_mistake(tmp_path: Path) -> None:
     assert expand(config(tmp_path, require="miou_drop <= 0.01 or p99_ms <= 30"))
     with pytest.raises(SpecError, match="-1 jobs"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from engine_folders import write_manifest
 from onnx import TensorProto
 from recorded_tensorrt import VERSIONS, Recorder
-from recorded_tensorrt.fake import PLAN_MARK, parse
+from recorded_tensorrt.fake import parse
 from recorded_tensorrt.graphs import SIDE, small_model
 
 from edgeseg.backends.base import BuiltEngine
@@ -295,31 +294,6 @@ def test_statistics_of_a_normalization_stay_in_float32(
     assert asked == (expected if bound and version.startswith("8.") else set())
     assert {call.target.name for call in recorder.of("ILayer.set_output_type")} == asked
     assert ("PREFER_PRECISION_CONSTRAINTS" in recorder.set_flags()) == bool(asked)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("dtype", ["uint16", "float32"])
-@pytest.mark.parametrize(("precision", "options"), [("fp32", {}), ("int8", {}), ("int8", {"typing": "weak"})])
-def test_16_bit_and_float_images_go_in_as_float32(
-    tmp_path: Path, version: str, dtype: Any, precision: str, options: dict[str, Any]
-) -> None:
-    """No version has 16-bit integers. Where types do not bind, their normalization is asked for in float32."""
-    if options and version.startswith(("8.", "11.")):
-        pytest.skip("typing is no choice there")
-    graph = portable(tmp_path / "engine", precision)
-    model = onnx.load(graph.path)
-    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT16 if dtype == "uint16" else TensorProto.FLOAT
-    onnx.save(model, graph.path)
-    spec = replace(graph.spec, input=replace(graph.spec.input, dtype=dtype))
-    recorder = Recorder(version, {"ILayer.set_output_type": lambda layer, index, dtype: None})
-    changed = replace(graph, spec=spec, sha256=sha256_file(graph.path))
-    backend_of(recorder).build(changed, graph.path.parent, options)
-    plan = json.loads((graph.path.parent / "engine.plan").read_bytes().removeprefix(PLAN_MARK))
-    assert [t["dtype"] for t in plan["tensors"] if t["name"] == "image"] == ["FLOAT"]
-    asked = {call.target.name for call in recorder.of("ILayer.precision =")}
-    half = "FP16" in recorder.set_flags()
-    assert asked == ({f"preprocess/{part}" for part in ("Cast", "Transpose", "Mul")} if half else set())
-    assert half == (precision == "int8" and (version.startswith("8.") or bool(options)))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
