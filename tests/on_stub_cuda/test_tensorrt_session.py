@@ -9,11 +9,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar
 
 import numpy as np
 import onnx
 import pytest
+from described import Described
 from recorded_tensorrt import VERSIONS
 from simulated import SIDE, Simulation, images, model, session, spec
 from stub_cuda import LAUNCH_FAILED, OUT_OF_MEMORY, Stub
@@ -77,16 +77,7 @@ def test_16_bit_and_float_images_reach_the_engine_as_float32(
         with opened._cuda.stream() as stream, opened._cuda.active():
             stream.copy_to_device(held.address + 16, image.reshape(-1).view(np.uint8))
             stream.synchronize()
-
-        class Described:
-            __cuda_array_interface__: ClassVar = {
-                "shape": image.shape,
-                "typestr": "<f4",
-                "data": (held.address + 16, False),
-                "version": 3,
-            }
-
-        with opened.run_device(Described())["mask"] as mask:
+        with opened.run_device(Described(held.address + 16, image.shape, typestr="<f4"))["mask"] as mask:
             np.testing.assert_array_equal(mask.numpy(), expected[1])
         held.close()
     uint8 = Simulation(stub, model())
@@ -425,26 +416,16 @@ def test_a_graph_that_cannot_be_recorded_is_said_and_done_without(
 # -- arrays on the device ---------------------------------------------------------------------------------------------
 
 
-class OnDevice:
+class OnDevice(Described):
     """An array of another library in the stub's device memory, at an offset, written by a stream of its own."""
 
-    def __init__(self, driver: DriverName, array: np.ndarray, offset: int = 0, version: int = 3) -> None:
+    def __init__(self, driver: DriverName, array: np.ndarray, offset: int = 0) -> None:
         self.cuda = open_cuda(driver)
-        self.memory = self.cuda.device_memory(array.nbytes + offset)
-        self.stream = self.cuda.stream()
-        self.array, self.offset, self.version = np.ascontiguousarray(array), offset, version
+        address = self.cuda.device_memory(array.nbytes + offset).address + offset
+        self.array, stream = np.ascontiguousarray(array), self.cuda.stream()
         with self.cuda.active():
-            self.stream.copy_to_device(self.memory.address + offset, self.array.reshape(-1).view(np.uint8))
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, object]:
-        return {
-            "shape": self.array.shape,
-            "typestr": self.array.dtype.str,
-            "data": (self.memory.address + self.offset, False),
-            "version": self.version,
-            "stream": self.stream.address,
-        }
+            stream.copy_to_device(address, self.array.reshape(-1).view(np.uint8))
+        super().__init__(address, array.shape, typestr=array.dtype.str, stream=stream.address)
 
 
 @pytest.fixture
