@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -149,3 +151,28 @@ def test_eight_threads_get_what_one_gets(tmp_path: Path) -> None:
         with ThreadPoolExecutor(8) as pool:
             for mask, expected in zip(pool.map(segmenter, images), serial, strict=True):
                 np.testing.assert_array_equal(mask, expected)
+
+
+BARE_MACHINE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "torchvision", "onnx", "segmentation_models_pytorch", "cv2", "timm"}:
+            raise ImportError(name + " is not on this machine")
+
+sys.meta_path.insert(0, Absent())
+import numpy as np
+import edgeseg
+with edgeseg.load(sys.argv[1]) as segmenter:
+    for size in ((64, 96), (100, 100), (5, 7)):
+        print(segmenter(np.full((*size, 3), 130, np.uint8)).shape)
+"""
+
+
+def test_torch_onnx_smp_and_opencv_are_not_needed(tmp_path: Path) -> None:
+    folder = build(tmp_path / "engine", "logits")
+    command = [sys.executable, "-c", BARE_MACHINE, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["(64, 96)", "(100, 100)", "(5, 7)"]
