@@ -40,7 +40,6 @@ pytestmark = pytest.mark.integration
 
 ENCODER = "mobilenet_v2"
 ARGS = {"decoder_pyramid_channels": 16, "decoder_segmentation_channels": 32}
-REQUEST = ModelRequest(arch="fpn", encoder=ENCODER, model_args=ARGS)
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,10 @@ def places(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[objec
         yield path
 
 
-NUMBERS = tuple(places(json.loads(EXAMPLE.read_text())))
+NUMBERS: dict[tuple[object, ...], list[tuple[object, ...]]] = {}
+"""Of each number a report has: its places, one a row."""
+for _place in places(json.loads(EXAMPLE.read_text())):
+    NUMBERS.setdefault(tuple("*" if isinstance(step, int) else step for step in _place), []).append(_place)
 
 
 def put(value: Any, place: tuple[Any, ...], number: float) -> None:
@@ -85,19 +88,19 @@ def put(value: Any, place: tuple[Any, ...], number: float) -> None:
 @pytest.mark.parametrize("number", [0, -1, 10**400, 5e-324, 1e15], ids=lambda n: f"{str(n)[:5]}-{len(str(n))}")
 def test_a_number_that_cannot_be_is_refused_and_any_other_is_harmless(tmp_path: Path, number: float) -> None:
     """Every number of a report in turn: refused in one line, or all that reads the report can live with it."""
-    assert len(NUMBERS) > 150
+    assert len(NUMBERS) > 90
     path = tmp_path / "r.json"
     accepted = []
-    for place in NUMBERS:
+    for same in NUMBERS.values():
         value = json.loads(EXAMPLE.read_text())
-        put(value, place, number)
+        put(value, same[-1], number)
         path.write_text(json.dumps(value))
         try:
             read_report(path)
         except ArtifactError as exc:
             assert "\n" not in str(exc) and len(str(exc)) < 400
         else:
-            accepted.append(place)
+            accepted.extend(same)
     value = json.loads(EXAMPLE.read_text())
     for place in accepted:
         put(value, place, number)
