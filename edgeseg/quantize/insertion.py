@@ -231,7 +231,7 @@ class _Inserter:
         return weight
 
     def _weight(self, node: ir.Node, weight: QuantizedWeight) -> ir.Value:
-        zeros = np.zeros(weight.scale.shape, np.int8)
+        zeros = np.zeros(weight.scale.shape, weight.values.dtype)
         editor = Editor(self._graph, node, f"{node.name}/weight")
         return self._constant_pair(editor, weight.values, weight.scale, zeros, weight.axis)
 

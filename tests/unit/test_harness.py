@@ -160,11 +160,6 @@ def test_the_interval_of_a_ratio_by_hand() -> None:
         ratio_interval(np.array([1.0]))
 
 
-def test_speeds_not_measured_in_turns_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="in turns"):
-        speed_comparison("a", "b", LatencySamples("a", (1.0, 2.0), 0), LatencySamples("b", (1.0,), 0))
-
-
 def test_warm_up_goes_on_until_times_settle() -> None:
     clock = Clock()
     protocol = LatencyProtocol(

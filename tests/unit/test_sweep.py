@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from bench_rows import report, row
+from command_line import typed
 from test_artifacts import make_engine
 
 from edgeseg.decide.entries import failed_measurements
@@ -369,28 +368,6 @@ def test_a_config_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, o
         expand(config(tmp_path, **changes))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("archs = ['unet']\nencodres = []", "encodres"),
-        ("archs = 'unet'", r"\$.archs"),
-        ("archs = [", "no sweep"),
-        ("archs = ['unet']\n[bench]\ntogether = 'some'", "some"),
-        ("precisions = ['int8']", "archs"),
-        ("archs = ['unet']\n[bench]\nduration_s = inf", "duration_s is inf"),
-        ("archs = ['unet']\n[bench]\njobs = -1", "jobs is -1"),
-        ("archs = ['unet']\nclasses = 1" + "0" * 400, "no sweep"),
-        ("archs = " + "[" * 100_000, "nested too deeply"),
-    ],
-)
-def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "sweep.toml"
-    path.write_text(text)
-    with pytest.raises(SpecError, match=message) as caught:
-        read_config(path)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_requirement_that_can_be_met_without_what_is_not_measured_is_no_mistake(tmp_path: Path) -> None:
     assert expand(config(tmp_path, require="miou_drop <= 0.01 or p99_ms <= 30"))
     with pytest.raises(SpecError, match="-1 jobs"):
@@ -433,9 +410,7 @@ def test_the_documented_example_is_one_the_sweep_accepts(tmp_path: Path) -> None
 
 
 def test_command_line_says_what_is_missing() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "edgeseg", "sweep"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    done = typed("sweep")
     assert done.returncode == 2 and "SWEEP.toml" in done.stderr
 
 
