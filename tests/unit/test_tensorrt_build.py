@@ -19,8 +19,8 @@ from recorded_tensorrt.graphs import SIDE, small_model
 
 from edgeseg.backends.base import BuiltEngine
 from edgeseg.backends.tensorrt import backend as tensorrt_module
-from edgeseg.backends.tensorrt import device as tensorrt_device
 from edgeseg.backends.tensorrt import calibration as tensorrt_calibration
+from edgeseg.backends.tensorrt import device as tensorrt_device
 from edgeseg.backends.tensorrt.backend import TensorRTBackend
 from edgeseg.backends.tensorrt.calibration import ImageFeed, cache_text
 from edgeseg.backends.tensorrt.device import Gpu
