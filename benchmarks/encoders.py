@@ -141,14 +141,12 @@ def run(options: argparse.Namespace) -> None:
             )
             record.write(FILE)
 
+    names = options.only or [name for name in ENCODERS if (name in rows) == bool(options.again)]
     # Each on cores of its own: threads of two that wait for one core spin.
     cores = sorted(os.sched_getaffinity(0))
     shares = [set(cores[index :: options.jobs]) for index in range(options.jobs)]
     with ThreadPoolExecutor(options.jobs, initializer=lambda: os.sched_setaffinity(0, shares.pop())) as pool:
-        for done in [
-            pool.submit(build, name)
-            for name in options.only or [name for name in ENCODERS if (name in rows) == bool(options.again)]
-        ]:
+        for done in [pool.submit(build, name) for name in names]:
             done.result()
 
 
