@@ -73,12 +73,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_engine_is_measured_from_cold_start_to_profile(engine: Path, tmp_path: Path) -> None:
-    request = BenchRequest((engine,), duration_s=0.2, threads=(None, 1), fresh_processes=1, profile=True)
+    request = BenchRequest((engine,), duration_s=0.2, threads=(2, 1), fresh_processes=1, profile=True)
     report = run_bench(request, SilentReporter())
     write_report(tmp_path / "report.json", report)
     assert read_report(tmp_path / "report.json") == report
     first, second = report.rows
-    assert (first.id, second.id) == ("grey b1 t- s1", "grey b1 t1 s1")
+    assert (first.id, second.id) == ("grey b1 t2 s1", "grey b1 t1 s1")
     for row in report.rows:
         assert row.latency is not None and row.cold_start is not None and row.memory is not None
         assert row.latency.end_to_end.count >= 10

@@ -15,7 +15,7 @@ from small_graphs import plain_session
 from edgeseg.backends import get_backend
 from edgeseg.demo import sample_folder
 from edgeseg.errors import BuildError, SpecError
-from edgeseg.evaluate.accuracy.meters import AccuracyMeter
+from edgeseg.evaluate.accuracy.counts import AccuracyMeter
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import OnnxGraph, open_engine, sha256_file
 

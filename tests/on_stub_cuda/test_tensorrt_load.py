@@ -383,7 +383,7 @@ def test_the_harness_gets_the_stages_from_the_device(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, host_memory: str
 ) -> None:
     from edgeseg.backends import get_backend
-    from edgeseg.evaluate.latency.stages import StageClock
+    from edgeseg.evaluate.latency.measure import StageClock
 
     simulation = tensorrt(monkeypatch, stub, "10.3.0")
     engine = compile_folder(folder, options={"host_memory": host_memory})

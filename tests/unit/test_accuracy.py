@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.boundary import boundary_band
-from edgeseg.evaluate.accuracy.counts import MATRIX_CLASSES_LIMIT, count_truth
-from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter, optional
+from edgeseg.evaluate.accuracy.counts import MATRIX_CLASSES_LIMIT, AccuracyMeter, AgreementMeter, count_truth, optional
 from edgeseg.evaluate.intervals import per_class
 from edgeseg.store.artifacts import AccuracyFigures
 

@@ -68,7 +68,7 @@ def test_python_m_edgeseg_is_the_command() -> None:
         (["bench", "x", "--baseline", "keras"], 2, "keras"),
         (["bench", "x", "--duration-s", "nan"], 2, "duration_s is 'nan'; give seconds"),
         (["bench", "x", "--ignore-index", "9" * 400], 2, "give a whole number from"),
-        (["bench", "x", "--limit", "9" * 5000], 2, "not a valid integer"),
+        (["bench", "x", "--limit", "9" * 5000], 2, "give a whole number from 1"),
         (["bench", "x", "--batch", "4611686018427387904"], 2, "different counts"),
         (["build", "--arch", "fpn", "--classes", "9" * 400], 2, "give a whole number from 1 to 65535"),
         (["build", "--arch", "fpn", "--size", "4611686018427387904"], 2, "HEIGHTxWIDTH"),
@@ -145,7 +145,7 @@ def test_calibrate_asks_before_it_replaces_a_table(
         begun.append(path)
         raise InputError("the images are being read")
 
-    monkeypatch.setattr("edgeseg.pipeline.stages.run_calibration", begin)
+    monkeypatch.setattr("edgeseg.pipeline.calibration.run_calibration", begin)
     done = typed("calibrate", tmp_path, "--arch", "fpn", "--output", table, *["--force"] * force)
     assert table.read_text() == "mine"
     exists = f"edgeseg: {table} exists; give --force to replace it, or another output\n"
@@ -386,7 +386,7 @@ def test_the_json_of_every_verb_is_documented() -> None:
     from edgeseg.cli.inspect import CheckedFile, EngineReport, Layer
     from edgeseg.evaluate.regressions import Change
     from edgeseg.machine.cpu import Cpu
-    from edgeseg.machine.limits import Memory
+    from edgeseg.machine.reading import Memory
     from edgeseg.runtime.run import Failure, RunSummary
 
     page = (ROOT / "docs" / "json.md").read_text()

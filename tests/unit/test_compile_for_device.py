@@ -305,7 +305,7 @@ def test_building_for_tensorrt_imports_no_torch() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'segmentation_models_pytorch', 'timm')));"
         "import edgeseg.backends.tensorrt.backend, edgeseg.backends.tensorrt.graph, edgeseg.backends.tensorrt.inspector,"
-        "edgeseg.backends.tensorrt.implicit, edgeseg.backends.tensorrt.rtx, edgeseg.backends.compile"
+        "edgeseg.backends.tensorrt.calibration, edgeseg.backends.tensorrt.rtx, edgeseg.backends.compile"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

@@ -55,7 +55,7 @@ def test_names_no_system_takes(act: Callable[[], object], kind: type[Exception])
 def test_arrays_that_cannot_be_calibrated_on_are_refused_before_the_work(
     given: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeseg.pipeline.stages.load_stage", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("edgeseg.pipeline.plan.load_stage", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(InputError, match=message):
         edgeseg.build("fpn", calibration=given, target="onnxruntime", output=tmp_path / "engine")
 

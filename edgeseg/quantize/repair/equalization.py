@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
 from edgeseg.graph.editing import Editor, constant_array
-from edgeseg.machine.cpu import this_cpu
-from edgeseg.quantize.activations import ActivationSession
+from edgeseg.graph.running import GraphSession
 from edgeseg.quantize.repair.fidelity import score_names, windows
 from edgeseg.quantize.repair.normalization import balance, free_normalizations, scaled_constants
 from edgeseg.quantize.samples import CalibrationSet
@@ -105,9 +104,11 @@ def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet, 
     """Raise :class:`QuantizationError` unless both graphs give the same scores, up to :data:`TOLERANCE`."""
     models = [read_onnx(graph.path) for graph in (before, after)]
     names = score_names(models[0])
-    first, second = (ActivationSession(model, names, this_cpu().cores) for model in models)
+    first, second = (
+        GraphSession(model, "the graph", QuantizationError, names=names, optimized=True) for model in models
+    )
     for window, what in windows(samples.take(range(images)), before.spec.input):
-        for one, other in zip(first.run(window, what), second.run(window, what), strict=True):
+        for one, other in zip(*(session.run(window, what).values() for session in (first, second)), strict=True):
             difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
             if difference > TOLERANCE * scale:
                 raise QuantizationError(
