@@ -106,10 +106,12 @@ def calibration_stage(
         folder, reused = cached_folder("calibration", inputs, make)
         table = load_table(folder / TABLE_NAME)
         said.append(f"{chosen_methods(table)} over {table.images} images")
-        if equalizes:
+        if table.equalization:
             equalized = folder / EQUALIZED_NAME
             graph = dataclasses.replace(graph, path=equalized, sha256=sha256_file(equalized))
             said.append("channels equalized")
+        elif equalizes and "equalization" not in {repair.name for repair in table.repairs}:
+            said.append("channels not equalized: INT8 was worse with it")
         if reused:
             said.append("reused")
     return graph, table
