@@ -75,3 +75,17 @@ class BandsType(CountsType):
     repeats = True
     described = "band numbers"
     example = "4,3,2"
+
+
+class NodataType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on only
+    """A pixel's value, NaN too, or none."""
+
+    name = "VALUE|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if str(value).lower() == "none":
+            return "none"
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is no pixel value; give a number, nan, or none", param, ctx)

@@ -10,7 +10,7 @@ import click
 
 from edgeseg.arguments import INT32, number
 from edgeseg.cli.output import echo, print_json, show
-from edgeseg.cli.parameters import ANY_PATH, PLACE, BandsType, KindType
+from edgeseg.cli.parameters import ANY_PATH, PLACE, BandsType, KindType, NodataType
 from edgeseg.errors import SpecError
 from edgeseg.spec import FitPolicy
 
@@ -66,6 +66,16 @@ if TYPE_CHECKING:
 @click.option("--bands", type=BandsType(), help="Bands of a raster, from 1, in the model's order, such as 4,3,2.")
 @click.option("--overview", type=click.IntRange(2, INT32), help="Read the overview that is so many times smaller.")
 @click.option(
+    "--resolution",
+    type=KindType(number(1e-9, 1e9, "the size of a pixel on the ground, such as 0.5")),
+    help="Ground size of a pixel, in a raster's own units: coarser than its own, as the model was trained.",
+)
+@click.option(
+    "--nodata",
+    type=NodataType(),
+    help="Value of a raster's pixels without data, in place of the one it names; none: no value is.",
+)
+@click.option(
     "--probabilities",
     type=click.Choice(("uint8", "float32")),
     help="Also write a raster's probabilities, a band per class; uint8: 254 is 1.",
@@ -97,6 +107,8 @@ def command(
     raster: bool | None,
     bands: tuple[int, ...] | None,
     overview: int | None,
+    resolution: float | None,
+    nodata: float | Literal["none"] | None,
     probabilities: ProbabilityType | None,
     limit: int | None,
     force: bool,
@@ -114,7 +126,14 @@ def command(
     """
     from edgeseg.runtime.raster import RasterOptions
 
-    rasters = RasterOptions(raster, bands, overview, probabilities)
+    rasters = RasterOptions(
+        use=raster,
+        bands=bands,
+        overview=overview,
+        resolution=resolution,
+        nodata=nodata,
+        probabilities=probabilities,
+    )
     has_urls = any("://" in str(place) for place in (*inputs, output))
     if executor == "local" and (jobs is not None or ray_address is not None):
         raise click.UsageError(
