@@ -7,10 +7,12 @@ normalization, and divided by the same factor at every convolution that reads it
 behind a layer normalization see :mod:`edgeseg.quantize.repair.normalization`.
 
 The factor of a channel balances what it is in its activations against what it is in its readers' weights, the square root of
-the quotient of the two, each relative to its tensor (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
-Correction", ICCV 2019, section 4.1, with activations seen in calibration in place of the first layer's weights, whose scales are
-per channel anyway; the balance of two sides is that of Xiao et al., "SmoothQuant", ICML 2023). A depthwise reader has one scale
-per channel and loses nothing: where all readers are, the activations are made fully even.
+the quotient of the two, each relative to what has one scale: a tensor, and the filter of an output (Nagel et al., "Data-Free
+Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.1, with activations seen in calibration in
+place of the first layer's weights, whose scales are per channel anyway; the balance of two sides is that of Xiao et al.,
+"SmoothQuant", ICML 2023, there relative to the whole weight). What is largest changes with the factors, so they are found in
+rounds. A depthwise reader has one scale per channel and loses nothing: where all readers are, the activations are made fully
+even.
 
 The result does not depend on how the channels were scaled before, so a badly scaled network comes out as the well scaled one.
 """
@@ -27,10 +29,9 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
 from edgeseg.graph.editing import Editor, constant_array
-from edgeseg.machine.cpu import this_cpu
-from edgeseg.quantize.activations import ActivationSession
+from edgeseg.graph.running import GraphSession
 from edgeseg.quantize.repair.fidelity import score_names, windows
-from edgeseg.quantize.repair.normalization import balance, free_normalizations, scaled_constants
+from edgeseg.quantize.repair.normalization import ROUNDS, balance, free_normalizations, relative_to, scaled_constants
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.store.artifacts import OnnxGraph, sha256_file
 from edgeseg.store.onnx_file import read_onnx, write_onnx
@@ -105,9 +106,11 @@ def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet, 
     """Raise :class:`QuantizationError` unless both graphs give the same scores, up to :data:`TOLERANCE`."""
     models = [read_onnx(graph.path) for graph in (before, after)]
     names = score_names(models[0])
-    first, second = (ActivationSession(model, names, this_cpu().cores) for model in models)
+    first, second = (
+        GraphSession(model, "the graph", QuantizationError, names=names, optimized=True) for model in models
+    )
     for window, what in windows(samples.take(range(images)), before.spec.input):
-        for one, other in zip(first.run(window, what), second.run(window, what), strict=True):
+        for one, other in zip(*(session.run(window, what).values() for session in (first, second)), strict=True):
             difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
             if difference > TOLERANCE * scale:
                 raise QuantizationError(
@@ -162,12 +165,18 @@ def channel_count(value: ir.Value | None) -> int | None:
 
 
 def channel_axes(model: ir.Model) -> dict[str, int]:
-    """Values whose magnitude per channel :func:`equalize` wants to know, and the axis of their channels: what convolutions read,
-    and what free layer normalizations make."""
-    read = [n.inputs[0] for n in model.graph if _kernel(n) is not None]
+    """Values whose magnitude per channel :func:`equalize` wants to know, and the axis of their channels: all that are rounded
+    with channels that are free, and what free layer normalizations make."""
+    channels = _join_channels(model.graph)
+    fixed = {channels.root(c) for c in channels.fixed}
+    rounded = [v for v in channels.first if _is_rounded(v) and not fixed.issuperset(channels.roots(v).tolist())]
     made = [normalization.output for normalization in free_normalizations(model.graph)]
-    axes = {str(v.name): 1 for v in read if v is not None}
-    return axes | {str(v.name): len(v.shape) - 1 for v in made if v.shape is not None}
+    return {str(v.name): 1 for v in rounded} | {str(v.name): len(v.shape) - 1 for v in made if v.shape is not None}
+
+
+def _is_rounded(value: ir.Value) -> bool:
+    """Whether a value is quantized itself: of one that only a Relu reads, what is negative never is."""
+    return any(node.op_type != "Relu" for node in value.consumers())
 
 
 def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) -> Equalization:
@@ -337,29 +346,36 @@ def _by_group(node: ir.Node, kernel: NDArray[np.float32]) -> NDArray[np.float32]
 def _factors(graph: ir.Graph, channels: _Channels, magnitudes: Mapping[str, NDArray[np.floating]]) -> Factors:
     """One factor a channel; 1 for those that are fixed or that nothing is known of."""
     count = len(channels.parent)
-    in_activations, in_weights = np.zeros(count), np.zeros(count)
-    known: set[ir.Value] = set()
-    for node in graph:
-        kernel, value = _kernel(node), node.inputs[0] if node.inputs else None
-        if kernel is None or value is None or value not in channels.first:
-            continue
-        roots, seen = channels.roots(value), magnitudes.get(str(value.name))
-        if seen is not None and value not in known and len(seen) == len(roots) and max(seen) > 0:
-            known.add(value)
-            np.maximum.at(in_activations, roots, np.asarray(seen, np.float64) / max(seen))
-        grouped = np.abs(_by_group(node, kernel)).max(axis=(1, 3, 4))
-        if grouped.shape[1] > 1 and grouped.max() > 0:
-            np.maximum.at(in_weights, roots, grouped.reshape(-1).astype(np.float64) / float(grouped.max()))
-    wanted = np.ones(count)
-    both = (in_activations > 0) & (in_weights > 0)
-    wanted[both] = np.sqrt(in_weights[both] / in_activations[both])
-    depthwise = (in_activations > 0) & (in_weights == 0)
-    wanted[depthwise] = 1.0 / in_activations[depthwise]
     roots = np.array([channels.root(c) for c in range(count)], np.int64)
     fixed = np.zeros(count, bool)
     fixed[[channels.root(c) for c in channels.fixed]] = True
-    wanted[fixed] = 1.0
-    return np.asarray(np.clip(wanted, 1.0 / MAX_FACTOR, MAX_FACTOR)[roots], np.float64)
+    # Not only what convolutions read: a channel that is small behind a Relu may be large in the sum in front of it.
+    rounded = [
+        (channels.roots(value), np.asarray(seen, np.float64))
+        for value in channels.first
+        if (seen := magnitudes.get(str(value.name))) is not None and len(seen) == channel_count(value)
+    ]
+    kernels = [
+        (channels.roots(read), np.abs(_by_group(node, kernel)).max(axis=(3, 4)).astype(np.float64))
+        for node in graph
+        if (kernel := _kernel(node)) is not None and (read := node.inputs[0]) is not None and read in channels.first
+    ]
+    factors = np.ones(count)
+    for _ in range(ROUNDS):
+        in_activations, in_weights = np.zeros(count), np.zeros(count)
+        for of, seen in rounded:
+            np.maximum.at(in_activations, of, relative_to(seen * factors[of], axis=0))
+        for of, kernel in kernels:
+            if kernel.shape[2] > 1:
+                shares = relative_to(kernel / factors[of].reshape(len(kernel), 1, -1), axis=2)
+                np.maximum.at(in_weights, of, shares.max(axis=1).reshape(-1))
+        both = (in_activations > 0) & (in_weights > 0)
+        factors[both] *= np.sqrt(in_weights[both] / in_activations[both])
+        depthwise = (in_activations > 0) & (in_weights == 0)
+        factors[depthwise] /= in_activations[depthwise]
+        factors[fixed] = 1.0
+        factors = np.clip(factors, 1.0 / MAX_FACTOR, MAX_FACTOR)
+    return factors[roots]
 
 
 @dataclass(frozen=True)
