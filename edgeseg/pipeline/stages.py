@@ -55,7 +55,7 @@ from edgeseg.quantize.calibration import (
     table_key,
 )
 from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.spec import InputSpec, PipelineSpec, one_of
+from edgeseg.spec import BatchRange, InputSpec, PipelineSpec, one_of
 from edgeseg.store.artifacts import (
     MANIFEST_NAME,
     Engine,
@@ -352,6 +352,11 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter
         if request.size is None and loaded.fitting.size is not None:
             raise SpecError(f"{exc} with --size: {height}x{width} is of {CONFIG_NAME}") from exc
         raise
+    if loaded.fixed_batch is not None and request.batch != BatchRange(*(loaded.fixed_batch,) * 3):
+        raise SpecError(
+            f"{loaded.model.display_name} was exported for {counted(loaded.fixed_batch, 'image')} at a time, not {request.batch}; export it "
+            f"with a dynamic batch, or give --batch {loaded.fixed_batch}"
+        )
     stride, min_size = loaded.stride, None
     if request.dynamic_size:
         from edgeseg.convert.dynamic_size import dynamic_sizes
@@ -420,7 +425,7 @@ def export_stage(
         graph = OnnxGraph(folder / GRAPH_NAME, sha256_file(folder / GRAPH_NAME), "fp32", spec, loaded.weights_sha256)
         said.append(
             f"{report.nodes_exported} -> {report.nodes} nodes, {report.macs_exported / 1e9:.2f} -> "
-            f"{report.macs / 1e9:.2f} GMAC, mask agreement with PyTorch {report.mask_agreement:.6f}"
+            f"{report.macs / 1e9:.2f} GMAC, mask agreement with {loaded.reference} {report.mask_agreement:.6f}"
         )
         if reused:
             said.append("reused")
@@ -527,7 +532,7 @@ def trained_stage(
     with stage(reporter, "calibrate") as said:
         table = trained_table(graph, marks, samples, method, reporter.progress)
         assert table.trained is not None
-        said.append(f"scales of {table.trained.activations} tensors as {' and '.join(marks.tools)} trained them")
+        said.append(f"scales of {table.trained.activations} tensors taken from {' and '.join(marks.tools)}")
         if samples is not None:
             said.append(f"{table.trained.calibrated} others: {method} over {table.images} images")
     if samples is None:
@@ -559,7 +564,10 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     samples = calibration_source(request, loaded)
     with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
         graph, _ = export_stage(loaded, spec, Path(scratch), reporter)
-        _, table = calibration_stage(request, graph, samples, None, Path(scratch), reporter)
+        if loaded.trained is not None and isinstance(samples, CalibrationSet):
+            table = trained_stage(request, graph, read_marks(graph), samples, reporter)
+        else:
+            _, table = calibration_stage(request, graph, samples, None, Path(scratch), reporter)
     table.save(path)
     return table
 
@@ -591,7 +599,7 @@ def candidate_stage(
             if table is None or table.trained is None or table.images:
                 raise
             raise QuantizationError(
-                f"{exc}; the module's fake-quantizers leave them so: give --calibration DIR"
+                f"{exc}; the fake-quantizers of training leave them so: give --calibration DIR"
             ) from exc
     if request.precision == "fp16" and target not in DEVICE_TARGETS and share < 0.5:
         path = candidate.built.path or candidate.graph.path
