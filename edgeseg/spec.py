@@ -358,9 +358,8 @@ class ModelRequest:
 
     Attributes:
         arch: SMP's, or the path of an ONNX file, which then stands in ``weights``.
-        weights: path of a checkpoint, an ONNX file or a ``save_pretrained`` folder, ``"user/model[@revision]"`` of the Hugging Face hub,
-            ``"imagenet"`` (encoder only), ``"random"``, or
-            ``None`` for the demo model of ``arch``.
+        weights: path of a checkpoint, an ONNX file or a ``save_pretrained`` folder, ``"user/model[@revision]"`` of the
+            Hugging Face hub, ``"imagenet"`` (encoder only), ``"random"``, or ``None`` for the demo model of ``arch``.
         weights_key: where the state dict is in a checkpoint that holds several, such as ``"state_dict_ema"``.
         keep_aux: keep an auxiliary classification head as a second output (dropped by default).
         input_dtype: of the images, as in :class:`InputSpec`.

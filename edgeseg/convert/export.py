@@ -21,7 +21,8 @@ from edgeseg.convert.fake_quantizers import mode
 from edgeseg.convert.heads import LOGITS, Pipeline
 from edgeseg.convert.marks import drop_marks, take_marks
 from edgeseg.convert.naming import name_by_scope, name_dynamic_axes
-from edgeseg.convert.onnx_network import OPSET, OnnxNetwork
+from edgeseg.convert.onnx_network import OnnxNetwork
+from edgeseg.convert.onnx_reading import OPSET
 from edgeseg.convert.parity import (
     RELATIVE_TOLERANCE,
     Parity,

@@ -278,6 +278,7 @@ def _axis_of(name: str, shaped: Tensor) -> int | None:
 
 
 def quantizer_of(name: str, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None) -> FakeQuantizer:
+    """The fake-quantizer of these numbers. Raises :class:`SpecError` for one that no int8 engine can take over."""
     if high - low > 255:
         raise refused(name, f"has {high - low + 1} levels, int8 has 256", "train it with 8 bits")
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
@@ -288,6 +289,7 @@ def quantizer_of(name: str, scale: Tensor, zero_point: Tensor, low: int, high: i
 
 
 def refused(name: str, what: str, advice: str) -> SpecError:
+    """The error for a fake-quantizer that no int8 engine can take over."""
     return SpecError(f"the fake-quantizer {name} {what}, which an int8 engine cannot take over; {advice}")
 
 

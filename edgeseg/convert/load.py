@@ -83,10 +83,10 @@ def _load_onnx(request: ModelRequest, images: ImageSource) -> LoadedModel:
     return replace(
         loaded,
         weights=f"the ONNX file {path}",
-        weights_sha256=network.graphs.sha256,
+        weights_sha256=network.graphs.source.sha256,
         users_module=False,
-        notes=(*network.notes, *loaded.notes),
-        onnx_bytes=network.graphs.size_bytes,
+        notes=(*network.graphs.source.notes, *loaded.notes),
+        onnx_bytes=network.graphs.source.size_bytes,
     )
 
 

@@ -72,18 +72,15 @@ def build_summary(engine: Engine) -> Group:
 
     manifest = engine.manifest
     parts: list[RenderableType] = []
-    if manifest.verification is None:
+    if (verification := manifest.verification) is None:
         parts.append(Text("not verified: no images were given (--validation DIR)", style="yellow"))
     else:
-        parts.append(verification_table(manifest.verification, f"{manifest.name} ({manifest.target})"))
-        parts += [Text(line, style="yellow") for line in noise_lines(manifest.verification)]
-        if manifest.verification.engine_accuracy == AccuracyFigures():
-            parts.append(
-                Text(
-                    f"no masks: only the agreement with {manifest.verification.reference} was judged (--validation DIR with masks/)"
-                )
-            )
-        parts.append(Text(f"measured on {manifest.verification.data}", style="dim"))
+        parts.append(verification_table(verification, f"{manifest.name} ({manifest.target})"))
+        parts += [Text(line, style="yellow") for line in noise_lines(verification)]
+        if verification.engine_accuracy == AccuracyFigures():
+            judged = f"no masks: only the agreement with {verification.reference} was judged"
+            parts.append(Text(f"{judged} (--validation DIR with masks/)"))
+        parts.append(Text(f"measured on {verification.data}", style="dim"))
     parts.append(Text(precision_line(manifest.precision)))
     if manifest.candidates:
         listed = ", ".join(f"{name} {ms:.1f} ms" for name, ms in manifest.candidates.items())

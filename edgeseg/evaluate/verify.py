@@ -122,21 +122,22 @@ def check_fidelity(verification: Verification, precision: str, without_ties: Cal
         BuildError: an fp32 engine that is another function than its model.
     """
     agreement, floor = verification.agreement, AGREEMENT_FLOOR[precision]
+    agree = f"of pixels agree with {verification.reference}"
     if agreement >= floor:
         return None
     if precision != "fp32":
         return (
-            f"{agreement:.4f} of pixels agree with {verification.reference}, less than the {floor:g} usual for {precision}: look at the "
+            f"{agreement:.4f} {agree}, less than the {floor:g} usual for {precision}: look at the "
             "masks before using it, or set --min-agreement"
         )
     untied = without_ties()
     if untied < floor:
         raise BuildError(
-            f"the fp32 engine is not its model: {untied:.4f} of pixels agree with {verification.reference}, ties aside, at least {floor:g} "
+            f"the fp32 engine is not its model: {untied:.4f} {agree}, ties aside, at least {floor:g} "
             f"must ({counted(verification.images, 'image')}, {verification.data}); please report the model"
         )
     return (
-        f"{agreement:.4f} of pixels agree with {verification.reference}; all but {1 - untied:.4f} of the others are ties, where "
+        f"{agreement:.4f} {agree}; all but {1 - untied:.4f} of the others are ties, where "
         "its own scores differ by less than rounding"
     )
 

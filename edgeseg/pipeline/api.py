@@ -88,8 +88,8 @@ def build(
         precision: ``fp32``, ``fp16`` or ``int8``.
         model: an SMP module, a subclass or a wrapper of one, instead of ``arch`` and ``weights``.
         encoder: SMP's name, ``tu-`` names are timm's; default the checkpoint's, else ``resnet34``.
-        weights: a checkpoint's or ``.onnx`` file's path, ``"user/model[@revision]"`` of the Hugging Face hub, ``"imagenet"``, ``"random"``, or
-            ``None`` for the demo model of ``arch``.
+        weights: a checkpoint's or ``.onnx`` file's path, ``"user/model[@revision]"`` of the Hugging Face hub, ``"imagenet"``,
+            ``"random"``, or ``None`` for the demo model of ``arch``.
         weights_key: where the state dict is in a checkpoint with several, such as ``"state_dict_ema"``.
         classes: output channels; default what the checkpoint says.
         class_names: one per class; a list, or one string of names separated by commas.

@@ -353,9 +353,10 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter
             raise SpecError(f"{exc} with --size: {height}x{width} is of {CONFIG_NAME}") from exc
         raise
     if loaded.fixed_batch is not None and request.batch != BatchRange(*(loaded.fixed_batch,) * 3):
+        only = counted(loaded.fixed_batch, "image")
         raise SpecError(
-            f"{loaded.model.display_name} was exported for {counted(loaded.fixed_batch, 'image')} at a time, not {request.batch}; export it "
-            f"with a dynamic batch, or give --batch {loaded.fixed_batch}"
+            f"{loaded.model.display_name} was exported for {only} at a time, not {request.batch}; give --batch "
+            f"{loaded.fixed_batch}, or export it with a dynamic batch"
         )
     stride, min_size = loaded.stride, None
     if request.dynamic_size:
