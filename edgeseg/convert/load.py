@@ -6,6 +6,7 @@ a note. Nothing asked for is silently changed.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,15 +80,22 @@ def _load_onnx(request: ModelRequest, images: ImageSource) -> LoadedModel:
 
     path = Path(str(request.weights)).expanduser()
     network = OnnxNetwork(path)
-    loaded = wrap_module(network, replace(request, weights=None), images)
+    try:
+        loaded = wrap_module(network, replace(request, weights=None), images)
+    except SpecError as exc:
+        raise SpecError(_of_file(str(exc))) from exc
     return replace(
         loaded,
         weights=f"the ONNX file {path}",
         weights_sha256=network.graphs.source.sha256,
         users_module=False,
-        notes=(*network.graphs.source.notes, *loaded.notes),
+        notes=(*network.graphs.source.notes, *map(_of_file, loaded.notes)),
         onnx_bytes=network.graphs.source.size_bytes,
     )
+
+
+def _of_file(words: str) -> str:
+    return re.sub("(the )?OnnxNetwork|the module", "the ONNX file", words)
 
 
 def _is_hub_name(request: ModelRequest, weights: str) -> bool:
