@@ -96,7 +96,7 @@ def _load_data_beside(model: onnx.ModelProto, path: Path) -> None:
             data.seek(start)
             tensor.raw_data = data.read(length)
         tensor.ClearField("external_data")
-        tensor.data_location = onnx.TensorProto.DEFAULT
+        tensor.ClearField("data_location")
 
 
 def _refuse_external_data(model: onnx.ModelProto, path: Path) -> None:
