@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ENCODERS, metavar="ENCODER", help="build these, done or not")
     parser.add_argument("--limit-s", type=float, default=900.0, help="for one encoder, then its process is ended")
-    parser.add_argument("--jobs", type=int, default=1, help="encoders at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="encoders at a time, at most a core each")
     parser.add_argument("--until", help="local time HH:MM after which no other encoder is begun")
     parser.add_argument("--shared-machine", action="store_true", help="record that other programs ran beside")
     parser.add_argument("--page", action="store_true", help=f"build nothing, write {PAGE.name} from {FILE.name}")
@@ -138,7 +138,10 @@ def run(options: argparse.Namespace) -> None:
             )
             record.write(FILE)
 
-    with ThreadPoolExecutor(options.jobs) as pool:
+    # Each on cores of its own: threads of two that wait for one core spin.
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [set(cores[index :: options.jobs]) for index in range(options.jobs)]
+    with ThreadPoolExecutor(options.jobs, initializer=lambda: os.sched_setaffinity(0, shares.pop())) as pool:
         for done in [
             pool.submit(build, name) for name in options.only or [name for name in ENCODERS if name not in rows]
         ]:

@@ -26,6 +26,7 @@ from edgeseg.convert.onnx_pairs import take_pairs
 from edgeseg.convert.onnx_reading import OPSET, read_source
 from edgeseg.errors import ArtifactError, BuildError, EdgesegError, SpecError, first_line
 from edgeseg.graph.editing import replace
+from edgeseg.graph.running import GraphSession
 
 _CALL = "OnnxFile"
 
@@ -153,7 +154,7 @@ class _Graphs:
 
     def __init__(self, path: Path) -> None:
         self.classes: int | None = None
-        self._sessions: dict[tuple[str, bool], Any] = {}
+        self._sessions: dict[tuple[str, bool], GraphSession] = {}
         try:
             self.source = read_source(path)
             self.models = {"on": self.source.model}
@@ -173,15 +174,12 @@ class _Graphs:
     def run(self, mode: Mode, optimized: bool, image: NDArray[np.float32]) -> NDArray[Any]:
         """The output for a batch. Raises :class:`BuildError`."""
         form = "weights" if mode == "marked" else mode
-        try:
-            if (form, optimized) not in self._sessions:
-                self._sessions[form, optimized] = _session(self.models[form], optimized)
-            session, quiet = self._sessions[form, optimized]
-            (result,) = session.run(None, {session.get_inputs()[0].name: image}, quiet)
-        except Exception as exc:  # ONNX Runtime's own derive from nothing else
-            raise BuildError(f"ONNX Runtime does not run {self.source.name}: {first_line(exc)}") from exc
+        if (form, optimized) not in self._sessions:
+            session = GraphSession(self.models[form], self.source.name, BuildError, optimized=optimized)
+            self._sessions[form, optimized] = session
+        (result,) = self._sessions[form, optimized].run(image).values()
         self.classes = result.shape[1] if result.ndim == 4 else None
-        return np.asarray(result)
+        return result
 
     def in_own_opset(self, form: str) -> onnx.ModelProto:
         """The graph in the opset of those that are made. Raises :class:`SpecError`."""
@@ -196,15 +194,3 @@ class _Graphs:
                 f"{self.source.name} has opset {opset}, which ONNX cannot convert ({first_line(exc)}); export it with "
                 f"opset_version={OPSET}"
             ) from exc
-
-
-def _session(model: onnx.ModelProto, optimized: bool) -> tuple[Any, Any]:
-    import onnxruntime as ort
-
-    options, quiet = ort.SessionOptions(), ort.RunOptions()
-    # A size that does not fit is an answer, nothing to print.
-    options.log_severity_level = quiet.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
-    if not optimized:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]), quiet

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgeseg.convert.fake_quantizers import FakeQuantizer, quantizer_of, refused
-from edgeseg.convert.parity import ort_session
-from edgeseg.errors import SpecError
+from edgeseg.errors import ArtifactError, SpecError
 from edgeseg.graph.editing import constant_array, remove_unread, weight
+from edgeseg.graph.running import GraphSession
 from edgeseg.graph.signs import not_negative
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
@@ -158,7 +158,8 @@ def _fold(model: ir.Model, values: list[ir.Value]) -> None:
         [tensor for tensor in proto.graph.initializer if tensor.name in read],
     )
     whole = onnx.helper.make_model(part, opset_imports=proto.opset_import, ir_version=proto.ir_version)
-    for value, array in zip(values, ort_session(whole).run(None, {}), strict=True):
+    arrays = GraphSession(whole, "what its constants make", ArtifactError).run({})
+    for value, array in zip(values, arrays.values(), strict=True):
         node = value.producer()
         assert node is not None
         value.replace_all_uses_with(weight(node, array, _weight_name(value)), replace_graph_outputs=True)

@@ -18,6 +18,7 @@ from edgeseg.quantize.parameters import (
     ActivationParameters,
     QuantizedWeight,
     activation_parameters,
+    bias_correction,
     quantize_bias,
     quantize_weight,
     trained_parameters,
@@ -27,7 +28,6 @@ from edgeseg.quantize.parameters import (
 )
 from edgeseg.quantize.placement import Placement, Role
 from edgeseg.quantize.schemes import QuantScheme
-from edgeseg.quantize.weights import bias_correction
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class _Inserter:
         return weight
 
     def _weight(self, node: ir.Node, weight: QuantizedWeight) -> ir.Value:
-        zeros = np.zeros(weight.scale.shape, np.int8)
+        zeros = np.zeros(weight.scale.shape, weight.values.dtype)
         editor = Editor(self._graph, node, f"{node.name}/weight")
         return self._constant_pair(editor, weight.values, weight.scale, zeros, weight.axis)
 
