@@ -55,10 +55,10 @@ class OnnxNetwork(nn.Module):
     @property
     def end(self) -> _Step:
         """The node that makes the output, and those before it."""
-        return _Step(ir.serde.deserialize_model(self.graphs.models["on"]).graph.outputs[0].producer())
+        return _Step(ir.serde.deserialize_model(self.graphs.source.model).graph.outputs[0].producer())
 
     @property
-    def _form(self) -> Mode:
+    def _mode(self) -> Mode:
         parts: Any = self.quantizers
         return next((part.mode for part in parts), "on")
 
@@ -73,7 +73,7 @@ class OnnxNetwork(nn.Module):
             return call
         if image.dtype != torch.float32:
             raise RuntimeError(f"an ONNX file takes float32, got {image.dtype}")
-        return torch.from_numpy(self.graphs.run(self._form, self.optimized, image.cpu().numpy())).to(image.device)
+        return torch.from_numpy(self.graphs.run(self._mode, self.optimized, image.cpu().numpy())).to(image.device)
 
     def as_timed(self) -> OnnxNetwork:
         """The same file as ONNX Runtime runs it by default."""
@@ -91,7 +91,7 @@ class OnnxNetwork(nn.Module):
         call = next(node for node in graph if node.domain == DOMAIN and node.op_type == _CALL)
         image = call.inputs[0]
         assert image is not None
-        inner = ir.serde.deserialize_model(self.graphs.in_own_opset("off" if self._form == "off" else "weights")).graph
+        inner = ir.serde.deserialize_model(self.graphs.in_own_opset()).graph
         taken = {value.name for value in _values(graph)}
         values = {str(value.name): value for value in _values(inner)}
         for value in values.values():
@@ -113,7 +113,7 @@ class OnnxNetwork(nn.Module):
             graph.register_initializer(value)
         graph.insert_before(call, nodes)
         before.replace_all_uses_with(image)
-        for name, pair in self.graphs.marks if self._form == "marked" else ():
+        for name, pair in self.graphs.marks if self._mode == "marked" else ():
             if pair.grid is not None:
                 source = image if values[name] is before else values[name]
                 graph.insert_before(call, ir.node(MARK, [source], dataclasses.asdict(pair.grid), domain=DOMAIN))
@@ -146,23 +146,22 @@ class _Graphs:
     """The file's graph in the forms it is run and converted in; copies of the network share it.
 
     Attributes:
-        models: ``on``: as written; ``weights``: the float graph with weights as its pairs round them; ``off``: as it holds them.
-        pairs: its Q/DQ pairs.
-        marks: values of the float graphs, and the pair that rounds each.
+        source: as written.
+        float_model: without its pairs, weights as these round them.
+        pairs: taken out of it.
+        marks: values of the float graph, and the pair that rounds each.
         classes: of its output, once it has run.
     """
 
     def __init__(self, path: Path) -> None:
         self.classes: int | None = None
-        self._sessions: dict[tuple[str, bool], GraphSession] = {}
+        self._sessions: dict[tuple[bool, bool], GraphSession] = {}
         try:
             self.source = read_source(path)
-            self.models = {"on": self.source.model}
-            for form in ("off", "weights"):
-                model = ir.serde.deserialize_model(self.source.model)
-                self.pairs, self.marks = take_pairs(model, path.name, rounds_weights=form == "weights")
-                name_by_scope(model)
-                self.models[form] = ir.serde.serialize_model(model)
+            model = ir.serde.deserialize_model(self.source.model)
+            self.pairs, self.marks = take_pairs(model, path.name)
+            name_by_scope(model)
+            self.float_model = ir.serde.serialize_model(model)
         except EdgesegError:
             raise
         except Exception as exc:  # onnx, onnx_ir and ONNX Runtime raise what they like of a damaged graph
@@ -173,17 +172,17 @@ class _Graphs:
 
     def run(self, mode: Mode, optimized: bool, image: NDArray[np.float32]) -> NDArray[Any]:
         """The output for a batch. Raises :class:`BuildError`."""
-        form = "weights" if mode == "marked" else mode
-        if (form, optimized) not in self._sessions:
-            session = GraphSession(self.models[form], self.source.name, BuildError, optimized=optimized)
-            self._sessions[form, optimized] = session
-        (result,) = self._sessions[form, optimized].run(image).values()
+        model = self.source.model if mode == "on" else self.float_model
+        key = mode == "on", optimized
+        if key not in self._sessions:
+            self._sessions[key] = GraphSession(model, self.source.name, BuildError, optimized=optimized)
+        (result,) = self._sessions[key].run(image).values()
         self.classes = result.shape[1] if result.ndim == 4 else None
         return result
 
-    def in_own_opset(self, form: str) -> onnx.ModelProto:
-        """The graph in the opset of those that are made. Raises :class:`SpecError`."""
-        model = self.models[form]
+    def in_own_opset(self) -> onnx.ModelProto:
+        """The float graph in the opset of those that are made. Raises :class:`SpecError`."""
+        model = self.float_model
         opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
         if opset == OPSET:
             return model

@@ -24,15 +24,15 @@ _INTEGERS = {ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.
 Marked = list[tuple[str, FakeQuantizer]]
 
 
-def take_pairs(model: ir.Model, name: str, *, rounds_weights: bool) -> tuple[list[FakeQuantizer], Marked]:
+def take_pairs(model: ir.Model, name: str) -> tuple[list[FakeQuantizer], Marked]:
     """Take the pairs out of a graph, in place; returns them, and which value each of activations rounds.
 
-    A pair whose lowest integer is 0 is a ReLU as well, and quantizers leave out the one before it: it is put back.
+    Weights are left as their pairs round them. A pair whose lowest integer is 0 is a ReLU as well, and quantizers leave out
+    the one before it: it is put back.
 
     Args:
         model: constants are initializers, types are known.
         name: of its file, for messages.
-        rounds_weights: leave weights as their pairs round them, and not as the file holds them.
 
     Raises:
         SpecError: one that no int8 engine can take over; integers that something else reads.
@@ -50,22 +50,21 @@ def take_pairs(model: ir.Model, name: str, *, rounds_weights: bool) -> tuple[lis
             continue  # a bias, in the steps of its layer
         quantize, clip = _quantize_before(integers)
         if quantize is None and integers not in fixed:
-            raise _integers_elsewhere(name, node)
+            break
         pair = _read_pair(node, quantize, clip)
+        pair.is_activation = integers not in fixed
         pairs.append(pair)
-        source = None if quantize is None else quantize.inputs[0]
-        pair.is_activation = source is not None and source not in fixed
-        if source is None or (source in fixed and rounds_weights):
+        if quantize is None or not pair.is_activation:
             continue
-        if pair.is_activation:
-            if pair.grid is not None and pair.grid.zero_point == pair.grid.low:
-                relu = ir.node("Relu", [source], name=f"{(node.name or '').rpartition('/')[0]}/Relu")
-                relu.outputs[0].name, relu.outputs[0].dtype = f"{output.name}_not_negative", source.dtype
-                graph.insert_before(node, relu)
-                source = relu.outputs[0]
-            marks.append((source, pair))
+        source = quantize.inputs[0]
+        assert source is not None
+        if pair.grid is not None and pair.grid.zero_point == pair.grid.low and source not in not_negative(graph):
+            relu = ir.node("Relu", [source], name=f"{(node.name or '').rpartition('/')[0]}/Relu")
+            relu.outputs[0].name, relu.outputs[0].dtype = f"{output.name}_not_negative", source.dtype
+            graph.insert_before(node, relu)
+            source = relu.outputs[0]
+        marks.append((source, pair))
         output.replace_all_uses_with(source, replace_graph_outputs=True)
-    marks = _without_needless(graph, marks)
     RemoveUnusedNodesPass()(model)
     fixed = _constants(graph)
     read = {value for node in graph if node.outputs[0] not in fixed for value in node.inputs}
@@ -73,28 +72,9 @@ def take_pairs(model: ir.Model, name: str, *, rounds_weights: bool) -> tuple[lis
     RemoveUnusedNodesPass()(model)
     for node in graph:
         if node.op_type in _PAIR:
-            raise _integers_elsewhere(name, node)
+            where = node.name or node.op_type
+            raise SpecError(f"{name} computes with integers between Q/DQ pairs (at {where}); give one in Q/DQ format")
     return pairs, [(str(value.name), pair) for value, pair in marks]
-
-
-def _integers_elsewhere(name: str, node: ir.Node) -> SpecError:
-    return SpecError(
-        f"{name} computes with integers between Q/DQ pairs ({node.name or node.op_type}); give one in Q/DQ format"
-    )
-
-
-def _without_needless(
-    graph: ir.Graph, marks: list[tuple[ir.Value, FakeQuantizer]]
-) -> list[tuple[ir.Value, FakeQuantizer]]:
-    """Take out the ReLUs that were put back where no value is negative without them."""
-    kept, positive = [], not_negative(graph)
-    for value, pair in marks:
-        node = value.producer()
-        before = node.inputs[0] if node is not None and str(value.name).endswith("_not_negative") else None
-        if before is not None and before in positive:
-            value.replace_all_uses_with(before, replace_graph_outputs=True)
-        kept.append((before if before is not None and before in positive else value, pair))
-    return kept
 
 
 def _quantize_before(integers: ir.Value) -> tuple[ir.Node | None, ir.Node | None]:
