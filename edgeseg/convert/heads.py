@@ -41,9 +41,9 @@ LOGITS = "logits"
 class Normalize(nn.Module):
     """``(N, H, W, C)`` RGB of any input dtype -> float32 ``(N, C, H, W)`` in the network's channel order and range.
 
-    ``(clip(x) * scale - mean) / std``, all after the clip as one multiply-add. The mean is not folded into the
-    first convolution: that pads with zeros, so folding is exact everywhere but at the image border. Cast comes first because TensorRT takes uint8 at a
-    network's input only to cast it.
+    ``(clip(x) * scale - mean) / std``, all after the clip as one multiply-add. The mean is not folded into the first
+    convolution: that pads with zeros, so folding is exact everywhere but at the image border. Cast comes first because
+    TensorRT takes uint8 at a network's input only to cast it.
     """
 
     weight: torch.Tensor
