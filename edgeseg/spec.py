@@ -22,6 +22,7 @@ from edgeseg.arguments import (
     TEXT,
     Kind,
     argument,
+    arguments_of,
     choice,
     number,
     settle,
@@ -365,9 +366,9 @@ class ModelRequest:
     """What the user said about the model; ``None`` means "not said": the checkpoint or a default decides.
 
     Attributes:
-        weights: path of a checkpoint or ``save_pretrained`` folder, ``"user/model[@revision]"`` of the Hugging Face hub,
-            ``"imagenet"`` (encoder only), ``"random"``, or
-            ``None`` for the demo model of ``arch``.
+        arch: SMP's, or the path of an ONNX file, which then stands in ``weights``.
+        weights: path of a checkpoint, an ONNX file or a ``save_pretrained`` folder, ``"user/model[@revision]"`` of the
+            Hugging Face hub, ``"imagenet"`` (encoder only), ``"random"``, or ``None`` for the demo model of ``arch``.
         weights_key: where the state dict is in a checkpoint that holds several, such as ``"state_dict_ema"``.
         keep_aux: keep an auxiliary classification head as a second output (dropped by default).
         input_dtype: of the images, as in :class:`InputSpec`.
@@ -378,7 +379,7 @@ class ModelRequest:
     """
 
     arch: str | None = argument(
-        TEXT,
+        PATH_OR_WORD,
         positional=True,
         help=f"{', '.join(ARCHITECTURES[:-1])} or {ARCHITECTURES[-1]}.  [default: what the checkpoint says]",
     )
@@ -388,8 +389,8 @@ class ModelRequest:
     weights: str | None = argument(
         PATH_OR_WORD,
         metavar="PATH|ID|imagenet|random",
-        help="Checkpoint (.safetensors, .pt, .pth, .ckpt), save_pretrained folder, or user/model[@REVISION] of the "
-        "Hugging Face hub.  [default: the demo model of --arch]",
+        help="Checkpoint (.safetensors, .pt, .pth, .ckpt), save_pretrained folder, .onnx file, or user/model[@REVISION] "
+        "of the Hugging Face hub.  [default: the demo model of --arch]",
     )
     weights_key: str | None = argument(
         TEXT, help="Where the state dict is in a checkpoint with several, such as state_dict_ema."
@@ -428,3 +429,21 @@ class ModelRequest:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.arch is not None and self.arch.lower().endswith(".onnx"):
+            if self.weights is not None:
+                raise SpecError(f"{self.arch} holds its weights; leave weights {shortened(self.weights)} out")
+            object.__setattr__(self, "weights", self.arch)
+            object.__setattr__(self, "arch", None)
+        if not self.is_onnx_file:
+            return
+        for name in ("arch", "encoder", "weights_key", "model_args", "keep_aux"):
+            if getattr(self, name):
+                option = next(a.flag for a in arguments_of(self).values() if a.field == name)
+                raise SpecError(
+                    f"{option} says how to build a model, and {self.weights} is built already; leave it out"
+                )
+
+    @property
+    def is_onnx_file(self) -> bool:
+        """Whether ``weights`` is an ONNX file, the whole model."""
+        return self.weights is not None and self.weights.lower().endswith(".onnx")

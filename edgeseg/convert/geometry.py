@@ -56,13 +56,24 @@ def _first_tensor(output: Any) -> torch.Tensor | None:
     return output if isinstance(output, torch.Tensor) else None
 
 
+def exported_shape(module: torch.nn.Module) -> tuple[int | None, ...]:
+    """``(N, C, H, W)`` of the image that a graph of ``torch.export`` or an ONNX file takes, ``None`` for what it leaves open.
+
+    All is open of a module that is neither.
+    """
+    shape = getattr(module, "image_shape", None)
+    for node in getattr(getattr(module, "graph", None), "nodes", ()) if shape is None else ():
+        given: Any = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
+        if len(given) == 4:
+            shape = tuple(side if type(side) is int else None for side in given)
+            break
+    return (None,) * 4 if shape is None else tuple(shape)
+
+
 def exported_size(module: torch.nn.Module) -> tuple[int, int] | None:
-    """Height and width of the image that ``torch.export`` fixed in a graph, ``None`` where it fixed none."""
-    for node in getattr(getattr(module, "graph", None), "nodes", ()):
-        shape: Any = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
-        if len(shape) == 4:
-            return (shape[2], shape[3]) if all(type(side) is int for side in shape[2:]) else None
-    return None
+    """Height and width of that image, ``None`` where one of them is open."""
+    height, width = exported_shape(module)[2:]
+    return None if height is None or width is None else (height, width)
 
 
 def accepts(module: torch.nn.Module, channels: int, height: int, width: int) -> bool:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def build(
-    arch: str | torch.nn.Module | None = None,
+    arch: str | Path | torch.nn.Module | None = None,
     *,
     precision: Precision = "int8",
     model: torch.nn.Module | None = None,
@@ -84,13 +84,13 @@ def build(
     Numbers may be numpy's or torch's, choices in any case, and ``None`` asks for the default.
 
     Args:
-        arch: one of the twelve SMP architectures; may be left out when the checkpoint or ``model`` tells. Or the module
-            itself, as ``model``.
+        arch: one of the twelve SMP architectures; may be left out when the checkpoint or ``model`` tells. Or the model
+            itself: the path of an ``.onnx`` file, or a module, as ``model``.
         precision: ``fp32``, ``fp16`` or ``int8``.
         model: an SMP module, a subclass or a wrapper of one, instead of ``arch`` and ``weights``.
         encoder: SMP's name, ``tu-`` names are timm's; default the checkpoint's, else ``resnet34``.
-        weights: a checkpoint's path, ``"user/model[@revision]"`` of the Hugging Face hub, ``"imagenet"``, ``"random"``, or
-            ``None`` for the demo model of ``arch``.
+        weights: a checkpoint's or ``.onnx`` file's path, ``"user/model[@revision]"`` of the Hugging Face hub, ``"imagenet"``,
+            ``"random"``, or ``None`` for the demo model of ``arch``.
         weights_key: where the state dict is in a checkpoint with several, such as ``"state_dict_ema"``.
         classes: output channels; default what the checkpoint says.
         class_names: one per class; a list, or one string of names separated by commas.

@@ -13,7 +13,7 @@ from edgeseg.evaluate.tables import counted
 from edgeseg.graph.grid import Marks
 from edgeseg.pipeline.candidate import TABLE_NAME
 from edgeseg.pipeline.plan import refuse_early
-from edgeseg.pipeline.stages import export_stage, load_stage, pipeline_spec
+from edgeseg.pipeline.stages import export_stage, load_stage, pipeline_spec, read_marks
 from edgeseg.pipeline.verification_data import calibration_source
 from edgeseg.progress import Reporter, stage
 from edgeseg.quantize.calibration import (
@@ -128,7 +128,7 @@ def trained_stage(
     with stage(reporter, "calibrate") as said:
         table = trained_table(graph, marks, samples, method, reporter.progress)
         assert table.trained is not None
-        said.append(f"scales of {table.trained.activations} tensors as {' and '.join(marks.tools)} trained them")
+        said.append(f"scales of {table.trained.activations} tensors taken from {' and '.join(marks.tools)}")
         if samples is not None:
             said.append(f"{table.trained.calibrated} others: {method} over {table.images} images")
     if samples is None:
@@ -160,6 +160,9 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     samples = calibration_source(request, loaded)
     with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
         graph, _ = export_stage(loaded, spec, Path(scratch), reporter)
-        _, table = calibration_stage(request, graph, samples, None, Path(scratch), reporter)
+        if loaded.trained is not None and isinstance(samples, CalibrationSet):
+            table = trained_stage(request, graph, read_marks(graph), samples, reporter)
+        else:
+            _, table = calibration_stage(request, graph, samples, None, Path(scratch), reporter)
     table.save(path)
     return table
