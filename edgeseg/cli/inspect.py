@@ -158,12 +158,12 @@ def _tensor_types(model: onnx.ModelProto) -> dict[str, int]:
 def _dtype(node: onnx.NodeProto, types: dict[str, int]) -> str | None:
     import onnx
 
+    from edgeseg.graph.types import FLOATS
+
     if node.op_type.startswith(_INTEGER_OPS):
         return "int8"
-    names: dict[int, str] = {
-        onnx.TensorProto.FLOAT: "fp32",
-        onnx.TensorProto.FLOAT16: "fp16",
-        onnx.TensorProto.BFLOAT16: "bf16",
+    names = {
+        **FLOATS,
         onnx.TensorProto.INT8: "int8",
         onnx.TensorProto.UINT8: "int8",
         onnx.TensorProto.INT32: "int32",

@@ -209,7 +209,7 @@ def without_activation(module: nn.Module, activation: str | None, image: torch.T
         activation: SMP's name.
         image: float32 ``(N, C, H, W)`` to compare on.
     """
-    apply = _APPLIED.get("argmax" if activation in ("argmax", "argmax2d") else ACTIVATIONS.get(activation, "none"))
+    apply = APPLIED.get("argmax" if activation in ("argmax", "argmax2d") else ACTIVATIONS.get(activation, "none"))
     paths = [
         name
         for name, child in module.named_modules()
@@ -234,7 +234,7 @@ def without_activation(module: nn.Module, activation: str | None, image: torch.T
     return (bare, True) if alike else (module, False)
 
 
-_APPLIED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+APPLIED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "softmax": lambda x: x.softmax(dim=1),
     "logsoftmax": lambda x: x.log_softmax(dim=1),

@@ -16,24 +16,11 @@ from pathlib import Path
 
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.nvml import nvml_gpus, nvml_state
-from edgeseg.machine.packages import installed_version
+from edgeseg.machine.packages import ALL_PACKAGES, package_versions
 from edgeseg.machine.reading import core_limit, read_memory, read_number, read_text
 from edgeseg.machine.record import Environment, MachineState, NoiseFlag
 
 ROOT = Path("/")
-PACKAGES = (
-    "edgeseg",
-    "numpy",
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx-cu12",
-    "cuda-python",
-    "pycuda",
-    "torch",
-    "segmentation-models-pytorch",
-    "timm",
-)
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -85,7 +72,7 @@ def describe_machine(before: MachineState, after: MachineState, root: Path = ROO
         power_mode=_power_mode(root),
         jetpack=_jetpack(root),
         thread_variables={name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
-        versions={name: version for name in PACKAGES if (version := installed_version(name)) is not None},
+        versions=package_versions("edgeseg", *ALL_PACKAGES),
         before=before,
         after=after,
     )
