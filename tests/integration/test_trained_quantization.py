@@ -256,7 +256,7 @@ def test_an_onnx_file_with_pairs_is_what_the_module_is(
     assert "network.decoder.blocks.0.conv1.0/Conv" in {
         node.name for node in onnx.load(engine.folder / "model.onnx").graph.node
     }
-    assert engine.manifest.model_request == ModelRequest(file, mean=MEAN, std=STD)
+    assert engine.manifest.model_request == ModelRequest(str(file), mean=MEAN, std=STD)
     assert f"--weights {file}" in str(engine.manifest.command) or "--weights" not in str(engine.manifest.command)
 
 
