@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgeseg.convert.fake_quantizers import FakeQuantizer, quantizer_of, refused
 from edgeseg.errors import ArtifactError, SpecError
-from edgeseg.graph.editing import constant_array, remove_unread, set_type, weight
+from edgeseg.graph.editing import constant_array, remove_unread, weight
 from edgeseg.graph.running import GraphSession
 from edgeseg.graph.signs import not_negative
 
@@ -61,7 +61,7 @@ def take_pairs(model: ir.Model, name: str) -> tuple[list[FakeQuantizer], Marked]
         if pair.grid is not None and pair.grid.zero_point == pair.grid.low and source not in not_negative(graph):
             relu = ir.node("Relu", [source], name=f"{(node.name or '').rpartition('/')[0]}/Relu")
             relu.outputs[0].name = f"{output.name}_not_negative"
-            set_type(relu.outputs[0], source)
+            relu.outputs[0].dtype = ir.DataType.FLOAT
             graph.insert_before(node, relu)
             source = relu.outputs[0]
         marks.append((source, pair))
@@ -91,10 +91,8 @@ def _read_pair(node: ir.Node, quantize: ir.Node | None, clip: ir.Node | None) ->
     scale, zero_point = _numbers(node)
     if scale is None or zero_point is None:
         raise refused(stem, "computes its scale anew for each image", "quantize with static ranges")
-    if quantize is not None and not all(
-        theirs is not None and np.array_equal(theirs, own)
-        for theirs, own in zip(_numbers(quantize), (scale, zero_point), strict=True)
-    ):
+    written = (scale, zero_point) if quantize is None else _numbers(quantize)
+    if any(one is None or not np.array_equal(one, two) for one, two in zip(written, (scale, zero_point), strict=True)):
         raise refused(stem, "is read in other steps than it was rounded to", "give one in Q/DQ format")
     if kind is None or kind not in _INTEGERS:
         numbers = "numbers of no known type" if kind is None else f"{kind.name.lower()} numbers"
@@ -165,8 +163,7 @@ def _before(values: Iterable[ir.Value]) -> dict[ir.Node, None]:
 def _weight_name(value: ir.Value) -> str:
     """The module's name of the weight that ``value`` is made of, if one is."""
     for node in _before([value]):
-        name = "" if node.inputs[0] is None else str(node.inputs[0].name)
-        stem, word, _ = name.partition(".weight")
+        stem, word, _ = str(node.inputs[0] and node.inputs[0].name).partition(".weight")
         if word:
             return stem + word
     return str(value.name)
