@@ -66,7 +66,7 @@ class OnnxNetwork(nn.Module):
         """Run a batch, or stand for the file's nodes in a graph that is exported."""
         if torch.compiler.is_exporting():
             batch, _, height, width = image.shape
-            shape = (batch, self.graphs.classes, height, width)
+            shape = (batch, self.graphs.classes or 0, height, width)
             call: Tensor = torch.onnx.ops.symbolic(
                 f"{DOMAIN}::{_CALL}", (image,), dtype=image.dtype, shape=shape, version=1
             )

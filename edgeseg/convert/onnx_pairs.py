@@ -60,7 +60,8 @@ def take_pairs(model: ir.Model, name: str) -> tuple[list[FakeQuantizer], Marked]
         assert source is not None
         if pair.grid is not None and pair.grid.zero_point == pair.grid.low and source not in not_negative(graph):
             relu = ir.node("Relu", [source], name=f"{(node.name or '').rpartition('/')[0]}/Relu")
-            relu.outputs[0].name, relu.outputs[0].dtype = f"{output.name}_not_negative", source.dtype
+            relu.outputs[0].name = f"{output.name}_not_negative"
+            relu.outputs[0].dtype = ir.DataType.FLOAT
             graph.insert_before(node, relu)
             source = relu.outputs[0]
         marks.append((source, pair))
@@ -90,7 +91,8 @@ def _read_pair(node: ir.Node, quantize: ir.Node | None, clip: ir.Node | None) ->
     scale, zero_point = _numbers(node)
     if scale is None or zero_point is None:
         raise refused(stem, "computes its scale anew for each image", "quantize with static ranges")
-    if quantize is not None and not all(map(np.array_equal, _numbers(quantize), (scale, zero_point))):
+    written = (scale, zero_point) if quantize is None else _numbers(quantize)
+    if any(one is None or not np.array_equal(one, two) for one, two in zip(written, (scale, zero_point), strict=True)):
         raise refused(stem, "is read in other steps than it was rounded to", "give one in Q/DQ format")
     if kind is None or kind not in _INTEGERS:
         numbers = "numbers of no known type" if kind is None else f"{kind.name.lower()} numbers"
@@ -161,7 +163,7 @@ def _before(values: Iterable[ir.Value]) -> dict[ir.Node, None]:
 def _weight_name(value: ir.Value) -> str:
     """The module's name of the weight that ``value`` is made of, if one is."""
     for node in _before([value]):
-        stem, word, _ = "" if node.inputs[0] is None else str(node.inputs[0].name).partition(".weight")
+        stem, word, _ = str(node.inputs[0] and node.inputs[0].name).partition(".weight")
         if word:
             return stem + word
     return str(value.name)

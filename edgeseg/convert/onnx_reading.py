@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def _settle_output(model: ir.Model, name: str) -> tuple[str, ...]:
 _CUT = "cut the rest off with onnx.utils.extract_model(file, part, [image], [map])"
 
 
-def _listed(values: list[ir.Value], what: str) -> str:
+def _listed(values: Sequence[ir.Value], what: str) -> str:
     names = ", ".join(shortened(value.name) for value in values[:4])
     return f"{len(values)} {what} ({names}{', ...' if len(values) > 4 else ''})"
 

@@ -294,7 +294,8 @@ def on(network: OnnxNetwork, image: NDArray[np.float32], wanted: str = "on") -> 
 def rounded(x: NDArray[np.float32], scale: float, zero: int, low: int, high: int) -> NDArray[np.float32]:
     """ONNX's QuantizeLinear and DequantizeLinear, in plain numpy."""
     integers = np.clip(np.rint(x / np.float32(scale)) + zero, low, high)
-    return ((integers - zero) * np.float32(scale)).astype(np.float32)
+    result: NDArray[np.float32] = ((integers - zero) * np.float32(scale)).astype(np.float32)
+    return result
 
 
 def conv(image: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -314,11 +315,11 @@ def test_pairs_are_fake_quantizers(tmp_path: Path) -> None:
         w=weight, s=np.float32(0.05), z=np.uint8(60), l=np.uint8(0), h=np.uint8(127), ws=scales, wz=np.zeros(4, INT8),
     )  # fmt: skip
     own = OnnxNetwork(written(model, tmp_path))
-    activation, of_weight = own.quantizers
+    activation, _ = own.quantizers
     assert isinstance(activation, FakeQuantizer)
     assert activation.grid is not None
     assert (activation.grid.zero_point, activation.grid.low, activation.grid.high) == (60, 0, 127)  # torch's 7 bits
-    assert (of_weight.is_activation, activation.is_activation) == (False, True)
+    assert [part.is_activation for part in own.graphs.pairs] == [True, False]
     whole = np.concatenate([rounded(weight[i : i + 1], float(s), 0, -128, 127) for i, s in enumerate(scales)])
     np.testing.assert_allclose(on(own, image), conv(rounded(image, 0.05, 60, 0, 127), whole), atol=1e-5)
     np.testing.assert_allclose(on(own, image, "weights"), conv(image, whole), atol=1e-5)

@@ -193,16 +193,17 @@ class Frozen(torch.nn.Module):  # type: ignore[misc]
         self.register_buffer("zero_point", part.zero_point.to(torch.int32))
         observer = part.activation_post_process
         self.axis, self.limits = part.ch_axis, (observer.quant_min, observer.quant_max)
+        self.numbers = (float(part.scale), int(part.zero_point)) if part.scale.numel() == 1 else None
 
     def forward(self, x: Any) -> Any:
-        if self.scale.numel() > 1:
+        if self.numbers is None:
             return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, self.axis, *self.limits)
-        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, *self.limits)
+        return torch.fake_quantize_per_tensor_affine(x, *self.numbers, *self.limits)
 
 
 def exported(module: Any, path: Path, *, dynamo: bool) -> Path:
     """By the older exporter for one image of one size, by the newer for any."""
-    module = copy.deepcopy(module)
+    module = copy.deepcopy(module).requires_grad_(False)
     for parent in list(module.modules()):
         for name, part in list(parent.named_children()):
             if isinstance(part, ao.FakeQuantizeBase):
@@ -255,7 +256,7 @@ def test_an_onnx_file_with_pairs_is_what_the_module_is(
     assert "network.decoder.blocks.0.conv1.0/Conv" in {
         node.name for node in onnx.load(engine.folder / "model.onnx").graph.node
     }
-    assert engine.manifest.model_request == ModelRequest(file, mean=MEAN, std=STD)
+    assert engine.manifest.model_request == ModelRequest(str(file), mean=MEAN, std=STD)
     assert f"--weights {file}" in str(engine.manifest.command) or "--weights" not in str(engine.manifest.command)
 
 
