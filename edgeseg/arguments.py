@@ -155,12 +155,12 @@ def choice(words: tuple[str, ...]) -> Kind:
     return Kind(f"one of {', '.join(words)}", _text, choices=words)
 
 
-def several(words: tuple[str, ...]) -> Kind:
-    """Several of a few words, each given by itself."""
+def several(what: str, words: tuple[str, ...]) -> Kind:
+    """Several of a few words, each given by itself; ``what`` one of them is."""
     one = choice(words)
 
     def read(value: Any) -> tuple[str, ...]:
-        return tuple(one.accept("value", word) for word in ([value] if isinstance(value, str) else value))
+        return tuple(one.accept(what, word) for word in ([value] if isinstance(value, str) else value))
 
     return Kind(one.wanted, read, write=list, choices=words, repeats=True)
 

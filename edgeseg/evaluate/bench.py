@@ -73,7 +73,7 @@ class BenchRequest:
 
     engines: tuple[Path, ...] = ()
     baselines: tuple[str, ...] = argument(
-        several((*BASELINES, "none")),
+        several("baseline", (*BASELINES, "none")),
         ("pytorch",),
         name="baseline",
         help="What to compare with, on the engine's device; repeatable, the first counts.  [default: pytorch]",
