@@ -15,7 +15,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -309,6 +309,7 @@ NUMBERS = Kind(
     write=lambda values: [",".join(repr(value) for value in values)],
     metavar="r,g,b",
 )
+RANGE = replace(NUMBERS, wanted="the lowest and the highest pixel value, such as -160,240", metavar="LOW,HIGH")
 NAMES = Kind("names, such as road,sky", _names, write=_write_names, metavar="a,b,c|@FILE")
 SETTINGS = Kind(
     "settings by name, such as threads=2", _settings, write=write_settings, metavar="KEY=VALUE", repeats=True

@@ -17,6 +17,7 @@ from edgeseg.arguments import (
     NAMES,
     NUMBERS,
     PATH_OR_WORD,
+    RANGE,
     SETTINGS,
     TEXT,
     Kind,
@@ -74,7 +75,7 @@ def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the network's float input: ``(x * scale - mean) / std`` per channel.
+    """How an image becomes the network's float input: ``(clip(x) * scale - mean) / std`` per channel.
 
     Attributes:
         mean: per channel, in the units after ``scale`` (0..1 for the usual 1/255), in ``channel_order``.
@@ -83,6 +84,7 @@ class Preprocess:
         channel_order: order the *network* was trained with. The engine's input is always RGB;
             the swap, if any, is inside the graph.
         source: where the values came from, for the manifest and the log.
+        clip: lowest and highest pixel value, which those beyond are held at before all else: a window of a CT image.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -90,8 +92,13 @@ class Preprocess:
     scale: float = 1.0 / 255.0
     channel_order: ChannelOrder = "rgb"
     source: str = "ImageNet default"
+    clip: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.clip is not None and not (len(self.clip) == 2 and -math.inf < self.clip[0] < self.clip[1] < math.inf):
+            raise SpecError(
+                f"clip is {shortened(self.clip)}; give the lowest and the highest pixel value, such as -160,240"
+            )
         if len(self.mean) != len(self.std):
             raise SpecError(f"mean has {len(self.mean)} values, std {len(self.std)}; give one of each per channel")
         if not all(math.isfinite(v) for v in (*self.mean, *self.std, self.scale)):
@@ -108,6 +115,8 @@ class Preprocess:
         if dtype == "uint8":
             return (0.0,) * len(self.mean), (255.0,) * len(self.mean)
         least, most = (-math.inf, math.inf) if dtype == "float32" else (0.0, float(FULL_SCALE[dtype]))
+        if self.clip is not None:
+            least, most = max(least, self.clip[0]), min(most, self.clip[1])
         around = [(m / self.scale, 2 * s / self.scale) for m, s in zip(self.mean, self.std, strict=True)]
         ordered = around[::-1] if self.channel_order == "bgr" else around
         low = tuple(min(max(middle - spread, least), most - 1) for middle, spread in ordered)
@@ -363,7 +372,7 @@ class ModelRequest:
         weights_key: where the state dict is in a checkpoint that holds several, such as ``"state_dict_ema"``.
         keep_aux: keep an auxiliary classification head as a second output (dropped by default).
         input_dtype: of the images, as in :class:`InputSpec`.
-        mean, std, scale, channel_order: preprocessing overrides, as in :class:`Preprocess`.
+        clip, mean, std, scale, channel_order: preprocessing overrides, as in :class:`Preprocess`.
 
     Raises:
         SpecError: a value of another kind; names the argument.
@@ -399,6 +408,9 @@ class ModelRequest:
         choice(get_args(InputDtype)),
         "uint8",
         help="Of the images' pixels: uint16 for 16-bit PNG and TIFF, float32 for physical values.",
+    )
+    clip: tuple[float, ...] | None = argument(
+        RANGE, help="Lowest and highest pixel value; those beyond are held there first, such as a CT window's."
     )
     mean: tuple[float, ...] | None = argument(
         NUMBERS, help="Of pixel values times --scale.  [default: the checkpoint's or encoder's]"

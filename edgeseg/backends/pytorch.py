@@ -270,12 +270,14 @@ class PyTorchSession(Closing):
         return outputs
 
     def _normalize(self, images: Tensor) -> Tensor:
-        """NHWC RGB -> ``(x * scale - mean) / std``, NCHW in the network's channel order."""
+        """NHWC RGB -> ``(clip(x) * scale - mean) / std``, NCHW in the network's channel order."""
         if self.spec.preprocess.channel_order == "bgr":
             images = images.flip(-1)
         memory = torch.channels_last if self._channels_last else torch.contiguous_format
         # A copy, of float32 too: what follows is done in place.
         x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory, copy=True)
+        if self.spec.preprocess.clip is not None:
+            x.clamp_(*self.spec.preprocess.clip)
         return x.mul_(self.spec.preprocess.scale).sub_(self._mean).div_(self._std)
 
     def _outputs(self, raw: Tensor) -> dict[str, Tensor]:

@@ -229,6 +229,7 @@ def _spec_table(manifest: Manifest) -> FigureTable:
             f"mean {_numbers(preprocess.mean)} std {_numbers(preprocess.std)}, {preprocess.channel_order}",
         ),
         ("", f"scale {preprocess.scale:.6g} ({preprocess.source})"),
+        *([] if preprocess.clip is None else [("", "clipped to {:g}..{:g} first".format(*preprocess.clip))]),
         ("output", output),
         ("built on", ", ".join(manifest.device.values()) or MISSING),
         ("built with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()) or MISSING),

@@ -285,7 +285,10 @@ def rounding_error(loaded: LoadedModel, images: NDArray[Any]) -> float:
     Untrained networks without working normalization amplify it from layer to layer.
     """
     preprocess = loaded.preprocess
-    values = (images * preprocess.scale - np.array(preprocess.mean)) / np.array(preprocess.std)
+    values = images.astype(np.float64)
+    if preprocess.clip is not None:
+        values = values.clip(*preprocess.clip)
+    values = (values * preprocess.scale - np.array(preprocess.mean)) / np.array(preprocess.std)
     x = torch.from_numpy(values.transpose(0, 3, 1, 2).copy())
     with silenced(), torch.inference_mode():
         try:

@@ -41,9 +41,9 @@ LOGITS = "logits"
 class Normalize(nn.Module):
     """``(N, H, W, C)`` RGB of any input dtype -> float32 ``(N, C, H, W)`` in the network's channel order and range.
 
-    ``(x * scale - mean) / std`` as one multiply-add. The mean is not folded into the first convolution: that pads with
-    zeros, so folding is exact everywhere but at the image border. Cast comes first because TensorRT takes uint8 at a
-    network's input only to cast it.
+    ``(clip(x) * scale - mean) / std``, all after the clip as one multiply-add. The mean is not folded into the first
+    convolution: that pads with zeros, so folding is exact everywhere but at the image border. Cast comes first because
+    TensorRT takes uint8 at a network's input only to cast it.
     """
 
     weight: torch.Tensor
@@ -54,6 +54,7 @@ class Normalize(nn.Module):
         mean = torch.tensor(preprocess.mean, dtype=torch.float64)
         std = torch.tensor(preprocess.std, dtype=torch.float64)
         weight, bias = preprocess.scale / std, -mean / std
+        self.clip = preprocess.clip
         self.swap = preprocess.channel_order == "bgr"
         if self.swap:  # normalized in the image's order, so that the swap stands right before the network
             weight, bias = weight.flip(0), bias.flip(0)
@@ -63,6 +64,8 @@ class Normalize(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Normalize one batch."""
         x = image.to(torch.float32).permute(0, 3, 1, 2)
+        if self.clip is not None:
+            x = x.clamp(*self.clip)
         x = x * self.weight + self.bias
         return x.flip(1) if self.swap else x
 

@@ -41,8 +41,9 @@ def input_line(spec: PipelineSpec, *, is_default_size: bool) -> str:
     parts.append(fit_words(image))
     mean, std = (",".join(f"{value:.4g}" for value in values) for values in (preprocess.mean, preprocess.std))
     values = values_words(preprocess, image.dtype)
+    clip = "" if preprocess.clip is None else "clipped to {:g}..{:g}; ".format(*preprocess.clip)
     order = "" if preprocess.channel_order == "rgb" else f", {preprocess.channel_order.upper()} inside"
-    line = f"{', '.join(parts)}; mean {mean} std {std} of {values}{order} (from {preprocess.source})"
+    line = f"{', '.join(parts)}; {clip}mean {mean} std {std} of {values}{order} (from {preprocess.source})"
     return line + ("; the size is only a default, give --size" if is_default_size else "")
 
 

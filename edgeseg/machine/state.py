@@ -10,7 +10,6 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,11 +98,11 @@ class Counters:
     overcurrent: int | None = None
 
 
-def read_counters(root: Path = ROOT, clock: Callable[[], float] = time.monotonic) -> Counters:
+def read_counters(root: Path = ROOT) -> Counters:
     """Read the counters now."""
     used = os.times()
     return Counters(
-        seconds=clock(),
+        seconds=time.monotonic(),
         busy_s=_busy_seconds(read_text(root / "proc" / "stat")),
         own_s=used.user + used.system + used.children_user + used.children_system,
         thermal=_sum_of(root / "sys" / "devices" / "system" / "cpu", "cpu[0-9]*/thermal_throttle/*_throttle_count"),

@@ -47,6 +47,7 @@ def build(
     model_args: Mapping[str, Any] | None = None,
     keep_aux: bool = False,
     input_dtype: InputDtype = "uint8",
+    clip: Sequence[float] | None = None,
     mean: float | Iterable[float] | None = None,
     std: float | Iterable[float] | None = None,
     scale: float | None = None,
@@ -100,6 +101,8 @@ def build(
         keep_aux: keep the auxiliary classification head as a second output.
         input_dtype: of the images the engine takes: ``uint8``, ``uint16`` (16-bit PNG, TIFF) or ``float32`` (physical values,
             such as reflectance or Hounsfield units). Images of another one are refused, never converted.
+        clip: lowest and highest pixel value, which those beyond are held at before all else, in the graph: ``(-160, 240)`` for a
+            window of Hounsfield units.
         mean: per channel, or one for all, of pixel values times ``scale``; default the checkpoint's or the encoder's.
         std: the same.
         scale: factor on pixel values before mean and std, whose units are then those; default 1/255, of uint16 1/65535, for

@@ -87,7 +87,7 @@ def _details(report: MergedReport, group: DeviceGroup, entry: Entry, is_open: bo
     reference = baseline.row.accuracy.truth if baseline is not None and baseline.row.accuracy is not None else None
     agreement = accuracy.agreement if accuracy is not None else None
     is_equal = agreement is not None and agreement.overall.value == 1.0
-    confusion = () if is_equal else _confusion(truth, reference, names)
+    confusion = [] if is_equal else _confusion(truth, reference, names)
     return {
         "entry": entry,
         "is_open": is_open,
