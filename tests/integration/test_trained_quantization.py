@@ -201,16 +201,16 @@ class Frozen(torch.nn.Module):  # type: ignore[misc]
         return torch.fake_quantize_per_tensor_affine(x, *self.numbers, *self.limits)
 
 
-def exported(module: Any, path: Path, *, dynamo: bool) -> Path:
-    """By the older exporter for one image of one size, by the newer for any."""
+def exported(module: Any, path: Path, *, dynamo: bool, is_dynamic: bool = False) -> Path:
+    """By the older exporter or the newer, for one image of one size or for any, which torch's fake quantization cannot."""
     module = copy.deepcopy(module).requires_grad_(False)
     for parent in list(module.modules()):
         for name, part in list(parent.named_children()):
             if isinstance(part, ao.FakeQuantizeBase):
                 setattr(parent, name, Frozen(part))
     dim = torch.export.Dim.DYNAMIC
-    shapes: Any = {"dynamic_shapes": ({0: dim, 2: dim, 3: dim},)} if dynamo else {}
-    image = torch.zeros(2, 3, SIDE, SIDE + 32) if dynamo else torch.zeros(1, 3, SIDE, SIDE)
+    shapes: Any = {"dynamic_shapes": ({0: dim, 2: dim, 3: dim},)} if is_dynamic else {}
+    image = torch.zeros(2, 3, SIDE, SIDE + 32) if is_dynamic else torch.zeros(1, 3, SIDE, SIDE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(module, (image,), path, dynamo=dynamo, verbose=False, **shapes)
@@ -283,7 +283,7 @@ def test_a_file_of_onnx_runtimes_quantizer_keeps_its_scales(trained: tuple[Any, 
 
 
 def test_a_float_file_is_calibrated_as_a_module_is(trained: tuple[Any, Any], tmp_path: Path) -> None:
-    file = exported(trained[0], tmp_path / "plain.onnx", dynamo=True)
+    file = exported(trained[0], tmp_path / "plain.onnx", dynamo=True, is_dynamic=True)
     with pytest.raises(InputError, match="int8 needs calibration images"):
         built(file, tmp_path)
     engine = built(file, tmp_path, calibration=pictures("calib", 12), batch="1:2:4")
