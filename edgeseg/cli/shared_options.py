@@ -37,7 +37,7 @@ def request_options(
     def add(command: Callable[P, R]) -> Callable[..., R]:
         @wraps(command)
         def with_given(*args: P.args, **options: P.kwargs) -> R:
-            given = {argument.name: options.pop(argument.field) for argument in chosen}
+            given: dict[str, Any] = {argument.name: options.pop(argument.field) for argument in chosen}
             sm = options.pop("sm", None)
             if sm is not None:
                 given["backend_options"] = {**(given["backend_options"] or {}), "sm": sm}
