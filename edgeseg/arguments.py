@@ -208,6 +208,13 @@ def _numbers(value: Any) -> tuple[float, ...]:
     return numbers
 
 
+def _range(value: Any) -> tuple[float, float]:
+    low, high = _numbers(value)
+    if not low < high:
+        raise ValueError
+    return low, high
+
+
 def _names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str) and value.startswith("@"):
         return _listed_names(value[1:])
@@ -309,7 +316,9 @@ NUMBERS = Kind(
     write=lambda values: [",".join(repr(value) for value in values)],
     metavar="r,g,b",
 )
-RANGE = replace(NUMBERS, wanted="the lowest and the highest pixel value, such as -160,240", metavar="LOW,HIGH")
+RANGE = replace(
+    NUMBERS, wanted="the lowest and the highest pixel value, such as -160,240", read=_range, metavar="LOW,HIGH"
+)
 NAMES = Kind("names, such as road,sky", _names, write=_write_names, metavar="a,b,c|@FILE")
 SETTINGS = Kind(
     "settings by name, such as threads=2", _settings, write=write_settings, metavar="KEY=VALUE", repeats=True

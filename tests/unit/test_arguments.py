@@ -95,6 +95,8 @@ def test_what_has_one_meaning_is_taken(said: dict[str, Any], field: str, value: 
         ({"mean": [float("nan")]}, "mean is [nan]"),
         ({"mean": [10**400]}, "mean is [1000"),
         ({"std": ()}, "std is ()"),
+        ({"clip": "1"}, "clip is '1'; give the lowest and the highest pixel value, such as -160,240"),
+        ({"clip": (240, -160)}, "clip is (240, -160); give the lowest"),
         ({"precision": "int4"}, "unknown precision 'int4'; did you mean 'int8'?"),
         ({"precision": 8}, "precision is 8; give one of fp32, fp16, int8"),
         ({"weights": {"a": 1}}, "weights is {'a': 1}; give a path or a name"),
