@@ -215,7 +215,7 @@ def masks_of(graph: OnnxGraph, images: tuple[NDArray[np.uint8], ...]) -> list[ND
 
 
 def miou(masks: list[NDArray[np.integer[Any]]], work: Any) -> float:
-    from edgeseg.evaluate.accuracy.meters import AccuracyMeter
+    from edgeseg.evaluate.accuracy.counts import AccuracyMeter
 
     meter = AccuracyMeter(work.spec.model.classes)
     for mask, truth in zip(masks, work.masks, strict=True):

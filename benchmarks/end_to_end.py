@@ -26,7 +26,7 @@ from benchmarks.peers import PEERS, Contender, NotInstalledError, prepare
 from benchmarks.record import RESULTS, Machine, Record, ratios, this_machine, versions
 from benchmarks.workload import Workload, camvid, camvid_folder, demo
 from edgeseg.demo import demo_models
-from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter
+from edgeseg.evaluate.accuracy.counts import AccuracyMeter, AgreementMeter
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
 
 REFERENCE = "pytorch-eager"

@@ -1,8 +1,9 @@
 """What equalization of channels recovers: INT8 of trained networks, and of the same networks badly scaled.
 
 Each demo model as trained, and with channels scaled by 1/32..32 (:mod:`benchmarks.badly_scaled`: the float network computes the
-same), built with and without equalization, for the kernels of three targets; judged on the demo's validation scenes. Graphs for
-TensorRT are executed in ONNX Runtime as they are written; nothing is said about a GPU.
+same), built with and without equalization, for the kernels of three targets; judged on the demo's validation scenes. Of
+the targets that run here, the engine of the badly scaled network and that of the network as trained, both equalized, are timed in
+turns. Graphs for TensorRT are executed in ONNX Runtime as they are written; nothing is said about a GPU.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from rich.table import Table
 
 import edgeseg
 from benchmarks.badly_scaled import badly_scaled
-from benchmarks.record import RESULTS, Record, this_machine, versions
+from benchmarks.hard_networks import in_turns
+from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
 from edgeseg.convert.load import load_model
 from edgeseg.demo import demo_models, sample_folder
 from edgeseg.spec import ModelRequest
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.artifacts import Engine, open_engine
 
 TARGETS = ("onnxruntime", "openvino", "tensorrt")
 
@@ -30,7 +32,8 @@ TARGETS = ("onnxruntime", "openvino", "tensorrt")
 def main() -> None:
     options = arguments()
     machine = this_machine()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    speeds: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for arch in options.archs:
             loaded = load_model(ModelRequest(arch=arch))
@@ -49,19 +52,24 @@ def main() -> None:
                             validation=sample_folder() / "val",
                             target=target,
                             equalize=equalize,
-                            output=Path(scratch) / "engine",
+                            output=Path(scratch) / f"{name}, {target}",
                             force=True,
                         )
                         rows[-1] |= figures(engine, "equalized" if equalize else "plain")
                     print(rows[-1], flush=True)
+            for target in ("onnxruntime", "openvino"):
+                engines = {name: open_engine(Path(scratch) / f"{name}, {target}") for name in networks}
+                speeds[f"{arch}, {target}"] = ratios(in_turns(engines), ("as trained",))["as trained"]
+                print(arch, target, speeds[f"{arch}, {target}"], flush=True)
     record = Record(
         benchmark="equalization",
         workload="INT8 with and without equalization of channels, demo models as trained and badly scaled; TensorRT's graphs "
         "executed in ONNX Runtime, not run on a GPU",
         machine=machine,
         versions=versions(),
-        settings={},
+        settings={"shared_machine": options.shared_machine},
         rows=rows,
+        ratios={"as trained": speeds},
     )
     record.write(options.output)
     Console(width=130).print(table(rows))
@@ -91,6 +99,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", default=demo_models())
+    parser.add_argument("--shared-machine", action="store_true", help="record that other programs ran beside")
     parser.add_argument("--output", type=Path, default=RESULTS / "equalization.json")
     return parser.parse_args()
 

@@ -1,12 +1,12 @@
 """Networks INT8 is known to dislike: what it loses plainly, after repair, and as mixed precision that meets a goal.
 
-    python -m benchmarks.hard_networks --folder /tmp/hard [--names segformer ...] [--minutes 4]
+    python -m benchmarks.hard_networks --folder /tmp/hard [--names segformer ...] [--targets openvino ...]
 
 Each is trained for a few CPU minutes on generated scenes and kept as ``<folder>/<name>.safetensors``; the weights are not
 committed. They are good enough to have class boundaries where the scenes have them, and no better: what INT8 loses of them is
 compared with themselves in PyTorch, on the validation scenes of the demo. ``plain`` is INT8 of per-tensor ranges from minimum to
 maximum; ``repaired`` what ``edgeseg build`` makes without a limit; ``goal`` what it delivers with ``--max-drop``. Graphs for
-TensorRT are executed in ONNX Runtime as they are written; nothing is said about a GPU.
+TensorRT are executed in ONNX Runtime as they are written; nothing is said about a GPU. Rows that the output holds are kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import edgeseg
 from benchmarks.badly_scaled import scaled_badly
-from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
+from benchmarks.record import RESULTS, Record, ratios, read_record, this_machine, versions
 from edgeseg.demo import sample_folder
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
 from edgeseg.images.decoding import list_images, read_image
@@ -42,19 +42,20 @@ train_demo: Any = importlib.import_module("train_demo")
 
 @dataclass(frozen=True)
 class Network:
-    """What ``smp.create_model`` is told, beside the classes."""
+    """What ``smp.create_model`` is told, beside the classes, and how many minutes of processor time it is trained."""
 
     arch: str
     encoder: str
     model_args: dict[str, Any] = field(default_factory=dict)
+    minutes: float = 4.0
 
 
 NETWORKS = {
     "segformer": Network("segformer", "mit_b0"),
-    "dpt": Network("dpt", "tu-vit_tiny_patch16_224", {"dynamic_img_size": True}),
+    "dpt": Network("dpt", "tu-vit_tiny_patch16_224", {"dynamic_img_size": True}, minutes=6.0),
     "upernet": Network("upernet", "tu-convnext_atto", {"decoder_channels": 64}),
     "unet": Network("unet", "efficientnet-b0"),
-    "fpn": Network("fpn", "mobilenet_v2"),
+    "fpn": Network("fpn", "mobilenet_v2", minutes=3.0),
     "manet": Network("manet", "tu-mobilenetv3_small_100"),
 }
 """By architecture: layer normalization with GELU thrice (attention in the first two), SiLU with squeeze-and-excite, clips at 6,
@@ -85,8 +86,8 @@ def trained(name: str, folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def train(name: str, folder: Path, minutes: float, threads: int, rate: float = 1e-3) -> None:
-    """Train for ``minutes`` of processor time a thread."""
+def train(name: str, folder: Path, threads: int, rate: float = 1e-3) -> None:
+    """Train for the network's minutes of processor time a thread."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     images, masks = train_demo.training_scenes(SCENES, folder / "scenes", threads)
@@ -94,7 +95,7 @@ def train(name: str, folder: Path, minutes: float, threads: int, rate: float = 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-3)
     loss_of = torch.nn.CrossEntropyLoss(torch.tensor(train_demo.CLASS_WEIGHTS))
     stream, started, steps = train_demo.batches(images, masks, 0, CROP), time.process_time(), 0
-    while (progress := (time.process_time() - started) / threads / (60 * minutes)) < 1:
+    while (progress := (time.process_time() - started) / threads / (60 * NETWORKS[name].minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate * train_demo.learning_rate(progress) / train_demo.PEAK_RATE
         batch, truth = next(stream)
@@ -111,13 +112,13 @@ def train(name: str, folder: Path, minutes: float, threads: int, rate: float = 1
 
 
 def measure(
-    name: str, scaling: str, options: argparse.Namespace, scratch: Path
+    name: str, scaling: str, targets: list[str], options: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
     """For each target a row, and how much faster than fp32 its engine is, where it runs here."""
-    module = trained(name, options.folder)
+    module, scratch = trained(name, options.folder), options.folder / "engines"
     if scaling == BADLY_SCALED:
         module = scaled_badly(module)
-    for target in options.targets:
+    for target in targets:
 
         def build(kind: str, precision: Precision = "int8", *, target: str = target, **settings: Any) -> Engine:
             return edgeseg.build(
@@ -136,7 +137,7 @@ def measure(
                 **settings,
             )
 
-        row: dict[str, Any] = {"name": name, "scaling": scaling, "target": target}
+        row: dict[str, Any] = {"name": f"{name}, {scaling}, {target}"}
         plain = build("plain", equalize=False, calibration_method="minmax")
         row["plain"] = figures(plain)
         row["pytorch_miou"] = verified(plain).pytorch_accuracy.miou
@@ -185,7 +186,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=4, help="of processor time a thread, for each network")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scalings", nargs="+", choices=SCALINGS, default=list(SCALINGS))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -194,16 +194,18 @@ def main() -> None:
     parser.add_argument("--shared-machine", action="store_true", help="record that other programs ran beside")
     parser.add_argument("--output", type=Path, default=RESULTS / "hard_networks.json")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    speeds: dict[str, Any] = {}
+    before = read_record(options.output) if options.output.is_file() else None
+    rows = {} if before is None else {row["name"]: row for row in before.rows}
+    speeds = {} if before is None else before.ratios["fp32"]
     for name in options.names:
         if not (options.folder / f"{name}.safetensors").is_file():
-            train(name, options.folder, options.minutes, options.threads)
+            train(name, options.folder, options.threads)
         for scaling in options.scalings:
-            for row, speed in measure(name, scaling, options, options.folder / "engines"):
-                rows.append(row)
+            targets = [target for target in options.targets if f"{name}, {scaling}, {target}" not in rows]
+            for row, speed in measure(name, scaling, targets, options):
+                rows[row["name"]] = row
                 if speed is not None:
-                    speeds[f"{name}, {scaling}, {row['target']}"] = speed
+                    speeds[row["name"]] = speed
                 print(*(f"{key}: {value}" for key, value in row.items() if key != "samples_ms"), speed, flush=True)
                 # After each: a run takes hours.
                 Record(
@@ -212,8 +214,14 @@ def main() -> None:
                     "graphs executed in ONNX Runtime, not run on a GPU",
                     machine=this_machine(),
                     versions=versions(),
-                    settings={key: value for key, value in vars(options).items() if key not in ("folder", "output")},
-                    rows=rows,
+                    settings={
+                        "minutes": {name: network.minutes for name, network in NETWORKS.items()},
+                        **{
+                            key: vars(options)[key]
+                            for key in ("threads", "max_drop", "search_minutes", "shared_machine")
+                        },
+                    },
+                    rows=list(rows.values()),
                     ratios={"fp32": speeds},
                 ).write(options.output)
 

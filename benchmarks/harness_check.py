@@ -20,8 +20,8 @@ from rich.console import Console
 import edgeseg
 from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
 from edgeseg.backends import get_backend
+from edgeseg.evaluate.latency.measure import StageClock
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples
-from edgeseg.evaluate.latency.stages import StageClock
 from edgeseg.runtime.segmenter import Segmenter
 
 ALLOWED = 0.03

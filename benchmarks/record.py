@@ -14,8 +14,8 @@ import msgspec
 
 from edgeseg.evaluate.latency.protocol import LatencySamples, compare
 from edgeseg.machine.cpu import this_cpu
-from edgeseg.machine.limits import core_limit, read_memory
 from edgeseg.machine.packages import installed_version
+from edgeseg.machine.reading import core_limit, read_memory
 from edgeseg.store.artifacts import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -21,7 +21,7 @@ from benchmarks.record import RESULTS, Record, this_machine, versions
 from benchmarks.workload import camvid, camvid_folder
 from edgeseg.backends.portable import open_graph
 from edgeseg.demo import demo_models
-from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter
+from edgeseg.evaluate.accuracy.counts import AccuracyMeter, AgreementMeter
 from edgeseg.spec import Precision
 from edgeseg.store.artifacts import Verification
 

@@ -17,11 +17,13 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from edgeseg.errors import SpecError, did_you_mean, one_line
+
+Request = TypeVar("Request")
 
 MOST = 65535
 """Largest count of classes, channels, pixels of a side or images of a batch that a request may name."""
@@ -55,7 +57,7 @@ class Kind:
 
     def accept(self, name: str, value: object) -> Any:
         """Return the value as the field holds it. Raises :class:`SpecError`, naming the argument."""
-        if self.choices and isinstance(value, str):
+        if self.choices and isinstance(value, str) and not self.repeats:
             word = value.strip().lower()
             if word not in self.choices:
                 raise SpecError(
@@ -151,6 +153,31 @@ def number(low: float, high: float, wanted: str) -> Kind:
 def choice(words: tuple[str, ...]) -> Kind:
     """One of a few words, in any case."""
     return Kind(f"one of {', '.join(words)}", _text, choices=words)
+
+
+def several(words: tuple[str, ...]) -> Kind:
+    """Several of a few words, each given by itself."""
+    one = choice(words)
+
+    def read(value: Any) -> tuple[str, ...]:
+        return tuple(one.accept("value", word) for word in ([value] if isinstance(value, str) else value))
+
+    return Kind(one.wanted, read, write=list, choices=words, repeats=True)
+
+
+def counts(most: int, example: str, *, what: str = "different counts", repeats: bool = False) -> Kind:
+    """Whole numbers from 1 on, comma-separated; each once, unless it ``repeats``."""
+
+    def read(value: Any) -> tuple[int, ...]:
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, Iterable) else [value]
+        numbers = tuple(map(_integer, parts))
+        once = repeats or len(set(numbers)) == len(numbers)
+        if not numbers or not once or not all(1 <= number <= most for number in numbers):
+            raise ValueError
+        return numbers
+
+    wanted = f"{what} from 1 to {most}, such as {example}"
+    return Kind(wanted, read, write=lambda numbers: [",".join(map(str, numbers))], metavar="N,N,...")
 
 
 def read_size(value: Any) -> tuple[int, int]:
@@ -348,6 +375,19 @@ def arguments_of(request: Any) -> dict[str, Argument]:
                 kind, help_text, field.name, name or field.name, metavar, repeated, default
             )
     return arguments
+
+
+def request_of(request: type[Request], what: str, given: Mapping[str, Any]) -> Request:
+    """The request of arguments by Python's names, whatever kind of value people wrote.
+
+    Raises:
+        SpecError: an argument that ``what`` has not, or a value that is not allowed.
+    """
+    fields = {argument.name: argument.field for argument in arguments_of(request).values()}
+    for name in given:
+        if name not in fields:
+            raise SpecError(f"{what} has no argument {name!r}{did_you_mean(name, fields)}")
+    return request(**{fields[name]: value for name, value in given.items()})
 
 
 def settle(request: Any) -> None:

@@ -41,10 +41,9 @@ from edgeseg.decide.entries import merge, read_runs
 from edgeseg.decide.verdict import decide
 from edgeseg.errors import EdgesegError
 from edgeseg.evaluate.accuracy.counts import AgreementCounts
-from edgeseg.evaluate.accuracy.judge import ImageRecord
+from edgeseg.evaluate.accuracy.judge import ImageRecord, Ledger
 from edgeseg.evaluate.accuracy.labels import LabelReader
 from edgeseg.evaluate.accuracy.layouts import open_layout
-from edgeseg.evaluate.accuracy.ledger import Ledger
 from edgeseg.evaluate.results import ModuleTime, Profile, write_report
 from edgeseg.images.decoding import read_image
 from edgeseg.images.raster import is_georeferenced, is_too_large, open_raster

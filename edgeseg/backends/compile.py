@@ -216,8 +216,8 @@ def write_graph_for(folder: Path, builder: str, output: Path, *, force: bool = F
     """
     from edgeseg.backends.tensorrt.graph import ParsedGraph
     from edgeseg.backends.tensorrt.options import profile_shapes
+    from edgeseg.store.files import check_outputs
     from edgeseg.store.onnx_file import write_onnx
-    from edgeseg.store.outputs import check_outputs
 
     one_of("builder", builder, GRAPHS_FOR)
     manifest = read_manifest(folder)

@@ -7,14 +7,14 @@ from typing import Any
 import click
 
 from edgeseg.cli.output import console_reporter, echo, print_json, result_console
-from edgeseg.cli.shared_options import argument_names, request_options
+from edgeseg.cli.shared_options import request_options
 from edgeseg.console import hanging
 from edgeseg.errors import typed
 from edgeseg.pipeline.request import BuildRequest
 
 
 @click.command("build", short_help="Convert, quantize, build and verify an engine.")
-@request_options(*argument_names())
+@request_options()
 @click.option("--dry-run", is_flag=True, help="Load the model, say what would be built, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON instead of a table.")
 def command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
@@ -30,7 +30,7 @@ def command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
 
 
 def _plan_and_print(request: BuildRequest, as_json: bool) -> None:
-    from edgeseg.pipeline.stages import plan_build
+    from edgeseg.pipeline.plan import plan_build
 
     with console_reporter() as reporter:
         plan = plan_build(request, None, reporter)
@@ -46,7 +46,7 @@ def _plan_and_print(request: BuildRequest, as_json: bool) -> None:
 
 
 def _build_and_print(request: BuildRequest, as_json: bool) -> None:
-    from edgeseg.pipeline.stages import run_build
+    from edgeseg.pipeline.build import run_build
 
     with console_reporter() as reporter:
         engine = run_build(request, model=None, reporter=reporter)

@@ -32,11 +32,11 @@ def command(given: dict[str, Any], images: str, output: Path, force: bool) -> No
 
     Give the same model options to `edgeseg build --calibration TABLE.json`: a table of another model is refused.
     """
-    from edgeseg.store.outputs import check_outputs, is_stdout
+    from edgeseg.store.files import check_outputs, is_stdout
 
     request = BuildRequest.of({**given, "calibration": images})
     check_outputs([output], force=force, inputs=request.files())
-    from edgeseg.pipeline.stages import run_calibration
+    from edgeseg.pipeline.calibration import run_calibration
 
     with console_reporter() as reporter:
         table = run_calibration(request, output, reporter)

@@ -14,50 +14,15 @@ import click
 
 from edgeseg.backends import BACKENDS, GPU_TARGETS, BackendStatus, get_backend
 from edgeseg.cli.output import print_json, result_console
+from edgeseg.evaluate.tables import MISSING, FigureTable
 from edgeseg.machine.cpu import Cpu, this_cpu
-from edgeseg.machine.limits import Memory, core_limit, read_memory
-from edgeseg.machine.packages import installed_version
-from edgeseg.machine.reading import read_text
+from edgeseg.machine.packages import EXTRAS, installed_version
+from edgeseg.machine.reading import Memory, core_limit, read_memory, read_text
 from edgeseg.store.cache import CacheContent, cache_content
 from edgeseg.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
-
-EXTRAS: dict[str, tuple[str, ...]] = {
-    "base": ("numpy", "pillow", "msgspec", "click", "rich", "platformdirs"),
-    "convert": (
-        "torch",
-        "torchvision",
-        "segmentation-models-pytorch",
-        "timm",
-        "safetensors",
-        "onnx",
-        "onnx-ir",
-        "onnxscript",
-        "onnxsim",
-        "onnxruntime",
-        "jinja2",
-        "huggingface-hub",
-        "pyyaml",
-    ),
-    "onnxruntime": ("onnxruntime", "onnx"),
-    "openvino": ("openvino", "onnx"),
-    "tensorrt": ("tensorrt", "cuda-bindings", "onnx"),
-    "jetson": ("cuda-bindings", "onnx"),
-    "pycuda": ("pycuda", "onnx"),
-    "tensorrt-rtx": ("tensorrt-rtx-cu12", "onnx"),
-    "tiff": ("tifffile", "imagecodecs"),
-    "raster": ("rasterio",),
-    "video": ("opencv-python-headless",),
-    "report": ("jinja2",),
-    "sweep": ("ray",),
-    "cluster": ("ray", "fsspec"),
-    "power": ("nvidia-ml-py",),
-}
-"""Every package edgeseg uses, by the extra that brings it; ``base`` always comes."""
-
 
 FEATURES: dict[str, dict[str, str]] = {
     "x86": {
@@ -266,32 +231,21 @@ def render(diagnosis: Diagnosis) -> Group:
     return Group(_machine_table(diagnosis), _backend_table(diagnosis), _package_table(diagnosis), *advice)
 
 
-def _plain_table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=bool(columns[0]))
-    table.add_column(columns[0], no_wrap=True)
-    for name in columns[1:]:
-        table.add_column(name, overflow="fold")
-    return table
-
-
-def _machine_table(diagnosis: Diagnosis) -> Table:
+def _machine_table(diagnosis: Diagnosis) -> FigureTable:
     cpu, memory = diagnosis.cpu, diagnosis.memory
-    table = _plain_table("", "")
-    table.add_row("edgeseg", diagnosis.edgeseg_version)
-    table.add_row("system", diagnosis.system + (f", {diagnosis.board}" if diagnosis.board else ""))
-    table.add_row("python", diagnosis.python)
+    table = FigureTable((("", "words"), ("", "words")), has_header=False)
+    table.add("edgeseg", diagnosis.edgeseg_version)
+    table.add("system", diagnosis.system + (f", {diagnosis.board}" if diagnosis.board else ""))
+    table.add("python", diagnosis.python)
     limit = "" if diagnosis.core_limit is None else f", container limit {diagnosis.core_limit:g}"
-    table.add_row("cpu", f"{cpu.name}, {cpu.cores} usable{limit}")
+    table.add("cpu", f"{cpu.name}, {cpu.cores} usable{limit}")
     explained = FEATURES.get(cpu.arch, {})
     for name, present in diagnosis.features.items():
-        table.add_row("", f"{'yes' if present else 'no ':3} {name}: {explained[name]}")
+        table.add("", f"{'yes' if present else 'no ':3} {name}: {explained[name]}")
     sizes = (("total", memory.total_bytes), ("available", memory.available_bytes), ("limit", memory.limit_bytes))
-    table.add_row("memory", ", ".join(f"{b / MIB:.0f} MiB {word}" for word, b in sizes if b is not None) or "-")
-    table.add_row("pytorch", torch_line(diagnosis))
-    table.add_row("cache", cache_line(diagnosis.cache))
+    table.add("memory", ", ".join(f"{b / MIB:.0f} MiB {word}" for word, b in sizes if b is not None) or MISSING)
+    table.add("pytorch", torch_line(diagnosis))
+    table.add("cache", cache_line(diagnosis.cache))
     return table
 
 
@@ -301,20 +255,20 @@ def cache_line(cache: CacheContent) -> str:
     return f"{cache.folder}, {sizes}" + ("" if cache.writable else ", cannot be written")
 
 
-def _backend_table(diagnosis: Diagnosis) -> Table:
-    table = _plain_table("backend", "works", "version", "")
+def _backend_table(diagnosis: Diagnosis) -> FigureTable:
+    table = FigureTable((("backend", "name"), ("works", "words"), ("version", "name"), ("", "words")))
     for name, status in diagnosis.backends.items():
-        table.add_row(name, "yes" if status.available else "no", status.version or "-", status.detail)
+        table.add(name, "yes" if status.available else "no", status.version or MISSING, status.detail)
     return table
 
 
-def _package_table(diagnosis: Diagnosis) -> Table:
-    table = _plain_table("extra", "packages")
+def _package_table(diagnosis: Diagnosis) -> FigureTable:
+    table = FigureTable((("extra", "name"), ("packages", "words")))
     for extra in EXTRAS:
         ours = [p for p in diagnosis.packages if p.extra == extra]
         listed = ", ".join(f"{p.name} {p.version or 'missing'}" for p in ours)
         missing = any(p.version is None for p in ours)
-        table.add_row(extra, listed + (f"; pip install 'edgeseg[{extra}]'" if missing and extra != "base" else ""))
+        table.add(extra, listed + (f"; pip install 'edgeseg[{extra}]'" if missing and extra != "base" else ""))
     return table
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from edgeseg.arguments import MOST, PATH_OR_WORD, Kind
+from edgeseg.arguments import PATH_OR_WORD, Kind
 from edgeseg.errors import SpecError
 from edgeseg.spec import ARCHITECTURES
 
@@ -44,34 +44,3 @@ class _PlaceType(click.Path):
 
 
 PLACE = _PlaceType(path_type=Path)
-
-
-class CountsType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on only
-    """Comma-separated whole numbers from 1 on, each once."""
-
-    name = "N,N,..."
-    repeats = False
-    described = "different counts"
-    example = "1,4,8"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = [int(part) for part in value.split(",")]
-        except ValueError:
-            numbers = []
-        once = self.repeats or len(set(numbers)) == len(numbers)
-        if not numbers or min(numbers) < 1 or max(numbers) > MOST or not once:
-            self.fail(
-                f"{value!r} is not a list of {self.described} from 1 to {MOST}, such as {self.example}", param, ctx
-            )
-        return tuple(numbers)
-
-
-class BandsType(CountsType):
-    """Comma-separated numbers of bands."""
-
-    repeats = True
-    described = "band numbers"
-    example = "4,3,2"

@@ -49,7 +49,7 @@ def command(
     Needs no PyTorch; --html needs the extra edgeseg[report]. A FILE of - is standard output.
     """
     from edgeseg.decide.entries import read_runs
-    from edgeseg.store.outputs import check_outputs
+    from edgeseg.store.files import check_outputs
 
     check_outputs(list(filter(None, (html_path, markdown_path, csv_path))), force=force, inputs=reports)
     require_page(html_path, shows)
@@ -61,7 +61,7 @@ def command(
 
 def require_page(html_path: Path | None, shows: bool) -> None:
     """Refuse, before the work, to show a page that no file will hold."""
-    from edgeseg.store.outputs import is_stream
+    from edgeseg.store.files import is_stream
 
     if shows and (html_path is None or is_stream(html_path)):
         raise SpecError("--open shows the page of --html; give --html a file, too")
@@ -91,7 +91,7 @@ def write_reports(
     from edgeseg.report import plain
     from edgeseg.report.decision import decision_of
     from edgeseg.store.artifacts import write_text
-    from edgeseg.store.outputs import is_stdout
+    from edgeseg.store.files import is_stdout
 
     files = list(filter(None, (html_path, markdown_path, csv_path)))
     printed = [path for path in files if is_stdout(path)]

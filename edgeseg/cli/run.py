@@ -4,51 +4,26 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Any, Literal
 
 import click
 
-from edgeseg.arguments import INT32, number
+from edgeseg.arguments import INT32, MOST, counts
 from edgeseg.cli.output import echo, print_json, show
-from edgeseg.cli.parameters import ANY_PATH, PLACE, BandsType, KindType
-from edgeseg.errors import SpecError
-from edgeseg.spec import FitPolicy
+from edgeseg.cli.parameters import ANY_PATH, PLACE, KindType
+from edgeseg.cli.shared_options import request_options
+from edgeseg.runtime.raster import ProbabilityType, RasterOptions
+from edgeseg.runtime.run import RunSettings, run_inputs, streams_of
 
-if TYPE_CHECKING:
-    from edgeseg.runtime.averaging import Augmentation
-    from edgeseg.runtime.raster import ProbabilityType
+BANDS = counts(MOST, "4,3,2", what="band numbers", repeats=True)
 
 
 @click.command("run", short_help="Segment images, folders, videos or a camera.")
 @click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--output", type=PLACE, required=True, help="Folder for masks, overlays and videos.")
-@click.option("--overlay", is_flag=True, help="Also write colour overlays with a legend.")
-@click.option(
-    "--alpha",
-    type=KindType(number(0, 1, "an opacity from 0 to 1")),
-    default="0.5",
-    show_default=True,
-    help="Opacity of the overlay.",
-)
+@request_options(of=RunSettings)
 @click.option("--frame-masks", is_flag=True, help="Also write the index mask of every video frame.")
-@click.option(
-    "--fit",
-    type=click.Choice(get_args(FitPolicy)),
-    help="How images of another size are brought to the engine's.  [default: as built]",
-)
-@click.option(
-    "--tile-overlap",
-    type=KindType(number(0, 0.9, "a share from 0 to 0.9")),
-    default="0.25",
-    show_default=True,
-    help="Share of a tile that its neighbour covers too, with --fit tile.",
-)
-@click.option(
-    "--tta",
-    type=click.Choice(("flips", "d4")),
-    help="Average the probabilities of the image and its mirror images (flips: 4 runs), of quarter turns too (d4: 8 runs).",
-)
 @click.option(
     "--with",
     "ensemble",
@@ -63,7 +38,7 @@ if TYPE_CHECKING:
     help="Segment TIFF and JPEG 2000 files window by window, and keep where they lie; or never.  [default: those that are "
     "georeferenced or too large to be read whole]",
 )
-@click.option("--bands", type=BandsType(), help="Bands of a raster, from 1, in the model's order, such as 4,3,2.")
+@click.option("--bands", type=KindType(BANDS), help="Bands of a raster, from 1, in the model's order, such as 4,3,2.")
 @click.option("--overview", type=click.IntRange(2, INT32), help="Read the overview that is so many times smaller.")
 @click.option(
     "--probabilities",
@@ -87,12 +62,8 @@ def command(
     folder: Path,
     inputs: tuple[str, ...],
     output: str | Path,
-    overlay: bool,
-    alpha: float,
+    given: dict[str, Any],
     frame_masks: bool,
-    fit: FitPolicy | None,
-    tile_overlap: float,
-    tta: Augmentation | None,
     ensemble: tuple[Path, ...],
     raster: bool | None,
     bands: tuple[int, ...] | None,
@@ -112,9 +83,7 @@ def command(
     With --executor ray images go to the workers of a cluster, INPUT and --output may be URLs (s3://bucket/photos), and a second
     run does only what is missing.
     """
-    from edgeseg.runtime.raster import RasterOptions
-
-    rasters = RasterOptions(raster, bands, overview, probabilities)
+    settings = RunSettings(rasters=RasterOptions(raster, bands, overview, probabilities), **given)
     has_urls = any("://" in str(place) for place in (*inputs, output))
     if executor == "local" and (jobs is not None or ray_address is not None):
         raise click.UsageError(
@@ -126,13 +95,12 @@ def command(
         raise click.UsageError("--open shows what is on this machine; leave it out, or give a folder as --output")
     if executor == "ray":
         from edgeseg.cluster.run import run_on_cluster
-        from edgeseg.cluster.worker import Settings
 
         summary = run_on_cluster(
             folder,
             inputs,
             output,
-            Settings(fit, tile_overlap, overlay, alpha, tta, rasters),
+            settings,
             ensemble=ensemble,
             workers=jobs,
             address=ray_address,
@@ -141,31 +109,19 @@ def command(
             overwrite=force,
         )
     else:
-        from edgeseg.runtime.run import has_rasters, run_inputs, streams_of
         from edgeseg.runtime.segmenter import load
 
-        streams = streams_of(inputs, rasters)
-        if fit not in (None, "tile") and has_rasters(inputs, rasters):
-            raise SpecError(f"rasters are cut into tiles; leave out --fit {fit}, or give --no-raster")
         with load(
             folder,
-            fit=fit,
-            tile_overlap=tile_overlap,
+            fit=settings.fit,
+            tile_overlap=settings.tile_overlap,
             recompile=recompile,
-            streams=streams,
-            tta=tta,
+            streams=streams_of(inputs, settings.rasters),
+            tta=settings.tta,
             ensemble=ensemble,
         ) as segmenter:
             summary = run_inputs(
-                segmenter,
-                inputs,
-                output,
-                overlay=overlay,
-                alpha=alpha,
-                frame_masks=frame_masks,
-                limit=limit,
-                overwrite=force,
-                rasters=rasters,
+                segmenter, inputs, output, settings, frame_masks=frame_masks, limit=limit, overwrite=force
             )
     if as_json:
         print_json(summary)

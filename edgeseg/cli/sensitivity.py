@@ -44,7 +44,7 @@ def command(folder: Path | None, given: dict[str, Any], limit: int, json_path: P
     ended run goes on where it was.
     """
     from edgeseg.store.artifacts import engine_paths
-    from edgeseg.store.outputs import check_outputs, is_stdout
+    from edgeseg.store.files import check_outputs, is_stdout
 
     request = BuildRequest.of(given) if folder is None else _of_folder(folder, given)
     if json_path is not None:

@@ -20,15 +20,19 @@ R = TypeVar("R")
 _SM = click.option("--sm", help="Compute capabilities for tensorrt-rtx, such as 86,89,120; one engine holds them all.")
 
 
-def request_options(*names: str, flags: dict[str, str] | None = None) -> Callable[[Callable[P, R]], Callable[..., R]]:
-    """Add the options of these arguments of a build; the command gets them as ``given``, by Python's names.
+def request_options(
+    *names: str, of: type[Any] = BuildRequest, into: str = "given", flags: dict[str, str] | None = None
+) -> Callable[[Callable[P, R]], Callable[..., R]]:
+    """Add the options of a request's arguments; the command gets them by Python's names.
 
     Args:
-        names: of :class:`~edgeseg.pipeline.api.BuildRequest`'s arguments, as Python calls them.
+        names: of the arguments, as Python calls them; none: all.
+        of: the request.
+        into: the command's parameter that gets them.
         flags: options this verb calls by another name.
     """
-    arguments = {argument.name: argument for argument in arguments_of(BuildRequest).values()}
-    chosen = [arguments[name] for name in names]
+    arguments = {argument.name: argument for argument in arguments_of(of).values()}
+    chosen = [arguments[name] for name in names or arguments]
 
     def add(command: Callable[P, R]) -> Callable[..., R]:
         @wraps(command)
@@ -38,7 +42,7 @@ def request_options(*names: str, flags: dict[str, str] | None = None) -> Callabl
             settings = given.get("backend_options")
             if sm is not None and isinstance(settings, dict):
                 given["backend_options"] = {**settings, "sm": sm}
-            options["given"] = given
+            options[into] = given
             return command(*args, **options)
 
         decorated: Callable[..., R] = with_given
@@ -51,28 +55,36 @@ def request_options(*names: str, flags: dict[str, str] | None = None) -> Callabl
     return add
 
 
-def argument_names(request: type[Any] = BuildRequest) -> Iterable[str]:
+def argument_names(request: type[Any]) -> Iterable[str]:
     """Python's names of a request's arguments, in order."""
     return [argument.name for argument in arguments_of(request).values()]
 
 
 def _option(argument: Argument, flag: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
-    kind = argument.kind
+    kind, default = argument.kind, argument.default
     if kind.is_flag:
-        spelled = f"{flag}/--no-{flag[2:]}" if argument.default else flag
-        return click.option(spelled, argument.field, is_flag=True, default=bool(argument.default), help=argument.help)
+        spelled = f"{flag}/--no-{flag[2:]}" if default else flag
+        return click.option(spelled, argument.field, is_flag=True, default=bool(default), help=argument.help)
+    metavar = None if kind.choices else argument.metavar or kind.metavar
+    choices = click.Choice(kind.choices, case_sensitive=False) if kind.choices else None
     if kind.repeats:
         return click.option(
-            flag, argument.field, multiple=True, metavar=kind.metavar, help=argument.help, callback=_all_of(kind)
+            flag,
+            argument.field,
+            type=choices,
+            multiple=True,
+            metavar=metavar,
+            help=argument.help,
+            callback=_all_of(kind),
         )
-    default = argument.default or None
+    said = kind.write(default) if default else None
     return click.option(
         flag,
         argument.field,
-        type=click.Choice(kind.choices, case_sensitive=False) if kind.choices else KindType(kind),
-        default=None if default is None else str(default),
-        show_default=default is not None,
-        metavar=None if kind.choices else argument.metavar or kind.metavar,
+        type=choices or KindType(kind),
+        default=said[0] if said else None,
+        show_default=bool(said),
+        metavar=metavar,
         help=argument.help,
     )
 
@@ -82,7 +94,7 @@ def _all_of(kind: Kind) -> Callable[[click.Context, click.Parameter, tuple[str, 
 
     def read(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Any:
         try:
-            return kind.accept(str(param.name), values)
+            return kind.accept(str(param.name), values) if values else None
         except SpecError as exc:
             raise click.BadParameter(str(exc), ctx, param) from exc
 

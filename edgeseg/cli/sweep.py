@@ -104,5 +104,5 @@ def _config(
     }
     config = msgspec.structs.replace(config, **{name: value for name, value in given.items() if value})
     if data is not None:
-        config = msgspec.structs.replace(config, bench=msgspec.structs.replace(config.bench, data=data))
+        config = msgspec.structs.replace(config, bench={**config.bench, "data": data})
     return config

@@ -17,12 +17,12 @@ from edgeseg.cluster.ledger import LEDGER, Ledger
 from edgeseg.cluster.places import Bucket, is_url, without_protocol
 from edgeseg.cluster.plan import Image, Plan
 from edgeseg.cluster.pool import Batch, Finished, Lost, Pool, RayPool
-from edgeseg.cluster.worker import Job, Outcome, Settings
+from edgeseg.cluster.worker import Job, Outcome
 from edgeseg.errors import ArtifactError, InputError, OutputExistsError, SpecError, refusals_as
 from edgeseg.evaluate.tables import counted
 from edgeseg.images.raster import RASTER_SUFFIXES
 from edgeseg.runtime.raster import RasterOptions, is_installed, raster_outputs
-from edgeseg.runtime.run import Bar, Failure, RunSummary, Silent, image_outputs, tell_what_overlays_show
+from edgeseg.runtime.run import Bar, Failure, RunSettings, RunSummary, Silent, image_outputs, tell_what_overlays_show
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.artifacts import MANIFEST_NAME, Engine, open_engine, sha256_json
 from edgeseg.store.atomic import HeldError, lock
@@ -45,7 +45,7 @@ def run_on_cluster(
     folder: Path,
     inputs: Iterable[str | Path],
     output: str | Path,
-    settings: Settings,
+    settings: RunSettings,
     *,
     ensemble: Sequence[Path] = (),
     workers: int | None = None,
@@ -84,8 +84,6 @@ def run_on_cluster(
         MissingDependencyError: ray or fsspec is not installed.
         BuildError: the engine failed on a worker.
     """
-    if not 0.0 <= settings.alpha <= 1.0:
-        raise InputError(f"alpha is {settings.alpha}; give an opacity from 0 to 1")
     engines = [open_engine(path) for path in (folder, *ensemble)]
     spec = engines[0].manifest.spec
     target = _target(output)
@@ -185,14 +183,14 @@ def engine_content(engine: Engine) -> dict[str, bytes]:
     return {name: (engine.folder / name).read_bytes() for name in names}
 
 
-def _outputs(image: Image, spec: PipelineSpec, settings: Settings) -> list[str]:
+def _outputs(image: Image, spec: PipelineSpec, settings: RunSettings) -> list[str]:
     """What this run has written of an image, below the output."""
     if image.is_raster:
         return _raster_outputs(image, settings)
     return image_outputs(image.name, spec, overlay=settings.overlay)
 
 
-def _raster_outputs(image: Image, settings: Settings) -> list[str]:
+def _raster_outputs(image: Image, settings: RunSettings) -> list[str]:
     return [path.as_posix() for path in raster_outputs(Path(), image.name, settings.rasters)]
 
 
@@ -203,7 +201,9 @@ def _check_rasters(plan: Plan, rasters: RasterOptions) -> None:
             rasters.applies_to(Path(image.source))
 
 
-def _check_outputs(plan: Plan, target: Path | Bucket, spec: PipelineSpec, settings: Settings, overwrite: bool) -> int:
+def _check_outputs(
+    plan: Plan, target: Path | Bucket, spec: PipelineSpec, settings: RunSettings, overwrite: bool
+) -> int:
     """Refuse, before the work, what must not be written; how many images are done already."""
 
     def outputs(image: Image) -> list[list[str]]:

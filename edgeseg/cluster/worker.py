@@ -10,18 +10,16 @@ import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgeseg.closing import Closing
 from edgeseg.cluster.places import Bucket, download, is_url
 from edgeseg.errors import EdgesegError, InputError, MissingDependencyError, SpecError, StaleEngineError
 from edgeseg.machine.cpu import this_cpu
-from edgeseg.runtime.averaging import Augmentation
-from edgeseg.runtime.raster import RasterOptions, is_installed
-from edgeseg.runtime.run import run_inputs
+from edgeseg.runtime.raster import is_installed
+from edgeseg.runtime.run import RunSettings, run_inputs
 from edgeseg.runtime.segmenter import Segmenter, load
-from edgeseg.spec import FitPolicy
 from edgeseg.store.artifacts import Engine, engine_files, open_engine
 from edgeseg.store.atomic import scratch_folder
 from edgeseg.store.cache import cached_folder, software, usable_cache
@@ -29,18 +27,6 @@ from edgeseg.version import __version__
 
 # Of a bucket: most of a request is waiting.
 _TRANSFERS = 8
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How masks are made and written: options of ``edgeseg run`` by these names."""
-
-    fit: FitPolicy | None = None
-    tile_overlap: float = 0.25
-    overlay: bool = False
-    alpha: float = 0.5
-    tta: Augmentation | None = None
-    rasters: RasterOptions = field(default_factory=RasterOptions)
 
 
 @dataclass(frozen=True)
@@ -61,7 +47,7 @@ class Job:
 
     engines: tuple[tuple[str, str], ...]
     version: str
-    settings: Settings
+    settings: RunSettings
     recompile: bool
     output: str
     cores: int
@@ -188,18 +174,14 @@ class Worker(Closing):
                 reasons = list(threads.map(_fetched, items, here))
             ready = [number for number, reason in enumerate(reasons) if reason is None]
             rasters = {number for number in ready if settings.rasters.applies_to(here[number])}
-            if rasters and settings.fit not in (None, "tile"):
-                raise SpecError(f"rasters are cut into tiles; leave out --fit {settings.fit}, or give --no-raster")
             output = scratch / "out" if self._bucket is not None else Path(self._job.output)
             summary = run_inputs(
                 self._segmenter,
                 [here[number] for number in ready],
                 output,
-                overlay=settings.overlay,
-                alpha=settings.alpha,
+                settings,
                 overwrite=overwrite,
                 progress=False,
-                rasters=settings.rasters,
                 names=[items[number].name for number in ready],
             )
             failed = {failure.input: failure.reason for failure in summary.failed}

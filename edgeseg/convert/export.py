@@ -26,8 +26,6 @@ from edgeseg.convert.parity import (
     Parity,
     compare,
     make_probe_images,
-    ort_session,
-    run_session,
     torch_outputs,
 )
 from edgeseg.convert.silence import silenced
@@ -35,6 +33,7 @@ from edgeseg.convert.simplify import simplify
 from edgeseg.convert.translations import TRANSLATIONS
 from edgeseg.errors import ExportError, SpecError, first_line
 from edgeseg.graph.macs import count_macs
+from edgeseg.graph.running import GraphSession
 from edgeseg.spec import InputSpec, PipelineSpec
 from edgeseg.store.artifacts import OnnxGraph, sha256_file, write_json
 from edgeseg.store.onnx_file import write_onnx
@@ -256,8 +255,8 @@ def check(
     reference: list[dict[str, NDArray[Any]]],
 ) -> Parity:
     """Compare ``model``, ``logits`` among its outputs, with PyTorch's outputs. Raises :class:`ExportError`."""
-    session = ort_session(model)
-    return compare(reference, [run_session(session, images) for images in probes])
+    session = GraphSession(model, "the exported graph", ExportError, optimized=True)
+    return compare(reference, [session.run(images) for images in probes])
 
 
 def without_extra_logits(model: onnx.ModelProto, spec: PipelineSpec) -> onnx.ModelProto:

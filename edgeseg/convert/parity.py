@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 
 from edgeseg.convert.heads import LOGITS, Pipeline
 from edgeseg.convert.silence import silenced
-from edgeseg.errors import ExportError, first_line
+from edgeseg.errors import ExportError
 from edgeseg.images.dtypes import usual_pixels
 from edgeseg.spec import InputDtype, Preprocess
 
@@ -85,27 +84,6 @@ def torch_outputs(pipeline: Pipeline, images: NDArray[Any]) -> dict[str, NDArray
         outputs = pipeline(torch.from_numpy(np.ascontiguousarray(images)))
         outputs[MARGIN] = pipeline.postprocess.margin(outputs[LOGITS])
         return {name: value.numpy() for name, value in outputs.items()}
-
-
-def ort_session(model: onnx.ModelProto) -> Any:
-    """An ONNX Runtime CPU session over a model in memory. Raises :class:`ExportError`."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as exc:
-        raise ExportError(f"ONNX Runtime does not load the exported graph: {first_line(exc)}") from exc
-
-
-def run_session(session: Any, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """Run ``(N, H, W, C)`` of its dtype through a session; outputs by name. Raises :class:`ExportError`."""
-    names = [o.name for o in session.get_outputs()]
-    try:
-        return dict(zip(names, session.run(None, {"image": images}), strict=True))
-    except Exception as exc:
-        raise ExportError(f"ONNX Runtime does not run the exported graph: {first_line(exc)}") from exc
 
 
 def compare(reference: Sequence[Arrays], actual: Sequence[Arrays]) -> Parity:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from edgeseg.arguments import FLAG, MOST, PATH, SIZE, argument, counts, number, settle, several, whole
 from edgeseg.errors import BuildError, EdgesegError, SpecError
 from edgeseg.evaluate.contenders import (
     Contender,
@@ -42,10 +43,8 @@ from edgeseg.evaluate.results import (
 from edgeseg.machine.power import find_source
 from edgeseg.machine.state import describe_machine, machine_state
 from edgeseg.progress import Reporter, stage
-from edgeseg.spec import one_of
 from edgeseg.version import __version__
 
-MAX_STREAMS = 1024
 MAX_CALL_BYTES = 4_000_000_000
 """Of the images of one call; what is asked for beyond is a slip of the keyboard, and would end for want of memory."""
 
@@ -71,43 +70,36 @@ class BenchRequest:
         engines: engine folders.
         baselines: of :data:`~edgeseg.evaluate.results.BASELINES`, the first is what the engines are compared with; empty
             for none.
-        weights: the checkpoint the engines were built from, when the manifest's path no longer holds.
-        batches: images of one call.
         threads: of one inference; ``None``: the engine's own setting.
-        streams: callers at the same time.
-        duration_s: counted time of each contender in each setting; 0 for no latency.
-        source_size: height and width of the images given; ``None``: the engine's.
-        fresh_processes: for cold start and memory; 0 for neither.
-        profile: also measure per-module times.
         command: what to type to repeat it.
     """
 
-    engines: tuple[Path, ...]
-    baselines: tuple[str, ...] = ("pytorch",)
-    weights: Path | None = None
-    batches: tuple[int, ...] = (1,)
-    threads: tuple[int | None, ...] = (None,)
-    streams: tuple[int, ...] = (1,)
-    duration_s: float = 3.0
-    source_size: tuple[int, int] | None = None
-    fresh_processes: int = 3
-    profile: bool = False
+    engines: tuple[Path, ...] = ()
+    baselines: tuple[str, ...] = argument(
+        several((*BASELINES, "none")),
+        ("pytorch",),
+        name="baseline",
+        help="What to compare with, on the engine's device; repeatable, the first counts.  [default: pytorch]",
+    )
+    weights: Path | None = argument(PATH, help="The checkpoint, if it is no longer where the engine was built from.")
+    batches: tuple[int, ...] = argument(counts(MOST, "1,4,8"), (1,), name="batch", help="Images of one call.")
+    threads: tuple[int, ...] | None = argument(counts(MOST, "1,4,8"), help="Threads of an engine.  [default: its own]")
+    streams: tuple[int, ...] = argument(
+        counts(1024, "1,4,8"),
+        (1,),
+        help="Callers at the same time, among whom a CPU engine divides its threads.",
+    )
+    duration_s: float = argument(
+        number(0, 86400, "seconds, from 0 to 86400"), 3.0, help="Of each engine in each setting; 0: no latency."
+    )
+    source_size: tuple[int, int] | None = argument(SIZE, help="Size of the images given.  [default: the engine's]")
+    fresh_processes: int = argument(whole(0, 100, 3), 3, help="For cold start and memory.")
+    profile: bool = argument(FLAG, False, help="Also measure where the time goes, by module of the model.")
     command: str = "edgeseg bench"
 
     def __post_init__(self) -> None:
-        if not self.engines:
-            raise SpecError("no engine given; give at least one engine folder")
-        for kind in self.baselines:
-            one_of("baseline", kind, BASELINES)
-        numbers = (*self.batches, *self.streams, *(n for n in self.threads if n is not None))
-        if not self.batches or not self.streams or not self.threads or any(n < 1 for n in numbers):
-            raise SpecError("batch sizes, threads and streams are counted from 1; give at least one of each")
-        if max(self.streams) > MAX_STREAMS:
-            raise SpecError(f"{max(self.streams)} streams; at most {MAX_STREAMS} callers at the same time are measured")
-        if not 0 <= self.duration_s < float("inf") or self.fresh_processes < 0:
-            raise SpecError(
-                f"duration is {self.duration_s:g} s with {self.fresh_processes} fresh processes; give 0 or more of each, finite"
-            )
+        settle(self)
+        object.__setattr__(self, "baselines", tuple(kind for kind in self.baselines if kind != "none"))
 
     @property
     def protocol(self) -> LatencyProtocol:
@@ -257,7 +249,7 @@ def _latency_stage(
     size = request.source_size or (None, None)
     settings = [
         Setting(batch, threads, streams, size[0], size[1])
-        for threads in request.threads
+        for threads in request.threads or (None,)
         for batch in request.batches
         for streams in request.streams
     ]

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from edgeseg.backends.base import Session
 from edgeseg.closing import Closing
 from edgeseg.errors import BuildError, GateError, InputError
+from edgeseg.evaluate.accuracy.counts import AccuracyMeter, AgreementMeter
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.accuracy.labels import IGNORED
-from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter
 from edgeseg.evaluate.latency.protocol import SHORT, LatencyProtocol, LatencySamples, measure_interleaved
 from edgeseg.evaluate.latency.statistics import noise_flags, speed_comparison
 from edgeseg.evaluate.tables import counted

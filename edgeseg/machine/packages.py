@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from importlib import metadata
 
-COMPUTING_PACKAGES = (
-    "numpy",
-    "pillow",
-    "torch",
-    "torchvision",
-    "segmentation-models-pytorch",
-    "timm",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxsim",
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx-cu12",
-    "opencv-python-headless",
-)
-"""Packages whose version may change a graph, an engine or a figure."""
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "base": ("numpy", "pillow", "msgspec", "click", "rich", "platformdirs"),
+    "convert": (
+        "torch",
+        "torchvision",
+        "segmentation-models-pytorch",
+        "timm",
+        "safetensors",
+        "onnx",
+        "onnx-ir",
+        "onnxscript",
+        "onnxsim",
+        "onnxruntime",
+        "jinja2",
+        "huggingface-hub",
+        "pyyaml",
+    ),
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "openvino": ("openvino", "onnx"),
+    "tensorrt": ("tensorrt", "cuda-bindings", "onnx"),
+    "jetson": ("cuda-bindings", "onnx"),
+    "pycuda": ("pycuda", "onnx"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu12", "onnx"),
+    "tiff": ("tifffile", "imagecodecs"),
+    "raster": ("rasterio",),
+    "video": ("opencv-python-headless",),
+    "report": ("jinja2",),
+    "sweep": ("ray",),
+    "cluster": ("ray", "fsspec"),
+    "power": ("nvidia-ml-py",),
+}
+"""Every package edgeseg uses, by the extra that brings it; ``base`` always comes. Each may change what is built."""
 
 # OpenCV's four distributions install the same module; any of them does.
 _SAME_MODULE = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")}

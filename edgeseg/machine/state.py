@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeseg.machine.cpu import this_cpu
-from edgeseg.machine.limits import core_limit, read_memory
 from edgeseg.machine.nvml import nvml_gpus, nvml_state
 from edgeseg.machine.packages import installed_version
-from edgeseg.machine.reading import read_number, read_text
+from edgeseg.machine.reading import core_limit, read_memory, read_number, read_text
 from edgeseg.machine.record import Environment, MachineState, NoiseFlag
 
 ROOT = Path("/")

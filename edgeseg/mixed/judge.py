@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from edgeseg.backends.base import Session
 from edgeseg.closing import Closing
 from edgeseg.errors import SpecError
-from edgeseg.evaluate.accuracy.counts import AREA_COLUMNS
+from edgeseg.evaluate.accuracy.counts import AREA_COLUMNS, AccuracyMeter, optional
 from edgeseg.evaluate.accuracy.dataset import Pair, evenly_spread
-from edgeseg.evaluate.accuracy.meters import AccuracyMeter, optional
 from edgeseg.evaluate.intervals import COLUMNS, MIN_IMAGES, Counts, figure, interval, per_class
 from edgeseg.evaluate.verify import compare_masks
 from edgeseg.spec import PipelineSpec

@@ -150,7 +150,7 @@ def build(
     given = dict(locals())
     del given["model"], given["reporter"]
     model, given = _module_of(model, given)
-    from edgeseg.pipeline.stages import run_build
+    from edgeseg.pipeline.build import run_build
 
     try:
         with refusals_as(ArtifactError):

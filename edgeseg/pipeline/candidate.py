@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeseg.backends import get_backend
 from edgeseg.backends.base import Backend, BuiltEngine, Session
-from edgeseg.backends.portable import builds_here, portable_engine
+from edgeseg.backends.portable import DEVICE_TARGETS, awaits_calibration, builds_here, portable_engine
 from edgeseg.errors import QuantizationError
-from edgeseg.progress import Reporter
+from edgeseg.progress import Reporter, stage
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.artifacts import OnnxGraph
 
@@ -131,3 +132,42 @@ def require_precision(candidate: Candidate, min_int8_share: float) -> None:
         f"int8 was asked for, but {candidate.backend.name} executes {share:.1%} of the multiply-accumulates in int8 "
         f"(at least {min_int8_share:.0%} wanted; --min-int8-share changes that). Float: {listed}{more}"
     )
+
+
+def candidate_stage(
+    request: BuildRequest,
+    target: str,
+    graph: OnnxGraph,
+    table: CalibrationTable | None,
+    scratch: Path,
+    reporter: Reporter,
+) -> Candidate:
+    """Quantize and build for one backend, and check that the precision asked for is delivered."""
+    with stage(reporter, "compile" if request.precision == "fp32" else "quantize") as said:
+        folder = scratch / f"target-{target}"
+        # The folder around is the engine folder in the making, whose neighbours are engines.
+        engines = scratch.parent.parent
+        candidate = build_candidate(request, get_backend(target), graph, table, folder, reporter, engines)
+        share = candidate.built.precision.mac_share.get(request.precision, 0.0)
+        said.append(f"{target}: {share:.1%} of MACs in {request.precision}")
+    if table is not None and table.trained is not None and candidate.graph.precision == "int8":
+        from edgeseg.quantize.trained import held
+
+        reporter.note(f"{target}: {held(graph, candidate.graph, table).words}")
+    if candidate.built.path is not None or not awaits_calibration(candidate.built.precision, request.backend_options):
+        try:
+            require_precision(candidate, request.min_int8_share)
+        except QuantizationError as exc:
+            if table is None or table.trained is None or table.images:
+                raise
+            raise QuantizationError(
+                f"{exc}; the module's fake-quantizers leave them so: give --calibration DIR"
+            ) from exc
+    if request.precision == "fp16" and target not in DEVICE_TARGETS and share < 0.5:
+        path = candidate.built.path or candidate.graph.path
+        size, fp32_size = path.stat().st_size / 1e6, graph.path.stat().st_size / 1e6
+        reporter.note(
+            f"{target} computes most of this FP16 graph in FP32 here: no more speed than fp32, and its file has "
+            f"{size:.1f} MB where the fp32 graph has {fp32_size:.1f} MB"
+        )
+    return candidate

@@ -6,20 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require_builder
+from edgeseg.backends.portable import DEVICE_TARGETS, check_options
 from edgeseg.convert.architectures import require_arch, resolve_arch
 from edgeseg.convert.checkpoint import existing_checkpoint
 from edgeseg.convert.hub_models import fetch_model, is_hub_id
 from edgeseg.demo import demo_files
+from edgeseg.errors import SpecError
 from edgeseg.evaluate.summary import input_line
 from edgeseg.evaluate.tables import counted
-from edgeseg.pipeline.command import build_command
-from edgeseg.pipeline.verification_data import Samples, VerificationData, check_images
+from edgeseg.pipeline.stages import load_stage, pipeline_spec
+from edgeseg.pipeline.verification_data import Samples, VerificationData, calibration_and_held_out, check_images
+from edgeseg.progress import Reporter, stage
 from edgeseg.quantize.calibration import CalibrationSet, method_or_default
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import PipelineSpec, one_of
 from edgeseg.store.artifacts import check_engine_folder
 
 if TYPE_CHECKING:
+    import torch  # noqa: TID251  # the type only
+
     from edgeseg.convert.load import LoadedModel
     from edgeseg.pipeline.request import BuildRequest
 
@@ -48,7 +54,7 @@ class BuildPlan:
             "targets": list(self.targets),
             "calibration": self._calibration(),
             "verification": None if self.held_out is None else self.held_out.description,
-            "command": build_command(request),
+            "command": request.command,
         }
 
     def _calibration(self) -> str | None:
@@ -91,3 +97,58 @@ DEMO_NAME = "demo"
 def default_name(arch: str, encoder: str, precision: str) -> str:
     """``<arch>-<encoder>-<precision>``."""
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{arch}-{encoder}-{precision}".lower())
+
+
+def plan_build(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> BuildPlan:
+    """Refuse what cannot be, load the model, open the images, and say what the engine takes. Errors are the build's."""
+    refuse_early(request, is_module=model is not None)
+    targets = choose_targets(request, reporter)
+    loaded = load_stage(request, model, reporter)
+    spec = pipeline_spec(request, loaded, reporter)
+    encoder = DEMO_NAME if loaded.is_demo else loaded.model.encoder
+    folder = request.folder or Path("engines") / default_name(loaded.model.arch, encoder, request.precision)
+    check_engine_folder(folder, force=request.force)
+    if request.precision == "fp32" and request.calibration is not None:
+        reporter.note("--calibration is not used: an fp32 engine has no ranges")
+    with stage(reporter, "input") as said:
+        samples, held_out = calibration_and_held_out(request, loaded)
+        said.append(input_line(spec, is_default_size=request.size is None and not loaded.has_own_size))
+    return BuildPlan(targets, loaded, spec, folder, samples, held_out)
+
+
+def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]:
+    """The backends to build for: the one named, or for ``auto`` every one that can run here, to be measured.
+
+    What cannot be had is said before minutes of work, not after: a backend that is not installed, an option nobody takes.
+
+    Raises:
+        BuildError: the backend cannot be used here.
+        SpecError: an option, or a scheme, that the backend (with ``auto``: each of them) does not take.
+    """
+    target, scheme = request.target, request.scheme
+    if scheme is not None:
+        one_of("scheme", scheme, tuple(SCHEMES))
+    if target != "auto":
+        if target not in DEVICE_TARGETS:
+            require_builder(target)
+        check_options(target, request.options_for(target))
+        return (target,)
+    usable = [name for name in AUTO_TARGETS if get_backend(name).status().available]
+    if not usable:
+        # Raises, naming the pip line of the default backend.
+        require_backend(AUTO_TARGETS[0])
+    if scheme is not None:
+        usable = [name for name in usable if scheme.startswith(name)]
+        if not usable:
+            raise SpecError(f"scheme {scheme} is for none of {', '.join(AUTO_TARGETS)}; name its target with --target")
+    refusals: dict[str, SpecError] = {}
+    for name in usable:
+        try:
+            check_options(name, request.options_for(name))
+        except SpecError as exc:
+            refusals[name] = exc
+    if len(refusals) == len(usable):
+        raise next(iter(refusals.values()))
+    for name, refusal in refusals.items():
+        reporter.note(f"{name} is left out: {refusal}")
+    return tuple(name for name in usable if name not in refusals)

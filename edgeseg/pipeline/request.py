@@ -18,14 +18,15 @@ from edgeseg.arguments import (
     TEXT,
     Kind,
     argument,
-    arguments_of,
     choice,
     number,
+    request_of,
     whole,
+    words_of,
 )
 from edgeseg.backends import BACKENDS
 from edgeseg.backends.cpu.options import CPU_OPTIONS
-from edgeseg.errors import InputError, SpecError, did_you_mean
+from edgeseg.errors import InputError, SpecError, typed
 from edgeseg.spec import BATCH, PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputKind, OutputSpec, Precision
 from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
 
@@ -165,11 +166,7 @@ class BuildRequest(ModelRequest):
         Raises:
             SpecError: an argument there is not, or a value that is not allowed.
         """
-        fields = {argument.name: argument.field for argument in arguments_of(cls).values()}
-        for name in arguments:
-            if name not in fields:
-                raise SpecError(f"a build has no argument {name!r}{did_you_mean(name, fields)}")
-        return cls(**{fields[name]: value for name, value in arguments.items()})
+        return request_of(cls, "a build", arguments)
 
     @classmethod
     def of_engine(cls, engine: Engine, **changes: Any) -> BuildRequest:
@@ -201,6 +198,15 @@ class BuildRequest(ModelRequest):
             "scheme": manifest.scheme,
         }
         return cls(**{**asked, **given, **changes})
+
+    @property
+    def command(self) -> str | None:
+        """The ``edgeseg build`` for it; ``None`` where no command line can say it (images or a table given as objects).
+
+        Only what differs from the defaults is named, so the command stays readable and means the same in later versions.
+        """
+        words = words_of(self)
+        return None if words is None else typed("build", *words)
 
     @property
     def model(self) -> ModelRequest:

@@ -10,17 +10,11 @@ from edgeseg.backends import get_backend
 from edgeseg.backends.portable import builds_here
 from edgeseg.errors import InputError
 from edgeseg.evaluate.tables import counted
+from edgeseg.pipeline.calibration import calibration_stage, judging_schemes
 from edgeseg.pipeline.candidate import build_candidate
 from edgeseg.pipeline.manifest_maker import ManifestMaker
-from edgeseg.pipeline.plan import refuse_early
-from edgeseg.pipeline.stages import (
-    calibration_stage,
-    choose_targets,
-    export_stage,
-    judging_schemes,
-    load_stage,
-    pipeline_spec,
-)
+from edgeseg.pipeline.plan import choose_targets, refuse_early
+from edgeseg.pipeline.stages import export_stage, load_stage, pipeline_spec
 from edgeseg.pipeline.verification_data import calibration_and_held_out
 from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.quantize.schemes import SCHEMES

@@ -1,6 +1,7 @@
-"""Which activations of a graph have to be watched, and running the graph with them as outputs.
+"""Which activations of a graph have to be watched.
 
-The graph runs in ONNX Runtime in fp32 with every watched tensor fetched. Two kinds of tensor cost nothing:
+The graph runs in ONNX Runtime in fp32 with every watched tensor fetched (:mod:`edgeseg.graph.running`). Two kinds of tensor
+cost nothing:
 
 - one that only rearranges another (Reshape, Transpose, ...) has that one's values, so it has its range;
 - the input of a Relu or Clip that nothing else reads, made by a Conv, ConvTranspose, Gemm or Add: integer kernels
@@ -11,16 +12,13 @@ The graph runs in ONNX Runtime in fp32 with every watched tensor fetched. Two ki
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-from edgeseg.errors import MissingDependencyError, QuantizationError, first_line
+from edgeseg.errors import QuantizationError, first_line
 from edgeseg.graph.proto import Dims, attribute, dims, makers, readers, value_infos
 from edgeseg.spec import InputSpec
 
@@ -98,64 +96,6 @@ def group_by_size(activations: Sequence[Activation], budget_bytes: int) -> list[
         groups[-1].append(activation)
         used += size
     return groups
-
-
-class ActivationSession:
-    """The graph in ONNX Runtime on the CPU, with some of its tensors as its outputs.
-
-    Args:
-        model: the fp32 graph.
-        names: tensors to fetch, in the order :meth:`run` returns them.
-        threads: of one inference.
-        optimized: let ONNX Runtime fuse; otherwise every operator runs as written.
-
-    Raises:
-        QuantizationError: ONNX Runtime refuses the graph.
-        MissingDependencyError: it is not installed.
-    """
-
-    def __init__(self, model: onnx.ModelProto, names: Sequence[str], threads: int, *, optimized: bool = True) -> None:
-        try:
-            import onnxruntime as ort
-        except ImportError as exc:
-            raise MissingDependencyError("onnxruntime", "onnxruntime", "calibrate") from exc
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        if not optimized:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        # The statistics of one image are taken on the same cores while the pool waits for the next.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._names = list(names)
-        self._input = model.graph.input[0].name
-        try:
-            self._session = ort.InferenceSession(
-                _with_outputs(model, names).SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception
-            raise QuantizationError(f"ONNX Runtime cannot load the graph to calibrate: {first_line(exc)}") from exc
-
-    def run(self, images: NDArray[Any], what: str) -> list[NDArray[np.float32]]:
-        """Run ``(N, H, W, C)`` and return the tensors, C-contiguous float32.
-
-        Raises:
-            QuantizationError: ONNX Runtime failed.
-        """
-        try:
-            outputs: list[Any] = self._session.run(self._names, {self._input: images})
-        except Exception as exc:  # as above
-            raise QuantizationError(
-                f"ONNX Runtime failed on {what} of shape {images.shape} while calibrating: {first_line(exc)}"
-            ) from exc
-        return outputs
-
-
-def _with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
-    del watched.graph.output[:]
-    watched.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-    return watched
 
 
 def _float_shapes(model: onnx.ModelProto, spec: InputSpec) -> dict[str, Dims | None]:

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
+from edgeseg.graph.running import GraphSession
 from edgeseg.machine.cpu import this_cpu
-from edgeseg.quantize.activations import Activation, ActivationSession, find_activations, group_by_size
+from edgeseg.quantize.activations import Activation, find_activations, group_by_size
 from edgeseg.quantize.ranges import METHODS, Histogram, RangeMethod, RangeStatistics, range_method
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
@@ -171,11 +172,15 @@ class Observation:
         threads = this_cpu().cores
         with ThreadPoolExecutor(threads, "calibrate") as pool:
             for number, group in enumerate(self._groups):
-                session = ActivationSession(self._model, [a.name for a in group], threads)
+                names = [activation.name for activation in group]
+                session = GraphSession(
+                    self._model, "the graph to calibrate", QuantizationError, names=names, optimized=True
+                )
                 shares = _shares([a.elements for a in group], threads)
                 watched = [self._watches[a.name] for a in group]
                 for batch in _one_ahead(pool, _batches(samples, self._spec)):
-                    _observe(pool, watched, shares, session.run(batch.images, batch.name), batch.name)
+                    outputs = list(session.run(batch.images, batch.name).values())
+                    _observe(pool, watched, shares, outputs, batch.name)
                     if progress is not None:
                         progress(number * len(samples) + batch.done, len(self._groups) * len(samples))
 

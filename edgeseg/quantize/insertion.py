@@ -17,6 +17,7 @@ from edgeseg.quantize.parameters import (
     ActivationParameters,
     QuantizedWeight,
     activation_parameters,
+    bias_correction,
     quantize_bias,
     quantize_weight,
     trained_parameters,
@@ -26,7 +27,6 @@ from edgeseg.quantize.parameters import (
 )
 from edgeseg.quantize.placement import Placement, Role, clamp_limits
 from edgeseg.quantize.schemes import QuantScheme
-from edgeseg.quantize.weights import bias_correction
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import onnx
 from numpy.typing import NDArray
 
 from edgeseg.closing import Closing
-from edgeseg.errors import MissingDependencyError, QuantizationError, first_line
+from edgeseg.errors import QuantizationError
 from edgeseg.graph.proto import drop_unread_constants, makers, value_infos
-from edgeseg.machine.cpu import this_cpu
+from edgeseg.graph.running import GraphSession
 
 Values = Mapping[str, NDArray[Any]]
 _PAIR = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -96,7 +96,7 @@ class SharedPrefix(Closing):
         watched.CopyFrom(model)
         watched.graph.output.extend(known[name] for name in dict.fromkeys(names) if name not in outputs)
         self._outputs = outputs
-        self._part = _Part(watched)
+        self._part = GraphSession(watched, "the float graph", QuantizationError)
         self._image = model.graph.input[0].name
         self._kept: dict[tuple[tuple[int, ...], bytes], Values] = {}
         self.runs = 0
@@ -107,7 +107,7 @@ class SharedPrefix(Closing):
         key = images.shape, images.tobytes()
         if key not in self._kept:
             self.runs += 1
-            self._kept[key] = {**self._part.run({self._image: images}), self._image: images}
+            self._kept[key] = {**self._part.run(images), self._image: images}
         return self._kept[key]
 
     def forget(self) -> None:
@@ -132,7 +132,7 @@ class SuffixSession(Closing):
     """
 
     def __init__(self, part: onnx.ModelProto, values: Callable[[NDArray[Any]], Values]) -> None:
-        self._part = _Part(part)
+        self._part = GraphSession(part, "a part of the graph", QuantizationError)
         self._values = values
 
     def run(self, images: NDArray[Any]) -> Values:
@@ -141,31 +141,3 @@ class SuffixSession(Closing):
 
     def close(self) -> None:
         """Nothing outlives the session."""
-
-
-class _Part:
-    """An ONNX Runtime session of a graph in memory, every operator as it is written."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        try:
-            import onnxruntime as ort
-        except ImportError as exc:
-            raise MissingDependencyError("onnxruntime", "onnxruntime", "judge the modules of a network") from exc
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = this_cpu().cores
-        options.log_severity_level = 3
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception
-            raise QuantizationError(f"ONNX Runtime cannot load a part of the graph: {first_line(exc)}") from exc
-        self._inputs = [value.name for value in self._session.get_inputs()]
-        self._outputs = [value.name for value in self._session.get_outputs()]
-
-    def run(self, values: Values) -> Values:
-        try:
-            results = self._session.run(self._outputs, {name: values[name] for name in self._inputs})
-        except Exception as exc:  # as above
-            raise QuantizationError(f"ONNX Runtime failed on a part of the graph: {first_line(exc)}") from exc
-        return dict(zip(self._outputs, results, strict=True))

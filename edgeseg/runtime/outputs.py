@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgeseg.errors import InputError
 from edgeseg.runtime.sources import import_cv2, require_utf8
 from edgeseg.store.atomic import replacing, write_bytes
-from edgeseg.store.outputs import refuse_existing
+from edgeseg.store.files import refuse_existing
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -34,7 +34,7 @@ from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.tiling import Part, Strip, boundaries
 from edgeseg.spec import ChannelOrder
 from edgeseg.store.atomic import HeldError, lock, replacing
-from edgeseg.store.outputs import refuse_existing
+from edgeseg.store.files import refuse_existing
 from edgeseg.version import __version__
 
 ProbabilityType: TypeAlias = Literal["uint8", "float32"]

@@ -10,14 +10,16 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.arguments import FLAG, argument, choice, number, settle
 from edgeseg.console import draws_bars, plain_console
 from edgeseg.errors import InputError, MissingDependencyError, SpecError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
+from edgeseg.runtime.averaging import Augmentation
 from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlap import in_parallel, parallel_threads
 from edgeseg.runtime.overlay import SHOWN_PERCENTILES, add_legend, colorize, legend_entries
@@ -26,8 +28,8 @@ from edgeseg.runtime.raster import RasterOptions, raster_outputs, require_raster
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
 from edgeseg.runtime.stream import Stream
-from edgeseg.spec import PipelineSpec
-from edgeseg.store.outputs import check_outputs, refuse_existing
+from edgeseg.spec import FitPolicy, PipelineSpec
+from edgeseg.store.files import check_outputs, refuse_existing
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -41,6 +43,34 @@ MAX_CLASS_NAME_BYTES = 40
 LARGE_BYTES = 1 << 26
 # Images a thread may be ahead of the slowest; of a finished one only the names of its files are held.
 PATHS_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How masks are made and written: options of ``edgeseg run``. Raises ``SpecError``.
+
+    Attributes:
+        rasters: which files are rasters, and how they are read.
+    """
+
+    overlay: bool = argument(FLAG, False, help="Also write colour overlays with a legend.")
+    alpha: float = argument(number(0, 1, "an opacity from 0 to 1"), 0.5, help="Opacity of the overlay.")
+    fit: FitPolicy | None = argument(
+        choice(get_args(FitPolicy)), help="How images of another size are brought to the engine's.  [default: as built]"
+    )
+    tile_overlap: float = argument(
+        number(0, 0.9, "a share from 0 to 0.9"),
+        0.25,
+        help="Share of a tile that its neighbour covers too, with --fit tile.",
+    )
+    tta: Augmentation | None = argument(
+        choice(get_args(Augmentation)),
+        help="Average the probabilities of the image and its mirror images (flips: 4 runs), of quarter turns too (d4: 8 runs).",
+    )
+    rasters: RasterOptions = field(default_factory=RasterOptions)
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 @dataclass(frozen=True)
@@ -82,14 +112,12 @@ def run_inputs(
     segmenter: Segmenter,
     inputs: Iterable[str | Path | int],
     output: str | Path,
+    settings: RunSettings | None = None,
     *,
-    overlay: bool = False,
-    alpha: float = 0.5,
     frame_masks: bool = False,
     limit: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
-    rasters: RasterOptions | None = None,
     names: Sequence[str] | None = None,
 ) -> RunSummary:
     """Segment everything named and write the results: several images, or reading, inference and writing, at a time.
@@ -111,13 +139,11 @@ def run_inputs(
         segmenter: from :func:`edgeseg.load`.
         inputs: image and video files, folders (their own files), globs, ``.txt`` lists of images, camera indices.
         output: folder, made if it does not exist.
-        overlay: see above.
-        alpha: opacity of overlays, from 0 to 1.
+        settings: how masks are made and written, as the segmenter was loaded with; ``None`` for the defaults.
         frame_masks: see above.
         limit: stop after so many images and frames.
         overwrite: replace files that exist.
         progress: show a progress bar with frames per second, and failures, on standard error.
-        rasters: which files are rasters, and how they are read; ``None`` for the defaults.
         names: NAME of each of ``inputs``, which are files then, where somebody else has chosen them.
 
     Raises:
@@ -127,19 +153,20 @@ def run_inputs(
         MissingDependencyError: OpenCV is not installed, and there is a video or camera.
         BuildError: the engine failed.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise InputError(f"alpha is {alpha}; give an opacity from 0 to 1")
-    rasters = RasterOptions() if rasters is None else rasters
+    settings = settings or RunSettings()
+    rasters = settings.rasters
     if names is None:
         tasks = _plan(inputs, rasters)
     else:
         files = [Path(str(item)) for item in inputs]
         tasks = [_Task(file, name, rasters.applies_to(file)) for file, name in zip(files, names, strict=True)]
-    run = _Run(segmenter, Path(output), overlay, alpha, frame_masks, limit, overwrite, rasters)
+    run = _Run(segmenter, Path(output), settings, frame_masks, limit, overwrite)
     large = [task for task in tasks if task.is_raster]
     if large:
+        if settings.fit not in (None, "tile"):
+            raise SpecError(f"rasters are cut into tiles; leave out --fit {settings.fit}, or give --no-raster")
         require_rasters_engine(segmenter, rasters)
-        if overlay:
+        if settings.overlay:
             raise SpecError(
                 f"no overlay is drawn over a raster ({large[0].label}); leave out --overlay, or give --no-raster"
             )
@@ -155,7 +182,7 @@ def run_inputs(
     with Bar(len(tasks), limit, unit="tiles" if large else "frames") if progress else nullcontext(Silent()) as bar:
         for note in _notes_on_rasters(tasks, rasters, segmenter):
             bar.say(note)
-        if overlay:
+        if settings.overlay:
             tell_what_overlays_show(segmenter.spec, bar)
         interrupted = run.all(tasks, bar)
     seconds, count = time.perf_counter() - begin, run.images + run.frames
@@ -181,11 +208,6 @@ def streams_of(inputs: Iterable[str | Path | int], rasters: RasterOptions | None
     tasks = _plan(inputs, RasterOptions() if rasters is None else rasters)
     alone = any(task.is_video or task.is_raster for task in tasks)
     return 1 if alone else min(len(tasks), parallel_threads())
-
-
-def has_rasters(inputs: Iterable[str | Path | int], rasters: RasterOptions) -> bool:
-    """Whether any input will be segmented as a raster."""
-    return any(task.is_raster for task in _plan(inputs, rasters))
 
 
 def _notes_on_rasters(tasks: Sequence[_Task], rasters: RasterOptions, segmenter: Segmenter) -> Iterator[str]:
@@ -260,12 +282,10 @@ def _plan(inputs: Iterable[str | Path | int], rasters: RasterOptions) -> list[_T
 class _Run:
     segmenter: Segmenter
     output: Path
-    overlay: bool
-    alpha: float
+    settings: RunSettings
     frame_masks: bool
     limit: int | None
     overwrite: bool
-    rasters: RasterOptions
     images: int = 0
     frames: int = 0
     dropped: int = 0
@@ -278,15 +298,17 @@ class _Run:
         if task.is_video:
             return [self.output / "videos" / f"{task.name}.mp4"]
         if task.is_raster:
-            return raster_outputs(self.output, task.name, self.rasters)
-        return [self.output / name for name in image_outputs(task.name, self.segmenter.spec, overlay=self.overlay)]
+            return raster_outputs(self.output, task.name, self.settings.rasters)
+        return [
+            self.output / name for name in image_outputs(task.name, self.segmenter.spec, overlay=self.settings.overlay)
+        ]
 
     def unwritten(self, task: _Task) -> list[Path]:
         """Those of :meth:`outputs` that are not there already, the same as they would be."""
         outputs = self.outputs(task)
         if self.overwrite or not task.is_raster or not isinstance(task.source, Path):
             return outputs
-        return unanswered(self.segmenter, task.source, outputs, self.rasters)
+        return unanswered(self.segmenter, task.source, outputs, self.settings.rasters)
 
     def all(self, tasks: Sequence[_Task], bar: Silent) -> bool:
         """Process every task; true if a camera was stopped by Ctrl-C."""
@@ -317,7 +339,7 @@ class _Run:
         assert isinstance(task.source, Path)
         outputs = self.outputs(task)
         try:
-            segment_raster(self.segmenter, task.source, outputs, self.rasters, bar, overwrite=self.overwrite)
+            segment_raster(self.segmenter, task.source, outputs, self.settings.rasters, bar, overwrite=self.overwrite)
         except (InputError, MissingDependencyError) as exc:
             self._fail(task, str(exc), bar)
             return
@@ -348,11 +370,11 @@ class _Run:
 
     def _write_image(self, task: _Task, image: NDArray[Any], mask: NDArray[Any]) -> list[Path]:
         written = self._write_masks(self.output / "masks" / task.name, mask)
-        if self.overlay:
+        if self.settings.overlay:
             path = self.output / "overlays" / f"{task.name}.png"
             # Not kept under a name: of a large picture every copy counts.
             picture = add_legend(
-                lay_over(image, mask, alpha=self.alpha, palette=self.segmenter.palette), self._legend(mask)
+                lay_over(image, mask, alpha=self.settings.alpha, palette=self.segmenter.palette), self._legend(mask)
             )
             write_picture(path, picture, overwrite=self.overwrite)
             written.append(path)
@@ -396,8 +418,8 @@ class _Run:
         fps = video.fps or USUAL_FPS
         try:
             for frame in frames:
-                if self.overlay:
-                    picture = lay_over(frame.image, frame.mask, alpha=self.alpha, palette=palette)
+                if self.settings.overlay:
+                    picture = lay_over(frame.image, frame.mask, alpha=self.settings.alpha, palette=palette)
                 else:
                     picture = colorize(frame.mask, palette)
                 picture = add_legend(picture, legend)

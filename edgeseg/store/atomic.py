@@ -25,7 +25,7 @@ from typing import TypeVar
 import msgspec
 
 from edgeseg.errors import ArtifactError
-from edgeseg.store.outputs import is_stream, open_descriptor, refuse_existing, why_not_made
+from edgeseg.store.files import is_stream, open_descriptor, refuse_existing, why_not_made
 
 T = TypeVar("T")
 Ours = Callable[[Path], "Collection[str] | None"]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,7 +24,7 @@ import platformdirs
 
 from edgeseg.errors import ArtifactError
 from edgeseg.machine.cpu import this_cpu
-from edgeseg.machine.packages import COMPUTING_PACKAGES, package_versions
+from edgeseg.machine.packages import EXTRAS, package_versions
 from edgeseg.store.artifacts import FileRef, check_file, read_json, sha256_json, write_json
 from edgeseg.store.atomic import scratch_folder, sweep_folders
 
@@ -97,7 +98,11 @@ def software() -> dict[str, str]:
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes())
     # An engine is chosen, tuned and timed on one kind of machine.
-    return {"edgeseg": digest.hexdigest(), "cpu": this_cpu().isa, **package_versions(*COMPUTING_PACKAGES)}
+    return {
+        "edgeseg": digest.hexdigest(),
+        "cpu": this_cpu().isa,
+        **package_versions(*chain.from_iterable(EXTRAS.values())),
+    }
 
 
 def cached_folder(stage: Stage, inputs: object, make: Callable[[Path], None]) -> tuple[Path, bool]:

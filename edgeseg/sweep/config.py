@@ -6,60 +6,25 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
+from edgeseg.arguments import PATH, arguments_of, request_of
 from edgeseg.backends import BACKENDS
 from edgeseg.decide.metrics import AGAINST_BASELINE, AGAINST_MASKS
 from edgeseg.decide.requirement import Comparison, Node, Requirement
 from edgeseg.demo import demo_models, sample_folder
 from edgeseg.errors import SpecError, did_you_mean
-from edgeseg.evaluate.accuracy.layouts import parse_label_map
+from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
+from edgeseg.evaluate.bench import BenchRequest
 from edgeseg.evaluate.intervals import MIN_IMAGES
-from edgeseg.evaluate.results import BASELINES, Layout, Resolution
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import ARCHITECTURES, PRECISIONS, OutputKind, one_of
 from edgeseg.store.files import read_bounded
 
 DEMO = "demo"
 Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
-
-
-class BenchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The table ``[bench]``: passed on to ``edgeseg bench``.
-
-    Attributes:
-        baseline: ``pytorch``, another of ``bench``'s, or ``none``.
-        data: images to judge accuracy on; ``demo`` for the demo's validation images; ``None``: speed only.
-        layout, split, label_map, resolution, limit, jobs: of ``data``, as ``bench``'s options of these names.
-        batch, threads, streams: counts, comma-separated, as ``bench``'s options.
-        duration_s: of each engine.
-        fresh_processes: for cold start and memory; 0 for neither.
-        profile: also measure per-module times.
-        together: ``all``: every engine in turns with all others, so that all compare; ``model``: one run per
-            architecture, encoder, size and weights, for sweeps whose engines do not fit into memory together.
-    """
-
-    baseline: str = "pytorch"
-    data: str | None = None
-    layout: Layout = "images-masks"
-    split: str = "val"
-    label_map: str | None = None
-    resolution: Resolution = "source"
-    limit: Positive | None = None
-    jobs: Positive = 1
-    batch: str = "1"
-    threads: str | None = None
-    streams: str = "1"
-    duration_s: Annotated[float, msgspec.Meta(ge=0, le=86400)] = 3.0
-    fresh_processes: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 1
-    profile: bool = False
-    together: Literal["all", "model"] = "all"
-
-
-OF_DATA = ("layout", "split", "label_map", "resolution", "limit", "jobs", "ignore_index")
-"""What says how ``data`` is judged, and nothing without it."""
 
 
 class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,7 +43,10 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         require: as ``edgeseg report --require``.
         title: of the report.
         build: any other argument of :func:`edgeseg.build`, by Python's name; the same for every cell.
-        bench: how to measure.
+        bench: any argument of ``edgeseg bench`` about how to measure, by the option's name; ``data`` may be ``demo``.
+            ``fresh_processes`` is 1 here. And ``together``: ``all``: every engine in turns with all others, so that all
+            compare; ``model``: one run per architecture, encoder, size and weights, for sweeps whose engines do not fit into
+            memory together.
     """
 
     archs: tuple[str, ...]
@@ -97,13 +65,34 @@ class SweepConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     require: str | None = None
     title: str = "edgeseg sweep"
     build: dict[str, Any] = {}
-    bench: BenchConfig = BenchConfig()
+    bench: dict[str, Any] = {}
+
+    @property
+    def data(self) -> Path | None:
+        """The images accuracy is judged on."""
+        place = self.bench.get("data")
+        return None if place is None else sample_folder() / "val" if place == DEMO else PATH.accept("bench.data", place)
+
+    def measuring(self) -> tuple[BenchRequest, AccuracyRequest]:
+        """What ``bench`` asks for, checked. Raises ``SpecError``."""
+        for name in self.bench.keys() - _OF_BENCH:
+            raise SpecError(
+                f"[bench] of the sweep: unknown field `{name}`{_where(name) or ';'} docs/sweep.md has an example"
+            )
+        given = {"fresh_processes": 1, **self.bench, "data": self.data, "ignore_index": self.ignore_index}
+        one_of("bench.together", given.pop("together", "all"), ("all", "model"))
+        speed = {argument.name for argument in arguments_of(BenchRequest).values()}
+        of_speed = {name: value for name, value in given.items() if name in speed}
+        of_data = {name: value for name, value in given.items() if name not in speed}
+        return request_of(BenchRequest, "bench", of_speed), request_of(AccuracyRequest, "bench", of_data)
 
 
 _PASSED_ON = ("output_kind", "classes", "calibration", "calibration_limit", "validation", "ignore_index")
 """Arguments of a build that are the same in every cell."""
 
-_FIELDS = (*SweepConfig.__struct_fields__, *BenchConfig.__struct_fields__)
+_OF_BENCH = frozenset(
+    argument.name for request in (BenchRequest, AccuracyRequest) for argument in arguments_of(request).values()
+) - {"ignore_index"} | {"together"}
 
 
 @dataclass(frozen=True)
@@ -123,6 +112,7 @@ def read_config(path: Path) -> SweepConfig:
     """
     try:
         config = msgspec.toml.decode(read_bounded(path, "sweep", SpecError), type=SweepConfig)
+        config.measuring()
     except SpecError:
         raise  # a ValueError too
     except RecursionError as exc:
@@ -137,11 +127,11 @@ def read_config(path: Path) -> SweepConfig:
 
 def _where(field: str) -> str:
     """What was meant by a field that is not known where it stands."""
-    if field in BenchConfig.__struct_fields__:
+    if field in _OF_BENCH:
         return "; it belongs in [bench];"
     if field in SweepConfig.__struct_fields__:
         return "; it belongs above the first [table];"
-    return did_you_mean(field, _FIELDS)
+    return did_you_mean(field, (*SweepConfig.__struct_fields__, *_OF_BENCH))
 
 
 def relative_to(config: SweepConfig, folder: Path) -> SweepConfig:
@@ -157,7 +147,10 @@ def relative_to(config: SweepConfig, folder: Path) -> SweepConfig:
         weights={arch: place(value, words) or value for arch, value in config.weights.items()},
         calibration=place(config.calibration),
         validation=place(config.validation),
-        bench=msgspec.structs.replace(config.bench, data=place(config.bench.data, (DEMO,))),
+        bench={
+            **config.bench,
+            **({"data": place(data, (DEMO,))} if isinstance(data := config.bench.get("data"), str) else {}),
+        },
     )
 
 
@@ -173,24 +166,15 @@ def expand(config: SweepConfig) -> tuple[Cell, ...]:
         msgspec.convert(msgspec.to_builtins(config), SweepConfig)
     except msgspec.ValidationError as exc:
         raise SpecError(f"the sweep cannot be: {exc}") from exc
+    # Before hours of building, not after.
+    measuring = config.measuring()
     if config.require is not None:
-        _check_require(Requirement.parse(config.require), config.bench)
+        _check_require(Requirement.parse(config.require), *measuring)
     for field, allowed in (("archs", ARCHITECTURES), ("precisions", PRECISIONS), ("targets", ("auto", *BACKENDS))):
         if not getattr(config, field):
             raise SpecError(f"{field} of the sweep is empty; give at least one of {', '.join(allowed)}")
         for value in getattr(config, field):
             one_of(field, value, tuple(allowed))
-    # Before hours of building, not after.
-    one_of("bench.baseline", config.bench.baseline, (*BASELINES, "none"))
-    if config.bench.label_map is not None:
-        parse_label_map(config.bench.label_map)
-    for field, counts in (
-        ("batch", config.bench.batch),
-        ("threads", config.bench.threads),
-        ("streams", config.bench.streams),
-    ):
-        if counts is not None and re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", counts) is None:
-            raise SpecError(f"bench.{field} {counts!r} of the sweep is not a list of counts, such as 1 or 1,4,8")
     for arch in config.weights:
         one_of("weights", arch, (*ARCHITECTURES, "default"))
     cells = tuple(
@@ -205,17 +189,17 @@ def expand(config: SweepConfig) -> tuple[Cell, ...]:
     return cells
 
 
-def _check_require(requirement: Requirement, bench: BenchConfig) -> None:
+def _check_require(requirement: Requirement, bench: BenchRequest, accuracy: AccuracyRequest) -> None:
     """Raise ``SpecError`` for a requirement that the bench cannot meet, because it does not measure what it names."""
     causes: dict[str, str] = {}
-    if bench.data is None:
+    if accuracy.data is None:
         causes |= dict.fromkeys(
             (*AGAINST_MASKS, "agreement", "boundary_agreement"), "there is no bench.data to judge it on"
         )
-    if bench.baseline == "none":
+    if not bench.baselines:
         causes |= dict.fromkeys(AGAINST_BASELINE, "bench.baseline is none")
-    if bench.limit is not None and bench.limit < MIN_IMAGES:
-        causes["miou_drop"] = f"bench.limit is {bench.limit}, and a drop needs at least {MIN_IMAGES} images"
+    if accuracy.limit is not None and accuracy.limit < MIN_IMAGES:
+        causes["miou_drop"] = f"bench.limit is {accuracy.limit}, and a drop needs at least {MIN_IMAGES} images"
 
     def missing(node: Node) -> tuple[str, ...]:
         """The figures without which the node cannot be met."""
@@ -256,10 +240,3 @@ def _cell(config: SweepConfig, arch: str, encoder: str | None, size: str | None,
         raise SpecError(f"{twice[0]} in [build] of the sweep is a field of the sweep itself; say it there")
     request = BuildRequest.of({**arguments, **config.build})
     return Cell(name, model, request)
-
-
-def data_folder(config: BenchConfig) -> Path | None:
-    """The images accuracy is judged on."""
-    if config.data is None:
-        return None
-    return sample_folder() / "val" if config.data == DEMO else Path(config.data)

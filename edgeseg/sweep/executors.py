@@ -34,7 +34,7 @@ Builder = Callable[[Cell], Built]
 
 def build_cell(cell: Cell) -> Built:
     """Build one engine folder; whatever goes wrong becomes the cell's reason, so that the others go on."""
-    from edgeseg.pipeline.stages import run_build
+    from edgeseg.pipeline.build import run_build
     from edgeseg.progress import SilentReporter
 
     begin = time.perf_counter()

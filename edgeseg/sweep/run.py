@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from edgeseg.arguments import words_of
 from edgeseg.decide.entries import Run
 from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.evaluate.results import read_report
 from edgeseg.evaluate.tables import counted
 from edgeseg.store.artifacts import open_engine
 from edgeseg.store.atomic import HeldError, lock
-from edgeseg.sweep.config import OF_DATA, BenchConfig, Cell, SweepConfig, data_folder, expand
+from edgeseg.sweep.config import Cell, SweepConfig, expand
 from edgeseg.sweep.executors import Built, build_locally, build_on_ray
 from edgeseg.sweep.state import UNFINISHED, CellState, bench_key, cell_key, check_ours, is_done, remember
 
@@ -80,7 +81,7 @@ def run_sweep(
     if jobs < 1:
         raise SpecError(f"{jobs} jobs for the sweep; give 1 or more")
     cells = expand(config)
-    data = data_folder(config.bench)
+    data = config.data
     if data is not None and not data.exists():  # said before hours of building, not after
         raise SpecError(f"bench.data {data} of the sweep is not there; give images, or demo, or leave it out")
     check_ours(cells, reports, force=force)
@@ -137,7 +138,7 @@ def _measure(
 ) -> tuple[tuple[Run, ...], list[Failure]]:
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault("all" if config.bench.together == "all" else cell.model, []).append(cell)
+        groups.setdefault("all" if config.bench.get("together", "all") == "all" else cell.model, []).append(cell)
     runs: list[Run] = []
     failures: list[Failure] = []
     for name, built in groups.items():
@@ -154,7 +155,7 @@ def _measure(
         if not members:
             continue
         options = bench_options(config)
-        key = bench_key(tuple(members), options, data_folder(config.bench))
+        key = bench_key(tuple(members), options, config.data)
         path = Path(config.output) / "results" / f"{name.replace('/', '-')}-{key[:12]}.json"
         # What failed is tried again, and with it all others: engines compare only when measured in turns.
         if path.is_file() and not read_report(path).failed:
@@ -179,16 +180,10 @@ def _is_portable_only(cell: Cell) -> bool:
 
 def bench_options(config: SweepConfig) -> tuple[str, ...]:
     """The options of ``edgeseg bench`` that the config's ``[bench]`` stands for."""
-    data = data_folder(config.bench)
-    given = {name: getattr(config.bench, name) for name in BenchConfig.__struct_fields__ if name != "together"}
-    given |= {"data": data, "ignore_index": config.ignore_index}
-    options: list[str] = []
-    for name, value in given.items():
-        if value is None or value is False or (data is None and name in OF_DATA):
-            continue
-        words = () if value is True else (f"{value:g}" if isinstance(value, float) else str(value),)
-        options += [f"--{name.replace('_', '-')}", *words]
-    return tuple(options)
+    speed, accuracy = config.measuring()
+    return tuple(
+        word for request in (speed, accuracy)[: 1 + (accuracy.data is not None)] for word in words_of(request) or ()
+    )
 
 
 def run_edgeseg(arguments: Sequence[str]) -> str | None:

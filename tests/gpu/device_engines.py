@@ -117,19 +117,6 @@ def agreement(session: TensorRTSession, folder: Path, n: int = 8, least_classes:
     return float(np.mean([(ours == theirs).mean() for ours, theirs in pairs]))
 
 
-class OnDevice:
-    """A view of device memory as CuPy gives it."""
-
-    def __init__(self, address: int, shape: tuple[int, ...]) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": shape,
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-            "stream": None,
-        }
-
-
 def with_options(engine: Engine, **options: Any) -> TensorRTSession:
     """Load an engine with other session options than it was compiled with."""
     session = get_backend("tensorrt").load(engine.with_options(**options))

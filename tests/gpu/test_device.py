@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from device_engines import AGREEMENT, PRECISIONS, OnDevice, agreement, images, measured, portable, with_options
+from described import Described
+from device_engines import AGREEMENT, PRECISIONS, agreement, images, measured, portable, with_options
 from in_threads import in_threads
 
 import edgeseg
@@ -145,7 +146,7 @@ def test_arrays_on_the_device(engines: dict[str, Engine]) -> None:
             stream.copy_to_device(memory.address, image.reshape(-1))
             stream.synchronize()
 
-        with session.run_device(OnDevice(memory.address, image.shape))["mask"] as mask:
+        with session.run_device(Described(memory.address, image.shape, stream=None))["mask"] as mask:
             np.testing.assert_array_equal(mask.numpy(), session.run(image)["mask"])
 
 
@@ -181,21 +182,14 @@ def test_cuda_graph_over_one_buffer_on_the_device(engines: dict[str, Engine], fi
         if not cuda.driver.has_graphs:
             pytest.skip(f"{cuda.driver.name} has no CUDA graphs; pip install 'edgeseg[jetson]'")
 
-        class Frame:
-            __cuda_array_interface__ = {  # noqa: RUF012
-                "shape": given[0].shape,
-                "typestr": "|u1",
-                "data": (memory.address, False),
-                "version": 3,
-                "stream": stream.address,
-            }
+        frame = Described(memory.address, given[0].shape, stream=stream.address)
 
         def loop(session: TensorRTSession) -> list[np.ndarray]:
             masks = []
             for image in given:
                 with cuda.active():
                     stream.copy_to_device(memory.address, image.reshape(-1))
-                with session.run_device(Frame())["mask"] as mask:
+                with session.run_device(frame)["mask"] as mask:
                     masks.append(mask.numpy())
             return masks
 

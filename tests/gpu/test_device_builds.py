@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from described import Described
 from device_engines import (
     AGREEMENT,
     SIDE,
-    OnDevice,
     agreement,
     calibration_images,
     calibration_table,
@@ -214,7 +214,8 @@ def test_each_cuda_package_gives_the_same_masks(
         with cuda.device_memory(given[0].nbytes) as memory_there, cuda.stream() as stream, cuda.active():
             stream.copy_to_device(memory_there.address, given[0].reshape(-1))
             stream.synchronize()
-            with session.run_device(OnDevice(memory_there.address, given[0].shape))["mask"] as mask_there:
+            there = Described(memory_there.address, given[0].shape, stream=None)
+            with session.run_device(there)["mask"] as mask_there:
                 np.testing.assert_array_equal(mask_there.numpy(), wanted[0])
         figures.update(has_graphs=cuda.driver.has_graphs)
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import edgeseg
 from edgeseg.cli.app import cli
 from edgeseg.errors import InputError
-from edgeseg.runtime.run import run_inputs
+from edgeseg.runtime.run import RunSettings, run_inputs
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.store.artifacts import Engine
 
@@ -171,7 +171,7 @@ def test_run_says_how_overlays_are_scaled(
     assert cv2.imwrite(str(tmp_path / "eight.png"), np.zeros((HEIGHT, WIDTH), np.uint8))
     with edgeseg.load(engine16) as segmenter:
         inputs = [images / "00.png", tmp_path / "eight.png"]
-        summary = run_inputs(segmenter, inputs, tmp_path / "out", overlay=True)
+        summary = run_inputs(segmenter, inputs, tmp_path / "out", RunSettings(overlay=True))
         mask = segmenter(images / "00.png")
     assert summary.images == 1
     assert "holds uint8, the engine takes uint16" in summary.failed[0].reason

@@ -79,29 +79,6 @@ def test_random_weights_are_loud_and_the_same_every_time() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(
-    ("arch", "encoder", "classes", "activation", "size", "task"),
-    [
-        ("DeepLabV3Plus", "resnet101", 21, "softmax", 512, "multiclass"),
-        ("PSPNet", "mobilenet_v2", 19, "softmax", 256, "multiclass"),
-        ("FPN", "efficientnet-b4", 1, "sigmoid", 256, "binary"),
-    ],
-)
-def test_the_models_of_the_course_text_load_verbatim(
-    arch: str, encoder: str, classes: int, activation: str, size: int, task: str
-) -> None:
-    request = ModelRequest(arch=arch, encoder=encoder, classes=classes, activation=activation, weights="random")
-    loaded = load_model(request)
-    loaded.check_size(size, size)
-    assert (loaded.model.task, loaded.model.activation) == (task, activation)
-    output = run(loaded, 64, 64)
-    assert tuple(output.shape) == (1, classes, 64, 64)
-    if activation == "softmax":
-        assert torch.allclose(output.sum(dim=1), torch.ones(1, 64, 64), atol=1e-5)
-    else:
-        assert bool(((output > 0) & (output < 1)).all())
-
-
 @pytest.mark.parametrize("channels", [1, 3, 4, 6])
 @pytest.mark.parametrize("encoder", [TINY, "tu-mobilenetv3_small_050"])
 def test_any_number_of_input_channels(channels: int, encoder: str) -> None:
@@ -143,19 +120,6 @@ def test_an_output_smaller_than_the_image_is_enlarged() -> None:
     original.load_state_dict(loaded.module.state_dict())
     image = torch.rand(1, 3, 64, 96)
     assert torch.allclose(original(image), loaded.module(image), atol=1e-6)
-
-
-def test_the_auxiliary_head_is_dropped_unless_kept() -> None:
-    args = {"aux_params": {"classes": 4, "dropout": 0.5}}
-    dropped = load_model(tiny_request("fpn", model_args=args))
-    assert isinstance(run(dropped, 64, 64), torch.Tensor)
-    assert dropped.model.model_args == {}
-    assert any("auxiliary classification head dropped" in n for n in dropped.notes)
-    kept = load_model(tiny_request("fpn", model_args=args, keep_aux=True))
-    masks, labels = run(kept, 64, 64)
-    assert (tuple(masks.shape), tuple(labels.shape)) == ((1, 3, 64, 64), (1, 4))
-    with pytest.raises(SpecError, match="no auxiliary head to keep"):
-        load_model(tiny_request("fpn", keep_aux=True))
 
 
 @pytest.mark.parametrize(

@@ -58,16 +58,6 @@ class Squashing(Wrapper):
         return torch.sigmoid(self.model(image))
 
 
-class Sub(smp.FPN):  # type: ignore[misc, name-defined]
-    """A subclass whose constructor hides SMP's arguments and whose forward adds something."""
-
-    def __init__(self, colours: int) -> None:
-        super().__init__(ENCODER, encoder_weights=None, classes=colours)
-
-    def forward(self, x: Any) -> Any:
-        return super().forward(x) * 2.0
-
-
 class Labelled(nn.Module):  # type: ignore[misc, name-defined]
     """A network that is not SMP's, with a second output."""
 
@@ -175,13 +165,6 @@ def test_the_encoder_weights_training_started_from_decide_the_preprocessing() ->
     assert wrap_module(model, NOTHING).preprocess.mean == IMAGENET_MEAN
     model.config["encoder_weights"] = "advprop"
     assert wrap_module(model, NOTHING).preprocess.mean == (0.5, 0.5, 0.5)
-
-
-def test_a_subclass_keeps_its_forward() -> None:
-    model = Sub(3).eval()
-    wrapped = wrap_module(model, NOTHING)
-    assert (wrapped.model.arch, wrapped.model.encoder, wrapped.model.classes) == ("fpn", ENCODER, 3)
-    assert torch.equal(output(wrapped.module), output(model))
 
 
 def test_parallel_and_compiled_modules_are_looked_through() -> None:

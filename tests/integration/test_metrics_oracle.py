@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edgeseg.evaluate.accuracy.counts import AccuracyMeter
 from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.loss import ScoreTap, loss_sums, losses
-from edgeseg.evaluate.accuracy.meters import AccuracyMeter
 from edgeseg.evaluate.intervals import per_class
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Task
 from edgeseg.store.artifacts import AccuracyFigures

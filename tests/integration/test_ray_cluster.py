@@ -21,9 +21,8 @@ ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'edge
 import edgeseg  # noqa: E402
 from benchmarks.cluster_run import worker_processes  # noqa: E402
 from edgeseg.cluster.run import run_on_cluster  # noqa: E402
-from edgeseg.cluster.worker import Settings  # noqa: E402
 from edgeseg.errors import InputError, StaleEngineError  # noqa: E402
-from edgeseg.runtime.run import run_inputs  # noqa: E402
+from edgeseg.runtime.run import RunSettings, run_inputs  # noqa: E402
 from edgeseg.store.artifacts import MANIFEST_NAME, open_engine  # noqa: E402
 from edgeseg.sweep.config import Cell, SweepConfig, expand  # noqa: E402
 from edgeseg.sweep.executors import Built, build_cell, build_on_ray  # noqa: E402
@@ -93,7 +92,7 @@ def test_an_engine_that_no_node_can_load_is_refused_with_the_nodes_words(
     manifest["versions"]["onnxruntime"] = "0.1"
     (engine / MANIFEST_NAME).write_text(json.dumps(manifest))
     with pytest.raises(StaleEngineError, match=rf"^{engine} was built with onnxruntime 0.1.*\(on node "):
-        run_on_cluster(engine, [photos], tmp_path / "out", Settings(), progress=False)
+        run_on_cluster(engine, [photos], tmp_path / "out", RunSettings(), progress=False)
     assert not (tmp_path / "out" / "masks").exists()
 
 
@@ -105,7 +104,7 @@ def test_no_cluster_at_the_address(engine: Path, photos: Path, tmp_path: Path, m
 
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(InputError, match="no Ray cluster at auto: Could not find any running Ray instance"):
-        run_on_cluster(engine, [photos], tmp_path / "out", Settings(), address="auto", progress=False)
+        run_on_cluster(engine, [photos], tmp_path / "out", RunSettings(), address="auto", progress=False)
 
 
 def test_a_worker_and_a_node_are_killed_and_every_image_has_its_mask(
@@ -123,7 +122,7 @@ def test_a_worker_and_a_node_are_killed_and_every_image_has_its_mask(
 
     thread = threading.Thread(target=disturb)
     thread.start()
-    summary = run_on_cluster(engine, [photos], output, Settings(), workers=2, progress=False)
+    summary = run_on_cluster(engine, [photos], output, RunSettings(), workers=2, progress=False)
     thread.join()
     assert len(killed) == 2
     assert max(killed) < 200, "it was over before it was disturbed"

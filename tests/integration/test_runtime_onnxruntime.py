@@ -153,13 +153,6 @@ def test_eight_threads_get_what_one_gets(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(mask, expected)
 
 
-def test_stream_and_segmenter_agree(tmp_path: Path) -> None:
-    with edgeseg.load(build(tmp_path / "engine")) as segmenter:
-        images = [photo(80, 80, 3) for _ in range(12)]
-        for frame in edgeseg.stream(images, segmenter):
-            np.testing.assert_array_equal(frame.mask, segmenter(images[frame.index]))
-
-
 BARE_MACHINE = """
 import sys
 
@@ -183,24 +176,3 @@ def test_torch_onnx_smp_and_opencv_are_not_needed(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["(64, 96)", "(100, 100)", "(5, 7)"]
-
-
-def test_opencv_resizes_alike(tmp_path: Path) -> None:
-    """The peer that models were trained with: never more than one grey level away."""
-    cv2 = pytest.importorskip("cv2")
-    from edgeseg.images.resize import resize_image
-
-    for source, target in (((90, 120), (64, 96)), ((40, 30), (64, 96)), ((301, 203), (64, 96))):
-        image = photo(*source, 3)
-        ours, theirs = resize_image(image, target), cv2.resize(image, target[::-1])
-        assert np.abs(ours.astype(int) - theirs).max() <= 1
-
-
-def test_torch_resizes_alike() -> None:
-    torch = pytest.importorskip("torch")
-
-    for source, target in (((9, 12), (64, 96)), ((64, 96), (30, 41)), ((5, 7), (5, 20)), ((1, 1), (8, 3))):
-        scores = RNG.normal(size=(4, *source)).astype(np.float32)
-        theirs = torch.nn.functional.interpolate(torch.from_numpy(scores)[None], target, mode="bilinear")[0].numpy()
-        # torch computes positions in float32.
-        np.testing.assert_allclose(resize_scores(scores, target), theirs, atol=1e-4)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from command_line import typed
 from PIL import Image
 from recorded_tensorrt.graphs import SIDE, small_model
 from small_graphs import plain_session
@@ -16,7 +15,7 @@ from small_graphs import plain_session
 from edgeseg.backends import get_backend
 from edgeseg.demo import sample_folder
 from edgeseg.errors import BuildError, SpecError
-from edgeseg.evaluate.accuracy.meters import AccuracyMeter
+from edgeseg.evaluate.accuracy.counts import AccuracyMeter
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 from edgeseg.store.artifacts import OnnxGraph, open_engine, sha256_file
 
@@ -28,16 +27,11 @@ pytestmark = [
 ]
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "edgeseg", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A demo model built for TensorRT where there is none, and what the command printed."""
     folder = tmp_path_factory.mktemp("engines") / "fpn"
-    done = run("build", "--arch", "fpn", "--precision", "int8", "--target", "tensorrt", "--output", folder)
+    done = typed("build", "--arch", "fpn", "--precision", "int8", "--target", "tensorrt", "--output", folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -70,15 +64,15 @@ def test_its_accuracy_is_that_of_the_graph_in_onnx_runtime(portable: tuple[Path,
 
 def test_without_a_device_compile_and_run_say_what_is_missing(portable: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = portable
-    compiled = run("compile", folder)
+    compiled = typed("compile", folder)
     assert compiled.returncode == 1 and compiled.stderr.startswith("edgeseg: target tensorrt cannot be used here: ")
-    ran = run("run", folder, sample_folder() / "val" / "images", "--output", tmp_path / "out")
+    ran = typed("run", folder, sample_folder() / "val" / "images", "--output", tmp_path / "out")
     assert ran.returncode == 1 and f"holds a portable graph only; run: edgeseg compile {folder}" in ran.stderr
 
 
 def test_compile_builds_one_rtx_engine_for_several_gpus(portable: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = portable
-    done = run(
+    done = typed(
         "compile", folder, "--target", "tensorrt-rtx", "--sm", "86,89,120", "--output", tmp_path / "rtx", "--json"
     )
     assert done.returncode == 0, done.stderr
@@ -89,7 +83,7 @@ def test_compile_builds_one_rtx_engine_for_several_gpus(portable: tuple[Path, st
 
 
 def test_options_are_refused_before_any_work(tmp_path: Path) -> None:
-    done = run("build", "--arch", "fpn", "--target", "tensorrt-rtx", "--sm", "87", "--output", tmp_path / "e")
+    done = typed("build", "--arch", "fpn", "--target", "tensorrt-rtx", "--sm", "87", "--output", tmp_path / "e")
     assert done.returncode == 2
     assert done.stderr == (
         "edgeseg: TensorRT-RTX has no SM 87 (allowed: 75, 80, 86, 89, 120, 121); Jetsons take --target tensorrt\n"
@@ -144,7 +138,7 @@ def test_implicit_calibration_leaves_the_fp32_graph_and_its_table(tmp_path: Path
     """What a DLA before TensorRT 11.4 needs; the table becomes TensorRT's calibration cache on the device."""
     folder = tmp_path / "fpn"
     options = ("--backend-option", "implicit_calibration=true", "--backend-option", "dla_core=0")
-    done = run("build", "--arch", "fpn", "--precision", "int8", "--target", "tensorrt", *options, "--output", folder)
+    done = typed("build", "--arch", "fpn", "--precision", "int8", "--target", "tensorrt", *options, "--output", folder)
     assert done.returncode == 0, done.stderr
     manifest = open_engine(folder).manifest
     assert manifest.scheme is None and manifest.precision.requested == "int8"

@@ -28,16 +28,14 @@ from edgeseg.backends.tensorrt.log import capture  # noqa: E402
 from edgeseg.backends.tensorrt.rtx import parse_network  # noqa: E402
 from edgeseg.backends.tensorrt.turing import for_turing  # noqa: E402
 from edgeseg.convert.export import export_onnx  # noqa: E402
-from edgeseg.convert.load import load_model  # noqa: E402
 from edgeseg.errors import BuildError  # noqa: E402
-from edgeseg.spec import BatchRange, InputSpec, ModelRequest, ModelSpec, OutputSpec, PipelineSpec  # noqa: E402
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec  # noqa: E402
 from edgeseg.store.artifacts import OnnxGraph, sha256_file  # noqa: E402
 
 pytestmark = pytest.mark.integration
 
 SIDE = 64
 SHAPES: dict[str, dict[str, Any]] = {
-    "static": {},
     "dynamic batch": {"batch": BatchRange(1, 2, 4)},
     "dynamic size": {"dynamic_size": True},
     "both": {"batch": BatchRange(1, 2, 4), "dynamic_size": True},
@@ -45,22 +43,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 # Of weights as training leaves them. Those of an untrained ViT are zeros and ones: biases go away, and all norms share one
 # pair of constants, which makes 155 layers less (dpt).
 MOST_LAYERS = {
-    ("dpt", "static"): 635,
     ("dpt", "dynamic batch"): 655,
     ("dpt", "dynamic size"): 770,
-    ("pspnet", "static"): 90,
     ("pspnet", "dynamic batch"): 90,
     ("pspnet", "dynamic size"): 170,
-    ("upernet", "static"): 150,
     ("upernet", "dynamic batch"): 150,
     ("upernet", "dynamic size"): 267,
     ("segformer", "dynamic size"): 85,
 }
-MOST_LAYERS_UNTRAINED = {"dpt": 500, "pspnet": 90, "upernet": 150}
 WITH_PRODUCTS = ("dpt", "manet", "pspnet", "upernet")
-CASES = [
-    (arch, shape) for arch in (*WITH_PRODUCTS, "segformer") for shape in ("static", "dynamic batch", "dynamic size")
-]
+# Static graphs are counted and built where they are quantized, test_quantized_contract.py.
+CASES = [(arch, shape) for arch in (*WITH_PRODUCTS, "segformer") for shape in ("dynamic batch", "dynamic size")]
 CASES += [("pspnet", "both"), ("manet", "both")]
 
 
@@ -89,17 +82,6 @@ def test_layers_of_the_parsed_network(exported: tuple[OnnxGraph, str]) -> None:
     if most is None:
         pytest.skip("no bound is set")
     assert layers(ParsedGraph.read(graph, "fp32")) <= most
-
-
-@pytest.mark.parametrize("arch", MOST_LAYERS_UNTRAINED)
-def test_layers_of_an_untrained_network_with_a_dynamic_batch(arch: str, tmp_path: Path) -> None:
-    """As the goals were set; static ones are counted where they are quantized."""
-    encoder, args = ("tu-vit_tiny_patch16_224", {"dynamic_img_size": True}) if arch == "dpt" else ("resnet18", {})
-    request = ModelRequest(arch=arch, encoder=encoder, weights="random", classes=5, model_args=args)
-    loaded = load_model(request)
-    size = InputSpec(SIDE, SIDE, stride=loaded.stride, **SHAPES["dynamic batch"])
-    graph, _ = export_onnx(loaded, PipelineSpec(loaded.model, size, loaded.preprocess), tmp_path / "model.onnx")
-    assert layers(ParsedGraph.read(graph, "fp32")) <= MOST_LAYERS_UNTRAINED[arch]
 
 
 def test_the_graph_for_sm_75_computes_the_same(exported: tuple[OnnxGraph, str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from described import Described
 from simulated import RNG, SIDE, Simulation, an_image, model, session
 from stub_cuda import LAUNCH_FAILED, Stub
 
@@ -63,19 +64,6 @@ class Other:
     def destroy(self, stream: int) -> None:
         with self.cuda.active():
             self.stub._library.cuStreamDestroy_v2(ctypes.c_void_p(stream))
-
-
-class Described:
-    """Has ``__cuda_array_interface__``."""
-
-    def __init__(self, address: int, shape: tuple[int, ...], **others: object) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": shape,
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-            **others,
-        }
 
 
 def mask_of(opened: TensorRTSession, image: object) -> np.ndarray:

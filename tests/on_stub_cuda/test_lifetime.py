@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from described import Described
 from simulated import SIDE, Simulation, an_image, session, spec
 from stub_cuda import LAUNCH_FAILED, Stub
 
@@ -92,16 +93,7 @@ def everything(simulation: Simulation, driver: DriverName) -> None:
             with cuda.active():
                 stream.copy_to_device(memory.address, image.reshape(-1))
                 stream.synchronize()
-
-            class Frame:
-                __cuda_array_interface__ = {  # noqa: RUF012
-                    "shape": image.shape,
-                    "typestr": "|u1",
-                    "data": (memory.address, False),
-                    "version": 3,
-                }
-
-            with opened.run_device(Frame())["mask"] as mask:
+            with opened.run_device(Described(memory.address, image.shape))["mask"] as mask:
                 np.testing.assert_array_equal(mask.numpy(), simulation.masks(image))
 
 
@@ -158,17 +150,8 @@ def load_run_and_stream(simulation: Simulation, driver: DriverName, memory: str)
                 with cuda.active():
                     stream.copy_to_device(frame.address + offset, image.reshape(-1))
                     stream.synchronize()
-
-                class Frame:
-                    __cuda_array_interface__ = {  # noqa: RUF012
-                        "shape": image.shape,
-                        "typestr": "|u1",
-                        "data": (frame.address + offset, False),
-                        "version": 3,
-                        "stream": stream.address,
-                    }
-
-                with opened.run_device(Frame())["mask"] as mask:
+                there = Described(frame.address + offset, image.shape, stream=stream.address)
+                with opened.run_device(there)["mask"] as mask:
                     np.testing.assert_array_equal(mask.numpy(), wanted)
                     mask.__dlpack__(stream=stream.address)
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from described import Described
 from engine_folders import write_manifest
 from PIL import Image
 from recorded_tensorrt import VERSIONS
@@ -368,22 +369,13 @@ def test_segmenter_on_the_device(stub: Stub, monkeypatch: pytest.MonkeyPatch, fo
             with cuda.active():
                 copying.copy_to_device(memory.address, image.reshape(-1))
                 copying.synchronize()
-
-            class Frame:
-                __cuda_array_interface__ = {  # noqa: RUF012  # as CuPy gives it
-                    "shape": image.shape,
-                    "typestr": "|u1",
-                    "data": (memory.address, False),
-                    "version": 3,
-                    "stream": None,
-                }
-
-            with segmenter.run_device(Frame())["mask"] as mask:
+            frame = Described(memory.address, image.shape, stream=None)
+            with segmenter.run_device(frame)["mask"] as mask:
                 np.testing.assert_array_equal(mask.numpy(), simulation.masks(image[None]))
     with pytest.raises(edgeseg.InputError, match="closed"):
-        segmenter.run_device(Frame())
+        segmenter.run_device(frame)
     with pytest.raises(edgeseg.SpecError, match="takes no images from a device's memory"):
-        Segmenter(OnnxRuntimeSession(simulation.reference), spec()).run_device(Frame())
+        Segmenter(OnnxRuntimeSession(simulation.reference), spec()).run_device(frame)
 
 
 @pytest.mark.parametrize("host_memory", ["copy", "mapped"])
@@ -391,7 +383,7 @@ def test_the_harness_gets_the_stages_from_the_device(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, folder: Path, host_memory: str
 ) -> None:
     from edgeseg.backends import get_backend
-    from edgeseg.evaluate.latency.stages import StageClock
+    from edgeseg.evaluate.latency.measure import StageClock
 
     simulation = tensorrt(monkeypatch, stub, "10.3.0")
     engine = compile_folder(folder, options={"host_memory": host_memory})

@@ -6,21 +6,19 @@ the right bytes are in the right place at the right time, and nothing about Tens
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import ClassVar
 
 import numpy as np
 import onnx
 import pytest
+from described import Described
 from recorded_tensorrt import VERSIONS
 from simulated import SIDE, Simulation, images, model, session, spec
 from stub_cuda import LAUNCH_FAILED, OUT_OF_MEMORY, Stub
 
 from edgeseg.backends.base import DeviceSession, PipelinedSession, TimedSession
-from edgeseg.backends.cuda import dlpack
 from edgeseg.backends.cuda.device import DriverName, open_cuda
 from edgeseg.backends.tensorrt.options import SessionOptions
 from edgeseg.backends.tensorrt.session import TensorRTSession
@@ -79,16 +77,7 @@ def test_16_bit_and_float_images_reach_the_engine_as_float32(
         with opened._cuda.stream() as stream, opened._cuda.active():
             stream.copy_to_device(held.address + 16, image.reshape(-1).view(np.uint8))
             stream.synchronize()
-
-        class Described:
-            __cuda_array_interface__: ClassVar = {
-                "shape": image.shape,
-                "typestr": "<f4",
-                "data": (held.address + 16, False),
-                "version": 3,
-            }
-
-        with opened.run_device(Described())["mask"] as mask:
+        with opened.run_device(Described(held.address + 16, image.shape, typestr="<f4"))["mask"] as mask:
             np.testing.assert_array_equal(mask.numpy(), expected[1])
         held.close()
     uint8 = Simulation(stub, model())
@@ -427,26 +416,16 @@ def test_a_graph_that_cannot_be_recorded_is_said_and_done_without(
 # -- arrays on the device ---------------------------------------------------------------------------------------------
 
 
-class OnDevice:
+class OnDevice(Described):
     """An array of another library in the stub's device memory, at an offset, written by a stream of its own."""
 
-    def __init__(self, driver: DriverName, array: np.ndarray, offset: int = 0, version: int = 3) -> None:
+    def __init__(self, driver: DriverName, array: np.ndarray, offset: int = 0) -> None:
         self.cuda = open_cuda(driver)
-        self.memory = self.cuda.device_memory(array.nbytes + offset)
-        self.stream = self.cuda.stream()
-        self.array, self.offset, self.version = np.ascontiguousarray(array), offset, version
+        address = self.cuda.device_memory(array.nbytes + offset).address + offset
+        self.array, stream = np.ascontiguousarray(array), self.cuda.stream()
         with self.cuda.active():
-            self.stream.copy_to_device(self.memory.address + offset, self.array.reshape(-1).view(np.uint8))
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, object]:
-        return {
-            "shape": self.array.shape,
-            "typestr": self.array.dtype.str,
-            "data": (self.memory.address + self.offset, False),
-            "version": self.version,
-            "stream": self.stream.address,
-        }
+            stream.copy_to_device(address, self.array.reshape(-1).view(np.uint8))
+        super().__init__(address, array.shape, typestr=array.dtype.str, stream=stream.address)
 
 
 @pytest.fixture
@@ -494,66 +473,6 @@ def test_device_arrays_and_cuda_graphs_do_not_disturb_each_other(
             np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
             with opened.run_device(on_device[0])["mask"] as mask:
                 np.testing.assert_array_equal(mask.numpy(), wanted)
-
-
-def test_device_memory_of_results_is_used_again(
-    simulation: Simulation, stub: Stub, driver: DriverName, on_device: list[OnDevice]
-) -> None:
-    image = images()
-    on_device.append(OnDevice(driver, image))
-    with session(simulation, driver) as opened:
-        first = opened.run_device(on_device[0])["mask"]
-        second = opened.run_device(on_device[0])["mask"]
-        assert first.address != second.address, "a result in use is not overwritten"
-        address = first.address
-        first.close()
-        made = stub.made("device memory")
-        third = opened.run_device(on_device[0])["mask"]
-        assert third.address == address
-        assert stub.made("device memory") == made
-    np.testing.assert_array_equal(second.numpy(), simulation.masks(image), "a result outlives its engine")
-    assert "streams" in stub.live(), "only of the array given"
-    second.close()
-    with pytest.raises(InputError, match="closed"):
-        second.numpy()
-    del third
-    on_device.pop().cuda.close()
-    assert stub.live() == {}
-
-
-def test_dlpack_results_live_as_long_as_their_taker(
-    simulation: Simulation, driver: DriverName, on_device: list[OnDevice]
-) -> None:
-    image = images()
-    on_device.append(OnDevice(driver, image))
-    with session(simulation, driver) as opened:
-        mask = opened.run_device(on_device[0])["mask"]
-        assert mask.__dlpack_device__() == (dlpack.CUDA, 0)
-        taken = dlpack.receive(mask.__dlpack__(stream=1))
-        address, shape = mask.address, mask.shape
-        del mask
-        assert (taken.address, taken.shape, taken.dtype) == (address, shape, np.uint8)
-        other = opened.run_device(on_device[0])["mask"]
-        assert other.address != address
-        host = np.ctypeslib.as_array((ctypes.c_uint8 * (SIDE * SIDE)).from_address(address))
-        np.testing.assert_array_equal(host.reshape(shape), simulation.masks(image))
-        taken.release()
-        again = opened.run_device(on_device[0])["mask"]
-        assert again.address == address, "given back, and used again"
-
-
-def test_a_failure_on_the_device_path_frees_the_results(
-    simulation: Simulation, stub: Stub, driver: DriverName, on_device: list[OnDevice]
-) -> None:
-    image = images()
-    on_device.append(OnDevice(driver, image))
-    with session(simulation, driver) as opened:
-        for function in ("kernel", "cuStreamSynchronize"):
-            stub.fail(function, 1, LAUNCH_FAILED)
-            with pytest.raises(DeviceError):
-                opened.run_device(on_device[0])
-        with opened.run_device(on_device[0])["mask"] as mask:
-            np.testing.assert_array_equal(mask.numpy(), simulation.masks(image))
 
 
 def test_arrays_that_do_not_fit(

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.boundary import boundary_band
-from edgeseg.evaluate.accuracy.counts import MATRIX_CLASSES_LIMIT, count_truth
-from edgeseg.evaluate.accuracy.meters import AccuracyMeter, AgreementMeter, optional
+from edgeseg.evaluate.accuracy.counts import MATRIX_CLASSES_LIMIT, AccuracyMeter, AgreementMeter, count_truth, optional
 from edgeseg.evaluate.intervals import per_class
 from edgeseg.store.artifacts import AccuracyFigures
 
@@ -45,38 +44,6 @@ def naive_band(
     return band
 
 
-def naive_counts(pairs: list[tuple[NDArray, NDArray]], classes: int, ignore: int | None) -> NDArray[np.int64]:
-    """True positives, false positives, false negatives, boundary intersection, boundary union; a loop over pixels."""
-    counts = np.zeros((classes, 5), dtype=np.int64)
-    for prediction, truth in pairs:
-        near_p, near_t = naive_band(prediction, 2, True), naive_band(truth, 2, True, ignore)
-        for y, x in np.ndindex(truth.shape):
-            p, t = prediction[y, x], truth[y, x]
-            if t == ignore:
-                continue
-            if p == t:
-                counts[p, 0] += 1
-            else:
-                counts[p, 1] += 1
-                counts[t, 2] += 1
-            for c in range(classes):
-                in_p, in_t = p == c and near_p[y, x], t == c and near_t[y, x]
-                counts[c, 3] += in_p and in_t
-                counts[c, 4] += in_p or in_t
-    return counts
-
-
-@pytest.mark.parametrize("width", [1, 2, 3])
-@pytest.mark.parametrize("image_border", [False, True])
-@pytest.mark.parametrize("ignore", [None, 2])
-def test_band_equals_a_loop_over_windows(width: int, image_border: bool, ignore: int | None) -> None:
-    mask = np.repeat(np.repeat(labels(np.random.default_rng(width), 3), 2, axis=0), 2, axis=1)
-    expected = naive_band(mask, width, image_border, ignore)
-    assert expected.any()
-    assert not expected.all()
-    np.testing.assert_array_equal(boundary_band(mask, width, image_border=image_border, ignore_index=ignore), expected)
-
-
 def test_band_of_a_stack_is_the_stack_of_bands() -> None:
     stack = labels(np.random.default_rng(0), 3, (5, 9, 11))
     np.testing.assert_array_equal(boundary_band(stack), np.stack([boundary_band(m) for m in stack]))
@@ -92,31 +59,6 @@ def test_band_holds_for_any_small_mask(mask: NDArray[np.int32], width: int, bord
     """Images smaller than the window, signed masks with -1 as "unlabelled"."""
     expected = naive_band(mask, width, border, -1)
     np.testing.assert_array_equal(boundary_band(mask, width, image_border=border, ignore_index=-1), expected)
-
-
-@pytest.mark.parametrize("has_ignored", [False, True])
-def test_multiclass_counts_equal_a_loop_over_pixels(has_ignored: bool) -> None:
-    rng = np.random.default_rng(1)
-    pairs = []
-    for _ in range(3):
-        truth = labels(rng, CLASSES)
-        prediction = np.where(rng.random(truth.shape) < 0.2, labels(rng, CLASSES), truth)
-        if has_ignored:
-            truth[rng.random(truth.shape) < 0.1] = IGNORE
-        pairs.append((prediction, truth))
-    meter = AccuracyMeter(CLASSES, ignore_index=IGNORE, boundary_px=2)
-    for k, (prediction, truth) in enumerate(pairs):
-        meter.update(prediction, truth, f"{k}.png")
-
-    expected = naive_counts(pairs, CLASSES, IGNORE)
-    np.testing.assert_array_equal(meter.counts[:, :5], expected)
-    hits, extra, missed, edge_hits, edge_union = expected.T
-    assert per_class("dice", meter.counts) == pytest.approx(2 * hits / (2 * hits + extra + missed))
-    assert per_class("boundary_iou", meter.counts) == pytest.approx(edge_hits / edge_union)
-    figures = meter.figures()
-    assert figures.per_class_iou == pytest.approx(tuple(hits / (hits + extra + missed)))
-    assert figures.miou == pytest.approx(np.mean(hits / (hits + extra + missed)))
-    assert figures.pixel_accuracy == pytest.approx(hits.sum() / sum(int((t != IGNORE).sum()) for _, t in pairs))
 
 
 def test_confusion_matrix_has_truth_in_rows() -> None:
@@ -197,22 +139,6 @@ def test_more_classes_than_a_byte_holds() -> None:
 def test_what_is_no_mask_is_refused(prediction: NDArray, truth: NDArray, message: str) -> None:
     with pytest.raises(InputError, match=message):
         AccuracyMeter(CLASSES, ignore_index=IGNORE).update(prediction, truth, "a.png")
-
-
-def test_agreement_is_split_at_the_boundaries_of_the_reference() -> None:
-    rng = np.random.default_rng(4)
-    meter = AgreementMeter(3)
-    expected = np.zeros(4, dtype=int)
-    for _ in range(3):
-        reference = labels(rng, 3, (20, 30))
-        prediction = np.where(rng.random(reference.shape) < 0.1, 1, reference).astype(np.uint8)
-        band, equal = naive_band(reference, 2, False), prediction == reference
-        expected += [equal.sum(), equal.size, (equal & band).sum(), band.sum()]
-        meter.update(prediction, reference)
-    same, pixels, same_near, near = expected
-    assert meter.agreement == same / pixels
-    assert meter.boundary == same_near / near
-    assert meter.interior == (same - same_near) / (pixels - near)
 
 
 def test_exactly_k_wrong_pixels_are_found() -> None:

@@ -146,7 +146,7 @@ def test_a_module_may_come_first_or_as_weights(monkeypatch: pytest.MonkeyPatch) 
     def keep(request: BuildRequest, *, model: object, reporter: object) -> None:
         asked.append((request, model))
 
-    monkeypatch.setattr("edgeseg.pipeline.stages.run_build", keep)
+    monkeypatch.setattr("edgeseg.pipeline.build.run_build", keep)
     module: Any = Module()
     edgeseg.build(module, size=64)
     edgeseg.build(model=module, size=64)

@@ -20,7 +20,7 @@ from edgeseg.errors import ArtifactError, OutputExistsError, SpecError
 from edgeseg.store import atomic
 from edgeseg.store.artifacts import MANIFEST_NAME, check_engine_folder, engine_folder, open_engine
 from edgeseg.store.atomic import HeldError, lock, replacing, scratch_folder, write_bytes
-from edgeseg.store.outputs import check_outputs
+from edgeseg.store.files import check_outputs
 
 UNIT = Path(__file__).parent
 WITH_HELPERS = {

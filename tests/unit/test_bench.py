@@ -83,7 +83,7 @@ def test_what_a_fresh_process_cannot_do_is_said_and_the_rest_is_measured(engine:
 
 
 def test_data_that_is_not_there_is_said_before_anything_is_measured(engine: Path, tmp_path: Path) -> None:
-    request = BenchRequest((engine,), baselines=(), duration_s=1e6, fresh_processes=0)
+    request = BenchRequest((engine,), baselines=(), duration_s=86_400, fresh_processes=0)
     with pytest.raises(InputError, match="is not a folder"):
         run_bench(request, SilentReporter(), AccuracyRequest(tmp_path / "missing"))
 
@@ -98,7 +98,6 @@ def test_engines_of_one_name_are_told_apart(engine: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "change",
     [
-        {"engines": ()},
         {"batches": (0,)},
         {"streams": ()},
         {"streams": (1, 10**9)},
@@ -112,9 +111,7 @@ def test_impossible_requests_are_refused(change: dict[str, object]) -> None:
         replace(BenchRequest((Path("x"),)), **change)
 
 
-@pytest.mark.parametrize(
-    "change", [{"batches": (1, 10**14)}, {"batches": (10**30,)}, {"source_size": (9_999_999, 9_999_999)}]
-)
+@pytest.mark.parametrize("change", [{"batches": (1, 65_535), "streams": (1024,)}, {"source_size": (65_535, 65_535)}])
 def test_images_that_fit_no_memory_are_refused_before_anything_is_loaded(
     engine: Path, change: dict[str, object]
 ) -> None:

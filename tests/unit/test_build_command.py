@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from edgeseg.cli import build as verb
-from edgeseg.pipeline.command import build_command
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import BatchRange
 
@@ -63,12 +62,12 @@ def asked(text: str, monkeypatch: pytest.MonkeyPatch) -> BuildRequest:
 
 
 def test_only_what_was_said_is_repeated() -> None:
-    assert build_command(PLAIN) == "edgeseg build --arch fpn --precision int8"
+    assert PLAIN.command == "edgeseg build --arch fpn --precision int8"
 
 
 @pytest.mark.parametrize("request_", [PLAIN, FULL, replace(PLAIN, batch=BatchRange(4, 4, 4), ignore_index=255)])
 def test_the_command_asks_for_the_same_build(request_: BuildRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = build_command(request_)
+    text = request_.command
     assert text is not None
     # JSON has no tuples.
     as_typed = {k: list(v) if isinstance(v, tuple) else v for k, v in request_.model_args.items()}
@@ -83,4 +82,4 @@ def test_the_command_asks_for_the_same_build(request_: BuildRequest, monkeypatch
     ],
 )
 def test_what_no_command_line_can_say_has_no_command(request_: BuildRequest) -> None:
-    assert build_command(request_) is None
+    assert request_.command is None

@@ -31,7 +31,7 @@ from edgeseg.cluster.connection import kept_stdout
 from edgeseg.cluster.plan import Plan, sort_key
 from edgeseg.cluster.pool import Batch, Event, Finished, Lost, Pool, shares
 from edgeseg.cluster.run import engine_content, run_on_cluster
-from edgeseg.cluster.worker import Item, Job, Outcome, Settings, Worker
+from edgeseg.cluster.worker import Item, Job, Outcome, Worker
 from edgeseg.errors import (
     ArtifactError,
     BuildError,
@@ -46,7 +46,7 @@ from edgeseg.errors import (
 from edgeseg.images.decoding import list_images, natural_key
 from edgeseg.runtime.outputs import unique_names
 from edgeseg.runtime.raster import RasterOptions
-from edgeseg.runtime.run import RunSummary, run_inputs
+from edgeseg.runtime.run import RunSettings, RunSummary, run_inputs
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec
 from edgeseg.store.artifacts import Engine, open_engine
 from edgeseg.store.files import without_warnings
@@ -54,7 +54,7 @@ from edgeseg.store.files import without_warnings
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed: pip install 'edgeseg[cluster]'")
 
 SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(16, 16, stride=1, fit="tile"))
-USUAL = Settings()
+USUAL = RunSettings()
 RNG = np.random.default_rng(3)
 
 
@@ -109,7 +109,7 @@ def on_cluster(
     engine: Path,
     inputs: Sequence[str | Path],
     output: str | Path,
-    settings: Settings = USUAL,
+    settings: RunSettings = USUAL,
     *,
     fate: Callable[[Batch], str | None] = lambda batch: None,
     batches: list[Batch] | None = None,
@@ -125,9 +125,11 @@ def on_cluster(
     return run_on_cluster(engine, inputs, output, settings, pool=pool, progress=False, **options)
 
 
-def on_one_machine(engine: Path, inputs: Sequence[str | Path], output: Path, **options: Any) -> RunSummary:
+def on_one_machine(
+    engine: Path, inputs: Sequence[str | Path], output: Path, *settings: RunSettings, **options: Any
+) -> RunSummary:
     with edgeseg.load(engine) as segmenter:
-        return run_inputs(segmenter, inputs, output, progress=False, **options)
+        return run_inputs(segmenter, inputs, output, *settings, progress=False, **options)
 
 
 def photo(path: Path) -> Path:
@@ -176,8 +178,8 @@ def test_masks_names_and_summary_are_those_of_one_machine(engine: Path, tmp_path
     (folder / "list.txt").write_text("image2.png\ndeep/er/image4.png\n")
     inputs = [folder / "list.txt", folder, str(folder / "**" / "*.png")]
     one, many = tmp_path / "one", tmp_path / "many"
-    expected = on_one_machine(engine, inputs, one, overlay=True, alpha=0.25)
-    summary = on_cluster(engine, inputs, many, Settings(overlay=True, alpha=0.25))
+    expected = on_one_machine(engine, inputs, one, RunSettings(overlay=True, alpha=0.25))
+    summary = on_cluster(engine, inputs, many, RunSettings(overlay=True, alpha=0.25))
     assert len(expected.failed) == 2
     assert as_json(summary, many) == as_json(expected, one)
     assert contents(many) == contents(one)
@@ -211,9 +213,9 @@ def test_another_engine_or_other_settings_do_not_trust_the_ledger(engine: Path, 
     write_memory_engine(other, replace(SPEC, model=ModelSpec("custom", classes=3)))
     masks = contents(output)
     for asked, settings_ in (
-        (other, Settings()),
-        (engine, Settings(fit="resize")),
-        (engine, Settings(tile_overlap=0.5)),
+        (other, RunSettings()),
+        (engine, RunSettings(fit="resize")),
+        (engine, RunSettings(tile_overlap=0.5)),
     ):
         with pytest.raises(OutputExistsError, match="image0.png exists"):
             on_cluster(asked, [folder], output, settings_)
@@ -374,7 +376,7 @@ def test_inputs_that_cannot_be(
 
 
 def test_a_worker_of_another_version_is_refused(engine: Path, tmp_path: Path) -> None:
-    job = Job(((str(engine), "key"),), "0.0.1", Settings(), False, str(tmp_path), 1)
+    job = Job(((str(engine), "key"),), "0.0.1", RunSettings(), False, str(tmp_path), 1)
     with pytest.raises(SpecError, match=r"this node has edgeseg .*, the run was begun with 0.0.1"):
         Worker(job, lambda number: {})
 
@@ -405,8 +407,8 @@ def test_from_bucket_to_bucket(engine: Path, tmp_path: Path, bucket: Any) -> Non
     photo(folder / "below" / "image1.png")
     (folder / "broken.png").write_bytes(b"broken")
     fill(bucket, folder, "memory://photos")
-    expected = on_one_machine(engine, [folder], tmp_path / "one", overlay=True)
-    summary = on_cluster(engine, ["memory://photos"], "memory://masks", Settings(overlay=True))
+    expected = on_one_machine(engine, [folder], tmp_path / "one", RunSettings(overlay=True))
+    summary = on_cluster(engine, ["memory://photos"], "memory://masks", RunSettings(overlay=True))
     assert summary.images == expected.images == 13
     assert list(summary.written) == [path.replace(str(tmp_path / "one"), "memory://masks") for path in expected.written]
     (failure,), (local_failure,) = summary.failed, expected.failed
@@ -419,10 +421,10 @@ def test_from_bucket_to_bucket(engine: Path, tmp_path: Path, bucket: Any) -> Non
     photo(folder / "new.png")
     for name in ("image4.png", "new.png"):
         bucket.pipe_file(f"memory://photos/{name}", (folder / name).read_bytes())
-    again = on_cluster(engine, ["memory://photos"], "memory://masks", Settings(overlay=True))
+    again = on_cluster(engine, ["memory://photos"], "memory://masks", RunSettings(overlay=True))
     assert (again.images, again.reused) == (2, 12)
     with pytest.raises(OutputExistsError, match="memory://masks/masks/below.*exists|exists; give --force"):
-        on_cluster(engine, ["memory://photos"], "memory://masks", Settings(overlay=False))
+        on_cluster(engine, ["memory://photos"], "memory://masks", RunSettings(overlay=False))
 
 
 def test_globs_of_a_bucket_descend(engine: Path, tmp_path: Path, bucket: Any) -> None:
@@ -540,7 +542,7 @@ def test_a_group_of_names_that_nothing_tells_apart_takes_no_square_of_time(tmp_p
 
 
 def test_the_ledger_says_in_words_what_it_is_of(engine: Path, tmp_path: Path) -> None:
-    on_cluster(engine, [photos(tmp_path / "in", 1)], tmp_path / "out", Settings(fit="resize"))
+    on_cluster(engine, [photos(tmp_path / "in", 1)], tmp_path / "out", RunSettings(fit="resize"))
     run, begun, done = map(json.loads, (tmp_path / "out" / "ledger.jsonl").read_text().splitlines())
     assert run["about"]["names"] == ["engine"]
     assert run["about"]["fit"] == "resize"
@@ -638,7 +640,7 @@ def test_errors_of_a_worker_arrive_as_they_were() -> None:
 
 def test_a_node_that_does_not_see_the_folders_is_refused(engine: Path, tmp_path: Path) -> None:
     job = Job(
-        ((str(engine), "key"),), edgeseg.__version__, Settings(), False, str(tmp_path), 1, (str(tmp_path / "nfs"),)
+        ((str(engine), "key"),), edgeseg.__version__, RunSettings(), False, str(tmp_path), 1, (str(tmp_path / "nfs"),)
     )
     with pytest.raises(InputError, match=r"this node does not see .*nfs; mount it there"):
         Worker(job, lambda number: {})
@@ -730,17 +732,17 @@ def test_rasters_are_those_of_one_machine(use: bool | None, engine: Path, tmp_pa
         photo(folder / "photo.png")
         photo(folder / "plain.tif")
     rasters = RasterOptions(use)
-    expected = on_one_machine(engine, [folder], tmp_path / "one", rasters=rasters)
+    expected = on_one_machine(engine, [folder], tmp_path / "one", RunSettings(rasters=rasters))
     suffix = ".png" if use is False else ".tif"
     assert {Path(path).suffix for path in expected.written if "chip" in path} == {suffix}
-    summary = on_cluster(engine, [folder], tmp_path / "many", Settings(rasters=rasters))
+    summary = on_cluster(engine, [folder], tmp_path / "many", RunSettings(rasters=rasters))
     assert as_json(summary, tmp_path / "many") == as_json(expected, tmp_path / "one")
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
-    assert on_cluster(engine, [folder], tmp_path / "many", Settings(rasters=rasters)).reused == expected.images
+    assert on_cluster(engine, [folder], tmp_path / "many", RunSettings(rasters=rasters)).reused == expected.images
     # From a bucket to a bucket, and again.
     fill(bucket, folder, "memory://chips")
     for times in range(2):
-        again = on_cluster(engine, ["memory://chips"], "memory://masks", Settings(rasters=rasters))
+        again = on_cluster(engine, ["memory://chips"], "memory://masks", RunSettings(rasters=rasters))
         assert (again.images, again.reused) == ((expected.images, 0), (0, expected.images))[times]
     there = stored(bucket, "memory://masks")
     assert {name for name in there if not name.startswith("ledger/")} == set(contents(tmp_path / "one"))
@@ -749,10 +751,10 @@ def test_rasters_are_those_of_one_machine(use: bool | None, engine: Path, tmp_pa
 def test_what_no_raster_is_is_refused_before_the_work(engine: Path, tmp_path: Path) -> None:
     folder, batches = photos(tmp_path / "in", 2), list[Batch]()
     with pytest.raises(SpecError, match=r"image0.png is no raster"):
-        on_cluster(engine, [folder], tmp_path / "out", Settings(rasters=RasterOptions(True)), batches=batches)
+        on_cluster(engine, [folder], tmp_path / "out", RunSettings(rasters=RasterOptions(True)), batches=batches)
     chip(tmp_path / "in" / "chip.tif")
     with pytest.raises(SpecError, match="rasters are cut into tiles; leave out --fit resize"):
-        on_cluster(engine, [tmp_path / "in" / "chip.tif"], tmp_path / "out", Settings(fit="resize"))
+        on_cluster(engine, [tmp_path / "in" / "chip.tif"], tmp_path / "out", RunSettings(fit="resize"))
     assert not (tmp_path / "out" / "masks").exists()
 
 
@@ -762,8 +764,8 @@ def test_ensembles_and_augmentation_are_those_of_one_machine(tmp_path: Path, eng
     folder = photos(tmp_path / "in", 3)
     with edgeseg.load(tmp_path / "a", ensemble=[tmp_path / "b"], tta="d4") as segmenter:
         run_inputs(segmenter, [folder], tmp_path / "one", progress=False)
-    on_cluster(tmp_path / "a", [folder], tmp_path / "many", Settings(tta="d4"), ensemble=[tmp_path / "b"])
+    on_cluster(tmp_path / "a", [folder], tmp_path / "many", RunSettings(tta="d4"), ensemble=[tmp_path / "b"])
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
-    for settings_, others in ((USUAL, [tmp_path / "b"]), (Settings(tta="d4"), [])):
+    for settings_, others in ((USUAL, [tmp_path / "b"]), (RunSettings(tta="d4"), [])):
         with pytest.raises(OutputExistsError):
             on_cluster(tmp_path / "a", [folder], tmp_path / "many", settings_, ensemble=others)

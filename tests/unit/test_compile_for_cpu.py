@@ -28,8 +28,9 @@ from edgeseg.evaluate.latency import protocol
 from edgeseg.evaluate.latency import streams as under_load
 from edgeseg.evaluate.latency.protocol import LatencySamples
 from edgeseg.machine.cpu import Cpu, this_cpu
-from edgeseg.pipeline import stages as pipeline
+from edgeseg.pipeline.build import choose_fastest
 from edgeseg.pipeline.candidate import measured_sessions
+from edgeseg.pipeline.plan import choose_targets
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.progress import SilentReporter
 from edgeseg.quantize.schemes import SCHEMES
@@ -211,25 +212,25 @@ def request(**changes: Any) -> BuildRequest:
 
 def test_auto_leaves_out_who_does_not_know_an_option_before_any_work() -> None:
     pytest.importorskip("openvino")
-    assert pipeline.choose_targets(request(), Notes()) == ("onnxruntime", "openvino")
+    assert choose_targets(request(), Notes()) == ("onnxruntime", "openvino")
     notes = Notes()
-    assert pipeline.choose_targets(request(backend_options={"spinning": False}), notes) == ("onnxruntime",)
+    assert choose_targets(request(backend_options={"spinning": False}), notes) == ("onnxruntime",)
     (note,) = notes.notes
     assert note.startswith("openvino is left out: target openvino has no build option 'spinning'")
     with pytest.raises(SpecError, match="threads is -1; give a number"):
-        pipeline.choose_targets(request(backend_options={"threads": -1}), Notes())
+        choose_targets(request(backend_options={"threads": -1}), Notes())
     with pytest.raises(SpecError, match="target onnxruntime has no build option 'thread'"):
-        pipeline.choose_targets(request(backend_options={"thread": 1}), Notes())
+        choose_targets(request(backend_options={"thread": 1}), Notes())
 
 
 def test_with_a_scheme_auto_is_the_target_it_is_for() -> None:
     pytest.importorskip("openvino")
-    assert pipeline.choose_targets(request(scheme="onnxruntime-arm"), Notes()) == ("onnxruntime",)
-    assert pipeline.choose_targets(request(scheme="openvino"), Notes()) == ("openvino",)
+    assert choose_targets(request(scheme="onnxruntime-arm"), Notes()) == ("onnxruntime",)
+    assert choose_targets(request(scheme="openvino"), Notes()) == ("openvino",)
     with pytest.raises(SpecError, match="scheme tensorrt is for none of onnxruntime, openvino; name its target"):
-        pipeline.choose_targets(request(scheme="tensorrt"), Notes())
+        choose_targets(request(scheme="tensorrt"), Notes())
     with pytest.raises(SpecError, match="unknown scheme 'onnxruntime-arn'; did you mean"):
-        pipeline.choose_targets(request(scheme="onnxruntime-arn"), Notes())
+        choose_targets(request(scheme="onnxruntime-arn"), Notes())
 
 
 def test_sessions_are_closed_when_measuring_raises() -> None:
@@ -254,7 +255,7 @@ def test_sessions_are_closed_when_measuring_raises() -> None:
     make = type("M", (), {"spec": spec(SIDE, SIDE), "write": lambda *_: None, "request": BuildRequest(arch="fpn")})()
     candidates = [candidate(name, session) for name, session in zip("ab", sessions, strict=True)]
     with pytest.raises(BuildError, match="does not run"):
-        pipeline.choose_fastest(candidates, make, Notes())
+        choose_fastest(candidates, make, Notes())
     assert [session.closed for session in sessions] == [True, True]
 
 
@@ -272,7 +273,7 @@ def test_with_auto_the_first_target_is_taken_unless_another_is_faster(monkeypatc
         request = BuildRequest(arch="fpn")
         make: Any = type("M", (), {"spec": spec(SIDE, SIDE), "write": lambda *_: None, "request": request})()
         notes = Notes()
-        best, medians = pipeline.choose_fastest(candidates, make, notes)
+        best, medians = choose_fastest(candidates, make, notes)
         assert medians == {name: samples.median_ms for name, samples in measured.items()}
         return best.backend.name, notes.notes[-1]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import typed
 from engine_folders import write_manifest
 from recorded_tensorrt import VERSIONS, Recorder
 from recorded_tensorrt.fake import build_serialized_network
@@ -24,8 +25,7 @@ from edgeseg.backends.portable import check_options, portable_engine
 from edgeseg.backends.tensorrt.backend import TensorRTBackend
 from edgeseg.backends.tensorrt.device import Gpu
 from edgeseg.backends.tensorrt.options import TensorRTOptions
-from edgeseg.cli import main
-from edgeseg.errors import ArtifactError, BuildError, SpecError
+from edgeseg.errors import ArtifactError, SpecError
 from edgeseg.progress import ConsoleReporter, SilentReporter
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Precision
@@ -71,31 +71,17 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Any:
     return install
 
 
-@pytest.fixture
-def edgeseg(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The command line: exit code of ``edgeseg ARGUMENTS``."""
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["edgeseg", *map(str, arguments)])
-        with pytest.raises(SystemExit) as raised:
-            main()
-        return int(raised.value.code or 0)
-
-    return run
-
-
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_precision_not_delivered_is_exit_code_1_and_names_the_layers(
-    tmp_path: Path, on_device: Any, edgeseg: Any, capsys: pytest.CaptureFixture[str], version: str, precision: Precision
+    tmp_path: Path, on_device: Any, version: str, precision: Precision
 ) -> None:
     folder = portable_folder(tmp_path / "fpn", precision)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     on_device(version).fakery.layer_dtype = lambda name, dtype: "fp32" if name == "decoder.block/Conv" else dtype
-    assert edgeseg("compile", folder) == 1
-    said = capsys.readouterr()
-    (line,) = said.err.splitlines()
-    assert said.out == ""
+    done = typed("compile", folder)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
     assert line.startswith(
         f"edgeseg: {precision} was asked for, but TensorRT {version} runs 42.9% of the multiply-accumul"
     )
@@ -105,24 +91,18 @@ def test_a_precision_not_delivered_is_exit_code_1_and_names_the_layers(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_shares_of_macs_and_time_are_printed_and_kept(
-    tmp_path: Path, on_device: Any, edgeseg: Any, capsys: pytest.CaptureFixture[str], version: str
-) -> None:
+def test_shares_of_macs_and_time_are_printed_and_kept(tmp_path: Path, on_device: Any, version: str) -> None:
     folder = portable_folder(tmp_path / "fpn")
     on_device(version, [("preprocess/Mul", 1.0), ("encoder.conv1/Conv", 2.0), ("decoder.block/Conv", 1.0)])
-    assert edgeseg("compile", folder) == 0
-    assert capsys.readouterr().out.splitlines() == [
+    assert typed("compile", folder).stdout.splitlines() == [
         f"engine: {folder} (tensorrt, 100.0% of MACs in int8)",
         "time: 75.0% in int8, 25.0% in fp32",
     ]
     assert open_engine(folder).manifest.precision.time_share == {"fp32": 0.25, "int8": 0.75}
-    assert edgeseg("inspect", folder) == 0
-    assert "\ntime: 75.0% in int8, 25.0% in fp32\n" in capsys.readouterr().out
+    assert "\ntime: 75.0% in int8, 25.0% in fp32\n" in typed("inspect", folder).stdout
     on_device(version)
-    assert edgeseg("compile", folder) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1
-    assert edgeseg("inspect", folder) == 0
-    assert "time:" not in capsys.readouterr().out
+    assert len(typed("compile", folder).stdout.splitlines()) == 1
+    assert "time:" not in typed("inspect", folder).stdout
 
 
 def test_a_manifest_of_before_times_were_measured_is_read(tmp_path: Path) -> None:
@@ -274,9 +254,7 @@ def test_file_names_are_kept_as_absolute_ones(tmp_path: Path, on_device: Any, mo
     assert used == (tmp_path / "mine.cache").read_bytes()
 
 
-def test_a_kept_option_that_cannot_be_had_here_says_how_to_drop_it(
-    tmp_path: Path, on_device: Any, edgeseg: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_kept_option_that_cannot_be_had_here_says_how_to_drop_it(tmp_path: Path, on_device: Any) -> None:
     folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)
     on_device("10.3.0").behaviour["Builder.num_DLA_cores"] = lambda builder: 2
     recompile.compile_folder(folder, options={"dla_core": 1})
@@ -287,23 +265,11 @@ def test_a_kept_option_that_cannot_be_had_here_says_how_to_drop_it(
         f"dla_core is 1, this device has 0 DLA cores; leave it out; dla_core was kept from {folder}, to drop it: "
         "--backend-option dla_core=null"
     )
-    assert edgeseg("compile", folder, "--backend-option", "dla_core=null") == 0
+    assert typed("compile", folder, "--backend-option", "dla_core=null").returncode == 0
     assert open_engine(folder).manifest.options["dla_core"] is None
-    capsys.readouterr()
     # Nobody kept what is given now: the message stands as it is.
     with pytest.raises(SpecError, match="leave it out$"):
         recompile.compile_folder(folder, options={"dla_core": 0})
-
-
-@pytest.mark.parametrize("version", VERSIONS[:4])
-def test_implicit_int8_comes_from_the_table_in_the_folder(tmp_path: Path, on_device: Any, version: str) -> None:
-    folder = portable_folder(tmp_path / "fpn", implicit_calibration=True)
-    recorder = on_device(version)
-    manifest = recompile.compile_folder(folder).manifest
-    assert manifest.precision.requested == "int8" and manifest.precision.mac_share == {"int8": 1.0}
-    assert "INT8" in recorder.set_flags()
-    assert [ref.name for ref in manifest.extra_files] == ["tensorrt.log", "calibration.cache"]
-    assert (folder / "calibration.cache").read_text().splitlines()[1] == "x: 3c010204"  # float32(1 / 127)
 
 
 def test_11_takes_no_implicit_int8_and_leaves_the_folder_as_it_was(tmp_path: Path, on_device: Any) -> None:
@@ -314,14 +280,6 @@ def test_11_takes_no_implicit_int8_and_leaves_the_folder_as_it_was(tmp_path: Pat
         recompile.compile_folder(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["fpn"]
-
-
-def test_a_failed_build_leaves_the_folder_as_it_was(tmp_path: Path, on_device: Any) -> None:
-    folder = portable_folder(tmp_path / "fpn")
-    on_device("10.3.0").fakery.build_error = "Error Code 9: out of luck at encoder.conv1/Conv"
-    with pytest.raises(BuildError, match="at node encoder.conv1/Conv"):
-        recompile.compile_folder(folder)
-    assert open_engine(folder).manifest.engine is None
 
 
 def test_a_portable_folder_does_not_load_and_says_what_to_run(tmp_path: Path) -> None:
@@ -347,55 +305,50 @@ def test_building_for_tensorrt_imports_no_torch() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'segmentation_models_pytorch', 'timm')));"
         "import edgeseg.backends.tensorrt.backend, edgeseg.backends.tensorrt.graph, edgeseg.backends.tensorrt.inspector,"
-        "edgeseg.backends.tensorrt.implicit, edgeseg.backends.tensorrt.rtx, edgeseg.backends.compile"
+        "edgeseg.backends.tensorrt.calibration, edgeseg.backends.tensorrt.rtx, edgeseg.backends.compile"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_all_folders_are_compiled_and_those_that_fail_are_named(
-    tmp_path: Path, on_device: Any, edgeseg: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_folders_are_compiled_and_those_that_fail_are_named(tmp_path: Path, on_device: Any) -> None:
     folders = [portable_folder(tmp_path / "engines" / name) for name in ("a", "b", "c")]
+    whole = (folders[0], folders[2])
     (folders[1] / "model.onnx").write_bytes(b"damaged")
     (tmp_path / "engines" / "README.md").write_text("no folder")
     on_device("8.5.3.1")
-    assert edgeseg("compile", "--all", tmp_path / "engines") == 1
-    said = capsys.readouterr()
-    assert [line.split()[1] for line in said.out.splitlines() if line.startswith("engine:")] == [
-        str(folders[0]),
-        str(folders[2]),
-    ]
-    assert said.err.splitlines()[-1] == (
+    done = typed("compile", "--all", tmp_path / "engines")
+    made = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("engine:")]
+    assert (done.returncode, made) == (1, [str(folder) for folder in whole])
+    assert done.stderr.splitlines()[-1] == (
         f"edgeseg: 1 of 3 folders were not compiled ({folders[1]}); the reasons are above"
     )
-    assert [open_engine(folder).manifest.engine is not None for folder in (folders[0], folders[2])] == [True, True]
-    assert edgeseg("compile", folders[0], folders[2], "--json") == 0
-    assert [manifest["name"] for manifest in json.loads(capsys.readouterr().out)] == ["a", "c"]
-    assert edgeseg("compile", *folders, "--json") == 1
-    ending = json.loads(capsys.readouterr().out)
-    assert ending["error"]["kind"] == "BuildError"
+    assert [open_engine(folder).manifest.engine is not None for folder in whole] == [True, True]
+    done = typed("compile", *whole, "--json")
+    assert (done.returncode, [manifest["name"] for manifest in json.loads(done.stdout)]) == (0, ["a", "c"])
+    done = typed("compile", *folders, "--json")
+    ending = json.loads(done.stdout)
+    assert (done.returncode, ending["error"]["kind"]) == (1, "BuildError")
     assert [manifest["name"] for manifest in ending["figures"]] == ["a", "c"]
-    assert edgeseg("compile", folders[0], folders[2], "--output", tmp_path / "one") == 2
-    assert edgeseg("compile", "--all", tmp_path / "none") == 1
-    assert "cannot list" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert edgeseg("compile", "--all", tmp_path / "empty") == 1
-    assert "holds no engine folders" in capsys.readouterr().err
+    for words, code, said in (
+        ((*whole, "--output", tmp_path / "one"), 2, "--output"),
+        (("--all", tmp_path / "none"), 1, "cannot list"),
+        (("--all", tmp_path / "empty"), 1, "holds no engine folders"),
+    ):
+        done = typed("compile", *words)
+        assert done.returncode == code and said in done.stderr
 
 
-def test_a_graph_for_trtexec_is_written_anywhere(
-    tmp_path: Path, edgeseg: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_graph_for_trtexec_is_written_anywhere(tmp_path: Path) -> None:
     folder = portable_folder(tmp_path / "fpn")
     output = tmp_path / "trt8.onnx"
-    assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", output) == 0
-    line = f"graph: {output}; on the device: trtexec --onnx=trt8.onnx --int8 --fp16\n"
-    assert capsys.readouterr().out == line and output.is_file()
-    assert edgeseg("compile", folder, "--graph-for", "tensorrt-8") == 2
-    assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", output) == 2
-    assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", output, "--target", "tensorrt") == 2
-    capsys.readouterr()
+    words = ("compile", folder, "--graph-for", "tensorrt-8")
+    done = typed(*words, "--output", output)
+    assert done.returncode == 0 and output.is_file()
+    assert done.stdout == f"graph: {output}; on the device: trtexec --onnx=trt8.onnx --int8 --fp16\n"
+    for options in ((), ("--output", output), ("--output", output, "--target", "tensorrt")):
+        assert typed(*words, *options).returncode == 2
     for name in os.listdir(folder):  # what is read is not replaced, the manifest no more than the graph
-        assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", folder / name, "--force") == 2
-        assert "would replace the input" in capsys.readouterr().err
-    assert edgeseg("compile", folder, "--graph-for", "tensorrt-8", "--output", output, "--force") == 0
+        done = typed(*words, "--output", folder / name, "--force")
+        assert done.returncode == 2 and "would replace the input" in done.stderr
+    assert typed(*words, "--output", output, "--force").returncode == 0

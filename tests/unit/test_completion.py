@@ -13,18 +13,11 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from click.shell_completion import BashComplete
 
 from edgeseg.cli.app import cli
 
 ROOT = Path(__file__).parents[2]
-
-
-def completed(words: str, position: int) -> list[str]:
-    asked = {"COMP_WORDS": words, "COMP_CWORD": str(position), "_EDGESEG_COMPLETE": "bash_complete"}
-    command = [sys.executable, "-m", "edgeseg"]
-    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -40,8 +33,11 @@ def completed(words: str, position: int) -> list[str]:
         ("edgeseg run eng", ["file,eng"]),
     ],
 )
-def test_what_a_word_can_become(words: str, answer: list[str]) -> None:
-    assert sorted(completed(words, len(words.split()) - 1)) == sorted(answer)
+def test_what_a_word_can_become(words: str, answer: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    asked = BashComplete(cli, {}, "edgeseg", "_EDGESEG_COMPLETE")
+    assert sorted(asked.complete().splitlines()) == sorted(answer)
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")

@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from edgeseg.backends import BACKENDS, BackendStatus
-from edgeseg.cli.doctor import EXTRAS, FEATURES, Diagnosis, Package, advise, diagnose, render, torch_cuda, torch_line
+from edgeseg.cli.doctor import FEATURES, Diagnosis, Package, advise, diagnose, render, torch_cuda, torch_line
 from edgeseg.machine.cpu import Cpu
-from edgeseg.machine.limits import Memory, core_limit, memory_limit_bytes, read_memory
-from edgeseg.machine.packages import installed_version
+from edgeseg.machine.packages import EXTRAS, installed_version
+from edgeseg.machine.reading import Memory, core_limit, memory_limit_bytes, read_memory
 
 PLENTY = Memory(8 << 30, 6 << 30, None)
 WORKS = {"onnxruntime": BackendStatus(True, "1.31.1", "fine")}

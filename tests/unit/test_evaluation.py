@@ -21,9 +21,8 @@ from edgeseg.evaluate.accuracy import evaluation
 from edgeseg.evaluate.accuracy.counts import TruthCounts, count_agreement, count_truth
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest, evaluate
-from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution
+from edgeseg.evaluate.accuracy.judge import ImageRecord, Ledger, at_resolution
 from edgeseg.evaluate.accuracy.labels import IGNORED
-from edgeseg.evaluate.accuracy.ledger import Ledger
 from edgeseg.evaluate.contenders import Contender, Opener, engine_contenders
 from edgeseg.evaluate.intervals import METRICS, Counts, drops, interval, metric_interval
 from edgeseg.evaluate.results import Accuracy

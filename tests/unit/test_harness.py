@@ -13,9 +13,9 @@ from test_latency import Clock
 
 from edgeseg.backends.base import StageTimes
 from edgeseg.evaluate.latency.batches import batch_count, median_interval, ratio_interval
+from edgeseg.evaluate.latency.measure import StageClock
 from edgeseg.evaluate.latency.profile import NodeTime, group_by_module, profile_of_layers
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, compare, measure, measure_interleaved
-from edgeseg.evaluate.latency.stages import StageClock
 from edgeseg.evaluate.latency.statistics import distribution, noise_flags, speed_comparison
 from edgeseg.evaluate.latency.streams import measure_streams, measure_throughput
 from edgeseg.graph.modules import module_group as module_of
@@ -158,11 +158,6 @@ def test_the_interval_of_a_ratio_by_hand() -> None:
     assert [batch_count(n) for n in (2, 7, 12, 39, 40, 4000)] == [2, 2, 3, 9, 10, 10]
     with pytest.raises(ValueError, match="at least 2"):
         ratio_interval(np.array([1.0]))
-
-
-def test_speeds_not_measured_in_turns_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="in turns"):
-        speed_comparison("a", "b", LatencySamples("a", (1.0, 2.0), 0), LatencySamples("b", (1.0,), 0))
 
 
 def test_warm_up_goes_on_until_times_settle() -> None:

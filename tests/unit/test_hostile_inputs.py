@@ -141,6 +141,8 @@ IMAGES: dict[str, tuple[bytes, str]] = ARRAYS | {
     "words.npy": (saved(np.zeros((4, 4, 3), "U3")), "holds <U3"),
     "records.npy": (saved(np.zeros((4, 4), "u1,u2")), r"holds \["),
     "channels.npy": (saved(np.zeros((4, 4, 7), np.uint8)), "has 7 channels"),
+    "stack.npy": (saved(np.zeros((2, 4, 4, 3), np.uint8)), r"has shape \(2, 4, 4, 3\)"),
+    "wide.npy": (saved(PHOTO.astype(np.int64)), "holds int64, the engine takes uint8"),
     "empty.png": (b"", r"the file is empty \(0 bytes\)"),
     "text.png": (b"this is no image", "not one of BMP, GIF, JPEG, .*, or damaged"),
     "page.jpg": (b"<!DOCTYPE html><html>404</html>", "not one of BMP"),
@@ -151,6 +153,7 @@ IMAGES: dict[str, tuple[bytes, str]] = ARRAYS | {
     "cut.png": (PNG[: len(PNG) // 2], "truncated|unexpected end|broken"),
     "header.png": (PNG[:33], "truncated|not one of|broken"),
     "cut.jpg": (JPEG[: len(JPEG) // 2], "[Tt]runcated|broken"),
+    "cut.tif": (encoded(PHOTO, "TIFF")[:600], "[Tt]runcated|broken|not one of|damaged"),
     "cut.gif": (encoded(PHOTO, "GIF")[:40], "truncated|not one of|broken|end of file"),
     "cut.webp": (encoded(PHOTO, "WEBP")[:60], "not one of|could not create|failed|decode|not enough"),
     "cut.bmp": (encoded(PHOTO, "BMP")[:200], "truncated"),
@@ -326,12 +329,13 @@ READERS: dict[str, tuple[dict[str, tuple[bytes, str]], Callable[[Path], object]]
 }
 
 
-def refused(read: Callable[[Path], object], path: Path, words: str) -> None:
+def refused(read: Callable[[Path], object], path: Path, words: str) -> str:
     with pytest.raises(EdgesegError, match=words) as caught:
         read(path)
     line = str(caught.value)
     assert "\n" not in line
     assert len(line) < 700 + len(str(path)) + 5000 * ("long" in path.name)
+    return line
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, (cases, _) in READERS.items() for name in cases])
@@ -341,7 +345,8 @@ def test_each_is_refused_in_one_line_that_says_why(tmp_path: Path, kind: str, na
         pytest.importorskip("tifffile")
         pytest.importorskip("imagecodecs")
     (tmp_path / name).write_bytes(cases[name][0])
-    refused(read, tmp_path / name, cases[name][1])
+    line = refused(read, tmp_path / name, cases[name][1])
+    assert kind != "image" or str(tmp_path / name) in line
 
 
 def special_files(folder: Path) -> Iterator[tuple[str, str]]:

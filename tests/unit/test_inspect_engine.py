@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from command_line import typed
 from engine_folders import manifest_of
 from rich.console import Console
 
-from edgeseg.cli.app import main
 from edgeseg.cli.inspect import inspect_engine, render
 from edgeseg.errors import ArtifactError
 from edgeseg.graph.modules import module_of
@@ -237,9 +236,7 @@ def test_module_of_a_node(name: str, module: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--layers",), ("--json",)])
-def test_what_a_manifest_holds_cannot_steer_the_terminal(
-    folder: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_manifest_holds_cannot_steer_the_terminal(folder: Path, arguments: tuple[str, ...]) -> None:
     hostile = "\x1b]0;owned\x07\x1b[2J\u202eevil\nedgeseg: all is well"
     graph = onnx.load(str(folder / "engine.onnx"))
     graph.graph.node[0].name = hostile
@@ -256,11 +253,9 @@ def test_what_a_manifest_holds_cannot_steer_the_terminal(
         precision=PrecisionReport("int8", {hostile: 0.9}, {}, 7424, "executed", float_layers={hostile: hostile}),
     )
     write_json(folder / MANIFEST_NAME, manifest)
-    monkeypatch.setattr(sys, "argv", ["edgeseg", "inspect", str(folder), *arguments])
-    with pytest.raises(SystemExit) as end:
-        main()
-    said = capsys.readouterr().out
-    assert end.value.code == 0
+    done = typed("inspect", folder, *arguments)
+    assert done.returncode == 0
+    said = done.stdout
     assert not set(said) & {"\x1b", "\x07", "\u202e"}
     assert not any(line.startswith("edgeseg: all is well") for line in said.splitlines())
     if "--json" in arguments:

@@ -42,11 +42,10 @@ def no_pycuda() -> str:
 
 @needs_compiler
 @pytest.mark.parametrize("package", MODULES)
-@pytest.mark.parametrize("suite", sorted(path.stem for path in TESTS.glob("test_*.py")))
-def test_on_the_stub_driver(environment: dict[str, str], package: str, suite: str) -> None:
+def test_on_the_stub_driver(environment: dict[str, str], package: str) -> None:
     if not installed(package):
         pytest.skip(f"{package} is not installed" + (f": {no_pycuda()}" if package == "pycuda" else ""))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / f"{suite}.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS)]
     search_path = [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
     path = os.pathsep.join([str(TESTS.parents[1]), *search_path])
     done = subprocess.run(
@@ -58,7 +57,7 @@ def test_on_the_stub_driver(environment: dict[str, str], package: str, suite: st
     )
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) >= 4, done.stdout
+    assert passed is not None and int(passed[1]) >= 150, done.stdout
 
 
 def test_without_a_driver_the_error_says_so() -> None:

@@ -27,16 +27,6 @@ def small_model() -> Any:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
 
 
-def with_external_weight(location: str) -> bytes:
-    model = small_model()
-    tensor = model.graph.initializer[0]
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value=location)
-    tensor.external_data.add(key="length", value="24")
-    return model.SerializeToString()
-
-
 def test_a_model_comes_back_as_written(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     write_onnx(small_model(), path)
@@ -55,40 +45,6 @@ def test_the_order_of_initializers_does_not_change_the_bytes(tmp_path: Path) -> 
     other.graph.value_info.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, (1, 3)) for n in ("a", "b"))
     write_onnx(other, tmp_path / "other.onnx")
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "other.onnx").read_bytes()
-
-
-@pytest.mark.parametrize(
-    "location", ["/etc/hostname", "../secret.bin", "w.bin", "C:\\secret.bin", "", "*/_ORT_MEM_ADDR_/*"]
-)
-def test_external_data_is_refused(tmp_path: Path, location: str) -> None:
-    (tmp_path / "w.bin").write_bytes(bytes(24))
-    (tmp_path / "m.onnx").write_bytes(with_external_weight(location))
-    with pytest.raises(ArtifactError) as caught:
-        read_onnx(tmp_path / "m.onnx")
-    assert f"keeps tensor 'w' outside the file, in {location!r}; save the model again as one file" in str(caught.value)
-
-
-def test_a_file_above_protobufs_limit_is_not_read(tmp_path: Path) -> None:
-    with (tmp_path / "m.onnx").open("wb") as stream:
-        stream.truncate(6 << 30)
-    with pytest.raises(ArtifactError, match=r"has 6\.0 GiB, an ONNX file holds 2"):
-        read_onnx(tmp_path / "m.onnx")
-
-
-@pytest.mark.parametrize("content", [b"", b"not a graph", small_model().SerializeToString()[:-20]])
-def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "m.onnx").write_bytes(content)
-    with pytest.raises(ArtifactError) as caught:
-        read_onnx(tmp_path / "m.onnx")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_graph_that_breaks_onnx_rules_is_refused(tmp_path: Path) -> None:
-    model = small_model()
-    model.graph.node[0].input[1] = "nowhere"
-    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(ArtifactError, match="not a valid ONNX graph"):
-        read_onnx(tmp_path / "m.onnx")
 
 
 def test_a_missing_file_says_so(tmp_path: Path) -> None:

@@ -22,17 +22,15 @@ def test_changelog_has_the_version() -> None:
     assert headings[1] == edgeseg.__version__
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_modules_are_named_for_what_they_hold(path: Path) -> None:
-    assert path.stem not in {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
+def test_modules_are_named_for_what_they_hold() -> None:
+    assert len(SOURCES) > 100
+    assert not {"utils", "util", "helpers", "helper", "common", "misc", "manager"} & {path.stem for path in SOURCES}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_class_has_a_marker_that_python_310_takes_for_a_field(path: Path) -> None:
+def test_no_class_has_a_marker_that_python_310_takes_for_a_field() -> None:
     """There msgspec cannot read a type with ``_: KW_ONLY`` in it: no engine loaded."""
-    tree = ast.parse(path.read_text())
-    marks = [n for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and "KW_ONLY" in ast.unparse(n.annotation)]
-    assert marks == []
+    marked = re.compile(r"^\s+\w+: (dataclasses\.)?KW_ONLY\b", re.MULTILINE)
+    assert [path for path in SOURCES if marked.search(path.read_text(encoding="utf-8"))] == []
 
 
 def imported(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""Q/DQ graphs: numerically what a plain numpy quantizer says, and placed where each scheme wants them.
+"""Q/DQ graphs compute what a plain numpy quantizer says, whatever the weights.
 
 Oracle: numpy, written out below; and ONNX Runtime executing the float graph.
 """
@@ -17,55 +17,22 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-ir = pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
+pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-from small_graphs import RNG, floats, graph, run, spec, table_for  # noqa: E402
+from quantizing import IMAGE, TWO, TWO_WEIGHTS, constants, network, quantized
+from small_graphs import floats, run, spec, table_for
 
-from edgeseg.backends import get_backend  # noqa: E402
-from edgeseg.backends.cpu.onnxruntime import _open, _session_options, open_unoptimized  # noqa: E402
-from edgeseg.backends.cpu.options import cpu_options  # noqa: E402
-from edgeseg.errors import ArtifactError, BuildError, QuantizationError  # noqa: E402
-from edgeseg.machine.cpu import this_cpu  # noqa: E402
-from edgeseg.quantize.lint import lint  # noqa: E402
-from edgeseg.quantize.qdq import quantize_model, write_qdq  # noqa: E402
-from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
-from edgeseg.quantize.table import CalibrationTable  # noqa: E402
-from edgeseg.store.artifacts import OnnxGraph, sha256_file  # noqa: E402
-
-IMAGE = RNG.integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
-SOURCE = "real = Cast <to = 1> (image) planes = Transpose <perm = [0, 3, 1, 2]> (real) x = Mul(planes, gain)"
-GAIN = np.array(1 / 128, np.float32)
-
-
-def network(body: str, outputs: str = "float[1, c, h, w] y", **weights: Any) -> onnx.ModelProto:
-    return graph(f"(uint8[1, 8, 8, 3] image) => ({outputs})", f"{SOURCE} {body}", gain=GAIN, **weights)
-
-
-def quantized(
-    model: onnx.ModelProto, scheme: str, table: CalibrationTable | None = None, *, passes: bool = False
-) -> onnx.ModelProto:
-    """The Q/DQ graph, linted; without the scheme's passes unless asked, so that the pattern under test stays."""
-    rules = SCHEMES[scheme] if passes else replace(SCHEMES[scheme], passes=())
-    after = ir.serde.deserialize_model(model)
-    quantize_model(after, table or table_for(model, image=IMAGE), rules)
-    proto = ir.serde.serialize_model(after)
-    onnx.checker.check_model(proto, full_check=True)
-    assert lint(proto, rules) == []
-    return proto
-
-
-def operators(model: onnx.ModelProto) -> list[str]:
-    """Operator types in order, pairs left out."""
-    return [n.op_type for n in model.graph.node if n.op_type not in {"QuantizeLinear", "DequantizeLinear"}]
-
-
-def readers(model: onnx.ModelProto, name: str) -> list[str]:
-    return [n.op_type for n in model.graph.node if name in n.input]
-
-
-def constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
-    return {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+from edgeseg.backends import get_backend
+from edgeseg.backends.cpu.onnxruntime import _open, _session_options, open_unoptimized
+from edgeseg.backends.cpu.options import cpu_options
+from edgeseg.errors import ArtifactError, BuildError, QuantizationError
+from edgeseg.machine.cpu import this_cpu
+from edgeseg.quantize.lint import lint
+from edgeseg.quantize.qdq import write_qdq
+from edgeseg.quantize.schemes import SCHEMES
+from edgeseg.quantize.table import CalibrationTable
+from edgeseg.store.artifacts import OnnxGraph, sha256_file
 
 
 def fake(x: NDArray[Any], low: float, high: float, scheme: str) -> NDArray[np.float64]:
@@ -90,10 +57,6 @@ def convolve(x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any], pad: int
     x = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (pad, pad), (pad, pad)))
     windows = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], (2, 3))
     return np.einsum("nchwij,ocij->nohw", windows, weight) + bias.reshape(1, -1, 1, 1)
-
-
-TWO = "a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1) r = Relu(a) y = Conv(r, w2, b2)"
-TWO_WEIGHTS = {"w1": floats(5, 3, 3, 3), "b1": floats(5), "w2": floats(4, 5, 1, 1), "b2": floats(4)}
 
 
 @pytest.mark.parametrize(
@@ -134,102 +97,6 @@ def test_bias_correction_brings_the_mean_back() -> None:
         return float(np.abs((actual - expected).mean(axis=(0, 2, 3))).mean())
 
     assert shift(table) < 0.6 * shift(without)
-
-
-def test_onnxruntime_takes_the_saturation_of_q_for_the_relu() -> None:
-    model = quantized(network(TWO, **TWO_WEIGHTS), "onnxruntime-vnni")
-    assert "Relu" not in operators(model)
-    zero = [v for name, v in constants(model).items() if name.startswith("r/") and "zero_point" in name]
-    assert [z.item() for z in zero] == [0]
-
-
-def test_tensorrt_keeps_the_relu_and_float_biases_and_zero_zero_points() -> None:
-    model = quantized(network(TWO, **TWO_WEIGHTS), "tensorrt")
-    assert operators(model).count("Relu") == 1
-    assert not any(np.any(v) for name, v in constants(model).items() if "zero_point" in name)
-    assert not any(v.dtype == np.int32 for v in constants(model).values())
-    assert "QuantizeLinear" not in readers(model, "a"), "no pair between a convolution and its Relu"
-    assert "QuantizeLinear" not in readers(model, "y"), "no pair on an output"
-
-
-RESIDUAL = """a = Conv <pads = [1, 1, 1, 1]> (x, w1) r = Relu(a)
-    b = Conv <pads = [1, 1, 1, 1]> (r, w2) s = Add(b, r) t = Relu(s) y = Conv(t, w3)"""
-RESIDUAL_WEIGHTS = {"w1": floats(5, 3, 3, 3), "w2": floats(5, 5, 3, 3), "w3": floats(4, 5, 1, 1)}
-
-
-def test_a_residual_addition_stays_integer() -> None:
-    model = quantized(network(RESIDUAL, **RESIDUAL_WEIGHTS), "onnxruntime-vnni")
-    assert operators(model) == ["Cast", "Transpose", "Mul", "Conv", "Conv", "Add", "Conv"]
-    add = next(n for n in model.graph.node if n.op_type == "Add")
-    makers = {name: n.op_type for n in model.graph.node for name in n.output}
-    assert [makers[name] for name in add.input] == ["DequantizeLinear"] * 2
-    assert readers(model, add.output[0]) == ["QuantizeLinear"]
-
-
-def test_tensorrt_quantizes_one_side_of_a_residual_addition() -> None:
-    model = quantized(network(RESIDUAL, **RESIDUAL_WEIGHTS), "tensorrt")
-    add = next(n for n in model.graph.node if n.op_type == "Add")
-    makers = {name: n.op_type for n in model.graph.node for name in n.output}
-    assert sorted(makers[name] for name in add.input) == ["Conv", "DequantizeLinear"]
-
-
-CONCAT = "a = Conv(x, w1) b = Conv(x, w2) c = Concat <axis = 1> (a, b) y = Conv(c, w3)"
-
-
-@pytest.mark.parametrize(("factor", "shared"), [(1.0, True), (50.0, False)])
-def test_concat_inputs_share_a_scale_unless_it_costs_too_much(factor: float, shared: bool) -> None:
-    weights = {"w1": floats(4, 3, 1, 1), "w2": floats(4, 3, 1, 1) * np.float32(factor), "w3": floats(4, 8, 1, 1)}
-    model = quantized(network(CONCAT, **weights), "onnxruntime-vnni")
-    concat = next(n for n in model.graph.node if n.op_type == "Concat")
-    makers = {name: n for n in model.graph.node for name in n.output}
-    inputs = [makers[name] for name in concat.input]
-    if shared:
-        assert [n.op_type for n in inputs] == ["QuantizeLinear"] * 2, "joined as integers"
-        assert inputs[0].input[1:] == inputs[1].input[1:]
-    else:
-        assert [n.op_type for n in inputs] == ["DequantizeLinear"] * 2
-        assert inputs[0].input[1] != inputs[1].input[1]
-
-
-def test_a_shared_scale_never_undoes_a_relu() -> None:
-    body = "a = Conv(x, w1) r = Relu(a) b = Conv(x, w2) c = Concat <axis = 1> (r, b) y = Conv(c, w3)"
-    weights = {"w1": floats(4, 3, 1, 1), "w2": -np.abs(floats(4, 3, 1, 1)), "w3": floats(4, 8, 1, 1)}
-    model = network(body, **weights)
-    (expected,) = run(model, image=IMAGE)
-    (actual,) = run(quantized(model, "onnxruntime-vnni"), image=IMAGE)
-    assert np.abs(actual - expected).max() < 0.05 * np.abs(expected).max()
-
-
-def test_moves_run_on_integers_and_keep_the_scale() -> None:
-    body = "a = Conv(x, w1) m = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (a) y = Conv(m, w2)"
-    model = quantized(network(body, w1=floats(4, 3, 1, 1), w2=floats(4, 4, 1, 1)), "onnxruntime-vnni")
-    pool = next(n for n in model.graph.node if n.op_type == "MaxPool")
-    assert readers(model, pool.input[0]) == ["MaxPool"]
-    assert readers(model, pool.output[0]) == ["DequantizeLinear"]
-
-
-def test_what_follows_the_last_layer_stays_float() -> None:
-    body = "l = Conv(x, w1) p = Sigmoid(l) y = Mul(p, two)"
-    model = quantized(network(body, w1=floats(4, 3, 1, 1), two=np.array(2, np.float32)), "onnxruntime-vnni")
-    assert "QuantizeLinear" not in readers(model, next(n for n in model.graph.node if n.op_type == "Sigmoid").output[0])
-
-
-def test_a_matrix_product_hands_float_to_float_readers() -> None:
-    body = """r = Reshape(x, tokens) n = LayerNormalization <axis = -1> (r, gain2)
-        m = MatMul(n, w1) g = Gelu(m) k = MatMul(g, w2) y = Add(k, r)"""
-    model = quantized(
-        network(
-            body,
-            outputs="float[1, 24, 8] y",
-            tokens=np.array([1, 24, 8]),
-            gain2=np.ones(8, np.float32),
-            w1=floats(8, 16),
-            w2=floats(16, 8),
-        ),
-        "onnxruntime-vnni",
-    )
-    products = [n for n in model.graph.node if n.op_type == "MatMul"]
-    assert [readers(model, n.output[0]) for n in products] == [["Gelu"], ["Add"]]
 
 
 def test_a_graph_output_keeps_its_name_and_type() -> None:

@@ -12,13 +12,13 @@ from edgeseg.errors import QuantizationError
 from edgeseg.quantize.parameters import (
     QuantizedWeight,
     activation_parameters,
+    bias_correction,
     quantize_bias,
     quantize_weight,
     weight_axis,
     widen_for_bias,
 )
 from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.quantize.weights import bias_correction
 
 finite = st.floats(-1e6, 1e6, width=32)
 

@@ -22,7 +22,7 @@ from edgeseg.errors import OutputExistsError, SpecError
 from edgeseg.images.raster import is_georeferenced
 from edgeseg.runtime import raster as raster_module
 from edgeseg.runtime.raster import RasterOptions
-from edgeseg.runtime.run import RunSummary, run_inputs
+from edgeseg.runtime.run import RunSettings, RunSummary, run_inputs
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import InputSpec, ModelSpec, OutputKind, OutputSpec, PipelineSpec, Preprocess, Task
 from edgeseg.store.files import without_warnings
@@ -85,7 +85,9 @@ def planes_of(bands: int = 3, size: tuple[int, int] = SIZE) -> np.ndarray:
 
 
 def run(segmenter: Segmenter, path: Path, output: Path, *, overwrite: bool = False, **options: Any) -> RunSummary:
-    return run_inputs(segmenter, [path], output, rasters=RasterOptions(**options), progress=False, overwrite=overwrite)
+    return run_inputs(
+        segmenter, [path], output, RunSettings(rasters=RasterOptions(**options)), progress=False, overwrite=overwrite
+    )
 
 
 def read(path: Path) -> np.ndarray:
@@ -481,7 +483,7 @@ def test_probabilities_of_a_mask_engine_are_refused(tmp_path: Path) -> None:
 def test_no_overlay_over_a_raster(tmp_path: Path) -> None:
     path = write(tmp_path / "big.tif", planes_of())
     with pytest.raises(SpecError, match="leave out --overlay, or give --no-raster"):
-        run_inputs(segmenter_of(spec_of()), [path], tmp_path / "out", overlay=True, progress=False)
+        run_inputs(segmenter_of(spec_of()), [path], tmp_path / "out", RunSettings(overlay=True), progress=False)
 
 
 @pytest.fixture
@@ -502,7 +504,7 @@ def test_the_command(tmp_path: Path, engine: Path) -> None:
     refused = CliRunner().invoke(command, [*words, "--fit", "letterbox"])
     assert str(refused.exception) == "rasters are cut into tiles; leave out --fit letterbox, or give --no-raster"
     refused = CliRunner().invoke(command, [*words[:4], "--bands", "0,1"])
-    assert "'0,1' is not a list of band numbers" in refused.output
+    assert "bands is '0,1'; give band numbers from 1" in refused.output
 
 
 def test_a_picture_that_is_cut_into_tiles_unasked_is_noted(tmp_path: Path, engine: Path) -> None:

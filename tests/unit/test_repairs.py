@@ -248,6 +248,32 @@ def test_each_repair_says_what_it_changed_and_what_it_gained(graph: OnnxGraph, t
     assert (calibrated.path == graph.path) is not equalize
 
 
+def test_equalization_that_loses_is_not_kept(graph: OnnxGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, seen = CalibrationSet.open(images()), Observation.magnitudes
+
+    def wrong(observation: Observation) -> dict[str, tuple[float, ...]]:
+        """A channel of each tensor taken for a thousandth of what it is, and so made far too large."""
+        return {name: (values[0] / 1e6, *values[1:]) for name, values in seen(observation).items()}
+
+    monkeypatch.setattr(Observation, "magnitudes", wrong)
+    calibrated, table = calibrate_repaired(graph, samples, tmp_path / "equalized.onnx")
+    assert calibrated == graph
+    assert not (tmp_path / "equalized.onnx").exists()
+    assert (table.equalization, {repair.name for repair in table.repairs}) == ({}, {"bias-correction"})
+    assert table.ranges == calibrate(graph, samples).ranges
+
+
+def test_a_correction_of_biases_that_loses_is_not_kept(graph: OnnxGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(weight: NDArray[np.float32], *_: object, groups: int) -> NDArray[np.float32]:
+        return np.linspace(-3, 3, weight.shape[0], dtype=np.float32)
+
+    monkeypatch.setattr("edgeseg.quantize.insertion.bias_correction", wrong)
+    samples = CalibrationSet.open(images())
+    _, table = calibrate_repaired(graph, samples, None, method=AUTO)
+    assert {repair.name for repair in table.repairs} == {"calibration-method"}
+    assert {limits.channel_mean for limits in table.ranges.values()} == {None}
+
+
 def test_too_few_images_to_judge_on_leave_the_default(graph: OnnxGraph) -> None:
     samples = CalibrationSet.open(images(9))
     assert hold_out(samples) == (samples, None)

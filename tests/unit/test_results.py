@@ -27,12 +27,6 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "tests" / "data" / "bench-report-example.json"
 
 
-def changed(tmp_path: Path, change: dict[str, Any]) -> Path:
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps({**json.loads(EXAMPLE.read_text()), **change}))
-    return path
-
-
 def test_the_example_is_read_and_written_the_same(tmp_path: Path) -> None:
     report = read_report(EXAMPLE)
     write_report(tmp_path / "deep" / "copy.json", report)
@@ -47,31 +41,7 @@ def test_a_row_is_found_by_its_id() -> None:
         report.row("nothing")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"schema_version": 2}, "upgrade edgeseg"),
-        ({"schema_version": 0}, "measure again"),
-        ({"rows": [{}]}, r"\$\.rows\[0\]"),
-        ({"rows": []}, "no row of the report"),
-        ({"created_at": 5}, "created_at"),
-    ],
-)
-def test_what_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ArtifactError, match=message):
-        read_report(changed(tmp_path, change))
-
-
-def test_two_rows_of_one_id_are_refused(tmp_path: Path) -> None:
-    rows = json.loads(EXAMPLE.read_text())["rows"]
-    with pytest.raises(ArtifactError, match="same id"):
-        read_report(changed(tmp_path, {"rows": [*rows, rows[0]]}))
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="schema_version"):
-        read_report(tmp_path / "x.json")
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot read"):
         read_report(tmp_path / "missing.json")
 
@@ -103,7 +73,10 @@ def places(value: object, path: tuple[object, ...] = ()) -> Iterator[tuple[objec
         yield path
 
 
-NUMBERS = tuple(places(json.loads(EXAMPLE.read_text())))
+NUMBERS: dict[tuple[object, ...], list[tuple[object, ...]]] = {}
+"""Of each number a report has: its places, one a row."""
+for _place in places(json.loads(EXAMPLE.read_text())):
+    NUMBERS.setdefault(tuple("*" if isinstance(step, int) else step for step in _place), []).append(_place)
 
 
 def put(value: Any, place: tuple[Any, ...], number: float) -> None:
@@ -115,19 +88,19 @@ def put(value: Any, place: tuple[Any, ...], number: float) -> None:
 @pytest.mark.parametrize("number", [0, -1, 10**400, 5e-324, 1e15], ids=lambda n: f"{str(n)[:5]}-{len(str(n))}")
 def test_a_number_that_cannot_be_is_refused_and_any_other_is_harmless(tmp_path: Path, number: float) -> None:
     """Every number of a report in turn: refused in one line, or all that reads the report can live with it."""
-    assert len(NUMBERS) > 150
+    assert len(NUMBERS) > 90
     path = tmp_path / "r.json"
     accepted = []
-    for place in NUMBERS:
+    for same in NUMBERS.values():
         value = json.loads(EXAMPLE.read_text())
-        put(value, place, number)
+        put(value, same[-1], number)
         path.write_text(json.dumps(value))
         try:
             read_report(path)
         except ArtifactError as exc:
             assert "\n" not in str(exc) and len(str(exc)) < 400
         else:
-            accepted.append(place)
+            accepted.extend(same)
     value = json.loads(EXAMPLE.read_text())
     for place in accepted:
         put(value, place, number)
@@ -141,19 +114,3 @@ def test_a_number_that_cannot_be_is_refused_and_any_other_is_harmless(tmp_path: 
     assert all((html(together, verdicts), markdown(together, verdicts), csv_text(together, verdicts)))
     msgspec.json.encode(decision_of(together, verdicts))
     Console(file=io.StringIO(), width=80).print(terminal(verdicts, width=80))
-
-
-def test_json_that_is_nested_deeply_is_refused_in_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "deep.json"
-    path.write_text('{"schema_version": 1, "protocol": {"a": ' + "[" * 100_000)
-    with pytest.raises(ArtifactError, match="nested too deeply"):
-        read_report(path)
-
-
-def test_a_confusion_matrix_that_is_not_square_is_refused(tmp_path: Path) -> None:
-    value = json.loads(EXAMPLE.read_text())
-    row = next(row for row in value["rows"] if (row["accuracy"] or {}).get("truth", {}).get("confusion"))
-    row["accuracy"]["truth"]["confusion"][0].pop()
-    (tmp_path / "r.json").write_text(json.dumps(value))
-    with pytest.raises(ArtifactError, match="not square"):
-        read_report(tmp_path / "r.json")

@@ -27,7 +27,7 @@ from edgeseg.machine.cpu import Cpu
 from edgeseg.runtime import overlap, run, sources
 from edgeseg.runtime.outputs import VideoFile, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlay import class_palette, colorize
-from edgeseg.runtime.run import run_inputs
+from edgeseg.runtime.run import RunSettings, run_inputs
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
 
@@ -85,7 +85,9 @@ def test_overlays_have_the_image_and_a_legend(tmp_path: Path) -> None:
     image = photo(tmp_path / "a.jpg", (40, 60))
     with Image.open(tmp_path / "a.jpg") as stored:
         image = np.asarray(stored.convert("RGB"))
-    run_inputs(segmenter(), [str(tmp_path / "a.jpg")], tmp_path / "out", overlay=True, alpha=0.25, progress=False)
+    run_inputs(
+        segmenter(), [str(tmp_path / "a.jpg")], tmp_path / "out", RunSettings(overlay=True, alpha=0.25), progress=False
+    )
     assert files(tmp_path / "out") == ["masks/a.png", "overlays/a.png"]
     with Image.open(tmp_path / "out/overlays/a.png") as png:
         picture = np.asarray(png)
@@ -97,7 +99,7 @@ def test_overlays_have_the_image_and_a_legend(tmp_path: Path) -> None:
 def test_more_than_256_classes_are_16_bit(tmp_path: Path) -> None:
     spec = PipelineSpec(ModelSpec("custom", classes=400), InputSpec(16, 16, stride=1, fit="tile"))
     image = photo(tmp_path / "a.png")
-    run_inputs(segmenter(spec), [tmp_path / "a.png"], tmp_path / "out", overlay=True, progress=False)
+    run_inputs(segmenter(spec), [tmp_path / "a.png"], tmp_path / "out", RunSettings(overlay=True), progress=False)
     with Image.open(tmp_path / "out/masks/a.png") as png:
         assert png.mode == "I;16"
         np.testing.assert_array_equal(np.asarray(png), expected_mask(image, 400))
@@ -107,7 +109,9 @@ def test_multilabel_is_a_file_per_class(tmp_path: Path) -> None:
     model = ModelSpec("custom", classes=4, class_names=NAMES, task="multilabel")
     spec = PipelineSpec(model, InputSpec(16, 16, stride=1, fit="tile"))
     photo(tmp_path / "a.png")
-    summary = run_inputs(segmenter(spec), [tmp_path / "a.png"], tmp_path / "out", overlay=True, progress=False)
+    summary = run_inputs(
+        segmenter(spec), [tmp_path / "a.png"], tmp_path / "out", RunSettings(overlay=True), progress=False
+    )
     assert files(tmp_path / "out") == [
         "masks/a.0-sky.png", "masks/a.1-road_lane.png", "masks/a.2-car.png", "masks/a.3-tree.png", "overlays/a.png",
     ]  # fmt: skip
@@ -171,10 +175,10 @@ OVERLAY_PEAK = """
 import dataclasses, resource, sys
 sys.path[:0] = [{tests!r}, {unit!r}]
 from pathlib import Path
-from test_runtime_run import SPEC, InputSpec, run_inputs, segmenter
+from test_runtime_run import SPEC, InputSpec, RunSettings, run_inputs, segmenter
 resizing = segmenter(dataclasses.replace(SPEC, input=InputSpec(16, 16, stride=1)))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-run_inputs(resizing, [Path("big.png")], Path("out"), overlay=True, progress=False)
+run_inputs(resizing, [Path("big.png")], Path("out"), RunSettings(overlay=True), progress=False)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
@@ -198,7 +202,7 @@ def test_odd_names_stop_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (folder / "0.png").symlink_to(folder / "gone.png")
     os.mkfifo(folder / "1.png")
     (folder / os.fsdecode(b"2\xff.mp4")).write_bytes(b"OpenCV crashes when given this name")
-    summary = run_inputs(segmenter(), [folder], tmp_path / "out", overlay=True, progress=False)
+    summary = run_inputs(segmenter(), [folder], tmp_path / "out", RunSettings(overlay=True), progress=False)
     assert summary.images == 8
     assert len(set(summary.written)) == len(files(tmp_path / "out")) == 16
     assert max(len(os.fsencode(Path(name).name)) for name in summary.written) < 200
@@ -344,7 +348,7 @@ def test_several_images_at_a_time_give_the_files_and_the_order_of_one(
     monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 4))
     # The larger ones take turns.
     monkeypatch.setattr(run, "LARGE_BYTES", 100 * 30 * 3)
-    summary = run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", overlay=True, progress=False)
+    summary = run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", RunSettings(overlay=True), progress=False)
     assert [Path(path).stem for path in summary.written if "masks" in path] == list(images)
     assert len(summary.written) == 40
     for name, image in images.items():
@@ -369,8 +373,8 @@ def test_inputs_that_are_not_there(tmp_path: Path) -> None:
     for inputs in ([], ["missing.png"], [tmp_path], [str(tmp_path / "*.png")]):
         with pytest.raises(InputError):
             run_inputs(segmenter(), inputs, tmp_path / "out", progress=False)
-    with pytest.raises(InputError, match="alpha"):
-        run_inputs(segmenter(), [tmp_path], tmp_path / "out", alpha=2.0, progress=False)
+    with pytest.raises(SpecError, match="alpha is 2.0; give an opacity from 0 to 1"):
+        RunSettings(alpha=2.0)
     assert not (tmp_path / "out").exists()
 
 
@@ -405,7 +409,9 @@ def read_video(path: Path) -> tuple[list[np.ndarray], float]:
 @pytest.mark.parametrize("overlay", [True, False])
 def test_a_video_becomes_a_video(tmp_path: Path, overlay: bool) -> None:
     video = make_video(tmp_path / "drive.avi")
-    summary = run_inputs(segmenter(), [video], tmp_path / "out", overlay=overlay, frame_masks=True, progress=False)
+    summary = run_inputs(
+        segmenter(), [video], tmp_path / "out", RunSettings(overlay=overlay), frame_masks=True, progress=False
+    )
     assert (summary.images, summary.frames, summary.failed) == (0, 6, ())
     assert files(tmp_path / "out") == [*(f"masks/drive/{i:06d}.png" for i in range(6)), "videos/drive.mp4"]
     frames, fps = read_video(tmp_path / "out/videos/drive.mp4")

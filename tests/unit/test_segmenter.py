@@ -19,7 +19,6 @@ from PIL import Image
 from edgeseg import backends
 from edgeseg.errors import ArtifactError, InputError, SpecError
 from edgeseg.images.placement import fit
-from edgeseg.runtime.prediction import Prediction
 from edgeseg.runtime.segmenter import Segmenter, load
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
 from edgeseg.store.artifacts import Engine, engine_folder
@@ -589,14 +588,6 @@ def test_loading_and_calling_needs_numpy_alone(tmp_path: Path) -> None:
     )
     assert result.stderr == ""
     assert result.stdout.splitlines() == ["(32, 48) (5, 3)", "(100, 100) (5, 3)", "(5, 7) (5, 3)"]
-
-
-def test_a_prediction_has_one_shape_for_one_image() -> None:
-    spec = make_spec()
-    single = Segmenter(MemorySession(spec), spec).predict(photo(32, 48, 3))
-    assert isinstance(single, Prediction)
-    assert single.mask.shape == (32, 48)
-    assert (single.confidence, single.probabilities, single.logits, single.aux_logits) == (None, None, None, None)
 
 
 @pytest.mark.parametrize("fails", [False, True])

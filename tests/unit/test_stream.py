@@ -410,17 +410,6 @@ def test_grey_models_get_grey_video(tmp_path: Path) -> None:
     assert first.image.shape == (32, 48, 1)
 
 
-@pytest.mark.parametrize("content", [b"", b"this is no video", None])
-def test_bad_videos_are_one_line(tmp_path: Path, content: bytes | None) -> None:
-    pytest.importorskip("cv2")
-    path = tmp_path / "bad.mp4"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=r"bad\.mp4") as caught:
-        stream(path, segmenter())
-    assert "\n" not in str(caught.value)
-
-
 def test_opencv_adds_nothing_to_our_error(tmp_path: Path) -> None:
     pytest.importorskip("cv2")
     (tmp_path / "bad.mp4").write_bytes(b"this is no video")

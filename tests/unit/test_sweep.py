@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from bench_rows import report, row
+from command_line import typed
 from test_artifacts import make_engine
 
 from edgeseg.decide.entries import failed_measurements
@@ -22,7 +21,7 @@ from edgeseg.errors import ArtifactError, BuildError, OutputExistsError, SpecErr
 from edgeseg.evaluate.results import FailedMeasurement, read_report, write_report
 from edgeseg.store.artifacts import MANIFEST_NAME, open_engine, write_json
 from edgeseg.store.atomic import lock
-from edgeseg.sweep.config import BenchConfig, Cell, SweepConfig, expand, read_config
+from edgeseg.sweep.config import Cell, SweepConfig, expand, read_config
 from edgeseg.sweep.executors import Built, build_locally
 from edgeseg.sweep.run import bench_options, run_edgeseg, run_sweep
 from edgeseg.sweep.state import cell_key, remember_reports
@@ -233,8 +232,8 @@ def test_an_engine_for_another_device_is_built_and_not_measured(tmp_path: Path) 
 
 def test_what_only_the_bench_would_find_is_said_before_anything_is_built(tmp_path: Path) -> None:
     for bench, words in (
-        (BenchConfig(baseline="pytrch"), "did you mean 'pytorch'"),
-        (BenchConfig(data=str(tmp_path / "gone")), "gone of the sweep is not there"),
+        ({"baseline": "pytrch"}, "did you mean 'pytorch'"),
+        ({"data": str(tmp_path / "gone")}, "gone of the sweep is not there"),
     ):
         with pytest.raises(SpecError, match=words):
             Recorder().run(config(tmp_path, bench=bench))
@@ -252,7 +251,7 @@ def test_what_only_the_bench_would_find_is_said_before_anything_is_built(tmp_pat
 
 def test_models_can_be_measured_apart(tmp_path: Path) -> None:
     recorder = Recorder()
-    result = recorder.run(config(tmp_path, bench=BenchConfig(together="model")))
+    result = recorder.run(config(tmp_path, bench={"together": "model"}))
     assert [sum("engines" in a for a in arguments) for arguments in recorder.benched] == [2, 1]
     assert len(result.runs) == 2
 
@@ -350,42 +349,23 @@ def test_lists_are_multiplied_and_names_are_unique(tmp_path: Path) -> None:
             "miou_drop, which would not be measured: there is no bench.data",
         ),
         ({"require": "miou_drop<=0.01 or agreement>=0.9"}, "there is no bench.data"),
-        ({"require": "speedup>=2", "bench": BenchConfig(baseline="none")}, "speedup, .*: bench.baseline is none"),
+        ({"require": "speedup>=2", "bench": {"baseline": "none"}}, "speedup, .*: bench.baseline is none"),
         (
-            {"require": "miou_drop<=0.01", "bench": BenchConfig(data="demo", limit=4)},
+            {"require": "miou_drop<=0.01", "bench": {"data": "demo", "limit": 4}},
             "bench.limit is 4, and a drop needs at least 5 images",
         ),
-        ({"bench": BenchConfig(duration_s=math.inf)}, r"<= 86400.0 - at `\$.bench.duration_s`"),
-        ({"bench": BenchConfig(duration_s=-1.0)}, r">= 0.0 - at `\$.bench.duration_s`"),
-        ({"bench": BenchConfig(jobs=-1)}, r">= 1 - at `\$.bench.jobs`"),
+        ({"bench": {"duration_s": math.inf}}, "duration_s is inf; give seconds, from 0 to 86400"),
+        ({"bench": {"duration_s": -1.0}}, "duration_s is -1.0; give seconds"),
+        ({"bench": {"jobs": -1}}, "jobs is -1; give a whole number from 1 to 1024"),
+        ({"bench": {"batch": "1,0"}}, "batch is '1,0'; give different counts from 1"),
+        ({"bench": {"data": 5}}, "bench.data is 5; give a path"),
+        ({"bench": {"label_map": "road=1"}}, "label_map is 'road=1'; give FILE_VALUE=CLASS pairs"),
         ({"classes": 0}, r">= 1 - at `\$.classes`"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         expand(config(tmp_path, **changes))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("archs = ['unet']\nencodres = []", "encodres"),
-        ("archs = 'unet'", r"\$.archs"),
-        ("archs = [", "no sweep"),
-        ("archs = ['unet']\n[bench]\ntogether = 'some'", "some"),
-        ("precisions = ['int8']", "archs"),
-        ("archs = ['unet']\n[bench]\nduration_s = inf", r"\$.bench.duration_s"),
-        ("archs = ['unet']\n[bench]\njobs = -1", r"\$.bench.jobs"),
-        ("archs = ['unet']\nclasses = 1" + "0" * 400, "no sweep"),
-        ("archs = " + "[" * 100_000, "nested too deeply"),
-    ],
-)
-def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "sweep.toml"
-    path.write_text(text)
-    with pytest.raises(SpecError, match=message) as caught:
-        read_config(path)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_requirement_that_can_be_met_without_what_is_not_measured_is_no_mistake(tmp_path: Path) -> None:
@@ -402,7 +382,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     sweep = read_config(path)
     assert (sweep.output, sweep.calibration) == (str(tmp_path / "o"), str(tmp_path / "c"))
     assert sweep.weights == {"unet": str(tmp_path / "w.pt"), "fpn": "demo"}
-    assert sweep.bench.data == str(tmp_path / "v")
+    assert sweep.data == tmp_path / "v"
 
 
 def test_bench_accepts_every_option_a_sweep_gives(tmp_path: Path) -> None:
@@ -410,7 +390,7 @@ def test_bench_accepts_every_option_a_sweep_gives(tmp_path: Path) -> None:
 
     from edgeseg.cli.app import cli
 
-    sweep = config(tmp_path, ignore_index=255, bench=BenchConfig(data="demo", limit=3, profile=True))
+    sweep = config(tmp_path, ignore_index=255, bench={"data": "demo", "limit": 3, "profile": True})
     arguments = ["some-engine", *bench_options(sweep), "--json", "x.json"]
     context = click.Context(cli)
     command = cli.get_command(context, "bench")
@@ -430,9 +410,7 @@ def test_the_documented_example_is_one_the_sweep_accepts(tmp_path: Path) -> None
 
 
 def test_command_line_says_what_is_missing() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "edgeseg", "sweep"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
+    done = typed("sweep")
     assert done.returncode == 2 and "SWEEP.toml" in done.stderr
 
 

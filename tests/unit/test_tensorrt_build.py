@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from engine_folders import write_manifest
 from onnx import TensorProto
 from recorded_tensorrt import VERSIONS, Recorder
-from recorded_tensorrt.fake import PLAN_MARK, parse
+from recorded_tensorrt.fake import parse
 from recorded_tensorrt.graphs import SIDE, small_model
 
 from edgeseg.backends.base import BuiltEngine
@@ -298,31 +297,6 @@ def test_statistics_of_a_normalization_stay_in_float32(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("dtype", ["uint16", "float32"])
-@pytest.mark.parametrize(("precision", "options"), [("fp32", {}), ("int8", {}), ("int8", {"typing": "weak"})])
-def test_16_bit_and_float_images_go_in_as_float32(
-    tmp_path: Path, version: str, dtype: Any, precision: str, options: dict[str, Any]
-) -> None:
-    """No version has 16-bit integers. Where types do not bind, their normalization is asked for in float32."""
-    if options and version.startswith(("8.", "11.")):
-        pytest.skip("typing is no choice there")
-    graph = portable(tmp_path / "engine", precision)
-    model = onnx.load(graph.path)
-    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT16 if dtype == "uint16" else TensorProto.FLOAT
-    onnx.save(model, graph.path)
-    spec = replace(graph.spec, input=replace(graph.spec.input, dtype=dtype))
-    recorder = Recorder(version, {"ILayer.set_output_type": lambda layer, index, dtype: None})
-    changed = replace(graph, spec=spec, sha256=sha256_file(graph.path))
-    backend_of(recorder).build(changed, graph.path.parent, options)
-    plan = json.loads((graph.path.parent / "engine.plan").read_bytes().removeprefix(PLAN_MARK))
-    assert [t["dtype"] for t in plan["tensors"] if t["name"] == "image"] == ["FLOAT"]
-    asked = {call.target.name for call in recorder.of("ILayer.precision =")}
-    half = "FP16" in recorder.set_flags()
-    assert asked == ({f"preprocess/{part}" for part in ("Cast", "Transpose", "Mul")} if half else set())
-    assert half == (precision == "int8" and (version.startswith("8.") or bool(options)))
-
-
-@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("kind", ["Builder", "Runtime"])
 def test_a_driver_tensorrt_cannot_use(tmp_path: Path, version: str, kind: str) -> None:
     """What 8.5.3.1 did on a machine without a driver: an error in the log (CUDA error 35), then this TypeError."""
@@ -362,13 +336,6 @@ def test_an_error_at_a_node_that_was_made_names_the_users(tmp_path: Path, versio
     again.fakery.build_error = "Error Code 10: no implementation for node encoder.conv1/DQ_weight/Q."
     with pytest.raises(BuildError, match=r"at node encoder.conv1/DQ_weight .module encoder.conv1 of the SMP model."):
         build(tmp_path / "built", again, "int8")
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_progress_is_told_where_there_is_a_monitor(tmp_path: Path, version: str) -> None:
-    told: list[tuple[int, int]] = []
-    build(tmp_path, Recorder(version), progress=lambda done, total: told.append((done, total)))
-    assert told == ([] if version.startswith("8.") else [(33, 100), (66, 100), (100, 100)])
 
 
 def test_phases_are_shares_of_their_parents_step() -> None:

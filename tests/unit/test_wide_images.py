@@ -43,7 +43,7 @@ def written(path: Path, array: np.ndarray[Any, Any], **options: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif", "npy", "jp2"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "npy", "jp2", "pgm"])
 def test_16_bit_grey_is_read_as_opencv_reads_it(tmp_path: Path, suffix: str) -> None:
     path = written(tmp_path / f"a.{suffix}", THERMAL)
     read = read_image(path, 1, "uint16")
@@ -54,6 +54,7 @@ def test_16_bit_grey_is_read_as_opencv_reads_it(tmp_path: Path, suffix: str) -> 
         True,
     )
     np.testing.assert_array_equal(read[..., 0], THERMAL)
+    np.testing.assert_array_equal(read_image(path, 3, "uint16"), np.repeat(THERMAL[..., None], 3, axis=2))
     if suffix != "npy":
         np.testing.assert_array_equal(read[..., 0], cv2.imread(str(path), cv2.IMREAD_UNCHANGED))
 

@@ -357,7 +357,7 @@ class _Build:
         """Give the config its int8 ranges; what is returned checks, after the build, that they were used."""
         if not self.options.implicit_calibration:
             return lambda: None
-        from edgeseg.backends.tensorrt.implicit import Ranges
+        from edgeseg.backends.tensorrt.calibration import Ranges
 
         ranges = Ranges.choose(self.trt, self.options, self.parsed, folder)
         self.cleanup.callback(ranges.close)

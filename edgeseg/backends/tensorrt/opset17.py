@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import shape_inference
 
 from edgeseg.errors import BuildError, first_line
-from edgeseg.graph.proto import Dims, attribute, dims, drop_unread_constants, value_infos
+from edgeseg.graph.editing import Dims, Editor, constant_array, dims, remove_unread_constants, replace_value
 
 OPSET = 17
 _IR_VERSION = 8
@@ -37,13 +38,14 @@ _REDUCTIONS = tuple(
 )
 # Attributes of newer opsets at the value that means what opset 17 does; any other value is an error of the checker.
 _NEW_DEFAULTS: Mapping[str, Mapping[str, object]] = {
-    "Resize": {"antialias": 0, "keep_aspect_ratio_policy": b"stretch"},
+    "Resize": {"antialias": 0, "keep_aspect_ratio_policy": "stretch"},
     "Cast": {"saturate": 1},
     "QuantizeLinear": {"saturate": 1, "block_size": 0, "output_dtype": 0},
     "DequantizeLinear": {"block_size": 0},
-    "AveragePool": {"dilations": [1, 1]},
+    "AveragePool": {"dilations": (1, 1)},
 }
-_GRID_SAMPLE_MODES = {b"linear": b"bilinear", b"cubic": b"bicubic"}
+_GRID_SAMPLE_MODES = {"linear": "bilinear", "cubic": "bicubic"}
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 @dataclass(frozen=True)
@@ -72,208 +74,201 @@ def for_tensorrt_8(model: onnx.ModelProto, *, has_normalization: bool = False) -
     Raises:
         BuildError: something that cannot be written for opset 17; names the node.
     """
-    return _Rewrite(model, has_normalization).run()
+    made = ir.from_proto(shape_inference.infer_shapes(model))
+    made_of = _Parts()
+    for node in list(made.graph):
+        _Rewrite(made.graph, node, Editor(made.graph, node, node.name), has_normalization, made_of).run()
+    remove_unread_constants(made.graph)
+    made.opset_imports[""] = OPSET
+    made.ir_version = min(made.ir_version, _IR_VERSION)
+    result = ir.to_proto(made)
+    # Types noted for values of before, bytes among them that are floats now: the parser infers its own.
+    del result.graph.value_info[:]
+    try:
+        onnx.checker.check_model(result)
+    except onnx.checker.ValidationError as exc:
+        raise BuildError(
+            f"TensorRT 8 reads ONNX up to opset {OPSET}, and this graph cannot be written so: {first_line(exc)}; use "
+            "TensorRT 10 or later"
+        ) from exc
+    return Rewritten(result, made_of.origins, frozenset(made_of.statistics))
 
 
+@dataclass
+class _Parts:
+    """What was made: see :class:`Rewritten`; and by input of bytes, its value in float32."""
+
+    origins: dict[str, str] = field(default_factory=dict)
+    statistics: set[str] = field(default_factory=set)
+    float_images: dict[ir.Value, ir.Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class _Rewrite:
-    """One walk over a graph's nodes; what replaces a node stands in its place."""
+    """What becomes of one node; what replaces it stands in its place."""
 
-    def __init__(self, model: onnx.ModelProto, has_normalization: bool) -> None:
-        self._model = onnx.ModelProto()
-        self._model.CopyFrom(model)
-        graph = model.graph
-        self._values = value_infos(model)
-        self._constants = {t.name: t for t in self._model.graph.initializer}
-        for node in graph.node:
-            if node.op_type == "Constant" and node.attribute[0].name == "value":
-                self._constants[node.output[0]] = node.attribute[0].t
-        self._images = {v.name for v in graph.input if v.type.tensor_type.elem_type == TensorProto.UINT8}
-        self._masks = {v.name for v in graph.output if v.type.tensor_type.elem_type == TensorProto.UINT8}
-        self._new: list[NodeProto] = []
-        self._made: list[TensorProto] = []
-        self._node = NodeProto()
-        self._origins: dict[str, str] = {}
-        self._statistics: set[str] = set()
-        self._floats: dict[str, str] = {}
-        self._has_normalization = has_normalization
+    graph: ir.Graph
+    node: ir.Node
+    editor: Editor
+    has_normalization: bool
+    parts: _Parts
 
-    def run(self) -> Rewritten:
-        for node in list(self._model.graph.node):
-            self._node = NodeProto()
-            self._node.CopyFrom(node)
-            self._drop_new_defaults()
-            rewrite = _REWRITES.get(node.op_type)
-            if rewrite is None or not rewrite(self):
-                self._keep()
-        model = self._model
-        del model.graph.node[:]
-        model.graph.node.extend(self._new)
-        # Types noted for values of before, bytes among them that are floats now: the parser infers its own.
-        del model.graph.value_info[:]
-        model.graph.initializer.extend(self._made)
-        drop_unread_constants(model.graph)
-        next(domain for domain in model.opset_import if domain.domain in ("", "ai.onnx")).version = OPSET
-        model.ir_version = min(model.ir_version, _IR_VERSION)
-        self._check()
-        return Rewritten(model, self._origins, frozenset(self._statistics))
-
-    def _check(self) -> None:
-        try:
-            onnx.checker.check_model(self._model)
-        except onnx.checker.ValidationError as exc:
-            raise BuildError(
-                f"TensorRT 8 reads ONNX up to opset {OPSET}, and this graph cannot be written so: {first_line(exc)}; use "
-                "TensorRT 10 or later"
-            ) from exc
+    def run(self) -> None:
+        node = self.node
+        for name, value in _NEW_DEFAULTS.get(node.op_type, {}).items():
+            if self._attribute(name, None) == value:
+                del node.attributes[name]
+        rewrite = _REWRITES.get(node.op_type)
+        if rewrite is not None:
+            rewrite(self)
+        if node.graph is None:
+            return  # another stands in its place
+        if node.op_type == "Cast":
+            self._cast()
+        else:
+            self._without_bytes()
 
     # ---- uint8 inside of the graph, which every node may have
 
-    def _keep(self) -> None:
-        """The node as it is, with float32 for bytes."""
-        node = self._node
-        if node.op_type == "Cast":
-            self._cast()
-            return
-        for index, name in enumerate(node.input):
-            if name in self._images:
-                node.input[index] = self._float_image(name)
-            elif self._type(name) == TensorProto.UINT8 and name in self._constants:
-                array = numpy_helper.to_array(self._constants[name]).astype(np.float32)
-                node.input[index] = self._constant(name.rpartition("/")[2], array)
-        bytes_out = [name for name in node.output if name in self._masks]
-        for index, name in enumerate(node.output):
-            if name in bytes_out:
-                node.output[index] = f"{name}/float"
-        self._new.append(node)
-        for name in bytes_out:
-            self._step("Cast", "bytes", f"{name}/float", output=name, to=TensorProto.UINT8)
+    def _without_bytes(self) -> None:
+        """Float32 for the bytes that the node reads or makes."""
+        node = self.node
+        for index, value in enumerate(node.inputs):
+            if value is None or value.dtype != ir.DataType.UINT8:
+                continue
+            if value.is_graph_input():
+                node.replace_input_with(index, self._float_image(value))
+            elif (array := constant_array(value)) is not None:
+                stem = str(value.name).rpartition("/")[2]
+                node.replace_input_with(index, self.editor.constant(stem, array.astype(np.float32)))
+        for value in node.outputs:
+            if _is_mask(value):
+                name = value.name
+                after = Editor(self.graph, node, node.name, after=True)
+                mask = self._step("Cast", "bytes", value, editor=after, to=ir.DataType.UINT8)
+                ir.convenience.replace_all_uses_with(value, mask, replace_graph_outputs=True)
+                cast = mask.producer()
+                assert cast is not None
+                cast.replace_input_with(0, value)
+                value.name, mask.name = f"{name}/float", name
+                mask.type, mask.shape = value.type, value.shape
 
     def _cast(self) -> None:
-        node = self._node
-        to = next(a for a in node.attribute if a.name == "to")
-        if to.i == TensorProto.UINT8 and node.output[0] not in self._masks:
-            to.i = TensorProto.FLOAT
-        elif to.i == TensorProto.UINT8 and self._type(node.input[0]) not in (TensorProto.FLOAT, TensorProto.FLOAT16):
-            node.input[0] = self._step("Cast", "float", node.input[0], to=TensorProto.FLOAT)
-        elif node.input[0] in self._images and to.i not in (TensorProto.FLOAT, TensorProto.FLOAT16):
-            node.input[0] = self._float_image(node.input[0])
-        self._new.append(node)
+        node, value = self.node, self.node.inputs[0]
+        to = self._attribute("to", None)
+        assert value is not None
+        if to == ir.DataType.UINT8 and not _is_mask(node.outputs[0]):
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
+        elif to == ir.DataType.UINT8 and value.dtype not in (*_FLOATS, None):
+            node.replace_input_with(0, self._step("Cast", "float", value, to=ir.DataType.FLOAT))
+        elif value.is_graph_input() and value.dtype == ir.DataType.UINT8 and to not in _FLOATS:
+            node.replace_input_with(0, self._float_image(value))
 
-    def _float_image(self, name: str) -> str:
-        if name not in self._floats:
-            self._floats[name] = self._step("Cast", f"{name}_float", name, to=TensorProto.FLOAT)
-        return self._floats[name]
+    def _float_image(self, image: ir.Value) -> ir.Value:
+        if image not in self.parts.float_images:
+            self.parts.float_images[image] = self._step("Cast", f"{image.name}_float", image, to=ir.DataType.FLOAT)
+        return self.parts.float_images[image]
 
-    # ---- by operator; each says whether the node is done with
+    # ---- by operator
 
-    def _quantize(self) -> bool:
-        self._zero_point(TensorProto.UINT8)
-        return False
+    def _quantize(self) -> None:
+        self._zero_point(ir.DataType.UINT8)
 
-    def _dequantize(self) -> bool:
-        node = self._node
-        self._zero_point(self._type(node.input[0]))
-        integers, scale = (self._constants.get(name) for name in node.input[:2])
+    def _dequantize(self) -> None:
+        node, value = self.node, self.node.inputs[0]
+        assert value is not None
+        self._zero_point(value.dtype or ir.DataType.FLOAT)
+        integers, steps = (constant_array(v) for v in node.inputs[:2])
         if integers is None:
-            return False
-        if integers.data_type != TensorProto.INT8 or scale is None:
+            return
+        if value.dtype != ir.DataType.INT8 or steps is None:
             raise BuildError(
                 f"TensorRT 8 takes int8 constants with constant scales only; {node.name} has others; use TensorRT 10 or later"
             )
-        array, steps = numpy_helper.to_array(integers), numpy_helper.to_array(scale)
         axis = self._attribute("axis", 1)
-        if steps.size > 1:
-            steps = steps.reshape([-1 if i == axis % array.ndim else 1 for i in range(array.ndim)])
-        floats = self._constant("floats", array.astype(steps.dtype) * steps)
         axes = {"axis": axis} if steps.size > 1 else {}
-        node.input[0] = self._step("QuantizeLinear", "Q", floats, node.input[1], node.input[2], **axes)
-        return False
+        if steps.size > 1:
+            steps = steps.reshape([-1 if i == axis % integers.ndim else 1 for i in range(integers.ndim)])
+        floats = self.editor.constant("floats", integers.astype(steps.dtype) * steps)
+        node.replace_input_with(0, self._step("QuantizeLinear", "Q", floats, *node.inputs[1:3], **axes))
 
-    def _convolution(self) -> bool:
+    def _convolution(self) -> None:
         """Write the kernel's size: of a kernel that is no constant the parser takes it from the attribute alone."""
-        node = self._node
-        if self._attribute("kernel_shape", None) is None and node.input[1] not in self._constants:
-            sides = [dim.dim_value for dim in self._values[node.input[1]].type.tensor_type.shape.dim[2:]]
-            node.attribute.append(helper.make_attribute("kernel_shape", sides))
-        return False
+        node, kernel = self.node, self.node.inputs[1]
+        if "kernel_shape" not in node.attributes and constant_array(kernel) is None:
+            sides = [side or 0 for side in self._dims(kernel)[2:]]
+            node.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", sides)
 
-    def _zero_point(self, kind: int) -> None:
+    def _zero_point(self, kind: ir.DataType) -> None:
         """Write the zero point, of as many elements as the scale; without one, a Q's integers are uint8."""
-        node = self._node
-        scale = self._array(node.input[1])
-        given = self._array(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        kind = kind if given is None else helper.np_dtype_to_tensor_dtype(given.dtype)
-        if kind != TensorProto.INT8 or (given is not None and given.any()):
+        node = self.node
+        scale, given = constant_array(node.inputs[1]), self._given(2)
+        kind = kind if given is None else ir.DataType.from_numpy(given.dtype)
+        if kind != ir.DataType.INT8 or (given is not None and given.any()):
             raise BuildError(f"TensorRT 8 takes signed integers around zero only, {node.name} has others")
         if given is None or (scale is not None and given.shape != scale.shape):
-            zeros = self._constant("zero_point", np.zeros(() if scale is None else scale.shape, np.int8))
-            node.input[:] = [*node.input[:2], zeros]
+            node.resize_inputs(3)
+            zeros = np.zeros(() if scale is None else scale.shape, np.int8)
+            node.replace_input_with(2, self.editor.constant("zero_point", zeros))
 
-    def _reduction(self) -> bool:
-        node = self._node
-        if len(node.input) < 2:
-            return False
-        if node.input[1]:
-            axes = self._array(node.input[1])
-            if axes is None:
-                raise BuildError(
-                    f"TensorRT 8 ignores the axes of {node.op_type} {node.name}, which are computed; use TensorRT 10 or later"
-                )
-            if not axes.size and self._attribute("noop_with_empty_axes", 0):
-                self._new.append(helper.make_node("Identity", [node.input[0]], list(node.output), node.name))
-                return True
-            if axes.size:
-                node.attribute.append(helper.make_attribute("axes", [int(axis) for axis in axes.reshape(-1)]))
-        self._drop("noop_with_empty_axes")
-        del node.input[1:]
-        return False
+    def _reduction(self) -> None:
+        node = self.node
+        if len(node.inputs) < 2:
+            return
+        keeps_all = self._attribute("noop_with_empty_axes", 0)
+        node.attributes.pop("noop_with_empty_axes", None)
+        axes = self._given(1)
+        if node.inputs[1] is not None and axes is None:
+            raise BuildError(
+                f"TensorRT 8 ignores the axes of {node.op_type} {node.name}, which are computed; use TensorRT 10 or later"
+            )
+        if axes is not None and not axes.size and keeps_all:
+            self._become(self._step("Identity", "same", node.inputs[0]))
+            return
+        if axes is not None and axes.size:
+            node.attributes["axes"] = ir.AttrInt64s("axes", [int(axis) for axis in axes.reshape(-1)])
+        node.resize_inputs(1)
 
-    def _shape(self) -> bool:
+    def _shape(self) -> None:
         """Start and end are taken from the whole shape."""
-        node = self._node
         start, end = self._attribute("start", 0), self._attribute("end", None)
         self._drop("start", "end")
-        if start == 0 and end is None:
-            return False
-        whole = self._step("Shape", "whole", *node.input)
-        limits = [self._constant(n, np.array([v], np.int64)) for n, v in (("start", start), ("end", end or 2**31 - 1))]
-        self._step("Slice", "", whole, *limits)
-        return True
+        if start != 0 or end is not None:
+            whole = self._step("Shape", "whole", *self.node.inputs)
+            limits = (("start", start), ("end", end or 2**31 - 1))
+            constants = (self.editor.constant(name, np.array([value], np.int64)) for name, value in limits)
+            self._become(self._step("Slice", "part", whole, *constants))
 
-    def _split(self) -> bool:
+    def _split(self) -> None:
         """Parts of a number become parts of sizes: the parser gives all the same, and leaves a rest out."""
-        node = self._node
-        count = self._attribute("num_outputs", None)
+        node, count = self.node, self._attribute("num_outputs", None)
         self._drop("num_outputs")
         if count is None:
-            return False
-        size = self._dims(node.input[0])[self._attribute("axis", 0)]
+            return
+        size = self._dims(node.inputs[0])[self._attribute("axis", 0)]
         if size is None:
             raise BuildError(
                 f"TensorRT 8 would split {node.name} in equal parts, and its size is not known; use a fixed --size"
             )
         part = -(-size // count)
         sizes = [min(part, max(size - i * part, 0)) for i in range(count)]
-        node.input[:] = [node.input[0], self._constant("sizes", np.array(sizes, np.int64))]
-        return False
+        node.resize_inputs(2)
+        node.replace_input_with(1, self.editor.constant("sizes", np.array(sizes, np.int64)))
 
-    def _grid_sample(self) -> bool:
-        for given in self._node.attribute:
-            if given.name == "mode":
-                given.s = _GRID_SAMPLE_MODES.get(given.s, given.s)
-        return False
+    def _grid_sample(self) -> None:
+        if (mode := self._attribute("mode", None)) in _GRID_SAMPLE_MODES:
+            self.node.attributes["mode"] = ir.AttrString("mode", _GRID_SAMPLE_MODES[mode])
 
-    def _scatter(self) -> bool:
-        if self._attribute("reduction", b"none") != b"none":
+    def _scatter(self) -> None:
+        if self._attribute("reduction", "none") != "none":
             raise BuildError(
-                f"TensorRT 8 ignores the reduction of {self._node.op_type} {self._node.name}; use TensorRT 10 or later"
+                f"TensorRT 8 ignores the reduction of {self.node.op_type} {self.node.name}; use TensorRT 10 or later"
             )
-        return False
 
-    def _gelu(self) -> bool:
+    def _gelu(self) -> None:
         """``0.5 x (1 + erf(x / sqrt 2))``, or with tanh where the node asks for that."""
-        x = self._node.input[0]
-        if self._attribute("approximate", b"none") == b"tanh":
+        x = self.node.inputs[0]
+        if self._attribute("approximate", "none") == "tanh":
             cubed = self._step("Mul", "cubed", self._step("Mul", "squared", x, x), x)
             total = self._step("Add", "sum", x, self._step("Mul", "term", cubed, self._scalar("cubic", 0.044715)))
             scaled = self._step("Mul", "scaled", total, self._scalar("scale", math.sqrt(2 / math.pi)))
@@ -281,116 +276,106 @@ class _Rewrite:
         else:
             inner = self._step("Erf", "inner", self._step("Div", "scaled", x, self._scalar("root", math.sqrt(2))))
         shifted = self._step("Add", "shifted", inner, self._scalar("one", 1.0))
-        self._step("Mul", "", self._step("Mul", "halved", x, self._scalar("half", 0.5)), shifted)
-        return True
+        self._become(self._step("Mul", "gelu", self._step("Mul", "halved", x, self._scalar("half", 0.5)), shifted))
 
-    def _mish(self) -> bool:
-        x = self._node.input[0]
-        self._step("Mul", "", x, self._step("Tanh", "gate", self._step("Softplus", "softplus", x)))
-        return True
+    def _mish(self) -> None:
+        x = self.node.inputs[0]
+        self._become(self._step("Mul", "mish", x, self._step("Tanh", "gate", self._step("Softplus", "softplus", x))))
 
-    def _instance_normalization(self) -> bool:
+    def _instance_normalization(self) -> None:
         """The statistics of each plane, the gain and shift of each channel."""
-        node = self._node
-        rank = len(self._dims(node.input[0]))
-        gain, shift = (self._array(name) for name in node.input[1:3])
+        rank = len(self._dims(self.node.inputs[0]))
+        gain, shift = self._given(1), self._given(2)
         if gain is None or shift is None:
-            raise BuildError(f"TensorRT 8 takes InstanceNormalization with constants only, {node.name} computes them")
+            raise BuildError(
+                f"TensorRT 8 takes InstanceNormalization with constants only, {self.node.name} computes them"
+            )
         of_channel = [1, -1, *[1] * (rank - 2)]
         self._normalized(list(range(2, rank)), gain.reshape(of_channel), shift.reshape(of_channel))
-        return True
 
-    def _layer_normalization(self) -> bool:
-        node = self._node
-        if self._has_normalization:
-            return False
+    def _layer_normalization(self) -> None:
+        node = self.node
+        if self.has_normalization:
+            return
         axis = self._attribute("axis", -1)
-        axes = list(range(axis, 0)) if axis < 0 else list(range(axis, len(self._dims(node.input[0]))))
-        gain = self._array(node.input[1])
-        shift = self._array(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        if gain is None or (shift is None and len(node.input) > 2 and node.input[2]) or len(node.output) > 1:
+        axes = list(range(axis, 0)) if axis < 0 else list(range(axis, len(self._dims(node.inputs[0]))))
+        gain, shift = self._given(1), self._given(2)
+        if gain is None or (shift is None and any(node.inputs[2:])) or len(node.outputs) > 1:
             raise BuildError(
                 f"TensorRT before 8.6 has no LayerNormalization, and {node.name} cannot be written out: its gain is "
                 "computed, or its mean is read; use TensorRT 8.6 or later"
             )
         self._normalized(axes, gain, shift)
-        return True
 
     def _normalized(self, axes: list[int], gain: NDArray[Any], shift: NDArray[Any] | None = None) -> None:
-        node, x = self._node, self._node.input[0]
-        half = self._type(x) == TensorProto.FLOAT16
+        x = self.node.inputs[0]
+        half = x is not None and x.dtype == ir.DataType.FLOAT16
         if half:
-            x = self._step("Cast", "float", x, to=TensorProto.FLOAT)
+            x = self._step("Cast", "float", x, to=ir.DataType.FLOAT)
         centred = self._step("Sub", "centred", x, self._step("ReduceMean", "mean", x, axes=axes, keepdims=1))
         squares = self._step("Mul", "squares", centred, centred)
         variance = self._step("ReduceMean", "variance", squares, axes=axes, keepdims=1)
-        epsilon = self._constant("epsilon", np.float32(self._attribute("epsilon", 1e-5)))
+        epsilon = self.editor.constant("epsilon", np.float32(self._attribute("epsilon", 1e-5)))
         deviation = self._step("Sqrt", "deviation", self._step("Add", "positive", variance, epsilon))
         parts = ("centred", "mean", "squares", "variance", "positive", "deviation", "normal")
-        self._statistics |= {f"{node.name}/{part}" for part in parts}
-        steps = [("Div", "normal", deviation), ("Mul", "scaled", self._constant("gain", gain.astype(np.float32)))]
+        self.parts.statistics |= {f"{self.node.name}/{part}" for part in parts}
+        value = self._step("Div", "normal", centred, deviation)
+        value = self._step("Mul", "scaled", value, self.editor.constant("gain", gain.astype(np.float32)))
         if shift is not None:
-            steps.append(("Add", "shifted", self._constant("shift", shift.astype(np.float32))))
-        if half:
-            steps.append(("Cast", "half", ""))
-        value = centred
-        for number, (op, name, operand) in enumerate(steps):
-            # The last one has the node's own name, by which messages and the inspector's layers are matched.
-            inputs = [value, operand] if operand else [value]
-            to: dict[str, Any] = {"to": TensorProto.FLOAT16} if op == "Cast" else {}
-            value = self._step(op, "" if number == len(steps) - 1 else name, *inputs, **to)
-        assert value == node.output[0]
+            value = self._step("Add", "shifted", value, self.editor.constant("shift", shift.astype(np.float32)))
+        self._become(self._step("Cast", "half", value, to=ir.DataType.FLOAT16) if half else value)
 
     # ---- what they are made of
 
-    def _step(self, op: str, name: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        """A node that is part of this one; with no name it takes the node's own, and its output."""
-        at = self._node.name
-        full = f"{at}/{name}" if name else at
-        if name:
-            self._origins[full] = at
-        result = output or (full if name else self._node.output[0])
-        self._new.append(helper.make_node(op, list(inputs), [result], full, **attributes))
-        return str(result)
+    def _step(
+        self, op: str, name: str, *inputs: ir.Value | None, editor: Editor | None = None, **attributes: Any
+    ) -> ir.Value:
+        """A node that is part of this one, named below it."""
+        value = (editor or self.editor).op(name, op, inputs, **attributes)
+        self.parts.origins[str(value.name)] = str(self.node.name)
+        return value
 
-    def _scalar(self, name: str, value: float) -> str:
+    def _become(self, value: ir.Value) -> None:
+        """Let ``value`` stand for the node's output, and what makes it have the node's own name.
+
+        By it messages and the inspector's layers are matched.
+        """
+        last, name = value.producer(), self.node.name
+        assert last is not None
+        del self.parts.origins[str(last.name)]
+        replace_value(self.graph, self.node.outputs[0], value)
+        last.name = name
+
+    def _scalar(self, name: str, value: float) -> ir.Value:
         """A constant of the type of the node's input."""
-        return self._constant(name, np.asarray(value, helper.tensor_dtype_to_np_dtype(self._type(self._node.input[0]))))
+        x = self.node.inputs[0]
+        dtype = ir.DataType.FLOAT if x is None or x.dtype is None else x.dtype
+        return self.editor.constant(name, np.asarray(value, dtype.numpy()))
 
-    def _constant(self, name: str, array: NDArray[Any] | np.generic) -> str:
-        full = f"{self._node.name}/{name}"
-        self._constants[full] = numpy_helper.from_array(np.asarray(array), full)
-        self._made.append(self._constants[full])
-        return full
+    def _given(self, index: int) -> NDArray[Any] | None:
+        """The constant at an input that may be left out."""
+        return constant_array(self.node.inputs[index]) if index < len(self.node.inputs) else None
 
-    def _array(self, name: str) -> NDArray[Any] | None:
-        return numpy_helper.to_array(self._constants[name]) if name in self._constants else None
-
-    def _type(self, name: str) -> int:
-        if name in self._constants:
-            return int(self._constants[name].data_type)
-        return int(self._values[name].type.tensor_type.elem_type) if name in self._values else int(TensorProto.FLOAT)
-
-    def _dims(self, name: str) -> Dims:
-        known = dims(self._values[name]) if name in self._values else None
+    def _dims(self, value: ir.Value | None) -> Dims:
+        known = dims(value)
         if known is None:
-            raise BuildError(f"the rank of what {self._node.name} reads is not known; please report the model")
+            raise BuildError(f"the rank of what {self.node.name} reads is not known; please report the model")
         return known
 
     def _attribute(self, name: str, default: Any) -> Any:
-        return attribute(self._node, name, default)
+        given = self.node.attributes.get(name)
+        return default if given is None else given.value
 
     def _drop(self, *names: str) -> None:
-        kept = [a for a in self._node.attribute if a.name not in names]
-        del self._node.attribute[:]
-        self._node.attribute.extend(kept)
-
-    def _drop_new_defaults(self) -> None:
-        defaults = _NEW_DEFAULTS.get(self._node.op_type, {})
-        self._drop(*(name for name, value in defaults.items() if self._attribute(name, None) == value))
+        for name in names:
+            self.node.attributes.pop(name, None)
 
 
-_REWRITES: dict[str, Callable[[_Rewrite], bool]] = {
+def _is_mask(value: ir.Value) -> bool:
+    return value.is_graph_output() and value.dtype == ir.DataType.UINT8
+
+
+_REWRITES: dict[str, Callable[[_Rewrite], None]] = {
     "QuantizeLinear": _Rewrite._quantize,
     "DequantizeLinear": _Rewrite._dequantize,
     "Conv": _Rewrite._convolution,

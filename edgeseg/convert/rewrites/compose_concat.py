@@ -12,8 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
-from edgeseg.convert.rewrites.cost import pays
-from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.driver import Rewrite, each, pays
 from edgeseg.graph.editing import dims, emit, integer, replace, sole_maker
 
 

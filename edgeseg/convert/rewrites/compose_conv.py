@@ -18,8 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.convolution import Convolution, convolution, pointwise
-from edgeseg.convert.rewrites.cost import ADDED_ELEMENT, pays
-from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.driver import ADDED_ELEMENT, Rewrite, each, pays
 from edgeseg.graph.editing import constant_array, dims, emit, integer, ints, replace, sole_maker, weight, word
 
 

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
-from edgeseg.convert.rewrites.cost import ADDED_ELEMENT, COPIED_ELEMENT, RESIZED_ELEMENT, pays
-from edgeseg.convert.rewrites.driver import Rewrite, each
+from edgeseg.convert.rewrites.driver import ADDED_ELEMENT, COPIED_ELEMENT, RESIZED_ELEMENT, Rewrite, each, pays
 from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
 from edgeseg.graph.editing import dims, emit, integer, replace, sole_maker
 

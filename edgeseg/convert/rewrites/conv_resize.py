@@ -12,8 +12,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
-from edgeseg.convert.rewrites.cost import RESIZED_ELEMENT, pays
-from edgeseg.convert.rewrites.driver import Rewrite
+from edgeseg.convert.rewrites.driver import RESIZED_ELEMENT, Rewrite, pays
 from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
 from edgeseg.graph.editing import nodes, replace, sole_maker
 

@@ -16,22 +16,22 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from numpy.typing import NDArray
 
+from edgeseg.arguments import INT32, PATH, TEXT, argument, choice, settle, whole
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.dataset import Pair, ValidationSet, file_digest
-from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution, judge, truth_of_scores
-from edgeseg.evaluate.accuracy.layouts import open_layout
-from edgeseg.evaluate.accuracy.ledger import Ledger
+from edgeseg.evaluate.accuracy.judge import ImageRecord, Ledger, at_resolution, judge, truth_of_scores
+from edgeseg.evaluate.accuracy.layouts import LABEL_MAP, open_layout
 from edgeseg.evaluate.accuracy.loss import LossSums, ScoreTap, loss_sums
 from edgeseg.evaluate.accuracy.scores import accuracy_of, truth_counts
 from edgeseg.evaluate.accuracy.worst import save_worst
 from edgeseg.evaluate.contenders import Contender, Opener, first_baseline
 from edgeseg.evaluate.intervals import MIN_IMAGES, Counts
-from edgeseg.evaluate.results import Accuracy, Resolution, WorstImage
+from edgeseg.evaluate.results import Accuracy, Layout, Resolution, WorstImage
 from edgeseg.evaluate.tables import counted
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.orphans import end_with_parent
@@ -52,24 +52,25 @@ class AccuracyRequest:
     Attributes:
         data: the data set's folder (layout ``list``: file).
         layout, split, ignore_index, label_map, limit: see :func:`edgeseg.evaluate.accuracy.layouts.open_layout`.
-        resolution: judge at the size of the image files or of the engine's input.
         jobs: worker processes; each opens every contender.
-        worst: how many images of lowest agreement to list and to show.
-        images_folder: where their pictures go; ``None`` for no pictures.
+        images_folder: where pictures of the worst go; ``None`` for no pictures.
         state_folder: where the lines are kept; ``None``: the cache.
     """
 
-    data: Path
-    layout: str = "images-masks"
-    split: str = "val"
-    ignore_index: int | None = None
-    label_map: dict[int, int] | None = None
-    limit: int | None = None
-    resolution: Resolution = "source"
-    jobs: int = 1
-    worst: int = 5
+    data: Path = argument(PATH, positional=True, help="Labelled (or plain) images to judge accuracy on.")
+    layout: str = argument(choice(get_args(Layout)), "images-masks", help="Of --data.")
+    split: str = argument(TEXT, "val", help="Of --data, where the layout has splits.")
+    ignore_index: int | None = argument(whole(-INT32, INT32, 255), help="Mask value that counts for nothing.")
+    label_map: dict[int, int] | None = argument(LABEL_MAP, help="Mask value to class, such as 7=0,8=1,255=ignore.")
+    resolution: Resolution = argument(choice(get_args(Resolution)), "source", help="Judge masks at this size.")
+    limit: int | None = argument(whole(1, INT32, 100), help="Judge so many images, evenly spread.")
+    jobs: int = argument(whole(1, 1024, 2), 1, help="Processes that judge images.")
+    worst: int = argument(whole(0, INT32, 5), 5, help="Worst images to save beside the report.")
     images_folder: Path | None = None
     state_folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        settle(self)
 
     def check(self, contenders: Sequence[Contender]) -> tuple[str, ...]:
         """Find the data as each model would; raises ``InputError`` or ``SpecError`` where that fails.

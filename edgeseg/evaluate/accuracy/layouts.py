@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+from edgeseg.arguments import Kind
 from edgeseg.errors import InputError, one_line
 from edgeseg.evaluate.accuracy.dataset import ValidationSet
 from edgeseg.evaluate.accuracy.labels import IGNORED, LabelCoding
@@ -78,20 +79,23 @@ def open_layout(
     ).limited(limit)
 
 
-def parse_label_map(text: str) -> dict[int, int]:
-    """Read ``7=0,8=1,255=ignore``. Raises ``InputError``."""
-    result: dict[int, int] = {}
-    for part in text.split(","):
-        key, _, value = part.strip().partition("=")
-        try:
-            read = int(key), IGNORED if value.strip() == "ignore" else int(value)
-        except ValueError:
-            read = None
-        # Masks are int32 once they are read.
-        if read is None or max(map(abs, read)) >= 2**31:
-            raise InputError(f"label map {part.strip()[:60]!r} is not FILE_VALUE=CLASS, such as 7=0,8=1,255=ignore")
-        result[read[0]] = read[1]
+def _read_label_map(value: Any) -> dict[int, int]:
+    """``7=0,8=1,255=ignore``, or a mapping."""
+    pairs = value.items() if isinstance(value, Mapping) else (part.split("=") for part in value.split(","))
+    result = {int(key): IGNORED if str(to).strip() == "ignore" else int(to) for key, to in pairs}
+    # Masks are int32 once they are read.
+    if any(abs(number) >= 2**31 for pair in result.items() for number in pair):
+        raise ValueError
     return result
+
+
+def _write_label_map(label_map: Mapping[int, int]) -> list[str]:
+    return [",".join(f"{value}={'ignore' if to == IGNORED else to}" for value, to in label_map.items())]
+
+
+LABEL_MAP = Kind(
+    "FILE_VALUE=CLASS pairs, such as 7=0,8=1,255=ignore", _read_label_map, _write_label_map, metavar="V=C,..."
+)
 
 
 def _read_list(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:

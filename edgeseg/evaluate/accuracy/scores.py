@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.evaluate.accuracy.boundary import DEFAULT_BOUNDARY_PX
-from edgeseg.evaluate.accuracy.counts import MATRIX_CLASSES_LIMIT
+from edgeseg.evaluate.accuracy.counts import MATRIX_CLASSES_LIMIT, AgreementMeter, optional
 from edgeseg.evaluate.accuracy.judge import ImageRecord
 from edgeseg.evaluate.accuracy.loss import losses
-from edgeseg.evaluate.accuracy.meters import AgreementMeter, optional
 from edgeseg.evaluate.intervals import COLUMNS, Counts, drops, figure, interval, metric_interval, per_class
 from edgeseg.evaluate.results import Accuracy, Agreement, Drop, Resolution, Truth, WorstImage
 from edgeseg.spec import ModelSpec

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.evaluate.accuracy.dataset import ValidationSet
-from edgeseg.evaluate.accuracy.judge import ImageRecord, at_resolution
-from edgeseg.evaluate.accuracy.ledger import Ledger
+from edgeseg.evaluate.accuracy.judge import ImageRecord, Ledger, at_resolution
 from edgeseg.evaluate.accuracy.scores import image_miou
 from edgeseg.evaluate.contenders import Contender, Opener
 from edgeseg.evaluate.results import Resolution, WorstImage

@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
 from edgeseg.graph.editing import Editor, constant_array
-from edgeseg.machine.cpu import this_cpu
-from edgeseg.quantize.activations import ActivationSession
+from edgeseg.graph.running import GraphSession
 from edgeseg.quantize.repair.fidelity import score_names, windows
 from edgeseg.quantize.repair.normalization import balance, free_normalizations, scaled_constants
 from edgeseg.quantize.samples import CalibrationSet
@@ -105,9 +104,11 @@ def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet, 
     """Raise :class:`QuantizationError` unless both graphs give the same scores, up to :data:`TOLERANCE`."""
     models = [read_onnx(graph.path) for graph in (before, after)]
     names = score_names(models[0])
-    first, second = (ActivationSession(model, names, this_cpu().cores) for model in models)
+    first, second = (
+        GraphSession(model, "the graph", QuantizationError, names=names, optimized=True) for model in models
+    )
     for window, what in windows(samples.take(range(images)), before.spec.input):
-        for one, other in zip(first.run(window, what), second.run(window, what), strict=True):
+        for one, other in zip(*(session.run(window, what).values() for session in (first, second)), strict=True):
             difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
             if difference > TOLERANCE * scale:
                 raise QuantizationError(
@@ -162,12 +163,18 @@ def channel_count(value: ir.Value | None) -> int | None:
 
 
 def channel_axes(model: ir.Model) -> dict[str, int]:
-    """Values whose magnitude per channel :func:`equalize` wants to know, and the axis of their channels: what convolutions read,
-    and what free layer normalizations make."""
-    read = [n.inputs[0] for n in model.graph if _kernel(n) is not None]
+    """Values whose magnitude per channel :func:`equalize` wants to know, and the axis of their channels: all that are rounded
+    with channels that are free, and what free layer normalizations make."""
+    channels = _join_channels(model.graph)
+    fixed = {channels.root(c) for c in channels.fixed}
+    rounded = [v for v in channels.first if _is_rounded(v) and not fixed.issuperset(channels.roots(v).tolist())]
     made = [normalization.output for normalization in free_normalizations(model.graph)]
-    axes = {str(v.name): 1 for v in read if v is not None}
-    return axes | {str(v.name): len(v.shape) - 1 for v in made if v.shape is not None}
+    return {str(v.name): 1 for v in rounded} | {str(v.name): len(v.shape) - 1 for v in made if v.shape is not None}
+
+
+def _is_rounded(value: ir.Value) -> bool:
+    """Whether a value is quantized itself: of one that only a Relu reads, what is negative never is."""
+    return any(node.op_type != "Relu" for node in value.consumers())
 
 
 def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) -> Equalization:
@@ -338,15 +345,16 @@ def _factors(graph: ir.Graph, channels: _Channels, magnitudes: Mapping[str, NDAr
     """One factor a channel; 1 for those that are fixed or that nothing is known of."""
     count = len(channels.parent)
     in_activations, in_weights = np.zeros(count), np.zeros(count)
-    known: set[ir.Value] = set()
-    for node in graph:
-        kernel, value = _kernel(node), node.inputs[0] if node.inputs else None
-        if kernel is None or value is None or value not in channels.first:
-            continue
+    for value in channels.first:
+        # Not only what convolutions read: a channel that is small behind a Relu may be large in the sum in front of it.
         roots, seen = channels.roots(value), magnitudes.get(str(value.name))
-        if seen is not None and value not in known and len(seen) == len(roots) and max(seen) > 0:
-            known.add(value)
+        if seen is not None and len(seen) == len(roots) and max(seen) > 0:
             np.maximum.at(in_activations, roots, np.asarray(seen, np.float64) / max(seen))
+    for node in graph:
+        kernel, read = _kernel(node), node.inputs[0] if node.inputs else None
+        if kernel is None or read is None or read not in channels.first:
+            continue
+        roots = channels.roots(read)
         grouped = np.abs(_by_group(node, kernel)).max(axis=(1, 3, 4))
         if grouped.shape[1] > 1 and grouped.max() > 0:
             np.maximum.at(in_weights, roots, grouped.reshape(-1).astype(np.float64) / float(grouped.max()))

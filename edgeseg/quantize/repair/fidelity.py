@@ -17,9 +17,9 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeseg.errors import QuantizationError
 from edgeseg.graph.proto import attribute, makers
-from edgeseg.machine.cpu import this_cpu
-from edgeseg.quantize.activations import ActivationSession
+from edgeseg.graph.running import GraphSession
 from edgeseg.quantize.calibration import sample_stride
 from edgeseg.quantize.qdq import quantize_model
 from edgeseg.quantize.samples import CalibrationSet
@@ -141,9 +141,9 @@ class Judge:
 
     def _scores(self, model: onnx.ModelProto) -> Iterator[NDArray[np.float32]]:
         (name, *_), axis = score_names(model), _class_axis(model)
-        session = ActivationSession(model, [name], this_cpu().cores, optimized=False)
+        session = GraphSession(model, "the quantized graph", QuantizationError, names=[name])
         for images, shown in self._images:
-            scores = session.run(np.repeat(images, self._spec.input.batch.minimum, axis=0), shown)[0]
+            scores = session.run(np.repeat(images, self._spec.input.batch.minimum, axis=0), shown)[name]
             yield np.moveaxis(scores, axis, 1)[0]
 
     def _log_probabilities(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:

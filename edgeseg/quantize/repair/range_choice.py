@@ -87,9 +87,8 @@ def choose_methods(
         QuantizationError: the graph cannot be quantized.
     """
     seen = {name: judge.fidelities(graph, tables[name], schemes) for name in METHODS}
-    # A network that INT8 does not hurt at all has nothing to choose by.
-    unit = {scheme: max(float(f.divergence.mean()), 1e-9) for scheme, f in seen[DEFAULT_METHOD].items()}
-    losses = {name: _loss(fidelity, unit) for name, fidelity in seen.items()}
+    unit = seen[DEFAULT_METHOD]
+    losses = {name: relative_loss(fidelity, unit) for name, fidelity in seen.items()}
     ranking = sorted(METHODS, key=lambda name: float(losses[name].mean()))
     best, *bolder = BY_CAUTION
     for name in bolder:
@@ -105,7 +104,7 @@ def choose_methods(
             progress(number, len(pairs))
         changed = replace(table, ranges=table.ranges | {name: tables[method].ranges[name] for name in tensors})
         challenger = judge.fidelities(graph, changed, schemes)
-        if is_gain(loss, challenged := _loss(challenger, unit)):
+        if is_gain(loss, challenged := relative_loss(challenger, unit)):
             table, fidelity, loss = changed, challenger, challenged
             methods |= dict.fromkeys(tensors, method)
     return RangeChoice(
@@ -117,9 +116,12 @@ def choose_methods(
     )
 
 
-def _loss(fidelity: Mapping[str, Fidelity], unit: Mapping[str, float]) -> NDArray[np.float64]:
-    """By image, ``(images,)``; ``unit`` is what each scheme's is counted in."""
-    return np.asarray(np.mean([f.divergence / unit[scheme] for scheme, f in fidelity.items()], axis=0), np.float64)
+def relative_loss(fidelity: Mapping[str, Fidelity], unit: Mapping[str, Fidelity]) -> NDArray[np.float64]:
+    """Divergence by image, ``(images,)``, relative to the mean of ``unit``'s; mean over the schemes."""
+    # A network that INT8 does not hurt at all has nothing to choose by.
+    least = 1e-9
+    shares = [f.divergence / max(float(unit[scheme].divergence.mean()), least) for scheme, f in fidelity.items()]
+    return np.asarray(np.mean(shares, axis=0), np.float64)
 
 
 def is_gain(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:

@@ -1,4 +1,5 @@
-"""Calibration with all that keeps INT8's accuracy before any layer gives INT8 up: in order, and each measured.
+"""Calibration with all that keeps INT8's accuracy before any layer gives INT8 up: in order, each measured, none kept that
+loses.
 
 Of the images a part judges (:mod:`edgeseg.quantize.repair.fidelity`): the competing ranges come from the others, and only
 when all is decided do those of the judging images widen them. The graph runs once over all images, whatever the number of
@@ -8,8 +9,8 @@ methods.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,7 +21,7 @@ from edgeseg.quantize.qdq import quantize_model
 from edgeseg.quantize.ranges import METHODS, range_method
 from edgeseg.quantize.repair.equalization import IMAGES, channel_axes, require_equal, write_equalized
 from edgeseg.quantize.repair.fidelity import JUDGES, Fidelity, Judge, hold_out
-from edgeseg.quantize.repair.range_choice import choose_methods
+from edgeseg.quantize.repair.range_choice import choose_methods, is_gain, relative_loss
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.table import CalibrationTable
@@ -42,7 +43,7 @@ def calibrate_repaired(
     Args:
         graph: the fp32 graph, input ``(N, H, W, C)``.
         samples: the images.
-        equalized: where the graph with equalized channels goes; ``None`` leaves them as they are.
+        equalized: where the graph with equalized channels goes, if they are; ``None`` leaves them as they are.
         method: a key of :data:`edgeseg.quantize.ranges.METHODS`, or ``auto``. With fewer than
             :data:`edgeseg.quantize.repair.fidelity.MIN_TO_HOLD_OUT` images none are left to judge, and ``auto`` is the default
             method.
@@ -51,7 +52,8 @@ def calibrate_repaired(
         progress: called with steps done and steps in all, of one piece of work after the other.
 
     Returns:
-        the graph to quantize, and its table.
+        the graph to quantize, and its table; a repair that made the output worse by more than twice the standard error over the
+        judging images is in neither.
 
     Raises:
         SpecError: unknown method.
@@ -63,28 +65,35 @@ def calibrate_repaired(
         method = DEFAULT_METHOD
     rule = range_method(DEFAULT_METHOD if method == AUTO else method)
     judge = Judge(graph, held or samples)
-    original, magnitudes, course = graph, {}, None
-    if equalized is not None:
+    histograms = rule.needs_histogram or method == AUTO
+    original, magnitudes = graph, {}
+    if equalized is None:
+        observation = Observation(graph, histograms=histograms)
+        observation.add(kept, progress)
+        course = _Course(judge, judges, graph, observation.table(samples, rule))
+    else:
         axes = channel_axes(ir.serde.deserialize_model(read_onnx(graph.path)))
         seen = Observation(graph, histograms=rule.needs_histogram, magnitudes_of=axes)
         seen.add(kept.take(range(IMAGES)), progress)
-        magnitudes = seen.magnitudes()
-        graph, report = write_equalized(original, magnitudes, equalized)
+        course = _Course(judge, judges, graph, seen.table(samples, rule))
+        graph, report = write_equalized(original, seen.magnitudes(), equalized)
         require_equal(original, graph, samples)
-        course = _Course.started(judge, judges, original, seen.table(samples, rule))
-    observation = Observation(graph, histograms=rule.needs_histogram or method == AUTO)
-    observation.add(kept, progress)
-    table = observation.table(samples, rule)
-    if course is None:
-        course = _Course.started(judge, judges, graph, table)
-    else:
-        course.went_on("equalization", judge.fidelities(graph, table, course.schemes), {"channels": report.channels})
+        observation = Observation(graph, histograms=histograms)
+        observation.add(kept, progress)
+        fidelities = course.fidelities(graph, observation.table(samples, rule))
+        if course.tried("equalization", fidelities, {"channels": report.channels}):
+            magnitudes = seen.magnitudes()
+        else:
+            equalized.unlink()
+            graph, observation = original, Observation(original, histograms=histograms)
+            observation.add(kept, progress)
+    table = course.with_biases(observation.table(samples, rule))
     methods = dict.fromkeys(table.ranges, rule.name)
     if method == AUTO and course.schemes:
-        tables = {name: observation.table(samples, range_method(name)) for name in METHODS}
+        tables = {name: course.with_biases(observation.table(samples, range_method(name))) for name in METHODS}
         choice = choose_methods(graph, tables, observation.sources, judge, course.schemes, progress)
-        methods = choice.methods
-        course.went_on("calibration-method", choice.fidelity, dict(Counter(methods.values())))
+        if course.tried("calibration-method", choice.fidelity, dict(Counter(choice.methods.values()))):
+            methods = choice.methods
     if held is not None:
         observation.add(held, progress)
     final = observation.table(samples, rule)
@@ -92,38 +101,48 @@ def calibrate_repaired(
         chosen = observation.ranges({name: range_method(methods[name]) for name in methods})
         chosen = {name: replace(limits, method=methods[name]) for name, limits in chosen.items()}
         final = replace(final, method=AUTO, options={}, key=table_key(graph, samples, AUTO), ranges=chosen)
+    final = course.with_biases(final)
     return graph, replace(final, equalization=magnitudes, repairs=tuple(course.repairs))
 
 
-@dataclass
 class _Course:
-    """One repair after the other, and what each gained on top of those before."""
+    """One repair after the other, and what each gained on top of those before.
 
-    images: int
-    reached: dict[str, float]
-    repairs: list[Repair] = field(default_factory=list)
+    Begins with the graph as it was exported, and with the first repair, that of its biases.
+    """
 
-    @classmethod
-    def started(cls, judge: Judge, judges: Sequence[str] | None, graph: OnnxGraph, table: CalibrationTable) -> _Course:
-        """From the graph as it was exported; the first repair is that of its biases."""
-        plain = {name: replace(limits, channel_mean=None, channel_axis=None) for name, limits in table.ranges.items()}
-        schemes = _writable(graph, table) if judges is None else judges
-        before = judge.fidelities(graph, replace(table, ranges=plain), schemes)
-        course = cls(judge.images, {scheme: f.agreement for scheme, f in before.items()})
-        course.went_on("bias-correction", judge.fidelities(graph, table, schemes))
-        return course
+    def __init__(self, judge: Judge, judges: Sequence[str] | None, graph: OnnxGraph, table: CalibrationTable) -> None:
+        self.repairs: list[Repair] = []
+        self.schemes = _writable(graph, table) if judges is None else tuple(judges)
+        self._judge = judge
+        self._corrects_biases = True
+        self._reached = judge.fidelities(graph, _without_means(table), self.schemes)
+        self._corrects_biases = self.tried("bias-correction", self.fidelities(graph, table))
 
-    @property
-    def schemes(self) -> tuple[str, ...]:
-        return tuple(self.reached)
+    def with_biases(self, table: CalibrationTable) -> CalibrationTable:
+        """The table, with what biases are corrected by where that was kept."""
+        return table if self._corrects_biases else _without_means(table)
 
-    def went_on(
-        self, name: RepairName, fidelities: Mapping[str, Fidelity], changed: dict[str, int] | None = None
-    ) -> None:
-        for scheme, fidelity in fidelities.items():
+    def fidelities(self, graph: OnnxGraph, table: CalibrationTable) -> dict[str, Fidelity]:
+        return self._judge.fidelities(graph, self.with_biases(table), self.schemes)
+
+    def tried(self, name: RepairName, reached: dict[str, Fidelity], changed: dict[str, int] | None = None) -> bool:
+        """Note a repair and what it gained; ``False``, and it is not to be kept, where the output is further off with it."""
+        before = self._reached
+        if before and is_gain(relative_loss(reached, before), relative_loss(before, before)):
+            return False
+        for scheme, fidelity in reached.items():
             counts = {"biases": fidelity.corrected} if changed is None else changed
-            self.repairs.append(Repair(name, counts, scheme, self.images, self.reached[scheme], fidelity.agreement))
-            self.reached[scheme] = fidelity.agreement
+            agreements = before[scheme].agreement, fidelity.agreement
+            self.repairs.append(Repair(name, counts, scheme, self._judge.images, *agreements))
+        self._reached = reached
+        return True
+
+
+def _without_means(table: CalibrationTable) -> CalibrationTable:
+    """Nothing that biases could be corrected by."""
+    plain = {name: replace(limits, channel_mean=None, channel_axis=None) for name, limits in table.ranges.items()}
+    return replace(table, ranges=plain)
 
 
 def _writable(graph: OnnxGraph, table: CalibrationTable) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from edgeseg.errors import InputError
 from edgeseg.images.placement import Placement, Tiling, fit, fit_windows, plan_fit
 from edgeseg.images.resize import nearest_index, resize_image, resize_nearest, resize_scores
 from edgeseg.runtime.scores import ScoreRule, argmax_planes, argmax_resized
-from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
+from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec
 
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 RNG = np.random.default_rng(3)
@@ -112,7 +112,9 @@ def input_specs(draw: st.DrawFn) -> InputSpec:
 @given(spec=input_specs(), size=SIZES)
 def test_every_input_has_a_size_the_engine_takes(spec: InputSpec, size: tuple[int, int]) -> None:
     image = RNG.integers(0, 256, (*size, 3), dtype=np.uint8)
-    for window in fit_windows(image, spec):
+    windows = fit_windows(image, spec)
+    assert len(windows) > 0
+    for window in windows:
         assert window.dtype == np.uint8
         assert window.flags.c_contiguous
         height, width, channels = window.shape
@@ -269,10 +271,3 @@ def test_confidence_is_the_probability_of_the_chosen_class() -> None:
     logits = RNG.normal(size=(4, 6, 7)).astype(np.float32)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=0)
     np.testing.assert_allclose(rule.confidence(logits, rule.mask(logits)), probabilities.max(axis=0), rtol=1e-6)
-
-
-def test_specs_of_one_channel_and_many() -> None:
-    preprocess = Preprocess(mean=(0.5,), std=(0.5,))
-    spec = PipelineSpec(ModelSpec("custom", classes=1, task="binary", in_channels=1), InputSpec(channels=1), preprocess)
-    assert fit(np.zeros((10, 10, 1), np.uint8), spec.input)[0].shape == (256, 256, 1)
-    assert spec.input.batch == BatchRange()

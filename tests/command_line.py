@@ -1,0 +1,24 @@
+"""Typing ``edgeseg`` commands in this process: a program of its own would first import all that is imported already."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+import sys
+
+import pytest
+
+
+def typed(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run ``edgeseg WORDS`` as the program does, to its exit code; what it printed is in the result."""
+    from edgeseg.cli.app import main
+
+    printed, said = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    command = ["edgeseg", *map(str, words)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+        patch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    out, err = (stream.buffer.getvalue().decode() for stream in (printed, said))  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(command, int(ended.value.code or 0), out, err)

@@ -1,0 +1,108 @@
+"""Where the pairs stand: what runs on integers, what shares a scale and what stays float, as each scheme wants it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+from quantizing import IMAGE, TWO, TWO_WEIGHTS, constants, network, operators, quantized, readers
+from small_graphs import floats, run
+
+
+def test_onnxruntime_takes_the_saturation_of_q_for_the_relu() -> None:
+    model = quantized(network(TWO, **TWO_WEIGHTS), "onnxruntime-vnni")
+    assert "Relu" not in operators(model)
+    zero = [v for name, v in constants(model).items() if name.startswith("r/") and "zero_point" in name]
+    assert [z.item() for z in zero] == [0]
+
+
+def test_tensorrt_keeps_the_relu_and_float_biases_and_zero_zero_points() -> None:
+    model = quantized(network(TWO, **TWO_WEIGHTS), "tensorrt")
+    assert operators(model).count("Relu") == 1
+    assert not any(np.any(v) for name, v in constants(model).items() if "zero_point" in name)
+    assert not any(v.dtype == np.int32 for v in constants(model).values())
+    assert "QuantizeLinear" not in readers(model, "a"), "no pair between a convolution and its Relu"
+    assert "QuantizeLinear" not in readers(model, "y"), "no pair on an output"
+
+
+RESIDUAL = """a = Conv <pads = [1, 1, 1, 1]> (x, w1) r = Relu(a)
+    b = Conv <pads = [1, 1, 1, 1]> (r, w2) s = Add(b, r) t = Relu(s) y = Conv(t, w3)"""
+RESIDUAL_WEIGHTS = {"w1": floats(5, 3, 3, 3), "w2": floats(5, 5, 3, 3), "w3": floats(4, 5, 1, 1)}
+
+
+def test_a_residual_addition_stays_integer() -> None:
+    model = quantized(network(RESIDUAL, **RESIDUAL_WEIGHTS), "onnxruntime-vnni")
+    assert operators(model) == ["Cast", "Transpose", "Mul", "Conv", "Conv", "Add", "Conv"]
+    add = next(n for n in model.graph.node if n.op_type == "Add")
+    makers = {name: n.op_type for n in model.graph.node for name in n.output}
+    assert [makers[name] for name in add.input] == ["DequantizeLinear"] * 2
+    assert readers(model, add.output[0]) == ["QuantizeLinear"]
+
+
+def test_tensorrt_quantizes_one_side_of_a_residual_addition() -> None:
+    model = quantized(network(RESIDUAL, **RESIDUAL_WEIGHTS), "tensorrt")
+    add = next(n for n in model.graph.node if n.op_type == "Add")
+    makers = {name: n.op_type for n in model.graph.node for name in n.output}
+    assert sorted(makers[name] for name in add.input) == ["Conv", "DequantizeLinear"]
+
+
+CONCAT = "a = Conv(x, w1) b = Conv(x, w2) c = Concat <axis = 1> (a, b) y = Conv(c, w3)"
+
+
+@pytest.mark.parametrize(("factor", "shared"), [(1.0, True), (50.0, False)])
+def test_concat_inputs_share_a_scale_unless_it_costs_too_much(factor: float, shared: bool) -> None:
+    weights = {"w1": floats(4, 3, 1, 1), "w2": floats(4, 3, 1, 1) * np.float32(factor), "w3": floats(4, 8, 1, 1)}
+    model = quantized(network(CONCAT, **weights), "onnxruntime-vnni")
+    concat = next(n for n in model.graph.node if n.op_type == "Concat")
+    makers = {name: n for n in model.graph.node for name in n.output}
+    inputs = [makers[name] for name in concat.input]
+    if shared:
+        assert [n.op_type for n in inputs] == ["QuantizeLinear"] * 2, "joined as integers"
+        assert inputs[0].input[1:] == inputs[1].input[1:]
+    else:
+        assert [n.op_type for n in inputs] == ["DequantizeLinear"] * 2
+        assert inputs[0].input[1] != inputs[1].input[1]
+
+
+def test_a_shared_scale_never_undoes_a_relu() -> None:
+    body = "a = Conv(x, w1) r = Relu(a) b = Conv(x, w2) c = Concat <axis = 1> (r, b) y = Conv(c, w3)"
+    weights = {"w1": floats(4, 3, 1, 1), "w2": -np.abs(floats(4, 3, 1, 1)), "w3": floats(4, 8, 1, 1)}
+    model = network(body, **weights)
+    (expected,) = run(model, image=IMAGE)
+    (actual,) = run(quantized(model, "onnxruntime-vnni"), image=IMAGE)
+    assert np.abs(actual - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_moves_run_on_integers_and_keep_the_scale() -> None:
+    body = "a = Conv(x, w1) m = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (a) y = Conv(m, w2)"
+    model = quantized(network(body, w1=floats(4, 3, 1, 1), w2=floats(4, 4, 1, 1)), "onnxruntime-vnni")
+    pool = next(n for n in model.graph.node if n.op_type == "MaxPool")
+    assert readers(model, pool.input[0]) == ["MaxPool"]
+    assert readers(model, pool.output[0]) == ["DequantizeLinear"]
+
+
+def test_what_follows_the_last_layer_stays_float() -> None:
+    body = "l = Conv(x, w1) p = Sigmoid(l) y = Mul(p, two)"
+    model = quantized(network(body, w1=floats(4, 3, 1, 1), two=np.array(2, np.float32)), "onnxruntime-vnni")
+    assert "QuantizeLinear" not in readers(model, next(n for n in model.graph.node if n.op_type == "Sigmoid").output[0])
+
+
+def test_a_matrix_product_hands_float_to_float_readers() -> None:
+    body = """r = Reshape(x, tokens) n = LayerNormalization <axis = -1> (r, gain2)
+        m = MatMul(n, w1) g = Gelu(m) k = MatMul(g, w2) y = Add(k, r)"""
+    model = quantized(
+        network(
+            body,
+            outputs="float[1, 24, 8] y",
+            tokens=np.array([1, 24, 8]),
+            gain2=np.ones(8, np.float32),
+            w1=floats(8, 16),
+            w2=floats(16, 8),
+        ),
+        "onnxruntime-vnni",
+    )
+    products = [n for n in model.graph.node if n.op_type == "MatMul"]
+    assert [readers(model, n.output[0]) for n in products] == [["Gelu"], ["Add"]]
