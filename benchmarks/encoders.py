@@ -97,6 +97,7 @@ def architectures_for(encoder: str) -> tuple[str, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ENCODERS, metavar="ENCODER", help="build these, done or not")
+    parser.add_argument("--again", choices=VARIANTS, help="build only this again, for the encoders that were built")
     parser.add_argument("--limit-s", type=float, default=900.0, help="for one encoder, then its process is ended")
     parser.add_argument("--jobs", type=int, default=1, help="encoders at a time, at most a core each")
     parser.add_argument("--until", help="local time HH:MM after which no other encoder is begun")
@@ -119,7 +120,9 @@ def run(options: argparse.Namespace) -> None:
     def build(encoder: str) -> None:
         if options.until and time.strftime("%H:%M") >= options.until:
             return
-        row = in_process(encoder, options.limit_s)
+        before = rows.get(encoder, {})
+        kept = {key: value for key, value in before.items() if key != options.again} if options.again else {}
+        row = in_process(encoder, kept, options.limit_s)
         with lock:
             rows[encoder] = row
             print(*row_cells(row), sep=" | ", flush=True)
@@ -138,20 +141,21 @@ def run(options: argparse.Namespace) -> None:
             )
             record.write(FILE)
 
+    names = options.only or [name for name in ENCODERS if (name in rows) == bool(options.again)]
     # Each on cores of its own: threads of two that wait for one core spin.
     cores = sorted(os.sched_getaffinity(0))
     shares = [set(cores[index :: options.jobs]) for index in range(options.jobs)]
     with ThreadPoolExecutor(options.jobs, initializer=lambda: os.sched_setaffinity(0, shares.pop())) as pool:
-        for done in [
-            pool.submit(build, name) for name in options.only or [name for name in ENCODERS if name not in rows]
-        ]:
+        for done in [pool.submit(build, name) for name in names]:
             done.result()
 
 
-def in_process(encoder: str, limit_s: float) -> dict[str, Any]:
-    """One encoder's row, built in a process of its own; what was not finished in time is said."""
+def in_process(encoder: str, kept: dict[str, Any], limit_s: float) -> dict[str, Any]:
+    """One encoder's row, built in a process of its own but for what is ``kept``; what was not finished in time is said."""
     with tempfile.TemporaryDirectory(prefix="edgeseg-encoders-") as folder:
         file = Path(folder) / "row.json"
+        if kept:
+            file.write_text(json.dumps(kept), encoding="utf-8")
         environment = {**os.environ, "EDGESEG_CACHE": f"{folder}/cache"}
         command = [sys.executable, "-m", "benchmarks.encoders", "--one", encoder, str(file)]
         process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
@@ -183,7 +187,7 @@ def build_one(encoder: str, file: Path) -> None:
     from edgeseg.errors import EdgesegError
     from edgeseg.images.decoding import list_images
 
-    row: dict[str, Any] = {"name": encoder}
+    row: dict[str, Any] = json.loads(file.read_bytes()) if file.is_file() else {"name": encoder}
     with tempfile.TemporaryDirectory() as scratch:
         validation = Path(scratch) / "validation"
         write_images(validation, list_images(DEMO / "val" / "images"))
@@ -203,7 +207,7 @@ def build_one(encoder: str, file: Path) -> None:
             "int8": {"precision": "int8", "calibration": DEMO / "calib" / "images", "calibration_limit": 8},
         }
         candidates = iter(architectures_for(encoder))
-        row["arch"] = next(candidates)
+        row.setdefault("arch", next(candidates))
         for variant, more in variants.items():
             while variant not in row:
                 start = time.monotonic()

@@ -110,7 +110,7 @@ def test_each_channel_is_balanced_between_its_activation_and_the_weights_that_re
         "c = Conv(x, w, b)\n t = Identity(c)\n y = Conv(t, z)",
         w=uneven(5, 6, 1, 1),
         b=floats(5),
-        z=floats(5, 5, 1, 1),
+        z=uneven(5, 1, 1, 1) * floats(5)[:, None, None],
     )
 
     def ratio(model: onnx.ModelProto) -> NDArray[np.float32]:
@@ -276,6 +276,33 @@ def test_int8_of_a_badly_scaled_network_is_that_of_the_well_scaled_one(scheme: s
     assert bad_error > 2.5 * good_error
     assert error(*bad, repair=True) < 1.25 * good_error
     assert error(w, b, z, repair=True) < 1.25 * good_error
+
+
+READERS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+    "a convolution": ("y = Conv(t, z)", (5, 5, 1, 1), (5, 1, 1, 1)),
+    "one of groups": ("y = Conv <group = 2> (t, z)", (6, 3, 1, 1), (6, 1, 1, 1)),
+    "a transposed one": ("y = ConvTranspose(t, z)", (5, 5, 2, 2), (1, 5, 1, 1)),
+    "a matrix product": ("y = MatMul(n, z)", (6, 5), (1, 5)),
+}
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_how_large_an_output_is_makes_no_difference_to_what_is_read(read: str) -> None:
+    """Each output's weights have a scale of their own."""
+    body, shape, rows = READERS[read]
+    even, w, scale = floats(*shape), uneven(6 if "group" in body else 5, 6, 1, 1), uneven(max(rows), 1).reshape(rows)
+    factors = []
+    for z in (even, even * scale):
+        if "MatMul" in body:
+            gain, zero = np.array([40, 1, 1, 0.2, 1, 1], np.float32), np.zeros(6, np.float32)
+            model, made = graph(TOKENS, f"{NORMALIZED}\n {body}", flat=ints(2, 6, 64), gain=gain, shift=zero, z=z), "n"
+        else:
+            signature = f"(float[n, 6, 8, 8] x) => (float[n, {max(rows)}, a, b] y)"
+            model, made = graph(signature, f"t = Conv(x, w)\n {body}", w=w, z=z), "t"
+        result, _ = equalized(model)
+        factors.append(magnitudes(result, X)[made] / magnitudes(model, X)[made])
+    assert np.ptp(factors[0]) > 0.1
+    np.testing.assert_allclose(factors[1], factors[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", ["onnxruntime-vnni", "tensorrt"])

@@ -7,10 +7,12 @@ normalization, and divided by the same factor at every convolution that reads it
 behind a layer normalization see :mod:`edgeseg.quantize.repair.normalization`.
 
 The factor of a channel balances what it is in its activations against what it is in its readers' weights, the square root of
-the quotient of the two, each relative to its tensor (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
-Correction", ICCV 2019, section 4.1, with activations seen in calibration in place of the first layer's weights, whose scales are
-per channel anyway; the balance of two sides is that of Xiao et al., "SmoothQuant", ICML 2023). A depthwise reader has one scale
-per channel and loses nothing: where all readers are, the activations are made fully even.
+the quotient of the two, each relative to what has one scale: a tensor, and the filter of an output (Nagel et al., "Data-Free
+Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.1, with activations seen in calibration in
+place of the first layer's weights, whose scales are per channel anyway; the balance of two sides is that of Xiao et al.,
+"SmoothQuant", ICML 2023, there relative to the whole weight). What is largest changes with the factors, so they are found in
+rounds. A depthwise reader has one scale per channel and loses nothing: where all readers are, the activations are made fully
+even.
 
 The result does not depend on how the channels were scaled before, so a badly scaled network comes out as the well scaled one.
 """
@@ -29,7 +31,7 @@ from edgeseg.errors import QuantizationError
 from edgeseg.graph.editing import Editor, constant_array
 from edgeseg.graph.running import GraphSession
 from edgeseg.quantize.repair.fidelity import score_names, windows
-from edgeseg.quantize.repair.normalization import balance, free_normalizations, scaled_constants
+from edgeseg.quantize.repair.normalization import ROUNDS, balance, free_normalizations, relative_to, scaled_constants
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.store.artifacts import OnnxGraph, sha256_file
 from edgeseg.store.onnx_file import read_onnx, write_onnx
@@ -344,30 +346,36 @@ def _by_group(node: ir.Node, kernel: NDArray[np.float32]) -> NDArray[np.float32]
 def _factors(graph: ir.Graph, channels: _Channels, magnitudes: Mapping[str, NDArray[np.floating]]) -> Factors:
     """One factor a channel; 1 for those that are fixed or that nothing is known of."""
     count = len(channels.parent)
-    in_activations, in_weights = np.zeros(count), np.zeros(count)
-    for value in channels.first:
-        # Not only what convolutions read: a channel that is small behind a Relu may be large in the sum in front of it.
-        roots, seen = channels.roots(value), magnitudes.get(str(value.name))
-        if seen is not None and len(seen) == len(roots) and max(seen) > 0:
-            np.maximum.at(in_activations, roots, np.asarray(seen, np.float64) / max(seen))
-    for node in graph:
-        kernel, read = _kernel(node), node.inputs[0] if node.inputs else None
-        if kernel is None or read is None or read not in channels.first:
-            continue
-        roots = channels.roots(read)
-        grouped = np.abs(_by_group(node, kernel)).max(axis=(1, 3, 4))
-        if grouped.shape[1] > 1 and grouped.max() > 0:
-            np.maximum.at(in_weights, roots, grouped.reshape(-1).astype(np.float64) / float(grouped.max()))
-    wanted = np.ones(count)
-    both = (in_activations > 0) & (in_weights > 0)
-    wanted[both] = np.sqrt(in_weights[both] / in_activations[both])
-    depthwise = (in_activations > 0) & (in_weights == 0)
-    wanted[depthwise] = 1.0 / in_activations[depthwise]
     roots = np.array([channels.root(c) for c in range(count)], np.int64)
     fixed = np.zeros(count, bool)
     fixed[[channels.root(c) for c in channels.fixed]] = True
-    wanted[fixed] = 1.0
-    return np.asarray(np.clip(wanted, 1.0 / MAX_FACTOR, MAX_FACTOR)[roots], np.float64)
+    # Not only what convolutions read: a channel that is small behind a Relu may be large in the sum in front of it.
+    rounded = [
+        (channels.roots(value), np.asarray(seen, np.float64))
+        for value in channels.first
+        if (seen := magnitudes.get(str(value.name))) is not None and len(seen) == channel_count(value)
+    ]
+    kernels = [
+        (channels.roots(read), np.abs(_by_group(node, kernel)).max(axis=(3, 4)).astype(np.float64))
+        for node in graph
+        if (kernel := _kernel(node)) is not None and (read := node.inputs[0]) is not None and read in channels.first
+    ]
+    factors = np.ones(count)
+    for _ in range(ROUNDS):
+        in_activations, in_weights = np.zeros(count), np.zeros(count)
+        for of, seen in rounded:
+            np.maximum.at(in_activations, of, relative_to(seen * factors[of], axis=0))
+        for of, kernel in kernels:
+            if kernel.shape[2] > 1:
+                shares = relative_to(kernel / factors[of].reshape(len(kernel), 1, -1), axis=2)
+                np.maximum.at(in_weights, of, shares.max(axis=1).reshape(-1))
+        both = (in_activations > 0) & (in_weights > 0)
+        factors[both] *= np.sqrt(in_weights[both] / in_activations[both])
+        depthwise = (in_activations > 0) & (in_weights == 0)
+        factors[depthwise] /= in_activations[depthwise]
+        factors[fixed] = 1.0
+        factors = np.clip(factors, 1.0 / MAX_FACTOR, MAX_FACTOR)
+    return factors[roots]
 
 
 @dataclass(frozen=True)

@@ -124,11 +124,11 @@ def relative_loss(fidelity: Mapping[str, Fidelity], unit: Mapping[str, Fidelity]
     return np.asarray(np.mean(shares, axis=0), np.float64)
 
 
-def is_gain(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
-    """Whether losses by image, ``(images,)``, fell by more than twice the standard error of their mean difference."""
+def is_gain(before: NDArray[np.float64], after: NDArray[np.float64], errors: float = 2.0) -> bool:
+    """Whether losses by image, ``(images,)``, fell by more than so many standard errors of their mean difference."""
     gain = before - after
     error = gain.std(ddof=1) / np.sqrt(gain.size) if gain.size > 1 else 0.0
-    return bool(gain.mean() > 2 * error)
+    return bool(gain.mean() > errors * error)
 
 
 def _pairs(

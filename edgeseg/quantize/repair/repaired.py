@@ -52,8 +52,8 @@ def calibrate_repaired(
         progress: called with steps done and steps in all, of one piece of work after the other.
 
     Returns:
-        the graph to quantize, and its table; a repair that made the output worse by more than twice the standard error over the
-        judging images is in neither.
+        the graph to quantize, and its table; in neither is a repair with which the output diverged further from the float
+        graph's, by more than a standard error over the judging images.
 
     Raises:
         SpecError: unknown method.
@@ -129,7 +129,7 @@ class _Course:
     def tried(self, name: RepairName, reached: dict[str, Fidelity], changed: dict[str, int] | None = None) -> bool:
         """Note a repair and what it gained; ``False``, and it is not to be kept, where the output is further off with it."""
         before = self._reached
-        if before and is_gain(relative_loss(reached, before), relative_loss(before, before)):
+        if before and is_gain(relative_loss(reached, before), relative_loss(before, before), errors=1.0):
             return False
         for scheme, fidelity in reached.items():
             counts = {"biases": fidelity.corrected} if changed is None else changed
