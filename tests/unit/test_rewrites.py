@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 ir = pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
-pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 import rewriting  # noqa: E402
 from rewriting import ints, noise, operators  # noqa: E402
@@ -33,6 +33,7 @@ from edgeseg.convert.rewrites import (  # noqa: E402
     global_pool,
     layout,
     linear_conv,
+    padded_pool,
     qkv,
     readout,
     reshape_channels,
@@ -62,6 +63,28 @@ def test_global_pool() -> None:
     assert rewritten(channels, global_pool, 0) == {"ReduceMean": 1}
     dropped = graph("(float[n, 3, 4, 6] x) => (float[n, 3] y)", body.replace("= 1", "= 0"), axes=ints(2, 3))
     assert rewritten(dropped, global_pool, 0) == {"ReduceMean": 1}
+
+
+def test_padded_pool() -> None:
+    """What is negative up to the border, where a zero around it is the largest: optimized, too."""
+    signature, pads = "(float[1, 3, 6, 6] x) => (float[1, 3, 3, 3] y)", ints(0, 0, 1, 1, 0, 0, 1, 1)
+    pool = "y = MaxPool <kernel_shape = [3, 3], strides = [2, 2]> (p)"
+    x = -1 - np.abs(floats(1, 3, 6, 6))
+    for value in ({}, {"value": np.float32(0)}):
+        model = graph(signature, f"p = Pad(x, pads{', value' if value else ''})\n {pool}", pads=pads, **value)
+        assert rewritten(model, padded_pool, 1) == {"Pad": 1, "MaxPool": 1}
+        changed = ir.serde.deserialize_model(model)
+        apply_rewrites(changed, [padded_pool.REWRITE])
+        session = ort.InferenceSession(
+            ir.serde.serialize_model(changed).SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        (pooled,) = session.run(None, {"x": x})
+        assert np.all(np.abs(pooled[:, :, 0]) < 1e-30), "zeros win at the border"
+        np.testing.assert_allclose(pooled, run(model, x=x)[0], atol=1e-30)
+    reflected = 'p = Pad <mode = "reflect"> (x, pads)'
+    for body in (f"p = Pad(x, pads, least)\n {pool}", f"{reflected}\n {pool}", "p = Pad(x, pads)\n y = Relu(p)"):
+        shape = signature if "MaxPool" in body else signature.replace("3, 3, 3", "3, 8, 8")
+        rewritten(graph(shape, body, pads=pads, least=np.float32(-np.inf)), padded_pool, 0)
 
 
 def test_stacked_sum() -> None:

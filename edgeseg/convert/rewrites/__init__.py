@@ -18,6 +18,7 @@ from edgeseg.convert.rewrites import (
     global_pool,
     layout,
     linear_conv,
+    padded_pool,
     qkv,
     readout,
     reshape_channels,
@@ -35,6 +36,7 @@ from edgeseg.convert.rewrites.driver import Rewrite
 
 REWRITES: tuple[Rewrite, ...] = (
     channel_swap.REWRITE,
+    padded_pool.REWRITE,
     global_pool.REWRITE,
     stacked_sum.REWRITE,
     class_token.REWRITE,
