@@ -15,7 +15,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -155,12 +155,12 @@ def choice(words: tuple[str, ...]) -> Kind:
     return Kind(f"one of {', '.join(words)}", _text, choices=words)
 
 
-def several(words: tuple[str, ...]) -> Kind:
-    """Several of a few words, each given by itself."""
+def several(what: str, words: tuple[str, ...]) -> Kind:
+    """Several of a few words, each given by itself; ``what`` one of them is."""
     one = choice(words)
 
     def read(value: Any) -> tuple[str, ...]:
-        return tuple(one.accept("value", word) for word in ([value] if isinstance(value, str) else value))
+        return tuple(one.accept(what, word) for word in ([value] if isinstance(value, str) else value))
 
     return Kind(one.wanted, read, write=list, choices=words, repeats=True)
 
@@ -309,6 +309,7 @@ NUMBERS = Kind(
     write=lambda values: [",".join(repr(value) for value in values)],
     metavar="r,g,b",
 )
+RANGE = replace(NUMBERS, wanted="the lowest and the highest pixel value, such as -160,240", metavar="LOW,HIGH")
 NAMES = Kind("names, such as road,sky", _names, write=_write_names, metavar="a,b,c|@FILE")
 SETTINGS = Kind(
     "settings by name, such as threads=2", _settings, write=write_settings, metavar="KEY=VALUE", repeats=True

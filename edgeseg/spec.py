@@ -17,10 +17,12 @@ from edgeseg.arguments import (
     NAMES,
     NUMBERS,
     PATH_OR_WORD,
+    RANGE,
     SETTINGS,
     TEXT,
     Kind,
     argument,
+    arguments_of,
     choice,
     number,
     settle,
@@ -73,7 +75,7 @@ def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How an image becomes the network's float input: ``(x * scale - mean) / std`` per channel.
+    """How an image becomes the network's float input: ``(clip(x) * scale - mean) / std`` per channel.
 
     Attributes:
         mean: per channel, in the units after ``scale`` (0..1 for the usual 1/255), in ``channel_order``.
@@ -82,6 +84,7 @@ class Preprocess:
         channel_order: order the *network* was trained with. The engine's input is always RGB;
             the swap, if any, is inside the graph.
         source: where the values came from, for the manifest and the log.
+        clip: lowest and highest pixel value, which those beyond are held at before all else: a window of a CT image.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -89,8 +92,13 @@ class Preprocess:
     scale: float = 1.0 / 255.0
     channel_order: ChannelOrder = "rgb"
     source: str = "ImageNet default"
+    clip: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.clip is not None and not (len(self.clip) == 2 and -math.inf < self.clip[0] < self.clip[1] < math.inf):
+            raise SpecError(
+                f"clip is {shortened(self.clip)}; give the lowest and the highest pixel value, such as -160,240"
+            )
         if len(self.mean) != len(self.std):
             raise SpecError(f"mean has {len(self.mean)} values, std {len(self.std)}; give one of each per channel")
         if not all(math.isfinite(v) for v in (*self.mean, *self.std, self.scale)):
@@ -107,6 +115,8 @@ class Preprocess:
         if dtype == "uint8":
             return (0.0,) * len(self.mean), (255.0,) * len(self.mean)
         least, most = (-math.inf, math.inf) if dtype == "float32" else (0.0, float(FULL_SCALE[dtype]))
+        if self.clip is not None:
+            least, most = max(least, self.clip[0]), min(most, self.clip[1])
         around = [(m / self.scale, 2 * s / self.scale) for m, s in zip(self.mean, self.std, strict=True)]
         ordered = around[::-1] if self.channel_order == "bgr" else around
         low = tuple(min(max(middle - spread, least), most - 1) for middle, spread in ordered)
@@ -356,20 +366,20 @@ class ModelRequest:
     """What the user said about the model; ``None`` means "not said": the checkpoint or a default decides.
 
     Attributes:
-        weights: path of a checkpoint or ``save_pretrained`` folder, ``"user/model[@revision]"`` of the Hugging Face hub,
-            ``"imagenet"`` (encoder only), ``"random"``, or
-            ``None`` for the demo model of ``arch``.
+        arch: SMP's, or the path of an ONNX file, which then stands in ``weights``.
+        weights: path of a checkpoint, an ONNX file or a ``save_pretrained`` folder, ``"user/model[@revision]"`` of the
+            Hugging Face hub, ``"imagenet"`` (encoder only), ``"random"``, or ``None`` for the demo model of ``arch``.
         weights_key: where the state dict is in a checkpoint that holds several, such as ``"state_dict_ema"``.
         keep_aux: keep an auxiliary classification head as a second output (dropped by default).
         input_dtype: of the images, as in :class:`InputSpec`.
-        mean, std, scale, channel_order: preprocessing overrides, as in :class:`Preprocess`.
+        clip, mean, std, scale, channel_order: preprocessing overrides, as in :class:`Preprocess`.
 
     Raises:
         SpecError: a value of another kind; names the argument.
     """
 
     arch: str | None = argument(
-        TEXT,
+        PATH_OR_WORD,
         positional=True,
         help=f"{', '.join(ARCHITECTURES[:-1])} or {ARCHITECTURES[-1]}.  [default: what the checkpoint says]",
     )
@@ -379,8 +389,8 @@ class ModelRequest:
     weights: str | None = argument(
         PATH_OR_WORD,
         metavar="PATH|ID|imagenet|random",
-        help="Checkpoint (.safetensors, .pt, .pth, .ckpt), save_pretrained folder, or user/model[@REVISION] of the "
-        "Hugging Face hub.  [default: the demo model of --arch]",
+        help="Checkpoint (.safetensors, .pt, .pth, .ckpt), save_pretrained folder, .onnx file, or user/model[@REVISION] "
+        "of the Hugging Face hub.  [default: the demo model of --arch]",
     )
     weights_key: str | None = argument(
         TEXT, help="Where the state dict is in a checkpoint with several, such as state_dict_ema."
@@ -399,6 +409,9 @@ class ModelRequest:
         "uint8",
         help="Of the images' pixels: uint16 for 16-bit PNG and TIFF, float32 for physical values.",
     )
+    clip: tuple[float, ...] | None = argument(
+        RANGE, help="Lowest and highest pixel value; those beyond are held there first, such as a CT window's."
+    )
     mean: tuple[float, ...] | None = argument(
         NUMBERS, help="Of pixel values times --scale.  [default: the checkpoint's or encoder's]"
     )
@@ -416,3 +429,21 @@ class ModelRequest:
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.arch is not None and self.arch.lower().endswith(".onnx"):
+            if self.weights is not None:
+                raise SpecError(f"{self.arch} holds its weights; leave weights {shortened(self.weights)} out")
+            object.__setattr__(self, "weights", self.arch)
+            object.__setattr__(self, "arch", None)
+        if not self.is_onnx_file:
+            return
+        for name in ("arch", "encoder", "weights_key", "model_args", "keep_aux"):
+            if getattr(self, name):
+                option = next(a.flag for a in arguments_of(self).values() if a.field == name)
+                raise SpecError(
+                    f"{option} says how to build a model, and {self.weights} is built already; leave it out"
+                )
+
+    @property
+    def is_onnx_file(self) -> bool:
+        """Whether ``weights`` is an ONNX file, the whole model."""
+        return self.weights is not None and self.weights.lower().endswith(".onnx")

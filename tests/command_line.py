@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import subprocess
 import sys
 
@@ -16,9 +17,11 @@ def typed(*words: object) -> subprocess.CompletedProcess[str]:
 
     printed, said = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     command = ["edgeseg", *map(str, words)]
+    on_term = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
         patch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as ended:
             main()
+    signal.signal(signal.SIGTERM, on_term)
     out, err = (stream.buffer.getvalue().decode() for stream in (printed, said))  # type: ignore[attr-defined]
     return subprocess.CompletedProcess(command, int(ended.value.code or 0), out, err)

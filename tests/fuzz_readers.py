@@ -100,6 +100,10 @@ TRANSFORM = json.dumps({"__version__": "2.0.8", "transform": {"__class_fullname_
     {"__class_fullname__": "Normalize", "p": 1, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "max_pixel_value": 255.0,
      "normalization": "standard"},
 ]}}).encode()  # fmt: skip
+QDQ = (
+    "q = QuantizeLinear(image, s, z) x = DequantizeLinear(q, s, z) k = QuantizeLinear(w, t, u) v = DequantizeLinear(k, t, u) "
+    "y = Conv(x, v)"
+)
 CARD = b"---\nlicense: mit\ntags: [a, b]\ndatasets:\n- x\nbase_model: &a some/model\n---\n# A model\n"
 
 
@@ -485,6 +489,7 @@ def checkpoints(place: Path) -> dict[str, Subject]:
     """What training leaves behind, and a save_pretrained folder. Needs torch and SMP."""
     import torch
     from safetensors.torch import save_file
+    from small_graphs import graph
 
     from edgeseg.convert.architectures import import_smp
     from edgeseg.convert.load import load_model
@@ -514,6 +519,16 @@ def checkpoints(place: Path) -> dict[str, Subject]:
     network.save_pretrained(place / "hub")
     for name in ("config.json", "model.safetensors"):
         by_name[f"hub/{name}"] = Subject(place / "hub" / name, load_folder)
+    (place / "network").mkdir()
+    for name, body in {"plain": "y = Conv(image, w)", "pairs": QDQ}.items():
+        path = place / "network" / f"{name}.onnx"
+        numbers = {"s": np.float32(0.02), "z": np.uint8(3), "t": np.float32(0.01), "u": np.int8(0)}
+        weights = {key: value for key, value in numbers.items() if name == "pairs"}
+        model = graph(
+            "(float[1,3,H,W] image) => (float[1,2,H,W] y)", body, w=RNG.random((2, 3, 1, 1), np.float32), **weights
+        )
+        path.write_bytes(model.SerializeToString())
+        by_name[f"network/{path.name}"] = Subject(path, load)
     return by_name
 
 

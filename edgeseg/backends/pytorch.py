@@ -22,6 +22,7 @@ from torch import Tensor
 
 from edgeseg.backends.base import StageTimes
 from edgeseg.closing import Closing
+from edgeseg.convert.heads import ACTIVATIONS, APPLIED, without_activation
 from edgeseg.errors import BuildError, DeviceError, InputError, SpecError, first_line, one_line
 from edgeseg.spec import PipelineSpec
 
@@ -136,8 +137,6 @@ class PyTorchSession(Closing):
         self._activation = None if spec.model.activation in _NO_ACTIVATION else spec.model.activation
         self._stripped = False
         if self._activation in _IMPLICIT_DIM or (self._activation is not None and spec.output.kind == "logits"):
-            from edgeseg.convert.heads import without_activation
-
             side = (spec.input.height, spec.input.width)
             noise = torch.rand(1, spec.input.channels, *side, generator=torch.Generator().manual_seed(0))
             self._module, self._stripped = without_activation(self._module, self._activation, noise)
@@ -271,12 +270,14 @@ class PyTorchSession(Closing):
         return outputs
 
     def _normalize(self, images: Tensor) -> Tensor:
-        """NHWC RGB -> ``(x * scale - mean) / std``, NCHW in the network's channel order."""
+        """NHWC RGB -> ``(clip(x) * scale - mean) / std``, NCHW in the network's channel order."""
         if self.spec.preprocess.channel_order == "bgr":
             images = images.flip(-1)
         memory = torch.channels_last if self._channels_last else torch.contiguous_format
         # A copy, of float32 too: what follows is done in place.
         x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory, copy=True)
+        if self.spec.preprocess.clip is not None:
+            x.clamp_(*self.spec.preprocess.clip)
         return x.mul_(self.spec.preprocess.scale).sub_(self._mean).div_(self._std)
 
     def _outputs(self, raw: Tensor) -> dict[str, Tensor]:
@@ -309,7 +310,7 @@ class PyTorchSession(Closing):
         if self._activation is None:
             return raw.softmax(dim=1) if self.spec.model.task == "multiclass" else raw.sigmoid()
         if self._stripped:
-            raw = _activate(raw, self._activation)
+            raw = APPLIED[ACTIVATIONS[self._activation]](raw)
         if self._activation == "logsoftmax":
             return raw.exp()
         return (raw + 1.0) / 2.0 if self._activation == "tanh" else raw
@@ -370,19 +371,6 @@ def _gpu_errors(device: torch.device) -> Iterator[None]:
         raise DeviceError(
             f"PyTorch has too little memory on {device}: {first_line(exc)}; close other programs on the GPU"
         ) from exc
-
-
-def _activate(logits: Tensor, name: str) -> Tensor:
-    """What the activation that was taken off would have returned."""
-    activations: dict[str, Callable[[Tensor], Tensor]] = {
-        "sigmoid": torch.sigmoid,
-        "softmax": lambda x: x.softmax(dim=1),
-        "softmax2d": lambda x: x.softmax(dim=1),
-        "logsoftmax": lambda x: x.log_softmax(dim=1),
-        "tanh": torch.tanh,
-        "clamp": lambda x: x.clamp(0.0, 1.0),
-    }
-    return activations[name](logits)
 
 
 def _channels(values: tuple[float, ...]) -> Tensor:

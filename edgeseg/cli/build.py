@@ -6,22 +6,33 @@ from typing import Any
 
 import click
 
+from edgeseg.arguments import PATH_OR_WORD
 from edgeseg.cli.output import console_reporter, echo, print_json, result_console
+from edgeseg.cli.parameters import KindType
 from edgeseg.cli.shared_options import request_options
 from edgeseg.console import hanging
-from edgeseg.errors import typed
+from edgeseg.errors import SpecError, typed
 from edgeseg.pipeline.request import BuildRequest
 
 
 @click.command("build", short_help="Convert, quantize, build and verify an engine.")
+@click.argument("model", required=False, metavar="[MODEL.onnx]", type=KindType(PATH_OR_WORD))
 @request_options()
 @click.option("--dry-run", is_flag=True, help="Load the model, say what would be built, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON instead of a table.")
-def command(given: dict[str, Any], dry_run: bool, as_json: bool) -> None:
-    """Convert, quantize, build and verify an engine.
+def command(given: dict[str, Any], model: str | None, dry_run: bool, as_json: bool) -> None:
+    """Convert, quantize, build and verify an engine: of an ONNX file, or of an SMP model that --weights or --arch name.
 
-    Without --weights the demo model of the architecture is built (unet, fpn, pspnet, deeplabv3plus).
+    Without either of --weights and MODEL.onnx the demo model of the architecture is built (unet, fpn, pspnet, deeplabv3plus).
     """
+    if model is not None:
+        if not model.lower().endswith(".onnx"):
+            raise SpecError(
+                f"MODEL is an .onnx file, got {model}; give a checkpoint with --weights, an architecture with --arch"
+            )
+        if given["weights"] is not None:
+            raise SpecError(f"{model} holds its weights; leave --weights out")
+        given["weights"] = model
     request = BuildRequest.of(given)
     if dry_run:
         _plan_and_print(request, as_json)

@@ -158,12 +158,12 @@ def _tensor_types(model: onnx.ModelProto) -> dict[str, int]:
 def _dtype(node: onnx.NodeProto, types: dict[str, int]) -> str | None:
     import onnx
 
+    from edgeseg.graph.types import FLOATS
+
     if node.op_type.startswith(_INTEGER_OPS):
         return "int8"
-    names: dict[int, str] = {
-        onnx.TensorProto.FLOAT: "fp32",
-        onnx.TensorProto.FLOAT16: "fp16",
-        onnx.TensorProto.BFLOAT16: "bf16",
+    names = {
+        **FLOATS,
         onnx.TensorProto.INT8: "int8",
         onnx.TensorProto.UINT8: "int8",
         onnx.TensorProto.INT32: "int32",
@@ -229,6 +229,7 @@ def _spec_table(manifest: Manifest) -> FigureTable:
             f"mean {_numbers(preprocess.mean)} std {_numbers(preprocess.std)}, {preprocess.channel_order}",
         ),
         ("", f"scale {preprocess.scale:.6g} ({preprocess.source})"),
+        *([] if preprocess.clip is None else [("", "clipped to {:g}..{:g} first".format(*preprocess.clip))]),
         ("output", output),
         ("built on", ", ".join(manifest.device.values()) or MISSING),
         ("built with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()) or MISSING),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from edgeseg.arguments import INT32, MOST, counts
+from edgeseg.arguments import INT32, MOST, Kind, counts, number
 from edgeseg.cli.output import echo, print_json, show
 from edgeseg.cli.parameters import ANY_PATH, PLACE, KindType
 from edgeseg.cli.shared_options import request_options
@@ -16,6 +16,9 @@ from edgeseg.runtime.raster import ProbabilityType, RasterOptions
 from edgeseg.runtime.run import RunSettings, run_inputs, streams_of
 
 BANDS = counts(MOST, "4,3,2", what="band numbers", repeats=True)
+NODATA = Kind(
+    "a pixel's value, nan, or none", lambda word: word if word == "none" else float(word), metavar="VALUE|none"
+)
 
 
 @click.command("run", short_help="Segment images, folders, videos or a camera.")
@@ -40,6 +43,16 @@ BANDS = counts(MOST, "4,3,2", what="band numbers", repeats=True)
 )
 @click.option("--bands", type=KindType(BANDS), help="Bands of a raster, from 1, in the model's order, such as 4,3,2.")
 @click.option("--overview", type=click.IntRange(2, INT32), help="Read the overview that is so many times smaller.")
+@click.option(
+    "--resolution",
+    type=KindType(number(1e-9, 1e9, "the size of a pixel on the ground, such as 0.5")),
+    help="Ground size of a pixel, in a raster's own units: coarser than its own, as the model was trained.",
+)
+@click.option(
+    "--nodata",
+    type=KindType(NODATA),
+    help="Value of a raster's pixels without data, in place of the one it names; none: no value is.",
+)
 @click.option(
     "--probabilities",
     type=click.Choice(("uint8", "float32")),
@@ -68,6 +81,8 @@ def command(
     raster: bool | None,
     bands: tuple[int, ...] | None,
     overview: int | None,
+    resolution: float | None,
+    nodata: float | Literal["none"] | None,
     probabilities: ProbabilityType | None,
     limit: int | None,
     force: bool,
@@ -83,7 +98,15 @@ def command(
     With --executor ray images go to the workers of a cluster, INPUT and --output may be URLs (s3://bucket/photos), and a second
     run does only what is missing.
     """
-    settings = RunSettings(rasters=RasterOptions(raster, bands, overview, probabilities), **given)
+    rasters = RasterOptions(
+        use=raster,
+        bands=bands,
+        overview=overview,
+        resolution=resolution,
+        nodata=nodata,
+        probabilities=probabilities,
+    )
+    settings = RunSettings(rasters=rasters, **given)
     has_urls = any("://" in str(place) for place in (*inputs, output))
     if executor == "local" and (jobs is not None or ray_address is not None):
         raise click.UsageError(

@@ -37,11 +37,10 @@ def request_options(
     def add(command: Callable[P, R]) -> Callable[..., R]:
         @wraps(command)
         def with_given(*args: P.args, **options: P.kwargs) -> R:
-            given = {argument.name: options.pop(argument.field) for argument in chosen}
+            given: dict[str, Any] = {argument.name: options.pop(argument.field) for argument in chosen}
             sm = options.pop("sm", None)
-            settings = given.get("backend_options")
-            if sm is not None and isinstance(settings, dict):
-                given["backend_options"] = {**settings, "sm": sm}
+            if sm is not None:
+                given["backend_options"] = {**(given["backend_options"] or {}), "sm": sm}
             options[into] = given
             return command(*args, **options)
 

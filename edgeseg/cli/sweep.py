@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -57,7 +57,8 @@ def command(
     from edgeseg.sweep.run import run_sweep
     from edgeseg.sweep.state import remember_reports
 
-    config = _config(config_path, archs, precisions, targets, data, require, output)
+    instead = {"archs": archs, "precisions": precisions, "targets": targets, "data": data, "require": require}
+    config = _config(config_path, {**instead, "output": output and str(output)})
     html, markdown, csv = reports = [Path(config.output) / f"report.{kind}" for kind in ("html", "md", "csv")]
     result = run_sweep(
         config,
@@ -79,30 +80,16 @@ def command(
     sys.exit(code or (1 if failed else 0))
 
 
-def _config(
-    path: Path | None,
-    archs: tuple[str, ...],
-    precisions: tuple[str, ...],
-    targets: tuple[str, ...],
-    data: str | None,
-    require: str | None,
-    output: Path | None,
-) -> SweepConfig:
+def _config(path: Path | None, instead: dict[str, Any]) -> SweepConfig:
+    """The file's, or one of ``--archs`` alone, with what options say instead."""
     import msgspec
 
     from edgeseg.sweep.config import SweepConfig, read_config
 
-    if path is None and not archs:
+    given = {name: value for name, value in instead.items() if value}
+    if path is None and "archs" not in given:
         raise click.UsageError("give a SWEEP.toml, or --archs")
-    config = SweepConfig(archs) if path is None else read_config(path)
-    given = {
-        "archs": archs,
-        "precisions": precisions,
-        "targets": targets,
-        "require": require,
-        "output": None if output is None else str(output),
-    }
-    config = msgspec.structs.replace(config, **{name: value for name, value in given.items() if value})
-    if data is not None:
-        config = msgspec.structs.replace(config, bench={**config.bench, "data": data})
-    return config
+    config = SweepConfig(given["archs"]) if path is None else read_config(path)
+    if "data" in given:
+        given["bench"] = {**config.bench, "data": given.pop("data")}
+    return msgspec.structs.replace(config, **given)

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert import architectures
-from edgeseg.convert.geometry import default_size, run_raw, smp_fixed_size, smp_size_multiple
+from edgeseg.convert.geometry import (
+    accepts,
+    default_size,
+    run_raw,
+    smp_fixed_size,
+    smp_native_size,
+    smp_size_multiple,
+)
 from edgeseg.errors import SpecError, did_you_mean
 from edgeseg.spec import ModelRequest, ModelSpec, Task
 
@@ -186,6 +193,9 @@ def settle_geometry(module: torch.nn.Module, spec: ModelSpec, *, check_output: b
     stride = smp_size_multiple(module, spec.in_channels)
     fixed = smp_fixed_size(module, spec.in_channels, stride, spec.model_args.get("img_size"))
     size = default_size(stride, fixed)
+    native = smp_native_size(module, spec.model_args.get("img_size"))
+    if native is not None and native != size and not accepts(module, spec.in_channels, *size):
+        size = native  # relative positions may be known up to it only
     notes = settle_output_size(module, spec, size) if check_output else ()
     if fixed is not None:
         only = f"{fixed[0]}x{fixed[1]}"

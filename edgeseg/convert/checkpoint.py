@@ -152,11 +152,6 @@ def _read_file(path: Path, config: dict[str, Any], notes: tuple[str, ...], key: 
         raise CheckpointError(f"{path} is empty; copy or download it again")
     if size > MAX_FILE_BYTES:
         raise CheckpointError(f"{path} has {size >> 30} GiB, more than the {MAX_FILE_BYTES >> 30} GiB read here")
-    if path.suffix.lower() == ".onnx":
-        raise CheckpointError(
-            f"{path} is an ONNX graph, not weights; give the module it was exported from to edgeseg.build(module), which takes "
-            "the scales of its fake-quantizers, or its state dict"
-        )
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run: git lfs pull")
     settings: dict[str, dict[str, Any]] = {}

@@ -69,6 +69,7 @@ def _conflicts(request: ModelRequest, demo: DemoModel) -> list[str]:
         ("task", request.task, demo.task),
         ("input dtype", request.input_dtype, "uint8"),
         ("in_channels", request.in_channels, len(demo.preprocess.mean)),
+        ("clip", request.clip, demo.normalization.clip),
         ("mean", request.mean, demo.preprocess.mean),
         ("std", request.std, demo.preprocess.std),
         ("scale", request.scale, demo.normalization.scale),

@@ -63,7 +63,10 @@ def normalized(images: NDArray[Any], preprocess: Preprocess) -> torch.Tensor:
     """``(N, H, W, C)`` RGB -> float32 ``(N, C, H, W)`` as the network gets them."""
     import torch
 
-    pixels = images.astype(np.float32) * np.float32(preprocess.scale)
+    pixels = images.astype(np.float32)
+    if preprocess.clip is not None:
+        pixels = pixels.clip(*preprocess.clip)
+    pixels *= np.float32(preprocess.scale)
     if preprocess.channel_order == "bgr":
         pixels = pixels[..., ::-1]
     mean, std = (np.asarray(values, np.float32) for values in (preprocess.mean, preprocess.std))

@@ -21,6 +21,8 @@ from edgeseg.convert.fake_quantizers import mode
 from edgeseg.convert.heads import LOGITS, Pipeline
 from edgeseg.convert.marks import drop_marks, take_marks
 from edgeseg.convert.naming import name_by_scope, name_dynamic_axes
+from edgeseg.convert.onnx_network import OnnxNetwork
+from edgeseg.convert.onnx_reading import OPSET
 from edgeseg.convert.parity import (
     RELATIVE_TOLERANCE,
     Parity,
@@ -31,7 +33,7 @@ from edgeseg.convert.parity import (
 from edgeseg.convert.silence import silenced
 from edgeseg.convert.simplify import simplify
 from edgeseg.convert.translations import TRANSLATIONS
-from edgeseg.errors import ExportError, SpecError, first_line
+from edgeseg.errors import EdgesegError, ExportError, SpecError, first_line
 from edgeseg.graph.macs import count_macs
 from edgeseg.graph.running import GraphSession
 from edgeseg.spec import InputSpec, PipelineSpec
@@ -40,8 +42,6 @@ from edgeseg.store.onnx_file import write_onnx
 
 if TYPE_CHECKING:
     from edgeseg.convert.load import LoadedModel
-
-OPSET = 20
 
 MARKS_NAME = "marks.json"
 """Beside the graph of a module with fake-quantizers: where they stand, :class:`~edgeseg.graph.grid.Marks`."""
@@ -110,7 +110,7 @@ def export_onnx(
         model, marks = drop_marks(model, kept, loaded.trained.tools)
         write_json(path.with_name(MARKS_NAME), marks)
     try:
-        parity = check(model, spec, probes, reference)
+        parity = check(model, spec, probes, reference, loaded.reference)
     except ExportError as exc:
         own = max(rounding_error(loaded, images) for images in probes)
         # Two float32 computations differ by up to the sum of what each is off.
@@ -205,9 +205,14 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
                 verbose=False,
             )
             assert program is not None
+        for part in pipeline.modules():
+            if isinstance(part, OnnxNetwork):
+                part.inline(program.model)
         name_by_scope(program.model)
         name_dynamic_axes(program.model)
         exported = ir.serde.serialize_model(program.model)
+    except EdgesegError:
+        raise
     except Exception as exc:
         if depends_on_values(exc):
             raise SpecError(
@@ -253,10 +258,11 @@ def check(
     spec: PipelineSpec,
     probes: list[NDArray[Any]],
     reference: list[dict[str, NDArray[Any]]],
+    name: str = "PyTorch",
 ) -> Parity:
-    """Compare ``model``, ``logits`` among its outputs, with PyTorch's outputs. Raises :class:`ExportError`."""
+    """Compare ``model``, ``logits`` among its outputs, with the outputs of ``name``. Raises :class:`ExportError`."""
     session = GraphSession(model, "the exported graph", ExportError, optimized=True)
-    return compare(reference, [session.run(images) for images in probes])
+    return compare(reference, [session.run(images) for images in probes], name)
 
 
 def without_extra_logits(model: onnx.ModelProto, spec: PipelineSpec) -> onnx.ModelProto:
@@ -279,7 +285,10 @@ def rounding_error(loaded: LoadedModel, images: NDArray[Any]) -> float:
     Untrained networks without working normalization amplify it from layer to layer.
     """
     preprocess = loaded.preprocess
-    values = (images * preprocess.scale - np.array(preprocess.mean)) / np.array(preprocess.std)
+    values = images.astype(np.float64)
+    if preprocess.clip is not None:
+        values = values.clip(*preprocess.clip)
+    values = (values * preprocess.scale - np.array(preprocess.mean)) / np.array(preprocess.std)
     x = torch.from_numpy(values.transpose(0, 3, 1, 2).copy())
     with silenced(), torch.inference_mode():
         try:

@@ -143,6 +143,9 @@ def read_fake_quantizers(module: nn.Module) -> tuple[nn.Module, Reading | None]:
     Raises:
         SpecError: a module that was converted to integers already, or exported in training mode.
     """
+    own = {name: part for name, part in module.named_modules() if isinstance(part, FakeQuantizer)}
+    if own:
+        return module, Reading((ONNX_FILE,), (), own)
     _refuse_converted(module)
     tools: Counter[str] = Counter()
     off: list[str] = []
@@ -177,6 +180,7 @@ def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
+ONNX_FILE = "the ONNX file"
 _TORCH, _PT2E, _NVIDIA, _NNCF = "torch.ao", "PT2E", "NVIDIA's TensorQuantizer", "NNCF"
 _WATCHES = "an observer"
 
@@ -204,32 +208,32 @@ def _of_torch(name: str, part: Any) -> FakeQuantizer | None:
     if not int(part.fake_quant_enabled[0]):
         return None
     if getattr(part, "is_dynamic", False):
-        raise _refused(name, "computes its scale anew for each image", "train it with static ranges")
+        raise refused(name, "computes its scale anew for each image", "train it with static ranges")
     scale, zero_point = part.scale, part.zero_point
     observer = getattr(part, "activation_post_process", None)
     seen = getattr(observer, "min_val", None)
     if seen is not None and (seen.numel() == 0 or not bool(torch.isfinite(seen).all())) and bool((scale == 1).all()):
-        raise _refused(name, "has seen no data", "run training images through the module first")
+        raise refused(name, "has seen no data", "run training images through the module first")
     # The observer knows the integers of a quantizer that was not told them.
     low, high = (
         getattr(observer, which, None) if getattr(part, which, None) is None else getattr(part, which)
         for which in ("quant_min", "quant_max")
     )
     axis = int(part.ch_axis) if scale.numel() > 1 else None
-    return _quantizer(name, scale, zero_point, int(low), int(high), axis)  # type: ignore[arg-type]
+    return quantizer_of(name, scale, zero_point, int(low), int(high), axis)  # type: ignore[arg-type]
 
 
 def _of_nvidia(name: str, part: Any) -> FakeQuantizer | None:
     if type(part).__name__ == "SequentialQuantizer":
-        raise _refused(name, "is a sequence of quantizers", "use one per tensor")
+        raise refused(name, "is a sequence of quantizers", "use one per tensor")
     state = vars(part)
     if state.get("_disabled") or not state.get("_if_quant", True):
         return None
     bits = state.get("_num_bits")
     if not isinstance(bits, int):
-        raise _refused(name, f"has floating-point numbers of {bits} bits", "use integers: mtq.INT8_DEFAULT_CFG")
+        raise refused(name, f"has floating-point numbers of {bits} bits", "use integers: mtq.INT8_DEFAULT_CFG")
     if state.get("_dynamic") or getattr(part, "_amax", None) is None:
-        raise _refused(name, "has no amax", "calibrate the module (load_calib_amax, mtq.calibrate) first")
+        raise refused(name, "has no amax", "calibrate the module (load_calib_amax, mtq.calibrate) first")
     others = {
         "_block_sizes": "blocks",
         "_bias": "a bias",
@@ -238,28 +242,28 @@ def _of_nvidia(name: str, part: Any) -> FakeQuantizer | None:
     }
     for attribute, what in others.items():
         if getattr(part, attribute, None):
-            raise _refused(name, f"has {what}", "use one scale per tensor or channel")
+            raise refused(name, f"has {what}", "use one scale per tensor or channel")
     if not state.get("_fake_quant", True):
-        raise _refused(name, "holds integers", "give the module before it was compressed")
+        raise refused(name, "holds integers", "give the module before it was compressed")
     clip = getattr(part, "clip", None) if state.get("_learn_amax") else None
     amax = part._amax if clip is None else torch.maximum(-clip.clip_value_min, clip.clip_value_max)
     amax = amax.detach().float() * (1.0 if state.get("_scale_amax") is None else state["_scale_amax"])
     unsigned = bool(state.get("_unsigned"))
     high = (1 << (bits - 1 + int(unsigned))) - 1
     low = 0 if unsigned else -high - (0 if state.get("_narrow_range") else 1)
-    return _quantizer(name, amax / high, torch.zeros(amax.numel()), low, high, _axis_of(name, amax))
+    return quantizer_of(name, amax / high, torch.zeros(amax.numel()), low, high, _axis_of(name, amax))
 
 
 def _of_nncf(name: str, part: Any) -> FakeQuantizer | None:
     if not part.is_enabled_quantization():
         return None
     if hasattr(part, "lora_A"):
-        raise _refused(name, "has LoRA adapters", "strip them first: nncf.strip(model)")
+        raise refused(name, "has LoRA adapters", "strip them first: nncf.strip(model)")
     _, _, scale, zero_point = part.get_parameters_for_torch_fq()
     low, high = int(part.level_low), int(part.level_high)
     shape = torch.empty(tuple(part._scale_shape))
     axis = _axis_of(name, shape)
-    return _quantizer(name, scale, zero_point, low, high, axis)
+    return quantizer_of(name, scale, zero_point, low, high, axis)
 
 
 _READERS = {_TORCH: _of_torch, _NVIDIA: _of_nvidia, _NNCF: _of_nncf}
@@ -269,21 +273,23 @@ def _axis_of(name: str, shaped: Tensor) -> int | None:
     """The axis that a scale shaped to be broadcast runs along."""
     axes = [axis for axis, size in enumerate(shaped.shape) if size > 1]
     if len(axes) > 1:
-        raise _refused(name, f"has scales of shape {tuple(shaped.shape)}", "use one per tensor or channel")
+        raise refused(name, f"has scales of shape {tuple(shaped.shape)}", "use one per tensor or channel")
     return axes[0] if axes else None
 
 
-def _quantizer(name: str, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None) -> FakeQuantizer:
+def quantizer_of(name: str, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None) -> FakeQuantizer:
+    """The fake-quantizer of these numbers. Raises :class:`SpecError` for one that no int8 engine can take over."""
     if high - low > 255:
-        raise _refused(name, f"has {high - low + 1} levels, int8 has 256", "train it with 8 bits")
+        raise refused(name, f"has {high - low + 1} levels, int8 has 256", "train it with 8 bits")
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise _refused(name, "has a scale that is not positive and finite", "calibrate or train it again")
+        raise refused(name, "has a scale that is not positive and finite", "calibrate or train it again")
     if not bool(((zero_point >= low) & (zero_point <= high)).all()):
-        raise _refused(name, "cannot hold 0 exactly", "train it with a zero point among its integers")
+        raise refused(name, "cannot hold 0 exactly", "train it with a zero point among its integers")
     return FakeQuantizer(scale, zero_point, low, high, axis)
 
 
-def _refused(name: str, what: str, advice: str) -> SpecError:
+def refused(name: str, what: str, advice: str) -> SpecError:
+    """The error for a fake-quantizer that no int8 engine can take over."""
     return SpecError(f"the fake-quantizer {name} {what}, which an int8 engine cannot take over; {advice}")
 
 
@@ -330,7 +336,7 @@ def _replace_pairs(module: torch.fx.GraphModule) -> int:
         if what.startswith("quantize_per_tensor"):
             scale, zero_point, low, high = (_constant(module, argument) for argument in node.args[1:5])
             name = f"fake_quantizer_{count}"
-            quantizer = _quantizer(
+            quantizer = quantizer_of(
                 node.name, torch.as_tensor(scale), torch.as_tensor(zero_point), int(low), int(high), None
             )
             module.add_submodule(name, quantizer)
@@ -405,7 +411,7 @@ def settled(module: nn.Module, reading: Reading, image: Tensor) -> Reading:
         if x.requires_grad:
             part.is_activation = True
         elif part in weights and not torch.equal(weights[part], result):
-            raise _refused(name, "rounds several weights", "give each its own")
+            raise refused(name, "rounds several weights", "give each its own")
         else:
             weights[part] = result.detach()
 
@@ -423,7 +429,7 @@ def settled(module: nn.Module, reading: Reading, image: Tensor) -> Reading:
             hook.remove()
     for part, rounded in weights.items():
         if part.is_activation:
-            raise _refused(took_part[part], "rounds a weight and an activation", "give each its own")
+            raise refused(took_part[part], "rounds a weight and an activation", "give each its own")
         part.is_activation, part.rounded = False, rounded
     return dataclasses.replace(reading, quantizers={name: part for part, name in took_part.items()})
 

@@ -56,13 +56,24 @@ def _first_tensor(output: Any) -> torch.Tensor | None:
     return output if isinstance(output, torch.Tensor) else None
 
 
+def exported_shape(module: torch.nn.Module) -> tuple[int | None, ...]:
+    """``(N, C, H, W)`` of the image that a graph of ``torch.export`` or an ONNX file takes, ``None`` for what it leaves open.
+
+    All is open of a module that is neither.
+    """
+    shape = getattr(module, "image_shape", None)
+    for node in getattr(getattr(module, "graph", None), "nodes", ()) if shape is None else ():
+        given: Any = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
+        if len(given) == 4:
+            shape = tuple(side if type(side) is int else None for side in given)
+            break
+    return (None,) * 4 if shape is None else tuple(shape)
+
+
 def exported_size(module: torch.nn.Module) -> tuple[int, int] | None:
-    """Height and width of the image that ``torch.export`` fixed in a graph, ``None`` where it fixed none."""
-    for node in getattr(getattr(module, "graph", None), "nodes", ()):
-        shape: Any = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
-        if len(shape) == 4:
-            return (shape[2], shape[3]) if all(type(side) is int for side in shape[2:]) else None
-    return None
+    """Height and width of that image, ``None`` where one of them is open."""
+    height, width = exported_shape(module)[2:]
+    return None if height is None or width is None else (height, width)
 
 
 def accepts(module: torch.nn.Module, channels: int, height: int, width: int) -> bool:
@@ -95,16 +106,23 @@ def smp_fixed_size(
     timm marks encoders whose *weights* are for one size; whether the built module insists on it (windows, position
     embeddings) depends on its arguments, so a marked encoder is tried at another size.
     """
-    encoder: Any = module.encoder
-    network = getattr(encoder, "model", None)
-    settings = getattr(network, "pretrained_cfg", None) or {}
-    if not settings or not settings.get("fixed_input_size", False):
+    native = smp_native_size(module, img_size)
+    if native is None:
         return None
-    given = (img_size, img_size) if isinstance(img_size, int) else img_size
-    native = _native_size(encoder.modules()) or tuple(int(v) for v in given or settings["input_size"][-2:])
     # A small size first, since it costs little; PAN needs more than 128 pixels, so one failure is no proof.
     others = ((5 * stride, 7 * stride), (native[0] + 2 * stride, native[1] + 4 * stride))
-    return None if any(accepts(module, channels, *other) for other in others) else (native[0], native[1])
+    return None if any(accepts(module, channels, *other) for other in others) else native
+
+
+def smp_native_size(module: torch.nn.Module, img_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """The size that a timm encoder marked as made for one was built for; ``None`` for any other encoder."""
+    encoder: Any = module.encoder
+    settings = getattr(getattr(encoder, "model", None), "pretrained_cfg", None) or {}
+    if not settings.get("fixed_input_size", False):
+        return None
+    given = (img_size, img_size) if isinstance(img_size, int) else img_size
+    height, width = _native_size(encoder.modules()) or given or settings["input_size"][-2:]
+    return int(height), int(width)
 
 
 def _native_size(modules: Iterable[torch.nn.Module]) -> tuple[int, int] | None:

@@ -41,9 +41,9 @@ LOGITS = "logits"
 class Normalize(nn.Module):
     """``(N, H, W, C)`` RGB of any input dtype -> float32 ``(N, C, H, W)`` in the network's channel order and range.
 
-    ``(x * scale - mean) / std`` as one multiply-add. The mean is not folded into the first convolution: that pads with
-    zeros, so folding is exact everywhere but at the image border. Cast comes first because TensorRT takes uint8 at a
-    network's input only to cast it.
+    ``(clip(x) * scale - mean) / std``, all after the clip as one multiply-add. The mean is not folded into the first
+    convolution: that pads with zeros, so folding is exact everywhere but at the image border. Cast comes first because
+    TensorRT takes uint8 at a network's input only to cast it.
     """
 
     weight: torch.Tensor
@@ -54,6 +54,7 @@ class Normalize(nn.Module):
         mean = torch.tensor(preprocess.mean, dtype=torch.float64)
         std = torch.tensor(preprocess.std, dtype=torch.float64)
         weight, bias = preprocess.scale / std, -mean / std
+        self.clip = preprocess.clip
         self.swap = preprocess.channel_order == "bgr"
         if self.swap:  # normalized in the image's order, so that the swap stands right before the network
             weight, bias = weight.flip(0), bias.flip(0)
@@ -63,6 +64,8 @@ class Normalize(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Normalize one batch."""
         x = image.to(torch.float32).permute(0, 3, 1, 2)
+        if self.clip is not None:
+            x = x.clamp(*self.clip)
         x = x * self.weight + self.bias
         return x.flip(1) if self.swap else x
 
@@ -209,7 +212,7 @@ def without_activation(module: nn.Module, activation: str | None, image: torch.T
         activation: SMP's name.
         image: float32 ``(N, C, H, W)`` to compare on.
     """
-    apply = _APPLIED.get("argmax" if activation in ("argmax", "argmax2d") else ACTIVATIONS.get(activation, "none"))
+    apply = APPLIED.get("argmax" if activation in ("argmax", "argmax2d") else ACTIVATIONS.get(activation, "none"))
     paths = [
         name
         for name, child in module.named_modules()
@@ -234,7 +237,7 @@ def without_activation(module: nn.Module, activation: str | None, image: torch.T
     return (bare, True) if alike else (module, False)
 
 
-_APPLIED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+APPLIED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "softmax": lambda x: x.softmax(dim=1),
     "logsoftmax": lambda x: x.log_softmax(dim=1),

@@ -6,6 +6,7 @@ a note. Nothing asked for is silently changed.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def load_model(request: ModelRequest, images: ImageSource = no_images) -> Loaded
         fetch_model(weights, needs_preprocessing=request.mean is None)
     architectures.import_for_conversion("torch")
     architectures.import_smp()
+    if request.is_onnx_file:
+        return _load_onnx(request, images)
     if request.weights_key is not None and (weights is None or not Path(weights).expanduser().is_file()):
         raise SpecError(f"weights_key is {request.weights_key!r}, but the weights are no checkpoint file; leave it out")
     if weights is None:
@@ -70,6 +73,29 @@ def load_model(request: ModelRequest, images: ImageSource = no_images) -> Loaded
     if not Path(weights).expanduser().exists() and _is_hub_name(request, weights):
         return _load_pretrained_encoder(request, weights)
     return _load_checkpoint(request, read_checkpoint(weights, request.weights_key), images)
+
+
+def _load_onnx(request: ModelRequest, images: ImageSource) -> LoadedModel:
+    from edgeseg.convert.onnx_network import OnnxNetwork
+
+    path = Path(str(request.weights)).expanduser()
+    network = OnnxNetwork(path)
+    try:
+        loaded = wrap_module(network, replace(request, weights=None), images)
+    except SpecError as exc:
+        raise SpecError(_of_file(str(exc))) from exc
+    return replace(
+        loaded,
+        weights=f"the ONNX file {path}",
+        weights_sha256=network.graphs.source.sha256,
+        users_module=False,
+        notes=(*network.graphs.source.notes, *map(_of_file, loaded.notes)),
+        onnx_bytes=network.graphs.source.size_bytes,
+    )
+
+
+def _of_file(words: str) -> str:
+    return re.sub("(the )?OnnxNetwork|the module", "the ONNX file", words)
 
 
 def _is_hub_name(request: ModelRequest, weights: str) -> bool:

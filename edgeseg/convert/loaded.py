@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgeseg.convert.architectures import name_softmax_axis
 from edgeseg.convert.saved_preprocessing import Fitting, SavedPreprocessing
@@ -42,6 +42,8 @@ class LoadedModel:
             trained with them.
         users_module: an object of the user's: neither ``model`` nor the weights tell what its code computes, so nothing
             made of it may be found again by them.
+        fixed_batch: the only number of images it takes at a time, or ``None``.
+        onnx_bytes: size of the ONNX file that is the model; ``None`` of any other.
     """
 
     module: torch.nn.Module
@@ -59,6 +61,27 @@ class LoadedModel:
     origin: WeightsOrigin | None = None
     fitting: Fitting = field(default_factory=Fitting)
     trained: Reading | None = None
+    fixed_batch: int | None = None
+    onnx_bytes: int | None = None
+
+    @property
+    def reference(self) -> str:
+        """What its engines are compared with, for the user."""
+        return "PyTorch" if self.onnx_bytes is None else "the ONNX file"
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its parameters, or of the file."""
+        own = sum(p.numel() * p.element_size() for p in self.module.parameters())
+        return own if self.onnx_bytes is None else self.onnx_bytes
+
+    def as_timed(self) -> LoadedModel:
+        """The same as a user runs it: without fake-quantizers, which cost time that only training spends; an ONNX file as
+        ONNX Runtime runs it by default."""
+        if self.onnx_bytes is None:
+            return self.in_float()
+        timed: Any = self.module
+        return replace(self, module=timed.as_timed())
 
     def in_float(self) -> LoadedModel:
         """The same with its fake-quantizers off."""
@@ -78,7 +101,9 @@ class LoadedModel:
         if self.fixed_size is not None and (height, width) != self.fixed_size:
             only = f"{self.fixed_size[0]}x{self.fixed_size[1]}"
             what = f"{self.model.encoder} takes {only} only, got {height}x{width}"
-            raise SpecError(f"{what}; give --size {only}, or --model-arg img_size=N")
+            raise SpecError(
+                f"{what}; give --size {only}{'' if self.model.arch == 'custom' else ', or --model-arg img_size=N'}"
+            )
         if height % self.stride or width % self.stride:
             near = [max(self.stride, round(v / self.stride) * self.stride) for v in (height, width)]
             raise SpecError(

@@ -6,7 +6,7 @@ vendor's message about a node leads back to a line of the model.
 
 from __future__ import annotations
 
-import ast
+import re
 from collections.abc import Container, Iterator
 
 import onnx
@@ -50,12 +50,21 @@ def _module_path(node: ir.Node) -> str:
         for value in node.inputs:
             if value is not None and value.is_initializer() and value.name and value.name.endswith(".weight"):
                 return _strip(value.name.removesuffix(".weight"))
-    scopes = node.metadata_props.get(_SCOPES)
-    path = ""
-    if scopes:
-        # name_scopes is the repr of a list: "", each module path outside in, and last the operator's own name
-        path = next((s for s in reversed(ast.literal_eval(scopes)[:-1]) if s), "")
-    return _strip(path)
+    # name_scopes is the repr of a list: "", each module path outside in, and last the operator's own name
+    scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
+    return _strip(
+        next((scope for scope in reversed(scopes[:-1]) if scope), "") if scopes else _traced_path(node.name or "")
+    )
+
+
+def _traced_path(name: str) -> str:
+    """``/encoder/layer1/layer1.0/conv1/Conv``, as torch's older exporter writes it, is of ``encoder.layer1.0.conv1``."""
+    path: list[str] = []
+    for part in name.strip("/").split("/")[:-1]:
+        if path and part.startswith(f"{path[-1]}."):
+            path.pop()
+        path.append(part)
+    return ".".join(path)
 
 
 def _strip(path: str) -> str:

@@ -110,14 +110,16 @@ def output_ending(module: torch.nn.Module, inputs: torch.Tensor) -> Ending:
     """
     import torch
 
+    own_end = getattr(module, "end", None)
     with torch.enable_grad(), quiet_libraries():
-        output = module(inputs.clone().requires_grad_(True))
+        output = module(inputs.clone().requires_grad_(own_end is None))
     output = output[0] if isinstance(output, (tuple, list)) else output
+    end = output.grad_fn if own_end is None else own_end
     values = output.detach()
     low, high = float(values.min()), float(values.max())
     shares = values.shape[1] > 1 and _sums_to_one(values)
     log_shares = values.shape[1] > 1 and high <= 0 and _sums_to_one(values.exp())
-    last = _OPERATORS.get(_last_operator(output))
+    last = _OPERATORS.get(_last_operator(end))
     if last == "softmax" and not shares:
         return Ending(None, False, low, high)  # over another axis than the classes
     if shares or log_shares:
@@ -125,11 +127,12 @@ def output_ending(module: torch.nn.Module, inputs: torch.Tensor) -> Ending:
     within = low >= 0 and high <= 1
     if last in ("sigmoid", "tanh") or (last == "clamp" and within):
         return Ending(last, True, low, high)
-    return Ending(None, not within and not _is_of_activations(output.grad_fn), low, high)
+    return Ending(None, not within and not _is_of_activations(end), low, high)
 
 
-# As autograd calls them, without the word Backward and what follows it.
+# As autograd calls them, without the word Backward and what follows it, and as ONNX does.
 _OPERATORS: Mapping[str, str] = {
+    "Clip": "clamp",
     "Sigmoid": "sigmoid",
     "Softmax": "softmax",
     "LogSoftmax": "logsoftmax",
@@ -141,14 +144,15 @@ _OPERATORS: Mapping[str, str] = {
 _KEEPS_RANGE = frozenset(
     ("Alias", "AsStrided", "Clone", "Contiguous", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze")
     + ("ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "UpsampleBilinear2D", "UpsampleNearest2D", "View")
+    + ("Identity", "Cast", "Reshape", "Resize", "QuantizeLinear", "DequantizeLinear")
 )
-_BOUNDED = frozenset(("Sigmoid", "Softmax", "LogSigmoid", "Hardsigmoid", "Tanh"))
+_BOUNDED = frozenset(("Sigmoid", "Softmax", "LogSigmoid", "Hardsigmoid", "HardSigmoid", "Tanh"))
 _ARITHMETIC = frozenset(("Add", "Div", "Exp", "Log", "Mul", "Neg", "Pow", "Rsub", "Sub"))
 
 
-def _is_of_activations(output: Any) -> bool:
-    """Whether nothing but arithmetic lies between activations and an autograd node."""
-    seen, ahead = set(), [output]
+def _is_of_activations(end: Any) -> bool:
+    """Whether nothing but arithmetic lies between activations and an autograd node, or what stands for one."""
+    seen, ahead = set(), [end]
     while ahead:
         node = ahead.pop()
         if node in seen:
@@ -169,9 +173,9 @@ def _name_of(node: Any) -> str:
     return name
 
 
-def _last_operator(output: torch.Tensor) -> str:
-    """Name of the operator that made the values of ``output``, ``""`` where autograd was switched off."""
-    node = output.grad_fn
+def _last_operator(end: Any) -> str:
+    """Name of the operator that made the values of a node's output, ``""`` where autograd was switched off."""
+    node = end
     while node is not None:
         name = _name_of(node)
         if name not in _KEEPS_RANGE or not node.next_functions:

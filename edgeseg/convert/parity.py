@@ -86,8 +86,8 @@ def torch_outputs(pipeline: Pipeline, images: NDArray[Any]) -> dict[str, NDArray
         return {name: value.numpy() for name, value in outputs.items()}
 
 
-def compare(reference: Sequence[Arrays], actual: Sequence[Arrays]) -> Parity:
-    """Compare the outputs of the same images, logits among them.
+def compare(reference: Sequence[Arrays], actual: Sequence[Arrays], name: str = "PyTorch") -> Parity:
+    """Compare the outputs of the same images, logits among them; ``name``: what ``reference`` is of, in words.
 
     Raises:
         ExportError: NaN or infinite logits, values further apart than :data:`RELATIVE_TOLERANCE`, or mask pixels that
@@ -96,11 +96,11 @@ def compare(reference: Sequence[Arrays], actual: Sequence[Arrays]) -> Parity:
     error = 0.0
     for expected, got in zip(reference, actual, strict=True):
         if not np.isfinite(expected[LOGITS]).all():
-            raise ExportError("the PyTorch model returns NaN or infinite logits on the probe images; check its weights")
-        for name in (LOGITS, "aux_logits", "probabilities", "confidence"):
-            if name in expected:
-                worst = _difference(name, expected[name], got[name])
-                error = max(error, worst if name == LOGITS else 0.0)
+            raise ExportError(f"{name} returns NaN or infinite logits on the probe images; check the weights")
+        for output in (LOGITS, "aux_logits", "probabilities", "confidence"):
+            if output in expected:
+                worst = _difference(f"the graph's {output}", name, expected[output], got[output])
+                error = max(error, worst if output == LOGITS else 0.0)
     equal, wrong, pixels = 0, 0, 0
     for expected, got in zip(reference, actual, strict=True):
         if "mask" not in expected:
@@ -109,17 +109,17 @@ def compare(reference: Sequence[Arrays], actual: Sequence[Arrays]) -> Parity:
         tied = expected[MARGIN] <= 2.0 * error
         equal, wrong, pixels = equal + int(same.sum()), wrong + int((~same & ~tied).sum()), pixels + same.size
     if wrong:
-        raise ExportError(f"{wrong} of {pixels} mask pixels differ from PyTorch's, no ties; please report the model")
+        raise ExportError(f"{wrong} of {pixels} mask pixels differ from {name}'s, no ties; please report the model")
     return Parity(error, 1.0 - wrong / max(pixels, 1), (pixels - equal) / max(pixels, 1))
 
 
-def _difference(name: str, expected: NDArray[np.float32], got: NDArray[np.float32]) -> float:
+def _difference(what: str, name: str, expected: NDArray[np.float32], got: NDArray[np.float32]) -> float:
     if expected.shape != got.shape:
-        raise ExportError(f"the graph's {name} are {got.shape}, PyTorch's {expected.shape}; please report the model")
+        raise ExportError(f"{what} are {got.shape}, {name}'s {expected.shape}; please report the model")
     worst = float(np.abs(expected - got).max())
     allowed = RELATIVE_TOLERANCE * max(1.0, float(np.abs(expected).max()))
     if not worst <= allowed:  # so that NaN fails too
         raise ExportError(
-            f"the graph's {name} differ from PyTorch's by {worst:.3g} (allowed {allowed:.3g}); please report the model"
+            f"{what} differ from {name}'s by {worst:.3g} (allowed {allowed:.3g}); please report the model"
         )
     return worst

@@ -106,9 +106,10 @@ def resolve_preprocess(
         SpecError: mean without std, scale without both, a wrong number of values, or in_channels for which nothing can
             be assumed.
     """
-    dtype = request.input_dtype
+    dtype, clip = request.input_dtype, _clip(request)
     if request.mean is not None or request.std is not None:
         given, notes = _from_user(request, in_channels)
+        given = replace(given, clip=clip)
         # Of float32 the scale is known: mean and std are those of the values.
         if request.scale is None and judge is not None and dtype != "float32":
             better = judge((given, _other_scale(given, dtype)))
@@ -118,17 +119,19 @@ def resolve_preprocess(
         return given, notes
     if recorded is not None:
         assumed, notes = _from_record(request, recorded, in_channels)
+        assumed = replace(assumed, clip=clip)
         settled = recorded.scale_known or request.scale is not None
         candidates: tuple[Preprocess, ...] = (assumed, _other_scale(assumed, dtype))
     else:
         assumed, notes = _from_encoder(request, encoder, encoder_weights, in_channels, untrained)
+        assumed = replace(assumed, clip=clip)
         settled = untrained
         usual = [assumed, replace(assumed, mean=(0.0,) * in_channels, std=(1.0,) * in_channels)]
         if in_channels == 3:
             imagenet = Preprocess(IMAGENET_MEAN, IMAGENET_STD, 1.0 / FULL_SCALE[dtype])
             usual.append(_with_order(imagenet, request.channel_order))
         # The same values once more, wherever they came from, are no rival.
-        alone = dict.fromkeys(replace(p, source=assumed.source) for p in usual)
+        alone = dict.fromkeys(replace(p, source=assumed.source, clip=clip) for p in usual)
         candidates = tuple(p for one in alone for p in (one, _other_scale(one, dtype)))
     if settled:
         return assumed, notes
@@ -151,6 +154,14 @@ def resolve_preprocess(
     return assumed, notes
 
 
+def _clip(request: ModelRequest) -> tuple[float, float] | None:
+    if request.clip is None:
+        return None
+    if len(request.clip) != 2:
+        raise SpecError(f"--clip has {len(request.clip)} values; give the lowest and the highest, such as -160,240")
+    return request.clip[0], request.clip[1]
+
+
 def _evidence(preprocess: Preprocess, dtype: InputDtype) -> str:
     return f"the network's first batch norm fits the images given when {in_words(preprocess, dtype)}"
 
@@ -158,11 +169,14 @@ def _evidence(preprocess: Preprocess, dtype: InputDtype) -> str:
 def in_words(preprocess: Preprocess, dtype: InputDtype = "uint8") -> str:
     """What is done to pixel values, as a clause: ``images are divided by 255, then ...``."""
     scale = preprocess.scale
+    clipped = "" if preprocess.clip is None else "clipped to {:g}..{:g}".format(*preprocess.clip)
     divisor = next((n for n in (255, 65535) if scale == 1.0 / n), None)
     if scale == 1.0:
-        first = f"images keep their values{_range(dtype)}"
+        first = f"images are {clipped}" if clipped else f"images keep their values{_range(dtype)}"
     else:
-        first = f"images are divided by {divisor}" if divisor else f"images are multiplied by {scale:g}"
+        first = f"images are {clipped + ', then ' if clipped else ''}" + (
+            f"divided by {divisor}" if divisor else f"multiplied by {scale:g}"
+        )
     if set(preprocess.mean) == {0.0} and set(preprocess.std) == {1.0}:
         return f"{first} and not normalized further"
     return f"{first}, then normalized with mean {_listed(preprocess.mean)} and std {_listed(preprocess.std)}"

@@ -16,7 +16,7 @@ from edgeseg.convert import architectures
 from edgeseg.convert.assemble import Geometry, resolve_activation, resolve_task, settle_geometry
 from edgeseg.convert.evidence import ImageSource, best_fit, no_images, normalized
 from edgeseg.convert.fit import require_finite
-from edgeseg.convert.geometry import custom_geometry, exported_size, run_on
+from edgeseg.convert.geometry import custom_geometry, exported_shape, exported_size, run_on
 from edgeseg.convert.loaded import LoadedModel, freeze, hash_weights
 from edgeseg.convert.outputs import adapt_outputs, output_ending
 from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
@@ -67,9 +67,9 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     if request.weights is not None or request.model_args:
         raise SpecError("weights and model_args are for models edgeseg builds; load the weights into the module first")
     _require_python(module)
-    name = type(_unwrapped(module)).__name__
     from edgeseg.convert.fake_quantizers import read_fake_quantizers, require_same, settled
 
+    name = str(getattr(module, "stem", type(_unwrapped(module)).__name__))
     read, reading = read_fake_quantizers(_copied(_unwrapped(module)))
     whole = read if reading is None else _copied(read)
     network = _find_network(read, request)
@@ -115,10 +115,11 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     inputs = normalized(shown, preprocess)
     if run_on(described, inputs) is None:
         inputs = inputs[:1]  # a graph that was exported for one image
-    if reading is not None:
+    if reading is not None and not reading.quantizers:
         reading = settled(described, reading, inputs)
         require_same(_copied(_unwrapped(module)), whole, inputs)
-        notes += [reading.words] if reading.quantizers else []
+    if reading is not None and reading.quantizers:
+        notes.append(reading.words)
     activation, activation_notes = _activation(described, network, request, inputs)
     spec, geometry = _describe(described, network, request, encoder, channels, classes, activation, geometry)
     _check_request(request, spec.arch, encoder if network.inner is not None else None)
@@ -134,6 +135,7 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
         size=geometry.size,
         notes=tuple(dict.fromkeys(notes)),
         fixed_size=geometry.fixed,
+        fixed_batch=exported_shape(network.module)[0],
         users_module=True,
         trained=reading if reading is not None and reading.quantizers else None,
     )
@@ -305,8 +307,10 @@ def _recorded_args(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def _input_channels(network: _Network, request: ModelRequest) -> int:
-    channels = _first_channels(network.inner if network.inner is not None else network.module)
-    if request.in_channels is not None and network.inner is not None and request.in_channels != channels:
+    exported = exported_shape(network.module)[1]
+    known = network.inner is not None or exported is not None
+    channels = exported or _first_channels(network.inner if network.inner is not None else network.module)
+    if request.in_channels is not None and known and request.in_channels != channels:
         raise SpecError(f"in_channels {request.in_channels} was given, the module takes {channels}; leave it out")
     return channels if request.in_channels is None else request.in_channels
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from edgeseg.decide.entries import Entry
 from edgeseg.evaluate.intervals import MIN_IMAGES
 from edgeseg.evaluate.latency.batches import bootstrap_interval
 from edgeseg.evaluate.latency.protocol import percentile_of_rows
-from edgeseg.evaluate.results import Interval
+from edgeseg.evaluate.results import Interval, at
 from edgeseg.evaluate.tables import MISSING, counted, number
 
 Getter = Callable[[Entry], "float | None"]
@@ -76,7 +76,7 @@ def _at(path: str, per: float = 1.0) -> Getter:
     """Reads ``latency.stages.pre_ms`` of an entry's row; ``None`` where a part of the way was not measured."""
 
     def get(entry: Entry) -> float | None:
-        value = _followed(entry.row, path)
+        value = at(entry.row, path)
         return None if value is None else value / per
 
     return get
@@ -84,16 +84,10 @@ def _at(path: str, per: float = 1.0) -> Getter:
 
 def _bounds(path: str) -> IntervalGetter:
     def get(entry: Entry) -> tuple[float, float] | None:
-        estimate = _followed(entry.row, path)
+        estimate = at(entry.row, path)
         return None if estimate is None else (estimate.low, estimate.high)
 
     return get
-
-
-def _followed(value: Any, path: str) -> Any:
-    for name in path.split("."):
-        value = None if value is None else getattr(value, name)
-    return value
 
 
 def of_mean(entry: Entry) -> tuple[float, float] | None:
@@ -136,7 +130,7 @@ def _dice_loss(entry: Entry) -> float | None:
 
 
 def _drop(entry: Entry) -> Interval | None:
-    drops = _followed(entry.row, "accuracy.truth.drops") or ()
+    drops = at(entry.row, "accuracy.truth.drops") or ()
     return next((drop.drop for drop in drops if drop.metric == "miou"), None)
 
 
@@ -177,6 +171,10 @@ def _call(field: str, title: str, which: str, noise: IntervalGetter = _no_interv
 def _score(name: str, title: str, what: str, better: Literal["lower", "higher"] = "higher") -> Metric:
     """A figure of accuracy against masks."""
     return Metric(name, "", better, 4, title, what, _at(f"accuracy.truth.{name}"))
+
+
+def _memory(name: str, title: str, what: str, field: str) -> Metric:
+    return Metric(name, "MB", "lower", 0, title, what, _at(f"memory.{field}", 1e6))
 
 
 def _setting(name: str, title: str, what: str) -> Metric:
@@ -225,25 +223,9 @@ _ALL = (
         noise=of_processes,
     ),
     Metric("size_mb", "MB", "lower", 2, "Size", "engine file, millions of bytes", _at("engine.size_bytes", 1e6)),
-    Metric(
-        "peak_rss_mb",
-        "MB",
-        "lower",
-        0,
-        "Peak RSS",
-        "resident memory at most, millions of bytes",
-        _at("memory.peak_rss_bytes", 1e6),
-    ),
-    Metric(
-        "activation_mb",
-        "MB",
-        "lower",
-        0,
-        "Activations",
-        "growth of the peak while running",
-        _at("memory.activation_bytes", 1e6),
-    ),
-    Metric("gpu_mb", "MB", "lower", 0, "GPU memory", "device memory of the process", _at("memory.gpu_bytes", 1e6)),
+    _memory("peak_rss_mb", "Peak RSS", "resident memory at most, millions of bytes", "peak_rss_bytes"),
+    _memory("activation_mb", "Activations", "growth of the peak while running", "activation_bytes"),
+    _memory("gpu_mb", "GPU memory", "device memory of the process", "gpu_bytes"),
     Metric("mean_w", "W", "lower", 2, "Power", "mean power while measured", _at("power.mean_w")),
     Metric("energy_per_image_j", "J", "lower", 3, "Energy", "energy of one image", _at("power.energy_per_image_j")),
     Metric(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from edgeseg.arguments import FLAG, MOST, PATH, SIZE, argument, counts, number, settle, several, whole
 from edgeseg.errors import BuildError, EdgesegError, SpecError
@@ -30,11 +30,7 @@ from edgeseg.evaluate.results import (
     SCHEMA_VERSION,
     Accuracy,
     BenchReport,
-    ColdStart,
     FailedMeasurement,
-    Identity,
-    Memory,
-    Profile,
     Row,
     Setting,
     SpeedComparison,
@@ -43,6 +39,7 @@ from edgeseg.evaluate.results import (
 from edgeseg.machine.power import find_source
 from edgeseg.machine.state import describe_machine, machine_state
 from edgeseg.progress import Reporter, stage
+from edgeseg.spec import InputSpec
 from edgeseg.version import __version__
 
 MAX_CALL_BYTES = 4_000_000_000
@@ -76,7 +73,7 @@ class BenchRequest:
 
     engines: tuple[Path, ...] = ()
     baselines: tuple[str, ...] = argument(
-        several((*BASELINES, "none")),
+        several("baseline", (*BASELINES, "none")),
         ("pytorch",),
         name="baseline",
         help="What to compare with, on the engine's device; repeatable, the first counts.  [default: pytorch]",
@@ -107,43 +104,6 @@ class BenchRequest:
         return dataclasses.replace(BENCH, min_duration_ms=self.duration_s * 1000)
 
 
-@dataclass
-class _Findings:
-    """What is found out about one contender, apart from its latency."""
-
-    identity: Identity
-    cold_start: ColdStart | None = None
-    memory: Memory | None = None
-    profile: Profile | None = None
-    accuracy: Accuracy | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Failures:
-    """What went wrong so far, and the errors themselves for when nothing is left."""
-
-    reporter: Reporter
-    listed: list[FailedMeasurement] = field(default_factory=list)
-    errors: list[EdgesegError] = field(default_factory=list)
-
-    def add(self, engine: str, folder: str | None, what: str, error: EdgesegError) -> None:
-        """Keep a failure and tell it at once: whoever waits may want to stop here."""
-        failure = FailedMeasurement(engine, folder, what, str(error))
-        self.listed.append(failure)
-        self.errors.append(error)
-        self.reporter.note(f"{engine} failed ({what}): {error}")
-
-    def raise_if_none_left(self, engines: Sequence[Contender]) -> None:
-        """Raise when no engine is left to measure: the error itself if there was but one."""
-        if engines:
-            return
-        if len(self.errors) == 1:
-            raise self.errors[0]
-        reasons = "; ".join(f"{f.engine}: {f.reason}" for f in self.listed)
-        raise BuildError(f"no engine could be measured: {reasons}")
-
-
 def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep | None = None) -> BenchReport:
     """Measure everything asked for and return the report.
 
@@ -154,43 +114,44 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
         ArtifactError, BuildError, ...: no engine is left to measure.
         CheckpointError, InputError, SpecError: the weights, the data or a setting given cannot be used.
     """
-    opener, notes, failures = Opener(), list[str](), _Failures(reporter)
     before = machine_state()
     engines, broken = engine_contenders(request.engines)
+    bench = _Bench(request, reporter)
     names = engine_names(request.engines)
     for folder, error in broken.items():
-        failures.add(names[folder], str(folder), "load", error)
-    failures.raise_if_none_left(engines)
+        bench.fail(names[folder], str(folder), "load", error)
+    bench.raise_if_none_left(engines)
     _check_call_size(request, engines)
-    baselines, missing = baseline_contenders(engines, request.baselines, request.weights, opener)
-    notes += missing
+    baselines, missing = baseline_contenders(engines, request.baselines, request.weights, bench.opener)
+    bench.notes += missing
     if not request.baselines:
-        notes.append("no baseline asked for: nothing is compared with PyTorch")
+        bench.notes.append("no baseline asked for: nothing is compared with PyTorch")
     contenders = [*baselines, *engines]
     for engine in engines:
         reference = first_baseline(engine, contenders)
         if reference is not None and reference.device != engine.device:
-            notes.append(f"{engine.name} runs on the GPU and is compared with {reference.name}, which runs on the CPU")
+            bench.notes.append(
+                f"{engine.name} runs on the GPU and is compared with {reference.name}, which runs on the CPU"
+            )
     if accuracy is not None:
-        notes += accuracy.check(contenders)
-    if request.duration_s > 0:
-        contenders, timed = _latency_stage(request, contenders, opener, reporter, notes, failures)
-    else:
-        contenders, timed = _loadable(contenders, opener, failures), {}
-    findings = {c.name: _Findings(opener.identity(c)) for c in contenders}
-    _memory_stage(request, contenders, findings, reporter)
+        bench.notes += accuracy.check(contenders)
+    contenders = bench.timed(contenders) if request.duration_s > 0 else bench.loadable(contenders)
+    bench.rows = {c.name: Row(c.name, bench.opener.identity(c), Setting()) for c in contenders}
+    if request.fresh_processes:
+        bench.start_afresh(contenders)
     if request.profile:
-        _profile_stage([c for c in contenders if not c.is_baseline], findings, opener, reporter)
+        bench.profile([c for c in contenders if not c.is_baseline])
     if accuracy is not None:
-        _accuracy_stage(accuracy, contenders, findings, opener, reporter, failures, is_all=not timed)
+        bench.judge(accuracy, contenders)
     after = machine_state()
+    times = bench.times
     rows = [
-        _row(c, setting, findings[c.name], by_name.get(c.name))
-        for setting, by_name in (timed or {Setting(): {}}).items()
+        _row(bench.rows[c.name], c.spec.input, setting, by_name.get(c.name))
+        for setting, by_name in (times or {Setting(): {}}).items()
         for c in contenders
-        if not timed or c.name in by_name
+        if not times or c.name in by_name
     ]
-    for note in notes:
+    for note in bench.notes:
         reporter.note(note)
     return BenchReport(
         schema_version=SCHEMA_VERSION,
@@ -199,10 +160,10 @@ def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep 
         command=request.command,
         environment=describe_machine(before, after),
         rows=tuple(rows),
-        comparisons=tuple(_comparisons(contenders, timed)),
+        comparisons=tuple(_comparisons(contenders, times)),
         protocol=dataclasses.asdict(request.protocol),
-        notes=tuple(notes),
-        failed=tuple(failures.listed),
+        notes=tuple(bench.notes),
+        failed=tuple(bench.failed),
     )
 
 
@@ -219,64 +180,140 @@ def _check_call_size(request: BenchRequest, engines: Sequence[Contender]) -> Non
             )
 
 
-def _loadable(contenders: Sequence[Contender], opener: Opener, failures: _Failures) -> list[Contender]:
-    """The contenders that can be opened."""
-    loadable = []
-    for contender in contenders:
+@dataclass
+class _Bench:
+    """A bench under way.
+
+    Attributes:
+        rows: by contender's name, what is found out about it apart from its latency.
+        times: latency by setting and contender's name.
+        failed: what went wrong so far; ``errors``: the errors themselves, for when nothing is left.
+    """
+
+    request: BenchRequest
+    reporter: Reporter
+    opener: Opener = field(default_factory=Opener)
+    notes: list[str] = field(default_factory=list)
+    rows: dict[str, Row] = field(default_factory=dict)
+    times: dict[Setting, dict[str, Timed]] = field(default_factory=dict)
+    failed: list[FailedMeasurement] = field(default_factory=list)
+    errors: list[EdgesegError] = field(default_factory=list)
+
+    def fail(self, engine: str, folder: str | None, what: str, error: EdgesegError) -> None:
+        """Keep a failure and tell it at once: whoever waits may want to stop here."""
+        self.failed.append(FailedMeasurement(engine, folder, what, str(error)))
+        self.errors.append(error)
+        self.reporter.note(f"{engine} failed ({what}): {error}")
+
+    def raise_if_none_left(self, contenders: Sequence[Contender]) -> None:
+        """Raise when no engine is left to measure: the error itself if there was but one."""
+        if any(not contender.is_baseline for contender in contenders):
+            return
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        reasons = "; ".join(f"{f.engine}: {f.reason}" for f in self.failed)
+        raise BuildError(f"no engine could be measured: {reasons}")
+
+    def loadable(self, contenders: Sequence[Contender]) -> list[Contender]:
+        """The contenders that can be opened."""
+        loadable = []
+        for contender in contenders:
+            try:
+                self.opener.open(contender).close()
+            except EdgesegError as exc:
+                self.fail(contender.name, contender.folder, "load", exc)
+            else:
+                loadable.append(contender)
+        self.raise_if_none_left(loadable)
+        return loadable
+
+    def timed(self, contenders: Sequence[Contender]) -> list[Contender]:
+        """Measure latency in all settings; returns the contenders that ran in at least one."""
+        request = self.request
+        source = find_source(say=self.notes.append)
+        if source is None:
+            self.notes.append(
+                "no power source could be read (INA3221, tegrastats, NVML, RAPL): power and energy are '-'"
+            )
+        idle_w = None if source is None else idle_power(source)
+        size = request.source_size or (None, None)
+        settings = [
+            Setting(batch, threads, streams, size[0], size[1])
+            for threads in request.threads or (None,)
+            for batch in request.batches
+            for streams in request.streams
+        ]
+        left = list(contenders)
         try:
-            opener.open(contender).close()
+            for number, setting in enumerate(settings):
+                name = row_id("latency", setting)
+                with stage(self.reporter, "latency") as said:
+                    progress = partial(_overall_progress, self.reporter, number, len(settings))
+                    measured = measure_setting(left, self.opener, setting, request.protocol, source, idle_w, progress)
+                    self.times[setting] = measured.timed
+                    medians = {n: t.latency.end_to_end.median_ms for n, t in measured.timed.items()}
+                    said.append(
+                        f"{name.removeprefix('latency ')}: "
+                        + ", ".join(f"{n} {ms:.2f} ms" for n, ms in medians.items())
+                    )
+                for contender in left:
+                    for what, errors in (("load", measured.not_loaded), (name, measured.failed)):
+                        if contender.name in errors:
+                            self.fail(contender.name, contender.folder, what, errors[contender.name])
+                left = [c for c in left if c.name not in measured.not_loaded]
+        finally:
+            if source is not None:
+                source.close()
+        ran = [c for c in left if any(c.name in by_name for by_name in self.times.values())]
+        self.raise_if_none_left(ran)
+        return ran
+
+    def start_afresh(self, contenders: Sequence[Contender]) -> None:
+        """Cold start and memory of each contender, in processes of its own."""
+        with stage(self.reporter, "cold start") as said:
+            for index, contender in enumerate(contenders):
+                try:
+                    cold_start, memory = measure_fresh(contender, self.request.fresh_processes)
+                    self._learn(contender, cold_start=cold_start, memory=memory)
+                    said.append(f"{contender.name} {cold_start.total_ms:.0f} ms")
+                except BuildError as exc:
+                    self._note(contender, f"cold start and memory not measured: {exc}")
+                    said.append(f"{contender.name}: {exc}")
+                self.reporter.progress(index + 1, len(contenders))
+
+    def profile(self, engines: Sequence[Contender]) -> None:
+        """Where the time of each engine goes, by module."""
+        with stage(self.reporter, "profile") as said:
+            for contender in engines:
+                try:
+                    profile = profile_engine(self.opener.engine(contender))
+                except EdgesegError as exc:
+                    self._note(contender, f"not profiled: {exc}")
+                    continue
+                self._learn(contender, profile=profile)
+                if profile is not None:
+                    slowest = max(profile.modules, key=lambda module: module.time_ms)
+                    said.append(f"{contender.name}: {slowest.module} {slowest.share:.0%}")
+
+    def judge(self, step: AccuracyStep, contenders: Sequence[Contender]) -> None:
+        """Judge all; when that fails, the latency found before is not thrown away."""
+        try:
+            by_name = step(contenders, self.opener, self.reporter)
         except EdgesegError as exc:
-            failures.add(contender.name, contender.folder, "load", exc)
+            if not self.times:
+                raise
+            for contender in contenders:
+                if not contender.is_baseline:
+                    self.fail(contender.name, contender.folder, "accuracy", exc)
         else:
-            loadable.append(contender)
-    failures.raise_if_none_left([c for c in loadable if not c.is_baseline])
-    return loadable
+            for contender in contenders:
+                self._learn(contender, accuracy=by_name.get(contender.name))
 
+    def _learn(self, contender: Contender, **changes: Any) -> None:
+        self.rows[contender.name] = dataclasses.replace(self.rows[contender.name], **changes)
 
-def _latency_stage(
-    request: BenchRequest,
-    contenders: Sequence[Contender],
-    opener: Opener,
-    reporter: Reporter,
-    notes: list[str],
-    failures: _Failures,
-) -> tuple[list[Contender], dict[Setting, dict[str, Timed]]]:
-    """(the contenders that ran in at least one setting, their times by setting and name)."""
-    source = find_source(say=notes.append)
-    if source is None:
-        notes.append("no power source could be read (INA3221, tegrastats, NVML, RAPL): power and energy are '-'")
-    idle_w = None if source is None else idle_power(source)
-    size = request.source_size or (None, None)
-    settings = [
-        Setting(batch, threads, streams, size[0], size[1])
-        for threads in request.threads or (None,)
-        for batch in request.batches
-        for streams in request.streams
-    ]
-    left = list(contenders)
-    timed: dict[Setting, dict[str, Timed]] = {}
-    try:
-        for number, setting in enumerate(settings):
-            name = row_id("latency", setting)
-            with stage(reporter, "latency") as said:
-                progress = partial(_overall_progress, reporter, number, len(settings))
-                measured = measure_setting(left, opener, setting, request.protocol, source, idle_w, progress)
-                timed[setting] = measured.timed
-                medians = {n: t.latency.end_to_end.median_ms for n, t in measured.timed.items()}
-                said.append(
-                    f"{name.removeprefix('latency ')}: " + ", ".join(f"{n} {ms:.2f} ms" for n, ms in medians.items())
-                )
-            for contender in left:
-                for what, errors in (("load", measured.not_loaded), (name, measured.failed)):
-                    if contender.name in errors:
-                        failures.add(contender.name, contender.folder, what, errors[contender.name])
-            left = [c for c in left if c.name not in measured.not_loaded]
-    finally:
-        if source is not None:
-            source.close()
-    ran = [c for c in left if any(c.name in by_name for by_name in timed.values())]
-    failures.raise_if_none_left([c for c in ran if not c.is_baseline])
-    return ran, timed
+    def _note(self, contender: Contender, note: str) -> None:
+        self._learn(contender, notes=(*self.rows[contender.name].notes, note))
 
 
 def _overall_progress(reporter: Reporter, number: int, settings: int, done: int, total: int) -> None:
@@ -285,83 +322,21 @@ def _overall_progress(reporter: Reporter, number: int, settings: int, done: int,
     reporter.progress(int(100 * share), 100)
 
 
-def _memory_stage(
-    request: BenchRequest, contenders: Sequence[Contender], measured: dict[str, _Findings], reporter: Reporter
-) -> None:
-    if not request.fresh_processes:
-        return
-    with stage(reporter, "cold start") as said:
-        for index, contender in enumerate(contenders):
-            findings = measured[contender.name]
-            try:
-                findings.cold_start, findings.memory = measure_fresh(contender, request.fresh_processes)
-                said.append(f"{contender.name} {findings.cold_start.total_ms:.0f} ms")
-            except BuildError as exc:
-                findings.notes.append(f"cold start and memory not measured: {exc}")
-                said.append(f"{contender.name}: {exc}")
-            reporter.progress(index + 1, len(contenders))
-
-
-def _profile_stage(
-    engines: Sequence[Contender], measured: dict[str, _Findings], opener: Opener, reporter: Reporter
-) -> None:
-    with stage(reporter, "profile") as said:
-        for contender in engines:
-            findings = measured[contender.name]
-            try:
-                findings.profile = profile_engine(opener.engine(contender))
-            except EdgesegError as exc:
-                findings.notes.append(f"not profiled: {exc}")
-            if findings.profile is not None:
-                slowest = max(findings.profile.modules, key=lambda m: m.time_ms)
-                said.append(f"{contender.name}: {slowest.module} {slowest.share:.0%}")
-
-
-def _accuracy_stage(
-    step: AccuracyStep,
-    contenders: Sequence[Contender],
-    measured: dict[str, _Findings],
-    opener: Opener,
-    reporter: Reporter,
-    failures: _Failures,
-    *,
-    is_all: bool,
-) -> None:
-    """Judge all; when that fails, the latency found before is not thrown away. ``is_all``: nothing else was measured."""
-    try:
-        for name, accuracy in step(contenders, opener, reporter).items():
-            measured[name].accuracy = accuracy
-    except EdgesegError as exc:
-        if is_all:
-            raise
-        for contender in contenders:
-            if not contender.is_baseline:
-                failures.add(contender.name, contender.folder, "accuracy", exc)
-
-
-def _row(contender: Contender, setting: Setting, findings: _Findings, latency: Timed | None) -> Row:
-    spec = contender.spec.input
-    notes = list(findings.notes)
-    if latency is not None and setting.batch > spec.batch.maximum:
+def _row(row: Row, spec: InputSpec, setting: Setting, timed: Timed | None) -> Row:
+    """What is known of a contender, in one setting."""
+    notes = list(row.notes)
+    if timed is not None and setting.batch > spec.batch.maximum:
         runs = -(-setting.batch // spec.batch.maximum)
         notes.append(f"the engine takes batches of up to {spec.batch.maximum}: {setting.batch} images are {runs} runs")
-    if latency is not None and setting.batch < spec.batch.minimum:
+    if timed is not None and setting.batch < spec.batch.minimum:
         notes.append(f"the engine takes batches of at least {spec.batch.minimum}: {setting.batch} images are filled up")
-    exact = dataclasses.replace(
-        setting,
-        source_height=setting.source_height or spec.height,
-        source_width=setting.source_width or spec.width,
-    )
-    return Row(
-        id=row_id(contender.name, setting),
-        engine=findings.identity,
-        setting=exact,
-        latency=None if latency is None else latency.latency,
-        cold_start=findings.cold_start,
-        memory=findings.memory,
-        power=None if latency is None else latency.power,
-        profile=findings.profile,
-        accuracy=findings.accuracy,
+    height, width = setting.source_height or spec.height, setting.source_width or spec.width
+    return dataclasses.replace(
+        row,
+        id=row_id(row.id, setting),
+        setting=dataclasses.replace(setting, source_height=height, source_width=width),
+        latency=None if timed is None else timed.latency,
+        power=None if timed is None else timed.power,
         notes=tuple(notes),
     )
 

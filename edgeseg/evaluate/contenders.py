@@ -318,6 +318,8 @@ def _why_no_cuda() -> str | None:
 def baseline_request(manifest: Manifest, weights: Path | None) -> tuple[ModelRequest | None, str]:
     """How to load the model an engine was built from, or why that is not known."""
     model, asked = manifest.spec.model, manifest.model_request
+    if asked is not None and asked.is_onnx_file:
+        return None, f"it was built from the ONNX file {asked.weights}, and PyTorch runs none"
     if model.arch == "custom":
         return None, "it was built from a module object, which no file describes"
     if weights is None and asked is not None:

@@ -76,26 +76,23 @@ def figure(metric: str, totals: tuple[NDArray[Any], NDArray[Any], NDArray[Any]])
         return np.asarray(np.where(known, scores, 0.0).sum(axis=-1) / known.sum(axis=-1))
 
 
-def interval(
-    images: int, statistic: Callable[[NDArray[Any]], NDArray[Any]], *, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval | None:
+def interval(images: int, statistic: Callable[[NDArray[Any]], NDArray[Any]]) -> Interval | None:
     """95 % percentile-bootstrap interval over images; ``None`` where the statistic has no value.
 
     Args:
         images: N.
         statistic: weights ``(R, N)`` -> R values, NaN for none. All ones give the figure itself.
-        resamples: R.
-        seed: of the resampling. Figures that are compared use the same, so that their resamples are paired.
     """
     value = float(statistic(np.ones((1, images), np.int64))[0])
     if np.isnan(value):
         return None
-    rng = np.random.default_rng(seed)
+    # Always the same, so that the resamples of figures that are compared are paired.
+    rng = np.random.default_rng(0)
     # Memory stays at some ten MB for any number of images.
     step = max(1, 1_000_000 // images)
     samples = []
-    for start in range(0, resamples, step):
-        weights = rng.multinomial(images, np.full(images, 1.0 / images), size=min(step, resamples - start))
+    for start in range(0, RESAMPLES, step):
+        weights = rng.multinomial(images, np.full(images, 1.0 / images), size=min(step, RESAMPLES - start))
         samples.append(statistic(weights))
     values = np.concatenate(samples)
     low, high = np.percentile(values[~np.isnan(values)], [2.5, 97.5])

@@ -14,11 +14,19 @@ from numpy.typing import NDArray
 from edgeseg.errors import GateError, InputError, SpecError
 from edgeseg.evaluate.latency.batches import Estimate, bootstrap_interval
 from edgeseg.evaluate.latency.protocol import SAME_WITHIN, LatencySamples, compare, percentile_of_rows
-from edgeseg.evaluate.results import BenchReport, Row
+from edgeseg.evaluate.results import BenchReport, Row, at
 from edgeseg.evaluate.tables import MISSING, FigureTable, milliseconds, number
 from edgeseg.spec import one_of
 
-METRICS = ("median_ms", "p99_ms", "cold_start_ms", "peak_rss_bytes", "size_bytes", "miou")
+METRICS = {
+    "median_ms": ("median ms", "latency.end_to_end.median_ms"),
+    "p99_ms": ("p99 ms", "latency.end_to_end.p99_ms"),
+    "cold_start_ms": ("cold start ms", "cold_start.total_ms"),
+    "peak_rss_bytes": ("peak RSS MB", "memory.peak_rss_bytes"),
+    "size_bytes": ("size MB", "engine.size_bytes"),
+    "miou": ("mIoU", "accuracy.truth.miou.value"),
+}
+"""What is compared: how a table calls it, and where it is in a row."""
 # What differs from process to process by itself, percent: allocators round up, pages are shared or not; a cold start
 # of which not every process's time is in both reports.
 _NOISE = {"peak_rss_bytes": 2.0, "cold_start_ms": 10.0}
@@ -185,16 +193,8 @@ def _verdict(percent: float, low: float | None = None, high: float | None = None
 
 
 def _figure(row: Row, metric: str) -> float | None:
-    if metric in _LATENCY:
-        return None if row.latency is None else float(getattr(row.latency.end_to_end, metric))
-    if metric == "cold_start_ms":
-        return None if row.cold_start is None else row.cold_start.total_ms
-    if metric == "peak_rss_bytes":
-        return None if row.memory is None or row.memory.peak_rss_bytes is None else float(row.memory.peak_rss_bytes)
-    if metric == "size_bytes":
-        return float(row.engine.size_bytes)
-    truth = None if row.accuracy is None else row.accuracy.truth
-    return None if truth is None or truth.miou is None else truth.miou.value
+    value = at(row, METRICS[metric][1])
+    return None if value is None else float(value)
 
 
 def remarks(old: BenchReport, new: BenchReport, changes: Sequence[Change]) -> tuple[str, ...]:
@@ -226,7 +226,7 @@ def parse_limits(texts: Sequence[str]) -> dict[str, float]:
     for text in texts:
         metric, separator, value = text.rpartition("=")
         name = metric if separator else "median_ms"
-        one_of("metric", name, METRICS)
+        one_of("metric", name, tuple(METRICS))
         try:
             limit = float(value.rstrip("%"))
         except ValueError:
@@ -285,18 +285,8 @@ def change_table(changes: Sequence[Change]) -> FigureTable:
             bounds = " to ".join(number(bound, 1, signed=True) for bound in (change.low, change.high))
         star = "" if change.beside is None else "*"
         old, new = (_shown(change.metric, value) for value in (change.old, change.new))
-        table.add(f"  {_NAMES[change.metric]}", old, new, f"{shown} {unit}{star}", bounds, change.verdict)
+        table.add(f"  {METRICS[change.metric][0]}", old, new, f"{shown} {unit}{star}", bounds, change.verdict)
     return table
-
-
-_NAMES = {
-    "median_ms": "median ms",
-    "p99_ms": "p99 ms",
-    "cold_start_ms": "cold start ms",
-    "peak_rss_bytes": "peak RSS MB",
-    "size_bytes": "size MB",
-    "miou": "mIoU",
-}
 
 
 def _shown(metric: str, value: float | None) -> str:

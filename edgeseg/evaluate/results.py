@@ -368,6 +368,13 @@ class Row:
     notes: tuple[str, ...] = ()
 
 
+def at(value: Any, path: str) -> Any:
+    """What is at ``latency.stages.pre_ms`` of a row; ``None`` where a part of the way was not measured."""
+    for name in path.split("."):
+        value = None if value is None else getattr(value, name)
+    return value
+
+
 SCHEMA_VERSION = 1
 
 SpeedVerdict: TypeAlias = Literal["faster", "slower", "no difference", "cannot tell"]

@@ -41,8 +41,9 @@ def input_line(spec: PipelineSpec, *, is_default_size: bool) -> str:
     parts.append(fit_words(image))
     mean, std = (",".join(f"{value:.4g}" for value in values) for values in (preprocess.mean, preprocess.std))
     values = values_words(preprocess, image.dtype)
+    clip = "" if preprocess.clip is None else "clipped to {:g}..{:g}; ".format(*preprocess.clip)
     order = "" if preprocess.channel_order == "rgb" else f", {preprocess.channel_order.upper()} inside"
-    line = f"{', '.join(parts)}; mean {mean} std {std} of {values}{order} (from {preprocess.source})"
+    line = f"{', '.join(parts)}; {clip}mean {mean} std {std} of {values}{order} (from {preprocess.source})"
     return line + ("; the size is only a default, give --size" if is_default_size else "")
 
 
@@ -72,14 +73,15 @@ def build_summary(engine: Engine) -> Group:
 
     manifest = engine.manifest
     parts: list[RenderableType] = []
-    if manifest.verification is None:
+    if (verification := manifest.verification) is None:
         parts.append(Text("not verified: no images were given (--validation DIR)", style="yellow"))
     else:
-        parts.append(verification_table(manifest.verification, f"{manifest.name} ({manifest.target})"))
-        parts += [Text(line, style="yellow") for line in noise_lines(manifest.verification)]
-        if manifest.verification.engine_accuracy == AccuracyFigures():
-            parts.append(Text("no masks: only the agreement with PyTorch was judged (--validation DIR with masks/)"))
-        parts.append(Text(f"measured on {manifest.verification.data}", style="dim"))
+        parts.append(verification_table(verification, f"{manifest.name} ({manifest.target})"))
+        parts += [Text(line, style="yellow") for line in noise_lines(verification)]
+        if verification.engine_accuracy == AccuracyFigures():
+            judged = f"no masks: only the agreement with {verification.reference} was judged"
+            parts.append(Text(f"{judged} (--validation DIR with masks/)"))
+        parts.append(Text(f"measured on {verification.data}", style="dim"))
     parts.append(Text(precision_line(manifest.precision)))
     if manifest.candidates:
         listed = ", ".join(f"{name} {ms:.1f} ms" for name, ms in manifest.candidates.items())
@@ -221,7 +223,7 @@ def verification_table(verification: Verification, engine_name: str) -> FigureTa
     v = verification
     before, after = v.pytorch_accuracy, v.engine_accuracy
     table = FigureTable(
-        (("", "words"), ("PyTorch", "figure"), (printable(engine_name), "name"), ("difference", "figure"))
+        (("", "words"), (printable(v.reference), "figure"), (printable(engine_name), "name"), ("difference", "figure"))
     )
     noisy = " *" if noise_lines(v) else ""
     for name, first, second, difference in (
@@ -233,9 +235,9 @@ def verification_table(verification: Verification, engine_name: str) -> FigureTa
                 ("pixel accuracy", before.pixel_accuracy, after.pixel_accuracy),
             )
         ),
-        ("agreement with PyTorch", MISSING, share(v.agreement), ""),
+        (f"agreement with {printable(v.reference)}", MISSING, share(v.agreement), ""),
         ("  near class boundaries", MISSING, share(v.boundary_agreement), ""),
-        ("mIoU, PyTorch's as truth", MISSING, share(v.miou_vs_pytorch), ""),
+        (f"mIoU, {printable(v.reference)}'s as truth", MISSING, share(v.miou_vs_pytorch), ""),
         ("median ms", *_milliseconds(v, "median_ms"), speed_words(v) + noisy),
         ("p99 ms", *_milliseconds(v, "p99_ms"), ""),
     ):
@@ -253,7 +255,7 @@ def class_table(verification: Verification, class_names: Sequence[str]) -> Figur
     reference, engine = verification.pytorch_accuracy.per_class_iou, verification.engine_accuracy.per_class_iou
     if not reference or not engine or all(value is None for value in reference):
         return None
-    table = FigureTable.of("class", "PyTorch IoU", "engine IoU", "difference")
+    table = FigureTable.of("class", f"{printable(verification.reference)} IoU", "engine IoU", "difference")
     for index, (before, after) in enumerate(zip(reference, engine, strict=True)):
         name = class_names[index] if index < len(class_names) else str(index)
         if before is not None or after is not None:
@@ -332,7 +334,7 @@ def speed_words(verification: Verification) -> str:
 
 def noise_lines(verification: Verification) -> list[str]:
     """Why the times are to be read with care, a line each; empty for a quiet run."""
-    both = (("PyTorch", verification.pytorch_latency), ("engine", verification.engine_latency))
+    both = ((printable(verification.reference), verification.pytorch_latency), ("engine", verification.engine_latency))
     seen: dict[str, list[str]] = {}
     for name, latency in both:
         for detail in () if latency is None else latency.noise:

@@ -60,6 +60,7 @@ def verify(
     pairs: Iterable[Pair],
     *,
     data: str,
+    reference_name: str = "PyTorch",
     reference_size_bytes: int,
     engine_size_bytes: int,
     protocol: LatencyProtocol | None = SHORT,
@@ -74,6 +75,7 @@ def verify(
         spec: the contract both fulfil.
         pairs: held-out images, with or without masks; read one at a time.
         data: where they came from, in words.
+        reference_name: what the reference is, in words.
         reference_size_bytes: of the model's parameters.
         engine_size_bytes: of the engine file.
         protocol: how long to time both; ``None`` not to.
@@ -102,6 +104,7 @@ def verify(
         pytorch_size_bytes=reference_size_bytes,
         engine_size_bytes=engine_size_bytes,
         speedup=latency[2],
+        reference=reference_name,
     )
 
 
@@ -119,22 +122,23 @@ def check_fidelity(verification: Verification, precision: str, without_ties: Cal
         BuildError: an fp32 engine that is another function than its model.
     """
     agreement, floor = verification.agreement, AGREEMENT_FLOOR[precision]
+    agree = f"of pixels agree with {verification.reference}"
     if agreement >= floor:
         return None
     if precision != "fp32":
         return (
-            f"{agreement:.4f} of pixels agree with PyTorch, less than the {floor:g} usual for {precision}: look at the "
+            f"{agreement:.4f} {agree}, less than the {floor:g} usual for {precision}: look at the "
             "masks before using it, or set --min-agreement"
         )
     untied = without_ties()
     if untied < floor:
         raise BuildError(
-            f"the fp32 engine is not its model: {untied:.4f} of pixels agree with PyTorch, ties aside, at least {floor:g} "
+            f"the fp32 engine is not its model: {untied:.4f} {agree}, ties aside, at least {floor:g} "
             f"must ({counted(verification.images, 'image')}, {verification.data}); please report the model"
         )
     return (
-        f"{agreement:.4f} of pixels agree with PyTorch; all but {1 - untied:.4f} of the others are ties, where PyTorch's "
-        "own scores differ by less than rounding"
+        f"{agreement:.4f} {agree}; all but {1 - untied:.4f} of the others are ties, where "
+        "its own scores differ by less than rounding"
     )
 
 
@@ -252,7 +256,7 @@ def missed_gates(
             failed.append(f"the engine loses {drop:.4f} mIoU, --max-drop allows {max_drop:g}")
     if min_agreement is not None and not verification.agreement >= min_agreement:
         failed.append(
-            f"{verification.agreement:.4f} of pixels agree with PyTorch, --min-agreement wants {min_agreement:g}"
+            f"{verification.agreement:.4f} of pixels agree with {verification.reference}, --min-agreement wants {min_agreement:g}"
         )
     return failed
 

@@ -14,7 +14,7 @@ from edgeseg.spec import InputSpec, Precision
 from edgeseg.store.artifacts import PrecisionReport
 from edgeseg.store.onnx_file import read_onnx
 
-_FLOATS: Mapping[int, str] = {
+FLOATS: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "fp32",
     onnx.TensorProto.FLOAT16: "fp16",
     onnx.TensorProto.BFLOAT16: "bf16",
@@ -45,7 +45,7 @@ def node_dtypes(model: onnx.ModelProto) -> dict[str, str]:
             dtypes[node.name] = "int8"
         else:
             known = [types[name] for name in (*node.output[:1], *node.input[:1]) if name in types]
-            dtypes[node.name] = next((_FLOATS[kind] for kind in known if kind in _FLOATS), "other")
+            dtypes[node.name] = next((FLOATS[kind] for kind in known if kind in FLOATS), "other")
     return dtypes
 
 

@@ -123,7 +123,7 @@ def _verification(verification: Verification | None) -> str:
         ("mIoU", _share(before.miou), _share(after.miou)),
         ("Dice", _share(before.dice), _share(after.dice)),
         ("pixel accuracy", _share(before.pixel_accuracy), _share(after.pixel_accuracy)),
-        ("agreement with PyTorch", "-", _share(v.agreement)),
+        (f"agreement with {plain(v.reference)}", "-", _share(v.agreement)),
         ("median ms", *(("-" if x is None else f"{x.median_ms:.1f}") for x in (v.pytorch_latency, v.engine_latency))),
         ("size", *(f"{size / 1e6:.1f} MB" for size in (v.pytorch_size_bytes, v.engine_size_bytes))),
     ]
@@ -131,7 +131,7 @@ def _verification(verification: Verification | None) -> str:
     words = f"On {counted(v.images, 'image')}: {plain(v.data)}. Times are of the machine that built it; `-` was not measured."
     if noise_lines(v):
         words += " They are noisy: measure with `edgeseg bench`."
-    return f"| | PyTorch | engine |\n|---|---:|---:|\n{table}\n\n{words}"
+    return f"| | {plain(v.reference)} | engine |\n|---|---:|---:|\n{table}\n\n{words}"
 
 
 def _share(value: float | None) -> str:

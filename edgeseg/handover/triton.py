@@ -124,6 +124,11 @@ def _readme(name: str, manifest: Manifest, *, is_plan: bool) -> str:
     )
     given = expected_image(spec, has_uint16=not is_plan).dtype
     results = [*expected_outputs(spec, has_uint16=not is_plan), *_auxiliary(spec)]
+    tried = (
+        "The configuration follows Triton's own format; edgeseg has not started a server with a plan."
+        if is_plan
+        else "Folders like this one were served by Triton 2.51.0 (release 24.10) on a CPU, with the engine's own masks."
+    )
     outputs = "\n".join(f"- `{tensor.name}`: {tensor.dtype}" for tensor in results)
     return f"""# {name} for Triton
 
@@ -152,5 +157,5 @@ mask = answer.as_numpy("{spec.output.kind}")
 
 Images of another size are the client's matter: the engine was built for fit policy `{size.fit}`.
 `handover.json` has the SHA-256 of every file, `{MANIFEST_NAME}` is the engine's own record: where it is from, its precision
-and its verification against PyTorch. The configuration follows Triton's own format; edgeseg has not started a server with it.
+and its verification against PyTorch. {tried}
 """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,15 +29,8 @@ def read_array(path: Path, what: str, largest_bytes: int) -> NDArray[Any]:
     if path.suffix.lower() == ".npz":
         arrays = _read_archive(path, what, largest_bytes, most=1)
         return next(iter(arrays.values()))
-    require_file(path, what)
-    try:
-        with path.open("rb") as stream:
-            return _read_member(stream, largest_bytes)
-    except InputError as exc:
-        raise InputError(f"cannot read {what} {path}: {exc}") from exc
-    except Exception as exc:
-        # numpy raises whatever its parsing of a damaged header trips over: ValueError, tokenize.TokenError, ...
-        raise InputError(f"cannot read {what} {path}: {one_line(exc)}") from exc
+    with _reading(path, what), path.open("rb") as stream:
+        return _read_member(stream, largest_bytes)
 
 
 def open_arrays(path: Path, what: str, largest_bytes: int) -> dict[str, NDArray[Any]]:
@@ -47,33 +42,35 @@ def open_arrays(path: Path, what: str, largest_bytes: int) -> dict[str, NDArray[
     if path.suffix.lower() == ".npz":
         arrays = _read_archive(path, what, largest_bytes, most=MAX_MEMBERS)
         return {f"{path.name}:{name}": array for name, array in sorted(arrays.items())}
+    with _reading(path, what):
+        return {path.name: np.lib.format.open_memmap(path, mode="r")}
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
     require_file(path, what)
     try:
-        return {path.name: np.lib.format.open_memmap(path, mode="r")}
+        yield
     except Exception as exc:
-        raise InputError(f"cannot read {what} {path}: {one_line(exc)}") from exc
+        # BadZipFile, zlib.error, NotImplementedError (compression), RuntimeError (encryption), and whatever numpy's parsing
+        # of a damaged header trips over: ValueError, tokenize.TokenError, ...
+        why = str(exc) if isinstance(exc, InputError) else one_line(exc)
+        raise InputError(f"cannot read {what} {path}: {why}") from exc
 
 
 def _read_archive(path: Path, what: str, largest_bytes: int, most: int) -> dict[str, NDArray[Any]]:
-    require_file(path, what)
     arrays: dict[str, NDArray[Any]] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if not members or len(members) > most:
-                allowed = "1" if most == 1 else f"1 to {most}"
-                raise InputError(f"it holds {len(members)} arrays; {allowed} can be read")
-            left = largest_bytes
-            for member in members:
-                with archive.open(member) as stream:
-                    array = _read_member(stream, left)
-                arrays[member.filename.removesuffix(".npy")] = array
-                left -= array.nbytes
-    except InputError as exc:
-        raise InputError(f"cannot read {what} {path}: {exc}") from exc
-    except Exception as exc:
-        # BadZipFile, zlib.error, NotImplementedError (compression), RuntimeError (encryption), and numpy's own.
-        raise InputError(f"cannot read {what} {path}: {one_line(exc)}") from exc
+    with _reading(path, what), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if not members or len(members) > most:
+            allowed = "1" if most == 1 else f"1 to {most}"
+            raise InputError(f"it holds {len(members)} arrays; {allowed} can be read")
+        left = largest_bytes
+        for member in members:
+            with archive.open(member) as stream:
+                array = _read_member(stream, left)
+            arrays[member.filename.removesuffix(".npy")] = array
+            left -= array.nbytes
     return arrays
 
 

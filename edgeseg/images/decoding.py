@@ -38,6 +38,7 @@ from edgeseg.images.dtypes import in_dtype, refusal
 from edgeseg.images.placement import Placement, fit, fit_windows
 from edgeseg.images.tiff import TiffLayout, read_bands, tiff_layout
 from edgeseg.spec import InputDtype
+from edgeseg.store.artifacts import sha256_file
 from edgeseg.store.files import read_lines, require_file, without_warnings
 
 __all__ = [
@@ -90,6 +91,14 @@ def read_image(path: str | Path, channels: int = 3, dtype: InputDtype = "uint8")
     if path.suffix.lower() in ARRAY_SUFFIXES:
         return _from_array(path, read_array(path, "image", MAX_ARRAY_BYTES), channels, dtype)
     return _read_with_pillow(path, channels, dtype)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of an image file's content, hex. Raises ``InputError``."""
+    try:
+        return sha256_file(path)
+    except OSError as exc:
+        raise InputError(f"cannot read {path}: {exc.strerror}") from exc
 
 
 def pixel_digest(image: NDArray[Any]) -> str:

@@ -8,11 +8,12 @@ files) are not looked for, and one whose overviews are said to be elsewhere is r
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,9 @@ MAX_BLOCK_BYTES = 1 << 28
 """Of the tiles or strips a file is stored in: what a decoder takes at a time."""
 CACHE_BYTES = 1 << 26
 """Decoded blocks GDAL keeps; it would take a twentieth of the machine's memory."""
+
+SAME_RESOLUTION = 1e-4
+"""Ratio of two ground resolutions, less 1, up to which they are one: a pixel in a row of 10,000."""
 
 _DRIVERS = {
     b"II*\0": "GTiff",
@@ -53,9 +57,16 @@ _SETTINGS = {
 logging.getLogger("rasterio").addHandler(logging.NullHandler())
 
 
+@dataclass(frozen=True)
+class _Grid:
+    height: int
+    width: int
+    transform: Any
+
+
 @dataclass(frozen=True, eq=False)
 class Raster:
-    """An open raster, or one of its overviews.
+    """An open raster, one of its overviews, or either read at a coarser resolution.
 
     Attributes:
         path: of the file.
@@ -64,7 +75,9 @@ class Raster:
         dtype: of the pixels read.
         fill: what a float32 pixel without data is read as, by channel: a float's nodata value may be NaN or -3e38, and
             spoils whatever the network computes beside it. Other dtypes have their own values there.
-        has_nodata: whether some pixels may hold no data: by a nodata value, a mask or an alpha band.
+        is_masked: whether GDAL knows where there is no data: by a nodata value, a mask or an alpha band.
+        mask_band: of the dataset, 0 where there is no data; GDAL takes none of float32 for a mask.
+        nodata: the value of pixels without data that the dataset does not know of.
         crs, transform, control_points, rpcs: where it lies, as rasterio has it.
     """
 
@@ -73,7 +86,9 @@ class Raster:
     bands: tuple[int, ...]
     dtype: InputDtype
     fill: tuple[float, ...]
-    has_nodata: bool
+    is_masked: bool
+    mask_band: int | None
+    nodata: float | None
     crs: Any
     transform: Any
     control_points: tuple[Any, Any]
@@ -84,6 +99,10 @@ class Raster:
         """Height and width, pixels."""
         return int(self.dataset.height), int(self.dataset.width)
 
+    @property
+    def has_nodata(self) -> bool:
+        return self.is_masked or self.mask_band is not None or self.nodata is not None
+
     def read(self, rows: slice, columns: slice) -> NDArray[Any]:
         """Return a window, ``(H, W, C)`` of :attr:`dtype`. Raises ``InputError`` where the file is damaged, or holds NaN."""
         window = ((rows.start, rows.stop), (columns.start, columns.stop))
@@ -92,12 +111,12 @@ class Raster:
             if self.dtype == "float32":
                 planes = planes.astype(np.float32)
                 if self.has_nodata:
-                    nothing = self.dataset.read_masks(self.bands, window=window) == 0
-                    planes = np.where(nothing, np.array(self.fill, np.float32)[:, None, None], planes)
+                    fill = np.array(self.fill, np.float32)[:, None, None]
+                    planes = np.where(self._data(self.bands, window), planes, fill)
         if self.dtype == "float32" and not np.isfinite(planes).all():
             raise InputError(
                 f"cannot read {self.path}, rows {rows.start} to {rows.stop}: NaN or infinite values that its nodata value does "
-                "not cover; rio edit-info --nodata nan says that NaN is no data"
+                "not cover; --nodata nan says that NaN is no data"
             )
         return np.ascontiguousarray(np.moveaxis(planes, 0, -1))
 
@@ -107,7 +126,19 @@ class Raster:
             return None
         window = ((rows.start, rows.stop), (columns.start, columns.stop))
         with _clear_errors(self.path, rows), without_warnings():
-            return np.asarray(self.dataset.read_masks(sorted(set(self.bands)), window=window).any(axis=0))
+            return np.asarray(self._data(sorted(set(self.bands)), window).any(axis=0))
+
+    def _data(self, bands: Sequence[int], window: Any) -> NDArray[np.bool_]:
+        """Where each band holds data, ``(bands, H, W)``."""
+        data = np.ones((len(bands), 1, 1), np.bool_)
+        if self.is_masked:
+            data = data & (self.dataset.read_masks(bands, window=window) != 0)
+        if self.mask_band is not None:
+            data = data & (self.dataset.read(self.mask_band, window=window) != 0)
+        if self.nodata is not None:
+            planes = self.dataset.read(bands, window=window)
+            data = data & (~np.isnan(planes) if math.isnan(self.nodata) else planes != planes.dtype.type(self.nodata))
+        return data
 
 
 def raster_driver(path: Path) -> str | None:
@@ -157,38 +188,65 @@ def import_rasterio(path: Path) -> Any:
     return rasterio
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How a raster is read.
+
+    Attributes:
+        bands: from 1, one per channel in the model's order; ``None``: the colours, or all that are no alpha.
+        overview: read the overview that is so many times smaller.
+        resolution: ground size of a pixel, in units of the raster's coordinate system: what is read is the mean of the
+            raster's pixels, or of those of its next finer overview, that lie in it. ``None``: as the file has them.
+        nodata: value of the pixels without data, in place of the one that the file names; ``none``: no value is.
+    """
+
+    bands: tuple[int, ...] | None = None
+    overview: int | None = None
+    resolution: float | None = None
+    nodata: float | Literal["none"] | None = None
+
+
 @contextmanager
-def open_raster(
-    path: Path, wanted: PipelineSpec, bands: Sequence[int] | None = None, overview: int | None = None
-) -> Iterator[Raster]:
+def open_raster(path: Path, wanted: PipelineSpec, how: Reading) -> Iterator[Raster]:
     """Open a GeoTIFF, COG or JPEG 2000 file.
 
     Args:
         path: of the file.
         wanted: what the engine takes: channels and dtype.
-        bands: to read, from 1, one per channel; ``None``: the colours, or all that are no alpha.
-        overview: how many times smaller than the raster the overview is that is read; ``None`` for the raster itself.
+        how: see :class:`Reading`.
 
     Raises:
-        InputError: no such file, none of these formats, damaged, or not of such bands or overviews.
+        InputError: no such file, none of these formats, damaged, or not of such bands, overviews, resolutions or values.
         MissingDependencyError: rasterio is not installed.
     """
     with opened_raster(path) as full, ExitStack() as stack:
+        with _clear_errors(path):
+            levels = full.overviews(1)
+        level, grid = how.overview, None
+        if how.resolution is not None:
+            level, grid = _coarser(path, full, levels, how.resolution)
+        if level is not None and level not in levels:
+            has = f"has overviews {', '.join(map(str, levels))}" if levels else "has no overviews within it"
+            raise InputError(f"{path} {has}, none that is {level} times smaller; rio overview --build 2,4,8 makes them")
         dataset = full
-        if overview is not None:
-            with _clear_errors(path):
-                levels = full.overviews(1)
-            if overview not in levels:
-                has = f"has overviews {', '.join(map(str, levels))}" if levels else "has no overviews within it"
-                raise InputError(
-                    f"{path} {has}, none that is {overview} times smaller; rio overview --build 2,4,8 makes them"
-                )
-            dataset = stack.enter_context(opened_raster(path, overview_level=levels.index(overview)))
+        if level is not None:
+            dataset = stack.enter_context(opened_raster(path, overview_level=levels.index(level)))
         # GDAL reads much of a header when it is asked.
         with _clear_errors(path):
-            chosen = _chosen_bands(path, dataset, wanted.input.channels, bands)
+            chosen = _chosen_bands(path, dataset, wanted.input.channels, how.bands)
             for name in (dataset.dtypes[band - 1] for band in chosen):
                 _require_dtype(path, name, wanted.input.dtype)
+                _require_value(path, name, how.nodata)
+            by_value = _has_flag(dataset, chosen, "nodata")
+            is_masked = not _has_flag(dataset, chosen, "all_valid") and (how.nodata is None or not by_value)
+            nodata = None if how.nodata == "none" else how.nodata
+            mask_band = None
+            if grid is not None:
+                value = dataset.nodata if how.nodata is None and by_value else nodata
+                adds_alpha = is_masked and value is None and not _has_flag(dataset, chosen, "alpha")
+                dataset = stack.enter_context(_warped(dataset, grid, value, adds_alpha=adds_alpha))
+                mask_band = dataset.count if adds_alpha else None
+                is_masked, nodata = not _has_flag(dataset, chosen, "all_valid"), None
             low, high = (np.array(values) for values in wanted.preprocess.usual_values(wanted.input.dtype))
             raster = Raster(
                 path,
@@ -196,13 +254,61 @@ def open_raster(
                 chosen,
                 dtype=wanted.input.dtype,
                 fill=tuple((low + high) / 2),
-                has_nodata=_has_nodata(dataset, chosen),
-                crs=dataset.crs,
+                is_masked=is_masked,
+                mask_band=mask_band,
+                nodata=nodata,
+                crs=full.crs,
                 transform=dataset.transform,
                 control_points=dataset.gcps,
-                rpcs=dataset.rpcs,
+                rpcs=None if grid is not None else dataset.rpcs,
             )
         yield raster
+
+
+def _coarser(path: Path, full: Any, levels: Sequence[int], resolution: float) -> tuple[int | None, _Grid | None]:
+    """The overview to read for a ground resolution, and the grid to bring it to; ``None`` for none needed."""
+    place = full.transform
+    if place.is_identity:
+        raise InputError(f"{path} does not say how large its pixels are on the ground; leave out --resolution")
+    sizes = math.hypot(place.a, place.d), math.hypot(place.b, place.e)
+    across, down = (resolution / size for size in sizes)
+    if min(across, down) < 1 - SAME_RESOLUTION:
+        raise InputError(
+            f"{path} has pixels of {max(sizes):g}, larger than --resolution {resolution:g}; give {max(sizes):g} or more, or "
+            f"resample it, such as with gdalwarp -tr {resolution:g} {resolution:g} -r cubic"
+        )
+    level = max((level for level in levels if level <= min(across, down) * (1 + SAME_RESOLUTION)), default=None)
+    if all(abs(factor / (level or 1) - 1) <= SAME_RESOLUTION for factor in (across, down)):
+        return level, None
+    height, width = max(1, round(full.height / down)), max(1, round(full.width / across))
+    wider, taller = full.width / width, full.height / height
+    a, b, c, d, e, f = place[:6]
+    return level, _Grid(height, width, type(place)(a * wider, b * taller, c, d * wider, e * taller, f))
+
+
+def _warped(dataset: Any, grid: _Grid, nodata: float | None, *, adds_alpha: bool) -> Any:
+    """A dataset on another grid of the same extent: means of its pixels that hold data.
+
+    GDAL's warper gives the same for any window; it goes by nodata values, masks and alpha bands, and by the nodata value
+    of each band alone, as ``read_masks`` does.
+    """
+    from rasterio.enums import Resampling
+    from rasterio.vrt import WarpedVRT
+
+    crs = dataset.crs or "EPSG:3857"  # of both sides: nothing is projected
+    return WarpedVRT(
+        dataset,
+        src_crs=crs,
+        crs=crs,
+        height=grid.height,
+        width=grid.width,
+        transform=grid.transform,
+        resampling=Resampling.average,
+        src_nodata=nodata,
+        nodata=nodata,
+        add_alpha=adds_alpha,
+        UNIFIED_SRC_NODATA="NO",
+    )
 
 
 def geotiff_settings() -> Any:
@@ -279,11 +385,22 @@ def _require_dtype(path: Path, name: str, dtype: InputDtype) -> None:
     raise InputError(f"{path} holds {name}, the engine takes {dtype}: {', or '.join(filter(None, (build, scale)))}")
 
 
-def _has_nodata(dataset: Any, bands: Sequence[int]) -> bool:
+def _require_value(path: Path, name: str, nodata: float | str | None) -> None:
+    """Refuse a nodata value that no pixel of GDAL's type ``name`` can have."""
+    if nodata is None or isinstance(nodata, str) or np.dtype(name).kind == "f":
+        return
+    limits = np.iinfo(name)
+    if not (float(nodata).is_integer() and limits.min <= nodata <= limits.max):
+        raise InputError(
+            f"{path} holds {name}, none of whose values is {nodata:g}; give --nodata {limits.min} to {limits.max}, or none"
+        )
+
+
+def _has_flag(dataset: Any, bands: Sequence[int], name: str) -> bool:
+    """Whether GDAL's flag of this name describes the mask of any of the bands."""
     from rasterio.enums import MaskFlags
 
-    flags = dataset.mask_flag_enums
-    return all(MaskFlags.all_valid not in flags[band - 1] for band in bands)
+    return any(MaskFlags[name] in dataset.mask_flag_enums[band - 1] for band in bands)
 
 
 _NUMPY = {"uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64"}

@@ -37,6 +37,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 """Every package edgeseg uses, by the extra that brings it; ``base`` always comes. Each may change what is built."""
 
+ALL_PACKAGES = tuple(dict.fromkeys(name for names in EXTRAS.values() for name in names))
+
 # OpenCV's four distributions install the same module; any of them does.
 _SAME_MODULE = {"opencv-python-headless": ("opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless")}
 

@@ -10,30 +10,16 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.nvml import nvml_gpus, nvml_state
-from edgeseg.machine.packages import installed_version
+from edgeseg.machine.packages import ALL_PACKAGES, package_versions
 from edgeseg.machine.reading import core_limit, read_memory, read_number, read_text
 from edgeseg.machine.record import Environment, MachineState, NoiseFlag
 
 ROOT = Path("/")
-PACKAGES = (
-    "edgeseg",
-    "numpy",
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
-    "tensorrt-rtx-cu12",
-    "cuda-python",
-    "pycuda",
-    "torch",
-    "segmentation-models-pytorch",
-    "timm",
-)
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -85,7 +71,7 @@ def describe_machine(before: MachineState, after: MachineState, root: Path = ROO
         power_mode=_power_mode(root),
         jetpack=_jetpack(root),
         thread_variables={name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
-        versions={name: version for name in PACKAGES if (version := installed_version(name)) is not None},
+        versions=package_versions("edgeseg", *ALL_PACKAGES),
         before=before,
         after=after,
     )
@@ -112,11 +98,11 @@ class Counters:
     overcurrent: int | None = None
 
 
-def read_counters(root: Path = ROOT, clock: Callable[[], float] = time.monotonic) -> Counters:
+def read_counters(root: Path = ROOT) -> Counters:
     """Read the counters now."""
     used = os.times()
     return Counters(
-        seconds=clock(),
+        seconds=time.monotonic(),
         busy_s=_busy_seconds(read_text(root / "proc" / "stat")),
         own_s=used.user + used.system + used.children_user + used.children_system,
         thermal=_sum_of(root / "sys" / "devices" / "system" / "cpu", "cpu[0-9]*/thermal_throttle/*_throttle_count"),

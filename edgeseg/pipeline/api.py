@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def build(
-    arch: str | torch.nn.Module | None = None,
+    arch: str | Path | torch.nn.Module | None = None,
     *,
     precision: Precision = "int8",
     model: torch.nn.Module | None = None,
@@ -47,6 +47,7 @@ def build(
     model_args: Mapping[str, Any] | None = None,
     keep_aux: bool = False,
     input_dtype: InputDtype = "uint8",
+    clip: Sequence[float] | None = None,
     mean: float | Iterable[float] | None = None,
     std: float | Iterable[float] | None = None,
     scale: float | None = None,
@@ -83,13 +84,13 @@ def build(
     Numbers may be numpy's or torch's, choices in any case, and ``None`` asks for the default.
 
     Args:
-        arch: one of the twelve SMP architectures; may be left out when the checkpoint or ``model`` tells. Or the module
-            itself, as ``model``.
+        arch: one of the twelve SMP architectures; may be left out when the checkpoint or ``model`` tells. Or the model
+            itself: the path of an ``.onnx`` file, or a module, as ``model``.
         precision: ``fp32``, ``fp16`` or ``int8``.
         model: an SMP module, a subclass or a wrapper of one, instead of ``arch`` and ``weights``.
         encoder: SMP's name, ``tu-`` names are timm's; default the checkpoint's, else ``resnet34``.
-        weights: a checkpoint's path, ``"user/model[@revision]"`` of the Hugging Face hub, ``"imagenet"``, ``"random"``, or
-            ``None`` for the demo model of ``arch``.
+        weights: a checkpoint's or ``.onnx`` file's path, ``"user/model[@revision]"`` of the Hugging Face hub, ``"imagenet"``,
+            ``"random"``, or ``None`` for the demo model of ``arch``.
         weights_key: where the state dict is in a checkpoint with several, such as ``"state_dict_ema"``.
         classes: output channels; default what the checkpoint says.
         class_names: one per class; a list, or one string of names separated by commas.
@@ -100,6 +101,8 @@ def build(
         keep_aux: keep the auxiliary classification head as a second output.
         input_dtype: of the images the engine takes: ``uint8``, ``uint16`` (16-bit PNG, TIFF) or ``float32`` (physical values,
             such as reflectance or Hounsfield units). Images of another one are refused, never converted.
+        clip: lowest and highest pixel value, which those beyond are held at before all else, in the graph: ``(-160, 240)`` for a
+            window of Hounsfield units.
         mean: per channel, or one for all, of pixel values times ``scale``; default the checkpoint's or the encoder's.
         std: the same.
         scale: factor on pixel values before mean and std, whose units are then those; default 1/255, of uint16 1/65535, for

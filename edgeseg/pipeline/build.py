@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from edgeseg.errors import BuildError, QuantizationError
 from edgeseg.evaluate.verify import check_gates
-from edgeseg.pipeline.calibration import calibration_stage, judging_schemes, trained_stage
+from edgeseg.pipeline.calibration import calibration_stage, judging_schemes
 from edgeseg.pipeline.candidate import Candidate, candidate_stage, measured_sessions
 from edgeseg.pipeline.manifest_maker import ManifestMaker
 from edgeseg.pipeline.plan import BuildPlan, plan_build
-from edgeseg.pipeline.stages import EXPORT_FOLDER, export_stage, read_marks
+from edgeseg.pipeline.stages import EXPORT_FOLDER, export_stage
 from edgeseg.pipeline.verification import Verifier, verify_stage
 from edgeseg.progress import Reporter, stage
-from edgeseg.quantize.calibration import CalibrationSet
 from edgeseg.store.artifacts import (
     Engine,
     OnnxGraph,
@@ -77,14 +76,10 @@ def ranges_stage(
     request: BuildRequest, plan: BuildPlan, exported: OnnxGraph, scratch: Path, reporter: Reporter
 ) -> tuple[OnnxGraph, CalibrationTable | None]:
     """Calibrate, or take what training left: the fp32 graph and the table that is for it; ``None`` without calibration."""
-    marks, samples = None if plan.loaded.trained is None else read_marks(exported), plan.samples
-    graph, table = exported, None
-    if samples is not None and (marks is None or not isinstance(samples, CalibrationSet)):
+    graph, table, trained = exported, None, plan.loaded.trained is not None
+    if plan.samples is not None or trained:
         judges = judging_schemes(request, plan.targets)
-        graph, table = calibration_stage(request, exported, samples, judges, scratch, reporter)
-    elif marks is not None:
-        assert samples is None or isinstance(samples, CalibrationSet)
-        table = trained_stage(request, exported, marks, samples, reporter)
+        graph, table = calibration_stage(request, exported, plan.samples, judges, scratch, reporter, is_trained=trained)
     if request.precision == "fp16" and table is None:
         reporter.note(
             "no --calibration: which layers FP16 cannot hold was decided by their weights alone, not by their values"

@@ -13,7 +13,7 @@ from edgeseg.evaluate.tables import counted
 from edgeseg.graph.grid import Marks
 from edgeseg.pipeline.candidate import TABLE_NAME
 from edgeseg.pipeline.plan import refuse_early
-from edgeseg.pipeline.stages import export_stage, load_stage, pipeline_spec
+from edgeseg.pipeline.stages import export_stage, load_stage, pipeline_spec, read_marks
 from edgeseg.pipeline.verification_data import calibration_source
 from edgeseg.progress import Reporter, stage
 from edgeseg.quantize.calibration import (
@@ -50,16 +50,27 @@ def calibration_stage(
     judges: tuple[str, ...] | None,
     scratch: Path,
     reporter: Reporter,
+    *,
+    is_trained: bool = False,
 ) -> tuple[OnnxGraph, CalibrationTable]:
     """Take the table that was given, find one in the cache, or calibrate; return the graph it is for, channels equalized.
 
-    ``judges``: the schemes that decide about repairs; ``None``, for a table of no target, all that can.
+    Args:
+        request: of the build.
+        graph: as exported.
+        samples: images or a table; ``None`` of a network with fake-quantizers that has to do with their scales.
+        judges: the schemes that decide about repairs; ``None``, for a table of no target, all that can.
+        scratch: for the graph with its channels equalized.
+        reporter: told about it.
+        is_trained: the network has fake-quantizers, whose scales are taken where no table is given.
     """
     from edgeseg.quantize.repair.equalization import write_equalized
     from edgeseg.quantize.repair.repaired import calibrate_repaired
     from edgeseg.quantize.samples import MINIMUM_IMAGES
     from edgeseg.quantize.table import CalibrationTable, check_fresh, load_table
 
+    if is_trained and not isinstance(samples, (CalibrationTable, Path)):
+        return graph, trained_stage(request, graph, read_marks(graph), samples, reporter)
     if isinstance(samples, (CalibrationTable, Path)):
         table = load_table(samples) if isinstance(samples, Path) else samples
         with stage(reporter, "calibrate") as said:
@@ -128,7 +139,7 @@ def trained_stage(
     with stage(reporter, "calibrate") as said:
         table = trained_table(graph, marks, samples, method, reporter.progress)
         assert table.trained is not None
-        said.append(f"scales of {table.trained.activations} tensors as {' and '.join(marks.tools)} trained them")
+        said.append(f"scales of {table.trained.activations} tensors taken from {' and '.join(marks.tools)}")
         if samples is not None:
             said.append(f"{table.trained.calibrated} others: {method} over {table.images} images")
     if samples is None:
@@ -160,6 +171,7 @@ def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> Ca
     samples = calibration_source(request, loaded)
     with usable_cache(reporter.note), tempfile.TemporaryDirectory(prefix="edgeseg-") as scratch:
         graph, _ = export_stage(loaded, spec, Path(scratch), reporter)
-        _, table = calibration_stage(request, graph, samples, None, Path(scratch), reporter)
+        trained = loaded.trained is not None
+        _, table = calibration_stage(request, graph, samples, None, Path(scratch), reporter, is_trained=trained)
     table.save(path)
     return table

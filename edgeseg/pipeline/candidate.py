@@ -161,7 +161,7 @@ def candidate_stage(
             if table is None or table.trained is None or table.images:
                 raise
             raise QuantizationError(
-                f"{exc}; the module's fake-quantizers leave them so: give --calibration DIR"
+                f"{exc}; the fake-quantizers of training leave them so: give --calibration DIR"
             ) from exc
     if request.precision == "fp16" and target not in DEVICE_TARGETS and share < 0.5:
         path = candidate.built.path or candidate.graph.path

@@ -87,7 +87,7 @@ def refuse_early(request: BuildRequest, *, is_module: bool, makes_engine: bool =
         folder = Path("engines") / default_name(require_arch(request.arch), DEMO_NAME, request.precision)
     if folder is not None and makes_engine:
         check_engine_folder(folder, force=request.force)
-    check_images(request, is_demo=is_demo, is_module=is_module)
+    check_images(request, is_demo=is_demo, is_module=is_module or request.is_onnx_file)
 
 
 DEMO_NAME = "demo"

@@ -54,7 +54,8 @@ def run_sensitivity(request: BuildRequest, reporter: Reporter, limit: int) -> Se
         scratch = Path(folder)
         graph, conversion = export_stage(loaded, spec, scratch, reporter)
         judges = judging_schemes(request, (backend.name,))
-        graph, table = calibration_stage(request, graph, samples, judges, scratch, reporter)
+        trained = loaded.trained is not None
+        graph, table = calibration_stage(request, graph, samples, judges, scratch, reporter, is_trained=trained)
         network, times = NetworkModules.of(graph), None
         if request.latency_from is not None:
             times = times_from_file(request.latency_from, spec.model, network.modules)

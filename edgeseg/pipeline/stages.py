@@ -14,7 +14,7 @@ from edgeseg.graph.grid import Marks
 from edgeseg.pipeline.candidate import GRAPH_NAME
 from edgeseg.pipeline.verification_data import sample_images
 from edgeseg.progress import Reporter, stage
-from edgeseg.spec import InputSpec, PipelineSpec
+from edgeseg.spec import BatchRange, InputSpec, PipelineSpec
 from edgeseg.store.artifacts import OnnxGraph, read_json, sha256_file, write_json
 from edgeseg.store.cache import cached_folder, software
 
@@ -86,6 +86,12 @@ def pipeline_spec(request: BuildRequest, loaded: LoadedModel, reporter: Reporter
         if request.size is None and loaded.fitting.size is not None:
             raise SpecError(f"{exc} with --size: {height}x{width} is of {CONFIG_NAME}") from exc
         raise
+    if loaded.fixed_batch is not None and request.batch != BatchRange(*(loaded.fixed_batch,) * 3):
+        only = counted(loaded.fixed_batch, "image")
+        raise SpecError(
+            f"{loaded.model.display_name} was exported for {only} at a time, not {request.batch}; give --batch "
+            f"{loaded.fixed_batch}, or export it with a dynamic batch"
+        )
     stride, min_size = loaded.stride, None
     if request.dynamic_size:
         from edgeseg.convert.dynamic_size import dynamic_sizes
@@ -154,7 +160,7 @@ def export_stage(
         graph = OnnxGraph(folder / GRAPH_NAME, sha256_file(folder / GRAPH_NAME), "fp32", spec, loaded.weights_sha256)
         said.append(
             f"{report.nodes_exported} -> {report.nodes} nodes, {report.macs_exported / 1e9:.2f} -> "
-            f"{report.macs / 1e9:.2f} GMAC, mask agreement with PyTorch {report.mask_agreement:.6f}"
+            f"{report.macs / 1e9:.2f} GMAC, mask agreement with {loaded.reference} {report.mask_agreement:.6f}"
         )
         if reused:
             said.append("reused")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 WITH_FAKE_QUANTIZERS = "PyTorch is the module with its fake-quantizers on"
+AS_WRITTEN = "the ONNX file is run by ONNX Runtime without optimization, and timed as it runs by default"
 
 
 class Verifier(Closing):
@@ -69,11 +70,9 @@ class Verifier(Closing):
                 PyTorchSession(self.loaded, spec, threads=threads, device=device, exact=on_gpu)
             )
             timed = session
-            if on_gpu or self.loaded.trained is not None:
-                # Fake-quantizers cost time that only training spends.
-                timed = stack.enter_context(
-                    PyTorchSession(self.loaded.in_float(), spec, threads=threads, device=device)
-                )
+            timed_model = self.loaded.as_timed()
+            if on_gpu or timed_model is not self.loaded:
+                timed = stack.enter_context(PyTorchSession(timed_model, spec, threads=threads, device=device))
             if has_goal(self.request):
                 from edgeseg.mixed.judge import Remembered
 
@@ -95,20 +94,23 @@ def verify_stage(
     if verifier is None:
         if request.max_drop is not None or request.min_agreement is not None:
             raise SpecError("--max-drop and --min-agreement need images to verify on; give --validation DIR")
-        reporter.note("not verified: no images were given; --validation DIR compares the engine with PyTorch")
+        reporter.note("not verified: no images were given; --validation DIR compares the engine with its model")
         return None
     from edgeseg.backends.pytorch import PyTorchSession, why_no_cuda
     from edgeseg.evaluate.latency.protocol import SHORT
     from edgeseg.evaluate.verify import TIE, TIE_TF32, agreement_without_ties, check_fidelity, verify
 
     spec, data, loaded = engine.manifest.spec, verifier.data, verifier.loaded
-    described = data.description if loaded.trained is None else f"{data.description}; {WITH_FAKE_QUANTIZERS}"
+    how = AS_WRITTEN if loaded.onnx_bytes is not None else "" if loaded.trained is None else WITH_FAKE_QUANTIZERS
+    described = f"{data.description}; {how}" if how else data.description
     with stage(reporter, "verify") as said:
         backend = get_backend(engine.manifest.target)
         runs_here = engine.manifest.engine is not None and backend.status().available
         opened = backend.load(engine) if runs_here else open_graph(engine)
         on_gpu = runs_here and backend.name in GPU_TARGETS
-        missing = why_no_cuda() if on_gpu else None
+        missing = None
+        if on_gpu:
+            missing = why_no_cuda() if loaded.onnx_bytes is None else "it is run on the CPU"
         device = "cuda" if on_gpu and missing is None else "cpu"
         with verifier.reference(spec, device) as (reference, timed), opened as session:
             verification = verify(
@@ -117,7 +119,8 @@ def verify_stage(
                 spec,
                 data.pairs,
                 data=described if runs_here else f"{described}; {measured_on(engine.manifest)}",
-                reference_size_bytes=sum(p.numel() * p.element_size() for p in loaded.module.parameters()),
+                reference_name=loaded.reference,
+                reference_size_bytes=loaded.size_bytes,
                 engine_size_bytes=(engine.manifest.engine or engine.manifest.graph).size_bytes,
                 # Never beside PyTorch on another device: the ratio would be of a GPU and a CPU.
                 protocol=SHORT if runs_here and missing is None else None,
@@ -133,7 +136,9 @@ def verify_stage(
 
             note = check_fidelity(verification, engine.manifest.precision.requested, without_ties)
     if missing is not None:
-        reporter.note(f"not timed beside PyTorch: {missing}, and the engine runs on the GPU; edgeseg bench times it")
+        reporter.note(
+            f"not timed beside {loaded.reference}: {missing}, and the engine runs on the GPU; edgeseg bench times it"
+        )
     if note is not None:
         reporter.note(note)
     return verification

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
 from edgeseg.graph.editing import Editor, constant_array, remove_unread
+from edgeseg.graph.signs import clamp_limits
 from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.parameters import (
     ActivationParameters,
@@ -25,7 +26,7 @@ from edgeseg.quantize.parameters import (
     weight_axis,
     widen_for_bias,
 )
-from edgeseg.quantize.placement import Placement, Role, clamp_limits
+from edgeseg.quantize.placement import Placement, Role
 from edgeseg.quantize.schemes import QuantScheme
 
 

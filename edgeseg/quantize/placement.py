@@ -9,7 +9,6 @@ the target's compiler fuses the rest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,6 +16,7 @@ from enum import Enum
 import onnx_ir as ir
 
 from edgeseg.graph.editing import constant_array, sole_reader
+from edgeseg.graph.signs import clamp_limits
 from edgeseg.quantize.observed import Observed, Range
 from edgeseg.quantize.schemes import QuantScheme
 
@@ -110,15 +110,6 @@ def is_weighted(node: ir.Node) -> bool:
         return False
     weight = constant_array(node.inputs[1])
     return weight is not None and weight.ndim >= 2 and (node.op_type != "MatMul" or weight.ndim == 2)
-
-
-def clamp_limits(node: ir.Node) -> Range:
-    """Smallest and largest output of a Relu or of a Clip with constant bounds."""
-    if node.op_type == "Relu":
-        return 0.0, math.inf
-    bounds = [constant_array(v) for v in node.inputs[1:]] + [None, None]
-    low, high = bounds[:2]
-    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
 
 
 def tail(graph: ir.Graph) -> set[ir.Node]:

@@ -18,6 +18,7 @@ from edgeseg.images.arrays import ARRAY_SUFFIXES, open_arrays
 from edgeseg.images.decoding import (
     IMAGE_SUFFIXES,
     MAX_ARRAY_BYTES,
+    file_digest,
     fit_windows,
     list_images,
     pixel_digest,
@@ -25,7 +26,6 @@ from edgeseg.images.decoding import (
 )
 from edgeseg.images.dtypes import in_dtype, refusal, takes
 from edgeseg.spec import InputDtype, InputSpec
-from edgeseg.store.artifacts import sha256_file
 
 MINIMUM_IMAGES = 8
 """Fewest images a calibration is made from, unless fewer are asked for."""
@@ -69,10 +69,7 @@ class _File:
         return read_image(self.path, channels, dtype)
 
     def digest(self) -> str:
-        try:
-            return sha256_file(self.path)
-        except OSError as exc:
-            raise InputError(f"cannot read {self.path}: {exc.strerror}") from exc
+        return file_digest(self.path)
 
 
 @dataclass(frozen=True)

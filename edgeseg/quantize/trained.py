@@ -11,23 +11,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from edgeseg.graph.editing import constant_array
 from edgeseg.graph.grid import Grid, Marks
+from edgeseg.graph.signs import MOVES, not_negative
 from edgeseg.quantize.calibration import DEFAULT_METHOD, TRAINED, calibrate, table_key
-from edgeseg.quantize.placement import clamp_limits
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange, Trained
 from edgeseg.store.artifacts import OnnxGraph, sha256_json
 from edgeseg.store.onnx_file import read_onnx
-
-# Every value of the result is one of the first input's.
-_MOVES = frozenset(
-    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Expand", "Tile", "MaxPool"}
-    | {"DepthToSpace", "SpaceToDepth", "Identity"}
-)
-_NOT_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs"})
-# Not negative where no input is.
-_KEEP_SIGN = _MOVES | {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Clip", "Pad"}
 
 
 def trained_table(
@@ -106,7 +96,7 @@ def spread(graph: ir.Graph, marked: Mapping[str, Grid]) -> dict[str, Grid]:
         if grid is not None and node.op_type not in {"Relu", "Clip"}:
             for value in _sources(node):
                 grids.setdefault(value, grid)
-    positive = _not_negative(graph)
+    positive = not_negative(graph)
     return {str(value.name): grid.without_negative() if value in positive else grid for value, grid in grids.items()}
 
 
@@ -119,28 +109,9 @@ def _sources(node: ir.Node) -> list[ir.Value]:
     is_nearest = node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") == "nearest"
     if node.op_type == "Concat":
         return [value for value in node.inputs if value is not None]
-    if node.op_type in _MOVES | {"Relu", "Clip"} or is_nearest:
+    if node.op_type in MOVES | {"Relu", "Clip"} or is_nearest:
         return [value for value in node.inputs[:1] if value is not None]
     return []
-
-
-def _not_negative(graph: ir.Graph) -> set[ir.Value]:
-    known: set[ir.Value] = set()
-    for node in graph:
-        inputs = [
-            v for v in (node.inputs if node.op_type in {"Add", "Mul", "Concat"} else node.inputs[:1]) if v is not None
-        ]
-        keeps = node.op_type in _KEEP_SIGN or (
-            node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") != "cubic"
-        )
-        kept = keeps and all(
-            value in known or ((array := constant_array(value)) is not None and bool(np.all(array >= 0)))
-            for value in inputs
-        )
-        is_clipped = node.op_type == "Clip" and clamp_limits(node)[0] >= 0
-        if node.op_type in _NOT_NEGATIVE or kept or is_clipped:
-            known.update(node.outputs)
-    return known
 
 
 @dataclass(frozen=True)

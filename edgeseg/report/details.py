@@ -5,22 +5,18 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from edgeseg.decide.entries import DeviceGroup, Entry, MergedReport
 from edgeseg.decide.verdict import data_key
 from edgeseg.errors import one_line
 from edgeseg.evaluate.results import Accuracy, Identity, Profile, Truth, WorstImage
-from edgeseg.evaluate.summary import repair_rows, repairs_line
+from edgeseg.evaluate.summary import repair_rows, repairs_line, share
 from edgeseg.evaluate.tables import counted, number
 from edgeseg.report.charts import STYLES, bar
 from edgeseg.runtime.overlay import legend_entries, mask_palette
 from edgeseg.store.artifacts import Search
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
 
 MAX_IMAGE_BYTES = 8_000_000
 """A side-by-side picture above this is left out, and the page says so: a report has to stay one that can be mailed."""
@@ -30,113 +26,11 @@ MATRIX_LIMIT = 24
 CHANGES_SHOWN = 20
 STAGES = (("pre", "pre_ms"), ("h2d", "h2d_ms"), ("compute", "compute_ms"), ("d2h", "d2h_ms"), ("post", "post_ms"))
 DTYPES = ("int8", "fp16", "fp32")
+PARTS = ("classes", "confusion", "modules", "sensitivity", "pictures", "repairs")
 
 
-@dataclass(frozen=True)
-class StageLine:
-    """Where one row's time goes: a bar on an axis all rows of the device share, and a text per stage."""
-
-    entry: Entry
-    bar: Markup
-    texts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ClassLine:
-    """IoU of one class, engine and baseline, and its bar; ``-`` for a class that did not occur."""
-
-    name: str
-    engine: str
-    baseline: str
-    difference: str
-    bar: Markup
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of the confusion difference, points of the truth's pixels; ``level`` -4..4 chooses its colour."""
-
-    text: str
-    level: int
-
-
-@dataclass(frozen=True)
-class ConfusionLine:
-    """A row of the matrix (``cells`` by predicted class), or one change (``name`` says truth and prediction)."""
-
-    name: str
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
-class ModuleLine:
-    """Time of one module and the dtypes it runs in."""
-
-    name: str
-    nodes: int
-    time: str
-    share: str
-    dtypes: str
-    bar: Markup
-
-
-@dataclass(frozen=True)
-class SensitivityLine:
-    """What INT8 of one module alone costs and saves, and what the module is in this engine."""
-
-    name: str
-    changed: str
-    drop: str
-    saved: str
-    macs: str
-    here: str
-    bar: Markup
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A worst image: its PNG as a data URI, or why it is not shown."""
-
-    name: str
-    caption: str
-    alt: str
-    data_uri: str | None
-    missing: str | None
-
-
-@dataclass(frozen=True)
-class EngineDetails:
-    """Everything about one engine; a part without lines was not measured.
-
-    Attributes:
-        is_open: shown unfolded.
-        is_equal: every mask is the baseline's, so there is nothing to show of what it confuses or where it differs.
-        colours: class and CSS colour in the pictures.
-        repairs: what was done so that INT8 keeps its accuracy, cell by cell; ``repairs_note``: on what it was measured.
-    """
-
-    entry: Entry
-    is_open: bool
-    is_equal: bool
-    baseline: str | None
-    data: str | None
-    classes: tuple[ClassLine, ...]
-    class_names: tuple[str, ...]
-    confusion: tuple[ConfusionLine, ...]
-    is_matrix: bool
-    modules: tuple[ModuleLine, ...]
-    profile: Profile | None
-    sensitivity: tuple[SensitivityLine, ...]
-    search_line: str
-    pictures: tuple[Picture, ...]
-    colours: tuple[tuple[str, str], ...]
-    repairs: tuple[tuple[str, str, str, str], ...]
-    repairs_note: str
-
-    @property
-    def is_empty(self) -> bool:
-        shown = (self.classes, self.confusion, self.modules, self.sensitivity, self.pictures, self.repairs)
-        return not any(shown)
+Shown = dict[str, Any]
+"""What the page's template reads, by the names it has there."""
 
 
 def style_of(entry: Entry) -> str:
@@ -146,8 +40,8 @@ def style_of(entry: Entry) -> str:
     return entry.row.engine.precision if entry.row.engine.precision in STYLES else "other"
 
 
-def stage_lines(group: DeviceGroup) -> tuple[StageLine, ...]:
-    """A line per row whose stages were measured."""
+def stage_lines(group: DeviceGroup) -> list[Shown]:
+    """A line per row whose stages were measured: a bar on an axis all rows of the device share, and a text per stage."""
     measured = []
     for entry in group.entries:
         if entry.row.latency is None:
@@ -156,20 +50,21 @@ def stage_lines(group: DeviceGroup) -> tuple[StageLine, ...]:
         if any(value is not None for _, value in values):
             measured.append((entry, values))
     longest = max((sum(value or 0.0 for _, value in values) for _, values in measured), default=0.0)
-    return tuple(
-        StageLine(
-            entry,
-            bar([(f"stage-{name}", value) for name, value in values if value], longest),
-            tuple("-" if value is None else f"{value:.2f}" for _, value in values),
-        )
+    return [
+        {
+            "entry": entry,
+            "bar": bar([(f"stage-{name}", value) for name, value in values if value], longest),
+            "texts": ["-" if value is None else f"{value:.2f}" for _, value in values],
+        }
         for entry, values in measured
-    )
+    ]
 
 
-def engine_details(report: MergedReport, group: DeviceGroup, chosen: Entry | None) -> tuple[EngineDetails, ...]:
+def engine_details(report: MergedReport, group: DeviceGroup, chosen: Entry | None) -> list[Shown]:
     """One per engine of the device (not per setting: accuracy and profile are the engine's).
 
-    ``chosen``, the engine to deploy, is shown unfolded; where there is none, all are.
+    ``chosen``, the engine to deploy, is shown unfolded; where there is none, all are. A part without lines was not measured; an
+    engine of which no part was is left out.
     """
     seen: set[tuple[int, str]] = set()
     details_of_all = []
@@ -180,38 +75,42 @@ def engine_details(report: MergedReport, group: DeviceGroup, chosen: Entry | Non
         seen.add(key)
         is_open = chosen is None or key == (chosen.run, chosen.row.engine.name)
         details = _details(report, group, entry, is_open)
-        if not details.is_empty:
+        if any(details[part] for part in PARTS):
             details_of_all.append(details)
-    return tuple(details_of_all)
+    return details_of_all
 
 
-def _details(report: MergedReport, group: DeviceGroup, entry: Entry, is_open: bool) -> EngineDetails:
+def _details(report: MergedReport, group: DeviceGroup, entry: Entry, is_open: bool) -> Shown:
     accuracy, names = entry.row.accuracy, entry.row.engine.class_names
     baseline = _baseline(group, entry)
     truth = accuracy.truth if accuracy is not None else None
     reference = baseline.row.accuracy.truth if baseline is not None and baseline.row.accuracy is not None else None
     agreement = accuracy.agreement if accuracy is not None else None
     is_equal = agreement is not None and agreement.overall.value == 1.0
-    confusion = () if is_equal else _confusion(truth, reference, names)
-    return EngineDetails(
-        entry=entry,
-        is_open=is_open,
-        is_equal=is_equal,
-        baseline=baseline.row.engine.name if baseline is not None else None,
-        data=_data_line(accuracy) if accuracy is not None else None,
-        classes=_classes(truth, reference, names),
-        class_names=tuple(class_name(names, k) for k in range(len(confusion))),
-        confusion=confusion,
-        is_matrix=bool(confusion) and bool(confusion[0].cells),
-        modules=_modules(entry.row.profile) if entry.row.profile is not None else (),
-        profile=entry.row.profile,
-        sensitivity=() if (search := entry.row.engine.search) is None else _sensitivity(search),
-        search_line="" if search is None else _search_line(search),
-        pictures=tuple(_picture(worst, report.runs[entry.run].folder) for worst in accuracy.worst) if accuracy else (),
-        colours=_colours(entry.row.engine),
-        repairs=tuple(repair_rows(entry.row.engine.repairs)),
-        repairs_note=repairs_line(entry.row.engine.repairs) if entry.row.engine.repairs else "",
-    )
+    confusion = [] if is_equal else _confusion(truth, reference, names)
+    return {
+        "entry": entry,
+        "is_open": is_open,
+        # Every mask is the baseline's: there is nothing to show of what it confuses or where it differs.
+        "is_equal": is_equal,
+        "baseline": baseline.row.engine.name if baseline is not None else None,
+        "data": _data_line(accuracy) if accuracy is not None else None,
+        "classes": _classes(truth, reference, names),
+        "class_names": tuple(class_name(names, k) for k in range(len(confusion))),
+        "confusion": confusion,
+        "is_matrix": bool(confusion) and bool(confusion[0]["cells"]),
+        "modules": _modules(entry.row.profile) if entry.row.profile is not None else (),
+        "profile": entry.row.profile,
+        "sensitivity": () if (search := entry.row.engine.search) is None else _sensitivity(search),
+        "search_line": "" if search is None else _search_line(search),
+        "pictures": tuple(_picture(worst, report.runs[entry.run].folder) for worst in accuracy.worst)
+        if accuracy
+        else (),
+        # Class and CSS colour in the pictures.
+        "colours": _colours(entry.row.engine),
+        "repairs": tuple(repair_rows(entry.row.engine.repairs)),
+        "repairs_note": repairs_line(entry.row.engine.repairs) if entry.row.engine.repairs else "",
+    }
 
 
 def _colours(engine: Identity) -> tuple[tuple[str, str], ...]:
@@ -246,79 +145,87 @@ def class_name(names: Sequence[str], index: int) -> str:
     return names[index] if index < len(names) else str(index)
 
 
-def _classes(truth: Truth | None, reference: Truth | None, names: Sequence[str]) -> tuple[ClassLine, ...]:
+def _classes(truth: Truth | None, reference: Truth | None, names: Sequence[str]) -> list[Shown]:
+    """IoU of each class, engine and baseline, and its bar; ``-`` for a class that did not occur."""
     if truth is None or all(value is None for value in truth.per_class_iou):
-        return ()
+        return []
     before = reference.per_class_iou if reference is not None else ()
     lines = []
     for k, value in enumerate(truth.per_class_iou):
         base = before[k] if k < len(before) else None
         lines.append(
-            ClassLine(
-                class_name(names, k),
-                "-" if value is None else f"{value:.4f}",
-                "-" if base is None else f"{base:.4f}",
-                "-" if value is None or base is None else number(value - base, 4, signed=True),
-                bar([("engine", value)] if value is not None else [], 1.0, tick=base),
-            )
+            {
+                "name": class_name(names, k),
+                "engine": share(value),
+                "baseline": share(base),
+                "difference": "-" if value is None or base is None else number(value - base, 4, signed=True),
+                "bar": bar([("engine", value)] if value is not None else [], 1.0, tick=base),
+            }
         )
-    return tuple(lines)
+    return lines
 
 
-def _confusion(truth: Truth | None, reference: Truth | None, names: Sequence[str]) -> tuple[ConfusionLine, ...]:
-    """Engine minus baseline, each matrix as points (percent) of the true class's pixels."""
+def _confusion(truth: Truth | None, reference: Truth | None, names: Sequence[str]) -> list[Shown]:
+    """Engine minus baseline, each matrix as points (percent) of the true class's pixels.
+
+    Rows of the matrix (``cells`` by predicted class), or, of many classes, the largest changes (``name`` says truth and
+    prediction).
+    """
     if truth is None or reference is None or truth.confusion is None or reference.confusion is None:
-        return ()
+        return []
     if len(truth.confusion) != len(reference.confusion):
-        return ()
+        return []
     after, before = _points(truth.confusion), _points(reference.confusion)
     size = len(after)
     changes = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(after, before, strict=True)]
     if size <= MATRIX_LIMIT:
-        return tuple(
-            ConfusionLine(class_name(names, i), tuple(_cell(changes[i][j], is_right=i == j) for j in range(size)))
+        return [
+            {"name": class_name(names, i), "cells": [_cell(changes[i][j], is_right=i == j) for j in range(size)]}
             for i in range(size)
-        )
+        ]
     ranked = sorted(((changes[i][j], i, j) for i in range(size) for j in range(size)), key=lambda c: -abs(c[0]))
-    return tuple(
-        ConfusionLine(f"{class_name(names, i)} taken for {class_name(names, j)}: {change:+.2f} points", ())
+    return [
+        {"name": f"{class_name(names, i)} taken for {class_name(names, j)}: {change:+.2f} points", "cells": []}
         for change, i, j in ranked[:CHANGES_SHOWN]
         if change
-    )
+    ]
 
 
 def _points(matrix: Sequence[Sequence[int]]) -> list[list[float]]:
     return [[100 * value / total if (total := sum(row)) else 0.0 for value in row] for row in matrix]
 
 
-def _cell(change: float, *, is_right: bool) -> Cell:
+def _cell(change: float, *, is_right: bool) -> Shown:
+    """Points of the truth's pixels; ``level`` -4..4 chooses the colour."""
     # Colour by consequence, not by sign: more on the diagonal is good, more elsewhere is bad.
     good = change if is_right else -change
     strength = next((k for k, limit in ((4, 2.0), (3, 0.5), (2, 0.1), (1, 0.005)) if abs(good) >= limit), 0)
     text = f"{change:+.2f}" if abs(change) >= 0.005 else "0"
-    return Cell(text, strength if good > 0 else -strength)
+    return {"text": text, "level": strength if good > 0 else -strength}
 
 
-def _modules(profile: Profile) -> tuple[ModuleLine, ...]:
+def _modules(profile: Profile) -> list[Shown]:
+    """Time of each module and the dtypes it runs in."""
     longest = max((module.share for module in profile.modules), default=0.0)
     lines = []
     for module in profile.modules:
         dtypes = sorted(module.dtypes.items(), key=lambda item: -item[1])
-        parts = [(f"dtype-{name if name in DTYPES else 'other'}", share * module.share) for name, share in dtypes]
+        parts = [(f"dtype-{name if name in DTYPES else 'other'}", part * module.share) for name, part in dtypes]
         lines.append(
-            ModuleLine(
-                module.module,
-                module.nodes,
-                f"{module.time_ms:.3f}",
-                f"{100 * module.share:.1f}",
-                ", ".join(f"{name} {share:.0%}" for name, share in dtypes) or "-",
-                bar(parts or [("dtype-other", module.share)], longest),
-            )
+            {
+                "name": module.module,
+                "nodes": module.nodes,
+                "time": f"{module.time_ms:.3f}",
+                "share": f"{100 * module.share:.1f}",
+                "dtypes": ", ".join(f"{name} {part:.0%}" for name, part in dtypes) or "-",
+                "bar": bar(parts or [("dtype-other", module.share)], longest),
+            }
         )
-    return tuple(lines)
+    return lines
 
 
-def _sensitivity(search: Search) -> tuple[SensitivityLine, ...]:
+def _sensitivity(search: Search) -> list[Shown]:
+    """What INT8 of each module alone costs and saves, and what the module is in this engine."""
     chosen = search.candidates[search.chosen]
     changes = {m.module: 1.0 - m.agreement.value for m in search.modules if m.agreement is not None}
     most = max(changes.values(), default=0.0)
@@ -328,17 +235,17 @@ def _sensitivity(search: Search) -> tuple[SensitivityLine, ...]:
         is_float = chosen.precision != "int8" or module.module in chosen.float_modules
         drop, saved = module.miou_drop, module.saved_ms
         lines.append(
-            SensitivityLine(
-                module.module,
-                "-" if change is None else f"{100 * change:.2f}",
-                "-" if drop is None else number(drop.value, 4),
-                "-" if saved is None else number(saved, 3),
-                f"{100 * module.mac_share:.1f}",
-                "float" if is_float else "int8",
-                bar([("dtype-fp32" if is_float else "dtype-int8", change)] if change else [], most),
-            )
+            {
+                "name": module.module,
+                "changed": "-" if change is None else f"{100 * change:.2f}",
+                "drop": "-" if drop is None else number(drop.value, 4),
+                "saved": "-" if saved is None else number(saved, 3),
+                "macs": f"{100 * module.mac_share:.1f}",
+                "here": "float" if is_float else "int8",
+                "bar": bar([("dtype-fp32" if is_float else "dtype-int8", change)] if change else [], most),
+            }
         )
-    return tuple(lines)
+    return lines
 
 
 def _search_line(search: Search) -> str:
@@ -347,12 +254,13 @@ def _search_line(search: Search) -> str:
     return f"Goal: {goal}; {len(search.candidates)} engines judged on {counted(search.images, 'image')}."
 
 
-def _picture(worst: WorstImage, folder: Path | None) -> Picture:
+def _picture(worst: WorstImage, folder: Path | None) -> Shown:
+    """A worst image: its PNG as a data URI, or why it is not shown."""
     miou = f", mIoU {worst.miou:.3f} against the mask" if worst.miou is not None else ""
     caption = f"{worst.name}: {worst.agreement:.1%} of pixels agree{miou}"
     alt = f"{worst.name}, four pictures from left to right: image, baseline's mask, engine's mask, where they differ"
     data_uri, missing = _data_uri(worst.side_by_side, folder)
-    return Picture(worst.name, caption, alt, data_uri, missing)
+    return {"name": worst.name, "caption": caption, "alt": alt, "data_uri": data_uri, "missing": missing}
 
 
 def _data_uri(name: str | None, folder: Path | None) -> tuple[str | None, str | None]:

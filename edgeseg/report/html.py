@@ -1,24 +1,23 @@
 """The report as one HTML file: no script, no network, pictures inside.
 
-The template gets :class:`DevicePage` objects and escapes every string; charts come from :mod:`edgeseg.report.charts`,
+The template gets plain mappings and escapes every string; charts come from :mod:`edgeseg.report.charts`,
 which escapes what it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 from edgeseg.decide.entries import Entry, MergedReport, Run
-from edgeseg.decide.metrics import METRICS, Metric
+from edgeseg.decide.metrics import METRICS
 from edgeseg.decide.verdict import DeviceVerdict, data_key
 from edgeseg.errors import MissingDependencyError
 from edgeseg.evaluate.tables import counted
 from edgeseg.machine.record import Environment, MachineState
 from edgeseg.report import cells
-from edgeseg.report.details import EngineDetails, StageLine, engine_details, stage_lines, style_of
+from edgeseg.report.details import Shown, engine_details, stage_lines, style_of
 from edgeseg.version import __version__
 
 if TYPE_CHECKING:
@@ -28,51 +27,6 @@ if TYPE_CHECKING:
 
 PRINTED = ("median_ms", "p99_ms", "speedup", "miou", "miou_drop", "size_mb")
 """Columns of the table that fit on a sheet of paper."""
-
-
-@dataclass(frozen=True)
-class Charts:
-    """Charts of the rows of one batch size and number of streams.
-
-    Attributes:
-        setting: in words, ``""`` when there is only the plain one.
-        paretos: accuracy against latency, one per data set, with the data in words.
-        distribution: ``None`` without raw samples.
-    """
-
-    setting: str
-    paretos: tuple[tuple[str, Markup], ...]
-    distribution: Markup | None
-
-
-@dataclass(frozen=True)
-class DevicePage:
-    """What the template shows of one device.
-
-    Attributes:
-        key: unique within the page, for ids.
-        charts: for each way of driving the engines.
-        throughput: images a second against latency, ``None`` where no engine was driven in several ways.
-        front: names of the engines no other beats.
-        noise: rows whose run was flagged, and why.
-    """
-
-    key: str
-    verdict: DeviceVerdict
-    headline: str
-    requirement: str
-    facts: tuple[tuple[str, str], ...]
-    metrics: tuple[Metric, ...]
-    lines: tuple[cells.Line, ...]
-    failures: tuple[tuple[str, tuple[str, ...]], ...]
-    close_calls: tuple[str, ...]
-    charts: tuple[Charts, ...]
-    throughput: Markup | None
-    front: tuple[str, ...]
-    styles: tuple[str, ...]
-    stages: tuple[StageLine, ...]
-    details: tuple[EngineDetails, ...]
-    noise: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def html(
@@ -126,30 +80,34 @@ def _templates() -> jinja2.Environment:
     )
 
 
-def _page(report: MergedReport, verdict: DeviceVerdict, key: str) -> DevicePage:
+def _page(report: MergedReport, verdict: DeviceVerdict, key: str) -> Shown:
+    """What the template shows of one device; ``key`` is unique within the page, for ids."""
     group, metrics = verdict.group, cells.metrics_of(verdict.group.entries)
-    return DevicePage(
-        key=key,
-        verdict=verdict,
-        headline=cells.headline(verdict),
-        requirement=cells.requirement_line(verdict),
-        facts=_facts(verdict),
-        metrics=metrics,
-        lines=cells.lines(verdict, metrics),
-        failures=cells.failures(verdict),
-        close_calls=cells.close_calls(verdict),
-        charts=_charts(verdict, key),
-        throughput=_throughput(verdict, key),
-        front=tuple(judged.entry.name for judged in verdict.judged if judged.is_on_front),
-        styles=tuple(dict.fromkeys(style_of(entry) for entry in group.entries)),
-        stages=stage_lines(group),
-        details=engine_details(report, group, verdict.deploy),
-        noise=tuple(
+    return {
+        "key": key,
+        "verdict": verdict,
+        "headline": cells.headline(verdict),
+        "requirement": cells.requirement_line(verdict),
+        "facts": _facts(verdict),
+        "metrics": metrics,
+        "lines": cells.lines(verdict, metrics),
+        "failures": cells.failures(verdict),
+        "close_calls": cells.close_calls(verdict),
+        "charts": _charts(verdict, key),
+        # Images a second against latency; none where no engine was driven in several ways.
+        "throughput": _throughput(verdict, key),
+        # Engines no other beats.
+        "front": tuple(judged.entry.name for judged in verdict.judged if judged.is_on_front),
+        "styles": tuple(dict.fromkeys(style_of(entry) for entry in group.entries)),
+        "stages": stage_lines(group),
+        "details": engine_details(report, group, verdict.deploy),
+        # Rows whose run was flagged, and why.
+        "noise": tuple(
             (entry.name, tuple(f"{flag.kind}: {flag.detail}" for flag in entry.row.latency.flags))
             for entry in group.entries
             if entry.row.latency is not None and entry.row.latency.flags
         ),
-    )
+    }
 
 
 def _facts(verdict: DeviceVerdict) -> tuple[tuple[str, str], ...]:
@@ -161,8 +119,12 @@ def _facts(verdict: DeviceVerdict) -> tuple[tuple[str, str], ...]:
     return tuple((metric.title, metric.with_unit(value)) for metric, value in values if value is not None)
 
 
-def _charts(verdict: DeviceVerdict, key: str) -> tuple[Charts, ...]:
-    """Charts per way of driving the engines: a call of four images on the axis of one image would mislead."""
+def _charts(verdict: DeviceVerdict, key: str) -> list[Shown]:
+    """Charts per way of driving the engines: a call of four images on the axis of one image would mislead.
+
+    ``setting`` is ``""`` when there is only the plain one; accuracy against latency is one chart per data set, with the data in
+    words.
+    """
     by_setting: dict[tuple[int, int], list[Entry]] = {}
     for entry in verdict.group.entries:
         if entry.row.latency is not None:
@@ -174,13 +136,13 @@ def _charts(verdict: DeviceVerdict, key: str) -> tuple[Charts, ...]:
         setting = ", ".join(parts)
         where = verdict.group.label + (f", {setting}" if setting else "")
         charts.append(
-            Charts(
-                setting,
-                _paretos(verdict, entries, where, f"{key}-s{k}"),
-                _distribution(entries, where, f"{key}-s{k}"),
-            )
+            {
+                "setting": setting,
+                "paretos": _paretos(verdict, entries, where, f"{key}-s{k}"),
+                "distribution": _distribution(entries, where, f"{key}-s{k}"),
+            }
         )
-    return tuple(charts)
+    return charts
 
 
 def _paretos(verdict: DeviceVerdict, entries: Sequence[Entry], where: str, key: str) -> tuple[tuple[str, Markup], ...]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, MissingDependencyError, SpecError, refusals_as
 from edgeseg.images.placement import Tiling
-from edgeseg.images.raster import RASTER_SUFFIXES, Raster, is_georeferenced, is_too_large, open_raster
+from edgeseg.images.raster import RASTER_SUFFIXES, Raster, Reading, is_georeferenced, is_too_large, open_raster
 from edgeseg.runtime.geotiff import REQUEST_TAG, GeoTiff, request_of, write_geotiff
 from edgeseg.runtime.journal import Journal
 from edgeseg.runtime.prediction import Prediction
@@ -45,15 +46,13 @@ PROBABILITY_STEPS = 254
 """Of probabilities written as uint8: 255 is no data."""
 
 
-@dataclass(frozen=True)
-class RasterOptions:
+@dataclass(frozen=True, kw_only=True)
+class RasterOptions(Reading):
     """How rasters are read and what is written of them.
 
     Attributes:
         use: read TIFF and JPEG 2000 files as rasters, or never; ``None``: those that are georeferenced or too large to be
             read whole, and all where one of the other options is given.
-        bands: to read, from 1, one per channel in the model's order; ``None``: the colours, or all bands.
-        overview: read the overview that is so many times smaller.
         probabilities: also write probabilities of this type, a band per class.
 
     Raises:
@@ -61,17 +60,21 @@ class RasterOptions:
     """
 
     use: bool | None = None
-    bands: tuple[int, ...] | None = None
-    overview: int | None = None
     probabilities: ProbabilityType | None = None
 
     def __post_init__(self) -> None:
         if self.overview is not None and self.overview < 2:
             raise SpecError(f"overview is {self.overview}; give how many times smaller it is, such as 4")
+        if self.resolution is not None and not (math.isfinite(self.resolution) and self.resolution > 0):
+            raise SpecError(f"resolution is {self.resolution}; give the size of a pixel on the ground, such as 0.5")
+        if self.overview is not None and self.resolution is not None:
+            raise SpecError("overview and resolution both say how large a pixel is; give one of them")
+        if isinstance(self.nodata, str) and self.nodata != "none":
+            raise SpecError(f"nodata is {self.nodata!r}; give a pixel's value, or none")
         if self.probabilities not in (None, *get_args(ProbabilityType)):
             raise SpecError(f"probabilities are {self.probabilities!r}; give uint8 or float32")
         if self.use is False and self._asked:
-            raise SpecError("bands, overviews and probabilities are of rasters; leave them out, or --no-raster")
+            raise SpecError("bands, overviews and the like are of rasters; leave them out, or --no-raster")
 
     @property
     def for_all(self) -> bool:
@@ -80,7 +83,7 @@ class RasterOptions:
 
     @property
     def _asked(self) -> bool:
-        return (self.bands, self.overview, self.probabilities) != (None, None, None)
+        return replace(self, use=None) != RasterOptions()
 
     def applies_to(self, path: Path) -> bool:
         """Whether a file is segmented as a raster.
@@ -152,7 +155,7 @@ def unanswered(segmenter: Segmenter, path: Path, outputs: Sequence[Path], option
     if not any(output.is_file() for output in outputs):
         return list(outputs)
     try:
-        with open_raster(path, segmenter.spec, options.bands, options.overview) as raster:
+        with open_raster(path, segmenter.spec, options) as raster:
             request = _Work(segmenter.as_tiles(), raster, options).request()
     except (InputError, MissingDependencyError):
         return list(outputs)  # whoever segments it says why
@@ -192,7 +195,7 @@ def segment_raster(
         progress.advance()
         return
     tiles = segmenter.as_tiles()
-    with open_raster(path, tiles.spec, options.bands, options.overview) as raster, ExitStack() as stack:
+    with open_raster(path, tiles.spec, options) as raster, ExitStack() as stack:
         work = _Work(tiles, raster, options)
         request = work.request()
         for output in missing if not overwrite else ():
@@ -250,7 +253,7 @@ class _Work:
             "engine": self._tiles.identity,
             "palette": self._tiles.palette.tolist(),
             "raster": (self._raster.path.name, status.st_size, status.st_mtime_ns, self._raster.bands),
-            "overview": self._options.overview,
+            "pixels": (self._options.overview, self._options.resolution, self._options.nodata),
             "probabilities": self._options.probabilities,
             "plan": (repr(self._plan), [columns.start for columns in self._panels]),
         }

@@ -145,6 +145,7 @@ class Verification:
         images: how many images were compared.
         data: where they came from, in words; whether they were also used for calibration.
         speedup: ``None`` where latency was not measured.
+        reference: what stands for PyTorch in all of these, in words: it, or the ONNX file that the engine was built from.
     """
 
     agreement: float
@@ -159,6 +160,7 @@ class Verification:
     pytorch_size_bytes: Count
     engine_size_bytes: Count
     speedup: SpeedUp | None = None
+    reference: str = "PyTorch"
 
     def __post_init__(self) -> None:
         classes = len(self.pytorch_accuracy.per_class_iou), len(self.engine_accuracy.per_class_iou)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,7 +23,7 @@ import platformdirs
 
 from edgeseg.errors import ArtifactError
 from edgeseg.machine.cpu import this_cpu
-from edgeseg.machine.packages import EXTRAS, package_versions
+from edgeseg.machine.packages import ALL_PACKAGES, package_versions
 from edgeseg.store.artifacts import FileRef, check_file, read_json, sha256_json, write_json
 from edgeseg.store.atomic import scratch_folder, sweep_folders
 
@@ -101,7 +100,7 @@ def software() -> dict[str, str]:
     return {
         "edgeseg": digest.hexdigest(),
         "cpu": this_cpu().isa,
-        **package_versions(*chain.from_iterable(EXTRAS.values())),
+        **package_versions(*ALL_PACKAGES),
     }
 
 

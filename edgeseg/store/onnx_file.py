@@ -18,11 +18,15 @@ MAX_PROTOBUF_BYTES = 2**31 - 1
 """Largest serialized message protobuf reads back; also the largest single-file graph."""
 
 
-def read_onnx(path: Path) -> onnx.ModelProto:
+def read_onnx(path: Path, *, data_beside: bool = False) -> onnx.ModelProto:
     """Read and check an ONNX file that may come from anywhere.
 
     A tensor that keeps its values elsewhere is refused: in another file, which no manifest vouches for, or at an address in
     memory, which some runtimes follow.
+
+    Args:
+        path: of the file.
+        data_beside: take values that are in a file right beside it, as torch's exporter leaves them.
 
     Raises:
         ArtifactError: not readable, above 2 GiB, not ONNX, structurally invalid, or with external data.
@@ -31,6 +35,8 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     model = parse_onnx(path)
     if not model.graph.node:
         raise ArtifactError(f"{path} holds no ONNX graph; export it again")
+    if data_beside:
+        _load_data_beside(model, path)
     _refuse_external_data(model, path)
     try:
         onnx.checker.check_model(os.path.abspath(path))
@@ -54,6 +60,43 @@ def parse_onnx(path: Path, again: str = "export it again") -> onnx.ModelProto:
         raise ArtifactError(f"cannot read {path}: {exc.strerror or exc}; give the path of an .onnx file") from exc
     except (DecodeError, ValueError) as exc:
         raise ArtifactError(f"{path} is not an ONNX file or is truncated; {again}") from exc
+
+
+def _load_data_beside(model: onnx.ModelProto, path: Path) -> None:
+    """Load the weights that are in a regular file in the folder of ``path``; what is anywhere else is left as it is."""
+    total = 0
+    for tensor in model.graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        name = where.get("location", "")
+        file = path.parent / name
+        if (
+            tensor.data_location != onnx.TensorProto.EXTERNAL
+            or name in {"", ".", ".."}
+            or {"/", "\\", "\0"} & set(name)
+        ):
+            continue
+        if file.is_symlink():
+            raise ArtifactError(
+                f"{path} keeps tensor {tensor.name!r} in {name!r}, which is a link; put the file itself there"
+            )
+        size = require_regular(file, f"the data of {path.name}", ArtifactError)
+        try:
+            start = int(where.get("offset", 0))
+            length = int(where.get("length", size - start))
+        except ValueError:
+            start = length = -1
+        if start < 0 or length < 0 or start + length > size:
+            raise ArtifactError(f"{path} keeps tensor {tensor.name!r} in {name!r}, which is shorter; export it again")
+        total += length
+        if total > MAX_PROTOBUF_BYTES:
+            raise ArtifactError(
+                f"{path} and its data have {total / 2**30:.1f} GiB, an ONNX file holds 2; export it again"
+            )
+        with file.open("rb") as data:
+            data.seek(start)
+            tensor.raw_data = data.read(length)
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
 
 
 def _refuse_external_data(model: onnx.ModelProto, path: Path) -> None:

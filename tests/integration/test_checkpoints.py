@@ -720,8 +720,10 @@ def test_files_of_another_kind(case: str, tmp_path: Path) -> None:
 
 
 def test_an_onnx_graph_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
-    refuse(tmp_path / "model.onnx", r"is an ONNX graph, not weights; give the module it was exported from")
+    with pytest.raises(
+        SpecError, match="--arch says how to build a model, and .*model.onnx is built already; leave it out"
+    ):
+        ModelRequest(arch="fpn", weights=str(tmp_path / "model.onnx"))
 
 
 def test_checkpoints_without_a_model(tmp_path: Path) -> None:

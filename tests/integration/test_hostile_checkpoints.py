@@ -79,7 +79,8 @@ def test_each_config_is_refused_in_one_line_that_says_why(whole: dict[str, Subje
 
 
 @pytest.mark.parametrize(
-    "kind", ["checkpoint/a.ckpt", "checkpoint/old.pt", "checkpoint/a.safetensors", "hub/config.json"]
+    "kind",
+    ["checkpoint/a.ckpt", "checkpoint/old.pt", "checkpoint/a.safetensors", "hub/config.json", "network/plain.onnx"],
 )
 def test_pipes_and_files_of_gigabytes_are_not_read(whole: dict[str, Subject], kind: str) -> None:
     subject = whole[kind]

@@ -253,6 +253,49 @@ def test_physical_values_go_in_as_they_are(
         agrees(segmenter(image), expected)
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "fp16"), ("float32", "int8"), ("uint16", "fp32")])
+def test_a_window_of_values_is_clipped_in_the_graph(
+    scanner: torch.nn.Module, dtype: Any, precision: Any, tmp_path: Path
+) -> None:
+    """numpy's clip, then what MONAI's ``ScaleIntensityRange(low, high, 0, 1, clip=True)`` does, then torch."""
+    low, high, beyond = (-160.0, 240.0, -2000.0) if dtype == "float32" else (25000.0, 27000.0, 0.0)
+    made = hounsfield if dtype == "float32" else thermal
+    for seed in range(12):
+        np.save(tmp_path / f"{seed}.npy", made(seed))
+    engine = edgeseg.build(
+        model=scanner,
+        precision=precision,
+        input_dtype=dtype,
+        clip=(low, high),
+        mean=low,
+        std=high - low,
+        scale=1,
+        size=(HEIGHT, WIDTH),
+        output_kind="logits",
+        calibration=tmp_path,
+        validation=tmp_path if precision == "fp32" else None,  # which is not calibrated
+        target="onnxruntime",
+        output=tmp_path / "engine",
+    )
+    assert engine.manifest.spec.preprocess.clip == (low, high)
+    assert engine.manifest.command is None or "--clip" in engine.manifest.command
+    verification = engine.manifest.verification
+    assert verification is not None
+    assert verification.agreement > (0.97 if precision == "int8" else 0.999)
+    image = made(40)
+    image[:8], image[8:16] = beyond, high
+    assert (image < low).any()
+    assert (image > high).any()
+    unit = (np.clip(image.astype(np.float32), low, high) - low) / (high - low)
+    with torch.inference_mode():
+        expected = scanner(torch.from_numpy(unit.astype(np.float32))[None, None])[0].numpy()
+    with edgeseg.load(engine) as segmenter:
+        logits = segmenter.predict(image).logits
+    assert logits is not None
+    tolerance = {"fp32": 1e-4, "fp16": 5e-3, "int8": 0.05}[precision] * np.ptp(expected)
+    np.testing.assert_allclose(logits, expected, atol=tolerance)
+
+
 def test_what_is_not_finite_or_not_a_value_is_refused(float_engine: Engine, tmp_path: Path) -> None:
     image = hounsfield(1)
     image[3, 4] = np.nan

@@ -209,6 +209,12 @@ def test_an_encoder_of_one_size_says_so_and_takes_another_by_argument() -> None:
     assert tuple(run(other, 64, 64).shape) == (1, 3, 64, 64)
 
 
+def test_an_encoder_that_takes_no_more_than_its_own_size_is_built_with_it() -> None:
+    """MViTv2's relative positions are known up to 224x224; smaller images pass."""
+    loaded = load_model(ModelRequest(arch="fpn", encoder="tu-mvitv2_tiny", weights="random"))
+    assert (loaded.fixed_size, loaded.size) == (None, (224, 224))
+
+
 def test_dpt_takes_any_size_unless_told_otherwise() -> None:
     fixed = load_model(tiny_request("dpt", model_args={**SMALL_DPT, "dynamic_img_size": False}))
     assert fixed.fixed_size == (224, 224)

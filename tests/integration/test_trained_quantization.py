@@ -16,7 +16,7 @@ from small_graphs import plain_session
 
 import edgeseg
 from edgeseg.demo import sample_folder
-from edgeseg.errors import InputError
+from edgeseg.errors import InputError, SpecError
 from edgeseg.progress import SilentReporter
 from edgeseg.quantize.calibration import calibrate
 from edgeseg.quantize.qdq import write_qdq
@@ -182,3 +182,125 @@ def test_a_float_engine_is_the_float_network(trained: tuple[Any, Any], tmp_path:
 def test_a_module_without_scales_of_its_own_needs_images(trained: tuple[Any, Any], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="int8 needs calibration images"):
         edgeseg.build(trained[0], size=SIDE, mean=MEAN, std=STD, output=tmp_path / "engine")
+
+
+class Frozen(torch.nn.Module):  # type: ignore[misc]
+    """A fake-quantizer as exporters take it: torch.ao's fused one has no ONNX form."""
+
+    def __init__(self, part: Any) -> None:
+        super().__init__()
+        self.register_buffer("scale", part.scale.clone())
+        self.register_buffer("zero_point", part.zero_point.to(torch.int32))
+        observer = part.activation_post_process
+        self.axis, self.limits = part.ch_axis, (observer.quant_min, observer.quant_max)
+        self.numbers = (float(part.scale), int(part.zero_point)) if part.scale.numel() == 1 else None
+
+    def forward(self, x: Any) -> Any:
+        if self.numbers is None:
+            return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, self.axis, *self.limits)
+        return torch.fake_quantize_per_tensor_affine(x, *self.numbers, *self.limits)
+
+
+def exported(module: Any, path: Path, *, dynamo: bool, is_dynamic: bool = False) -> Path:
+    """By the older exporter or the newer, for one image of one size or for any, which torch's fake quantization cannot."""
+    module = copy.deepcopy(module).requires_grad_(False)
+    for parent in list(module.modules()):
+        for name, part in list(parent.named_children()):
+            if isinstance(part, ao.FakeQuantizeBase):
+                setattr(parent, name, Frozen(part))
+    dim = torch.export.Dim.DYNAMIC
+    shapes: Any = {"dynamic_shapes": ({0: dim, 2: dim, 3: dim},)} if is_dynamic else {}
+    image = torch.zeros(2, 3, SIDE, SIDE + 32) if is_dynamic else torch.zeros(1, 3, SIDE, SIDE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (image,), path, dynamo=dynamo, verbose=False, **shapes)
+    return path
+
+
+def masks_of(file: Path) -> NDArray[np.int64]:
+    """The oracle: the file as it is written, on images normalized here."""
+    session = plain_session(onnx.load(file))
+    name = session.get_inputs()[0].name
+    logits = [session.run(None, {name: normalized([image]).numpy()})[0] for image in pictures("val", 24)]
+    masks: NDArray[np.int64] = np.concatenate(logits).argmax(1)
+    return masks
+
+
+def built(file: Path, tmp_path: Path, **said: Any) -> edgeseg.Engine:
+    return edgeseg.build(
+        file, size=SIDE, mean=MEAN, std=STD, target="onnxruntime", scheme="onnxruntime-vnni", output=tmp_path / "engine", **said
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_an_onnx_file_with_pairs_is_what_the_module_is(
+    trained: tuple[Any, Any], expected: NDArray[np.int64], tmp_path: Path, dynamo: bool
+) -> None:
+    said: list[str] = []
+    file = exported(trained[1], tmp_path / "qat.onnx", dynamo=dynamo)
+    truth = masks_of(file)
+    assert (truth == expected).mean() > 0.999
+    engine = built(file, tmp_path, calibration=pictures("calib", 12), reporter=said.append)
+    assert agreement(engine.folder / "model.onnx", truth) > 0.99
+    table, verification = load_table(engine.folder / "calibration.json"), engine.manifest.verification
+    assert table.trained is not None
+    assert table.trained.tools == ("the ONNX file",)
+    assert table.trained.lost == table.trained.ambiguous == 0
+    assert verification is not None
+    assert verification.reference == "the ONNX file"
+    assert verification.pytorch_size_bytes > 0
+    words = "\n".join(said)
+    assert f"{table.trained.activations} of activations, 17 of weights" in words
+    assert "the weights of 17 of 17 layers are held as they were trained" in words
+    assert "PyTorch" not in words
+    assert "network.decoder.blocks.0.conv1.0/Conv" in {
+        node.name for node in onnx.load(engine.folder / "model.onnx").graph.node
+    }
+    assert engine.manifest.model_request == ModelRequest(str(file), mean=MEAN, std=STD)
+    assert f"--weights {file}" in str(engine.manifest.command) or "--weights" not in str(engine.manifest.command)
+
+
+def test_a_file_of_onnx_runtimes_quantizer_keeps_its_scales(trained: tuple[Any, Any], tmp_path: Path) -> None:
+    """Calibrated and not trained; it leaves out the ReLUs that its integers stand for."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Images(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self, name: str) -> None:
+            self.batches = iter([{name: normalized([image]).numpy()} for image in pictures("calib", 12)])
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    plain, file = exported(trained[0], tmp_path / "plain.onnx", dynamo=False), tmp_path / "qdq.onnx"
+    quantize_static(plain, file, Images(onnx.load(plain).graph.input[0].name), per_channel=True)
+    kinds = [node.op_type for node in onnx.load(file).graph.node]
+    assert kinds.count("Relu") < [node.op_type for node in onnx.load(plain).graph.node].count("Relu")
+    engine = built(file, tmp_path)
+    assert agreement(engine.folder / "model.onnx", masks_of(file)) > 0.99
+    table = load_table(engine.folder / "calibration.json")
+    assert table.trained is not None
+    assert table.images == 0
+
+
+def test_a_float_file_is_calibrated_as_a_module_is(trained: tuple[Any, Any], tmp_path: Path) -> None:
+    file = exported(trained[0], tmp_path / "plain.onnx", dynamo=True, is_dynamic=True)
+    with pytest.raises(InputError, match="int8 needs calibration images"):
+        built(file, tmp_path)
+    engine = built(file, tmp_path, calibration=pictures("calib", 12), batch="1:2:4")
+    assert agreement(engine.folder / "model.onnx", masks_of(file)) > 0.9
+    assert load_table(engine.folder / "calibration.json").trained is None
+
+
+def test_a_float_engine_of_a_file_with_pairs(trained: tuple[Any, Any], tmp_path: Path) -> None:
+    """Oracle: the module with the fake-quantizers of its activations off; those of weights are in what the file holds."""
+    file = exported(trained[1], tmp_path / "qat.onnx", dynamo=False)
+    engine = built(file, tmp_path, precision="fp32")
+    floating = copy.deepcopy(trained[1])
+    for name, part in floating.named_modules():
+        if name.endswith("activation_post_process"):
+            part.apply(ao.disable_fake_quant)
+    with torch.no_grad():
+        masks = floating(normalized(pictures("val", 24))).argmax(1).numpy()
+    assert agreement(engine.folder / "model.onnx", masks) > 0.999
+    with pytest.raises(SpecError, match="was exported for 1 image at a time, not 4; give --batch 1|batch 1"):
+        built(file, tmp_path / "other", precision="fp32", batch=4)

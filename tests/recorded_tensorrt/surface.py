@@ -6,6 +6,7 @@ import enum
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +50,7 @@ class Recorder:
         surface = json.loads((DATA / f"{version}.json").read_text())
         self.classes: dict[str, Any] = {}
         self.module = ModuleType("tensorrt")
+        self.module.__spec__ = ModuleSpec("tensorrt", None)  # torch asks what it could import for it
         self.module.__version__ = surface["version"]  # type: ignore[attr-defined]
         severities = {name: value for value, name in enumerate(surface["severities"])}
         self.classes["Severity"] = severity = _make_enum(self, "Severity", severities)

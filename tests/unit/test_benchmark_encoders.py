@@ -74,5 +74,5 @@ def test_a_process_that_hangs_is_ended_and_what_it_had_built_stays(
     )
     script.chmod(0o755)
     monkeypatch.setattr(encoders.sys, "executable", str(script))
-    row = encoders.in_process("resnet18", 2.0)
+    row = encoders.in_process("resnet18", {}, 2.0)
     assert row["fp32"] == {"agreement": 1.0} and row["dynamic"]["failed"].startswith("not finished in 2 s")

@@ -227,6 +227,7 @@ def test_tiles_of_a_large_image_are_all_seen() -> None:
     assert len(windows) > 2 * len(arrays) - 1
     assert {window.shape for window in windows} == {(1, 32, 64, 3)}
     assert (windows[0][0] == arrays[0][:32]).all()
+    assert all(any(np.array_equal(window[0], image[-32:]) for window in windows) for image in arrays)
 
 
 def test_hold_out_splits_without_overlap(folder: Path) -> None:

@@ -731,7 +731,7 @@ def test_rasters_are_those_of_one_machine(use: bool | None, engine: Path, tmp_pa
     if not use:
         photo(folder / "photo.png")
         photo(folder / "plain.tif")
-    rasters = RasterOptions(use)
+    rasters = RasterOptions(use=use)
     expected = on_one_machine(engine, [folder], tmp_path / "one", RunSettings(rasters=rasters))
     suffix = ".png" if use is False else ".tif"
     assert {Path(path).suffix for path in expected.written if "chip" in path} == {suffix}
@@ -751,7 +751,7 @@ def test_rasters_are_those_of_one_machine(use: bool | None, engine: Path, tmp_pa
 def test_what_no_raster_is_is_refused_before_the_work(engine: Path, tmp_path: Path) -> None:
     folder, batches = photos(tmp_path / "in", 2), list[Batch]()
     with pytest.raises(SpecError, match=r"image0.png is no raster"):
-        on_cluster(engine, [folder], tmp_path / "out", RunSettings(rasters=RasterOptions(True)), batches=batches)
+        on_cluster(engine, [folder], tmp_path / "out", RunSettings(rasters=RasterOptions(use=True)), batches=batches)
     chip(tmp_path / "in" / "chip.tif")
     with pytest.raises(SpecError, match="rasters are cut into tiles; leave out --fit resize"):
         on_cluster(engine, [tmp_path / "in" / "chip.tif"], tmp_path / "out", RunSettings(fit="resize"))

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from memory_backend import MemorySession
 from numpy.typing import NDArray
-from test_latency import Clock
+from test_latency import Clock, measure
 
 from edgeseg.backends.base import StageTimes
 from edgeseg.evaluate.latency.batches import batch_count, median_interval, ratio_interval
 from edgeseg.evaluate.latency.measure import StageClock
 from edgeseg.evaluate.latency.profile import NodeTime, group_by_module, profile_of_layers
-from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, compare, measure, measure_interleaved
+from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, compare, measure_interleaved
 from edgeseg.evaluate.latency.statistics import distribution, noise_flags, speed_comparison
 from edgeseg.evaluate.latency.streams import measure_streams, measure_throughput
 from edgeseg.graph.modules import module_group as module_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 
@@ -14,12 +15,16 @@ from edgeseg.evaluate.latency.protocol import (
     LatencyProtocol,
     LatencySamples,
     compare,
-    measure,
     measure_interleaved,
     median,
     percentile,
 )
 from edgeseg.evaluate.latency.statistics import fastest_or_first
+
+
+def measure(call: Callable[[], object], protocol: LatencyProtocol = TRTEXEC, **how: Any) -> LatencySamples:
+    """One contender by itself."""
+    return measure_interleaved({"": call}, protocol, **how)[""]
 
 
 class Clock:

@@ -29,7 +29,7 @@ from edgeseg.store.files import without_warnings
 
 rasterio = pytest.importorskip("rasterio")
 from rasterio.control import GroundControlPoint  # noqa: E402
-from rasterio.enums import ColorInterp  # noqa: E402
+from rasterio.enums import ColorInterp, Resampling  # noqa: E402
 
 RNG = np.random.default_rng(21)
 SIZE = (90, 130)
@@ -288,6 +288,133 @@ def test_an_overview_has_its_own_scale(tmp_path: Path) -> None:
     assert "has overviews 2, 4, none that is 8 times smaller" in summary.failed[0].reason
 
 
+@pytest.mark.usefixtures("narrow_panels")
+@pytest.mark.parametrize("crs", ["EPSG:32633", None])
+def test_a_coarser_resolution_is_the_mean_of_the_pixels(tmp_path: Path, crs: str | None) -> None:
+    coarse = planes_of(size=(66, 90)).clip(2, 254)
+    fine = coarse.repeat(2, axis=1).repeat(2, axis=2)
+    fine[:, ::2, ::2] += 1
+    fine[:, 1::2, ::2] -= 1  # the mean of four stays
+    run(segmenter_of(spec_of()), write(tmp_path / "big.tif", fine, crs=crs), tmp_path / "out", resolution=1)
+    with without_warnings(), rasterio.open(tmp_path / "out/masks/big.tif") as mask:
+        assert mask.transform == rasterio.Affine(1, 0, 500_000, 0, -1, 4_600_000)
+        assert mask.crs == (None if crs is None else rasterio.CRS.from_epsg(32633))
+        expected = segmenter_of(spec_of(), fit="tile")(np.ascontiguousarray(coarse.transpose(1, 2, 0)))
+        np.testing.assert_array_equal(mask.read(1), expected)
+
+
+@pytest.mark.usefixtures("narrow_panels")
+@pytest.mark.parametrize(("levels", "resolution"), [((), 0.7), ((2,), 1.0), ((2,), 1.6), ((2, 4), 1.6)])
+def test_a_resolution_is_read_of_the_next_finer_overview(
+    tmp_path: Path, levels: tuple[int, ...], resolution: float
+) -> None:
+    """Overviews are of nearest pixels here, so that they tell what was read. GDAL's other way to a mean is the oracle."""
+    path = write(tmp_path / "big.tif", planes_of(size=(180, 264)))
+    with rasterio.open(path, "r+") as file:
+        file.build_overviews(levels)
+        bounds = file.bounds
+    with rasterio.open(path, **({"overview_level": 0} if levels else {})) as file:
+        shape = (3, round(180 * 0.5 / resolution), round(264 * 0.5 / resolution))
+        pixels = file.read(out_shape=shape, resampling=Resampling.average)
+    run(segmenter_of(spec_of()), path, tmp_path / "out", resolution=resolution)
+    with rasterio.open(tmp_path / "out/masks/big.tif") as mask:
+        np.testing.assert_allclose(mask.bounds, bounds, rtol=0, atol=1e-6)
+        assert mask.shape == shape[1:]
+        assert abs(mask.res[0] / resolution - 1) < 0.01
+        expected = segmenter_of(spec_of(), fit="tile")(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        np.testing.assert_array_equal(mask.read(1), expected)
+
+
+def recorded_nowhere(path: Path, planes: np.ndarray, nothing: np.ndarray) -> None:
+    write(path, planes)
+
+
+def recorded_wrongly(path: Path, planes: np.ndarray, nothing: np.ndarray) -> None:
+    write(path, planes, nodata=200)
+
+
+def with_alpha(path: Path, planes: np.ndarray, nothing: np.ndarray) -> None:
+    write(path, np.concatenate([planes, np.where(nothing, 0, 255).astype(np.uint8)[None]]))
+
+
+def with_mask(path: Path, planes: np.ndarray, nothing: np.ndarray) -> None:
+    write(path, planes)
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file:
+        file.write_mask(~nothing)
+
+
+@pytest.mark.parametrize("resolution", [None, 1.0])
+@pytest.mark.parametrize("value", [7, None, "none"])
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        (recorded_nowhere, "uint8"),
+        (recorded_wrongly, "uint8"),
+        (with_alpha, "uint8"),
+        (with_mask, "uint8"),
+        (recorded_wrongly, "float32"),
+        (with_mask, "float32"),
+    ],
+)
+def test_a_nodata_value_in_place_of_the_recorded_one(
+    tmp_path: Path, dtype: Any, make: Callable[..., None], value: Any, resolution: float | None
+) -> None:
+    """Half of the blocks of four pixels is what a coarser pixel is the mean of, where the rest holds no data."""
+    planes = RNG.integers(8, 256, (3, 30, 40), dtype=np.uint8).repeat(2, axis=1).repeat(2, axis=2)
+    planes[:, :10, :41] = 7
+    planes[:, 40:50, :30] = 200
+    planes[1, 30, 30] = 7  # in one band only
+    nothing = np.zeros(planes.shape[1:], np.bool_)
+    nothing[:, 61:] = True
+    path = tmp_path / "big.tif"
+    make(path, planes.astype(dtype), nothing)
+    told = make in (with_alpha, with_mask)
+    without = np.broadcast_to(nothing if told else False, planes.shape)
+    recorded = 200 if make is recorded_wrongly and value is None else value
+    if isinstance(recorded, int):
+        without = without | (planes == recorded)
+    pixels, lost = planes.astype(np.float64), without.all(axis=0)
+    if resolution is not None:
+        blocks = (3, 30, 2, 40, 2)
+        weights = (~without).reshape(blocks).astype(np.float64)
+        counted = weights.sum(axis=(2, 4))
+        total = (pixels.reshape(blocks) * weights).sum(axis=(2, 4))
+        without, lost = counted == 0, (counted == 0).all(axis=0)
+        nowhere = recorded if isinstance(recorded, int) else 0
+        pixels = np.where(without, nowhere, total / np.maximum(counted, 1))
+    pixels = np.floor(pixels + 0.5) if dtype == "uint8" else np.where(without, 127.5, pixels)
+    spec = spec_of(dtype=dtype)
+    run(segmenter_of(spec), path, tmp_path / "out", use=True, nodata=value, resolution=resolution)
+    expected = segmenter_of(spec, fit="tile")(np.ascontiguousarray(pixels.transpose(1, 2, 0)).astype(dtype))
+    mask = read(tmp_path / "out/masks/big.tif")[0]
+    np.testing.assert_array_equal(mask == 255, lost)
+    np.testing.assert_array_equal(mask[~lost], expected[~lost])
+
+
+def test_nan_is_no_data_where_it_is_said(tmp_path: Path) -> None:
+    planes = (RNG.random((3, *SIZE)) * 255).astype(np.float32)
+    planes[:, :, 50:60] = np.nan
+    spec, path = spec_of(dtype="float32"), write(tmp_path / "big.tif", planes)
+    run(segmenter_of(spec), path, tmp_path / "out", nodata=float("nan"))
+    assert ((read(tmp_path / "out/masks/big.tif")[0] == 255) == np.isnan(planes[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"resolution": 0.4}, "has pixels of 0.5, larger than --resolution 0.4; give 0.5 or more, or resample it"),
+        ({"nodata": -9999}, "holds uint8, none of whose values is -9999; give --nodata 0 to 255, or none"),
+        ({"nodata": float("nan")}, "none of whose values is nan; give --nodata 0 to 255, or none"),
+    ],
+)
+def test_what_a_raster_cannot_be_read_as(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
+    (failure,) = run(segmenter_of(spec_of()), write(tmp_path / "a.tif", planes_of()), tmp_path, **options).failed
+    assert reason in failure.reason
+    unplaced = write(tmp_path / "b.tif", planes_of(), crs=None, transform=None)
+    (failure,) = run(segmenter_of(spec_of()), unplaced, tmp_path, resolution=2).failed
+    assert "b.tif does not say how large its pixels are on the ground; leave out --resolution" in failure.reason
+
+
 def test_jpeg2000(tmp_path: Path) -> None:
     planes = planes_of()
     path = write(tmp_path / "big.jp2", planes, driver="JP2OpenJPEG", reversible="YES", quality="100")
@@ -454,6 +581,12 @@ def test_which_files_are_rasters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert RasterOptions(bands=(3, 2, 1)).applies_to(plain)
     with pytest.raises(SpecError, match=r"a\.png is no raster"):
         RasterOptions(overview=2).applies_to(picture)
+    with pytest.raises(SpecError, match="give one of them"):
+        RasterOptions(overview=2, resolution=0.5)
+    with pytest.raises(SpecError, match="give the size of a pixel on the ground"):
+        RasterOptions(resolution=0)
+    with pytest.raises(SpecError, match="nodata is 'black'; give a pixel's value, or none"):
+        RasterOptions(nodata="black")  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="leave them out, or --no-raster"):
         RasterOptions(use=False, bands=(1,))
     # As it is without the extra.

@@ -19,8 +19,8 @@ from recorded_tensorrt.graphs import SIDE, small_model
 
 from edgeseg.backends.base import BuiltEngine
 from edgeseg.backends.tensorrt import backend as tensorrt_module
+from edgeseg.backends.tensorrt import calibration as tensorrt_calibration
 from edgeseg.backends.tensorrt import device as tensorrt_device
-from edgeseg.backends.tensorrt import implicit as tensorrt_implicit
 from edgeseg.backends.tensorrt.backend import TensorRTBackend
 from edgeseg.backends.tensorrt.calibration import ImageFeed, cache_text
 from edgeseg.backends.tensorrt.device import Gpu
@@ -589,7 +589,7 @@ def test_tensorrt_measures_on_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, calibrator: str
 ) -> None:
     cuda = FakeCuda()
-    monkeypatch.setattr(tensorrt_implicit, "open_cuda", lambda: cuda)
+    monkeypatch.setattr(tensorrt_calibration, "open_cuda", lambda: cuda)
     images = np.random.default_rng(0).integers(0, 256, (9, SIDE, SIDE, 3), np.uint8)
     np.save(tmp_path / "images.npy", images)
     recorder = Recorder(version)
@@ -627,7 +627,7 @@ def test_an_image_that_vanishes_is_the_error_and_nothing_stays_open(
     from PIL import Image
 
     cuda = FakeCuda()
-    monkeypatch.setattr(tensorrt_implicit, "open_cuda", lambda: cuda)
+    monkeypatch.setattr(tensorrt_calibration, "open_cuda", lambda: cuda)
     for number in range(9):
         pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")

@@ -41,9 +41,9 @@ def version_number(version: str) -> int:
     return major * (10000 if major >= 10 else 1000) + minor * 100 + patch
 
 
-def cache_header(version: str, algorithm: str = ENTROPY) -> str:
+def cache_header(version: str) -> str:
     """First line of a cache that this version reads."""
-    return f"TRT-{version_number(version)}-{algorithm}"
+    return f"TRT-{version_number(version)}-{ENTROPY}"
 
 
 def scale_text(scale: float) -> str:

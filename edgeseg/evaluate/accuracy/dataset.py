@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, refusals_as
 from edgeseg.evaluate.accuracy.labels import LabelCoding, LabelReader
-from edgeseg.images.decoding import list_images, pixel_digest, read_image
+from edgeseg.images.decoding import file_digest, list_images, pixel_digest, read_image
 from edgeseg.spec import InputDtype, ModelSpec
 
 IMAGE_FOLDERS = ("images", "image", "img", "img_dir")
@@ -178,14 +177,6 @@ class ValidationSet:
                 "pixels; a mask must have the size of its image"
             )
         return Pair(path.name, image, mask, file_digest(path), labels.ignore_index)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, hex."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as exc:
-        raise InputError(f"cannot read {path}: {exc.strerror}") from exc
 
 
 def _find(folder: Path, split: str | None) -> tuple[list[Path], dict[Path, Path]]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from edgeseg.arguments import INT32, PATH, TEXT, argument, choice, settle, whole
 from edgeseg.errors import InputError
-from edgeseg.evaluate.accuracy.dataset import Pair, ValidationSet, file_digest
+from edgeseg.evaluate.accuracy.dataset import Pair, ValidationSet
 from edgeseg.evaluate.accuracy.judge import ImageRecord, Ledger, at_resolution, judge, truth_of_scores
 from edgeseg.evaluate.accuracy.layouts import LABEL_MAP, open_layout
 from edgeseg.evaluate.accuracy.loss import LossSums, ScoreTap, loss_sums
@@ -33,6 +33,7 @@ from edgeseg.evaluate.contenders import Contender, Opener, first_baseline
 from edgeseg.evaluate.intervals import MIN_IMAGES, Counts
 from edgeseg.evaluate.results import Accuracy, Layout, Resolution, WorstImage
 from edgeseg.evaluate.tables import counted
+from edgeseg.images.decoding import file_digest
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.orphans import end_with_parent
 from edgeseg.progress import Reporter, stage

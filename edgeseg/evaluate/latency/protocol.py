@@ -169,17 +169,6 @@ def percentile_of_rows(samples: NDArray[np.float64], percent: float) -> NDArray[
     return np.asarray(np.partition(samples, place, axis=1)[:, place])
 
 
-def measure(
-    call: Call,
-    protocol: LatencyProtocol = TRTEXEC,
-    *,
-    name: str = "",
-    clock_ns: Callable[[], int] = time.perf_counter_ns,
-) -> LatencySamples:
-    """Time one contender. ``call`` must return only when its result is in host memory."""
-    return measure_interleaved({name: call}, protocol, clock_ns=clock_ns)[name]
-
-
 def measure_interleaved(
     calls: Mapping[str, Call],
     protocol: LatencyProtocol = TRTEXEC,

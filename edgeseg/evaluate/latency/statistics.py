@@ -22,11 +22,11 @@ MAX_DRIFT = 0.05
 MIN_SAMPLES = 10
 
 
-def distribution(samples_ms: Sequence[float], *, resamples: int = 1000, seed: int = 0) -> Distribution:
+def distribution(samples_ms: Sequence[float]) -> Distribution:
     """Describe a sample; ``ValueError`` if it is empty."""
     values = np.asarray(samples_ms, dtype=np.float64)
     ordered = sorted(samples_ms)
-    low, high = median_interval(values, resamples=resamples, seed=seed)
+    low, high = median_interval(values)
     return Distribution(
         count=len(ordered),
         min_ms=ordered[0],
