@@ -67,26 +67,28 @@ def calibrate_repaired(
     judge = Judge(graph, held or samples)
     histograms = rule.needs_histogram or method == AUTO
     original, magnitudes = graph, {}
-    if equalized is None:
-        observation = Observation(graph, histograms=histograms)
+
+    def observed(which: OnnxGraph) -> Observation:
+        observation = Observation(which, histograms=histograms)
         observation.add(kept, progress)
+        return observation
+
+    if equalized is None:
+        observation = observed(graph)
         course = _Course(judge, judges, graph, observation.table(samples, rule))
     else:
         axes = channel_axes(ir.serde.deserialize_model(read_onnx(graph.path)))
         seen = Observation(graph, histograms=rule.needs_histogram, magnitudes_of=axes)
         seen.add(kept.take(range(IMAGES)), progress)
         course = _Course(judge, judges, graph, seen.table(samples, rule))
-        graph, report = write_equalized(original, seen.magnitudes(), equalized)
+        magnitudes = seen.magnitudes()
+        graph, report = write_equalized(original, magnitudes, equalized)
         require_equal(original, graph, samples)
-        observation = Observation(graph, histograms=histograms)
-        observation.add(kept, progress)
+        observation = observed(graph)
         fidelities = course.fidelities(graph, observation.table(samples, rule))
-        if course.tried("equalization", fidelities, {"channels": report.channels}):
-            magnitudes = seen.magnitudes()
-        else:
+        if not course.tried("equalization", fidelities, {"channels": report.channels}):
             equalized.unlink()
-            graph, observation = original, Observation(original, histograms=histograms)
-            observation.add(kept, progress)
+            graph, magnitudes, observation = original, {}, observed(original)
     table = course.with_biases(observation.table(samples, rule))
     methods = dict.fromkeys(table.ranges, rule.name)
     if method == AUTO and course.schemes:
