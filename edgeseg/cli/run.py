@@ -139,7 +139,7 @@ def command(
             fit=settings.fit,
             tile_overlap=settings.tile_overlap,
             recompile=recompile,
-            streams=streams_of(inputs, settings.rasters),
+            streams=streams_of(inputs, settings),
             tta=settings.tta,
             ensemble=ensemble,
         ) as segmenter:

@@ -162,14 +162,9 @@ def run_inputs(
         tasks = [_Task(file, name, rasters.applies_to(file)) for file, name in zip(files, names, strict=True)]
     run = _Run(segmenter, Path(output), settings, frame_masks, limit, overwrite)
     large = [task for task in tasks if task.is_raster]
+    _require_possible(tasks, settings)
     if large:
-        if settings.fit not in (None, "tile"):
-            raise SpecError(f"rasters are cut into tiles; leave out --fit {settings.fit}, or give --no-raster")
         require_rasters_engine(segmenter, rasters)
-        if settings.overlay:
-            raise SpecError(
-                f"no overlay is drawn over a raster ({large[0].label}); leave out --overlay, or give --no-raster"
-            )
     check_outputs(
         [path for task in tasks for path in run.unwritten(task)],
         force=overwrite,
@@ -198,14 +193,28 @@ def run_inputs(
     )
 
 
-def streams_of(inputs: Iterable[str | Path | int], rasters: RasterOptions | None = None) -> int:
+def _require_possible(tasks: Sequence[_Task], settings: RunSettings) -> None:
+    """Raise :class:`SpecError` for what rasters cannot be asked for."""
+    large = next((task for task in tasks if task.is_raster), None)
+    if large is None:
+        return
+    if settings.fit not in (None, "tile"):
+        raise SpecError(f"rasters are cut into tiles; leave out --fit {settings.fit}, or give --no-raster")
+    if settings.overlay:
+        raise SpecError(f"no overlay is drawn over a raster ({large.label}); leave out --overlay, or give --no-raster")
+
+
+def streams_of(inputs: Iterable[str | Path | int], settings: RunSettings) -> int:
     """How many threads :func:`run_inputs` calls the segmenter from: one for videos and rasters, several for images.
+
+    Asked before the engine is loaded, so that what cannot be done is refused before.
 
     Raises:
         InputError: nothing there.
-        SpecError: a file that is to be a raster and cannot be one.
+        SpecError: a file that is to be a raster and cannot be one; what rasters cannot be asked for.
     """
-    tasks = _plan(inputs, RasterOptions() if rasters is None else rasters)
+    tasks = _plan(inputs, settings.rasters)
+    _require_possible(tasks, settings)
     alone = any(task.is_video or task.is_raster for task in tasks)
     return 1 if alone else min(len(tasks), parallel_threads())
 

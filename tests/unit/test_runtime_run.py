@@ -363,11 +363,11 @@ def test_a_run_calls_from_several_threads_for_images_and_from_one_for_videos(
     for i in range(6):
         photo(tmp_path / "in" / f"{i}.png")
     monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 3))
-    assert run.streams_of([tmp_path / "in"]) == 3
-    assert run.streams_of([tmp_path / "in" / "0.png"]) == 1
-    assert run.streams_of([tmp_path / "in", 0]) == 1
+    assert run.streams_of([tmp_path / "in"], RunSettings()) == 3
+    assert run.streams_of([tmp_path / "in" / "0.png"], RunSettings()) == 1
+    assert run.streams_of([tmp_path / "in", 0], RunSettings()) == 1
     monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 64))
-    assert run.streams_of([tmp_path / "in"]) == overlap.MAX_THREADS
+    assert run.streams_of([tmp_path / "in"], RunSettings()) == overlap.MAX_THREADS
 
 
 def test_inputs_that_are_not_there(tmp_path: Path) -> None:
