@@ -33,6 +33,14 @@ def test_every_committed_median_is_on_the_page() -> None:
             assert all(f"{ratio['median']:.2f}" in text for ratio in against.values())
 
 
+def test_the_docs_say_of_rasters_what_was_measured() -> None:
+    text = (RESULTS.parents[1] / "docs" / "rasters.md").read_text(encoding="utf-8")
+    rows = json.loads((RESULTS / "rasters.json").read_text())["rows"]
+    for label, kind in (("blended scores", "scores"), ("masks", "masks")):
+        peaks = [f"{row['peak_bytes'] / 1e6:.0f}" for row in rows if row["name"].startswith(kind)]
+        assert f"| {' | '.join([label, *peaks])} |" in text
+
+
 def write(folder: Path, name: str, rows: list[dict[str, object]], ratios: dict[str, dict[str, object]]) -> None:
     machine = Machine("a CPU", ("avx2",), 2, None, None, "Linux", "3.11", None, (0.1, 0.1, 0.1))
     record = Record("made up", "a workload", machine, {"edgeseg": "0"}, {}, rows, ratios, "2026-01-01", "abc")  # type: ignore[arg-type]
