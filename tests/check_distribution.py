@@ -36,9 +36,14 @@ def build(folder: Path) -> tuple[Path, Path]:
     return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
 
 
-def tracked() -> set[str]:
-    """Files of the repository, as git knows them."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+def tracked() -> set[str] | None:
+    """Files of the repository, as git knows them; ``None`` where these files are no repository of git's, or git is missing."""
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return None
+    listed = done.stdout
     return {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
 
 
@@ -132,12 +137,13 @@ def main() -> None:
         old.unlink()
     wheel, sdist = build(given.output)
     files = tracked()
-    faults = wheel_faults(wheel, files) + sdist_faults(sdist, files)
+    faults = [] if files is None else wheel_faults(wheel, files) + sdist_faults(sdist, files)
     if faults:
         raise SystemExit("\n".join(faults))
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)], check=True)
+    seen = "its files are those of the repository" if files else "files not compared: this is no git repository"
     for path in (wheel, sdist):
-        print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, its files are those of the repository")
+        print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, {seen}")
     here = {version: interpreter(version) for version in VERSIONS} if given.python is None else {}
     for version in (version for version, python in here.items() if python is None):
         print(f"Python {version}: none on this machine, not tried")
