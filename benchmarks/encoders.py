@@ -27,7 +27,7 @@ import msgspec
 from benchmarks.record import RESULTS, Record, read_record, this_machine, versions
 from benchmarks.results import machine, markdown_row
 from edgeseg.spec import ARCHITECTURES
-from edgeseg.store.artifacts import write_text
+from edgeseg.store.documents import write_text
 
 FILE = RESULTS / "encoders.json"
 DEMO = RESULTS.parents[1] / "calibration" / "demo"

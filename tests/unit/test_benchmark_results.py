@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.record import RESULTS, Machine, Record
 from benchmarks.results import PAGE, page
-from edgeseg.store.artifacts import write_json
+from edgeseg.store.documents import write_json
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 
