@@ -577,6 +577,7 @@ def test_shares(nodes: list[dict[str, float]], gpus: int, workers: int | None, e
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--output", "out", "--executor", "ray", "--threads", "1"], "--threads goes with a run on this machine"),
         (["--output", "out", "--jobs", "2"], "--jobs and --ray-address go with --executor ray"),
         (["--output", "out", "--ray-address", "auto"], "--jobs and --ray-address go with --executor ray"),
         (["--output", "memory://out"], "URLs go with --executor ray"),
