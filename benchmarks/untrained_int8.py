@@ -22,27 +22,16 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 import edgeseg
 from benchmarks.encoders import CLASSES, DEMO, FILE, SIDE, has_one_size
+from benchmarks.peers.onnxruntime_static import quantize
 from benchmarks.record import RESULTS, Record, read_record, this_machine, versions
 from edgeseg.images.decoding import list_images, read_image
 
 IMAGES = 8
 CALIBRATION = list_images(DEMO / "calib" / "images")
 CHOICES = {"spread": CALIBRATION[:: len(CALIBRATION) // IMAGES], "first": CALIBRATION[:IMAGES]}
-
-
-class Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Feeds uint8 images to a graph that takes them as they are."""
-
-    def __init__(self, images: list[NDArray[np.uint8]]) -> None:
-        self._images = iter(images)
-
-    def get_next(self) -> dict[str, Any] | None:
-        image = next(self._images, None)
-        return None if image is None else {"image": image}
 
 
 def main() -> None:
@@ -98,15 +87,7 @@ def measure(arch: str, encoder: str) -> Iterator[dict[str, Any]]:
             calibration = [resized(path) for path in paths]
             largest = [float(np.abs(m).max()) for m in masks(logits / "model.onnx", calibration)]
             theirs = folder / f"{choice}.onnx"
-            quantize_static(
-                str(plain),
-                str(theirs),
-                Reader(calibration),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
+            quantize(plain, theirs, ({"image": image} for image in calibration))
             (folder / choice).mkdir()
             for path in paths:
                 shutil.copy(path, folder / choice)

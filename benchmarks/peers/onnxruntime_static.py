@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +25,34 @@ from benchmarks.workload import Workload
 
 
 class Reader(CalibrationDataReader):
-    """Feeds the calibration images one at a time."""
+    """Feeds inputs by name, one image at a time."""
 
-    def __init__(self, work: Workload) -> None:
-        self._images: Iterator[NDArray[np.uint8]] = iter(work.calibration)
-        self._work = work
+    def __init__(self, feeds: Iterable[dict[str, Any]]) -> None:
+        self._feeds = iter(feeds)
 
     def get_next(self) -> dict[str, Any] | None:
-        image = next(self._images, None)
-        return None if image is None else {INPUT: self._work.normalized(image)}
+        return next(self._feeds, None)
 
 
 def prepare(work: Workload, folder: Path) -> Contender:
     plain, ready, quantized = export(work, folder), folder / "ready.onnx", folder / "quantized.onnx"
     quant_pre_process(str(plain), str(ready))
+    quantize(ready, quantized, ({INPUT: work.normalized(image)} for image in work.calibration))
+    return session_contender(work, quantized, {"activations": "u8", "weights": "s8 per channel", "method": "minmax"})
+
+
+def quantize(graph: Path, quantized: Path, feeds: Iterable[dict[str, Any]]) -> None:
+    """Write ``graph`` with Q/DQ pairs, calibrated on ``feeds``."""
     quantize_static(
-        str(ready),
+        str(graph),
         str(quantized),
-        Reader(work),
+        Reader(feeds),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         calibrate_method=CalibrationMethod.MinMax,
     )
-    return session_contender(work, quantized, {"activations": "u8", "weights": "s8 per channel", "method": "minmax"})
 
 
 def session_contender(work: Workload, path: Path, settings: dict[str, Any]) -> Contender:
