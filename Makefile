@@ -63,7 +63,7 @@ docs: venv       ## Build the site of docs/ into site/, strictly, without a netw
 pictures: venv   ## Make the pictures of README and docs again (needs Chromium)
 	$(BIN)/python docs/pictures.py
 
-dist: venv       ## Build wheel and sdist into dist/, check them, install the wheel without torch and run it (PYTHONS="python3.10 python3.13")
+dist: venv       ## Build wheel and sdist into dist/, check them, install it without torch in the oldest and newest Python here (or PYTHONS="...") and run it
 	$(BIN)/python tests/check_distribution.py $(foreach python,$(PYTHONS),--python $(python))
 
 schemas: venv    ## Write the JSON schemas of manifest, bench report, decision and calibration table again (docs/schemas/)

@@ -25,7 +25,7 @@ from edgeseg.errors import EdgesegError
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, measure_interleaved
 from edgeseg.images.decoding import fit, list_images, read_image
 from edgeseg.spec import ARCHITECTURES, Precision
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.engine import Engine
 
 CLASSES = 11
 SIZE = (256, 256)

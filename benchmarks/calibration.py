@@ -38,7 +38,7 @@ from benchmarks.record import RESULTS, Record, this_machine, versions
 from edgeseg.quantize.calibration import DEFAULT_METHOD, CalibrationSet, calibrate
 from edgeseg.quantize.ranges import METHODS
 from edgeseg.quantize.table import CalibrationTable
-from edgeseg.store.artifacts import OnnxGraph
+from edgeseg.store.manifest import OnnxGraph
 
 MEMORY_COUNTS = (10, 100, 500)
 MEMORY_METHOD = "entropy"

@@ -24,7 +24,7 @@ from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
 from edgeseg.convert.load import load_model
 from edgeseg.demo import demo_models, sample_folder
 from edgeseg.spec import ModelRequest
-from edgeseg.store.artifacts import Engine, open_engine
+from edgeseg.store.engine import Engine, open_engine
 
 TARGETS = ("onnxruntime", "openvino", "tensorrt")
 

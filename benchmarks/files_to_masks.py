@@ -37,7 +37,7 @@ from edgeseg.evaluate.latency.protocol import LatencySamples
 from edgeseg.images.decoding import list_images
 from edgeseg.runtime.overlap import parallel_threads
 from edgeseg.runtime.run import run_inputs
-from edgeseg.store.artifacts import Engine, open_engine
+from edgeseg.store.engine import Engine, open_engine
 
 SIZES = ((256, 256), (512, 512), (1080, 1920))
 """Of the image files, ``(height, width)`` in pixels."""

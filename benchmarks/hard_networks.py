@@ -33,7 +33,8 @@ from edgeseg.demo import sample_folder
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
 from edgeseg.images.decoding import list_images, read_image
 from edgeseg.spec import Precision
-from edgeseg.store.artifacts import Engine, Verification, open_engine
+from edgeseg.store.engine import Engine, open_engine
+from edgeseg.store.manifest import Verification
 
 # A folder of scripts, whose recipe this is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "calibration"))

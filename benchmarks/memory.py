@@ -25,7 +25,7 @@ from edgeseg.demo import sample_folder
 from edgeseg.evaluate.contenders import engine_contenders
 from edgeseg.evaluate.latency.fresh import measure_fresh
 from edgeseg.spec import ARCHITECTURES
-from edgeseg.store.artifacts import open_engine
+from edgeseg.store.engine import open_engine
 
 SIZE = "512x512"
 

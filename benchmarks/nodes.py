@@ -33,7 +33,7 @@ from edgeseg.backends import get_backend
 from edgeseg.backends.cpu.onnxruntime import OnnxRuntimeBackend
 from edgeseg.backends.cpu.precision import ExecutedNode, executed_macs, executed_node, profiled_events
 from edgeseg.evaluate.latency.protocol import median
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.engine import Engine
 
 ARCHITECTURES = ("fpn", "unet", "pspnet", "segformer", "dpt")
 PEAK_SIDE = 1536

@@ -25,7 +25,7 @@ import edgeseg
 from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
 from edgeseg.progress import SilentReporter
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.engine import Engine
 
 TIMED_IMPORT = "import time; t = time.perf_counter(); import edgeseg; print(time.perf_counter() - t)"
 TIMED_LOAD = """

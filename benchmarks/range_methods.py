@@ -36,7 +36,7 @@ from edgeseg.quantize.ranges import METHODS, range_method
 from edgeseg.quantize.repair.fidelity import JUDGES
 from edgeseg.quantize.repair.repaired import calibrate_repaired
 from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.store.artifacts import OnnxGraph
+from edgeseg.store.manifest import OnnxGraph
 
 Masks = list[NDArray[np.integer[Any]]]
 

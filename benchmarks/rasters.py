@@ -78,7 +78,7 @@ def written(path: Path, side: int) -> Path:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", type=int, nargs="+", default=[5_000, 10_000], help="of the rasters, pixels")
+    parser.add_argument("--sides", type=int, nargs="+", default=[5_000, 10_000, 20_000], help="of the rasters, pixels")
     parser.add_argument("--output", type=Path, default=RESULTS / "rasters.json")
     return parser.parse_args()
 

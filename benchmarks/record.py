@@ -16,7 +16,7 @@ from edgeseg.evaluate.latency.protocol import LatencySamples, compare
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.packages import installed_version
 from edgeseg.machine.reading import core_limit, read_memory
-from edgeseg.store.artifacts import write_json
+from edgeseg.store.documents import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA_VERSION = 1

@@ -18,7 +18,7 @@ from edgeseg.decide.entries import Run, merge
 from edgeseg.decide.verdict import decide
 from edgeseg.evaluate.results import read_report
 from edgeseg.report.plain import markdown
-from edgeseg.store.artifacts import write_text
+from edgeseg.store.documents import write_text
 
 PAGE = RESULTS.parent / "RESULTS.md"
 HIDDEN = {"settings", "iterations", "pairs", "per_class_iou", "p90_ms", "left_out"}

@@ -23,7 +23,7 @@ from edgeseg.backends.portable import open_graph
 from edgeseg.demo import demo_models
 from edgeseg.evaluate.accuracy.counts import AccuracyMeter, AgreementMeter
 from edgeseg.spec import Precision
-from edgeseg.store.artifacts import Verification
+from edgeseg.store.manifest import Verification
 
 PRECISIONS: tuple[Precision, ...] = ("fp16", "int8")
 

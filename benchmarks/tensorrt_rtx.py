@@ -33,7 +33,8 @@ from edgeseg.quantize.fp16 import write_fp16
 from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import ARCHITECTURES, PRECISIONS, BatchRange, InputSpec, ModelRequest, PipelineSpec
-from edgeseg.store.artifacts import OnnxGraph, write_text
+from edgeseg.store.documents import write_text
+from edgeseg.store.manifest import OnnxGraph
 
 OUTPUT = RESULTS / "tensorrt-rtx.json"
 SIDE = 256

@@ -40,7 +40,7 @@ from edgeseg.quantize.repair.repaired import calibrate_repaired
 from edgeseg.quantize.schemes import SCHEMES, QuantScheme
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import ModelRequest
-from edgeseg.store.artifacts import OnnxGraph
+from edgeseg.store.manifest import OnnxGraph
 
 OPSET_OF_INT16 = 21
 LEVELS = 2**15 - 1

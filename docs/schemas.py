@@ -11,11 +11,11 @@ import msgspec
 from edgeseg.evaluate import results
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable
 from edgeseg.report import decision
-from edgeseg.store import artifacts
+from edgeseg.store import manifest
 
 FOLDER = Path(__file__).resolve().parent / "schemas"
 DOCUMENTS: dict[str, tuple[type, int]] = {
-    "manifest": (artifacts.Manifest, artifacts.SCHEMA_VERSION),
+    "manifest": (manifest.Manifest, manifest.SCHEMA_VERSION),
     "bench-report": (results.BenchReport, results.SCHEMA_VERSION),
     "decision": (decision.Decision, decision.SCHEMA_VERSION),
     "calibration-table": (CalibrationTable, TABLE_SCHEMA_VERSION),

@@ -1,8 +1,8 @@
 """Build the wheel and the sdist and check them as a user meets them: ``make dist``.
 
-Contents are compared with the files git tracks, metadata by twine; then the wheel is installed into a clean environment
-without torch, where ``edgeseg doctor`` and ``edgeseg run`` must work. Where no package index or folder of wheels has what the
-environment needs, that part is left out and says why.
+Contents are compared with the files git tracks, metadata by twine; then the wheel is installed into clean environments
+without torch, where ``edgeseg doctor`` and ``edgeseg run`` must work: of the oldest and the newest Python there are wheels of
+everything for, as far as this machine has them. Where it has neither, or no package index, that part is left out and says why.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = "calibration/demo/"
 # What the wheel is built from, and what says what it is; tests, benchmarks and their data stay in the repository.
 SDIST = ("edgeseg/", SAMPLE, "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", ".gitignore")
+VERSIONS = ("3.10", "3.13")
+"""Of Python: the ends of ``requires-python``."""
 NEEDED = ("edgeseg/py.typed", "edgeseg/report/templates/report.html.j2", "edgeseg/demo/fpn.safetensors")
 
 
@@ -34,9 +36,14 @@ def build(folder: Path) -> tuple[Path, Path]:
     return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
 
 
-def tracked() -> set[str]:
-    """Files of the repository, as git knows them."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+def tracked() -> set[str] | None:
+    """Files of the repository, as git knows them; ``None`` where these files are no repository of git's, or git is missing."""
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return None
+    listed = done.stdout
     return {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
 
 
@@ -63,34 +70,46 @@ def sdist_faults(sdist: Path, files: set[str]) -> list[str]:
     return faults + [f"sdist has {name}" for name in sorted(inside - wanted - {"PKG-INFO"})]
 
 
-def check_installed(wheel: Path, engine: Path, python: str, folder: Path) -> str:
-    """Install the wheel for one Python, run ``doctor`` and ``run``; return what was seen, or why it was left out."""
-    place = folder / f"venv-{Path(python).name}"
-    if python == sys.executable:
-        venv.create(place, with_pip=True)
-    else:
-        subprocess.run([python, "-m", "venv", str(place)], check=True)
-    inside = place / "bin"
-    pip = [str(inside / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    installed = subprocess.run([*pip, f"{wheel}[onnxruntime]"], capture_output=True, text=True, env=_alone())
-    if installed.returncode:
-        return f"not installed, since pip could not: {installed.stderr.strip().splitlines()[-1]}"
-    edgeseg = str(inside / "edgeseg")
+def interpreter(version: str) -> str | None:
+    """A Python of this version that runs and makes environments: on the path, or one of pyenv's; ``None`` for none."""
+    name = f"python{version}"
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    for path in (shutil.which(name), *sorted(pyenv.glob(f"{version}.*/bin/{name}"))):
+        # pyenv's shims are on the path for versions that are not switched on, too, and Debian's Python may lack venv.
+        if path and subprocess.run([path, "-c", "import ensurepip, venv"], capture_output=True).returncode == 0:
+            return str(path)
+    return None
+
+
+def install(wheel: Path, python: str, place: Path) -> str | None:
+    """Install the wheel into a new environment of ``python``; return why it was left out, or ``None``."""
+    subprocess.run([python, "-m", "venv", str(place)], check=True)
+    pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run([*pip, f"{wheel}[onnxruntime]"], capture_output=True, text=True, env=_alone())
+    if done.returncode and "(from versions: none)" in done.stderr:  # other failures of pip are the wheel's
+        return f"not installed, since no package index answers: {done.stderr.strip().splitlines()[-1]}"
+    if done.returncode:
+        raise SystemExit(f"{wheel.name} cannot be installed with {python}: {done.stderr.strip()}")
+    return None
+
+
+def check_installed(place: Path, engine: Path) -> str:
+    """Run ``doctor`` and ``run`` of an environment; return what was seen."""
+    edgeseg, folder = str(place / "bin" / "edgeseg"), place / "check"
+    images = folder / "images"
+    images.mkdir(parents=True)
+    for name in ("000.jpg", "001.jpg"):
+        shutil.copy(ROOT / SAMPLE / "val" / "images" / name, images)
     doctor = _json_of([edgeseg, "doctor", "--json"], folder)
     torch = [p["version"] for p in doctor["packages"] if p["name"] == "torch"]
     assert torch == [None], f"torch is in the environment: {torch}"
-    images = folder / "images"
-    images.mkdir(exist_ok=True)
-    for name in ("000.jpg", "001.jpg"):
-        (images / name).write_bytes((ROOT / SAMPLE / "val" / "images" / name).read_bytes())
-    output = folder / f"masks-{Path(python).name}"
-    own = shutil.copytree(engine, folder / f"engine-{Path(python).name}")
+    own = shutil.copytree(engine, folder / "engine")
     # An older Python gets an older ONNX Runtime, for which the engine is made anew from its portable graph.
-    words = ["run", str(own), str(images), "--output", str(output), "--recompile", "--json"]
-    result = _json_of([edgeseg, *words], folder)
+    result = _json_of([edgeseg, "run", str(own), str(images), "--output", "masks", "--recompile", "--json"], folder)
     assert result["images"] == 2
     assert len(result["written"]) == 2
-    return f"edgeseg {doctor['edgeseg_version']} on Python {doctor['python']} without torch: doctor, and 2 masks by run"
+    version = doctor["python"].partition(" ")[0]
+    return f"edgeseg {doctor['edgeseg_version']} on Python {version} without torch: doctor, and 2 masks by run"
 
 
 def _alone() -> dict[str, str]:
@@ -118,29 +137,34 @@ def main() -> None:
         old.unlink()
     wheel, sdist = build(given.output)
     files = tracked()
-    faults = wheel_faults(wheel, files) + sdist_faults(sdist, files)
+    faults = [] if files is None else wheel_faults(wheel, files) + sdist_faults(sdist, files)
     if faults:
         raise SystemExit("\n".join(faults))
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist)], check=True)
+    seen = "its files are those of the repository" if files else "files not compared: this is no git repository"
     for path in (wheel, sdist):
-        print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, its files are those of the repository")
-    with tempfile.TemporaryDirectory(prefix="edgeseg-dist-") as scratch:
-        engine = given.engine or Path(scratch) / "engine"
-        if given.engine is None:
-            words = [
-                "build",
-                "--arch",
-                "fpn",
-                "--precision",
-                "int8",
-                "--target",
-                "onnxruntime",
-                "--output",
-                str(engine),
-            ]
-            subprocess.run([sys.executable, "-m", "edgeseg", *words], check=True, capture_output=True)
-        for python in given.python or [sys.executable]:
-            print(check_installed(wheel, engine, python, Path(scratch)))
+        print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB, {seen}")
+    here = {version: interpreter(version) for version in VERSIONS} if given.python is None else {}
+    for version in (version for version, python in here.items() if python is None):
+        print(f"Python {version}: none on this machine, not tried")
+    pythons = given.python or [python for python in here.values() if python] or [sys.executable]
+    with tempfile.TemporaryDirectory(prefix="edgeseg-dist-") as scratch, ThreadPoolExecutor() as pool:
+        places = [Path(scratch) / f"venv-{number}" for number in range(len(pythons))]
+        # Most of an installation is waiting for a package index: the engine is built meanwhile.
+        installing = [pool.submit(install, wheel, *each) for each in zip(pythons, places, strict=True)]
+        engine = given.engine or built(Path(scratch) / "engine")
+        for python, place, left_out in zip(pythons, places, installing, strict=True):
+            if (why := left_out.result()) is not None:
+                print(f"{python}: {why}")
+            else:
+                print(check_installed(place, engine))
+
+
+def built(folder: Path) -> Path:
+    """The INT8 demo FPN."""
+    words = ["build", "--arch", "fpn", "--precision", "int8", "--target", "onnxruntime", "--output", str(folder)]
+    subprocess.run([sys.executable, "-m", "edgeseg", *words], check=True, capture_output=True)
+    return folder
 
 
 if __name__ == "__main__":

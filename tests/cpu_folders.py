@@ -13,13 +13,8 @@ from small_graphs import graph, spec, table_for
 from edgeseg.backends import get_backend, portable
 from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.store.artifacts import (
-    AccuracyFigures,
-    LatencyFigures,
-    OnnxGraph,
-    Verification,
-    sha256_file,
-)
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import AccuracyFigures, LatencyFigures, OnnxGraph, Verification
 
 SIDE, CLASSES = 16, 5
 IMAGES = np.random.default_rng(5).integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8)

@@ -8,7 +8,9 @@ from typing import Any
 import edgeseg
 from edgeseg.backends.base import BuiltEngine
 from edgeseg.spec import PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, SCHEMA_VERSION, FileRef, Manifest, PrecisionReport, write_json
+from edgeseg.store.documents import write_json
+from edgeseg.store.hashing import FileRef
+from edgeseg.store.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, PrecisionReport
 
 
 def manifest_of(

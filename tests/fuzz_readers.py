@@ -54,9 +54,11 @@ from edgeseg.report.decision import decision_of
 from edgeseg.report.html import html
 from edgeseg.runtime.sources import Video
 from edgeseg.spec import ModelRequest, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, read_json, sha256_file
 from edgeseg.store.atomic import atomic_folder
 from edgeseg.store.cache import cached_folder
+from edgeseg.store.documents import read_json
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import MANIFEST_NAME
 from edgeseg.sweep.config import expand, read_config
 from edgeseg.sweep.state import CellState
 

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from edgeseg.handover.folder import LISTING_NAME, Listing
-from edgeseg.store.artifacts import MANIFEST_NAME, read_json, read_manifest, sha256_file, write_json
+from edgeseg.store.documents import read_json, write_json
+from edgeseg.store.engine import read_manifest
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import MANIFEST_NAME
 
 
 def changed(folder: Path, **fields: Any) -> Path:

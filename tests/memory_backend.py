@@ -30,7 +30,10 @@ from edgeseg.closing import Closing
 from edgeseg.errors import InputError, SpecError
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.spec import OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import Engine, FileRef, OnnxGraph, PrecisionReport, write_json
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import Engine
+from edgeseg.store.hashing import FileRef
+from edgeseg.store.manifest import OnnxGraph, PrecisionReport
 
 LogitsFunction = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 """uint8 ``(N, H, W, C)`` -> float32 ``(N, classes, H, W)``."""

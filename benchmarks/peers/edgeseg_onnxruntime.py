@@ -8,7 +8,7 @@ import edgeseg
 from benchmarks.peers import Contender
 from benchmarks.workload import Workload
 from edgeseg.spec import Precision
-from edgeseg.store.artifacts import Engine, open_engine
+from edgeseg.store.engine import Engine, open_engine
 
 
 def prepare(work: Workload, folder: Path) -> Contender:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 from numpy.typing import NDArray
 
 from edgeseg.errors import SpecError, did_you_mean
-from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import OnnxGraph, PrecisionReport
 
 if TYPE_CHECKING:
     from edgeseg.backends.cuda.arrays import DeviceTensor

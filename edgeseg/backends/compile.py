@@ -16,22 +16,19 @@ from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.spec import one_of
-from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    MIN_INT8_SHARE,
+from edgeseg.store.atomic import lock
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import (
     Engine,
-    FileRef,
-    Manifest,
-    OnnxGraph,
     check_engine_folder,
     check_file,
     engine_folder,
     engine_paths,
     open_engine,
     read_manifest,
-    write_json,
 )
-from edgeseg.store.atomic import lock
+from edgeseg.store.hashing import FileRef
+from edgeseg.store.manifest import MANIFEST_NAME, MIN_INT8_SHARE, Manifest, OnnxGraph
 
 
 def recompile(engine: Engine) -> Engine:

@@ -15,7 +15,8 @@ from edgeseg.backends.cpu.options import CPU_OPTIONS, cpu_options
 from edgeseg.backends.tensorrt.options import RtxOptions, TensorRTOptions, parse_options
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.spec import Precision
-from edgeseg.store.artifacts import Engine, Manifest, OnnxGraph, PrecisionReport
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import Manifest, OnnxGraph, PrecisionReport
 
 DEVICE_TARGETS = ("tensorrt",)
 """Targets whose engines are built on the device; elsewhere a build for them stops at the portable graph."""

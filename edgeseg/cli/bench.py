@@ -55,7 +55,7 @@ def command(
     from edgeseg.decide.entries import Run
     from edgeseg.decide.requirement import Requirement
     from edgeseg.evaluate.results import write_report
-    from edgeseg.store.artifacts import engine_paths
+    from edgeseg.store.engine import engine_paths
     from edgeseg.store.files import check_outputs, is_stdout, is_stream
 
     require_page(html_path, shows)

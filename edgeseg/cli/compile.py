@@ -13,7 +13,7 @@ from edgeseg.cli.parameters import ANY_PATH
 from edgeseg.cli.shared_options import request_options
 
 if TYPE_CHECKING:
-    from edgeseg.store.artifacts import Engine
+    from edgeseg.store.engine import Engine
 
 
 @click.command("compile", short_help="Build this machine's engines from folders' portable graphs.")

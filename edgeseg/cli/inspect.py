@@ -24,7 +24,9 @@ from edgeseg.evaluate.summary import (
 )
 from edgeseg.evaluate.tables import MISSING, FigureTable, counted
 from edgeseg.graph.modules import module_group, module_of
-from edgeseg.store.artifacts import Engine, FileRef, Manifest, open_engine
+from edgeseg.store.engine import Engine, open_engine
+from edgeseg.store.hashing import FileRef
+from edgeseg.store.manifest import Manifest
 
 if TYPE_CHECKING:
     import onnx

@@ -90,7 +90,7 @@ def write_reports(
     from edgeseg.decide.verdict import decide
     from edgeseg.report import plain
     from edgeseg.report.decision import decision_of
-    from edgeseg.store.artifacts import write_text
+    from edgeseg.store.documents import write_text
     from edgeseg.store.files import is_stdout
 
     files = list(filter(None, (html_path, markdown_path, csv_path)))

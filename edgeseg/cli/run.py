@@ -62,6 +62,11 @@ NODATA = Kind(
 @click.option("--force", is_flag=True, help="Replace files that exist in --output.")
 @click.option("--open", "shows", is_flag=True, help="Show the result when it is done.")
 @click.option("--recompile", is_flag=True, help="Build the engine again if it was built for another device or version.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1, INT32),
+    help="Take no more of this machine: of a CPU engine, and images at a time.",
+)
 @click.option("--executor", type=click.Choice(("local", "ray")), default="local", show_default=True)
 @click.option(
     "--ray-address",
@@ -88,6 +93,7 @@ def command(
     force: bool,
     shows: bool,
     recompile: bool,
+    threads: int | None,
     executor: Literal["local", "ray"],
     ray_address: str | None,
     jobs: int | None,
@@ -111,6 +117,10 @@ def command(
     if executor == "local" and (jobs is not None or ray_address is not None):
         raise click.UsageError(
             "--jobs and --ray-address go with --executor ray, which makes processes of one machine too"
+        )
+    if executor == "ray" and threads is not None:
+        raise click.UsageError(
+            "--threads goes with a run on this machine; on a cluster --jobs says how many workers there are"
         )
     if executor == "local" and has_urls:
         raise click.UsageError("URLs go with --executor ray, on one machine too")
@@ -139,12 +149,20 @@ def command(
             fit=settings.fit,
             tile_overlap=settings.tile_overlap,
             recompile=recompile,
-            streams=streams_of(inputs, settings.rasters),
+            streams=streams_of(inputs, settings, threads),
+            threads=threads,
             tta=settings.tta,
             ensemble=ensemble,
         ) as segmenter:
             summary = run_inputs(
-                segmenter, inputs, output, settings, frame_masks=frame_masks, limit=limit, overwrite=force
+                segmenter,
+                inputs,
+                output,
+                settings,
+                frame_masks=frame_masks,
+                limit=limit,
+                overwrite=force,
+                threads=threads,
             )
     if as_json:
         print_json(summary)

@@ -43,7 +43,7 @@ def command(folder: Path | None, given: dict[str, Any], limit: int, json_path: P
     Says what each loses (agreement with the float network, mIoU where --data has masks/) and what it saves in milliseconds. An
     ended run goes on where it was.
     """
-    from edgeseg.store.artifacts import engine_paths
+    from edgeseg.store.engine import engine_paths
     from edgeseg.store.files import check_outputs, is_stdout
 
     request = BuildRequest.of(given) if folder is None else _of_folder(folder, given)
@@ -54,7 +54,7 @@ def command(folder: Path | None, given: dict[str, Any], limit: int, json_path: P
     with console_reporter() as reporter:
         report = run_sensitivity(request, reporter, limit)
     if json_path is not None:
-        from edgeseg.store.artifacts import write_json
+        from edgeseg.store.documents import write_json
 
         if is_stdout(json_path):
             from edgeseg.cli.output import print_json
@@ -74,7 +74,7 @@ def command(folder: Path | None, given: dict[str, Any], limit: int, json_path: P
 def _of_folder(folder: Path, given: dict[str, Any]) -> BuildRequest:
     """The request for an engine folder's network; of the options only what it is judged on and timed by."""
     from edgeseg.errors import SpecError
-    from edgeseg.store.artifacts import open_engine
+    from edgeseg.store.engine import open_engine
 
     arguments = {argument.name: argument for argument in arguments_of(BuildRequest).values()}
     own = ("validation", "ignore_index", "latency_from")

@@ -24,8 +24,10 @@ from edgeseg.images.raster import RASTER_SUFFIXES
 from edgeseg.runtime.raster import RasterOptions, is_installed, raster_outputs
 from edgeseg.runtime.run import Bar, Failure, RunSettings, RunSummary, Silent, image_outputs, tell_what_overlays_show
 from edgeseg.spec import PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, Engine, open_engine, sha256_json
 from edgeseg.store.atomic import HeldError, lock
+from edgeseg.store.engine import Engine, open_engine
+from edgeseg.store.hashing import sha256_json
+from edgeseg.store.manifest import MANIFEST_NAME
 from edgeseg.version import __version__
 
 # Images whose beginning the ledger notes at once.

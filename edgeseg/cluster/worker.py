@@ -20,9 +20,9 @@ from edgeseg.machine.cpu import this_cpu
 from edgeseg.runtime.raster import is_installed
 from edgeseg.runtime.run import RunSettings, run_inputs
 from edgeseg.runtime.segmenter import Segmenter, load
-from edgeseg.store.artifacts import Engine, engine_files, open_engine
 from edgeseg.store.atomic import scratch_folder
 from edgeseg.store.cache import cached_folder, software, usable_cache
+from edgeseg.store.engine import Engine, engine_files, open_engine
 from edgeseg.version import __version__
 
 # Of a bucket: most of a request is waiting.

@@ -9,7 +9,7 @@ from edgeseg.convert.checkpoint import Checkpoint, read_checkpoint
 from edgeseg.demo import demo_files, demo_models
 from edgeseg.errors import SpecError
 from edgeseg.spec import ChannelOrder, ModelRequest, Preprocess, Task
-from edgeseg.store.artifacts import read_json
+from edgeseg.store.documents import read_json
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ from edgeseg.errors import EdgesegError, ExportError, SpecError, first_line
 from edgeseg.graph.macs import count_macs
 from edgeseg.graph.running import GraphSession
 from edgeseg.spec import InputSpec, PipelineSpec
-from edgeseg.store.artifacts import OnnxGraph, sha256_file, write_json
+from edgeseg.store.documents import write_json
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import write_onnx
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from edgeseg.convert.saved_preprocessing import CONFIG_NAME, saved_beside
 from edgeseg.convert.wrap import wrap_module
 from edgeseg.errors import CheckpointError, EdgesegError, SpecError, one_line
 from edgeseg.spec import ModelRequest, Preprocess
-from edgeseg.store.artifacts import WeightsOrigin
+from edgeseg.store.manifest import WeightsOrigin
 
 __all__ = ["LoadedModel", "hash_weights", "load_model", "wrap_module"]
 

@@ -10,7 +10,7 @@ from edgeseg.convert.architectures import name_softmax_axis
 from edgeseg.convert.saved_preprocessing import Fitting, SavedPreprocessing
 from edgeseg.errors import SpecError
 from edgeseg.spec import ModelSpec, Preprocess
-from edgeseg.store.artifacts import WeightsOrigin
+from edgeseg.store.manifest import WeightsOrigin
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,9 @@ from edgeseg.errors import CheckpointError, EdgesegError, MissingDependencyError
 from edgeseg.evaluate.results import Identity
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.spec import ModelRequest, PipelineSpec
-from edgeseg.store.artifacts import Engine, Manifest, open_engine, sha256_json
+from edgeseg.store.engine import Engine, open_engine
+from edgeseg.store.hashing import sha256_json
+from edgeseg.store.manifest import Manifest
 
 if TYPE_CHECKING:
     from edgeseg.convert.loaded import LoadedModel

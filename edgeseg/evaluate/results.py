@@ -13,7 +13,9 @@ import msgspec
 
 from edgeseg.errors import ArtifactError
 from edgeseg.machine.record import Count, Environment, Finite, NoiseFlag, Power
-from edgeseg.store.artifacts import Repair, Search, read_versioned, write_json
+from edgeseg.store.documents import read_versioned, write_json
+from edgeseg.store.manifest import Repair
+from edgeseg.store.search import Search
 
 # What a report from elsewhere may say: figures are divided by, and their logarithms taken.
 Milliseconds: TypeAlias = Annotated[float, msgspec.Meta(ge=1e-6, le=1e12)]

@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING
 from edgeseg.console import printable
 from edgeseg.evaluate.tables import MISSING, FigureTable, counted, number
 from edgeseg.spec import FULL_SCALE
-from edgeseg.store.artifacts import (
-    AccuracyFigures,
-    Engine,
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import AccuracyFigures, PrecisionReport, Repair, Verification
+from edgeseg.store.search import (
     Estimate,
     ModuleSensitivity,
-    PrecisionReport,
-    Repair,
     Search,
     SearchCandidate,
     SensitivityReport,
-    Verification,
 )
 
 if TYPE_CHECKING:
@@ -268,7 +265,7 @@ REPAIRS = {
     "equalization": "channels equalized",
     "calibration-method": "range methods chosen",
 }
-"""What was done, in words, by :attr:`edgeseg.store.artifacts.Repair.name`."""
+"""What was done, in words, by :attr:`edgeseg.store.manifest.Repair.name`."""
 
 
 def repair_rows(repairs: Sequence[Repair]) -> list[tuple[str, str, str, str]]:

@@ -25,7 +25,7 @@ from edgeseg.machine.state import MachineWatch
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import OutputKind, PipelineSpec
-from edgeseg.store.artifacts import LatencyFigures, SpeedUp, Verification
+from edgeseg.store.manifest import LatencyFigures, SpeedUp, Verification
 
 Progress = Callable[[int, int], None]
 

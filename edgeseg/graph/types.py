@@ -11,7 +11,7 @@ import onnx
 from edgeseg.graph.macs import count_macs
 from edgeseg.graph.proto import makers, value_infos
 from edgeseg.spec import InputSpec, Precision
-from edgeseg.store.artifacts import PrecisionReport
+from edgeseg.store.manifest import PrecisionReport
 from edgeseg.store.onnx_file import read_onnx
 
 FLOATS: Mapping[int, str] = {

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from edgeseg.backends.portable import awaits_calibration
 from edgeseg.errors import SpecError
 from edgeseg.spec import PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, Engine
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     import onnx

@@ -13,7 +13,8 @@ import math
 from edgeseg.errors import SpecError
 from edgeseg.handover.contents import Content, graph_bytes, labels, readme, require, threshold_words
 from edgeseg.handover.face import Face, with_face
-from edgeseg.store.artifacts import MANIFEST_NAME, Engine
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import MANIFEST_NAME
 
 FACE = Face("image", "probabilities", "probabilities", scale=1 / 255)
 TILES_OVERLAP_PERCENT = 25

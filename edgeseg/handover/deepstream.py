@@ -11,7 +11,8 @@ from __future__ import annotations
 from edgeseg.errors import SpecError
 from edgeseg.handover.contents import Content, graph_bytes, label_lines, labels, readme, require, threshold_words
 from edgeseg.handover.face import Face, with_face
-from edgeseg.store.artifacts import MANIFEST_NAME, Engine
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import MANIFEST_NAME
 
 CONFIG_NAME = "config_infer.txt"
 FACE = Face("input", "probabilities", "probabilities")

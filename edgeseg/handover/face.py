@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeseg.errors import BuildError, SpecError
 from edgeseg.graph.editing import Editor, constant_array, maker, tidy
 from edgeseg.spec import PipelineSpec
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.engine import Engine
 from edgeseg.store.onnx_file import read_onnx
 
 LEAST_AGREEMENT = 0.999

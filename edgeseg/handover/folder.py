@@ -12,8 +12,10 @@ from edgeseg.errors import SpecError
 from edgeseg.handover import deepness, deepstream, hub, isaac_ros, jetson_inference, triton
 from edgeseg.handover.contents import Content
 from edgeseg.spec import one_of
-from edgeseg.store.artifacts import Engine, FileRef, open_engine, write_json
 from edgeseg.store.atomic import atomic_folder, check_folder, listed_names
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import Engine, open_engine
+from edgeseg.store.hashing import FileRef
 from edgeseg.version import __version__
 
 LISTING_NAME = "handover.json"
@@ -37,7 +39,7 @@ class Listing:
         schema_version: of this layout.
         host: what the folder is for.
         engine: name of the engine folder it was made of.
-        engine_key: of that engine; see :attr:`~edgeseg.store.artifacts.Manifest.engine_key`.
+        engine_key: of that engine; see :attr:`~edgeseg.store.manifest.Manifest.engine_key`.
         files: every other file, by its path in the folder, with hash and size.
     """
 

@@ -15,7 +15,8 @@ from edgeseg.errors import SpecError
 from edgeseg.evaluate.summary import noise_lines
 from edgeseg.evaluate.tables import counted
 from edgeseg.handover.contents import Content, input_words, labels, plain, values_words
-from edgeseg.store.artifacts import MANIFEST_NAME, Engine, Manifest, Verification
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import MANIFEST_NAME, Manifest, Verification
 
 PICTURE_NAME = "picture.png"
 _MOST_LABELS = 200

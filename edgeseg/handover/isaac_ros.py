@@ -14,7 +14,8 @@ from edgeseg.handover.contents import Content, graph_bytes, label_lines, readme,
 from edgeseg.handover.face import Face, with_face
 from edgeseg.runtime.overlay import spec_palette
 from edgeseg.spec import PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, Engine
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import MANIFEST_NAME
 
 LAUNCH_NAME = "edgeseg.launch.py"
 PARAMETERS_NAME = "parameters.json"

@@ -16,7 +16,8 @@ from edgeseg.handover.contents import Content, graph_bytes, label_lines, labels,
 from edgeseg.handover.face import Face, check, with_face
 from edgeseg.runtime.overlay import spec_palette
 from edgeseg.spec import IMAGENET_MEAN, IMAGENET_STD
-from edgeseg.store.artifacts import MANIFEST_NAME, Engine
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import MANIFEST_NAME
 
 FACE = Face("input_0", "output_0", "scores", scale=1 / 255, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 # A label of nine letters from n on and a space is read as an identifier of ImageNet's and its name.

@@ -14,7 +14,8 @@ from edgeseg.backends.signature import AUXILIARY, Extent, TensorInfo, expected_i
 from edgeseg.errors import SpecError, typed
 from edgeseg.handover.contents import Content, input_words, labels, values_words
 from edgeseg.spec import PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, Engine, Manifest
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import MANIFEST_NAME, Manifest
 
 REPOSITORY = "model_repository"
 _TYPES = {"uint8": "TYPE_UINT8", "uint16": "TYPE_UINT16", "float32": "TYPE_FP32", "int32": "TYPE_INT32"}

@@ -38,8 +38,8 @@ from edgeseg.images.dtypes import in_dtype, refusal
 from edgeseg.images.placement import Placement, fit, fit_windows
 from edgeseg.images.tiff import TiffLayout, read_bands, tiff_layout
 from edgeseg.spec import InputDtype
-from edgeseg.store.artifacts import sha256_file
 from edgeseg.store.files import read_lines, require_file, without_warnings
+from edgeseg.store.hashing import sha256_file
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -75,8 +75,9 @@ class Raster:
         dtype: of the pixels read.
         fill: what a float32 pixel without data is read as, by channel: a float's nodata value may be NaN or -3e38, and
             spoils whatever the network computes beside it. Other dtypes have their own values there.
-        is_masked: whether GDAL knows where there is no data: by a nodata value, a mask or an alpha band.
-        mask_band: of the dataset, 0 where there is no data; GDAL takes none of float32 for a mask.
+        is_masked: whether GDAL knows where there is no data: by a nodata value or a mask.
+        mask_band: of the dataset, 0 where there is no data: its alpha band. GDAL goes by one of uint8 or uint16 only, and not
+            beside a nodata value.
         nodata: the value of pixels without data that the dataset does not know of.
         crs, transform, control_points, rpcs: where it lies, as rasterio has it.
     """
@@ -238,15 +239,19 @@ def open_raster(path: Path, wanted: PipelineSpec, how: Reading) -> Iterator[Rast
                 _require_dtype(path, name, wanted.input.dtype)
                 _require_value(path, name, how.nodata)
             by_value = _has_flag(dataset, chosen, "nodata")
-            is_masked = not _has_flag(dataset, chosen, "all_valid") and (how.nodata is None or not by_value)
+            mask_band = _alpha_band(dataset)
+            is_masked = _is_masked(dataset, chosen) and (how.nodata is None or not by_value)
             nodata = None if how.nodata == "none" else how.nodata
-            mask_band = None
             if grid is not None:
                 value = dataset.nodata if how.nodata is None and by_value else nodata
-                adds_alpha = is_masked and value is None and not _has_flag(dataset, chosen, "alpha")
+                adds_alpha = is_masked and value is None
+                if adds_alpha and mask_band is not None:
+                    raise InputError(
+                        f"{path} has an alpha band and a mask, and --resolution goes by one of them; leave it out"
+                    )
                 dataset = stack.enter_context(_warped(dataset, grid, value, adds_alpha=adds_alpha))
-                mask_band = dataset.count if adds_alpha else None
-                is_masked, nodata = not _has_flag(dataset, chosen, "all_valid"), None
+                mask_band = dataset.count if adds_alpha else mask_band
+                is_masked, nodata = _is_masked(dataset, chosen), None
             low, high = (np.array(values) for values in wanted.preprocess.usual_values(wanted.input.dtype))
             raster = Raster(
                 path,
@@ -401,6 +406,15 @@ def _has_flag(dataset: Any, bands: Sequence[int], name: str) -> bool:
     from rasterio.enums import MaskFlags
 
     return any(MaskFlags[name] in dataset.mask_flag_enums[band - 1] for band in bands)
+
+
+def _is_masked(dataset: Any, bands: Sequence[int]) -> bool:
+    """Whether GDAL knows by more than an alpha band where there is no data."""
+    return not _has_flag(dataset, bands, "all_valid") and not _has_flag(dataset, bands, "alpha")
+
+
+def _alpha_band(dataset: Any) -> int | None:
+    return next((number for number, colour in enumerate(dataset.colorinterp, 1) if colour.name == "alpha"), None)
 
 
 _NUMPY = {"uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64"}

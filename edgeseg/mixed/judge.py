@@ -20,7 +20,7 @@ from edgeseg.evaluate.accuracy.dataset import Pair, evenly_spread
 from edgeseg.evaluate.intervals import COLUMNS, MIN_IMAGES, Counts, figure, interval, per_class
 from edgeseg.evaluate.verify import compare_masks
 from edgeseg.spec import PipelineSpec
-from edgeseg.store.artifacts import Estimate
+from edgeseg.store.search import Estimate
 
 JUDGED_NAME = "judged.json"
 """Of a judgement in the cache."""

@@ -24,9 +24,12 @@ from edgeseg.quantize.qdq import quantize_model
 from edgeseg.quantize.schemes import QuantScheme
 from edgeseg.quantize.suffix import SharedPrefix, SuffixSession, cut, float_values, value_bytes
 from edgeseg.quantize.table import CalibrationTable
-from edgeseg.store.artifacts import ModuleSensitivity, OnnxGraph, read_json, sha256_json, write_json
 from edgeseg.store.cache import cached_folder, software
+from edgeseg.store.documents import read_json, write_json
+from edgeseg.store.hashing import sha256_json
+from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx
+from edgeseg.store.search import ModuleSensitivity
 
 PREFIX_BUDGET_BYTES = 512 << 20
 """Values of the float graph held in memory at a time; more images are judged in stretches."""

@@ -22,7 +22,8 @@ from edgeseg.spec import (
     Precision,
     Task,
 )
-from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import MIN_INT8_SHARE
 
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only

@@ -17,14 +17,9 @@ from edgeseg.pipeline.plan import BuildPlan, plan_build
 from edgeseg.pipeline.stages import EXPORT_FOLDER, export_stage
 from edgeseg.pipeline.verification import Verifier, verify_stage
 from edgeseg.progress import Reporter, stage
-from edgeseg.store.artifacts import (
-    Engine,
-    OnnxGraph,
-    engine_folder,
-    open_engine,
-    read_manifest,
-)
 from edgeseg.store.cache import usable_cache
+from edgeseg.store.engine import Engine, engine_folder, open_engine, read_manifest
+from edgeseg.store.manifest import OnnxGraph
 
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only

@@ -25,8 +25,9 @@ from edgeseg.quantize.calibration import (
     table_key,
 )
 from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.store.artifacts import OnnxGraph, sha256_file
 from edgeseg.store.cache import cached_folder, software, usable_cache
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 
 if TYPE_CHECKING:
     from edgeseg.pipeline.request import BuildRequest

@@ -15,7 +15,7 @@ from edgeseg.backends.portable import DEVICE_TARGETS, awaits_calibration, builds
 from edgeseg.errors import QuantizationError
 from edgeseg.progress import Reporter, stage
 from edgeseg.spec import PipelineSpec
-from edgeseg.store.artifacts import OnnxGraph
+from edgeseg.store.manifest import OnnxGraph
 
 if TYPE_CHECKING:
     from edgeseg.evaluate.latency.protocol import LatencySamples

@@ -15,16 +15,15 @@ from edgeseg.backends.compile import compile_folder
 from edgeseg.errors import BuildError
 from edgeseg.evaluate.latency.protocol import measure_sessions
 from edgeseg.progress import Reporter, SilentReporter, stage
-from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import (
     Engine,
-    Manifest,
     check_engine_folder,
     engine_folder,
     open_engine,
     read_manifest,
-    write_json,
 )
+from edgeseg.store.manifest import MANIFEST_NAME, Manifest
 
 
 def compile_fastest(

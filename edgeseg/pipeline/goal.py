@@ -31,18 +31,12 @@ from edgeseg.pipeline.candidate import GRAPH_NAME, Candidate, build_typed, measu
 from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import Precision
-from edgeseg.store.artifacts import (
-    MIN_INT8_SHARE,
-    Engine,
-    FileRef,
-    ModuleSensitivity,
-    OnnxGraph,
-    Search,
-    SearchCandidate,
-    read_json,
-    write_json,
-)
 from edgeseg.store.cache import cached_folder, software
+from edgeseg.store.documents import read_json, write_json
+from edgeseg.store.engine import Engine
+from edgeseg.store.hashing import FileRef
+from edgeseg.store.manifest import MIN_INT8_SHARE, OnnxGraph
+from edgeseg.store.search import ModuleSensitivity, Search, SearchCandidate
 
 if TYPE_CHECKING:
     from edgeseg.pipeline.request import BuildRequest

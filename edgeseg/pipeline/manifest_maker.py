@@ -13,18 +13,11 @@ from edgeseg.machine.packages import package_versions
 from edgeseg.pipeline.candidate import TABLE_NAME, Candidate
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import ModelRequest, PipelineSpec
-from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    Engine,
-    FileRef,
-    Manifest,
-    Repair,
-    Search,
-    Verification,
-    sha256_json,
-    write_json,
-)
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import Engine
+from edgeseg.store.hashing import FileRef, sha256_json
+from edgeseg.store.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest, Repair, Verification
+from edgeseg.store.search import Search
 from edgeseg.version import __version__
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from edgeseg.progress import Reporter, stage
 from edgeseg.quantize.calibration import CalibrationSet, method_or_default
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import PipelineSpec, one_of
-from edgeseg.store.artifacts import check_engine_folder
+from edgeseg.store.engine import check_engine_folder
 
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only

@@ -28,7 +28,8 @@ from edgeseg.backends import BACKENDS
 from edgeseg.backends.cpu.options import CPU_OPTIONS
 from edgeseg.errors import InputError, SpecError, typed
 from edgeseg.spec import BATCH, PRECISIONS, BatchRange, FitPolicy, ModelRequest, OutputKind, OutputSpec, Precision
-from edgeseg.store.artifacts import MIN_INT8_SHARE, Engine
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import MIN_INT8_SHARE
 
 OptimizeFor = Literal["latency", "throughput"]
 OPTIMIZE_FOR: tuple[OptimizeFor, ...] = get_args(OptimizeFor)

@@ -18,8 +18,9 @@ from edgeseg.pipeline.stages import export_stage, load_stage, pipeline_spec
 from edgeseg.pipeline.verification_data import calibration_and_held_out
 from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.store.artifacts import SCHEMA_VERSION, SensitivityReport
 from edgeseg.store.cache import usable_cache
+from edgeseg.store.manifest import SCHEMA_VERSION
+from edgeseg.store.search import SensitivityReport
 from edgeseg.version import __version__
 
 if TYPE_CHECKING:

@@ -15,8 +15,10 @@ from edgeseg.pipeline.candidate import GRAPH_NAME
 from edgeseg.pipeline.verification_data import sample_images
 from edgeseg.progress import Reporter, stage
 from edgeseg.spec import BatchRange, InputSpec, PipelineSpec
-from edgeseg.store.artifacts import OnnxGraph, read_json, sha256_file, write_json
 from edgeseg.store.cache import cached_folder, software
+from edgeseg.store.documents import read_json, write_json
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only

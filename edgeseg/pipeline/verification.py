@@ -19,7 +19,8 @@ from edgeseg.pipeline.goal import has_goal
 from edgeseg.pipeline.verification_data import VerificationData
 from edgeseg.progress import Reporter, stage
 from edgeseg.spec import PipelineSpec
-from edgeseg.store.artifacts import Engine, Verification
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import Verification
 
 if TYPE_CHECKING:
     from edgeseg.backends.base import Session

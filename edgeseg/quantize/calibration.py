@@ -27,7 +27,8 @@ from edgeseg.quantize.ranges import METHODS, Histogram, RangeMethod, RangeStatis
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import InputSpec, one_of
-from edgeseg.store.artifacts import OnnxGraph, sha256_json
+from edgeseg.store.hashing import sha256_json
+from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx
 
 __all__ = ["DEFAULT_METHOD", "CalibrationSet", "calibrate", "method_or_default", "table_key"]

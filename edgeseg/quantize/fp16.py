@@ -25,7 +25,8 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from edgeseg.errors import QuantizationError, first_line
 from edgeseg.graph.proto import drop_unread_constants, value_infos
 from edgeseg.quantize.table import CalibrationTable
-from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx, write_onnx
 
 FP16_MAX = float(np.finfo(np.float16).max)

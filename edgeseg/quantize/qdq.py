@@ -25,7 +25,8 @@ from edgeseg.quantize.passes import PASSES
 from edgeseg.quantize.placement import Role, is_weighted, place, propagate_ranges
 from edgeseg.quantize.schemes import QuantScheme
 from edgeseg.quantize.table import CalibrationTable
-from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx, write_onnx
 
 _PAIR = frozenset({"QuantizeLinear", "DequantizeLinear"})

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from edgeseg.errors import ArtifactError
 from edgeseg.graph.grid import Grid
-from edgeseg.store.artifacts import Repair, read_versioned, write_json
+from edgeseg.store.documents import read_versioned, write_json
+from edgeseg.store.manifest import Repair
 
 TABLE_SCHEMA_VERSION = 1
 

@@ -16,7 +16,8 @@ from edgeseg.graph.signs import MOVES, not_negative
 from edgeseg.quantize.calibration import DEFAULT_METHOD, TRAINED, calibrate, table_key
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange, Trained
-from edgeseg.store.artifacts import OnnxGraph, sha256_json
+from edgeseg.store.hashing import sha256_json
+from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx
 
 

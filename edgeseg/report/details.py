@@ -16,7 +16,7 @@ from edgeseg.evaluate.summary import repair_rows, repairs_line, share
 from edgeseg.evaluate.tables import counted, number
 from edgeseg.report.charts import STYLES, bar
 from edgeseg.runtime.overlay import legend_entries, mask_palette
-from edgeseg.store.artifacts import Search
+from edgeseg.store.search import Search
 
 MAX_IMAGE_BYTES = 8_000_000
 """A side-by-side picture above this is left out, and the page says so: a report has to stay one that can be mailed."""

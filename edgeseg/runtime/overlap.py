@@ -142,20 +142,22 @@ class Overlapped(Generic[B], Closing):
         self._end()
 
 
-def parallel_threads() -> int:
-    """One per core, 4 at most; 2 on a single core, where one may wait for a disk or a GPU."""
-    return min(max(2, this_cpu().cores), MAX_THREADS)
+def parallel_threads(most: int | None = None) -> int:
+    """One per core, 4 or ``most`` at most; 2 on a single core, where one may wait for a disk or a GPU."""
+    return min(max(2, this_cpu().cores), MAX_THREADS, most or MAX_THREADS)
 
 
-def in_parallel(items: Iterable[A], work: Callable[[A], B], *, ahead: int = 1) -> Generator[B, None, None]:
-    """Yield ``work(item)`` for each of ``items``, in order, from :func:`parallel_threads` threads.
+def in_parallel(
+    items: Iterable[A], work: Callable[[A], B], *, ahead: int = 1, most: int | None = None
+) -> Generator[B, None, None]:
+    """Yield ``work(item)`` for each of ``items``, in order, from :func:`parallel_threads` threads, ``most`` of them.
 
     No more items than ``ahead`` times the threads are drawn before the result asked for, and no more results held. With
     1 a thread that is done waits for a slower item before its own; more where results are small. An exception of
     ``work`` is raised in its item's turn; then, and when the generator is closed, what has begun is waited for and
     nothing else begins.
     """
-    threads = parallel_threads()
+    threads = parallel_threads(most)
     waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(threads, "edgeseg-parallel") as pool:
         try:

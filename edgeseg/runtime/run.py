@@ -119,6 +119,7 @@ def run_inputs(
     overwrite: bool = False,
     progress: bool = True,
     names: Sequence[str] | None = None,
+    threads: int | None = None,
 ) -> RunSummary:
     """Segment everything named and write the results: several images, or reading, inference and writing, at a time.
 
@@ -145,6 +146,7 @@ def run_inputs(
         overwrite: replace files that exist.
         progress: show a progress bar with frames per second, and failures, on standard error.
         names: NAME of each of ``inputs``, which are files then, where somebody else has chosen them.
+        threads: images at a time, at most; ``None`` for :func:`~edgeseg.runtime.overlap.parallel_threads`.
 
     Raises:
         OutputExistsError: an output exists, and ``overwrite`` is false.
@@ -160,16 +162,11 @@ def run_inputs(
     else:
         files = [Path(str(item)) for item in inputs]
         tasks = [_Task(file, name, rasters.applies_to(file)) for file, name in zip(files, names, strict=True)]
-    run = _Run(segmenter, Path(output), settings, frame_masks, limit, overwrite)
+    run = _Run(segmenter, Path(output), settings, frame_masks, limit, overwrite, threads)
     large = [task for task in tasks if task.is_raster]
+    _require_possible(tasks, settings)
     if large:
-        if settings.fit not in (None, "tile"):
-            raise SpecError(f"rasters are cut into tiles; leave out --fit {settings.fit}, or give --no-raster")
         require_rasters_engine(segmenter, rasters)
-        if settings.overlay:
-            raise SpecError(
-                f"no overlay is drawn over a raster ({large[0].label}); leave out --overlay, or give --no-raster"
-            )
     check_outputs(
         [path for task in tasks for path in run.unwritten(task)],
         force=overwrite,
@@ -198,16 +195,30 @@ def run_inputs(
     )
 
 
-def streams_of(inputs: Iterable[str | Path | int], rasters: RasterOptions | None = None) -> int:
+def _require_possible(tasks: Sequence[_Task], settings: RunSettings) -> None:
+    """Raise :class:`SpecError` for what rasters cannot be asked for."""
+    large = next((task for task in tasks if task.is_raster), None)
+    if large is None:
+        return
+    if settings.fit not in (None, "tile"):
+        raise SpecError(f"rasters are cut into tiles; leave out --fit {settings.fit}, or give --no-raster")
+    if settings.overlay:
+        raise SpecError(f"no overlay is drawn over a raster ({large.label}); leave out --overlay, or give --no-raster")
+
+
+def streams_of(inputs: Iterable[str | Path | int], settings: RunSettings, threads: int | None = None) -> int:
     """How many threads :func:`run_inputs` calls the segmenter from: one for videos and rasters, several for images.
+
+    Asked before the engine is loaded, so that what cannot be done is refused before.
 
     Raises:
         InputError: nothing there.
-        SpecError: a file that is to be a raster and cannot be one.
+        SpecError: a file that is to be a raster and cannot be one; what rasters cannot be asked for.
     """
-    tasks = _plan(inputs, RasterOptions() if rasters is None else rasters)
+    tasks = _plan(inputs, settings.rasters)
+    _require_possible(tasks, settings)
     alone = any(task.is_video or task.is_raster for task in tasks)
-    return 1 if alone else min(len(tasks), parallel_threads())
+    return 1 if alone else min(len(tasks), parallel_threads(threads))
 
 
 def _notes_on_rasters(tasks: Sequence[_Task], rasters: RasterOptions, segmenter: Segmenter) -> Iterator[str]:
@@ -286,6 +297,7 @@ class _Run:
     frame_masks: bool
     limit: int | None
     overwrite: bool
+    threads: int | None = None
     images: int = 0
     frames: int = 0
     dropped: int = 0
@@ -347,7 +359,7 @@ class _Run:
         self.images += 1
 
     def _images(self, tasks: Sequence[_Task], bar: Silent) -> None:
-        with closing(in_parallel(tasks, self._image, ahead=PATHS_AHEAD)) as results:
+        with closing(in_parallel(tasks, self._image, ahead=PATHS_AHEAD, most=self.threads)) as results:
             for task, reason, paths in results:
                 if reason is None:
                     self.written += paths

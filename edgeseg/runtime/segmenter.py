@@ -30,7 +30,8 @@ from edgeseg.runtime.prediction import Prediction, arrays_of, stacked
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.tiling import Part, RunRow, Strip, blended_strips, joined, stitched_strips
 from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, Engine, open_engine, read_manifest
+from edgeseg.store.engine import Engine, open_engine, read_manifest
+from edgeseg.store.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from edgeseg.backends.cuda.arrays import DeviceTensor

@@ -1,1 +1,1 @@
-"""edgeseg's own files: artifacts and their manifests, atomic writing, the cache, ONNX files."""
+"""edgeseg's own files: engine folders and their manifests, documents, atomic writing, the cache, ONNX files."""

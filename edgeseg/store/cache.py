@@ -24,8 +24,10 @@ import platformdirs
 from edgeseg.errors import ArtifactError
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.packages import ALL_PACKAGES, package_versions
-from edgeseg.store.artifacts import FileRef, check_file, read_json, sha256_json, write_json
 from edgeseg.store.atomic import scratch_folder, sweep_folders
+from edgeseg.store.documents import read_json, write_json
+from edgeseg.store.engine import check_file
+from edgeseg.store.hashing import FileRef, sha256_json
 
 # A dozen fp32 graphs of large models; the least recently used go first.
 MAX_SIZE_BYTES = 4 << 30

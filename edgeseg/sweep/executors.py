@@ -16,7 +16,7 @@ from typing import Any
 from edgeseg.cluster.connection import connected
 from edgeseg.errors import EdgesegError, one_line
 from edgeseg.machine.orphans import end_with_parent
-from edgeseg.store.artifacts import engine_folder
+from edgeseg.store.engine import engine_folder
 from edgeseg.sweep.config import Cell
 
 

@@ -15,8 +15,8 @@ from edgeseg.decide.entries import Run
 from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.evaluate.results import read_report
 from edgeseg.evaluate.tables import counted
-from edgeseg.store.artifacts import open_engine
 from edgeseg.store.atomic import HeldError, lock
+from edgeseg.store.engine import open_engine
 from edgeseg.sweep.config import Cell, SweepConfig, expand
 from edgeseg.sweep.executors import Built, build_locally, build_on_ray
 from edgeseg.sweep.state import UNFINISHED, CellState, bench_key, cell_key, check_ours, is_done, remember

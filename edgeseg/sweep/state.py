@@ -11,9 +11,11 @@ from typing import Any
 
 from edgeseg.errors import ArtifactError, InputError
 from edgeseg.images.decoding import list_images
-from edgeseg.store.artifacts import check_engine_folder, open_engine, read_json, sha256_file, sha256_json, write_json
 from edgeseg.store.cache import software
+from edgeseg.store.documents import read_json, write_json
+from edgeseg.store.engine import check_engine_folder, open_engine
 from edgeseg.store.files import check_outputs
+from edgeseg.store.hashing import sha256_file, sha256_json
 from edgeseg.sweep.config import Cell
 
 UNFINISHED = "its build was begun and did not end"

@@ -28,7 +28,7 @@ from edgeseg.convert.load import load_model
 from edgeseg.demo import demo_models
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import ARCHITECTURES
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.engine import Engine
 
 pytestmark = [pytest.mark.arm, pytest.mark.timeout(2400)]
 

@@ -24,7 +24,8 @@ from edgeseg.backends.tensorrt.backend import TensorRTBackend
 from edgeseg.backends.tensorrt.log import capture
 from edgeseg.backends.tensorrt.module import TENSORRT
 from edgeseg.errors import EdgesegError
-from edgeseg.store.artifacts import Engine, write_json
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import Engine
 
 REPORT_VERSION = 1
 

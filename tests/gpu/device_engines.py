@@ -18,14 +18,9 @@ from edgeseg.backends.portable import open_graph
 from edgeseg.backends.tensorrt.session import TensorRTSession
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import (
-    Engine,
-    FileRef,
-    OnnxGraph,
-    PrecisionReport,
-    read_manifest,
-    sha256_file,
-)
+from edgeseg.store.engine import Engine, read_manifest
+from edgeseg.store.hashing import FileRef, sha256_file
+from edgeseg.store.manifest import OnnxGraph, PrecisionReport
 
 SIDE = 256
 PRECISIONS = ("fp32", "fp16", "int8")

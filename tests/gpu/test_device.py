@@ -27,7 +27,9 @@ from edgeseg.backends.tensorrt.session import TensorRTSession
 from edgeseg.cli.bench import command as bench_command
 from edgeseg.errors import ArtifactError, StaleEngineError
 from edgeseg.spec import BatchRange
-from edgeseg.store.artifacts import MANIFEST_NAME, Engine, open_engine, read_manifest, write_json
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import Engine, open_engine, read_manifest
+from edgeseg.store.manifest import MANIFEST_NAME
 
 pytestmark = pytest.mark.gpu
 

@@ -36,7 +36,7 @@ from edgeseg.cli.app import cli
 from edgeseg.errors import BuildError, MissingDependencyError
 from edgeseg.progress import SilentReporter
 from edgeseg.spec import BatchRange
-from edgeseg.store.artifacts import Engine, open_engine
+from edgeseg.store.engine import Engine, open_engine
 
 pytestmark = pytest.mark.gpu
 

@@ -24,7 +24,10 @@ from edgeseg.evaluate.latency.profile import profile_engine
 from edgeseg.evaluate.results import read_report, write_report
 from edgeseg.progress import SilentReporter
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, OnnxGraph, open_engine, sha256_file, write_json
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import open_engine
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import MANIFEST_NAME, OnnxGraph
 
 pytestmark = pytest.mark.integration
 SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(64, 64))

@@ -20,7 +20,7 @@ import edgeseg
 from edgeseg.demo import demo_models, sample_folder
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.quantize.table import load_table
-from edgeseg.store.artifacts import open_engine
+from edgeseg.store.engine import open_engine
 
 pytestmark = pytest.mark.integration
 

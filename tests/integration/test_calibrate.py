@@ -23,7 +23,8 @@ from edgeseg.quantize.calibration import AUTO, CalibrationSet, calibrate, method
 from edgeseg.quantize.ranges import METHODS
 from edgeseg.quantize.table import check_fresh
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec, Preprocess
-from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 
 pytestmark = pytest.mark.integration
 

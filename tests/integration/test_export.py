@@ -28,7 +28,7 @@ from edgeseg.convert.rewrites import REWRITES
 from edgeseg.convert.rewrites.driver import Rewrite, apply_rewrites
 from edgeseg.convert.simplify import infer_shapes, run_onnxsim
 from edgeseg.spec import ARCHITECTURES, PipelineSpec
-from edgeseg.store.artifacts import OnnxGraph
+from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx
 
 pytestmark = pytest.mark.integration

@@ -22,7 +22,9 @@ from benchmarks.badly_scaled import badly_scaled
 from edgeseg.demo import sample_folder
 from edgeseg.errors import GateError
 from edgeseg.pipeline.fastest import compile_fastest
-from edgeseg.store.artifacts import Engine, SensitivityReport, open_engine, read_json
+from edgeseg.store.documents import read_json
+from edgeseg.store.engine import Engine, open_engine
+from edgeseg.store.search import SensitivityReport
 
 pytestmark = pytest.mark.integration
 IMAGES = 8

@@ -19,7 +19,7 @@ from edgeseg.convert.export import export_onnx  # noqa: E402
 from edgeseg.handover import deepness, deepstream, isaac_ros, jetson_inference  # noqa: E402
 from edgeseg.handover.face import with_face  # noqa: E402
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess  # noqa: E402
-from edgeseg.store.artifacts import open_engine  # noqa: E402
+from edgeseg.store.engine import open_engine  # noqa: E402
 
 pytestmark = pytest.mark.integration
 

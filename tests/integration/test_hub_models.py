@@ -20,7 +20,7 @@ from edgeseg.convert.model_card import read_card
 from edgeseg.convert.saved_preprocessing import CONFIG_NAME
 from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.spec import ModelRequest
-from edgeseg.store.artifacts import WeightsOrigin
+from edgeseg.store.manifest import WeightsOrigin
 
 torch = pytest.importorskip("torch")
 hub = pytest.importorskip("huggingface_hub")

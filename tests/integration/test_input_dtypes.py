@@ -19,7 +19,7 @@ from edgeseg.cli.app import cli
 from edgeseg.errors import InputError
 from edgeseg.runtime.run import RunSettings, run_inputs
 from edgeseg.runtime.segmenter import Segmenter
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.engine import Engine
 
 pytestmark = pytest.mark.integration
 albumentations = pytest.importorskip("albumentations")

@@ -13,7 +13,7 @@ from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.loss import ScoreTap, loss_sums, losses
 from edgeseg.evaluate.intervals import per_class
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Task
-from edgeseg.store.artifacts import AccuracyFigures
+from edgeseg.store.manifest import AccuracyFigures
 
 torch = pytest.importorskip("torch")
 smp = pytest.importorskip("segmentation_models_pytorch")

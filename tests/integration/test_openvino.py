@@ -30,7 +30,8 @@ from edgeseg.machine.cpu import Cpu, this_cpu  # noqa: E402
 from edgeseg.quantize.qdq import quantize_model, write_qdq  # noqa: E402
 from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
 from edgeseg.spec import BatchRange  # noqa: E402
-from edgeseg.store.artifacts import OnnxGraph, sha256_file  # noqa: E402
+from edgeseg.store.hashing import sha256_file  # noqa: E402
+from edgeseg.store.manifest import OnnxGraph  # noqa: E402
 
 pytestmark = pytest.mark.integration
 

@@ -33,7 +33,7 @@ from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import ARCHITECTURES, InputSpec, ModelRequest, OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import MIN_INT8_SHARE, OnnxGraph
+from edgeseg.store.manifest import MIN_INT8_SHARE, OnnxGraph
 
 pytestmark = pytest.mark.integration
 

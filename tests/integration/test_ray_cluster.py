@@ -23,7 +23,8 @@ from benchmarks.cluster_run import worker_processes  # noqa: E402
 from edgeseg.cluster.run import run_on_cluster  # noqa: E402
 from edgeseg.errors import InputError, StaleEngineError  # noqa: E402
 from edgeseg.runtime.run import RunSettings, run_inputs  # noqa: E402
-from edgeseg.store.artifacts import MANIFEST_NAME, open_engine  # noqa: E402
+from edgeseg.store.engine import open_engine  # noqa: E402
+from edgeseg.store.manifest import MANIFEST_NAME  # noqa: E402
 from edgeseg.sweep.config import Cell, SweepConfig, expand  # noqa: E402
 from edgeseg.sweep.executors import Built, build_cell, build_on_ray  # noqa: E402
 

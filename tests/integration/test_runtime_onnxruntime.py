@@ -17,7 +17,9 @@ from edgeseg.errors import InputError
 from edgeseg.images.placement import fit
 from edgeseg.images.resize import resize_scores
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import OnnxGraph, open_engine, sha256_file
+from edgeseg.store.engine import open_engine
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

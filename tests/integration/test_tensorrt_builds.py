@@ -17,7 +17,9 @@ from edgeseg.demo import sample_folder
 from edgeseg.errors import BuildError, SpecError
 from edgeseg.evaluate.accuracy.counts import AccuracyMeter
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import OnnxGraph, open_engine, sha256_file
+from edgeseg.store.engine import open_engine
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 
 pytestmark = [
     pytest.mark.integration,

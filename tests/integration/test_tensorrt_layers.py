@@ -30,7 +30,8 @@ from edgeseg.backends.tensorrt.turing import for_turing  # noqa: E402
 from edgeseg.convert.export import export_onnx  # noqa: E402
 from edgeseg.errors import BuildError  # noqa: E402
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec  # noqa: E402
-from edgeseg.store.artifacts import OnnxGraph, sha256_file  # noqa: E402
+from edgeseg.store.hashing import sha256_file  # noqa: E402
+from edgeseg.store.manifest import OnnxGraph  # noqa: E402
 
 pytestmark = pytest.mark.integration
 

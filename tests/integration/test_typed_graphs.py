@@ -17,7 +17,8 @@ from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
-from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 
 pytestmark = pytest.mark.integration
 

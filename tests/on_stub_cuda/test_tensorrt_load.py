@@ -33,7 +33,9 @@ from edgeseg.errors import ArtifactError, DeviceError, StaleEngineError
 from edgeseg.progress import SilentReporter
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.runtime.stream import stream
-from edgeseg.store.artifacts import MANIFEST_NAME, Engine, read_manifest, write_json
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import Engine, read_manifest
+from edgeseg.store.manifest import MANIFEST_NAME
 
 RNG = np.random.default_rng(2)
 
@@ -162,7 +164,7 @@ def test_another_tensorrt_is_refused_or_compiled_for_on_request(
     with edgeseg.load(folder, recompile=True) as segmenter:
         image = photos(1)[0]
         np.testing.assert_array_equal(segmenter(image), wanted(simulation, image))
-    manifest = Engine(folder, edgeseg.store.artifacts.read_manifest(folder)).manifest
+    manifest = Engine(folder, edgeseg.store.engine.read_manifest(folder)).manifest
     assert manifest.versions["tensorrt"] == "11.4.0.106"
     assert (manifest.options["contexts"], manifest.options["optimization_level"]) == (3, 4), (
         "the user's wishes are kept"

@@ -15,7 +15,7 @@ from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.boundary import boundary_band
 from edgeseg.evaluate.accuracy.counts import MATRIX_CLASSES_LIMIT, AccuracyMeter, AgreementMeter, count_truth, optional
 from edgeseg.evaluate.intervals import per_class
-from edgeseg.store.artifacts import AccuracyFigures
+from edgeseg.store.manifest import AccuracyFigures
 
 CLASSES = 4
 IGNORE = 9

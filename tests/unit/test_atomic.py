@@ -14,13 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_artifacts import make_engine
+from test_engine_folder import make_engine
 
 from edgeseg.errors import ArtifactError, OutputExistsError, SpecError
 from edgeseg.store import atomic
-from edgeseg.store.artifacts import MANIFEST_NAME, check_engine_folder, engine_folder, open_engine
 from edgeseg.store.atomic import HeldError, lock, replacing, scratch_folder, write_bytes
+from edgeseg.store.engine import check_engine_folder, engine_folder, open_engine
 from edgeseg.store.files import check_outputs
+from edgeseg.store.manifest import MANIFEST_NAME
 
 UNIT = Path(__file__).parent
 WITH_HELPERS = {
@@ -105,8 +106,8 @@ def test_killed_at_any_step_of_a_replacement_nothing_is_lost(tmp_path: Path, exc
 KILLED_SOMETIME = """
 import sys
 from pathlib import Path
-from edgeseg.store.artifacts import engine_folder
-from test_artifacts import make_engine
+from edgeseg.store.engine import engine_folder
+from test_engine_folder import make_engine
 print("ready", flush=True)
 for number in range(10**9):
     with engine_folder(Path(sys.argv[1]), force=True) as scratch:

@@ -32,7 +32,9 @@ from edgeseg.evaluate.contenders import (
 from edgeseg.evaluate.results import SpeedComparison, read_report
 from edgeseg.progress import SilentReporter
 from edgeseg.spec import BatchRange, InputSpec, ModelRequest, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, read_manifest, write_json
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import read_manifest
+from edgeseg.store.manifest import MANIFEST_NAME
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(32, 32, batch=BatchRange(1, 2, 2)))

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.record import RESULTS, Machine, Record
 from benchmarks.results import PAGE, page
-from edgeseg.store.artifacts import write_json
+from edgeseg.store.documents import write_json
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 
@@ -31,6 +31,14 @@ def test_every_committed_median_is_on_the_page() -> None:
             assert median is None or f"{median:.2f}" in text
         for against in record.get("ratios", {}).values():
             assert all(f"{ratio['median']:.2f}" in text for ratio in against.values())
+
+
+def test_the_docs_say_of_rasters_what_was_measured() -> None:
+    text = (RESULTS.parents[1] / "docs" / "rasters.md").read_text(encoding="utf-8")
+    rows = json.loads((RESULTS / "rasters.json").read_text())["rows"]
+    for label, kind in (("blended scores", "scores"), ("masks", "masks")):
+        peaks = [f"{row['peak_bytes'] / 1e6:.0f}" for row in rows if row["name"].startswith(kind)]
+        assert f"| {' | '.join([label, *peaks])} |" in text
 
 
 def write(folder: Path, name: str, rows: list[dict[str, object]], ratios: dict[str, dict[str, object]]) -> None:

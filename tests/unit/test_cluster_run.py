@@ -48,7 +48,7 @@ from edgeseg.runtime.outputs import unique_names
 from edgeseg.runtime.raster import RasterOptions
 from edgeseg.runtime.run import RunSettings, RunSummary, run_inputs
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import Engine, open_engine
+from edgeseg.store.engine import Engine, open_engine
 from edgeseg.store.files import without_warnings
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed: pip install 'edgeseg[cluster]'")
@@ -577,6 +577,7 @@ def test_shares(nodes: list[dict[str, float]], gpus: int, workers: int | None, e
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--output", "out", "--executor", "ray", "--threads", "1"], "--threads goes with a run on this machine"),
         (["--output", "out", "--jobs", "2"], "--jobs and --ray-address go with --executor ray"),
         (["--output", "out", "--ray-address", "auto"], "--jobs and --ray-address go with --executor ray"),
         (["--output", "memory://out"], "URLs go with --executor ray"),

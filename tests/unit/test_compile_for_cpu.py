@@ -34,7 +34,9 @@ from edgeseg.pipeline.plan import choose_targets
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.progress import SilentReporter
 from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.store.artifacts import MANIFEST_NAME, open_engine, write_json
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import open_engine
+from edgeseg.store.manifest import MANIFEST_NAME
 
 VNNI = Cpu("Some Xeon", "x86", ("avx2", "avx512_vnni"), 2)
 AVX2 = Cpu("Old Xeon", "x86", ("avx2",), 2)

@@ -29,7 +29,9 @@ from edgeseg.errors import ArtifactError, SpecError
 from edgeseg.progress import ConsoleReporter, SilentReporter
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Precision
-from edgeseg.store.artifacts import MANIFEST_NAME, FileRef, OnnxGraph, open_engine, sha256_file
+from edgeseg.store.engine import open_engine
+from edgeseg.store.hashing import FileRef, sha256_file
+from edgeseg.store.manifest import MANIFEST_NAME, OnnxGraph
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from edgeseg.backends.cpu.precision import ExecutedNode, executed_precision  # n
 from edgeseg.errors import BuildError  # noqa: E402
 from edgeseg.quantize.qdq import quantize_model  # noqa: E402
 from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
-from edgeseg.store.artifacts import OnnxGraph, sha256_file  # noqa: E402
+from edgeseg.store.hashing import sha256_file  # noqa: E402
+from edgeseg.store.manifest import OnnxGraph  # noqa: E402
 
 SIDE = 8
 

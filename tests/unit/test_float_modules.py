@@ -18,7 +18,8 @@ from edgeseg.errors import QuantizationError  # noqa: E402
 from edgeseg.quantize.modules import Modules  # noqa: E402
 from edgeseg.quantize.qdq import write_qdq  # noqa: E402
 from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
-from edgeseg.store.artifacts import OnnxGraph, sha256_file  # noqa: E402
+from edgeseg.store.hashing import sha256_file  # noqa: E402
+from edgeseg.store.manifest import OnnxGraph  # noqa: E402
 
 IMAGE = RNG.integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
 NAMES = tuple(f"encoder.layer{k}" for k in range(4)) + tuple(f"decoder.blocks.{k}" for k in range(3))

@@ -24,12 +24,9 @@ from edgeseg.errors import ArtifactError, EdgesegError, OutputExistsError, SpecE
 from edgeseg.handover.folder import export_engine
 from edgeseg.handover.triton import REPOSITORY
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import (
-    WeightsOrigin,
-    open_engine,
-    read_manifest,
-    sha256_file,
-)
+from edgeseg.store.engine import open_engine, read_manifest
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import WeightsOrigin
 
 
 @pytest.fixture(scope="module")

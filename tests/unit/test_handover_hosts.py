@@ -40,7 +40,9 @@ from edgeseg.handover.folder import HOSTS, export_engine
 from edgeseg.quantize.fp16 import fp16_model, magnitudes
 from edgeseg.runtime.overlay import spec_palette
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
-from edgeseg.store.artifacts import OnnxGraph, PrecisionReport, open_engine, read_manifest, sha256_file
+from edgeseg.store.engine import open_engine, read_manifest
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph, PrecisionReport
 
 KINDS = ("fp32", "fp16", "int8", "binary", "batches")
 GPU_KINDS = ("fp32", "fp16", "int8 of TensorRT", "binary")

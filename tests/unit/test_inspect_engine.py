@@ -17,16 +17,16 @@ from edgeseg.cli.inspect import inspect_engine, render
 from edgeseg.errors import ArtifactError
 from edgeseg.graph.modules import module_of
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import (
+from edgeseg.store.documents import write_json
+from edgeseg.store.hashing import FileRef
+from edgeseg.store.manifest import (
     MANIFEST_NAME,
     AccuracyFigures,
-    FileRef,
     LatencyFigures,
     Manifest,
     PrecisionReport,
     Repair,
     Verification,
-    write_json,
 )
 
 onnx = pytest.importorskip("onnx")

@@ -22,7 +22,9 @@ from edgeseg.backends import get_backend
 from edgeseg.backends.signature import TensorInfo, check_signature, expected_image, expected_outputs
 from edgeseg.errors import ArtifactError
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import MANIFEST_NAME, MAX_JSON_BYTES, FileRef, read_json
+from edgeseg.store.documents import MAX_JSON_BYTES, read_json
+from edgeseg.store.hashing import FileRef
+from edgeseg.store.manifest import MANIFEST_NAME
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from edgeseg.errors import ArtifactError
 from edgeseg.mixed.judge import Judged
 from edgeseg.mixed.search import by_gain, trials
-from edgeseg.store.artifacts import read_json, write_json
+from edgeseg.store.documents import read_json, write_json
 
 
 def run(order: list[str], costs: dict[str, float], losses: dict[str, float], allowed: float) -> list[frozenset[str]]:

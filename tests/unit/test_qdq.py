@@ -32,7 +32,8 @@ from edgeseg.quantize.lint import lint
 from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.table import CalibrationTable
-from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 
 
 def fake(x: NDArray[Any], low: float, high: float, scheme: str) -> NDArray[np.float64]:

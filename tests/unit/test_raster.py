@@ -333,8 +333,14 @@ def recorded_wrongly(path: Path, planes: np.ndarray, nothing: np.ndarray) -> Non
     write(path, planes, nodata=200)
 
 
-def with_alpha(path: Path, planes: np.ndarray, nothing: np.ndarray) -> None:
-    write(path, np.concatenate([planes, np.where(nothing, 0, 255).astype(np.uint8)[None]]))
+def with_alpha(path: Path, planes: np.ndarray, nothing: np.ndarray, **profile: Any) -> None:
+    opaque = {"uint8": 255, "uint16": 65535}.get(planes.dtype.name, 1)
+    alpha = np.where(nothing, 0, opaque).astype(planes.dtype)
+    write(path, np.concatenate([planes, alpha[None]]), photometric="rgb", alpha="yes", **profile)
+
+
+def with_alpha_beside_a_value(path: Path, planes: np.ndarray, nothing: np.ndarray) -> None:
+    with_alpha(path, planes, nothing, nodata=200)
 
 
 def with_mask(path: Path, planes: np.ndarray, nothing: np.ndarray) -> None:
@@ -351,8 +357,15 @@ def with_mask(path: Path, planes: np.ndarray, nothing: np.ndarray) -> None:
         (recorded_nowhere, "uint8"),
         (recorded_wrongly, "uint8"),
         (with_alpha, "uint8"),
+        (with_alpha_beside_a_value, "uint8"),
         (with_mask, "uint8"),
+        (recorded_wrongly, "uint16"),
+        (with_alpha, "uint16"),
+        (with_alpha_beside_a_value, "uint16"),
+        (with_mask, "uint16"),
         (recorded_wrongly, "float32"),
+        (with_alpha, "float32"),
+        (with_alpha_beside_a_value, "float32"),
         (with_mask, "float32"),
     ],
 )
@@ -368,9 +381,10 @@ def test_a_nodata_value_in_place_of_the_recorded_one(
     nothing[:, 61:] = True
     path = tmp_path / "big.tif"
     make(path, planes.astype(dtype), nothing)
-    told = make in (with_alpha, with_mask)
+    told = make in (with_alpha, with_alpha_beside_a_value, with_mask)
     without = np.broadcast_to(nothing if told else False, planes.shape)
-    recorded = 200 if make is recorded_wrongly and value is None else value
+    by_value = make in (recorded_wrongly, with_alpha_beside_a_value)
+    recorded = 200 if by_value and value is None else value
     if isinstance(recorded, int):
         without = without | (planes == recorded)
     pixels, lost = planes.astype(np.float64), without.all(axis=0)
@@ -382,13 +396,41 @@ def test_a_nodata_value_in_place_of_the_recorded_one(
         without, lost = counted == 0, (counted == 0).all(axis=0)
         nowhere = recorded if isinstance(recorded, int) else 0
         pixels = np.where(without, nowhere, total / np.maximum(counted, 1))
-    pixels = np.floor(pixels + 0.5) if dtype == "uint8" else np.where(without, 127.5, pixels)
+    pixels = np.floor(pixels + 0.5) if dtype != "float32" else np.where(without, 127.5, pixels)
     spec = spec_of(dtype=dtype)
     run(segmenter_of(spec), path, tmp_path / "out", use=True, nodata=value, resolution=resolution)
     expected = segmenter_of(spec, fit="tile")(np.ascontiguousarray(pixels.transpose(1, 2, 0)).astype(dtype))
     mask = read(tmp_path / "out/masks/big.tif")[0]
     np.testing.assert_array_equal(mask == 255, lost)
     np.testing.assert_array_equal(mask[~lost], expected[~lost])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_half_transparent_pixels_are_data(tmp_path: Path, dtype: Any) -> None:
+    """What rasterio says of the whole file; of float32 it knows nothing."""
+    planes = planes_of(2).astype(dtype)
+    planes[1] = 1 if dtype == "float32" else np.iinfo(dtype).max
+    planes[1, :, :40] = 0
+    planes[1, :, 40:60] = planes[1, 0, 60] / 3
+    path = write(tmp_path / "grey.tif", planes, photometric="minisblack", alpha="yes")
+    run(segmenter_of(spec_of(dtype=dtype)), path, tmp_path / "out")
+    with rasterio.open(path) as file:
+        valid = file.dataset_mask() != 0 if dtype != "float32" else planes[1] > 0
+    np.testing.assert_array_equal(read(tmp_path / "out/masks/grey.tif")[0] != 255, valid)
+    assert 0 < valid.mean() < 1
+
+
+def test_an_alpha_band_and_a_mask_both_hold_but_at_no_other_resolution(tmp_path: Path) -> None:
+    path = tmp_path / "big.tif"
+    with_alpha(path, planes_of(), np.broadcast_to(np.arange(SIZE[1]) < 40, SIZE))
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file:
+        file.write_mask(np.broadcast_to(np.arange(SIZE[1]) < 100, SIZE))
+    run(segmenter_of(spec_of()), path, tmp_path / "out")
+    assert (
+        (read(tmp_path / "out/masks/big.tif") == 255).all(axis=(0, 1)) == np.r_[[True] * 40, [False] * 60, [True] * 30]
+    ).all()
+    (failure,) = run(segmenter_of(spec_of()), path, tmp_path, resolution=1).failed
+    assert "has an alpha band and a mask, and --resolution goes by one of them" in failure.reason
 
 
 def test_nan_is_no_data_where_it_is_said(tmp_path: Path) -> None:
@@ -634,7 +676,9 @@ def test_the_command(tmp_path: Path, engine: Path) -> None:
     assert done.exit_code == 0, done.output
     assert done.stdout.split() == [str(output / "masks/big.tif"), str(output / "probabilities/big.tif")]
     assert CliRunner().invoke(command, words).stdout == done.stdout
-    refused = CliRunner().invoke(command, [*words, "--fit", "letterbox"])
+    # Before the engine is looked at, which may be compiled again.
+    (tmp_path / "no engine").mkdir()
+    refused = CliRunner().invoke(command, [str(tmp_path / "no engine"), *words[1:], "--fit", "letterbox"])
     assert str(refused.exception) == "rasters are cut into tiles; leave out --fit letterbox, or give --no-raster"
     refused = CliRunner().invoke(command, [*words[:4], "--bands", "0,1"])
     assert "bands is '0,1'; give band numbers from 1" in refused.output

@@ -15,7 +15,8 @@ from edgeseg.errors import ArtifactError, InputError, SpecError
 from edgeseg.images.decoding import list_images, read_image
 from edgeseg.spec import ModelSpec
 from edgeseg.store import files
-from edgeseg.store.artifacts import FileRef, check_file, read_manifest
+from edgeseg.store.engine import check_file, read_manifest
+from edgeseg.store.hashing import FileRef
 
 TOO_LONG = "x" * 300
 

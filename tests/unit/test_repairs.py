@@ -23,7 +23,8 @@ from edgeseg.quantize.repair.repaired import calibrate_repaired
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.table import CalibrationTable, load_table
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 
 CLASSES = 4
 SPEC = PipelineSpec(ModelSpec("custom", classes=CLASSES), InputSpec(16, 24, stride=8))

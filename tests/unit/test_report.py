@@ -32,7 +32,7 @@ from edgeseg.report.details import CHANGES_SHOWN, PNG
 from edgeseg.report.html import html
 from edgeseg.report.plain import csv_text, markdown, terminal
 from edgeseg.runtime.overlay import class_palette
-from edgeseg.store.artifacts import Repair
+from edgeseg.store.manifest import Repair
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&|`{{7*7}}[bold]</style>"

@@ -9,10 +9,12 @@ import re
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -363,11 +365,36 @@ def test_a_run_calls_from_several_threads_for_images_and_from_one_for_videos(
     for i in range(6):
         photo(tmp_path / "in" / f"{i}.png")
     monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 3))
-    assert run.streams_of([tmp_path / "in"]) == 3
-    assert run.streams_of([tmp_path / "in" / "0.png"]) == 1
-    assert run.streams_of([tmp_path / "in", 0]) == 1
+    assert run.streams_of([tmp_path / "in"], RunSettings()) == 3
+    assert run.streams_of([tmp_path / "in" / "0.png"], RunSettings()) == 1
+    assert run.streams_of([tmp_path / "in", 0], RunSettings()) == 1
     monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 64))
-    assert run.streams_of([tmp_path / "in"]) == overlap.MAX_THREADS
+    assert run.streams_of([tmp_path / "in"], RunSettings()) == overlap.MAX_THREADS
+    assert run.streams_of([tmp_path / "in"], RunSettings(), threads=2) == 2
+
+
+@pytest.mark.parametrize(("threads", "together"), [(1, 1), (3, 3), (None, 4)])
+def test_no_more_images_at_a_time_than_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int | None, together: int
+) -> None:
+    """As many as may be at a time wait for each other: were there fewer, the barrier would break."""
+    for i in range(12):
+        photo(tmp_path / "in" / f"{i}.png")
+    monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 8))
+    meeting, most, inside = threading.Barrier(together, timeout=60), 0, 0
+    answer = Segmenter.__call__
+
+    def call(self: Segmenter, *given: Any, **options: Any) -> Any:
+        nonlocal most, inside
+        inside += 1
+        most = max(most, inside)
+        meeting.wait()
+        inside -= 1
+        return answer(self, *given, **options)
+
+    monkeypatch.setattr(Segmenter, "__call__", call)
+    assert run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", threads=threads, progress=False).images == 12
+    assert most == together
 
 
 def test_inputs_that_are_not_there(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from edgeseg.decide.verdict import decide
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.report.decision import decision_of
 from edgeseg.spec import ModelRequest
-from edgeseg.store.artifacts import SCHEMA_VERSION, FileRef, Manifest, PrecisionReport, WeightsOrigin
+from edgeseg.store.hashing import FileRef
+from edgeseg.store.manifest import SCHEMA_VERSION, Manifest, PrecisionReport, WeightsOrigin
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "schemas"

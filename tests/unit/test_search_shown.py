@@ -15,7 +15,7 @@ from edgeseg.errors import ArtifactError
 from edgeseg.evaluate.results import read_report, write_report
 from edgeseg.evaluate.summary import front_table, pareto_front, sensitivity_table
 from edgeseg.report.plain import csv_text, markdown
-from edgeseg.store.artifacts import Estimate, ModuleSensitivity, Search, SearchCandidate
+from edgeseg.store.search import Estimate, ModuleSensitivity, Search, SearchCandidate
 
 
 def candidate(floats: tuple[str, ...], drop: float, ms: float | None, **changes: Any) -> SearchCandidate:

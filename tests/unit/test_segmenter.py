@@ -21,7 +21,7 @@ from edgeseg.errors import ArtifactError, InputError, SpecError
 from edgeseg.images.placement import fit
 from edgeseg.runtime.segmenter import Segmenter, load
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
-from edgeseg.store.artifacts import Engine, engine_folder
+from edgeseg.store.engine import Engine, engine_folder
 
 RNG = np.random.default_rng(11)
 POLICIES = ("resize", "letterbox", "tile")

@@ -22,7 +22,10 @@ from edgeseg.backends.cpu.onnxruntime import open_unoptimized  # noqa: E402
 from edgeseg.backends.self_contained import require_self_contained  # noqa: E402
 from edgeseg.backends.tensorrt.module import TENSORRT, TENSORRT_RTX, Product  # noqa: E402
 from edgeseg.errors import ArtifactError  # noqa: E402
-from edgeseg.store.artifacts import MANIFEST_NAME, FileRef, read_manifest, write_json  # noqa: E402
+from edgeseg.store.documents import write_json  # noqa: E402
+from edgeseg.store.engine import read_manifest  # noqa: E402
+from edgeseg.store.hashing import FileRef  # noqa: E402
+from edgeseg.store.manifest import MANIFEST_NAME  # noqa: E402
 
 
 def tensor(location: str | None = None) -> onnx.TensorProto:

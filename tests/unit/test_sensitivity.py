@@ -34,7 +34,8 @@ from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
 from edgeseg.quantize.suffix import SharedPrefix, SuffixSession, cut, float_values, value_bytes  # noqa: E402
 from edgeseg.quantize.table import CalibrationTable  # noqa: E402
 from edgeseg.spec import ModelSpec  # noqa: E402
-from edgeseg.store.artifacts import OnnxGraph, sha256_file  # noqa: E402
+from edgeseg.store.hashing import sha256_file  # noqa: E402
+from edgeseg.store.manifest import OnnxGraph  # noqa: E402
 
 RNG = np.random.default_rng(8)
 

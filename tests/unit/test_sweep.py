@@ -14,13 +14,15 @@ import msgspec
 import pytest
 from bench_rows import report, row
 from command_line import typed
-from test_artifacts import make_engine
+from test_engine_folder import make_engine
 
 from edgeseg.decide.entries import failed_measurements
 from edgeseg.errors import ArtifactError, BuildError, OutputExistsError, SpecError
 from edgeseg.evaluate.results import FailedMeasurement, read_report, write_report
-from edgeseg.store.artifacts import MANIFEST_NAME, open_engine, write_json
 from edgeseg.store.atomic import lock
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import open_engine
+from edgeseg.store.manifest import MANIFEST_NAME
 from edgeseg.sweep.config import Cell, SweepConfig, expand, read_config
 from edgeseg.sweep.executors import Built, build_locally
 from edgeseg.sweep.run import bench_options, run_edgeseg, run_sweep

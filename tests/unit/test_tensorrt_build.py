@@ -30,7 +30,9 @@ from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDepend
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import Engine, OnnxGraph, sha256_file
+from edgeseg.store.engine import Engine
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 
 ORIN = Gpu("Orin", (8, 7), 8)
 TEN = ("10.3.0", "10.16.1.11")

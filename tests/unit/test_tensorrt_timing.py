@@ -17,7 +17,8 @@ from edgeseg.backends.tensorrt.backend import TensorRTBackend
 from edgeseg.backends.tensorrt.device import Gpu
 from edgeseg.errors import SpecError
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 
 ORIN_NANO = Gpu("Orin", (8, 7), 8)
 AGX_ORIN = Gpu("Orin", (8, 7), 16)

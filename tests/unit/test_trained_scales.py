@@ -20,7 +20,8 @@ from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.table import CalibrationTable, Trained, load_table
 from edgeseg.quantize.trained import Held, held, spread, trained_table
-from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 
 VNNI, AVX2, ARM = (SCHEMES[f"onnxruntime-{name}"] for name in ("vnni", "avx2", "arm"))
 TENSORRT, OPENVINO = SCHEMES["tensorrt"], SCHEMES["openvino"]

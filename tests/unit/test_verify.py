@@ -25,10 +25,10 @@ from edgeseg.evaluate.verify import TIE, agreement_without_ties, check_fidelity,
 from edgeseg.images.placement import fit, fit_windows
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
-from edgeseg.store.artifacts import (
+from edgeseg.store.engine import Engine
+from edgeseg.store.hashing import FileRef
+from edgeseg.store.manifest import (
     AccuracyFigures,
-    Engine,
-    FileRef,
     LatencyFigures,
     Manifest,
     PrecisionReport,

@@ -26,7 +26,8 @@ from edgeseg.errors import ArtifactError, SpecError
 from edgeseg.evaluate.summary import input_line
 from edgeseg.quantize.fp16 import fp16_model
 from edgeseg.spec import InputSpec, ModelRequest, ModelSpec, PipelineSpec, Preprocess
-from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 
 SIDE = 8
 RNG = np.random.default_rng(4)

@@ -32,7 +32,8 @@ from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, one_line
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.spec import InputSpec, Precision
-from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import OnnxGraph, PrecisionReport
 
 if TYPE_CHECKING:
     import onnx

@@ -10,7 +10,7 @@ from edgeseg.backends.base import require_known
 from edgeseg.errors import InputError, SpecError, StaleEngineError, typed
 from edgeseg.machine.cpu import Cpu
 from edgeseg.spec import InputSpec
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.engine import Engine
 
 CPU_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": ("threads", "spinning", "streams"),

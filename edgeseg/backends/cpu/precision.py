@@ -20,7 +20,7 @@ import numpy as np
 
 from edgeseg.errors import BuildError
 from edgeseg.spec import InputSpec, Precision
-from edgeseg.store.artifacts import PrecisionReport
+from edgeseg.store.manifest import PrecisionReport
 
 if TYPE_CHECKING:
     import onnx

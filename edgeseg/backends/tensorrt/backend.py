@@ -30,7 +30,8 @@ from edgeseg.backends.tensorrt.session import open_session
 from edgeseg.backends.tensorrt.times import LayerTimes, measure_layer_times
 from edgeseg.errors import BuildError, DeviceError, EdgesegError, MissingDependencyError, SpecError
 from edgeseg.spec import PipelineSpec, Precision
-from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import OnnxGraph, PrecisionReport
 
 if TYPE_CHECKING:
     # Objects of the library are typed as those of 10, where old and new exist side by side.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.errors import DeviceError, StaleEngineError, typed
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.engine import Engine
 
 
 @dataclass(frozen=True)

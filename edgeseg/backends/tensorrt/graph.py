@@ -14,7 +14,7 @@ from edgeseg.errors import SpecError
 from edgeseg.graph.modules import module_of
 from edgeseg.graph.types import graph_macs, node_dtypes, precision_report
 from edgeseg.spec import PipelineSpec, Precision
-from edgeseg.store.artifacts import OnnxGraph
+from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx
 
 

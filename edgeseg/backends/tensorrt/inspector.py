@@ -18,7 +18,7 @@ from typing import Any
 from edgeseg.errors import BuildError
 from edgeseg.graph.types import precision_report, shares
 from edgeseg.spec import Precision
-from edgeseg.store.artifacts import PrecisionReport
+from edgeseg.store.manifest import PrecisionReport
 
 MIN_DELIVERED_SHARE = 0.9
 """Of the multiply-accumulates the graph's types put into a precision, the engine must run at least this share in it. A

@@ -22,7 +22,8 @@ from edgeseg.backends.tensorrt.progress import progress_monitor
 from edgeseg.backends.tensorrt.rtx_cache import CachingEngine, runtime_cache_path
 from edgeseg.backends.tensorrt.session import open_session
 from edgeseg.errors import BuildError, EdgesegError, StaleEngineError, typed
-from edgeseg.store.artifacts import Engine, OnnxGraph, PrecisionReport
+from edgeseg.store.engine import Engine
+from edgeseg.store.manifest import OnnxGraph, PrecisionReport
 
 if TYPE_CHECKING:
     from tensorrt import Builder, IBuilderConfig, INetworkDefinition

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.backends.tensorrt.device import Gpu
-from edgeseg.store.artifacts import sha256_json
 from edgeseg.store.atomic import write_bytes
 from edgeseg.store.cache import stage_folder
+from edgeseg.store.hashing import sha256_json
 
 if TYPE_CHECKING:
     from tensorrt import ICudaEngine, IExecutionContext

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from edgeseg.backends.tensorrt.device import Gpu
 from edgeseg.errors import ArtifactError, SpecError
-from edgeseg.store.artifacts import FileRef, read_json, write_json
 from edgeseg.store.atomic import HeldError, lock, write_bytes
+from edgeseg.store.documents import read_json, write_json
+from edgeseg.store.hashing import FileRef
 
 if TYPE_CHECKING:
     from tensorrt import IBuilderConfig

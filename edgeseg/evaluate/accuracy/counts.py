@@ -16,7 +16,7 @@ from edgeseg.evaluate.accuracy.boundary import DEFAULT_BOUNDARY_PX, boundary_ban
 from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.intervals import COLUMNS, figure, per_class
 from edgeseg.spec import Task
-from edgeseg.store.artifacts import AccuracyFigures
+from edgeseg.store.manifest import AccuracyFigures
 
 MATRIX_CLASSES_LIMIT = 1024
 """Above this many classes the full confusion matrix (8 bytes a cell) is not kept; all per-class figures still are."""

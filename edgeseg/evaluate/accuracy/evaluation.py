@@ -39,8 +39,8 @@ from edgeseg.machine.orphans import end_with_parent
 from edgeseg.progress import Reporter, stage
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import PipelineSpec
-from edgeseg.store.artifacts import sha256_json
 from edgeseg.store.cache import software, stage_folder, usable_cache
+from edgeseg.store.hashing import sha256_json
 
 # Images judged ahead of the one whose turn it is to be written, per process.
 _AHEAD = 4

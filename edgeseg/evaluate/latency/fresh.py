@@ -170,7 +170,7 @@ def _import_packages(contender: Contender) -> None:
         architectures.import_smp()
         return
     from edgeseg.backends import get_backend
-    from edgeseg.store.artifacts import read_manifest
+    from edgeseg.store.engine import read_manifest
 
     assert contender.folder is not None  # an engine has one
     get_backend(read_manifest(Path(contender.folder)).target).status()  # imports the vendor's package

@@ -14,7 +14,7 @@ import numpy as np
 
 from edgeseg.evaluate.results import ModuleTime, Profile
 from edgeseg.graph.modules import module_group
-from edgeseg.store.artifacts import Engine
+from edgeseg.store.engine import Engine
 
 RUNS = 20
 OTHER = "other"

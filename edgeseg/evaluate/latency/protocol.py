@@ -26,7 +26,7 @@ from edgeseg.errors import SpecError
 from edgeseg.evaluate.latency.batches import ratio_interval
 from edgeseg.images.dtypes import usual_pixels
 from edgeseg.spec import PipelineSpec
-from edgeseg.store.artifacts import LatencyFigures
+from edgeseg.store.manifest import LatencyFigures
 
 Call = Callable[[], object]
 

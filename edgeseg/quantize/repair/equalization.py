@@ -33,7 +33,8 @@ from edgeseg.graph.running import GraphSession
 from edgeseg.quantize.repair.fidelity import score_names, windows
 from edgeseg.quantize.repair.normalization import ROUNDS, balance, free_normalizations, relative_to, scaled_constants
 from edgeseg.quantize.samples import CalibrationSet
-from edgeseg.store.artifacts import OnnxGraph, sha256_file
+from edgeseg.store.hashing import sha256_file
+from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx, write_onnx
 
 MAX_FACTOR = 4096.0

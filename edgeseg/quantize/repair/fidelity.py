@@ -26,7 +26,7 @@ from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES, QuantScheme
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import InputSpec
-from edgeseg.store.artifacts import OnnxGraph
+from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx
 
 JUDGES = ("onnxruntime-vnni", "tensorrt")

@@ -25,7 +25,7 @@ from edgeseg.quantize.calibration import DEFAULT_METHOD
 from edgeseg.quantize.ranges import METHODS
 from edgeseg.quantize.repair.fidelity import Fidelity, Judge
 from edgeseg.quantize.table import CalibrationTable, TensorRange
-from edgeseg.store.artifacts import OnnxGraph
+from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx
 
 BY_CAUTION = ("minmax", "percentile", "mse", "entropy", "moving-average")

@@ -25,7 +25,7 @@ from edgeseg.quantize.repair.range_choice import choose_methods, is_gain, relati
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.table import CalibrationTable
-from edgeseg.store.artifacts import OnnxGraph, Repair, RepairName
+from edgeseg.store.manifest import OnnxGraph, Repair, RepairName
 from edgeseg.store.onnx_file import read_onnx
 
 

@@ -228,7 +228,7 @@ import json, statistics, sys, time
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from edgeseg.store.artifacts import open_engine
+from edgeseg.store.engine import open_engine
 how, folder, images, output = sys.argv[1:]
 engine = open_engine(Path(folder))
 spec = engine.manifest.spec
@@ -367,7 +367,7 @@ from pathlib import Path
 import numpy as np
 from edgeseg.backends import get_backend
 from edgeseg.evaluate.latency.fresh import resident_bytes
-from edgeseg.store.artifacts import open_engine
+from edgeseg.store.engine import open_engine
 engine = open_engine(Path(sys.argv[1]))
 spec, count = engine.manifest.spec.input, int(sys.argv[2])
 try:

@@ -13,16 +13,10 @@ from engine_folders import manifest_of
 
 from edgeseg.errors import ArtifactError, OutputExistsError
 from edgeseg.spec import ModelSpec, PipelineSpec
-from edgeseg.store.artifacts import (
-    MANIFEST_NAME,
-    Manifest,
-    PrecisionReport,
-    engine_folder,
-    open_engine,
-    read_manifest,
-    sha256_json,
-    write_json,
-)
+from edgeseg.store.documents import write_json
+from edgeseg.store.engine import engine_folder, open_engine, read_manifest
+from edgeseg.store.hashing import sha256_json
+from edgeseg.store.manifest import MANIFEST_NAME, Manifest, PrecisionReport
 
 
 def make_engine(folder: Path, **changes: object) -> Manifest:
