@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgeseg.convert.loaded import LoadedModel
+    from edgeseg.spec import InputSpec
 
 _MULTIPLES = (1, 2, 4)
 _LARGEST_TRIED = 512  # pixels
@@ -88,12 +89,20 @@ def dynamic_sizes(loaded: LoadedModel, height: int, width: int) -> DynamicSizes:
 
 def _path(module: torch.nn.Module, channels: int, height: int, width: int) -> list[str] | None:
     """Names of the torch functions a model calls for an image of a size, in order; ``None`` where it returns no map of it."""
+    calls = _calls(module, channels, height, width)
+    return None if calls is None else [name for name, _ in calls]
+
+
+def _calls(module: torch.nn.Module, channels: int, height: int, width: int) -> list[tuple[str, Any]] | None:
+    """As :func:`_path`, each with what it pads by, if it pads."""
     torch = import_for_conversion("torch")
-    called: list[str] = []
+    called: list[tuple[str, Any]] = []
 
     class Listener(torch.overrides.TorchFunctionMode):  # type: ignore[name-defined, misc]
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            called.append(getattr(func, "__name__", str(func)))
+            name = getattr(func, "__name__", str(func))
+            padding = (kwargs or {}).get("pad", args[1] if len(args) > 1 else None) if name == "pad" else None
+            called.append((name, padding))
             return func(*args, **(kwargs or {}))
 
     image = torch.zeros(1, channels, height, width)
@@ -104,6 +113,15 @@ def _path(module: torch.nn.Module, channels: int, height: int, width: int) -> li
         return None
     first = output[0] if isinstance(output, (tuple, list)) else output
     return called if tuple(first.shape[-2:]) == (height, width) else None
+
+
+def pads_by_size(module: torch.nn.Module, spec: InputSpec) -> bool:
+    """Whether ``module`` pads by amounts that depend on the image's size, as attention in windows of 7 does."""
+    step = spec.stride
+    sizes = [(spec.height + rows * step, spec.width + columns * step) for rows, columns in ((0, 0), (1, 2), (2, 3))]
+    calls = [_calls(module, spec.channels, *size) or [] for size in sizes]
+    first, *others = ([padding for name, padding in made if name == "pad"] for made in calls)
+    return any(other != first for other in others)
 
 
 def constant_same_padding(module: torch.nn.Module, channels: int, stride: int) -> torch.nn.Module:

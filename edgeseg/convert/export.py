@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from edgeseg.convert.dynamic_size import constant_same_padding
+from edgeseg.convert.dynamic_size import constant_same_padding, pads_by_size
 from edgeseg.convert.fake_quantizers import mode
 from edgeseg.convert.heads import LOGITS, Pipeline
 from edgeseg.convert.marks import drop_marks, take_marks
@@ -32,6 +32,7 @@ from edgeseg.convert.parity import (
 )
 from edgeseg.convert.silence import silenced
 from edgeseg.convert.simplify import simplify
+from edgeseg.convert.strides import AXES, as_image, given_in_strides, in_strides
 from edgeseg.convert.translations import TRANSLATIONS
 from edgeseg.errors import EdgesegError, ExportError, SpecError, first_line
 from edgeseg.graph.macs import count_macs
@@ -187,13 +188,17 @@ def _smallest_above(pipeline: Pipeline, height: int, width: int, spec: InputSpec
 
 def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
     """Export with torch's dynamo exporter; nodes named after their modules. Raises :class:`ExportError`."""
-    shapes = _dynamic_shapes(spec.input)
+    # Only where it is needed: other graphs take sizes from the maps at hand, in fewer nodes.
+    by_strides = spec.input.dynamic_size and pads_by_size(pipeline.model, spec.input)
+    shapes = _dynamic_shapes(spec.input, by_strides)
     # torch.export takes a dimension of size 1 for a constant
     batch = max(spec.input.batch.optimum, 2) if spec.input.batch.is_dynamic else spec.input.batch.optimum
-    shape = (batch, spec.input.height, spec.input.width, spec.input.channels)
+    shape: tuple[int, ...] = (batch, spec.input.height, spec.input.width, spec.input.channels)
+    if by_strides:
+        shape = in_strides(shape, spec.input.stride)
     image = torch.zeros(shape, dtype=getattr(torch, spec.input.dtype))
     try:
-        with silenced(), torch.inference_mode():
+        with silenced(), torch.inference_mode(), given_in_strides(pipeline) if by_strides else contextlib.nullcontext():
             names = list(pipeline(image))
             program = torch.onnx.export(
                 pipeline,
@@ -207,6 +212,8 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
                 verbose=False,
             )
             assert program is not None
+        if by_strides:
+            as_image(program.model)
         for part in pipeline.modules():
             if isinstance(part, OnnxNetwork):
                 part.inline(program.model)
@@ -224,10 +231,11 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
             ) from exc
         hint = " with dynamic shapes; try static ones" if shapes else ""
         raise ExportError(f"torch cannot export {spec.model.display_name}{hint}: {first_line(exc)}") from exc
-    given = exported.graph.input[0].type.tensor_type.shape.dim
-    if shapes and (fixed := [axis for axis in shapes["image"] if given[axis].HasField("dim_value")]):
+    sizes = exported.graph.input[0].type.tensor_type.shape.dim
+    dynamic = ([0] if spec.input.batch.is_dynamic else []) + ([1, 2] if spec.input.dynamic_size else [])
+    if fixed := [axis for axis in dynamic if sizes[axis].HasField("dim_value")]:
         # torch.export answers code that branches on a size by fixing the size.
-        what = " and ".join(f"{('batch', 'height', 'width')[axis]} {given[axis].dim_value}" for axis in fixed)
+        what = " and ".join(f"{('batch', 'height', 'width')[axis]} {sizes[axis].dim_value}" for axis in fixed)
         raise ExportError(
             f"{spec.model.display_name} can only be exported for {what}: its code depends on the size; build it without "
             f"{'a range of batch sizes' if fixed == [0] else '--dynamic-size'}"
@@ -245,13 +253,16 @@ def depends_on_values(exc: BaseException) -> bool:
     return False
 
 
-def _dynamic_shapes(spec: InputSpec) -> dict[str, dict[int, Any]] | None:
+def _dynamic_shapes(spec: InputSpec, by_strides: bool) -> dict[str, dict[int, Any]] | None:
     axes: dict[int, Any] = {}
     if spec.batch.is_dynamic:
         axes[0] = torch.export.Dim("batch", min=1, max=max(spec.batch.maximum, 2))
     if spec.dynamic_size:
-        axes[1] = spec.stride * torch.export.Dim("height_strides", min=1, max=4096)
-        axes[2] = spec.stride * torch.export.Dim("width_strides", min=1, max=4096)
+        if by_strides:  # of a plain Dim torch wants proof for every size that no branch of its own code is left
+            axes |= dict.fromkeys(AXES, torch.export.Dim.AUTO)
+        else:
+            axes[1] = spec.stride * torch.export.Dim("height_strides", min=1, max=4096)
+            axes[2] = spec.stride * torch.export.Dim("width_strides", min=1, max=4096)
     return {"image": axes} if axes else None
 
 

@@ -33,15 +33,15 @@ def name_by_scope(model: ir.Model) -> None:
 def name_dynamic_axes(model: ir.Model) -> None:
     """Call the image's dynamic dimensions ``batch``, ``height`` and ``width``, in the outputs too.
 
-    torch names them by expressions (``32*height_strides``); sizes are given by these names.
+    torch names them by expressions of any length; sizes are given by these names. An output is ``(N, ...)``, a map
+    ``(N, H, W)`` or ``(N, C, H, W)``.
     """
-    image = model.graph.inputs[0]
-    assert image.shape is not None
-    axes = zip(image.shape, ("batch", "height", "width"), strict=False)
-    names = {str(d): name for d, name in axes if not isinstance(d, int)}
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:
-            value.shape = ir.Shape([names.get(str(d), d) for d in value.shape])
+            rank = len(value.shape)
+            sides = (1, 2) if value.is_graph_input() else (rank - 2, rank - 1)
+            names = {0: "batch"} | (dict(zip(sides, ("height", "width"), strict=True)) if rank > 2 else {})
+            value.shape = ir.Shape([d if isinstance(d, int) else names.get(i, d) for i, d in enumerate(value.shape)])
 
 
 def _module_path(node: ir.Node) -> str:

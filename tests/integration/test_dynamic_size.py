@@ -10,16 +10,18 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("segmentation_models_pytorch")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 from timm.layers import ScaledStdConv2dSame  # noqa: E402
 from timm.layers.conv2d_same import Conv2dSame  # noqa: E402
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame  # noqa: E402
 
-from edgeseg.convert.dynamic_size import constant_same_padding, dynamic_sizes  # noqa: E402
+from edgeseg.convert.dynamic_size import constant_same_padding, dynamic_sizes, pads_by_size  # noqa: E402
 from edgeseg.convert.export import export_onnx  # noqa: E402
+from edgeseg.convert.heads import LOGITS, Pipeline  # noqa: E402
 from edgeseg.convert.loaded import LoadedModel  # noqa: E402
 from edgeseg.errors import ExportError, SpecError  # noqa: E402
-from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec, Preprocess  # noqa: E402
+from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess  # noqa: E402
 
 nn, functional = torch.nn, torch.nn.functional
 pytestmark = pytest.mark.integration
@@ -46,6 +48,22 @@ class ResizesOddSides(Map):
         if even != list(features.shape[-2:]):
             features = functional.interpolate(features, even) * 2.0
         return functional.interpolate(features, x.shape[-2:])
+
+
+class InWindows(Map):
+    """As DaViT and Hiera: features padded to whole windows of 7, made alike within each, cropped again."""
+
+    def forward(self, x: Any) -> Any:
+        y = self.layers(x).permute(0, 2, 3, 1)
+        batch, height, width, channels = y.shape
+        down, right = (7 - height % 7) % 7, (7 - width % 7) % 7
+        padded = functional.pad(y, (0, 0, 0, right, 0, down))
+        rows, columns = (height + down) // 7, (width + right) // 7
+        windows = padded.view(batch, rows, 7, columns, 7, channels).transpose(2, 3).reshape(-1, 49, channels)
+        windows = windows - windows.mean(1, keepdim=True)
+        padded = windows.view(batch, rows, columns, 7, 7, channels).transpose(2, 3)
+        y = padded.reshape(batch, rows * 7, columns * 7, channels)[:, :height, :width]
+        return functional.interpolate(y.permute(0, 3, 1, 2), x.shape[-2:])
 
 
 class OneSizeIsSpecial(Map):
@@ -185,3 +203,35 @@ def test_a_graph_whose_size_torch_fixed_is_refused(tmp_path: Path) -> None:
     spec = PipelineSpec(model.model, InputSpec(32, 64, stride=1, dynamic_size=True), model.preprocess)
     with pytest.raises(ExportError, match="can only be exported for .*width 64: its code depends on the size"):
         export_onnx(model, spec, tmp_path / "model.onnx")
+
+
+def in_windows() -> Any:
+    return InWindows(nn.Conv2d(3, 8, 7, 4, 3), nn.ReLU(), nn.Conv2d(8, 3, 3, 2, 1))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 64), (16, 16)], ids=["unequal", "one stride"])
+def test_windows_are_exported_as_pytorch_computes_them(height: int, width: int, tmp_path: Path) -> None:
+    model = loaded(in_windows(), 16)
+    assert pads_by_size(model.module, InputSpec(height, width, stride=16, dynamic_size=True))
+    batch = BatchRange(1, 1, 3)
+    spec = PipelineSpec(
+        model.model,
+        InputSpec(height, width, stride=16, dynamic_size=True, batch=batch),
+        model.preprocess,
+        OutputSpec(LOGITS),
+    )
+    graph, _ = export_onnx(model, spec, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(graph.path)
+    assert session.get_inputs()[0].shape == ["batch", "height", "width", 3]
+    assert session.get_outputs()[0].shape == ["batch", 3, "height", "width"]
+    for size in ((16, 16), (48, 80), (112, 224), (240, 32)):
+        images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
+        with torch.no_grad():
+            expected = Pipeline(model.module, spec)(torch.from_numpy(images))["logits"].numpy()
+        np.testing.assert_allclose(session.run(["logits"], {"image": images})[0], expected, atol=1e-4)
+
+
+def test_padding_alike_at_every_size_is_told_from_padding_by_size() -> None:
+    spec = InputSpec(48, 80, stride=16, dynamic_size=True)
+    assert not pads_by_size(constant_same_padding(same_layers().eval(), 3, 16), spec)
+    assert not pads_by_size(Map(nn.Conv2d(3, 3, 3, 8, 1)), spec)
