@@ -41,11 +41,6 @@ def test_a_row_is_found_by_its_id() -> None:
         report.row("nothing")
 
 
-def test_a_missing_file_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="cannot read"):
-        read_report(tmp_path / "missing.json")
-
-
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="cannot write"):
