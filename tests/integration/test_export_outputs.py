@@ -167,29 +167,6 @@ def test_probabilities(tmp_path: Path, task: str, classes: int, activation: str 
     np.testing.assert_allclose(got["probabilities"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ["softmax2d", "sigmoid"])
-def test_a_module_whose_activation_cannot_be_taken_off(tmp_path: Path, activation: str) -> None:
-    class Finished(torch.nn.Module):  # type: ignore[misc,name-defined]
-        def __init__(self, network: Any) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, x: Any) -> Any:
-            logits = self.network(x)
-            return logits.softmax(1) if activation == "softmax2d" else logits.sigmoid()
-
-    plain, spec = small(4, "multilabel", None, confidence=True, threshold=0.3)
-    network = plain.module
-    model = ModelSpec("custom", "small", 4, task="multilabel", activation=activation)
-    finished = loaded(Finished(network).eval(), model, plain.preprocess, stride=8)
-    got = exported(finished, PipelineSpec(model, spec.input, spec.preprocess, spec.output), tmp_path)(IMAGES)
-    p = by_hand(finished, IMAGES).numpy()
-    sure = np.abs(p - 0.3) > 1e-5
-    np.testing.assert_array_equal(got["mask"][sure], (p > 0.3)[sure])
-    with pytest.raises(SpecError, match="logits were asked for"):
-        Pipeline(finished.module, PipelineSpec(model, spec.input, spec.preprocess, OutputSpec(kind="logits")))
-
-
 @pytest.mark.parametrize(
     ("classes", "task", "activation", "words"),
     [
@@ -294,19 +271,6 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     model.module.body.bias.fill_(float("nan"))  # type: ignore[union-attr,operator]
     with pytest.raises(ExportError, match="NaN or infinite"):
         export_onnx(model, spec, tmp_path / "graph.onnx")
-
-
-def test_what_torch_cannot_export_is_one_line(tmp_path: Path) -> None:
-    class Branching(torch.nn.Module):  # type: ignore[misc,name-defined]
-        def forward(self, x: Any) -> Any:
-            return x.repeat(1, 2, 1, 1)[:, :4] if x.sum() > 0 else x.repeat(1, 2, 1, 1)[:, 1:5]
-
-    _, spec = small()
-    model = loaded(Branching().eval(), spec.model, spec.preprocess, stride=8)
-    with pytest.raises(SpecError, match="torch cannot export custom-small") as caught:
-        export_onnx(model, spec, tmp_path / "graph.onnx")
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_size_the_module_does_not_take_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 from recorded_tensorrt.parser8 import complaints
-from small_graphs import plain_logits
+from small_graphs import plain_logits, signal_to_noise_db
 
 from edgeseg.backends import get_backend
 from edgeseg.backends.tensorrt.opset17 import for_tensorrt_8
@@ -91,11 +91,6 @@ def quantizable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 def logits(path: Path, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(["logits"], {"image": image[None]})[0] for image in images])
-
-
-def signal_to_noise_db(expected: NDArray[Any], actual: NDArray[Any]) -> float:
-    noise = np.square(expected - actual, dtype=np.float64).mean()
-    return float(10 * np.log10(np.var(expected, dtype=np.float64) / max(noise, 1e-30)))
 
 
 @pytest.mark.parametrize("scheme", ["onnxruntime-vnni", "tensorrt"])
