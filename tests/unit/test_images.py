@@ -132,11 +132,6 @@ def test_arrays_of_any_channel_count(tmp_path: Path, suffix: str, channels: int)
     np.testing.assert_array_equal(read_image(tmp_path / "wide.npy", channels, "uint16") >> 8, array)
 
 
-def test_array_of_grey_for_three_channels(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", PHOTO[..., 0])
-    np.testing.assert_array_equal(read_image(tmp_path / "a.npy"), np.repeat(PHOTO[..., :1], 3, axis=2))
-
-
 def test_four_channels_from_rgba_and_from_a_stack_of_pages(tmp_path: Path) -> None:
     four = RNG.integers(0, 256, (5, 8, 4), dtype=np.uint8)
     np.testing.assert_array_equal(read_image(saved(tmp_path / "a.png", Image.fromarray(four)), 4), four)

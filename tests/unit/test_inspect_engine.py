@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from command_line import typed
 from engine_folders import manifest_of
 from rich.console import Console
+from small_graphs import graph
 
 from edgeseg.cli.inspect import inspect_engine, render
 from edgeseg.graph.modules import module_of
@@ -27,43 +29,26 @@ from edgeseg.store.manifest import (
     Verification,
 )
 
-onnx = pytest.importorskip("onnx")
-
 LATENCY = LatencyFigures(10.0, 11.0, 12.0, 20)
 
 
 def write_graph(path: Path) -> None:
     """A quantized convolution between a float one and an argmax, named as edgeseg's export names them."""
-    helper, types = onnx.helper, onnx.TensorProto
-    constants = {
-        "w": np.ones((4, 3, 3, 3), np.float32),
-        "wq": np.ones((2, 4, 1, 1), np.int8),
-        "s": np.array(0.1, np.float32),
-        "z": np.array(0, np.uint8),
-        "zw": np.array(0, np.int8),
-    }
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["a"], "encoder.layer1.0.conv1/Conv", pads=[1, 1, 1, 1]),
-        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["aq"], "encoder.layer1.0.conv1/Quantize"),
-        helper.make_node(
-            "QLinearConv", ["aq", "s", "z", "wq", "s", "zw", "s", "z"], ["bq"], "segmentation_head.0/Conv"
-        ),
-        helper.make_node("DequantizeLinear", ["bq", "s", "z"], ["b"], "segmentation_head.0/Dequantize"),
-        helper.make_node("ArgMax", ["b"], ["mask"], "edgeseg/ArgMax", axis=1),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", types.FLOAT, [1, 3, 8, 8])],
-        [helper.make_tensor_value_info("mask", types.INT64, [1, 1, 8, 8])],
-        [onnx.numpy_helper.from_array(v, k) for k, v in constants.items()],
-        value_info=[
-            helper.make_tensor_value_info("a", types.FLOAT, [1, 4, 8, 8]),
-            helper.make_tensor_value_info("bq", types.UINT8, [1, 2, 8, 8]),
-            helper.make_tensor_value_info("b", types.FLOAT, [1, 2, 8, 8]),
-        ],
+    model = graph(
+        "(float[1, 3, 8, 8] x) => (int64[1, 1, 8, 8] mask)",
+        """a = Conv <pads = [1, 1, 1, 1]> (x, w) aq = QuantizeLinear(a, s, z) bq = QLinearConv(aq, s, z, wq, s, zw, s, z)
+        b = DequantizeLinear(bq, s, z) mask = ArgMax <axis = 1> (b)""",
+        w=np.ones((4, 3, 3, 3), np.float32),
+        wq=np.ones((2, 4, 1, 1), np.int8),
+        s=np.float32(0.1),
+        z=np.uint8(0),
+        zw=np.int8(0),
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), str(path))
+    layers = ("encoder.layer1.0.conv1/Conv", "encoder.layer1.0.conv1/Quantize")
+    head = ("segmentation_head.0/Conv", "segmentation_head.0/Dequantize", "edgeseg/ArgMax")
+    for node, name in zip(model.graph.node, (*layers, *head), strict=True):
+        node.name = name
+    onnx.save(model, str(path))
 
 
 def verification() -> Verification:
@@ -215,9 +200,9 @@ def test_module_of_a_node(name: str, module: str) -> None:
 @pytest.mark.parametrize("arguments", [(), ("--layers",), ("--json",)])
 def test_what_a_manifest_holds_cannot_steer_the_terminal(folder: Path, arguments: tuple[str, ...]) -> None:
     hostile = "\x1b]0;owned\x07\x1b[2J\u202eevil\nedgeseg: all is well"
-    graph = onnx.load(str(folder / "engine.onnx"))
-    graph.graph.node[0].name = hostile
-    onnx.save(graph, str(folder / "engine.onnx"))
+    model = onnx.load(str(folder / "engine.onnx"))
+    model.graph.node[0].name = hostile
+    onnx.save(model, str(folder / "engine.onnx"))
     manifest = dataclasses.replace(
         fpn_manifest(folder, names=(hostile, "car")),
         name=hostile,
