@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,9 +82,11 @@ def _at(path: str, per: float = 1.0) -> Getter:
     return get
 
 
-def _bounds(path: str) -> IntervalGetter:
+def _bounds(of: Callable[[Entry], Any]) -> IntervalGetter:
+    """Reads the ends of what has ``low`` and ``high``."""
+
     def get(entry: Entry) -> tuple[float, float] | None:
-        estimate = at(entry.row, path)
+        estimate = of(entry)
         return None if estimate is None else (estimate.low, estimate.high)
 
     return get
@@ -134,27 +136,9 @@ def _drop(entry: Entry) -> Interval | None:
     return next((drop.drop for drop in drops if drop.metric == "miou"), None)
 
 
-def _drop_value(entry: Entry) -> float | None:
-    drop = _drop(entry)
-    return None if drop is None else drop.value
-
-
-def _drop_interval(entry: Entry) -> tuple[float, float] | None:
-    drop = _drop(entry)
-    return None if drop is None else (drop.low, drop.high)
-
-
 def _median_interval(entry: Entry) -> tuple[float, float] | None:
     latency = entry.row.latency
     return None if latency is None else (latency.end_to_end.median_low_ms, latency.end_to_end.median_high_ms)
-
-
-def _speedup(entry: Entry) -> float | None:
-    return None if entry.comparison is None else entry.comparison.ratio
-
-
-def _speedup_interval(entry: Entry) -> tuple[float, float] | None:
-    return None if entry.comparison is None else (entry.comparison.low, entry.comparison.high)
 
 
 def _int8_share(entry: Entry) -> float | None:
@@ -208,9 +192,9 @@ _ALL = (
         2,
         "Speed-up",
         "times as fast as the baseline, paired in the same run",
-        _speedup,
-        _speedup_interval,
-        _speedup_interval,
+        lambda entry: at(entry, "comparison.ratio"),
+        _bounds(lambda entry: entry.comparison),
+        _bounds(lambda entry: entry.comparison),
     ),
     Metric(
         "cold_start_ms",
@@ -236,7 +220,7 @@ _ALL = (
         "mIoU",
         "mean intersection over union against masks, 0..1",
         _at("accuracy.truth.miou.value"),
-        _bounds("accuracy.truth.miou"),
+        _bounds(lambda entry: at(entry.row, "accuracy.truth.miou")),
     ),
     _score("dice", "Dice", "mean Dice score against masks, 0..1"),
     _score("loss", "Loss", f"SMP's DiceLoss of the probabilities, {_OF_SCORES}", "lower"),
@@ -252,8 +236,8 @@ _ALL = (
         4,
         "mIoU drop",
         "mIoU lost against the baseline (0.01 = one point)",
-        _drop_value,
-        _drop_interval,
+        lambda entry: at(_drop(entry), "value"),
+        _bounds(_drop),
     ),
     Metric(
         "agreement",
@@ -263,7 +247,7 @@ _ALL = (
         "Agreement",
         "share of pixels that equal the baseline's",
         _at("accuracy.agreement.overall.value"),
-        _bounds("accuracy.agreement.overall"),
+        _bounds(lambda entry: at(entry.row, "accuracy.agreement.overall")),
     ),
     Metric(
         "boundary_agreement",

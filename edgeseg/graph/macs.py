@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from edgeseg.errors import ArtifactError, first_line
-from edgeseg.graph.proto import attribute, dims, value_infos
+from edgeseg.graph.proto import attribute, copied, dims, refill, value_infos
 
 Shape = tuple[int, ...]
 
@@ -90,8 +90,7 @@ def _counted(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> dict[str, i
 
 
 def _known_shapes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> dict[str, Shape]:
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
+    fixed = copied(model)
     if _fix_inputs(fixed.graph, sizes):
         # shapes noted in the file are in terms of the symbols: infer them anew from the sizes
         del fixed.graph.value_info[:]
@@ -131,8 +130,7 @@ def _fold(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> bool:
         else:
             made.update(zip(node.output, results, strict=False))
     if made:
-        del graph.node[:]
-        graph.node.extend(kept)
+        refill(graph.node, kept)
         graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in made.items())
     return bool(made)
 

@@ -48,9 +48,9 @@ class Observed:
             table.trained is not None,
         )
 
-    def copy_range(self, of: ir.Value, to: ir.Value) -> None:
-        """``to`` has the values of ``of``, or some of them."""
-        if of.name in self.ranges:
-            self.ranges[str(to.name)] = self.ranges[str(of.name)]
-        if of.name in self.grids:
-            self.grids[str(to.name)] = self.grids[str(of.name)]
+    def copy_range(self, name: str | None, to: ir.Value) -> None:
+        """``to`` has the values of the one called ``name``, or some of them."""
+        if name in self.ranges:
+            self.ranges[str(to.name)] = self.ranges[name]
+        if name in self.grids:
+            self.grids[str(to.name)] = self.grids[name]

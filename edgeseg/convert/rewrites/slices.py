@@ -60,19 +60,10 @@ def _rewrite(pieces: list[_Piece]) -> int:
     """Returns how many Slices became a Split's output."""
     first = pieces[0].node
     sizes = [p.end - p.start for p in pieces]
-    value = first.inputs[0]
-    assert value is not None
-    assert first.graph is not None
     # the earliest node of the set may not be the first piece
-    order = {node: i for i, node in enumerate(first.graph)}
-    before = min((p.node for p in pieces), key=lambda n: order[n])
-    head = emit(
-        before,
-        "Split",
-        [value, weight(before, np.array(sizes, np.int64), "split_sizes")],
-        {"axis": pieces[0].axis},
-        outputs=len(pieces),
-    )
+    before = next(node for node in first.graph or () if node in {piece.node for piece in pieces})
+    inputs = [first.inputs[0], weight(before, np.array(sizes, np.int64), "split_sizes")]
+    head = emit(before, "Split", inputs, {"axis": pieces[0].axis}, outputs=len(pieces))
     split = head.producer()
     assert split is not None
     for piece, output in zip(pieces, split.outputs, strict=True):
