@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -100,12 +99,6 @@ def image_shape(value: ir.Value | None) -> tuple[int, int, int] | None:
     if known is None or len(known) != 4 or None in known[1:]:
         return None
     return known[1:]  # type: ignore[return-value]
-
-
-def elements(value: ir.Value | None) -> int | None:
-    """Number of elements of a static value."""
-    shape = static(value)
-    return None if shape is None else math.prod(shape)
 
 
 def ints(node: ir.Node, name: str, default: Sequence[int] = ()) -> tuple[int, ...]:

@@ -32,11 +32,6 @@ class Grid:
             raise ValueError(f"zero point {self.zero_point} is not among the integers {self.low} to {self.high}")
 
     @property
-    def levels(self) -> int:
-        """How many integers there are."""
-        return self.high - self.low + 1
-
-    @property
     def limits(self) -> tuple[float, float]:
         """Smallest and largest value it has."""
         return (self.low - self.zero_point) * self.scale, (self.high - self.zero_point) * self.scale

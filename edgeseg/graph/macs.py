@@ -18,23 +18,14 @@ from edgeseg.graph.proto import attribute, copied, dims, refill, value_infos
 Shape = tuple[int, ...]
 
 CONV_WEIGHT: Mapping[str, int] = {
-    "Conv": 1,
-    "FusedConv": 1,
-    "NhwcConv": 1,
-    "NhwcFusedConv": 1,
-    "ConvInteger": 1,
+    **dict.fromkeys(("Conv", "FusedConv", "NhwcConv", "NhwcFusedConv", "ConvInteger"), 1),
     "QLinearConv": 3,
 }
 """Operators counted as convolutions and the input that holds their weight. ONNX Runtime's blocked ``Conv`` (domain
 ``com.microsoft.nchwc``) is counted with the channels it computes, padding to its block size included."""
 
 MATMUL_OPERANDS: Mapping[str, tuple[int, int]] = {
-    "MatMul": (0, 1),
-    "FusedMatMul": (0, 1),
-    "Gemm": (0, 1),
-    "FusedGemm": (0, 1),
-    "MatMulInteger": (0, 1),
-    "MatMulIntegerToFloat": (0, 1),
+    **dict.fromkeys(("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulInteger", "MatMulIntegerToFloat"), (0, 1)),
     "DynamicQuantizeMatMul": (0, 1),
     "QLinearMatMul": (0, 3),
     "QGemm": (0, 3),

@@ -81,9 +81,8 @@ def _rewrite(node: ir.Node, first: Convolution) -> None:
     inputs = [given(first.node), weight(node, kernel.astype(np.float32), f"{stem}.weight")]
     if bias.any():
         inputs.append(weight(node, bias.astype(np.float32), f"{stem}.bias"))
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    shape = None if node.outputs[0].shape is None else list(node.outputs[0].shape)
-    result = emit(node, node.op_type, inputs, attributes, shape=shape)
+    shape = node.outputs[0].shape
+    result = emit(node, node.op_type, inputs, node.attributes, shape=shape)
     if not uniform and taps.any():
         constant_map = _bias_map(node, taps)[None].astype(np.float32)
         result = emit(node, "Add", [result, weight(node, constant_map, f"{stem}.bias_map")], shape=shape)

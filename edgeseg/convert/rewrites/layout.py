@@ -113,7 +113,7 @@ def _permutation(shape: tuple[int, ...], moved: NDArray[np.int64]) -> tuple[int,
 def _rewrite(last: ir.Node, match: tuple[list[ir.Node], _Simpler]) -> None:
     chain, (kind, numbers) = match
     source = given(chain[0])
-    shape = None if last.outputs[0].shape is None else list(last.outputs[0].shape)
+    shape = last.outputs[0].shape
     if kind == "Identity":
         new = source
         if last.outputs[0].is_graph_output():

@@ -79,7 +79,6 @@ def emit_resize(before: ir.Node, x: ir.Value, like: Resizing) -> ir.Value:
         after = dims(like.output) or ()
         sizes = [d if d is not None else 0 for d in (after[0], channels, *after[2:])]
         inputs += [None, weight(before, np.array(sizes, np.int64), "resize_sizes")]
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     old = like.output.shape
     shape = None if old is None else [old[0], channels, old[2], old[3]]
-    return emit(before, "Resize", inputs, attributes, shape=shape)
+    return emit(before, "Resize", inputs, node.attributes, shape=shape)

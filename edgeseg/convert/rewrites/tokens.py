@@ -90,10 +90,8 @@ def _rewrite(region: list[ir.Node]) -> int:
                 inputs.append(value)
             else:
                 inputs.append(weight(node, array.reshape(1, -1), value.name or "parameter"))
-        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        if "axis" in attributes:
-            attributes["axis"] = 1
-        first = emit(node, node.op_type, inputs, attributes, outputs=len(node.outputs))
+        axis = {"axis": 1} if "axis" in node.attributes else {}
+        first = emit(node, node.op_type, inputs, {**node.attributes, **axis}, outputs=len(node.outputs))
         new = first.producer()
         assert new is not None
         for old_output, output in zip(node.outputs, new.outputs, strict=True):
