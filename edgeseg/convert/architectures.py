@@ -310,6 +310,21 @@ def resolve_task(task: Task | None, classes: int, activation: str | None) -> tup
     return "multiclass", ()
 
 
+def model_spec(
+    request: ModelRequest,
+    arch: str,
+    encoder: str,
+    classes: int,
+    in_channels: int,
+    activation: str | None,
+    model_args: Mapping[str, Any],
+) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The spec of a network, all of which is known; and notes on the task. Raises :class:`SpecError`."""
+    task, notes = resolve_task(request.task, classes, activation)
+    spec = ModelSpec(arch, encoder, classes, request.class_names, task, in_channels, activation, dict(model_args))
+    return spec, notes
+
+
 def build_model(
     spec: ModelSpec, encoder_weights: str | None, loading_args: Mapping[str, Any]
 ) -> tuple[torch.nn.Module, tuple[str, ...]]:

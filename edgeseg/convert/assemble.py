@@ -60,24 +60,13 @@ def assemble(
         classes = 1
         notes.append("classes not given: 1, as SMP's default")
     activation = architectures.resolve_activation(request.activation)
-    task, task_notes = architectures.resolve_task(request.task, classes, activation)
-    notes.extend(task_notes)
     model_args = architectures.without_defaults(arch, model_args)
     model_args, aux_notes = _settle_auxiliary_head(model_args, request.keep_aux)
-    notes.extend(aux_notes)
     channels = request.in_channels if request.in_channels is not None else 3
     if channels > architectures.MAX_CHANNELS:
         raise SpecError(f"in_channels is {channels}; at most {architectures.MAX_CHANNELS} are built")
-    spec = ModelSpec(
-        arch=arch,
-        encoder=encoder,
-        classes=classes,
-        class_names=request.class_names,
-        task=task,
-        in_channels=channels,
-        activation=activation,
-        model_args=model_args,
-    )
+    spec, task_notes = architectures.model_spec(request, arch, encoder, classes, channels, activation, model_args)
+    notes.extend((*task_notes, *aux_notes))
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(SEED)
         module, flexible = architectures.build_model(spec, encoder_weights, loading_args or {})

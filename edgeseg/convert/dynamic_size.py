@@ -143,14 +143,10 @@ def constant_same_padding(module: torch.nn.Module, channels: int, stride: int) -
         copied(torch.zeros(1, channels, height, width))
     for hook in hooks:
         hook.remove()
-    for parent in list(copied.modules()):
-        for name, layer in list(parent.named_children()):
-            if layer in sizes and (padding := _padding(layer, (height, width), sizes[layer], stride)) is not None:
-                unpadded = _unpadded(layer)
-                unpadded.register_forward_pre_hook(
-                    _pads(padding, -math.inf if isinstance(layer, nn.MaxPool2d) else 0.0)
-                )
-                setattr(parent, name, unpadded)
+    for layer, given in sizes.items():
+        if (padding := _padding(layer, (height, width), given, stride)) is not None:
+            _take_as_it_is(layer)
+            layer.register_forward_pre_hook(_pads(padding, -math.inf if isinstance(layer, nn.MaxPool2d) else 0.0))
     return copied  # type: ignore[no-any-return]
 
 
@@ -182,27 +178,13 @@ def _same_padded(module: torch.nn.Module) -> list[Any]:
     return [m for m in module.modules() if isinstance(m, plain) or (isinstance(m, flagged) and m.same_pad)]
 
 
-def _unpadded(layer: Any) -> Any:
-    """The same layer with the same parameters, which takes its input as it is."""
+def _take_as_it_is(layer: Any) -> None:
+    """Let ``layer`` pad no more: it becomes one of torch's class, with the same parameters."""
     if hasattr(layer, "same_pad"):
         layer.same_pad = False
-        return layer
-    if isinstance(layer, nn.MaxPool2d):
-        return nn.MaxPool2d(layer.kernel_size, layer.stride, 0, layer.dilation, ceil_mode=layer.ceil_mode)
-    if isinstance(layer, nn.AvgPool2d):
-        return nn.AvgPool2d(layer.kernel_size, layer.stride, 0, layer.ceil_mode, layer.count_include_pad)
-    plain = nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        0,
-        layer.dilation,
-        layer.groups,
-        layer.bias is not None,
-    )
-    plain.weight, plain.bias = layer.weight, layer.bias
-    return plain
+    else:
+        layer.__class__ = next(kind for kind in (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d) if isinstance(layer, kind))
+        layer.padding = (0, 0)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

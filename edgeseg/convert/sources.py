@@ -113,18 +113,18 @@ def _load_random(request: ModelRequest) -> LoadedModel:
 
 def _load_pretrained_encoder(request: ModelRequest, name: str) -> LoadedModel:
     _, encoder = architectures.network_names(request)
-    hub = prepare_hub_weights(encoder, name)
+    repository, loading_args = prepare_hub_weights(encoder, name)
     try:
-        assembly = assemble(request, encoder_weights=hub.encoder_weights, loading_args=hub.model_args)
+        assembly = assemble(request, encoder_weights=name, loading_args=loading_args)
     except EdgesegError:
         raise
     except Exception as exc:  # the hub's client raises errors of several HTTP libraries
-        what = f"the weights of {encoder} ({hub.repository})"
+        what = f"the weights of {encoder} ({repository})"
         raise CheckpointError(f"fetching {what} failed: {one_line(exc)}; try again, or give --weights PATH") from exc
     channels = assembly.model.in_channels
     preprocess, notes = resolve_preprocess(request, encoder, channels, encoder_weights=name)
     loud = f"the encoder has {name} weights, the DECODER IS RANDOM: the masks mean nothing until it is trained"
-    words = f"{name} encoder weights ({hub.repository}), random decoder"
+    words = f"{name} encoder weights ({repository}), random decoder"
     return _finish(assembly, preprocess, words, (loud, *assembly.notes, *notes))
 
 

@@ -26,7 +26,7 @@ from edgeseg.convert.preprocessing import RecordedNormalization, recorded_prepro
 from edgeseg.convert.silence import silenced
 from edgeseg.errors import SpecError, one_line
 from edgeseg.images.resize import resize_image
-from edgeseg.spec import ModelRequest, ModelSpec
+from edgeseg.spec import ModelRequest
 
 # A side of eight output strides is enough for every decoder; PAN's pools the encoder's last features three times.
 _PROBE_STRIDES = 8
@@ -112,9 +112,13 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     if reading is not None and reading.quantizers:
         notes.append(reading.words)
     activation, activation_notes = _activation(described, network, request, inputs)
-    spec, geometry = _describe(described, network, request, encoder, channels, classes, activation, geometry)
+    asked = request.classes if request.classes is not None else len(request.class_names) or classes
+    if asked != classes:
+        raise SpecError(f"{asked} classes were asked for, the module returns {classes}; leave classes out")
+    arch, model_args = _arch_of(network.module), _recorded_args(described) if network.smp else {}
+    spec, task_notes = architectures.model_spec(request, arch, encoder, classes, channels, activation, model_args)
+    geometry = geometry or settle_geometry(described, spec, check_output=True)
     _check_request(request, spec.arch, encoder if network.inner is not None else None)
-    _, task_notes = architectures.resolve_task(request.task, classes, activation)
     notes.extend((*activation_notes, *task_notes, *geometry.notes, *more))
     return LoadedModel(
         module=described,
@@ -352,33 +356,6 @@ def _activation(
             "(task says whether the classes exclude each other)"
         )
     return asked, ()
-
-
-def _describe(
-    module: torch.nn.Module,
-    network: _Network,
-    request: ModelRequest,
-    encoder: str,
-    channels: int,
-    classes: int,
-    activation: str | None,
-    geometry: Geometry | None,
-) -> tuple[ModelSpec, Geometry]:
-    asked = request.classes if request.classes is not None else len(request.class_names) or classes
-    if asked != classes:
-        raise SpecError(f"{asked} classes were asked for, the module returns {classes}; leave classes out")
-    task, _ = architectures.resolve_task(request.task, classes, activation)
-    spec = ModelSpec(
-        arch=_arch_of(network.module),
-        encoder=encoder,
-        classes=classes,
-        class_names=request.class_names,
-        task=task,
-        in_channels=channels,
-        activation=activation,
-        model_args=_recorded_args(module) if network.smp else {},
-    )
-    return spec, geometry or settle_geometry(module, spec, check_output=True)
 
 
 def _last_layer(module: torch.nn.Module) -> torch.nn.Module:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
-Details = TypeVar("Details")
 Dims = tuple[int | None, ...]
 
 
@@ -54,6 +53,15 @@ def beside_constant(node: ir.Node) -> tuple[ir.Value, NDArray[Any]] | None:
     if arrays[0] is None and one is not None and arrays[1] is not None:
         return one, arrays[1]
     return (other, arrays[0]) if arrays[1] is None and other is not None and arrays[0] is not None else None
+
+
+def slice_bounds(node: ir.Node) -> tuple[int, int, int, int] | None:
+    """Start, end, axis (not negative) and step of a Slice along one axis, all constant; else ``None``."""
+    shape, values = dims(node.inputs[0]), [constant_array(v) for v in node.inputs[1:]]
+    if shape is None or len(values) < 3 or any(v is None or v.size != 1 for v in values):
+        return None
+    start, end, axis, *steps = (int(v.item()) for v in values if v is not None)
+    return start, end, axis % len(shape), steps[0] if steps else 1
 
 
 def maker(value: ir.Value | None, *op_types: str) -> ir.Node | None:
@@ -250,18 +258,6 @@ def remove_unread_constants(graph: ir.Graph) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             graph.initializers.pop(name)
-
-
-def rewrite_each(
-    graph: ir.Graph, match: Callable[[ir.Node], Details | None], rewrite: Callable[[ir.Graph, ir.Node, Details], None]
-) -> int:
-    """Rewrite every node that matches, each as the ones before left it; returns how many."""
-    count = 0
-    for node in list(graph):
-        if (details := match(node)) is not None:
-            rewrite(graph, node, details)
-            count += 1
-    return count
 
 
 def tidy(model: ir.Model) -> None:

@@ -145,11 +145,7 @@ def _shape_arithmetic(
         feeds[name] = made[name] if name in made else numpy_helper.to_array(weights[name])
     if sum(array.size for array in feeds.values()) > MAX_FOLDED_ELEMENTS:
         return None
-    inputs = [
-        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in feeds.items()
-    ]
-    outputs = [helper.make_empty_tensor_value_info(o) for o in node.output]
-    single = helper.make_model(helper.make_graph([node], "shapes", inputs, outputs), opset_imports=opsets)
+    single = helper.make_function("", "shapes", list(feeds), list(node.output), [node], list(opsets))
     return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, feeds)]
 
 

@@ -209,7 +209,9 @@ class _Inserter:
             bias = (correction + (0.0 if bias is None else bias)).astype(np.float32)
         if takes_bias and bias is not None:
             quantized = self._quantize_bias(node, quantized, bias)
-        node.replace_input_with(1, self._weight(node, quantized))
+        editor, zeros = Editor(self._graph, node, f"{node.name}/weight"), np.zeros(quantized.scale.shape, np.int8)
+        pair = self._constant_pair(editor, quantized.values, quantized.scale, zeros, quantized.axis)
+        node.replace_input_with(1, pair)
 
     @staticmethod
     def _input_channels(node: ir.Node, weight: NDArray[np.float32], axis: int) -> int:
@@ -225,17 +227,9 @@ class _Inserter:
         input_scale = self._input_scale(node)
         weight = widen_for_bias(weight, input_scale, bias)
         scale = (weight.scale.astype(np.float64) * input_scale).astype(np.float32)
-        node.replace_input_with(2, self._bias(node, quantize_bias(bias, scale), scale))
+        editor, zeros = Editor(self._graph, node, f"{node.name}/bias"), np.zeros(scale.shape, np.int32)
+        node.replace_input_with(2, self._constant_pair(editor, quantize_bias(bias, scale), scale, zeros, 0))
         return weight
-
-    def _weight(self, node: ir.Node, weight: QuantizedWeight) -> ir.Value:
-        zeros = np.zeros(weight.scale.shape, weight.values.dtype)
-        editor = Editor(self._graph, node, f"{node.name}/weight")
-        return self._constant_pair(editor, weight.values, weight.scale, zeros, weight.axis)
-
-    def _bias(self, node: ir.Node, integers: NDArray[np.int32], scale: NDArray[np.float32]) -> ir.Value:
-        zeros = np.zeros(scale.shape, np.int32)
-        return self._constant_pair(Editor(self._graph, node, f"{node.name}/bias"), integers, scale, zeros, 0)
 
     def _constant_pair(
         self, editor: Editor, integers: NDArray[Any], scale: NDArray[Any], zero_point: NDArray[Any], axis: int = 1

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite
-from edgeseg.graph.editing import constant_array, dims, emit, nodes, replace, weight
+from edgeseg.graph.editing import dims, emit, nodes, replace, slice_bounds, weight
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,9 @@ def _matches(model: ir.Model) -> list[tuple[list[_Piece]]]:
 
 
 def _piece(node: ir.Node) -> _Piece | None:
-    shape = dims(node.inputs[0])
-    values = [constant_array(v) for v in node.inputs[1:]]
-    if shape is None or len(values) < 3 or any(v is None or v.size != 1 for v in values):
-        return None
-    start, end, axis, *steps = (int(v.item()) for v in values if v is not None)
-    axis %= len(shape)
-    size = shape[axis]
-    if size is None or (steps and steps[0] != 1):
+    start, end, axis, step = slice_bounds(node) or (0, 0, 0, 0)
+    size = (dims(node.inputs[0]) or (None,))[axis]
+    if size is None or step != 1:
         return None
     start, end = (min(max(v + size if v < 0 else v, 0), size) for v in (start, end))
     return _Piece(node, axis, start, end) if end > start else None

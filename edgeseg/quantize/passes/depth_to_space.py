@@ -10,13 +10,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, image_shape, replace_value, rewrite_each, sole_maker
-from edgeseg.quantize.observed import Observed
-
-
-def depth_to_space(model: ir.Model, observed: Observed) -> int:
-    """Apply the pass; returns how many nodes it replaced."""
-    return rewrite_each(model.graph, _match, _replace)
+from edgeseg.graph.editing import Editor, image_shape, replace_value, sole_maker
+from edgeseg.quantize.observed import Observed, each
 
 
 def _match(node: ir.Node) -> tuple[int, int, int] | None:
@@ -25,7 +20,7 @@ def _match(node: ir.Node) -> tuple[int, int, int] | None:
     return image_shape(node.inputs[0])
 
 
-def _replace(graph: ir.Graph, node: ir.Node, shape: tuple[int, int, int]) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, shape: tuple[int, int, int], _: Observed) -> None:
     block = node.attributes.get_int("blocksize", 1)
     channels, height, width = shape[0] // block**2, *shape[1:]
     editor = Editor(graph, node, node.name)
@@ -54,3 +49,6 @@ def _phases(editor: Editor, node: ir.Node, block: int, channels: int) -> list[ir
     sizes = editor.constant("sizes", np.full(block**2, channels, np.int64))
     first = editor.op("phases", "Split", [node.inputs[0], sizes], outputs=block**2, axis=1)
     return list(first.producer().outputs)  # type: ignore[union-attr]
+
+
+depth_to_space = each(_match, _replace)

@@ -130,13 +130,11 @@ def _normalization(chain: list[ir.Node], channels: int) -> _Normalization:
     pixels = np.zeros((channels + 1, 1, 1, channels), np.uint8)
     pixels[1:, 0, 0][np.diag_indices(channels)] = 255
     nodes = [ir.serde.serialize_node(n) for n in chain]
-    constants = {v.name: v for n in chain for v in n.inputs if v is not None and v.const_value is not None}
-    image = onnx.helper.make_tensor_value_info(nodes[0].input[0], onnx.TensorProto.UINT8, None)
-    result = onnx.helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT, None)
-    initializers = [onnx.numpy_helper.from_array(v.const_value.numpy(), name) for name, v in constants.items()]  # type: ignore[union-attr]
-    graph = onnx.helper.make_graph(nodes, "preprocessing", [image], [result], initializers)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
-    (values,) = ReferenceEvaluator(model).run(None, {image.name: pixels})
+    feeds = {str(v.name): array for n in chain for v in n.inputs if v and (array := constant_array(v)) is not None}
+    feeds[nodes[0].input[0]] = pixels
+    opset = onnx.helper.make_opsetid("", 20)
+    function = onnx.helper.make_function("", "normalize", list(feeds), [nodes[-1].output[0]], nodes, [opset])
+    (values,) = ReferenceEvaluator(function).run(None, feeds)
     responses = np.asarray(values, np.float64).reshape(channels + 1, channels)
     return _Normalization((responses[1:] - responses[0]).T / 255.0, responses[0])
 

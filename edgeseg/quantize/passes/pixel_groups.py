@@ -13,7 +13,6 @@ uint8 NHWC image as :mod:`fold_preprocessing` leaves it; static size; output wid
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -25,10 +24,9 @@ from edgeseg.graph.editing import (
     given,
     given_array,
     image_shape,
-    rewrite_each,
     sole_reader,
 )
-from edgeseg.quantize.observed import Observed
+from edgeseg.quantize.observed import Observed, each
 from edgeseg.quantize.passes.fold_preprocessing import for_each_image
 
 
@@ -52,11 +50,6 @@ class _Grouping:
     def width(self) -> int:
         """Input pixels in a row."""
         return self.group * (self.groups_out - 1 + self.blocks)
-
-
-def pixel_groups(model: ir.Model, observed: Observed) -> int:
-    """Apply the pass; returns how many convolutions it changed."""
-    return rewrite_each(model.graph, _match, partial(_replace, observed))
 
 
 def _match(node: ir.Node) -> tuple[ir.Node, _Grouping] | None:
@@ -98,7 +91,7 @@ def _grouping(node: ir.Node, planes: ir.Node) -> _Grouping | None:
     return grouping if output[2] % made == 0 and image[1] <= grouping.width else None
 
 
-def _replace(observed: Observed, graph: ir.Graph, node: ir.Node, match: tuple[ir.Node, _Grouping]) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, match: tuple[ir.Node, _Grouping], observed: Observed) -> None:
     planes, grouping = match
     weight, bias = given_array(node), constant_input(node, 2)
     image, output = given(planes), image_shape(node.outputs[0]) or (0, 0, 0)
@@ -156,3 +149,6 @@ def _ungroup(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...], observed: O
         if value is output:
             graph.outputs[index] = result
     result.name, result.shape, result.type = name, full_shape, full_type
+
+
+pixel_groups = each(_match, _replace)

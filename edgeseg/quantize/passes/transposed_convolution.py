@@ -10,8 +10,6 @@ output padding such that the output is exactly s times the input.
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import onnx_ir as ir
 
@@ -22,15 +20,9 @@ from edgeseg.graph.editing import (
     given_array,
     image_shape,
     replace_value,
-    rewrite_each,
     sole_reader,
 )
-from edgeseg.quantize.observed import Observed
-
-
-def transposed_convolution(model: ir.Model, observed: Observed) -> int:
-    """Apply the pass; returns how many transposed convolutions it replaced."""
-    return rewrite_each(model.graph, _stride, partial(_replace, observed))
+from edgeseg.quantize.observed import Observed, each
 
 
 def _stride(node: ir.Node) -> int | None:
@@ -54,7 +46,7 @@ def _stride(node: ir.Node) -> int | None:
     return stride if exact and reached else None
 
 
-def _replace(observed: Observed, graph: ir.Graph, node: ir.Node, stride: int) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, stride: int, observed: Observed) -> None:
     weight, source = given_array(node), given(node)
     batch, (_, *sides) = source.shape and source.shape[0], image_shape(source) or (0, 0, 0)
     # A Relu or Clip behind it has to follow each phase, where it costs nothing: integer convolutions saturate.
@@ -95,3 +87,6 @@ def _phase(taps: int, stride: int, pad: int, phase: int) -> tuple[list[int], tup
         return None
     order = sorted(offsets, reverse=True)
     return [phase + pad + stride * o for o in order], (order[0], -order[-1])
+
+
+transposed_convolution = each(_stride, _replace)
