@@ -190,21 +190,6 @@ def test_a_module_whose_activation_cannot_be_taken_off(tmp_path: Path, activatio
         Pipeline(finished.module, PipelineSpec(model, spec.input, spec.preprocess, OutputSpec(kind="logits")))
 
 
-@pytest.mark.parametrize(
-    ("classes", "task", "activation", "words"),
-    [
-        (1, "binary", "softmax2d", "1 everywhere"),
-        (3, "multilabel", "argmax2d", "class indices"),
-        (3, "multiclass", "sigmiod", "did you mean 'sigmoid'"),
-    ],
-)
-def test_activations_that_make_no_mask_are_refused(classes: int, task: str, activation: str, words: str) -> None:
-    model, _ = small(classes, task, None)
-    named = ModelSpec("custom", "small", classes, task=task, activation=activation)  # type: ignore[arg-type]
-    with pytest.raises(SpecError, match=words):
-        Pipeline(model.module, PipelineSpec(named, InputSpec(*SIZE, stride=8), model.preprocess))
-
-
 def test_more_than_256_classes_give_a_uint16_mask(tmp_path: Path) -> None:
     model, spec = small(300)
     mask = exported(model, spec, tmp_path)(IMAGES)["mask"]

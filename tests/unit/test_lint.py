@@ -65,10 +65,6 @@ def insert_before(model: onnx.ModelProto, reader: onnx.NodeProto, new: list[onnx
     model.graph.node.extend([*nodes[:place], *new, *nodes[place:]])
 
 
-def old_opset(model: onnx.ModelProto) -> None:
-    model.opset_import[0].version = 12
-
-
 def negative_scale(model: onnx.ModelProto) -> None:
     tensor(model, "x/scale", lambda v: -v)
 
@@ -211,7 +207,6 @@ def concat_scales(model: onnx.ModelProto) -> None:
 
 
 MUTATIONS: list[tuple[str, Mutation, str, str]] = [
-    ("onnxruntime-vnni", old_opset, "_opset", "opset 12"),
     ("onnxruntime-vnni", negative_scale, "_parameters_are_sound", "not positive and finite"),
     ("tensorrt", infinite_scale, "_parameters_are_sound", "not positive and finite"),
     ("tensorrt", computed_scale, "_parameters_are_sound", "no constant scale"),
