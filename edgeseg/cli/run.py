@@ -10,7 +10,7 @@ import click
 
 from edgeseg.arguments import INT32, MOST, Kind, counts, number
 from edgeseg.cli.output import echo, print_json, show
-from edgeseg.cli.parameters import ANY_PATH, PLACE, KindType
+from edgeseg.cli.parameters import ANY_PATH, PATH_AS_TYPED, PLACE, KindType
 from edgeseg.cli.shared_options import request_options
 from edgeseg.runtime.raster import ProbabilityType, RasterOptions
 from edgeseg.runtime.run import RunSettings, run_inputs, streams_of
@@ -23,7 +23,7 @@ NODATA = Kind(
 
 @click.command("run", short_help="Segment images, folders, videos or a camera.")
 @click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.argument("inputs", nargs=-1, type=PATH_AS_TYPED, required=True, metavar="INPUT...")
 @click.option("--output", type=PLACE, required=True, help="Folder for masks, overlays and videos.")
 @request_options(of=RunSettings)
 @click.option("--frame-masks", is_flag=True, help="Also write the index mask of every video frame.")
