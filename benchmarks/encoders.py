@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.record import RESULTS, Record, read_record, this_machine, versions
+from benchmarks.record import RESULTS, Record, read_record, this_commit, this_machine, versions
 from benchmarks.results import machine, markdown_row
 from edgeseg.spec import ARCHITECTURES
 from edgeseg.store.documents import write_text
@@ -224,6 +225,7 @@ def build_one(encoder: str, file: Path) -> None:
                         "int8_share": engine.manifest.precision.mac_share.get("int8", 0.0),
                     }
                 result["seconds"] = round(time.monotonic() - start, 1)
+                result["commit"] = this_commit()
                 another = next(candidates, None) if variant == "fp32" and "refused" in result else None
                 if another is None:
                     row[variant] = result
@@ -274,7 +276,8 @@ def page(record: Record) -> str:
     about = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     lines = [
         HEAD,
-        f"{record.workload}. {machine(record.machine)}. {record.created[:10]}, commit {record.commit or '-'}, {about}.{busy}\n",
+        f"{record.workload}. {machine(record.machine)}. {record.created[:10]}, {about}.{busy}\n",
+        f"{commits(record.rows)}\n",
         markdown_row(("encoder", "architecture", "fp32", "s", "dynamic", "s", "INT8", "s", "MACs in int8")),
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *(markdown_row(row_cells(rows[name])) for name in ENCODERS if name in rows),
@@ -287,6 +290,20 @@ def page(record: Record) -> str:
     if missing:
         lines += [f"## Not run yet ({len(missing)})\n", ", ".join(missing) + ".", ""]
     return "\n".join(lines)
+
+
+def commits(rows: Iterable[dict[str, Any]]) -> str:
+    """Which edgeseg built how many of the engines, by variant."""
+    by_variant = {
+        variant: Counter(str(row[variant].get("commit") or "-") for row in rows if variant in row)
+        for variant in VARIANTS
+    }
+    told = (
+        f"{variant} {', '.join(f'{commit} ({n})' for commit, n in counts.most_common())}"
+        for variant, counts in by_variant.items()
+        if counts
+    )
+    return f"Built at the commits: {'; '.join(told)}."
 
 
 def row_cells(row: dict[str, Any]) -> Iterator[str]:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import edgeseg
 from benchmarks.badly_scaled import scaled_badly
-from benchmarks.record import RESULTS, Record, ratios, read_record, this_machine, versions
+from benchmarks.record import RESULTS, Record, ratios, read_record, this_commit, this_machine, versions
 from edgeseg.demo import sample_folder
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
 from edgeseg.images.decoding import list_images, read_image
@@ -138,7 +138,7 @@ def measure(
                 **settings,
             )
 
-        row: dict[str, Any] = {"name": f"{name}, {scaling}, {target}"}
+        row: dict[str, Any] = {"name": f"{name}, {scaling}, {target}", "commit": this_commit()}
         plain = build("plain", equalize=False, calibration_method="minmax")
         row["plain"] = figures(plain)
         row["pytorch_miou"] = verified(plain).pytorch_accuracy.miou

@@ -62,7 +62,7 @@ class Record:
     rows: list[dict[str, Any]]
     ratios: dict[str, dict[str, Any]] = field(default_factory=dict)
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    commit: str | None = field(default_factory=lambda: _commit())
+    commit: str | None = field(default_factory=lambda: this_commit())
     schema_version: int = SCHEMA_VERSION
 
     def write(self, path: Path) -> None:
@@ -103,7 +103,8 @@ def read_record(path: Path) -> Record:
     return msgspec.json.decode(path.read_bytes(), type=Record)
 
 
-def _commit() -> str | None:
+def this_commit() -> str | None:
+    """Of the checkout, short; ``None`` where there is no git. A row kept from an earlier run has its own beside it."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],

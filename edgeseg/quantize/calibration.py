@@ -180,8 +180,8 @@ class Observation:
                 shares = _shares([a.elements for a in group], threads)
                 watched = [self._watches[a.name] for a in group]
                 for batch in _one_ahead(pool, _batches(samples, self._spec)):
-                    outputs = list(session.run(batch.images, batch.name).values())
-                    _observe(pool, watched, shares, outputs, batch.name)
+                    # No name here for the activations: they would stay while the next image makes its own.
+                    _observe(pool, watched, shares, list(session.run(batch.images, batch.name).values()), batch.name)
                     if progress is not None:
                         progress(number * len(samples) + batch.done, len(self._groups) * len(samples))
 

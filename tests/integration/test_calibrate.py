@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from small_graphs import plain_session
 
 from edgeseg.errors import ArtifactError, InputError, QuantizationError, SpecError
+from edgeseg.graph.running import GraphSession
 from edgeseg.quantize import calibration
 from edgeseg.quantize.activations import find_activations, group_by_size
 from edgeseg.quantize.calibration import AUTO, CalibrationSet, calibrate, method_or_default, sample_stride, table_key
@@ -280,6 +283,24 @@ def test_groups_keep_within_the_budget(graph: OnnxGraph) -> None:
     ]
     assert all(sum(4 * a.elements for a in group) <= budget for group in groups)
     assert len(groups) > 1
+
+
+def test_the_activations_of_one_image_are_gone_before_the_next(
+    graph: OnnxGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[NDArray[np.float32]]] = []
+    alive: list[int] = []
+
+    class Watched(GraphSession):
+        def run(self, *arguments: Any) -> dict[str, NDArray[Any]]:
+            alive.append(sum(array() is not None for array in held))
+            outputs = super().run(*arguments)
+            held.extend(map(weakref.ref, outputs.values()))
+            return outputs
+
+    monkeypatch.setattr(calibration, "GraphSession", Watched)
+    calibrate(graph, CalibrationSet.open(images(8)))
+    assert alive == [0] * 8 and len(held) > 8
 
 
 def test_progress_counts_images(graph: OnnxGraph) -> None:

@@ -41,6 +41,57 @@ def test_the_docs_say_of_rasters_what_was_measured() -> None:
         assert f"| {' | '.join([label, *peaks])} |" in text
 
 
+def test_the_readme_and_the_docs_say_of_camvid_what_was_measured() -> None:
+    record = json.loads((RESULTS / "end_to_end.json").read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    contenders = {
+        "PyTorch eager": "pytorch-eager",
+        "PyTorch, channels last": "pytorch-channels-last",
+        "`torch.compile`": "pytorch-compile",
+        "ONNX Runtime `quantize_static`": "onnxruntime-quantize-static",
+        "NNCF + ONNX Runtime": "nncf-onnxruntime",
+        "Model Optimizer + ONNX Runtime": "modelopt-onnxruntime",
+        "NNCF + OpenVINO": "nncf-openvino",
+        "**edgeseg**, ONNX Runtime": "edgeseg-onnxruntime",
+        "**edgeseg**, OpenVINO": "edgeseg-openvino",
+    }
+    readme, docs = page_lines("README.md"), page_lines("docs/measured.md")
+    for label, name in contenders.items():
+        row, ratio = rows[name], record["ratios"]["pytorch-eager"].get(name)
+        miou, median = f"{row['miou']:.4f}", f"{row['latency']['median_ms']:.1f}"
+        faster = "1" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        agreement = "1" if row["agreement"] == 1 else f"{row['agreement']:.4f}"
+        assert f"| {label} | {miou} | {agreement} | {median} | {faster} |" in docs
+        short = f"| {label} | {miou} | {median} | {faster} |"
+        assert short in readme or not any(line.startswith(f"| {label} |") for line in readme)
+
+
+def test_the_docs_say_of_the_architectures_what_was_measured() -> None:
+    faster = json.loads((RESULTS / "architectures.json").read_text())["ratios"]["fp32"]
+    assert f"| {' | '.join(faster)} |" in page_lines("docs/measured.md")
+    assert "| " + " | ".join(f"{ratio['median']:.1f}x" for ratio in faster.values()) + " |" in page_lines(
+        "docs/measured.md"
+    )
+
+
+def test_the_docs_say_of_accuracy_control_what_was_measured() -> None:
+    record = json.loads((RESULTS / "accuracy_control.json").read_text())
+    lines = "\n".join(page_lines("docs/measured.md"))
+    for row in record["rows"]:
+        network, runtime, who = row["name"].split(", ")
+        if who == "pytorch":
+            continue
+        words = ("FPN" if network.endswith("fpn") else "U-Net", "OpenVINO" if runtime == "openvino" else "ONNX Runtime")
+        figures = f"| {100 * row['miou_drop']:.2f} | {row['latency']['median_ms']:.2f} |"
+        assert f"| {', '.join(words)}: {'NNCF' if who == 'nncf' else '**edgeseg**'} {figures}" in lines
+    for ratio in record["ratios"]["nncf"].values():
+        assert f"| {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) |" in lines
+
+
+def page_lines(page: str) -> list[str]:
+    return (RESULTS.parents[1] / page).read_text(encoding="utf-8").splitlines()
+
+
 def write(folder: Path, name: str, rows: list[dict[str, object]], ratios: dict[str, dict[str, object]]) -> None:
     machine = Machine("a CPU", ("avx2",), 2, None, None, "Linux", "3.11", None, (0.1, 0.1, 0.1))
     record = Record("made up", "a workload", machine, {"edgeseg": "0"}, {}, rows, ratios, "2026-01-01", "abc")  # type: ignore[arg-type]
