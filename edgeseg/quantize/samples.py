@@ -19,12 +19,12 @@ from edgeseg.images.decoding import (
     IMAGE_SUFFIXES,
     MAX_ARRAY_BYTES,
     file_digest,
-    fit_windows,
     list_images,
     pixel_digest,
     read_image,
 )
 from edgeseg.images.dtypes import in_dtype, refusal, takes
+from edgeseg.images.placement import fit_windows
 from edgeseg.spec import InputDtype, InputSpec
 
 MINIMUM_IMAGES = 8

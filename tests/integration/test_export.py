@@ -145,17 +145,6 @@ class ExportContract:
         assert report.mask_agreement == 1.0
         assert 0 < report.max_abs_error < 1e-2
 
-    def test_tensorrt_rtx_parses_and_builds_it(self, exported: Exported) -> None:
-        trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-        builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
-        assert parser.parse(exported.graph.path.read_bytes()), parser.get_error(0).desc()
-        config = builder.create_builder_config()
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-        assert builder.build_serialized_network(network, config) is not None
-
 
 class TestUnet(ExportContract):
     arch = "unet"
