@@ -15,7 +15,7 @@ from enum import Enum
 
 import onnx_ir as ir
 
-from edgeseg.graph.editing import constant_array, sole_reader
+from edgeseg.graph.editing import constant_array, maker, sole_reader
 from edgeseg.graph.signs import clamp_limits
 from edgeseg.quantize.observed import Observed, Range
 from edgeseg.quantize.schemes import QuantScheme
@@ -252,7 +252,8 @@ class _OperatorPlacement:
             for value in inputs:
                 producer = value.producer() if value is not None else None
                 made_of_integers = producer is not None and self._result.roles.get(producer) is Role.MOVES
-                if value is not None and not made_of_integers and not _is_dequantized(producer):
+                # A pass may have quantized the value already.
+                if value is not None and not made_of_integers and maker(value, "DequantizeLinear") is None:
                     self._result.quantized.add(value)
 
 
@@ -262,7 +263,7 @@ def _place_inputs(graph: ir.Graph, ranges: Mapping[str, Range], stays_float: Cal
         weighted = is_weighted(node) or (node.op_type == "ConvTranspose" and constant_array(node.inputs[1]) is not None)
         if weighted and not stays_float(node) and node.inputs[0] is not None and node.inputs[0].name in ranges:
             result.roles[node] = Role.WEIGHTED
-            if not _is_dequantized(node.inputs[0].producer()):
+            if maker(node.inputs[0], "DequantizeLinear") is None:
                 result.quantized.add(node.inputs[0])
     for node in graph:
         if node.op_type == "Add" and not stays_float(node):
@@ -303,8 +304,3 @@ def _activations(node: ir.Node) -> list[ir.Value]:
 def _union(limits: Iterable[Range]) -> Range:
     lows, highs = zip(*limits, strict=True)
     return min(lows), max(highs)
-
-
-def _is_dequantized(producer: ir.Node | None) -> bool:
-    """Whether a pass has quantized the value already."""
-    return producer is not None and producer.op_type == "DequantizeLinear"
