@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
 from edgeseg.graph.editing import constant_array, dims, emit, ints, reads, replace, weight
+from edgeseg.graph.proto import REARRANGES
 
-_MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
 _PROBED_BATCHES = (2, 3)
 
 
@@ -43,7 +43,7 @@ def _match(node: ir.Node) -> tuple[list[ir.Node], _Simpler] | None:
 
 
 def _is_move(node: ir.Node) -> bool:
-    return node.op_type in _MOVES and node.domain in ("", "ai.onnx")
+    return node.op_type in REARRANGES and node.domain in ("", "ai.onnx")
 
 
 def _link(node: ir.Node) -> ir.Node | None:
