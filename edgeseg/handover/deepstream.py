@@ -12,7 +12,6 @@ from edgeseg.errors import SpecError
 from edgeseg.handover.contents import Content, graph_bytes, label_lines, labels, readme, require, threshold_words
 from edgeseg.handover.face import Face, with_face
 from edgeseg.store.engine import Engine
-from edgeseg.store.manifest import MANIFEST_NAME
 
 CONFIG_NAME = "config_infer.txt"
 FACE = Face("input", "probabilities", "probabilities")
@@ -54,7 +53,6 @@ minutes:
         "model.onnx": graph_bytes(made),
         CONFIG_NAME: _configuration(engine).encode(),
         "labels.txt": label_lines(about.spec),
-        MANIFEST_NAME: engine.folder / MANIFEST_NAME,
         "README.md": readme(engine, "DeepStream", start, notes),
     }
 

@@ -19,7 +19,7 @@ from export_models import SmallNet, by_hand, loaded, smooth_images  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from edgeseg.convert.export import export_onnx  # noqa: E402
-from edgeseg.convert.heads import Pipeline, without_activation  # noqa: E402
+from edgeseg.convert.heads import without_activation  # noqa: E402
 from edgeseg.convert.load import LoadedModel  # noqa: E402
 from edgeseg.errors import ExportError, SpecError  # noqa: E402
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess  # noqa: E402
@@ -152,21 +152,6 @@ def test_probabilities(tmp_path: Path, task: str, classes: int, activation: str 
     np.testing.assert_allclose(got["probabilities"], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("classes", "task", "activation", "words"),
-    [
-        (1, "binary", "softmax2d", "1 everywhere"),
-        (3, "multilabel", "argmax2d", "class indices"),
-        (3, "multiclass", "sigmiod", "did you mean 'sigmoid'"),
-    ],
-)
-def test_activations_that_make_no_mask_are_refused(classes: int, task: str, activation: str, words: str) -> None:
-    model, _ = small(classes, task, None)
-    named = ModelSpec("custom", "small", classes, task=task, activation=activation)  # type: ignore[arg-type]
-    with pytest.raises(SpecError, match=words):
-        Pipeline(model.module, PipelineSpec(named, InputSpec(*SIZE, stride=8), model.preprocess))
-
-
 def test_more_than_256_classes_give_a_uint16_mask(tmp_path: Path) -> None:
     model, spec = small(300)
     mask = exported(model, spec, tmp_path)(IMAGES)["mask"]
@@ -256,6 +241,19 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
     model.module.body.bias.fill_(float("nan"))  # type: ignore[union-attr,operator]
     with pytest.raises(ExportError, match="NaN or infinite"):
         export_onnx(model, spec, tmp_path / "graph.onnx")
+
+
+def test_what_torch_cannot_export_is_one_line(tmp_path: Path) -> None:
+    class Branching(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def forward(self, x: Any) -> Any:
+            return x.repeat(1, 2, 1, 1)[:, :4] if x.sum() > 0 else x.repeat(1, 2, 1, 1)[:, 1:5]
+
+    _, spec = small()
+    model = loaded(Branching().eval(), spec.model, spec.preprocess, stride=8)
+    with pytest.raises(SpecError, match="torch cannot export custom-small") as caught:
+        export_onnx(model, spec, tmp_path / "graph.onnx")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_size_the_module_does_not_take_is_refused(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_a_model_is_fetched_once_and_data_only(server: type[Hub]) -> None:
 
 def test_a_model_the_hub_has_not_is_one_line(server: type[Hub]) -> None:
     start = time.perf_counter()
-    with pytest.raises(CheckpointError, match=r"someone/else.*does not answer \(HTTP 404\)"):
+    with pytest.raises(CheckpointError, match=r"someone/else.*has it not, or not for you \(HTTP 404 Not Found\)"):
         load_model(ModelRequest(weights="someone/else"))
     assert time.perf_counter() - start < 5
 

@@ -319,7 +319,7 @@ def test_pretrained_weights_out_of_reach_say_what_to_do(
     request = ModelRequest(arch="unet", encoder=encoder, weights="imagenet")
     hub.files = {}
     with pytest.raises(
-        CheckpointError, match=r"are not cached and http.*does not answer \(HTTP 404\); give --weights PATH"
+        CheckpointError, match=r"are not cached and http.*has it not, or not for you.*; give --weights PATH"
     ):
         load_model(request)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

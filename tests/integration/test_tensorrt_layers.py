@@ -24,7 +24,7 @@ from small_graphs import plain_session  # noqa: E402
 
 from edgeseg.backends import get_backend  # noqa: E402
 from edgeseg.backends.tensorrt.graph import ParsedGraph  # noqa: E402
-from edgeseg.backends.tensorrt.log import capture  # noqa: E402
+from edgeseg.backends.tensorrt.module import TENSORRT_RTX  # noqa: E402
 from edgeseg.backends.tensorrt.rtx import parse_network  # noqa: E402
 from edgeseg.backends.tensorrt.turing import for_turing  # noqa: E402
 from edgeseg.convert.export import export_onnx  # noqa: E402
@@ -72,8 +72,8 @@ def logits(model: onnx.ModelProto, images: NDArray[np.uint8]) -> NDArray[np.floa
 
 
 def layers(parsed: ParsedGraph) -> int:
-    with capture(trt) as (logger, log):
-        return int(parse_network(trt, trt.Builder(logger), logger, log, parsed).num_layers)
+    with TENSORRT_RTX.heard(trt) as library:
+        return int(parse_network(library, library.made(trt.Builder), parsed).num_layers)
 
 
 def test_layers_of_the_parsed_network(exported: tuple[OnnxGraph, str]) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgeseg.errors import InputError
-from edgeseg.images.decoding import fit
+from edgeseg.images.placement import fit
 from edgeseg.quantize import samples
 from edgeseg.quantize.samples import MINIMUM_IMAGES, CalibrationSet
 from edgeseg.spec import InputSpec

@@ -69,10 +69,6 @@ def insert_before(model: onnx.ModelProto, reader: onnx.NodeProto, new: list[onnx
     model.graph.node.extend([*nodes[:place], *new, *nodes[place:]])
 
 
-def old_opset(model: onnx.ModelProto) -> None:
-    model.opset_import[0].version = 12
-
-
 def computed_scale(model: onnx.ModelProto) -> None:
     node(model, "QuantizeLinear", "x/").input[1] = "gain2"
 
@@ -175,7 +171,6 @@ def concat_scales(model: onnx.ModelProto) -> None:
 
 
 MUTATIONS: list[tuple[str, Mutation, str, str]] = [
-    ("onnxruntime-vnni", old_opset, "_opset", "opset 12"),
     ("onnxruntime-vnni", of("x/scale", lambda v: -v), "_parameters_are_sound", "not positive and finite"),
     (
         "tensorrt",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import itertools
 import json
@@ -23,7 +24,7 @@ from command_line import imported, typed
 from edgeseg.decide.entries import MergedReport, Run, merge, read_runs
 from edgeseg.decide.requirement import Requirement
 from edgeseg.decide.verdict import decide
-from edgeseg.errors import ArtifactError, InputError
+from edgeseg.errors import ArtifactError, InputError, MissingDependencyError
 from edgeseg.evaluate.results import ModuleTime, Profile, Row, WorstImage, row_id, write_report
 from edgeseg.report.charts import Scale, latency_scale, nice_step
 from edgeseg.report.decision import decision_of
@@ -154,6 +155,17 @@ def test_hostile_names_stay_text() -> None:
     stream = io.StringIO()
     Console(file=stream, width=600).print(terminal(verdicts, width=600))
     assert "[bold]" in stream.getvalue()
+
+
+@pytest.mark.parametrize("missing", ["jinja2", "markupsafe"])
+def test_what_a_page_needs_is_said(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("html", "details", "charts"):
+        monkeypatch.delitem(sys.modules, f"edgeseg.report.{module}")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(
+        MissingDependencyError, match=rf"{missing} is needed to write an HTML report: .*edgeseg\[report\]"
+    ):
+        importlib.import_module("edgeseg.report.html").require_templates()
 
 
 def test_csv_has_every_row_and_no_formula() -> None:

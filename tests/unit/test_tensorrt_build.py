@@ -775,8 +775,8 @@ def test_share_of_time_by_the_profilers_names(tmp_path: Path, version: str) -> N
     run = [("preprocess/Mul", 0.5), ("encoder.conv1/Conv", 2.0), ("decoder.block/Conv", 1.0), ("__wait", 0.5)]
     asked: list[Any] = []
 
-    def times(trt: Any, logger: Any, log: Any, plan: bytes, options: Any, parsed: Any) -> list[tuple[str, float]]:
-        asked.append((trt, plan, options["layer_times"], parsed.path))
+    def times(library: Any, plan: bytes, options: Any, parsed: Any) -> list[tuple[str, float]]:
+        asked.append((library.trt, plan, options["layer_times"], parsed.path))
         return run * 2
 
     backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: ORIN, layer_times=times)

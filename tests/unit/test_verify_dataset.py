@@ -102,8 +102,8 @@ def test_an_image_without_its_mask_is_left_out_and_named(pairs: Path) -> None:
 def test_a_limit_spreads_over_the_set(tmp_path: Path) -> None:
     for k in range(10):
         write_image(tmp_path / f"{k}.png")
-    assert [p.name for p in ValidationSet.open(tmp_path, MODEL, limit=3).images] == ["0.png", "3.png", "6.png"]
-    assert len(ValidationSet.open(tmp_path, MODEL, limit=99)) == 10
+    assert [p.name for p in ValidationSet.open(tmp_path, MODEL).limited(3).images] == ["0.png", "3.png", "6.png"]
+    assert len(ValidationSet.open(tmp_path, MODEL).limited(99)) == 10
 
 
 def test_images_used_for_calibration_are_left_out_by_content(pairs: Path) -> None:
