@@ -95,12 +95,6 @@ def dims(value: ir.Value | None) -> Dims | None:
     return tuple(d if isinstance(d, int) else None for d in value.shape)
 
 
-def static(value: ir.Value | None) -> tuple[int, ...] | None:
-    """Shape when all of it is known, else ``None``."""
-    known = dims(value)
-    return None if known is None or None in known else tuple(d for d in known if d is not None)
-
-
 def image_shape(value: ir.Value | None) -> tuple[int, int, int] | None:
     """The last three dimensions of a 4-d value when they are known numbers; the batch may be dynamic."""
     known = dims(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,19 +171,13 @@ def _node_macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
         return shapes[name]
 
     if node.op_type in CONV_WEIGHT:
-        return _convolution(node, shape)
+        return math.prod(shape(node.output[0])) * math.prod(shape(node.input[CONV_WEIGHT[node.op_type]])[1:])
     if node.op_type == "ConvTranspose":
-        weight = shape(node.input[1])
-        return math.prod(shape(node.input[0])) * math.prod(weight[1:])
+        return math.prod(shape(node.input[0])) * math.prod(shape(node.input[1])[1:])
     if node.op_type in MATMUL_OPERANDS:
         left, right = (shape(node.input[i]) for i in MATMUL_OPERANDS[node.op_type])
         return _product(left, right, bool(attribute(node, "transA")), bool(attribute(node, "transB")))
     return None
-
-
-def _convolution(node: onnx.NodeProto, shape: Callable[[str], Shape]) -> int:
-    weight = shape(node.input[CONV_WEIGHT[node.op_type]])
-    return math.prod(shape(node.output[0])) * math.prod(weight[1:])
 
 
 def _product(left: Sequence[int], right: Sequence[int], transpose_left: bool, transpose_right: bool) -> int:

@@ -16,14 +16,12 @@ from enum import Enum
 import onnx_ir as ir
 
 from edgeseg.graph.editing import constant_array, maker, sole_reader
-from edgeseg.graph.signs import clamp_limits
+from edgeseg.graph.signs import MOVES, clamp_limits
 from edgeseg.quantize.observed import Observed, Range
 from edgeseg.quantize.schemes import QuantScheme
 
 _FUSED = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
-_MOVES = frozenset(
-    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Expand", "Tile", "MaxPool"}
-)  # fmt: skip
+_MOVES = MOVES - {"DepthToSpace", "SpaceToDepth", "Identity"}
 _CLAMPS = frozenset({"Relu", "Clip"})
 _INTEGER = _FUSED | _MOVES | _CLAMPS | {"Concat"}
 
