@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass, ShapeInferencePass
 
 Dims = tuple[int | None, ...]
 
@@ -255,6 +255,7 @@ def remove_unread_constants(graph: ir.Graph) -> None:
 
 
 def tidy(model: ir.Model) -> None:
-    """Remove nodes and initializers nothing reads, and infer the shapes of new values."""
+    """Remove nodes and initializers nothing reads, make names unique, and infer the shapes of new values."""
     RemoveUnusedNodesPass()(model)
+    NameFixPass()(model)
     ShapeInferencePass(strict_mode=True)(model)
