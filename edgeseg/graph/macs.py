@@ -64,20 +64,15 @@ def count_macs(
             shapes = _known_shapes(model, {"batch": 1, **(sizes or {})})
         else:
             shapes = {**{t.name: tuple(t.dims) for t in model.graph.initializer}, **shapes}
-        return _counted(model, shapes)
+        macs: dict[str, int] = {}
+        for index, node in enumerate(model.graph.node):
+            if (count := _node_macs(node, shapes)) is not None:
+                name = node.name or f"{node.op_type}#{index}"
+                macs[name if name not in macs else f"{name}#{index}"] = count
+        return macs
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as exc:
         # A damaged graph: nodes without their inputs, tensors without their data. onnx's own operators raise all kinds.
         raise ArtifactError(f"the graph is damaged: {first_line(exc)}; export it again") from exc
-
-
-def _counted(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> dict[str, int]:
-    macs: dict[str, int] = {}
-    for index, node in enumerate(model.graph.node):
-        count = _node_macs(node, shapes)
-        if count is not None:
-            name = node.name or f"{node.op_type}#{index}"
-            macs[name if name not in macs else f"{name}#{index}"] = count
-    return macs
 
 
 def _known_shapes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> dict[str, Shape]:
