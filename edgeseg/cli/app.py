@@ -80,7 +80,7 @@ class _LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in VERBS and not args[0].startswith("-"):
+        if args and args[0] not in VERBS and not args[0].startswith("-") and not ctx.resilient_parsing:
             from edgeseg.errors import did_you_mean
 
             ctx.fail(f"no command {args[0]!r}{did_you_mean(args[0], VERBS)}")
@@ -106,6 +106,8 @@ def main() -> NoReturn:
     # --debug is accepted anywhere: people add it at the end of the command that just failed.
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     signal.signal(signal.SIGTERM, _terminate)
+    if "_EDGESEG_COMPLETE" in os.environ:
+        importlib.import_module("edgeseg.cli.completion")
     try:
         cli.main(args=arguments, prog_name="edgeseg", standalone_mode=False)
         if sys.stdout is not None:

@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from edgeseg.arguments import PATH_OR_WORD
 from edgeseg.cli.output import console_reporter, echo, print_json, result_console
-from edgeseg.cli.parameters import KindType
+from edgeseg.cli.parameters import PATH_AS_TYPED
 from edgeseg.cli.shared_options import request_options
 from edgeseg.console import hanging
 from edgeseg.errors import SpecError, typed
@@ -16,7 +15,7 @@ from edgeseg.pipeline.request import BuildRequest
 
 
 @click.command("build", short_help="Convert, quantize, build and verify an engine.")
-@click.argument("model", required=False, metavar="[MODEL.onnx]", type=KindType(PATH_OR_WORD))
+@click.argument("model", required=False, metavar="[MODEL.onnx]", type=PATH_AS_TYPED)
 @request_options()
 @click.option("--dry-run", is_flag=True, help="Load the model, say what would be built, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON instead of a table.")

@@ -8,14 +8,14 @@ from typing import Any
 import click
 
 from edgeseg.cli.output import console_reporter, echo
-from edgeseg.cli.parameters import ANY_PATH
+from edgeseg.cli.parameters import ANY_PATH, PATH_AS_TYPED
 from edgeseg.cli.shared_options import argument_names, request_options
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import ModelRequest
 
 
 @click.command("calibrate", short_help="Make a calibration table by itself.")
-@click.argument("images", metavar="IMAGES")
+@click.argument("images", type=PATH_AS_TYPED, metavar="IMAGES")
 @click.option("--output", type=ANY_PATH, required=True, help="The table to write, a .json file.")
 @request_options(
     *argument_names(ModelRequest),

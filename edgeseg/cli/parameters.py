@@ -44,3 +44,4 @@ class _PlaceType(click.Path):
 
 
 PLACE = _PlaceType(path_type=Path)
+PATH_AS_TYPED = KindType(PATH_OR_WORD)

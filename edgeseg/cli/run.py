@@ -10,7 +10,7 @@ import click
 
 from edgeseg.arguments import INT32, request_of
 from edgeseg.cli.output import echo, print_json, show
-from edgeseg.cli.parameters import ANY_PATH, PLACE
+from edgeseg.cli.parameters import ANY_PATH, PATH_AS_TYPED, PLACE
 from edgeseg.cli.shared_options import request_options
 from edgeseg.runtime.raster import RasterOptions
 from edgeseg.runtime.run import RunSettings, run_inputs, streams_of
@@ -18,7 +18,7 @@ from edgeseg.runtime.run import RunSettings, run_inputs, streams_of
 
 @click.command("run", short_help="Segment images, folders, videos or a camera.")
 @click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
-@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.argument("inputs", nargs=-1, type=PATH_AS_TYPED, required=True, metavar="INPUT...")
 @click.option("--output", type=PLACE, required=True, help="Folder for masks, overlays and videos.")
 @request_options(of=RunSettings)
 @request_options(

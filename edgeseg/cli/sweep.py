@@ -10,7 +10,7 @@ import click
 
 from edgeseg.arguments import NAMES
 from edgeseg.cli.output import echo
-from edgeseg.cli.parameters import ANY_PATH, KindType
+from edgeseg.cli.parameters import ANY_PATH, PATH_AS_TYPED, KindType
 
 if TYPE_CHECKING:
     from edgeseg.sweep.config import SweepConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--archs", type=KindType(NAMES), default=(), help="Instead of a file: architectures (demo weights).")
 @click.option("--precisions", type=KindType(NAMES), default=(), help="Instead of the file's.")
 @click.option("--targets", type=KindType(NAMES), default=(), help="Instead of the file's.")
-@click.option("--data", help="Instead of the file's: images to judge accuracy on, or demo.")
+@click.option("--data", type=PATH_AS_TYPED, help="Instead of the file's: images to judge accuracy on, or demo.")
 @click.option("--require", metavar="EXPRESSION", help="Instead of the file's: see edgeseg report --help.")
 @click.option("--output", type=ANY_PATH, help="Instead of the file's: folder of engines, results and reports.")
 @click.option("--jobs", type=click.IntRange(1, 1024), default=1, show_default=True, help="Processes that build.")

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import onnx
 from onnx import helper, shape_inference
 
 Dims = tuple[int | None, ...]
+
+
+def copied(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy to change."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def refill(entries: Any, kept: Iterable[Any]) -> None:
+    """Let a repeated field of a graph have these entries alone."""
+    every = list(kept)
+    del entries[:]
+    entries.extend(every)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
@@ -50,6 +65,4 @@ def dims(value: onnx.ValueInfoProto) -> Dims | None:
 def drop_unread_constants(graph: onnx.GraphProto) -> None:
     """Remove initializers that no node reads, and that are no output."""
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    refill(graph.initializer, (tensor for tensor in graph.initializer if tensor.name in read))

@@ -22,15 +22,11 @@ FLOATS: Mapping[int, str] = {
 }
 
 
-def graph_sizes(spec: InputSpec) -> dict[str, int]:
-    """Values of the symbolic dimensions of an exported graph, for one image of the engine's size."""
-    return {"batch": 1, "height": spec.height, "width": spec.width}
-
-
 def graph_macs(model: onnx.ModelProto, spec: InputSpec) -> dict[str, int]:
     """Multiply-accumulates of one image, by node name."""
     batch = 1 if spec.batch.is_dynamic else spec.batch.minimum
-    return {name: macs // batch for name, macs in count_macs(model, graph_sizes(spec)).items()}
+    sizes = {"height": spec.height, "width": spec.width}
+    return {name: macs // batch for name, macs in count_macs(model, sizes).items()}
 
 
 def node_dtypes(model: onnx.ModelProto) -> dict[str, str]:

@@ -206,7 +206,6 @@ class GoalSearch:
 
             def meets(names: frozenset[str]) -> bool:
                 place = folder / f"mixed{len(tried)}"
-                place.mkdir()
                 graph = write_typed(self.request, backend, self.graph, self.table, place, names)
                 trial = self._judged(backend, graph, place, names)
                 trial.estimated_ms = None if times is None else times.estimate_ms(names)
@@ -225,7 +224,6 @@ class GoalSearch:
     def _in_float(self, backend: Backend, folder: Path, precision: Precision, network: NetworkModules) -> Trial:
         """The engine with every module in float."""
         place = folder / precision
-        place.mkdir()
         request = dataclasses.replace(self.request, precision=precision)
         graph = write_typed(request, backend, self.graph, self.table, place)
         return self._judged(backend, graph, place, frozenset(network.modules.names))
@@ -274,7 +272,6 @@ class GoalSearch:
                 request,
                 trial.backend,
                 trial.graph,
-                trial.folder,
                 SilentReporter(),
                 self.engines_folder,
                 is_portable=trial.backend.name in self._portable,

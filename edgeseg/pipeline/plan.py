@@ -126,8 +126,6 @@ def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]
         SpecError: an option, or a scheme, that the backend (with ``auto``: each of them) does not take.
     """
     target, scheme = request.target, request.scheme
-    if scheme is not None:
-        one_of("scheme", scheme, tuple(SCHEMES))
     if target != "auto":
         if target not in DEVICE_TARGETS:
             require_builder(target)

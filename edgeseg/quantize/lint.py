@@ -23,7 +23,6 @@ _INTEGER_MOVES = frozenset(
     {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Expand", "Tile", "MaxPool"}
     | {"Concat"}
 )
-_LOWEST_OPSET = 13  # the first with per-channel DequantizeLinear
 
 
 def lint(model: onnx.ModelProto, scheme: QuantScheme, floats: Collection[str] = ()) -> list[str]:
@@ -50,7 +49,6 @@ class _Graph:
         self.nodes = list(model.graph.node)
         self.inputs = {value.name for value in model.graph.input}
         self.outputs = {value.name for value in model.graph.output}
-        self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
         self._tensors = {t.name: t for t in model.graph.initializer}
         self.maker, self.readers = makers(model.graph), readers(model.graph)
 
@@ -93,11 +91,6 @@ class _Graph:
 
 
 Rule = Callable[[_Graph, QuantScheme], Iterator[str]]
-
-
-def _opset(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
-    if graph.opset < _LOWEST_OPSET:
-        yield f"opset {graph.opset} has no per-channel DequantizeLinear; at least {_LOWEST_OPSET}"
 
 
 def _parameters_are_sound(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
@@ -263,7 +256,6 @@ def _concats_share_a_scale(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _opset,
     _parameters_are_sound,
     _activation_types,
     _weights,

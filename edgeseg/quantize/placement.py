@@ -166,7 +166,8 @@ class _OperatorPlacement:
         if is_weighted(node):
             return None if is_float else self._weighted(node)
         if node.op_type in _CLAMPS:
-            return self._clamp(node, inputs[0])
+            # Its output was marked when the producer was visited.
+            return Role.CLAMP if node.outputs[0] in self._clamped else None
         if not inputs or not all(v.name in self._ranges for v in inputs):
             return None
         demanded = bool(self._demanded.intersection(node.outputs))
@@ -201,22 +202,17 @@ class _OperatorPlacement:
         """
         if not self._is_trained:
             return True
-        reader = sole_reader(value)
-        clamped = reader.outputs[0] if reader is not None and reader.op_type in _CLAMPS else value
-        return value.name in self._ranges or clamped.name in self._ranges
+        clamp = sole_reader(value, *_CLAMPS)
+        return value.name in self._ranges or (clamp is not None and clamp.outputs[0].name in self._ranges)
 
     def _takes_integers(self, node: ir.Node) -> bool:
         if node in self._floats:
             return False
         return is_weighted(node) or (node.op_type in _INTEGER and bool(self._wanted.intersection(node.outputs)))
 
-    def _clamp(self, node: ir.Node, source: ir.Value) -> Role | None:
-        # Its output was marked when the producer was visited.
-        return Role.CLAMP if node.outputs[0] in self._clamped else None
-
     def _moves(self, node: ir.Node, inputs: list[ir.Value]) -> Role:
         self._natural.update(node.outputs)
-        self._result.share([inputs[0], *node.outputs])
+        self._result.share([*inputs, *node.outputs])
         return Role.MOVES
 
     def _concat(self, node: ir.Node, inputs: list[ir.Value]) -> Role | None:
@@ -230,9 +226,7 @@ class _OperatorPlacement:
         grids = {self._grids.get(str(m.name)) for m in members if m.name in self._ranges}
         is_close = high - low <= SHARED_SCALE_RATIO * min(b - a for a, b in limits)
         if saturates and (is_close if grids == {None} else len(grids) == 1):
-            self._natural.update(node.outputs)
-            self._result.share([*inputs, *node.outputs])
-            return Role.MOVES
+            return self._moves(node, inputs)
         self._emit(node.outputs)
         return Role.FUSED
 
@@ -242,10 +236,10 @@ class _OperatorPlacement:
         A Relu or Clip behind it costs nothing: the Q that follows saturates where it clips.
         """
         for value in values:
-            reader = sole_reader(value)
-            if reader is not None and reader.op_type in _CLAMPS and reader.outputs[0].name in self._ranges:
-                value = reader.outputs[0]
-                self._clamped[value] = clamp_limits(reader)
+            clamp = sole_reader(value, *_CLAMPS)
+            if clamp is not None and clamp.outputs[0].name in self._ranges:
+                value = clamp.outputs[0]
+                self._clamped[value] = clamp_limits(clamp)
             self._natural.add(value)
             self._result.quantized.add(value)
 
@@ -280,8 +274,8 @@ def _place_inputs(graph: ir.Graph, ranges: Mapping[str, Range], stays_float: Cal
 
 def _quantize_identity(node: ir.Node, ranges: Mapping[str, Range], result: Placement) -> None:
     """A layer fuses with the residual addition behind it when the other side is integer: quantize the earlier side."""
-    inputs, reader = _activations(node), sole_reader(node.outputs[0])
-    clamped = reader.outputs[0] if reader is not None and reader.op_type in _CLAMPS else node.outputs[0]
+    inputs, clamp = _activations(node), sole_reader(node.outputs[0], *_CLAMPS)
+    clamped = (node if clamp is None else clamp).outputs[0]
     if len(inputs) != 2 or clamped not in result.quantized or result.quantized.intersection(inputs):
         return
     makers = [value.producer() for value in inputs]

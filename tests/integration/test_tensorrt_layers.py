@@ -43,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 # Of weights as training leaves them. Those of an untrained ViT are zeros and ones: biases go away, and all norms share one
 # pair of constants, which makes 155 layers less (dpt).
-MOST_LAYERS = {
+MOST_LAYERS: dict[tuple[str, str], int | None] = {
     ("dpt", "dynamic batch"): 655,
     ("dpt", "dynamic size"): 770,
     ("pspnet", "dynamic batch"): 90,
@@ -51,14 +51,13 @@ MOST_LAYERS = {
     ("upernet", "dynamic batch"): 150,
     ("upernet", "dynamic size"): 267,
     ("segformer", "dynamic size"): 85,
+    ("manet", "both"): None,
 }
 WITH_PRODUCTS = ("dpt", "manet", "pspnet", "upernet")
+
+
 # Static graphs are counted and built where they are quantized, test_quantized_contract.py.
-CASES = [(arch, shape) for arch in (*WITH_PRODUCTS, "segformer") for shape in ("dynamic batch", "dynamic size")]
-CASES += [("pspnet", "both"), ("manet", "both")]
-
-
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: " ".join(case))
+@pytest.fixture(scope="module", params=MOST_LAYERS, ids=lambda case: " ".join(case))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[OnnxGraph, str]:
     arch, shape = request.param
     encoder, args = ("tu-vit_tiny_patch16_224", {"dynamic_img_size": True}) if arch == "dpt" else ("resnet18", {})
@@ -79,10 +78,10 @@ def layers(parsed: ParsedGraph) -> int:
 
 def test_layers_of_the_parsed_network(exported: tuple[OnnxGraph, str]) -> None:
     graph, shape = exported
-    most = MOST_LAYERS.get((graph.spec.model.arch, shape))
-    if most is None:
-        pytest.skip("no bound is set")
-    assert layers(ParsedGraph.read(graph, "fp32")) <= most
+    most = MOST_LAYERS[graph.spec.model.arch, shape]
+    found = layers(ParsedGraph.read(graph, "fp32"))
+    print("LAYERS", graph.spec.model.arch, shape, found)
+    assert most is None or found <= most
 
 
 def test_the_graph_for_sm_75_computes_the_same(exported: tuple[OnnxGraph, str]) -> None:

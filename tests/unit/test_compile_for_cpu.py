@@ -311,7 +311,3 @@ def test_loading_leaves_the_callers_arithmetic_as_it_was(verified: Path) -> None
     )
     done = subprocess.run([sys.executable, "-c", code, verified], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
-
-
-def test_this_cpu_computes_its_own_scheme() -> None:
-    assert this_cpu().computes(own_scheme())

@@ -13,8 +13,9 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from click.shell_completion import BashComplete
+from click.shell_completion import get_completion_class
 
+from edgeseg.cli import completion
 from edgeseg.cli.app import cli
 
 ROOT = Path(__file__).parents[2]
@@ -31,24 +32,56 @@ ROOT = Path(__file__).parents[2]
         ("edgeseg build --calibration my", ["file,my"]),
         ("edgeseg run engines/a --fit l", ["plain,letterbox"]),
         ("edgeseg run eng", ["file,eng"]),
+        ("edgeseg run engines/a photos/a.jpg ph", ["file,ph"]),
+        ("edgeseg calibrate ph", ["file,ph"]),
+        ("edgeseg export engines/a --to j", ["plain,jetson-inference"]),
+        ("edgeseg nonsense b", ["plain,build", "plain,bench"]),
     ],
 )
 def test_what_a_word_can_become(words: str, answer: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMP_WORDS", words)
     monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
-    asked = BashComplete(cli, {}, "edgeseg", "_EDGESEG_COMPLETE")
+    asked = completion.Bash(cli, {}, "edgeseg", "_EDGESEG_COMPLETE")
     assert sorted(asked.complete().splitlines()) == sorted(answer)
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_bash_completes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shell", "words", "word", "answer"),
+    [
+        ("bash", "edgeseg build --arch = segf", "4", "plain,segformer"),
+        ("zsh", "edgeseg build --arch=segf", "2", "plain\n--arch=segformer\n_"),
+        ("fish", "edgeseg build --arch=segf", "--arch=segf", "plain,--arch=segformer"),
+    ],
+)
+def test_a_value_behind_its_equals_sign(
+    shell: str, words: str, word: str, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", word)
+    chosen = get_completion_class(shell)
+    assert chosen is not None
+    assert chosen(cli, {}, "edgeseg", "_EDGESEG_COMPLETE").complete() == answer
+
+
+# What of a shell that completes is done by its own machinery, which runs at a terminal only, is stood in for.
+IN_SHELLS = {
+    "bash": 'eval "$(_EDGESEG_COMPLETE=bash_source edgeseg)"; COMP_WORDS=(edgeseg doc); COMP_CWORD=1; '
+    '_edgeseg_completion edgeseg; echo "${COMPREPLY[@]}"',
+    "zsh": 'compdef() {}; _describe() { print -r -- ${${(P)3}%%:*} }; eval "$(_EDGESEG_COMPLETE=zsh_source edgeseg)"; '
+    "words=(edgeseg doc); CURRENT=2; _edgeseg_completion",
+    "fish": "_EDGESEG_COMPLETE=fish_source edgeseg | source; string split -f 1 \\t (complete -C 'edgeseg doc')",
+}
+
+
+@pytest.mark.parametrize("shell", IN_SHELLS)
+def test_shells_complete(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
     program = tmp_path / "edgeseg"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m edgeseg "$@"\n')
     program.chmod(0o755)
-    script = 'eval "$(_EDGESEG_COMPLETE=bash_source edgeseg)"; COMP_WORDS=(edgeseg doc); COMP_CWORD=1'
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = ["bash", "-c", f'{script}; _edgeseg_completion edgeseg; echo "${{COMPREPLY[@]}}"']
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([shell, "-c", IN_SHELLS[shell]], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "doctor"
 
 

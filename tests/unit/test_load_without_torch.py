@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +16,7 @@ import pytest
 
 from edgeseg import demo
 from edgeseg.convert import hub
-from edgeseg.convert.architectures import resolve_arch
-from edgeseg.convert.assemble import resolve_activation, resolve_task
+from edgeseg.convert.architectures import resolve_activation, resolve_arch, resolve_task
 from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
 from edgeseg.convert.recorded import RecordedModel, merge
 from edgeseg.errors import ArtifactError, SpecError
@@ -25,9 +27,7 @@ GIVEN = ModelRequest(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 
 def settle(request: ModelRequest, channels: int = 3) -> Preprocess:
     """The user's own values need no library at all."""
-    preprocess, _ = resolve_preprocess(
-        request, encoder="resnet18", encoder_weights=None, in_channels=channels, recorded=None, untrained=False
-    )
+    preprocess, _ = resolve_preprocess(request, "resnet18", channels)
     return preprocess
 
 
@@ -193,6 +193,90 @@ def test_a_closed_port_is_reported() -> None:
     problem = hub._probe(f"http://127.0.0.1:{port}/")
     assert problem is not None
     assert "refused" in problem.lower()
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Answers everything alike: ``status``, ``headers``; keeps what was asked with which token."""
+
+    status: int
+    headers_sent: Mapping[str, str]
+    asked: list[str | None]
+
+    def do_HEAD(self) -> None:
+        self.asked.append(self.headers["Authorization"])
+        self.send_response(self.status)
+        for name, value in self.headers_sent.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_CONNECT(self) -> None:
+        self.do_HEAD()
+
+    def log_message(self, *args: object) -> None:
+        """Stay quiet."""
+
+
+@contextmanager
+def answering(status: int, headers: Mapping[str, str]) -> Iterator[str]:
+    Answering.status, Answering.headers_sent, Answering.asked = status, headers, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+PAGE = {"Content-Type": "text/html; charset=utf-8"}
+COMMIT = {"X-Repo-Commit": "0" * 40}
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "words", "whoever"),
+    [
+        (200, COMMIT, None, None),
+        (302, {**COMMIT, "Location": "https://elsewhere.example/file"}, None, None),
+        (307, {"Location": "/api/resolve-cache/x"}, None, None),
+        (401, {"X-Error-Message": "Repository not found"}, "HTTP 401 Unauthorized): check its name", None),
+        (403, {"X-Error-Code": "GatedRepo"}, "gated ones need a login", None),
+        (404, {"X-Error-Code": "RepoNotFound"}, "HTTP 404 Not Found): check its name", None),
+        (
+            404,
+            PAGE,
+            "answers HTTP 404 Not Found, not as a hub does: a proxy refuses",
+            "HTTP 404 Not Found, not as a hub",
+        ),
+        (200, PAGE, "answers with a web page, which no hub does", "answers with a web page"),
+        (
+            302,
+            {"Location": "http://login.example/?to=hub"},
+            "sends everything to http://login.example",
+            "login.example,",
+        ),
+        (407, PAGE, "the proxy in front of http://127.0.0.1", "wants a login"),
+        (599, {}, "answers HTTP 599, not as", None),
+    ],
+)
+def test_what_answers_in_place_of_the_hub_is_named(
+    status: int, headers: dict[str, str], words: str | None, whoever: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with answering(status, headers) as address:
+        for any_hub, expected in ((False, words), (True, whoever)):
+            problem = hub._probe(f"{address}/user/model/resolve/main/config.json", any_hub=any_hub)
+            assert (problem is None) if expected is None else (expected in (problem or ""))
+    # A private model is there for its owner, whose token goes to nobody else.
+    assert Answering.asked == ["Bearer hf_secret"] * 2
+
+
+def test_a_proxy_that_wants_a_login_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an encrypted connection a proxy answers the CONNECT before it."""
+    with answering(407, {}) as address:
+        monkeypatch.setenv("https_proxy", address)
+        problem = hub._probe("https://hub.example/user/model/resolve/main/config.json")
+    assert problem == hub._PROXY_LOGIN.format("https://hub.example")
+    assert Answering.asked == [None]
 
 
 def test_demo_models_are_the_descriptions_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -326,14 +326,6 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
         run_inputs(segmenter(), [tmp_path / "a.png"], tmp_path / "out", progress=False)
 
 
-def test_limit(tmp_path: Path) -> None:
-    for i in range(6):
-        photo(tmp_path / "in" / f"{i}.png")
-    summary = run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", limit=4, progress=False)
-    assert summary.images == 4
-    assert files(tmp_path / "out") == [f"masks/{i}.png" for i in range(4)]
-
-
 def test_images_that_fail_do_not_count_towards_the_limit(tmp_path: Path) -> None:
     for i in range(8):
         photo(tmp_path / "in" / f"{i}.png")

@@ -61,12 +61,6 @@ def test_frames_come_in_order_with_their_masks() -> None:
         np.testing.assert_array_equal(frame.mask, frame.image[..., 0] // 64)
 
 
-def test_segmenter_and_source_may_change_places() -> None:
-    assert [frame.index for frame in stream(segmenter(), [level(1), level(2)])] == [0, 1]
-    with pytest.raises(SpecError, match="segmenter is 'a.mp4'; give a source of images and what"):
-        stream("drive.mp4", "a.mp4")
-
-
 def test_a_folder_of_images_is_read_in_order(tmp_path: Path) -> None:
     for i in (1, 2, 10):
         Image.fromarray(level(i)).save(tmp_path / f"f{i}.png")

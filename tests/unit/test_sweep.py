@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import pytest
 from bench_rows import report, row
-from command_line import typed
 from test_engine_folder import make_engine
 
 from edgeseg.decide.entries import failed_measurements
@@ -409,11 +408,6 @@ def test_the_documented_example_is_one_the_sweep_accepts(tmp_path: Path) -> None
         path = tmp_path / f"{k}.toml"
         path.write_text(text)
         assert expand(read_config(path))
-
-
-def test_command_line_says_what_is_missing() -> None:
-    done = typed("sweep")
-    assert done.returncode == 2 and "SWEEP.toml" in done.stderr
 
 
 def test_states_are_readable_by_people(tmp_path: Path) -> None:

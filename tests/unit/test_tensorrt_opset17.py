@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from recorded_tensorrt.graphs import SIDE, small_model
 from recorded_tensorrt.parser8 import complaints
+from small_graphs import plain_session
 from test_compile_for_device import portable_folder
 
 from edgeseg.backends.compile import write_graph_for_tensorrt_8
@@ -47,10 +47,7 @@ def model(
 
 
 def run(made: onnx.ModelProto, x: NDArray[Any], name: str = "x") -> NDArray[Any]:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    y: NDArray[Any] = session.run(None, {name: x})[0]
+    y: NDArray[Any] = plain_session(made).run(None, {name: x})[0]
     return y
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.graph.editing import Editor, constant_array, image_shape, replace_value, rewrite_each, sole_reader
-from edgeseg.quantize.observed import Observed
+from edgeseg.graph.editing import Editor, constant_array, image_shape, replace_value, sole_reader
+from edgeseg.quantize.observed import Observed, each
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,6 @@ class _GroupNorm:
     epsilon: float
     last: ir.Node
     """Its output is the normalized value."""
-
-
-def group_norm(model: ir.Model, observed: Observed) -> int:
-    """Apply the pass; returns how many GroupNorms it rewrote."""
-    return rewrite_each(model.graph, _match, _replace)
 
 
 def _match(node: ir.Node) -> _GroupNorm | None:
@@ -88,7 +83,7 @@ def _channel_constant(node: ir.Node, channels: int) -> NDArray[np.float32] | Non
     return None
 
 
-def _replace(graph: ir.Graph, node: ir.Node, match: _GroupNorm) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, match: _GroupNorm, _: Observed) -> None:
     channels, height, width = image_shape(match.source) or (0, 0, 0)
     editor = Editor(graph, match.last, f"{match.last.name}/group_norm")
     ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)
@@ -104,3 +99,6 @@ def _replace(graph: ir.Graph, node: ir.Node, match: _GroupNorm) -> None:
     ]
     scaled = editor.op("scaled", "BatchNormalization", [image, *statistics], epsilon=0.0)
     replace_value(graph, match.last.outputs[0], scaled)
+
+
+group_norm = each(_match, _replace)
