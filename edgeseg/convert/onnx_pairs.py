@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgeseg.convert.fake_quantizers import FakeQuantizer, quantizer_of, refused
 from edgeseg.errors import ArtifactError, SpecError
-from edgeseg.graph.editing import constant_array, given, remove_unread, weight
+from edgeseg.graph.editing import constant_array, given, maker, remove_unread, weight
 from edgeseg.graph.running import GraphSession
 from edgeseg.graph.signs import not_negative
 
@@ -78,10 +78,9 @@ def take_pairs(model: ir.Model, name: str) -> tuple[list[FakeQuantizer], Marked]
 
 def _quantize_before(integers: ir.Value) -> tuple[ir.Node | None, ir.Node | None]:
     """The QuantizeLinear that makes these integers, and the Clip to fewer of them that torch writes behind it."""
-    node, clip = integers.producer(), None
-    if node is not None and node.op_type == "Clip" and node.inputs[0] is not None:
-        clip, node = node, node.inputs[0].producer()
-    return (node, clip) if node is not None and node.op_type == "QuantizeLinear" else (None, None)
+    clip = maker(integers, "Clip")
+    quantize = maker(integers if clip is None else clip.inputs[0], "QuantizeLinear")
+    return quantize, None if quantize is None else clip
 
 
 def _read_pair(node: ir.Node, quantize: ir.Node | None, clip: ir.Node | None) -> FakeQuantizer:

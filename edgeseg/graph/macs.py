@@ -146,7 +146,7 @@ def _shape_arithmetic(
     if sum(array.size for array in feeds.values()) > MAX_FOLDED_ELEMENTS:
         return None
     single = helper.make_function("", "shapes", list(feeds), list(node.output), [node], list(opsets))
-    return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, feeds)]
+    return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, feeds, attributes={})]
 
 
 def _fix_inputs(graph: onnx.GraphProto, sizes: Mapping[str, int]) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx
 from onnx import helper, shape_inference
+
+REARRANGES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
+"""Operators that give the values they read in another shape or order, all of them and none twice."""
 
 Dims = tuple[int | None, ...]
 
@@ -33,6 +36,13 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 def makers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
     """By value: the node that makes it."""
     return {name: node for node in graph.node for name in node.output}
+
+
+def maker_behind_moves(made_by: Mapping[str, onnx.NodeProto], name: str) -> onnx.NodeProto | None:
+    """The node that makes ``name``, or makes what reaches it through nodes that only rearrange."""
+    while (node := made_by.get(name)) is not None and node.op_type in REARRANGES:
+        name = node.input[0]
+    return node
 
 
 def readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 
 from edgeseg.graph.macs import count_macs
-from edgeseg.graph.proto import makers, value_infos
+from edgeseg.graph.proto import maker_behind_moves, makers, value_infos
 from edgeseg.spec import InputSpec, Precision
 from edgeseg.store.manifest import PrecisionReport
 from edgeseg.store.onnx_file import read_onnx
@@ -36,7 +36,7 @@ def node_dtypes(model: onnx.ModelProto) -> dict[str, str]:
     types.update({name: value.type.tensor_type.elem_type for name, value in value_infos(model).items()})
     dtypes = {}
     for node in model.graph.node:
-        operands = [made_by.get(name) for name in node.input[:2]]
+        operands = [maker_behind_moves(made_by, name) for name in node.input[:2]]
         if operands and all(maker is not None and maker.op_type == "DequantizeLinear" for maker in operands):
             dtypes[node.name] = "int8"
         else:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
-from edgeseg.graph.editing import Editor, constant_array, constant_input, given_array, remove_unread
+from edgeseg.graph.editing import Editor, constant_input, given, given_array, remove_unread
 from edgeseg.graph.grid import Grid
 from edgeseg.graph.signs import clamp_limits
 from edgeseg.quantize.observed import Observed
@@ -242,9 +242,8 @@ class _Inserter:
         return editor.op("DQ", "DequantizeLinear", inputs, shape=integers.shape, axis=axis)
 
     def _input_scale(self, node: ir.Node) -> float:
-        source = node.inputs[0]
-        dequantize = source.producer() if source is not None else None
-        scale = constant_array(dequantize.inputs[1]) if dequantize is not None else None
+        dequantize = given(node).producer()
+        scale = constant_input(dequantize, 1) if dequantize is not None else None
         assert scale is not None, f"{node.name} reads a value that was not quantized"
         return float(scale)
 

@@ -14,15 +14,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from edgeseg.graph.proto import attribute, makers, readers
+from edgeseg.graph.proto import REARRANGES, attribute, maker_behind_moves, makers, readers
 from edgeseg.quantize.schemes import QuantScheme
 
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _CLAMPS = frozenset({"Relu", "Clip"})
-_INTEGER_MOVES = frozenset(
-    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Expand", "Tile", "MaxPool"}
-    | {"Concat"}
-)
+_INTEGER_MOVES = REARRANGES | {"Slice", "Split", "Gather", "Expand", "Tile", "MaxPool", "Concat"}
 
 
 def lint(model: onnx.ModelProto, scheme: QuantScheme, floats: Collection[str] = ()) -> list[str]:
@@ -64,8 +61,8 @@ class _Graph:
         return (node for node in self.nodes if node.op_type in op_types)
 
     def dequantizer(self, name: str) -> onnx.NodeProto | None:
-        """The DequantizeLinear that makes ``name``."""
-        node = self.maker.get(name)
+        """The DequantizeLinear that makes ``name``, or what reaches it rearranged."""
+        node = maker_behind_moves(self.maker, name)
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
     def is_constant_pair(self, node: onnx.NodeProto) -> bool:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
 from edgeseg.graph.editing import constant_array, dims, emit, given, ints, replace, sole_maker, weight
+from edgeseg.graph.proto import REARRANGES
 
-_MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
 _PROBED_BATCHES = (2, 3)
 
 
@@ -31,7 +31,7 @@ _Simpler = tuple[str, tuple[int, ...]]
 def _match(node: ir.Node) -> tuple[list[ir.Node], _Simpler] | None:
     """The longest chain that ends in ``node`` and has a simpler form."""
     chain = [node]
-    while (before := sole_maker(chain[0].inputs[0], *_MOVES)) is not None:
+    while (before := sole_maker(chain[0].inputs[0], *REARRANGES)) is not None:
         chain.insert(0, before)
     for start in range(len(chain)):
         simpler = _simpler(chain[start:])
@@ -125,4 +125,4 @@ def _rewrite(last: ir.Node, match: tuple[list[ir.Node], _Simpler]) -> None:
     replace(last.outputs[0], new)
 
 
-REWRITE = Rewrite(each(_match, *_MOVES), _rewrite)
+REWRITE = Rewrite(each(_match, *REARRANGES), _rewrite)

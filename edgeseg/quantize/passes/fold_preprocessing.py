@@ -134,7 +134,7 @@ def _normalization(chain: list[ir.Node], channels: int) -> _Normalization:
     feeds[nodes[0].input[0]] = pixels
     opset = onnx.helper.make_opsetid("", 20)
     function = onnx.helper.make_function("", "normalize", list(feeds), [nodes[-1].output[0]], nodes, [opset])
-    (values,) = ReferenceEvaluator(function).run(None, feeds)
+    (values,) = ReferenceEvaluator(function).run(None, feeds, attributes={})
     responses = np.asarray(values, np.float64).reshape(channels + 1, channels)
     return _Normalization((responses[1:] - responses[0]).T / 255.0, responses[0])
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.graph.editing import Editor, constant_array, image_shape, replace_value, sole_reader
+from edgeseg.graph.editing import Editor, constant_array, image_shape, maker, replace_value, sole_reader
 from edgeseg.quantize.observed import Observed, each
 
 
@@ -36,10 +36,9 @@ def _match(node: ir.Node) -> _GroupNorm | None:
         return _match_single(node)
     if node.op_type != "InstanceNormalization":
         return None
-    before = node.inputs[0].producer() if node.inputs[0] is not None else None
-    after = sole_reader(node.outputs[0])
+    before, after = maker(node.inputs[0], "Reshape"), sole_reader(node.outputs[0], "Reshape")
     gain, shift = constant_array(node.inputs[1]), constant_array(node.inputs[2])
-    if before is None or before.op_type != "Reshape" or after is None or after.op_type != "Reshape":
+    if before is None or after is None:
         return None
     source = before.inputs[0]
     shape = image_shape(source)
@@ -50,8 +49,8 @@ def _match(node: ir.Node) -> _GroupNorm | None:
     channels, last = shape[0], after
     per_channel = {"Mul": np.full(channels, gain[0], np.float32), "Add": np.full(channels, shift[0], np.float32)}
     for op_type in ("Mul", "Add"):
-        reader = sole_reader(last.outputs[0])
-        constant = _channel_constant(reader, channels) if reader is not None and reader.op_type == op_type else None
+        reader = sole_reader(last.outputs[0], op_type)
+        constant = _channel_constant(reader, channels) if reader is not None else None
         if reader is None or constant is None:
             break
         if op_type == "Mul":

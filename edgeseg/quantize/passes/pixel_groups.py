@@ -24,6 +24,8 @@ from edgeseg.graph.editing import (
     given,
     given_array,
     image_shape,
+    maker,
+    sole_maker,
     sole_reader,
 )
 from edgeseg.quantize.observed import Observed, each
@@ -60,12 +62,8 @@ def _match(node: ir.Node) -> tuple[ir.Node, _Grouping] | None:
 
 def _image_planes(node: ir.Node) -> ir.Node | None:
     """The Transpose that makes planes of a uint8 NHWC image in front of ``node``'s DequantizeLinear."""
-    source = node.inputs[0] if node.op_type == "Conv" else None
-    dequantize = source.producer() if source is not None else None
-    if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0] is None:
-        return None
-    planes = dequantize.inputs[0].producer()
-    return planes if planes is not None and planes.op_type == "Transpose" and sole_reader(source) is node else None  # type: ignore[arg-type]
+    dequantize = sole_maker(node.inputs[0], "DequantizeLinear") if node.op_type == "Conv" else None
+    return None if dequantize is None else maker(dequantize.inputs[0], "Transpose")
 
 
 def _grouping(node: ir.Node, planes: ir.Node) -> _Grouping | None:

@@ -28,7 +28,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
-from edgeseg.graph.editing import Editor, constant_array, constant_input, given
+from edgeseg.graph.editing import Editor, constant_array, constant_input, given, maker
 from edgeseg.graph.running import GraphSession
 from edgeseg.quantize.parameters import along
 from edgeseg.quantize.repair.fidelity import score_names, windows
@@ -72,23 +72,8 @@ _GATES = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
 Factors = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Equalization:
-    """What :func:`equalize` did.
-
-    Attributes:
-        channels: how many channels got a factor other than 1.
-        groups: of how many that are free.
-    """
-
-    channels: int
-    groups: int
-
-
-def write_equalized(
-    graph: OnnxGraph, magnitudes: Mapping[str, Sequence[float]], path: Path
-) -> tuple[OnnxGraph, Equalization]:
-    """Write ``graph`` with its channels equalized; the same magnitudes give the same bytes.
+def write_equalized(graph: OnnxGraph, magnitudes: Mapping[str, Sequence[float]], path: Path) -> tuple[OnnxGraph, int]:
+    """Write ``graph`` with its channels equalized, and count those; the same magnitudes give the same bytes.
 
     Args:
         graph: the fp32 graph.
@@ -99,9 +84,9 @@ def write_equalized(
         ArtifactError: ``graph`` cannot be read, or ``path`` not be written.
     """
     model = ir.serde.deserialize_model(read_onnx(graph.path))
-    report = equalize(model, {name: np.asarray(seen, np.float64) for name, seen in magnitudes.items()})
+    channels = equalize(model, {name: np.asarray(seen, np.float64) for name, seen in magnitudes.items()})
     write_onnx(ir.serde.serialize_model(model), path)
-    return replace(graph, path=path, sha256=sha256_file(path)), report
+    return replace(graph, path=path, sha256=sha256_file(path)), channels
 
 
 def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet, images: int = 2) -> None:
@@ -184,7 +169,7 @@ def _is_rounded(value: ir.Value) -> bool:
     return any(node.op_type != "Relu" for node in value.consumers())
 
 
-def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) -> Equalization:
+def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) -> int:
     """Scale the channels of ``model``, in place.
 
     Args:
@@ -193,18 +178,14 @@ def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) ->
             :func:`channel_axes`.
 
     Returns:
-        what was done; with ``channels`` 0 the graph is as it was.
+        how many channels got a factor other than 1; with 0 the graph is as it was.
     """
     channels = _join_channels(model.graph)
     factors = _factors(model.graph, channels, magnitudes)
     scaled = _Scaling(channels, factors)
     for node in list(model.graph):
         _scale(node, scaled)
-    in_tokens = _scale_tokens(model.graph, magnitudes)
-    return Equalization(
-        channels=int(np.count_nonzero(factors != 1.0)) + in_tokens,
-        groups=len({channels.root(c) for c in range(len(channels.parent))} - channels.fixed_roots()),
-    )
+    return int(np.count_nonzero(factors != 1.0)) + _scale_tokens(model.graph, magnitudes)
 
 
 def _scale_tokens(graph: ir.Graph, magnitudes: Mapping[str, NDArray[np.floating]]) -> int:
@@ -269,7 +250,7 @@ def _passes(node: ir.Node, channels: _Channels) -> bool:
         if any(_addend(v, channel_count(output) or 0) is None for v in node.inputs if v not in inputs):
             return False
     elif node.op_type in ("Mul", "Div"):
-        gates = [v for v in inputs if (p := v.producer()) is not None and p.op_type in _GATES]
+        gates = [v for v in inputs if maker(v, *_GATES) is not None]
         scaled = [v for v in inputs if v not in gates]
         if len(scaled) != 1 or len(inputs) + sum(constant_array(v) is not None for v in node.inputs) != len(
             node.inputs
