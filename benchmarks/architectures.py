@@ -23,7 +23,8 @@ from edgeseg.backends import get_backend
 from edgeseg.demo import sample_folder
 from edgeseg.errors import EdgesegError
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, measure_interleaved
-from edgeseg.images.decoding import fit, list_images, read_image
+from edgeseg.images.decoding import list_images, read_image
+from edgeseg.images.placement import fit
 from edgeseg.spec import ARCHITECTURES, Precision
 from edgeseg.store.engine import Engine
 

@@ -75,7 +75,9 @@ def main() -> None:
                 samples = in_turns(contenders, files, folder / "masks", options.rounds)
                 rows += [_row(name, who, samples[who], folder / "masks", options.images) for who in contenders]
                 for base in ("loop", "pool"):
-                    faster = ratios({who: _latency(who, s) for who, s in samples.items()}, (base,))[base]
+                    faster = ratios({who: LatencySamples(tuple(s.wall_ms)) for who, s in samples.items()}, (base,))[
+                        base
+                    ]
                     speed.setdefault(base, {})[f"edgeseg run, {name}"] = faster["edgeseg run"]
     record = Record(
         benchmark="files_to_masks",
@@ -176,10 +178,6 @@ def _row(files: str, name: str, samples: Samples, masks: Path, count: int) -> di
         "samples_wall_ms": [round(ms, 3) for ms in samples.wall_ms],
         "samples_cpu_ms": [round(ms, 3) for ms in samples.cpu_ms],
     }
-
-
-def _latency(name: str, samples: Samples) -> LatencySamples:
-    return LatencySamples(name, tuple(samples.wall_ms), 1)
 
 
 def _print(console: Console, rows: list[dict[str, Any]], speed: dict[str, dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ import edgeseg
 from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
 from edgeseg.backends import get_backend
 from edgeseg.evaluate.latency.measure import StageClock
-from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples
+from edgeseg.evaluate.latency.protocol import LatencySamples
 from edgeseg.runtime.segmenter import Segmenter
 
 ALLOWED = 0.03
@@ -55,8 +55,7 @@ def main() -> None:
                 taken[which].append((time.perf_counter_ns() - begin) / 1e6)
         split = clock.split()
         segmenter.close()
-    protocol = LatencyProtocol(block=1, settle=0, min_iterations=options.rounds)
-    samples = {which: LatencySamples(which, tuple(ms), 20, protocol) for which, ms in taken.items()}
+    samples = {which: LatencySamples(tuple(ms), 20) for which, ms in taken.items()}
     compared = ratios(samples, ("bare loop",))
     difference = 1 / compared["bare loop"]["harness"]["median"] - 1
     record = Record(

@@ -19,7 +19,6 @@ from typing import Any
 from benchmarks.architectures import CLASSES, ENCODERS
 from benchmarks.record import RESULTS, Record, read_record, this_machine, versions
 from edgeseg.backends.tensorrt.graph import ParsedGraph
-from edgeseg.backends.tensorrt.log import capture
 from edgeseg.backends.tensorrt.module import TENSORRT_RTX
 from edgeseg.backends.tensorrt.options import RtxOptions
 from edgeseg.backends.tensorrt.rtx import configure, network_precision, parse_network, refused
@@ -130,22 +129,22 @@ def variant_rows(cell: dict[str, Any], parsed: ParsedGraph, sms: tuple[int, ...]
     trt = TENSORRT_RTX.load()
     precision = parsed.requested
     rows = []
-    with capture(trt) as (logger, log):
-        builder = trt.Builder(logger)
+    with TENSORRT_RTX.heard(trt) as library:
+        builder = library.made(trt.Builder)
         try:
-            network = parse_network(trt, builder, logger, log, parsed)
+            network = parse_network(library, builder, parsed)
         except EdgesegError as exc:
             return [failed(cell, precision, sm, str(exc)) for sm in sms]
         share = network_precision(trt, network, parsed).mac_share
         for sm in sms:
-            log.lines.clear()
+            library.log.lines.clear()
             config = builder.create_builder_config()
-            configure(trt, builder, config, RtxOptions(sm=(sm,)), parsed)
+            configure(library, builder, config, RtxOptions(sm=(sm,)), parsed)
             begin = time.perf_counter()
             plan = builder.build_serialized_network(network, config)
             seconds = time.perf_counter() - begin
             if plan is None:
-                reason = str(refused(trt, log, parsed))
+                reason = str(refused(library, parsed))
                 rows.append({**failed(cell, precision, sm, reason), "layers": network.num_layers})
                 continue
             rows.append(

@@ -34,6 +34,13 @@ def printable_json(text: str) -> str:
     return "\n".join(_UNSAFE.sub(escaped, line) for line in text.split("\n"))
 
 
+def markdown_text(text: str) -> str:
+    """Text on one line that Markdown shows as it is: no markup, no HTML, no new table cell."""
+    flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # An underscore inside a word is no markup.
+    return re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", flat)
+
+
 def plain_console(*, stderr: bool = False) -> Console:
     """A console that prints names as they are, brackets included, and as escapes what a terminal would obey."""
     # rich would read edgeseg[tensorrt], or a class called [void], as a style and drop it.

@@ -21,11 +21,13 @@ EdgesegError                                        exit 1
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -77,6 +79,14 @@ class MissingDependencyError(EdgesegError, ImportError):
     def __reduce__(self) -> tuple[type[MissingDependencyError], tuple[str, str, str]]:
         # Exceptions are made again of their message alone, which these are not.
         return type(self), (self.package, self.extra, self.purpose)
+
+
+def imported(package: str, extra: str, purpose: str) -> Any:
+    """Import a package of an extra; arguments and error are those of :class:`MissingDependencyError`."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as exc:
+        raise MissingDependencyError(package, extra, purpose) from exc
 
 
 class ArtifactError(EdgesegError):

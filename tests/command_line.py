@@ -11,6 +11,20 @@ import sys
 import pytest
 
 
+def imported(words: list[str], heavy: set[str], code: int = 0) -> str:
+    """What ``edgeseg WORDS`` prints in a process of its own; it ends with this code and has imported nothing ``heavy``."""
+    program = (
+        f"import sys; sys.argv = {['edgeseg', *words]!r}\n"
+        "from edgeseg.cli import main\n"
+        "try: main()\n"
+        f"except SystemExit as e: assert e.code == {code}, e.code\n"
+        f"assert not {heavy!r} & set(sys.modules), {heavy!r} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def typed(*words: object) -> subprocess.CompletedProcess[str]:
     """Run ``edgeseg WORDS`` as the program does, to its exit code; what it printed is in the result."""
     from edgeseg.cli.app import main

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,9 +34,16 @@ def _settled() -> None:
     gc.freeze()
 
 
+_STARTS: dict[str, Any] = {}
+"""Of the generators of test files, when their first test began."""
+
+
 @pytest.fixture(autouse=True)
-def _the_same_random_numbers_in_any_order() -> None:
-    """The shared generator of small graphs starts each test anew: what a test draws depends on no other."""
+def _the_same_random_numbers_in_any_order(request: pytest.FixtureRequest) -> None:
+    """A generator that tests share starts each of them anew, a file's own and that of small graphs: no draw depends on others."""
     small_graphs = sys.modules.get("small_graphs")
     if small_graphs is not None:
         small_graphs.RNG.bit_generator.state = np.random.default_rng(5).bit_generator.state
+    own = getattr(request.module, "RNG", None)
+    if isinstance(own, np.random.Generator):
+        own.bit_generator.state = _STARTS.setdefault(request.module.__name__, own.bit_generator.state)

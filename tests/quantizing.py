@@ -13,7 +13,7 @@ from small_graphs import RNG, floats, graph, table_for
 
 from edgeseg.quantize.lint import lint
 from edgeseg.quantize.qdq import quantize_model
-from edgeseg.quantize.schemes import SCHEMES
+from edgeseg.quantize.schemes import SCHEMES, QuantScheme
 from edgeseg.quantize.table import CalibrationTable
 
 IMAGE = RNG.integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
@@ -26,10 +26,11 @@ def network(body: str, outputs: str = "float[1, c, h, w] y", **weights: Any) -> 
 
 
 def quantized(
-    model: onnx.ModelProto, scheme: str, table: CalibrationTable | None = None, *, passes: bool = False
+    model: onnx.ModelProto, scheme: str | QuantScheme, table: CalibrationTable | None = None, *, passes: bool = False
 ) -> onnx.ModelProto:
     """The Q/DQ graph, linted; without the scheme's passes unless asked, so that the pattern under test stays."""
-    rules = SCHEMES[scheme] if passes else replace(SCHEMES[scheme], passes=())
+    rules = SCHEMES[scheme] if isinstance(scheme, str) else scheme
+    rules = rules if passes else replace(rules, passes=())
     after = ir.serde.deserialize_model(model)
     quantize_model(after, table or table_for(model, image=IMAGE), rules)
     proto = ir.serde.serialize_model(after)

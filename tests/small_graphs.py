@@ -86,5 +86,10 @@ def table_for(model: onnx.ModelProto, **feeds: NDArray[Any]) -> CalibrationTable
     return CalibrationTable(TABLE_SCHEMA_VERSION, "minmax", {}, key, 8, ranges)
 
 
+def signal_to_noise_db(expected: NDArray[Any], actual: NDArray[Any]) -> float:
+    noise = np.square(expected - actual, dtype=np.float64).mean()
+    return float(10 * np.log10(np.var(expected, dtype=np.float64) / max(noise, 1e-30)))
+
+
 def spec(height: int, width: int, classes: int = 4) -> PipelineSpec:
     return PipelineSpec(ModelSpec("custom", classes=classes), InputSpec(height, width, stride=1))

@@ -32,7 +32,6 @@ __all__ = [
     "BuiltEngine",
     "Session",
     "get_backend",
-    "require_backend",
     "require_builder",
 ]
 
@@ -48,14 +47,5 @@ def require_builder(name: str) -> Backend:
     backend = get_backend(name)
     status = backend.status()
     if not (status.available or status.can_build):
-        raise BuildError(f"target {name} cannot be used here: {status.detail}")
-    return backend
-
-
-def require_backend(name: str) -> Backend:
-    """Like :func:`get_backend`, and the backend works on this machine. Raises ``BuildError`` saying what to do."""
-    backend = get_backend(name)
-    status = backend.status()
-    if not status.available:
         raise BuildError(f"target {name} cannot be used here: {status.detail}")
     return backend

@@ -15,7 +15,6 @@ from edgeseg.backends.portable import awaits_calibration, builds_here, check_opt
 from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.progress import Reporter, SilentReporter, stage
-from edgeseg.spec import one_of
 from edgeseg.store.atomic import lock
 from edgeseg.store.documents import write_json
 from edgeseg.store.engine import (
@@ -189,16 +188,11 @@ def _with_candidate(manifest: Manifest, index: int) -> Manifest:
     )
 
 
-GRAPHS_FOR = ("tensorrt-8",)
-"""Builders other than edgeseg that :func:`write_graph_for` writes graphs for."""
-
-
-def write_graph_for(folder: Path, builder: str, output: Path, *, force: bool = False) -> tuple[str, ...]:
-    """Write the portable graph of ``folder`` as a builder takes it that is not edgeseg: TensorRT 8's ``trtexec``.
+def write_graph_for_tensorrt_8(folder: Path, output: Path, *, force: bool = False) -> tuple[str, ...]:
+    """Write the portable graph of ``folder``, in opset 17, as TensorRT 8's own ``trtexec`` takes it (8.5 and 8.6).
 
     Args:
         folder: an engine folder; only its graph needs to be intact.
-        builder: one of :data:`GRAPHS_FOR`. A graph for ``tensorrt-8`` is one of opset 17, for 8.5 and 8.6.
         output: the ONNX file to write.
         force: replace a file that is there.
 
@@ -208,7 +202,7 @@ def write_graph_for(folder: Path, builder: str, output: Path, *, force: bool = F
     Raises:
         ArtifactError: the folder's manifest or graph is damaged, or ``output`` cannot be written.
         OutputExistsError: ``output`` exists.
-        SpecError: an unknown builder, or a graph quantized for another target.
+        SpecError: a graph quantized for another target.
         BuildError: the graph has something that cannot be written so.
     """
     from edgeseg.backends.tensorrt.graph import ParsedGraph
@@ -216,7 +210,6 @@ def write_graph_for(folder: Path, builder: str, output: Path, *, force: bool = F
     from edgeseg.store.files import check_outputs
     from edgeseg.store.onnx_file import write_onnx
 
-    one_of("builder", builder, GRAPHS_FOR)
     manifest = read_manifest(folder)
     check_outputs([output], force=force, inputs=engine_paths(folder))
     check_file(folder, manifest.graph)

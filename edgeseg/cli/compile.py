@@ -56,7 +56,10 @@ def command(
     if graph_for is not None:
         if output is None or len(chosen) > 1 or target is not None or given["backend_options"] or as_json:
             raise SpecError("--graph-for takes one ENGINE_DIR and --output FILE.onnx, and no other option than --force")
-        _write_graph(chosen[0], graph_for, output, force)
+        from edgeseg.backends.compile import write_graph_for_tensorrt_8
+
+        flags = write_graph_for_tensorrt_8(chosen[0], output, force=force)
+        echo(f"graph: {output}; on the device: trtexec {' '.join((f'--onnx={output.name}', *flags))}")
         return
     compiled: list[Engine] = []
     failed: dict[Path, EdgesegError] = {}
@@ -100,10 +103,3 @@ def _say(engine: Engine) -> None:
     echo(f"engine: {engine.folder} ({engine.manifest.target}, {share:.1%} of MACs in {report.requested})")
     if (time := time_line(report)) is not None:
         echo(time)
-
-
-def _write_graph(folder: Path, builder: str, output: Path, force: bool) -> None:
-    from edgeseg.backends.compile import write_graph_for
-
-    flags = write_graph_for(folder, builder, output, force=force)
-    echo(f"graph: {output}; on the device: trtexec {' '.join((f'--onnx={output.name}', *flags))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,10 +213,8 @@ def render(report: EngineReport, *, layers: bool = False) -> Group:
 def _spec_table(manifest: Manifest) -> FigureTable:
     spec, preprocess = manifest.spec, manifest.spec.preprocess
     size = f"{spec.input.height}x{spec.input.width}"
-    batch = spec.input.batch
-    batches = f"{batch.minimum}:{batch.optimum}:{batch.maximum}" if batch.is_dynamic else str(batch.minimum)
     dynamic = f" or any multiple of {spec.input.stride}" if spec.input.dynamic_size else ""
-    image = f"{spec.input.dtype} ({batches}, {size}{dynamic}, {spec.input.channels})"
+    image = f"{spec.input.dtype} ({spec.input.batch}, {size}{dynamic}, {spec.input.channels})"
     output = f"{spec.output.kind}{', confidence' if spec.output.confidence else ''}"
     table = FigureTable((("", "words"), ("", "words")), has_header=False)
     for name, value in (
@@ -269,10 +268,8 @@ def _module_table(layers: Sequence[Layer]) -> FigureTable:
     )
     for name, members in groups.items():
         macs = sum(layer.macs or 0 for layer in members)
-        counts: dict[str, int] = {}
-        for layer in members:
-            counts[layer.dtype or MISSING] = counts.get(layer.dtype or MISSING, 0) + 1
-        listed = ", ".join(f"{dtype} {count}" for dtype, count in sorted(counts.items(), key=lambda i: -i[1]))
+        counts = Counter(layer.dtype or MISSING for layer in members)
+        listed = ", ".join(f"{dtype} {count}" for dtype, count in counts.most_common())
         figures = (f"{macs / 1e6:.1f}", f"{macs / total:.1%}") if total else (MISSING, MISSING)
         table.add(name, str(len(members)), *figures, listed)
     return table

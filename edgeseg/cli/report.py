@@ -15,7 +15,6 @@ from edgeseg.errors import SpecError
 
 if TYPE_CHECKING:
     from edgeseg.decide.entries import Run
-    from edgeseg.decide.verdict import DeviceVerdict
 
 
 @click.command("report", short_help="Decide what to deploy; write HTML, Markdown and CSV.")
@@ -113,16 +112,10 @@ def write_reports(
         print_json(decision_of(report, verdicts, failed))
     else:
         if tables and not printed:
-            _print_tables(verdicts, failed)
+            console = result_console()
+            console.print(plain.terminal(verdicts, failed, width=console.width))
         for path in files:
             if path not in printed:
                 echo(f"written: {path}", err=bool(printed))
     answers = {verdict.answer for verdict in verdicts}
     return 3 if "cannot tell" in answers or (require is not None and answers != {"deploy"}) else 0
-
-
-def _print_tables(verdicts: tuple[DeviceVerdict, ...], failed: Sequence[tuple[str, str]]) -> None:
-    from edgeseg.report.plain import terminal
-
-    console = result_console()
-    console.print(terminal(verdicts, failed, width=console.width))

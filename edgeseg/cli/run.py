@@ -8,17 +8,12 @@ from typing import Any, Literal
 
 import click
 
-from edgeseg.arguments import INT32, MOST, Kind, counts, number
+from edgeseg.arguments import INT32, request_of
 from edgeseg.cli.output import echo, print_json, show
-from edgeseg.cli.parameters import ANY_PATH, PATH_AS_TYPED, PLACE, KindType
+from edgeseg.cli.parameters import ANY_PATH, PATH_AS_TYPED, PLACE
 from edgeseg.cli.shared_options import request_options
-from edgeseg.runtime.raster import ProbabilityType, RasterOptions
+from edgeseg.runtime.raster import RasterOptions
 from edgeseg.runtime.run import RunSettings, run_inputs, streams_of
-
-BANDS = counts(MOST, "4,3,2", what="band numbers", repeats=True)
-NODATA = Kind(
-    "a pixel's value, nan, or none", lambda word: word if word == "none" else float(word), metavar="VALUE|none"
-)
 
 
 @click.command("run", short_help="Segment images, folders, videos or a camera.")
@@ -26,6 +21,9 @@ NODATA = Kind(
 @click.argument("inputs", nargs=-1, type=PATH_AS_TYPED, required=True, metavar="INPUT...")
 @click.option("--output", type=PLACE, required=True, help="Folder for masks, overlays and videos.")
 @request_options(of=RunSettings)
+@request_options(
+    "raster", "bands", "overview", "resolution", "nodata", "probabilities", of=RasterOptions, into="rasters"
+)
 @click.option("--frame-masks", is_flag=True, help="Also write the index mask of every video frame.")
 @click.option(
     "--with",
@@ -35,38 +33,10 @@ NODATA = Kind(
     metavar="ENGINE_DIR",
     help="Average the probabilities with those of this engine; repeatable.",
 )
-@click.option(
-    "--raster/--no-raster",
-    default=None,
-    help="Segment TIFF and JPEG 2000 files window by window, and keep where they lie; or never.  [default: those that are "
-    "georeferenced or too large to be read whole]",
-)
-@click.option("--bands", type=KindType(BANDS), help="Bands of a raster, from 1, in the model's order, such as 4,3,2.")
-@click.option("--overview", type=click.IntRange(2, INT32), help="Read the overview that is so many times smaller.")
-@click.option(
-    "--resolution",
-    type=KindType(number(1e-9, 1e9, "the size of a pixel on the ground, such as 0.5")),
-    help="Ground size of a pixel, in a raster's own units: coarser than its own, as the model was trained.",
-)
-@click.option(
-    "--nodata",
-    type=KindType(NODATA),
-    help="Value of a raster's pixels without data, in place of the one it names; none: no value is.",
-)
-@click.option(
-    "--probabilities",
-    type=click.Choice(("uint8", "float32")),
-    help="Also write a raster's probabilities, a band per class; uint8: 254 is 1.",
-)
 @click.option("--limit", type=click.IntRange(1, INT32), help="Stop after so many images or frames.")
 @click.option("--force", is_flag=True, help="Replace files that exist in --output.")
 @click.option("--open", "shows", is_flag=True, help="Show the result when it is done.")
 @click.option("--recompile", is_flag=True, help="Build the engine again if it was built for another device or version.")
-@click.option(
-    "--threads",
-    type=click.IntRange(1, INT32),
-    help="Take no more of this machine: of a CPU engine, and images at a time.",
-)
 @click.option("--executor", type=click.Choice(("local", "ray")), default="local", show_default=True)
 @click.option(
     "--ray-address",
@@ -81,19 +51,13 @@ def command(
     inputs: tuple[str, ...],
     output: str | Path,
     given: dict[str, Any],
+    rasters: dict[str, Any],
     frame_masks: bool,
     ensemble: tuple[Path, ...],
-    raster: bool | None,
-    bands: tuple[int, ...] | None,
-    overview: int | None,
-    resolution: float | None,
-    nodata: float | Literal["none"] | None,
-    probabilities: ProbabilityType | None,
     limit: int | None,
     force: bool,
     shows: bool,
     recompile: bool,
-    threads: int | None,
     executor: Literal["local", "ray"],
     ray_address: str | None,
     jobs: int | None,
@@ -104,21 +68,13 @@ def command(
     With --executor ray images go to the workers of a cluster, INPUT and --output may be URLs (s3://bucket/photos), and a second
     run does only what is missing.
     """
-    rasters = RasterOptions(
-        use=raster,
-        bands=bands,
-        overview=overview,
-        resolution=resolution,
-        nodata=nodata,
-        probabilities=probabilities,
-    )
-    settings = RunSettings(rasters=rasters, **given)
+    settings = RunSettings(rasters=request_of(RasterOptions, "run", rasters), **given)
     has_urls = any("://" in str(place) for place in (*inputs, output))
     if executor == "local" and (jobs is not None or ray_address is not None):
         raise click.UsageError(
             "--jobs and --ray-address go with --executor ray, which makes processes of one machine too"
         )
-    if executor == "ray" and threads is not None:
+    if executor == "ray" and settings.threads is not None:
         raise click.UsageError(
             "--threads goes with a run on this machine; on a cluster --jobs says how many workers there are"
         )
@@ -149,8 +105,8 @@ def command(
             fit=settings.fit,
             tile_overlap=settings.tile_overlap,
             recompile=recompile,
-            streams=streams_of(inputs, settings, threads),
-            threads=threads,
+            streams=streams_of(inputs, settings),
+            threads=settings.threads,
             tta=settings.tta,
             ensemble=ensemble,
         ) as segmenter:
@@ -162,7 +118,6 @@ def command(
                 frame_masks=frame_masks,
                 limit=limit,
                 overwrite=force,
-                threads=threads,
             )
     if as_json:
         print_json(summary)

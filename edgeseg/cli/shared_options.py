@@ -62,8 +62,8 @@ def argument_names(request: type[Any]) -> Iterable[str]:
 def _option(argument: Argument, flag: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
     kind, default = argument.kind, argument.default
     if kind.is_flag:
-        spelled = f"{flag}/--no-{flag[2:]}" if default else flag
-        return click.option(spelled, argument.field, is_flag=True, default=bool(default), help=argument.help)
+        spelled = flag if default is False else f"{flag}/--no-{flag[2:]}"
+        return click.option(spelled, argument.field, is_flag=True, default=default, help=argument.help)
     metavar = None if kind.choices else argument.metavar or kind.metavar
     choices = click.Choice(kind.choices, case_sensitive=False) if kind.choices else None
     if kind.repeats:

@@ -69,12 +69,11 @@ def command(
         force=force,
         say=lambda line: echo(f"  {line}", err=True),
     )
-    failed: tuple[tuple[str, str], ...] = tuple((failure.name, failure.reason) for failure in result.failures)
     try:
-        code = write_reports(result.runs, html, markdown, csv, config.require, config.title, as_json, failed)
+        code = write_reports(result.runs, html, markdown, csv, config.require, config.title, as_json, result.failures)
     finally:
         remember_reports(reports)
-    failed = (*failed, *failed_measurements(result.runs))
+    failed = (*result.failures, *failed_measurements(result.runs))
     for name, reason in failed:
         echo(f"failed: {name}: {reason}", err=True)
     sys.exit(code or (1 if failed else 0))

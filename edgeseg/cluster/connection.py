@@ -12,7 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from edgeseg.errors import InputError, MissingDependencyError, one_line
+from edgeseg.errors import InputError, imported, one_line
 
 
 @contextmanager
@@ -29,10 +29,7 @@ def connected(address: str | None, *, extra: str, purpose: str) -> Generator[Any
         MissingDependencyError: ray is not installed.
         InputError: no cluster at the address.
     """
-    try:
-        import ray
-    except ImportError as exc:
-        raise MissingDependencyError("ray", extra, purpose) from exc
+    ray = imported("ray", extra, purpose)
     if ray.is_initialized():
         yield ray
         return

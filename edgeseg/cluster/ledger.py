@@ -19,7 +19,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import msgspec
@@ -43,16 +43,6 @@ class _Line(msgspec.Struct):
     done: tuple[tuple[str, str, str], ...] = ()
 
 
-class _Log(Protocol):
-    """Where lines are appended."""
-
-    def lines(self) -> Iterator[bytes]: ...
-
-    def append(self, line: bytes, *, now: bool) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Ledger(Closing):
     """The ledger of one output place, open for one run.
 
@@ -68,7 +58,7 @@ class Ledger(Closing):
 
     def __init__(self, output: Path | Bucket, key: str, about: dict[str, Any]) -> None:
         self._key, self._about = key, about
-        self._log: _Log = _Objects(output) if isinstance(output, Bucket) else _File(output / f"{LEDGER}.jsonl")
+        self._log = _Objects(output) if isinstance(output, Bucket) else _File(output / f"{LEDGER}.jsonl")
 
     def read_into(self, plan: Plan) -> None:
         """Note in ``plan`` what runs with the same key have begun and done."""

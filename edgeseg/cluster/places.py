@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from edgeseg.errors import EdgesegError, InputError, MissingDependencyError, SpecError, one_line
+from edgeseg.errors import EdgesegError, InputError, SpecError, imported, one_line
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _LOCAL = ("file://", "local://")
@@ -57,10 +57,7 @@ class Bucket:
     """
 
     def __init__(self, url: str) -> None:
-        try:
-            import fsspec
-        except ImportError as exc:
-            raise MissingDependencyError("fsspec", "cluster", f"reach {url}") from exc
+        fsspec = imported("fsspec", "cluster", f"reach {url}")
         self.url = url.rstrip("/")
         try:
             # A listing that is kept would hold every name a second time.

@@ -73,10 +73,6 @@ Event: TypeAlias = "Finished | Lost"
 class Pool(Protocol):
     """Workers, as the run sees them."""
 
-    @property
-    def workers(self) -> int:
-        """How many there are when all are up."""
-
     def has_room(self, batch: Batch) -> bool:
         """Whether a worker can be given this batch now."""
 

@@ -21,8 +21,9 @@ from edgeseg.cluster.worker import Job, Outcome
 from edgeseg.errors import ArtifactError, InputError, OutputExistsError, SpecError, refusals_as
 from edgeseg.evaluate.tables import counted
 from edgeseg.images.raster import RASTER_SUFFIXES
+from edgeseg.runtime.bar import Bar, Silent
 from edgeseg.runtime.raster import RasterOptions, is_installed, raster_outputs
-from edgeseg.runtime.run import Bar, Failure, RunSettings, RunSummary, Silent, image_outputs, tell_what_overlays_show
+from edgeseg.runtime.run import Failure, RunSettings, RunSummary, image_outputs, tell_what_overlays_show
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.atomic import HeldError, lock
 from edgeseg.store.engine import Engine, open_engine

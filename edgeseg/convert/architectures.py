@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.arguments import shortened
 from edgeseg.convert import older_smp
 from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean, one_line
-from edgeseg.spec import ARCHITECTURES, ModelRequest, ModelSpec
+from edgeseg.spec import ARCHITECTURES, ModelRequest, ModelSpec, Task
 
 if TYPE_CHECKING:
     import torch
@@ -167,12 +167,9 @@ def _unknown_encoder(name: str, own: Mapping[str, str], timm: ModuleType) -> str
         twin = own.get(base.replace("_", "-"))
         return f"unknown encoder {name!r}; for timm's write 'tu-{base}'" + (f", for SMP's {twin!r}" if twin else "")
     near = [f"tu-{n}" for n in timm.list_models(f"*{base}*")[:200]] if len(base) > 2 else []
-    candidates = [*own.values(), *near] if not name.lower().startswith("tu-") else [*near, *_timm_names(timm)]
+    others = [f"tu-{n}" for n in timm.list_models()] if name.lower().startswith("tu-") else [*own.values()]
+    candidates = [*near, *others]
     return f"unknown encoder {name!r}{did_you_mean(name, candidates)} (SMP's encoders, or 'tu-' plus a timm model name)"
-
-
-def _timm_names(timm: ModuleType) -> list[str]:
-    return [f"tu-{n}" for n in timm.list_models()]
 
 
 def _check_pair(arch: str, encoder: str, model_args: Mapping[str, Any]) -> None:
@@ -275,6 +272,57 @@ def _require_bounded(name: str, value: object, largest: int) -> None:
         raise SpecError(f"model argument {name} holds {shortened(value)}; numbers up to {largest} are taken")
     elif isinstance(value, str) and len(value) > _MAX_ITEMS:
         raise SpecError(f"model argument {name} is a text of {len(value)} characters; at most {_MAX_ITEMS} are taken")
+
+
+def resolve_activation(name: str | None) -> str | None:
+    """Return SMP's name of an activation, ``None`` for none.
+
+    Raises:
+        SpecError: unknown, or one from which no mask or probability can be made.
+    """
+    plain = (name or "none").lower()
+    if plain in ("none", "identity", "linear"):
+        return None
+    if plain in ACTIVATIONS:
+        return plain
+    if plain.startswith("argmax"):
+        raise SpecError(f"activation {name!r} is what the mask output does; leave it out")
+    allowed = ("none", *ACTIVATIONS)
+    raise SpecError(f"unknown activation {name!r}{did_you_mean(plain, allowed)} (allowed: {', '.join(allowed)})")
+
+
+def resolve_task(task: Task | None, classes: int, activation: str | None) -> tuple[Task, tuple[str, ...]]:
+    """Return what the classes mean, and notes: one is binary, several under a sigmoid multilabel, else multiclass.
+
+    Raises:
+        SpecError: a softmax over one class, which says nothing.
+    """
+    if classes == 1 and activation in ("softmax", "softmax2d", "logsoftmax"):
+        raise SpecError(f"activation {activation} over 1 class is always 1; give --activation sigmoid, or --classes")
+    if task is not None:
+        return task, ()
+    if classes == 1:
+        return "binary", ()
+    if activation == "sigmoid":
+        return "multilabel", (
+            f"{classes} classes under a sigmoid: multilabel (a mask per class) assumed; else give --task multiclass",
+        )
+    return "multiclass", ()
+
+
+def model_spec(
+    request: ModelRequest,
+    arch: str,
+    encoder: str,
+    classes: int,
+    in_channels: int,
+    activation: str | None,
+    model_args: Mapping[str, Any],
+) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The spec of a network, all of which is known; and notes on the task. Raises :class:`SpecError`."""
+    task, notes = resolve_task(request.task, classes, activation)
+    spec = ModelSpec(arch, encoder, classes, request.class_names, task, in_channels, activation, dict(model_args))
+    return spec, notes
 
 
 def build_model(

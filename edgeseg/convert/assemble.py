@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from edgeseg.convert import architectures
 from edgeseg.convert.geometry import (
     accepts,
     default_size,
+    first_of,
+    noise,
     run_raw,
     smp_fixed_size,
     smp_native_size,
     smp_size_multiple,
 )
-from edgeseg.errors import SpecError, did_you_mean
-from edgeseg.spec import ModelRequest, ModelSpec, Task
-
-if TYPE_CHECKING:
-    import torch
+from edgeseg.errors import SpecError
+from edgeseg.spec import ModelRequest, ModelSpec
 
 # Weights of random models must be the same in every build, or no cache and no report could be compared.
 SEED = 0
@@ -31,7 +32,6 @@ class Assembly:
 
     module: torch.nn.Module
     model: ModelSpec
-    depth: int
     notes: tuple[str, ...]
 
 
@@ -51,8 +51,6 @@ def assemble(
     Raises:
         SpecError: unknown names, impossible combinations or contradicting options.
     """
-    import torch
-
     arch, encoder = architectures.network_names(request)
     notes = [] if request.encoder is not None else [f"encoder not given: {encoder}"]
     model_args, renamed = architectures.check_arguments(arch, encoder, request.model_args)
@@ -61,70 +59,19 @@ def assemble(
     if classes is None:
         classes = 1
         notes.append("classes not given: 1, as SMP's default")
-    activation = resolve_activation(request.activation)
-    task, task_notes = resolve_task(request.task, classes, activation)
-    notes.extend(task_notes)
+    activation = architectures.resolve_activation(request.activation)
     model_args = architectures.without_defaults(arch, model_args)
     model_args, aux_notes = _settle_auxiliary_head(model_args, request.keep_aux)
-    notes.extend(aux_notes)
     channels = request.in_channels if request.in_channels is not None else 3
     if channels > architectures.MAX_CHANNELS:
         raise SpecError(f"in_channels is {channels}; at most {architectures.MAX_CHANNELS} are built")
-    spec = ModelSpec(
-        arch=arch,
-        encoder=encoder,
-        classes=classes,
-        class_names=request.class_names,
-        task=task,
-        in_channels=channels,
-        activation=activation,
-        model_args=model_args,
-    )
+    spec, task_notes = architectures.model_spec(request, arch, encoder, classes, channels, activation, model_args)
+    notes.extend((*task_notes, *aux_notes))
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(SEED)
         module, flexible = architectures.build_model(spec, encoder_weights, loading_args or {})
     notes.extend(flexible)
-    return Assembly(module, spec, int(model_args.get("encoder_depth", _depth(module))), tuple(notes))
-
-
-def _depth(module: torch.nn.Module) -> int:
-    return int(getattr(module.encoder, "_depth", 5))
-
-
-def resolve_activation(name: str | None) -> str | None:
-    """Return SMP's name of an activation, ``None`` for none.
-
-    Raises:
-        SpecError: unknown, or one from which no mask or probability can be made.
-    """
-    plain = (name or "none").lower()
-    if plain in ("none", "identity", "linear"):
-        return None
-    if plain in architectures.ACTIVATIONS:
-        return plain
-    if plain.startswith("argmax"):
-        raise SpecError(f"activation {name!r} is what the mask output does; leave it out")
-    allowed = ("none", *architectures.ACTIVATIONS)
-    raise SpecError(f"unknown activation {name!r}{did_you_mean(plain, allowed)} (allowed: {', '.join(allowed)})")
-
-
-def resolve_task(task: Task | None, classes: int, activation: str | None) -> tuple[Task, tuple[str, ...]]:
-    """Return what the classes mean, and notes: one is binary, several under a sigmoid multilabel, else multiclass.
-
-    Raises:
-        SpecError: a softmax over one class, which says nothing.
-    """
-    if classes == 1 and activation in ("softmax", "softmax2d", "logsoftmax"):
-        raise SpecError(f"activation {activation} over 1 class is always 1; give --activation sigmoid, or --classes")
-    if task is not None:
-        return task, ()
-    if classes == 1:
-        return "binary", ()
-    if activation == "sigmoid":
-        return "multilabel", (
-            f"{classes} classes under a sigmoid: multilabel (a mask per class) assumed; else give --task multiclass",
-        )
-    return "multiclass", ()
+    return Assembly(module, spec, tuple(notes))
 
 
 def _settle_auxiliary_head(model_args: dict[str, Any], keep: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -149,14 +96,11 @@ def settle_output_size(module: torch.nn.Module, spec: ModelSpec, size: tuple[int
     Raises:
         SpecError: the model does not run, or its output is no whole fraction of its input.
     """
-    import torch
-
-    output, reason = run_raw(module, spec.in_channels, *size)
+    output, reason = run_raw(module, noise(spec.in_channels, *size))
     what = f"{spec.display_name} with {spec.model_args}"
     if output is None:
         raise SpecError(f"{what} does not run at {size[0]}x{size[1]} ({reason}); check --model-arg")
-    output = output[0] if isinstance(output, tuple) else output
-    height, width = output.shape[2:]
+    height, width = first_of(output).shape[2:]
     if (height, width) == size:
         return ()
     factor = size[0] // height if height else 0

@@ -257,8 +257,8 @@ def _harmless_types() -> list[Any]:
         argparse.Namespace,
         types.SimpleNamespace,
         # torch fills plain dictionaries and lists only.
-        (_empty_dict, "collections.defaultdict"),
-        (_empty_list, "collections.deque"),
+        (lambda *_: {}, "collections.defaultdict"),
+        (lambda *_: [], "collections.deque"),
         *(list, dict, tuple, set, frozenset, int, float, str, bool, range, slice),
         *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
         np.ndarray,
@@ -267,14 +267,6 @@ def _harmless_types() -> list[Any]:
         *arrays,
         *paths,
     ]
-
-
-def _empty_dict(*_factory: object) -> dict[Any, Any]:
-    return {}
-
-
-def _empty_list(*_limit: object) -> list[Any]:
-    return []
 
 
 def _pickle_error(path: Path, exc: Exception) -> CheckpointError:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from edgeseg.convert.architectures import (
     accepted_arguments,
     default_arguments,
-    import_for_conversion,
     quiet_libraries,
     without_defaults,
 )
@@ -74,7 +75,6 @@ def build_without_memory(request: ModelRequest) -> Assembly:
     Raises:
         SpecError: SMP refuses its arguments.
     """
-    torch = import_for_conversion("torch")
     if not (request.encoder or "").startswith("mit_b"):  # mit computes on values while it is built
         with torch.device("meta"), quiet_libraries():
             return assemble(request)

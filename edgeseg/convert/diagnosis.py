@@ -6,13 +6,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from edgeseg.convert.architectures import accepted_arguments, import_for_conversion, quiet_libraries
 from edgeseg.convert.fit import Shapes, guess_arch, parameter_shapes
-
-if TYPE_CHECKING:
-    import torch
 
 # Enough to tell a family apart without building all of timm's 1300 models for an error message.
 _TIMM_SAMPLE = (
@@ -95,24 +94,21 @@ def matching_encoders(theirs: Shapes) -> list[str]:
     for depth in (5, 4, 3):
         likeness = {name: _similarity(shapes, stored) for name, shapes in _built(candidates, depth)}
         exact = [name for name, alike in likeness.items() if alike == 1.0]
+        nearest = max(likeness, key=lambda name: likeness[name], default="")
+        if not exact and nearest.startswith("tu-"):
+            exact = _exactly([n for n in _relatives(nearest) if n not in likeness], stored, depth)
+        if exact and exact[0].startswith("tu-"):
+            base = exact[0].removeprefix("tu-").removeprefix("tf_")
+            twins = import_for_conversion("timm").list_models(f"*{base}*")
+            exact += _exactly([f"tu-{n}" for n in twins if f"tu-{n}" not in exact], stored, depth)
         if exact or not likeness:
-            return [*exact, *_twins(exact[0], exact, stored, depth)] if exact else []
-        nearest = max(likeness, key=lambda name: likeness[name])
-        if nearest.startswith("tu-"):
-            relatives = [n for n in _relatives(nearest) if n not in likeness]
-            exact = [n for n, shapes in _built(relatives, depth) if _similarity(shapes, stored) == 1.0]
-            if exact:
-                return [*exact, *_twins(exact[0], exact, stored, depth)]
+            return exact
     return []
 
 
-def _twins(name: str, known: list[str], stored: Shapes, depth: int) -> list[str]:
-    if not name.startswith("tu-"):
-        return []
-    timm = import_for_conversion("timm")
-    base = name.removeprefix("tu-").removeprefix("tf_")
-    others = [f"tu-{n}" for n in timm.list_models(f"*{base}*") if f"tu-{n}" not in known]
-    return [n for n, shapes in _built(others, depth) if _similarity(shapes, stored) == 1.0]
+def _exactly(names: list[str], stored: Shapes, depth: int) -> list[str]:
+    """Those of the encoders whose tensors are like the stored ones throughout."""
+    return [name for name, shapes in _built(names, depth) if _similarity(shapes, stored) == 1.0]
 
 
 def _encoder_shapes(theirs: Shapes) -> Shapes:
@@ -173,7 +169,6 @@ def _relatives(encoder: str) -> list[str]:
 
 def _built(names: list[str], depth: int) -> Iterator[tuple[str, Shapes]]:
     """Names and tensor shapes of encoders, built without memory where their constructors allow."""
-    torch = import_for_conversion("torch")
     smp = import_for_conversion("segmentation_models_pytorch")
     for name in names:
         for device in ("meta", "cpu"):

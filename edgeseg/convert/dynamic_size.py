@@ -11,19 +11,18 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
+from edgeseg.convert.geometry import first_of, larger_size
+from edgeseg.convert.loaded import LoadedModel
 from edgeseg.errors import SpecError
-
-if TYPE_CHECKING:
-    import torch
-
-    from edgeseg.convert.loaded import LoadedModel
-    from edgeseg.spec import InputSpec
+from edgeseg.spec import InputSpec
 
 _MULTIPLES = (1, 2, 4)
-_LARGEST_TRIED = 512  # pixels
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,8 @@ def dynamic_sizes(loaded: LoadedModel, height: int, width: int) -> DynamicSizes:
         stride = math.lcm(stride, int(getattr(getattr(module, "encoder", None), "output_stride", 32)))
     own = _path(module, channels, height, width)
     if own is None:
-        sides = range((min(height, width) // stride + 1) * stride, _LARGEST_TRIED + 1, stride)
-        side = next((s for s in sides if _path(module, channels, max(s, height), max(s, width)) is not None), None)
-        least = (
-            "" if side is None else f", it needs at least {max(side, height)}x{max(side, width)}; give that as --size"
-        )
+        size = larger_size(lambda h, w: _path(module, channels, h, w) is not None, height, width, stride)
+        least = "" if size is None else f", it needs at least {size[0]}x{size[1]}; give that as --size"
         raise SpecError(f"{name} does not take {height}x{width} images{least}")
     for step in (stride * multiple for multiple in _MULTIPLES):
         # Odd and even multiples of the step, unequal for height and width.
@@ -95,10 +91,9 @@ def _path(module: torch.nn.Module, channels: int, height: int, width: int) -> li
 
 def _calls(module: torch.nn.Module, channels: int, height: int, width: int) -> list[tuple[str, Any]] | None:
     """As :func:`_path`, each with what it pads by, if it pads."""
-    torch = import_for_conversion("torch")
     called: list[tuple[str, Any]] = []
 
-    class Listener(torch.overrides.TorchFunctionMode):  # type: ignore[name-defined, misc]
+    class Listener(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = getattr(func, "__name__", str(func))
             padding = (kwargs or {}).get("pad", args[1] if len(args) > 1 else None) if name == "pad" else None
@@ -111,8 +106,7 @@ def _calls(module: torch.nn.Module, channels: int, height: int, width: int) -> l
             output: Any = module(image)
     except Exception:  # a model may refuse a size with any error
         return None
-    first = output[0] if isinstance(output, (tuple, list)) else output
-    return called if tuple(first.shape[-2:]) == (height, width) else None
+    return called if tuple(first_of(output).shape[-2:]) == (height, width) else None
 
 
 def pads_by_size(module: torch.nn.Module, spec: InputSpec) -> bool:
@@ -136,8 +130,6 @@ def constant_same_padding(module: torch.nn.Module, channels: int, stride: int) -
     """
     if not _same_padded(module):
         return module
-    nn = import_for_conversion("torch.nn")
-    torch = import_for_conversion("torch")
     copied: Any = copy.deepcopy(module)
     # Unequal, so that a layer's reduction is known on both axes; large enough for every decoder.
     height, width = 8 * stride, 9 * stride
@@ -151,14 +143,10 @@ def constant_same_padding(module: torch.nn.Module, channels: int, stride: int) -
         copied(torch.zeros(1, channels, height, width))
     for hook in hooks:
         hook.remove()
-    for parent in list(copied.modules()):
-        for name, layer in list(parent.named_children()):
-            if layer in sizes and (padding := _padding(layer, (height, width), sizes[layer], stride)) is not None:
-                unpadded = _unpadded(layer, nn)
-                unpadded.register_forward_pre_hook(
-                    _pads(padding, -math.inf if isinstance(layer, nn.MaxPool2d) else 0.0)
-                )
-                setattr(parent, name, unpadded)
+    for layer, given in sizes.items():
+        if (padding := _padding(layer, (height, width), given, stride)) is not None:
+            _take_as_it_is(layer)
+            layer.register_forward_pre_hook(_pads(padding, -math.inf if isinstance(layer, nn.MaxPool2d) else 0.0))
     return copied  # type: ignore[no-any-return]
 
 
@@ -179,8 +167,7 @@ def _padding(
 
 
 def _pads(sides: tuple[int, int, int, int], value: float) -> Callable[[Any, tuple[Any, ...]], Any]:
-    pad = import_for_conversion("torch.nn.functional").pad
-    return lambda layer, inputs: pad(inputs[0], sides, value=value)
+    return lambda layer, inputs: nn.functional.pad(inputs[0], sides, value=value)
 
 
 def _same_padded(module: torch.nn.Module) -> list[Any]:
@@ -191,27 +178,13 @@ def _same_padded(module: torch.nn.Module) -> list[Any]:
     return [m for m in module.modules() if isinstance(m, plain) or (isinstance(m, flagged) and m.same_pad)]
 
 
-def _unpadded(layer: Any, nn: Any) -> Any:
-    """The same layer with the same parameters, which takes its input as it is."""
+def _take_as_it_is(layer: Any) -> None:
+    """Let ``layer`` pad no more: it becomes one of torch's class, with the same parameters."""
     if hasattr(layer, "same_pad"):
         layer.same_pad = False
-        return layer
-    if isinstance(layer, nn.MaxPool2d):
-        return nn.MaxPool2d(layer.kernel_size, layer.stride, 0, layer.dilation, ceil_mode=layer.ceil_mode)
-    if isinstance(layer, nn.AvgPool2d):
-        return nn.AvgPool2d(layer.kernel_size, layer.stride, 0, layer.ceil_mode, layer.count_include_pad)
-    plain = nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        0,
-        layer.dilation,
-        layer.groups,
-        layer.bias is not None,
-    )
-    plain.weight, plain.bias = layer.weight, layer.bias
-    return plain
+    else:
+        layer.__class__ = next(kind for kind in (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d) if isinstance(layer, kind))
+        layer.padding = (0, 0)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

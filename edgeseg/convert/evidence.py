@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from edgeseg.convert.architectures import quiet_libraries
+from edgeseg.convert.heads import Normalize
 from edgeseg.images.resize import resize_image
 from edgeseg.spec import Preprocess
-
-if TYPE_CHECKING:
-    import torch
-
-ImageSource: TypeAlias = "Callable[[int], Sequence[NDArray[Any]]]"
-"""Given the number of channels: a few of the user's images, ``(H, W, C)`` of any size; empty when there are none."""
 
 # In nats, the median over channels. Images of one domain stay below 1. A wrong scale (0..1 for 0..255) is off by 11,
 # a left-out ImageNet normalization by 3: between the best and the next there is room for photos of another day.
 _FITS = 1.2
 _AHEAD = 1.2
-
-
-def no_images(_: int) -> Sequence[NDArray[Any]]:
-    """An :data:`ImageSource` for where the user gave none."""
-    return ()
 
 
 def best_fit(
@@ -61,17 +52,9 @@ def best_fit(
 
 def normalized(images: NDArray[Any], preprocess: Preprocess) -> torch.Tensor:
     """``(N, H, W, C)`` RGB -> float32 ``(N, C, H, W)`` as the network gets them."""
-    import torch
-
-    pixels = images.astype(np.float32)
-    if preprocess.clip is not None:
-        pixels = pixels.clip(*preprocess.clip)
-    pixels *= np.float32(preprocess.scale)
-    if preprocess.channel_order == "bgr":
-        pixels = pixels[..., ::-1]
-    mean, std = (np.asarray(values, np.float32) for values in (preprocess.mean, preprocess.std))
-    pixels = (pixels - mean) / std
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    with torch.no_grad():
+        result: torch.Tensor = Normalize(preprocess)(torch.from_numpy(np.ascontiguousarray(images)))
+    return result.contiguous()
 
 
 class _ReachedError(Exception):
@@ -80,8 +63,6 @@ class _ReachedError(Exception):
 
 def _misfit(module: torch.nn.Module, inputs: torch.Tensor) -> float | None:
     """How far what reaches the first batch norm is from its running statistics; ``None`` without trained ones."""
-    import torch
-
     reached: list[tuple[Any, torch.Tensor]] = []
 
     def stop(norm: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,15 +17,17 @@ import torch
 from numpy.typing import NDArray
 
 from edgeseg.convert.dynamic_size import constant_same_padding, pads_by_size
+from edgeseg.convert.evidence import normalized
 from edgeseg.convert.fake_quantizers import mode
+from edgeseg.convert.geometry import first_of, larger_size, run_raw
 from edgeseg.convert.heads import LOGITS, Pipeline
+from edgeseg.convert.loaded import LoadedModel
 from edgeseg.convert.marks import drop_marks, take_marks
 from edgeseg.convert.naming import name_by_scope, name_dynamic_axes
 from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.convert.onnx_reading import OPSET
 from edgeseg.convert.parity import (
     RELATIVE_TOLERANCE,
-    Parity,
     compare,
     make_probe_images,
     torch_outputs,
@@ -35,16 +37,14 @@ from edgeseg.convert.simplify import simplify
 from edgeseg.convert.strides import AXES, as_image, given_in_strides, in_strides
 from edgeseg.convert.translations import TRANSLATIONS
 from edgeseg.errors import EdgesegError, ExportError, SpecError, first_line
-from edgeseg.graph.macs import count_macs
+from edgeseg.graph.proto import copied, refill
 from edgeseg.graph.running import GraphSession
+from edgeseg.graph.types import graph_macs
 from edgeseg.spec import InputSpec, PipelineSpec
 from edgeseg.store.documents import write_json
 from edgeseg.store.hashing import sha256_file
 from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import write_onnx
-
-if TYPE_CHECKING:
-    from edgeseg.convert.load import LoadedModel
 
 MARKS_NAME = "marks.json"
 """Beside the graph of a module with fake-quantizers: where they stand, :class:`~edgeseg.graph.grid.Marks`."""
@@ -75,9 +75,7 @@ class ConversionReport:
     layers_merged: int = 0
 
 
-def export_onnx(
-    loaded: LoadedModel, spec: PipelineSpec, path: Path, probe_images: NDArray[Any] | None = None
-) -> tuple[OnnxGraph, ConversionReport]:
+def export_onnx(loaded: LoadedModel, spec: PipelineSpec, path: Path) -> tuple[OnnxGraph, ConversionReport]:
     """Export ``loaded`` as one self-contained ONNX file that fulfils ``spec``, and check it against PyTorch.
 
     The same model and spec give the same bytes.
@@ -87,7 +85,6 @@ def export_onnx(
         spec: its input, preprocessing and output contract.
         path: file to write, atomically; nothing appears there on failure. Of a module with fake-quantizers the graph is
             float with the weights they rounded, and :data:`MARKS_NAME` is written beside it.
-        probe_images: ``(N, H, W, C)`` images of the spec's dtype and size to compare on; ``None`` for generated ones.
 
     Raises:
         SpecError: a size, activation or output the model cannot have.
@@ -96,7 +93,7 @@ def export_onnx(
     """
     start = time.monotonic()
     pipeline = Pipeline(loaded.module, spec).eval()
-    probes = _probes(spec, probe_images)
+    probes = _probes(spec)
     # Rounding of activations is not of the float graph; their places are. Weights are what they were rounded to.
     with mode(pipeline, "weights"):
         reference = [_reference(pipeline, image, spec) for image in probes]
@@ -113,7 +110,8 @@ def export_onnx(
         model, marks = drop_marks(model, kept, loaded.trained.tools)
         write_json(path.with_name(MARKS_NAME), marks)
     try:
-        parity = check(model, spec, probes, reference, loaded.reference)
+        session = GraphSession(model, "the exported graph", ExportError, optimized=True)
+        parity = compare(reference, [session.run(images) for images in probes], loaded.reference)
     except ExportError as exc:
         own = max(rounding_error(loaded, images) for images in probes)
         # Two float32 computations differ by up to the sum of what each is off.
@@ -129,8 +127,8 @@ def export_onnx(
     report = ConversionReport(
         nodes_exported=len(exported.graph.node),
         nodes=len(delivered.graph.node),
-        macs_exported=_macs_per_image(exported, spec.input),
-        macs=_macs_per_image(delivered, spec.input),
+        macs_exported=sum(graph_macs(exported, spec.input).values()),
+        macs=sum(graph_macs(delivered, spec.input).values()),
         rewrites=applied,
         max_abs_error=parity.max_abs_error,
         mask_agreement=parity.mask_agreement,
@@ -139,11 +137,11 @@ def export_onnx(
     return OnnxGraph(path, sha256_file(path), "fp32", spec, loaded.weights_sha256), report
 
 
-def _probes(pipeline: PipelineSpec, given: NDArray[Any] | None) -> list[NDArray[Any]]:
+def _probes(pipeline: PipelineSpec) -> list[NDArray[Any]]:
     """Batches to compare on: each image alone; then what is dynamic, put to the test."""
     spec = pipeline.input
     make = partial(make_probe_images, channels=spec.channels, preprocess=pipeline.preprocess, dtype=spec.dtype)
-    images = make(spec.height, spec.width) if given is None else given
+    images = make(spec.height, spec.width)
     static = 1 if spec.batch.is_dynamic else spec.batch.optimum
     probes = [np.repeat(images[i : i + 1], static, axis=0) for i in range(len(images))]
     if spec.batch.is_dynamic:
@@ -170,20 +168,15 @@ def _reference(pipeline: Pipeline, images: NDArray[Any], spec: PipelineSpec) -> 
     except Exception as exc:
         _, height, width, channels = images.shape
         what = f"{spec.model.display_name} does not take {height}x{width} images of {channels} channels"
-        if (smallest := _smallest_above(pipeline, height, width, spec.input)) is not None:
+
+        def runs(height: int, width: int) -> bool:
+            return not run_raw(
+                pipeline, torch.zeros((1, height, width, channels), dtype=getattr(torch, spec.input.dtype))
+            )[1]
+
+        if (smallest := larger_size(runs, height, width, spec.input.stride)) is not None:
             raise SpecError(f"{what}, it needs at least {smallest[0]}x{smallest[1]}; give that as --size") from exc
         raise SpecError(f"{what}: {first_line(exc)}") from exc
-
-
-def _smallest_above(pipeline: Pipeline, height: int, width: int, spec: InputSpec) -> tuple[int, int] | None:
-    """A larger size that the model takes, the smallest whose shorter side decides; ``None`` up to 512."""
-    first = (min(height, width) // spec.stride + 1) * spec.stride
-    for side in range(first, 512 + 1, spec.stride):
-        size = (max(side, height), max(side, width))
-        with contextlib.suppress(Exception):  # a model may refuse a size with any error
-            torch_outputs(pipeline, np.zeros((1, *size, spec.channels), spec.dtype))
-            return size
-    return None
 
 
 def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
@@ -266,29 +259,13 @@ def _dynamic_shapes(spec: InputSpec, by_strides: bool) -> dict[str, dict[int, An
     return {"image": axes} if axes else None
 
 
-def check(
-    model: onnx.ModelProto,
-    spec: PipelineSpec,
-    probes: list[NDArray[Any]],
-    reference: list[dict[str, NDArray[Any]]],
-    name: str = "PyTorch",
-) -> Parity:
-    """Compare ``model``, ``logits`` among its outputs, with the outputs of ``name``. Raises :class:`ExportError`."""
-    session = GraphSession(model, "the exported graph", ExportError, optimized=True)
-    return compare(reference, [session.run(images) for images in probes], name)
-
-
 def without_extra_logits(model: onnx.ModelProto, spec: PipelineSpec) -> onnx.ModelProto:
     """Drop the ``logits`` output that only the check needed."""
     if spec.output.kind == LOGITS:
         return model
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    logits = next(o for o in result.graph.output if o.name == LOGITS)
-    result.graph.value_info.append(logits)
-    kept = [o for o in result.graph.output if o.name != LOGITS]
-    del result.graph.output[:]
-    result.graph.output.extend(kept)
+    result = copied(model)
+    result.graph.value_info.extend(o for o in result.graph.output if o.name == LOGITS)
+    refill(result.graph.output, (o for o in result.graph.output if o.name != LOGITS))
     return result
 
 
@@ -297,21 +274,11 @@ def rounding_error(loaded: LoadedModel, images: NDArray[Any]) -> float:
 
     Untrained networks without working normalization amplify it from layer to layer.
     """
-    preprocess = loaded.preprocess
-    values = images.astype(np.float64)
-    if preprocess.clip is not None:
-        values = values.clip(*preprocess.clip)
-    values = (values * preprocess.scale - np.array(preprocess.mean)) / np.array(preprocess.std)
-    x = torch.from_numpy(values.transpose(0, 3, 1, 2).copy())
+    x = normalized(images, loaded.preprocess)
     with silenced(), torch.inference_mode():
         try:
             outputs = [copy.deepcopy(loaded.module).to(dtype)(x.to(dtype)) for dtype in (torch.float32, torch.float64)]
         except RuntimeError:  # a module with constants of its own in float32
             return 0.0
-    single, double = (o[0] if isinstance(o, (tuple, list)) else o for o in outputs)
+    single, double = map(first_of, outputs)
     return float((single - double).abs().max() / double.abs().max().clamp(min=1.0))
-
-
-def _macs_per_image(model: onnx.ModelProto, spec: InputSpec) -> int:
-    total = sum(count_macs(model, {"batch": 1, "height": spec.height, "width": spec.width}).values())
-    return total if spec.batch.is_dynamic else total // spec.batch.optimum

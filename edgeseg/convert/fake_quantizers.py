@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -251,7 +252,7 @@ def _of_nvidia(name: str, part: Any) -> FakeQuantizer | None:
     unsigned = bool(state.get("_unsigned"))
     high = (1 << (bits - 1 + int(unsigned))) - 1
     low = 0 if unsigned else -high - (0 if state.get("_narrow_range") else 1)
-    return quantizer_of(name, amax / high, torch.zeros(amax.numel()), low, high, _axis_of(name, amax))
+    return quantizer_of(name, amax / high, torch.zeros(amax.numel()), low, high, _axis_of(name, tuple(amax.shape)))
 
 
 def _of_nncf(name: str, part: Any) -> FakeQuantizer | None:
@@ -261,19 +262,17 @@ def _of_nncf(name: str, part: Any) -> FakeQuantizer | None:
         raise refused(name, "has LoRA adapters", "strip them first: nncf.strip(model)")
     _, _, scale, zero_point = part.get_parameters_for_torch_fq()
     low, high = int(part.level_low), int(part.level_high)
-    shape = torch.empty(tuple(part._scale_shape))
-    axis = _axis_of(name, shape)
-    return quantizer_of(name, scale, zero_point, low, high, axis)
+    return quantizer_of(name, scale, zero_point, low, high, _axis_of(name, tuple(part._scale_shape)))
 
 
 _READERS = {_TORCH: _of_torch, _NVIDIA: _of_nvidia, _NNCF: _of_nncf}
 
 
-def _axis_of(name: str, shaped: Tensor) -> int | None:
+def _axis_of(name: str, shape: tuple[int, ...]) -> int | None:
     """The axis that a scale shaped to be broadcast runs along."""
-    axes = [axis for axis, size in enumerate(shaped.shape) if size > 1]
+    axes = [axis for axis, size in enumerate(shape) if size > 1]
     if len(axes) > 1:
-        raise refused(name, f"has scales of shape {tuple(shaped.shape)}", "use one per tensor or channel")
+        raise refused(name, f"has scales of shape {shape}", "use one per tensor or channel")
     return axes[0] if axes else None
 
 
@@ -384,10 +383,7 @@ def _constant(module: torch.fx.GraphModule, argument: Any) -> Any:
             f"the scale of {argument.name} is computed anew for each image, which an int8 engine cannot take over; quantize "
             "with static ranges"
         )
-    value: Any = module
-    for part in str(argument.target).split("."):
-        value = getattr(value, part)
-    return value
+    return operator.attrgetter(str(argument.target))(module)
 
 
 def settled(module: nn.Module, reading: Reading, image: Tensor) -> Reading:

@@ -7,17 +7,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
+
+import torch
 
 from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
 from edgeseg.convert.checkpoint import Checkpoint
 from edgeseg.convert.leftovers import refuse_reparametrized, without_wrappers
 from edgeseg.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import torch
-
-    from edgeseg.spec import ModelSpec
+from edgeseg.spec import ModelSpec
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
@@ -70,7 +68,8 @@ def strip_prefixes(checkpoint: Checkpoint) -> NamedTensors:
     """
     tensors, cleaned = without_wrappers(checkpoint.tensors)
     notes = list(cleaned)
-    prefixes = _model_prefixes(tensors)
+    ends = ((key, layer) for key in tensors for layer in _CLASS_LAYERS)
+    prefixes = [key.removesuffix(layer) for key, layer in ends if f".{key}".endswith(f".{layer}")]
     if not prefixes:
         refuse_reparametrized(checkpoint.path, tensors)
         raise CheckpointError(_no_head(checkpoint, tensors))
@@ -94,15 +93,6 @@ def strip_prefixes(checkpoint: Checkpoint) -> NamedTensors:
     if rest:
         notes.append(f"dropped {_count(len(rest), 'tensor')} outside the model ({', '.join(sorted(rest)[:3])})")
     return NamedTensors(inside, outside, tuple(notes))
-
-
-def _model_prefixes(tensors: Mapping[str, object]) -> list[str]:
-    return [
-        key.removesuffix(layer)
-        for key in tensors
-        for layer in _CLASS_LAYERS
-        if key == layer or key.endswith(f".{layer}")
-    ]
 
 
 def _preferred(prefixes: list[str]) -> str:
@@ -149,16 +139,12 @@ def parameter_shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
 
 def translated_shapes(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Shapes:
     """Return the tensors' shapes under the names of this version; the module keeps the values it has."""
-    return parameter_shapes(_translate(module, {k: t.to("meta") for k, t in tensors.items()}))
-
-
-def _translate(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     # SMP translates names of older versions in place, in load_state_dict, before it compares. Meta tensors have no
     # values to load, and strict because SMP takes mismatched tensors out of the dictionary otherwise.
-    renamed = dict(tensors)
+    renamed = {k: t.to("meta") for k, t in tensors.items()}
     with quiet_libraries(), contextlib.suppress(RuntimeError, KeyError, AttributeError, NotImplementedError):
         module.load_state_dict(renamed, strict=True)
-    return renamed
+    return parameter_shapes(renamed)
 
 
 def deeper_stages(module: torch.nn.Module, encoder: str, names: Iterable[str]) -> set[str]:
@@ -167,7 +153,6 @@ def deeper_stages(module: torch.nn.Module, encoder: str, names: Iterable[str]) -
     SMP 0.4 and older kept such stages of some encoders in the model, and in its checkpoints, without using them.
     """
     smp = import_for_conversion("segmentation_models_pytorch")
-    torch = import_for_conversion("torch")
     built: Any = module.encoder
     device = "cpu" if encoder.startswith("mit_b") else "meta"
     with torch.device(device), quiet_libraries():
@@ -223,8 +208,6 @@ def load_tensors(
 
 def require_finite(module: torch.nn.Module, what: str) -> None:
     """Raise :class:`CheckpointError` when a parameter or buffer holds NaN or Inf, naming the tensors."""
-    import torch
-
     bad = [k for k, t in module.state_dict().items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise CheckpointError(
@@ -256,4 +239,4 @@ def _names(keys: list[str]) -> str:
 
 
 def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' if n != 1 and noun else ''}".strip()
+    return f"{n} {noun}{'' if n == 1 else 's'}"

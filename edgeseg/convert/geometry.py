@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 
 from edgeseg.convert.architectures import quiet_libraries
 from edgeseg.errors import SpecError, one_line
-
-if TYPE_CHECKING:
-    import torch
 
 DEFAULT_PIXELS = 256
 _CUSTOM_STRIDES = (1, 2, 4, 8, 16, 32, 64)
 PROBE_SIZES = (64, 128, 224, 256, 384, 512)
 
 
-def run_raw(module: Callable[..., Any], channels: int, height: int, width: int) -> tuple[Any, str]:
-    """Run a model on one random image, float32 ``(1, channels, height, width)`` in [0, 1].
-
-    Returns:
-        whatever it returned and "", or ``None`` and the reason in a few words.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    return _run(module, torch.rand(1, channels, height, width, generator=generator))
+def noise(channels: int, height: int, width: int) -> torch.Tensor:
+    """One random image, always the same: float32 ``(1, channels, height, width)`` in [0, 1]."""
+    return torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def _run(module: Callable[..., Any], image: torch.Tensor) -> tuple[Any, str]:
-    import torch
-
+def run_raw(module: Callable[..., Any], image: torch.Tensor) -> tuple[Any, str]:
+    """Run a model: whatever it returned and "", or ``None`` and the reason in a few words."""
     try:
         with torch.no_grad(), quiet_libraries():
             return module(image), ""
@@ -38,22 +29,33 @@ def _run(module: Callable[..., Any], image: torch.Tensor) -> tuple[Any, str]:
         return None, one_line(exc)
 
 
-def run_once(module: Callable[..., Any], channels: int, height: int, width: int) -> torch.Tensor | None:
-    """Return the first output tensor for a random image, ``None`` when the model cannot take the size."""
-    return _first_tensor(run_raw(module, channels, height, width)[0])
+def first_of(output: Any) -> Any:
+    """The map, which a model returns alone or first in a tuple or list."""
+    return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
 def run_on(module: Callable[..., Any], image: torch.Tensor) -> torch.Tensor | None:
     """Return the first output tensor for ``image``, ``None`` when the model cannot take it."""
-    return _first_tensor(_run(module, image)[0])
-
-
-def _first_tensor(output: Any) -> torch.Tensor | None:
-    import torch
-
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
+    output = first_of(run_raw(module, image)[0])
     return output if isinstance(output, torch.Tensor) else None
+
+
+def classes_at(module: torch.nn.Module, channels: int, height: int, width: int) -> int | None:
+    """Number of output channels where the model runs at a size and returns a map of that size; else ``None``."""
+    output = run_on(module, noise(channels, height, width))
+    fits = output is not None and output.dim() == 4 and tuple(output.shape[2:]) == (height, width)
+    return int(output.shape[1]) if output is not None and fits else None
+
+
+def accepts(module: torch.nn.Module, channels: int, height: int, width: int) -> bool:
+    """Whether the model runs at a size and returns a map of that size."""
+    return classes_at(module, channels, height, width) is not None
+
+
+def larger_size(runs: Callable[[int, int], bool], height: int, width: int, stride: int) -> tuple[int, int] | None:
+    """A larger size at which a model runs, the smallest whose shorter side decides; ``None`` up to 512 pixels."""
+    sides = range((min(height, width) // stride + 1) * stride, PROBE_SIZES[-1] + 1, stride)
+    return next((size for s in sides if runs(*(size := (max(s, height), max(s, width))))), None)
 
 
 def exported_shape(module: torch.nn.Module) -> tuple[int | None, ...]:
@@ -74,12 +76,6 @@ def exported_size(module: torch.nn.Module) -> tuple[int, int] | None:
     """Height and width of that image, ``None`` where one of them is open."""
     height, width = exported_shape(module)[2:]
     return None if height is None or width is None else (height, width)
-
-
-def accepts(module: torch.nn.Module, channels: int, height: int, width: int) -> bool:
-    """Whether the model runs at a size and returns a map of that size."""
-    output = run_once(module, channels, height, width)
-    return output is not None and output.dim() == 4 and tuple(output.shape[2:]) == (height, width)
 
 
 def smp_size_multiple(module: torch.nn.Module, channels: int) -> int:
@@ -121,16 +117,10 @@ def smp_native_size(module: torch.nn.Module, img_size: int | Sequence[int] | Non
     if not settings.get("fixed_input_size", False):
         return None
     given = (img_size, img_size) if isinstance(img_size, int) else img_size
-    height, width = _native_size(encoder.modules()) or given or settings["input_size"][-2:]
+    sizes = (getattr(part, "img_size", None) for part in encoder.modules())
+    built = next((size for size in sizes if isinstance(size, (tuple, list)) and len(size) == 2), None)
+    height, width = built or given or settings["input_size"][-2:]
     return int(height), int(width)
-
-
-def _native_size(modules: Iterable[torch.nn.Module]) -> tuple[int, int] | None:
-    for part in modules:
-        size = getattr(part, "img_size", None)
-        if isinstance(size, (tuple, list)) and len(size) == 2:
-            return int(size[0]), int(size[1])
-    return None
 
 
 def default_size(stride: int, fixed: tuple[int, int] | None) -> tuple[int, int]:
@@ -152,18 +142,14 @@ def custom_geometry(
     Raises:
         SpecError: it runs at no size tried, or does not return ``(N, C, H, W)`` of the input's size.
     """
-    if fixed is not None and accepts(module, channels, *fixed):
-        output = run_once(module, channels, *fixed)
-        assert output is not None
-        return 1, fixed, int(output.shape[1])
-    base = next((b for b in PROBE_SIZES if accepts(module, channels, b, b)), None)
-    if base is None:
-        output = run_once(module, channels, DEFAULT_PIXELS, DEFAULT_PIXELS)
+    if fixed is not None and (classes := classes_at(module, channels, *fixed)) is not None:
+        return 1, fixed, classes
+    tried = ((side, classes_at(module, channels, side, side)) for side in PROBE_SIZES)
+    base, classes = next(((side, seen) for side, seen in tried if seen is not None), (0, None))
+    if classes is None:
+        output = run_on(module, noise(channels, DEFAULT_PIXELS, DEFAULT_PIXELS))
         got = "does not run at 256x256" if output is None else f"returns {tuple(output.shape)} for 256x256"
         raise SpecError(f"the module {got}; it must return (N, classes, H, W) of the height and width of its input")
-    output = run_once(module, channels, base, base)
-    assert output is not None  # accepts() has just seen it
-    classes = int(output.shape[1])
     for stride in _CUSTOM_STRIDES:
         # Odd multiples: an even one would also be a multiple of the next stride.
         if accepts(module, channels, base + stride, base + 3 * stride):

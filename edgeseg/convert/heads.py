@@ -14,8 +14,9 @@ import torch
 from segmentation_models_pytorch.base.modules import Activation
 from torch import nn
 
+from edgeseg.convert.geometry import first_of, noise
 from edgeseg.convert.silence import silenced
-from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.errors import SpecError
 from edgeseg.spec import PipelineSpec, Preprocess
 
 Meaning = Literal["logits", "tanh", "clamp", "probability", "log probability", "tanh of logits"]
@@ -24,8 +25,6 @@ Meaning = Literal["logits", "tanh", "clamp", "probability", "log probability", "
 ACTIVATIONS: Mapping[str | None, Literal["none", "sigmoid", "softmax", "logsoftmax", "tanh", "clamp"]] = {
     None: "none",
     "identity": "none",
-    "argmax": "none",
-    "argmax2d": "none",
     "sigmoid": "sigmoid",
     "softmax": "softmax",
     "softmax2d": "softmax",
@@ -33,7 +32,7 @@ ACTIVATIONS: Mapping[str | None, Literal["none", "sigmoid", "softmax", "logsoftm
     "tanh": "tanh",
     "clamp": "clamp",
 }
-"""SMP's names of activations and what they do to logits; an ``argmax`` was put on raw logits."""
+"""SMP's names of activations and what they do to logits."""
 
 LOGITS = "logits"
 
@@ -161,16 +160,19 @@ class Pipeline(nn.Module):
         spec: input, preprocessing and output contract.
 
     Raises:
-        SpecError: an activation that the outputs asked for cannot be made of.
+        SpecError: logits that cannot be had, because the activation cannot be taken off.
     """
 
     def __init__(self, module: nn.Module, spec: PipelineSpec) -> None:
         super().__init__()
         self.preprocess = Normalize(spec.preprocess)
-        side = (spec.input.height, spec.input.width)
-        noise = torch.rand(1, spec.input.channels, *side, generator=torch.Generator().manual_seed(0))
-        self.model, removed = without_activation(module, spec.model.activation, noise)
-        _check_activation(spec, removed)
+        image = noise(spec.input.channels, spec.input.height, spec.input.width)
+        self.model, removed = without_activation(module, spec.model.activation, image)
+        if spec.output.kind == LOGITS and not removed and ACTIVATIONS[spec.model.activation] != "none":
+            raise SpecError(
+                f"logits were asked for, but the module returns the result of {spec.model.activation} and has no SMP "
+                "Activation layer that could be taken off; give output kind probabilities, or a module that returns logits"
+            )
         self.postprocess = Outputs(spec, removed)
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -184,23 +186,6 @@ class Pipeline(nn.Module):
         return outputs
 
 
-def _check_activation(spec: PipelineSpec, removed: bool) -> None:
-    name, task = spec.model.activation, spec.model.task
-    if name not in ACTIVATIONS:
-        allowed = [a for a in ACTIVATIONS if a]
-        near = did_you_mean(str(name), allowed)
-        raise SpecError(f"unknown activation {name!r}{near} (allowed: {', '.join(allowed)})")
-    if ACTIVATIONS[name] in ("softmax", "logsoftmax") and spec.model.classes == 1:
-        raise SpecError(f"{name} over 1 class is 1 everywhere; give activation sigmoid or none, or more classes")
-    if name in ("argmax", "argmax2d") and task != "multiclass":
-        raise SpecError(f"activation {name} gives class indices, which task {task} has none of; give sigmoid or none")
-    if spec.output.kind == LOGITS and not removed and ACTIVATIONS[name] != "none":
-        raise SpecError(
-            f"logits were asked for, but the module returns the result of {name} and has no SMP Activation layer that "
-            "could be taken off; give output kind probabilities, or a module that returns logits"
-        )
-
-
 def without_activation(module: nn.Module, activation: str | None, image: torch.Tensor) -> tuple[nn.Module, bool]:
     """Return ``module`` without the SMP ``Activation`` of that name that it ends in, and whether it was taken off.
 
@@ -212,7 +197,7 @@ def without_activation(module: nn.Module, activation: str | None, image: torch.T
         activation: SMP's name.
         image: float32 ``(N, C, H, W)`` to compare on.
     """
-    apply = APPLIED.get("argmax" if activation in ("argmax", "argmax2d") else ACTIVATIONS.get(activation, "none"))
+    apply = APPLIED.get(ACTIVATIONS[activation])
     paths = [
         name
         for name, child in module.named_modules()
@@ -227,12 +212,10 @@ def without_activation(module: nn.Module, activation: str | None, image: torch.T
         bare = _replaced(bare, path.split("."), nn.Identity())
     with silenced(), torch.inference_mode():
         try:
-            whole, logits = _first(module(image)), _first(bare(image))
+            whole, logits = first_of(module(image)), first_of(bare(image))
         except Exception:  # a user's forward may raise anything: who runs it in earnest says what is wrong
             return module, False
         applied = apply(logits)
-        if activation == "argmax":  # SMP's takes it over all axes at once
-            applied = logits.argmax()
         alike = whole.shape == applied.shape and torch.allclose(whole, applied, rtol=1e-4, atol=1e-5)
     return (bare, True) if alike else (module, False)
 
@@ -243,14 +226,7 @@ APPLIED: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "logsoftmax": lambda x: x.log_softmax(dim=1),
     "tanh": torch.tanh,
     "clamp": lambda x: x.clamp(0.0, 1.0),
-    "argmax": lambda x: x.argmax(dim=1),
 }
-
-
-def _first(output: object) -> torch.Tensor:
-    first = output[0] if isinstance(output, (tuple, list)) else output
-    assert isinstance(first, torch.Tensor)
-    return first
 
 
 def _replaced(module: nn.Module, path: list[str], new: nn.Module) -> nn.Module:

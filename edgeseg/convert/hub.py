@@ -10,7 +10,6 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
 from email.message import Message
 from http import HTTPStatus
 from pathlib import Path
@@ -20,21 +19,6 @@ from edgeseg.convert.architectures import import_for_conversion
 from edgeseg.errors import CheckpointError, SpecError, one_line
 
 PROBE_SECONDS = 3.0
-
-
-@dataclass(frozen=True)
-class HubWeights:
-    """Where an encoder's pretrained weights come from.
-
-    Attributes:
-        encoder_weights: SMP's constructor argument.
-        model_args: further constructor arguments the loading needs (a cached file for timm).
-        repository: name on the hub, for the user.
-    """
-
-    encoder_weights: str
-    model_args: dict[str, Any]
-    repository: str
 
 
 def hub_weights_names(encoder: str) -> tuple[str, ...]:
@@ -60,8 +44,11 @@ def refuse_early(encoder: str) -> None:
         require_hub(f"pretrained weights of {encoder}", file_url(f"timm/{base}", "main"), any_hub=True)
 
 
-def prepare_hub_weights(encoder: str, name: str) -> HubWeights:
+def prepare_hub_weights(encoder: str, name: str) -> tuple[str, dict[str, Any]]:
     """Make sure that building with these weights will not hang.
+
+    Returns:
+        their repository on the hub, and constructor arguments the loading needs (a cached file for timm).
 
     Raises:
         SpecError: the encoder has no such weights; names those it has.
@@ -78,16 +65,16 @@ def prepare_hub_weights(encoder: str, name: str) -> HubWeights:
         cached = all(cached_file(repository, f, revision) for f in ("config.json", "model.safetensors"))
         if not cached:
             require_hub(f"pretrained weights of {encoder} ({repository})", file_url(repository, revision))
-        return HubWeights(name, {}, repository)
+        return repository, {}
     timm = import_for_conversion("timm")
     config = timm.get_pretrained_cfg(_timm_name(encoder))
     repository = config.hf_hub_id or ""
     path = cached_file(repository, config.hf_hub_filename or "model.safetensors", None) if repository else None
     if path:
         # Named by file: by repository, timm would ask the hub whether the cached one is still the newest.
-        return HubWeights(name, {"pretrained_cfg_overlay": {"file": path}}, repository)
+        return repository, {"pretrained_cfg_overlay": {"file": path}}
     require_hub(f"pretrained weights of {encoder} ({repository})", file_url(repository, "main"))
-    return HubWeights(name, {}, repository)
+    return repository, {}
 
 
 def _timm_name(encoder: str) -> str:

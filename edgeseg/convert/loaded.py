@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from numpy.typing import NDArray
 
 from edgeseg.convert.architectures import name_softmax_axis
 from edgeseg.convert.saved_preprocessing import Fitting, SavedPreprocessing
@@ -16,6 +19,14 @@ if TYPE_CHECKING:
     import torch
 
     from edgeseg.convert.fake_quantizers import Reading
+
+ImageSource: TypeAlias = "Callable[[int], Sequence[NDArray[Any]]]"
+"""Given the number of channels: a few of the user's images, ``(H, W, C)`` of any size; empty when there are none."""
+
+
+def no_images(_: int) -> Sequence[NDArray[Any]]:
+    """An :data:`ImageSource` for where the user gave none."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ def hash_structure(module: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, part in module.named_modules():
-        plain = {k: v for k, v in sorted(vars(part).items()) if _is_plain(v)}
+        plain = {k: v for k, v in sorted(vars(part).items()) if is_plain(v)}
         digest.update(f"{name} {type(part).__module__}.{type(part).__qualname__} {plain!r}\n".encode())
     kept = module.state_dict().keys()
     for name, buffer in sorted(module.named_buffers()):
@@ -146,9 +157,10 @@ def hash_structure(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _is_plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
+    """Whether ``value`` is a word or number, or a list of such."""
     if isinstance(value, (tuple, list)):
-        return all(_is_plain(item) for item in value)
+        return all(is_plain(item) for item in value)
     return value is None or isinstance(value, (bool, int, float, str))
 
 

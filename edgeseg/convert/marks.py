@@ -15,8 +15,18 @@ from numpy.typing import NDArray
 
 from edgeseg.convert.fake_quantizers import DOMAIN, MARK
 from edgeseg.convert.naming import normalize
-from edgeseg.graph.editing import constant_array, remove_unread, sole_reader, tidy, weight
+from edgeseg.graph.editing import (
+    constant_array,
+    constant_input,
+    given,
+    remove_unread,
+    replace,
+    sole_reader,
+    tidy,
+    weight,
+)
 from edgeseg.graph.grid import Grid, Marks
+from edgeseg.graph.proto import copied, refill
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,10 @@ def take_marks(exported: onnx.ModelProto) -> tuple[onnx.ModelProto, Kept]:
     marked: dict[ir.Value, list[Grid]] = {}
     for node in list(graph):
         if node.domain == DOMAIN and node.op_type == MARK:
-            source, output = node.inputs[0], node.outputs[0]
-            assert source is not None
+            source = given(node)
             numbers = (node.attributes.get_int(name, 0) for name in ("zero_point", "low", "high"))
             marked.setdefault(source, []).append(Grid(node.attributes.get_float("scale", 0.0), *numbers))
-            _take_place(source, output)
+            replace(node.outputs[0], source)
             graph.remove(node, safe=True)
     model.opset_imports.pop(DOMAIN, None)
     lost = fold_into_convolutions(graph, marked)
@@ -58,11 +67,8 @@ def take_marks(exported: onnx.ModelProto) -> tuple[onnx.ModelProto, Kept]:
 
 def drop_marks(simplified: onnx.ModelProto, kept: Kept, tools: tuple[str, ...]) -> tuple[onnx.ModelProto, Marks]:
     """Take back the outputs that :func:`take_marks` added; returns the marks by the values' final names."""
-    result = onnx.ModelProto()
-    result.CopyFrom(simplified)
-    outputs = [value for value in result.graph.output if value.name not in kept.added]
-    del result.graph.output[:]
-    result.graph.output.extend(outputs)
+    result = copied(simplified)
+    refill(result.graph.output, (value for value in result.graph.output if value.name not in kept.added))
     made_by = {name: (node.name, index) for node in result.graph.node for index, name in enumerate(node.output)}
     model = ir.serde.deserialize_model(result)
     tidy(model)
@@ -91,7 +97,7 @@ def fold_into_convolutions(graph: ir.Graph, marked: dict[ir.Value, list[Grid]]) 
         if node.op_type != "Conv" or node.graph is None:
             continue
         kernel = constant_array(node.inputs[1])
-        bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+        bias = constant_input(node, 2)
         if kernel is None or (len(node.inputs) > 2 and node.inputs[2] is not None and bias is None):
             continue
         channels = kernel.shape[0]
@@ -116,17 +122,9 @@ def fold_into_convolutions(graph: ir.Graph, marked: dict[ir.Value, list[Grid]]) 
         output = node.outputs[0]
         if end in marked:
             marked[output] = marked.pop(end)
-        _take_place(output, end)
+        replace(end, output)
         remove_unread(graph, steps)
     return lost
-
-
-def _take_place(value: ir.Value, of: ir.Value) -> None:
-    """Let whoever reads ``of`` read ``value``, which gets its name where that is an output's."""
-    is_output, name = of.is_graph_output(), of.name
-    ir.convenience.replace_all_uses_with(of, value, replace_graph_outputs=True)
-    if is_output:
-        of.name, value.name = f"{name}_before", name
 
 
 def _affine(node: ir.Node, value: ir.Value, channels: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:

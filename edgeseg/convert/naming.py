@@ -7,12 +7,13 @@ vendor's message about a node leads back to a line of the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
-from edgeseg.graph.proto import makers
+from edgeseg.graph.proto import copied, makers, refill
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _NETWORK = "model"
@@ -94,8 +95,7 @@ def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Returns a changed copy; node order is kept.
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
+    result = copied(model)
     graph = result.graph
     fixed = {v.name for v in (*graph.input, *graph.output)}
     taken: dict[str, int] = dict.fromkeys(fixed, 1)
@@ -132,16 +132,9 @@ def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
     for node in graph.node:
         node.input[:] = [renamed.get(n, n) for n in node.input]
         node.output[:] = [renamed.get(n, n) for n in node.output]
-    for item in _named(graph):
-        item.name = renamed.get(item.name, item.name)
-    kept = [t for t in graph.initializer if t.name in set(renamed.values())]
-    del graph.initializer[:]
-    graph.initializer.extend(sorted(kept, key=lambda t: t.name))
-    infos = sorted((v for v in graph.value_info if v.name in set(renamed.values())), key=lambda v: v.name)
-    del graph.value_info[:]
-    graph.value_info.extend(infos)
-
-
-def _named(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto | onnx.ValueInfoProto]:
-    yield from graph.initializer
-    yield from graph.value_info
+    known = set(renamed.values())
+    entries: Any
+    for entries in (graph.initializer, graph.value_info):
+        for item in entries:
+            item.name = renamed.get(item.name, item.name)
+        refill(entries, sorted((item for item in entries if item.name in known), key=lambda item: item.name))

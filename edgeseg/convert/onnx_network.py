@@ -25,7 +25,7 @@ from edgeseg.convert.naming import name_by_scope
 from edgeseg.convert.onnx_pairs import take_pairs
 from edgeseg.convert.onnx_reading import OPSET, read_source
 from edgeseg.errors import ArtifactError, BuildError, EdgesegError, SpecError, first_line
-from edgeseg.graph.editing import replace
+from edgeseg.graph.editing import given, replace
 from edgeseg.graph.running import GraphSession
 
 _CALL = "OnnxFile"
@@ -89,8 +89,7 @@ class OnnxNetwork(nn.Module):
         """
         graph = exported.graph
         call = next(node for node in graph if node.domain == DOMAIN and node.op_type == _CALL)
-        image = call.inputs[0]
-        assert image is not None
+        image = given(call)
         inner = ir.serde.deserialize_model(self.graphs.in_own_opset()).graph
         taken = {value.name for value in _values(graph)}
         values = {str(value.name): value for value in _values(inner)}
@@ -99,12 +98,8 @@ class OnnxNetwork(nn.Module):
                 value.shape = None  # the file's names of sizes are not those of the engine
             if value.name in taken:
                 value.name = f"{value.name}_of_file"
-        before, after, nodes, weights = (
-            inner.inputs[0],
-            inner.outputs[0],
-            list(inner),
-            list(inner.initializers.values()),
-        )
+        before, after = inner.inputs[0], inner.outputs[0]
+        nodes, weights = list(inner), list(inner.initializers.values())
         inner.inputs.clear()
         inner.outputs.clear()
         inner.initializers.clear()

@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgeseg.convert.fake_quantizers import FakeQuantizer, quantizer_of, refused
 from edgeseg.errors import ArtifactError, SpecError
-from edgeseg.graph.editing import constant_array, remove_unread, weight
+from edgeseg.graph.editing import constant_array, given, maker, remove_unread, weight
 from edgeseg.graph.running import GraphSession
 from edgeseg.graph.signs import not_negative
 
@@ -44,8 +44,7 @@ def take_pairs(model: ir.Model, name: str) -> tuple[list[FakeQuantizer], Marked]
     pairs: list[FakeQuantizer] = []
     marks: list[tuple[ir.Value, FakeQuantizer]] = []
     for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
-        integers, output = node.inputs[0], node.outputs[0]
-        assert integers is not None
+        integers, output = given(node), node.outputs[0]
         if integers.dtype == ir.DataType.INT32 and integers in fixed:
             continue  # a bias, in the steps of its layer
         quantize, clip = _quantize_before(integers)
@@ -56,8 +55,7 @@ def take_pairs(model: ir.Model, name: str) -> tuple[list[FakeQuantizer], Marked]
         pairs.append(pair)
         if quantize is None or not pair.is_activation:
             continue
-        source = quantize.inputs[0]
-        assert source is not None
+        source = given(quantize)
         if pair.grid is not None and pair.grid.zero_point == pair.grid.low and source not in not_negative(graph):
             relu = ir.node("Relu", [source], name=f"{(node.name or '').rpartition('/')[0]}/Relu")
             relu.outputs[0].name = f"{output.name}_not_negative"
@@ -80,10 +78,9 @@ def take_pairs(model: ir.Model, name: str) -> tuple[list[FakeQuantizer], Marked]
 
 def _quantize_before(integers: ir.Value) -> tuple[ir.Node | None, ir.Node | None]:
     """The QuantizeLinear that makes these integers, and the Clip to fewer of them that torch writes behind it."""
-    node, clip = integers.producer(), None
-    if node is not None and node.op_type == "Clip" and node.inputs[0] is not None:
-        clip, node = node, node.inputs[0].producer()
-    return (node, clip) if node is not None and node.op_type == "QuantizeLinear" else (None, None)
+    clip = maker(integers, "Clip")
+    quantize = maker(integers if clip is None else clip.inputs[0], "QuantizeLinear")
+    return quantize, None if quantize is None else clip
 
 
 def _read_pair(node: ir.Node, quantize: ir.Node | None, clip: ir.Node | None) -> FakeQuantizer:

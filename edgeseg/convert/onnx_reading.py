@@ -24,6 +24,7 @@ from onnx_ir.passes.common import (
 
 from edgeseg.arguments import shortened
 from edgeseg.errors import SpecError
+from edgeseg.graph.editing import given
 from edgeseg.store.onnx_file import MAX_PROTOBUF_BYTES, read_onnx
 
 OPSET = 20
@@ -151,9 +152,7 @@ def _settle_output(model: ir.Model, name: str) -> tuple[str, ...]:
     while node is not None and node.op_type in _AFTER_ARGMAX and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     if node is not None and node.op_type == "ArgMax" and node.attributes.get_int("axis", 0) in (1, -3):
-        scores = node.inputs[0]
-        assert scores is not None
-        outputs[0] = scores
+        outputs[0] = given(node)
         RemoveUnusedNodesPass()(model)
         return (f"the ArgMax at the end of {name} is left out: the mask output is the argmax",)
     if outputs[0].dtype != ir.DataType.FLOAT:

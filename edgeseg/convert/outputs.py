@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from edgeseg.convert import architectures
+import torch
+
 from edgeseg.convert.architectures import quiet_libraries
-from edgeseg.convert.geometry import PROBE_SIZES, exported_size, run_raw
+from edgeseg.convert.geometry import PROBE_SIZES, exported_size, first_of, noise, run_raw
 from edgeseg.errors import SpecError
-
-if TYPE_CHECKING:
-    import torch
 
 # What torchvision, transformers and others call the map in a mapping of outputs.
 _MAP_KEYS = ("out", "logits", "masks", "mask", "pred", "sem_seg")
@@ -29,12 +27,11 @@ def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> 
     Raises:
         SpecError: it runs at no size tried, or returns no float map.
     """
-    torch = architectures.import_for_conversion("torch")
     output = None
     reason = ""
     fixed = exported_size(module)
     for size in ((side, side) for side in PROBE_SIZES) if fixed is None else (fixed,):
-        output, reason = run_raw(module, channels, *size)
+        output, reason = run_raw(module, noise(channels, *size))
         if output is not None:
             break
     if output is None:
@@ -43,7 +40,8 @@ def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> 
             f"{PROBE_SIZES[-1]} pixels ({reason}); it must take float32 (N, C, H, W)"
         )
     if isinstance(output, torch.Tensor):
-        return module, _checked(module, output)
+        _checked(module, output)
+        return module, ()
     if isinstance(output, Mapping):
         key = next((k for k in _MAP_KEYS if k in output), next(iter(output), None))
         _checked(module, output.get(key))
@@ -57,19 +55,16 @@ def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> 
     raise SpecError(f"the {type(module).__name__} returns a {type(output).__name__}; it must return (N, classes, H, W)")
 
 
-def _checked(module: torch.nn.Module, output: Any) -> tuple[str, ...]:
+def _checked(module: torch.nn.Module, output: Any) -> None:
     shape = tuple(output.shape) if hasattr(output, "shape") else type(output).__name__
     if not hasattr(output, "is_floating_point") or output.dim() != 4 or not output.is_floating_point():
         kind = str(getattr(output, "dtype", "")).removeprefix("torch.")
         raise SpecError(
             f"{type(module).__name__} returns {kind} {shape}; it must return floats (N, classes, H, W), before argmax"
         )
-    return ()
 
 
 def _choose(module: torch.nn.Module, key: Any) -> torch.nn.Module:
-    import torch
-
     class ChosenOutput(torch.nn.Module):
         """One of the outputs of ``network``."""
 
@@ -108,18 +103,16 @@ def output_ending(module: torch.nn.Module, inputs: torch.Tensor) -> Ending:
         module: returns ``(N, classes, H, W)``, or a tuple that starts with it.
         inputs: what it gets from real images, float32 ``(N, C, H, W)``.
     """
-    import torch
-
     own_end = getattr(module, "end", None)
     with torch.enable_grad(), quiet_libraries():
-        output = module(inputs.clone().requires_grad_(own_end is None))
-    output = output[0] if isinstance(output, (tuple, list)) else output
+        output = first_of(module(inputs.clone().requires_grad_(own_end is None)))
     end = output.grad_fn if own_end is None else own_end
     values = output.detach()
     low, high = float(values.min()), float(values.max())
     shares = values.shape[1] > 1 and _sums_to_one(values)
     log_shares = values.shape[1] > 1 and high <= 0 and _sums_to_one(values.exp())
-    last = _OPERATORS.get(_last_operator(end))
+    name = _last_operator(end)
+    last = "clamp" if name in ("Clip", "Hardtanh") else name.lower()
     if last == "softmax" and not shares:
         return Ending(None, False, low, high)  # over another axis than the classes
     if shares or log_shares:
@@ -130,16 +123,7 @@ def output_ending(module: torch.nn.Module, inputs: torch.Tensor) -> Ending:
     return Ending(None, not within and not _is_of_activations(end), low, high)
 
 
-# As autograd calls them, without the word Backward and what follows it, and as ONNX does.
-_OPERATORS: Mapping[str, str] = {
-    "Clip": "clamp",
-    "Sigmoid": "sigmoid",
-    "Softmax": "softmax",
-    "LogSoftmax": "logsoftmax",
-    "Tanh": "tanh",
-    "Clamp": "clamp",
-    "Hardtanh": "clamp",
-}
+# Operators as autograd calls them, without the word Backward and what follows it, and as ONNX does.
 # Between an activation and the output these change no value, or only blend neighbours.
 _KEEPS_RANGE = frozenset(
     ("Alias", "AsStrided", "Clone", "Contiguous", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze")
@@ -185,7 +169,5 @@ def _last_operator(end: Any) -> str:
 
 
 def _sums_to_one(values: torch.Tensor) -> bool:
-    import torch
-
     sums = values.sum(dim=1)
     return bool(values.min() >= 0) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3)

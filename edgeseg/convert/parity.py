@@ -34,12 +34,10 @@ class Parity:
         max_abs_error: largest difference of a logit.
         mask_agreement: share of mask pixels that are equal or a tie. A pixel is a tie when PyTorch's own decision there
             is closer than twice ``max_abs_error``: two float32 sums of the same terms may then fall either way.
-        ties: share of pixels that differ and are ties.
     """
 
     max_abs_error: float
     mask_agreement: float
-    ties: float
 
 
 def make_probe_images(
@@ -86,7 +84,7 @@ def torch_outputs(pipeline: Pipeline, images: NDArray[Any]) -> dict[str, NDArray
         return {name: value.numpy() for name, value in outputs.items()}
 
 
-def compare(reference: Sequence[Arrays], actual: Sequence[Arrays], name: str = "PyTorch") -> Parity:
+def compare(reference: Sequence[Arrays], actual: Sequence[Arrays], name: str) -> Parity:
     """Compare the outputs of the same images, logits among them; ``name``: what ``reference`` is of, in words.
 
     Raises:
@@ -101,16 +99,16 @@ def compare(reference: Sequence[Arrays], actual: Sequence[Arrays], name: str = "
             if output in expected:
                 worst = _difference(f"the graph's {output}", name, expected[output], got[output])
                 error = max(error, worst if output == LOGITS else 0.0)
-    equal, wrong, pixels = 0, 0, 0
+    wrong, pixels = 0, 0
     for expected, got in zip(reference, actual, strict=True):
         if "mask" not in expected:
             continue
         same = expected["mask"] == got["mask"]
         tied = expected[MARGIN] <= 2.0 * error
-        equal, wrong, pixels = equal + int(same.sum()), wrong + int((~same & ~tied).sum()), pixels + same.size
+        wrong, pixels = wrong + int((~same & ~tied).sum()), pixels + same.size
     if wrong:
         raise ExportError(f"{wrong} of {pixels} mask pixels differ from {name}'s, no ties; please report the model")
-    return Parity(error, 1.0 - wrong / max(pixels, 1), (pixels - equal) / max(pixels, 1))
+    return Parity(error, 1.0 - wrong / max(pixels, 1))
 
 
 def _difference(what: str, name: str, expected: NDArray[np.float32], got: NDArray[np.float32]) -> float:

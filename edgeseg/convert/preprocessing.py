@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from edgeseg.convert.architectures import import_for_conversion
 from edgeseg.errors import SpecError
-from edgeseg.spec import FULL_SCALE, IMAGENET_MEAN, IMAGENET_STD, ChannelOrder, InputDtype, ModelRequest, Preprocess
+from edgeseg.spec import FULL_SCALE, ChannelOrder, InputDtype, ModelRequest, Preprocess
 
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _DPN = ((124 / 255, 117 / 255, 104 / 255), (1 / (0.0167 * 255),) * 3)
@@ -30,36 +30,23 @@ _SMP_EXCEPTIONS: tuple[tuple[str, str, tuple[tuple[float, ...], tuple[float, ...
 )
 
 
-@dataclass(frozen=True)
-class KnownStatistics:
-    """Normalization of RGB images of values 0..1, and where it is from."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    source: str
-
-
-def encoder_statistics(encoder: str, encoder_weights: str | None) -> KnownStatistics | None:
-    """Return what is known offline about an encoder's pretrained weights, ``None`` when nothing is."""
+def encoder_statistics(encoder: str, encoder_weights: str | None) -> Preprocess | None:
+    """Return what is known offline about an encoder's pretrained weights, for uint8 RGB; ``None`` when nothing is."""
     if encoder.startswith("tu-"):
-        return _timm_statistics(encoder.removeprefix("tu-"))
+        timm, name = import_for_conversion("timm"), encoder.removeprefix("tu-")
+        if not timm.is_model(name) or not timm.models.is_model_pretrained(name):
+            return None
+        settings = timm.get_pretrained_cfg(name)
+        return Preprocess(tuple(settings.mean), tuple(settings.std), source=f"timm's settings for {name}")
     for prefix, weights, (mean, std) in _SMP_EXCEPTIONS:
         if encoder.startswith(prefix) and weights in ("", encoder_weights):
-            return KnownStatistics(mean, std, f"SMP's settings for {encoder}")
+            return Preprocess(mean, std, source=f"SMP's settings for {encoder}")
     smp = import_for_conversion("segmentation_models_pytorch")
     # SMP 0.6 forwards five timm- families to timm, which has other values for some; when they were SMP's own (until
     # 0.4), and models were trained with them, SMP gave ImageNet's for all five.
     if encoder in smp.encoders.encoders or encoder.startswith("timm-"):
-        return KnownStatistics(IMAGENET_MEAN, IMAGENET_STD, f"SMP's settings for {encoder}")
+        return Preprocess(source=f"SMP's settings for {encoder}")
     return None
-
-
-def _timm_statistics(name: str) -> KnownStatistics | None:
-    timm = import_for_conversion("timm")
-    if not timm.is_model(name) or not timm.models.is_model_pretrained(name):
-        return None
-    settings = timm.get_pretrained_cfg(name)
-    return KnownStatistics(tuple(settings.mean), tuple(settings.std), f"timm's settings for {name}")
 
 
 @dataclass(frozen=True)
@@ -76,12 +63,12 @@ Judge: TypeAlias = "Callable[[Sequence[Preprocess]], Preprocess | None]"
 
 def resolve_preprocess(
     request: ModelRequest,
-    *,
     encoder: str,
-    encoder_weights: str | None,
     in_channels: int,
-    recorded: RecordedNormalization | None,
-    untrained: bool,
+    *,
+    encoder_weights: str | None = None,
+    recorded: RecordedNormalization | None = None,
+    untrained: bool = False,
     judge: Judge | None = None,
     whole: str | None = None,
 ) -> tuple[Preprocess, tuple[str, ...]]:
@@ -92,8 +79,8 @@ def resolve_preprocess(
     Args:
         request: the user's mean, std, scale and channel order count before all else.
         encoder: its name.
-        encoder_weights: SMP's name of the pretrained weights training started from, where recorded.
         in_channels: of the model.
+        encoder_weights: SMP's name of the pretrained weights training started from, where recorded.
         recorded: what the checkpoint's own config or buffers say.
         untrained: random weights, for which any choice is as good.
         judge: see :data:`Judge`; ``None`` where there is no evidence to ask for.
@@ -128,7 +115,7 @@ def resolve_preprocess(
         settled = untrained
         usual = [assumed, replace(assumed, mean=(0.0,) * in_channels, std=(1.0,) * in_channels)]
         if in_channels == 3:
-            imagenet = Preprocess(IMAGENET_MEAN, IMAGENET_STD, 1.0 / FULL_SCALE[dtype])
+            imagenet = Preprocess(scale=1.0 / FULL_SCALE[dtype])
             usual.append(_with_order(imagenet, request.channel_order))
         # The same values once more, wherever they came from, are no rival.
         alone = dict.fromkeys(replace(p, source=assumed.source, clip=clip) for p in usual)
@@ -223,7 +210,7 @@ def _from_encoder(
     known = encoder_statistics(encoder, encoder_weights)
     notes: list[str] = []
     if known is None:
-        known = KnownStatistics(IMAGENET_MEAN, IMAGENET_STD, "ImageNet default")
+        known = Preprocess()
         notes.append(
             f"nothing is known about the normalization of {encoder}: ImageNet's mean and std assumed; "
             "give --mean and --std if the model was trained with others"
@@ -236,8 +223,7 @@ def _from_encoder(
             f"{dtype} images: mean and std of {known.source} assumed, for values 0..{full_scale}; give --mean, --std and "
             "--scale as in training"
         )
-    assumed = Preprocess(known.mean, known.std, 1.0 / full_scale, "rgb", known.source)
-    return _with_order(assumed, request.channel_order), tuple(notes)
+    return _with_order(replace(known, scale=1.0 / full_scale), request.channel_order), tuple(notes)
 
 
 def _with_order(preprocess: Preprocess, order: ChannelOrder | None) -> Preprocess:
@@ -246,9 +232,8 @@ def _with_order(preprocess: Preprocess, order: ChannelOrder | None) -> Preproces
     if len(preprocess.mean) != 3:
         raise SpecError(f"channel order {order!r} is for 3 channels, the model takes {len(preprocess.mean)}")
     # mean and std belong to the colour, so they change places with it.
-    return Preprocess(
-        preprocess.mean[::-1], preprocess.std[::-1], preprocess.scale, order, f"{preprocess.source}, {order} by request"
-    )
+    mean, std, source = preprocess.mean[::-1], preprocess.std[::-1], f"{preprocess.source}, {order} by request"
+    return replace(preprocess, mean=mean, std=std, channel_order=order, source=source)
 
 
 def _from_user(request: ModelRequest, in_channels: int) -> tuple[Preprocess, tuple[str, ...]]:
@@ -277,24 +262,24 @@ def _per_channel(what: str, values: Sequence[float], in_channels: int) -> tuple[
     return tuple(values)
 
 
-def _adapt(known: KnownStatistics, in_channels: int, untrained: bool) -> tuple[KnownStatistics, str]:
-    """Statistics for another number of channels than the encoder's three, and a note."""
+def _adapt(known: Preprocess, in_channels: int, untrained: bool) -> tuple[Preprocess, str]:
+    """Mean and std for another number of channels than the encoder's three, and a note."""
     if in_channels == 1:
         # SMP adapts pretrained weights to one channel by summing over RGB: the counterpart is the average image.
-        mean, std = (sum(v) / len(v) for v in (known.mean, known.std))
+        one_mean, one_std = (sum(v) / len(v) for v in (known.mean, known.std))
         note = (
-            f"1 input channel: mean {mean:.4g} and std {std:.4g} assumed, the average of RGB's; give --mean and --std "
+            f"1 input channel: mean {one_mean:.4g} and std {one_std:.4g} assumed, the average of RGB's; give --mean and --std "
             "if the model was trained with others"
         )
-        return KnownStatistics((mean,), (std,), f"average of {known.source}"), note
+        return Preprocess((one_mean,), (one_std,), source=f"average of {known.source}"), note
     if not untrained:
         raise SpecError(
             f"nobody can guess the normalization of {in_channels} input channels; give --mean and --std with "
             f"{in_channels} values as in training (0 and 1 if images were only divided by 255)"
         )
-    repeated = [tuple(v[i % len(v)] for i in range(in_channels)) for v in (known.mean, known.std)]
+    mean, std = (tuple(v[i % len(v)] for i in range(in_channels)) for v in (known.mean, known.std))
     note = f"{in_channels} input channels: mean and std of RGB repeated; the weights are random, so it does not matter"
-    return KnownStatistics(repeated[0], repeated[1], known.source), note
+    return replace(known, mean=mean, std=std), note
 
 
 def recorded_preprocess(

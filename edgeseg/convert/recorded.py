@@ -8,6 +8,7 @@ from typing import Any
 
 from edgeseg.convert import architectures
 from edgeseg.convert.checkpoint import Checkpoint
+from edgeseg.convert.loaded import is_plain
 from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.spec import ModelRequest
 
@@ -16,7 +17,6 @@ _NESTED_ARGUMENTS = (
     *("model", "model_args", "model_kwargs", "model_params", "model_config", "smp_kwargs", "create_model_kwargs"),
     *("kwargs", "args", "config", "cfg", "network", "net", "init_args"),
 )
-_MASK_FREE = ("argmax", "argmax2d")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,6 @@ class RecordedModel:
     classes: int | None = None
     in_channels: int | None = None
     activation: str | None = None
-    class_names: tuple[str, ...] = ()
-    task: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
     notes: tuple[str, ...] = ()
@@ -65,26 +63,21 @@ def _from_config(checkpoint: Checkpoint) -> RecordedModel:
     config.pop("preprocess", None)
     arguments = {k: v for k, v in config.items() if not k.startswith("_")}
     taken = {key: arguments.pop(key, None) for key in architectures.SPEC_ARGUMENTS}
-    activation, notes = _read_activation(taken["activation"])
+    activation = taken["activation"]
+    notes: tuple[str, ...] = ()
+    if activation in ("argmax", "argmax2d"):
+        activation, notes = None, (f"activation {activation} dropped: the mask output is the argmax",)
     return RecordedModel(
         arch=arch,
         encoder=_typed(checkpoint, "encoder_name", taken["encoder_name"], str),
         encoder_weights=taken["encoder_weights"] if isinstance(taken["encoder_weights"], str) else None,
         classes=_typed(checkpoint, "classes", taken["classes"], int),
         in_channels=_typed(checkpoint, "in_channels", taken["in_channels"], int),
-        activation=activation,
+        activation=None if activation is None else str(activation),
         model_args=arguments,
         complete=True,
         notes=notes,
     )
-
-
-def _read_activation(value: object) -> tuple[str | None, tuple[str, ...]]:
-    if value is None:
-        return None, ()
-    if value in _MASK_FREE:
-        return None, (f"activation {value} dropped: the mask output is the argmax",)
-    return str(value), ()
 
 
 def _typed(checkpoint: Checkpoint, key: str, value: object, kind: type) -> Any:
@@ -126,7 +119,7 @@ def _from_arguments(place: str, said: Mapping[str, Any]) -> RecordedModel | None
     if arch is None and encoder is None:
         return None
     own = () if arch is None else (*architectures.accepted_arguments(arch), *architectures.renamed_arguments(arch))
-    model_args = {k: list(v) if isinstance(v, tuple) else v for k, v in said.items() if k in own and _is_plain(v)}
+    model_args = {k: list(v) if isinstance(v, tuple) else v for k, v in said.items() if k in own and is_plain(v)}
     activation = first("activation")
     if activation is not None and activation.lower() not in architectures.ACTIVATIONS:
         activation = None
@@ -140,12 +133,6 @@ def _from_arguments(place: str, said: Mapping[str, Any]) -> RecordedModel | None
         model_args=model_args,
         notes=(f"read from the checkpoint's {place}: {', '.join(words)}",),
     )
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def merge(request: ModelRequest, recorded: RecordedModel) -> ModelRequest:
@@ -181,13 +168,7 @@ def merge(request: ModelRequest, recorded: RecordedModel) -> ModelRequest:
                 "leave it out"
             )
         model_args[name] = value
-    return replace(
-        request,
-        **merged,
-        class_names=request.class_names or recorded.class_names,
-        task=request.task or recorded.task,  # type: ignore[arg-type]
-        model_args=model_args,
-    )
+    return replace(request, **merged, model_args=model_args)
 
 
 def _same(a: object, b: object) -> bool:

@@ -7,12 +7,12 @@ Method: convolutions and batch norms side by side are linear in the same input, 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
-
-if TYPE_CHECKING:
-    import torch
+from edgeseg.convert.geometry import first_of, noise
 
 # Relative to the largest output: float32 sums in another order.
 _TOLERANCE = 1e-4
@@ -25,17 +25,18 @@ def merge_branches(module: torch.nn.Module, channels: int, side: int) -> tuple[t
     the original is returned with 0.
     """
     encoder: Any = getattr(module, "encoder", None)
-    if encoder is None or not any(_is_mergeable(part) for part in encoder.modules()):
+    # timm's own criterion; it is asked of the encoder only, where these names mean this.
+    merging = ("fuse", "reparameterize", "switch_to_deploy")
+    if encoder is None or not any(callable(getattr(part, m, None)) for part in encoder.modules() for m in merging):
         return module, 0
-    torch = import_for_conversion("torch")
     manipulate = import_for_conversion("timm.models")
     merged: Any = copy.deepcopy(module)
-    image = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0))
+    image = noise(channels, side, side)
     with torch.no_grad(), quiet_libraries():
-        before = _first(module(image))
+        before = first_of(module(image))
         try:
             merged.encoder = manipulate.reparameterize_model(merged.encoder, inplace=True)
-            after = _first(merged.eval().requires_grad_(False)(image))
+            after = first_of(merged.eval().requires_grad_(False)(image))
         except (AttributeError, RuntimeError, TypeError, ValueError, AssertionError):
             return module, 0  # a method of that name with another meaning
     if not bool((before - after).abs().max() <= _TOLERANCE * before.abs().max().clamp(min=1.0)):
@@ -44,14 +45,5 @@ def merge_branches(module: torch.nn.Module, channels: int, side: int) -> tuple[t
     return (merged, saved) if saved > 0 else (module, 0)
 
 
-def _is_mergeable(part: torch.nn.Module) -> bool:
-    # timm's own criterion; it is asked of the encoder only, where these names mean this.
-    return any(callable(getattr(part, name, None)) for name in ("fuse", "reparameterize", "switch_to_deploy"))
-
-
 def _layers(module: torch.nn.Module) -> int:
     return sum(1 for part in module.modules() if not list(part.children()) and list(part.parameters(recurse=False)))
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, (tuple, list)) else output

@@ -69,11 +69,8 @@ class Scaling:
 
     def content(self, image: tuple[int, int]) -> tuple[int, int]:
         """Size of an image after it, as albumentations rounds it."""
-        if self.kind == "resize":
-            height, width = self.size
-            assert height is not None
-            assert width is not None
-            return height, width
+        if self.kind == "resize" and (whole := _both(self.size)) is not None:
+            return whole
         scales = [limit / side for limit, side in zip(self.size, image, strict=True) if limit is not None]
         scale = min(scales) if self.kind == "longest" else max(scales)
         return max(1, round(image[0] * scale)), max(1, round(image[1] * scale))
@@ -380,14 +377,11 @@ class _Reader:
             self._refuse("Normalize is there twice", _VALUES)
             return
         before = 1.0 if known is None else known.scale
-        most = step.get("max_pixel_value", 255.0)
-        top = self._number(step, "max_pixel_value", (self.full_scale if known is None else 1) if most is None else most)
+        top = self._top(step, "max_pixel_value", self.full_scale if known is None else 1, 255.0)
         mean = self._numbers(step, "mean", step.get("mean"))
         std = self._numbers(step, "std", step.get("std"))
         longest = max(len(mean), len(std))
         mean, std = (values * longest if len(values) == 1 else values for values in (mean, std))
-        if top <= 0:
-            raise CheckpointError(f"{self.path}: max_pixel_value of Normalize is {top:g}; it is above 0")
         shown = [
             ",".join(f"{v:g}" for v in (values[:1] if len(set(values)) == 1 else values)) for values in (mean, std)
         ]
@@ -400,13 +394,19 @@ class _Reader:
         if self.saved.normalization is not None:
             self._refuse("ToFloat after Normalize or another ToFloat", _VALUES)
             return
-        most = step.get("max_value")
-        top = self.full_scale if most is None else self._number(step, "max_value", most)
-        if top <= 0:
-            raise CheckpointError(f"{self.path}: max_value of ToFloat is {top:g}; it is above 0")
+        top = self._top(step, "max_value", self.full_scale)
         self._say(f"ToFloat(max_value {top:g})")
         self._doubt(f"ToFloat(max_value={top:g})", top)
         self._add(normalization=self._preprocess((0.0,), (1.0,), 1.0 / top))
+
+    def _top(self, step: Mapping[str, Any], key: str, of_dtype: float, unsaid: float | None = None) -> float:
+        """The largest pixel value: ``of_dtype`` where it is left to the image."""
+        most = step.get(key, unsaid)
+        top = self._number(step, key, of_dtype if most is None else most)
+        if top <= 0:
+            name = str(step["__class_fullname__"]).rpartition(".")[2]
+            raise CheckpointError(f"{self.path}: {key} of {name} is {top:g}; it is above 0")
+        return top
 
     def _doubt(self, what: str, top: float) -> None:
         if self.saved.dtype == "uint8" and top > self.full_scale:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import onnx
 import onnx_ir as ir
+import onnxsim
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, DeduplicateInitializersPass
 
 from edgeseg.convert.naming import adopt_names, normalize
 from edgeseg.convert.rewrites import REWRITES
-from edgeseg.convert.rewrites.driver import apply_rewrites
 from edgeseg.convert.silence import silenced
 from edgeseg.errors import ExportError, first_line
 from edgeseg.graph.editing import tidy
+from edgeseg.graph.proto import copied
 
 _COMPOSED = frozenset({"compose_concat", "compose_conv", "subpixel"})
 """Rewrites that make one weight of several: what each was rounded to in training would be lost."""
@@ -21,14 +22,14 @@ def simplify(model: onnx.ModelProto, *, keeps_weights: bool = False) -> tuple[on
     """Simplify and rewrite ``model``; with ``keeps_weights`` every layer's weight stays its own.
 
     Returns:
-        the new model, shapes inferred and names final; and how many times each rewrite applied.
+        the new model, shapes inferred and names final; and how many times each rewrite applied, those at 0 left out.
 
     Raises:
-        ExportError: onnxsim failed, or a rewrite broke its own postcondition.
+        ExportError: onnxsim failed, or a rewrite comes to no end.
     """
     rewritable = ir.serde.deserialize_model(infer_shapes(run_onnxsim(model)))
     rewrites = [rewrite for rewrite in REWRITES if not (keeps_weights and rewrite.name in _COMPOSED)]
-    applied = apply_rewrites(rewritable, rewrites)
+    applied = {rewrite.name: count for rewrite in rewrites if (count := rewrite.apply(rewritable))}
     # rewrites make parameters anew: equal ones become one, and so do nodes that then compute the same
     DeduplicateInitializersPass()(rewritable)
     CommonSubexpressionEliminationPass()(rewritable)
@@ -43,8 +44,6 @@ _SKIPPED = ("fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_ba
 
 def run_onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
     """Run onnxsim; nodes it made anew are called after their neighbours. Raises :class:`ExportError`."""
-    import onnxsim
-
     try:
         with silenced():
             # Equality is checked by the caller, on images: onnxsim's own check feeds uniform noise to every input.
@@ -58,8 +57,7 @@ def run_onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return ``model`` with every value's shape that ONNX can infer, old annotations dropped."""
-    clean = onnx.ModelProto()
-    clean.CopyFrom(model)
+    clean = copied(model)
     del clean.graph.value_info[:]
     try:
         return onnx.shape_inference.infer_shapes(clean, strict_mode=True, data_prop=True)

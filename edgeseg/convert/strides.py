@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from edgeseg.graph.editing import constant_array, emit, integer, remove_unread, replace, weight
-
-if TYPE_CHECKING:
-    import torch
 
 AXES = (1, 3)
 """Where the numbers of strides stand that make height and width."""

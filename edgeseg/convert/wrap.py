@@ -8,26 +8,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
 from edgeseg.convert import architectures
-from edgeseg.convert.assemble import Geometry, resolve_activation, resolve_task, settle_geometry
-from edgeseg.convert.evidence import ImageSource, best_fit, no_images, normalized
+from edgeseg.convert.assemble import Geometry, settle_geometry
+from edgeseg.convert.evidence import best_fit, normalized
+from edgeseg.convert.fake_quantizers import read_fake_quantizers, require_same, settled
 from edgeseg.convert.fit import require_finite
-from edgeseg.convert.geometry import custom_geometry, exported_shape, exported_size, run_on
-from edgeseg.convert.loaded import LoadedModel, freeze, hash_weights
+from edgeseg.convert.geometry import custom_geometry, exported_shape, exported_size, noise, run_on
+from edgeseg.convert.loaded import ImageSource, LoadedModel, freeze, hash_weights, no_images
 from edgeseg.convert.outputs import adapt_outputs, output_ending
+from edgeseg.convert.parity import make_probe_images
 from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
 from edgeseg.convert.silence import silenced
 from edgeseg.errors import SpecError, one_line
 from edgeseg.images.resize import resize_image
-from edgeseg.spec import ModelRequest, ModelSpec
-
-if TYPE_CHECKING:
-    import torch
-
+from edgeseg.spec import ModelRequest
 
 # A side of eight output strides is enough for every decoder; PAN's pools the encoder's last features three times.
 _PROBE_STRIDES = 8
@@ -58,17 +57,12 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     Raises:
         SpecError: it cannot be copied or run, its output is no map of the input's size, or options contradict it.
         CheckpointError: NaN or Inf among its weights.
-        MissingDependencyError: torch or SMP is not installed.
     """
-    nn = architectures.import_for_conversion("torch.nn")
-    architectures.import_smp()
-    if not isinstance(module, nn.Module):
+    if not isinstance(module, torch.nn.Module):
         raise SpecError(f"model is a {type(module).__name__}; give a torch.nn.Module, or weights=PATH of a checkpoint")
     if request.weights is not None or request.model_args:
         raise SpecError("weights and model_args are for models edgeseg builds; load the weights into the module first")
     _require_python(module)
-    from edgeseg.convert.fake_quantizers import read_fake_quantizers, require_same, settled
-
     name = str(getattr(module, "stem", type(_unwrapped(module)).__name__))
     read, reading = read_fake_quantizers(_copied(_unwrapped(module)))
     whole = read if reading is None else _copied(read)
@@ -97,16 +91,13 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     samples = images(channels)
     preprocess, more = resolve_preprocess(
         request,
-        encoder=encoder,
+        encoder,
+        channels,
         encoder_weights=_config_of(network.inner).get("encoder_weights"),
-        in_channels=channels,
         recorded=network.recorded,
-        untrained=False,
         judge=lambda candidates: best_fit(described, samples, size, candidates),
         whole=None if network.smp else name,
     )
-    from edgeseg.convert.parity import make_probe_images
-
     shown = (
         np.stack([resize_image(sample, size) for sample in samples])
         if len(samples)
@@ -121,9 +112,13 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     if reading is not None and reading.quantizers:
         notes.append(reading.words)
     activation, activation_notes = _activation(described, network, request, inputs)
-    spec, geometry = _describe(described, network, request, encoder, channels, classes, activation, geometry)
+    asked = request.classes if request.classes is not None else len(request.class_names) or classes
+    if asked != classes:
+        raise SpecError(f"{asked} classes were asked for, the module returns {classes}; leave classes out")
+    arch, model_args = _arch_of(network.module), _recorded_args(described) if network.smp else {}
+    spec, task_notes = architectures.model_spec(request, arch, encoder, classes, channels, activation, model_args)
+    geometry = geometry or settle_geometry(described, spec, check_output=True)
     _check_request(request, spec.arch, encoder if network.inner is not None else None)
-    _, task_notes = resolve_task(request.task, classes, activation)
     notes.extend((*activation_notes, *task_notes, *geometry.notes, *more))
     return LoadedModel(
         module=described,
@@ -142,7 +137,6 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
 
 
 def _require_python(module: torch.nn.Module) -> None:
-    torch = architectures.import_for_conversion("torch")
     for path, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
             what = f"its part {path} is" if path else "it is"
@@ -214,57 +208,38 @@ def _same_work(wrapper: torch.nn.Module, inner: torch.nn.Module, channels: int) 
     Dark and bright ones in 0..1 and 0..255, so that a branch that depends on the image shows; one that no image of these
     takes is found by tracing, which such a branch stops.
     """
-    import torch
-
-    from edgeseg.convert.parity import make_probe_images
-
     side = _PROBE_STRIDES * _output_stride(inner)
     pixels = torch.from_numpy(make_probe_images(side, side, channels)).permute(0, 3, 1, 2).float() / 255.0
-    noise = torch.rand(1, channels, side, side, generator=torch.Generator().manual_seed(0))
-    images = (noise, pixels[:1], 0.1 * pixels[1:], 1.0 - 0.1 * pixels[1:], 255.0 * pixels[:1], 4.0 * pixels[1:] - 2.0)
+    random = noise(channels, side, side)
+    images = (random, pixels[:1], 0.1 * pixels[1:], 1.0 - 0.1 * pixels[1:], 255.0 * pixels[:1], 4.0 * pixels[1:] - 2.0)
     mean, std = getattr(wrapper, "mean", None), getattr(wrapper, "std", None)
     candidates: dict[str, Callable[[torch.Tensor], Any]] = {"same": inner}
     if isinstance(mean, torch.Tensor) and isinstance(std, torch.Tensor):
         shaped = [t.detach().float().reshape(1, -1, 1, 1) for t in (mean, std)]
-        candidates["normalized"] = _Normalized(inner, *shaped)
+        candidates["normalized"] = lambda image: inner((image - shaped[0]) / shaped[1])
     theirs = [run_on(wrapper, image) for image in images]
     if any(output is None for output in theirs):
         return None
     for word, candidate in candidates.items():
         mine = [run_on(candidate, image) for image in images]
         if all(_alike(a, b) for a, b in zip(theirs, mine, strict=True)):
-            return word if _is_traceable(wrapper, noise) else None
+            return word if _is_traceable(wrapper, random) else None
     return None
 
 
 def _alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    import torch
-
     if a is None or b is None or a.shape != b.shape:
         return False
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
 
 
 def _is_traceable(module: torch.nn.Module, image: torch.Tensor) -> bool:
-    import torch
-
     try:
         with silenced(), torch.no_grad():
             torch.export.export(module, (image,), strict=False)
     except Exception:  # a user's forward may raise anything; the export of the whole of it then says why
         return False
     return True
-
-
-class _Normalized:
-    """``inner((image - mean) / std)``, for comparison only."""
-
-    def __init__(self, inner: torch.nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
-        self.inner, self.mean, self.std = inner, mean, std
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.inner((image - self.mean) / self.std)
-        return result
 
 
 def _output_stride(module: torch.nn.Module) -> int:
@@ -316,7 +291,6 @@ def _input_channels(network: _Network, request: ModelRequest) -> int:
 
 
 def _first_channels(module: torch.nn.Module) -> int:
-    torch = architectures.import_for_conversion("torch")
     first = next((m for m in module.modules() if isinstance(m, torch.nn.Conv2d)), None)
     return int(first.in_channels) if first is not None else 3
 
@@ -331,7 +305,7 @@ def _settle_head(module: torch.nn.Module, keep_aux: bool) -> tuple[str, ...]:
         notes.append("auxiliary classification head dropped; keep it with --keep-aux")
     if type(_last_layer(module)).__name__ == "ArgMax":
         head: Any = module.segmentation_head
-        head[-1].activation = architectures.import_for_conversion("torch.nn").Identity()
+        head[-1].activation = torch.nn.Identity()
         notes.append("activation argmax dropped: the mask output is the argmax")
     return tuple(notes)
 
@@ -372,7 +346,7 @@ def _activation(
             return None, ()
         note = f"the module returns the result of {ending.activation}: its masks and probabilities are made of that"
         return ending.activation, (note,)
-    asked = resolve_activation(request.activation)
+    asked = architectures.resolve_activation(request.activation)
     if asked is None and ending.activation is not None:
         return None, (f"the module ends in {ending.activation}; its values are taken for logits, as asked",)
     probable = ("sigmoid", "softmax", "softmax2d", "clamp")
@@ -384,33 +358,6 @@ def _activation(
     return asked, ()
 
 
-def _describe(
-    module: torch.nn.Module,
-    network: _Network,
-    request: ModelRequest,
-    encoder: str,
-    channels: int,
-    classes: int,
-    activation: str | None,
-    geometry: Geometry | None,
-) -> tuple[ModelSpec, Geometry]:
-    asked = request.classes if request.classes is not None else len(request.class_names) or classes
-    if asked != classes:
-        raise SpecError(f"{asked} classes were asked for, the module returns {classes}; leave classes out")
-    task, _ = resolve_task(request.task, classes, activation)
-    spec = ModelSpec(
-        arch=_arch_of(network.module),
-        encoder=encoder,
-        classes=classes,
-        class_names=request.class_names,
-        task=task,
-        in_channels=channels,
-        activation=activation,
-        model_args=_recorded_args(module) if network.smp else {},
-    )
-    return spec, geometry or settle_geometry(module, spec, check_output=True)
-
-
 def _last_layer(module: torch.nn.Module) -> torch.nn.Module:
     head: Any = module.segmentation_head
     last: torch.nn.Module = list(head.modules())[-1]
@@ -418,20 +365,11 @@ def _last_layer(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _last_convolution(module: torch.nn.Module) -> torch.nn.Conv2d:
-    import torch
-
     head: Any = module.segmentation_head
     return [m for m in head.modules() if isinstance(m, torch.nn.Conv2d)][-1]
 
 
 def _head_activation(module: torch.nn.Module) -> str | None:
     """Read the activation SMP put at the end of the segmentation head."""
-    import torch
-
-    names: dict[type[torch.nn.Module], str] = {
-        torch.nn.Sigmoid: "sigmoid",
-        torch.nn.Softmax: "softmax",
-        torch.nn.LogSoftmax: "logsoftmax",
-        torch.nn.Tanh: "tanh",
-    }
-    return names.get(type(_last_layer(module)))
+    name = type(_last_layer(module)).__name__.lower()
+    return name if name in ("sigmoid", "softmax", "logsoftmax", "tanh") else None

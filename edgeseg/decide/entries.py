@@ -162,7 +162,7 @@ def paired_ratio(slow: Entry, fast: Entry) -> Ratio | None:
         return None
     if len(a.samples_ms) < 2 or len(a.samples_ms) != len(b.samples_ms):
         return None
-    return compare(LatencySamples(slow.name, a.samples_ms, 0), LatencySamples(fast.name, b.samples_ms, 0))
+    return compare(LatencySamples(a.samples_ms), LatencySamples(b.samples_ms))
 
 
 def speed_ratio(slow: Entry, fast: Entry) -> Ratio | None:

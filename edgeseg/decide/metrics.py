@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,6 @@ class Metric:
     Attributes:
         name: as requirements, CSV and JSON spell it; the unit is in it.
         unit: for people; ``""`` for a share or a count.
-        better: which direction is better; ``None`` for settings.
         digits: after the decimal point.
         title: column heading.
         help: what it is.
@@ -48,7 +47,6 @@ class Metric:
 
     name: str
     unit: str
-    better: Literal["lower", "higher"] | None
     digits: int
     title: str
     help: str
@@ -82,9 +80,11 @@ def _at(path: str, per: float = 1.0) -> Getter:
     return get
 
 
-def _bounds(path: str) -> IntervalGetter:
+def _bounds(of: Callable[[Entry], Any]) -> IntervalGetter:
+    """Reads the ends of what has ``low`` and ``high``."""
+
     def get(entry: Entry) -> tuple[float, float] | None:
-        estimate = at(entry.row, path)
+        estimate = of(entry)
         return None if estimate is None else (estimate.low, estimate.high)
 
     return get
@@ -134,27 +134,9 @@ def _drop(entry: Entry) -> Interval | None:
     return next((drop.drop for drop in drops if drop.metric == "miou"), None)
 
 
-def _drop_value(entry: Entry) -> float | None:
-    drop = _drop(entry)
-    return None if drop is None else drop.value
-
-
-def _drop_interval(entry: Entry) -> tuple[float, float] | None:
-    drop = _drop(entry)
-    return None if drop is None else (drop.low, drop.high)
-
-
 def _median_interval(entry: Entry) -> tuple[float, float] | None:
     latency = entry.row.latency
     return None if latency is None else (latency.end_to_end.median_low_ms, latency.end_to_end.median_high_ms)
-
-
-def _speedup(entry: Entry) -> float | None:
-    return None if entry.comparison is None else entry.comparison.ratio
-
-
-def _speedup_interval(entry: Entry) -> tuple[float, float] | None:
-    return None if entry.comparison is None else (entry.comparison.low, entry.comparison.high)
 
 
 def _int8_share(entry: Entry) -> float | None:
@@ -165,20 +147,20 @@ def _int8_share(entry: Entry) -> float | None:
 def _call(field: str, title: str, which: str, noise: IntervalGetter = _no_interval) -> Metric:
     """A figure of the times of one call."""
     what = f"{which} of one call, decoded image(s) to mask(s)"
-    return Metric(field, "ms", "lower", 2, title, what, _at(f"latency.end_to_end.{field}"), noise=noise)
+    return Metric(field, "ms", 2, title, what, _at(f"latency.end_to_end.{field}"), noise=noise)
 
 
-def _score(name: str, title: str, what: str, better: Literal["lower", "higher"] = "higher") -> Metric:
+def _score(name: str, title: str, what: str) -> Metric:
     """A figure of accuracy against masks."""
-    return Metric(name, "", better, 4, title, what, _at(f"accuracy.truth.{name}"))
+    return Metric(name, "", 4, title, what, _at(f"accuracy.truth.{name}"))
 
 
 def _memory(name: str, title: str, what: str, field: str) -> Metric:
-    return Metric(name, "MB", "lower", 0, title, what, _at(f"memory.{field}", 1e6))
+    return Metric(name, "MB", 0, title, what, _at(f"memory.{field}", 1e6))
 
 
 def _setting(name: str, title: str, what: str) -> Metric:
-    return Metric(name, "", None, 0, title, what, _at(f"setting.{name}"))
+    return Metric(name, "", 0, title, what, _at(f"setting.{name}"))
 
 
 _OF_SCORES = "at the engine's size; engines that return masks have none"
@@ -190,11 +172,10 @@ _ALL = (
     _call("p95_ms", "p95", "95 % percentile", of_percentile(95)),
     _call("p99_ms", "p99", "99 % percentile", of_percentile(99)),
     _call("max_ms", "Max", "longest"),
-    Metric("compute_ms", "ms", "lower", 2, "Compute", "median of the engine alone", _at("latency.stages.compute_ms")),
+    Metric("compute_ms", "ms", 2, "Compute", "median of the engine alone", _at("latency.stages.compute_ms")),
     Metric(
         "images_per_s",
         "images/s",
-        "higher",
         1,
         "Throughput",
         "images over wall-clock time of all callers",
@@ -204,77 +185,71 @@ _ALL = (
     Metric(
         "speedup",
         "x",
-        "higher",
         2,
         "Speed-up",
         "times as fast as the baseline, paired in the same run",
-        _speedup,
-        _speedup_interval,
-        _speedup_interval,
+        lambda entry: at(entry, "comparison.ratio"),
+        _bounds(lambda entry: entry.comparison),
+        _bounds(lambda entry: entry.comparison),
     ),
     Metric(
         "cold_start_ms",
         "ms",
-        "lower",
         0,
         "Cold start",
         "load to first mask in a fresh process",
         _at("cold_start.total_ms"),
         noise=of_processes,
     ),
-    Metric("size_mb", "MB", "lower", 2, "Size", "engine file, millions of bytes", _at("engine.size_bytes", 1e6)),
+    Metric("size_mb", "MB", 2, "Size", "engine file, millions of bytes", _at("engine.size_bytes", 1e6)),
     _memory("peak_rss_mb", "Peak RSS", "resident memory at most, millions of bytes", "peak_rss_bytes"),
     _memory("activation_mb", "Activations", "growth of the peak while running", "activation_bytes"),
     _memory("gpu_mb", "GPU memory", "device memory of the process", "gpu_bytes"),
-    Metric("mean_w", "W", "lower", 2, "Power", "mean power while measured", _at("power.mean_w")),
-    Metric("energy_per_image_j", "J", "lower", 3, "Energy", "energy of one image", _at("power.energy_per_image_j")),
+    Metric("mean_w", "W", 2, "Power", "mean power while measured", _at("power.mean_w")),
+    Metric("energy_per_image_j", "J", 3, "Energy", "energy of one image", _at("power.energy_per_image_j")),
     Metric(
         "miou",
         "",
-        "higher",
         4,
         "mIoU",
         "mean intersection over union against masks, 0..1",
         _at("accuracy.truth.miou.value"),
-        _bounds("accuracy.truth.miou"),
+        _bounds(lambda entry: at(entry.row, "accuracy.truth.miou")),
     ),
     _score("dice", "Dice", "mean Dice score against masks, 0..1"),
-    _score("loss", "Loss", f"SMP's DiceLoss of the probabilities, {_OF_SCORES}", "lower"),
-    _score("cross_entropy", "Cross-entropy", f"mean over labelled pixels, nats, {_OF_SCORES}", "lower"),
-    Metric("dice_loss", "", "lower", 4, "Dice loss", "1 - Dice of the masks (not of soft probabilities)", _dice_loss),
+    _score("loss", "Loss", f"SMP's DiceLoss of the probabilities, {_OF_SCORES}"),
+    _score("cross_entropy", "Cross-entropy", f"mean over labelled pixels, nats, {_OF_SCORES}"),
+    Metric("dice_loss", "", 4, "Dice loss", "1 - Dice of the masks (not of soft probabilities)", _dice_loss),
     _score("pixel_accuracy", "Pixel acc.", "share of pixels that are right"),
     _score("boundary_iou", "Boundary IoU", "IoU near class boundaries"),
     _score("boundary_f", "Boundary F", "F-score of class boundaries"),
     Metric(
         "miou_drop",
         "",
-        "lower",
         4,
         "mIoU drop",
         "mIoU lost against the baseline (0.01 = one point)",
-        _drop_value,
-        _drop_interval,
+        lambda entry: at(_drop(entry), "value"),
+        _bounds(_drop),
     ),
     Metric(
         "agreement",
         "",
-        "higher",
         4,
         "Agreement",
         "share of pixels that equal the baseline's",
         _at("accuracy.agreement.overall.value"),
-        _bounds("accuracy.agreement.overall"),
+        _bounds(lambda entry: at(entry.row, "accuracy.agreement.overall")),
     ),
     Metric(
         "boundary_agreement",
         "",
-        "higher",
         4,
         "Bound. agr.",
         "agreement near class boundaries",
         _at("accuracy.agreement.boundary"),
     ),
-    Metric("int8_share", "", None, 3, "in int8", "share of multiply-accumulates executed in int8", _int8_share),
+    Metric("int8_share", "", 3, "in int8", "share of multiply-accumulates executed in int8", _int8_share),
     _setting("batch", "Batch", "images of one call"),
     _setting("threads", "Threads", "threads of the engine"),
     _setting("streams", "Streams", "callers at the same time"),

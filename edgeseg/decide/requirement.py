@@ -189,7 +189,6 @@ class _Parser:
     """Recursive descent over the tokens of one text."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
         self.tokens: list[tuple[str, str, int]] = []
         self.index = 0
         self.depth = 0
@@ -235,19 +234,15 @@ class _Parser:
         return node
 
     def chain(self) -> Node:
-        operands: list[Metric | float] = [self.operand()]
-        places, operators = [self.here()], []
-        while self.peek()[0] == "symbol" and self.peek()[1] in COMPARE:
-            operators.append(self.peek()[1])
+        left, parts = self.operand(), []
+        while (token := self.peek())[0] == "symbol" and token[1] in COMPARE:
             self.index += 1
-            places.append(self.here())
-            operands.append(self.operand())
-        if not operators:
+            place, right = self.here(), self.operand()
+            parts.append(self.comparison(left, token[1], right, place))
+            left = right
+        if not parts:
             self.fail(self.here())
-        parts = tuple(
-            self.comparison(operands[k], op, operands[k + 1], places[k + 1]) for k, op in enumerate(operators)
-        )
-        return parts[0] if len(parts) == 1 else Junction("and", parts)
+        return parts[0] if len(parts) == 1 else Junction("and", tuple(parts))
 
     def comparison(self, left: Metric | float, op: str, right: Metric | float, place: int) -> Comparison:
         if isinstance(left, Metric) and not isinstance(right, Metric):

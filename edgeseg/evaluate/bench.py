@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from edgeseg.arguments import FLAG, MOST, PATH, SIZE, argument, counts, number, settle, several, whole
 from edgeseg.errors import BuildError, EdgesegError, SpecError
+from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest, evaluate
 from edgeseg.evaluate.contenders import (
     Contender,
     Opener,
@@ -28,7 +29,6 @@ from edgeseg.evaluate.latency.statistics import speed_comparison
 from edgeseg.evaluate.results import (
     BASELINES,
     SCHEMA_VERSION,
-    Accuracy,
     BenchReport,
     FailedMeasurement,
     Row,
@@ -44,19 +44,6 @@ from edgeseg.version import __version__
 
 MAX_CALL_BYTES = 4_000_000_000
 """Of the images of one call; what is asked for beyond is a slip of the keyboard, and would end for want of memory."""
-
-
-class AccuracyStep(Protocol):
-    """How accuracy is judged; :class:`edgeseg.evaluate.accuracy.evaluation.AccuracyRequest` is one."""
-
-    def check(self, contenders: Sequence[Contender]) -> tuple[str, ...]:
-        """Raise what :meth:`__call__` would raise about the data, before minutes are spent on measuring; return what it
-        will not be able to judge, a sentence each."""
-        ...
-
-    def __call__(self, contenders: Sequence[Contender], opener: Opener, reporter: Reporter) -> dict[str, Accuracy]:
-        """Accuracy by contender's name."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +91,7 @@ class BenchRequest:
         return dataclasses.replace(BENCH, min_duration_ms=self.duration_s * 1000)
 
 
-def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyStep | None = None) -> BenchReport:
+def run_bench(request: BenchRequest, reporter: Reporter, accuracy: AccuracyRequest | None = None) -> BenchReport:
     """Measure everything asked for and return the report.
 
     An engine that cannot be loaded or fails while it is measured does not stop the others: it is in the report's
@@ -295,10 +282,10 @@ class _Bench:
                     slowest = max(profile.modules, key=lambda module: module.time_ms)
                     said.append(f"{contender.name}: {slowest.module} {slowest.share:.0%}")
 
-    def judge(self, step: AccuracyStep, contenders: Sequence[Contender]) -> None:
+    def judge(self, request: AccuracyRequest, contenders: Sequence[Contender]) -> None:
         """Judge all; when that fails, the latency found before is not thrown away."""
         try:
-            by_name = step(contenders, self.opener, self.reporter)
+            by_name = evaluate(request, contenders, self.opener, self.reporter)
         except EdgesegError as exc:
             if not self.times:
                 raise

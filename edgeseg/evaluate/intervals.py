@@ -99,11 +99,6 @@ def interval(images: int, statistic: Callable[[NDArray[Any]], NDArray[Any]]) -> 
     return Interval(value, float(low), float(high))
 
 
-def metric_interval(counts: Counts, metric: str) -> Interval | None:
-    """A metric with its interval over images."""
-    return interval(len(counts.right), lambda weights: figure(metric, counts.totals(weights)))
-
-
 def drops(baseline_name: str, baseline: Counts, engine: Counts) -> tuple[Drop, ...]:
     """What is lost against the baseline on the same images, each metric with the interval of the paired difference."""
     images = len(engine.right)

@@ -6,13 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeseg.errors import GateError, InputError, SpecError
-from edgeseg.evaluate.latency.batches import Estimate, bootstrap_interval
+from edgeseg.evaluate.latency.batches import Estimate, bootstrap_interval, median_of
 from edgeseg.evaluate.latency.protocol import SAME_WITHIN, LatencySamples, compare, percentile_of_rows
 from edgeseg.evaluate.results import BenchReport, Row, at
 from edgeseg.evaluate.tables import MISSING, FigureTable, milliseconds, number
@@ -148,15 +147,10 @@ def _beside(row: Row, baseline: Row, metric: str) -> Estimate | None:
     ):
         return None
     if metric == "median_ms":
-        ratio = compare(LatencySamples("", own.samples_ms, 0), LatencySamples("", base.samples_ms, 0))
+        ratio = compare(LatencySamples(own.samples_ms), LatencySamples(base.samples_ms))
         return Estimate(ratio.median, ratio.low, ratio.high)
     figure, middle = _estimate(row, metric), _estimate(baseline, "median_ms")
     return None if figure is None or middle is None else figure.over(middle)
-
-
-def median_of(samples: NDArray[Any]) -> NDArray[Any]:
-    """Median of each row of ``(R, N)``."""
-    return np.asarray(np.median(samples, axis=1))
 
 
 def _change(old: Row, new: Row, metric: str) -> Change:

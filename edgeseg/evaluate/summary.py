@@ -293,7 +293,7 @@ def repair_table(repairs: Sequence[Repair]) -> FigureTable:
 
 def repairs_line(repairs: Sequence[Repair]) -> str:
     """What the agreement of :func:`repair_table` is that of."""
-    images = f"{repairs[0].images} image{'' if repairs[0].images == 1 else 's'}"
+    images = counted(repairs[0].images, "image")
     return f"agreement with the float graph in scheme {repairs[0].scheme}, on {images} of the calibration set"
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
-Details = TypeVar("Details")
 Dims = tuple[int | None, ...]
 
 
@@ -27,6 +25,43 @@ def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
     """The array of an initializer or Constant, else ``None``."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return None if tensor is None or (value is not None and value.is_graph_input()) else tensor.numpy()
+
+
+def given(node: ir.Node, index: int = 0) -> ir.Value:
+    """An input that ``node`` has by what it is."""
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def given_array(node: ir.Node, index: int = 1) -> NDArray[Any]:
+    """The array of an input that was seen to be constant."""
+    array = constant_input(node, index)
+    assert array is not None
+    return array
+
+
+def constant_input(node: ir.Node, index: int) -> NDArray[Any] | None:
+    """The array of a constant input; ``None`` where ``node`` has no such input, or it is computed."""
+    return constant_array(node.inputs[index]) if len(node.inputs) > index else None
+
+
+def beside_constant(node: ir.Node) -> tuple[ir.Value, NDArray[Any]] | None:
+    """Of two inputs the one that is computed, and the other, which is constant; ``None`` where both are either."""
+    one, other = node.inputs
+    arrays = constant_array(one), constant_array(other)
+    if arrays[0] is None and one is not None and arrays[1] is not None:
+        return one, arrays[1]
+    return (other, arrays[0]) if arrays[1] is None and other is not None and arrays[0] is not None else None
+
+
+def slice_bounds(node: ir.Node) -> tuple[int, int, int, int] | None:
+    """Start, end, axis (not negative) and step of a Slice along one axis, all constant; else ``None``."""
+    shape, values = dims(node.inputs[0]), [constant_array(v) for v in node.inputs[1:]]
+    if shape is None or len(values) < 3 or any(v is None or v.size != 1 for v in values):
+        return None
+    start, end, axis, *steps = (int(v.item()) for v in values if v is not None)
+    return start, end, axis % len(shape), steps[0] if steps else 1
 
 
 def maker(value: ir.Value | None, *op_types: str) -> ir.Node | None:
@@ -74,12 +109,6 @@ def image_shape(value: ir.Value | None) -> tuple[int, int, int] | None:
     return known[1:]  # type: ignore[return-value]
 
 
-def elements(value: ir.Value | None) -> int | None:
-    """Number of elements of a static value."""
-    shape = static(value)
-    return None if shape is None else math.prod(shape)
-
-
 def ints(node: ir.Node, name: str, default: Sequence[int] = ()) -> tuple[int, ...]:
     """An integer-list attribute."""
     return tuple(node.attributes.get_ints(name, list(default)))
@@ -108,40 +137,42 @@ def emit(
 
     ``shape`` is that of the output, where the caller knows it before shapes are inferred again.
     """
-    assert before.graph is not None
-    node = ir.node(op_type, list(inputs), attributes=dict(attributes or {}), num_outputs=outputs)
-    node.name = f"{(before.name or '').rpartition('/')[0]}/{op_type}"
-    first = next(v for v in inputs if v is not None)
-    for output in node.outputs:
-        set_type(output, first)
-    if shape is not None:
-        node.outputs[0].shape = ir.Shape(shape)
-    before.graph.insert_before(before, node)
-    return node.outputs[0]
+    assert isinstance(before.graph, ir.Graph)
+    editor = Editor(before.graph, before, (before.name or "").rpartition("/")[0])
+    dtype = next(v for v in inputs if v is not None).dtype
+    return editor.op(op_type, op_type, inputs, dtype=dtype, shape=shape, outputs=outputs, **(attributes or {}))
 
 
-def set_type(value: ir.Value, like: ir.Value) -> None:
-    """Give ``value`` the data type of ``like``, if that is known."""
-    if like.dtype is not None:
-        value.dtype = like.dtype
+def emit_sum(before: ir.Node, values: Sequence[ir.Value], *, shape: Iterable[Any] | None = None) -> ir.Value:
+    """Insert the Adds of ``values``, each sum of the given shape."""
+    total, *others = values
+    for value in others:
+        total = emit(before, "Add", [total, value], shape=shape)
+    return total
 
 
 def weight(near: ir.Node, array: NDArray[Any], name: str) -> ir.Value:
     """Register a new initializer; its name is made unique by a number if taken."""
-    graph = near.graph
-    assert isinstance(graph, ir.Graph)
-    unique, count = name, 0
-    while unique in graph.initializers:
-        count += 1
-        unique = f"{name}_{count}"
-    return _register(graph, unique, np.ascontiguousarray(array))
+    assert isinstance(near.graph, ir.Graph)
+    return _register(near.graph, name, np.ascontiguousarray(array))
 
 
 def _register(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    tensor = ir.tensor(array, name=_fresh(graph, name))
+    kind = ir.TensorType(tensor.dtype)
+    value = ir.Value(name=tensor.name, const_value=tensor, type=kind, shape=ir.Shape(array.shape))
     graph.register_initializer(value)
     return value
+
+
+def _fresh(graph: ir.Graph, name: str) -> str:
+    taken = graph.meta.setdefault("edgeseg_names", set())
+    unique, count = name, 1
+    while unique in taken or unique in graph.initializers:
+        count += 1
+        unique = f"{name}_{count}"
+    taken.add(unique)
+    return unique
 
 
 class Editor:
@@ -159,15 +190,19 @@ class Editor:
         op_type: str,
         inputs: Iterable[ir.Value | None],
         *,
-        dtype: ir.DataType = ir.DataType.FLOAT,
+        dtype: ir.DataType | None = ir.DataType.FLOAT,
         shape: Iterable[Any] | None = None,
+        outputs: int = 1,
         domain: str = "",
         **attributes: Any,
     ) -> ir.Value:
-        """Add a node with one output of the given type, named ``<stem>/<name>``."""
-        node = ir.node(op_type, list(inputs), attributes, domain=domain, name=self._fresh(name))
+        """Add a node named ``<stem>/<name>``; returns its first output, of that name and shape. All are of the given type."""
+        full_name = _fresh(self._graph, f"{self._stem}/{name}")
+        node = ir.node(op_type, list(inputs), attributes, domain=domain, name=full_name, num_outputs=outputs)
+        for index, value in enumerate(node.outputs):
+            value.name = f"{full_name}_{index}" if index else full_name
+            value.type = None if dtype is None else ir.TensorType(dtype)
         output = node.outputs[0]
-        output.name, output.type = node.name, ir.TensorType(dtype)
         output.shape = None if shape is None else ir.Shape(list(shape))
         if self._after:
             self._graph.insert_after(self._anchor, node)
@@ -178,17 +213,7 @@ class Editor:
 
     def constant(self, name: str, array: NDArray[Any] | np.generic) -> ir.Value:
         """Add an initializer named ``<stem>/<name>``."""
-        return _register(self._graph, self._fresh(name), np.asarray(array))
-
-    def _fresh(self, name: str) -> str:
-        full_name = base = f"{self._stem}/{name}"
-        taken = self._graph.meta.setdefault("edgeseg_names", set())
-        count = 1
-        while full_name in taken or full_name in self._graph.initializers:
-            count += 1
-            full_name = f"{base}_{count}"
-        taken.add(full_name)
-        return full_name
+        return _register(self._graph, f"{self._stem}/{name}", np.asarray(array))
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
@@ -202,11 +227,11 @@ def replace(old: ir.Value, new: ir.Value) -> None:
 
 
 def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Let every reader of ``old`` read ``new``, which takes over its name, type and shape; remove what made ``old``."""
-    node = old.producer()
+    """As :func:`replace`; ``new`` takes over name, type and shape, too, and what made ``old`` is removed."""
+    node, name = old.producer(), old.name
     assert node is not None
-    new.type, new.shape, name = old.type, old.shape, old.name
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    new.type, new.shape = old.type, old.shape
+    replace(old, new)
     remove_unread(graph, [node])
     new.name = name
 
@@ -235,27 +260,7 @@ def remove_unread_constants(graph: ir.Graph) -> None:
             graph.initializers.pop(name)
 
 
-def rewrite_each(
-    graph: ir.Graph, match: Callable[[ir.Node], Details | None], rewrite: Callable[[ir.Graph, ir.Node, Details], None]
-) -> int:
-    """Rewrite every node that matches, each as the ones before left it; returns how many."""
-    count = 0
-    for node in list(graph):
-        if (details := match(node)) is not None:
-            rewrite(graph, node, details)
-            count += 1
-    return count
-
-
 def tidy(model: ir.Model) -> None:
-    """Remove nodes and initializers nothing reads, make node names unique, and infer the shapes of new values."""
+    """Remove nodes and initializers nothing reads, and infer the shapes of new values."""
     RemoveUnusedNodesPass()(model)
-    seen: dict[str, int] = {}
-    for node in model.graph:
-        name = node.name or node.op_type
-        while name in seen:
-            seen[name] += 1
-            name = f"{node.name or node.op_type}_{seen[name]}"
-        seen[name] = 0
-        node.name = name
     ShapeInferencePass(strict_mode=True)(model)

@@ -1,9 +1,13 @@
-"""The integers a fake-quantizer rounds to: what quantization-aware training leaves behind for one tensor."""
+"""The integers a tensor is rounded to, by calibration or by a fake-quantizer of quantization-aware training."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -13,7 +17,7 @@ class Grid:
     Attributes:
         scale: > 0, real units per step; exactly a float32.
         zero_point: the integer that means 0; between ``low`` and ``high``.
-        low, high: smallest and largest integer; not those of a type, since training may use fewer.
+        low, high: smallest and largest integer; training may use fewer than a type has.
     """
 
     scale: float
@@ -28,14 +32,19 @@ class Grid:
             raise ValueError(f"zero point {self.zero_point} is not among the integers {self.low} to {self.high}")
 
     @property
-    def levels(self) -> int:
-        """How many integers there are."""
-        return self.high - self.low + 1
-
-    @property
     def limits(self) -> tuple[float, float]:
         """Smallest and largest value it has."""
         return (self.low - self.zero_point) * self.scale, (self.high - self.zero_point) * self.scale
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """int8 where there are negative integers, else uint8."""
+        return np.dtype(np.int8 if self.low < 0 else np.uint8)
+
+    def quantize(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Integers of ``values``: rounded to nearest even, saturated."""
+        integers = np.clip(np.rint(values / self.scale) + self.zero_point, self.low, self.high)
+        return np.asarray(integers, self.dtype)
 
     def without_negative(self) -> Grid:
         """The same steps for a tensor that has no negative values."""

@@ -13,28 +13,19 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from edgeseg.errors import ArtifactError, first_line
-from edgeseg.graph.proto import attribute, dims, value_infos
+from edgeseg.graph.proto import attribute, copied, dims, refill, value_infos
 
 Shape = tuple[int, ...]
 
 CONV_WEIGHT: Mapping[str, int] = {
-    "Conv": 1,
-    "FusedConv": 1,
-    "NhwcConv": 1,
-    "NhwcFusedConv": 1,
-    "ConvInteger": 1,
+    **dict.fromkeys(("Conv", "FusedConv", "NhwcConv", "NhwcFusedConv", "ConvInteger"), 1),
     "QLinearConv": 3,
 }
 """Operators counted as convolutions and the input that holds their weight. ONNX Runtime's blocked ``Conv`` (domain
 ``com.microsoft.nchwc``) is counted with the channels it computes, padding to its block size included."""
 
 MATMUL_OPERANDS: Mapping[str, tuple[int, int]] = {
-    "MatMul": (0, 1),
-    "FusedMatMul": (0, 1),
-    "Gemm": (0, 1),
-    "FusedGemm": (0, 1),
-    "MatMulInteger": (0, 1),
-    "MatMulIntegerToFloat": (0, 1),
+    **dict.fromkeys(("MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulInteger", "MatMulIntegerToFloat"), (0, 1)),
     "DynamicQuantizeMatMul": (0, 1),
     "QLinearMatMul": (0, 3),
     "QGemm": (0, 3),
@@ -90,8 +81,7 @@ def _counted(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> dict[str, i
 
 
 def _known_shapes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> dict[str, Shape]:
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
+    fixed = copied(model)
     if _fix_inputs(fixed.graph, sizes):
         # shapes noted in the file are in terms of the symbols: infer them anew from the sizes
         del fixed.graph.value_info[:]
@@ -131,8 +121,7 @@ def _fold(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> bool:
         else:
             made.update(zip(node.output, results, strict=False))
     if made:
-        del graph.node[:]
-        graph.node.extend(kept)
+        refill(graph.node, kept)
         graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in made.items())
     return bool(made)
 
@@ -156,12 +145,8 @@ def _shape_arithmetic(
         feeds[name] = made[name] if name in made else numpy_helper.to_array(weights[name])
     if sum(array.size for array in feeds.values()) > MAX_FOLDED_ELEMENTS:
         return None
-    inputs = [
-        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in feeds.items()
-    ]
-    outputs = [helper.make_empty_tensor_value_info(o) for o in node.output]
-    single = helper.make_model(helper.make_graph([node], "shapes", inputs, outputs), opset_imports=opsets)
-    return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, feeds)]
+    single = helper.make_function("", "shapes", list(feeds), list(node.output), [node], list(opsets))
+    return [np.asarray(value) for value in ReferenceEvaluator(single).run(None, feeds, attributes={})]
 
 
 def _fix_inputs(graph: onnx.GraphProto, sizes: Mapping[str, int]) -> bool:

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx
 from onnx import helper, shape_inference
 
+REARRANGES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
+"""Operators that give the values they read in another shape or order, all of them and none twice."""
+
 Dims = tuple[int | None, ...]
+
+
+def copied(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy to change."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def refill(entries: Any, kept: Iterable[Any]) -> None:
+    """Let a repeated field of a graph have these entries alone."""
+    every = list(kept)
+    del entries[:]
+    entries.extend(every)
 
 
 def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
@@ -18,6 +36,13 @@ def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
 def makers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
     """By value: the node that makes it."""
     return {name: node for node in graph.node for name in node.output}
+
+
+def maker_behind_moves(made_by: Mapping[str, onnx.NodeProto], name: str) -> onnx.NodeProto | None:
+    """The node that makes ``name``, or makes what reaches it through nodes that only rearrange."""
+    while (node := made_by.get(name)) is not None and node.op_type in REARRANGES:
+        name = node.input[0]
+    return node
 
 
 def readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
@@ -50,6 +75,4 @@ def dims(value: onnx.ValueInfoProto) -> Dims | None:
 def drop_unread_constants(graph: onnx.GraphProto) -> None:
     """Remove initializers that no node reads, and that are no output."""
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    refill(graph.initializer, (tensor for tensor in graph.initializer if tensor.name in read))

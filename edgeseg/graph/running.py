@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from edgeseg.errors import EdgesegError, MissingDependencyError, first_line
+from edgeseg.graph.proto import copied, refill
 from edgeseg.machine.cpu import this_cpu
 
 
@@ -48,11 +49,8 @@ class GraphSession:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if names is not None:
-            watched = onnx.ModelProto()
-            watched.CopyFrom(model)
-            del watched.graph.output[:]
-            watched.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-            model = watched
+            model = copied(model)
+            refill(model.graph.output, (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names))
         try:
             self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception

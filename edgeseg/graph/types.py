@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 
 from edgeseg.graph.macs import count_macs
-from edgeseg.graph.proto import makers, value_infos
+from edgeseg.graph.proto import maker_behind_moves, makers, value_infos
 from edgeseg.spec import InputSpec, Precision
 from edgeseg.store.manifest import PrecisionReport
 from edgeseg.store.onnx_file import read_onnx
@@ -22,15 +22,11 @@ FLOATS: Mapping[int, str] = {
 }
 
 
-def graph_sizes(spec: InputSpec) -> dict[str, int]:
-    """Values of the symbolic dimensions of an exported graph, for one image of the engine's size."""
-    return {"batch": 1, "height": spec.height, "width": spec.width}
-
-
 def graph_macs(model: onnx.ModelProto, spec: InputSpec) -> dict[str, int]:
     """Multiply-accumulates of one image, by node name."""
     batch = 1 if spec.batch.is_dynamic else spec.batch.minimum
-    return {name: macs // batch for name, macs in count_macs(model, graph_sizes(spec)).items()}
+    sizes = {"height": spec.height, "width": spec.width}
+    return {name: macs // batch for name, macs in count_macs(model, sizes).items()}
 
 
 def node_dtypes(model: onnx.ModelProto) -> dict[str, str]:
@@ -40,7 +36,7 @@ def node_dtypes(model: onnx.ModelProto) -> dict[str, str]:
     types.update({name: value.type.tensor_type.elem_type for name, value in value_infos(model).items()})
     dtypes = {}
     for node in model.graph.node:
-        operands = [made_by.get(name) for name in node.input[:2]]
+        operands = [maker_behind_moves(made_by, name) for name in node.input[:2]]
         if operands and all(maker is not None and maker.op_type == "DequantizeLinear" for maker in operands):
             dtypes[node.name] = "int8"
         else:

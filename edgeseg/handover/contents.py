@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgeseg.backends.portable import awaits_calibration
+from edgeseg.console import markdown_text
 from edgeseg.errors import SpecError
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.engine import Engine
@@ -117,7 +117,7 @@ def label_lines(spec: PipelineSpec) -> bytes:
 def readme(engine: Engine, host: str, start: str, notes: Sequence[str]) -> bytes:
     """README of a folder for ``host``: what it is, how it is started (Markdown), what to know."""
     spec = engine.manifest.spec
-    numbered = ", ".join(f"{index} {plain(name)}" for index, name in enumerate(labels(spec)))
+    numbered = ", ".join(f"{index} {markdown_text(name)}" for index, name in enumerate(labels(spec)))
     size = spec.input
     if size.fit == "resize" and size.interpolation != "linear":
         notes = (
@@ -125,9 +125,9 @@ def readme(engine: Engine, host: str, start: str, notes: Sequence[str]) -> bytes
             f"edgeseg resizes for this model by {size.interpolation}; frames of {size.height}x{size.width} give its masks.",
         )
     listed = "\n".join(f"- {note}" for note in notes)
-    return f"""# {plain(engine.manifest.name)} for {host}
+    return f"""# {markdown_text(engine.manifest.name)} for {host}
 
-{plain(spec.in_words)}; {engine.manifest.precision.requested}. The graph is the
+{markdown_text(spec.in_words)}; {engine.manifest.precision.requested}. The graph is the
 engine's own between the image and its scores; input and output are what {host} hands over and expects. Normalization
 is inside.
 
@@ -147,9 +147,3 @@ def threshold_words(engine: Engine) -> str:
     if spec.model.task == "multiclass":
         return "The most probable class wins."
     return f"The engine's threshold of {spec.output.threshold:g} is inside the graph: the higher of two planes wins."
-
-
-def plain(text: str | None) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML, one line."""
-    flat = " ".join((text or "").split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*\[\]|~#])", r"\\\1", flat)

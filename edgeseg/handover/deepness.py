@@ -14,7 +14,6 @@ from edgeseg.errors import SpecError
 from edgeseg.handover.contents import Content, graph_bytes, labels, readme, require, threshold_words
 from edgeseg.handover.face import Face, with_face
 from edgeseg.store.engine import Engine
-from edgeseg.store.manifest import MANIFEST_NAME
 
 FACE = Face("image", "probabilities", "probabilities", scale=1 / 255)
 TILES_OVERLAP_PERCENT = 25
@@ -68,6 +67,5 @@ def contents(engine: Engine, resolution_cm: float | None) -> dict[str, Content]:
     )
     return {
         "model.onnx": graph_bytes(made),
-        MANIFEST_NAME: engine.folder / MANIFEST_NAME,
         "README.md": readme(engine, "Deepness", start, notes),
     }

@@ -11,7 +11,6 @@ from __future__ import annotations
 from edgeseg.handover.contents import Content, graph_bytes, label_lines, labels, readme, require, threshold_words
 from edgeseg.handover.face import Face, with_face
 from edgeseg.store.engine import Engine
-from edgeseg.store.manifest import MANIFEST_NAME
 
 CONFIG_NAME = "config_infer.txt"
 FACE = Face("input", "probabilities", "probabilities")
@@ -55,7 +54,6 @@ minutes:
         "model.onnx": graph_bytes(made),
         CONFIG_NAME: _configuration(engine).encode(),
         "labels.txt": label_lines(about.spec),
-        MANIFEST_NAME: engine.folder / MANIFEST_NAME,
         "README.md": readme(engine, "DeepStream", start, notes),
     }
 

@@ -17,8 +17,10 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeseg.backends.portable import open_graph
 from edgeseg.errors import BuildError, SpecError
 from edgeseg.graph.editing import Editor, constant_array, maker, tidy
+from edgeseg.graph.running import GraphSession
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.engine import Engine
 from edgeseg.store.onnx_file import read_onnx
@@ -171,18 +173,10 @@ def check(made: onnx.ModelProto, face: Face, engine: Engine) -> None:
 
     Both run in ONNX Runtime as they are written, so that nothing but the face can differ.
     """
-    from edgeseg.backends.portable import open_graph
-
     images = _picture(engine.manifest.spec)
     with open_graph(engine) as session:
         expected = session.run(images)["mask"]
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    shown = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    (answer,) = shown.run([face.output], {face.input: face.normalized(images)})
+    (answer,) = GraphSession(made, "the graph made for the host", BuildError).run(face.normalized(images)).values()
     agreement = float(np.mean(face.mask(answer) == expected))
     if agreement < LEAST_AGREEMENT:
         raise BuildError(

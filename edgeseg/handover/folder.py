@@ -16,6 +16,7 @@ from edgeseg.store.atomic import atomic_folder, check_folder, listed_names
 from edgeseg.store.documents import write_json
 from edgeseg.store.engine import Engine, open_engine
 from edgeseg.store.hashing import FileRef
+from edgeseg.store.manifest import MANIFEST_NAME
 from edgeseg.version import __version__
 
 LISTING_NAME = "handover.json"
@@ -91,6 +92,7 @@ def export_engine(
         contents = deepness.contents(engine, resolution_cm)
     else:
         contents = _PLAIN_HOSTS[host](engine)
+    contents.setdefault(MANIFEST_NAME, engine.folder / MANIFEST_NAME)
     with atomic_folder(output, force=force, ours=exported_files) as scratch:
         _write(scratch, contents)
         files = {name: FileRef.of(scratch / name) for name in sorted(contents)}

@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 
 from edgeseg.backends.portable import open_graph
+from edgeseg.console import markdown_text
 from edgeseg.errors import SpecError
-from edgeseg.evaluate.summary import noise_lines
+from edgeseg.evaluate.summary import noise_lines, share
 from edgeseg.evaluate.tables import counted
-from edgeseg.handover.contents import Content, input_words, labels, plain, values_words
+from edgeseg.handover.contents import Content, input_words, labels, values_words
 from edgeseg.store.engine import Engine
 from edgeseg.store.manifest import MANIFEST_NAME, Manifest, Verification
 
@@ -92,10 +93,10 @@ def _card(manifest: Manifest, licence: str, *, has_picture: bool) -> str:
     # JSON is YAML: no text of a manifest can end the metadata early.
     metadata = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
     names = labels(spec)
-    listed = ", ".join(f"{index} {plain(name)}" for index, name in enumerate(names[:_MOST_LABELS]))
+    listed = ", ".join(f"{index} {markdown_text(name)}" for index, name in enumerate(names[:_MOST_LABELS]))
     more = f" and {len(names) - _MOST_LABELS} more" if len(names) > _MOST_LABELS else ""
     picture = f"![An image and its mask]({PICTURE_NAME})\n\n" if has_picture else ""
-    source = f" of {plain(origin.hub_id)}" if origin is not None and origin.hub_id is not None else ""
+    source = f" of {markdown_text(origin.hub_id)}" if origin is not None and origin.hub_id is not None else ""
     install = {"openvino": "openvino", "tensorrt": "jetson", "tensorrt-rtx": "tensorrt-rtx"}.get(
         manifest.target, "onnxruntime"
     )
@@ -103,9 +104,9 @@ def _card(manifest: Manifest, licence: str, *, has_picture: bool) -> str:
     return f"""---
 {metadata}
 ---
-# {plain(manifest.name)}
+# {markdown_text(manifest.name)}
 
-{picture}An edgeseg engine folder{source}: {plain(spec.in_words)}; {manifest.precision.requested} for {manifest.target}.
+{picture}An edgeseg engine folder{source}: {markdown_text(spec.in_words)}; {manifest.precision.requested} for {manifest.target}.
 
 ## Run
 
@@ -128,19 +129,16 @@ def _verification(verification: Verification | None) -> str:
     v = verification
     before, after = v.pytorch_accuracy, v.engine_accuracy
     rows = [
-        ("mIoU", _share(before.miou), _share(after.miou)),
-        ("Dice", _share(before.dice), _share(after.dice)),
-        ("pixel accuracy", _share(before.pixel_accuracy), _share(after.pixel_accuracy)),
-        (f"agreement with {plain(v.reference)}", "-", _share(v.agreement)),
+        ("mIoU", share(before.miou), share(after.miou)),
+        ("Dice", share(before.dice), share(after.dice)),
+        ("pixel accuracy", share(before.pixel_accuracy), share(after.pixel_accuracy)),
+        (f"agreement with {markdown_text(v.reference)}", "-", share(v.agreement)),
         ("median ms", *(("-" if x is None else f"{x.median_ms:.1f}") for x in (v.pytorch_latency, v.engine_latency))),
         ("size", *(f"{size / 1e6:.1f} MB" for size in (v.pytorch_size_bytes, v.engine_size_bytes))),
     ]
     table = "\n".join(f"| {name} | {one} | {two} |" for name, one, two in rows)
-    words = f"On {counted(v.images, 'image')}: {plain(v.data)}. Times are of the machine that built it; `-` was not measured."
+    words = f"On {counted(v.images, 'image')}: {markdown_text(v.data)}. "
+    words += "Times are of the machine that built it; `-` was not measured."
     if noise_lines(v):
         words += " They are noisy: measure with `edgeseg bench`."
-    return f"| | {plain(v.reference)} | engine |\n|---|---:|---:|\n{table}\n\n{words}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return f"| | {markdown_text(v.reference)} | engine |\n|---|---:|---:|\n{table}\n\n{words}"

@@ -15,7 +15,6 @@ from edgeseg.handover.face import Face, with_face
 from edgeseg.runtime.overlay import spec_palette
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.engine import Engine
-from edgeseg.store.manifest import MANIFEST_NAME
 
 LAUNCH_NAME = "edgeseg.launch.py"
 PARAMETERS_NAME = "parameters.json"
@@ -51,7 +50,6 @@ the plan is built once, of the graph's own types, which the node itself would no
         LAUNCH_NAME: _LAUNCH.encode(),
         PARAMETERS_NAME: (json.dumps(_parameters(spec), indent=2) + "\n").encode(),
         "labels.txt": label_lines(spec),
-        MANIFEST_NAME: engine.folder / MANIFEST_NAME,
         "README.md": readme(engine, "Isaac ROS", start, notes),
     }
 

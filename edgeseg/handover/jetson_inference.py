@@ -16,7 +16,6 @@ from edgeseg.handover.face import Face, check, with_face
 from edgeseg.runtime.overlay import spec_palette
 from edgeseg.spec import IMAGENET_MEAN, IMAGENET_STD
 from edgeseg.store.engine import Engine
-from edgeseg.store.manifest import MANIFEST_NAME
 
 FACE = Face("input_0", "output_0", "scores", scale=1 / 255, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 # A label of nine letters from n on and a space is read as an identifier of ImageNet's and its name.
@@ -63,6 +62,5 @@ minutes:
         "model.onnx": graph_bytes(made),
         "labels.txt": _SYNSET.sub(rb"\1_", label_lines(spec)),
         "colors.txt": colours.encode(),
-        MANIFEST_NAME: engine.folder / MANIFEST_NAME,
         "README.md": readme(engine, "jetson-inference", start, notes),
     }

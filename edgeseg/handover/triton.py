@@ -52,7 +52,6 @@ def contents(engine: Engine) -> dict[str, Content]:
         f"{model}/config.pbtxt": _configuration(name, manifest, is_plan=is_plan).encode(),
         f"{model}/labels.txt": ("\n".join(" ".join(label.split()) for label in labels(manifest.spec)) + "\n").encode(),
         f"{model}/1/{file[0]}": file[1],
-        MANIFEST_NAME: engine.folder / MANIFEST_NAME,
         "README.md": _readme(name, manifest, is_plan=is_plan).encode(),
     }
 

@@ -1,4 +1,4 @@
-"""Finding image files, reading them as arrays of the dtype the engine expects, and fitting those to its size.
+"""Finding image files, and reading them as arrays of the dtype the engine expects.
 
 What :func:`read_image` makes of unusual files, so that a mask does not depend on how a picture was stored:
 
@@ -35,22 +35,10 @@ from numpy.typing import NDArray
 from edgeseg.errors import EdgesegError, InputError, one_line, refusals_as
 from edgeseg.images.arrays import ARRAY_SUFFIXES, read_array
 from edgeseg.images.dtypes import in_dtype, refusal
-from edgeseg.images.placement import Placement, fit, fit_windows
 from edgeseg.images.tiff import TiffLayout, read_bands, tiff_layout
 from edgeseg.spec import InputDtype
 from edgeseg.store.files import read_lines, require_file, without_warnings
 from edgeseg.store.hashing import sha256_file
-
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "Placement",
-    "fit",
-    "fit_windows",
-    "list_images",
-    "natural_key",
-    "pixel_digest",
-    "read_image",
-]
 
 # EPS (which runs Ghostscript) and rarely exercised decoders stay closed to files of unknown origin.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import EdgesegError, InputError, MissingDependencyError, one_line
+from edgeseg.arguments import INT32, MOST, Kind, argument, counts, number, whole
+from edgeseg.errors import EdgesegError, InputError, MissingDependencyError, imported, one_line
 from edgeseg.images.decoding import MAX_ARRAY_BYTES, MAX_PIXELS
 from edgeseg.images.dtypes import takes
 from edgeseg.images.tiff import tiff_layout
@@ -180,13 +181,9 @@ def is_too_large(path: Path) -> bool:
     return pixels > MAX_PIXELS or pixels * samples > MAX_ARRAY_BYTES
 
 
-def import_rasterio(path: Path) -> Any:
-    """Import rasterio. Raises ``MissingDependencyError``."""
-    try:
-        import rasterio
-    except ImportError as exc:
-        raise MissingDependencyError("rasterio", "raster", f"segment {path.name} by windows") from exc
-    return rasterio
+_NODATA = Kind(
+    "a pixel's value, nan, or none", lambda word: word if word == "none" else float(word), metavar="VALUE|none"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,10 +198,19 @@ class Reading:
         nodata: value of the pixels without data, in place of the one that the file names; ``none``: no value is.
     """
 
-    bands: tuple[int, ...] | None = None
-    overview: int | None = None
-    resolution: float | None = None
-    nodata: float | Literal["none"] | None = None
+    bands: tuple[int, ...] | None = argument(
+        counts(MOST, "4,3,2", what="band numbers", repeats=True),
+        help="Bands of a raster, from 1, in the model's order, such as 4,3,2.",
+    )
+    overview: int | None = argument(whole(2, INT32, 4), help="Read the overview that is so many times smaller.")
+    resolution: float | None = argument(
+        number(1e-9, 1e9, "the size of a pixel on the ground, such as 0.5"),
+        help="Ground size of a pixel, in a raster's own units: coarser than its own, as the model was trained.",
+    )
+    nodata: float | Literal["none"] | None = argument(
+        _NODATA,
+        help="Value of a raster's pixels without data, in place of the one it names; none: no value is.",
+    )
 
 
 @contextmanager
@@ -343,7 +349,7 @@ def opened_raster(path: Path, **options: Any) -> Iterator[Any]:
     driver = raster_driver(path)
     if driver is None:
         raise InputError(f"cannot read {path} as a raster: neither TIFF nor JPEG 2000")
-    rasterio = import_rasterio(path)
+    rasterio = imported("rasterio", "raster", f"segment {path.name} by windows")
     with ExitStack() as stack:
         stack.enter_context(geotiff_settings())
         with _clear_errors(path):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import InputError, MissingDependencyError
+from edgeseg.errors import InputError, imported
 from edgeseg.store.files import without_warnings
 
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -134,13 +134,9 @@ def read_bands(path: Path, layout: TiffLayout, largest_bytes: int) -> NDArray[An
             f"cannot read image {path}: {layout}, to be turned (orientation {layout.orientation}); turn it"
         )
     purpose = f"read {path.name}, a TIFF of {layout}"
-    try:
-        import tifffile
-
-        if layout.compression != _UNCOMPRESSED:
-            import imagecodecs  # noqa: F401
-    except ImportError as exc:
-        raise MissingDependencyError(exc.name or "tifffile", "tiff", purpose) from exc
+    tifffile = imported("tifffile", "tiff", purpose)
+    if layout.compression != _UNCOMPRESSED:
+        imported("imagecodecs", "tiff", purpose)
     with tifffile.TiffFile(path) as file:
         page = file.pages.first
         for what, shape in (("a page", page.shape), ("a tile", page.chunks)):

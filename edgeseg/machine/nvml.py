@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-from edgeseg.machine.record import Gpu
+from edgeseg.machine.record import Gpu, MachineState
 
 _GRAPHICS_CLOCK = 0
 _GPU_SENSOR = 0
@@ -22,21 +21,6 @@ _REASONS = {
     0x40: "hardware thermal slowdown",
     0x80: "power brake",
 }
-
-
-@dataclass(frozen=True)
-class NvmlState:
-    """What changes: by GPU (``GPU 0``, ...), what its driver tells.
-
-    Attributes:
-        mhz: graphics clock.
-        temperatures_c: of the chip.
-        throttled: a line for each reason for which a GPU runs below its clock, now.
-    """
-
-    mhz: dict[str, float] = field(default_factory=dict)
-    temperatures_c: dict[str, float] = field(default_factory=dict)
-    throttled: tuple[str, ...] = ()
 
 
 class NvmlSource:
@@ -119,11 +103,11 @@ def nvml_gpus(nvml: Any = None) -> tuple[Gpu, ...]:
         return tuple(gpus)
 
 
-def nvml_state(nvml: Any = None) -> NvmlState:
-    """Clocks, temperatures and reasons for throttling, now; empty without NVML or a driver."""
+def nvml_state(nvml: Any = None) -> MachineState:
+    """Clocks, temperatures and reasons for throttling of the GPUs, now; empty without NVML or a driver."""
     with _opened(nvml) as module:
         if module is None:
-            return NvmlState()
+            return MachineState()
         mhz: dict[str, float] = {}
         temperatures_c: dict[str, float] = {}
         throttled: list[str] = []
@@ -137,7 +121,7 @@ def nvml_state(nvml: Any = None) -> NvmlState:
                 temperatures_c[name] = float(celsius)
             reasons = _told(module, module.nvmlDeviceGetCurrentClocksThrottleReasons, gpu) or 0
             throttled += [f"{name}: {words}" for bit, words in _REASONS.items() if reasons & bit]
-        return NvmlState(mhz, temperatures_c, tuple(throttled))
+        return MachineState(gpu_mhz=mhz, temperatures_c=temperatures_c, throttled=tuple(throttled))
 
 
 def gpu_bytes(process_id: int, nvml: Any = None) -> int | None:

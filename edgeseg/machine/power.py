@@ -126,9 +126,9 @@ class TegrastatsSource:
 
     name = "tegrastats"
 
-    def __init__(self, command: str, interval_ms: int = 100) -> None:
+    def __init__(self, command: str) -> None:
         self._process = subprocess.Popen(
-            [command, "--interval", str(interval_ms)],
+            [command, "--interval", "100"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",

@@ -44,7 +44,7 @@ def machine_state(root: Path = ROOT) -> MachineState:
         temperatures_c={**_temperatures(root), **gpus.temperatures_c},
         load=_load(root),
         memory_available_bytes=read_memory(root / "proc" / "meminfo").available_bytes,
-        gpu_mhz={**_gpu_mhz(root), **gpus.mhz},
+        gpu_mhz={**_gpu_mhz(root), **gpus.gpu_mhz},
         throttled=(*_throttled(root), *gpus.throttled),
     )
 

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from edgeseg.closing import Closing
 from edgeseg.errors import QuantizationError
 from edgeseg.evaluate.accuracy.dataset import Pair
+from edgeseg.graph.proto import copied, refill
 from edgeseg.graph.types import graph_macs
 from edgeseg.mixed.judge import JUDGED_NAME, ImageTally, Judged, judge, pairs_key
 from edgeseg.quantize.modules import Modules
@@ -133,9 +134,8 @@ class _Bench:
             part = _alone(self.model, table, scheme, network.modules, name)
             if part is not None:
                 part = cut(part, known)
-                own = [tensor for tensor in part.graph.initializer if tensor.name not in self._constants]
-                del part.graph.initializer[:]
-                part.graph.initializer.extend(own)
+                weights = part.graph.initializer
+                refill(weights, (tensor for tensor in weights if tensor.name not in self._constants))
                 self._parts[name] = part
         self.names = sorted({v.name for part in self._parts.values() for v in part.graph.input if v.name in known})
         sizes = [value_bytes(known[name]) for name in self.names]
@@ -149,8 +149,7 @@ class _Bench:
 
     def part(self, module: str) -> onnx.ModelProto:
         """What :func:`~edgeseg.quantize.suffix.cut` left of the graph with this module on integers."""
-        whole = onnx.ModelProto()
-        whole.CopyFrom(self._parts[module])
+        whole = copied(self._parts[module])
         read = {name for node in whole.graph.node for name in node.input}
         whole.graph.initializer.extend(self._constants[name] for name in sorted(read & self._constants.keys()))
         return whole

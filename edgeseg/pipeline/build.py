@@ -147,7 +147,7 @@ def reach_goal(
     reporter.note("plain INT8 misses the goal: looking for modules to leave in float (--no-search does not)")
     with verifier.reference(make.spec, verifier.device) as (reference, _):
         assert isinstance(reference, Remembered)  # of a build with a goal
-        reached = GoalSearch(
+        best, carried, record = GoalSearch(
             request=make.request,
             graph=graph,
             table=make.table,
@@ -157,6 +157,6 @@ def reach_goal(
             engines_folder=folder.parent,
             reporter=reporter,
         ).run(candidates)
-    for path, name in zip(reached.carried, carried_names(len(reached.carried)), strict=True):
+    for path, name in zip(carried, carried_names(len(carried)), strict=True):
         shutil.copyfile(path, folder / name)
-    return reached.candidate, dataclasses.replace(make, search=reached.record)
+    return best, dataclasses.replace(make, search=record)

@@ -36,24 +36,6 @@ class Candidate:
     built: BuiltEngine
 
 
-def build_candidate(
-    request: BuildRequest,
-    backend: Backend,
-    graph: OnnxGraph,
-    table: CalibrationTable | None,
-    folder: Path,
-    reporter: Reporter,
-    engines_folder: Path,
-) -> Candidate:
-    """Write the typed graph in the backend's scheme and build the backend's engine from it, if that can be done here.
-
-    ``engines_folder`` is the parent of the engine folder in the making; see :meth:`~edgeseg.backends.base.Backend.build`.
-    """
-    folder.mkdir()
-    typed = write_typed(request, backend, graph, table, folder)
-    return build_typed(request, backend, typed, folder, reporter, engines_folder)
-
-
 def write_typed(
     request: BuildRequest,
     backend: Backend,
@@ -62,7 +44,11 @@ def write_typed(
     folder: Path,
     float_modules: Collection[str] = (),
 ) -> OnnxGraph:
-    """Write ``graph`` in the precision asked for and the backend's scheme; of int8, ``float_modules`` stay float."""
+    """Write ``graph`` into a new folder in the precision asked for and the backend's scheme.
+
+    ``float_modules``: those that stay float in an int8 graph.
+    """
+    folder.mkdir()
     typed = folder / GRAPH_NAME
     if table is not None and request.backend_options.get("implicit_calibration"):
         # The graph stays fp32: TensorRT quantizes it from the ranges of the table beside it.
@@ -87,24 +73,29 @@ def build_typed(
     request: BuildRequest,
     backend: Backend,
     graph: OnnxGraph,
-    folder: Path,
     reporter: Reporter,
     engines_folder: Path,
     *,
     is_portable: bool = False,
 ) -> Candidate:
-    """Build the engine of a typed graph in ``folder``, or leave it at the graph where that has to be done on the device.
+    """Build the engine of a typed graph in its folder, or leave it at the graph where that has to be done on the device.
 
-    ``is_portable``: leave it at the graph though the engine could be built here.
+    Args:
+        request: of the build.
+        backend: whose engine it is.
+        graph: of :func:`write_typed`.
+        reporter: told about progress, and the backend's notes.
+        engines_folder: parent of the engine folder in the making; see :meth:`~edgeseg.backends.base.Backend.build`.
+        is_portable: leave it at the graph though the engine could be built here.
     """
     options = request.options_for(backend.name)
     if is_portable or not builds_here(backend, graph.scheme):
         built = portable_engine(graph, backend.name, request.precision, options)
     else:
-        built = backend.build(graph, folder, options, reporter.progress, engines_folder)
+        built = backend.build(graph, graph.path.parent, options, reporter.progress, engines_folder)
     for note in built.notes:
         reporter.note(note)
-    return Candidate(backend, folder, graph, built)
+    return Candidate(backend, graph.path.parent, graph, built)
 
 
 def measured_sessions(
@@ -147,7 +138,9 @@ def candidate_stage(
         folder = scratch / f"target-{target}"
         # The folder around is the engine folder in the making, whose neighbours are engines.
         engines = scratch.parent.parent
-        candidate = build_candidate(request, get_backend(target), graph, table, folder, reporter, engines)
+        backend = get_backend(target)
+        typed = write_typed(request, backend, graph, table, folder)
+        candidate = build_typed(request, backend, typed, reporter, engines)
         share = candidate.built.precision.mac_share.get(request.precision, 0.0)
         said.append(f"{target}: {share:.1%} of MACs in {request.precision}")
     if table is not None and table.trained is not None and candidate.graph.precision == "int8":

@@ -77,15 +77,6 @@ class Trial:
         return self.graph.precision == "int8" and bool(self.floats)
 
 
-@dataclass(frozen=True)
-class Reached:
-    """The engine that meets the goal, the graphs the device is to choose from, and the record for the manifest."""
-
-    candidate: Candidate
-    carried: tuple[Path, ...]
-    record: Search
-
-
 def has_goal(request: BuildRequest) -> bool:
     """Whether a build of this request may search."""
     wanted = request.max_drop is not None or request.min_agreement is not None
@@ -131,8 +122,11 @@ class GoalSearch:
     _modules: dict[str, tuple[ModuleSensitivity, ...]] = field(default_factory=dict)
     _times: dict[str, ModuleTimes | None] = field(default_factory=dict)
 
-    def run(self, plain: Sequence[Candidate]) -> Reached:
+    def run(self, plain: Sequence[Candidate]) -> tuple[Candidate, tuple[Path, ...], Search]:
         """Search for every target, beginning with those whose plain INT8 engine is in ``plain``.
+
+        Returns:
+            the engine that meets the goal, the graphs the device is to choose from, and the record for the manifest.
 
         Raises:
             GateError: not even a float engine meets the goal.
@@ -152,9 +146,8 @@ class GoalSearch:
         chosen = min(eligible, key=self._cost if not is_timed else lambda t: (t.median_ms is None, t.median_ms or 0.0))
         self._say(chosen, is_timed)
         carried = [] if is_timed else self._carried(chosen, eligible)
-        return Reached(
-            self._built(chosen), tuple(t.graph.path for t in carried), self._record(everything, chosen, carried)
-        )
+        record = self._record(everything, chosen, carried)
+        return self._built(chosen), tuple(trial.graph.path for trial in carried), record
 
     def _search(self, plain: Candidate, until: float) -> list[Trial]:
         """All that was tried for one target: plain INT8, what is all in float, mixes of both."""
@@ -206,7 +199,6 @@ class GoalSearch:
 
             def meets(names: frozenset[str]) -> bool:
                 place = folder / f"mixed{len(tried)}"
-                place.mkdir()
                 graph = write_typed(self.request, backend, self.graph, self.table, place, names)
                 trial = self._judged(backend, graph, place, names)
                 trial.estimated_ms = None if times is None else times.estimate_ms(names)
@@ -225,7 +217,6 @@ class GoalSearch:
     def _in_float(self, backend: Backend, folder: Path, precision: Precision, network: NetworkModules) -> Trial:
         """The engine with every module in float."""
         place = folder / precision
-        place.mkdir()
         request = dataclasses.replace(self.request, precision=precision)
         graph = write_typed(request, backend, self.graph, self.table, place)
         return self._judged(backend, graph, place, frozenset(network.modules.names))
@@ -274,7 +265,6 @@ class GoalSearch:
                 request,
                 trial.backend,
                 trial.graph,
-                trial.folder,
                 SilentReporter(),
                 self.engines_folder,
                 is_portable=trial.backend.name in self._portable,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.backends import AUTO_TARGETS, get_backend, require_backend, require_builder
+from edgeseg.backends import AUTO_TARGETS, get_backend, require_builder
 from edgeseg.backends.portable import DEVICE_TARGETS, check_options
 from edgeseg.convert.architectures import require_arch, resolve_arch
 from edgeseg.convert.checkpoint import existing_checkpoint
@@ -126,8 +126,6 @@ def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]
         SpecError: an option, or a scheme, that the backend (with ``auto``: each of them) does not take.
     """
     target, scheme = request.target, request.scheme
-    if scheme is not None:
-        one_of("scheme", scheme, tuple(SCHEMES))
     if target != "auto":
         if target not in DEVICE_TARGETS:
             require_builder(target)
@@ -136,7 +134,7 @@ def choose_targets(request: BuildRequest, reporter: Reporter) -> tuple[str, ...]
     usable = [name for name in AUTO_TARGETS if get_backend(name).status().available]
     if not usable:
         # Raises, naming the pip line of the default backend.
-        require_backend(AUTO_TARGETS[0])
+        require_builder(AUTO_TARGETS[0])
     if scheme is not None:
         usable = [name for name in usable if scheme.startswith(name)]
         if not usable:

@@ -11,7 +11,7 @@ from edgeseg.backends.portable import builds_here
 from edgeseg.errors import InputError
 from edgeseg.evaluate.tables import counted
 from edgeseg.pipeline.calibration import calibration_stage, judging_schemes
-from edgeseg.pipeline.candidate import build_candidate
+from edgeseg.pipeline.candidate import build_typed, write_typed
 from edgeseg.pipeline.manifest_maker import ManifestMaker
 from edgeseg.pipeline.plan import choose_targets, refuse_early
 from edgeseg.pipeline.stages import export_stage, load_stage, pipeline_spec
@@ -65,9 +65,8 @@ def run_sensitivity(request: BuildRequest, reporter: Reporter, limit: int) -> Se
             with stage(reporter, "measure") as said:
                 engines = []
                 for name, wanted in (("int8", request), ("float", in_float(request, backend))):
-                    candidate = build_candidate(
-                        wanted, backend, graph, table, scratch / name, SilentReporter(), scratch
-                    )
+                    typed = write_typed(wanted, backend, graph, table, scratch / name)
+                    candidate = build_typed(wanted, backend, typed, SilentReporter(), scratch)
                     engines.append(make.write(candidate, {}, scratch / name, None))
                 times = measured_times(network, *engines)
                 said.append(f"{backend.name}: {len(network.modules.names)} modules, in int8 and in float")

@@ -77,7 +77,7 @@ def calibration_and_held_out(request: BuildRequest, loaded: LoadedModel) -> tupl
     Raises:
         InputError: int8 without calibration images for a model that is no demo model; unusable folders.
     """
-    has_images = _has_calibration(request, loaded)
+    has_images = request.calibration is not None or loaded.is_demo
     wanted = has_images if request.precision == "fp16" or loaded.trained is not None else request.precision == "int8"
     samples = calibration_source(request, loaded) if wanted else None
     if request.validation is not None:
@@ -122,10 +122,6 @@ def check_images(request: BuildRequest, *, is_demo: bool, is_module: bool) -> No
         has_masks = ValidationSet.open(source, _ANY_MODEL).has_masks
     if request.max_drop is not None and not has_masks:
         raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
-
-
-def _has_calibration(request: BuildRequest, loaded: LoadedModel) -> bool:
-    return request.calibration is not None or loaded.is_demo
 
 
 def _is_table(source: object) -> bool:

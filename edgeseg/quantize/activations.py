@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto
 
 from edgeseg.errors import QuantizationError, first_line
-from edgeseg.graph.proto import Dims, attribute, dims, makers, readers, value_infos
+from edgeseg.graph.proto import Dims, attribute, copied, dims, makers, readers, value_infos
 from edgeseg.spec import InputSpec
 
 _REARRANGING = frozenset(
@@ -100,8 +100,7 @@ def group_by_size(activations: Sequence[Activation], budget_bytes: int) -> list[
 
 def _float_shapes(model: onnx.ModelProto, spec: InputSpec) -> dict[str, Dims | None]:
     """Shapes of all float32 tensors with the input at the smallest batch and the size of ``spec``."""
-    sized = onnx.ModelProto()
-    sized.CopyFrom(model)
+    sized = copied(model)
     del sized.graph.value_info[:]
     batch = spec.batch.minimum
     for dim, value in zip(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -97,7 +97,6 @@ def calibrate(
     method: str = DEFAULT_METHOD,
     percentile: float = DEFAULT_PERCENTILE,
     progress: Callable[[int, int], None] | None = None,
-    activation_budget_bytes: int = ACTIVATION_BUDGET_BYTES,
 ) -> CalibrationTable:
     """Run the images through the fp32 graph and choose a range for each of its float activations.
 
@@ -107,7 +106,6 @@ def calibrate(
         method: a key of :data:`edgeseg.quantize.ranges.METHODS`.
         percentile: for method ``percentile``.
         progress: called with images done and images in all (times the passes, if one is not enough).
-        activation_budget_bytes: most activations to fetch at once.
 
     Returns:
         a table of all float activations but those clipped in place (see :mod:`edgeseg.quantize.activations`).
@@ -118,7 +116,7 @@ def calibrate(
         InputError: an image changed or vanished since the set was opened.
     """
     rule = range_method(method, percentile)
-    observation = Observation(graph, histograms=rule.needs_histogram, activation_budget_bytes=activation_budget_bytes)
+    observation = Observation(graph, histograms=rule.needs_histogram)
     observation.add(samples, progress)
     return observation.table(samples, rule)
 
@@ -130,7 +128,6 @@ class Observation:
         graph: the fp32 graph, input ``(N, H, W, C)``.
         histograms: keep what methods other than ``minmax`` and ``moving-average`` need.
         magnitudes_of: by tensor, the axis of its channels, where the magnitude of each is kept, too.
-        activation_budget_bytes: most activations to fetch at once.
 
     Raises:
         QuantizationError: not an fp32 graph, or one without float activations.
@@ -142,7 +139,6 @@ class Observation:
         *,
         histograms: bool,
         magnitudes_of: Mapping[str, int] | None = None,
-        activation_budget_bytes: int = ACTIVATION_BUDGET_BYTES,
     ) -> None:
         if graph.precision != "fp32":
             raise QuantizationError(
@@ -152,7 +148,7 @@ class Observation:
         self._spec = graph.spec.input
         self._model = read_onnx(graph.path)
         self._activations = find_activations(self._model, self._spec)
-        self._groups = group_by_size(self._activations, activation_budget_bytes)
+        self._groups = group_by_size(self._activations, ACTIVATION_BUDGET_BYTES)
         self._watches = {
             a.name: _Watch.of(a, histograms=histograms, magnitude_axis=(magnitudes_of or {}).get(a.name))
             for a in self._activations
@@ -281,35 +277,29 @@ class _Batch:
     images: NDArray[Any]
     done: int
 
-
-@dataclass
-class _Pending:
-    names: list[str] = field(default_factory=list)
-    windows: list[NDArray[Any]] = field(default_factory=list)
-
-    def batch(self, size: int, done: int) -> _Batch:
-        """Make a batch of ``size``, repeating windows when there are fewer."""
-        count = len(self.windows)
-        images = self.windows[0] if size == 1 else np.concatenate([self.windows[k % count] for k in range(size)])
-        return _Batch(", ".join(dict.fromkeys(self.names)), images, done)
+    @classmethod
+    def of(cls, named: Sequence[tuple[str, NDArray[Any]]], size: int, done: int) -> _Batch:
+        """``size`` of these windows, repeated when there are fewer."""
+        names, windows = zip(*named, strict=True)
+        images = windows[0] if size == 1 else np.concatenate([windows[k % len(windows)] for k in range(size)])
+        return cls(", ".join(dict.fromkeys(names)), images, done)
 
 
 def _batches(samples: CalibrationSet, spec: InputSpec) -> Iterator[_Batch]:
     """Group windows into the smallest batches the graph takes; a last one that is not full repeats its own windows."""
-    size, pending, done = spec.batch.minimum, _Pending(), 0
-    for name, windows in samples.named_windows(spec):
+    size = spec.batch.minimum
+    pending: list[tuple[str, NDArray[Any]]] = []
+    for done, (name, windows) in enumerate(samples.named_windows(spec)):
         for window in windows:
-            if pending.windows and pending.windows[0].shape != window.shape:
-                yield pending.batch(size, done)
-                pending = _Pending()
-            pending.names.append(name)
-            pending.windows.append(window)
-            if len(pending.windows) == size:
-                yield pending.batch(size, done + (window is windows[-1]))
-                pending = _Pending()
-        done += 1
-    if pending.windows:
-        yield pending.batch(size, done)
+            if pending and pending[0][1].shape != window.shape:
+                yield _Batch.of(pending, size, done)
+                pending = []
+            pending.append((name, window))
+            if len(pending) == size:
+                yield _Batch.of(pending, size, done + (window is windows[-1]))
+                pending = []
+    if pending:
+        yield _Batch.of(pending, size, len(samples))
 
 
 def _one_ahead(pool: ThreadPoolExecutor, batches: Iterator[_Batch]) -> Iterator[_Batch]:

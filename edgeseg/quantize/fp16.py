@@ -23,7 +23,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from edgeseg.errors import QuantizationError, first_line
-from edgeseg.graph.proto import drop_unread_constants, value_infos
+from edgeseg.graph.proto import copied, drop_unread_constants, refill, value_infos
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.store.hashing import sha256_file
 from edgeseg.store.manifest import OnnxGraph
@@ -87,8 +87,7 @@ def fp16_model(
     Raises:
         QuantizationError: nothing is left to run in FP16.
     """
-    typed = onnx.ModelProto()
-    typed.CopyFrom(model)
+    typed = copied(model)
     values = value_infos(typed)
     floats = {name for name, v in values.items() if v.type.tensor_type.elem_type == TensorProto.FLOAT}
     weights = {t.name: t for t in typed.graph.initializer if t.data_type == TensorProto.FLOAT}
@@ -142,8 +141,7 @@ class _Writer:
                     self._made(copy, index, name, island)
         if not converted:
             raise QuantizationError("no layer can run in FP16: every range or weight leaves it; build fp32 or int8")
-        del self._graph.node[:]
-        self._graph.node.extend(self._nodes)
+        refill(self._graph.node, self._nodes)
         drop_unread_constants(self._graph)
 
     def _is_island(self, node: onnx.NodeProto) -> bool:

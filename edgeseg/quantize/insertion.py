@@ -11,11 +11,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
-from edgeseg.graph.editing import Editor, constant_array, remove_unread
+from edgeseg.graph.editing import Editor, constant_input, given, given_array, remove_unread
+from edgeseg.graph.grid import Grid
 from edgeseg.graph.signs import clamp_limits
 from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.parameters import (
-    ActivationParameters,
     QuantizedWeight,
     activation_parameters,
     bias_correction,
@@ -34,7 +34,7 @@ from edgeseg.quantize.schemes import QuantScheme
 class _Affine:
     """Parameters of one group of values, and the constants that hold them in the graph."""
 
-    parameters: ActivationParameters
+    parameters: Grid
     scale: ir.Value
     zero_point: ir.Value
 
@@ -172,7 +172,7 @@ class _Inserter:
             )
         return self._affines[leader]
 
-    def _trained(self, leader: ir.Value, *, signed: bool) -> ActivationParameters | None:
+    def _trained(self, leader: ir.Value, *, signed: bool) -> Grid | None:
         """The integers of training for a group of values, where all of them have the same and the scheme can hold them."""
         members = [member for member in self._placement.members(leader) if member.name in self._observed.ranges]
         grids = {self._observed.grids.get(str(member.name)) for member in members}
@@ -186,8 +186,7 @@ class _Inserter:
 
     def _operand(self, value: ir.Value, node: ir.Node) -> ir.Value:
         """A constant that an integer operator adds or multiplies with, quantized like an activation."""
-        array = constant_array(value)
-        assert array is not None
+        array = given_array(node, node.inputs.index(value))
         parameters = activation_parameters(str(value.name), float(array.min()), float(array.max()), self._scheme)
         return self._constant_pair(
             Editor(self._graph, node, f"{node.name}/operand"),
@@ -198,9 +197,7 @@ class _Inserter:
 
     def _quantize_weight(self, node: ir.Node, channel_mean: NDArray[np.float64] | None) -> None:
         """Replace the float weight by DQ of integers, and the bias too if the scheme wants it."""
-        weight = constant_array(node.inputs[1])
-        assert weight is not None
-        bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+        weight, bias = given_array(node), constant_input(node, 2)
         groups, transposed = node.attributes.get_int("group", 1), bool(node.attributes.get_int("transB", 0))
         axis = weight_axis(node.op_type, groups=groups, transposed=transposed)
         quantize = trained_weight if self._observed.rounded_weights else quantize_weight
@@ -212,7 +209,9 @@ class _Inserter:
             bias = (correction + (0.0 if bias is None else bias)).astype(np.float32)
         if takes_bias and bias is not None:
             quantized = self._quantize_bias(node, quantized, bias)
-        node.replace_input_with(1, self._weight(node, quantized))
+        editor, zeros = Editor(self._graph, node, f"{node.name}/weight"), np.zeros(quantized.scale.shape, np.int8)
+        pair = self._constant_pair(editor, quantized.values, quantized.scale, zeros, quantized.axis)
+        node.replace_input_with(1, pair)
 
     @staticmethod
     def _input_channels(node: ir.Node, weight: NDArray[np.float32], axis: int) -> int:
@@ -228,17 +227,9 @@ class _Inserter:
         input_scale = self._input_scale(node)
         weight = widen_for_bias(weight, input_scale, bias)
         scale = (weight.scale.astype(np.float64) * input_scale).astype(np.float32)
-        node.replace_input_with(2, self._bias(node, quantize_bias(bias, scale), scale))
+        editor, zeros = Editor(self._graph, node, f"{node.name}/bias"), np.zeros(scale.shape, np.int32)
+        node.replace_input_with(2, self._constant_pair(editor, quantize_bias(bias, scale), scale, zeros, 0))
         return weight
-
-    def _weight(self, node: ir.Node, weight: QuantizedWeight) -> ir.Value:
-        zeros = np.zeros(weight.scale.shape, weight.values.dtype)
-        editor = Editor(self._graph, node, f"{node.name}/weight")
-        return self._constant_pair(editor, weight.values, weight.scale, zeros, weight.axis)
-
-    def _bias(self, node: ir.Node, integers: NDArray[np.int32], scale: NDArray[np.float32]) -> ir.Value:
-        zeros = np.zeros(scale.shape, np.int32)
-        return self._constant_pair(Editor(self._graph, node, f"{node.name}/bias"), integers, scale, zeros, 0)
 
     def _constant_pair(
         self, editor: Editor, integers: NDArray[Any], scale: NDArray[Any], zero_point: NDArray[Any], axis: int = 1
@@ -251,9 +242,8 @@ class _Inserter:
         return editor.op("DQ", "DequantizeLinear", inputs, shape=integers.shape, axis=axis)
 
     def _input_scale(self, node: ir.Node) -> float:
-        source = node.inputs[0]
-        dequantize = source.producer() if source is not None else None
-        scale = constant_array(dequantize.inputs[1]) if dequantize is not None else None
+        dequantize = given(node).producer()
+        scale = constant_input(dequantize, 1) if dequantize is not None else None
         assert scale is not None, f"{node.name} reads a value that was not quantized"
         return float(scale)
 

@@ -14,16 +14,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from edgeseg.graph.proto import attribute, makers, readers
+from edgeseg.graph.proto import REARRANGES, attribute, maker_behind_moves, makers, readers
 from edgeseg.quantize.schemes import QuantScheme
 
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _CLAMPS = frozenset({"Relu", "Clip"})
-_INTEGER_MOVES = frozenset(
-    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Expand", "Tile", "MaxPool"}
-    | {"Concat"}
-)
-_LOWEST_OPSET = 13  # the first with per-channel DequantizeLinear
+_INTEGER_MOVES = REARRANGES | {"Slice", "Split", "Gather", "Expand", "Tile", "MaxPool", "Concat"}
 
 
 def lint(model: onnx.ModelProto, scheme: QuantScheme, floats: Collection[str] = ()) -> list[str]:
@@ -50,7 +46,6 @@ class _Graph:
         self.nodes = list(model.graph.node)
         self.inputs = {value.name for value in model.graph.input}
         self.outputs = {value.name for value in model.graph.output}
-        self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
         self._tensors = {t.name: t for t in model.graph.initializer}
         self.maker, self.readers = makers(model.graph), readers(model.graph)
 
@@ -66,8 +61,8 @@ class _Graph:
         return (node for node in self.nodes if node.op_type in op_types)
 
     def dequantizer(self, name: str) -> onnx.NodeProto | None:
-        """The DequantizeLinear that makes ``name``."""
-        node = self.maker.get(name)
+        """The DequantizeLinear that makes ``name``, or what reaches it rearranged."""
+        node = maker_behind_moves(self.maker, name)
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
     def is_constant_pair(self, node: onnx.NodeProto) -> bool:
@@ -93,11 +88,6 @@ class _Graph:
 
 
 Rule = Callable[[_Graph, QuantScheme], Iterator[str]]
-
-
-def _opset(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
-    if graph.opset < _LOWEST_OPSET:
-        yield f"opset {graph.opset} has no per-channel DequantizeLinear; at least {_LOWEST_OPSET}"
 
 
 def _parameters_are_sound(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
@@ -263,7 +253,6 @@ def _concats_share_a_scale(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _opset,
     _parameters_are_sound,
     _activation_types,
     _weights,

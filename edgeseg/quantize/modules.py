@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from edgeseg.graph.editing import constant_array
+from edgeseg.graph.editing import constant_input
 from edgeseg.graph.modules import module_group, module_of
 
 
@@ -29,7 +29,8 @@ class Modules:
     def of(cls, graph: ir.Graph) -> Modules:
         """Find them in a float graph as it was exported, before any pass of a target."""
         groups = {node: _group_of(str(node.name)) for node in graph}
-        weighted = {group for node, group in groups.items() if group is not None and _has_weight(node)}
+        multiplying = (node for node in graph if node.op_type in _MULTIPLIES and constant_input(node, 1) is not None)
+        weighted = {group for node in multiplying if (group := groups[node]) is not None}
         owners = {group: group for group in weighted}
         for node, group in groups.items():
             if group is None or group in owners or group in _SURROUNDINGS:
@@ -53,10 +54,6 @@ class Modules:
 
 _SURROUNDINGS = frozenset({"preprocess", "postprocess"})
 _MULTIPLIES = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-
-
-def _has_weight(node: ir.Node) -> bool:
-    return node.op_type in _MULTIPLIES and len(node.inputs) > 1 and constant_array(node.inputs[1]) is not None
 
 
 def _group_of(name: str) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +14,7 @@ from edgeseg.graph.grid import Grid
 from edgeseg.quantize.table import CalibrationTable
 
 Range = tuple[float, float]
+Details = TypeVar("Details")
 
 
 @dataclass
@@ -48,9 +50,29 @@ class Observed:
             table.trained is not None,
         )
 
-    def copy_range(self, of: ir.Value, to: ir.Value) -> None:
-        """``to`` has the values of ``of``, or some of them."""
-        if of.name in self.ranges:
-            self.ranges[str(to.name)] = self.ranges[str(of.name)]
-        if of.name in self.grids:
-            self.grids[str(to.name)] = self.grids[str(of.name)]
+    def copy_range(self, name: str | None, to: ir.Value) -> None:
+        """``to`` has the values of the one called ``name``, or some of them."""
+        if name in self.ranges:
+            self.ranges[str(to.name)] = self.ranges[name]
+        if name in self.grids:
+            self.grids[str(to.name)] = self.grids[name]
+
+
+Pass = Callable[[ir.Model, Observed], int]
+"""Changes the model in place, and adds what is known of values it makes; returns how often it applied."""
+
+
+def each(
+    match: Callable[[ir.Node], Details | None], rewrite: Callable[[ir.Graph, ir.Node, Details, Observed], None]
+) -> Pass:
+    """The pass that rewrites every node that matches, each as the ones before left it."""
+
+    def apply(model: ir.Model, observed: Observed) -> int:
+        count = 0
+        for node in list(model.graph):
+            if (details := match(node)) is not None:
+                rewrite(model.graph, node, details, observed)
+                count += 1
+        return count
+
+    return apply

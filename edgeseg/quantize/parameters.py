@@ -27,29 +27,9 @@ SMALLEST_WEIGHT_SCALE = 1e-20
 divided by that product a finite one; a smaller weight is rounded to 0, which nothing behind it can tell from what it is."""
 
 
-@dataclass(frozen=True)
-class ActivationParameters:
-    """How one activation tensor is quantized.
-
-    Attributes:
-        scale: > 0, real units per step; exactly a float32.
-        zero_point: the integer that means 0.
-        limits: smallest and largest integer; the smallest says whether it is signed.
-    """
-
-    scale: float
-    zero_point: int
-    limits: tuple[int, int]
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """uint8 or int8."""
-        return np.dtype(np.int8 if self.limits[0] < 0 else np.uint8)
-
-    def quantize(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Integers of ``values``: rounded to nearest even, saturated."""
-        integers = np.clip(np.rint(values / self.scale) + self.zero_point, *self.limits)
-        return np.asarray(integers, self.dtype)
+def along(values: NDArray[Any], axis: int, rank: int) -> NDArray[Any]:
+    """``values``, one a channel, so that they broadcast along ``axis`` of an array of ``rank`` axes."""
+    return values.reshape([-1 if index == axis else 1 for index in range(rank)])
 
 
 @dataclass(frozen=True)
@@ -68,14 +48,10 @@ class QuantizedWeight:
 
     def dequantized(self) -> NDArray[np.float32]:
         """The float weight the integers stand for."""
-        shape = [1] * self.values.ndim
-        shape[self.axis] = -1
-        return self.values.astype(np.float32) * self.scale.reshape(shape)
+        return np.asarray(self.values.astype(np.float32) * along(self.scale, self.axis, self.values.ndim))
 
 
-def activation_parameters(
-    name: str, low: float, high: float, scheme: QuantScheme, *, symmetric: bool = False
-) -> ActivationParameters:
+def activation_parameters(name: str, low: float, high: float, scheme: QuantScheme, *, symmetric: bool = False) -> Grid:
     """Scale and zero point for values in ``[low, high]``, 0 exactly representable.
 
     Args:
@@ -93,16 +69,16 @@ def activation_parameters(
     low, high = min(low, 0.0), max(high, 0.0)
     if scheme.symmetric or (symmetric and low < 0):
         scale = max(-low, high) / 127
-        return ActivationParameters(float(np.float32(max(scale, SMALLEST_SCALE))), 0, (-127, 127))
+        return Grid(float(np.float32(max(scale, SMALLEST_SCALE))), 0, -127, 127)
     smallest, largest = (0, 255) if scheme.activations == "u8" else (-128, 127)
     scale = float(np.float32(max((high - low) / 255, SMALLEST_SCALE)))
     zero_point = int(np.clip(np.rint(smallest - low / scale), smallest, largest))
-    return ActivationParameters(scale, zero_point, (smallest, largest))
+    return Grid(scale, zero_point, smallest, largest)
 
 
 def trained_parameters(
     grid: Grid, scheme: QuantScheme, *, symmetric: bool = False, clamp: tuple[float, float] = (-math.inf, math.inf)
-) -> ActivationParameters | None:
+) -> Grid | None:
     """The integers of training in those of the scheme: the same steps, 0 at another integer; ``None``: it has none.
 
     Where training used fewer integers than the scheme has (7 bits, or a signed scale for values that are never negative), the
@@ -125,7 +101,7 @@ def trained_parameters(
     lowest, highest = ((end - zero_point) * grid.scale for end in limits)
     if lowest < clamp[0] - grid.scale / 2 or highest > clamp[1] + grid.scale / 2:
         return None
-    return ActivationParameters(grid.scale, zero_point, limits)
+    return Grid(grid.scale, zero_point, *limits)
 
 
 def trained_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme) -> QuantizedWeight:
@@ -172,10 +148,8 @@ def quantize_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme)
     # A channel of zeros gets scale 1: its integers are zero whatever the scale, and a tiny one would overflow the bias.
     scale = np.where(largest > 0, largest / scheme.weight_limit, 1.0).astype(np.float32)
     scale = np.maximum(scale, np.float32(SMALLEST_WEIGHT_SCALE))
-    shape = [1] * weight.ndim
-    shape[axis] = -1
     limit = scheme.weight_limit
-    values = np.clip(np.rint(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
+    values = np.clip(np.rint(weight / along(scale, axis, weight.ndim)), -limit, limit).astype(np.int8)
     return QuantizedWeight(values, scale, axis)
 
 
@@ -201,10 +175,8 @@ def widen_for_bias(weight: QuantizedWeight, input_scale: float, bias: NDArray[An
     needed = np.abs(bias.astype(np.float64)) / (input_scale * 2.0**30)
     if not np.any(needed > weight.scale):
         return weight
-    shape = [1] * weight.values.ndim
-    shape[weight.axis] = -1
     scale = np.maximum(weight.scale, needed).astype(np.float32)
-    values = np.rint(weight.dequantized() / scale.reshape(shape)).astype(np.int8)
+    values = np.rint(weight.dequantized() / along(scale, weight.axis, weight.values.ndim)).astype(np.int8)
     return QuantizedWeight(values, scale, weight.axis)
 
 

@@ -9,21 +9,20 @@ the target's compiler fuses the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 import onnx_ir as ir
 
-from edgeseg.graph.editing import constant_array, sole_reader
+from edgeseg.graph.editing import constant_array, maker, sole_reader
+from edgeseg.graph.proto import REARRANGES
 from edgeseg.graph.signs import clamp_limits
 from edgeseg.quantize.observed import Observed, Range
 from edgeseg.quantize.schemes import QuantScheme
 
 _FUSED = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
-_MOVES = frozenset(
-    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Expand", "Tile", "MaxPool"}
-)  # fmt: skip
+_MOVES = REARRANGES | {"Slice", "Split", "Gather", "Expand", "Tile", "MaxPool"}
 _CLAMPS = frozenset({"Relu", "Clip"})
 _INTEGER = _FUSED | _MOVES | _CLAMPS | {"Concat"}
 
@@ -83,7 +82,7 @@ def place(graph: ir.Graph, observed: Observed, scheme: QuantScheme) -> Placement
     values are quantized, in front of it or behind, costs the same.
     """
     if scheme.placement == "inputs":
-        return _place_inputs(graph, observed.ranges, observed.stays_float)
+        return _place_inputs(graph, observed, scheme)
     return _OperatorPlacement(graph, observed).run()
 
 
@@ -166,7 +165,8 @@ class _OperatorPlacement:
         if is_weighted(node):
             return None if is_float else self._weighted(node)
         if node.op_type in _CLAMPS:
-            return self._clamp(node, inputs[0])
+            # Its output was marked when the producer was visited.
+            return Role.CLAMP if node.outputs[0] in self._clamped else None
         if not inputs or not all(v.name in self._ranges for v in inputs):
             return None
         demanded = bool(self._demanded.intersection(node.outputs))
@@ -201,22 +201,17 @@ class _OperatorPlacement:
         """
         if not self._is_trained:
             return True
-        reader = sole_reader(value)
-        clamped = reader.outputs[0] if reader is not None and reader.op_type in _CLAMPS else value
-        return value.name in self._ranges or clamped.name in self._ranges
+        clamp = sole_reader(value, *_CLAMPS)
+        return value.name in self._ranges or (clamp is not None and clamp.outputs[0].name in self._ranges)
 
     def _takes_integers(self, node: ir.Node) -> bool:
         if node in self._floats:
             return False
         return is_weighted(node) or (node.op_type in _INTEGER and bool(self._wanted.intersection(node.outputs)))
 
-    def _clamp(self, node: ir.Node, source: ir.Value) -> Role | None:
-        # Its output was marked when the producer was visited.
-        return Role.CLAMP if node.outputs[0] in self._clamped else None
-
     def _moves(self, node: ir.Node, inputs: list[ir.Value]) -> Role:
         self._natural.update(node.outputs)
-        self._result.share([inputs[0], *node.outputs])
+        self._result.share([*inputs, *node.outputs])
         return Role.MOVES
 
     def _concat(self, node: ir.Node, inputs: list[ir.Value]) -> Role | None:
@@ -230,9 +225,7 @@ class _OperatorPlacement:
         grids = {self._grids.get(str(m.name)) for m in members if m.name in self._ranges}
         is_close = high - low <= SHARED_SCALE_RATIO * min(b - a for a, b in limits)
         if saturates and (is_close if grids == {None} else len(grids) == 1):
-            self._natural.update(node.outputs)
-            self._result.share([*inputs, *node.outputs])
-            return Role.MOVES
+            return self._moves(node, inputs)
         self._emit(node.outputs)
         return Role.FUSED
 
@@ -242,10 +235,10 @@ class _OperatorPlacement:
         A Relu or Clip behind it costs nothing: the Q that follows saturates where it clips.
         """
         for value in values:
-            reader = sole_reader(value)
-            if reader is not None and reader.op_type in _CLAMPS and reader.outputs[0].name in self._ranges:
-                value = reader.outputs[0]
-                self._clamped[value] = clamp_limits(reader)
+            clamp = sole_reader(value, *_CLAMPS)
+            if clamp is not None and clamp.outputs[0].name in self._ranges:
+                value = clamp.outputs[0]
+                self._clamped[value] = clamp_limits(clamp)
             self._natural.add(value)
             self._result.quantized.add(value)
 
@@ -258,18 +251,23 @@ class _OperatorPlacement:
             for value in inputs:
                 producer = value.producer() if value is not None else None
                 made_of_integers = producer is not None and self._result.roles.get(producer) is Role.MOVES
-                if value is not None and not made_of_integers and not _is_dequantized(producer):
+                # A pass may have quantized the value already.
+                if value is not None and not made_of_integers and maker(value, "DequantizeLinear") is None:
                     self._result.quantized.add(value)
 
 
-def _place_inputs(graph: ir.Graph, ranges: Mapping[str, Range], stays_float: Callable[[ir.Node], bool]) -> Placement:
+def _place_inputs(graph: ir.Graph, observed: Observed, scheme: QuantScheme) -> Placement:
+    ranges, stays_float = observed.ranges, observed.stays_float
     result = Placement()
     for node in graph:
         weighted = is_weighted(node) or (node.op_type == "ConvTranspose" and constant_array(node.inputs[1]) is not None)
         if weighted and not stays_float(node) and node.inputs[0] is not None and node.inputs[0].name in ranges:
             result.roles[node] = Role.WEIGHTED
-            if not _is_dequantized(node.inputs[0].producer()):
+            if maker(node.inputs[0], "DequantizeLinear") is None:
                 result.quantized.add(node.inputs[0])
+    if scheme.pairs_before_moves:
+        for node in reversed(graph):
+            _quantize_before_move(node, observed, result)
     for node in graph:
         if node.op_type == "Add" and not stays_float(node):
             _quantize_identity(node, ranges, result)
@@ -278,10 +276,29 @@ def _place_inputs(graph: ir.Graph, ranges: Mapping[str, Range], stays_float: Cal
     return result
 
 
+def _quantize_before_move(node: ir.Node, observed: Observed, result: Placement) -> None:
+    """Quantize what ``node`` rearranges in place of what it makes of it, where both have the same integers.
+
+    A ConvTranspose has integers of its own, see :attr:`QuantScheme.signed_transposed`.
+    """
+    if node.op_type not in REARRANGES or node.inputs[0] is None or node.outputs[0] not in result.quantized:
+        return
+    if any(reader.op_type == "ConvTranspose" for reader in node.outputs[0].consumers()):
+        return
+    source, moved = node.inputs[0], node.outputs[0]
+    alike = all(
+        known.get(str(source.name)) == known.get(str(moved.name)) for known in (observed.ranges, observed.grids)
+    )
+    free = source in result.quantized or sole_reader(source) is node
+    if alike and free and maker(source, "DequantizeLinear") is None:
+        result.quantized.remove(node.outputs[0])
+        result.quantized.add(source)
+
+
 def _quantize_identity(node: ir.Node, ranges: Mapping[str, Range], result: Placement) -> None:
     """A layer fuses with the residual addition behind it when the other side is integer: quantize the earlier side."""
-    inputs, reader = _activations(node), sole_reader(node.outputs[0])
-    clamped = reader.outputs[0] if reader is not None and reader.op_type in _CLAMPS else node.outputs[0]
+    inputs, clamp = _activations(node), sole_reader(node.outputs[0], *_CLAMPS)
+    clamped = (node if clamp is None else clamp).outputs[0]
     if len(inputs) != 2 or clamped not in result.quantized or result.quantized.intersection(inputs):
         return
     makers = [value.producer() for value in inputs]
@@ -309,8 +326,3 @@ def _activations(node: ir.Node) -> list[ir.Value]:
 def _union(limits: Iterable[Range]) -> Range:
     lows, highs = zip(*limits, strict=True)
     return min(lows), max(highs)
-
-
-def _is_dequantized(producer: ir.Node | None) -> bool:
-    """Whether a pass has quantized the value already."""
-    return producer is not None and producer.op_type == "DequantizeLinear"

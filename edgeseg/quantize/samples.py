@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,12 @@ from edgeseg.images.decoding import (
     IMAGE_SUFFIXES,
     MAX_ARRAY_BYTES,
     file_digest,
-    fit_windows,
     list_images,
     pixel_digest,
     read_image,
 )
 from edgeseg.images.dtypes import in_dtype, refusal, takes
+from edgeseg.images.placement import fit_windows
 from edgeseg.spec import InputDtype, InputSpec
 
 MINIMUM_IMAGES = 8
@@ -42,23 +42,10 @@ SMALLEST_SIDE = 16
 CalibrationSource: TypeAlias = "str | Path | Iterable[NDArray[Any] | str | Path]"
 
 
-class _Image(Protocol):
-    """One candidate image."""
-
-    @property
-    def name(self) -> str: ...
-
-    def read(self, channels: int, dtype: InputDtype) -> NDArray[Any]:
-        """Return ``dtype`` ``(H, W, channels)``. Raises ``InputError``."""
-        ...
-
-    def digest(self) -> str:
-        """SHA-256 of the stored content, hex. Raises ``InputError``."""
-        ...
-
-
 @dataclass(frozen=True)
 class _File:
+    """A candidate: its pixels, ``(H, W, channels)``, and the SHA-256 of the stored content. Both raise ``InputError``."""
+
     path: Path
 
     @property
@@ -74,6 +61,8 @@ class _File:
 
 @dataclass(frozen=True)
 class _Array:
+    """A candidate in memory; see :class:`_File`."""
+
     name: str
     pixels: NDArray[Any]
 
@@ -84,6 +73,9 @@ class _Array:
 
     def digest(self) -> str:
         return pixel_digest(self.pixels)
+
+
+_Image: TypeAlias = _File | _Array
 
 
 @dataclass(frozen=True)

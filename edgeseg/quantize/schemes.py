@@ -21,6 +21,8 @@ class QuantScheme:
             that only move data run on the integers themselves (ONNX Runtime fuses DQ-op-Q, and a value that is integer
             stays so). ``inputs``: Q/DQ on the inputs of multiplying layers, residual additions and what feeds them;
             outputs stay float and the target fuses what follows (TensorRT, OpenVINO).
+        pairs_before_moves: what a layer reads through a Reshape or Transpose is quantized in front of it: OpenVINO then moves
+            integers there, in fewer passes, and the layer in front writes them itself.
         signed_transposed: what a ConvTranspose reads is symmetric s8 where it is negative: oneDNN's INT8 deconvolution
             takes no zero point, and runs in float when it meets one.
         half: what stays float runs in FP16 where its values allow, when modules are asked to stay float.
@@ -34,6 +36,7 @@ class QuantScheme:
     integer_bias: bool
     placement: Literal["operators", "inputs"]
     passes: tuple[str, ...] = ()
+    pairs_before_moves: bool = False
     signed_transposed: bool = False
     half: bool = False
 
@@ -61,8 +64,8 @@ SCHEMES: dict[str, QuantScheme] = {
         QuantScheme("onnxruntime-vnni", "u8", False, 8, True, "operators", _IMAGE_PASSES + _ONNXRUNTIME_PASSES),
         QuantScheme("onnxruntime-avx2", "u8", False, 7, True, "operators", _IMAGE_PASSES + _ONNXRUNTIME_PASSES),
         QuantScheme("onnxruntime-arm", "s8", False, 8, True, "operators", _ONNXRUNTIME_PASSES),
-        QuantScheme("openvino", "u8", False, 8, False, "inputs", _OPENVINO_PASSES, signed_transposed=True),
-        QuantScheme("openvino-avx2", "u8", False, 7, False, "inputs", _OPENVINO_PASSES, signed_transposed=True),
+        QuantScheme("openvino", "u8", False, 8, False, "inputs", _OPENVINO_PASSES, True, signed_transposed=True),
+        QuantScheme("openvino-avx2", "u8", False, 7, False, "inputs", _OPENVINO_PASSES, True, signed_transposed=True),
         QuantScheme("tensorrt", "s8", True, 8, False, "inputs", half=True),
     )
 }

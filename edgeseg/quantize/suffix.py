@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgeseg.closing import Closing
 from edgeseg.errors import QuantizationError
-from edgeseg.graph.proto import drop_unread_constants, makers, value_infos
+from edgeseg.graph.proto import copied, drop_unread_constants, makers, refill, value_infos
 from edgeseg.graph.running import GraphSession
 
 Values = Mapping[str, NDArray[Any]]
@@ -64,12 +64,10 @@ def cut(model: onnx.ModelProto, known: Mapping[str, onnx.ValueInfoProto]) -> onn
             # A pass made it, integers of the image for example: the float graph does not know it.
             kept.add(maker.output[0])
             pending.extend(maker.input)
-    nodes = [node for node in graph.node if node.output[0] in kept]
-    part = onnx.ModelProto()
-    part.CopyFrom(model)
-    del part.graph.node[:], part.graph.input[:], part.graph.value_info[:]
-    part.graph.node.extend(nodes)
-    part.graph.input.extend(inputs[name] for name in sorted(inputs))
+    part = copied(model)
+    refill(part.graph.node, (node for node in part.graph.node if node.output[0] in kept))
+    refill(part.graph.input, (inputs[name] for name in sorted(inputs)))
+    del part.graph.value_info[:]
     drop_unread_constants(part.graph)
     return part
 
@@ -92,8 +90,7 @@ class SharedPrefix(Closing):
     def __init__(self, model: onnx.ModelProto, names: Iterable[str]) -> None:
         outputs = [value.name for value in model.graph.output]
         known = float_values(model)
-        watched = onnx.ModelProto()
-        watched.CopyFrom(model)
+        watched = copied(model)
         watched.graph.output.extend(known[name] for name in dict.fromkeys(names) if name not in outputs)
         self._outputs = outputs
         self._part = GraphSession(watched, "the float graph", QuantizationError)
@@ -110,17 +107,14 @@ class SharedPrefix(Closing):
             self._kept[key] = {**self._part.run(images), self._image: images}
         return self._kept[key]
 
-    def forget(self) -> None:
-        """Free what was kept."""
-        self._kept.clear()
-
     def run(self, images: NDArray[Any]) -> Values:
         """What the float graph returns; see :class:`~edgeseg.backends.base.Session`."""
         values = self.values(images)
         return {name: values[name] for name in self._outputs}
 
     def close(self) -> None:
-        self.forget()
+        """Free what was kept."""
+        self._kept.clear()
 
 
 class SuffixSession(Closing):

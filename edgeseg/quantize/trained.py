@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edgeseg.graph.grid import Grid, Marks
+from edgeseg.graph.proto import attribute
 from edgeseg.graph.signs import MOVES, not_negative
 from edgeseg.quantize.calibration import DEFAULT_METHOD, TRAINED, calibrate, table_key
+from edgeseg.quantize.parameters import along
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange, Trained
 from edgeseg.store.hashing import sha256_json
@@ -84,7 +86,7 @@ def spread(graph: ir.Graph, marked: Mapping[str, Grid]) -> dict[str, Grid]:
     the largest of the rounded ones: so forward, and back where the value before has no grid of its own.
     """
     grids: dict[ir.Value, Grid] = {}
-    for value in _values(graph):
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         if value.name in marked:
             grids[value] = marked[str(value.name)]
     for node in graph:
@@ -99,10 +101,6 @@ def spread(graph: ir.Graph, marked: Mapping[str, Grid]) -> dict[str, Grid]:
                 grids.setdefault(value, grid)
     positive = not_negative(graph)
     return {str(value.name): grid.without_negative() if value in positive else grid for value, grid in grids.items()}
-
-
-def _values(graph: ir.Graph) -> list[ir.Value]:
-    return [*graph.inputs, *(output for node in graph for output in node.outputs)]
 
 
 def _sources(node: ir.Node) -> list[ir.Value]:
@@ -183,9 +181,7 @@ def held(graph: OnnxGraph, quantized: OnnxGraph, table: CalibrationTable) -> Hel
 
 def _stands_for(array: Callable[[str], NDArray[np.float64]], pair: onnx.NodeProto, weight: NDArray[np.float32]) -> bool:
     integers, scale = array(pair.input[0]), array(pair.input[1])
-    axis = next((attribute.i for attribute in pair.attribute if attribute.name == "axis"), 1)
-    shape = [-1 if index == axis else 1 for index in range(integers.ndim)]
+    axis = attribute(pair, "axis", 1)
+    step = along(scale, axis, integers.ndim)
     # Half a step anywhere would be a rounding of its own.
-    return integers.shape == weight.shape and bool(
-        np.all(np.abs(integers * scale.reshape(shape) - weight) <= 0.01 * scale.reshape(shape))
-    )
+    return integers.shape == weight.shape and bool(np.all(np.abs(integers * step - weight) <= 0.01 * step))

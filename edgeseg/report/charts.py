@@ -9,8 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from markupsafe import Markup
+from edgeseg.errors import imported
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+else:
+    Markup = imported("markupsafe", "report", "write an HTML report").Markup
 
 WIDTH = 360
 STYLES = ("fp32", "fp16", "int8", "baseline", "other")
@@ -75,13 +81,13 @@ class Scale:
             return math.log(max(value, self.low * 0.5) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
-    def ticks(self, count: int = 5) -> tuple[float, ...]:
+    def ticks(self) -> tuple[float, ...]:
         if self.is_log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             candidates = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
             inside = tuple(tick for tick in candidates if self.low <= tick <= self.high)
             return inside if len(inside) <= 8 else tuple(t for t in inside if f"{t:e}".startswith("1"))
-        step = nice_step((self.high - self.low) / count)
+        step = nice_step((self.high - self.low) / 5)
         first = math.ceil(self.low / step - 1e-9)
         return tuple(round(k * step, 10) for k in range(first, math.floor(self.high / step + 1e-9) + 1))
 

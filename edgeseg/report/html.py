@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from edgeseg.decide.entries import Entry, MergedReport, Run
 from edgeseg.decide.metrics import METRICS
 from edgeseg.decide.verdict import DeviceVerdict, data_key
-from edgeseg.errors import MissingDependencyError
+from edgeseg.errors import imported
 from edgeseg.evaluate.tables import counted
 from edgeseg.machine.record import Environment, MachineState
 from edgeseg.report import cells
+from edgeseg.report.charts import Point, Samples, distribution, legend_mark, scatter
 from edgeseg.report.details import Shown, engine_details, stage_lines, style_of
 from edgeseg.version import __version__
 
@@ -41,22 +42,23 @@ def html(
     Raises:
         MissingDependencyError: jinja2 is not installed.
     """
-    environment = _templates()
-    from edgeseg.report.charts import legend_mark
-
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        failed=failed,
-        version=__version__,
-        pages=[_page(report, verdict, f"d{k}") for k, verdict in enumerate(verdicts)],
-        runs=[(run, environment_lines(run)) for run in report.runs],
-        separate_devices=len(verdicts) > 1,
-        metrics=list(METRICS.values()),
-        heading=cells.heading,
-        legend_mark=legend_mark,
-        printed=PRINTED,
-        counted=counted,
-        stage_names=("pre", "h2d", "compute", "d2h", "post"),
+    return (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            failed=failed,
+            version=__version__,
+            pages=[_page(report, verdict, f"d{k}") for k, verdict in enumerate(verdicts)],
+            runs=[(run, environment_lines(run)) for run in report.runs],
+            separate_devices=len(verdicts) > 1,
+            metrics=list(METRICS.values()),
+            heading=cells.heading,
+            legend_mark=legend_mark,
+            printed=PRINTED,
+            counted=counted,
+            stage_names=("pre", "h2d", "compute", "d2h", "post"),
+        )
     )
 
 
@@ -67,11 +69,8 @@ def require_templates() -> None:
 
 @cache
 def _templates() -> jinja2.Environment:
-    try:
-        import jinja2
-    except ImportError as exc:
-        raise MissingDependencyError("jinja2", "report", "write an HTML report") from exc
-    return jinja2.Environment(
+    jinja2 = imported("jinja2", "report", "write an HTML report")
+    return jinja2.Environment(  # type: ignore[no-any-return]
         loader=jinja2.PackageLoader("edgeseg.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -146,8 +145,6 @@ def _charts(verdict: DeviceVerdict, key: str) -> list[Shown]:
 
 
 def _paretos(verdict: DeviceVerdict, entries: Sequence[Entry], where: str, key: str) -> tuple[tuple[str, Markup], ...]:
-    from edgeseg.report.charts import Point, scatter
-
     metric = verdict.accuracy_metric
     if metric is None:
         return ()
@@ -190,8 +187,6 @@ def _paretos(verdict: DeviceVerdict, entries: Sequence[Entry], where: str, key: 
 
 def _throughput(verdict: DeviceVerdict, key: str) -> Markup | None:
     """A line through the batch sizes and numbers of callers that an engine was driven with."""
-    from edgeseg.report.charts import Point, scatter
-
     lines: dict[str, list[Point]] = {}
     for entry in verdict.group.entries:
         p99_ms, rate = METRICS["p99_ms"].value(entry), METRICS["images_per_s"].value(entry)
@@ -213,8 +208,6 @@ def _throughput(verdict: DeviceVerdict, key: str) -> Markup | None:
 
 
 def _distribution(entries: Sequence[Entry], where: str, key: str) -> Markup | None:
-    from edgeseg.report.charts import Samples, distribution
-
     lines = [
         Samples(
             entry.number,

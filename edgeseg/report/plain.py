@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from edgeseg.console import markdown_text
 from edgeseg.decide.entries import MergedReport
 from edgeseg.decide.metrics import METRICS, WITH_INTERVAL
 from edgeseg.decide.verdict import DeviceVerdict
@@ -40,8 +40,8 @@ def markdown(report: MergedReport, verdicts: Sequence[DeviceVerdict], failed: Se
         parts.append(SEPARATE_DEVICES)
     for verdict in verdicts:
         metrics = metrics_of(verdict.group.entries)
-        parts.append(f"## {_md(verdict.group.label)}")
-        parts.append(f"**{_md(headline(verdict))}**: {_md(verdict.reason)}.")
+        parts.append(f"## {markdown_text(verdict.group.label)}")
+        parts.append(f"**{markdown_text(headline(verdict))}**: {markdown_text(verdict.reason)}.")
         parts.append(f"Judged by: {_code(requirement_line(verdict))}.")
         head = ["#", *TEXT_COLUMNS, "model (decoder, encoder)", *map(heading, metrics), "front", "verdict"]
         table = [_md_row(head), _md_row(["---:", *["---"] * 5, *["---:"] * len(metrics), "---", "---"], escape=False)]
@@ -67,26 +67,19 @@ def markdown(report: MergedReport, verdicts: Sequence[DeviceVerdict], failed: Se
     parts.append("## Runs")
     for run in report.runs:
         name = run.source or "this run"
-        parts.append(f"{_md(name)}, {_md(run.report.created_at)}. To repeat it:")
+        parts.append(f"{markdown_text(name)}, {markdown_text(run.report.created_at)}. To repeat it:")
         parts.append("\n".join(f"- {_code(command)}" for command in run.commands))
         parts += _md_list("Notes", run.report.notes)
     return "\n\n".join(parts) + "\n"
 
 
 def _md_list(title: str, items: Iterable[str]) -> list[str]:
-    listed = [f"- {_md(item)}" for item in items]
+    listed = [f"- {markdown_text(item)}" for item in items]
     return [f"{title}:", "\n".join(listed)] if listed else []
 
 
 def _md_row(cells: Iterable[str], *, escape: bool = True) -> str:
-    return "| " + " | ".join(_md(cell) if escape else cell for cell in cells) + " |"
-
-
-def _md(text: str) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML, no new table cell."""
-    flat = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # An underscore inside a word is no markup.
-    return re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", flat)
+    return "| " + " | ".join(markdown_text(cell) if escape else cell for cell in cells) + " |"
 
 
 def _code(text: str) -> str:

@@ -6,9 +6,9 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from edgeseg.closing import Closing
 from edgeseg.machine.cpu import this_cpu
@@ -82,17 +82,16 @@ class Pipe(Generic[A]):
 
 
 class Overlapped(Generic[B], Closing):
-    """Iterate over ``work(item)`` for each of ``items``, in order, one step ahead of the consumer.
+    """Iterate over what ``work`` makes of ``items``, in order, one step ahead of the consumer.
 
-    One thread draws from ``items``, another calls ``work``, and the consumer's own thread uses the results, so the
+    One thread draws from ``items``, another runs ``work``, and the consumer's own thread uses the results, so the
     three overlap. Nothing starts before the first result is asked for. An exception in either thread is raised at the
     consumer, after the results that came before it. Breaking off, an exception at the consumer (Ctrl-C too) or dropping
     the object ends both threads; :meth:`close` or a ``with`` block says when.
 
     Args:
         items: drawn from in a thread of its own, and closed there if it has a ``close``.
-        work: called in one thread, one item at a time; with ``whole``, once, with the iterator of all items, and
-            returns the iterator of the results.
+        work: called with the iterator of all items, returns the generator of the results.
         ahead: items waiting at each of the two hand-overs.
         newest_wins: when ``work`` cannot keep up, drop older items instead of making the source wait.
     """
@@ -100,18 +99,17 @@ class Overlapped(Generic[B], Closing):
     def __init__(
         self,
         items: Iterable[A],
-        work: Callable[[A], B] | Callable[[Iterator[A]], Generator[B, None, None]],
+        work: Callable[[Iterator[A]], Generator[B, None, None]],
         *,
         ahead: int = 2,
         newest_wins: bool = False,
-        whole: bool = False,
     ) -> None:
         inbox: Pipe[A] = Pipe(1 if newest_wins else ahead, newest_wins=newest_wins)
         outbox: Pipe[B] = Pipe(ahead)
         # The threads know the pipes but not this object: when the consumer drops it, they can be ended.
         self._threads = (
             threading.Thread(target=_draw, args=(items, inbox), name="edgeseg-read", daemon=True),
-            threading.Thread(target=_work, args=(inbox, work, outbox, whole), name="edgeseg-work", daemon=True),
+            threading.Thread(target=_work, args=(inbox, work, outbox), name="edgeseg-work", daemon=True),
         )
         self._inbox = inbox
         self._results = iter(outbox)
@@ -158,17 +156,22 @@ def in_parallel(
     nothing else begins.
     """
     threads = parallel_threads(most)
-    waiting: deque[Future[B]] = deque()
     with ThreadPoolExecutor(threads, "edgeseg-parallel") as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) == ahead * threads:
-                    yield waiting.popleft().result()
-            while waiting:
+        yield from in_order(pool, items, work, ahead * threads)
+
+
+def in_order(pool: Executor, items: Iterable[A], work: Callable[[A], B], held: int) -> Generator[B, None, None]:
+    """:func:`in_parallel` in the workers of ``pool``, which ends with it: ``held`` items at a time, done ones included."""
+    waiting: deque[Future[B]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) == held:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _draw(items: Iterable[A], inbox: Pipe[A]) -> None:
@@ -187,11 +190,10 @@ def _draw(items: Iterable[A], inbox: Pipe[A]) -> None:
         inbox.finish(error)
 
 
-def _work(inbox: Pipe[A], work: Any, outbox: Pipe[B], whole: bool) -> None:
-    results: Generator[B, None, None] = work(iter(inbox)) if whole else (work(item) for item in inbox)
+def _work(inbox: Pipe[A], work: Callable[[Iterator[A]], Generator[B, None, None]], outbox: Pipe[B]) -> None:
     try:
         # Closed here, not when it is collected: it may hold what only this thread gives back.
-        with closing(results):
+        with closing(work(iter(inbox))) as results:
             for result in results:
                 if not outbox.put(result):
                     break

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,14 +18,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.arguments import FLAG, argument, choice, settle
 from edgeseg.errors import InputError, MissingDependencyError, SpecError, refusals_as
 from edgeseg.images.placement import Tiling
 from edgeseg.images.raster import RASTER_SUFFIXES, Raster, Reading, is_georeferenced, is_too_large, open_raster
+from edgeseg.runtime.bar import Silent
 from edgeseg.runtime.geotiff import REQUEST_TAG, GeoTiff, request_of, write_geotiff
 from edgeseg.runtime.journal import Journal
 from edgeseg.runtime.prediction import Prediction
@@ -59,20 +60,21 @@ class RasterOptions(Reading):
         SpecError: a value of another kind, or options of rasters where none are to be read.
     """
 
-    use: bool | None = None
-    probabilities: ProbabilityType | None = None
+    use: bool | None = argument(
+        FLAG,
+        name="raster",
+        help="Segment TIFF and JPEG 2000 files window by window, and keep where they lie; or never.  [default: those that are "
+        "georeferenced or too large to be read whole]",
+    )
+    probabilities: ProbabilityType | None = argument(
+        choice(get_args(ProbabilityType)),
+        help="Also write a raster's probabilities, a band per class; uint8: 254 is 1.",
+    )
 
     def __post_init__(self) -> None:
-        if self.overview is not None and self.overview < 2:
-            raise SpecError(f"overview is {self.overview}; give how many times smaller it is, such as 4")
-        if self.resolution is not None and not (math.isfinite(self.resolution) and self.resolution > 0):
-            raise SpecError(f"resolution is {self.resolution}; give the size of a pixel on the ground, such as 0.5")
+        settle(self)
         if self.overview is not None and self.resolution is not None:
             raise SpecError("overview and resolution both say how large a pixel is; give one of them")
-        if isinstance(self.nodata, str) and self.nodata != "none":
-            raise SpecError(f"nodata is {self.nodata!r}; give a pixel's value, or none")
-        if self.probabilities not in (None, *get_args(ProbabilityType)):
-            raise SpecError(f"probabilities are {self.probabilities!r}; give uint8 or float32")
         if self.use is False and self._asked:
             raise SpecError("bands, overviews and the like are of rasters; leave them out, or --no-raster")
 
@@ -111,22 +113,6 @@ class RasterOptions(Reading):
 def is_installed() -> bool:
     """Whether rasterio is there; it is not imported for the question."""
     return importlib.util.find_spec("rasterio") is not None
-
-
-class Progress(Protocol):
-    """Told how far the work is."""
-
-    def expect(self, frames: int | None) -> None:
-        """So many windows there will be."""
-        ...
-
-    def advance(self, *, failed: bool = False, count: int = 1) -> None:
-        """So many more are done."""
-        ...
-
-    def say(self, text: str) -> None:
-        """Something a person should read."""
-        ...
 
 
 def raster_outputs(folder: Path, name: str, options: RasterOptions) -> list[Path]:
@@ -168,7 +154,7 @@ def segment_raster(
     path: Path,
     outputs: Sequence[Path],
     options: RasterOptions,
-    progress: Progress,
+    progress: Silent,
     *,
     overwrite: bool = False,
 ) -> None:
@@ -259,7 +245,7 @@ class _Work:
         }
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
-    def all(self, journal: Journal, progress: Progress) -> None:
+    def all(self, journal: Journal, progress: Silent) -> None:
         """Segment what the journal does not hold yet."""
         rows = len(self._rows) - 1
         windows = rows * (len(self._columns) - 1)

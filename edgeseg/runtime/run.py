@@ -9,17 +9,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.arguments import FLAG, argument, choice, number, settle
-from edgeseg.console import draws_bars, plain_console
+from edgeseg.arguments import FLAG, INT32, argument, choice, number, settle, whole
 from edgeseg.errors import InputError, MissingDependencyError, SpecError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
 from edgeseg.runtime.averaging import Augmentation
+from edgeseg.runtime.bar import Bar, Silent
 from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlap import in_parallel, parallel_threads
 from edgeseg.runtime.overlay import SHOWN_PERCENTILES, add_legend, colorize, legend_entries
@@ -30,9 +29,6 @@ from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
 from edgeseg.runtime.stream import Stream
 from edgeseg.spec import FitPolicy, PipelineSpec
 from edgeseg.store.files import check_outputs, refuse_existing
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 
 # A camera that does not say how fast it is.
 USUAL_FPS = 25.0
@@ -66,6 +62,9 @@ class RunSettings:
     tta: Augmentation | None = argument(
         choice(get_args(Augmentation)),
         help="Average the probabilities of the image and its mirror images (flips: 4 runs), of quarter turns too (d4: 8 runs).",
+    )
+    threads: int | None = argument(
+        whole(1, INT32, 2), help="Take no more of this machine: of a CPU engine, and images at a time."
     )
     rasters: RasterOptions = field(default_factory=RasterOptions)
 
@@ -119,7 +118,6 @@ def run_inputs(
     overwrite: bool = False,
     progress: bool = True,
     names: Sequence[str] | None = None,
-    threads: int | None = None,
 ) -> RunSummary:
     """Segment everything named and write the results: several images, or reading, inference and writing, at a time.
 
@@ -146,7 +144,6 @@ def run_inputs(
         overwrite: replace files that exist.
         progress: show a progress bar with frames per second, and failures, on standard error.
         names: NAME of each of ``inputs``, which are files then, where somebody else has chosen them.
-        threads: images at a time, at most; ``None`` for :func:`~edgeseg.runtime.overlap.parallel_threads`.
 
     Raises:
         OutputExistsError: an output exists, and ``overwrite`` is false.
@@ -162,7 +159,7 @@ def run_inputs(
     else:
         files = [Path(str(item)) for item in inputs]
         tasks = [_Task(file, name, rasters.applies_to(file)) for file, name in zip(files, names, strict=True)]
-    run = _Run(segmenter, Path(output), settings, frame_masks, limit, overwrite, threads)
+    run = _Run(segmenter, Path(output), settings, frame_masks, limit, overwrite)
     large = [task for task in tasks if task.is_raster]
     _require_possible(tasks, settings)
     if large:
@@ -206,7 +203,7 @@ def _require_possible(tasks: Sequence[_Task], settings: RunSettings) -> None:
         raise SpecError(f"no overlay is drawn over a raster ({large.label}); leave out --overlay, or give --no-raster")
 
 
-def streams_of(inputs: Iterable[str | Path | int], settings: RunSettings, threads: int | None = None) -> int:
+def streams_of(inputs: Iterable[str | Path | int], settings: RunSettings) -> int:
     """How many threads :func:`run_inputs` calls the segmenter from: one for videos and rasters, several for images.
 
     Asked before the engine is loaded, so that what cannot be done is refused before.
@@ -218,7 +215,7 @@ def streams_of(inputs: Iterable[str | Path | int], settings: RunSettings, thread
     tasks = _plan(inputs, settings.rasters)
     _require_possible(tasks, settings)
     alone = any(task.is_video or task.is_raster for task in tasks)
-    return 1 if alone else min(len(tasks), parallel_threads(threads))
+    return 1 if alone else min(len(tasks), parallel_threads(settings.threads))
 
 
 def _notes_on_rasters(tasks: Sequence[_Task], rasters: RasterOptions, segmenter: Segmenter) -> Iterator[str]:
@@ -297,7 +294,6 @@ class _Run:
     frame_masks: bool
     limit: int | None
     overwrite: bool
-    threads: int | None = None
     images: int = 0
     frames: int = 0
     dropped: int = 0
@@ -359,7 +355,7 @@ class _Run:
         self.images += 1
 
     def _images(self, tasks: Sequence[_Task], bar: Silent) -> None:
-        with closing(in_parallel(tasks, self._image, ahead=PATHS_AHEAD, most=self.threads)) as results:
+        with closing(in_parallel(tasks, self._image, ahead=PATHS_AHEAD, most=self.settings.threads)) as results:
             for task, reason, paths in results:
                 if reason is None:
                     self.written += paths
@@ -457,66 +453,3 @@ class _Run:
     def _fail(self, task: _Task, reason: str, bar: Silent, what: str = "skipped") -> None:
         self.failed.append(Failure(task.label, reason))
         bar.say(f"{what}: {reason}")
-
-
-class Silent:
-    """Takes progress and says nothing."""
-
-    def expect(self, frames: int | None) -> None:
-        """The next input, counted as one so far, has ``frames`` frames (``None``: nobody knows)."""
-
-    def advance(self, *, failed: bool = False, count: int = 1) -> None:
-        """One more image or frame is done, or so many windows of a raster; or an input has failed."""
-
-    def say(self, text: str) -> None:
-        """Something a person should read."""
-
-
-class Bar(Silent):
-    """A progress bar with frames per second on standard error."""
-
-    def __init__(self, inputs: int, limit: int | None, unit: str = "frames") -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("segment"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn(f"{{task.fields[fps]:.1f}} {unit}/s"),
-            TimeRemainingColumn(),
-        )
-        console = plain_console(stderr=True)
-        self._bar: Progress = Progress(*columns, console=console, disable=not draws_bars(console))
-        self._inputs: int | None = inputs
-        self._limit = limit
-        self._done = self._failed = 0
-        self._task: TaskID = self._bar.add_task("segment", total=self._total, fps=0.0)
-        self._begin = time.perf_counter()
-
-    @property
-    def _total(self) -> int | None:
-        """What there will be at the end; inputs that fail do not count towards the limit."""
-        most = None if self._limit is None else self._limit + self._failed
-        return min((n for n in (self._inputs, most) if n is not None), default=None)
-
-    def expect(self, frames: int | None) -> None:
-        self._inputs = None if frames is None or self._inputs is None else self._inputs - 1 + frames
-        self._bar.update(self._task, total=self._total)
-
-    def advance(self, *, failed: bool = False, count: int = 1) -> None:
-        self._done += count
-        self._failed += failed
-        seconds = time.perf_counter() - self._begin
-        self._bar.update(self._task, completed=self._done, total=self._total, fps=self._done / seconds)
-
-    def say(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def __enter__(self) -> Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import InputError, MissingDependencyError
+from edgeseg.errors import InputError, imported
 from edgeseg.images.decoding import list_images, read_image
 from edgeseg.runtime.matroska import read_container
 from edgeseg.runtime.overlap import in_parallel
@@ -166,11 +166,7 @@ def open_source(source: object, spec: InputSpec) -> Video | Iterable[Picture]:
 
 def import_cv2() -> Any:
     """Import OpenCV. Raises ``MissingDependencyError``."""
-    try:
-        import cv2
-    except ImportError as exc:
-        raise MissingDependencyError("cv2", "video", "read and write videos and cameras") from exc
-    return cv2
+    return imported("cv2", "video", "read and write videos and cameras")
 
 
 def require_utf8(path: Path) -> None:

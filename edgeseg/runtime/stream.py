@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -48,10 +49,8 @@ class Stream(Closing):
         live = isinstance(pictures, Video) and pictures.live
         newest_wins = live if drop is None else drop
         # Pairing a frame with the next one costs a frame of delay: not where the newest is what counts.
-        work = _segment_with(segmenter) if newest_wins else _segment_all_with(segmenter)
-        self._frames: Overlapped[Frame] = Overlapped(
-            pictures, work, ahead=ahead, newest_wins=newest_wins, whole=not newest_wins
-        )
+        work = partial(_one_by_one if newest_wins else _pipelined, segmenter)
+        self._frames: Overlapped[Frame] = Overlapped(pictures, work, ahead=ahead, newest_wins=newest_wins)
 
     @property
     def dropped(self) -> int:
@@ -110,28 +109,23 @@ def stream(
     return Stream(open_source(source, segmenter.spec.input), segmenter, ahead, drop)
 
 
-def _segment_with(segmenter: Segmenter) -> Any:
-    def segment(picture: Picture) -> Frame:
+def _one_by_one(segmenter: Segmenter, pictures: Iterator[Picture]) -> Generator[Frame, None, None]:
+    for picture in pictures:
         mask = segmenter(picture.image, channel_order=picture.channel_order)
-        return Frame(picture.index, picture.timestamp_s, picture.image, mask, picture.path)
-
-    return segment
+        yield Frame(picture.index, picture.timestamp_s, picture.image, mask, picture.path)
 
 
-def _segment_all_with(segmenter: Segmenter) -> Any:
-    def segment_all(pictures: Iterator[Picture]) -> Generator[Frame, None, None]:
-        waiting: deque[Picture] = deque()
+def _pipelined(segmenter: Segmenter, pictures: Iterator[Picture]) -> Generator[Frame, None, None]:
+    waiting: deque[Picture] = deque()
 
-        def images(first: Picture) -> Iterator[NDArray[Any]]:
-            for picture in itertools.chain((first,), pictures):
-                waiting.append(picture)
-                yield picture.image
+    def images(first: Picture) -> Iterator[NDArray[Any]]:
+        for picture in itertools.chain((first,), pictures):
+            waiting.append(picture)
+            yield picture.image
 
-        # All pictures of one source have one channel order.
-        for first in pictures:
-            with closing(segmenter.many(images(first), channel_order=first.channel_order)) as masks:
-                for mask in masks:
-                    picture = waiting.popleft()
-                    yield Frame(picture.index, picture.timestamp_s, picture.image, mask, picture.path)
-
-    return segment_all
+    # All pictures of one source have one channel order.
+    for first in pictures:
+        with closing(segmenter.many(images(first), channel_order=first.channel_order)) as masks:
+            for mask in masks:
+                picture = waiting.popleft()
+                yield Frame(picture.index, picture.timestamp_s, picture.image, mask, picture.path)

@@ -103,6 +103,12 @@ class Cell:
     model: str
     request: BuildRequest
 
+    @property
+    def folder(self) -> Path:
+        """Of its engine."""
+        assert self.request.folder is not None  # expand gives every cell its folder
+        return self.request.folder
+
 
 def read_config(path: Path) -> SweepConfig:
     """Read and check ``sweep.toml``; paths in it are relative to the file.

@@ -121,9 +121,8 @@ def _unpack(cell: Cell, packed: Any) -> Built:
     built = Built(cell, packed.built.seconds, packed.built.reason)
     if built.reason is not None:
         return built
-    assert cell.request.folder is not None  # expand gives every cell its folder
-    cell.request.folder.parent.mkdir(parents=True, exist_ok=True)
-    with engine_folder(cell.request.folder, force=True) as scratch:
+    cell.folder.parent.mkdir(parents=True, exist_ok=True)
+    with engine_folder(cell.folder, force=True) as scratch:
         for name, data in packed.files.items():
             (scratch / name).write_bytes(data)
     if packed.node == platform.node():
@@ -131,7 +130,7 @@ def _unpack(cell: Cell, packed: Any) -> Built:
     from edgeseg.backends.compile import compile_folder
 
     try:
-        compile_folder(cell.request.folder)
+        compile_folder(cell.folder)
     except EdgesegError as exc:
         return replace(built, reason=f"built on {packed.node}, but not for this machine: {exc}")
     return built

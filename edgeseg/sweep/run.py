@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,19 +29,11 @@ Bench = Callable[[Sequence[str]], "str | None"]
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A cell without a result, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class SweepResult:
-    """What came of a sweep: the measured runs, and the cells that failed."""
+    """What came of a sweep: the measured runs, and the cells that failed, each with its reason."""
 
     runs: tuple[Run, ...]
-    failures: tuple[Failure, ...]
+    failures: tuple[tuple[str, str], ...]
     cells: int
     reused: int
 
@@ -94,9 +87,10 @@ def run_sweep(
             say(f"{counted(len(cells), 'cell')}, {len(cells) - len(todo)} built before")
             for cell in todo:  # should the sweep be killed, the folders that appear are known as its own
                 remember(cell, CellState(cell.name, keys[cell.name], 0.0, UNFINISHED))
-            chosen = build or _builder(jobs, executor, ray_address)
+            on_ray, here = partial(build_on_ray, address=ray_address), partial(build_locally, jobs=jobs)
+            chosen = build or (on_ray if executor == "ray" else here)
             failures = list(_build(todo, keys, chosen, say))
-            failed = {failure.name for failure in failures}
+            failed = {name for name, _ in failures}
             runs, unmeasured = _measure(
                 config, tuple(cell for cell in cells if cell.name not in failed), bench or run_edgeseg, say
             )
@@ -105,23 +99,15 @@ def run_sweep(
     failures += unmeasured
     if not runs:
         raise BuildError(
-            f"none of {counted(len(cells), 'cell')} gave a result; {failures[0].name}: {failures[0].reason}"
+            f"none of {counted(len(cells), 'cell')} gave a result; {': '.join(failures[0])}"
             + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
         )
     return SweepResult(runs, tuple(failures), len(cells), len(cells) - len(todo))
 
 
-def _builder(
-    jobs: int, executor: Literal["local", "ray"], ray_address: str | None
-) -> Callable[[Sequence[Cell]], Iterator[Built]]:
-    if executor == "ray":
-        return lambda cells: build_on_ray(cells, ray_address)
-    return lambda cells: build_locally(cells, jobs)
-
-
 def _build(
     cells: Sequence[Cell], keys: dict[str, str], build: Callable[[Sequence[Cell]], Iterator[Built]], say: Say
-) -> Iterator[Failure]:
+) -> Iterator[tuple[str, str]]:
     if not cells:
         return
     for done, built in enumerate(build(cells), start=1):
@@ -130,25 +116,22 @@ def _build(
         outcome = "built" if built.reason is None else f"failed: {built.reason}"
         say(f"[{done}/{len(cells)}] {name} {outcome} ({built.seconds:.0f} s)")
         if built.reason is not None:
-            yield Failure(name, built.reason)
+            yield name, built.reason
 
 
 def _measure(
     config: SweepConfig, cells: tuple[Cell, ...], bench: Bench, say: Say
-) -> tuple[tuple[Run, ...], list[Failure]]:
+) -> tuple[tuple[Run, ...], list[tuple[str, str]]]:
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault("all" if config.bench.get("together", "all") == "all" else cell.model, []).append(cell)
     runs: list[Run] = []
-    failures: list[Failure] = []
+    failures: list[tuple[str, str]] = []
     for name, built in groups.items():
-        members = [cell for cell in built if not _is_portable_only(cell)]
+        members = [cell for cell in built if open_engine(cell.folder).manifest.engine is not None]
         # Measuring them could only fail, today as well as in the next run.
         failures += [
-            Failure(
-                cell.name,
-                f"built, not measured: it holds a portable graph only; run: {typed('compile', cell.request.folder or cell.name)}",
-            )
+            (cell.name, f"built, not measured: it holds a portable graph only; run: {typed('compile', cell.folder)}")
             for cell in built
             if cell not in members
         ]
@@ -163,19 +146,13 @@ def _measure(
         else:
             say(f"measuring {counted(len(members), 'engine')} in turns")
             path.unlink(missing_ok=True)
-            folders = [str(cell.request.folder) for cell in members]
+            folders = [str(cell.folder) for cell in members]
             reason = bench(["bench", *folders, *options, "--json", str(path)])
             if not path.is_file():
-                failures += [Failure(cell.name, f"not measured: {reason}") for cell in members]
+                failures += [(cell.name, f"not measured: {reason}") for cell in members]
                 continue
         runs.append(Run(read_report(path), path.parent, path.name))
     return tuple(runs), failures
-
-
-def _is_portable_only(cell: Cell) -> bool:
-    """Whether the cell's target needs a device that is not here to make its engine."""
-    assert cell.request.folder is not None  # expand gives every cell its folder
-    return open_engine(cell.request.folder).manifest.engine is None
 
 
 def bench_options(config: SweepConfig) -> tuple[str, ...]:

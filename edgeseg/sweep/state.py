@@ -78,18 +78,17 @@ def _content(place: str | Path | None) -> str | None:
 
 def state_path(cell: Cell) -> Path:
     """Where the outcome of a cell is kept, beside the sweep's engines."""
-    assert cell.request.folder is not None  # expand gives every cell its folder
-    return cell.request.folder.parent.parent / "cells" / f"{cell.name}.json"
+    return cell.folder.parent.parent / "cells" / f"{cell.name}.json"
 
 
 def is_done(cell: Cell, key: str) -> bool:
     """Whether the cell's engine was made from exactly these inputs and is still whole."""
-    path, folder = state_path(cell), cell.request.folder
-    if not path.is_file() or folder is None:
+    path = state_path(cell)
+    if not path.is_file():
         return False
     try:
         state = read_json(path, CellState, "sweep state")
-        open_engine(folder)
+        open_engine(cell.folder)
     except ArtifactError:
         # Damaged or edited since: it is made again, which is what the user would have to ask for.
         return False
@@ -117,8 +116,7 @@ def check_ours(cells: Iterable[Cell], reports: Iterable[Path], *, force: bool) -
         SpecError: a folder or a device is where a report shall be.
     """
     for cell in cells:
-        assert cell.request.folder is not None
-        check_engine_folder(cell.request.folder, force=force or state_path(cell).is_file())
+        check_engine_folder(cell.folder, force=force or state_path(cell).is_file())
     for path in reports:
         check_outputs([path], force=force or _is_ours(path))
 
@@ -143,8 +141,5 @@ def remember_reports(reports: Iterable[Path]) -> None:
 
 def bench_key(cells: tuple[Cell, ...], options: tuple[str, ...], data: Path | None) -> str:
     """SHA-256 over the engines to be measured, how, on which images, and on what."""
-    engines = []
-    for cell in cells:
-        assert cell.request.folder is not None
-        engines.append([cell.name, open_engine(cell.request.folder).manifest.engine_key])
+    engines = [[cell.name, open_engine(cell.folder).manifest.engine_key] for cell in cells]
     return sha256_json([engines, options, _content(data), software()])

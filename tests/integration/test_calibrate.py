@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+from small_graphs import graph as graph_of
 from small_graphs import plain_session
 
 from edgeseg.errors import ArtifactError, InputError, QuantizationError, SpecError
@@ -40,35 +42,19 @@ def images(count: int = 9, height: int = 24, width: int = 32) -> Images:
     return [rng.integers(0, 20 * (k + 2), (height, width, 3), dtype=np.uint8) for k in range(count)]
 
 
-def node(op: str, inputs: Sequence[str], output: str, **attributes: object) -> onnx.NodeProto:
-    return helper.make_node(op, list(inputs), [output], name=f"{output}/{op}", **attributes)
-
-
-def constant(name: str, value: object, dtype: type = np.float32) -> onnx.TensorProto:
-    return numpy_helper.from_array(np.asarray(value, dtype), name)
-
-
 def save(
     path: Path,
-    nodes: list[onnx.NodeProto],
-    constants: list[onnx.TensorProto],
-    output: tuple[str, int, int],
+    body: str,
+    output: str,
     spec: InputSpec = INPUT,
     shape: Sequence[int | str] | None = None,
+    **weights: object,
 ) -> OnnxGraph:
-    name, kind, rank = output
-    dims = shape or (spec.batch.minimum, spec.height, spec.width, spec.channels)
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, dims)],
-        [helper.make_tensor_value_info(name, kind, [None] * rank)],
-        constants,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(model, path)
-    pipeline = PipelineSpec(ModelSpec("custom", classes=2), spec)
-    return OnnxGraph(path, sha256_file(path), "fp32", pipeline, "weights")
+    """A graph from text; of the weights those that it uses."""
+    dims = ", ".join(map(str, shape or (spec.batch.minimum, spec.height, spec.width, spec.channels)))
+    used = {name: value for name, value in weights.items() if re.search(rf"\b{name}\b", body)}
+    onnx.save(graph_of(f"(uint8[{dims}] image) => ({output})", body, **used), path)
+    return OnnxGraph(path, sha256_file(path), "fp32", PipelineSpec(ModelSpec("custom", classes=2), spec), "weights")
 
 
 def network(
@@ -76,41 +62,28 @@ def network(
 ) -> OnnxGraph:
     """Preprocessing, a clipped convolution, a residual add, tokens through a MatMul (static sizes), and an ArgMax."""
     rng = np.random.default_rng(5)
-    weights = [
-        constant("mean", [[[[80.0]], [[90.0]], [[100.0]]]]),
-        constant("w1", rng.standard_normal((4, 3, 3, 3)) / 50),
-        constant("w2", rng.standard_normal((4, 4, 1, 1))),
-        constant("w3", rng.standard_normal((4, 2))),
-        constant("zero", 0.0),
-        constant("six", 6.0),
-        constant("flat", [spec.batch.minimum, 4, -1], np.int64),
-    ]
-    nodes = [
-        node("Transpose", ["image"], "planes", perm=[0, 3, 1, 2]),
-        node("Cast", ["planes"], "float", to=TensorProto.FLOAT),
-        node("Sub", ["float", "mean"], "normal"),
-        node("Conv", ["normal", "w1"], "conv1", pads=[1, 1, 1, 1]),
-        node("Clip", ["conv1", "zero", "six"], "relu6"),
-        node("Conv", ["relu6", "w2"], "conv2"),
-        node("Add", ["conv2", "relu6"], "sum"),
-        node("Mul", ["six", "six"], "from_constants"),
-    ]
-    if tokens:
-        nodes += [
-            node("Reshape", ["sum", "flat"], "reshaped"),
-            node("Transpose", ["reshaped"], "tokens", perm=[0, 2, 1]),
-            node("MatMul", ["tokens", "w3"], "logits"),
-            node("ArgMax", ["logits"], "mask", axis=2, keepdims=0),
-        ]
-    else:
-        nodes += [node("ArgMax", ["sum"], "mask", axis=1, keepdims=0)]
-    used = {name for n in nodes for name in n.input}
+    body = """planes = Transpose <perm = [0, 3, 1, 2]> (image) real = Cast <to = 1> (planes) normal = Sub(real, mean)
+        conv1 = Conv <pads = [1, 1, 1, 1]> (normal, w1) relu6 = Clip(conv1, zero, six) conv2 = Conv(relu6, w2)
+        sum = Add(conv2, relu6) from_constants = Mul(six, six)"""
+    ends = """reshaped = Reshape(sum, flat) tokens = Transpose <perm = [0, 2, 1]> (reshaped) logits = MatMul(tokens, w3)
+        mask = ArgMax <axis = 2, keepdims = 0> (logits)"""
     return save(
-        path, nodes, [w for w in weights if w.name in used], ("mask", TensorProto.INT64, 2 + (not tokens)), spec, shape
+        path,
+        f"{body} {ends if tokens else 'mask = ArgMax <axis = 1, keepdims = 0> (sum)'}",
+        "int64[a, b] mask" if tokens else "int64[a, b, c] mask",
+        spec,
+        shape,
+        mean=np.array([80, 90, 100], np.float32).reshape(1, 3, 1, 1),
+        w1=(rng.standard_normal((4, 3, 3, 3)) / 50).astype(np.float32),
+        w2=rng.standard_normal((4, 4, 1, 1)).astype(np.float32),
+        w3=rng.standard_normal((4, 2)).astype(np.float32),
+        zero=np.float32(0),
+        six=np.float32(6),
+        flat=np.array([spec.batch.minimum, 4, -1]),
     )
 
 
-WATCHED = ("float", "normal", "relu6", "conv2", "sum", "reshaped", "tokens", "logits")
+WATCHED = ("real", "normal", "relu6", "conv2", "sum", "reshaped", "tokens", "logits")
 
 
 def fetched(graph: OnnxGraph, batches: Images, names: Sequence[str] = WATCHED) -> dict[str, list[NDArray[np.float32]]]:
@@ -134,23 +107,16 @@ def test_table_lists_every_float_activation_but_those_clipped_in_place(graph: On
 
 
 def test_what_is_read_before_its_relu_is_in_the_table(tmp_path: Path) -> None:
-    def conv_and_relu(path: Path, extra: list[onnx.NodeProto], output: str) -> tuple[str, ...]:
-        nodes = [
-            node("Cast", ["image"], "float", to=TensorProto.FLOAT),
-            node("Conv", ["float", "w"], "conv"),
-            node("Relu", ["conv"], "relu"),
-            *extra,
-        ]
-        weights = [constant("w", np.ones((2, 24, 1, 1)))]
-        graph = save(path, nodes, weights, (output, TensorProto.FLOAT, 4))
+    def conv_and_relu(more: str, output: str) -> tuple[str, ...]:
+        body = f"real = Cast <to = 1> (image) conv = Conv(real, w) relu = Relu(conv) {more}"
+        graph = save(tmp_path / "a.onnx", body, f"float[a, b, c, d] {output}", w=np.ones((2, 24, 1, 1), np.float32))
         return tuple(calibrate(graph, CalibrationSet.open(images())).ranges)
 
-    assert conv_and_relu(tmp_path / "a.onnx", [], "relu") == ("float", "relu")
-    assert conv_and_relu(tmp_path / "b.onnx", [], "conv") == ("float", "conv", "relu")
-    also = [node("Add", ["conv", "relu"], "both")]
-    assert conv_and_relu(tmp_path / "c.onnx", also, "both") == ("float", "conv", "relu", "both")
-    pooled = [node("MaxPool", ["conv"], "pooled", kernel_shape=[1, 1])]
-    assert conv_and_relu(tmp_path / "d.onnx", pooled, "pooled") == ("float", "conv", "relu", "pooled")
+    assert conv_and_relu("", "relu") == ("real", "relu")
+    assert conv_and_relu("", "conv") == ("real", "conv", "relu")
+    assert conv_and_relu("both = Add(conv, relu)", "both") == ("real", "conv", "relu", "both")
+    pooled = "pooled = MaxPool <kernel_shape = [1, 1]> (conv)"
+    assert conv_and_relu(pooled, "pooled") == ("real", "conv", "relu", "pooled")
 
 
 def test_extremes_are_exact(graph: OnnxGraph) -> None:
@@ -247,17 +213,12 @@ def test_sample_stride_visits_every_row_column_and_channel(shape: tuple[int, ...
                 assert np.unique(taken[axis]).size >= 0.9 * length
 
 
-def test_several_passes_give_the_table_of_one(graph: OnnxGraph) -> None:
+def test_several_passes_give_the_table_of_one(graph: OnnxGraph, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     samples = CalibrationSet.open(images())
     one = calibrate(graph, samples, method="percentile")
-    several = calibrate(
-        graph,
-        samples,
-        method="percentile",
-        activation_budget_bytes=4 * 24 * 32 * 4,
-        progress=lambda a, b: seen.append((a, b)),
-    )
+    monkeypatch.setattr("edgeseg.quantize.calibration.ACTIVATION_BUDGET_BYTES", 4 * 24 * 32 * 4)
+    several = calibrate(graph, samples, method="percentile", progress=lambda a, b: seen.append((a, b)))
     assert several.key == one.key
     assert list(several.ranges) == list(one.ranges)
     for name, limits in several.ranges.items():
@@ -273,7 +234,7 @@ def test_groups_keep_within_the_budget(graph: OnnxGraph) -> None:
     budget = 4 * 24 * 32 * 8
     groups = group_by_size(activations, budget)
     assert [a.name for group in groups for a in group] == [
-        "float",
+        "real",
         "normal",
         "relu6",
         "conv2",
@@ -333,7 +294,7 @@ def test_dynamic_size_takes_images_of_any_size(tmp_path: Path, batch: int) -> No
     graph = network(tmp_path / "any.onnx", spec, (batch, "H", "W", 3), tokens=False)
     mixed = images(5) + images(4, 40, 64)
     table = calibrate(graph, CalibrationSet.open(mixed), method="minmax")
-    runs = fetched(graph, [np.stack([image] * batch) for image in mixed], ("float", "sum"))
+    runs = fetched(graph, [np.stack([image] * batch) for image in mixed], ("real", "sum"))
     for name, values in runs.items():
         assert table.ranges[name].maximum == pytest.approx(max(float(v.max()) for v in values), rel=1e-5)
 
@@ -348,24 +309,9 @@ def test_tiles_are_all_seen(tmp_path: Path) -> None:
     table = calibrate(
         graph, CalibrationSet.open(large), method="minmax", progress=lambda done, total: seen.append(done)
     )
-    assert table.ranges["float"].maximum == 255.0
+    assert table.ranges["real"].maximum == 255.0
     assert seen[-1] == 8
     assert seen == sorted(seen)
-
-
-def broken(op: str, **attributes: object) -> Callable[[Path], OnnxGraph]:
-    """A graph that is fine up to ``x`` (0..255 minus 30) and does ``op`` to it."""
-
-    def make(path: Path) -> OnnxGraph:
-        nodes = [
-            node("Cast", ["image"], "float", to=TensorProto.FLOAT),
-            node("Sub", ["float", "thirty"], "x"),
-            node(op, ["x"], "bad", **attributes),
-            node("Neg", ["bad"], "after"),
-        ]
-        return save(path, nodes, [constant("thirty", 30.0)], ("after", TensorProto.FLOAT, 4))
-
-    return make
 
 
 @pytest.mark.parametrize(
@@ -375,39 +321,32 @@ def test_first_bad_activation_and_its_image_are_named(tmp_path: Path, op: str, p
     good = [np.full((24, 32, 3), 40 + k, np.uint8) for k in range(8)]
     worse = good[0].copy()
     worse[3, 5, 1] = pixel
-    graph = broken(op)(tmp_path / "bad.onnx")
+    body = f"real = Cast <to = 1> (image) x = Sub(real, thirty) bad = {op}(x) after = Neg(bad)"
+    graph = save(tmp_path / "bad.onnx", body, "float[a, b, c, d] after", thirty=np.float32(30))
     with pytest.raises(QuantizationError, match=rf"'bad' has {word} values on array 6;") as caught:
         calibrate(graph, CalibrationSet.open([*good[:6], worse, *good[6:]]))
     assert "\n" not in str(caught.value)
 
 
 def test_failure_of_onnxruntime_is_translated(tmp_path: Path) -> None:
-    nodes = [
-        node("Cast", ["image"], "float", to=TensorProto.FLOAT),
-        node("Cast", ["image"], "whole", to=TensorProto.INT64),
-        node("ReduceMax", ["whole"], "number", keepdims=0),
-        node("Gather", ["float", "number"], "gathered", axis=1),
-    ]
-    graph = save(tmp_path / "gather.onnx", nodes, [], ("gathered", TensorProto.FLOAT, 3))
+    body = """real = Cast <to = 1> (image) whole = Cast <to = 7> (image) number = ReduceMax <keepdims = 0> (whole)
+        gathered = Gather <axis = 1> (real, number)"""
     with pytest.raises(QuantizationError, match="ONNX Runtime failed on array 0 of shape") as caught:
-        calibrate(graph, CalibrationSet.open(images()))
+        calibrate(save(tmp_path / "gather.onnx", body, "float[a, b, c] gathered"), CalibrationSet.open(images()))
     assert "\n" not in str(caught.value)
 
 
 def test_graph_without_float_activations_is_refused(tmp_path: Path) -> None:
-    graph = save(tmp_path / "copy.onnx", [node("Identity", ["image"], "same")], [], ("same", TensorProto.UINT8, 4))
+    graph = save(tmp_path / "copy.onnx", "same = Identity(image)", "uint8[a, b, c, d] same")
     with pytest.raises(QuantizationError, match="no float activation"):
         calibrate(graph, CalibrationSet.open(images()))
 
 
 def test_unknown_operator_is_named(tmp_path: Path) -> None:
-    nodes = [
-        node("Cast", ["image"], "float", to=TensorProto.FLOAT),
-        helper.make_node("Mystery", ["float"], ["odd"], domain="com.example"),
-        node("Neg", ["odd"], "after"),
-    ]
-    graph = save(tmp_path / "odd.onnx", nodes, [], ("after", TensorProto.FLOAT, 4))
+    body = "real = Cast <to = 1> (image) odd = Identity(real) after = Neg(odd)"
+    graph = save(tmp_path / "odd.onnx", body, "float[a, b, c, d] after")
     model = onnx.load(graph.path)
+    model.graph.node[1].op_type, model.graph.node[1].domain = "Mystery", "com.example"
     model.opset_import.append(helper.make_opsetid("com.example", 1))
     onnx.save(model, graph.path)
     with pytest.raises(QuantizationError, match=r"com\.example::Mystery"):

@@ -719,13 +719,6 @@ def test_files_of_another_kind(case: str, tmp_path: Path) -> None:
     refuse(path, FILES[case][1])
 
 
-def test_an_onnx_graph_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(
-        SpecError, match="--arch says how to build a model, and .*model.onnx is built already; leave it out"
-    ):
-        ModelRequest(arch="fpn", weights=str(tmp_path / "model.onnx"))
-
-
 def test_checkpoints_without_a_model(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "loss": 0.1}, tmp_path / "a.pt")
     refuse(tmp_path / "a.pt", r"holds no state dict \(it has 'epoch', 'loss'\)")

@@ -19,9 +19,10 @@ QUICKLY = ("--fresh-processes", "1", "--duration-s", "1")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if RUN[p]], ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_blocks_of_the_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_of_the_page(page: Path, small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A fresh checkout, as far as a reader needs it.
-    (tmp_path / "calibration").symlink_to(ROOT / "calibration")
+    (tmp_path / "calibration").symlink_to(small_demo.parent)
+    monkeypatch.setattr("edgeseg.pipeline.verification_data.sample_folder", lambda: small_demo)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     for block in RUN[page]:

@@ -19,7 +19,7 @@ from export_models import by_hand, loaded, smooth_images  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from edgeseg.convert.export import export_onnx  # noqa: E402
-from edgeseg.convert.heads import Pipeline, without_activation  # noqa: E402
+from edgeseg.convert.heads import without_activation  # noqa: E402
 from edgeseg.convert.load import LoadedModel  # noqa: E402
 from edgeseg.errors import ExportError, SpecError  # noqa: E402
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess  # noqa: E402
@@ -165,44 +165,6 @@ def test_probabilities(tmp_path: Path, task: str, classes: int, activation: str 
     assert list(got) == ["probabilities"]
     expected = as_probabilities(by_hand(model, IMAGES).numpy(), activation, task)
     np.testing.assert_allclose(got["probabilities"], expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("activation", ["softmax2d", "sigmoid"])
-def test_a_module_whose_activation_cannot_be_taken_off(tmp_path: Path, activation: str) -> None:
-    class Finished(torch.nn.Module):  # type: ignore[misc,name-defined]
-        def __init__(self, network: Any) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, x: Any) -> Any:
-            logits = self.network(x)
-            return logits.softmax(1) if activation == "softmax2d" else logits.sigmoid()
-
-    plain, spec = small(4, "multilabel", None, confidence=True, threshold=0.3)
-    network = plain.module
-    model = ModelSpec("custom", "small", 4, task="multilabel", activation=activation)
-    finished = loaded(Finished(network).eval(), model, plain.preprocess, stride=8)
-    got = exported(finished, PipelineSpec(model, spec.input, spec.preprocess, spec.output), tmp_path)(IMAGES)
-    p = by_hand(finished, IMAGES).numpy()
-    sure = np.abs(p - 0.3) > 1e-5
-    np.testing.assert_array_equal(got["mask"][sure], (p > 0.3)[sure])
-    with pytest.raises(SpecError, match="logits were asked for"):
-        Pipeline(finished.module, PipelineSpec(model, spec.input, spec.preprocess, OutputSpec(kind="logits")))
-
-
-@pytest.mark.parametrize(
-    ("classes", "task", "activation", "words"),
-    [
-        (1, "binary", "softmax2d", "1 everywhere"),
-        (3, "multilabel", "argmax2d", "class indices"),
-        (3, "multiclass", "sigmiod", "did you mean 'sigmoid'"),
-    ],
-)
-def test_activations_that_make_no_mask_are_refused(classes: int, task: str, activation: str, words: str) -> None:
-    model, _ = small(classes, task, None)
-    named = ModelSpec("custom", "small", classes, task=task, activation=activation)  # type: ignore[arg-type]
-    with pytest.raises(SpecError, match=words):
-        Pipeline(model.module, PipelineSpec(named, InputSpec(*SIZE, stride=8), model.preprocess))
 
 
 def test_more_than_256_classes_give_a_uint16_mask(tmp_path: Path) -> None:

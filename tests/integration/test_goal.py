@@ -1,5 +1,5 @@
-"""``--max-drop`` and ``--min-agreement`` as a goal: a trained network whose plain INT8 loses a lot. Its channels are badly
-scaled and equalization is off."""
+"""A trained network whose channels are badly scaled, so that plain INT8 loses a lot: equalization takes that back, and without
+it ``--max-drop`` and ``--min-agreement`` are goals that builds search for."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import edgeseg
 from benchmarks.badly_scaled import badly_scaled
+from edgeseg.convert.load import load_model
 from edgeseg.demo import sample_folder
 from edgeseg.errors import GateError
 from edgeseg.pipeline.fastest import compile_fastest
+from edgeseg.quantize.table import load_table
+from edgeseg.spec import ModelRequest
 from edgeseg.store.documents import read_json
 from edgeseg.store.engine import Engine, open_engine
 from edgeseg.store.search import SensitivityReport
 
 pytestmark = pytest.mark.integration
+CHOOSES_BY_TIME = True
 IMAGES = 8
 
 
@@ -69,6 +74,8 @@ class Heard:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.judged: list[str] = []
+        """What the search judged, in order."""
 
     def __call__(self, line: str) -> None:
         self.lines.append(line)
@@ -78,10 +85,12 @@ class Heard:
 
 
 @pytest.fixture(scope="module")
-def mixed(arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Heard]:
-    heard = Heard()
-    folder = tmp_path_factory.mktemp("engines") / "mixed"
-    return edgeseg.build(**arguments, max_drop=0.005, output=folder, reporter=heard), heard
+def mixed(arguments: dict[str, Any], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Heard]:
+    heard, folder = Heard(), tmp_path_factory.mktemp("engines") / "mixed"
+    engine = edgeseg.build(**arguments, max_drop=0.005, output=folder, reporter=heard)
+    judged = (cache / "judged").glob("[0-9a-f]*")
+    heard.judged = [path.name for path in sorted(judged, key=lambda path: path.stat().st_mtime_ns)]
+    return engine, heard
 
 
 def test_the_goal_is_reached_with_most_of_the_work_in_int8(mixed: tuple[Engine, Heard]) -> None:
@@ -159,12 +168,32 @@ def test_sensitivity_of_the_folder_is_what_the_search_saw(
     assert "says what its network is; leave out --arch" in str(refused.exception)
 
 
-def test_no_search_where_plain_int8_meets_the_goal(arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_the_recipe_keeps_the_float_network() -> None:
+    module, _ = badly_scaled("fpn")
+    image = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 3, 64, 64)).astype(np.float32))
+    with torch.inference_mode():
+        before, after = load_model(ModelRequest(arch="fpn")).module(image), module(image)
+    assert (before - after).abs().max() < 1e-4 * before.abs().max()
+
+
+def test_no_search_where_equalized_int8_meets_the_goal(
+    mixed: tuple[Engine, Heard], arguments: dict[str, Any], tmp_path: Path
+) -> None:
     heard = Heard()
     easy = {**arguments, "equalize": True}
     engine = edgeseg.build(**easy, max_drop=0.05, min_agreement=0.9, output=tmp_path / "e", reporter=heard)
     assert engine.manifest.search is None
     assert not heard.has("misses the goal")
+    plain = mixed[0]
+    assert plain.manifest.search is not None and plain.manifest.search.candidates[0].agreement.value < 0.9
+    assert engine.manifest.precision.mac_share["int8"] > 0.95
+    for built, equalize in ((engine, True), (plain, False)):
+        assert ("equalization" in [repair.name for repair in built.manifest.repairs]) is equalize
+        assert bool(load_table(built.folder / "calibration.json").equalization) is equalize
+    # A table brings the equalization it was made with.
+    table = {"calibration": engine.folder / "calibration.json", "calibration_limit": None}
+    again = edgeseg.build(**{**easy, **table}, output=tmp_path / "again")
+    assert again.manifest.graph.sha256 == engine.manifest.graph.sha256
 
 
 def test_without_search_it_is_a_gate(arguments: dict[str, Any], tmp_path: Path) -> None:
@@ -193,16 +222,19 @@ def test_what_no_engine_meets_is_said_with_figures(
     assert not (tmp_path / "e").exists()
 
 
-def nothing_judged(cache: Path, folder: Path) -> Path:
-    """The cache with the network's graph and ranges, and no judgement."""
-    shutil.copytree(cache, folder, ignore=shutil.ignore_patterns("judged"))
+def with_judgements(names: list[str], cache: Path, folder: Path) -> Path:
+    """The cache with the network's graph and ranges, and these judgements only."""
+    shutil.copytree(cache, folder)
+    for path in (folder / "judged").glob("[0-9a-f]*"):
+        if path.name not in names:
+            shutil.rmtree(path)
     return folder
 
 
 def test_at_the_time_limit_the_best_so_far_is_delivered(
     arguments: dict[str, Any], cache: Path, mixed: tuple[Engine, Heard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("EDGESEG_CACHE", str(nothing_judged(cache, tmp_path / "cache")))
+    monkeypatch.setenv("EDGESEG_CACHE", str(with_judgements([], cache, tmp_path / "cache")))
     heard = Heard()
     engine = edgeseg.build(**arguments, max_drop=0.005, search_minutes=0, output=tmp_path / "e", reporter=heard)
     search = engine.manifest.search
@@ -217,7 +249,9 @@ def test_a_killed_build_goes_on_where_it_was(
     arguments: dict[str, Any], cache: Path, tmp_path: Path, mixed: tuple[Engine, Heard]
 ) -> None:
     """SIGKILL during the search; the next build judges only what was not judged yet."""
-    cache = nothing_judged(cache, tmp_path / "cache")
+    kept = mixed[1].judged[:-6]
+    assert len(kept) > 6
+    cache = with_judgements(kept, cache, tmp_path / "cache")
     words = ["build", "--output", str(tmp_path / "e"), "--max-drop", "0.005", "--no-equalize"]
     for name in ("arch", "encoder", "weights", "size", "calibration", "calibration_limit", "validation", "target"):
         words += [f"--{name.replace('_', '-')}", str(arguments[name])]
@@ -228,7 +262,7 @@ def test_a_killed_build_goes_on_where_it_was(
     judged = cache / "judged"
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 400
-        while len(list(judged.glob("[0-9a-f]*"))) < 6:
+        while len(list(judged.glob("[0-9a-f]*"))) < len(kept) + 2:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
@@ -239,6 +273,7 @@ def test_a_killed_build_goes_on_where_it_was(
     )
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(list(judged.glob("[0-9a-f]*/judged.json"))) > len(before)
     search, first = json.loads(done.stdout)["search"], mixed[0].manifest.search
     assert first is not None
     assert search["candidates"][0]["agreement"]["value"] == first.candidates[0].agreement.value

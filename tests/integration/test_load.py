@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -328,25 +325,6 @@ def test_pretrained_weights_out_of_reach_say_what_to_do(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set; unset it"):
         load_model(request)
-
-
-def test_without_a_network_nothing_slow_is_imported_first(tmp_path: Path) -> None:
-    code = (
-        "import sys\n"
-        "from edgeseg.convert.load import load_model\n"
-        "from edgeseg.spec import ModelRequest\n"
-        "try: load_model(ModelRequest(arch='fpn', weights='imagenet'))\n"
-        "except Exception as exc: print(type(exc).__name__, exc)\n"
-        "print([m for m in ('torch', 'segmentation_models_pytorch') if m in sys.modules])\n"
-    )
-    offline = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=offline)
-    message, imported = done.stdout.splitlines()
-    assert message.startswith(
-        "CheckpointError pretrained weights of resnet34 are not cached and http://127.0.0.1:9 does"
-    )
-    assert "give --weights PATH" in message
-    assert imported == "[]"
 
 
 @pytest.mark.parametrize("encoder", ["mobileone_s0", "tu-repvgg_a0"])

@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from engine_folders import write_manifest
+from small_graphs import graph
 
 import edgeseg
 from edgeseg.backends import get_backend
@@ -20,9 +22,6 @@ from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineS
 from edgeseg.store.engine import open_engine
 from edgeseg.store.hashing import sha256_file
 from edgeseg.store.manifest import OnnxGraph
-
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
 
 pytestmark = pytest.mark.integration
 
@@ -44,30 +43,21 @@ def network(images: np.ndarray) -> np.ndarray:
 
 
 def save_graph(path: Path, kind: str, batch: int | str, size: tuple[int | str, int | str]) -> None:
-    make = onnx.helper
-    nodes = [
-        make.make_node("Cast", ["image"], ["float"], to=onnx.TensorProto.FLOAT),
-        make.make_node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
-        make.make_node("Conv", ["planes", "weight"], ["logits"], pads=[1, 1, 1, 1]),
-    ]
-    output = make.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [batch, CLASSES, *size])
-    if kind == "mask":
-        nodes += [
-            make.make_node("ArgMax", ["logits"], ["index"], axis=1, keepdims=0),
-            make.make_node("Cast", ["index"], ["mask"], to=onnx.TensorProto.UINT8),
-        ]
-        output = make.make_tensor_value_info("mask", onnx.TensorProto.UINT8, [batch, *size])
-    image = make.make_tensor_value_info("image", onnx.TensorProto.UINT8, [batch, *size, 3])
-    graph = make.make_graph(nodes, "small", [image], [output], [onnx.numpy_helper.from_array(WEIGHT, "weight")])
-    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 20)], ir_version=9)
-    onnx.checker.check_model(model)
+    height, width = size
+    shape = f"uint8[{batch}, {height}, {width}] mask" if kind == "mask" else f"float[{batch}, {CLASSES}, h, w] logits"
+    model = graph(
+        f"(uint8[{batch}, {height}, {width}, 3] image) => ({shape})",
+        "real = Cast <to = 1> (image) planes = Transpose <perm = [0, 3, 1, 2]> (real) "
+        "logits = Conv <pads = [1, 1, 1, 1]> (planes, weight)"
+        + " index = ArgMax <axis = 1, keepdims = 0> (logits) mask = Cast <to = 2> (index)"
+        * (kind == "mask"),
+        weight=WEIGHT,
+    )
     onnx.save(model, path)
 
 
 def build(folder: Path, kind: str = "mask", batch: BatchRange | None = None, **options: object) -> Path:
     """Make an engine folder with the onnxruntime backend, as ``edgeseg build`` does, without a torch model."""
-    from edgeseg.backends import get_backend
-
     folder.mkdir()
     spec = PipelineSpec(
         ModelSpec("custom", classes=CLASSES),
@@ -77,8 +67,8 @@ def build(folder: Path, kind: str = "mask", batch: BatchRange | None = None, **o
     dynamic = spec.input.batch.is_dynamic
     size = ("H", "W") if spec.input.dynamic_size else (HEIGHT, WIDTH)
     save_graph(folder / "model.onnx", kind, "N" if dynamic else spec.input.batch.maximum, size)
-    graph = OnnxGraph(folder / "model.onnx", sha256_file(folder / "model.onnx"), "fp32", spec, "0" * 64)
-    built = get_backend("onnxruntime").build(graph, folder, {})
+    stored = OnnxGraph(folder / "model.onnx", sha256_file(folder / "model.onnx"), "fp32", spec, "0" * 64)
+    built = get_backend("onnxruntime").build(stored, folder, {})
     write_manifest(folder, spec, target="onnxruntime", built=built, weights="a small convolution", inputs_sha256={})
     return folder
 

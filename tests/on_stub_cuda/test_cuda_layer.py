@@ -24,8 +24,8 @@ def random_bytes(n: int) -> np.ndarray:
 def round_trip(cuda: Cuda, data: np.ndarray) -> np.ndarray:
     with (
         cuda.device_memory(data.nbytes) as memory,
-        cuda.pinned_memory(data.nbytes) as up,
-        cuda.pinned_memory(data.nbytes) as down,
+        cuda.host_memory(data.nbytes) as up,
+        cuda.host_memory(data.nbytes) as down,
         cuda.stream() as stream,
     ):
         up.array[:] = data
@@ -69,7 +69,7 @@ def test_copies_wait_for_the_stream(stub: Stub, driver: DriverName) -> None:
 
 
 def test_mapped_memory_is_seen_by_both_sides(stub: Stub, driver: DriverName) -> None:
-    with open_cuda(driver) as cuda, cuda.mapped_memory(64) as mapped, cuda.stream() as stream, cuda.active():
+    with open_cuda(driver) as cuda, cuda.host_memory(64, mapped=True) as mapped, cuda.stream() as stream, cuda.active():
         assert mapped.address is not None
         mapped.array[:] = np.arange(64)
         down = np.zeros(64, np.uint8)
@@ -150,7 +150,7 @@ def test_everything_is_freed_once(stub: Stub, driver: DriverName) -> None:
     left: list[DeviceMemory] = [cuda.device_memory(10) for _ in range(3)]
     cuda.stream()
     cuda.event()
-    cuda.pinned_memory(10)
+    cuda.host_memory(10)
     assert cuda.live == 6
     cuda.close()
     cuda.close()
@@ -162,8 +162,8 @@ def test_everything_is_freed_once(stub: Stub, driver: DriverName) -> None:
 
 MAKERS: dict[str, tuple[Callable[[Cuda], object], str]] = {
     "cuMemAlloc_v2": (lambda cuda: cuda.device_memory(3 << 20), "3.0 MiB asked of Stub"),
-    "cuMemHostAlloc": (lambda cuda: cuda.pinned_memory(3 << 20), "3.0 MiB asked of Stub"),
-    "cuMemHostGetDevicePointer_v2": (lambda cuda: cuda.mapped_memory(64), "cuMemHostGetDevicePointer"),
+    "cuMemHostAlloc": (lambda cuda: cuda.host_memory(3 << 20), "3.0 MiB asked of Stub"),
+    "cuMemHostGetDevicePointer_v2": (lambda cuda: cuda.host_memory(64, mapped=True), "cuMemHostGetDevicePointer"),
     "cuStreamCreate": (lambda cuda: cuda.stream(), "cuStreamCreate"),
     "cuEventCreate": (lambda cuda: cuda.event(), "cuEventCreate"),
 }
@@ -220,15 +220,18 @@ def test_opening_fails_cleanly(stub: Stub, driver: DriverName) -> None:
 def test_graph_captures_in_order_and_launches_again(stub: Stub, driver: DriverName) -> None:
     if driver == "pycuda":
         with open_cuda(driver) as cuda, cuda.stream() as stream:
-            with pytest.raises(DeviceError, match="pycuda has no CUDA graphs.*cuda-bindings"), stream.capture():
-                raise AssertionError
+            with pytest.raises(DeviceError, match="pycuda has no CUDA graphs.*cuda-bindings"):
+                stream.recorded(pytest.fail)
         return
     with open_cuda(driver) as cuda, cuda.device_memory(8) as memory, cuda.stream() as stream, cuda.active():
         data, down = random_bytes(8), np.zeros(8, np.uint8)
         stub.record_calls()
-        with stream.capture() as capture:
+
+        def copies() -> None:
             stream.copy_to_device(memory.address, data)
             stream.copy_to_host(down, memory.address)
+
+        recorded = stream.recorded(copies)
         assert stub.calls() == [
             "cuStreamBeginCapture_v2",
             "cuMemcpyHtoDAsync_v2",
@@ -239,7 +242,7 @@ def test_graph_captures_in_order_and_launches_again(stub: Stub, driver: DriverNa
         ]
         stream.synchronize()
         assert not down.any(), "capturing must not do the work"
-        with capture.graph as graph:
+        with recorded as graph:
             for _ in range(3):
                 data[:] = random_bytes(8)
                 graph.launch(stream)
@@ -251,12 +254,12 @@ def test_a_capture_that_fails_leaves_no_graph_and_a_working_stream(stub: Stub, d
     if driver == "pycuda":
         pytest.skip("pycuda has no CUDA graphs")
     with open_cuda(driver) as cuda, cuda.stream() as stream, cuda.active():
-        with pytest.raises(DeviceError, match="CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"), stream.capture():
-            stream.synchronize()
-        with pytest.raises(KeyError), stream.capture():
-            raise KeyError
+        with pytest.raises(DeviceError, match="CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"):
+            stream.recorded(stream.synchronize)
+        with pytest.raises(KeyError):
+            stream.recorded({}.popitem)  # type: ignore[arg-type]
         stub.fail("cuGraphInstantiateWithFlags", 1, OUT_OF_MEMORY)
-        with pytest.raises(DeviceError, match="cuGraphInstantiate failed: CUDA_ERROR_OUT_OF_MEMORY"), stream.capture():
-            pass
+        with pytest.raises(DeviceError, match="cuGraphInstantiate failed: CUDA_ERROR_OUT_OF_MEMORY"):
+            stream.recorded(lambda: None)
         assert not {"graphs", "graph execs"} & set(stub.live())
         stream.synchronize()

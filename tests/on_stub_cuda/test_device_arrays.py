@@ -173,7 +173,7 @@ def test_mapped_host_memory_is_read_in_place(
 ) -> None:
     """What a Jetson's camera library gives."""
     array = an_image()
-    with other.cuda.mapped_memory(array.nbytes) as mapped, session(simulation, driver) as opened:
+    with other.cuda.host_memory(array.nbytes, mapped=True) as mapped, session(simulation, driver) as opened:
         mapped.array[:] = array.reshape(-1)
         stub.record_calls()
         with opened.run_device(Described(mapped.array.ctypes.data, array.shape[1:], typestr="<u1"))["mask"] as mask:
@@ -248,7 +248,7 @@ def test_page_locked_and_managed_memory(
     simulation: Simulation, driver: DriverName, other: Other, device: tuple[int, int]
 ) -> None:
     array = an_image()
-    with other.cuda.mapped_memory(array.nbytes) as mapped, session(simulation, driver) as opened:
+    with other.cuda.host_memory(array.nbytes, mapped=True) as mapped, session(simulation, driver) as opened:
         mapped.array[:] = array.reshape(-1)
         maker = Maker(mapped.array.ctypes.data, array, device=device)
         np.testing.assert_array_equal(mask_of(opened, maker), simulation.masks(array))

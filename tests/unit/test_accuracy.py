@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.boundary import boundary_band
 from edgeseg.evaluate.accuracy.counts import MATRIX_CLASSES_LIMIT, AccuracyMeter, AgreementMeter, count_truth, optional
+from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.intervals import per_class
 from edgeseg.store.manifest import AccuracyFigures
 
 CLASSES = 4
-IGNORE = 9
 
 
 def labels(rng: np.random.Generator, classes: int, shape: tuple[int, ...] = (13, 17)) -> NDArray[np.uint8]:
@@ -88,7 +88,7 @@ def test_a_class_only_predicted_scores_zero() -> None:
 
 
 def test_binary_judges_the_foreground() -> None:
-    meter = AccuracyMeter(1, "binary", ignore_index=-1)
+    meter = AccuracyMeter(1, "binary")
     meter.update(np.array([[1, 1, 0, 0, 1]], np.uint8), np.array([[1, 0, 1, 0, -1]], np.int32))
     assert meter.figures().per_class_iou == (1 / 3,)
     assert tuple(per_class("dice", meter.counts)) == (1 / 2,)
@@ -104,16 +104,12 @@ def test_binary_without_any_foreground_has_no_iou_but_an_accuracy() -> None:
 
 def test_multilabel_is_one_binary_problem_per_plane() -> None:
     rng = np.random.default_rng(3)
-    meter = AccuracyMeter(3, "multilabel", ignore_index=9, boundary_px=2)
-    single = [AccuracyMeter(1, "binary", ignore_index=9, boundary_px=2) for _ in range(3)]
-    for _ in range(2):
-        prediction, truth = labels(rng, 2, (3, 11, 9)), labels(rng, 2, (3, 11, 9))
-        truth[:, rng.random((11, 9)) < 0.1] = 9
-        meter.update(prediction, truth)
-        for plane, one in enumerate(single):
-            one.update(prediction[plane], truth[plane])
-    np.testing.assert_array_equal(meter.counts, np.concatenate([one.counts for one in single]))
-    assert meter.figures().pixel_accuracy == pytest.approx(np.mean([one.figures().pixel_accuracy for one in single]))
+    prediction, truth = labels(rng, 2, (3, 11, 9)), labels(rng, 2, (3, 11, 9)).astype(np.int32)
+    truth[:, rng.random((11, 9)) < 0.1] = IGNORED
+    planes = count_truth(prediction, truth, 3, "multilabel")
+    single = [count_truth(p, t, 1, "binary") for p, t in zip(prediction, truth, strict=True)]
+    assert planes.counts == tuple(row for one in single for row in one.counts)
+    assert (planes.right, planes.pixels) == (sum(one.right for one in single), sum(one.pixels for one in single))
 
 
 def test_more_classes_than_a_byte_holds() -> None:
@@ -132,13 +128,13 @@ def test_more_classes_than_a_byte_holds() -> None:
         (np.zeros((2, 3), np.uint8), np.zeros((3, 2), np.uint8), r"shape \(3, 2\) and the prediction \(2, 3\)"),
         (np.full((2, 2), 4, np.uint8), np.zeros((2, 2), np.uint8), r"prediction of a.png holds \[4\]"),
         (np.zeros((2, 2), np.uint8), np.full((2, 2), 7, np.uint8), r"mask of a.png holds \[7\]"),
-        (np.zeros((2, 2), np.int32), np.full((2, 2), -1, np.int32), r"mask of a.png holds \[-1\]"),
+        (np.zeros((2, 2), np.int32), np.full((2, 2), -2, np.int32), r"mask of a.png holds \[-2\]"),
         (np.zeros((1, 2, 2), np.uint8), np.zeros((1, 2, 2), np.uint8), "a multiclass mask is"),
     ],
 )
 def test_what_is_no_mask_is_refused(prediction: NDArray, truth: NDArray, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        AccuracyMeter(CLASSES, ignore_index=IGNORE).update(prediction, truth, "a.png")
+        AccuracyMeter(CLASSES).update(prediction, truth, "a.png")
 
 
 def test_exactly_k_wrong_pixels_are_found() -> None:

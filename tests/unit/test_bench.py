@@ -38,6 +38,7 @@ from edgeseg.store.manifest import MANIFEST_NAME
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
 SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(32, 32, batch=BatchRange(1, 2, 2)))
+QUICK = ("--baseline", "none", "--duration-s", "0.01", "--fresh-processes", "0")
 
 
 @pytest.fixture
@@ -167,17 +168,7 @@ def test_weights_that_were_given_and_do_not_load_are_an_error(
 
 def test_the_command_writes_and_protects_the_report(engine: Path, tmp_path: Path) -> None:
     target = tmp_path / "report.json"
-    arguments = [
-        str(engine),
-        "--baseline",
-        "none",
-        "--duration-s",
-        "0.01",
-        "--fresh-processes",
-        "0",
-        "--json",
-        str(target),
-    ]
+    arguments = [str(engine), *QUICK, "--json", str(target)]
     done = CliRunner().invoke(bench_verb.command, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     assert read_report(target).rows[0].engine.name == "int8"
@@ -192,7 +183,7 @@ def test_the_command_writes_and_protects_the_report(engine: Path, tmp_path: Path
 
 
 def test_json_on_standard_output_is_json_alone(engine: Path) -> None:
-    arguments = [str(engine), "--baseline", "none", "--duration-s", "0.01", "--fresh-processes", "0", "--json", "-"]
+    arguments = [str(engine), *QUICK, "--json", "-"]
     done = CliRunner().invoke(bench_verb.command, arguments, catch_exceptions=False)
     assert json.loads(done.stdout)["schema_version"] == 1
 
@@ -331,10 +322,8 @@ def test_a_broken_mask_does_not_throw_the_latency_away(engine: Path, tmp_path: P
 
 def test_a_failure_is_shown_and_ends_in_exit_code_1(engine: Path, tmp_path: Path) -> None:
     target = tmp_path / "report.json"
-    arguments = [str(engine), str(broken_engine(tmp_path / "damaged")), "--baseline", "none", "--duration-s", "0.01"]
-    done = CliRunner().invoke(
-        bench_verb.command, [*arguments, "--fresh-processes", "0", "--json", str(target)], catch_exceptions=False
-    )
+    arguments = [str(engine), str(broken_engine(tmp_path / "damaged")), *QUICK, "--json", str(target)]
+    done = CliRunner().invoke(bench_verb.command, arguments, catch_exceptions=False)
     assert done.exit_code == 1
     assert "failed: damaged (load):" in done.stdout
     assert "damaged failed (load)" in done.stderr
@@ -354,7 +343,7 @@ def test_a_failure_is_shown_and_ends_in_exit_code_1(engine: Path, tmp_path: Path
 
 def test_one_command_from_engines_to_page_and_answer(engine: Path, tmp_path: Path) -> None:
     page, target = tmp_path / "page.html", tmp_path / "report.json"
-    plain = [str(engine), "--baseline", "none", "--duration-s", "0.01", "--fresh-processes", "0"]
+    plain = [str(engine), *QUICK]
 
     def bench(*more: object) -> Any:
         return CliRunner().invoke(bench_verb.command, [*plain, *map(str, more)], catch_exceptions=False)

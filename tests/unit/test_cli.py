@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import typed
+from command_line import imported, typed
 from engine_folders import write_manifest
 
 import edgeseg
@@ -24,17 +24,8 @@ PHOTO = str(ROOT / "calibration" / "demo" / "val" / "images" / "000.jpg")
 
 
 def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; sys.argv = ['edgeseg', '--help']\n"
-        "from edgeseg.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as e: assert e.code == 0\n"
-        "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'rich', 'PIL'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert all(verb in done.stdout for verb in VERBS)
+    printed = imported(["--help"], {"torch", "onnx", "onnxruntime", "numpy", "rich", "PIL"})
+    assert all(verb in printed for verb in VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -187,16 +178,8 @@ def test_figures_replace_nothing_that_they_are_made_of(
 
 
 def test_a_refused_build_has_not_imported_torch() -> None:
-    code = (
-        "import sys; sys.argv = ['edgeseg', 'build', '--arch', 'fpn', '--max-drop', '0.1', '--calibration', 'no']\n"
-        "from edgeseg.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as e: assert e.code == 1\n"
-        "heavy = {'torch', 'timm', 'segmentation_models_pytorch', 'onnxruntime', 'openvino'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    words = ["build", "--arch", "fpn", "--max-drop", "0.1", "--calibration", "no"]
+    imported(words, {"torch", "timm", "segmentation_models_pytorch", "onnxruntime", "openvino"}, 1)
 
 
 def test_debug_shows_the_traceback() -> None:

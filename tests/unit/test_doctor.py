@@ -16,7 +16,7 @@ from rich.console import Console
 from edgeseg.backends import BACKENDS, BackendStatus
 from edgeseg.cli.doctor import FEATURES, Diagnosis, Package, advise, diagnose, render, torch_cuda, torch_line
 from edgeseg.machine.cpu import Cpu
-from edgeseg.machine.packages import EXTRAS, installed_version
+from edgeseg.machine.packages import EXTRAS
 from edgeseg.machine.reading import Memory, core_limit, memory_limit_bytes, read_memory
 
 PLENTY = Memory(8 << 30, 6 << 30, None)
@@ -123,11 +123,6 @@ def test_memory_is_read_in_bytes_and_unknown_stays_unknown(tmp_path: Path) -> No
     )
     assert (memory.total_bytes, memory.available_bytes) == (16000 * 1024, 9000 * 1024)
     assert read_memory(tmp_path / "none").total_bytes is None
-
-
-def test_versions_are_found_without_importing(tmp_path: Path) -> None:
-    assert installed_version("numpy") is not None
-    assert installed_version("no-such-package-at-all") is None
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest, evaluate
 from edgeseg.evaluate.accuracy.judge import ImageRecord, Ledger, at_resolution
 from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.contenders import Contender, Opener, engine_contenders
-from edgeseg.evaluate.intervals import METRICS, Counts, drops, interval, metric_interval
+from edgeseg.evaluate.intervals import METRICS, Counts, drops, figure, interval
 from edgeseg.evaluate.results import Accuracy
 from edgeseg.progress import SilentReporter
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec
@@ -290,7 +290,8 @@ def test_a_drop_inside_the_noise_says_so() -> None:
 
 def test_the_interval_over_images_is_the_binomial_one() -> None:
     """Half of 400 images wholly right: the interval of the mean is 0.5 +- 1.96 * sqrt(0.25 / 400)."""
-    bounds = metric_interval(counts_of(np.tile([0, 100], 200)), "miou")
+    counts = counts_of(np.tile([0, 100], 200))
+    bounds = interval(400, lambda weights: figure("miou", counts.totals(weights)))
     assert bounds is not None
     assert bounds.value == 0.5
     assert bounds.low == pytest.approx(0.451, abs=0.008)

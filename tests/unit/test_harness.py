@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from test_latency import Clock, measure
 
 from edgeseg.backends.base import StageTimes
-from edgeseg.evaluate.latency.batches import batch_count, median_interval, ratio_interval
+from edgeseg.evaluate.latency.batches import batch_count, bootstrap_interval, median_of, ratio_interval
 from edgeseg.evaluate.latency.measure import StageClock
-from edgeseg.evaluate.latency.profile import NodeTime, group_by_module, profile_of_layers
+from edgeseg.evaluate.latency.profile import group_by_module, profile_of_layers
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, compare, measure_interleaved
 from edgeseg.evaluate.latency.statistics import distribution, noise_flags, speed_comparison
 from edgeseg.evaluate.latency.streams import measure_streams, measure_throughput
@@ -67,7 +67,7 @@ def test_the_interval_of_the_median_covers_it() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for seed in range(200):
-        low, high = median_interval(rng.exponential(10.0, 60), resamples=200, seed=seed)
+        low, high = bootstrap_interval(rng.exponential(10.0, 60), median_of, resamples=200, seed=seed)
         hits += low <= 10.0 * np.log(2) <= high
     assert 0.88 <= hits / 200 <= 0.99
 
@@ -139,7 +139,7 @@ def test_a_tie_is_called_a_tie_on_a_machine_that_is_slow_for_a_while() -> None:
     wrong = wrong_by_single_calls = 0
     for _ in range(200):
         first, second = slow_and_fast_spells(rng, 200), slow_and_fast_spells(rng, 200)
-        samples = [LatencySamples(name, tuple(ms), 0) for name, ms in (("a", first), ("b", second))]
+        samples = [LatencySamples(tuple(ms)) for ms in (first, second)]
         wrong += compare(*samples).is_difference
         ratios = first / second
         medians = np.median(ratios[rng.integers(0, 200, (300, 200))], axis=1)
@@ -272,10 +272,10 @@ def test_modules_of_nodes(name: str, module: str | None) -> None:
 
 def test_node_times_are_summed_by_module() -> None:
     nodes = [
-        NodeTime("Transpose_token_1", 1.0, "other"),
-        NodeTime("encoder.layer1.0/Conv", 3.0, "int8"),
-        NodeTime("Transpose_token_2", 1.0, "fp32"),
-        NodeTime("decoder.p4/Conv", 5.0, "int8"),
+        ("Transpose_token_1", 1.0, "other"),
+        ("encoder.layer1.0/Conv", 3.0, "int8"),
+        ("Transpose_token_2", 1.0, "fp32"),
+        ("decoder.p4/Conv", 5.0, "int8"),
     ]
     profile = group_by_module(nodes, "test", 1)
     assert [(m.module, m.nodes, m.time_ms, m.share) for m in profile.modules] == [

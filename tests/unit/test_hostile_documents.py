@@ -1,12 +1,15 @@
 """Hostile manifests, engine folders, graphs, tables, bench reports and sweeps: each is refused in one line that says why.
 
-Every file is made here from a whole one. Images, masks, arrays and lists are in ``test_hostile_inputs.py``.
+Every file is made here from a whole one. Images, masks, arrays and lists are in ``test_hostile_inputs.py``. And a short run of
+``fuzz_readers.py``, whose seed is fixed: damaged files of every kind raise nothing but edgeseg's own errors.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +17,7 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 import onnx
-from fuzz_readers import Subject, subjects
+from fuzz_readers import Subject, fuzz, subjects
 from onnx import TensorProto, helper
 
 from edgeseg.errors import EdgesegError
@@ -310,3 +313,21 @@ def test_a_file_of_gigabytes_is_not_read(whole: dict[str, Subject], kind: str) -
         refused(subject, "larger than|more than|GiB")
     finally:
         subject.path.write_bytes(good)
+
+
+KINDS = (
+    *("image", "bands", "wide", "mask", "calibration", "list", "camvid", "sweep", "report", "onnx", "table", "engine"),
+    *("transform", "card", "names", "state", "cache", "video", "handover"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_raise_nothing_but_our_own(whole: dict[str, Subject], kind: str) -> None:
+    chosen = {name: subject for name, subject in whole.items() if name.startswith(f"{kind}/")}
+    if not chosen:
+        pytest.skip("needs a package that is not installed")
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, subject in chosen.items():
+        subject.read(subject.path)
+        assert fuzz(subject, random.Random(name), 25) == []
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 2 << 20

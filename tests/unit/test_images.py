@@ -132,11 +132,6 @@ def test_arrays_of_any_channel_count(tmp_path: Path, suffix: str, channels: int)
     np.testing.assert_array_equal(read_image(tmp_path / "wide.npy", channels, "uint16") >> 8, array)
 
 
-def test_array_of_grey_for_three_channels(tmp_path: Path) -> None:
-    np.save(tmp_path / "a.npy", PHOTO[..., 0])
-    np.testing.assert_array_equal(read_image(tmp_path / "a.npy"), np.repeat(PHOTO[..., :1], 3, axis=2))
-
-
 def test_four_channels_from_rgba_and_from_a_stack_of_pages(tmp_path: Path) -> None:
     four = RNG.integers(0, 256, (5, 8, 4), dtype=np.uint8)
     np.testing.assert_array_equal(read_image(saved(tmp_path / "a.png", Image.fromarray(four)), 4), four)
@@ -256,12 +251,6 @@ def test_multiband_files_that_are_not_read(tmp_path: Path, monkeypatch: pytest.M
         read_image(large, channels=8)
 
 
-def test_wrong_band_count_says_what_to_do(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.png", Image.fromarray(PHOTO))
-    with pytest.raises(InputError, match=r"takes 5: store them as a \.npy of shape \(H, W, 5\)"):
-        read_image(path, channels=5)
-
-
 def test_folder_is_listed_in_natural_order_without_folders_and_others(tmp_path: Path) -> None:
     for name in ("img10.png", "img2.png", "IMG1.PNG", "a.npy", "notes.txt", ".hidden.png", "video.mp4"):
         (tmp_path / name).write_bytes(b"x")
@@ -323,12 +312,6 @@ def test_either_byte_order_of_an_array_is_read(tmp_path: Path, order: str) -> No
     for name in ("a.npy", "a.npz"):
         np.save(tmp_path / name, stored) if name == "a.npy" else np.savez(tmp_path / name, stored)
         np.testing.assert_array_equal(read_image(tmp_path / name, 3, "uint16"), stored)
-
-
-def test_nothing_to_list(tmp_path: Path) -> None:
-    for source in (tmp_path, tmp_path / "missing", str(tmp_path / "*.png")):
-        with pytest.raises(InputError):
-            list_images(source)
 
 
 @settings(max_examples=50, deadline=None)

@@ -15,16 +15,6 @@ from edgeseg.runtime.journal import Journal
 PLANE = np.arange(600, dtype=np.uint8).reshape(20, 30) // 7
 
 
-def test_what_is_kept_is_read_by_the_same_request_alone(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "j", "a")
-    journal.keep(0, 3, {"mask-1": PLANE})
-    again = Journal(tmp_path / "j", "a")
-    assert again.has(0, 3) and np.array_equal(again.plane(0, 3, "mask-1"), PLANE)
-    assert not Journal(tmp_path / "j", "b").has(0, 3)
-    Journal(tmp_path / "j", "b").remove()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_damaged_strip_is_made_anew(tmp_path: Path) -> None:
     journal, chance = Journal(tmp_path / "j", "a"), random.Random(0)
     journal.keep(0, 0, {"mask-1": PLANE})

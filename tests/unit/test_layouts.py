@@ -11,6 +11,7 @@ from PIL import Image
 
 from edgeseg.errors import InputError, SpecError
 from edgeseg.evaluate.accuracy.dataset import ValidationSet
+from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
 from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.accuracy.layouts import LABEL_MAP, open_layout
 from edgeseg.evaluate.results import Layout
@@ -120,7 +121,7 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected leftImg8bit"):
         open_layout(tmp_path, "cityscapes", NINETEEN)
     with pytest.raises(SpecError, match="did you mean 'cityscapes'"):
-        open_layout(tmp_path, "cityscape", NINETEEN)
+        AccuracyRequest(tmp_path, layout="cityscape")
 
 
 @pytest.mark.parametrize("layout", get_args(Layout))

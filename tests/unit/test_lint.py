@@ -54,6 +54,10 @@ def tensor(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) -> N
     constant.CopyFrom(numpy_helper.from_array(np.asarray(change(numpy_helper.to_array(constant))), name))
 
 
+def of(name: str, change: Callable[[Any], Any]) -> Mutation:
+    return lambda model: tensor(model, name, change)
+
+
 def node(model: onnx.ModelProto, op_type: str, output: str = "") -> onnx.NodeProto:
     return next(n for n in model.graph.node if n.op_type == op_type and n.output[0].startswith(output))
 
@@ -65,49 +69,13 @@ def insert_before(model: onnx.ModelProto, reader: onnx.NodeProto, new: list[onnx
     model.graph.node.extend([*nodes[:place], *new, *nodes[place:]])
 
 
-def old_opset(model: onnx.ModelProto) -> None:
-    model.opset_import[0].version = 12
-
-
-def negative_scale(model: onnx.ModelProto) -> None:
-    tensor(model, "x/scale", lambda v: -v)
-
-
-def infinite_scale(model: onnx.ModelProto) -> None:
-    tensor(model, "a/Conv/weight/scale", lambda v: v * np.float32(np.inf))
-
-
 def computed_scale(model: onnx.ModelProto) -> None:
     node(model, "QuantizeLinear", "x/").input[1] = "gain2"
-
-
-def shapes_differ(model: onnx.ModelProto) -> None:
-    tensor(model, "a/Conv/weight/zero_point", lambda v: v[:2])
-
-
-def zero_point(model: onnx.ModelProto) -> None:
-    tensor(model, "x/zero_point", lambda v: v + np.int8(3))
-
-
-def unsigned(model: onnx.ModelProto) -> None:
-    tensor(model, "x/zero_point", lambda v: v.astype(np.uint8))
-
-
-def signed(model: onnx.ModelProto) -> None:
-    tensor(model, "x/zero_point", lambda v: v.astype(np.int8))
 
 
 def per_channel_activation(model: onnx.ModelProto) -> None:
     tensor(model, "x/scale", lambda v: np.full(3, v))
     tensor(model, "x/zero_point", lambda v: np.full(3, v))
-
-
-def wide_weight(model: onnx.ModelProto) -> None:
-    tensor(model, "a/Conv/weight/integers", lambda v: np.full_like(v, -128))
-
-
-def unsigned_weight(model: onnx.ModelProto) -> None:
-    tensor(model, "a/Conv/weight/integers", lambda v: v.astype(np.uint8))
 
 
 def weight_per_tensor(model: onnx.ModelProto) -> None:
@@ -136,10 +104,6 @@ def float_bias(model: onnx.ModelProto) -> None:
     node(model, "Conv", "a").input[2] = "plain"
 
 
-def bias_scale(model: onnx.ModelProto) -> None:
-    tensor(model, "a/Conv/bias/scale", lambda v: v * np.float32(1.01))
-
-
 def float_weight(model: onnx.ModelProto) -> None:
     model.graph.initializer.append(numpy_helper.from_array(floats(4, 3, 1, 1), "plain"))
     node(model, "Conv", "a").input[1] = "plain"
@@ -157,10 +121,6 @@ def float_reader(model: onnx.ModelProto) -> None:
 def other_numbers(model: onnx.ModelProto) -> None:
     model.graph.initializer.append(numpy_helper.from_array(np.array(0.5, np.float32), "other"))
     node(model, "DequantizeLinear", "x/").input[1] = "other"
-
-
-def deconvolution_with_zero_point(model: onnx.ModelProto) -> None:
-    tensor(model, "d/zero_point", lambda v: np.array(7, np.uint8))
 
 
 def integers_in_float(model: onnx.ModelProto) -> None:
@@ -211,29 +171,33 @@ def concat_scales(model: onnx.ModelProto) -> None:
 
 
 MUTATIONS: list[tuple[str, Mutation, str, str]] = [
-    ("onnxruntime-vnni", old_opset, "_opset", "opset 12"),
-    ("onnxruntime-vnni", negative_scale, "_parameters_are_sound", "not positive and finite"),
-    ("tensorrt", infinite_scale, "_parameters_are_sound", "not positive and finite"),
+    ("onnxruntime-vnni", of("x/scale", lambda v: -v), "_parameters_are_sound", "not positive and finite"),
+    (
+        "tensorrt",
+        of("a/Conv/weight/scale", lambda v: v * np.float32(np.inf)),
+        "_parameters_are_sound",
+        "not positive and finite",
+    ),
     ("tensorrt", computed_scale, "_parameters_are_sound", "no constant scale"),
-    ("tensorrt", shapes_differ, "_parameters_are_sound", "zero points of shape"),
-    ("tensorrt", zero_point, "_parameters_are_sound", "zero point other than 0"),
-    ("tensorrt", unsigned, "_activation_types", "integers of type uint8"),
-    ("onnxruntime-vnni", signed, "_activation_types", "integers of type int8"),
+    ("tensorrt", of("a/Conv/weight/zero_point", lambda v: v[:2]), "_parameters_are_sound", "zero points of shape"),
+    ("tensorrt", of("x/zero_point", lambda v: v + np.int8(3)), "_parameters_are_sound", "zero point other than 0"),
+    ("tensorrt", of("x/zero_point", lambda v: v.astype(np.uint8)), "_activation_types", "integers of type uint8"),
+    ("onnxruntime-vnni", of("x/zero_point", lambda v: v.astype(np.int8)), "_activation_types", "integers of type int8"),
     ("onnxruntime-vnni", per_channel_activation, "_activation_types", "scale per channel"),
-    ("onnxruntime-avx2", wide_weight, "_weights", "leaves 7 bits"),
-    ("tensorrt", unsigned_weight, "_weights", "not symmetric int8"),
+    ("onnxruntime-avx2", of("a/Conv/weight/integers", lambda v: np.full_like(v, -128)), "_weights", "leaves 7 bits"),
+    ("tensorrt", of("a/Conv/weight/integers", lambda v: v.astype(np.uint8)), "_weights", "not symmetric int8"),
     ("tensorrt", weight_per_tensor, "_weights", "not quantized per output channel"),
     ("tensorrt", weight_axis, "_weights", "not quantized per output channel"),
     ("tensorrt", integer_bias, "_biases", "wants it float"),
     ("onnxruntime-vnni", float_bias, "_biases", "bias is not int32"),
-    ("onnxruntime-vnni", bias_scale, "_biases", "bias scale is not"),
+    ("onnxruntime-vnni", of("a/Conv/bias/scale", lambda v: v * np.float32(1.01)), "_biases", "bias scale is not"),
     ("onnxruntime-vnni", float_weight, "_layers_are_whole", "its weight is float"),
     ("tensorrt", float_input, "_layers_are_whole", "reads a float value"),
     ("onnxruntime-vnni", float_reader, "_layers_are_whole", "float reader"),
     ("onnxruntime-vnni", other_numbers, "_pairs_agree", "other numbers"),
     (
         "openvino",
-        deconvolution_with_zero_point,
+        of("d/zero_point", lambda v: np.array(7, np.uint8)),
         "_transposed_convolutions_meet_no_zero_point",
         "reads integers with a zero point",
     ),
@@ -251,7 +215,7 @@ def test_what_the_writer_writes_is_clean(scheme: str) -> None:
     assert lint(written(scheme), SCHEMES[scheme]) == []
 
 
-@pytest.mark.parametrize(("scheme", "mutate", "rule", "message"), MUTATIONS, ids=[m[1].__name__ for m in MUTATIONS])
+@pytest.mark.parametrize(("scheme", "mutate", "rule", "message"), MUTATIONS, ids=[m[3] for m in MUTATIONS])
 def test_each_rule_finds_its_mistake(scheme: str, mutate: Mutation, rule: str, message: str) -> None:
     model = written(scheme)
     mutate(model)

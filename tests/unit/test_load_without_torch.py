@@ -16,8 +16,7 @@ import pytest
 
 from edgeseg import demo
 from edgeseg.convert import hub
-from edgeseg.convert.architectures import resolve_arch
-from edgeseg.convert.assemble import resolve_activation, resolve_task
+from edgeseg.convert.architectures import resolve_activation, resolve_arch, resolve_task
 from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
 from edgeseg.convert.recorded import RecordedModel, merge
 from edgeseg.errors import ArtifactError, SpecError
@@ -28,9 +27,7 @@ GIVEN = ModelRequest(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 
 def settle(request: ModelRequest, channels: int = 3) -> Preprocess:
     """The user's own values need no library at all."""
-    preprocess, _ = resolve_preprocess(
-        request, encoder="resnet18", encoder_weights=None, in_channels=channels, recorded=None, untrained=False
-    )
+    preprocess, _ = resolve_preprocess(request, "resnet18", channels)
     return preprocess
 
 

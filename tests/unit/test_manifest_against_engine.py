@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from PIL import Image
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-from command_line import typed
 from cpu_folders import CLASSES, IMAGES, folder_for, own_scheme
 
 import edgeseg
@@ -56,11 +54,6 @@ def edit(folder: Path, **changes: Any) -> None:
             place = place[parent]
         place[last] = value
     path.write_text(json.dumps(manifest))
-
-
-def test_the_folder_as_it_was_built_loads(folder: Path) -> None:
-    with edgeseg.load(folder) as segmenter:
-        assert segmenter(IMAGES[0]).max() < CLASSES
 
 
 @pytest.mark.parametrize(
@@ -171,17 +164,6 @@ def test_a_json_of_the_largest_size_is_read(tmp_path: Path) -> None:
     path.write_bytes(b"[]".ljust(MAX_JSON_BYTES + 1))
     with pytest.raises(ArtifactError, match="larger than 64 MiB"):
         read_json(path, list[int], "list")
-
-
-def test_the_command_line_refuses_it_as_well(whole: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(whole, tmp_path / "engine"))
-    edit(copy, model__task="binary", model__classes=1)
-    image = tmp_path / "image.png"
-    Image.fromarray(IMAGES[0]).save(image)
-    done = typed("run", copy, image, "--output", tmp_path / "out")
-    assert done.returncode == 1
-    assert "its manifest says 2 values (binary, 1 classes)" in done.stderr
-    assert "internal error" not in done.stderr
 
 
 # Without an engine: what is compared, for every kind of contract.

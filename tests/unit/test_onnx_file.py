@@ -10,21 +10,15 @@ import pytest
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from small_graphs import graph  # noqa: E402
 
 from edgeseg.errors import ArtifactError, first_line  # noqa: E402
 from edgeseg.store.onnx_file import read_onnx, write_onnx  # noqa: E402
 
 
 def small_model() -> Any:
-    weight = numpy_helper.from_array(np.arange(6, dtype=np.float32).reshape(2, 3), "w")
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"], name="m")],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, (1, 2))],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, (1, 3))],
-        [weight],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    weight = np.arange(6, dtype=np.float32).reshape(2, 3)
+    return graph("(float[1, 2] x) => (float[1, 3] y)", "y = MatMul(x, w)", w=weight)
 
 
 def test_a_model_comes_back_as_written(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edgeseg.machine.nvml import NvmlSource, NvmlState, gpu_bytes, nvml_gpus, nvml_state
+from edgeseg.machine.nvml import NvmlSource, gpu_bytes, nvml_gpus, nvml_state
 from edgeseg.machine.power import (
     InaSource,
     PowerLog,
@@ -23,6 +23,7 @@ from edgeseg.machine.power import (
     read_ina3221,
     total_power,
 )
+from edgeseg.machine.record import MachineState
 
 # Recorded by users of the devices and published in their repositories; load figures shortened.
 NANO_JETPACK4 = (
@@ -241,11 +242,13 @@ def test_nvml() -> None:
 
 
 def test_nvml_state_and_memory_of_a_process() -> None:
-    assert nvml_state(fake_nvml()) == NvmlState(
-        {"GPU 0": 1590.0}, {"GPU 0": 71.0}, ("GPU 0: power cap", "GPU 0: software thermal slowdown")
+    assert nvml_state(fake_nvml()) == MachineState(
+        gpu_mhz={"GPU 0": 1590.0},
+        temperatures_c={"GPU 0": 71.0},
+        throttled=("GPU 0: power cap", "GPU 0: software thermal slowdown"),
     )
-    assert nvml_state(fake_nvml(metered=False)) == NvmlState({}, {"GPU 0": 71.0})
-    assert nvml_state(fake_nvml(available=False)) == NvmlState()
+    assert nvml_state(fake_nvml(metered=False)) == MachineState(temperatures_c={"GPU 0": 71.0})
+    assert nvml_state(fake_nvml(available=False)) == MachineState()
     assert [gpu_bytes(pid, fake_nvml()) for pid in (7, 8, 9)] == [300, None, None]
     assert gpu_bytes(7, fake_nvml(available=False)) is None
 

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
-from quantizing import IMAGE, TWO, TWO_WEIGHTS, constants, network, quantized
-from small_graphs import floats, run, spec, table_for
+from quantizing import IMAGE, TWO, TWO_WEIGHTS, network, quantized
+from small_graphs import floats, run, signal_to_noise_db, spec, table_for
 
 from edgeseg.backends import get_backend
 from edgeseg.backends.cpu.onnxruntime import _open, _session_options, open_unoptimized
@@ -181,16 +181,6 @@ def engine_of(model: onnx.ModelProto) -> Callable[[NDArray[Any]], NDArray[Any]]:
         settings = _session_options(ort, cpu_options("onnxruntime", {"threads": 1, "spinning": False}), this_cpu())
         session = _open(ort, path, settings, BuildError)
     return lambda image: np.asarray(session.run(None, {"image": image})[0])
-
-
-def signal_to_noise_db(expected: NDArray[Any], actual: NDArray[Any]) -> float:
-    noise = np.square(expected - actual, dtype=np.float64).mean()
-    return float(10 * np.log10(np.var(expected, dtype=np.float64) / max(noise, 1e-30)))
-
-
-def test_seven_bit_weights_for_avx2() -> None:
-    weights = [v for v in constants(quantized(network(TWO, **TWO_WEIGHTS), "onnxruntime-avx2")).values() if v.ndim == 4]
-    assert max(np.abs(v).max() for v in weights if v.dtype == np.int8) == 63
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

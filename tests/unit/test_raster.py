@@ -627,7 +627,7 @@ def test_which_files_are_rasters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         RasterOptions(overview=2, resolution=0.5)
     with pytest.raises(SpecError, match="give the size of a pixel on the ground"):
         RasterOptions(resolution=0)
-    with pytest.raises(SpecError, match="nodata is 'black'; give a pixel's value, or none"):
+    with pytest.raises(SpecError, match="nodata is 'black'; give a pixel's value, nan, or none"):
         RasterOptions(nodata="black")  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="leave them out, or --no-raster"):
         RasterOptions(use=False, bands=(1,))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import itertools
 import json
 import os
 import random
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -19,12 +19,12 @@ from pathlib import Path
 import msgspec
 import pytest
 from bench_rows import merged, report, row
-from command_line import typed
+from command_line import imported, typed
 
 from edgeseg.decide.entries import MergedReport, Run, merge, read_runs
 from edgeseg.decide.requirement import Requirement
 from edgeseg.decide.verdict import decide
-from edgeseg.errors import ArtifactError, InputError
+from edgeseg.errors import ArtifactError, InputError, MissingDependencyError
 from edgeseg.evaluate.results import ModuleTime, Profile, Row, WorstImage, row_id, write_report
 from edgeseg.report.charts import Scale, latency_scale, nice_step
 from edgeseg.report.decision import decision_of
@@ -155,6 +155,17 @@ def test_hostile_names_stay_text() -> None:
     stream = io.StringIO()
     Console(file=stream, width=600).print(terminal(verdicts, width=600))
     assert "[bold]" in stream.getvalue()
+
+
+@pytest.mark.parametrize("missing", ["jinja2", "markupsafe"])
+def test_what_a_page_needs_is_said(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("html", "details", "charts"):
+        monkeypatch.delitem(sys.modules, f"edgeseg.report.{module}")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(
+        MissingDependencyError, match=rf"{missing} is needed to write an HTML report: .*edgeseg\[report\]"
+    ):
+        importlib.import_module("edgeseg.report.html").require_templates()
 
 
 def test_csv_has_every_row_and_no_formula() -> None:
@@ -462,14 +473,5 @@ def test_files_can_be_printed_and_devices_stay_devices(tmp_path: Path) -> None:
 
 
 def test_report_needs_no_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.argv = ['edgeseg', 'report', sys.argv[1], '--html', sys.argv[2]]\n"
-        "from edgeseg.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as e: assert e.code == 0, e.code\n"
-        "heavy = {'torch', 'onnx', 'onnxruntime', 'openvino', 'ray'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    arguments = [sys.executable, "-c", code, str(EXAMPLE), str(tmp_path / "r.html")]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    words = ["report", str(EXAMPLE), "--html", str(tmp_path / "r.html")]
+    imported(words, {"torch", "onnx", "onnxruntime", "openvino", "ray"})

@@ -18,7 +18,7 @@ from edgeseg.decide.verdict import decide
 from edgeseg.errors import ArtifactError
 from edgeseg.evaluate.bench_table import bench_summary
 from edgeseg.evaluate.regressions import change_table, compare_reports
-from edgeseg.evaluate.results import BenchReport, Setting, read_report, row_id, write_report
+from edgeseg.evaluate.results import BenchReport, read_report, write_report
 from edgeseg.report.decision import decision_of
 from edgeseg.report.html import html
 from edgeseg.report.plain import csv_text, markdown, terminal
@@ -32,18 +32,6 @@ def test_the_example_is_read_and_written_the_same(tmp_path: Path) -> None:
     write_report(tmp_path / "deep" / "copy.json", report)
     assert json.loads((tmp_path / "deep" / "copy.json").read_text()) == json.loads(EXAMPLE.read_text())
     assert "made up" in report.notes[0]
-
-
-def test_a_row_is_found_by_its_id() -> None:
-    report = read_report(EXAMPLE)
-    assert report.row(row_id("fpn-int8", Setting(4))).engine.precision == "int8"
-    with pytest.raises(KeyError):
-        report.row("nothing")
-
-
-def test_a_missing_file_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="cannot read"):
-        read_report(tmp_path / "missing.json")
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:

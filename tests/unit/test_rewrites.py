@@ -42,7 +42,7 @@ from edgeseg.convert.rewrites import (  # noqa: E402
     stacked_sum,
     tokens,
 )
-from edgeseg.convert.rewrites.driver import Rewrite, apply_rewrites, each  # noqa: E402
+from edgeseg.convert.rewrites.driver import Rewrite, each  # noqa: E402
 from edgeseg.errors import ExportError  # noqa: E402
 from edgeseg.graph.editing import tidy  # noqa: E402
 
@@ -74,7 +74,7 @@ def test_padded_pool() -> None:
         model = graph(signature, f"p = Pad(x, pads{', value' if value else ''})\n {pool}", pads=pads, **value)
         assert rewritten(model, padded_pool, 1) == {"Pad": 1, "MaxPool": 1}
         changed = ir.serde.deserialize_model(model)
-        apply_rewrites(changed, [padded_pool.REWRITE])
+        padded_pool.REWRITE.apply(changed)
         session = ort.InferenceSession(
             ir.serde.serialize_model(changed).SerializeToString(), providers=["CPUExecutionProvider"]
         )
@@ -471,16 +471,4 @@ def test_a_rewrite_that_leaves_its_pattern_is_an_error() -> None:
     model = ir.serde.deserialize_model(graph("(float[1] x) => (float[1] y)", "y = Relu(x)"))
     lazy = Rewrite(each(lambda node: node, "Relu"), lambda node, match: None)
     with pytest.raises(ExportError, match="test_rewrites comes to no end"):
-        apply_rewrites(model, (lazy,))
-
-
-def test_the_check_sees_before_and_after_of_what_applied() -> None:
-    body = "a = ReduceMean <keepdims = 1> (x, axes)\n y = Relu(a)"
-    model = ir.serde.deserialize_model(graph("(float[2, 3, 4, 5] x) => (float[2, 3, 1, 1] y)", body, axes=ints(2, 3)))
-    seen: list[tuple[str, list[str], list[str]]] = []
-
-    def check(before: Any, after: Any, rewrite: Rewrite) -> None:
-        seen.append((rewrite.name, [n.op_type for n in before.graph], [n.op_type for n in after.graph]))
-
-    assert apply_rewrites(model, REWRITES, check) == {"global_pool": 1}
-    assert seen == [("global_pool", ["ReduceMean", "Relu"], ["GlobalAveragePool", "Relu"])]
+        lazy.apply(model)

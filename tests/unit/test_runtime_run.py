@@ -144,7 +144,7 @@ def test_the_bar_ends_at_its_total(
     limit: int | None, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of five images is broken and does not count towards the limit."""
-    monkeypatch.setattr("edgeseg.runtime.run.draws_bars", lambda console: True)
+    monkeypatch.setattr("edgeseg.runtime.bar.draws_bars", lambda console: True)
     for i in (1, 3, 4, 5):
         photo(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes(b"broken")
@@ -326,14 +326,6 @@ def test_an_output_folder_that_cannot_be_made(tmp_path: Path) -> None:
         run_inputs(segmenter(), [tmp_path / "a.png"], tmp_path / "out", progress=False)
 
 
-def test_limit(tmp_path: Path) -> None:
-    for i in range(6):
-        photo(tmp_path / "in" / f"{i}.png")
-    summary = run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", limit=4, progress=False)
-    assert summary.images == 4
-    assert files(tmp_path / "out") == [f"masks/{i}.png" for i in range(4)]
-
-
 def test_images_that_fail_do_not_count_towards_the_limit(tmp_path: Path) -> None:
     for i in range(8):
         photo(tmp_path / "in" / f"{i}.png")
@@ -370,7 +362,7 @@ def test_a_run_calls_from_several_threads_for_images_and_from_one_for_videos(
     assert run.streams_of([tmp_path / "in", 0], RunSettings()) == 1
     monkeypatch.setattr(overlap, "this_cpu", lambda: Cpu("made up", "x86", (), 64))
     assert run.streams_of([tmp_path / "in"], RunSettings()) == overlap.MAX_THREADS
-    assert run.streams_of([tmp_path / "in"], RunSettings(), threads=2) == 2
+    assert run.streams_of([tmp_path / "in"], RunSettings(threads=2)) == 2
 
 
 @pytest.mark.parametrize(("threads", "together"), [(1, 1), (3, 3), (None, 4)])
@@ -393,7 +385,8 @@ def test_no_more_images_at_a_time_than_threads(
         return answer(self, *given, **options)
 
     monkeypatch.setattr(Segmenter, "__call__", call)
-    assert run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", threads=threads, progress=False).images == 12
+    settings = RunSettings(threads=threads)
+    assert run_inputs(segmenter(), [tmp_path / "in"], tmp_path / "out", settings, progress=False).images == 12
     assert most == together
 
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -101,14 +100,6 @@ def test_a_dynamic_size_never_resamples(size: tuple[int, int], kind: str) -> Non
     image = photo(*size, 3)
     np.testing.assert_array_equal(Segmenter(session, spec)(image), bands(image))
     assert session.calls == [(1, -(-size[0] // 16) * 16, -(-size[1] // 16) * 16, 3)]
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_exact_size_is_untouched(policy: str, kind: str) -> None:
-    spec = make_spec(fit=policy, kind=kind)
-    image = photo(32, 48, 3)
-    np.testing.assert_array_equal(Segmenter(MemorySession(spec), spec)(image), bands(image))
 
 
 def test_the_exact_size_is_not_copied() -> None:
@@ -442,18 +433,6 @@ def test_results_belong_to_the_caller() -> None:
 
 
 # Threads, life time, loading
-
-
-@pytest.mark.parametrize("kind", ["mask", "logits"])
-def test_many_threads_get_what_one_gets(kind: str) -> None:
-    spec = make_spec(kind=kind, fit="tile", batch=BatchRange(1, 2, 3))
-    segmenter = Segmenter(MemorySession(spec), spec)
-    sizes = [(32, 48), (20, 90), (70, 70), (1, 1)]
-    images = [photo(*sizes[i % 4], 3) for i in range(48)]
-    serial = [segmenter(image) for image in images]
-    with ThreadPoolExecutor(8) as pool:
-        for mask, expected in zip(pool.map(segmenter, images), serial, strict=True):
-            np.testing.assert_array_equal(mask, expected)
 
 
 def test_closing_closes_the_session_and_refuses_calls() -> None:

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 import edgeseg  # noqa: E402
 from edgeseg.backends.cpu.onnxruntime import open_unoptimized  # noqa: E402
 from edgeseg.backends.self_contained import require_self_contained  # noqa: E402
-from edgeseg.backends.tensorrt.module import TENSORRT, TENSORRT_RTX, Product  # noqa: E402
+from edgeseg.backends.tensorrt.module import Library  # noqa: E402
 from edgeseg.errors import ArtifactError  # noqa: E402
 from edgeseg.store.documents import write_json  # noqa: E402
 from edgeseg.store.engine import read_manifest  # noqa: E402
@@ -95,12 +95,11 @@ def test_what_is_no_protobuf_is_one_clear_line(tmp_path: Path, content: bytes) -
         require_self_contained(tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize("product", [TENSORRT, TENSORRT_RTX])
-def test_tensorrt_takes_no_weights_back_from_it(tmp_path: Path, product: Product) -> None:
+def test_tensorrt_takes_no_weights_back_from_it(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(in_an_initializer(tensor("w.bin")).SerializeToString())
     untouched: Any = None
     with pytest.raises(ArtifactError, match="keeps tensors outside the file"):
-        product.refit(untouched, untouched, untouched, untouched, tmp_path / "m.onnx")
+        Library("TensorRT", untouched, untouched, untouched).refit(untouched, tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize("location", ["w.bin", "*/_ORT_MEM_ADDR_/*"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,8 +141,3 @@ def test_stale_table_names_all_causes() -> None:
     expected = {**table.key, "weights": "x", "graph": "y", "images": "z"}
     with pytest.raises(ArtifactError, match="the model weights, the fp32 graph and the calibration images changed"):
         check_fresh(table, expected)
-
-
-def test_magnitude_is_the_larger_side() -> None:
-    assert TensorRange(-3.0, 2.0, -3.0, 2.0).magnitude == 3.0
-    assert replace(TensorRange(-3.0, 2.0, -3.0, 2.0), high=5.0).magnitude == 5.0

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from recorded_tensorrt.graphs import SIDE, small_model
 from recorded_tensorrt.parser8 import complaints
+from small_graphs import plain_session
 from test_compile_for_device import portable_folder
 
-from edgeseg.backends.compile import write_graph_for
+from edgeseg.backends.compile import write_graph_for_tensorrt_8
 from edgeseg.backends.tensorrt import opset17
 from edgeseg.backends.tensorrt.opset17 import for_tensorrt_8
 from edgeseg.errors import ArtifactError, BuildError, OutputExistsError, SpecError
@@ -47,10 +47,7 @@ def model(
 
 
 def run(made: onnx.ModelProto, x: NDArray[Any], name: str = "x") -> NDArray[Any]:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    y: NDArray[Any] = session.run(None, {name: x})[0]
+    y: NDArray[Any] = plain_session(made).run(None, {name: x})[0]
     return y
 
 
@@ -303,15 +300,15 @@ def test_a_rewrite_that_were_missing_would_be_seen(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_a_file_for_trtexec(tmp_path: Path, precision: Any) -> None:
     folder = portable_folder(tmp_path / "fpn", precision)
-    flags = write_graph_for(folder, "tensorrt-8", tmp_path / "trt8.onnx")
+    flags = write_graph_for_tensorrt_8(folder, tmp_path / "trt8.onnx")
     assert flags == {"fp32": (), "fp16": ("--fp16",), "int8": ("--int8", "--fp16")}[precision]
     made = onnx.load(tmp_path / "trt8.onnx")
     assert list(complaints(made, "8.5")) == [] and made.opset_import[0].version == 17
     with pytest.raises(OutputExistsError):
-        write_graph_for(folder, "tensorrt-8", tmp_path / "trt8.onnx")
-    write_graph_for(folder, "tensorrt-8", tmp_path / "trt8.onnx", force=True)
+        write_graph_for_tensorrt_8(folder, tmp_path / "trt8.onnx")
+    write_graph_for_tensorrt_8(folder, tmp_path / "trt8.onnx", force=True)
     with pytest.raises(SpecError, match="would replace the input"):
-        write_graph_for(folder, "tensorrt-8", folder / "model.onnx", force=True)
+        write_graph_for_tensorrt_8(folder, folder / "model.onnx", force=True)
     (folder / "model.onnx").write_bytes(b"damaged")
     with pytest.raises(ArtifactError):
-        write_graph_for(folder, "tensorrt-8", tmp_path / "other.onnx")
+        write_graph_for_tensorrt_8(folder, tmp_path / "other.onnx")

@@ -69,7 +69,8 @@ def test_seven_bits_hold_what_training_rounded_to_seven_bits() -> None:
     small, scale = rounded(4, (16, 3, 3), largest=63)
     weight = small.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
     assert np.array_equal(trained_weight(weight, 0, AVX2).values, small)
-    large = weight * 2 + np.where(small == small.max(), scale.reshape(-1, 1, 1, 1), 0).astype(np.float32)
+    odd = small == small.max(axis=(1, 2, 3), keepdims=True)
+    large = weight * 2 + np.where(odd, scale.reshape(-1, 1, 1, 1), 0).astype(np.float32)
     assert np.array_equal(trained_weight(large, 0, AVX2).values, quantize_weight(large, 0, AVX2).values)
 
 

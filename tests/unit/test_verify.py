@@ -6,13 +6,14 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from memory_backend import MemorySession
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -41,31 +42,17 @@ CLASSES = 5
 Decide = Callable[[NDArray[np.uint8]], NDArray[Any]]
 
 
-class FakeSession:
-    """Decides each pixel from its own red value; counts its calls."""
+class Deciding(MemorySession):
+    """Decides each pixel from its own red value; the winner's score leads by ``lead``."""
 
-    def __init__(self, spec: PipelineSpec, decide: Decide) -> None:
+    def __init__(self, spec: PipelineSpec, decide: Decide, lead: float = 9.0) -> None:
+        def logits(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            mask, classes = decide(images[..., 0])[:, None], spec.model.classes
+            won = mask == np.arange(classes).reshape(1, -1, 1, 1) if classes > 1 else mask > 0
+            return np.asarray(np.where(won, lead / 2, -lead / 2), np.float32)
+
+        super().__init__(spec, logits)
         self.spec = spec
-        self.decide = decide
-        self.shapes: list[tuple[int, ...]] = []
-        self.closed = False
-
-    def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
-        self.shapes.append(images.shape)
-        mask = self.decide(images[..., 0])
-        if self.spec.output.kind == "mask":
-            return {"mask": mask.astype(np.uint8)}
-        scores = np.stack([(mask == c).astype(np.float32) for c in range(self.spec.model.classes)], axis=1)
-        return {self.spec.output.kind: scores * 9.0}
-
-    def close(self) -> None:
-        self.closed = True
-
-    def __enter__(self) -> FakeSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def pipeline(*, kind: str = "mask", size: tuple[int, int] = (32, 64), **changes: Any) -> PipelineSpec:
@@ -101,7 +88,7 @@ def scenes(count: int = 3, size: tuple[int, int] = (32, 64), masks: bool = True)
 
 def run(spec: PipelineSpec, engine: Decide, pairs: list[Pair], **options: Any) -> Verification:
     options = {"data": "test scenes", "reference_size_bytes": 40, "engine_size_bytes": 10, "protocol": QUICK, **options}
-    return verify(FakeSession(spec, right), FakeSession(spec, engine), spec, pairs, **options)
+    return verify(Deciding(spec, right), Deciding(spec, engine), spec, pairs, **options)
 
 
 def test_a_perfect_engine_agrees_in_everything() -> None:
@@ -147,9 +134,9 @@ def test_both_models_see_the_same_fitted_bytes() -> None:
     """Images of another size go through the runtime's own fit, for both, and accuracy is judged at source size."""
     spec = pipeline()
     pairs = scenes(size=(48, 48))
-    reference, engine = FakeSession(spec, right), FakeSession(spec, right)
+    reference, engine = Deciding(spec, right), Deciding(spec, right)
     compared = compare_masks(reference, engine, spec, pairs)
-    assert set(reference.shapes) == set(engine.shapes) == {(1, 32, 64, 3)}
+    assert set(reference.calls) == set(engine.calls) == {(1, 32, 64, 3)}
     assert compared.engine.pixels == sum(int((p.mask != IGNORED).sum()) for p in pairs if p.mask is not None)
     expected = []
     for pair in pairs:
@@ -163,11 +150,11 @@ def test_both_models_see_the_same_fitted_bytes() -> None:
 def test_tiles_are_compared_one_by_one_and_judged_as_the_runtime_stitches_them() -> None:
     spec = pipeline(fit="tile")
     pairs = scenes(1, size=(64, 96))
-    compared = compare_masks(FakeSession(spec, right), FakeSession(spec, wrong_in_the_corner), spec, pairs)
+    compared = compare_masks(Deciding(spec, right), Deciding(spec, wrong_in_the_corner), spec, pairs)
     windows = fit_windows(pairs[0].image, spec.input)
     assert len(windows) > 1
     assert compared.agreement.agreement == 1 - 12 / (32 * 64)
-    stitched = Segmenter(FakeSession(spec, wrong_in_the_corner), spec)(pairs[0].image)
+    stitched = Segmenter(Deciding(spec, wrong_in_the_corner), spec)(pairs[0].image)
     assert pairs[0].mask is not None
     judged = pairs[0].mask != IGNORED
     assert compared.engine.right == int((stitched == pairs[0].mask)[judged].sum())
@@ -182,7 +169,7 @@ def test_an_engine_with_a_smallest_batch_gets_it() -> None:
 
 def test_sessions_stay_open() -> None:
     spec = pipeline()
-    reference, engine = FakeSession(spec, right), FakeSession(spec, right)
+    reference, engine = Deciding(spec, right), Deciding(spec, right)
     verify(reference, engine, spec, scenes(1), data="", reference_size_bytes=1, engine_size_bytes=1, protocol=None)
     assert not reference.closed
     assert not engine.closed
@@ -205,8 +192,8 @@ def test_pairs_are_read_one_at_a_time() -> None:
 
     seen = []
     compare_masks(
-        FakeSession(pipeline(), right),
-        FakeSession(pipeline(), right),
+        Deciding(pipeline(), right),
+        Deciding(pipeline(), right),
         pipeline(),
         stream(),
         lambda d, t: seen.append((d, t, alive)),
@@ -244,23 +231,18 @@ GOOD = Verification(
 )
 
 
-class Telling(FakeSession):
-    """Returns scores beside the mask: the winner leads by ``lead``."""
+class Telling(Deciding):
+    """Returns scores beside the mask."""
 
-    lead = 1.0
-
-    def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
-        mask = self.decide(images[..., 0])
-        scores = np.stack([(mask == c) * np.float32(self.lead) for c in range(CLASSES)], axis=1)
-        return {"mask": mask.astype(np.uint8), "logits": scores}
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        return {**super().run(images), "logits": self._logits(images)}
 
 
 @pytest.mark.parametrize(("lead", "share"), [(1.0, 1 - 12 / (32 * 64)), (TIE / 2, 1.0)])
 def test_only_pixels_that_pytorch_is_sure_of_count_against_an_fp32_engine(lead: float, share: float) -> None:
     spec = pipeline()
-    reference = Telling(spec, right)
-    reference.lead = lead
-    engine = FakeSession(spec, wrong_in_the_corner)
+    reference = Telling(spec, right, lead)
+    engine = Deciding(spec, wrong_in_the_corner)
     assert agreement_without_ties(reference, engine, spec, scenes(), TIE) == pytest.approx(share)
 
 
@@ -369,8 +351,8 @@ def test_a_build_on_a_busy_machine_has_the_flags_of_a_bench() -> None:
     ticks = itertools.count()
     now_ns = [0]
 
-    class Slow(FakeSession):
-        def run(self, images: NDArray[np.uint8]) -> Mapping[str, NDArray[Any]]:
+    class Slow(Deciding):
+        def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
             now_ns[0] += 300_000_000 if next(ticks) % 7 == 0 else 10_000_000
             return super().run(images)
 
@@ -467,8 +449,8 @@ def test_the_summary_of_an_unverified_build_says_so() -> None:
 
 def test_sessions_are_measured_in_turns() -> None:
     spec = pipeline(batch=BatchRange(2, 2, 4))
-    sessions = {"a": FakeSession(spec, right), "b": FakeSession(spec, right)}
+    sessions = {"a": Deciding(spec, right), "b": Deciding(spec, right)}
     measured = measure_sessions(sessions, spec, QUICK)
     assert list(measured) == ["a", "b"]
     assert all(samples.median_ms > 0 for samples in measured.values())
-    assert set(sessions["a"].shapes) == {(2, 32, 64, 3)}
+    assert set(sessions["a"].calls) == {(2, 32, 64, 3)}

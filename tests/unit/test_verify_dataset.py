@@ -13,7 +13,7 @@ from PIL import Image
 
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.dataset import ValidationSet, file_digest
-from edgeseg.evaluate.accuracy.labels import IGNORED, LabelCoding, LabelReader, read_label_file
+from edgeseg.evaluate.accuracy.labels import IGNORED, LabelCoding, LabelReader
 from edgeseg.images.decoding import pixel_digest, read_image
 from edgeseg.spec import ModelSpec
 
@@ -102,8 +102,8 @@ def test_an_image_without_its_mask_is_left_out_and_named(pairs: Path) -> None:
 def test_a_limit_spreads_over_the_set(tmp_path: Path) -> None:
     for k in range(10):
         write_image(tmp_path / f"{k}.png")
-    assert [p.name for p in ValidationSet.open(tmp_path, MODEL, limit=3).images] == ["0.png", "3.png", "6.png"]
-    assert len(ValidationSet.open(tmp_path, MODEL, limit=99)) == 10
+    assert [p.name for p in ValidationSet.open(tmp_path, MODEL).limited(3).images] == ["0.png", "3.png", "6.png"]
+    assert len(ValidationSet.open(tmp_path, MODEL).limited(99)) == 10
 
 
 def test_images_used_for_calibration_are_left_out_by_content(pairs: Path) -> None:
@@ -280,21 +280,3 @@ def test_multilabel_masks_are_planes_in_npy(tmp_path: Path) -> None:
     np.save(tmp_path / "masks" / "a.npy", planes[:2])
     with pytest.raises(InputError, match=r"shape \(2, 6, 8\); a multilabel mask"):
         list(ValidationSet.open(tmp_path, MULTILABEL))
-
-
-def test_files_that_are_no_masks_are_refused(tmp_path: Path) -> None:
-    write_image(tmp_path / "colour.png")
-    with pytest.raises(InputError, match="colour image"):
-        read_label_file(tmp_path / "colour.png")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    with pytest.raises(InputError, match="cannot read mask"):
-        read_label_file(tmp_path / "broken.png")
-    np.save(tmp_path / "float.npy", np.zeros((2, 2), np.float32))
-    with pytest.raises(InputError, match="float32; a mask holds integers"):
-        read_label_file(tmp_path / "float.npy")
-    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="cannot read mask"):
-        read_label_file(tmp_path / "pickled.npy")
-    np.save(tmp_path / "flat.npy", np.zeros(7, np.uint8))
-    with pytest.raises(InputError, match=r"one class index per pixel"):
-        LabelReader(MODEL).read(tmp_path / "flat.npy")

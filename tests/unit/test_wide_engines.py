@@ -137,15 +137,7 @@ def test_signatures_say_the_dtype() -> None:
 
 def settled(judge: Any = None, recorded: RecordedNormalization | None = None, **asked: Any) -> Any:
     request = ModelRequest(**asked)
-    return resolve_preprocess(
-        request,
-        encoder="resnet18",
-        encoder_weights=None,
-        in_channels=1,
-        recorded=recorded,
-        untrained=False,
-        judge=judge,
-    )
+    return resolve_preprocess(request, "resnet18", 1, recorded=recorded, judge=judge)
 
 
 @pytest.mark.parametrize(

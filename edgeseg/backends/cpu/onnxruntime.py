@@ -25,11 +25,11 @@ from edgeseg.backends.cpu.options import (
     saved_options,
     threads_and_streams,
 )
-from edgeseg.backends.cpu.precision import executed_precision, node_times, profiled_events, run_profiled
+from edgeseg.backends.cpu.precision import executed_node, executed_precision, node_times, profiled_events
 from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.backends.signature import ANY, TensorInfo, check_signature
 from edgeseg.closing import Closing
-from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, one_line
+from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, imported, one_line
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.spec import InputSpec
 from edgeseg.store.engine import Engine
@@ -99,7 +99,7 @@ class OnnxRuntimeBackend:
         path.write_bytes(content)
         settings = _session_options(ort, chosen, self.cpu)
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        executed = run_profiled(ort, path, settings, graph.spec.input)
+        executed = [executed_node(event) for event in profiled_events(ort, path, settings, graph.spec.input, runs=1)]
         return BuiltEngine(
             path=path,
             precision=executed_precision(path, graph.precision, executed, graph.spec.input.batch.minimum),
@@ -149,9 +149,8 @@ class OnnxRuntimeSession(Closing):
         except Exception as exc:
             # ONNX Runtime derives nothing useful from its exceptions; the shape is the one thing a caller gets wrong.
             if images.dtype != self._dtype or not _fits(images.shape, self._shape):
-                raise InputError(
-                    f"images are {images.dtype} {images.shape}, this engine takes {self._dtype} {_shape_text(self._shape)}"
-                ) from exc
+                wanted = f"{self._dtype} ({', '.join(map(str, self._shape))})"
+                raise InputError(f"images are {images.dtype} {images.shape}, this engine takes {wanted}") from exc
             raise BuildError(f"ONNX Runtime failed to run the engine: {one_line(exc)}") from exc
 
     def close(self) -> None:
@@ -183,11 +182,7 @@ def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
 
 
 def _import_ort() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as exc:
-        raise MissingDependencyError("onnxruntime", "onnxruntime", "run engines on this CPU") from exc
-    return onnxruntime
+    return imported("onnxruntime", "onnxruntime", "run engines on this CPU")
 
 
 def _session_options(ort: Any, options: Mapping[str, Any], cpu: Cpu) -> Any:
@@ -254,10 +249,6 @@ def _fits(shape: tuple[int, ...], wanted: tuple[Any, ...]) -> bool:
     return len(shape) == len(wanted) and all(
         not isinstance(w, int) or s == w for s, w in zip(shape, wanted, strict=True)
     )
-
-
-def _shape_text(shape: tuple[Any, ...]) -> str:
-    return "(" + ", ".join(str(n) for n in shape) + ")"
 
 
 def _advice(cpu: Cpu) -> str:

@@ -29,7 +29,7 @@ from edgeseg.backends.cpu.options import (
 )
 from edgeseg.backends.signature import TensorInfo, check_signature
 from edgeseg.closing import Closing
-from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, one_line
+from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDependencyError, imported, one_line
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.spec import InputSpec, Precision
 from edgeseg.store.engine import Engine
@@ -85,7 +85,7 @@ class OpenVinoBackend:
         source = read_onnx(graph.path)  # refused here, not by a parser in native code
         try:
             compiled = ov.Core().compile_model(_read(ov, graph.path), "CPU", settings)
-            path.write_bytes(_exported(compiled))
+            path.write_bytes(compiled.export_model().getvalue())
         except Exception as exc:  # OpenVINO raises RuntimeError subclasses and pybind's own alike
             raise BuildError(f"OpenVINO {_version(ov)} cannot compile {graph.path}: {one_line(exc)}") from exc
         return BuiltEngine(
@@ -226,13 +226,10 @@ def _import_openvino() -> Any:
     if hidden:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
-        import openvino
-    except ImportError as exc:
-        raise MissingDependencyError("openvino", "openvino", "run engines with OpenVINO") from exc
+        return imported("openvino", "openvino", "run engines with OpenVINO")
     finally:
         if hidden:
             del sys.modules["openvino_telemetry"]
-    return openvino
 
 
 def _tensors(ports: Sequence[Any]) -> list[TensorInfo]:
@@ -244,12 +241,6 @@ def _tensors(ports: Sequence[Any]) -> list[TensorInfo]:
         dtype = np.dtype(port.get_element_type().to_dtype()).name
         tensors.append(TensorInfo(name, dtype, sizes))
     return tensors
-
-
-def _exported(compiled: Any) -> bytes:
-    blob = compiled.export_model()
-    # A stream since OpenVINO 2025.
-    return bytes(blob.getvalue() if hasattr(blob, "getvalue") else blob)
 
 
 def _version(ov: Any) -> str:

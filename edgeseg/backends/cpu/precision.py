@@ -56,14 +56,6 @@ class ExecutedNode:
     output_shapes: tuple[tuple[int, ...], ...]
 
 
-def run_profiled(ort: Any, path: Path, settings: Any, spec: InputSpec) -> list[ExecutedNode]:
-    """Run the graph once on a grey image and return what was executed, in the order it ran.
-
-    Arguments and errors are those of :func:`profiled_events`.
-    """
-    return [executed_node(event) for event in profiled_events(ort, path, settings, spec, runs=1)]
-
-
 def profiled_events(ort: Any, path: Path, settings: Any, spec: InputSpec, runs: int) -> list[dict[str, Any]]:
     """Run the graph on a grey image with ONNX Runtime's profiler on.
 

@@ -13,7 +13,11 @@ from edgeseg.errors import DeviceError, one_line
 
 
 class BindingsDriver:
-    """Implements :class:`edgeseg.backends.cuda.driver.Driver`; handles are the package's own objects."""
+    """The calls that :mod:`edgeseg.backends.cuda.device` makes; handles are the package's own objects.
+
+    Every call raises :class:`DeviceError`. All but :meth:`push`, :meth:`pop` and :meth:`release` need the context pushed in
+    the calling thread.
+    """
 
     name: DriverName = "cuda-bindings"
     has_graphs = True
@@ -56,12 +60,14 @@ class BindingsDriver:
         )
 
     def push(self) -> None:
+        """Make the primary context current in this thread."""
         self._call("cuCtxPushCurrent", self._context)
 
     def pop(self) -> None:
         self._call("cuCtxPopCurrent")
 
     def release(self) -> None:
+        """Give up the primary context; the last call made."""
         self._call("cuDevicePrimaryCtxRelease", self._device)
 
     def allocate(self, size_bytes: int) -> Any:
@@ -111,9 +117,11 @@ class BindingsDriver:
         self.wait(stream, event)
 
     def synchronize_context(self) -> None:
+        """Wait for the work of every stream of the context, whoever made it."""
         self._call("cuCtxSynchronize")
 
     def locate(self, address: int) -> tuple[int, int]:
+        """Where the context sees memory of any maker, and the number of its GPU; fails for memory CUDA does not know."""
         attributes = self._api.CUpointer_attribute
         seen = self._call("cuPointerGetAttribute", attributes.CU_POINTER_ATTRIBUTE_DEVICE_POINTER, address)
         index = self._call("cuPointerGetAttribute", attributes.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)
@@ -161,6 +169,7 @@ class BindingsDriver:
         return launchable
 
     def abort_capture(self, stream: Any) -> None:
+        """End a capture whose work is not wanted, also one that is broken already."""
         self._call("cuGraphDestroy", self._call("cuStreamEndCapture", stream))
 
     def launch(self, graph: Any, stream: Any) -> None:

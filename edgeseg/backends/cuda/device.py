@@ -1,6 +1,6 @@
 """CUDA memory, streams and events: what a TensorRT session needs of the driver, and nothing else.
 
-Two packages reach the driver, ``cuda-bindings`` (a wheel; has CUDA graphs) and ``pycuda``; each is a :class:`Driver` of
+Two packages reach the driver, ``cuda-bindings`` (a wheel; has CUDA graphs) and ``pycuda``; each is a class of
 thin calls. Ownership lives here, once for both: a resource is freed exactly once, by its ``close``, or by
 :meth:`Cuda.close`, which frees all that is left. The device's primary context is used, the one the CUDA runtime inside
 TensorRT uses too; it is pushed for the calling thread and popped again, so any thread may call.
@@ -12,16 +12,21 @@ import importlib
 import os
 import threading
 import weakref
-from types import TracebackType
-from typing import Any, cast, get_args
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.backends.cuda.driver import Driver, DriverName
+from edgeseg.backends.cuda.driver import DriverName
 from edgeseg.closing import Closing
 from edgeseg.errors import DeviceError, MissingDependencyError
 from edgeseg.spec import one_of
+
+if TYPE_CHECKING:
+    from edgeseg.backends.cuda.bindings import BindingsDriver
+    from edgeseg.backends.cuda.pycuda import PycudaDriver
 
 
 class Resource(Closing):
@@ -144,48 +149,22 @@ class Stream(Resource):
         """Wait, without holding the GIL, until all its work is done."""
         self._cuda.driver.synchronize(self.handle)
 
-    def capture(self) -> Capture:
-        """Return a context manager that records the work given to this stream instead of doing it."""
-        return Capture(self._cuda, self)
+    def recorded(self, work: Callable[[], None]) -> Graph:
+        """Record what ``work`` gives to this stream instead of doing it. What ``work`` raises goes on."""
+        driver = self._cuda.driver
+        driver.begin_capture(self.handle)
+        try:
+            work()
+        except BaseException:
+            # The stream records until told to stop, whatever went wrong in between. The driver reports a broken recording a
+            # second time; the exception on its way says what broke it.
+            with suppress(DeviceError):
+                driver.abort_capture(self.handle)
+            raise
+        return Graph(self._cuda, driver.end_capture(self.handle))
 
     def _free(self, handle: Any) -> None:
         self._cuda.driver.destroy_stream(handle)
-
-
-class Capture:
-    """Records a stream's work: ``with stream.capture() as capture: ...``, then ``capture.graph``.
-
-    When the block raises, the recording is dropped and the exception goes on.
-    """
-
-    def __init__(self, cuda: Cuda, stream: Stream) -> None:
-        self._cuda = cuda
-        self._stream = stream
-        self._graph: Graph | None = None
-
-    @property
-    def graph(self) -> Graph:
-        """The recorded work, to be closed by the caller; after the block only."""
-        assert self._graph is not None, "the capture has not ended"
-        return self._graph
-
-    def __enter__(self) -> Capture:
-        self._cuda.driver.begin_capture(self._stream.handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        driver = self._cuda.driver
-        if error is None:
-            self._graph = Graph(self._cuda, driver.end_capture(self._stream.handle))
-            return
-        try:
-            # The stream records until told to stop, whatever went wrong in between.
-            driver.abort_capture(self._stream.handle)
-        except DeviceError:
-            # The driver reports the broken recording a second time; the exception on its way says what broke it.
-            return
 
 
 _DRIVERS: dict[str, tuple[str, str]] = {
@@ -230,7 +209,7 @@ class Cuda(Closing):
         forked: this process is a fork of the one that opened it; nothing can be done with it here, not even closing.
     """
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: BindingsDriver | PycudaDriver) -> None:
         self.driver = driver
         self.device = driver.device
         self.forked = False
@@ -238,13 +217,18 @@ class Cuda(Closing):
         self._lock = threading.RLock()
         self._live: dict[int, Resource] = {}
         self._closed = False
-        self._active = _Active(self)
         _Process.used_cuda = True
         _opened.add(self)
 
-    def active(self) -> _Active:
+    @contextmanager
+    def active(self) -> Iterator[None]:
         """``with cuda.active():`` makes the context current in this thread, and restores the one before."""
-        return self._active
+        self.check_process()
+        self.driver.push()
+        try:
+            yield
+        finally:
+            self.driver.pop()
 
     def device_memory(self, size_bytes: int) -> DeviceMemory:
         """Allocate memory of the GPU. Raises :class:`DeviceError`."""
@@ -255,14 +239,6 @@ class Cuda(Closing):
             except DeviceError as exc:
                 raise self._sized(exc, size_bytes) from exc
             return DeviceMemory(self, handle, size_bytes)
-
-    def pinned_memory(self, size_bytes: int) -> HostMemory:
-        """Allocate page-locked host memory, which copies to and from the GPU need to be asynchronous."""
-        return self._host_memory(size_bytes, mapped=False)
-
-    def mapped_memory(self, size_bytes: int) -> HostMemory:
-        """Allocate host memory that the GPU uses where it is: no copy on an integrated GPU, slow on any other."""
-        return self._host_memory(size_bytes, mapped=True)
 
     def stream(self) -> Stream:
         """Make a stream that does not wait for the default stream."""
@@ -338,7 +314,11 @@ class Cuda(Closing):
         with self._lock:
             return self._live.pop(id(resource), None) is not None
 
-    def _host_memory(self, size_bytes: int, mapped: bool) -> HostMemory:
+    def host_memory(self, size_bytes: int, *, mapped: bool = False) -> HostMemory:
+        """Allocate page-locked memory of the CPU, which copies to and from the GPU need to be asynchronous.
+
+        ``mapped``: the GPU uses it where it is: no copy on an integrated GPU, slow on any other.
+        """
         self._check_open()
         with self.active():
             try:
@@ -365,23 +345,6 @@ class Cuda(Closing):
             raise DeviceError("this CUDA device is closed; open it again")
 
 
-class _Active:
-    """Pushes on entry, pops on exit; holds no state, so one serves all threads and nests."""
-
-    def __init__(self, cuda: Cuda) -> None:
-        self._cuda = cuda
-        self._driver = cuda.driver
-
-    def __enter__(self) -> None:
-        self._cuda.check_process()
-        self._driver.push()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._driver.pop()
-
-
 def open_cuda(preferred: DriverName | None = None, index: int = 0) -> Cuda:
     """Open a GPU through ``cuda-bindings``, or ``pycuda`` where only that is installed.
 
@@ -399,7 +362,7 @@ def open_cuda(preferred: DriverName | None = None, index: int = 0) -> Cuda:
     for name in names:
         module, extra = _DRIVERS[name]
         try:
-            return Cuda(cast("Driver", importlib.import_module(module).open_driver(index)))
+            return Cuda(importlib.import_module(module).open_driver(index))
         except ModuleNotFoundError as exc:
             missing = missing or _missing(name, extra, exc)
     assert missing is not None

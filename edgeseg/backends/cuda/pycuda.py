@@ -32,7 +32,7 @@ _DEVICE_POINTER, _DEVICE_ORDINAL = 3, 9
 
 
 class PycudaDriver:
-    """Implements :class:`edgeseg.backends.cuda.driver.Driver`.
+    """The calls of :class:`edgeseg.backends.cuda.bindings.BindingsDriver`.
 
     pycuda destroys a stream or event when its object is dropped, and leaks it unless the context is current then. So
     handles of these are numbers: the objects are kept here alone, where the traceback of an error does not hold them.

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
 from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.backends.tensorrt.device import Gpu, check_built_for, closed_on_failure, find_gpu
-from edgeseg.backends.tensorrt.log import LOG_NAME, LogCapture, capture, keep_log
-from edgeseg.backends.tensorrt.module import MIB, TENSORRT
+from edgeseg.backends.tensorrt.log import LOG_NAME, keep_log
+from edgeseg.backends.tensorrt.module import MIB, TENSORRT, Library
 from edgeseg.backends.tensorrt.options import TensorRTOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt.progress import progress_monitor
 from edgeseg.backends.tensorrt.session import open_session
@@ -109,15 +109,18 @@ class TensorRTBackend:
         parsed = ParsedGraph.read(graph, requested)
         parsed.require_fits(implicit=chosen.implicit_calibration)
         timing = TimingCache.of_build(chosen.timing_cache, engines_folder or folder.parent, gpu, str(trt.__version__))
-        with capture(trt) as (logger, log), ExitStack() as cleanup:
+        with TENSORRT.heard(trt) as library, ExitStack() as cleanup:
             try:
-                build = _Build(trt, logger, log, chosen, strong, for_version(trt, parsed), requested, cleanup, timing)
+                given = parsed.for_parser(
+                    opset_17=not has_strong_typing(trt), has_normalization=hasattr(trt.LayerType, "NORMALIZATION")
+                )
+                build = _Build(library, chosen, strong, given, requested, cleanup, timing)
                 plan = bytes(build.run(folder, progress))
                 (folder / ENGINE_NAME).write_bytes(plan)
                 precision, notes = build.prove(plan, self.layer_times)
             except BuildError as exc:
-                raise BuildError(f"{exc}; TensorRT's log: {keep_log(log, graph.sha256)}") from exc
-            log.write(folder / LOG_NAME)
+                raise BuildError(f"{exc}; TensorRT's log: {keep_log(library.log, graph.sha256)}") from exc
+            library.log.write(folder / LOG_NAME)
         return BuiltEngine(
             path=folder / ENGINE_NAME,
             precision=precision,
@@ -144,10 +147,8 @@ class TensorRTBackend:
 
     def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path) -> Session:
         options = engine.manifest.options
-        with capture(trt) as (logger, log), cuda.active():
-            loaded = TENSORRT.deserialize(trt, logger, log, path.read_bytes(), options, path)
-            if options.get("strip_weights"):
-                TENSORRT.refit(trt, logger, log, loaded, engine.graph_path)
+        with TENSORRT.heard(trt) as library, cuda.active():
+            loaded = library.deserialize(path.read_bytes(), options, path, engine.graph_path)
         return open_session(trt, loaded, engine.manifest.spec, cuda, options)
 
 
@@ -221,19 +222,11 @@ def choose_contexts(
     return 1, (said,)
 
 
-def for_version(trt: TensorRT, parsed: ParsedGraph) -> ParsedGraph:
-    """The graph as this version's parser takes it. Raises ``BuildError`` where that cannot be."""
-    has_normalization = hasattr(trt.LayerType, "NORMALIZATION")
-    return parsed.for_parser(opset_17=not has_strong_typing(trt), has_normalization=has_normalization)
-
-
 @dataclass
 class _Build:
     """One build: network, config and plan of one TensorRT module."""
 
-    trt: TensorRT
-    logger: Any
-    log: LogCapture
+    library: Library
     options: TensorRTOptions
     strong: bool
     parsed: ParsedGraph
@@ -242,24 +235,31 @@ class _Build:
     timing: TimingCache | None
     extra_files: tuple[Path, ...] = ()
 
+    @property
+    def trt(self) -> TensorRT:
+        return self.library.trt
+
     def run(self, folder: Path, progress: Progress | None) -> Any:
         """Return the plan as TensorRT's ``IHostMemory``."""
         trt, parsed = self.trt, self.parsed
-        builder = TENSORRT.made(trt, trt.Builder, self.logger, self.log)
-        network = TENSORRT.parse(trt, builder, self._network_flags(), self.logger, self.log, parsed)
+        builder = self.library.made(trt.Builder)
+        network = self.library.parse(builder, self._network_flags(), parsed)
         config = builder.create_builder_config()
         self._set_precision(config)
         self._keep_float32(network, config)
         self._set_limits(config, builder)
         profile = self._add_profile(builder, config, parsed.spec)
         calibrated = self._set_calibrator(config, profile, folder)
-        self._set_timing_cache(config)
+        if self.timing is None:
+            config.set_flag(trt.BuilderFlag.DISABLE_TIMING_CACHE)
+        else:
+            self.timing.give_to(config)
         with progress_monitor(trt, config, progress) as watch:
             plan = builder.build_serialized_network(network, config)
         watch.raise_interrupt()
         calibrated()
         if plan is None:
-            raise TENSORRT.refused(trt, "build", self.log, parsed)
+            raise self.library.refused("build", parsed)
         if self.timing is not None:
             self.timing.keep_from(config)
         return plan
@@ -342,10 +342,7 @@ class _Build:
             raise SpecError(
                 "a DLA takes images of one shape; build with a fixed --size and --batch, or leave dla_core out"
             )
-        profile = builder.create_optimization_profile()
-        profile.set_shape("image", *shapes)
-        if config.add_optimization_profile(profile) < 0:
-            raise BuildError(f"TensorRT {self.trt.__version__} refuses shapes {shapes}: {self.log.first_error()}")
+        profile = self.library.add_profile(builder, config, shapes)
         preview = self.trt.PreviewFeature
         if hasattr(preview, "PROFILE_SHARING_0806"):
             # Several contexts on one profile; before 10 each would need a profile of its own.
@@ -371,19 +368,13 @@ class _Build:
 
         return after
 
-    def _set_timing_cache(self, config: IBuilderConfig) -> None:
-        if self.timing is None:
-            config.set_flag(self.trt.BuilderFlag.DISABLE_TIMING_CACHE)
-        else:
-            self.timing.give_to(config)
-
     def prove(self, plan: bytes, layer_times: Callable[..., LayerTimes]) -> tuple[PrecisionReport, tuple[str, ...]]:
         """What the engine computes in, by its inspector, and notes. Raises ``BuildError`` when it is not what was asked for."""
         from edgeseg.backends.tensorrt.inspector import proven_precision, read_layers, require_delivered, time_share
 
         trt, options, parsed = self.trt, self.options, self.parsed
         settings = dataclasses.asdict(options)
-        engine = TENSORRT.deserialize(trt, self.logger, self.log, plan, settings, Path(ENGINE_NAME))
+        engine = self.library.deserialize(plan, settings, Path(ENGINE_NAME))
         if options.profiling_verbosity != "detailed":
             # Only fp32 comes here (choose_typing refuses the others): there is nothing lower to prove.
             return PrecisionReport(self.requested, {}, {}, sum(parsed.macs.values()), evidence="inspected"), ()
@@ -396,7 +387,7 @@ class _Build:
             return report, ()
         del engine  # not twice in the device's memory
         try:
-            times = layer_times(trt, self.logger, self.log, plan, settings, parsed)
+            times = layer_times(self.library, plan, settings, parsed)
         except (DeviceError, MissingDependencyError) as exc:
             return report, (f"time per dtype was not measured: {exc}",)
         return dataclasses.replace(report, time_share=time_share(layers, times)), ()

@@ -27,7 +27,6 @@ from edgeseg.store.files import read_bounded
 if TYPE_CHECKING:
     from tensorrt_surface import TensorRT
 
-    from edgeseg.backends.cuda.device import Cuda
     from edgeseg.quantize.samples import CalibrationSet
 
 CACHE_NAME = "calibration.cache"
@@ -211,14 +210,6 @@ def make_calibrator(trt: TensorRT, algorithm: str, cache: bytes, feed: ImageFeed
     return Calibrator()
 
 
-def require_measured(feed: ImageFeed) -> None:
-    """Raise what went wrong inside TensorRT's callbacks, or that it measured on nothing."""
-    if feed.failure is not None:
-        raise BuildError(f"calibration stopped after {feed.batches} batches: {feed.failure}") from feed.failure
-    if feed.batches == 0:
-        raise BuildError("TensorRT asked for no calibration images; its int8 ranges would mean nothing")
-
-
 def _batches(samples: CalibrationSet, spec: InputSpec) -> Iterator[NDArray[Any]]:
     """Full batches ``(N, H, W, C)`` at the engine's own size; a last one that is not full is left out."""
     pending: list[NDArray[Any]] = []
@@ -290,7 +281,12 @@ class Ranges:
             BuildError: TensorRT did not take the cache, or calibration failed.
         """
         if self.feed is not None:
-            require_measured(self.feed)
+            if self.feed.failure is not None:
+                raise BuildError(
+                    f"calibration stopped after {self.feed.batches} batches: {self.feed.failure}"
+                ) from self.feed.failure
+            if self.feed.batches == 0:
+                raise BuildError("TensorRT asked for no calibration images; its int8 ranges would mean nothing")
             self.cache = self.calibrator.written
         elif self.calibrator.asked_for_images:
             raise BuildError("TensorRT did not take the calibration cache and asked for images; nothing was calibrated")

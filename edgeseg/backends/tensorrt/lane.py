@@ -123,13 +123,13 @@ class _Buffer:
             # Freed first: two sizes at once might not fit the device.
             self.close()
             if self._mapped:
-                self._host = self._cuda.mapped_memory(size_bytes)
+                self._host = self._cuda.host_memory(size_bytes, mapped=True)
                 assert self._host.address is not None
                 self.address = self._host.address
             else:
                 self._device = self._cuda.device_memory(size_bytes)
                 self.address = self._device.address
-                self._host = self._cuda.pinned_memory(size_bytes)
+                self._host = self._cuda.host_memory(size_bytes)
         self.bytes = self._host.array[:size_bytes]
         self.array = self.bytes.view(self._dtype).reshape(shape)
 
@@ -376,13 +376,10 @@ class Lane:
 
     def _record_graph(self) -> None:
         try:
-            with self._stream.capture() as capture:
-                self._execute()
+            self._graph = self._stream.recorded(self._execute)
         except DeviceError as exc:
             self._wants_graph = False
             self._on_note(f"no CUDA graph, every inference is enqueued anew: {exc}")
-        else:
-            self._graph = capture.graph
 
     def _drop_graph(self) -> None:
         graph, self._graph = self._graph, None

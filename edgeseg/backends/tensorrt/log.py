@@ -70,29 +70,20 @@ _listening: list[LogCapture] = []
 _loggers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def logger_of(trt: TensorRT) -> Any:
-    """The one logger of a TensorRT module in this process.
-
-    TensorRT keeps the first logger it is given and ignores all later ones, so there is one, and it passes messages on.
-    """
-    with _lock:
-        if trt not in _loggers:
-            _loggers[trt] = _make_logger(trt)
-        return _loggers[trt]
-
-
 @contextmanager
 def capture(trt: TensorRT) -> Iterator[tuple[Any, LogCapture]]:
     """Yield the logger to hand to TensorRT and what it says while the block runs.
 
+    TensorRT keeps the first logger it is given and ignores all later ones, so there is one a process, which passes messages on.
     Messages carry no mark of who caused them: of two builds at the same time each keeps the messages of both.
     """
     heard = LogCapture()
-    logger = logger_of(trt)
     with _lock:
+        if trt not in _loggers:
+            _loggers[trt] = _make_logger(trt)
         _listening.append(heard)
     try:
-        yield logger, heard
+        yield _loggers[trt], heard
     finally:
         with _lock:
             # By identity: two captures with the same lines are equal.

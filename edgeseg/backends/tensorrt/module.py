@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeseg.backends.self_contained import require_self_contained
-from edgeseg.backends.tensorrt.log import LogCapture
+from edgeseg.backends.tensorrt.log import LogCapture, capture
+from edgeseg.backends.tensorrt.options import Shape
 from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from tensorrt import Builder, ICudaEngine, INetworkDefinition
+    from tensorrt import Builder, IBuilderConfig, ICudaEngine, INetworkDefinition, IOptimizationProfile
     from tensorrt_surface import TensorRT
 
     from edgeseg.backends.tensorrt.graph import ParsedGraph
@@ -53,67 +55,92 @@ class Product:
             raise MissingDependencyError(self.module, self.extra, self.purpose)
         return module
 
-    def version(self, trt: TensorRT) -> str:
-        """``TensorRT 10.3.0``."""
-        return f"{self.title} {trt.__version__}"
+    @contextmanager
+    def heard(self, trt: TensorRT) -> Iterator[Library]:
+        """Yield what is done with the module, and what it says while the block runs."""
+        with capture(trt) as (logger, log):
+            yield Library(f"{self.title} {trt.__version__}", trt, logger, log)
 
-    def made(self, trt: TensorRT, kind: Callable[[Any], T], logger: Any, log: LogCapture) -> T:
+
+@dataclass(frozen=True)
+class Library:
+    """A module in use.
+
+    Attributes:
+        name: ``TensorRT 10.3.0``.
+        trt: the module.
+        logger: what its objects are made with.
+        log: what it has said so far.
+    """
+
+    name: str
+    trt: TensorRT
+    logger: Any
+    log: LogCapture
+
+    def made(self, kind: Callable[[Any], T]) -> T:
         """A ``Builder`` or ``Runtime``. Raises ``DeviceError`` where the driver is none this TensorRT can use."""
         try:
-            return kind(logger)
+            return kind(self.logger)
         except TypeError as exc:
             if "nullptr" not in str(exc):
                 raise
             raise DeviceError(
-                f"{self.version(trt)} cannot use the GPU of this machine: {log.first_error()}; it needs an NVIDIA driver "
+                f"{self.name} cannot use the GPU of this machine: {self.log.first_error()}; it needs an NVIDIA driver "
                 "for the CUDA it was built with (nvidia-smi shows both)"
             ) from exc
 
-    def parse(
-        self,
-        trt: TensorRT,
-        builder: Builder,
-        flags: int,
-        logger: Any,
-        log: LogCapture,
-        parsed: ParsedGraph,
-    ) -> INetworkDefinition:
+    def parse(self, builder: Builder, flags: int, parsed: ParsedGraph) -> INetworkDefinition:
         """Parse a graph written as this version takes it. Raises ``BuildError`` naming node and module."""
         network = builder.create_network(flags)
-        parser = trt.OnnxParser(network, logger)
+        parser = self.trt.OnnxParser(network, self.logger)
         if parser.parse(parsed.model.SerializeToString()):
             return network
         if not parser.num_errors:
-            raise self.refused(trt, "parse", log, parsed)
+            raise self.refused("parse", parsed)
         error = parser.get_error(0)
         node = error.node_name() if hasattr(error, "node_name") else ""
         index = int(error.node())
         if not node and 0 <= index < len(parsed.nodes):
             node = parsed.nodes[index]
-        raise self._error(trt, "parse", parsed, f"{' '.join(str(error.desc()).split())}{parsed.where(node)}")
+        raise self._error("parse", parsed, f"{' '.join(str(error.desc()).split())}{parsed.where(node)}")
 
-    def refused(self, trt: TensorRT, what: str, log: LogCapture, parsed: ParsedGraph, advice: str = "") -> BuildError:
+    def refused(self, what: str, parsed: ParsedGraph, advice: str = "") -> BuildError:
         """The one error of a step that failed: the first line of the log that names a node, or else the first error.
 
         Args:
-            trt: the module.
             what: the step, ``build`` or ``parse``.
-            log: of this build.
             parsed: the graph.
             advice: what to do, where that is known.
         """
-        blaming = next((text for text in log.errors if parsed.blame(text)), None)
-        text = log.first_error() if blaming is None else log.one_line(blaming)
-        return self._error(trt, what, parsed, f"{text}{parsed.blame(blaming or '')}{advice}")
+        blaming = next((text for text in self.log.errors if parsed.blame(text)), None)
+        text = self.log.first_error() if blaming is None else self.log.one_line(blaming)
+        return self._error(what, parsed, f"{text}{parsed.blame(blaming or '')}{advice}")
 
-    def _error(self, trt: TensorRT, what: str, parsed: ParsedGraph, text: str) -> BuildError:
-        return BuildError(f"{self.version(trt)} cannot {what} {parsed.path.name}: {text}")
+    def _error(self, what: str, parsed: ParsedGraph, text: str) -> BuildError:
+        return BuildError(f"{self.name} cannot {what} {parsed.path.name}: {text}")
+
+    def add_profile(
+        self, builder: Builder, config: IBuilderConfig, shapes: tuple[Shape, Shape, Shape]
+    ) -> IOptimizationProfile:
+        """Let images have these shapes, from the smallest to the largest. Raises ``BuildError``."""
+        profile = builder.create_optimization_profile()
+        profile.set_shape("image", *shapes)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(
+                f"{self.name} refuses shapes {shapes}: {self.log.first_error()}; give others by min_size and max_size"
+            )
+        return profile
 
     def deserialize(
-        self, trt: TensorRT, logger: Any, log: LogCapture, plan: bytes, options: Mapping[str, Any], path: Path
+        self, plan: bytes, options: Mapping[str, Any], path: Path, graph: Path | None = None
     ) -> ICudaEngine:
-        """Make an engine of a plan whose hash was checked. Raises ``ArtifactError``."""
-        runtime = self.made(trt, trt.Runtime, logger, log)
+        """Make an engine of a plan whose hash was checked; one without weights gets those of ``graph``, the portable one.
+
+        Raises:
+            ArtifactError: the plan cannot be loaded, or the weights not be put back.
+        """
+        runtime = self.made(self.trt.Runtime)
         if options.get("version_compatible"):
             # Such a plan carries host code of its TensorRT; its hash is the manifest's, so it is ours.
             runtime.engine_host_code_allowed = True
@@ -121,17 +148,19 @@ class Product:
             runtime.DLA_core = int(options["dla_core"])
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise ArtifactError(f"{self.version(trt)} cannot load {path}: {log.first_error()}; compile it again")
+            raise ArtifactError(f"{self.name} cannot load {path}: {self.log.first_error()}; compile it again")
+        if graph is not None and options.get("strip_weights"):
+            self.refit(engine, graph)
         return engine
 
-    def refit(self, trt: TensorRT, logger: Any, log: LogCapture, engine: ICudaEngine, graph: Path) -> None:
+    def refit(self, engine: ICudaEngine, graph: Path) -> None:
         """Put the weights of the portable graph into a stripped engine. Raises ``ArtifactError``."""
         require_self_contained(graph)
-        refitter = trt.Refitter(engine, logger)
-        parser = trt.OnnxParserRefitter(refitter, logger)
+        refitter = self.trt.Refitter(engine, self.logger)
+        parser = self.trt.OnnxParserRefitter(refitter, self.logger)
         if not parser.refit_from_file(str(graph)) or not refitter.refit_cuda_engine():
             raise ArtifactError(
-                f"{self.version(trt)} cannot put the weights of {graph} back: {log.first_error()}; compile it again"
+                f"{self.name} cannot put the weights of {graph} back: {self.log.first_error()}; compile it again"
             )
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
 from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.backends.tensorrt.device import Gpu, closed_on_failure, find_gpu
-from edgeseg.backends.tensorrt.log import LOG_NAME, LogCapture, capture, keep_log
-from edgeseg.backends.tensorrt.module import MIB, TENSORRT_RTX
+from edgeseg.backends.tensorrt.log import LOG_NAME, keep_log
+from edgeseg.backends.tensorrt.module import MIB, TENSORRT_RTX, Library
 from edgeseg.backends.tensorrt.options import RTX_SMS, RtxOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt.progress import progress_monitor
 from edgeseg.backends.tensorrt.rtx_cache import CachingEngine, runtime_cache_path
@@ -92,23 +92,23 @@ class TensorRTRtxBackend:
         parsed.require_fits(implicit=False)
         if TURING in chosen.sm:
             parsed = for_turing(parsed, keep_weights=chosen.strip_weights or chosen.refit)
-        with capture(trt) as (logger, log):
-            builder = TENSORRT_RTX.made(trt, trt.Builder, logger, log)
+        with TENSORRT_RTX.heard(trt) as library:
+            builder = library.made(trt.Builder)
             try:
-                network = parse_network(trt, builder, logger, log, parsed)
+                network = parse_network(library, builder, parsed)
                 config = builder.create_builder_config()
-                configure(trt, builder, config, chosen, parsed)
+                configure(library, builder, config, chosen, parsed)
                 with progress_monitor(trt, config, progress) as watch:
                     plan = builder.build_serialized_network(network, config)
                 watch.raise_interrupt()
                 if plan is None:
-                    raise refused(trt, log, parsed)
+                    raise refused(library, parsed)
             except BuildError as exc:
-                raise BuildError(f"{exc}; TensorRT-RTX's log: {keep_log(log, graph.sha256)}") from exc
+                raise BuildError(f"{exc}; TensorRT-RTX's log: {keep_log(library.log, graph.sha256)}") from exc
             path = folder / ENGINE_NAME
             with path.open("wb") as stream:
                 stream.write(plan)
-            log.write(folder / LOG_NAME)
+            library.log.write(folder / LOG_NAME)
         return BuiltEngine(
             path=path,
             precision=network_precision(trt, network, parsed),
@@ -137,16 +137,14 @@ class TensorRTRtxBackend:
         trt = self.import_module()
         cuda = open_cuda()
         with closed_on_failure(cuda):
-            version, gpu = str(trt.__version__), self.gpu()
-            check_sm(engine, version, gpu)
+            gpu = self.gpu()
+            check_sm(engine, str(trt.__version__), gpu)
             return self._opened(trt, cuda, engine, path, gpu)
 
     def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path, gpu: Gpu) -> Session:
         manifest = engine.manifest
-        with capture(trt) as (logger, log), cuda.active():
-            loaded = TENSORRT_RTX.deserialize(trt, logger, log, path.read_bytes(), manifest.options, path)
-            if manifest.options.get("strip_weights"):
-                TENSORRT_RTX.refit(trt, logger, log, loaded, engine.graph_path)
+        with TENSORRT_RTX.heard(trt) as library, cuda.active():
+            loaded = library.deserialize(path.read_bytes(), manifest.options, path, engine.graph_path)
             if not manifest.options.get("runtime_cache") or manifest.engine is None:
                 return open_session(trt, loaded, manifest.spec, cuda, manifest.options)
             cache = runtime_cache_path(manifest.engine.sha256, gpu, str(trt.__version__))
@@ -166,32 +164,31 @@ def backend() -> TensorRTRtxBackend:
     return TensorRTRtxBackend()
 
 
-def parse_network(
-    trt: TensorRT, builder: Builder, logger: Any, log: LogCapture, parsed: ParsedGraph
-) -> INetworkDefinition:
+def parse_network(library: Library, builder: Builder, parsed: ParsedGraph) -> INetworkDefinition:
     """Parse the graph into a strongly typed network. Raises ``BuildError`` naming the node."""
-    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    return TENSORRT_RTX.parse(trt, builder, flags, logger, log, parsed.for_parser(opset_17=False))
+    flags = 1 << int(library.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    return library.parse(builder, flags, parsed.for_parser(opset_17=False))
 
 
-def refused(trt: TensorRT, log: LogCapture, parsed: ParsedGraph) -> BuildError:
+def refused(library: Library, parsed: ParsedGraph) -> BuildError:
     """Why a build failed, at which node, and what to do where that is known."""
     # Measured with 1.7: it has no fp32 matrix products for SM 75, but fp16 ones. What is left of them is what
     # tensorrt_turing does not know.
-    turing = any("Turing" in text for text in log.errors)
+    turing = any("Turing" in text for text in library.log.errors)
     advice = "; leave 75 out of --sm, or build with --precision fp16" if turing else ""
-    return TENSORRT_RTX.refused(trt, "build", log, parsed, advice)
+    return library.refused("build", parsed, advice)
 
 
 def configure(
-    trt: TensorRT, builder: Builder, config: IBuilderConfig, options: RtxOptions, parsed: ParsedGraph
+    library: Library, builder: Builder, config: IBuilderConfig, options: RtxOptions, parsed: ParsedGraph
 ) -> None:
     """Set what the options ask for."""
+    trt = library.trt
     if options.sm:
         config.num_compute_capabilities = len(options.sm)
         for index, sm in enumerate(options.sm):
             if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index):
-                raise BuildError(f"TensorRT-RTX {trt.__version__} does not take SM {sm}; leave it out of --sm")
+                raise BuildError(f"{library.name} does not take SM {sm}; leave it out of --sm")
     if options.workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb * MIB)
     if not options.tf32:
@@ -202,12 +199,7 @@ def configure(
         config.set_flag(trt.BuilderFlag.REFIT)
     shapes = profile_shapes(parsed.spec.input, options.min_size, options.max_size)
     if shapes is not None:
-        profile = builder.create_optimization_profile()
-        profile.set_shape("image", *shapes)
-        if config.add_optimization_profile(profile) < 0:
-            raise BuildError(
-                f"TensorRT-RTX {trt.__version__} refuses shapes {shapes}; give others by min_size and max_size"
-            )
+        library.add_profile(builder, config, shapes)
 
 
 def network_precision(trt: TensorRT, network: INetworkDefinition, parsed: ParsedGraph) -> PrecisionReport:

@@ -10,13 +10,10 @@ import numpy as np
 
 from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.backends.tensorrt.device import closed_on_failure
-from edgeseg.backends.tensorrt.log import LogCapture
-from edgeseg.backends.tensorrt.module import TENSORRT
+from edgeseg.backends.tensorrt.module import Library
 from edgeseg.backends.tensorrt.session import open_session
 
 if TYPE_CHECKING:
-    from tensorrt_surface import TensorRT
-
     from edgeseg.backends.tensorrt.graph import ParsedGraph
     from edgeseg.backends.tensorrt.session import TensorRTSession
 
@@ -26,15 +23,11 @@ LayerTimes: TypeAlias = list[tuple[str, float]]
 """(layer name, milliseconds), every layer once per run."""
 
 
-def measure_layer_times(
-    trt: TensorRT, logger: Any, log: LogCapture, plan: bytes, options: Mapping[str, Any], parsed: ParsedGraph
-) -> LayerTimes:
+def measure_layer_times(library: Library, plan: bytes, options: Mapping[str, Any], parsed: ParsedGraph) -> LayerTimes:
     """Run a plan on a grey image of its size, :data:`RUNS` times after one that is not counted.
 
     Args:
-        trt: the module the plan was built with.
-        logger: the module's.
-        log: of the build.
+        library: the plan was built with.
         plan: its content.
         options: it was built with.
         parsed: the graph it was built from; a plan without weights gets them from there.
@@ -46,22 +39,14 @@ def measure_layer_times(
     grey = np.full((size.batch.minimum, size.height, size.width, size.channels), 128, size.dtype)
     cuda = open_cuda()
     with closed_on_failure(cuda):
-        session = _opened(trt, cuda, logger, log, plan, options, parsed)
+        session = _opened(library, cuda, plan, options, parsed)
     with session:
         return session.layer_times(grey, RUNS)
 
 
 def _opened(
-    trt: TensorRT,
-    cuda: Cuda,
-    logger: Any,
-    log: LogCapture,
-    plan: bytes,
-    options: Mapping[str, Any],
-    parsed: ParsedGraph,
+    library: Library, cuda: Cuda, plan: bytes, options: Mapping[str, Any], parsed: ParsedGraph
 ) -> TensorRTSession:
     with cuda.active():
-        engine = TENSORRT.deserialize(trt, logger, log, plan, options, Path("the new engine"))
-        if options.get("strip_weights"):
-            TENSORRT.refit(trt, logger, log, engine, parsed.path)
-    return open_session(trt, engine, parsed.spec, cuda, {**options, "contexts": 1, "cuda_graph": False})
+        engine = library.deserialize(plan, options, Path("the new engine"), parsed.path)
+    return open_session(library.trt, engine, parsed.spec, cuda, {**options, "contexts": 1, "cuda_graph": False})

@@ -19,7 +19,19 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, dims, integer, ints, maker, reads, replace, sole_maker, weight
+from edgeseg.graph.editing import (
+    beside_constant,
+    constant_array,
+    dims,
+    given,
+    integer,
+    ints,
+    maker,
+    reads,
+    replace,
+    sole_maker,
+    weight,
+)
 
 
 @dataclass(frozen=True)
@@ -44,13 +56,12 @@ def _match(node: ir.Node) -> _Match | None:
         return None
     linear, columns, width = part
     add = maker(linear, "Add")
-    product = sole_maker(_variable(add), "MatMul") if add is not None else maker(linear, "MatMul")
+    computed = beside_constant(add) if add is not None else None
+    product = maker(linear, "MatMul") if add is None else sole_maker(computed and computed[0], "MatMul")
     matrix = constant_array(product.inputs[1]) if product is not None else None
     if product is None or matrix is None or matrix.ndim != 2 or matrix.shape[1] != width:
         return None
-    if add is not None and any(
-        b is not None and b.shape[-1:] != matrix.shape[1:] for b in map(constant_array, add.inputs)
-    ):
+    if computed is not None and computed[1].shape[-1:] != matrix.shape[1:]:
         return None
     return _Match(moved, float(scale.item()), columns, product, matrix, add)
 
@@ -97,21 +108,12 @@ def _gathered(value: ir.Value) -> tuple[ir.Value, slice, int] | None:
 
 def _is_the_only(gather: ir.Node, index: int) -> bool:
     """Whether nothing but Gathers of other parts reads what ``gather`` takes its part of."""
-    whole = gather.inputs[0]
-    assert whole is not None
+    whole = given(gather)
     axis = integer(gather, "axis", 0)
     others = [use.node for use in whole.uses() if use.node is not gather]
     parts = [constant_array(n.inputs[1]) for n in others if n.op_type == "Gather" and integer(n, "axis", 0) == axis]
     apart = all(p is not None and not p.ndim and 0 <= p != index for p in parts)
     return apart and len(parts) == len(others) and not whole.is_graph_output()
-
-
-def _variable(add: ir.Node) -> ir.Value | None:
-    """The input of a bias Add that is no constant."""
-    constants = [constant_array(v) for v in add.inputs]
-    if (constants[0] is None) == (constants[1] is None):
-        return None
-    return add.inputs[0] if constants[0] is None else add.inputs[1]
 
 
 def _scale_columns(match: _Match) -> None:

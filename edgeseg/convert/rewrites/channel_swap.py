@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from edgeseg.convert.rewrites.convolution import convolution
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, dims, integer, replace, weight
+from edgeseg.graph.editing import constant_array, dims, integer, replace, slice_bounds, weight
 
 
 def _match(node: ir.Node) -> ir.Value | None:
@@ -24,16 +24,11 @@ def _reverses(node: ir.Node) -> bool:
     shape = dims(node.inputs[0])
     if shape is None or len(shape) != 4 or shape[1] is None or shape[1] < 2:
         return False
-    values = [constant_array(v) for v in node.inputs[1:]]
-    if any(v is None for v in values):
-        return False
     if node.op_type == "Gather":
-        indices = values[0]
+        indices = constant_array(node.inputs[1])
         return integer(node, "axis", 0) == 1 and indices is not None and indices.tolist() == list(range(shape[1]))[::-1]
-    if len(values) != 4 or any(v is None or v.size != 1 for v in values):
-        return False
-    start, end, axis, step = (int(v.item()) for v in values if v is not None)
-    return axis % 4 == 1 and step == -1 and start in (-1, shape[1] - 1) and end < -shape[1]
+    start, end, axis, step = slice_bounds(node) or (0, 0, 0, 0)
+    return axis == 1 and step == -1 and start in (-1, shape[1] - 1) and end < -shape[1]
 
 
 def _all_read_by_convolutions(node: ir.Node) -> bool:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, dims, emit, integer, replace, sole_maker, weight
+from edgeseg.graph.editing import beside_constant, constant_array, dims, emit, integer, replace, sole_maker, weight
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,8 @@ class _Match:
 
 
 def _match(node: ir.Node) -> _Match | None:
-    sides = [constant_array(value) for value in node.inputs]
-    if (sides[0] is None) == (sides[1] is None):
-        return None
-    positions = sides[0] if sides[0] is not None else sides[1]
-    concat = sole_maker(node.inputs[0] if sides[0] is None else node.inputs[1], "Concat")
+    tokens, positions = beside_constant(node) or (None, None)
+    concat = sole_maker(tokens, "Concat")
     if positions is None or concat is None or len(concat.inputs) != 2 or integer(concat, "axis", 0) != 1:
         return None
     expand, patches = sole_maker(concat.inputs[0], "Expand"), concat.inputs[1]

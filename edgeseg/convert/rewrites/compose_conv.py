@@ -17,9 +17,22 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.convert.rewrites.convolution import Convolution, convolution, pointwise
+from edgeseg.convert.rewrites.convolution import Convolution, pointwise
 from edgeseg.convert.rewrites.driver import ADDED_ELEMENT, Rewrite, each, pays
-from edgeseg.graph.editing import constant_array, dims, emit, integer, ints, replace, sole_maker, weight, word
+from edgeseg.graph.editing import (
+    constant_array,
+    constant_input,
+    dims,
+    emit,
+    given,
+    given_array,
+    integer,
+    ints,
+    replace,
+    sole_maker,
+    weight,
+    word,
+)
 
 
 def _first(node: ir.Node) -> Convolution | None:
@@ -30,7 +43,7 @@ def _first(node: ir.Node) -> Convolution | None:
         return None
     if word(node, "auto_pad", "NOTSET") != "NOTSET" or ints(node, "output_shape"):
         return None
-    if len(node.inputs) > 2 and node.inputs[2] is not None and constant_array(node.inputs[2]) is None:
+    if len(node.inputs) > 2 and node.inputs[2] is not None and constant_input(node, 2) is None:
         return None
     planes = dims(node.inputs[0]), dims(node.outputs[0])
     needs_map = first.has_bias and not _uniform(node, kernel)
@@ -54,41 +67,22 @@ def _uniform(node: ir.Node, kernel: NDArray[Any]) -> bool:
     return not any(ints(node, "pads"))
 
 
-def _compose(first: Convolution, node: ir.Node) -> None:
-    second = convolution(node)
-    assert second is not None
-    outer = np.moveaxis(second.weight, 1, -1).astype(np.float64)  # (O, kH, kW, M)
-    kernel = np.moveaxis(outer @ first.weight[:, :, 0, 0].astype(np.float64), -1, 1)
-    _replace_pair(first, node, kernel, outer @ first.bias.astype(np.float64), second.bias)
-
-
-def _compose_transposed(first: Convolution, node: ir.Node) -> None:
-    old = constant_array(node.inputs[1])
-    assert old is not None
-    outer = np.moveaxis(old, 0, -1).astype(np.float64)  # (O, kH, kW, M)
-    kernel = np.moveaxis(outer @ first.weight[:, :, 0, 0].astype(np.float64), -1, 0)
-    bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
-    bias = np.zeros(old.shape[1], np.float32) if bias is None else bias
-    _replace_pair(first, node, kernel, outer @ first.bias.astype(np.float64), bias)
-
-
-def _replace_pair(
-    first: Convolution, node: ir.Node, kernel: NDArray[np.float64], taps: NDArray[np.float64], bias: NDArray[Any]
-) -> None:
-    """Emit the composed convolution; ``taps`` ``(O, kH, kW)``: what the first's bias gives at each kernel position."""
-    source = first.node.inputs[0]
-    assert source is not None
-    value = node.inputs[1]
-    stem = ((value.name if value is not None else None) or "conv").removesuffix(".weight")
+def _rewrite(node: ir.Node, first: Convolution) -> None:
+    channels = 0 if node.op_type == "ConvTranspose" else 1  # the axis of its input's
+    outer = np.moveaxis(given_array(node), channels, -1).astype(np.float64)  # (O, kH, kW, M)
+    kernel = np.moveaxis(outer @ first.weight[:, :, 0, 0].astype(np.float64), -1, channels)
+    taps = outer @ first.bias.astype(np.float64)  # (O, kH, kW): what the first's bias gives at each kernel position
+    own = constant_input(node, 2)
+    bias = np.zeros(len(outer), np.float32) if own is None else own
+    stem = (given(node, 1).name or "conv").removesuffix(".weight")
     uniform = _uniform(node, kernel)
     if uniform:
         bias = (bias + taps.sum(axis=(1, 2))).astype(np.float32)
-    inputs = [source, weight(node, kernel.astype(np.float32), f"{stem}.weight")]
+    inputs = [given(first.node), weight(node, kernel.astype(np.float32), f"{stem}.weight")]
     if bias.any():
         inputs.append(weight(node, bias.astype(np.float32), f"{stem}.bias"))
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    shape = None if node.outputs[0].shape is None else list(node.outputs[0].shape)
-    result = emit(node, node.op_type, inputs, attributes, shape=shape)
+    shape = node.outputs[0].shape
+    result = emit(node, node.op_type, inputs, node.attributes, shape=shape)
     if not uniform and taps.any():
         constant_map = _bias_map(node, taps)[None].astype(np.float32)
         result = emit(node, "Add", [result, weight(node, constant_map, f"{stem}.bias_map")], shape=shape)
@@ -97,9 +91,7 @@ def _replace_pair(
 
 def _bias_map(node: ir.Node, taps: NDArray[np.float64]) -> NDArray[np.float64]:
     """What a plane of ones times ``taps`` becomes: float64 ``(O, H, W)`` of ``node``'s output plane."""
-    small, large = dims(node.inputs[0]), dims(node.outputs[0])
-    assert small is not None
-    assert large is not None
+    small, large = dims(node.inputs[0]) or (), dims(node.outputs[0]) or ()
     if node.op_type == "Conv":
         small, large = large, small  # a convolution gathers what a transposed one scatters
     planes = [(s or 0, b or 0) for s, b in zip(small[2:], large[2:], strict=True)]
@@ -117,10 +109,6 @@ def _bias_map(node: ir.Node, taps: NDArray[np.float64]) -> NDArray[np.float64]:
                 touched.append(reached[inside] if node.op_type == "ConvTranspose" else cells[inside])
             result[:, touched[0][:, None], touched[1][None, :]] += taps[:, row, column, None, None]
     return result
-
-
-def _rewrite(node: ir.Node, first: Convolution) -> None:
-    (_compose_transposed if node.op_type == "ConvTranspose" else _compose)(first, node)
 
 
 REWRITE = Rewrite(each(_first, "Conv", "ConvTranspose"), _rewrite)

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.driver import ADDED_ELEMENT, COPIED_ELEMENT, RESIZED_ELEMENT, Rewrite, each, pays
 from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
-from edgeseg.graph.editing import dims, emit, integer, replace, sole_maker
+from edgeseg.graph.editing import dims, emit, emit_sum, integer, replace, sole_maker
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,13 @@ def _rewrite(node: ir.Node, match: tuple[Convolution, list[_Part], list[_Part]])
         terms.append(emit_pointwise(node, whole, matrix[:, columns], bias, conv.stem))
     for index, part in enumerate(moved):
         resize = part.resize
-        assert resize is not None
+        assert resize is not None  # or it would be kept
         own_bias = bias if not kept and index == 0 else None
         small = emit_pointwise(node, resize.source, matrix[:, part.start : part.end], own_bias, conv.stem)
         # a one-pixel plane is broadcast by the Add, unless nothing of full size would remain
         broadcast = _is_one_pixel(resize) and (kept or any(not _is_one_pixel(p.resize) for p in moved if p.resize))
         terms.append(small if broadcast else emit_resize(node, small, resize))
-    total_value = terms[0]
-    for term in terms[1:]:
-        total_value = emit(node, "Add", [total_value, term])
-    replace(node.outputs[0], total_value)
+    replace(node.outputs[0], emit_sum(node, terms))
 
 
 REWRITE = Rewrite(each(_match, "Conv"), _rewrite)

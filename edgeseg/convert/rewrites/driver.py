@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -59,28 +59,6 @@ def each(match: Callable[[ir.Node], Any], *op_types: str) -> Callable[[ir.Model]
                 yield node, details
 
     return matches
-
-
-Check: TypeAlias = Callable[[ir.Model, ir.Model, Rewrite], None]
-
-
-def apply_rewrites(model: ir.Model, rewrites: Sequence[Rewrite], check: Check | None = None) -> dict[str, int]:
-    """Run ``rewrites`` in order on ``model``, in place.
-
-    Returns:
-        how often each applied, those at 0 left out.
-
-    Raises:
-        ExportError: a rewrite comes to no end.
-    """
-    applied: dict[str, int] = {}
-    for rewrite in rewrites:
-        before = model.clone() if check is not None else None
-        if count := rewrite.apply(model):
-            applied[rewrite.name] = count
-            if check is not None and before is not None:
-                check(before, model, rewrite)
-    return applied
 
 
 # When moving linear work pays: a rough price list, in multiply-accumulates, of touching one tensor element instead of doing

@@ -19,9 +19,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, dims, emit, ints, reads, replace, weight
+from edgeseg.graph.editing import constant_array, dims, emit, given, ints, replace, sole_maker, weight
+from edgeseg.graph.proto import REARRANGES
 
-_MOVES = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"})
 _PROBED_BATCHES = (2, 3)
 
 
@@ -30,26 +30,14 @@ _Simpler = tuple[str, tuple[int, ...]]
 
 def _match(node: ir.Node) -> tuple[list[ir.Node], _Simpler] | None:
     """The longest chain that ends in ``node`` and has a simpler form."""
-    if not _is_move(node):
-        return None
     chain = [node]
-    while (before := _link(chain[0])) is not None:
+    while (before := sole_maker(chain[0].inputs[0], *REARRANGES)) is not None:
         chain.insert(0, before)
     for start in range(len(chain)):
         simpler = _simpler(chain[start:])
         if simpler is not None:
             return chain[start:], simpler
     return None
-
-
-def _is_move(node: ir.Node) -> bool:
-    return node.op_type in _MOVES and node.domain in ("", "ai.onnx")
-
-
-def _link(node: ir.Node) -> ir.Node | None:
-    value = node.inputs[0]
-    before = value.producer() if value is not None else None
-    return before if before is not None and value is not None and _is_move(before) and reads(value) == 1 else None
 
 
 def _simpler(chain: Sequence[ir.Node]) -> _Simpler | None:
@@ -124,9 +112,8 @@ def _permutation(shape: tuple[int, ...], moved: NDArray[np.int64]) -> tuple[int,
 
 def _rewrite(last: ir.Node, match: tuple[list[ir.Node], _Simpler]) -> None:
     chain, (kind, numbers) = match
-    source = chain[0].inputs[0]
-    assert source is not None
-    shape = None if last.outputs[0].shape is None else list(last.outputs[0].shape)
+    source = given(chain[0])
+    shape = last.outputs[0].shape
     if kind == "Identity":
         new = source
         if last.outputs[0].is_graph_output():
@@ -138,4 +125,4 @@ def _rewrite(last: ir.Node, match: tuple[list[ir.Node], _Simpler]) -> None:
     replace(last.outputs[0], new)
 
 
-REWRITE = Rewrite(each(_match), _rewrite)
+REWRITE = Rewrite(each(_match, *REARRANGES), _rewrite)

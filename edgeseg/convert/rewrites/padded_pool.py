@@ -12,16 +12,14 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, weight
+from edgeseg.graph.editing import constant_input, weight
 
 SMALLEST = np.finfo(np.float32).tiny
 _VALUE = 2  # among the inputs of Pad
 
 
 def _match(node: ir.Node) -> bool | None:
-    value = (
-        constant_array(node.inputs[_VALUE]) if len(node.inputs) > _VALUE and node.inputs[_VALUE] is not None else None
-    )
+    value = constant_input(node, _VALUE)
     is_zero = value is None or (value.dtype == np.float32 and not value.any())
     is_pooled = any(reader.op_type == "MaxPool" for reader in node.outputs[0].consumers())
     return True if is_pooled and is_zero and node.attributes.get_string("mode", "constant") == "constant" else None

@@ -7,15 +7,9 @@ import onnx_ir as ir
 from edgeseg.graph.editing import dims, integer, maker
 
 _ELEMENTWISE = frozenset(
-    {"Add", "BatchNormalization", "Clip", "Div", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu"}
-) | {
-    "Mul",
-    "Relu",
-    "Sigmoid",
-    "Softplus",
-    "Sub",
-    "Tanh",
-}
+    {"Add", "BatchNormalization", "Clip", "Div", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "Relu"}
+    | {"Sigmoid", "Softplus", "Sub", "Tanh"}
+)
 _MOST_STEPS = 32
 
 

@@ -19,10 +19,10 @@ from edgeseg.graph.editing import (
     constant_array,
     dims,
     emit,
+    given,
     integer,
     ints,
     replace,
-    set_type,
     sole_maker,
     sole_reader,
     weight,
@@ -57,26 +57,21 @@ def _match(split: ir.Node) -> tuple[ir.Node, ir.Node, list[ir.Node]] | None:
 
 def _rewrite(split: ir.Node, match: tuple[ir.Node, ir.Node, list[ir.Node]]) -> None:
     reshape, transpose, squeezes = match
-    value, after = reshape.inputs[0], dims(reshape.outputs[0])
-    assert value is not None
-    assert after is not None
-    before = dims(value)
-    assert before is not None
-    factor, parts = len(before) - 1, len(split.outputs)
+    value, after = given(reshape), dims(reshape.outputs[0]) or ()
+    leading = list(value.shape or ())[:-1]
+    factor, parts = len(leading), len(split.outputs)
     inner = [d or 0 for d in after[factor + 1 :]]
     size = int(np.prod(inner))
     sizes = weight(split, np.full(parts, size, np.int64), "split_sizes")
     head = emit(split, "Split", [value, sizes], {"axis": factor}, outputs=parts)
     node = head.producer()
     assert node is not None
-    assert value.shape is not None
     # 0 copies a leading dimension (a dynamic batch too)
     target = weight(split, np.array([0] * factor + inner, np.int64), "head_shape")
     perm = [p - (p > factor) for p in ints(transpose, "perm") if p != factor]
-    shape: list[Any] = [*value.shape[:factor], *inner]
+    shape: list[Any] = [*leading, *inner]
     for part, squeeze in zip(node.outputs, squeezes, strict=True):
-        part.shape = ir.Shape([*value.shape[:factor], size])
-        set_type(part, value)
+        part.shape = ir.Shape([*leading, size])
         heads = emit(split, "Reshape", [part, target], shape=shape)
         replace(squeeze.outputs[0], emit(split, "Transpose", [heads], {"perm": perm}, shape=[shape[p] for p in perm]))
 

@@ -12,7 +12,17 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, dims, emit, integer, replace, sole_maker, weight
+from edgeseg.graph.editing import (
+    constant_array,
+    dims,
+    emit,
+    emit_sum,
+    given_array,
+    integer,
+    replace,
+    sole_maker,
+    weight,
+)
 
 
 def _concat(node: ir.Node) -> ir.Node | None:
@@ -45,20 +55,15 @@ def _stem(node: ir.Node) -> str:
 
 
 def _rewrite(node: ir.Node, concat: ir.Node) -> None:
-    matrix = constant_array(node.inputs[1])
-    assert matrix is not None
-    total: ir.Value | None = None
-    row = 0
+    matrix, products, row = given_array(node), [], 0
     for value in concat.inputs:
         expand = sole_maker(value, "Expand")
         source = expand.inputs[0] if expand is not None and _broadcasts(expand) else value
         width = (dims(value) or (0,))[-1] or 0
         part = weight(node, matrix[row : row + width], f"{_stem(node)}.weight")
         row += width
-        product = emit(node, "MatMul", [source, part])
-        total = product if total is None else emit(node, "Add", [total, product])
-    assert total is not None
-    replace(node.outputs[0], total)
+        products.append(emit(node, "MatMul", [source, part]))
+    replace(node.outputs[0], emit_sum(node, products))
 
 
 REWRITE = Rewrite(each(_concat, "MatMul"), _rewrite)

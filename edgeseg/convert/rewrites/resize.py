@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import constant_array, dims, emit, ints, weight, word
+from edgeseg.graph.editing import constant_input, dims, emit, given, ints, weight, word
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,7 @@ class Resizing:
 
     @property
     def source(self) -> ir.Value:
-        value = self.node.inputs[0]
-        assert value is not None
-        return value
+        return given(self.node)
 
     @property
     def output(self) -> ir.Value:
@@ -32,7 +30,7 @@ class Resizing:
     @property
     def scales(self) -> tuple[float, ...] | None:
         """The constant scales, when it is given by scales."""
-        scales = constant_array(self.node.inputs[2]) if len(self.node.inputs) > 2 else None
+        scales = constant_input(self.node, 2)
         return tuple(float(s) for s in scales) if scales is not None and scales.size else None
 
     @property
@@ -75,14 +73,12 @@ def emit_resize(before: ir.Node, x: ir.Value, like: Resizing) -> ir.Value:
     node = like.node
     channels = (dims(x) or ())[1]
     inputs: list[ir.Value | None] = [x, None]
-    after = dims(like.output)
     if like.scales is not None:
         inputs.append(node.inputs[2])
     else:
-        assert after is not None
+        after = dims(like.output) or ()
         sizes = [d if d is not None else 0 for d in (after[0], channels, *after[2:])]
         inputs += [None, weight(before, np.array(sizes, np.int64), "resize_sizes")]
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     old = like.output.shape
     shape = None if old is None else [old[0], channels, old[2], old[3]]
-    return emit(before, "Resize", inputs, attributes, shape=shape)
+    return emit(before, "Resize", inputs, node.attributes, shape=shape)

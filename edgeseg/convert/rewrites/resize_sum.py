@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite
 from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
-from edgeseg.graph.editing import constant_array, dims, emit, maker, nodes, reads, replace, sole_maker
+from edgeseg.graph.editing import constant_array, dims, emit_sum, maker, nodes, reads, replace, sole_maker
 
 
 def _matches(model: ir.Model) -> list[tuple[ir.Node, list[ir.Value]]]:
@@ -33,8 +33,8 @@ def _terms(total: ir.Value) -> list[ir.Value]:
         return [total]
     terms: list[ir.Value] = []
     for value in node.inputs:
-        assert value is not None
-        terms += _terms(value) if sole_maker(value, "Add") is not None else [value]
+        if value is not None:
+            terms += _terms(value) if sole_maker(value, "Add") is not None else [value]
     return terms
 
 
@@ -58,16 +58,10 @@ def _rewrite(node: ir.Node, terms: list[ir.Value]) -> None:
     sums = []
     for group in _groups(terms):
         if len(group) > 1:
-            total = group[0].source
-            for other in group[1:]:
-                total = emit(node, "Add", [total, other.source], shape=total.shape)
+            total = emit_sum(node, [one.source for one in group], shape=group[0].source.shape)
             sums.append(emit_resize(node, total, group[0]))
             rest = [v for v in rest if all(v is not g.output for g in group)]
-    values = [*sums, *rest]
-    result = values[0]
-    for value in values[1:]:
-        result = emit(node, "Add", [result, value], shape=node.outputs[0].shape)
-    replace(node.outputs[0], result)
+    replace(node.outputs[0], emit_sum(node, [*sums, *rest], shape=node.outputs[0].shape))
 
 
 REWRITE = Rewrite(_matches, _rewrite)

@@ -34,9 +34,7 @@ def _are_neighbours(left: ir.Value | None, right: ir.Value | None) -> bool:
 
 def _always_together(left: ir.Value | None, right: ir.Value | None) -> bool:
     """Whether all that reads one of them is a Concat along axis 0 that has the other beside it."""
-    assert left is not None
-    assert right is not None
-    readers = {use.node for value in (left, right) for use in value.uses()}
+    readers = {use.node for value in (left, right) if value is not None for use in value.uses()}
     return all(
         node.op_type == "Concat"
         and integer(node, "axis", 0) == 0

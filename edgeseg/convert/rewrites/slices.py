@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite
-from edgeseg.graph.editing import constant_array, dims, emit, nodes, replace, weight
+from edgeseg.graph.editing import dims, emit, nodes, replace, slice_bounds, weight
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,9 @@ def _matches(model: ir.Model) -> list[tuple[list[_Piece]]]:
 
 
 def _piece(node: ir.Node) -> _Piece | None:
-    shape = dims(node.inputs[0])
-    values = [constant_array(v) for v in node.inputs[1:]]
-    if shape is None or len(values) < 3 or any(v is None or v.size != 1 for v in values):
-        return None
-    start, end, axis, *steps = (int(v.item()) for v in values if v is not None)
-    axis %= len(shape)
-    size = shape[axis]
-    if size is None or (steps and steps[0] != 1):
+    start, end, axis, step = slice_bounds(node) or (0, 0, 0, 0)
+    size = (dims(node.inputs[0]) or (None,))[axis]
+    if size is None or step != 1:
         return None
     start, end = (min(max(v + size if v < 0 else v, 0), size) for v in (start, end))
     return _Piece(node, axis, start, end) if end > start else None
@@ -60,19 +55,10 @@ def _rewrite(pieces: list[_Piece]) -> int:
     """Returns how many Slices became a Split's output."""
     first = pieces[0].node
     sizes = [p.end - p.start for p in pieces]
-    value = first.inputs[0]
-    assert value is not None
-    assert first.graph is not None
     # the earliest node of the set may not be the first piece
-    order = {node: i for i, node in enumerate(first.graph)}
-    before = min((p.node for p in pieces), key=lambda n: order[n])
-    head = emit(
-        before,
-        "Split",
-        [value, weight(before, np.array(sizes, np.int64), "split_sizes")],
-        {"axis": pieces[0].axis},
-        outputs=len(pieces),
-    )
+    before = next(node for node in first.graph or () if node in {piece.node for piece in pieces})
+    inputs = [first.inputs[0], weight(before, np.array(sizes, np.int64), "split_sizes")]
+    head = emit(before, "Split", inputs, {"axis": pieces[0].axis}, outputs=len(pieces))
     split = head.producer()
     assert split is not None
     for piece, output in zip(pieces, split.outputs, strict=True):

@@ -12,12 +12,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, emit, integer, maker, replace, sole_maker
+from edgeseg.graph.editing import constant_input, emit_sum, integer, maker, replace, sole_maker
 
 
 def _terms(node: ir.Node) -> list[ir.Value] | None:
     concat = sole_maker(node.inputs[0], "Concat")
-    axes = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
+    axes = constant_input(node, 1)
     if concat is None or axes is None or axes.size != 1 or integer(node, "keepdims", 1) != 0:
         return None
     axis = integer(concat, "axis", 0)
@@ -26,7 +26,7 @@ def _terms(node: ir.Node) -> list[ir.Value] | None:
         stacked = maker(value, "Unsqueeze")
         if stacked is None or stacked.inputs[0] is None:
             return None
-        where = constant_array(stacked.inputs[1])
+        where = constant_input(stacked, 1)
         rank = stacked.inputs[0].shape.rank() + 1 if stacked.inputs[0].shape is not None else 0
         if rank == 0 or where is None or where.size != 1:
             return None
@@ -38,10 +38,7 @@ def _terms(node: ir.Node) -> list[ir.Value] | None:
 
 
 def _rewrite(node: ir.Node, terms: list[ir.Value]) -> None:
-    total = terms[0]
-    for term in terms[1:]:
-        total = emit(node, "Add", [total, term], shape=term.shape)
-    replace(node.outputs[0], total)
+    replace(node.outputs[0], emit_sum(node, terms, shape=terms[0].shape))
 
 
 REWRITE = Rewrite(each(_terms, "ReduceSum"), _rewrite)

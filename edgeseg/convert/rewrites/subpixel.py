@@ -144,7 +144,7 @@ def transposed_kernel(kernel: FloatArray) -> FloatArray:
 
 def _rewrite(conv: Convolution, terms: _Terms) -> None:
     node, output = conv.node, conv.node.outputs[0]
-    after = None if output.shape is None else list(output.shape)
+    after = output.shape
     full_terms = terms.at_full_resolution()
     low, kernel = _joined(node, _shifted(conv, terms), conv.stem)
     inputs = [low, weight(node, transposed_kernel(kernel), f"{conv.stem}.upsampled.weight")]

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, dims, emit, replace, weight
+from edgeseg.graph.editing import dims, emit, replace, slice_bounds, weight
 
 _END = np.iinfo(np.int32).max
 """Exporters write "to the end" as this or more."""
@@ -21,15 +21,9 @@ _END = np.iinfo(np.int32).max
 
 def _match(node: ir.Node) -> tuple[int, bool] | None:
     """The axis, and whether it is the first cell that is taken."""
-    shape = dims(node.inputs[0])
-    values = [constant_array(v) for v in node.inputs[1:]]
-    if shape is None or None not in shape or len(values) < 3:
-        return None
-    if any(v is None or v.size != 1 for v in values):
-        return None
-    start, end, axis, *steps = (int(v.item()) for v in values if v is not None)
-    axis %= len(shape)
-    if steps and steps[0] != 1:
+    shape = dims(node.inputs[0]) or ()
+    start, end, axis, step = slice_bounds(node) or (0, 0, 0, 0)
+    if None not in shape or step != 1:
         return None
     if (start, end) == (0, 1):
         return axis, True

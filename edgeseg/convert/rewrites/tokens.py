@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite
-from edgeseg.graph.editing import constant_array, dims, emit, integer, nodes, replace, set_type, weight
+from edgeseg.graph.editing import Editor, constant_array, dims, emit, integer, nodes, replace, weight
 
 _POINTWISE = frozenset({"Add", "Mul", "Sub", "Div", "Gelu", "Erf", "Relu", "Sigmoid", "Tanh", "HardSwish"})
 
@@ -90,14 +90,11 @@ def _rewrite(region: list[ir.Node]) -> int:
                 inputs.append(value)
             else:
                 inputs.append(weight(node, array.reshape(1, -1), value.name or "parameter"))
-        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        if "axis" in attributes:
-            attributes["axis"] = 1
-        first = emit(node, node.op_type, inputs, attributes, outputs=len(node.outputs))
+        axis = {"axis": 1} if "axis" in node.attributes else {}
+        first = emit(node, node.op_type, inputs, {**node.attributes, **axis}, outputs=len(node.outputs))
         new = first.producer()
         assert new is not None
         for old_output, output in zip(node.outputs, new.outputs, strict=True):
-            set_type(output, old_output)
             output.shape = ir.Shape(_flat_shape(old_output))
             flat[old_output] = output
     for node in region:
@@ -116,25 +113,14 @@ def _restore(old: ir.Value, new: ir.Value, inside: set[ir.Node]) -> None:
     outside = [use for use in old.uses() if use.node not in inside]
     if not outside and not old.is_graph_output():
         return
-    target = [-1 if d is None else d for d in dims(old) or ()]
-    # right after its producer: readers may stand in any order
+    target = np.array([-1 if d is None else d for d in dims(old) or ()], np.int64)
     producer = new.producer()
     assert producer is not None
-    anchor = _next(producer)
-    shaped = emit(anchor, "Reshape", [new, weight(anchor, np.array(target, np.int64), "tokens_shape")])
-    shaped.shape = old.shape
-    replace(old, shaped)
-
-
-def _next(node: ir.Node) -> ir.Node:
-    graph = node.graph
-    assert graph is not None
-    passed = False
-    for other in graph:
-        if passed:
-            return other
-        passed = other is node
-    raise AssertionError("a node that is read has a successor")
+    assert isinstance(producer.graph, ir.Graph)
+    # right after its producer: readers may stand in any order
+    editor = Editor(producer.graph, producer, producer.name, after=True)
+    inputs = [new, editor.constant("tokens_shape", target)]
+    replace(old, editor.op("Reshape", "Reshape", inputs, dtype=new.dtype, shape=old.shape))
 
 
 REWRITE = Rewrite(_matches, _rewrite)

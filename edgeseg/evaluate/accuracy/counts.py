@@ -69,7 +69,6 @@ def count_truth(
     task: Task = "multiclass",
     *,
     name: str = "",
-    ignore_index: int = IGNORED,
     boundary_px: int | None = DEFAULT_BOUNDARY_PX,
 ) -> TruthCounts:
     """Count a mask against the truth (or against another model's mask taken as truth), class by class.
@@ -77,19 +76,18 @@ def count_truth(
     Args:
         prediction: integers: multiclass ``(H, W)`` of class indices, binary ``(H, W)`` of 0 and 1, multilabel
             ``(classes, H, W)`` of 0 and 1.
-        truth: of the same shape.
+        truth: of the same shape; pixels that are :data:`~edgeseg.evaluate.accuracy.labels.IGNORED` are not judged.
         classes: number of classes, 1 for ``binary``.
         task: of the model.
         name: of the image, for messages.
-        ignore_index: pixels of the truth with this value are not judged.
         boundary_px: width of the region boundary IoU looks at, and tolerance of contours, pixels; ``None``: neither is
             counted, their columns are 0.
 
     Raises:
-        InputError: shapes differ, or a value is no class (and not ``ignore_index``).
+        InputError: shapes differ, or a value is no class.
     """
-    _check(prediction, truth, classes, task, ignore_index, f" of {name}" if name else "")
-    valid = truth != ignore_index
+    _check(prediction, truth, classes, task, f" of {name}" if name else "")
+    valid = truth != IGNORED
     if task == "multiclass":
         areas, cells = _class_areas(prediction, truth, valid, classes)
         right, pixels = int(areas[:, 0].sum()), int(np.count_nonzero(valid))
@@ -103,7 +101,7 @@ def count_truth(
     if boundary_px is not None:
         bands = (
             boundary_band(prediction, boundary_px, image_border=True) & valid,
-            boundary_band(truth, boundary_px, image_border=True, ignore_index=ignore_index),
+            boundary_band(truth, boundary_px, image_border=True, ignore_index=IGNORED),
         )
         for row, value in zip(counts, present, strict=True):
             if task == "multiclass":
@@ -129,7 +127,7 @@ def count_truth(
     )
 
 
-def _check(prediction: Mask, truth: Mask, classes: int, task: Task, ignore_index: int, what: str) -> None:
+def _check(prediction: Mask, truth: Mask, classes: int, task: Task, what: str) -> None:
     if prediction.shape != truth.shape:
         raise InputError(
             f"mask{what} has shape {truth.shape} and the prediction {prediction.shape}; they must be of one size"
@@ -138,7 +136,7 @@ def _check(prediction: Mask, truth: Mask, classes: int, task: Task, ignore_index
     if truth.ndim != 2 + len(planes) or truth.shape[:-2] != planes:
         raise InputError(f"mask{what} has shape {truth.shape}; a {task} mask is {(*planes, 'H', 'W')}")
     limit = classes if task == "multiclass" else 2
-    for values, whose in ((prediction, "prediction"), (truth[truth != ignore_index], "mask")):
+    for values, whose in ((prediction, "prediction"), (truth[truth != IGNORED], "mask")):
         if values.size and (values.min() < 0 or values.max() >= limit):
             odd = sorted({int(v) for v in np.unique(values) if not 0 <= v < limit})
             raise InputError(
@@ -169,15 +167,8 @@ def _plane_areas(prediction: Mask, truth: Mask, valid: NDArray[np.bool_], planes
     return np.stack([np.count_nonzero(area, axis=1) for area in areas], axis=1)
 
 
-def count_agreement(
-    prediction: Mask,
-    reference: Mask,
-    classes: int,
-    task: Task = "multiclass",
-    *,
-    boundary_px: int = DEFAULT_BOUNDARY_PX,
-) -> AgreementCounts:
-    """Count where two models' masks of one image are the same; a pixel is near a boundary within ``boundary_px``.
+def count_agreement(prediction: Mask, reference: Mask, classes: int, task: Task = "multiclass") -> AgreementCounts:
+    """Count where two models' masks of one image are the same, and where within ``DEFAULT_BOUNDARY_PX`` of a boundary.
 
     Raises:
         InputError: shapes differ, or the masks are empty.
@@ -187,7 +178,7 @@ def count_agreement(
             f"masks to compare have shapes {prediction.shape} and {reference.shape}; they must be of one size"
         )
     equal = prediction == reference
-    band = boundary_band(reference, boundary_px)
+    band = boundary_band(reference, DEFAULT_BOUNDARY_PX)
     if task == "multiclass":
         pixels = np.bincount(reference.ravel(), minlength=classes)
         hits = np.bincount(reference[equal].ravel(), minlength=classes)
@@ -212,38 +203,21 @@ class AccuracyMeter:
     class that occurs neither in the truth nor in the predictions has no score (``None``) and takes no part in the mean.
 
     Args:
-        classes, task, ignore_index, boundary_px: see :func:`~edgeseg.evaluate.accuracy.counts.count_truth`.
+        classes, task: see :func:`~edgeseg.evaluate.accuracy.counts.count_truth`.
 
     Attributes:
         right, pixels: labelled pixels whose class is right, and all of them.
         counts: int64 ``(classes, COLUMNS)``.
     """
 
-    def __init__(
-        self,
-        classes: int,
-        task: Task = "multiclass",
-        *,
-        ignore_index: int = IGNORED,
-        boundary_px: int | None = None,
-    ) -> None:
+    def __init__(self, classes: int, task: Task = "multiclass") -> None:
         self.task: Task = task
-        self.ignore_index = ignore_index
-        self.boundary_px = boundary_px
         self.right = self.pixels = 0
         self.counts: NDArray[np.int64] = np.zeros((classes, COLUMNS), dtype=np.int64)
 
     def update(self, prediction: Mask, truth: Mask, name: str = "") -> None:
         """Add one image; see :func:`~edgeseg.evaluate.accuracy.counts.count_truth` for shapes and errors."""
-        image = count_truth(
-            prediction,
-            truth,
-            len(self.counts),
-            self.task,
-            name=name,
-            ignore_index=self.ignore_index,
-            boundary_px=self.boundary_px,
-        )
+        image = count_truth(prediction, truth, len(self.counts), self.task, name=name, boundary_px=None)
         if image.classes:
             self.counts[list(image.classes)] += image.counts
         self.right += image.right

@@ -81,7 +81,6 @@ class ValidationSet:
         model: ModelSpec,
         *,
         ignore_index: int | None = None,
-        limit: int | None = None,
         split: str | None = None,
         dtype: InputDtype = "uint8",
     ) -> ValidationSet:
@@ -94,7 +93,6 @@ class ValidationSet:
             source: the folder.
             model: classes, task and channels.
             ignore_index: see the class.
-            limit: keep this many, evenly spread over the name order; ``None`` for all.
             split: folder to take in both, where there is one (``images/val`` beside ``masks/val``).
             dtype: see the class.
 
@@ -104,12 +102,9 @@ class ValidationSet:
         folder = Path(source)
         if not os.path.isdir(folder):
             raise InputError(f"validation data {folder} is not a folder; give one with images/ and masks/")
-        if limit is not None and limit < 1:
-            raise InputError(f"{limit} validation images asked for; at least 1 is needed")
         images, masks = _find(folder, split)
         unpaired = tuple(i.name for i in images if i not in masks) if masks else ()
-        usable = [i for i in images if not masks or i in masks]
-        chosen = [usable[k] for k in evenly_spread(len(usable), limit)]
+        chosen = [i for i in images if not masks or i in masks]
         labelled = tuple(masks[i] for i in chosen if masks)
         return cls(folder, tuple(chosen), labelled, model, ignore_index, unpaired, dtype=dtype)
 

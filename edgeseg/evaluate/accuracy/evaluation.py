@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from edgeseg.images.decoding import file_digest
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.orphans import end_with_parent
 from edgeseg.progress import Reporter, stage
+from edgeseg.runtime.overlap import in_order
 from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.cache import software, stage_folder, usable_cache
@@ -102,10 +102,6 @@ class AccuracyRequest:
             limit=self.limit,
             dtype=spec.input.dtype,
         )
-
-    def __call__(self, contenders: Sequence[Contender], opener: Opener, reporter: Reporter) -> dict[str, Accuracy]:
-        """Evaluate all contenders: the accuracy step of :func:`edgeseg.evaluate.bench.run_bench`."""
-        return evaluate(self, contenders, opener, reporter)
 
 
 def _reads_alike(contender: Contender) -> str:
@@ -227,23 +223,14 @@ def _judged(
     # Not forked: a fork of a process with a runtime's threads in it may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _start_worker, (group, threads)) as pool:
-        waiting: deque[Future[list[tuple[str, ImageRecord]]]] = deque()
         try:
-            for task in todo:
-                # A few tasks ahead keep all busy; a task of every image would fill memory with those that wait.
-                if len(waiting) >= _AHEAD * jobs:
-                    yield waiting.popleft().result()
-                waiting.append(pool.submit(_judge_in_worker, task))
-            while waiting:
-                yield waiting.popleft().result()
+            # A few tasks ahead keep all busy; a task of every image would fill memory with those that wait.
+            yield from in_order(pool, todo, _judge_in_worker, _AHEAD * jobs)
         except BrokenProcessPool as exc:
             raise InputError(
                 f"a process that judges images was killed (out of memory?); judged images are kept: go on with fewer "
                 f"--jobs than {jobs}"
             ) from exc
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 @dataclass(frozen=True)

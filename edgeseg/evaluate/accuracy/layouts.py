@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from edgeseg.arguments import Kind
 from edgeseg.errors import InputError, one_line
 from edgeseg.evaluate.accuracy.dataset import ValidationSet
 from edgeseg.evaluate.accuracy.labels import IGNORED, LabelCoding
-from edgeseg.evaluate.results import Layout
-from edgeseg.spec import InputDtype, ModelSpec, one_of
+from edgeseg.spec import InputDtype, ModelSpec
 from edgeseg.store.files import read_lines
 
 # Cityscapes' 19 training classes, by label id (cityscapesscripts/helpers/labels.py); every other id is not judged.
@@ -49,11 +48,7 @@ def open_layout(
 
     Raises:
         InputError: the layout is not there, or has no images in this split.
-        SpecError: unknown layout.
     """
-    one_of("layout", layout, get_args(Layout))
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit}; give at least 1 image")
     extra = label_map or {}
     if layout == "images-masks":
         paired = ValidationSet.open(source, model, ignore_index=ignore_index, split=split, dtype=dtype)

@@ -12,7 +12,7 @@ from edgeseg.evaluate.accuracy.boundary import DEFAULT_BOUNDARY_PX
 from edgeseg.evaluate.accuracy.counts import MATRIX_CLASSES_LIMIT, AgreementMeter, optional
 from edgeseg.evaluate.accuracy.judge import ImageRecord
 from edgeseg.evaluate.accuracy.loss import losses
-from edgeseg.evaluate.intervals import COLUMNS, Counts, drops, figure, interval, metric_interval, per_class
+from edgeseg.evaluate.intervals import COLUMNS, Counts, drops, figure, interval, per_class
 from edgeseg.evaluate.results import Accuracy, Agreement, Drop, Resolution, Truth, WorstImage
 from edgeseg.spec import ModelSpec
 
@@ -87,7 +87,7 @@ def _truth(
         lost = drops(baseline[0], baseline[1], counts)
     loss = losses(record.loss for record in records())
     return Truth(
-        miou=metric_interval(counts, "miou"),
+        miou=interval(len(counts.right), lambda weights: figure("miou", counts.totals(weights))),
         dice=optional(figure("dice", totals))[0],
         pixel_accuracy=optional(figure("pixel_accuracy", totals))[0],
         boundary_iou=optional(figure("boundary_iou", totals))[0],

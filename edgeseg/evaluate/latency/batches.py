@@ -63,9 +63,9 @@ def ratio_interval(ratios: NDArray[np.float64]) -> tuple[float, float]:
     return math.exp(middle - reach), math.exp(middle + reach)
 
 
-def median_interval(values: NDArray[Any], *, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the median; see :func:`bootstrap_interval`."""
-    return bootstrap_interval(values, lambda picked: np.median(picked, axis=1), resamples=resamples, seed=seed)
+def median_of(samples: NDArray[Any]) -> NDArray[Any]:
+    """Median of each row of ``(R, N)``."""
+    return np.asarray(np.median(samples, axis=1))
 
 
 def bootstrap_interval(

@@ -1,6 +1,6 @@
 """Cold start and memory of one contender, measured in a process of its own.
 
-``python -m edgeseg.evaluate.latency.fresh`` reads a request as JSON from standard input and answers with JSON on standard output:
+``python -m edgeseg.evaluate.latency.fresh`` reads the contender as JSON from standard input and answers so on standard output:
 nothing of the process that asks (its imports, its memory, its warm caches) is in the figures.
 """
 
@@ -29,14 +29,6 @@ _MARK = "edgeseg-fresh:"
 
 
 @dataclass(frozen=True)
-class FreshRequest:
-    """What the process is asked: which contender, and how many inferences after the first."""
-
-    contender: Contender
-    runs: int = RUNS
-
-
-@dataclass(frozen=True)
 class FreshAnswer:
     """Milliseconds and bytes; bytes are ``None`` where ``/proc`` does not tell."""
 
@@ -49,13 +41,13 @@ class FreshAnswer:
     gpu_bytes: int | None
 
 
-def measure_fresh(contender: Contender, processes: int, runs: int = RUNS) -> tuple[ColdStart, Memory]:
+def measure_fresh(contender: Contender, processes: int) -> tuple[ColdStart, Memory]:
     """Start ``processes`` processes one after the other and take medians (of memory: the largest).
 
     Raises:
         BuildError: a process failed; says with what.
     """
-    answers = [_ask(FreshRequest(contender, runs)) for _ in range(processes)]
+    answers = [_ask(contender) for _ in range(processes)]
 
     def middle(value: Callable[[FreshAnswer], float]) -> float:
         return median([value(answer) for answer in answers])
@@ -76,45 +68,45 @@ def measure_fresh(contender: Contender, processes: int, runs: int = RUNS) -> tup
     return cold, Memory(**{name: largest(name) for name in names})
 
 
-def _ask(request: FreshRequest) -> FreshAnswer:
+def _ask(contender: Contender) -> FreshAnswer:
     try:
         done = subprocess.run(
             [sys.executable, "-m", "edgeseg.evaluate.latency.fresh"],
-            input=msgspec.json.encode(request),
+            input=msgspec.json.encode(contender),
             capture_output=True,
             timeout=TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired as exc:
-        raise BuildError(f"{request.contender.name} gave no mask within {TIMEOUT_S:.0f} s in a fresh process") from exc
+        raise BuildError(f"{contender.name} gave no mask within {TIMEOUT_S:.0f} s in a fresh process") from exc
     lines = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith(_MARK)]
     if done.returncode != 0 or not lines:
         said = " ".join(done.stderr.decode(errors="replace").split())[-300:]
-        raise BuildError(f"{request.contender.name} failed in a fresh process (exit code {done.returncode}): {said}")
+        raise BuildError(f"{contender.name} failed in a fresh process (exit code {done.returncode}): {said}")
     return msgspec.json.decode(lines[-1].removeprefix(_MARK), type=FreshAnswer)
 
 
-def answer(request: FreshRequest) -> FreshAnswer:
-    """Do in this process what the request asks."""
+def answer(contender: Contender) -> FreshAnswer:
+    """Load the contender in this process, and run it: once, and :data:`RUNS` times more."""
     start = time.perf_counter()
-    _import_packages(request.contender)
+    _import_packages(contender)
     from edgeseg.runtime.segmenter import Segmenter
 
     imported = time.perf_counter()
     base = resident_bytes("VmRSS")
     opener = Opener()
     begin = time.perf_counter()
-    session = opener.open(request.contender)
-    segmenter = Segmenter(session, request.contender.spec)
+    session = opener.open(contender)
+    segmenter = Segmenter(session, contender.spec)
     loaded = time.perf_counter()
     peak_while_loading, when_loaded = resident_bytes("VmHWM"), resident_bytes("VmRSS")
     was_reset = _reset_peak()
-    spec = request.contender.spec.input
-    image = noise_images(request.contender.spec, (spec.height, spec.width))
+    spec = contender.spec.input
+    image = noise_images(contender.spec, (spec.height, spec.width))
     before = time.perf_counter()
     segmenter(image)
     after = time.perf_counter()
-    for _ in range(request.runs):
+    for _ in range(RUNS):
         segmenter(image)
     peak = resident_bytes("VmHWM")
     activation = None
@@ -178,8 +170,7 @@ def _import_packages(contender: Contender) -> None:
 
 def main() -> None:
     """Entry point of the fresh process."""
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=FreshRequest)
-    answered = answer(request)
+    answered = answer(msgspec.json.decode(sys.stdin.buffer.read(), type=Contender))
     # Marked: the libraries that were loaded may print too.
     print(_MARK + msgspec.json.encode(answered).decode(), flush=True)
 

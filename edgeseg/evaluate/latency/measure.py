@@ -141,7 +141,7 @@ def _measure(
         under_load = measure_streams(
             calls, setting.streams, protocol.min_duration_ms, warmup_ms=protocol.warmup_ms, progress=after_round
         )
-        samples = {n: LatencySamples(n, s.samples_ms, s.warmup_iterations, protocol) for n, s in under_load.items()}
+        samples = {n: LatencySamples(s.samples_ms, s.warmup_iterations) for n, s in under_load.items()}
         rates = {n: setting.batch * s.calls_per_s for n, s in under_load.items()}
     flags = watch.flags()
     powers = {} if power is None else {n: _power(call, power, setting, idle_w) for n, call in calls.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -20,13 +20,8 @@ RUNS = 20
 OTHER = "other"
 
 
-@dataclass(frozen=True)
-class NodeTime:
-    """One executed node or layer: its name, milliseconds in one run of the engine, and dtype where known."""
-
-    name: str
-    time_ms: float
-    dtype: str | None = None
+NodeTime: TypeAlias = "tuple[str, float, str | None]"
+"""One executed node or layer: its name, milliseconds in one run of the engine, and dtype where known."""
 
 
 def group_by_module(nodes: Sequence[NodeTime], source: str, runs: int) -> Profile:
@@ -37,13 +32,13 @@ def group_by_module(nodes: Sequence[NodeTime], source: str, runs: int) -> Profil
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     dtypes: dict[str, Counter[str]] = {}
-    current = next((module for node in nodes if (module := module_group(node.name)) is not None), OTHER)
-    for node in nodes:
-        current = module_group(node.name) or current
-        times[current] += node.time_ms  # type: ignore[assignment]  # Counter is typed for int, adds floats alike
+    current = next((module for name, _, _ in nodes if (module := module_group(name)) is not None), OTHER)
+    for name, ms, dtype in nodes:
+        current = module_group(name) or current
+        times[current] += ms  # type: ignore[assignment]  # Counter is typed for int, adds floats alike
         counts[current] += 1
-        if node.dtype is not None:
-            dtypes.setdefault(current, Counter())[node.dtype] += node.time_ms  # type: ignore[assignment]
+        if dtype is not None:
+            dtypes.setdefault(current, Counter())[dtype] += ms  # type: ignore[assignment]
     total = float(sum(times.values()))
     modules = tuple(
         ModuleTime(
@@ -63,7 +58,7 @@ def profile_of_layers(layers: Iterable[tuple[str, float]], runs: int = 1) -> Pro
     total: dict[str, float] = {}
     for name, ms in layers:
         total[name] = total.get(name, 0.0) + ms
-    return group_by_module([NodeTime(name, ms / runs) for name, ms in total.items()], "tensorrt IProfiler", runs)
+    return group_by_module([(name, ms / runs, None) for name, ms in total.items()], "tensorrt IProfiler", runs)
 
 
 def profile_engine(engine: Engine, runs: int = RUNS) -> Profile | None:
@@ -76,17 +71,11 @@ def profile_engine(engine: Engine, runs: int = RUNS) -> Profile | None:
     if target == "onnxruntime":
         from edgeseg.backends.cpu.onnxruntime import profile_nodes
 
-        return group_by_module(
-            [NodeTime(name, ms, dtype) for name, ms, dtype in profile_nodes(engine, runs)], "onnxruntime profiler", runs
-        )
+        return group_by_module(profile_nodes(engine, runs), "onnxruntime profiler", runs)
     if target == "openvino":
         from edgeseg.backends.cpu.openvino import profile_nodes as openvino_nodes
 
-        return group_by_module(
-            [NodeTime(name, ms, dtype) for name, ms, dtype in openvino_nodes(engine, runs)],
-            "openvino profiling_info",
-            runs,
-        )
+        return group_by_module(openvino_nodes(engine, runs), "openvino profiling_info", runs)
     if target in ("tensorrt", "tensorrt-rtx"):
         return _profile_tensorrt(engine, runs)
     return None

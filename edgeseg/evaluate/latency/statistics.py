@@ -8,7 +8,7 @@ from statistics import median
 
 import numpy as np
 
-from edgeseg.evaluate.latency.batches import median_interval
+from edgeseg.evaluate.latency.batches import bootstrap_interval, median_of
 from edgeseg.evaluate.latency.protocol import LatencySamples, compare, percentile
 from edgeseg.evaluate.results import Distribution, SpeedComparison, SpeedVerdict
 from edgeseg.machine.record import NoiseFlag
@@ -26,7 +26,7 @@ def distribution(samples_ms: Sequence[float]) -> Distribution:
     """Describe a sample; ``ValueError`` if it is empty."""
     values = np.asarray(samples_ms, dtype=np.float64)
     ordered = sorted(samples_ms)
-    low, high = median_interval(values)
+    low, high = bootstrap_interval(values, median_of)
     return Distribution(
         count=len(ordered),
         min_ms=ordered[0],

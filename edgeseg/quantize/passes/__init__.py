@@ -7,11 +7,9 @@ graph's float results equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import onnx_ir as ir
-
-from edgeseg.quantize.observed import Observed
+from edgeseg.quantize.observed import Pass
 from edgeseg.quantize.passes.depth_to_space import depth_to_space
 from edgeseg.quantize.passes.fold_preprocessing import fold_preprocessing, fold_preprocessing_in_float
 from edgeseg.quantize.passes.group_norm import group_norm
@@ -21,9 +19,6 @@ from edgeseg.quantize.passes.own_transposed_input import own_transposed_input
 from edgeseg.quantize.passes.pixel_groups import pixel_groups
 from edgeseg.quantize.passes.pointwise_head import pointwise_head
 from edgeseg.quantize.passes.transposed_convolution import transposed_convolution
-
-Pass = Callable[[ir.Model, Observed], int]
-"""Changes the model in place, and adds what is known of values it makes; returns how often it applied."""
 
 PASSES: Mapping[str, Pass] = {
     "depth_to_space": depth_to_space,

@@ -10,13 +10,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, image_shape, replace_value, rewrite_each, sole_reader
-from edgeseg.quantize.observed import Observed
-
-
-def depth_to_space(model: ir.Model, observed: Observed) -> int:
-    """Apply the pass; returns how many nodes it replaced."""
-    return rewrite_each(model.graph, _match, _replace)
+from edgeseg.graph.editing import Editor, image_shape, replace_value, sole_maker
+from edgeseg.quantize.observed import Observed, each
 
 
 def _match(node: ir.Node) -> tuple[int, int, int] | None:
@@ -25,7 +20,7 @@ def _match(node: ir.Node) -> tuple[int, int, int] | None:
     return image_shape(node.inputs[0])
 
 
-def _replace(graph: ir.Graph, node: ir.Node, shape: tuple[int, int, int]) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, shape: tuple[int, int, int], _: Observed) -> None:
     block = node.attributes.get_int("blocksize", 1)
     channels, height, width = shape[0] // block**2, *shape[1:]
     editor = Editor(graph, node, node.name)
@@ -46,24 +41,14 @@ def _replace(graph: ir.Graph, node: ir.Node, shape: tuple[int, int, int]) -> Non
 
 
 def _phases(editor: Editor, node: ir.Node, block: int, channels: int) -> list[ir.Value]:
-    source = node.inputs[0]
-    assert source is not None
-    maker = source.producer()
-    if (
-        maker is not None
-        and maker.op_type == "Concat"
-        and len(maker.inputs) == block**2
-        and sole_reader(source) is node
-    ):
-        parts = [v for v in maker.inputs if v is not None]
+    concat = sole_maker(node.inputs[0], "Concat")
+    if concat is not None and len(concat.inputs) == block**2:
+        parts = [v for v in concat.inputs if v is not None]
         if all((image_shape(v) or (0,))[0] == channels for v in parts):
             return parts
     sizes = editor.constant("sizes", np.full(block**2, channels, np.int64))
-    split = editor.op("phases", "Split", [source, sizes], axis=1)
-    split_node = split.producer()
-    assert split_node is not None
-    split_node.resize_outputs(block**2)
-    for index, value in enumerate(split_node.outputs):
-        value.name = f"{node.name}/phase{index}"
-        value.type = ir.TensorType(ir.DataType.FLOAT)
-    return list(split_node.outputs)
+    first = editor.op("phases", "Split", [node.inputs[0], sizes], outputs=block**2, axis=1)
+    return list(first.producer().outputs)  # type: ignore[union-attr]
+
+
+depth_to_space = each(_match, _replace)

@@ -20,7 +20,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from edgeseg.graph.editing import Editor, constant_array, image_shape, remove_unread, sole_reader
+from edgeseg.graph.editing import (
+    Editor,
+    constant_array,
+    constant_input,
+    given_array,
+    image_shape,
+    remove_unread,
+    sole_reader,
+)
 from edgeseg.quantize.observed import Observed
 
 _CHAIN = frozenset({"Cast", "Transpose", "Mul", "Add", "Sub", "Div", "Slice", "Gather"})
@@ -122,13 +130,11 @@ def _normalization(chain: list[ir.Node], channels: int) -> _Normalization:
     pixels = np.zeros((channels + 1, 1, 1, channels), np.uint8)
     pixels[1:, 0, 0][np.diag_indices(channels)] = 255
     nodes = [ir.serde.serialize_node(n) for n in chain]
-    constants = {v.name: v for n in chain for v in n.inputs if v is not None and v.const_value is not None}
-    image = onnx.helper.make_tensor_value_info(nodes[0].input[0], onnx.TensorProto.UINT8, None)
-    result = onnx.helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT, None)
-    initializers = [onnx.numpy_helper.from_array(v.const_value.numpy(), name) for name, v in constants.items()]  # type: ignore[union-attr]
-    graph = onnx.helper.make_graph(nodes, "preprocessing", [image], [result], initializers)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
-    (values,) = ReferenceEvaluator(model).run(None, {image.name: pixels})
+    feeds = {str(v.name): array for n in chain for v in n.inputs if v and (array := constant_array(v)) is not None}
+    feeds[nodes[0].input[0]] = pixels
+    opset = onnx.helper.make_opsetid("", 20)
+    function = onnx.helper.make_function("", "normalize", list(feeds), [nodes[-1].output[0]], nodes, [opset])
+    (values,) = ReferenceEvaluator(function).run(None, feeds, attributes={})
     responses = np.asarray(values, np.float64).reshape(channels + 1, channels)
     return _Normalization((responses[1:] - responses[0]).T / 255.0, responses[0])
 
@@ -170,9 +176,7 @@ def for_each_image(editor: Editor, pixels: ir.Value, image: ir.Value) -> ir.Valu
 def _read_padding(node: ir.Node, height: int, width: int) -> tuple[int, int, int, int]:
     """The convolution's padding without the last rows and columns that its stride never reaches."""
     top, left, bottom, right = node.attributes.get_ints("pads", (0, 0, 0, 0))
-    weight = constant_array(node.inputs[1])
-    assert weight is not None
-    used = []
+    weight, used = given_array(node), []
     for axis, (size, before, after) in enumerate(((height, top, bottom), (width, left, right))):
         stride = node.attributes.get_ints("strides", (1, 1))[axis]
         reach = node.attributes.get_ints("dilations", (1, 1))[axis] * (weight.shape[2 + axis] - 1)
@@ -194,9 +198,7 @@ def _real(graph: ir.Graph, node: ir.Node, pixels: ir.Value, zero_point: int, *, 
 
 
 def _fold_into(graph: ir.Graph, node: ir.Node, real: ir.Value, normalization: _Normalization, zero_point: int) -> None:
-    weight, bias = constant_array(node.inputs[1]), constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
-    assert weight is not None
-    wide = weight.astype(np.float64)
+    wide, bias = given_array(node).astype(np.float64), constant_input(node, 2)
     offset = normalization.offset + normalization.factor.sum(axis=1) * zero_point
     shifted = np.einsum("oihw,i->o", wide, offset) + (0.0 if bias is None else bias.astype(np.float64))
     folded = np.einsum("oihw,ic->ochw", wide, normalization.factor) / PIXEL_SCALE

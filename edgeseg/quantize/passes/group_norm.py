@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.graph.editing import Editor, constant_array, image_shape, replace_value, rewrite_each, sole_reader
-from edgeseg.quantize.observed import Observed
+from edgeseg.graph.editing import Editor, constant_array, image_shape, maker, replace_value, sole_reader
+from edgeseg.quantize.observed import Observed, each
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,14 @@ class _GroupNorm:
     """Its output is the normalized value."""
 
 
-def group_norm(model: ir.Model, observed: Observed) -> int:
-    """Apply the pass; returns how many GroupNorms it rewrote."""
-    return rewrite_each(model.graph, _match, _replace)
-
-
 def _match(node: ir.Node) -> _GroupNorm | None:
     if node.op_type == "GroupNormalization":
         return _match_single(node)
     if node.op_type != "InstanceNormalization":
         return None
-    before = node.inputs[0].producer() if node.inputs[0] is not None else None
-    after = sole_reader(node.outputs[0])
+    before, after = maker(node.inputs[0], "Reshape"), sole_reader(node.outputs[0], "Reshape")
     gain, shift = constant_array(node.inputs[1]), constant_array(node.inputs[2])
-    if before is None or before.op_type != "Reshape" or after is None or after.op_type != "Reshape":
+    if before is None or after is None:
         return None
     source = before.inputs[0]
     shape = image_shape(source)
@@ -55,8 +49,8 @@ def _match(node: ir.Node) -> _GroupNorm | None:
     channels, last = shape[0], after
     per_channel = {"Mul": np.full(channels, gain[0], np.float32), "Add": np.full(channels, shift[0], np.float32)}
     for op_type in ("Mul", "Add"):
-        reader = sole_reader(last.outputs[0])
-        constant = _channel_constant(reader, channels) if reader is not None and reader.op_type == op_type else None
+        reader = sole_reader(last.outputs[0], op_type)
+        constant = _channel_constant(reader, channels) if reader is not None else None
         if reader is None or constant is None:
             break
         if op_type == "Mul":
@@ -88,7 +82,7 @@ def _channel_constant(node: ir.Node, channels: int) -> NDArray[np.float32] | Non
     return None
 
 
-def _replace(graph: ir.Graph, node: ir.Node, match: _GroupNorm) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, match: _GroupNorm, _: Observed) -> None:
     channels, height, width = image_shape(match.source) or (0, 0, 0)
     editor = Editor(graph, match.last, f"{match.last.name}/group_norm")
     ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)
@@ -104,3 +98,6 @@ def _replace(graph: ir.Graph, node: ir.Node, match: _GroupNorm) -> None:
     ]
     scaled = editor.op("scaled", "BatchNormalization", [image, *statistics], epsilon=0.0)
     replace_value(graph, match.last.outputs[0], scaled)
+
+
+group_norm = each(_match, _replace)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, constant_array, replace_value
+from edgeseg.graph.editing import Editor, constant_array, constant_input, given, replace_value
 from edgeseg.quantize.observed import Observed
 
 
@@ -16,8 +16,7 @@ def linear_resize(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many Resize nodes it moved."""
     resizes = [node for node in model.graph if _matches(node)]
     for node in resizes:
-        source, output = node.inputs[0], node.outputs[0]
-        assert source is not None
+        source, output = given(node), node.outputs[0]
         editor = Editor(model.graph, node, node.name)
         inputs: list[ir.Value | None] = [_channels_last(editor, source), None]
         for index, value in enumerate(node.inputs[2:]):
@@ -26,7 +25,7 @@ def linear_resize(model: ir.Model, observed: Observed) -> int:
             inputs.append(editor.constant(f"extent{index}", array[[0, 2, 3, 1]]) if permuted else value)  # type: ignore[index]
         resized = editor.op("Resize", "Resize", inputs)
         resized.producer().attributes.update(node.attributes)  # type: ignore[union-attr]
-        observed.copy_range(output, resized)
+        observed.copy_range(output.name, resized)
         replace_value(model.graph, output, editor.op("nchw", "Transpose", [resized], perm=[0, 3, 1, 2]))
     return len(resizes)
 
@@ -52,9 +51,8 @@ def _matches(node: ir.Node) -> bool:
         return False
     if node.attributes.get_int("antialias", 0) or "axes" in node.attributes:
         return False
-    if len(node.inputs) > 1 and node.inputs[1] is not None and constant_array(node.inputs[1]) is not None:
-        roi = constant_array(node.inputs[1])
-        if roi is not None and roi.size:
-            return False
+    roi = constant_input(node, 1)
+    if roi is not None and roi.size:
+        return False
     extents = [constant_array(v) for v in node.inputs[2:] if v is not None]
     return bool(extents) and all(e is not None and e.size in {0, 4} for e in extents)

@@ -11,13 +11,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, image_shape, replace_value, rewrite_each
-from edgeseg.quantize.observed import Observed
-
-
-def nearest_resize(model: ir.Model, observed: Observed) -> int:
-    """Apply the pass; returns how many Resize nodes it replaced."""
-    return rewrite_each(model.graph, _factors, _replace)
+from edgeseg.graph.editing import Editor, image_shape, replace_value
+from edgeseg.quantize.observed import Observed, each
 
 
 def _factors(node: ir.Node) -> tuple[int, int] | None:
@@ -36,7 +31,7 @@ def _factors(node: ir.Node) -> tuple[int, int] | None:
     return factors if max(factors) > 1 else None
 
 
-def _replace(graph: ir.Graph, node: ir.Node, factors: tuple[int, int]) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, factors: tuple[int, int], _: Observed) -> None:
     channels, height, width = image_shape(node.inputs[0]) or (0, 0, 0)
     down, right = factors
     editor = Editor(graph, node, node.name)
@@ -50,3 +45,6 @@ def _replace(graph: ir.Graph, node: ir.Node, factors: tuple[int, int]) -> None:
     shape = editor.constant("shape", np.array([-1, height * down, width * right, channels], np.int64))
     pixels = editor.op("pixels", "Reshape", [pixels, shape])
     replace_value(graph, node.outputs[0], editor.op("nchw", "Transpose", [pixels], perm=[0, 3, 1, 2]))
+
+
+nearest_resize = each(_factors, _replace)

@@ -22,7 +22,7 @@ def own_transposed_input(model: ir.Model, observed: Observed) -> int:
         if source is None or constant_array(node.inputs[1]) is None or len(list(source.uses())) < 2:
             continue
         own = Editor(model.graph, node, node.name).op("input", "Identity", [source], shape=source.shape)
-        observed.copy_range(source, own)
+        observed.copy_range(source.name, own)
         if source.name in observed.channel_means:
             observed.channel_means[str(own.name)] = observed.channel_means[source.name]
         node.replace_input_with(0, own)

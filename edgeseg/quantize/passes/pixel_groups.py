@@ -13,13 +13,22 @@ uint8 NHWC image as :mod:`fold_preprocessing` leaves it; static size; output wid
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, constant_array, image_shape, rewrite_each, sole_reader
-from edgeseg.quantize.observed import Observed
+from edgeseg.graph.editing import (
+    Editor,
+    constant_array,
+    constant_input,
+    given,
+    given_array,
+    image_shape,
+    maker,
+    sole_maker,
+    sole_reader,
+)
+from edgeseg.quantize.observed import Observed, each
 from edgeseg.quantize.passes.fold_preprocessing import for_each_image
 
 
@@ -45,11 +54,6 @@ class _Grouping:
         return self.group * (self.groups_out - 1 + self.blocks)
 
 
-def pixel_groups(model: ir.Model, observed: Observed) -> int:
-    """Apply the pass; returns how many convolutions it changed."""
-    return rewrite_each(model.graph, _match, partial(_replace, observed))
-
-
 def _match(node: ir.Node) -> tuple[ir.Node, _Grouping] | None:
     planes = _image_planes(node)
     grouping = _grouping(node, planes) if planes is not None else None
@@ -58,12 +62,8 @@ def _match(node: ir.Node) -> tuple[ir.Node, _Grouping] | None:
 
 def _image_planes(node: ir.Node) -> ir.Node | None:
     """The Transpose that makes planes of a uint8 NHWC image in front of ``node``'s DequantizeLinear."""
-    source = node.inputs[0] if node.op_type == "Conv" else None
-    dequantize = source.producer() if source is not None else None
-    if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0] is None:
-        return None
-    planes = dequantize.inputs[0].producer()
-    return planes if planes is not None and planes.op_type == "Transpose" and sole_reader(source) is node else None  # type: ignore[arg-type]
+    dequantize = sole_maker(node.inputs[0], "DequantizeLinear") if node.op_type == "Conv" else None
+    return None if dequantize is None else maker(dequantize.inputs[0], "Transpose")
 
 
 def _grouping(node: ir.Node, planes: ir.Node) -> _Grouping | None:
@@ -89,13 +89,10 @@ def _grouping(node: ir.Node, planes: ir.Node) -> _Grouping | None:
     return grouping if output[2] % made == 0 and image[1] <= grouping.width else None
 
 
-def _replace(observed: Observed, graph: ir.Graph, node: ir.Node, match: tuple[ir.Node, _Grouping]) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, match: tuple[ir.Node, _Grouping], observed: Observed) -> None:
     planes, grouping = match
-    weight, bias = constant_array(node.inputs[1]), constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
-    image, output = planes.inputs[0], image_shape(node.outputs[0])
-    assert weight is not None
-    assert image is not None
-    assert output is not None
+    weight, bias = given_array(node), constant_input(node, 2)
+    image, output = given(planes), image_shape(node.outputs[0]) or (0, 0, 0)
     outputs, channels, kernel_height, kernel_width = weight.shape
     stride_down, stride = node.attributes.get_ints("strides", (1, 1))
     height, width, _ = image_shape(image) or (0, 0, 0)
@@ -128,23 +125,17 @@ def _replace(observed: Observed, graph: ir.Graph, node: ir.Node, match: tuple[ir
 
 def _ungroup(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...], observed: Observed) -> None:
     """Make single pixels of the output groups, behind a Relu or Clip so that it still follows its convolution."""
-    reader = sole_reader(node.outputs[0])
-    last = reader if reader is not None and reader.op_type in {"Relu", "Clip"} else node
+    last = sole_reader(node.outputs[0], "Relu", "Clip") or node
     output = last.outputs[0]
     name, readers = str(output.name), list(output.uses())
     full_shape, full_type = output.shape, output.type
-    weight = constant_array(node.inputs[1])
-    assert weight is not None
-    outputs = weight.shape[0]
+    outputs = given_array(node).shape[0]
     made = outputs // shape[0]
     for value in {node.outputs[0], output}:
         batch = None if full_shape is None else full_shape[0]
         value.shape = ir.Shape([batch, outputs, shape[1], shape[2] // made])
     output.name = f"{node.name}/pixel_groups/output"
-    if name in observed.ranges:
-        observed.ranges[output.name] = observed.ranges[name]
-    if name in observed.grids:
-        observed.grids[output.name] = observed.grids[name]
+    observed.copy_range(name, output)
     editor = Editor(graph, last, f"{node.name}/pixel_groups", after=True)
     pixels = editor.op("output_nhwc", "Transpose", [output], perm=[0, 2, 3, 1])
     size = editor.constant("output_shape", np.array([-1, shape[1], shape[2], shape[0]], np.int64))
@@ -156,3 +147,6 @@ def _ungroup(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...], observed: O
         if value is output:
             graph.outputs[index] = result
     result.name, result.shape, result.type = name, full_shape, full_type
+
+
+pixel_groups = each(_match, _replace)

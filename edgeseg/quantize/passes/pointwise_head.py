@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, constant_array, replace_value
+from edgeseg.graph.editing import Editor, constant_array, constant_input, given_array, replace_value
 from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.placement import tail
 
@@ -40,13 +40,11 @@ def _is_pointwise(node: ir.Node) -> bool:
 
 
 def _replace(graph: ir.Graph, node: ir.Node) -> None:
-    weight = constant_array(node.inputs[1])
-    assert weight is not None
+    weight, bias = given_array(node), constant_input(node, 2)
     editor = Editor(graph, node, node.name)
     pixels = editor.op("nhwc", "Transpose", [node.inputs[0]], perm=[0, 2, 3, 1])
     matrix = editor.constant("matrix", np.ascontiguousarray(weight[:, :, 0, 0].T))
     logits = editor.op("MatMul", "MatMul", [pixels, matrix])
-    bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
     if bias is not None:
         # As a subtraction: ONNX Runtime merges MatMul and Add into a float Gemm before it looks for integer products.
         logits = editor.op("bias", "Sub", [logits, editor.constant("negative_bias", -bias)])

@@ -10,18 +10,19 @@ output padding such that the output is exactly s times the input.
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, constant_array, image_shape, replace_value, rewrite_each, sole_reader
-from edgeseg.quantize.observed import Observed
-
-
-def transposed_convolution(model: ir.Model, observed: Observed) -> int:
-    """Apply the pass; returns how many transposed convolutions it replaced."""
-    return rewrite_each(model.graph, _stride, partial(_replace, observed))
+from edgeseg.graph.editing import (
+    Editor,
+    constant_array,
+    given,
+    given_array,
+    image_shape,
+    replace_value,
+    sole_reader,
+)
+from edgeseg.quantize.observed import Observed, each
 
 
 def _stride(node: ir.Node) -> int | None:
@@ -45,22 +46,15 @@ def _stride(node: ir.Node) -> int | None:
     return stride if exact and reached else None
 
 
-def _replace(observed: Observed, graph: ir.Graph, node: ir.Node, stride: int) -> None:
-    weight, output = constant_array(node.inputs[1]), node.outputs[0]
-    source, shape = node.inputs[0], image_shape(node.inputs[0])
+def _replace(graph: ir.Graph, node: ir.Node, stride: int, observed: Observed) -> None:
+    weight, source = given_array(node), given(node)
+    batch, (_, *sides) = source.shape and source.shape[0], image_shape(source) or (0, 0, 0)
     # A Relu or Clip behind it has to follow each phase, where it costs nothing: integer convolutions saturate.
-    clamp = sole_reader(output)
-    if clamp is not None and clamp.op_type in {"Relu", "Clip"}:
-        output = clamp.outputs[0]
-    else:
-        clamp = None
-    assert source is not None
-    assert source.shape is not None
-    assert weight is not None
-    assert shape is not None
+    clamp = sole_reader(node.outputs[0], "Relu", "Clip")
+    output = (node if clamp is None else clamp).outputs[0]
     top, left = node.attributes.get_ints("pads", (0, 0, 0, 0))[:2]
     editor = Editor(graph, node, node.name)
-    plane = (source.shape[0], weight.shape[1], *shape[1:])
+    plane = (batch, weight.shape[1], *sides)
     phases = []
     for row in range(stride):
         kernel_rows, pads_rows = _phase(weight.shape[2], stride, top, row) or ([], (0, 0))
@@ -68,16 +62,15 @@ def _replace(observed: Observed, graph: ir.Graph, node: ir.Node, stride: int) ->
             kernel_columns, pads_columns = _phase(weight.shape[3], stride, left, column) or ([], (0, 0))
             taps = weight[:, :, kernel_rows][..., kernel_columns].transpose(1, 0, 2, 3)
             name = f"phase{row}{column}"
-            inputs = [node.inputs[0], editor.constant(f"{name}/weight", np.ascontiguousarray(taps))]
-            if len(node.inputs) > 2:
-                inputs.append(node.inputs[2])
+            inputs = [source, editor.constant(f"{name}/weight", np.ascontiguousarray(taps))]
+            inputs += [bias for bias in node.inputs[2:] if bias is not None]
             pads = [pads_rows[0], pads_columns[0], pads_rows[1], pads_columns[1]]
             phase = editor.op(name, "Conv", inputs, shape=plane, pads=pads, kernel_shape=list(taps.shape[2:]))
             if clamp is not None:
                 phase = editor.op(f"{name}_{clamp.op_type}", clamp.op_type, [phase, *clamp.inputs[1:]], shape=plane)
-            observed.copy_range(output, phase)
+            observed.copy_range(output.name, phase)
             phases.append(phase)
-    depth = (source.shape[0], weight.shape[1] * stride**2, *shape[1:])
+    depth = (batch, weight.shape[1] * stride**2, *sides)
     stacked = editor.op("phases", "Concat", phases, shape=depth, axis=1)
     replace_value(graph, output, editor.op("interleave", "DepthToSpace", [stacked], blocksize=stride, mode="DCR"))
 
@@ -94,3 +87,6 @@ def _phase(taps: int, stride: int, pad: int, phase: int) -> tuple[list[int], tup
         return None
     order = sorted(offsets, reverse=True)
     return [phase + pad + stride * o for o in order], (order[0], -order[-1])
+
+
+transposed_convolution = each(_stride, _replace)

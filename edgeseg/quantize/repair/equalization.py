@@ -28,10 +28,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
-from edgeseg.graph.editing import Editor, constant_array
+from edgeseg.graph.editing import Editor, constant_array, constant_input, given, maker
 from edgeseg.graph.running import GraphSession
+from edgeseg.quantize.parameters import along
 from edgeseg.quantize.repair.fidelity import score_names, windows
-from edgeseg.quantize.repair.normalization import ROUNDS, balance, free_normalizations, relative_to, scaled_constants
+from edgeseg.quantize.repair.normalization import balance, balanced, free_normalizations, scaled_constants
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.store.hashing import sha256_file
 from edgeseg.store.manifest import OnnxGraph
@@ -71,23 +72,8 @@ _GATES = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
 Factors = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Equalization:
-    """What :func:`equalize` did.
-
-    Attributes:
-        channels: how many channels got a factor other than 1.
-        groups: of how many that are free.
-    """
-
-    channels: int
-    groups: int
-
-
-def write_equalized(
-    graph: OnnxGraph, magnitudes: Mapping[str, Sequence[float]], path: Path
-) -> tuple[OnnxGraph, Equalization]:
-    """Write ``graph`` with its channels equalized; the same magnitudes give the same bytes.
+def write_equalized(graph: OnnxGraph, magnitudes: Mapping[str, Sequence[float]], path: Path) -> tuple[OnnxGraph, int]:
+    """Write ``graph`` with its channels equalized, and count those; the same magnitudes give the same bytes.
 
     Args:
         graph: the fp32 graph.
@@ -98,9 +84,9 @@ def write_equalized(
         ArtifactError: ``graph`` cannot be read, or ``path`` not be written.
     """
     model = ir.serde.deserialize_model(read_onnx(graph.path))
-    report = equalize(model, {name: np.asarray(seen, np.float64) for name, seen in magnitudes.items()})
+    channels = equalize(model, {name: np.asarray(seen, np.float64) for name, seen in magnitudes.items()})
     write_onnx(ir.serde.serialize_model(model), path)
-    return replace(graph, path=path, sha256=sha256_file(path)), report
+    return replace(graph, path=path, sha256=sha256_file(path)), channels
 
 
 def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet, images: int = 2) -> None:
@@ -153,6 +139,9 @@ class _Channels:
             if value is not None and channel_count(value) is not None:
                 self.fixed.update(self.of(value))
 
+    def fixed_roots(self) -> set[int]:
+        return {self.root(channel) for channel in self.fixed}
+
     def roots(self, value: ir.Value) -> NDArray[np.int64]:
         return np.array([self.root(c) for c in self.of(value)], np.int64)
 
@@ -169,7 +158,7 @@ def channel_axes(model: ir.Model) -> dict[str, int]:
     """Values whose magnitude per channel :func:`equalize` wants to know, and the axis of their channels: all that are rounded
     with channels that are free, and what free layer normalizations make."""
     channels = _join_channels(model.graph)
-    fixed = {channels.root(c) for c in channels.fixed}
+    fixed = channels.fixed_roots()
     rounded = [v for v in channels.first if _is_rounded(v) and not fixed.issuperset(channels.roots(v).tolist())]
     made = [normalization.output for normalization in free_normalizations(model.graph)]
     return {str(v.name): 1 for v in rounded} | {str(v.name): len(v.shape) - 1 for v in made if v.shape is not None}
@@ -180,7 +169,7 @@ def _is_rounded(value: ir.Value) -> bool:
     return any(node.op_type != "Relu" for node in value.consumers())
 
 
-def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) -> Equalization:
+def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) -> int:
     """Scale the channels of ``model``, in place.
 
     Args:
@@ -189,20 +178,14 @@ def equalize(model: ir.Model, magnitudes: Mapping[str, NDArray[np.floating]]) ->
             :func:`channel_axes`.
 
     Returns:
-        what was done; with ``channels`` 0 the graph is as it was.
+        how many channels got a factor other than 1; with 0 the graph is as it was.
     """
     channels = _join_channels(model.graph)
     factors = _factors(model.graph, channels, magnitudes)
     scaled = _Scaling(channels, factors)
     for node in list(model.graph):
         _scale(node, scaled)
-    in_tokens = _scale_tokens(model.graph, magnitudes)
-    return Equalization(
-        channels=int(np.count_nonzero(factors != 1.0)) + in_tokens,
-        groups=len(
-            {channels.root(c) for c in range(len(channels.parent))} - {channels.root(c) for c in channels.fixed}
-        ),
-    )
+    return int(np.count_nonzero(factors != 1.0)) + _scale_tokens(model.graph, magnitudes)
 
 
 def _scale_tokens(graph: ir.Graph, magnitudes: Mapping[str, NDArray[np.floating]]) -> int:
@@ -267,7 +250,7 @@ def _passes(node: ir.Node, channels: _Channels) -> bool:
         if any(_addend(v, channel_count(output) or 0) is None for v in node.inputs if v not in inputs):
             return False
     elif node.op_type in ("Mul", "Div"):
-        gates = [v for v in inputs if (p := v.producer()) is not None and p.op_type in _GATES]
+        gates = [v for v in inputs if maker(v, *_GATES) is not None]
         scaled = [v for v in inputs if v not in gates]
         if len(scaled) != 1 or len(inputs) + sum(constant_array(v) is not None for v in node.inputs) != len(
             node.inputs
@@ -286,14 +269,14 @@ def _passes(node: ir.Node, channels: _Channels) -> bool:
 
 def _is_per_channel(node: ir.Node) -> bool:
     if node.op_type == "Pad":
-        pads = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
+        pads = constant_input(node, 1)
         value = constant_array(node.inputs[2]) if len(node.inputs) > 2 else np.zeros(1)
         zeros = node.attributes.get_string("mode", "constant") != "constant" or (value is not None and not value.any())
         return zeros and pads is not None and pads.size == 8 and pads[1] == pads[5] == 0
     if node.op_type == "PRelu":
         return constant_array(node.inputs[1]) is not None
     if node.op_type in _REDUCTIONS:
-        axes = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
+        axes = constant_input(node, 1)
         return axes is not None and {int(a) % 4 for a in axes} <= {2, 3}
     return True
 
@@ -348,8 +331,6 @@ def _factors(graph: ir.Graph, channels: _Channels, magnitudes: Mapping[str, NDAr
     """One factor a channel; 1 for those that are fixed or that nothing is known of."""
     count = len(channels.parent)
     roots = np.array([channels.root(c) for c in range(count)], np.int64)
-    fixed = np.zeros(count, bool)
-    fixed[[channels.root(c) for c in channels.fixed]] = True
     # Not only what convolutions read: a channel that is small behind a Relu may be large in the sum in front of it.
     rounded = [
         (channels.roots(value), np.asarray(seen, np.float64))
@@ -361,22 +342,7 @@ def _factors(graph: ir.Graph, channels: _Channels, magnitudes: Mapping[str, NDAr
         for node in graph
         if (kernel := _kernel(node)) is not None and (read := node.inputs[0]) is not None and read in channels.first
     ]
-    factors = np.ones(count)
-    for _ in range(ROUNDS):
-        in_activations, in_weights = np.zeros(count), np.zeros(count)
-        for of, seen in rounded:
-            np.maximum.at(in_activations, of, relative_to(seen * factors[of], axis=0))
-        for of, kernel in kernels:
-            if kernel.shape[2] > 1:
-                shares = relative_to(kernel / factors[of].reshape(len(kernel), 1, -1), axis=2)
-                np.maximum.at(in_weights, of, shares.max(axis=1).reshape(-1))
-        both = (in_activations > 0) & (in_weights > 0)
-        factors[both] *= np.sqrt(in_weights[both] / in_activations[both])
-        depthwise = (in_activations > 0) & (in_weights == 0)
-        factors[depthwise] /= in_activations[depthwise]
-        factors[fixed] = 1.0
-        factors = np.clip(factors, 1.0 / MAX_FACTOR, MAX_FACTOR)
-    return factors[roots]
+    return balanced(count, rounded, kernels, MAX_FACTOR, sorted(channels.fixed_roots()))[roots]
 
 
 @dataclass(frozen=True)
@@ -396,27 +362,20 @@ def _scale(node: ir.Node, scaling: _Scaling) -> None:
     kernel = _kernel(node)
     if kernel is not None:
         _scale_convolution(node, kernel, scaling.of(node.inputs[0]), scaling.of(node.outputs[0]))
-    elif node.outputs[0] not in scaling.channels.first:
-        return
-    elif node.op_type in _NORMALIZATIONS:
-        factors = scaling.of(node.outputs[0])
-        for index in (1, 2):
-            constant = _per_channel(node.inputs[index], node.outputs[0])
-            if constant is not None and (factors != 1.0).any():
-                _put(node, index, constant * factors)
-    elif (gain := _gain(node)) is not None:
-        factors = scaling.of(node.outputs[0])
-        constant = _addend(node.inputs[gain], len(factors))
-        if constant is not None and (factors != 1.0).any():
-            _put(node, gain, constant * factors.reshape(1, -1, 1, 1))
-    elif node.op_type in ("Add", "Sub") and node.outputs and node.outputs[0] in scaling.channels.first:
-        factors = scaling.of(node.outputs[0])
-        if (factors == 1.0).all():
-            return
-        for index, value in enumerate(node.inputs):
-            addend = _addend(value, len(factors))
-            if addend is not None:
-                _put(node, index, addend * factors.reshape(1, -1, 1, 1))
+    elif node.outputs[0] in scaling.channels.first and ((factors := scaling.of(node.outputs[0])) != 1.0).any():
+        for index, constant in _scaled_with(node, len(factors)):
+            _put(node, index, constant * (factors if constant.ndim == 1 else along(factors, 1, 4)))
+
+
+def _scaled_with(node: ir.Node, channels: int) -> list[tuple[int, NDArray[np.float32]]]:
+    """The constants of a node, by input, that are scaled as its output is."""
+    if node.op_type in _NORMALIZATIONS:
+        constants = [(index, _per_channel(node.inputs[index], node.outputs[0])) for index in (1, 2)]
+    else:
+        gain = _gain(node)
+        every = range(len(node.inputs) if node.op_type in ("Add", "Sub") else 0)
+        constants = [(index, _addend(node.inputs[index], channels)) for index in (every if gain is None else [gain])]
+    return [(index, constant) for index, constant in constants if constant is not None]
 
 
 def _scale_convolution(node: ir.Node, kernel: NDArray[np.float32], before: Factors, after: Factors) -> None:
@@ -428,16 +387,15 @@ def _scale_convolution(node: ir.Node, kernel: NDArray[np.float32], before: Facto
     if node.op_type == "ConvTranspose":
         grouped = grouped.swapaxes(1, 2)
     _put(node, 1, grouped.reshape(kernel.shape))
-    bias = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+    bias = constant_input(node, 2)
     if bias is not None:
         _put(node, 2, bias * after)
 
 
 def _put(node: ir.Node, index: int, array: NDArray[np.floating]) -> None:
     """Give ``node`` a constant of its own: another node may share the old one."""
-    graph, old = node.graph, node.inputs[index]
+    graph, old = node.graph, given(node, index)
     assert isinstance(graph, ir.Graph)
-    assert old is not None
     new = Editor(graph, node, node.name).constant("equalized", np.ascontiguousarray(array, np.float32))
     node.replace_input_with(index, new)
     if not old.uses() and old.is_initializer():

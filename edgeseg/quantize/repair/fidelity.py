@@ -63,14 +63,17 @@ def windows(samples: CalibrationSet, spec: InputSpec) -> Iterator[tuple[NDArray[
 
 def score_names(model: onnx.ModelProto) -> list[str]:
     """The float value each output of the graph is decided from: logits, where the graph goes through them."""
-    made_by = makers(model.graph)
-    names = []
-    for output in model.graph.output:
-        name = output.name
-        while name in made_by and made_by[name].op_type in _DECISIONS:
-            name = made_by[name].input[0]
-        names.append(name)
-    return list(dict.fromkeys(names))
+    ends = [(output.name, *(node.input[0] for node in _decisions(model, output.name))) for output in model.graph.output]
+    return list(dict.fromkeys(end[-1] for end in ends))
+
+
+def _decisions(model: onnx.ModelProto, name: str) -> list[onnx.NodeProto]:
+    """The nodes between the scores and the output ``name`` that is decided from them, the last first."""
+    made_by, nodes = makers(model.graph), []
+    while name in made_by and made_by[name].op_type in _DECISIONS:
+        nodes.append(made_by[name])
+        name = nodes[-1].input[0]
+    return nodes
 
 
 @dataclass(frozen=True)
@@ -159,10 +162,5 @@ class Judge:
 
 def _class_axis(model: onnx.ModelProto) -> int:
     """Of the first output's scores: what the ArgMax is taken over, else that of images, 1."""
-    made_by = makers(model.graph)
-    name = model.graph.output[0].name
-    while name in made_by and made_by[name].op_type in _DECISIONS:
-        if made_by[name].op_type == "ArgMax":
-            return int(attribute(made_by[name], "axis", 0))
-        name = made_by[name].input[0]
-    return 1
+    decisions = _decisions(model, model.graph.output[0].name)
+    return next((int(attribute(node, "axis", 0)) for node in decisions if node.op_type == "ArgMax"), 1)

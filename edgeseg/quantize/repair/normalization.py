@@ -8,13 +8,15 @@ normalizes behind its residual, ends it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.graph.editing import constant_array
+from edgeseg.graph.editing import constant_array, constant_input, given_array
+from edgeseg.quantize.parameters import along
 
 Factors = NDArray[np.float64]
 
@@ -76,13 +78,42 @@ def balance(normalization: Normalization, magnitude: NDArray[np.floating], limit
         magnitude: ``(C,)``: largest absolute value of each channel on calibration images.
         limit: most a channel is scaled by, up or down.
     """
-    factors, seen = np.ones(len(magnitude)), np.asarray(magnitude, np.float64)
-    weights = [_by_output(reader) for reader in normalization.readers]
+    numbers = np.arange(len(magnitude))
+    weights = [(numbers, _by_output(reader)[None]) for reader in normalization.readers]
+    return balanced(len(magnitude), [(numbers, np.asarray(magnitude, np.float64))], weights, limit)
+
+
+def balanced(
+    count: int,
+    activations: Sequence[tuple[NDArray[np.int64], Factors]],
+    weights: Sequence[tuple[NDArray[np.int64], Factors]],
+    limit: float,
+    fixed: Sequence[int] = (),
+) -> Factors:
+    """A factor for each of ``count`` channels, found in rounds.
+
+    Args:
+        count: of channels.
+        activations: of each the numbers of its channels, and their largest absolute values, ``(C,)``.
+        weights: of each reader the numbers of the channels it reads, and its largest absolute weights, ``(groups, outputs of a
+            group, inputs of a group)``. A depthwise one has one scale per channel and loses nothing.
+        limit: most a channel is scaled by, up or down.
+        fixed: numbers of channels that keep 1.
+    """
+    factors = np.ones(count)
     for _ in range(ROUNDS):
-        in_activation = relative_to(seen * factors, axis=0)
-        in_weights = np.max([relative_to(weight / factors, axis=1).max(axis=0) for weight in weights], axis=0)
-        both = (in_activation > 0) & (in_weights > 0)
-        factors[both] *= np.sqrt(in_weights[both] / in_activation[both])
+        in_activations, in_weights = np.zeros(count), np.zeros(count)
+        for of, seen in activations:
+            np.maximum.at(in_activations, of, relative_to(seen * factors[of], axis=0))
+        for of, weight in weights:
+            if weight.shape[2] > 1:
+                shares = relative_to(weight / factors[of].reshape(len(weight), 1, -1), axis=2)
+                np.maximum.at(in_weights, of, shares.max(axis=1).reshape(-1))
+        both = (in_activations > 0) & (in_weights > 0)
+        factors[both] *= np.sqrt(in_weights[both] / in_activations[both])
+        depthwise = (in_activations > 0) & (in_weights == 0)
+        factors[depthwise] /= in_activations[depthwise]
+        factors[list(fixed)] = 1.0
         factors = np.clip(factors, 1.0 / limit, limit)
     return factors
 
@@ -95,7 +126,7 @@ def relative_to(array: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
 
 def _by_output(reader: Reader) -> NDArray[np.float64]:
     """``(outputs, C)``: the largest absolute weight over a kernel's plane."""
-    weight = np.abs(_weight(reader))
+    weight = np.abs(_constant(reader.node, 1))
     return np.moveaxis(weight.reshape(*weight.shape[:2], -1).max(axis=2), reader.axis, 1)
 
 
@@ -106,21 +137,13 @@ def scaled_constants(normalization: Normalization, factors: Factors) -> list[tup
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         changes.append((node, 2, _constant(node, 2) * factors))
     for reader in normalization.readers:
-        weight = _weight(reader)
-        shape = [1] * weight.ndim
-        shape[reader.axis] = -1
-        changes.append((reader.node, 1, weight / factors.reshape(shape)))
+        weight = _constant(reader.node, 1)
+        changes.append((reader.node, 1, weight / along(factors, reader.axis, weight.ndim)))
     return changes
 
 
-def _weight(reader: Reader) -> NDArray[np.float64]:
-    return _constant(reader.node, 1)
-
-
 def _constant(node: ir.Node, index: int) -> NDArray[np.float64]:
-    array = constant_array(node.inputs[index])
-    assert array is not None
-    return array.astype(np.float64)
+    return given_array(node, index).astype(np.float64)
 
 
 def _readers(value: ir.Value, axis: int) -> list[Reader] | None:
@@ -164,7 +187,7 @@ def _moved(node: ir.Node, axis: int) -> int | None:
 
 def _weight_axis(node: ir.Node, axis: int, rank: int) -> int | None:
     """The weight's axis along the channels, for a layer with a constant weight that contracts over them."""
-    weight = constant_array(node.inputs[1]) if len(node.inputs) > 1 else None
+    weight = constant_input(node, 1)
     if node.domain or weight is None or weight.dtype != np.float32:
         return None
     if node.op_type == "MatMul":

@@ -14,7 +14,7 @@ with the number of calibration images.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,25 +46,6 @@ TRIAL_PIXELS = 32 * 8 * 256 * 256
 whose ranges differ most come first."""
 
 
-@dataclass(frozen=True)
-class RangeChoice:
-    """What won.
-
-    Attributes:
-        methods: by tensor of the graph.
-        whole: divergence with each method for all tensors, relative to the default method's; mean over the schemes.
-        chosen: the same of the choice.
-        trials: how many module and method pairs were tried.
-        fidelity: of the choice, by scheme.
-    """
-
-    methods: dict[str, str]
-    whole: dict[str, float]
-    chosen: float
-    trials: int
-    fidelity: dict[str, Fidelity]
-
-
 def choose_methods(
     graph: OnnxGraph,
     tables: Mapping[str, CalibrationTable],
@@ -72,7 +53,7 @@ def choose_methods(
     judge: Judge,
     schemes: Sequence[str],
     progress: Callable[[int, int], None] | None = None,
-) -> RangeChoice:
+) -> tuple[dict[str, str], dict[str, Fidelity]]:
     """Let the methods compete.
 
     Args:
@@ -82,6 +63,9 @@ def choose_methods(
         judge: with other images.
         schemes: to judge in; at least one.
         progress: called with trials done and trials in all.
+
+    Returns:
+        what won by tensor of the graph, and the fidelity of that choice by scheme.
 
     Raises:
         QuantizationError: the graph cannot be quantized.
@@ -107,13 +91,7 @@ def choose_methods(
         if is_gain(loss, challenged := relative_loss(challenger, unit)):
             table, fidelity, loss = changed, challenger, challenged
             methods |= dict.fromkeys(tensors, method)
-    return RangeChoice(
-        methods=methods,
-        whole={name: float(values.mean()) for name, values in losses.items()},
-        chosen=float(loss.mean()),
-        trials=len(pairs),
-        fidelity=fidelity,
-    )
+    return methods, fidelity
 
 
 def relative_loss(fidelity: Mapping[str, Fidelity], unit: Mapping[str, Fidelity]) -> NDArray[np.float64]:

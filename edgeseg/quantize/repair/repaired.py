@@ -82,27 +82,27 @@ def calibrate_repaired(
         seen.add(kept.take(range(IMAGES)), progress)
         course = _Course(judge, judges, graph, seen.table(samples, rule))
         magnitudes = seen.magnitudes()
-        graph, report = write_equalized(original, magnitudes, equalized)
+        graph, channels = write_equalized(original, magnitudes, equalized)
         require_equal(original, graph, samples)
         observation = observed(graph)
         fidelities = course.fidelities(graph, observation.table(samples, rule))
-        if not course.tried("equalization", fidelities, {"channels": report.channels}):
+        if not course.tried("equalization", fidelities, {"channels": channels}):
             equalized.unlink()
             graph, magnitudes, observation = original, {}, observed(original)
     table = course.with_biases(observation.table(samples, rule))
     methods = dict.fromkeys(table.ranges, rule.name)
     if method == AUTO and course.schemes:
         tables = {name: course.with_biases(observation.table(samples, range_method(name))) for name in METHODS}
-        choice = choose_methods(graph, tables, observation.sources, judge, course.schemes, progress)
-        if course.tried("calibration-method", choice.fidelity, dict(Counter(choice.methods.values()))):
-            methods = choice.methods
+        chosen, fidelity = choose_methods(graph, tables, observation.sources, judge, course.schemes, progress)
+        if course.tried("calibration-method", fidelity, dict(Counter(chosen.values()))):
+            methods = chosen
     if held is not None:
         observation.add(held, progress)
     final = observation.table(samples, rule)
     if method == AUTO:
-        chosen = observation.ranges({name: range_method(methods[name]) for name in methods})
-        chosen = {name: replace(limits, method=methods[name]) for name, limits in chosen.items()}
-        final = replace(final, method=AUTO, options={}, key=table_key(graph, samples, AUTO), ranges=chosen)
+        ranges = observation.ranges({name: range_method(methods[name]) for name in methods})
+        ranges = {name: replace(limits, method=methods[name]) for name, limits in ranges.items()}
+        final = replace(final, method=AUTO, options={}, key=table_key(graph, samples, AUTO), ranges=ranges)
     final = course.with_biases(final)
     return graph, replace(final, equalization=magnitudes, repairs=tuple(course.repairs))
 
