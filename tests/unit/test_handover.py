@@ -200,6 +200,17 @@ def test_the_hub_gets_an_engine_folder_with_a_card(engine: Path, tmp_path: Path)
         np.testing.assert_array_equal(there(IMAGES[0]), here(IMAGES[0]))
 
 
+def test_a_graph_that_is_compiled_elsewhere_has_its_picture_too(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(IMAGES[0]).save(photo)
+    pictures = []
+    for name, portable_only in (("here", False), ("elsewhere", True)):
+        folder = folder_for(tmp_path / name, "onnxruntime", own_scheme(), portable_only=portable_only)
+        export_engine(folder, "hub", tmp_path / f"{name}-hub", licence="mit", picture=photo)
+        pictures.append((tmp_path / f"{name}-hub" / "picture.png").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
 def test_noisy_times_are_called_so(engine: Path, tmp_path: Path) -> None:
     v = read_manifest(engine).verification
     assert v is not None
