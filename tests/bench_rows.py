@@ -24,6 +24,10 @@ from edgeseg.evaluate.results import (
 from edgeseg.machine.record import Environment
 
 
+def row_of(report: BenchReport, row_id: str) -> Row:
+    return next(row for row in report.rows if row.id == row_id)
+
+
 def row(
     name: str,
     median_ms: float | None = 10.0,

@@ -39,3 +39,9 @@ class Zsh(_WholeWords, ZshComplete):
 @add_completion_class
 class Fish(_WholeWords, FishComplete):
     """Proposes nothing that does not begin as the word does."""
+
+    def format_completion(self, item: CompletionItem[str]) -> str:
+        # To click's script what is said of an item ends at its first comma.
+        return super().format_completion(
+            CompletionItem(item.value, item.type, item.help and item.help.replace(",", ";"))
+        )

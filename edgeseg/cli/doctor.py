@@ -93,6 +93,11 @@ def diagnose() -> Diagnosis:
     memory = read_memory()
     cache = cache_content()
     cuda = torch_cuda()
+    advice = advise(cpu, limit, memory, packages, backends, cuda)
+    if not cache.writable:
+        advice.append(
+            f"The cache {cache.folder} cannot be written: builds keep nothing; EDGESEG_CACHE names another folder."
+        )
     return Diagnosis(
         edgeseg_version=__version__,
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -105,7 +110,7 @@ def diagnose() -> Diagnosis:
         packages=packages,
         backends=backends,
         cache=cache,
-        advice=(*advise(cpu, limit, memory, packages, backends, cuda), *_cache_advice(cache)),
+        advice=tuple(advice),
         torch_cuda=cuda,
     )
 
@@ -157,12 +162,6 @@ def advise(
             f"Only {min(usable) / MIB:.0f} MiB of memory are free: running needs little, building wants about 2048."
         )
     return said
-
-
-def _cache_advice(cache: CacheContent) -> list[str]:
-    if cache.writable:
-        return []
-    return [f"The cache {cache.folder} cannot be written: builds keep nothing; EDGESEG_CACHE names another folder."]
 
 
 def _what_is_fast(cpu: Cpu) -> str:

@@ -97,7 +97,8 @@ class Plan(Closing):
                 self._db = sqlite3.connect(Path(self._folder.name) / "plan.db", isolation_level=None)
                 self._db.executescript(_TABLES)
                 for number, item in enumerate(inputs):
-                    self._list(number, item)
+                    rows = (self._row(number, *row) for row in _listed(item))
+                    self._db.executemany("INSERT INTO listed VALUES (?, ?, ?, ?, ?, ?)", rows)
                 self._db.execute(
                     "INSERT OR IGNORE INTO image (identity, source, stem, stamp) "
                     "SELECT identity, source, stem, stamp FROM listed ORDER BY input, key, source"
@@ -116,11 +117,6 @@ class Plan(Closing):
         if hasattr(self, "_db"):
             self._db.close()
         self._folder.cleanup()
-
-    def _list(self, number: int, item: str | Path | int) -> None:
-        self._db.executemany(
-            "INSERT INTO listed VALUES (?, ?, ?, ?, ?, ?)", (self._row(number, *row) for row in _listed(item))
-        )
 
     @staticmethod
     def _row(

@@ -168,6 +168,8 @@ def _alone_in(target: Path | Bucket) -> Generator[None, None, None]:
 def _on_ray(workers: int | None, address: str | None) -> Workers:
     @contextmanager
     def hands(job: Job, engines: Sequence[Engine], bar: Silent) -> Generator[Pool, None, None]:
+        if job.output.startswith("memory:"):
+            raise SpecError("memory:// is this process's own memory, which no worker sees; give a folder or a bucket")
         targets = [engine.manifest.target for engine in engines]
         files = [engine_content(engine) for engine in engines]
         with (

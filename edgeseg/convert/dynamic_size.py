@@ -157,7 +157,8 @@ def _padding(
 
     ``None`` where it depends on the image's size.
     """
-    step, kernel, dilation = (_pair(getattr(layer, name, 1)) for name in ("stride", "kernel_size", "dilation"))
+    to_2tuple = import_for_conversion("timm.layers").to_2tuple
+    step, kernel, dilation = (to_2tuple(getattr(layer, name, 1)) for name in ("stride", "kernel_size", "dilation"))
     reduction = image[0] // given[0]
     whole = all(side * reduction == full for side, full in zip(given, image, strict=True))
     if not whole or any(stride % (reduction * s) for s in step):
@@ -185,7 +186,3 @@ def _take_as_it_is(layer: Any) -> None:
     else:
         layer.__class__ = next(kind for kind in (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d) if isinstance(layer, kind))
         layer.padding = (0, 0)
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value

@@ -127,11 +127,12 @@ def _probe(url: str, *, any_hub: bool = False) -> str | None:
     site = urllib.parse.urlsplit(url)
     name = f"{site.scheme}://{site.netloc}"
     answers: list[str | None] = []
+    get_token = import_for_conversion("huggingface_hub").get_token
 
     def ask() -> None:
         headers = {"User-Agent": "edgeseg"}
         try:
-            if token := import_for_conversion("huggingface_hub").get_token():
+            if token := get_token():
                 headers["Authorization"] = f"Bearer {token}"
             request = urllib.request.Request(url, method="HEAD", headers=headers)
             with urllib.request.build_opener(_FollowNothing).open(request, timeout=PROBE_SECONDS) as answer:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from edgeseg.convert import architectures
 from edgeseg.convert.hub import refuse_early
-from edgeseg.convert.hub_models import fetch_model, is_hub_id
 from edgeseg.convert.loaded import ImageSource, LoadedModel, no_images
 from edgeseg.spec import ModelRequest
 
@@ -33,9 +32,6 @@ def load_model(request: ModelRequest, images: ImageSource = no_images) -> Loaded
     if weights == "imagenet" and not Path(weights).exists():
         arch = architectures.require_arch(request.arch)
         refuse_early(request.encoder or architectures.default_encoder(arch))
-    if weights is not None and is_hub_id(weights):
-        # What cannot be had is said before seconds of imports.
-        fetch_model(weights, needs_preprocessing=request.mean is None)
     architectures.import_for_conversion("torch")
     architectures.import_smp()
     from edgeseg.convert.sources import load_from_source

@@ -36,15 +36,11 @@ _ARGUMENT_SINCE_0_4 = {"deeplabv3": "encoder_output_stride", "deeplabv3plus": "d
 
 def is_old(version: object) -> bool:
     """Whether a version such as ``"0.3.4"`` or ``0.4`` is one before 0.5. Raises ``SpecError`` if it is no version."""
-    return _numbers(version) < (0, 5)
-
-
-def _numbers(version: object) -> tuple[int, int]:
     text = str(version)
     numbers = re.fullmatch(r"v?(\d{1,4})\.(\d{1,4})(\.\w{1,20}){0,2}", text)
     if numbers is None:
         raise SpecError(f"{ARGUMENT} is {text[:40]!r}; give the version of SMP that trained the weights, such as 0.4")
-    return int(numbers[1]), int(numbers[2])
+    return (int(numbers[1]), int(numbers[2])) < (0, 5)
 
 
 def _dilates_otherwise(arch: str, encoder: str, model_args: Mapping[str, Any]) -> bool:

@@ -93,7 +93,7 @@ def resolve_preprocess(
         SpecError: mean without std, scale without both, a wrong number of values, or in_channels for which nothing can
             be assumed.
     """
-    dtype, clip = request.input_dtype, _clip(request)
+    dtype, clip = request.input_dtype, None if request.clip is None else (request.clip[0], request.clip[1])
     if request.mean is not None or request.std is not None:
         given, notes = _from_user(request, in_channels)
         given = replace(given, clip=clip)
@@ -139,14 +139,6 @@ def resolve_preprocess(
             f"{before}{in_words(assumed, dtype)} ({assumed.source}): assumed; {doubt}, give {hint}",
         )
     return assumed, notes
-
-
-def _clip(request: ModelRequest) -> tuple[float, float] | None:
-    if request.clip is None:
-        return None
-    if len(request.clip) != 2:
-        raise SpecError(f"--clip has {len(request.clip)} values; give the lowest and the highest, such as -160,240")
-    return request.clip[0], request.clip[1]
 
 
 def _evidence(preprocess: Preprocess, dtype: InputDtype) -> str:

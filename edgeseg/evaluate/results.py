@@ -441,13 +441,6 @@ class BenchReport:
     notes: tuple[str, ...] = ()
     failed: tuple[FailedMeasurement, ...] = ()
 
-    def row(self, row_id: str) -> Row:
-        """The row of that id. Raises ``KeyError``."""
-        for row in self.rows:
-            if row.id == row_id:
-                return row
-        raise KeyError(row_id)
-
 
 def write_report(path: Path, report: BenchReport) -> None:
     """Write a report as JSON, atomically. Raises ``ArtifactError`` when the place cannot be written."""

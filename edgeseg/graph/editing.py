@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass, ShapeInferencePass
 
 Dims = tuple[int | None, ...]
 
@@ -93,12 +93,6 @@ def dims(value: ir.Value | None) -> Dims | None:
     if value is None or value.shape is None:
         return None
     return tuple(d if isinstance(d, int) else None for d in value.shape)
-
-
-def static(value: ir.Value | None) -> tuple[int, ...] | None:
-    """Shape when all of it is known, else ``None``."""
-    known = dims(value)
-    return None if known is None or None in known else tuple(d for d in known if d is not None)
 
 
 def image_shape(value: ir.Value | None) -> tuple[int, int, int] | None:
@@ -261,6 +255,7 @@ def remove_unread_constants(graph: ir.Graph) -> None:
 
 
 def tidy(model: ir.Model) -> None:
-    """Remove nodes and initializers nothing reads, and infer the shapes of new values."""
+    """Remove nodes and initializers nothing reads, make names unique, and infer the shapes of new values."""
     RemoveUnusedNodesPass()(model)
+    NameFixPass()(model)
     ShapeInferencePass(strict_mode=True)(model)

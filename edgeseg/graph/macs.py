@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,20 +64,15 @@ def count_macs(
             shapes = _known_shapes(model, {"batch": 1, **(sizes or {})})
         else:
             shapes = {**{t.name: tuple(t.dims) for t in model.graph.initializer}, **shapes}
-        return _counted(model, shapes)
+        macs: dict[str, int] = {}
+        for index, node in enumerate(model.graph.node):
+            if (count := _node_macs(node, shapes)) is not None:
+                name = node.name or f"{node.op_type}#{index}"
+                macs[name if name not in macs else f"{name}#{index}"] = count
+        return macs
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as exc:
         # A damaged graph: nodes without their inputs, tensors without their data. onnx's own operators raise all kinds.
         raise ArtifactError(f"the graph is damaged: {first_line(exc)}; export it again") from exc
-
-
-def _counted(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> dict[str, int]:
-    macs: dict[str, int] = {}
-    for index, node in enumerate(model.graph.node):
-        count = _node_macs(node, shapes)
-        if count is not None:
-            name = node.name or f"{node.op_type}#{index}"
-            macs[name if name not in macs else f"{name}#{index}"] = count
-    return macs
 
 
 def _known_shapes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> dict[str, Shape]:
@@ -171,19 +166,13 @@ def _node_macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int | None:
         return shapes[name]
 
     if node.op_type in CONV_WEIGHT:
-        return _convolution(node, shape)
+        return math.prod(shape(node.output[0])) * math.prod(shape(node.input[CONV_WEIGHT[node.op_type]])[1:])
     if node.op_type == "ConvTranspose":
-        weight = shape(node.input[1])
-        return math.prod(shape(node.input[0])) * math.prod(weight[1:])
+        return math.prod(shape(node.input[0])) * math.prod(shape(node.input[1])[1:])
     if node.op_type in MATMUL_OPERANDS:
         left, right = (shape(node.input[i]) for i in MATMUL_OPERANDS[node.op_type])
         return _product(left, right, bool(attribute(node, "transA")), bool(attribute(node, "transB")))
     return None
-
-
-def _convolution(node: onnx.NodeProto, shape: Callable[[str], Shape]) -> int:
-    weight = shape(node.input[CONV_WEIGHT[node.op_type]])
-    return math.prod(shape(node.output[0])) * math.prod(weight[1:])
 
 
 def _product(left: Sequence[int], right: Sequence[int], transpose_left: bool, transpose_right: bool) -> int:

@@ -42,7 +42,16 @@ def input_words(spec: PipelineSpec, dtype: str | None = None) -> str:
     return f"{shape}, {colours}, {sides}, N {size.batch}: the image as it was decoded"
 
 
-def require(engine: Engine, host: str, *, target: str, fit: str, batch: bool, channels: tuple[int, ...] = ()) -> None:
+def require(
+    engine: Engine,
+    host: str,
+    *,
+    target: str,
+    fit: str,
+    batch: bool,
+    channels: tuple[int, ...] = (),
+    others: Sequence[tuple[bool, str]] = (),
+) -> None:
     """Refuse an engine that a host of single masks cannot run, saying what to build instead.
 
     Args:
@@ -52,9 +61,10 @@ def require(engine: Engine, host: str, *, target: str, fit: str, batch: bool, ch
         fit: how it brings images to the engine's size.
         batch: it takes a batch range that begins with 1; else it takes single images only.
         channels: how many it can hand over; empty for any number.
+        others: further reasons: whether each is one here, and in words.
 
     Raises:
-        SpecError: this engine is of another kind.
+        SpecError: this engine is of another kind; names all reasons, because each takes another build.
     """
     spec, about = engine.manifest.spec, engine.manifest
     size, kind = spec.input, spec.output.kind
@@ -88,10 +98,10 @@ def require(engine: Engine, host: str, *, target: str, fit: str, batch: bool, ch
             awaits_calibration(about.precision, about.options),
             "needs the Q/DQ graph of an int8 engine; build without --backend-option implicit_calibration=true",
         ),
+        *others,
     )
-    for refused, words in refusals:
-        if refused:
-            raise SpecError(f"{host} {words}")
+    if reasons := [words for refused, words in refusals if refused]:
+        raise SpecError(f"{host} {'; it '.join(reasons)}")
 
 
 def graph_bytes(model: onnx.ModelProto) -> bytes:

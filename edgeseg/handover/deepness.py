@@ -31,14 +31,13 @@ def contents(engine: Engine, resolution_cm: float | None) -> dict[str, Content]:
         SpecError: the plug-in cannot run the engine, or the resolution was not said.
         BuildError: the graph made does not give the engine's masks.
     """
-    require(engine, "Deepness", target="onnxruntime", fit="tile", batch=True)
     spec = engine.manifest.spec
     size = spec.input
-    if size.height != size.width:
-        raise SpecError(
-            f"Deepness cuts square tiles, the engine takes {size.height}x{size.width}; "
-            f"build with --size {size.height}x{size.height}"
-        )
+    square = (
+        f"cuts square tiles, the engine takes {size.height}x{size.width}; build with --size {size.height}x{size.height}"
+    )
+    others = [(size.height != size.width, square)]
+    require(engine, "Deepness", target="onnxruntime", fit="tile", batch=True, others=others)
     if resolution_cm is None or not (math.isfinite(resolution_cm) and resolution_cm > 0):
         raise SpecError(
             "Deepness resamples maps to the model's ground resolution, which no engine knows; give --resolution CM, the "

@@ -8,7 +8,6 @@ Written against its source: ``nvdsinfer_conversion.cu`` (pixels times ``net-scal
 
 from __future__ import annotations
 
-from edgeseg.errors import SpecError
 from edgeseg.handover.contents import Content, graph_bytes, label_lines, labels, readme, require, threshold_words
 from edgeseg.handover.face import Face, with_face
 from edgeseg.store.engine import Engine
@@ -25,13 +24,15 @@ def contents(engine: Engine) -> dict[str, Content]:
         SpecError: ``nvinfer`` cannot run the engine.
         BuildError: the graph made does not give the engine's masks.
     """
-    require(engine, "DeepStream", target="tensorrt", fit="resize", batch=True, channels=(1, 3))
     about = engine.manifest
-    if about.precision.requested == "int8" and about.options.get("typing") == "weak":
-        raise SpecError(
-            "DeepStream builds INT8 of a Q/DQ graph as a strongly typed network only, this engine is to be weakly typed; "
-            "build without --backend-option typing=weak"
-        )
+    weak = about.precision.requested == "int8" and about.options.get("typing") == "weak"
+    strongly = (
+        "builds INT8 of a Q/DQ graph as a strongly typed network only, this engine is to be weakly typed; build without "
+        "--backend-option typing=weak"
+    )
+    require(
+        engine, "DeepStream", target="tensorrt", fit="resize", batch=True, channels=(1, 3), others=[(weak, strongly)]
+    )
     size = about.spec.input
     made = with_face(engine, FACE)
     start = f"""Start it, in this folder, on a machine with DeepStream; the first start builds TensorRT's engine, which takes

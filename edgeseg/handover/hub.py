@@ -6,11 +6,13 @@ import dataclasses
 import io
 import json
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from edgeseg.backends.portable import open_graph
 from edgeseg.console import markdown_text
 from edgeseg.errors import SpecError
 from edgeseg.evaluate.summary import noise_lines, share
@@ -59,9 +61,14 @@ def _picture(engine: Engine, path: Path) -> bytes:
 
     from edgeseg.images.decoding import read_image
     from edgeseg.runtime.overlay import colorize, shown_levels
-    from edgeseg.runtime.segmenter import load
+    from edgeseg.runtime.segmenter import Segmenter, load
 
-    with load(engine.folder) as segmenter:
+    with ExitStack() as opened:
+        if engine.manifest.engine is None:
+            # The graph is what is uploaded, wherever its engine will be built.
+            segmenter = Segmenter(opened.enter_context(open_graph(engine)), engine.manifest.spec)
+        else:
+            segmenter = opened.enter_context(load(engine.folder))
         wanted = segmenter.spec.input
         image = read_image(path, wanted.channels, wanted.dtype)
         colours = colorize(np.asarray(segmenter(image)))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 
 from edgeseg.backends.tensorrt.opset17 import for_tensorrt_8
-from edgeseg.errors import SpecError
 from edgeseg.handover.contents import Content, graph_bytes, label_lines, labels, readme, require, threshold_words
 from edgeseg.handover.face import Face, check, with_face
 from edgeseg.runtime.overlay import spec_palette
@@ -30,13 +29,18 @@ def contents(engine: Engine) -> dict[str, Content]:
         SpecError: jetson-inference cannot run the engine.
         BuildError: the graph made does not give the engine's masks, or cannot be written for TensorRT 8.
     """
-    about = engine.manifest
-    if about.precision.requested == "int8":
-        raise SpecError(
-            "jetson-inference builds TensorRT's engine itself and gives a Q/DQ graph no integers; build with --precision fp16"
-        )
-    require(engine, "jetson-inference", target="tensorrt", fit="resize", batch=False, channels=(3,))
-    spec = about.spec
+    spec = engine.manifest.spec
+    has_pairs = engine.manifest.precision.requested == "int8"
+    floats = "builds TensorRT's engine itself and gives a Q/DQ graph no integers; build with --precision fp16"
+    require(
+        engine,
+        "jetson-inference",
+        target="tensorrt",
+        fit="resize",
+        batch=False,
+        channels=(3,),
+        others=[(has_pairs, floats)],
+    )
     # It is at home on JetPack 4 to 6, where TensorRT 8 reads opset 17 at most; later ones read that too.
     made = for_tensorrt_8(with_face(engine, FACE)).model
     check(made, FACE, engine)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 
 from edgeseg.backends.signature import AUXILIARY, Extent, TensorInfo, expected_image, expected_outputs
+from edgeseg.console import markdown_text
 from edgeseg.errors import SpecError, typed
 from edgeseg.handover.contents import Content, input_words, labels, values_words
 from edgeseg.spec import PipelineSpec
@@ -132,7 +133,7 @@ def _readme(name: str, manifest: Manifest, *, is_plan: bool) -> str:
     outputs = "\n".join(f"- `{tensor.name}`: {tensor.dtype}" for tensor in results)
     return f"""# {name} for Triton
 
-{spec.in_words}. {where}
+{markdown_text(f"{spec.in_words}. {where}")}
 
 Start it, in this folder:
 

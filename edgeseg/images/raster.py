@@ -245,7 +245,7 @@ def open_raster(path: Path, wanted: PipelineSpec, how: Reading) -> Iterator[Rast
                 _require_dtype(path, name, wanted.input.dtype)
                 _require_value(path, name, how.nodata)
             by_value = _has_flag(dataset, chosen, "nodata")
-            mask_band = _alpha_band(dataset)
+            mask_band = next((n for n, colour in enumerate(dataset.colorinterp, 1) if colour.name == "alpha"), None)
             is_masked = _is_masked(dataset, chosen) and (how.nodata is None or not by_value)
             nodata = None if how.nodata == "none" else how.nodata
             if grid is not None:
@@ -417,10 +417,6 @@ def _has_flag(dataset: Any, bands: Sequence[int], name: str) -> bool:
 def _is_masked(dataset: Any, bands: Sequence[int]) -> bool:
     """Whether GDAL knows by more than an alpha band where there is no data."""
     return not _has_flag(dataset, bands, "all_valid") and not _has_flag(dataset, bands, "alpha")
-
-
-def _alpha_band(dataset: Any) -> int | None:
-    return next((number for number, colour in enumerate(dataset.colorinterp, 1) if colour.name == "alpha"), None)
 
 
 _NUMPY = {"uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64"}

@@ -30,7 +30,7 @@ THREAD_VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
 )
 # vcgencmd get_throttled of a Raspberry Pi, as its kernel driver shows it; the bits for now, not those for "since boot".
-_PI_THROTTLED = ("sys/devices/platform/soc/soc:firmware/get_throttled",)
+_PI_THROTTLED = "sys/devices/platform/soc/soc:firmware/get_throttled"
 _PI_BITS = {0x1: "under-voltage", 0x2: "ARM clock capped", 0x4: "throttled", 0x8: "soft temperature limit"}
 MAX_OTHER_CORES = 0.25
 MAX_FREQUENCY_CHANGE = 0.10
@@ -210,10 +210,8 @@ def _throttled(root: Path) -> tuple[str, ...]:
         # Not fans, and not a Jetson's devfreq-*, whose state is the clock it idles at.
         if state is not None and state > 0 and (kind.endswith("-alert") or "cpufreq" in kind):
             reasons.append(kind)
-    for place in _PI_THROTTLED:
-        bits = int(read_text(root / place) or "0", 16)
-        reasons += [words for bit, words in _PI_BITS.items() if bits & bit]
-    return tuple(reasons)
+    bits = int(read_text(root / _PI_THROTTLED) or "0", 16)
+    return (*reasons, *(words for bit, words in _PI_BITS.items() if bits & bit))
 
 
 def _temperatures(root: Path) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeseg.errors import SpecError
-from edgeseg.evaluate.results import Profile, Row, read_report
+from edgeseg.evaluate.results import Profile, read_report
 from edgeseg.quantize.modules import Modules
 from edgeseg.spec import ModelSpec
 
@@ -65,7 +65,10 @@ def times_from_file(path: Path, model: ModelSpec, modules: Modules) -> ModuleTim
         ArtifactError: no such file, or none of a bench.
         SpecError: it holds no profile of both an int8 and a float engine of this model.
     """
-    rows = [row for row in read_report(path).rows if row.profile is not None and _is_of(row, model)]
+    ours = (
+        row for row in read_report(path).rows if (row.engine.arch, row.engine.encoder) == (model.arch, model.encoder)
+    )
+    rows = [row for row in ours if row.profile is not None]
     int8 = next((row.profile for row in rows if row.engine.precision == "int8"), None)
     floats = next((r.profile for kind in _FLOATS for r in rows if r.engine.precision == kind), None)
     if int8 is None or floats is None:
@@ -75,7 +78,3 @@ def times_from_file(path: Path, model: ModelSpec, modules: Modules) -> ModuleTim
             "edgeseg bench INT8_DIR FP16_DIR --profile --json FILE"
         )
     return module_times([int8], [floats], modules, f"the bench {path.name}")
-
-
-def _is_of(row: Row, model: ModelSpec) -> bool:
-    return (row.engine.arch, row.engine.encoder) == (model.arch, model.encoder)

@@ -253,7 +253,10 @@ class GoalSearch:
             else trial.candidate.built.precision
         )
         trial.mac_share = precision.mac_share
-        trial.meets_goal = self._meets(trial.judged) and self._has_share(precision.mac_share.get("int8", 0.0))
+        # The default says what "int8" promises where nothing else was asked for; a goal asks for something else.
+        least = self.request.min_int8_share
+        has_share = least in (MIN_INT8_SHARE, 0.0) or precision.mac_share.get("int8", 0.0) >= least
+        trial.meets_goal = self._meets(trial.judged) and has_share
         return trial
 
     def _built(self, trial: Trial) -> Candidate:
@@ -277,10 +280,6 @@ class GoalSearch:
         if request.max_drop is not None and (drop is None or drop.value > request.max_drop):
             return False
         return request.min_agreement is None or judged.agreement().value >= request.min_agreement
-
-    def _has_share(self, share: float) -> bool:
-        # The default says what "int8" promises where nothing else was asked for; a goal asks for something else.
-        return self.request.min_int8_share in (MIN_INT8_SHARE, 0.0) or share >= self.request.min_int8_share
 
     def _module_times(self, network: NetworkModules, int8: Trial, floats: Trial) -> ModuleTimes | None:
         """Milliseconds by module: from a file, else measured here, else ``None``."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from edgeseg.backends import GPU_TARGETS, get_backend
 from edgeseg.backends.portable import measured_on, open_graph
 from edgeseg.closing import Closing
-from edgeseg.errors import InputError, SpecError
+from edgeseg.errors import SpecError
 from edgeseg.evaluate.tables import counted
 from edgeseg.evaluate.verify import missed_gates
 from edgeseg.pipeline.goal import has_goal
@@ -39,8 +39,6 @@ class Verifier(Closing):
     """
 
     def __init__(self, request: BuildRequest, loaded: LoadedModel, data: VerificationData) -> None:
-        if request.max_drop is not None and not data.has_masks:
-            raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
         self.request = request
         self.loaded = loaded
         self.data = data

@@ -124,10 +124,7 @@ def _float_shapes(model: onnx.ModelProto, spec: InputSpec) -> dict[str, Dims | N
 
 
 def _size(shape: Dims | None) -> int | None:
-    if shape is None:
-        return None
-    known = [size for size in shape if size is not None]
-    return math.prod(known) if len(known) == len(shape) else None
+    return None if shape is None or None in shape else math.prod(size or 0 for size in shape)
 
 
 def _computed_from_input(graph: onnx.GraphProto) -> list[str]:

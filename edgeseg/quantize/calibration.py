@@ -75,7 +75,11 @@ def table_key(
         SpecError: unknown method or bad option.
     """
     by_itself = method in (AUTO, TRAINED)
-    rule = RangeMethod(method) if by_itself else range_method(method, _percentile(options or {}))
+    rule = (
+        RangeMethod(method)
+        if by_itself
+        else range_method(method, (options or {}).get("percentile", DEFAULT_PERCENTILE))
+    )
     key = {
         "weights": graph.weights_sha256,
         "graph": graph.sha256,
@@ -84,10 +88,6 @@ def table_key(
         "method": sha256_json([rule.name, rule.options, SAMPLE, _STATISTICS_VERSION]),
     }
     return key if samples is None else {**key, "images": samples.digest}
-
-
-def _percentile(options: Mapping[str, float]) -> float:
-    return options.get("percentile", DEFAULT_PERCENTILE)
 
 
 def calibrate(

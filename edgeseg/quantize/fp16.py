@@ -88,11 +88,7 @@ def fp16_model(
         QuantizationError: nothing is left to run in FP16.
     """
     typed = copied(model)
-    values = value_infos(typed)
-    floats = {name for name, v in values.items() if v.type.tensor_type.elem_type == TensorProto.FLOAT}
-    weights = {t.name: t for t in typed.graph.initializer if t.data_type == TensorProto.FLOAT}
-    writer = _Writer(typed.graph, floats, weights, magnitudes, within)
-    writer.run()
+    _Writer(typed, magnitudes, within).run()
     # The types noted for the float32 graph no longer hold; every reader infers them anew.
     del typed.graph.value_info[:]
     return typed
@@ -103,16 +99,16 @@ class _Writer:
 
     def __init__(
         self,
-        graph: onnx.GraphProto,
-        floats: set[str],
-        weights: Mapping[str, TensorProto],
+        model: onnx.ModelProto,
         magnitudes: Mapping[str, float],
         within: Callable[[onnx.NodeProto], bool],
     ) -> None:
-        self._graph = graph
+        self._graph = graph = model.graph
+        values = value_infos(model)
+        floats = {name for name, v in values.items() if v.type.tensor_type.elem_type == TensorProto.FLOAT}
         self._within = within
-        self._floats = floats | set(weights)
-        self._weights = weights
+        self._weights = {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+        self._floats = floats | set(self._weights)
         self._too_large = {n for n, magnitude in magnitudes.items() if magnitude * RANGE_MARGIN > FP16_MAX}
         self._half: dict[str, str] = {}
         self._full: dict[str, str] = {value.name: value.name for value in graph.input if value.name in floats}

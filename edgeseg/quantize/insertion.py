@@ -51,9 +51,7 @@ def insert_pairs(graph: ir.Graph, observed: Observed, placement: Placement, sche
     Raises:
         QuantizationError: a value that has to be quantized has no range, or one that is not finite.
     """
-    inserter = _Inserter(graph, observed, placement, scheme)
-    inserter.run()
-    return inserter.corrected
+    return _Inserter(graph, observed, placement, scheme).run()
 
 
 class _Inserter:
@@ -65,7 +63,7 @@ class _Inserter:
         self._observed = observed
         self._placement = placement
         self._scheme = scheme
-        self.corrected = 0
+        self._corrected = 0
         self._signed = {
             placement.representative(node.inputs[0])
             for node, role in placement.roles.items()
@@ -75,9 +73,8 @@ class _Inserter:
         self._floats: dict[ir.Value, ir.Value] = {}
         self._affines: dict[ir.Value, _Affine] = {}
 
-    def run(self) -> None:
-        nodes = list(self._graph)
-        for node in nodes:
+    def run(self) -> int:
+        for node in list(self._graph):
             role = self._placement.roles.get(node)
             if role is Role.MOVES:
                 self._move(node)
@@ -86,6 +83,7 @@ class _Inserter:
                 self._write(node, role)
         self._finish_outputs()
         remove_unread(self._graph, [n for n, role in self._placement.roles.items() if role is Role.CLAMP])
+        return self._corrected
 
     def _read(self, node: ir.Node, role: Role | None) -> None:
         """Let ``node`` read dequantized values where it is integer, or where no float value is computed any more."""
@@ -205,7 +203,7 @@ class _Inserter:
         takes_bias = node.op_type != "MatMul" and node.attributes.get_float("beta", 1.0) == 1.0
         if takes_bias and channel_mean is not None and channel_mean.size == self._input_channels(node, weight, axis):
             correction = bias_correction(weight, quantized, channel_mean, groups=groups)
-            self.corrected += 1
+            self._corrected += 1
             bias = (correction + (0.0 if bias is None else bias)).astype(np.float32)
         if takes_bias and bias is not None:
             quantized = self._quantize_bias(node, quantized, bias)

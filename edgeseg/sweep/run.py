@@ -34,8 +34,6 @@ class SweepResult:
 
     runs: tuple[Run, ...]
     failures: tuple[tuple[str, str], ...]
-    cells: int
-    reused: int
 
 
 def run_sweep(
@@ -102,7 +100,7 @@ def run_sweep(
             f"none of {counted(len(cells), 'cell')} gave a result; {': '.join(failures[0])}"
             + (f" (and {len(failures) - 1} more)" if len(failures) > 1 else "")
         )
-    return SweepResult(runs, tuple(failures), len(cells), len(cells) - len(todo))
+    return SweepResult(runs, tuple(failures))
 
 
 def _build(

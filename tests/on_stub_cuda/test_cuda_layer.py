@@ -44,7 +44,7 @@ def test_device_facts(stub: Stub, driver: DriverName) -> None:
         assert not cuda.device.integrated
         assert cuda.device.maps_host_memory
         free, total = cuda.memory_info()
-        assert total == cuda.device.memory_bytes == 1 << 30
+        assert total == 1 << 30
         with cuda.device_memory(1 << 20):
             assert cuda.memory_info() == (free - (1 << 20), total)
 

@@ -14,6 +14,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
+from edgeseg.backends.cuda.driver import CudaDevice
 from recorded_tensorrt.fake_timing import (
     combine_timing_cache,
     create_timing_cache,
@@ -34,6 +35,11 @@ _DTYPES = {
 }
 _LAYER_TYPES = {"Conv": "CONVOLUTION", "QuantizeLinear": "QUANTIZE", "DequantizeLinear": "DEQUANTIZE"}
 _FORMATS = {"int8": "Int8", "fp16": "FP16", "fp32": "FP32"}
+
+
+def cuda_device(name: str, compute_capability: tuple[int, int], multiprocessors: int) -> CudaDevice:
+    """A GPU as far as engines and kernel times depend on it."""
+    return CudaDevice(0, name, compute_capability, multiprocessors, False, True, "12.6")
 
 
 @dataclass

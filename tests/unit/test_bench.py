@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench_rows import row_of
 from click.testing import CliRunner
 from memory_backend import MemorySession, write_memory_engine
 from numpy.typing import NDArray
@@ -62,7 +63,7 @@ def test_a_bench_without_a_baseline_says_why(engine: Path) -> None:
         assert row.latency.stages.h2d_ms is None
         assert (row.memory, row.cold_start, row.profile, row.accuracy) == (None, None, None, None)
         assert (row.setting.source_height, row.setting.source_width) == (32, 32)
-    assert report.row("int8 b4 t- s1").notes == ("the engine takes batches of up to 2: 4 images are 2 runs",)
+    assert row_of(report, "int8 b4 t- s1").notes == ("the engine takes batches of up to 2: 4 images are 2 runs",)
 
 
 def test_two_engines_and_no_threads_to_set(engine: Path, tmp_path: Path) -> None:

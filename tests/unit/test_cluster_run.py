@@ -375,6 +375,12 @@ def test_inputs_that_cannot_be(
     assert not (tmp_path / "out").exists()
 
 
+def test_workers_do_not_write_into_their_own_memory(engine: Path, tmp_path: Path, bucket: object) -> None:
+    folder = photos(tmp_path / "in", 2)
+    with pytest.raises(SpecError, match="which no worker sees; give a folder or a bucket"):
+        run_on_cluster(engine, [folder], "memory://masks", RunSettings(), progress=False)
+
+
 def test_a_worker_of_another_version_is_refused(engine: Path, tmp_path: Path) -> None:
     job = Job(((str(engine), "key"),), "0.0.1", RunSettings(), False, str(tmp_path), 1)
     with pytest.raises(SpecError, match=r"this node has edgeseg .*, the run was begun with 0.0.1"):

@@ -16,14 +16,13 @@ import pytest
 from command_line import typed
 from engine_folders import write_manifest
 from recorded_tensorrt import VERSIONS, Recorder
-from recorded_tensorrt.fake import build_serialized_network
+from recorded_tensorrt.fake import build_serialized_network, cuda_device
 from recorded_tensorrt.graphs import SIDE, small_model
 from rich.console import Console
 
 from edgeseg.backends import compile as recompile
 from edgeseg.backends.portable import check_options, portable_engine
 from edgeseg.backends.tensorrt.backend import TensorRTBackend
-from edgeseg.backends.tensorrt.device import Gpu
 from edgeseg.backends.tensorrt.options import TensorRTOptions
 from edgeseg.errors import ArtifactError, SpecError
 from edgeseg.progress import ConsoleReporter, SilentReporter
@@ -64,7 +63,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Any:
         recorder = Recorder(version)
         backend = TensorRTBackend(
             import_module=lambda: recorder.module,
-            gpu=lambda: Gpu("Orin", (8, 7), 8),
+            gpu=lambda: cuda_device("Orin", (8, 7), 8),
             layer_times=lambda *_: list(times),
         )
         monkeypatch.setattr(recompile, "require_builder", lambda name: backend)

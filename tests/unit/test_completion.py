@@ -51,9 +51,10 @@ def test_what_a_word_can_become(words: str, answer: list[str], monkeypatch: pyte
         ("bash", "edgeseg build --arch = segf", "4", "plain,segformer"),
         ("zsh", "edgeseg build --arch=segf", "2", "plain\n--arch=segformer\n_"),
         ("fish", "edgeseg build --arch=segf", "--arch=segf", "plain,--arch=segformer"),
+        ("fish", "edgeseg bui", "bui", "plain,build\tConvert; quantize; build and verify an engine."),
     ],
 )
-def test_a_value_behind_its_equals_sign(
+def test_each_shell_is_told_in_its_own_way(
     shell: str, words: str, word: str, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COMP_WORDS", words)

@@ -200,6 +200,17 @@ def test_the_hub_gets_an_engine_folder_with_a_card(engine: Path, tmp_path: Path)
         np.testing.assert_array_equal(there(IMAGES[0]), here(IMAGES[0]))
 
 
+def test_a_graph_that_is_compiled_elsewhere_has_its_picture_too(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(IMAGES[0]).save(photo)
+    pictures = []
+    for name, portable_only in (("here", False), ("elsewhere", True)):
+        folder = folder_for(tmp_path / name, "onnxruntime", own_scheme(), portable_only=portable_only)
+        export_engine(folder, "hub", tmp_path / f"{name}-hub", licence="mit", picture=photo)
+        pictures.append((tmp_path / f"{name}-hub" / "picture.png").read_bytes())
+    assert pictures[0] == pictures[1]
+
+
 def test_noisy_times_are_called_so(engine: Path, tmp_path: Path) -> None:
     v = read_manifest(engine).verification
     assert v is not None
@@ -231,9 +242,8 @@ def test_a_licence_is_asked_for_never_guessed(engine: Path, tmp_path: Path) -> N
 
 def test_names_cannot_write_into_card_or_configuration(engine: Path, tmp_path: Path) -> None:
     nasty = 'a"\n---\nlicense: x\n<script>|`_b_'
-    spec = replace(
-        read_manifest(engine).spec, model=ModelSpec("custom", classes=CLASSES, class_names=(nasty,) * CLASSES)
-    )
+    model = ModelSpec("custom", nasty, classes=CLASSES, class_names=(nasty,) * CLASSES)
+    spec = replace(read_manifest(engine).spec, model=model)
     changed(engine, name=nasty, spec=spec, origin=WeightsOrigin(nasty, nasty, {}))
     export_engine(engine, "hub", tmp_path / "hub", licence="mit")
     assert card(tmp_path / "hub")["license"] == "mit"
@@ -241,6 +251,7 @@ def test_names_cannot_write_into_card_or_configuration(engine: Path, tmp_path: P
     text = (tmp_path / "hub" / "README.md").read_text().split("---\n", 2)[2]
     assert '# a" --- license: x &lt;script&gt;\\|\\`\\_b\\_\n' in text and "<script>" not in text
     export_engine(engine, "triton", tmp_path / "triton")
+    assert "<script>" not in (tmp_path / "triton" / "README.md").read_text()
     config = configuration(tmp_path / "triton")
     assert (tmp_path / "triton" / REPOSITORY / config.name / "1" / "model.onnx").is_file()
     assert len((tmp_path / "triton" / REPOSITORY / config.name / "labels.txt").read_text().splitlines()) == CLASSES

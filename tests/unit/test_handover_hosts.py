@@ -268,6 +268,11 @@ COMMON: list[tuple[dict[str, Any], str]] = [
     [
         *COMMON,
         ({"target": "tensorrt"}, "graphs of --target onnxruntime, this is tensorrt's"),
+        # Each reason takes another build, so all are said.
+        (
+            {"target": "tensorrt", "spec": replace(SPEC, input=replace(SPEC.input, fit="resize", width=2 * SIDE))},
+            "--target onnxruntime, this is tensorrt's; build for that; it brings images to size by tile.*; it cuts square",
+        ),
         ({"spec": replace(SPEC, input=replace(SPEC.input, width=2 * SIDE))}, f"square tiles.*--size {SIDE}x{SIDE}"),
     ],
 )

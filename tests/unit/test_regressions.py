@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_rows import row_of
 from click.testing import CliRunner
 
 from edgeseg.cli.app import cli
@@ -77,14 +78,14 @@ def test_without_an_unchanged_baseline_the_bare_figures_are_compared_and_it_is_s
     assert seen["median_ms"].percent == pytest.approx(30.0)
     (words,) = remarks(old, new, compare_reports(old, new))
     assert "no unchanged baseline in both reports for" in words and ROW in words
-    fewer = replace(new, rows=(new.row(ROW),))
+    fewer = replace(new, rows=(row_of(new, ROW),))
     (missing,) = remarks(old, fewer, ())
     assert "only in the old report" in missing and "pytorch b1 t- s1" in missing
 
 
 def test_cold_start_is_worse_when_its_fastest_process_is_slower_than_the_slowest_before() -> None:
     report = read_report(EXAMPLE)
-    row = report.row(ROW)
+    row = row_of(report, ROW)
     assert row.cold_start is not None
 
     def started(*totals_ms: float) -> BenchReport:
@@ -101,7 +102,7 @@ def test_cold_start_is_worse_when_its_fastest_process_is_slower_than_the_slowest
 
 def test_lost_accuracy_and_larger_files_count() -> None:
     report = read_report(EXAMPLE)
-    row = report.row(ROW)
+    row = row_of(report, ROW)
     assert row.accuracy is not None and row.accuracy.truth is not None and row.accuracy.truth.miou is not None
     miou = replace(row.accuracy.truth.miou, value=row.accuracy.truth.miou.value - 0.02)
     worse = replace(
@@ -120,7 +121,7 @@ def test_lost_accuracy_and_larger_files_count() -> None:
 
 def test_a_limit_that_cannot_be_checked_is_not_kept() -> None:
     report = read_report(EXAMPLE)
-    bare = replace(report, rows=(replace(report.row(ROW), latency=None),))
+    bare = replace(report, rows=(replace(row_of(report, ROW), latency=None),))
     with pytest.raises(GateError, match="could not be checked"):
         check_limits(tuple(changes(bare).values()), {"median_ms": 5.0})
 
@@ -173,7 +174,7 @@ def test_the_remarks_fit_the_terminal(form: str, tmp_path: Path, monkeypatch: py
 def test_a_change_that_noise_hides_is_no_pass() -> None:
     """The engine's calls take 10 or 30 ms in spells: twice as slow or as fast would look the same."""
     old = read_report(EXAMPLE)
-    row = old.row(ROW)
+    row = row_of(old, ROW)
     assert row.latency is not None
 
     def spells(*ms: float) -> BenchReport:

@@ -14,16 +14,16 @@ import pytest
 from engine_folders import write_manifest
 from onnx import TensorProto
 from recorded_tensorrt import VERSIONS, Recorder
-from recorded_tensorrt.fake import parse
+from recorded_tensorrt.fake import cuda_device, parse
 from recorded_tensorrt.graphs import SIDE, small_model
 
 from edgeseg.backends.base import BuiltEngine
+from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.backends.tensorrt import backend as tensorrt_module
 from edgeseg.backends.tensorrt import calibration as tensorrt_calibration
 from edgeseg.backends.tensorrt import device as tensorrt_device
 from edgeseg.backends.tensorrt.backend import TensorRTBackend
 from edgeseg.backends.tensorrt.calibration import ImageFeed, cache_text
-from edgeseg.backends.tensorrt.device import Gpu
 from edgeseg.backends.tensorrt.options import profile_shapes
 from edgeseg.backends.tensorrt.progress import BuildWatch
 from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, SpecError
@@ -34,7 +34,7 @@ from edgeseg.store.engine import Engine
 from edgeseg.store.hashing import sha256_file
 from edgeseg.store.manifest import OnnxGraph
 
-ORIN = Gpu("Orin", (8, 7), 8)
+ORIN = cuda_device("Orin", (8, 7), 8)
 TEN = ("10.3.0", "10.16.1.11")
 
 
@@ -60,7 +60,7 @@ def portable_hash(folder: Path) -> str:
     return sha256_file(folder / "engine" / "model.onnx")[:16]
 
 
-def backend_of(recorder: Recorder, gpu: Gpu = ORIN) -> TensorRTBackend:
+def backend_of(recorder: Recorder, gpu: CudaDevice = ORIN) -> TensorRTBackend:
     return TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: gpu, layer_times=no_times)
 
 
@@ -550,6 +550,8 @@ def test_without_a_table_it_says_what_to_give(tmp_path: Path) -> None:
 class FakeCuda:
     """Device memory that is a numpy array; counts what is open. Stands in for :class:`edgeseg.backends.cuda.device.Cuda`."""
 
+    device = ORIN
+
     def __init__(self) -> None:
         self.open = 1
         self.copied: list[np.ndarray] = []
@@ -670,12 +672,12 @@ def engine_folder(folder: Path, graph: OnnxGraph, built: BuiltEngine) -> Engine:
     return Engine(folder, manifest)
 
 
-def load(monkeypatch: pytest.MonkeyPatch, recorder: Recorder, engine: Engine, gpu: Gpu = ORIN) -> tuple[Any, FakeCuda]:
+def load(monkeypatch: pytest.MonkeyPatch, recorder: Recorder, engine: Engine) -> tuple[Any, FakeCuda]:
     cuda = FakeCuda()
     monkeypatch.setattr(tensorrt_module, "open_cuda", lambda: cuda)
     monkeypatch.setattr(tensorrt_module, "open_session", lambda trt, engine, spec, cuda, _: (trt, engine, spec, cuda))
     try:
-        return backend_of(recorder, gpu).load(engine), cuda
+        return backend_of(recorder).load(engine), cuda
     except Exception:
         assert cuda.open == 0  # nothing stays open behind an error
         raise
@@ -696,16 +698,16 @@ def test_load_hands_the_engine_to_the_session(tmp_path: Path, monkeypatch: pytes
     [
         ({}, "10.3.0", ORIN, True),
         ({}, "10.16.1.11", ORIN, False),
-        ({}, "10.3.0", Gpu("Orin Nano", (8, 7), 8), False),
-        ({}, "10.3.0", Gpu("Orin", (8, 6), 8), False),
+        ({}, "10.3.0", cuda_device("Orin Nano", (8, 7), 8), False),
+        ({}, "10.3.0", cuda_device("Orin", (8, 6), 8), False),
         ({"version_compatible": True}, "10.16.1.11", ORIN, True),
         ({"version_compatible": True}, "11.4.0.106", ORIN, False),
-        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", Gpu("Thor", (11, 0), 8), True),
-        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", Gpu("Xavier", (7, 2), 8), False),
+        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", cuda_device("Thor", (11, 0), 8), True),
+        ({"hardware_compatibility": "ampere_plus"}, "10.3.0", cuda_device("Xavier", (7, 2), 8), False),
     ],
 )
 def test_load_asks_for_the_same_tensorrt_and_gpu(
-    tmp_path: Path, options: dict[str, Any], version: str, gpu: Gpu, fits: bool
+    tmp_path: Path, options: dict[str, Any], version: str, gpu: CudaDevice, fits: bool
 ) -> None:
     graph = portable(tmp_path / "engine")
     built = backend_of(Recorder("10.3.0")).build(graph, graph.path.parent, options)

@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 from recorded_tensorrt import RTX, Recorder
-from recorded_tensorrt.fake import PLAN_MARK, create_execution_context, host_memory
+from recorded_tensorrt.fake import PLAN_MARK, create_execution_context, cuda_device, host_memory
 
 from edgeseg.backends import compile as recompile
 from edgeseg.backends.tensorrt import rtx as tensorrt_rtx
-from edgeseg.backends.tensorrt.device import Gpu
 from edgeseg.backends.tensorrt.rtx import TensorRTRtxBackend, check_sm
 from edgeseg.backends.tensorrt.rtx_cache import runtime_cache_path
 from edgeseg.errors import MissingDependencyError, StaleEngineError
 
-ADA = Gpu("NVIDIA RTX 4000", (8, 9), 8)
+ADA = cuda_device("NVIDIA RTX 4000", (8, 9), 8)
 
 
 def missing() -> Any:
@@ -57,7 +56,7 @@ def test_an_engine_runs_on_the_gpus_it_was_built_for(tmp_path: Path) -> None:
     check_sm(engine(tmp_path), "1.7.1.116", ADA)
     check_sm(engine(tmp_path, sm="default"), "1.7.1.116", ADA)
     with pytest.raises(StaleEngineError, match=r"for SM 86,89, this is 1.7.1.116 on T4 \(SM 75\); run: .* --sm 75"):
-        check_sm(engine(tmp_path), "1.7.1.116", Gpu("T4", (7, 5), 8))
+        check_sm(engine(tmp_path), "1.7.1.116", cuda_device("T4", (7, 5), 8))
     with pytest.raises(StaleEngineError, match=r"built with TensorRT-RTX 1.6.0 for SM 86,89, this is 1.7.1.116 on"):
         check_sm(engine(tmp_path, version="1.6.0"), "1.7.1.116", ADA)
 
@@ -90,14 +89,14 @@ class Kernels:
 
 def load(monkeypatch: pytest.MonkeyPatch, folder: Any) -> Recorder:
     recorder = Recorder(RTX, Kernels().behaviour())
-    cuda = SimpleNamespace(active=nullcontext, close=lambda: None)
+    cuda = SimpleNamespace(active=nullcontext, close=lambda: None, device=ADA)
     monkeypatch.setattr(tensorrt_rtx, "open_cuda", lambda: cuda)
     monkeypatch.setattr(
         tensorrt_rtx,
         "open_session",
         lambda trt, engine, *rest: (engine.create_execution_context(), engine.num_io_tensors),
     )
-    backend = TensorRTRtxBackend(import_module=lambda: recorder.module, gpu=lambda: ADA)
+    backend = TensorRTRtxBackend(import_module=lambda: recorder.module)
     assert backend.load(folder)[1] == 2  # type: ignore[index]  # the stand-in of a session
     return recorder
 
@@ -110,7 +109,7 @@ def test_kernels_are_kept_for_the_next_load(tmp_path: Path, monkeypatch: pytest.
     assert path.read_bytes() == b"kernel" and "IRuntimeCache.deserialize" not in first.names
     second = load(monkeypatch, folder)
     assert second.of("IRuntimeCache.deserialize")[0].arguments == {"blob": b"kernel"}
-    assert path != runtime_cache_path("ab", Gpu("NVIDIA RTX 5000", (8, 9), 8), "1.7.1.116")
+    assert path != runtime_cache_path("ab", cuda_device("NVIDIA RTX 5000", (8, 9), 8), "1.7.1.116")
     path.write_bytes(b"damaged")
     assert "IRuntimeCache.reset" in load(monkeypatch, folder).names
     assert path.read_bytes() == b"kernel"

@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 from recorded_tensorrt import VERSIONS, Recorder
-from recorded_tensorrt.fake import build_serialized_network
+from recorded_tensorrt.fake import build_serialized_network, cuda_device
 from recorded_tensorrt.graphs import SIDE, small_model
 
 from edgeseg.backends.base import BuiltEngine
+from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.backends.tensorrt.backend import TensorRTBackend
-from edgeseg.backends.tensorrt.device import Gpu
 from edgeseg.errors import SpecError
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
 from edgeseg.store.hashing import sha256_file
 from edgeseg.store.manifest import OnnxGraph
 
-ORIN_NANO = Gpu("Orin", (8, 7), 8)
-AGX_ORIN = Gpu("Orin", (8, 7), 16)
+ORIN_NANO = cuda_device("Orin", (8, 7), 8)
+AGX_ORIN = cuda_device("Orin", (8, 7), 16)
 MARK = "recorded-tensorrt-timing"
 
 
@@ -30,7 +30,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGESEG_CACHE", str(tmp_path / "cache"))
 
 
-def build(engines: Path, recorder: Recorder, gpu: Gpu = ORIN_NANO, name: str = "fpn", **options: Any) -> BuiltEngine:
+def build(
+    engines: Path, recorder: Recorder, gpu: CudaDevice = ORIN_NANO, name: str = "fpn", **options: Any
+) -> BuiltEngine:
     """Build ``engines/NAME`` as ``edgeseg compile`` does, in a scratch folder deeper down."""
     scratch = engines / f".{name}.partial-1" / "target-tensorrt"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,7 @@ def test_the_next_build_begins_with_what_the_first_measured(tmp_path: Path, vers
 
 def test_each_device_and_version_has_its_own(tmp_path: Path) -> None:
     for version in VERSIONS:
-        for gpu in (ORIN_NANO, AGX_ORIN, Gpu("NVIDIA Thor", (11, 0), 20)):
+        for gpu in (ORIN_NANO, AGX_ORIN, cuda_device("NVIDIA Thor", (11, 0), 20)):
             recorder = Recorder(version)
             build(tmp_path, recorder, gpu)
             assert given(recorder) == [b""]

@@ -55,7 +55,6 @@ class BindingsDriver:
             multiprocessors=read("MULTIPROCESSOR_COUNT"),
             integrated=bool(read("INTEGRATED")),
             maps_host_memory=bool(read("CAN_MAP_HOST_MEMORY")),
-            memory_bytes=int(self._call("cuDeviceTotalMem", device)),
             cuda_version=f"{version // 1000}.{version % 1000 // 10}",
         )
 

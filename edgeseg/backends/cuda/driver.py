@@ -26,12 +26,11 @@ class CudaDevice:
 
     Attributes:
         index: as CUDA numbers the visible GPUs.
-        name: as the driver gives it, such as ``Orin``.
+        name: as the driver gives it, such as ``Orin``: of a Nano and of an AGX alike.
         compute_capability: ``(major, minor)``, such as ``(8, 7)``.
-        multiprocessors: how many it has; on a Jetson, how many its power mode leaves on.
+        multiprocessors: how many are on. A Jetson's power mode changes that, so engines are not refused by it.
         integrated: shares the memory of the CPU (Jetson).
         maps_host_memory: can use host memory without a copy.
-        memory_bytes: of the GPU; on an integrated one, of the system.
         cuda_version: newest CUDA the driver supports, such as ``12.6``.
     """
 
@@ -41,8 +40,11 @@ class CudaDevice:
     multiprocessors: int
     integrated: bool
     maps_host_memory: bool
-    memory_bytes: int
     cuda_version: str
+
+    @property
+    def capability_text(self) -> str:
+        return f"{self.compute_capability[0]}.{self.compute_capability[1]}"
 
 
 def cuda_error(function: str, code: str, text: str) -> DeviceError:

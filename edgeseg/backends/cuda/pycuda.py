@@ -75,7 +75,6 @@ class PycudaDriver:
             multiprocessors=int(self._call(device.get_attribute, attributes.MULTIPROCESSOR_COUNT)),
             integrated=bool(self._call(device.get_attribute, attributes.INTEGRATED)),
             maps_host_memory=bool(self._call(device.get_attribute, attributes.CAN_MAP_HOST_MEMORY)),
-            memory_bytes=int(self._call(device.total_memory)),
             cuda_version=f"{version // 1000}.{version % 1000 // 10}",
         )
 

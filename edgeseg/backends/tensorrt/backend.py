@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
 from edgeseg.backends.cuda.device import Cuda, open_cuda
-from edgeseg.backends.tensorrt.device import Gpu, check_built_for, closed_on_failure, find_gpu
+from edgeseg.backends.cuda.driver import CudaDevice
+from edgeseg.backends.tensorrt.device import check_built_for, closed_on_failure, find_gpu
 from edgeseg.backends.tensorrt.log import LOG_NAME, keep_log
 from edgeseg.backends.tensorrt.module import MIB, TENSORRT, Library
 from edgeseg.backends.tensorrt.options import TensorRTOptions, parse_options, profile_shapes
@@ -67,7 +68,7 @@ class TensorRTBackend:
     name: str = "tensorrt"
     scheme: str = "tensorrt"
     import_module: Callable[[], Any] = TENSORRT.load
-    gpu: Callable[[], Gpu] = find_gpu
+    gpu: Callable[[], CudaDevice] = find_gpu
     layer_times: Callable[..., LayerTimes] = measure_layer_times
 
     def status(self) -> BackendStatus:
@@ -142,7 +143,7 @@ class TensorRTBackend:
         trt = self.import_module()
         cuda = open_cuda()
         with closed_on_failure(cuda):
-            check_built_for(engine, self.name, str(trt.__version__), self.gpu())
+            check_built_for(engine, self.name, str(trt.__version__), cuda.device)
             return self._opened(trt, cuda, engine, path)
 
     def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path) -> Session:

@@ -45,11 +45,6 @@ def cache_header(version: str) -> str:
     return f"TRT-{version_number(version)}-{ENTROPY}"
 
 
-def scale_text(scale: float) -> str:
-    """The bits of a float32 as hexadecimal digits: 1.0 -> ``3f800000``."""
-    return f"{int.from_bytes(struct.pack('>f', scale), 'big'):x}"
-
-
 def cache_text(table: CalibrationTable, version: str) -> str:
     """A calibration cache of every range in the table, in the table's order.
 
@@ -59,7 +54,9 @@ def cache_text(table: CalibrationTable, version: str) -> str:
     if not table.ranges:
         raise ArtifactError("the calibration table holds no ranges; calibrate again")
     lines = [cache_header(version)]
-    lines += [f"{name}: {scale_text(chosen.magnitude / _LIMIT)}" for name, chosen in table.ranges.items()]
+    # The bits of a float32 as hexadecimal digits, without zeros in front: 1.0 is 3f800000.
+    scales = {name: struct.pack(">f", chosen.magnitude / _LIMIT) for name, chosen in table.ranges.items()}
+    lines += [f"{name}: {int.from_bytes(bits, 'big'):x}" for name, bits in scales.items()]
     return "\n".join(lines) + "\n"
 
 

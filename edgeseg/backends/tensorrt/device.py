@@ -5,30 +5,11 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 from edgeseg.backends.cuda.device import Cuda, open_cuda
+from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.errors import DeviceError, StaleEngineError, typed
 from edgeseg.store.engine import Engine
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU, as far as engines and kernel times depend on it.
-
-    Attributes:
-        name: the driver's, such as ``Orin``: of a Nano and of an AGX alike.
-        compute_capability: ``(major, minor)``.
-        multiprocessors: how many are on. A Jetson's power mode changes that, so engines are not refused by it.
-    """
-
-    name: str
-    compute_capability: tuple[int, int]
-    multiprocessors: int
-
-    @property
-    def capability_text(self) -> str:
-        return f"{self.compute_capability[0]}.{self.compute_capability[1]}"
 
 
 @contextmanager
@@ -47,14 +28,13 @@ def closed_on_failure(cuda: Cuda) -> Iterator[None]:
         raise
 
 
-def find_gpu() -> Gpu:
+def find_gpu() -> CudaDevice:
     """The first GPU visible to this process. Raises ``MissingDependencyError``, ``DeviceError``."""
     with open_cuda() as cuda:
-        device = cuda.device
-        return Gpu(device.name, device.compute_capability, device.multiprocessors)
+        return cuda.device
 
 
-def check_built_for(engine: Engine, package: str, version: str, gpu: Gpu) -> None:
+def check_built_for(engine: Engine, package: str, version: str, gpu: CudaDevice) -> None:
     """Raise ``StaleEngineError`` unless a plan can be deserialized here.
 
     Args:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
 from edgeseg.backends.cuda.device import Cuda, open_cuda
-from edgeseg.backends.tensorrt.device import Gpu, closed_on_failure, find_gpu
+from edgeseg.backends.cuda.driver import CudaDevice
+from edgeseg.backends.tensorrt.device import closed_on_failure, find_gpu
 from edgeseg.backends.tensorrt.log import LOG_NAME, keep_log
 from edgeseg.backends.tensorrt.module import MIB, TENSORRT_RTX, Library
 from edgeseg.backends.tensorrt.options import RTX_SMS, RtxOptions, parse_options, profile_shapes
@@ -46,7 +47,7 @@ class TensorRTRtxBackend:
     name: str = "tensorrt-rtx"
     scheme: str = "tensorrt"
     import_module: Callable[[], Any] = TENSORRT_RTX.load
-    gpu: Callable[[], Gpu] = find_gpu
+    gpu: Callable[[], CudaDevice] = find_gpu
 
     def status(self) -> BackendStatus:
         """Say whether engines can be built and run here."""
@@ -137,17 +138,16 @@ class TensorRTRtxBackend:
         trt = self.import_module()
         cuda = open_cuda()
         with closed_on_failure(cuda):
-            gpu = self.gpu()
-            check_sm(engine, str(trt.__version__), gpu)
-            return self._opened(trt, cuda, engine, path, gpu)
+            check_sm(engine, str(trt.__version__), cuda.device)
+            return self._opened(trt, cuda, engine, path)
 
-    def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path, gpu: Gpu) -> Session:
+    def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path) -> Session:
         manifest = engine.manifest
         with TENSORRT_RTX.heard(trt) as library, cuda.active():
             loaded = library.deserialize(path.read_bytes(), manifest.options, path, engine.graph_path)
             if not manifest.options.get("runtime_cache") or manifest.engine is None:
                 return open_session(trt, loaded, manifest.spec, cuda, manifest.options)
-            cache = runtime_cache_path(manifest.engine.sha256, gpu, str(trt.__version__))
+            cache = runtime_cache_path(manifest.engine.sha256, cuda.device, str(trt.__version__))
             caching = CachingEngine(loaded, cache)
             session = open_session(trt, caching, manifest.spec, cuda, manifest.options)
             try:
@@ -223,7 +223,7 @@ def network_precision(trt: TensorRT, network: INetworkDefinition, parsed: Parsed
     return precision_report(parsed.requested, dtypes, parsed.macs)
 
 
-def check_sm(engine: Engine, version: str, gpu: Gpu) -> None:
+def check_sm(engine: Engine, version: str, gpu: CudaDevice) -> None:
     """Raise ``StaleEngineError`` unless the engine was built with this version and for this GPU's compute capability."""
     manifest = engine.manifest
     built_with, sms = manifest.versions.get("tensorrt-rtx", "?"), manifest.device.get("sm", "")

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.backends.tensorrt.device import Gpu
+from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.store.atomic import write_bytes
 from edgeseg.store.cache import stage_folder
 from edgeseg.store.hashing import sha256_json
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tensorrt import ICudaEngine, IExecutionContext
 
 
-def runtime_cache_path(engine_sha256: str, gpu: Gpu, version: str) -> Path:
+def runtime_cache_path(engine_sha256: str, gpu: CudaDevice, version: str) -> Path:
     """Where the kernels of one engine on one kind of GPU are kept."""
     key = sha256_json([engine_sha256, gpu.name, gpu.capability_text, version])[:16]
     return stage_folder("tensorrt-rtx-runtime") / f"{key}.cache"

@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeseg.backends.tensorrt.device import Gpu
+from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.errors import ArtifactError, SpecError
 from edgeseg.store.atomic import HeldError, lock, write_bytes
 from edgeseg.store.documents import read_json, write_json
@@ -72,7 +72,7 @@ class TimingCache:
         self._keep = True
 
     @classmethod
-    def of_build(cls, option: bool | str, engines_folder: Path, gpu: Gpu, version: str) -> TimingCache | None:
+    def of_build(cls, option: bool | str, engines_folder: Path, gpu: CudaDevice, version: str) -> TimingCache | None:
         """The cache that option ``timing_cache`` asks for.
 
         Args:

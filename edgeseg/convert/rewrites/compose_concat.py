@@ -11,16 +11,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
+from edgeseg.convert.rewrites.convolution import Convolution, concat_channels, emit_concat, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.driver import Rewrite, each, pays
-from edgeseg.graph.editing import dims, emit, integer, replace, sole_maker
+from edgeseg.graph.editing import given, replace, sole_maker
 
 
 def _match(node: ir.Node) -> tuple[Convolution, ir.Node, list[Convolution | None]] | None:
     conv, concat = pointwise(node), sole_maker(node.inputs[0], "Concat")
-    if conv is None or concat is None or integer(concat, "axis", 0) % 4 != 1:
-        return None
-    if any((dims(v) or (None, None))[1] is None for v in concat.inputs):
+    if conv is None or concat is None or concat_channels(concat) is None:
         return None
     outputs = conv.weight.shape[0]
     parts: list[Convolution | None] = []
@@ -38,22 +36,17 @@ def _rewrite(node: ir.Node, match: tuple[Convolution, ir.Node, list[Convolution 
     conv, concat, parts = match
     matrix, bias = conv.weight[:, :, 0, 0].astype(np.float64), conv.bias.astype(np.float64)
     blocks, sources, start = [], [], 0
-    for value, part in zip(concat.inputs, parts, strict=True):
-        assert value is not None
-        end = start + ((dims(value) or ())[1] or 0)
-        block, source = matrix[:, start:end], value
+    for index, (channels, part) in enumerate(zip(concat_channels(concat) or (), parts, strict=True)):
+        block, source = matrix[:, start : start + channels], given(concat, index)
         if part is not None:
             bias = bias + block @ part.bias.astype(np.float64)
             block = block @ part.weight[:, :, 0, 0].astype(np.float64)
-            source = part.node.inputs[0] or value
+            source = given(part.node)
         blocks.append(block)
         sources.append(source)
-        start = end
-    whole = sources[0] if len(sources) == 1 else emit(node, "Concat", sources, {"axis": 1})
-    if whole.shape is None and sources[0].shape is not None:
-        shape = sources[0].shape
-        whole.shape = ir.Shape([shape[0], sum(b.shape[1] for b in blocks), *shape[2:]])
+        start += channels
     joined = np.concatenate(blocks, axis=1).astype(np.float32)
+    whole = emit_concat(node, sources, joined.shape[1])
     replace(node.outputs[0], emit_pointwise(node, whole, joined, bias.astype(np.float32), conv.stem))
     return sum(part is not None for part in parts)
 

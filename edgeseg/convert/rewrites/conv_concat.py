@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
+from edgeseg.convert.rewrites.convolution import Convolution, concat_channels, emit_concat, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.driver import ADDED_ELEMENT, COPIED_ELEMENT, RESIZED_ELEMENT, Rewrite, each, pays
 from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
-from edgeseg.graph.editing import dims, emit, emit_sum, integer, replace, sole_maker
+from edgeseg.graph.editing import dims, emit_sum, given, replace, sole_maker
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,15 @@ class _Part:
 
 def _match(node: ir.Node) -> tuple[Convolution, list[_Part], list[_Part]] | None:
     conv, concat = pointwise(node), sole_maker(node.inputs[0], "Concat")
-    if conv is None or concat is None or integer(concat, "axis", 0) % 4 != 1:
+    channels = None if concat is None else concat_channels(concat)
+    if conv is None or concat is None or channels is None:
         return None
     moved: list[_Part] = []
     kept: list[_Part] = []
     start = 0
-    for value in concat.inputs:
-        shape = dims(value)
-        if value is None or shape is None or shape[1] is None:
-            return None
-        resize = resizing(sole_maker(value, "Resize"))
-        part = _Part(value, start, start + shape[1], resize)
+    for index, count in enumerate(channels):
+        value = given(concat, index)
+        part = _Part(value, start, start + count, resizing(sole_maker(value, "Resize")))
         start = part.end
         (moved if _gains(part, conv.weight.shape[0]) else kept).append(part)
     return (conv, moved, kept) if moved else None
@@ -72,12 +70,7 @@ def _rewrite(node: ir.Node, match: tuple[Convolution, list[_Part], list[_Part]])
     bias = conv.bias
     terms = []
     if kept:
-        whole = kept[0].value
-        if len(kept) > 1:
-            shape = whole.shape
-            total = sum(p.channels for p in kept)
-            new_shape = None if shape is None else [shape[0], total, *shape[2:]]
-            whole = emit(node, "Concat", [p.value for p in kept], {"axis": 1}, shape=new_shape)
+        whole = emit_concat(node, [p.value for p in kept], sum(p.channels for p in kept))
         columns = [c for p in kept for c in range(p.start, p.end)]
         terms.append(emit_pointwise(node, whole, matrix[:, columns], bias, conv.stem))
     for index, part in enumerate(moved):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.graph.editing import constant_array, emit, integer, ints, weight, word
+from edgeseg.graph.editing import constant_array, dims, emit, integer, ints, weight, word
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,20 @@ def pointwise(node: ir.Node | None) -> Convolution | None:
         return None
     plain = not any(ints(conv.node, "pads")) and set(ints(conv.node, "strides", (1, 1))) == {1}
     return conv if plain else None
+
+
+def concat_channels(concat: ir.Node) -> list[int] | None:
+    """Channels of each input of a Concat of images along them; ``None`` for any other, or where one is not known."""
+    shapes = [dims(value) for value in concat.inputs]
+    channels = [s[1] for s in shapes if s is not None and len(s) == 4 and s[1] is not None]
+    return channels if len(channels) == len(shapes) and integer(concat, "axis", 0) in {1, -3} else None
+
+
+def emit_concat(before: ir.Node, values: Sequence[ir.Value], channels: int) -> ir.Value:
+    """Insert a Concat of images along their channels, so many in all; a single one is returned as it is."""
+    first = values[0].shape
+    shape = None if first is None else [first[0], channels, *first[2:]]
+    return values[0] if len(values) == 1 else emit(before, "Concat", values, {"axis": 1}, shape=shape)
 
 
 def emit_pointwise(

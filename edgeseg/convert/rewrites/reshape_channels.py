@@ -14,14 +14,14 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, emit, integer, maker, static, weight
+from edgeseg.graph.editing import constant_array, dims, emit, integer, maker, weight
 
 
 def _match(node: ir.Node) -> tuple[ir.Node, int] | None:
     concat = maker(node.inputs[1], "Concat")
     if concat is None or len(concat.inputs) != 4 or integer(concat, "axis", 0) != 0:
         return None
-    if any(static(part) != (1,) for part in concat.inputs):
+    if any(dims(part) != (1,) for part in concat.inputs):
         return None
     values = [constant_array(part) for part in concat.inputs]
     batch, open_channels, *sides = (None if value is None else int(value.item()) for value in values)

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.convert.rewrites.convolution import Convolution, convolution, pointwise
+from edgeseg.convert.rewrites.convolution import Convolution, concat_channels, convolution, emit_concat, pointwise
 from edgeseg.convert.rewrites.driver import Rewrite
 from edgeseg.convert.rewrites.resize import resizing
 from edgeseg.graph.editing import dims, emit, integer, ints, maker, nodes, replace, weight, word
@@ -95,7 +95,7 @@ def _decompose(value: ir.Value | None, kernel: FloatArray, terms: _Terms, *, add
     elif total is not None and all(dims(v) == dims(value) is not None for v in total.inputs):
         for side in total.inputs:
             _decompose(side, kernel, terms, added=True)
-    elif concat is not None and (channels := _channels(concat)) is not None:
+    elif concat is not None and (channels := concat_channels(concat)) is not None:
         starts = np.cumsum([0, *channels])
         for part, start, stop in zip(concat.inputs, starts[:-1], starts[1:], strict=True):
             _decompose(part, kernel[:, start:stop], terms)
@@ -122,13 +122,6 @@ def _before_nearest_2x(value: ir.Value) -> ir.Value | None:
     doubled = before is not None and after is not None and None not in (*before[2:], *after[2:])
     doubled = doubled and [2 * (n or 0) for n in (before or ())[2:]] == list((after or ())[2:])
     return resized.source if doubled or resized.scales == (1.0, 1.0, 2.0, 2.0) else None
-
-
-def _channels(concat: ir.Node) -> list[int] | None:
-    """Channels of each input of a channel Concat of images."""
-    shapes = [dims(v) for v in concat.inputs]
-    channels = [s[1] for s in shapes if s is not None and len(s) == 4 and s[1] is not None]
-    return channels if len(channels) == len(shapes) and integer(concat, "axis", 0) in {1, -3} else None
 
 
 def transposed_kernel(kernel: FloatArray) -> FloatArray:
@@ -176,9 +169,8 @@ def _joined(node: ir.Node, parts: list[tuple[ir.Value, FloatArray]], stem: str) 
     merged: dict[ir.Value, FloatArray] = {}
     for value, kernel in parts:
         merged[value] = merged[value] + kernel if value in merged else kernel
-    values = list(merged)
-    joined = values[0] if len(values) == 1 else emit(node, "Concat", values, {"axis": 1})
-    return joined, np.concatenate(list(merged.values()), axis=1)
+    kernel = np.concatenate(list(merged.values()), axis=1)
+    return emit_concat(node, list(merged), kernel.shape[1]), kernel
 
 
 REWRITE = Rewrite(_matches, _rewrite)

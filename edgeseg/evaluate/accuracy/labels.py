@@ -93,7 +93,8 @@ class LabelReader:
             words.append(f"{self.ignore_index} read as unlabelled")
         if not words:
             return ""
-        shown = f"{self.met[0]}..{self.met[-1]}" if _is_run(self.met) and len(self.met) > 2 else _listed(self.met)
+        is_run = len(self.met) > 2 and self.met[-1] - self.met[0] == len(self.met) - 1
+        shown = f"{self.met[0]}..{self.met[-1]}" if is_run else _listed(self.met)
         return f"masks hold {shown}, {' and '.join(words)}"
 
     def read(self, path: Path) -> NDArray[np.int32]:
@@ -160,10 +161,6 @@ def _refuse_counting_from_one(first: Mapping[int, Path], limit: int) -> None:
 
 def _listed(values: Sequence[int]) -> str:
     return ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
-
-
-def _is_run(values: Sequence[int]) -> bool:
-    return values[-1] - values[0] == len(values) - 1
 
 
 def read_label_file(path: Path, colours: Mapping[tuple[int, int, int], int] | None = None) -> NDArray[np.integer[Any]]:

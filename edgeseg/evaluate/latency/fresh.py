@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 
@@ -28,17 +28,13 @@ TIMEOUT_S = 600.0
 _MARK = "edgeseg-fresh:"
 
 
-@dataclass(frozen=True)
-class FreshAnswer:
-    """Milliseconds and bytes; bytes are ``None`` where ``/proc`` does not tell."""
+@dataclass(frozen=True, kw_only=True)
+class FreshAnswer(Memory):
+    """Milliseconds and bytes of one process; bytes are ``None`` where ``/proc`` does not tell."""
 
     import_ms: float
     load_ms: float
     first_mask_ms: float
-    base_rss_bytes: int | None
-    peak_rss_bytes: int | None
-    activation_bytes: int | None
-    gpu_bytes: int | None
 
 
 def measure_fresh(contender: Contender, processes: int) -> tuple[ColdStart, Memory]:
@@ -64,8 +60,7 @@ def measure_fresh(contender: Contender, processes: int) -> tuple[ColdStart, Memo
         processes=processes,
         totals_ms=tuple(round(a.load_ms + a.first_mask_ms, 3) for a in answers),
     )
-    names = ("peak_rss_bytes", "base_rss_bytes", "activation_bytes", "gpu_bytes")
-    return cold, Memory(**{name: largest(name) for name in names})
+    return cold, Memory(**{field.name: largest(field.name) for field in fields(Memory)})
 
 
 def _ask(contender: Contender) -> FreshAnswer:
