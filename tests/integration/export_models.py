@@ -15,6 +15,21 @@ from edgeseg.spec import ARCHITECTURES, InputSpec, ModelSpec, OutputSpec, Pipeli
 NORMS = (torch.nn.BatchNorm2d, torch.nn.GroupNorm, torch.nn.LayerNorm)
 
 
+class SmallNet(torch.nn.Module):
+    """Two convolutions and SMP's own head; ``labels`` adds an auxiliary head."""
+
+    def __init__(self, channels: int, classes: int, activation: Any, labels: int = 0) -> None:
+        super().__init__()
+        self.body = torch.nn.Conv2d(channels, 8, 3, stride=2, padding=1)
+        self.segmentation_head = smp.base.SegmentationHead(8, classes, activation=activation, upsampling=2)
+        self.label = torch.nn.Linear(8, labels) if labels else None
+
+    def forward(self, x: Any) -> Any:
+        features = torch.nn.functional.relu(self.body(x))
+        mask = self.segmentation_head(features)
+        return mask if self.label is None else (mask, self.label(features.mean((2, 3))))
+
+
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Give norms statistics and every layer a bias, as training would: initial values hide mistakes in both."""
     generator = torch.Generator().manual_seed(seed)

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="the convert extra is not installed"
 smp = pytest.importorskip("segmentation_models_pytorch", reason="the convert extra is not installed")
 
 import onnxruntime  # noqa: E402
-from export_models import by_hand, loaded, smooth_images  # noqa: E402
+from export_models import SmallNet, by_hand, loaded, smooth_images  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from edgeseg.convert.export import export_onnx  # noqa: E402
@@ -28,21 +28,6 @@ from edgeseg.store.onnx_file import read_onnx  # noqa: E402
 pytestmark = pytest.mark.integration
 
 SIZE = (24, 32)
-
-
-class SmallNet(torch.nn.Module):  # type: ignore[misc,name-defined]
-    """Two convolutions and SMP's own head; ``labels`` adds an auxiliary head."""
-
-    def __init__(self, channels: int, classes: int, activation: Any, labels: int = 0) -> None:
-        super().__init__()
-        self.body = torch.nn.Conv2d(channels, 8, 3, stride=2, padding=1)
-        self.segmentation_head = smp.base.SegmentationHead(8, classes, activation=activation, upsampling=2)
-        self.label = torch.nn.Linear(8, labels) if labels else None
-
-    def forward(self, x: Any) -> Any:
-        features = torch.nn.functional.relu(self.body(x))
-        mask = self.segmentation_head(features)
-        return mask if self.label is None else (mask, self.label(features.mean((2, 3))))
 
 
 def small(

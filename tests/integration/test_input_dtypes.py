@@ -80,20 +80,25 @@ def warm() -> torch.nn.Module:
     return network(1, 3)
 
 
+def engine_of(module: torch.nn.Module, output: Path, precision: Any = "fp32", **options: Any) -> Engine:
+    return edgeseg.build(
+        model=module,
+        output=output,
+        precision=precision,
+        **{
+            "size": (HEIGHT, WIDTH),
+            "target": "onnxruntime",
+            "mean": MEAN,
+            "std": STD,
+            "input_dtype": "uint16",
+            **options,
+        },
+    )
+
+
 @pytest.fixture(scope="module")
 def engine16(warm: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    folder = tmp_path_factory.mktemp("engines") / "fp32"
-    return edgeseg.build(
-        model=warm,
-        precision="fp32",
-        input_dtype="uint16",
-        mean=MEAN,
-        std=STD,
-        size=(HEIGHT, WIDTH),
-        batch="1:2:4",
-        target="onnxruntime",
-        output=folder,
-    )
+    return engine_of(warm, tmp_path_factory.mktemp("engines") / "fp32", batch="1:2:4")
 
 
 def test_the_engine_sees_all_16_bits(warm: torch.nn.Module, engine16: Engine, images: Path) -> None:
@@ -188,17 +193,7 @@ def test_int8_is_calibrated_and_verified_on_16_bits(
 ) -> None:
     if target == "openvino":
         pytest.importorskip("openvino")
-    engine = edgeseg.build(
-        model=warm,
-        input_dtype="uint16",
-        mean=MEAN,
-        std=STD,
-        size=(HEIGHT, WIDTH),
-        calibration=images,
-        calibration_method="minmax",
-        target=target,
-        output=tmp_path / "int8",
-    )
+    engine = engine_of(warm, tmp_path / "int8", "int8", calibration=images, calibration_method="minmax", target=target)
     verification = engine.manifest.verification
     assert verification is not None
     assert verification.agreement > 0.97
@@ -216,17 +211,9 @@ def scanner() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def float_engine(scanner: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return edgeseg.build(
-        model=scanner,
-        precision="fp32",
-        input_dtype="float32",
-        mean=AIR,
-        std=SPREAD,
-        size=(HEIGHT, WIDTH),
-        dynamic_size=True,
-        output_kind="logits",
-        target="onnxruntime",
-        output=tmp_path_factory.mktemp("engines") / "ct",
+    values = {"input_dtype": "float32", "mean": AIR, "std": SPREAD}
+    return engine_of(
+        scanner, tmp_path_factory.mktemp("engines") / "ct", **values, dynamic_size=True, output_kind="logits"
     )
 
 
@@ -262,20 +249,16 @@ def test_a_window_of_values_is_clipped_in_the_graph(
     made = hounsfield if dtype == "float32" else thermal
     for seed in range(12):
         np.save(tmp_path / f"{seed}.npy", made(seed))
-    engine = edgeseg.build(
-        model=scanner,
-        precision=precision,
-        input_dtype=dtype,
-        clip=(low, high),
-        mean=low,
-        std=high - low,
-        scale=1,
-        size=(HEIGHT, WIDTH),
+    validation = tmp_path if precision == "fp32" else None  # which is not calibrated
+    values = {"input_dtype": dtype, "clip": (low, high), "mean": low, "std": high - low, "scale": 1}
+    engine = engine_of(
+        scanner,
+        tmp_path / "engine",
+        precision,
+        **values,
         output_kind="logits",
         calibration=tmp_path,
-        validation=tmp_path if precision == "fp32" else None,  # which is not calibrated
-        target="onnxruntime",
-        output=tmp_path / "engine",
+        validation=validation,
     )
     assert engine.manifest.spec.preprocess.clip == (low, high)
     assert engine.manifest.command is None or "--clip" in engine.manifest.command
@@ -313,17 +296,8 @@ def test_what_is_not_finite_or_not_a_value_is_refused(float_engine: Engine, tmp_
 
 def test_colours_in_the_networks_order(tmp_path: Path) -> None:
     module = network(3, 8)
-    engine = edgeseg.build(
-        model=module,
-        precision="fp32",
-        input_dtype="uint16",
-        mean=(0.3, 0.4, 0.5),  # of blue, green, red
-        std=(0.1, 0.2, 0.3),
-        channel_order="bgr",
-        size=(HEIGHT, WIDTH),
-        target="onnxruntime",
-        output=tmp_path / "bgr",
-    )
+    # Of blue, green, red.
+    engine = engine_of(module, tmp_path / "bgr", mean=(0.3, 0.4, 0.5), std=(0.1, 0.2, 0.3), channel_order="bgr")
     bgr = np.random.default_rng(2).integers(0, 65536, (HEIGHT, WIDTH, 3), dtype=np.uint16)
     assert cv2.imwrite(str(tmp_path / "a.png"), bgr)
     normalize = albumentations.Normalize(mean=(0.3, 0.4, 0.5), std=(0.1, 0.2, 0.3), max_pixel_value=65535.0)

@@ -17,7 +17,9 @@ from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
 
 torch = pytest.importorskip("torch")
-smp = pytest.importorskip("segmentation_models_pytorch")
+pytest.importorskip("segmentation_models_pytorch")
+from export_models import SmallNet  # noqa: E402
+
 from edgeseg.backends.pytorch import CudaRuntime, PyTorchSession, why_no_cuda  # noqa: E402  need torch, which may be missing
 
 pytestmark = pytest.mark.integration
@@ -25,26 +27,9 @@ pytestmark = pytest.mark.integration
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
-class SmallNet(torch.nn.Module):  # type: ignore[misc, name-defined]
-    """Two convolutions and SMP's own segmentation head: what matters here is what surrounds a network."""
-
-    def __init__(self, classes: int, activation: str | None, labels: int) -> None:
-        super().__init__()
-        self.body = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 8, 5, stride=2, padding=2), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, padding=1)
-        )
-        self.segmentation_head = smp.base.SegmentationHead(8, classes, activation=activation, upsampling=2)
-        self.label = torch.nn.Linear(8, labels) if labels else None
-
-    def forward(self, x: Any) -> Any:
-        features = self.body(x)
-        mask = self.segmentation_head(features)
-        return mask if self.label is None else (mask, self.label(features.mean((2, 3))))
-
-
 def model(classes: int, activation: str | None, *, labels: int = 0) -> Any:
     torch.manual_seed(0)
-    return SmallNet(classes, activation, labels).eval().requires_grad_(False)
+    return SmallNet(3, classes, activation, labels).eval().requires_grad_(False)
 
 
 def session(module: Any, task: str, classes: int, activation: str | None, **options: Any) -> PyTorchSession:
@@ -152,7 +137,7 @@ def test_channels_last_gives_the_same_mask_and_leaves_the_callers_model_alone(im
     fast = session(module, "multiclass", 5, None, channels_last=True)
     assert share_equal(fast.run(images)["mask"], expected) >= 0.9999
     assert fast.options["channels_last"] is True
-    weight = module.body[0].weight
+    weight = module.body.weight
     assert weight.is_contiguous()
 
 

@@ -56,7 +56,7 @@ MOST_LAYERS: dict[tuple[str, str], int | None] = {
 WITH_PRODUCTS = ("dpt", "manet", "pspnet", "upernet")
 
 
-# Static graphs are counted and built where they are quantized, test_quantized_contract.py.
+# Static graphs are counted and built where they are quantized, test_export.py.
 @pytest.fixture(scope="module", params=MOST_LAYERS, ids=lambda case: " ".join(case))
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[OnnxGraph, str]:
     arch, shape = request.param
@@ -79,9 +79,7 @@ def layers(parsed: ParsedGraph) -> int:
 def test_layers_of_the_parsed_network(exported: tuple[OnnxGraph, str]) -> None:
     graph, shape = exported
     most = MOST_LAYERS[graph.spec.model.arch, shape]
-    found = layers(ParsedGraph.read(graph, "fp32"))
-    print("LAYERS", graph.spec.model.arch, shape, found)
-    assert most is None or found <= most
+    assert most is None or layers(ParsedGraph.read(graph, "fp32")) <= most
 
 
 def test_the_graph_for_sm_75_computes_the_same(exported: tuple[OnnxGraph, str]) -> None:

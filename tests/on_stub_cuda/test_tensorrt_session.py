@@ -23,7 +23,6 @@ from edgeseg.backends.cuda.device import DriverName, open_cuda
 from edgeseg.backends.tensorrt.options import SessionOptions
 from edgeseg.backends.tensorrt.session import TensorRTSession
 from edgeseg.errors import ArtifactError, DeviceError, EdgesegError, InputError
-from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import BatchRange, InputDtype, OutputSpec
 
 RNG = np.random.default_rng(11)
@@ -490,20 +489,3 @@ def test_arrays_that_do_not_fit(
             with pytest.raises(InputError, match=said):
                 opened.run_device(image)
         assert stub.made("streams") == streams, "a wrong image costs no context"
-
-
-# -- the same Segmenter -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_segmenter_gives_the_masks_of_onnxruntime(stub: Stub, driver: DriverName, version: str) -> None:
-    from edgeseg.backends.cpu.onnxruntime import OnnxRuntimeSession
-
-    simulation = Simulation(stub, model(), version)
-    with Segmenter(session(simulation, driver), spec()) as ours:
-        theirs = Segmenter(OnnxRuntimeSession(simulation.reference), spec())
-        for height, width in [(SIDE, SIDE), (50, 70), (20, 31)]:
-            photo = images(1, height, width)[0]
-            np.testing.assert_array_equal(ours(photo), theirs(photo))
-        batch = images(3, 40, 40)
-        np.testing.assert_array_equal(ours(batch), theirs(batch))

@@ -723,15 +723,6 @@ def test_load_asks_for_the_same_tensorrt_and_gpu(
     )
 
 
-def test_nothing_is_deserialized_before_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = portable(tmp_path / "engine")
-    built = backend_of(Recorder("10.3.0")).build(graph, graph.path.parent, {})
-    recorder = Recorder("11.4.0.106")
-    with pytest.raises(ArtifactError, match="this is tensorrt 11.4.0.106"):
-        load(monkeypatch, recorder, engine_folder(tmp_path / "engine", graph, built))
-    assert recorder.names == []
-
-
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_plan_tensorrt_does_not_take_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
