@@ -279,9 +279,12 @@ def _place_inputs(graph: ir.Graph, observed: Observed, scheme: QuantScheme) -> P
 def _quantize_before_move(node: ir.Node, observed: Observed, result: Placement) -> None:
     """Quantize what ``node`` rearranges in place of what it makes of it, where both have the same integers.
 
-    A ConvTranspose has integers of its own, see :attr:`QuantScheme.signed_transposed`.
+    A ConvTranspose has integers of its own, see :attr:`QuantScheme.signed_transposed`; between nodes that stay float nothing
+    is rounded.
     """
-    if node.op_type not in REARRANGES or node.inputs[0] is None or node.outputs[0] not in result.quantized:
+    if node.op_type not in REARRANGES or observed.stays_float(node):
+        return
+    if node.inputs[0] is None or node.outputs[0] not in result.quantized:
         return
     if any(reader.op_type == "ConvTranspose" for reader in node.outputs[0].consumers()):
         return

@@ -73,6 +73,21 @@ def test_the_docs_say_of_accuracy_control_what_was_measured() -> None:
         assert f"| {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) |" in lines
 
 
+def test_the_docs_say_of_hard_networks_what_was_measured() -> None:
+    rows = {row["name"]: row for row in json.loads((RESULTS / "hard_networks.json").read_text())["rows"]}
+    for network in {name.split(", ")[0] for name in rows}:
+        lost = [rows[f"{network}, as trained, {target}"] for target in ("onnxruntime", "openvino", "tensorrt")]
+        cells = [" to ".join(f"{100 * row[kind]['miou_drop']:.2f}" for kind in KINDS) for row in lost]
+        cells = [re.sub(r"-(0\.00)", r"\1", cell) for cell in cells]
+        assert any(
+            line.startswith(f"| {network}, ") and line.endswith(f" | {' | '.join(cells)} |")
+            for line in page_lines("docs/measured.md")
+        )
+
+
+KINDS = ("plain", "repaired", "goal")
+
+
 def page_lines(page: str) -> list[str]:
     return (RESULTS.parents[1] / page).read_text(encoding="utf-8").splitlines()
 

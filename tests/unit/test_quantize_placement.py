@@ -10,10 +10,13 @@ import pytest
 pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
+import onnx_ir as ir
 from quantizing import IMAGE, TWO, TWO_WEIGHTS, constants, network, operators, quantized, readers
-from small_graphs import floats, run
+from small_graphs import floats, run, table_for
 
 from edgeseg.graph.types import node_dtypes
+from edgeseg.quantize.lint import lint
+from edgeseg.quantize.qdq import quantize_model
 from edgeseg.quantize.schemes import SCHEMES
 
 
@@ -144,3 +147,14 @@ def test_a_value_that_is_read_in_float_too_is_quantized_behind_the_move() -> Non
     body = "a = Conv(x, w1) t = Transpose <perm = [0, 2, 3, 1]> (a) b = MatMul(t, w2) s = Sigmoid(a) y = Mul(s, a)"
     typed = quantized(network(body, w1=floats(4, 3, 1, 1), w2=floats(4, 4)), "openvino")
     assert "a" not in {n.input[0] for n in typed.graph.node if n.op_type == "QuantizeLinear"}
+
+
+def test_a_move_of_a_module_that_stays_float_keeps_the_pair_behind_it() -> None:
+    after = ir.serde.deserialize_model(network(MOVED, **MOVED_WEIGHTS))
+    table = table_for(ir.serde.serialize_model(after), image=IMAGE)
+    quantize_model(
+        after, table, replace(SCHEMES["openvino"], passes=()), lambda node: node.outputs[0].name in {"a", "t"}
+    )
+    typed = ir.serde.serialize_model(after)
+    assert {n.input[0] for n in typed.graph.node if n.op_type == "QuantizeLinear"} == {"t", "r"}
+    assert lint(typed, SCHEMES["openvino"], {"a/Conv"} | {n.name for n in typed.graph.node if n.output[0] == "a"}) == []
