@@ -34,9 +34,13 @@ def node_dtypes(model: onnx.ModelProto) -> dict[str, str]:
     made_by = makers(model.graph)
     types = {t.name: t.data_type for t in model.graph.initializer}
     types.update({name: value.type.tensor_type.elem_type for name, value in value_infos(model).items()})
+    constants = {t.name for t in model.graph.initializer}
     dtypes = {}
     for node in model.graph.node:
-        operands = [maker_behind_moves(made_by, name) for name in node.input[:2]]
+        operands = [made_by.get(name) for name in node.input[:2]]
+        if any(pair is not None and constants.intersection(pair.input[:1]) for pair in operands[1:]):
+            # Integers of a layer with weights are moved as integers; of a product of two activations that is not sure.
+            operands[0] = maker_behind_moves(made_by, node.input[0])
         if operands and all(maker is not None and maker.op_type == "DequantizeLinear" for maker in operands):
             dtypes[node.name] = "int8"
         else:
