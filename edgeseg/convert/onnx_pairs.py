@@ -147,14 +147,14 @@ def _fold(model: ir.Model, values: list[ir.Value]) -> None:
 
 def _before(values: Iterable[ir.Value]) -> dict[ir.Node, None]:
     """The nodes that make ``values``, and all before them."""
-    found: dict[ir.Node, None] = {}
+    ancestors: dict[ir.Node, None] = {}
     pending = list(values)
     while pending:
         node = pending.pop().producer()
-        if node is not None and node not in found:
-            found[node] = None
+        if node is not None and node not in ancestors:
+            ancestors[node] = None
             pending += [value for value in node.inputs if value is not None]
-    return found
+    return ancestors
 
 
 def _weight_name(value: ir.Value) -> str:
