@@ -50,6 +50,7 @@ lint: venv       ## ruff check and format check
 
 typecheck: venv  ## mypy --strict; again with TensorRT's own names and signatures, by version
 	$(BIN)/mypy
+	MYPYPATH=tests:tests/gpu $(BIN)/mypy tests/gpu/*.py tests/gpu/kit/folders.py tests/gpu/kit/on_device.py # they cannot run here
 	$(BIN)/python tests/recorded_tensorrt/stubs.py
 
 check: lint typecheck ## Everything but the tests

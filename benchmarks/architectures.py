@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def measure(
     first = list_images(sample_folder() / "val" / "images")[0]
     image, _ = fit(read_image(first), engines["int8"].manifest.spec.input)
     batch = np.ascontiguousarray(image[None])
-    samples = measure_interleaved({p: lambda s=s: s.run(batch) for p, s in sessions.items()}, protocol)
+    samples = measure_interleaved({p: partial(s.run, batch) for p, s in sessions.items()}, protocol)
     for session in sessions.values():
         session.close()
     manifest = engines["int8"].manifest

@@ -205,8 +205,7 @@ def main() -> None:
             targets = [target for target in options.targets if f"{name}, {scaling}, {target}" not in rows]
             for row, speed in measure(name, scaling, targets, options):
                 rows[row["name"]] = row
-                if speed is not None:
-                    speeds[row["name"]] = speed
+                speeds |= {f"{row['name']}, {kind}": ratio for kind, ratio in (speed or {}).items()}
                 print(*(f"{key}: {value}" for key, value in row.items() if key != "samples_ms"), speed, flush=True)
                 # After each: a run takes hours.
                 Record(

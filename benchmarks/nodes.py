@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,6 @@ from benchmarks.workload import CAMVID_WEIGHTS, camvid, camvid_folder
 from edgeseg.backends import get_backend
 from edgeseg.backends.cpu.onnxruntime import OnnxRuntimeBackend
 from edgeseg.backends.cpu.precision import ExecutedNode, executed_macs, executed_node, profiled_events
-from edgeseg.evaluate.latency.protocol import median
 from edgeseg.store.engine import Engine
 
 ARCHITECTURES = ("fpn", "unet", "pspnet", "segformer", "dpt")

@@ -95,7 +95,7 @@ def camvid(limit: int | None = None, calibration_limit: int | None = None) -> Wo
     )
     height = CAMVID_ROWS.stop - CAMVID_ROWS.start
     calibration = [read_image(path)[CAMVID_ROWS] for path in list_images(root / "calib")[:calibration_limit]]
-    pairs = list(ValidationSet.open(root / "val", loaded.model, limit=limit))
+    pairs = list(ValidationSet.open(root / "val", loaded.model).limited(limit))
     return Workload(
         name="camvid fpn tf_efficientnet_lite0 352x480",
         loaded=loaded,
@@ -110,7 +110,7 @@ def demo(arch: str, limit: int | None = None, calibration_limit: int | None = No
     """A demo model on the generated street scenes that come with edgeseg, at their size: needs only the repository."""
     loaded = load_model(ModelRequest(arch=arch))
     root = sample_folder()
-    pairs = list(ValidationSet.open(root / "val", loaded.model, limit=limit))
+    pairs = list(ValidationSet.open(root / "val", loaded.model).limited(limit))
     height, width = pairs[0].image.shape[:2]
     return Workload(
         name=f"demo {arch} {loaded.model.encoder} {height}x{width}",

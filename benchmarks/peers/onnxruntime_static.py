@@ -24,7 +24,7 @@ from benchmarks.peers.plain_onnx import INPUT, export
 from benchmarks.workload import Workload
 
 
-class Reader(CalibrationDataReader):
+class Reader(CalibrationDataReader):  # type: ignore[misc]  # not typed
     """Feeds inputs by name, one image at a time."""
 
     def __init__(self, feeds: Iterable[dict[str, Any]]) -> None:
@@ -81,4 +81,4 @@ def argmax(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
     best_index = np.zeros(best.shape, np.uint8)
     for index, plane in enumerate(logits):
         np.maximum(best_index, (plane == best).view(np.uint8) * np.uint8(classes - index), out=best_index)
-    return np.uint8(classes) - best_index
+    return np.asarray(np.uint8(classes) - best_index)

@@ -29,6 +29,7 @@ def export(work: Workload, folder: Path) -> Path:
             dynamo=True,
             verbose=False,
         )
+    assert program is not None
     simplified, matches = onnxsim.simplify(program.model_proto)
     if not matches:
         raise SystemExit("onnxsim changed the result of the plain graph")

@@ -172,9 +172,9 @@ def test_torch_tensors_on_the_device(engines: dict[str, Engine]) -> None:
                 with session.run_device(tensor)["mask"] as mask:
                     taken.append((torch.from_dlpack(mask) + 0, torch.from_dlpack(mask)))
     torch.cuda.synchronize()
-    for (copy, view), mask in zip(taken, wanted, strict=True):
-        np.testing.assert_array_equal(copy.cpu().numpy(), mask)
-        np.testing.assert_array_equal(view.cpu().numpy(), mask)
+    for (copy, view), expected in zip(taken, wanted, strict=True):
+        np.testing.assert_array_equal(copy.cpu().numpy(), expected)
+        np.testing.assert_array_equal(view.cpu().numpy(), expected)
 
 
 def test_cuda_graph_over_one_buffer_on_the_device(engines: dict[str, Engine], figures: dict[str, Any]) -> None:
@@ -220,7 +220,7 @@ def test_dlpack_in_and_out(engines: dict[str, Engine]) -> None:
             if not usable:
                 raise ImportError("this PyTorch has no CUDA")
             given: Any = torch.from_numpy(image).cuda()
-            read = lambda mask: torch.from_dlpack(mask).cpu().numpy()  # noqa: E731
+            read: Any = lambda mask: torch.utils.dlpack.from_dlpack(mask).cpu().numpy()  # noqa: E731
         except ImportError as torch_missing:
             cupy = pytest.importorskip("cupy", reason=f"needs cupy, or PyTorch with CUDA ({torch_missing})")
             given = cupy.asarray(image)

@@ -29,7 +29,8 @@ from PIL import Image
 import edgeseg
 from edgeseg.backends.compile import compile_folder, recompile
 from edgeseg.backends.cuda import device as cuda_module
-from edgeseg.backends.cuda.device import DriverName, open_cuda
+from edgeseg.backends.cuda.device import open_cuda
+from edgeseg.backends.cuda.driver import DriverName
 from edgeseg.backends.tensorrt.backend import has_weak_typing
 from edgeseg.backends.tensorrt.module import TENSORRT
 from edgeseg.cli.app import cli

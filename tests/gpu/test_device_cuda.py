@@ -199,7 +199,7 @@ def test_images_of_pytorch_are_read_after_they_are_written(cuda: Cuda, protocol:
                 names = (protocol,) if protocol.startswith("__cuda") else (protocol, "__dlpack_device__")
                 given = type("Given", (), {name: getattr(image, name) for name in names})()
                 with cuda.active():
-                    images = device_images(given, cuda, stream)
+                    images = device_images(given, cuda, stream, np.dtype(np.uint8))
             down = np.zeros(64 * 64 * 3, np.uint8)
             with cuda.active():
                 for writer in (*images.streams, *(() if protocol == "__dlpack__" else (side.cuda_stream,))):
@@ -221,7 +221,7 @@ def test_cupy_both_ways(cuda: Cuda) -> None:
         image = cupy.asarray(noise(64 * 64 * 3).reshape(64, 64, 3))
         down = np.zeros(64 * 64 * 3, np.uint8)
         with cuda.active():
-            images = device_images(image, cuda, stream)
+            images = device_images(image, cuda, stream, down.dtype)
             for writer in images.streams:
                 stream.wait_for_stream(writer, foreign)
             stream.copy_to_host(down, images.address)

@@ -74,18 +74,24 @@ def test_the_docs_say_of_accuracy_control_what_was_measured() -> None:
 
 
 def test_the_docs_say_of_hard_networks_what_was_measured() -> None:
-    rows = {row["name"]: row for row in json.loads((RESULTS / "hard_networks.json").read_text())["rows"]}
+    record = json.loads((RESULTS / "hard_networks.json").read_text())
+    rows, faster = {row["name"]: row for row in record["rows"]}, record["ratios"]["fp32"]
     for network in {name.split(", ")[0] for name in rows}:
-        lost = [rows[f"{network}, as trained, {target}"] for target in ("onnxruntime", "openvino", "tensorrt")]
-        cells = [" to ".join(f"{100 * row[kind]['miou_drop']:.2f}" for kind in KINDS) for row in lost]
-        cells = [re.sub(r"-(0\.00)", r"\1", cell) for cell in cells]
-        assert any(
-            line.startswith(f"| {network}, ") and line.endswith(f" | {' | '.join(cells)} |")
-            for line in page_lines("docs/measured.md")
-        )
+        names = [f"{network}, as trained, {target}" for target in ("onnxruntime", "openvino", "tensorrt")]
+        kinds = ("plain", "repaired", "goal")
+        lost = [" to ".join(f"{100 * rows[name][kind]['miou_drop']:.2f}" for kind in kinds) for name in names]
+        speed = ", ".join(f"{faster[f'{name}, goal']['median']:.1f}x" for name in names[:2])
+        end = f" | {' | '.join(lost)} | {speed} |".replace("-0.00", "0.00")
+        assert [
+            line for line in page_lines("docs/measured.md") if line.startswith(f"| {network}, ") and line.endswith(end)
+        ]
 
 
-KINDS = ("plain", "repaired", "goal")
+def test_the_docs_say_of_memory_what_was_measured() -> None:
+    rows = json.loads((RESULTS / "memory.json").read_text())["rows"]
+    for what in ("build", "run"):
+        peaks = [f"{row[f'{what}_peak_bytes'] / 1e6:.0f}" for row in rows]
+        assert f"| {' | '.join([what, *peaks])} |" in page_lines("docs/measured.md")
 
 
 def page_lines(page: str) -> list[str]:

@@ -315,7 +315,7 @@ def bench(session: Session) -> Any:
     for arch in sorted({folder.name.rpartition("-")[0] for folder in session.compiled}):
         engines = [folder for folder in session.compiled if folder.name.rpartition("-")[0] == arch]
         path = session.output / f"bench-{arch}.json"
-        words = (
+        words: tuple[str | Path, ...] = (
             "bench",
             *engines,
             *wanted,
