@@ -104,7 +104,7 @@ def measure(work: Workload, schemes: list[str], folder: Path) -> Iterator[dict[s
                 "miou": float(miou(seen[method][1].sum(axis=0))),
             }
             if method == AUTO:
-                counts = Counter(limits.method for limits in table.ranges.values())
+                counts = Counter(limits.method or table.method for limits in table.ranges.values())
                 yield row | {"processor_seconds": seconds, "chosen": dict(counts)}
             else:
                 yield row | differences(seen[AUTO], seen[method])
