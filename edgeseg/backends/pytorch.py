@@ -22,6 +22,7 @@ from torch import Tensor
 
 from edgeseg.backends.base import StageTimes
 from edgeseg.closing import Closing
+from edgeseg.convert.geometry import noise
 from edgeseg.convert.heads import ACTIVATIONS, APPLIED, without_activation
 from edgeseg.errors import BuildError, DeviceError, InputError, SpecError, first_line, one_line
 from edgeseg.spec import PipelineSpec
@@ -137,9 +138,8 @@ class PyTorchSession(Closing):
         self._activation = None if spec.model.activation in _NO_ACTIVATION else spec.model.activation
         self._stripped = False
         if self._activation in _IMPLICIT_DIM or (self._activation is not None and spec.output.kind == "logits"):
-            side = (spec.input.height, spec.input.width)
-            noise = torch.rand(1, spec.input.channels, *side, generator=torch.Generator().manual_seed(0))
-            self._module, self._stripped = without_activation(self._module, self._activation, noise)
+            image = noise(spec.input.channels, spec.input.height, spec.input.width)
+            self._module, self._stripped = without_activation(self._module, self._activation, image)
         self._mean = _channels(spec.preprocess.mean)
         self._std = _channels(spec.preprocess.std)
         self._lanes = threading.local()

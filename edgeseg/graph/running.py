@@ -9,7 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from edgeseg.errors import EdgesegError, MissingDependencyError, first_line
+from edgeseg.errors import EdgesegError, first_line, imported
 from edgeseg.graph.proto import copied, refill
 from edgeseg.machine.cpu import this_cpu
 
@@ -37,10 +37,7 @@ class GraphSession:
         names: Sequence[str] | None = None,
         optimized: bool = False,
     ) -> None:
-        try:
-            import onnxruntime as ort
-        except ImportError as exc:
-            raise MissingDependencyError("onnxruntime", "onnxruntime", "run a graph on this CPU") from exc
+        ort = imported("onnxruntime", "onnxruntime", "run a graph on this CPU")
         self._what, self._error = what, error
         options = ort.SessionOptions()
         options.intra_op_num_threads = this_cpu().cores

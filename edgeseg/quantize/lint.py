@@ -27,7 +27,7 @@ def lint(model: onnx.ModelProto, scheme: QuantScheme, floats: Collection[str] = 
 
     ``floats``: names of nodes that were asked to stay float.
     """
-    graph = _Graph(model, frozenset(floats))
+    graph = _Graph(model, frozenset(floats), behind_moves=scheme.pairs_before_moves)
     return [problem for rule in RULES for problem in rule(graph, scheme)]
 
 
@@ -41,10 +41,10 @@ class _Numbers(NamedTuple):
 class _Graph:
     """A graph's nodes by what they make and read, and its constants as arrays."""
 
-    def __init__(self, model: onnx.ModelProto, floats: frozenset[str] = frozenset()) -> None:
+    def __init__(self, model: onnx.ModelProto, floats: frozenset[str], *, behind_moves: bool = False) -> None:
         self.floats = floats
+        self._behind_moves = behind_moves
         self.nodes = list(model.graph.node)
-        self.inputs = {value.name for value in model.graph.input}
         self.outputs = {value.name for value in model.graph.output}
         self._tensors = {t.name: t for t in model.graph.initializer}
         self.maker, self.readers = makers(model.graph), readers(model.graph)
@@ -61,8 +61,8 @@ class _Graph:
         return (node for node in self.nodes if node.op_type in op_types)
 
     def dequantizer(self, name: str) -> onnx.NodeProto | None:
-        """The DequantizeLinear that makes ``name``, or what reaches it rearranged."""
-        node = maker_behind_moves(self.maker, name)
+        """The DequantizeLinear that makes ``name``, or what reaches it rearranged where the scheme wants it so."""
+        node = maker_behind_moves(self.maker, name) if self._behind_moves else self.maker.get(name)
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
     def is_constant_pair(self, node: onnx.NodeProto) -> bool:

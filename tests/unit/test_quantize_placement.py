@@ -143,6 +143,12 @@ def test_pairs_before_a_rearrangement_round_to_the_same_integers() -> None:
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_pair_before_a_rearrangement_is_a_mistake_for_any_other_scheme() -> None:
+    typed = quantized(network(MOVED, **MOVED_WEIGHTS), "openvino")
+    problems = lint(typed, replace(SCHEMES["openvino"], pairs_before_moves=False))
+    assert len(problems) == 2 and all("reads a float value" in problem for problem in problems)
+
+
 def test_a_value_that_is_read_in_float_too_is_quantized_behind_the_move() -> None:
     body = "a = Conv(x, w1) t = Transpose <perm = [0, 2, 3, 1]> (a) b = MatMul(t, w2) s = Sigmoid(a) y = Mul(s, a)"
     typed = quantized(network(body, w1=floats(4, 3, 1, 1), w2=floats(4, 4)), "openvino")

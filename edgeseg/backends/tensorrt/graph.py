@@ -12,6 +12,7 @@ from onnx import TensorProto
 from edgeseg.backends.tensorrt.log import blamed_node
 from edgeseg.errors import SpecError
 from edgeseg.graph.modules import module_of
+from edgeseg.graph.proto import copied
 from edgeseg.graph.types import graph_macs, node_dtypes, precision_report
 from edgeseg.spec import PipelineSpec, Precision
 from edgeseg.store.manifest import OnnxGraph
@@ -110,8 +111,7 @@ class ParsedGraph:
         float32 = self.float32 if image_type == TensorProto.UINT8 else self.float32 | exact
         if not opset_17 and not wide and image_type != TensorProto.UINT16:
             return replace(self, float32=float32) if float32 != self.float32 else self
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
+        model = copied(self.model)
         for node in model.graph.node:
             if node.op_type == "Cast" and node.output[0] in wide:
                 next(a for a in node.attribute if a.name == "to").i = TensorProto.INT32
