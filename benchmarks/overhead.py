@@ -3,6 +3,7 @@
 - ``Segmenter`` against a bare ``session.run`` of the very same session, in turns, 352x480.
 - ``import edgeseg``, ``edgeseg.load`` and ``edgeseg --help`` in fresh processes.
 - A full INT8 build of the demo fpn at 256x256 with 64 calibration images, nothing cached: where the time goes.
+- What builds of small and large networks say after the export that the rest will take, and what it took.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rich.console import Console
 
 import edgeseg
 from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
+from edgeseg.demo import sample_folder
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
 from edgeseg.progress import SilentReporter
 from edgeseg.store.engine import Engine
@@ -36,6 +38,30 @@ edgeseg.load(sys.argv[1])
 print(time.perf_counter() - start)
 """
 
+UNTRAINED: dict[str, Any] = {
+    "weights": "random",
+    "classes": 4,
+    "size": (256, 256),
+    "calibration": sample_folder() / "calib" / "images",
+    "min_int8_share": 0.0,
+}
+ESTIMATED: dict[str, dict[str, Any]] = {
+    "demo fpn, 64 images, auto": {"arch": "fpn"},
+    "demo fpn at 512x512, 64 images, auto": {"arch": "fpn", "size": (512, 512)},
+    "demo unet, 64 images, auto": {"arch": "unet"},
+    "segformer mit_b0, 64 images, auto": {"arch": "segformer", "encoder": "mit_b0", **UNTRAINED},
+    "unet resnet50, 8 images, auto": {"arch": "unet", "encoder": "resnet50", "calibration_limit": 8, **UNTRAINED},
+    "unet resnet50, 64 images, auto": {"arch": "unet", "encoder": "resnet50", **UNTRAINED},
+    "unetplusplus resnet18 at 512x512, 16 images, openvino": {
+        "arch": "unetplusplus",
+        "encoder": "resnet18",
+        "calibration_limit": 16,
+        "target": "openvino",
+        **UNTRAINED,
+        "size": (512, 512),
+    },
+}
+
 
 def main() -> None:
     options = arguments()
@@ -46,6 +72,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["EDGESEG_CACHE"] = str(Path(scratch) / "cache")
         stages, total = timed_build(Path(scratch) / "small")
+        estimates = [estimated_build(name, asked, Path(scratch) / name) for name, asked in ESTIMATED.items()]
         large = edgeseg.build(
             arch="fpn", precision="int8", size=(352, 480), target="onnxruntime", output=Path(scratch) / "large"
         )
@@ -64,6 +91,7 @@ def main() -> None:
     rows.append({"name": "Segmenter overhead", "share": overhead})
     rows += [{"name": name, "median_s": median(s), "samples_s": s} for name, s in seconds.items()]
     rows.append({"name": "int8 build of fpn 256x256, 64 calibration images", "total_s": total, "stages_s": stages})
+    rows += estimates
     record = Record(
         benchmark="overhead",
         workload="demo fpn, int8, onnxruntime",
@@ -79,6 +107,8 @@ def main() -> None:
         console.print(f"{name}: {median(values) * 1000:.0f} ms")
     listed = ", ".join(f"{stage} {s:.1f}" for stage, s in stages.items())
     console.print(f"int8 build of fpn 256x256 with 64 calibration images: {total:.1f} s ({listed})")
+    for row in estimates:
+        console.print(f"{row['name']}: {row['said']}; took {row['took_s']:.1f} s")
     console.print(f"raw samples: {options.output}")
 
 
@@ -87,6 +117,28 @@ def timed_build(folder: Path) -> tuple[dict[str, float], float]:
     started = time.perf_counter()
     edgeseg.build(arch="fpn", precision="int8", size=(256, 256), target="onnxruntime", output=folder, reporter=reporter)
     return reporter.seconds, time.perf_counter() - started
+
+
+class UntilTheEnd(SilentReporter):
+    """Notes when a build said how long the rest takes, and what it said."""
+
+    said = "less than 10 s to go"
+    since = 0.0
+
+    def finish(self, detail: str, seconds: float) -> None:
+        if self._stage == "export":
+            self.since = time.perf_counter()
+        super().finish(detail, seconds)
+
+    def note(self, text: str) -> None:
+        if " to go: " in text:
+            self.said, _, _ = text.partition(":")
+
+
+def estimated_build(name: str, asked: dict[str, Any], folder: Path) -> dict[str, Any]:
+    reporter = UntilTheEnd()
+    edgeseg.build(precision="int8", output=folder, reporter=reporter, **asked)
+    return {"name": f"build of {name}", "said": reporter.said, "took_s": time.perf_counter() - reporter.since}
 
 
 def call_overhead(engine: Engine, protocol: LatencyProtocol) -> dict[str, LatencySamples]:

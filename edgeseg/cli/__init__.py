@@ -1,5 +1,31 @@
 """The ``edgeseg`` command: one module per verb, errors mapped to exit codes in :mod:`edgeseg.cli.app`."""
 
-from edgeseg.cli.app import main
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from typing import NoReturn
+
+from edgeseg.cli import app
 
 __all__ = ["main"]
+
+
+def main() -> NoReturn:
+    """Entry point of a process that is ``edgeseg`` and nothing else: :func:`edgeseg.cli.app.main`, and an end that does not
+    wait."""
+    code: list[int] = []
+    # Registered first, so called last: threads, workers and scratch folders have ended by then.
+    atexit.register(_end_at_once, code)
+    try:
+        app.main()
+    except SystemExit as end:
+        code.append(int(end.code or 0))
+        raise
+
+
+def _end_at_once(code: list[int]) -> None:
+    """Leave the half a million objects of torch to the system: Python takes more than a second to free them one by one."""
+    if code and "torch" in sys.modules:
+        os._exit(code[0])

@@ -10,20 +10,23 @@ from typing import TYPE_CHECKING
 
 from edgeseg.errors import BuildError, QuantizationError
 from edgeseg.evaluate.verify import check_gates
-from edgeseg.pipeline.calibration import calibration_stage, judging_schemes
+from edgeseg.pipeline.calibration import calibration_stage, judging_schemes, table_inputs
 from edgeseg.pipeline.candidate import Candidate, candidate_stage, measured_sessions
+from edgeseg.pipeline.estimate import WORTH_SAYING_S, time_to_go
 from edgeseg.pipeline.manifest_maker import ManifestMaker
 from edgeseg.pipeline.plan import BuildPlan, plan_build
-from edgeseg.pipeline.stages import EXPORT_FOLDER, export_stage
+from edgeseg.pipeline.stages import EXPORT_FOLDER, export_stage, few_collections
 from edgeseg.pipeline.verification import Verifier, verify_stage
 from edgeseg.progress import Reporter, stage
-from edgeseg.store.cache import usable_cache
+from edgeseg.quantize.calibration import CalibrationSet
+from edgeseg.store.cache import is_kept, usable_cache
 from edgeseg.store.engine import Engine, engine_folder, open_engine, read_manifest
 from edgeseg.store.manifest import OnnxGraph
 
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only
 
+    from edgeseg.convert.export import ConversionReport
     from edgeseg.pipeline.request import BuildRequest
     from edgeseg.quantize.table import CalibrationTable
 
@@ -31,12 +34,14 @@ PLAIN_FOLDER = "plain"
 """What plain engines are built in, inside the engine folder in the making."""
 
 
+@few_collections()
 def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter: Reporter) -> Engine:
     """Run every stage of ``request`` and return the finished engine folder. See :func:`edgeseg.build`."""
     plan = plan_build(request, model, reporter)
     loaded, spec, folder = plan.loaded, plan.spec, plan.folder
     with usable_cache(reporter.note), engine_folder(folder, force=request.force) as scratch:
         exported, conversion = export_stage(loaded, spec, scratch, reporter)
+        say_time_to_go(request, plan, exported, conversion, reporter)
         (scratch / PLAIN_FOLDER).mkdir()
         graph, table = ranges_stage(request, plan, exported, scratch / PLAIN_FOLDER, reporter)
         candidates = build_for_each(request, plan.targets, graph, table, scratch / PLAIN_FOLDER, reporter)
@@ -65,6 +70,19 @@ def run_build(request: BuildRequest, *, model: torch.nn.Module | None, reporter:
         for name in (EXPORT_FOLDER, PLAIN_FOLDER):
             shutil.rmtree(scratch / name, ignore_errors=True)
     return open_engine(folder)
+
+
+def say_time_to_go(
+    request: BuildRequest, plan: BuildPlan, exported: OnnxGraph, conversion: ConversionReport, reporter: Reporter
+) -> None:
+    """Tell how long the rest may take, and with what, where that is worth a line."""
+    judges = judging_schemes(request, plan.targets)
+    calibrates = isinstance(plan.samples, CalibrationSet) and not is_kept(
+        "calibration", table_inputs(request, exported, plan.samples, judges)
+    )
+    estimate = time_to_go(request, plan, exported, conversion.nodes, len(judges), calibrates=calibrates)
+    if estimate.high_s >= WORTH_SAYING_S:
+        reporter.note(estimate.words)
 
 
 def ranges_stage(

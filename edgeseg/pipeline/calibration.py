@@ -13,7 +13,7 @@ from edgeseg.evaluate.tables import counted
 from edgeseg.graph.grid import Marks
 from edgeseg.pipeline.candidate import TABLE_NAME
 from edgeseg.pipeline.plan import refuse_early
-from edgeseg.pipeline.stages import export_stage, load_stage, pipeline_spec, read_marks
+from edgeseg.pipeline.stages import export_stage, few_collections, load_stage, pipeline_spec, read_marks
 from edgeseg.pipeline.verification_data import calibration_source
 from edgeseg.progress import Reporter, stage
 from edgeseg.quantize.calibration import (
@@ -94,13 +94,6 @@ def calibration_stage(
     method = method_or_default(request.calibration_method)
     repairs = request.precision == "int8"
     equalizes = request.equalize and repairs
-    inputs = {
-        "key": table_key(graph, samples, method, {}),
-        "equalizes": equalizes,
-        "judges": judges if repairs else None,
-        "repairs": repairs,
-        "software": software(),
-    }
 
     def make(folder: Path) -> None:
         if repairs:
@@ -115,7 +108,7 @@ def calibration_stage(
         table.save(folder / TABLE_NAME)
 
     with stage(reporter, "calibrate") as said:
-        folder, reused = cached_folder("calibration", inputs, make)
+        folder, reused = cached_folder("calibration", table_inputs(request, graph, samples, judges), make)
         table = load_table(folder / TABLE_NAME)
         said.append(f"{chosen_methods(table)} over {table.images} images")
         if table.equalization:
@@ -127,6 +120,20 @@ def calibration_stage(
         if reused:
             said.append("reused")
     return graph, table
+
+
+def table_inputs(
+    request: BuildRequest, graph: OnnxGraph, samples: CalibrationSet, judges: tuple[str, ...] | None
+) -> dict[str, object]:
+    """All that the ranges of images depend on: what they are kept under."""
+    repairs = request.precision == "int8"
+    return {
+        "key": table_key(graph, samples, method_or_default(request.calibration_method), {}),
+        "equalizes": request.equalize and repairs,
+        "judges": judges if repairs else None,
+        "repairs": repairs,
+        "software": software(),
+    }
 
 
 def trained_stage(
@@ -164,6 +171,7 @@ def chosen_methods(table: CalibrationTable) -> str:
     return f"{table.method} ({chosen})" if chosen else table.method
 
 
+@few_collections()
 def run_calibration(request: BuildRequest, path: Path, reporter: Reporter) -> CalibrationTable:
     """Load, export and calibrate, and write the table to ``path``: ``edgeseg calibrate``."""
     refuse_early(request, is_module=False, makes_engine=False)

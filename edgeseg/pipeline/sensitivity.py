@@ -14,7 +14,7 @@ from edgeseg.pipeline.calibration import calibration_stage, judging_schemes
 from edgeseg.pipeline.candidate import build_typed, write_typed
 from edgeseg.pipeline.manifest_maker import ManifestMaker
 from edgeseg.pipeline.plan import choose_targets, refuse_early
-from edgeseg.pipeline.stages import export_stage, load_stage, pipeline_spec
+from edgeseg.pipeline.stages import export_stage, few_collections, load_stage, pipeline_spec
 from edgeseg.pipeline.verification_data import calibration_and_held_out
 from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.quantize.schemes import SCHEMES
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgeseg.pipeline.request import BuildRequest
 
 
+@few_collections()
 def run_sensitivity(request: BuildRequest, reporter: Reporter, limit: int) -> SensitivityReport:
     """Judge and time INT8 of each module by itself: ``edgeseg sensitivity``. Errors are those of a build.
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +32,23 @@ if TYPE_CHECKING:
 
 EXPORT_FOLDER = "export"
 """Of a graph that cannot be found again, inside the engine folder in the making."""
+
+
+FEW_COLLECTIONS = (200_000, 30, 30)
+
+
+@contextmanager
+def few_collections() -> Iterator[None]:
+    """Let Python look for garbage less often while it lasts.
+
+    torch, torchvision and timm leave half a million objects that stay; walked again and again, they took an eighth of a build.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(*FEW_COLLECTIONS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: Reporter) -> LoadedModel:

@@ -147,6 +147,11 @@ def cached_folder(stage: Stage, inputs: object, make: Callable[[Path], None]) ->
     return folder, False
 
 
+def is_kept(stage: Stage, inputs: object) -> bool:
+    """Whether :func:`cached_folder` would find what was made of these ``inputs``."""
+    return _is_whole(stage_folder(stage) / sha256_json(inputs))
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         for file in read_json(folder / _CONTENTS, list[FileRef], "cache"):

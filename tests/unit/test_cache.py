@@ -26,7 +26,9 @@ def writer(text: str) -> Callable[[Path], None]:
 
 
 def test_same_inputs_are_made_once() -> None:
+    assert not cache.is_kept("export", {"weights": "a"})
     first, reused_first = cache.cached_folder("export", {"weights": "a"}, writer("1"))
+    assert cache.is_kept("export", {"weights": "a"})
     second, reused_second = cache.cached_folder("export", {"weights": "a"}, writer("2"))
     assert (reused_first, reused_second) == (False, True)
     assert first == second

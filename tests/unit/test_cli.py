@@ -334,6 +334,22 @@ def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
     assert done.stderr == "edgeseg: the working folder is not there any more; go to another\n"
 
 
+@pytest.mark.parametrize(("words", "code"), [("--version", 0), ("no-such-verb", 2)])
+@pytest.mark.parametrize("imported", [True, False])
+def test_a_process_that_imported_torch_does_not_take_it_apart(words: str, code: int, imported: bool) -> None:
+    program = (
+        "import sys, types\n"
+        "class Large:\n    def __del__(self): print('freed')\n"
+        f"if {imported}: sys.modules['torch'] = types.ModuleType('torch')\n"
+        f"kept = Large()\nsys.argv = ['edgeseg', {words!r}]\n"
+        "from edgeseg.cli import main; main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert ("freed" in done.stdout) is not imported
+    assert ("edgeseg, version" in done.stdout) is (code == 0)
+
+
 def test_printed_commands_can_be_typed() -> None:
     from edgeseg.errors import typed
 

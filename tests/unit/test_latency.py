@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgeseg.evaluate.latency.protocol import (
@@ -119,6 +121,25 @@ def test_a_limit_on_iterations_ends_it_early() -> None:
     clock = Clock()
     protocol = LatencyProtocol(warmup_ms=0, min_iterations=2, min_duration_ms=1e9, max_iterations=6, block=2)
     assert len(measure(clock.call("a", [1.0]), protocol, clock_ns=clock).samples_ms) == 6
+
+
+def test_ratios_that_are_known_end_it_early() -> None:
+    precise = LatencyProtocol(warmup_ms=0, min_duration_ms=1e9, max_iterations=200, precise_within=0.05)
+
+    def count(protocol: LatencyProtocol, *spreads: float) -> int:
+        """Samples of contenders whose times go up and down by a share of them, each in a rhythm of its own."""
+        clock = Clock()
+        calls = {
+            str(k): clock.call(str(k), [10.0 * (1 + spread * np.sin(n * (k + 1))) for n in range(2000)])
+            for k, spread in enumerate(spreads)
+        }
+        return len(measure_interleaved(calls, protocol, clock_ns=clock)["0"].samples_ms)
+
+    assert count(precise, 0.0, 0.01) == 40
+    assert count(precise, 0.0, 0.01, 0.6) > 40  # all of them have to be known
+    assert count(precise, 0.0) == 200  # nothing to compare with
+    assert count(dataclasses.replace(precise, precise_within=None), 0.0, 0.01) == 200
+    assert count(dataclasses.replace(precise, min_iterations=80), 0.0, 0.01) == 80
 
 
 def test_contenders_take_turns_in_blocks_and_the_beginner_changes() -> None:

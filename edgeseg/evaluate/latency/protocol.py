@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
-from edgeseg.evaluate.latency.batches import ratio_interval
+from edgeseg.evaluate.latency.batches import BATCHES, MIN_PER_BATCH, ratio_interval
 from edgeseg.images.dtypes import usual_pixels
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.manifest import LatencyFigures
@@ -46,6 +47,9 @@ class LatencyProtocol:
         stable_within: go on warming up until the median of the last five calls is within this share of the median of the
             five before; ``None`` warms up for ``warmup_ms`` only.
         max_warmup_ms: with ``stable_within``: stop warming up here, stable or not.
+        precise_within: with several contenders, stop even before ``min_duration_ms`` once the 95 % interval of each one's
+            ratio to the first reaches no further than this share to either side. Asked again after every round, an
+            interval is somewhat too narrow: for what decides by more than that share. ``None`` for the whole time.
     """
 
     warmup_ms: float = 200.0
@@ -57,6 +61,7 @@ class LatencyProtocol:
     settle: int = 1
     stable_within: float | None = None
     max_warmup_ms: float = 5000.0
+    precise_within: float | None = None
 
     def is_done(self, iterations: int, counted_ms: float) -> bool:
         """Whether ``iterations`` counted calls that took ``counted_ms`` together are enough."""
@@ -64,6 +69,18 @@ class LatencyProtocol:
             return True
         return iterations >= self.min_iterations and counted_ms >= self.min_duration_ms
 
+    def is_precise(self, samples: Sequence[Sequence[float]]) -> bool:
+        """Whether the contenders' samples tell their ratios to the first as exactly as asked."""
+        first, *others = samples
+        if self.precise_within is None or not others or len(first) < max(self.min_iterations, PRECISE_SAMPLES):
+            return False
+        reach = math.log1p(self.precise_within)
+        intervals = (ratio_interval(np.divide(first, other)) for other in others)
+        return all(math.log(high / low) <= 2 * reach for low, high in intervals)
+
+
+PRECISE_SAMPLES = BATCHES * MIN_PER_BATCH
+"""Fewest samples that may end a run early: an interval of all its stretches, which few samples do not have."""
 
 STABLE_CALLS = 5
 """Calls whose median is compared with that of as many before, see ``LatencyProtocol.stable_within``."""
@@ -71,8 +88,10 @@ STABLE_CALLS = 5
 TRTEXEC = LatencyProtocol()
 BENCH = LatencyProtocol(stable_within=0.03)
 """The protocol of ``edgeseg bench``: trtexec's, warmed up until times settle."""
-SHORT = replace(BENCH, min_duration_ms=1000.0, min_iterations=12, max_iterations=400, max_warmup_ms=2000.0)
-"""The protocol at the end of a build: bench's, a second for each contender."""
+SHORT = replace(
+    BENCH, min_duration_ms=1000.0, min_iterations=12, max_iterations=400, max_warmup_ms=2000.0, precise_within=0.05
+)
+"""The protocol at the end of a build: bench's, a second for each contender, less where the ratios are known to 5 % before."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +205,7 @@ def measure_interleaved(
             counted_ms = sum(map(sum, samples.values())) / len(samples)
             if progress is not None:
                 progress(int(min(counted_ms, protocol.min_duration_ms)), int(protocol.min_duration_ms))
-            if protocol.is_done(len(samples[names[0]]), counted_ms):
+            if protocol.is_done(len(samples[names[0]]), counted_ms) or protocol.is_precise(list(samples.values())):
                 break
     return {name: LatencySamples(tuple(samples[name]), *warmups[name]) for name in names}
 

@@ -54,6 +54,11 @@ def hold_out(samples: CalibrationSet) -> tuple[CalibrationSet, CalibrationSet | 
     return samples.hold_out(HELD_OUT_EVERY) if len(samples) >= MIN_TO_HOLD_OUT else (samples, None)
 
 
+def judging_images(images: int, spec: InputSpec) -> int:
+    """How many of so many images judge."""
+    return min(images, IMAGES, max(FEWEST_IMAGES, PIXELS // (spec.height * spec.width)))
+
+
 def windows(samples: CalibrationSet, spec: InputSpec) -> Iterator[tuple[NDArray[Any], str]]:
     """Batches of the smallest size a graph takes, each of one image repeated, and the image's name."""
     for name, shown in samples.named_windows(spec):
@@ -106,9 +111,8 @@ class Judge:
 
     def __init__(self, graph: OnnxGraph, samples: CalibrationSet) -> None:
         self._spec = graph.spec
-        size = graph.spec.input.height * graph.spec.input.width
-        count = min(IMAGES, max(FEWEST_IMAGES, PIXELS // size))
-        every = max(1, len(samples) // count)
+        count = judging_images(len(samples), graph.spec.input)
+        every = len(samples) // count
         chosen = samples.take(range(0, every * count, every))
         self._images = [(shown[len(shown) // 2], name) for name, shown in chosen.named_windows(graph.spec.input)]
         self._float = [self._log_probabilities(scores) for scores in self._scores(read_onnx(graph.path))]
