@@ -97,7 +97,12 @@ def main() -> None:
         workload="demo fpn, int8, onnxruntime",
         machine=machine,
         versions=versions(),
-        settings={"protocol": dataclasses.asdict(protocol), "processes": options.processes},
+        settings={
+            "protocol": dataclasses.asdict(protocol),
+            "processes": options.processes,
+            # pip compiles what it installs; a checkout is compiled in every process where Python is told not to keep that.
+            "keeps_bytecode": not sys.dont_write_bytecode,
+        },
         rows=rows,
         ratios=speed,
     )
