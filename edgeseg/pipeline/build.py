@@ -162,7 +162,10 @@ def reach_goal(
     from edgeseg.pipeline.goal import GoalSearch, carried_names
 
     assert make.table is not None  # nothing is int8 without
-    reporter.note("plain INT8 misses the goal: looking for modules to leave in float (--no-search does not)")
+    reporter.note(
+        "plain INT8 misses the goal: looking for modules to leave in float, at most "
+        f"{make.request.search_minutes:g} minutes (--search-minutes; --no-search does not look)"
+    )
     with verifier.reference(make.spec, verifier.device) as (reference, _):
         assert isinstance(reference, Remembered)  # of a build with a goal
         best, carried, record = GoalSearch(

@@ -32,15 +32,16 @@ if TYPE_CHECKING:
 
 WORTH_SAYING_S = 10.0
 
-OBSERVED, AS_WRITTEN, PYTORCH = 2.2, 1.6, 4.5
+OBSERVED, AS_WRITTEN, PYTORCH = 2.2, 1.6, 3.0
 """What an image takes, in optimized runs of the fp32 graph: with every activation returned and counted; through a Q/DQ graph
-run as it is written; through PyTorch."""
+run as it is written; through PyTorch, which takes :data:`PYTORCH_PER_NODE_S` besides."""
+PYTORCH_PER_NODE_S = 0.0001
 
 PER_NODE_S, PER_MB_S = 0.001, 0.01
 """To write, check and load a Q/DQ graph: by nodes of the fp32 graph, by MB of its weights."""
 
-TIMED_S, FEWEST_TIMED = 2.0, 20
-"""To time two engines in turns: seconds at least, and calls of each at least, warm-up included."""
+TIMED_S, TIMED_CALLS = 2.0, 16
+"""To time two engines in turns: so many seconds, and so many calls of the slower one."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def time_to_go(
         work.append(f"{' and '.join(built)} timed in turns")
     if plan.held_out is not None:
         images = len(plan.held_out.pairs)
-        engines_s += images * (1 + PYTORCH) * run_s + (max(TIMED_S, FEWEST_TIMED * PYTORCH * run_s) if built else 0.0)
+        pytorch_s = PYTORCH * run_s + PYTORCH_PER_NODE_S * nodes
+        engines_s += images * (pytorch_s + run_s) + (TIMED_S + TIMED_CALLS * pytorch_s if built else 0.0)
         work.append(f"verification on {counted(images, 'image')}")
     if has_goal(request):
         work.append("a search not counted, should INT8 miss the goal")
