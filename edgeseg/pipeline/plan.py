@@ -16,7 +16,13 @@ from edgeseg.errors import SpecError
 from edgeseg.evaluate.summary import input_line
 from edgeseg.evaluate.tables import counted
 from edgeseg.pipeline.stages import load_stage, pipeline_spec
-from edgeseg.pipeline.verification_data import Samples, VerificationData, calibration_and_held_out, check_images
+from edgeseg.pipeline.verification_data import (
+    Samples,
+    VerificationData,
+    calibration_and_held_out,
+    check_images,
+    verifies_on_calibration,
+)
 from edgeseg.progress import Reporter, stage
 from edgeseg.quantize.calibration import CalibrationSet, method_or_default
 from edgeseg.quantize.schemes import SCHEMES
@@ -109,7 +115,8 @@ def plan_build(request: BuildRequest, model: torch.nn.Module | None, reporter: R
     folder = request.folder or Path("engines") / default_name(loaded.model.arch, encoder, request.precision)
     check_engine_folder(folder, force=request.force)
     if request.precision == "fp32" and request.calibration is not None:
-        reporter.note("--calibration is not used: an fp32 engine has no ranges")
+        used = "used to verify on only" if verifies_on_calibration(request) else "not used"
+        reporter.note(f"--calibration is {used}: an fp32 engine has no ranges")
     with stage(reporter, "input") as said:
         samples, held_out = calibration_and_held_out(request, loaded)
         said.append(input_line(spec, is_default_size=request.size is None and not loaded.has_own_size))

@@ -89,6 +89,9 @@ def calibration_and_held_out(request: BuildRequest, loaded: LoadedModel) -> tupl
         return samples, VerificationData(pairs, "the demo validation images (generated street scenes)")
     if isinstance(samples, CalibrationSet):
         return _split(request, loaded, samples)
+    if verifies_on_calibration(request):
+        # Nothing is calibrated on them here; the precisions of a sweep are judged on the same.
+        return samples, _split(request, loaded, calibration_source(request, loaded))[1]
     if loaded.model.in_channels != 3 or request.input_dtype != "uint8":
         return samples, None
     stand_in = ValidationSet.open(sample_folder() / "val" / "images", loaded.model).limited(STAND_INS)
@@ -109,7 +112,7 @@ def check_images(request: BuildRequest, *, is_demo: bool, is_module: bool) -> No
     source = request.calibration
     if request.precision == "int8" and source is None and not is_demo and not is_module:
         raise InputError(NO_CALIBRATION)
-    if request.precision != "fp32" and source is not None:
+    if source is not None and (request.precision != "fp32" or verifies_on_calibration(request)):
         if _is_table(source):
             if not Path(source).is_file():
                 raise InputError(f"calibration table {source} does not exist; edgeseg calibrate makes one")
@@ -118,10 +121,15 @@ def check_images(request: BuildRequest, *, is_demo: bool, is_module: bool) -> No
     has_masks = is_demo and source is None
     if request.validation is not None:
         has_masks = ValidationSet.open(request.validation, _ANY_MODEL).has_masks
-    elif request.precision != "fp32" and isinstance(source, (str, Path)) and Path(source).is_dir():
+    elif isinstance(source, (str, Path)) and Path(source).is_dir():
         has_masks = ValidationSet.open(source, _ANY_MODEL).has_masks
     if request.max_drop is not None and not has_masks:
         raise InputError("--max-drop needs masks: give --validation DIR with images/ and masks/")
+
+
+def verifies_on_calibration(request: BuildRequest) -> bool:
+    """Whether some of the images to calibrate on are those to verify on."""
+    return request.calibration is not None and request.validation is None and not _is_table(request.calibration)
 
 
 def _is_table(source: object) -> bool:
@@ -191,7 +199,9 @@ def _split(
     """Keep part of the calibration images for verification; with few images, use them for both and say so."""
     enough = len(samples) >= MIN_TO_HOLD_OUT
     kept, held = samples.hold_out(HELD_OUT_EVERY) if enough else (samples, samples)
-    words = "held out of" if enough else "the same as for calibration, too few to hold some out of"
+    words = "held out of"
+    if not enough:
+        words = "of" if request.precision == "fp32" else "the same as for calibration, too few to hold some out of"
     description = f"{len(held)} images {words} {samples.source}"
     source = request.calibration
     if isinstance(source, (str, Path)) and os.path.isdir(source):

@@ -108,21 +108,33 @@ def test_own_checkpoint_with_held_out_calibration_images(tmp_path: Path) -> None
     photos.mkdir()
     for path in sorted((sample_folder() / "calib" / "images").iterdir())[:25]:
         shutil.copy(path, photos)
-    engine = edgeseg.build(
-        arch="linknet",
-        encoder="resnet18",
-        weights=tmp_path / "model.pth",
-        calibration=photos,
-        size=(64, 96),
-        target="onnxruntime",
-        output=tmp_path / "e",
-    )
-    manifest = engine.manifest
+    said: list[str] = []
+    engines = {
+        precision: edgeseg.build(
+            arch="linknet",
+            encoder="resnet18",
+            weights=tmp_path / "model.pth",
+            precision=precision,
+            calibration=photos,
+            size=(64, 96),
+            target="onnxruntime",
+            output=tmp_path / precision,
+            reporter=said.append,
+        )
+        for precision in ("int8", "fp32")
+    }
+    manifest = engines["int8"].manifest
     assert manifest.spec.model.classes == 3
     assert manifest.verification is not None
     assert manifest.verification.images == 5
     assert "held out" in manifest.verification.data
     assert manifest.verification.pytorch_accuracy.miou is None
+    # fp32 takes no ranges from them, and is judged on the same.
+    assert (exact := engines["fp32"].manifest.verification) is not None
+    assert (exact.images, exact.data) == (manifest.verification.images, manifest.verification.data)
+    assert [line for line in said if "--calibration is" in line] == [
+        "note: --calibration is used to verify on only: an fp32 engine has no ranges"
+    ]
 
 
 def test_model_object_and_arrays(tmp_path: Path) -> None:

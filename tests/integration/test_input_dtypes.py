@@ -249,7 +249,6 @@ def test_a_window_of_values_is_clipped_in_the_graph(
     made = hounsfield if dtype == "float32" else thermal
     for seed in range(12):
         np.save(tmp_path / f"{seed}.npy", made(seed))
-    validation = tmp_path if precision == "fp32" else None  # which is not calibrated
     values = {"input_dtype": dtype, "clip": (low, high), "mean": low, "std": high - low, "scale": 1}
     engine = engine_of(
         scanner,
@@ -258,7 +257,6 @@ def test_a_window_of_values_is_clipped_in_the_graph(
         **values,
         output_kind="logits",
         calibration=tmp_path,
-        validation=validation,
     )
     assert engine.manifest.spec.preprocess.clip == (low, high)
     assert engine.manifest.command is None or "--clip" in engine.manifest.command
