@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 WORTH_SAYING_S = 10.0
 
-OBSERVED, AS_WRITTEN, PYTORCH = 2.2, 1.6, 3.0
+OBSERVED, AS_WRITTEN, PYTORCH = 2.2, 1.6, 1.5
 """What an image takes, in optimized runs of the fp32 graph: with every activation returned and counted; through a Q/DQ graph
-run as it is written; through PyTorch, which takes :data:`PYTORCH_PER_NODE_S` besides."""
-PYTORCH_PER_NODE_S = 0.0001
+run as it is written; through PyTorch, besides what each module and the weights take it."""
+PYTORCH_PER_NODE_S, PYTORCH_PER_MB_S = 0.0001, 0.0007
 
 PER_NODE_S, PER_MB_S = 0.001, 0.01
 """To write, check and load a Q/DQ graph: by nodes of the fp32 graph, by MB of its weights."""
@@ -109,7 +109,8 @@ def time_to_go(
         calibrates: whether ranges are to be found: none were given, and none are kept from another build.
     """
     run_s = seconds_of_a_run(graph)
-    writes_s = PER_NODE_S * nodes + PER_MB_S * graph.path.stat().st_size / 1e6
+    size_mb = graph.path.stat().st_size / 1e6
+    writes_s = PER_NODE_S * nodes + PER_MB_S * size_mb
     low = high = 0.0
     work = []
     if calibrates and isinstance(plan.samples, CalibrationSet):
@@ -128,7 +129,7 @@ def time_to_go(
         work.append(f"{' and '.join(built)} timed in turns")
     if plan.held_out is not None:
         images = len(plan.held_out.pairs)
-        pytorch_s = PYTORCH * run_s + PYTORCH_PER_NODE_S * nodes
+        pytorch_s = PYTORCH * run_s + PYTORCH_PER_NODE_S * nodes + PYTORCH_PER_MB_S * size_mb
         engines_s += images * (pytorch_s + run_s) + (TIMED_S + TIMED_CALLS * pytorch_s if built else 0.0)
         work.append(f"verification on {counted(images, 'image')}")
     if has_goal(request):
