@@ -91,7 +91,9 @@ def calibration_and_held_out(request: BuildRequest, loaded: LoadedModel) -> tupl
         return _split(request, loaded, samples)
     if verifies_on_calibration(request):
         # Nothing is calibrated on them here; the precisions of a sweep are judged on the same.
-        return samples, _split(request, loaded, calibration_source(request, loaded))[1]
+        images = calibration_source(request, loaded)
+        assert isinstance(images, CalibrationSet)  # no table
+        return samples, _split(request, loaded, images)[1]
     if loaded.model.in_channels != 3 or request.input_dtype != "uint8":
         return samples, None
     stand_in = ValidationSet.open(sample_folder() / "val" / "images", loaded.model).limited(STAND_INS)
