@@ -9,6 +9,7 @@ the target's compiler fuses the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -27,7 +28,7 @@ _CLAMPS = frozenset({"Relu", "Clip"})
 _INTEGER = _FUSED | _MOVES | _CLAMPS | {"Concat"}
 
 SHARED_SCALE_RATIO = 3.0
-"""Concat inputs share one scale while none gives up more than this factor of its resolution."""
+"""Concat inputs share one scale while none that others read as well gives up more than this factor of its resolution."""
 
 
 class Role(Enum):
@@ -215,19 +216,39 @@ class _OperatorPlacement:
         return Role.MOVES
 
     def _concat(self, node: ir.Node, inputs: list[ir.Value]) -> Role | None:
-        members = [m for v in inputs for m in self._result.members(v)]
-        limits = [self._ranges[str(m.name)] for m in members if m.name in self._ranges]
-        low, high = _union(limits)
-        saturates = all(
-            low >= self._clamped[m][0] and high <= self._clamped[m][1] for m in members if m in self._clamped
-        )
-        # What training rounded each in its own steps keeps them: integers are joined only where they mean the same.
-        grids = {self._grids.get(str(m.name)) for m in members if m.name in self._ranges}
-        is_close = high - low <= SHARED_SCALE_RATIO * min(b - a for a, b in limits)
-        if saturates and (is_close if grids == {None} else len(grids) == 1):
+        bound = [v for v in inputs if self._is_read_elsewhere(v, node)]
+        if self._may_share(inputs, bound):
             return self._moves(node, inputs)
         self._emit(node.outputs)
+        # What has the result's scale is copied, the rest looked up in a table, byte by byte.
+        copied = [*(v for v in inputs if v not in bound), *node.outputs]
+        if node.outputs[0] in self._result.quantized and self._may_share(copied, ()):
+            self._result.share(copied)
         return Role.FUSED
+
+    def _may_share(self, values: Iterable[ir.Value], bound: Iterable[ir.Value]) -> bool:
+        """Whether ``values`` may have one scale: none of them is clipped by it, and ``bound`` keep their resolution."""
+        members = [m for v in values for m in self._result.members(v)]
+        low, high = _union(self._limits(members))
+        # What training rounded each in its own steps keeps them: integers are joined only where they mean the same.
+        grids = {self._grids.get(str(m.name)) for m in members if m.name in self._ranges}
+        if len(grids) != 1 or any(
+            low < self._clamped[m][0] or high > self._clamped[m][1] for m in members if m in self._clamped
+        ):
+            return False
+        least = min(
+            (b - a for a, b in self._limits(m for v in bound for m in self._result.members(v))), default=math.inf
+        )
+        return grids != {None} or high - low <= SHARED_SCALE_RATIO * least
+
+    def _limits(self, values: Iterable[ir.Value]) -> list[Range]:
+        return [self._ranges[str(v.name)] for v in values if v.name in self._ranges]
+
+    def _is_read_elsewhere(self, value: ir.Value, concat: ir.Node) -> bool:
+        """Whether somebody besides ``concat``, whose result has coarse steps in any case, reads these integers."""
+        group = set(self._result.members(value))
+        readers = {reader for member in group for reader in member.consumers()}
+        return any(reader is not concat and group.isdisjoint(reader.outputs) for reader in readers)
 
     def _emit(self, values: Iterable[ir.Value]) -> None:
         """Values an integer kernel writes: quantized, and integers for whoever reads them.
