@@ -78,7 +78,7 @@ def with_face(engine: Engine, face: Face, metadata: Mapping[str, str] | None = N
     model = ir.serde.deserialize_model(read_onnx(engine.graph_path))
     tidy(model)  # for the types and shapes of every value
     _put_input(model, face)
-    _put_output(model, face)
+    _put_output(model, face, engine.manifest.spec.model.classes)
     tidy(model)
     model.metadata_props.clear()
     model.metadata_props.update(metadata or {})
@@ -129,7 +129,7 @@ def _put_input(model: ir.Model, face: Face) -> None:
     graph.inputs[:] = [given]
 
 
-def _put_output(model: ir.Model, face: Face) -> None:
+def _put_output(model: ir.Model, face: Face, classes: int) -> None:
     graph = model.graph
     value: ir.Value | None = next(output for output in graph.outputs if output.name == "mask")
     while ending := maker(value, "Cast", "Squeeze", "Reshape", "Identity"):
@@ -141,6 +141,11 @@ def _put_output(model: ir.Model, face: Face) -> None:
         raise SpecError("the engine's mask is made in a way that cannot be shown to another host; build it again")
     last = graph[-1]
     edit = Editor(graph, last, "face", after=True)
+    if decided.op_type == "ArgMax" and shape[1] != classes:
+        # Classes that never win fill a kernel's blocks; the host knows nothing of them.
+        span = [edit.constant(name, np.array([value])) for name, value in (("begin", 0), ("end", classes), ("axis", 1))]
+        shape = ir.Shape((shape[0], classes, *shape[2:]))
+        scores = edit.op("classes", "Slice", [scores, *span], dtype=scores.dtype, shape=shape)
     if scores.dtype != ir.DataType.FLOAT:
         scores = edit.op("scores", "Cast", [scores], shape=shape, to=ir.DataType.FLOAT)
     if decided.op_type == "Greater":

@@ -61,7 +61,9 @@ _OPENVINO_PASSES = ("fold_preprocessing_in_float", "own_transposed_input")
 SCHEMES: dict[str, QuantScheme] = {
     scheme.name: scheme
     for scheme in (
-        QuantScheme("onnxruntime-vnni", "u8", False, 8, True, "operators", _IMAGE_PASSES + _ONNXRUNTIME_PASSES),
+        QuantScheme(
+            "onnxruntime-vnni", "u8", False, 8, True, "operators", (*_IMAGE_PASSES, *_ONNXRUNTIME_PASSES, "wide_head")
+        ),
         QuantScheme("onnxruntime-avx2", "u8", False, 7, True, "operators", _IMAGE_PASSES + _ONNXRUNTIME_PASSES),
         QuantScheme("onnxruntime-arm", "s8", False, 8, True, "operators", _ONNXRUNTIME_PASSES),
         QuantScheme("openvino", "u8", False, 8, False, "inputs", _OPENVINO_PASSES, True, signed_transposed=True),

@@ -288,5 +288,36 @@ def test_pointwise_head() -> None:
     assert left["Conv"] == left["MatMul"] == left["Sub"] == 1
 
 
+@pytest.mark.parametrize(("classes", "width"), [(9, 16), (11, 16), (19, 20), (21, 24), (150, 152)])
+@pytest.mark.parametrize("bias", ["", ", bias"])
+def test_wide_head(classes: int, width: int, bias: str) -> None:
+    model = head(classes, bias)
+    passed(model, "wide_head", 1, {"x": floats(2, 6, 4, 5)})
+    after = ir.serde.deserialize_model(model)
+    PASSES["wide_head"](after, Observed())
+    (conv,) = (node for node in after.graph if node.op_type == "Conv")
+    assert conv.inputs[1] is not None and conv.inputs[1].shape == ir.Shape([width, 6, 3, 3])
+    # Where all are rounded to the same integer, or the first class wins, an added one never does.
+    same = run(ir.serde.serialize_model(after), x=np.zeros((1, 6, 4, 5), np.float32))[0]
+    assert same.max() < classes
+
+
+@pytest.mark.parametrize(("classes", "end"), [(8, ""), (16, ""), (24, ""), (11, "z = Relu(y)"), (11, "last")])
+def test_wide_head_that_is_wide_or_read_by_others_or_small_is_left_alone(classes: int, end: str) -> None:
+    passed(head(classes, "", end), "wide_head", 0, {"x": floats(2, 6, 4, 5)})
+
+
+def head(classes: int, bias: str, end: str = "") -> onnx.ModelProto:
+    last = ", select_last_index = 1" if end == "last" else ""
+    other = ", float[n, c, h, w] z" if end.startswith("z") else ""
+    return graph(
+        f"(float[n, 6, 4, 5] x) => (int64[n, h, w] m{other})",
+        f"""y = Conv <pads = [1, 1, 1, 1]> (x, weight{bias}) m = ArgMax <axis = 1, keepdims = 0{last}> (y)
+        {end if other else ""}""",
+        weight=floats(classes, 6, 3, 3),
+        **({"bias": floats(classes)} if bias else {}),
+    )
+
+
 def test_every_scheme_names_passes_that_exist() -> None:
     assert {name for scheme in SCHEMES.values() for name in scheme.passes} == set(PASSES)

@@ -58,12 +58,24 @@ def test_tensorrt_quantizes_one_side_of_a_residual_addition() -> None:
 
 
 CONCAT = "a = Conv(x, w1) b = Conv(x, w2) c = Concat <axis = 1> (a, b) y = Conv(c, w3)"
+READ_BY = {"nobody else": "", "a": " e = Conv(a, w4) z = Add(y, e)", "b": " e = Conv(b, w4) z = Add(y, e)"}
 
 
-@pytest.mark.parametrize(("factor", "shared"), [(1.0, True), (50.0, False)])
-def test_concat_inputs_share_a_scale_unless_it_costs_too_much(factor: float, shared: bool) -> None:
+@pytest.mark.parametrize(
+    ("factor", "read", "shared"),
+    [
+        (1.0, "a", True),
+        (50.0, "nobody else", True),  # the result has the coarser steps whether they share them or not
+        (50.0, "b", True),
+        (50.0, "a", False),
+    ],
+)
+def test_concat_inputs_share_a_scale_unless_it_costs_others_too_much(factor: float, read: str, shared: bool) -> None:
     weights = {"w1": floats(4, 3, 1, 1), "w2": floats(4, 3, 1, 1) * np.float32(factor), "w3": floats(4, 8, 1, 1)}
-    model = quantized(network(CONCAT, **weights), "onnxruntime-vnni")
+    body, output = CONCAT + READ_BY[read], "z" if READ_BY[read] else "y"
+    if READ_BY[read]:
+        weights["w4"] = floats(4, 4, 1, 1)
+    model = quantized(network(body, outputs=f"float[1, 4, h, w] {output}", **weights), "onnxruntime-vnni")
     concat = next(n for n in model.graph.node if n.op_type == "Concat")
     makers = {name: n for n in model.graph.node for name in n.output}
     inputs = [makers[name] for name in concat.input]
@@ -72,7 +84,11 @@ def test_concat_inputs_share_a_scale_unless_it_costs_too_much(factor: float, sha
         assert inputs[0].input[1:] == inputs[1].input[1:]
     else:
         assert [n.op_type for n in inputs] == ["DequantizeLinear"] * 2
-        assert inputs[0].input[1] != inputs[1].input[1]
+        (result,) = (n for n in model.graph.node if n.input[0] == concat.output[0])
+        assert result.op_type == "QuantizeLinear"
+        # What only the Concat reads is copied into its result; what others read keeps its own steps.
+        assert inputs[1].input[1:] == result.input[1:]
+        assert inputs[0].input[1] != result.input[1]
 
 
 def test_a_shared_scale_never_undoes_a_relu() -> None:

@@ -19,6 +19,7 @@ from edgeseg.quantize.passes.own_transposed_input import own_transposed_input
 from edgeseg.quantize.passes.pixel_groups import pixel_groups
 from edgeseg.quantize.passes.pointwise_head import pointwise_head
 from edgeseg.quantize.passes.transposed_convolution import transposed_convolution
+from edgeseg.quantize.passes.wide_head import wide_head
 
 PASSES: Mapping[str, Pass] = {
     "depth_to_space": depth_to_space,
@@ -31,4 +32,5 @@ PASSES: Mapping[str, Pass] = {
     "pixel_groups": pixel_groups,
     "pointwise_head": pointwise_head,
     "transposed_convolution": transposed_convolution,
+    "wide_head": wide_head,
 }

@@ -151,7 +151,8 @@ class Judge:
         session = GraphSession(model, "the quantized graph", QuantizationError, names=[name])
         for images, shown in self._images:
             scores = session.run(np.repeat(images, self._spec.input.batch.minimum, axis=0), shown)[name]
-            yield np.moveaxis(scores, axis, 1)[0]
+            # A pass may have added classes that never win.
+            yield np.moveaxis(scores, axis, 1)[0][: self._spec.model.classes]
 
     def _log_probabilities(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
         """Scores ``(C, H, W)`` -> log probability of each class, ``(C, pixels)``, or of no and yes, ``(2, pixels)``."""
