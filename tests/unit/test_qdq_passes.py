@@ -302,20 +302,30 @@ def test_wide_head(classes: int, width: int, bias: str) -> None:
     assert same.max() < classes
 
 
-@pytest.mark.parametrize(("classes", "end"), [(8, ""), (16, ""), (24, ""), (11, "z = Relu(y)"), (11, "last")])
+@pytest.mark.parametrize("end", [f"z = Resize <{LINEAR}> (y, , scales)", "z = Softmax <axis = 1> (y)", "last"])
+def test_wide_head_whose_scores_are_read_is_cut(end: str) -> None:
+    left = passed(head(11, ", bias", end, 64), "wide_head", 1, {"x": floats(2, 64, 4, 5)})
+    assert left["Slice"] == 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "end"), [(8, ""), (16, ""), (24, ""), (11, "z = Relu(y)"), (11, "last"), (11, "z = Conv(y, more)")]
+)
 def test_wide_head_that_is_wide_or_read_by_others_or_small_is_left_alone(classes: int, end: str) -> None:
     passed(head(classes, "", end), "wide_head", 0, {"x": floats(2, 6, 4, 5)})
 
 
-def head(classes: int, bias: str, end: str = "") -> onnx.ModelProto:
+def head(classes: int, bias: str, end: str = "", channels: int = 6) -> onnx.ModelProto:
     last = ", select_last_index = 1" if end == "last" else ""
     other = ", float[n, c, h, w] z" if end.startswith("z") else ""
     return graph(
-        f"(float[n, 6, 4, 5] x) => (int64[n, h, w] m{other})",
+        f"(float[n, {channels}, 4, 5] x) => (int64[n, h, w] m{other})",
         f"""y = Conv <pads = [1, 1, 1, 1]> (x, weight{bias}) m = ArgMax <axis = 1, keepdims = 0{last}> (y)
         {end if other else ""}""",
-        weight=floats(classes, 6, 3, 3),
+        weight=floats(classes, channels, 3, 3),
         **({"bias": floats(classes)} if bias else {}),
+        **({"scales": np.array([1, 1, 2, 2], np.float32)} if "Resize" in end else {}),
+        **({"more": floats(2, classes, 1, 1)} if "Conv" in end else {}),
     )
 
 

@@ -2,48 +2,85 @@
 
 With 11, 19 or 21 classes they take up to twice the time they take with 16, 20 or 24 (x86 with VNNI, ONNX Runtime 1.31). So
 classes are added that never win: the first one again, one less. Where both are rounded to the same integer, ArgMax takes the
-first.
+first. Where somebody else reads the scores, they are cut off again.
 
-Precondition: Conv of one group, with constant weight and bias, whose result goes into an ArgMax over its channels only; more
-than eight classes, since an ArgMax of 16 takes longer than one of eight.
+Precondition: Conv of one group, with constant weight and bias and no other weighted layer behind it; more than eight classes,
+since an ArgMax of 16 takes longer than one of eight. To be cut off, a pixel has to be worth it: :data:`WORTH_CUTTING`.
 """
 
 from __future__ import annotations
+
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
 
 from edgeseg.graph.editing import Editor, constant_array, constant_input, given_array, sole_reader
-from edgeseg.quantize.observed import Observed, each
+from edgeseg.quantize.observed import Observed
+from edgeseg.quantize.placement import tail
 
 BLOCK, LEAST, FEWEST = 4, 16, 9
+WORTH_CUTTING = 512
+"""Products of a class and pixel, from which on the copy of a pixel's scores costs less than is gained."""
 
 
-def _missing(node: ir.Node) -> int | None:
+def wide_head(model: ir.Model, observed: Observed) -> int:
+    """Apply the pass; returns how many convolutions it made wider."""
+    count, last = 0, tail(model.graph)
+    for node in list(model.graph):
+        if node.op_type == "Conv" and node in last and (missing := _missing(node)):
+            _replace(model.graph, node, missing, observed)
+            count += 1
+    return count
+
+
+def _missing(node: ir.Node) -> int:
     """Classes to add."""
-    weight = constant_array(node.inputs[1]) if node.op_type == "Conv" else None
-    decided = sole_reader(node.outputs[0], "ArgMax")
-    if weight is None or decided is None or node.attributes.get_int("group", 1) != 1:
-        return None
-    if decided.attributes.get_int("axis", 0) != 1 or decided.attributes.get_int("select_last_index", 0) != 0:
-        return None
-    if len(node.inputs) > 2 and node.inputs[2] is not None and constant_array(node.inputs[2]) is None:
-        return None
+    weight = constant_array(node.inputs[1])
+    has_bias = len(node.inputs) > 2 and node.inputs[2] is not None
+    if (
+        weight is None
+        or (has_bias and constant_array(node.inputs[2]) is None)
+        or node.attributes.get_int("group", 1) != 1
+    ):
+        return 0
     classes = len(weight)
-    missing = max(LEAST, -(-classes // BLOCK) * BLOCK) - classes
-    return missing if missing and classes >= FEWEST else None
+    if classes < FEWEST or not (_is_only_decided(node) or prod(weight.shape[1:]) >= WORTH_CUTTING):
+        return 0
+    return max(LEAST, -(-classes // BLOCK) * BLOCK) - classes
 
 
-def _replace(graph: ir.Graph, node: ir.Node, missing: int, _: Observed) -> None:
+def _is_only_decided(node: ir.Node) -> bool:
+    decided = sole_reader(node.outputs[0], "ArgMax")
+    return (
+        decided is not None
+        and decided.attributes.get_int("axis", 0) == 1
+        and decided.attributes.get_int("select_last_index", 0) == 0
+    )
+
+
+def _replace(graph: ir.Graph, node: ir.Node, missing: int, observed: Observed) -> None:
     weight, bias = given_array(node), constant_input(node, 2)
     bias = np.zeros(len(weight), weight.dtype) if bias is None else bias
     editor = Editor(graph, node, f"{node.name}/wide_head")
     node.replace_input_with(1, editor.constant("weight", np.concatenate([weight, weight[:1].repeat(missing, 0)])))
     node.resize_inputs(3)
     node.replace_input_with(2, editor.constant("bias", np.concatenate([bias, bias[:1].repeat(missing) - 1])))
-    scores = node.outputs[0]
-    if scores.shape is not None:
-        scores.shape = ir.Shape([scores.shape[0], len(weight) + missing, *scores.shape[2:]])
-
-
-wide_head = each(_missing, _replace)
+    scores, classes = node.outputs[0], len(weight)
+    shape, is_cut = scores.shape, not _is_only_decided(node)
+    if shape is not None:
+        scores.shape = ir.Shape([shape[0], classes + missing, *shape[2:]])
+    if not is_cut:
+        return
+    name, readers = str(scores.name), list(scores.uses())
+    scores.name = f"{node.name}/wide_head/scores"
+    observed.copy_range(name, scores)
+    editor = Editor(graph, node, f"{node.name}/wide_head", after=True)
+    span = [editor.constant(what, np.array([value])) for what, value in (("begin", 0), ("end", classes), ("axis", 1))]
+    cut = editor.op("classes", "Slice", [scores, *span])
+    for use in readers:
+        use.node.replace_input_with(use.idx, cut)
+    for index, value in enumerate(graph.outputs):
+        if value is scores:
+            graph.outputs[index] = cut
+    cut.name, cut.shape, cut.type = name, shape, scores.type
