@@ -77,8 +77,10 @@ def say_time_to_go(
 ) -> None:
     """Tell how long the rest may take, and with what, where that is worth a line."""
     judges = judging_schemes(request, plan.targets)
-    calibrates = isinstance(plan.samples, CalibrationSet) and not is_kept(
-        "calibration", table_inputs(request, exported, plan.samples, judges)
+    calibrates = (
+        plan.loaded.trained is None
+        and isinstance(plan.samples, CalibrationSet)
+        and not is_kept("calibration", table_inputs(request, exported, plan.samples, judges))
     )
     estimate = time_to_go(request, plan, exported, conversion.nodes, len(judges), calibrates=calibrates)
     if estimate.high_s >= WORTH_SAYING_S:
