@@ -1,7 +1,8 @@
 """What edgeseg adds around the runtime: a call, an import, a load, a whole build.
 
 - ``Segmenter`` against a bare ``session.run`` of the very same session, in turns, 352x480.
-- ``import edgeseg``, ``edgeseg.load`` and ``edgeseg --help`` in fresh processes.
+- ``import edgeseg``, ``edgeseg.load``, ``edgeseg --help`` and ``edgeseg run`` of one image in fresh processes, beside one that
+  only imports ONNX Runtime.
 - A full INT8 build of the demo fpn at 256x256 with 64 calibration images, nothing cached: where the time goes.
 - What builds of small and large networks say after the export that the rest will take, and what it took.
 """
@@ -26,6 +27,7 @@ import edgeseg
 from benchmarks.record import RESULTS, Record, ratios, this_machine, versions
 from edgeseg.demo import sample_folder
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved
+from edgeseg.images.decoding import list_images
 from edgeseg.progress import SilentReporter
 from edgeseg.store.engine import Engine
 
@@ -77,10 +79,23 @@ def main() -> None:
             arch="fpn", precision="int8", size=(352, 480), target="onnxruntime", output=Path(scratch) / "large"
         )
         samples = call_overhead(large, protocol)
+        first = list_images(sample_folder() / "val" / "images")[0]
         seconds = {
             "import edgeseg": fresh_process(TIMED_IMPORT, options.processes),
             "edgeseg.load": fresh_process(TIMED_LOAD, options.processes, str(large.folder)),
-            "edgeseg --help": [timed_help() for _ in range(options.processes)],
+            "edgeseg --help": timed_command(options.processes, "-m", "edgeseg", "--help"),
+            "edgeseg run, one image": timed_command(
+                options.processes,
+                "-m",
+                "edgeseg",
+                "run",
+                large.folder,
+                first,
+                "--output",
+                Path(scratch) / "masks",
+                "--force",
+            ),
+            "python -c 'import onnxruntime'": timed_command(options.processes, "-c", "import onnxruntime"),
         }
     speed = ratios(samples, ("session.run",))
     overhead = 1.0 / speed["session.run"]["Segmenter"]["median"] - 1.0
@@ -167,10 +182,14 @@ def fresh_process(code: str, count: int, *arguments: str) -> list[float]:
     return times
 
 
-def timed_help() -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "edgeseg", "--help"], capture_output=True, check=True)
-    return time.perf_counter() - started
+def timed_command(count: int, *arguments: object) -> list[float]:
+    """Seconds that fresh Python processes with these arguments take, from start to end; one more comes first."""
+    times = []
+    for _ in range(count + 1):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, check=True)
+        times.append(time.perf_counter() - started)
+    return times[1:]
 
 
 def arguments() -> argparse.Namespace:

@@ -27,17 +27,19 @@ from cpu_folders import CLASSES, IMAGES, SIDE, folder_for, model, own_scheme
 from engine_folders import write_manifest
 from handed_over import assert_whole, changed
 from numpy.typing import NDArray
-from small_graphs import graph, table_for
+from small_graphs import graph, run, table_for
 
 import edgeseg
 from edgeseg.backends import get_backend
-from edgeseg.backends.portable import open_graph
+from edgeseg.backends.portable import open_graph, portable_engine
 from edgeseg.cli import export
 from edgeseg.cli.app import cli
 from edgeseg.errors import BuildError, SpecError
 from edgeseg.handover import deepstream, face, isaac_ros
 from edgeseg.handover.folder import HOSTS, export_engine
 from edgeseg.quantize.fp16 import fp16_model, magnitudes
+from edgeseg.quantize.qdq import write_qdq
+from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.runtime.overlay import spec_palette
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
 from edgeseg.store.engine import open_engine, read_manifest
@@ -488,3 +490,30 @@ def test_every_host_of_the_verb_is_known(folders: dict[str, Path], tmp_path: Pat
     (option,) = (p for p in export.command.params if p.name == "host")
     assert isinstance(option.type, click.Choice)
     assert set(option.type.choices) == set(HOSTS)
+
+
+@pytest.mark.parametrize("answer", ["scores", "probabilities", "classes"])
+def test_classes_that_fill_a_kernels_blocks_are_not_shown(answer: Any, tmp_path: Path) -> None:
+    rng, classes = np.random.default_rng(4), 11
+    network = graph(
+        f"(uint8[1, {SIDE}, {SIDE}, 3] image) => (uint8[1, {SIDE}, {SIDE}] mask)",
+        """real = Cast <to = 1> (image) planes = Transpose <perm = [0, 3, 1, 2]> (real) x = Mul(planes, gain)
+        a = Conv <pads = [1, 1, 1, 1]> (x, w1) r = Relu(a) l = Conv <pads = [1, 1, 1, 1]> (r, w2)
+        index = ArgMax <axis = 1, keepdims = 0> (l) mask = Cast <to = 2> (index)""",
+        gain=np.array(1 / 128, np.float32),
+        w1=rng.standard_normal((8, 3, 3, 3)).astype(np.float32),
+        w2=rng.standard_normal((classes, 8, 3, 3)).astype(np.float32),
+    )
+    onnx.save(network, tmp_path / "float.onnx")
+    spec = PipelineSpec(ModelSpec("custom", classes=classes), InputSpec(SIDE, SIDE, stride=1, fit="tile"))
+    fp32 = OnnxGraph(tmp_path / "float.onnx", sha256_file(tmp_path / "float.onnx"), "fp32", spec, "0" * 64)
+    written = write_qdq(fp32, table_for(network, image=IMAGES), SCHEMES["onnxruntime-vnni"], tmp_path / "model.onnx")
+    assert max(tensor.dims[0] for tensor in onnx.load(written.path).graph.initializer if len(tensor.dims) == 4) == 16
+    built = portable_engine(written, "onnxruntime", "int8", {})
+    write_manifest(tmp_path, spec, target="onnxruntime", built=built, scheme="onnxruntime-vnni")
+    host = face.Face("image", "answer", answer)
+    made = face.with_face(open_engine(tmp_path), host)
+    (shown,) = run(made, image=host.normalized(IMAGES))
+    assert shown.shape == ((1, SIDE, SIDE, 1) if answer == "classes" else (1, classes, SIDE, SIDE))
+    with open_graph(open_engine(tmp_path)) as graph_session:
+        np.testing.assert_array_equal(host.mask(shown), graph_session.run(IMAGES)["mask"])

@@ -115,6 +115,29 @@ def test_a_judge_says_what_the_written_graph_loses(graph: OnnxGraph, tmp_path: P
     assert 0 < fidelity.agreement < 1
 
 
+def test_a_judge_does_not_see_the_classes_that_fill_a_kernels_blocks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(9)
+    model = graph_of(
+        "(uint8[1, 16, 24, 3] image) => (uint8[1, h, w] mask)",
+        "p = Transpose <perm = [0, 3, 1, 2]> (image)\n f = Cast <to = 1> (p)\n x = Mul(f, scale)\n a = Conv(x, w)\n r = Relu(a)\n"
+        "l = Conv <pads = [1, 1, 1, 1]> (r, v)\n i = ArgMax <axis = 1, keepdims = 0> (l)\n mask = Cast <to = 2> (i)",
+        scale=np.float32(1 / 255),
+        w=rng.standard_normal((8, 3, 1, 1)).astype(np.float32),
+        v=rng.standard_normal((11, 8, 3, 3)).astype(np.float32),
+    )
+    onnx.save(model, tmp_path / "eleven.onnx")
+    spec = dataclasses.replace(SPEC, model=ModelSpec("custom", classes=11))
+    graph = OnnxGraph(tmp_path / "eleven.onnx", "", "fp32", spec, "weights")
+    shown = images(8)
+    table = calibrate(graph, CalibrationSet.open(shown))
+    written = write_qdq(graph, table, SCHEMES["onnxruntime-vnni"], tmp_path / "qdq.onnx")
+    assert any(tensor.dims[:1] == [16] for tensor in onnx.load(written.path).graph.initializer)
+    alike = [run(model, image=i[None])[0] == run(onnx.load(written.path), image=i[None])[0] for i in shown]
+    fidelity = Judge(graph, CalibrationSet.open(shown)).fidelity(graph, table, "onnxruntime-vnni")
+    assert fidelity.agreement == pytest.approx(np.mean(alike), abs=2e-3)
+    assert 0.9 < fidelity.agreement < 1
+
+
 @pytest.mark.parametrize("output", ["mask", "probabilities"])
 def test_of_a_binary_network_each_side_of_the_threshold_counts(tmp_path: Path, output: str) -> None:
     rng = np.random.default_rng(2)
