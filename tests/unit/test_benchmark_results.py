@@ -61,12 +61,13 @@ def test_the_docs_say_of_the_architectures_what_was_measured() -> None:
 
 def test_the_docs_say_of_what_is_added_what_was_measured() -> None:
     rows = {row["name"]: row for row in json.loads((RESULTS / "overhead.json").read_text())["rows"]}
-    page = "\n".join(page_lines("docs/measured.md"))
+    page = " ".join(page_lines("docs/measured.md"))
     build = rows["int8 build of fpn 256x256, 64 calibration images"]
     for words in (
         f"`import edgeseg` takes {1000 * rows['import edgeseg']['median_s']:.0f} ms",
         f"`edgeseg.load` takes {rows['edgeseg.load']['median_s']:.2f} s",
         f"352x480 {100 * rows['Segmenter overhead']['share']:.1f} % more",
+        f"`edgeseg run` of one image {rows['edgeseg run, one image']['median_s']:.2f} s",
         f"with 64 calibration images {build['total_s']:.0f} s",
     ):
         assert words in page
