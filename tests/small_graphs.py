@@ -33,6 +33,21 @@ def graph(signature: str, body: str, **weights: Any) -> onnx.ModelProto:
     return onnx.shape_inference.infer_shapes(model, strict_mode=True)
 
 
+def two_layers(height: int, width: int, classes: int, kernels: tuple[int, int] = (3, 3)) -> onnx.ModelProto:
+    """uint8 image -> convolution, Relu, convolution -> mask: always the same network."""
+    rng = np.random.default_rng(9)
+    pads = [f"pads = {[kernel // 2] * 4}" for kernel in kernels]
+    return graph(
+        f"(uint8[1, {height}, {width}, 3] image) => (uint8[1, {height}, {width}] mask)",
+        f"""real = Cast <to = 1> (image) planes = Transpose <perm = [0, 3, 1, 2]> (real) x = Mul(planes, gain)
+        a = Conv <{pads[0]}> (x, w1) r = Relu(a) l = Conv <{pads[1]}> (r, w2)
+        index = ArgMax <axis = 1, keepdims = 0> (l) mask = Cast <to = 2> (index)""",
+        gain=np.array(1 / 128, np.float32),
+        w1=rng.standard_normal((8, 3, kernels[0], kernels[0])).astype(np.float32),
+        w2=rng.standard_normal((classes, 8, kernels[1], kernels[1])).astype(np.float32),
+    )
+
+
 def plain_session(model: onnx.ModelProto) -> ort.InferenceSession:
     """ONNX Runtime without optimization: every operator as written."""
     options = ort.SessionOptions()

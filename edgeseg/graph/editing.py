@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -209,6 +209,12 @@ class Editor:
         """Add an initializer named ``<stem>/<name>``."""
         return _register(self._graph, f"{self._stem}/{name}", np.asarray(array))
 
+    def first_channels(self, name: str, value: ir.Value, count: int) -> ir.Value:
+        """Add a Slice to the first ``count`` channels of ``(N, C, H, W)``."""
+        span = [self.constant(what, np.array([at])) for what, at in (("begin", 0), ("end", count), ("axis", 1))]
+        shape = None if value.shape is None else (value.shape[0], count, *value.shape[2:])
+        return self.op(name, "Slice", [value, *span], dtype=value.dtype, shape=shape)
+
 
 def replace(old: ir.Value, new: ir.Value) -> None:
     """Let ``new`` take the place of ``old`` everywhere; a graph output keeps its name."""
@@ -228,6 +234,22 @@ def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     replace(old, new)
     remove_unread(graph, [node])
     new.name = name
+
+
+def put_behind(graph: ir.Graph, value: ir.Value, name: str, make: Callable[[ir.Value], ir.Value]) -> None:
+    """Let all that read ``value`` read what ``make`` makes of it, which takes over its name, type and shape.
+
+    ``value`` is called ``name`` from then on, and may be given another shape by ``make``.
+    """
+    before, shape, kind, readers = value.name, value.shape, value.type, list(value.uses())
+    value.name = name
+    made = make(value)
+    for use in readers:
+        use.node.replace_input_with(use.idx, made)
+    for index, output in enumerate(graph.outputs):
+        if output is value:
+            graph.outputs[index] = made
+    made.name, made.shape, made.type = before, shape, kind
 
 
 def remove_unread(graph: ir.Graph, nodes: Iterable[ir.Node]) -> None:

@@ -143,9 +143,8 @@ def _put_output(model: ir.Model, face: Face, classes: int) -> None:
     edit = Editor(graph, last, "face", after=True)
     if decided.op_type == "ArgMax" and shape[1] != classes:
         # Classes that never win fill a kernel's blocks; the host knows nothing of them.
-        span = [edit.constant(name, np.array([value])) for name, value in (("begin", 0), ("end", classes), ("axis", 1))]
+        scores = edit.first_channels("classes", scores, classes)
         shape = ir.Shape((shape[0], classes, *shape[2:]))
-        scores = edit.op("classes", "Slice", [scores, *span], dtype=scores.dtype, shape=shape)
     if scores.dtype != ir.DataType.FLOAT:
         scores = edit.op("scores", "Cast", [scores], shape=shape, to=ir.DataType.FLOAT)
     if decided.op_type == "Greater":

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from small_graphs import graph as graph_of
+from small_graphs import two_layers
 
 from edgeseg.pipeline import estimate
 from edgeseg.pipeline.estimate import CalibrationRuns, TimeToGo, time_to_go
@@ -29,15 +29,7 @@ SPEC = PipelineSpec(ModelSpec("custom", classes=4), InputSpec(16, 24, stride=8))
 
 @pytest.fixture
 def graph(tmp_path: Path) -> OnnxGraph:
-    rng = np.random.default_rng(5)
-    model = graph_of(
-        "(uint8[1, 16, 24, 3] image) => (uint8[1, h, w] mask)",
-        "p = Transpose <perm = [0, 3, 1, 2]> (image)\n f = Cast <to = 1> (p)\n x = Mul(f, scale)\n a = Conv(x, w)\n"
-        "b = Relu(a)\n logits = Conv(b, v)\n classes = ArgMax <axis = 1, keepdims = 0> (logits)\n mask = Cast <to = 2> (classes)",
-        scale=np.float32(1 / 255),
-        w=rng.standard_normal((8, 3, 3, 3)).astype(np.float32),
-        v=rng.standard_normal((4, 8, 1, 1)).astype(np.float32),
-    )
+    model = two_layers(16, 24, classes=4, kernels=(3, 1))
     for node in model.graph.node:
         node.name = f"encoder/{node.output[0]}"
     onnx.save(model, tmp_path / "small.onnx")

@@ -27,7 +27,7 @@ from cpu_folders import CLASSES, IMAGES, SIDE, folder_for, model, own_scheme
 from engine_folders import write_manifest
 from handed_over import assert_whole, changed
 from numpy.typing import NDArray
-from small_graphs import graph, run, table_for
+from small_graphs import graph, run, table_for, two_layers
 
 import edgeseg
 from edgeseg.backends import get_backend
@@ -494,16 +494,8 @@ def test_every_host_of_the_verb_is_known(folders: dict[str, Path], tmp_path: Pat
 
 @pytest.mark.parametrize("answer", ["scores", "probabilities", "classes"])
 def test_classes_that_fill_a_kernels_blocks_are_not_shown(answer: Any, tmp_path: Path) -> None:
-    rng, classes = np.random.default_rng(4), 11
-    network = graph(
-        f"(uint8[1, {SIDE}, {SIDE}, 3] image) => (uint8[1, {SIDE}, {SIDE}] mask)",
-        """real = Cast <to = 1> (image) planes = Transpose <perm = [0, 3, 1, 2]> (real) x = Mul(planes, gain)
-        a = Conv <pads = [1, 1, 1, 1]> (x, w1) r = Relu(a) l = Conv <pads = [1, 1, 1, 1]> (r, w2)
-        index = ArgMax <axis = 1, keepdims = 0> (l) mask = Cast <to = 2> (index)""",
-        gain=np.array(1 / 128, np.float32),
-        w1=rng.standard_normal((8, 3, 3, 3)).astype(np.float32),
-        w2=rng.standard_normal((classes, 8, 3, 3)).astype(np.float32),
-    )
+    classes = 11
+    network = two_layers(SIDE, SIDE, classes)
     onnx.save(network, tmp_path / "float.onnx")
     spec = PipelineSpec(ModelSpec("custom", classes=classes), InputSpec(SIDE, SIDE, stride=1, fit="tile"))
     fp32 = OnnxGraph(tmp_path / "float.onnx", sha256_file(tmp_path / "float.onnx"), "fp32", spec, "0" * 64)

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from small_graphs import graph as graph_of
-from small_graphs import run
+from small_graphs import run, two_layers
 
 from edgeseg.quantize.calibration import AUTO, CalibrationSet, Observation, calibrate, table_key
 from edgeseg.quantize.qdq import write_qdq
@@ -116,15 +116,7 @@ def test_a_judge_says_what_the_written_graph_loses(graph: OnnxGraph, tmp_path: P
 
 
 def test_a_judge_does_not_see_the_classes_that_fill_a_kernels_blocks(tmp_path: Path) -> None:
-    rng = np.random.default_rng(9)
-    model = graph_of(
-        "(uint8[1, 16, 24, 3] image) => (uint8[1, h, w] mask)",
-        "p = Transpose <perm = [0, 3, 1, 2]> (image)\n f = Cast <to = 1> (p)\n x = Mul(f, scale)\n a = Conv(x, w)\n r = Relu(a)\n"
-        "l = Conv <pads = [1, 1, 1, 1]> (r, v)\n i = ArgMax <axis = 1, keepdims = 0> (l)\n mask = Cast <to = 2> (i)",
-        scale=np.float32(1 / 255),
-        w=rng.standard_normal((8, 3, 1, 1)).astype(np.float32),
-        v=rng.standard_normal((11, 8, 3, 3)).astype(np.float32),
-    )
+    model = two_layers(16, 24, classes=11)
     onnx.save(model, tmp_path / "eleven.onnx")
     spec = dataclasses.replace(SPEC, model=ModelSpec("custom", classes=11))
     graph = OnnxGraph(tmp_path / "eleven.onnx", "", "fp32", spec, "weights")

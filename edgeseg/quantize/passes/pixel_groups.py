@@ -25,6 +25,7 @@ from edgeseg.graph.editing import (
     given_array,
     image_shape,
     maker,
+    put_behind,
     sole_maker,
     sole_reader,
 )
@@ -127,26 +128,22 @@ def _ungroup(graph: ir.Graph, node: ir.Node, shape: tuple[int, ...], observed: O
     """Make single pixels of the output groups, behind a Relu or Clip so that it still follows its convolution."""
     last = sole_reader(node.outputs[0], "Relu", "Clip") or node
     output = last.outputs[0]
-    name, readers = str(output.name), list(output.uses())
-    full_shape, full_type = output.shape, output.type
+    before, full_shape = str(output.name), output.shape
     outputs = given_array(node).shape[0]
     made = outputs // shape[0]
-    for value in {node.outputs[0], output}:
-        batch = None if full_shape is None else full_shape[0]
-        value.shape = ir.Shape([batch, outputs, shape[1], shape[2] // made])
-    output.name = f"{node.name}/pixel_groups/output"
-    observed.copy_range(name, output)
-    editor = Editor(graph, last, f"{node.name}/pixel_groups", after=True)
-    pixels = editor.op("output_nhwc", "Transpose", [output], perm=[0, 2, 3, 1])
-    size = editor.constant("output_shape", np.array([-1, shape[1], shape[2], shape[0]], np.int64))
-    result = editor.op("pixels", "Reshape", [pixels, size])
-    result = editor.op("output_nchw", "Transpose", [result], perm=[0, 3, 1, 2])
-    for use in readers:
-        use.node.replace_input_with(use.idx, result)
-    for index, value in enumerate(graph.outputs):
-        if value is output:
-            graph.outputs[index] = result
-    result.name, result.shape, result.type = name, full_shape, full_type
+
+    def single_pixels(grouped: ir.Value) -> ir.Value:
+        for value in {node.outputs[0], grouped}:
+            batch = None if full_shape is None else full_shape[0]
+            value.shape = ir.Shape([batch, outputs, shape[1], shape[2] // made])
+        observed.copy_range(before, grouped)
+        editor = Editor(graph, last, f"{node.name}/pixel_groups", after=True)
+        pixels = editor.op("output_nhwc", "Transpose", [grouped], perm=[0, 2, 3, 1])
+        size = editor.constant("output_shape", np.array([-1, shape[1], shape[2], shape[0]], np.int64))
+        pixels = editor.op("pixels", "Reshape", [pixels, size])
+        return editor.op("output_nchw", "Transpose", [pixels], perm=[0, 3, 1, 2])
+
+    put_behind(graph, output, f"{node.name}/pixel_groups/output", single_pixels)
 
 
 pixel_groups = each(_match, _replace)

@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, constant_array, constant_input, given_array, sole_reader
+from edgeseg.graph.editing import Editor, constant_array, constant_input, given_array, put_behind, sole_reader
 from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.placement import tail
 
@@ -66,21 +66,14 @@ def _replace(graph: ir.Graph, node: ir.Node, missing: int, observed: Observed) -
     node.replace_input_with(1, editor.constant("weight", np.concatenate([weight, weight[:1].repeat(missing, 0)])))
     node.resize_inputs(3)
     node.replace_input_with(2, editor.constant("bias", np.concatenate([bias, bias[:1].repeat(missing) - 1])))
-    scores, classes = node.outputs[0], len(weight)
-    shape, is_cut = scores.shape, not _is_only_decided(node)
-    if shape is not None:
-        scores.shape = ir.Shape([shape[0], classes + missing, *shape[2:]])
-    if not is_cut:
-        return
-    name, readers = str(scores.name), list(scores.uses())
-    scores.name = f"{node.name}/wide_head/scores"
-    observed.copy_range(name, scores)
-    editor = Editor(graph, node, f"{node.name}/wide_head", after=True)
-    span = [editor.constant(what, np.array([value])) for what, value in (("begin", 0), ("end", classes), ("axis", 1))]
-    cut = editor.op("classes", "Slice", [scores, *span])
-    for use in readers:
-        use.node.replace_input_with(use.idx, cut)
-    for index, value in enumerate(graph.outputs):
-        if value is scores:
-            graph.outputs[index] = cut
-    cut.name, cut.shape, cut.type = name, shape, scores.type
+    scores, is_cut = node.outputs[0], not _is_only_decided(node)
+    before = str(scores.name)
+
+    def cut(wide: ir.Value) -> ir.Value:
+        observed.copy_range(before, wide)
+        return Editor(graph, node, f"{node.name}/wide_head", after=True).first_channels("classes", wide, len(weight))
+
+    if is_cut:
+        put_behind(graph, scores, f"{node.name}/wide_head/scores", cut)
+    if scores.shape is not None:
+        scores.shape = ir.Shape([scores.shape[0], len(weight) + missing, *scores.shape[2:]])
