@@ -200,16 +200,18 @@ def open_picture(path: Path) -> Iterator[Any]:
     """
     from PIL import Image
 
-    try:
-        # Among others Pillow warns of half the pixels it refuses.
-        with without_warnings():
-            image = Image.open(path, formats=FORMATS)
-    except Image.DecompressionBombError as exc:
-        raise InputError(f"cannot read {path}: more than {MAX_PIXELS} pixels; cut it into parts") from exc
-    with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise InputError(f"cannot read {path}: more than {MAX_PIXELS} pixels; cut it into parts")
-        yield image
+    # Not by its path: that file Pillow would map into memory, where it takes height for width in a TIFF turned by 90 degrees.
+    with path.open("rb") as file:
+        try:
+            # Among others Pillow warns of half the pixels it refuses.
+            with without_warnings():
+                image = Image.open(file, formats=FORMATS)
+        except Image.DecompressionBombError as exc:
+            raise InputError(f"cannot read {path}: more than {MAX_PIXELS} pixels; cut it into parts") from exc
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(f"cannot read {path}: more than {MAX_PIXELS} pixels; cut it into parts")
+            yield image
 
 
 def _read_with_pillow(path: Path, channels: int, dtype: InputDtype) -> NDArray[Any]:

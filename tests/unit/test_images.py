@@ -107,12 +107,23 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
     np.testing.assert_array_equal(read_image(path), oriented(PHOTO, orientation))
 
 
-def test_exif_orientation_of_16_bit_grey(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_of_16_bit_grey(tmp_path: Path, orientation: int, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    wide = RNG.integers(0, 65536, (3, 4), dtype=np.uint16)
+    path = saved(tmp_path / f"turned.{suffix}", Image.fromarray(wide), exif=exif)
+    np.testing.assert_array_equal(read_image(path, 1, "uint16"), oriented(wide[..., None], orientation))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_turned_tiffs_of_every_mode_that_pillow_maps_into_memory(tmp_path: Path, mode: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    wide = RNG.integers(0, 65536, (3, 4), dtype=np.uint16)
-    path = saved(tmp_path / "turned.png", Image.fromarray(wide), exif=exif)
-    np.testing.assert_array_equal(read_image(path, 1, "uint16"), oriented(wide[..., None], 6))
+    stored = Image.fromarray(PHOTO).convert(mode)
+    path = saved(tmp_path / "turned.tif", stored, exif=exif)
+    np.testing.assert_array_equal(read_image(path), oriented(np.asarray(stored.convert("RGB")), 6))
 
 
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:
