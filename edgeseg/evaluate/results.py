@@ -27,7 +27,7 @@ Classes: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=65536)]
 
 AccuracyVerdict: TypeAlias = Literal["loss", "gain", "no difference", "cannot tell"]
 Resolution: TypeAlias = Literal["source", "engine"]
-Layout: TypeAlias = Literal["images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff"]
+Layout: TypeAlias = Literal["images-masks", "list", "voc", "cityscapes", "camvid", "coco-stuff", "ade20k"]
 
 BASELINES = (
     "pytorch",

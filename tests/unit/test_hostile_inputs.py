@@ -211,7 +211,7 @@ BANDS: dict[str, tuple[bytes, str]] = {
 }
 
 MASKS: dict[str, tuple[bytes, str]] = {name: case for name, case in ARRAYS.items() if name.endswith("npy")} | {
-    "floats.npy": (saved(LABELS / 2), "holds float64; a mask holds integers"),
+    "floats.npy": (saved(LABELS / 2), "holds float64 that are no whole numbers; a mask holds class indices"),
     "words.npy": (saved(np.zeros((4, 4), "U3")), "holds <U3; a mask holds integers"),
     "flat.npy": (saved(np.zeros(9, np.uint8)), r"has shape \(9,\); a mask has one class index per pixel"),
     "scalar.npy": (saved(np.array(1)), r"has shape \(\); a mask has one class index"),

@@ -117,6 +117,21 @@ def test_images_and_masks_with_a_folder_for_each_split(tmp_path: Path, images: s
     assert rows(open_layout(tmp_path, "images-masks", ELEVEN, split="train")) == [("train.png", [1, 1, 1, 1])]
 
 
+def test_masks_of_every_split_in_one_folder(tmp_path: Path) -> None:
+    image(tmp_path / "images/train/a.png")
+    image(tmp_path / "images/val/b.png")
+    for stem, value in (("a", 1), ("b", 2)):
+        mask(tmp_path / f"masks/{stem}.png", value, value, value, value)
+    assert rows(open_layout(tmp_path, "images-masks", ELEVEN)) == [("b.png", [2, 2, 2, 2])]
+
+
+def test_ade20k(tmp_path: Path) -> None:
+    image(tmp_path / "images/validation/ADE_val_00000001.jpg")
+    mask(tmp_path / "annotations/validation/ADE_val_00000001.png", 0, 1, 150, 13)
+    scenes = ModelSpec("segformer", "mit_b0", classes=150)
+    assert rows(open_layout(tmp_path, "ade20k", scenes)) == [("ADE_val_00000001.jpg", [IGNORED, 0, 149, 12])]
+
+
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected leftImg8bit"):
         open_layout(tmp_path, "cityscapes", NINETEEN)

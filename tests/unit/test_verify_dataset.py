@@ -73,14 +73,24 @@ def test_mask_folders_and_suffixes_people_use(tmp_path: Path, folder: str, suffi
     assert pair.mask[0, 0] == 5
 
 
-@pytest.mark.parametrize("mask", ["a_mask.png", "a.png", "a_label.png"])
-def test_one_folder_with_photos_and_masks(tmp_path: Path, mask: str) -> None:
-    write_image(tmp_path / "a.jpg")
-    write_image(tmp_path / "b.jpg")
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("a.jpg", "a_mask.png"),
+        ("a.jpg", "a.png"),
+        ("a.jpg", "a_label.png"),
+        ("a.tif", "a_mask.tif"),
+        ("a.jpg", "a_mask.gif"),
+        ("a.png", "a_gt.bmp"),
+    ],
+)
+def test_one_folder_with_photos_and_masks(tmp_path: Path, image: str, mask: str) -> None:
+    write_image(tmp_path / image)
+    write_image(tmp_path / image.replace("a", "b", 1))
     write_mask(tmp_path / mask, mask_of(5))
     write_mask(tmp_path / mask.replace("a", "b", 1), mask_of(6))
     pairs = list(ValidationSet.open(tmp_path, MODEL))
-    assert [p.name for p in pairs] == ["a.jpg", "b.jpg"]
+    assert [p.name for p in pairs] == [image, image.replace("a", "b", 1)]
     assert [int(p.mask[0, 0]) for p in pairs if p.mask is not None] == [5, 6]
 
 
@@ -205,6 +215,48 @@ def test_binary_masks_that_use_both_1_and_255_are_ambiguous(tmp_path: Path) -> N
     assert read(tmp_path, mask_of(1, 255), model=BINARY, ignore_index=255) == [[1, IGNORED, 0, 0]]
 
 
+def test_two_classes_may_be_black_and_white(tmp_path: Path) -> None:
+    two = ModelSpec("fpn", "resnet18", classes=2)
+    assert read(tmp_path, mask_of(255, 0, 255), mask_of(), model=two) == [[1, 0, 1, 0], [0, 0, 0, 0]]
+    assert read(tmp_path, mask_of(1, 255), model=two) == [[1, IGNORED, 0, 0]]
+    assert read(tmp_path, mask_of(255), model=two, ignore_index=255) == [[IGNORED, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("model", "value"), [(MODEL, 255), (MODEL, 11), (BINARY, 2), (MULTILABEL, 65535)])
+def test_a_value_beside_a_single_class_is_not_taken_for_unlabelled(
+    tmp_path: Path, model: ModelSpec, value: int
+) -> None:
+    """All of another class would count for nothing, and the one class left be judged by itself."""
+    values = mask_of(1).astype(np.uint16) * value
+    paths = [tmp_path / "a.npy"]
+    np.save(paths[0], np.stack([values] * 3) if model is MULTILABEL else values)
+    with pytest.raises(
+        InputError, match=rf"hold 0, {value}, so {value} may be .*--ignore-index {value} .*{value}=CLASS"
+    ):
+        LabelReader.of(paths, model)
+    assert LabelReader.of(paths, model, value).read(paths[0]).min() == IGNORED
+    assert LabelReader.of(paths, model, coding=LabelCoding({value: 1})).read(paths[0]).max() == 1
+
+
+def test_an_ignored_value_of_the_files_is_not_the_class_of_that_number(tmp_path: Path) -> None:
+    """0 is unlabelled and classes count from 1: said with one option or with two, the same."""
+    write_mask(tmp_path / "a.png", mask_of(1, 2, 3))
+    shift: dict[int, int] = {value: value - 1 for value in range(1, 12)}
+    expected = [0, 1, 2, IGNORED]
+    for ignore_index, values in (
+        (0, shift),
+        (None, shift | {0: IGNORED}),
+        (255, shift | {0: 255}),
+        (None, shift | {0: 255}),
+    ):
+        reader = LabelReader.of([tmp_path / "a.png"], MODEL, ignore_index, LabelCoding(values))
+        assert reader.read(tmp_path / "a.png")[0, :4].tolist() == expected
+    assert (
+        LabelReader.of([tmp_path / "a.png"], MODEL, 0, LabelCoding(shift)).meaning
+        == "masks hold 0..3, 0 read as unlabelled"
+    )
+
+
 def test_no_mask_is_read_before_the_meaning_of_all_is_decided(tmp_path: Path) -> None:
     """Whoever starts in the middle (another process, a resumed run) reads as whoever starts at the front."""
     for name, values in (("a", (1, 0)), ("b", (255, 0)), ("c", (1, 0))):
@@ -243,7 +295,10 @@ def test_masks_that_count_from_one_are_refused(tmp_path: Path) -> None:
 
 def test_what_the_values_were_read_as_is_said(tmp_path: Path) -> None:
     write_mask(tmp_path / "a.png", mask_of(*range(12)))
-    assert LabelReader.of([tmp_path / "a.png"], MODEL).meaning == "masks hold 0..11, 11 read as unlabelled"
+    doubt = " (if 0 is that, their classes count from 1)"
+    assert LabelReader.of([tmp_path / "a.png"], MODEL).meaning == f"masks hold 0..11, 11 read as unlabelled{doubt}"
+    write_mask(tmp_path / "b.png", mask_of(1, 255))
+    assert LabelReader.of([tmp_path / "b.png"], MODEL).meaning == "masks hold 0, 1, 255, 255 read as unlabelled"
     np.save(tmp_path / "minus.npy", np.array([[-1, 0, 1]]))
     with pytest.raises(InputError, match="holds -1"):
         LabelReader.of([tmp_path / "minus.npy"], MODEL)
@@ -265,6 +320,49 @@ def test_16_bit_1_bit_and_palette_masks_are_read_as_indices(tmp_path: Path) -> N
     palette.putpalette([128, 0, 0, 0, 128, 0, 0, 0, 128])
     palette.save(tmp_path / "palette.png")
     assert LabelReader(MODEL).read(tmp_path / "palette.png").tolist() == [[0, 2, 1]]
+
+
+def test_grey_in_equal_channels_is_grey(tmp_path: Path) -> None:
+    grey = mask_of(5, 10, 3)
+    opacity = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    for name, channels in (("rgb", [grey] * 3), ("rgba", [grey, grey, grey, opacity]), ("la", [grey, opacity])):
+        Image.fromarray(np.dstack(channels)).save(tmp_path / f"{name}.png")
+        assert LabelReader(MODEL).read(tmp_path / f"{name}.png").tolist() == grey.tolist()
+    Image.fromarray(np.dstack([grey, grey, grey.T.reshape(6, 8)])).save(tmp_path / "colours.png")
+    with pytest.raises(InputError, match=r"colour image \(mode RGB\)"):
+        LabelReader(MODEL).read(tmp_path / "colours.png")
+
+
+@pytest.mark.parametrize("name", ["floats.npy", "plane.npy", "last.npy", "archive.npz", "float32.tif"])
+def test_masks_as_training_scripts_and_gis_write_them(tmp_path: Path, name: str) -> None:
+    values, path = mask_of(5, 10, 3).astype(np.float32), tmp_path / name
+    if path.suffix == ".tif":
+        Image.fromarray(values).save(path)
+    elif path.suffix == ".npz":
+        np.savez(path, values)
+    else:
+        np.save(path, {"plane.npy": values[None], "last.npy": values[..., None]}.get(name, values))
+    assert LabelReader(MODEL).read(path).tolist() == values.tolist()
+
+
+def test_floats_between_classes_are_refused(tmp_path: Path) -> None:
+    for name, value in (("half", 0.5), ("nan", np.nan), ("large", 1e20)):
+        Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / f"{name}.tif")
+        with pytest.raises(InputError, match="float32 that are no whole numbers"):
+            LabelReader(MODEL).read(tmp_path / f"{name}.tif")
+
+
+def test_jpeg_masks_are_found_and_their_values_are_not_trusted(tmp_path: Path) -> None:
+    write_image(tmp_path / "images" / "a.jpg")
+    disc = np.hypot(*np.mgrid[-8:8, -8:8]) < 6
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(disc.astype(np.uint8) * 255).save(tmp_path / "masks" / "a.jpg", quality=60)
+    with pytest.raises(InputError, match=r"a.jpg holds .*0..1: correct the masks \(JPEG does not keep values"):
+        _ = ValidationSet.open(tmp_path, BINARY).labels
+    write_mask(tmp_path / "masks" / "a.png", mask_of(1))
+    (pair,) = ValidationSet.open(tmp_path, BINARY)
+    assert pair.mask is not None
+    assert pair.mask.sum() == 1
 
 
 def test_multilabel_masks_are_planes_in_npy(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, refusals_as
 from edgeseg.evaluate.accuracy.labels import LabelCoding, LabelReader
-from edgeseg.images.decoding import file_digest, list_images, pixel_digest, read_image
+from edgeseg.images.decoding import IMAGE_SUFFIXES, file_digest, list_images, pixel_digest, read_image
 from edgeseg.spec import InputDtype, ModelSpec
 
 IMAGE_FOLDERS = ("images", "image", "img", "img_dir")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "ann_dir")
 MASK_SUFFIXES = ("_mask", "_label", "_labels", "_gt")
+# Of two files for one image these are the mask; the other is a picture of it.
+USUAL_MASKS = frozenset({".png", ".npy", ".tif", ".tiff", ".bmp", ".gif"})
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,13 @@ class Pair:
 class ValidationSet:
     """Image files and, where there are any, their mask files.
 
-    What masks may hold: class indices ``0..classes-1``, as 8- or 16-bit grey, 1-bit, or palette PNG (the index counts,
-    not the colour), or ``.npy``; for ``binary`` 0 and 1, or 0 and 255; for ``multilabel`` a ``.npy`` of 0 and 1,
-    ``(classes, H, W)``. One further value may mark unlabelled pixels. Without ``ignore_index`` it is recognized only
-    where there can be little doubt: it must be 255 (65535 in 16 bits) or the number of classes, and the only such value
-    in the whole set, which is read once to decide (:attr:`labels`). Every other value is an error that names the file,
-    because a wrong label map that is quietly ignored yields figures that look right.
+    What masks may hold: class indices ``0..classes-1``, as 8- or 16-bit grey (in equal channels, too), 1-bit, or palette
+    PNG (the index counts, not the colour), or ``.npy``; for ``binary`` and for two classes 0 and 1, or 0 and 255; for
+    ``multilabel`` a ``.npy`` of 0 and 1, ``(classes, H, W)``. One further value may mark unlabelled pixels. Without
+    ``ignore_index`` it is recognized only where there can be little doubt: it must be 255 (65535 in 16 bits) or the number
+    of classes, and the only such value in the whole set, which is read once to decide (:attr:`labels`), beside at least two
+    classes. Every other value is an error that names the file, because a wrong label map that is quietly ignored yields
+    figures that look right.
 
     Attributes:
         source: the folder.
@@ -87,7 +90,7 @@ class ValidationSet:
         """Find the images and masks of a folder; nothing is decoded yet.
 
         Understood: ``images/`` beside ``masks/`` (or ``labels/``, ``annotations/``) with equal stems; one folder with
-        ``NAME.jpg`` and ``NAME_mask.png`` (``_label``, ``_gt``) or ``NAME.jpg`` and ``NAME.png``; images alone.
+        ``NAME.jpg`` and ``NAME_mask.png`` (``_label``, ``_gt``; any format) or ``NAME.jpg`` and ``NAME.png``; images alone.
 
         Args:
             source: the folder.
@@ -181,7 +184,8 @@ def _find(folder: Path, split: str | None) -> tuple[list[Path], dict[Path, Path]
     mask_folder = next((folder / n for n in MASK_FOLDERS if os.path.isdir(folder / n)), None)
     if split and os.path.isdir(image_folder / split):
         image_folder = image_folder / split
-        mask_folder = mask_folder / split if mask_folder is not None and os.path.isdir(mask_folder / split) else None
+        if mask_folder is not None and os.path.isdir(mask_folder / split):
+            mask_folder = mask_folder / split
     images = _images(image_folder)
     if mask_folder is None:
         return images, {}
@@ -208,7 +212,7 @@ def _find_flat(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
     for stem, paths in by_stem.items():
         photo = next((p for p in paths if p.suffix.lower() in {".jpg", ".jpeg"}), None) or paths[0]
         rest = [p for p in paths if p != photo and p.suffix.lower() in {".png", ".npy"}]
-        named = [p for s in MASK_SUFFIXES for p in by_stem.get(stem + s, []) if p.suffix.lower() in {".png", ".npy"}]
+        named = [p for s in MASK_SUFFIXES for p in sorted(by_stem.get(stem + s, []), key=_mask_order)]
         for mask in (named or rest)[:1]:
             pairs[photo] = mask
     used = set(pairs.values())
@@ -227,7 +231,11 @@ def _mask_files(folder: Path) -> list[Path]:
         files = list(folder.iterdir())
     except OSError as exc:
         raise InputError(f"cannot list {folder}: {exc.strerror}") from exc
-    return sorted(p for p in files if p.suffix.lower() in {".png", ".npy", ".tif", ".tiff", ".bmp", ".gif"})
+    return sorted((p for p in files if p.suffix.lower() in IMAGE_SUFFIXES), key=_mask_order)
+
+
+def _mask_order(path: Path) -> tuple[bool, Path]:
+    return path.suffix.lower() not in USUAL_MASKS, path
 
 
 def evenly_spread(count: int, limit: int | None) -> Sequence[int]:

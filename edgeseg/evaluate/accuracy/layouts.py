@@ -37,8 +37,8 @@ def open_layout(
 
     Args:
         source: its folder; for ``list`` a text file with an image and, for accuracy, a mask on each line, relative to it.
-        layout: ``images-masks`` (see :meth:`ValidationSet.open`), ``list``, ``voc``, ``cityscapes``, ``camvid`` or
-            ``coco-stuff``.
+        layout: ``images-masks`` (see :meth:`ValidationSet.open`), ``list``, ``voc``, ``cityscapes``, ``camvid``,
+            ``coco-stuff`` or ``ade20k``.
         model: classes, task and channels.
         split: ``train``, ``val``, ... where the layout has splits.
         ignore_index: value of unlabelled pixels; ``None``: the layout's own, or recognized.
@@ -162,12 +162,21 @@ def _read_coco_stuff(source: Path, split: str) -> tuple[Pairs, int | None, Label
     return [(i, None if masks is None else masks / f"{i.stem}.png") for i in images], 255, LabelCoding()
 
 
+def _read_ade20k(source: Path, split: str) -> tuple[Pairs, int | None, LabelCoding]:
+    """The scene parsing challenge's: 0 is unlabelled, classes count from 1."""
+    folder = {"train": "training", "val": "validation"}.get(split, split)
+    images = sorted((source / "images" / folder).glob("*.jpg"))
+    values = {0: IGNORED} | {value: value - 1 for value in range(1, 256)}
+    return [(i, source / "annotations" / folder / f"{i.stem}.png") for i in images], None, LabelCoding(values)
+
+
 _READERS: dict[str, Callable[[Path, str], tuple[Pairs, int | None, LabelCoding]]] = {
     "list": _read_list,
     "voc": _read_voc,
     "cityscapes": _read_cityscapes,
     "camvid": _read_camvid,
     "coco-stuff": _read_coco_stuff,
+    "ade20k": _read_ade20k,
 }
 _EXPECTED = {
     "list": "each line holds IMAGE or IMAGE MASK, relative to the file",
@@ -175,4 +184,5 @@ _EXPECTED = {
     "cityscapes": "expected leftImg8bit/SPLIT/CITY/ and gtFine/SPLIT/CITY/",
     "camvid": "expected SPLIT/ with SPLITannot/, or SPLIT/ with SPLIT_labels/ and class_dict.csv",
     "coco-stuff": "expected images/SPLIT2017/ and annotations/ (or stuffthingmaps/) SPLIT2017/",
+    "ade20k": "expected images/validation/ and annotations/validation/ (or training/)",
 }
