@@ -15,7 +15,7 @@ from edgeseg.backends.cpu.options import with_streams
 from edgeseg.errors import CheckpointError, EdgesegError, MissingDependencyError, SpecError
 from edgeseg.evaluate.results import Identity
 from edgeseg.machine.cpu import this_cpu
-from edgeseg.spec import ModelRequest, PipelineSpec
+from edgeseg.spec import BatchRange, ModelRequest, PipelineSpec
 from edgeseg.store.engine import Engine, open_engine
 from edgeseg.store.hashing import sha256_json
 from edgeseg.store.manifest import Manifest
@@ -54,9 +54,13 @@ class Contender:
 
     @property
     def pair_key(self) -> str:
-        """Contenders with the same key run the same model on the same input, so they can be compared."""
-        image = self.spec.input
-        return sha256_json([self.weights_sha256, self.spec.model, image.height, image.width, image.dtype])
+        """Contenders with the same key run the same model on the same input and decide alike, so they can be compared.
+
+        Scores are decided upon at the size of the image, masks at the engine's.
+        """
+        spec, image = self.spec, dataclasses.replace(self.spec.input, batch=BatchRange())
+        decides = [spec.output.kind == "mask", spec.output.threshold]
+        return sha256_json([self.weights_sha256, spec.model, image, spec.preprocess, decides])
 
 
 class Opener:
@@ -223,7 +227,7 @@ def engine_names(folders: Sequence[Path]) -> dict[Path, str]:
 def baseline_contenders(
     engines: Sequence[Contender], kinds: Sequence[str], weights: Path | None, opener: Opener
 ) -> tuple[list[Contender], list[str]]:
-    """The PyTorch models the engines came from, one per model and input size and kind, and why one is missing.
+    """The PyTorch models the engines came from, one per kind and :attr:`Contender.pair_key`, and why one is missing.
 
     Args:
         engines: from :func:`engine_contenders`.
@@ -235,6 +239,7 @@ def baseline_contenders(
         CheckpointError, SpecError: ``weights`` was given and cannot be read, or is not what an engine was built from.
     """
     baselines: list[Contender] = []
+    beside: list[str] = []
     notes: list[str] = []
     seen: set[tuple[str, Device, str]] = set()
     distinct = len({engine.pair_key for engine in engines})
@@ -253,8 +258,7 @@ def baseline_contenders(
         suffix = "" if distinct == 1 else f"-{engine.spec.model.display_name}-{size}"
         made = [
             Contender(
-                # Never without its device, where that is not the one every reader takes for granted.
-                f"{kind}{'-cuda' if device == 'cuda' else ''}{suffix}",
+                f"{_on_its_device(kind, device)}{suffix}",
                 engine.spec,
                 None,
                 kind,
@@ -275,13 +279,23 @@ def baseline_contenders(
             notes.append(f"no PyTorch baseline for {engine.name}: {exc}")
             continue
         baselines += made
-    # Two models of one architecture and size would get one name: the weights tell them apart.
-    for index, contender in enumerate(baselines):
-        if sum(other.name == contender.name for other in baselines) > 1:
-            baselines[index] = dataclasses.replace(
-                contender, name=f"{contender.name}-{(contender.weights_sha256 or '')[:8]}"
-            )
-    return baselines, notes
+        beside += [engine.name] * len(made)
+    # Two of one architecture and size would get one name: the weights tell them apart, else the engine they are beside.
+    named = []
+    for contender, engine_name in zip(baselines, beside, strict=True):
+        others = [o for o in baselines if o.name == contender.name and o is not contender]
+        name = contender.name
+        if any(o.weights_sha256 == contender.weights_sha256 for o in others):
+            name = f"{_on_its_device(contender.baseline, contender.device)}-{engine_name}"
+        elif others:
+            name = f"{name}-{(contender.weights_sha256 or '')[:8]}"
+        named.append(dataclasses.replace(contender, name=name))
+    return named, notes
+
+
+def _on_its_device(kind: str | None, device: Device) -> str:
+    """The name, never without its device where that is not the one every reader takes for granted."""
+    return f"{kind}-cuda" if device == "cuda" else str(kind)
 
 
 def _on_devices(kinds: Sequence[str], device: Device, notes: list[str]) -> list[tuple[Device, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from edgeseg.evaluate import contenders
 from edgeseg.evaluate.bench_table import bench_summary
 from edgeseg.evaluate.contenders import Contender, Opener, baseline_contenders, engine_contenders, first_baseline
 from edgeseg.evaluate.results import SpeedComparison
+from edgeseg.spec import BatchRange
 
 NO_CUDA = "the PyTorch here (2.14.1+cpu) is built without CUDA"
 
@@ -89,6 +90,38 @@ def test_who_is_compared_with_whom(tmp_path: Path) -> None:
     assert first_baseline(gpu, [asked, gpu]) is asked
     assert first_baseline(gpu, [asked, there, gpu]) is there
     assert first_baseline(there, [there, gpu]) is None and first_baseline(asked, [there, asked]) is None
+
+
+OTHER_CONTRACTS = (
+    lambda spec: replace(spec, output=replace(spec.output, kind="logits")),
+    lambda spec: replace(spec, output=replace(spec.output, threshold=0.3)),
+    lambda spec: replace(spec, input=replace(spec.input, fit="letterbox")),
+    lambda spec: replace(spec, input=replace(spec.input, interpolation="area")),
+    lambda spec: replace(spec, preprocess=replace(spec.preprocess, scale=1.0)),
+)
+SAME_ANSWERS = (
+    lambda spec: replace(spec, input=replace(spec.input, batch=BatchRange(1, 4, 8))),
+    lambda spec: replace(spec, output=replace(spec.output, confidence=True)),
+)
+
+
+@pytest.mark.parametrize("changed", OTHER_CONTRACTS)
+def test_what_is_decided_otherwise_has_a_baseline_of_its_own(tmp_path: Path, changed: Callable[[Any], Any]) -> None:
+    """Else the second engine would be judged by how the first one takes images and makes masks of scores."""
+    _, cpu = engines(tmp_path)
+    other = replace(cpu, name="other", spec=changed(cpu.spec))
+    for order in ([cpu, other], [other, cpu]):
+        made, _ = baseline_contenders(order, ("pytorch",), Path("weights.pt"), Loads())
+        assert [contender.name for contender in made] == [f"pytorch-{engine.name}" for engine in order]
+        for engine in order:
+            found = first_baseline(engine, [*made, *order])
+            assert found is not None and found.name == f"pytorch-{engine.name}" and found.spec == engine.spec
+
+
+@pytest.mark.parametrize("changed", SAME_ANSWERS)
+def test_what_gives_the_same_masks_shares_its_baseline(tmp_path: Path, changed: Callable[[Any], Any]) -> None:
+    _, cpu = engines(tmp_path)
+    assert baselines([cpu, replace(cpu, name="other", spec=changed(cpu.spec))], "pytorch")[0] == {"pytorch": "cpu"}
 
 
 @pytest.mark.parametrize(
