@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -47,6 +47,7 @@ class Change:
         verdict: ``no difference`` when the interval holds 0; of latency ``cannot tell`` when it also holds changes by more
             than :data:`~edgeseg.evaluate.latency.protocol.SAME_WITHIN`.
         beside: id of the baseline's row that ``percent`` is relative to; ``None``: the bare figures are compared.
+        is_baseline: the row is a baseline's; limits are for engines.
     """
 
     row: str
@@ -58,6 +59,7 @@ class Change:
     high: float | None = None
     verdict: Verdict = "not measured"
     beside: str | None = None
+    is_baseline: bool = False
 
 
 def compare_reports(old: BenchReport, new: BenchReport, *, across_devices: bool = False) -> tuple[Change, ...]:
@@ -81,11 +83,13 @@ def compare_reports(old: BenchReport, new: BenchReport, *, across_devices: bool 
     baselines = [pair for pair in pairs if pair[1].engine.is_baseline]
     if not pairs:
         raise InputError(f"no row in common: the old report has {', '.join(before) or 'none'}")
-    return tuple(
+    changes = (
         _latency_change(a, b, metric, _baseline(baselines, b)) if metric in _LATENCY else _change(a, b, metric)
         for a, b in pairs
         for metric in METRICS
     )
+    own = {new.id for _, new in baselines}
+    return tuple(replace(change, is_baseline=change.row in own) for change in changes)
 
 
 _LATENCY = ("median_ms", "p99_ms")
@@ -200,8 +204,11 @@ def remarks(old: BenchReport, new: BenchReport, changes: Sequence[Change]) -> tu
             f"* latency is compared beside {', '.join(names)}, which did not change: what made the machine itself slower "
             "or faster between the two runs cancels"
         )
-    baselines = {row.id for row in new.rows if row.engine.is_baseline}
-    bare = {c.row for c in changes if c.metric in _LATENCY and c.percent is not None and c.beside is None} - baselines
+    bare = {
+        c.row
+        for c in changes
+        if c.metric in _LATENCY and c.percent is not None and c.beside is None and not c.is_baseline
+    }
     if bare:
         lines.append(
             f"no unchanged baseline in both reports for {', '.join(sorted(bare))}: a machine that became slower between "
@@ -232,15 +239,18 @@ def parse_limits(texts: Sequence[str]) -> dict[str, float]:
 
 
 def check_limits(changes: Sequence[Change], limits: Mapping[str, float]) -> None:
-    """Raise unless every row keeps the limits; a change inside the noise keeps them, one not measured, or so noisy that it
-    cannot be told, does not.
+    """Raise unless every engine keeps the limits; a change inside the noise keeps them, one not measured, or so noisy that it
+    cannot be told, does not. What a baseline does by itself is the machine's or PyTorch's matter.
 
     Raises:
-        GateError: names every row and figure that got worse by more than its limit, or of which that cannot be told.
+        GateError: names every row and figure that got worse by more than its limit, or of which that cannot be told; no
+            engine is in both reports.
     """
     failed = []
+    if limits and all(change.is_baseline for change in changes):
+        failed.append("no engine is in both reports, so no limit could be checked")
     for change in changes:
-        if change.metric not in limits:
+        if change.metric not in limits or change.is_baseline:
             continue
         limit, unit = limits[change.metric], " points" if change.metric == "miou" else " %"
         if change.percent is None:

@@ -66,6 +66,20 @@ def test_a_slower_machine_is_no_slower_engine() -> None:
     assert "beside pytorch b1 t- s1" in words
 
 
+def test_limits_are_for_engines() -> None:
+    """A machine that became slower fails no gate: all rows of its report, the baseline's with them, are within it."""
+    old = read_report(EXAMPLE)
+    every = compare_reports(old, slowed(old, 1.3, every=True))
+    slower = {change.row for change in every if change.metric == "median_ms" and change.verdict == "worse"}
+    baselines = {row.id for row in old.rows if row.engine.is_baseline}
+    assert slower == baselines == {change.row for change in every if change.is_baseline}
+    check_limits(every, {"median_ms": 5.0, "p99_ms": 5.0})
+    renamed = tuple(row if row.engine.is_baseline else replace(row, id="new " + row.id) for row in old.rows)
+    with pytest.raises(GateError, match="no engine is in both reports"):
+        check_limits(compare_reports(old, replace(old, rows=renamed)), {"median_ms": 5.0})
+    check_limits(compare_reports(old, replace(old, rows=renamed)), {})
+
+
 def test_without_an_unchanged_baseline_the_bare_figures_are_compared_and_it_is_said() -> None:
     old = read_report(EXAMPLE)
     rows = tuple(
