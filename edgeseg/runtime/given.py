@@ -69,7 +69,8 @@ def given_images(images: object, spec: InputSpec, *, swap: bool) -> Given:
         raise InputError(
             f"images are a {type(images).__name__}; give a numpy array, {wanted}, a path, a PIL image or a list of them"
         )
-    images = in_dtype(images, dtype, "images are")
+    # A masked array's arithmetic is another; its values are an image like any.
+    images = in_dtype(np.asarray(images), dtype, "images are")
     if channels == 1 and images.ndim == 2:
         images = images[..., None]
     if images.ndim not in (3, 4) or 0 in images.shape:

@@ -156,7 +156,7 @@ class Segmenter(Closing):
         """
         if (
             channel_order is None
-            and isinstance(images, np.ndarray)
+            and type(images) is np.ndarray  # a masked array computes otherwise
             and images.shape == self._exact
             and images.dtype == self.spec.input.dtype
             and images.flags.c_contiguous

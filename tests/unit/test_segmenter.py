@@ -342,6 +342,17 @@ def test_views_are_as_good_as_arrays(view: Callable[[np.ndarray], np.ndarray]) -
     np.testing.assert_array_equal(Segmenter(MemorySession(spec), spec)(image), bands(image))
 
 
+@pytest.mark.parametrize("size", [(32, 48), (61, 45)])
+def test_a_masked_array_is_its_values(size: tuple[int, int]) -> None:
+    """As rasterio reads with ``masked=True``; resizing in place would end in numpy's own error."""
+    spec = make_spec()
+    image = photo(*size, 3)
+    segmenter = Segmenter(MemorySession(spec), spec)
+    masked = np.ma.masked_array(image, image > 100)
+    np.testing.assert_array_equal(segmenter(masked), segmenter(image))
+    assert type(segmenter(masked)) is np.ndarray
+
+
 def test_a_read_only_image_is_fine_and_stays_as_it_was() -> None:
     for size in ((32, 48), (64, 50)):
         for order in ("rgb", "bgr"):
