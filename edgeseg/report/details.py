@@ -122,14 +122,13 @@ def _colours(engine: Identity) -> tuple[tuple[str, str], ...]:
 
 
 def _baseline(group: DeviceGroup, entry: Entry) -> Entry | None:
-    """The baseline of the same run, judged on the same data and with the same classes."""
+    """The baseline that the masks were compared with, in the same run; none where nothing was compared."""
     accuracy = entry.row.accuracy
     named = {drop.baseline for drop in accuracy.truth.drops} if accuracy and accuracy.truth else set()
+    if accuracy and accuracy.agreement:
+        named.add(accuracy.agreement.baseline)
     for other in group.baselines:
-        engine = other.row.engine
-        if other.run != entry.run or engine.classes != entry.row.engine.classes or (named and engine.name not in named):
-            continue
-        if data_key(other) == data_key(entry):
+        if other.run == entry.run and other.row.engine.name in named and data_key(other) == data_key(entry):
             return other
     return None
 

@@ -251,11 +251,22 @@ def test_many_classes_list_the_largest_changes() -> None:
     changed = tuple(tuple(v + (i * j) % 7 for j, v in enumerate(line)) for i, line in enumerate(matrix))
     rows = []
     for name, confusion in (("pytorch", matrix), ("e", changed)):
-        one = row(name, 10, miou=0.7, is_baseline=name == "pytorch")
+        one = row(name, 10, miou=0.7, drop=0.0 if name == "e" else None, is_baseline=name == "pytorch")
         assert one.accuracy is not None and one.accuracy.truth is not None
         truth = replace(one.accuracy.truth, confusion=confusion)
         rows.append(replace(one, accuracy=replace(one.accuracy, truth=truth)))
     assert page_of(merged(*rows)).count(" taken for ") == CHANGES_SHOWN
+
+
+def test_classes_stand_beside_the_baseline_they_were_compared_with() -> None:
+    """Not beside another model's, though judged on the same data and with the same classes."""
+    rows = [row(name, 20, miou=0.8, is_baseline=True) for name in ("pytorch-fpn", "pytorch-unet")]
+    compared, alone = row("unet", 10, miou=0.7, agreement=0.9), row("pan", 10, miou=0.7)
+    assert compared.accuracy is not None and compared.accuracy.agreement is not None
+    agreement = replace(compared.accuracy.agreement, baseline="pytorch-unet")
+    compared = replace(compared, accuracy=replace(compared.accuracy, agreement=agreement))
+    page = page_of(merged(*rows, compared, alone))
+    assert re.findall(r"<h3[^>]*>(\w+ against pytorch[\w-]*)", page) == ["unet against pytorch-unet"]
 
 
 def folds(text: str) -> dict[str, bool]:
