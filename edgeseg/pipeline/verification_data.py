@@ -182,9 +182,7 @@ def sample_images(request: BuildRequest, channels: int) -> list[NDArray[Any]]:
 
 def _unseen(pairs: ValidationSet, samples: Samples) -> VerificationData:
     """The validation images that were not calibrated on; all of them, saying so, if none is left."""
-    # All masks are read here: what is wrong with them is said before the work.
-    meaning = pairs.labels.meaning
-    description = f"{pairs.source} ({meaning})" if meaning else str(pairs.source)
+    description = _with_meaning(str(pairs.source), pairs)
     if isinstance(samples, CalibrationSet):
         rest = pairs.without(set(samples.pixels))
         seen = len(pairs) - len(rest)
@@ -193,6 +191,12 @@ def _unseen(pairs: ValidationSet, samples: Samples) -> VerificationData:
         if seen:
             return VerificationData(rest, f"{description} without {seen} images that were calibrated on")
     return VerificationData(pairs, description)
+
+
+def _with_meaning(description: str, pairs: ValidationSet) -> str:
+    # All masks are read here: what is wrong with them is said before the work.
+    meaning = pairs.labels.meaning
+    return f"{description} ({meaning})" if meaning else description
 
 
 def _split(
@@ -207,6 +211,6 @@ def _split(
     description = f"{len(held)} images {words} {samples.source}"
     source = request.calibration
     if isinstance(source, (str, Path)) and os.path.isdir(source):
-        pairs = _validation(request, loaded, source)
-        return kept, VerificationData(pairs.only(set(held.content)), description)
+        pairs = _validation(request, loaded, source).only(set(held.content))
+        return kept, VerificationData(pairs, _with_meaning(description, pairs))
     return kept, VerificationData(ImagesWithoutMasks(held, loaded.model.in_channels), description)

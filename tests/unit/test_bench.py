@@ -90,6 +90,12 @@ def test_data_that_is_not_there_is_said_before_anything_is_measured(engine: Path
     request = BenchRequest((engine,), baselines=(), duration_s=86_400, fresh_processes=0)
     with pytest.raises(InputError, match="is not a folder"):
         run_bench(request, SilentReporter(), AccuracyRequest(tmp_path / "missing"))
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for index in range(2):
+            Image.fromarray(np.full((32, 32), 9 * index, np.uint8)).save(tmp_path / "data" / kind / f"{index}.png")
+    with pytest.raises(InputError, match=r"1\.png holds 9"):
+        run_bench(request, SilentReporter(), AccuracyRequest(tmp_path / "data"))
 
 
 def test_engines_of_one_name_are_told_apart(engine: Path, tmp_path: Path) -> None:
@@ -308,7 +314,8 @@ def test_too_few_masks_for_a_drop_are_said(
 def test_a_broken_mask_does_not_throw_the_latency_away(engine: Path, tmp_path: Path) -> None:
     for kind in ("images", "masks"):
         (tmp_path / "data" / kind).mkdir(parents=True)
-        Image.fromarray(np.full((32, 32), 9, np.uint8)).save(tmp_path / "data" / kind / "a.png")
+        side = 32 if kind == "images" else 16
+        Image.fromarray(np.zeros((side, side), np.uint8)).save(tmp_path / "data" / kind / "a.png")
     request = BenchRequest((engine,), baselines=(), duration_s=0.01, fresh_processes=0)
     accuracy = AccuracyRequest(tmp_path / "data", state_folder=tmp_path / "state")
     report = run_bench(request, SilentReporter(), accuracy)
@@ -316,8 +323,8 @@ def test_a_broken_mask_does_not_throw_the_latency_away(engine: Path, tmp_path: P
     assert report.rows[0].accuracy is None
     (failure,) = report.failed
     assert (failure.engine, failure.what) == ("int8", "accuracy")
-    assert "holds 9" in failure.reason
-    with pytest.raises(InputError, match="holds 9"):
+    assert "is 16x16 and its image" in failure.reason
+    with pytest.raises(InputError, match="is 16x16 and its image"):
         run_bench(replace(request, duration_s=0.0), SilentReporter(), accuracy)
 
 

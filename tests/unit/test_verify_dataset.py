@@ -277,6 +277,19 @@ def test_no_mask_is_read_before_the_meaning_of_all_is_decided(tmp_path: Path) ->
     assert [copied.read(k).mask[0, 0] for k in (1, 2)] == [1, 1]
 
 
+def test_a_part_of_a_set_is_read_as_the_whole(tmp_path: Path) -> None:
+    """255 is unlabelled beside 0 and 1; a part without class 1 would take it for that class."""
+    for name, values in (("a", (1, 255)), ("b", (255, 0))):
+        write_image(tmp_path / "images" / f"{name}.png", value=ord(name))
+        write_mask(tmp_path / "masks" / f"{name}.png", mask_of(*values))
+    two = ModelSpec("fpn", "resnet18", classes=2)
+    whole = ValidationSet.open(tmp_path, two)
+    assert whole.labels.meaning == "masks hold 0, 1, 255, 255 read as unlabelled"
+    (rest,) = whole.without({pixel_digest(whole.image(0))})
+    assert rest.mask is not None
+    assert rest.mask[0, :2].tolist() == [IGNORED, 0]
+
+
 def test_masks_that_count_from_one_are_refused(tmp_path: Path) -> None:
     ones = [np.full((6, 8), value, np.uint8) for value in (1, 5, 11)]
     with pytest.raises(

@@ -134,7 +134,11 @@ class ValidationSet:
 
     def _subset(self, keep: Sequence[int]) -> ValidationSet:
         masks = tuple(self.masks[k] for k in keep) if self.masks else ()
-        return replace(self, images=tuple(self.images[k] for k in keep), masks=masks)
+        subset = replace(self, images=tuple(self.images[k] for k in keep), masks=masks)
+        if "labels" in vars(self):
+            # What the values mean was decided by all masks; by fewer it might be something else.
+            vars(subset)["labels"] = self.labels
+        return subset
 
     def limited(self, limit: int | None) -> ValidationSet:
         """``limit`` of the images, evenly spread over their order; all with ``None``."""

@@ -81,7 +81,9 @@ class AccuracyRequest:
         specs = {_reads_alike(c): c.spec for c in contenders}.values()
         sets = [self.open(spec) for spec in specs]
         for data in sets:
-            data.image(0)  # of other channels, or another dtype: said before the work
+            # Other channels, another dtype, values that are no class: said before the work.
+            data.image(0)
+            _ = data.labels
         sizes = {len(data) for data in sets if data.masks}
         if not any(images < MIN_IMAGES for images in sizes):
             return ()
