@@ -30,6 +30,8 @@ METRICS = {
 # of which not every process's time is in both reports.
 _NOISE = {"peak_rss_bytes": 2.0, "cold_start_ms": 10.0}
 
+OTHER_DATA = "judged on other images or masks than before, or at another resolution"
+
 Verdict = Literal["worse", "better", "no difference", "cannot tell", "not measured"]
 
 
@@ -214,11 +216,18 @@ def remarks(old: BenchReport, new: BenchReport, changes: Sequence[Change]) -> tu
             f"no unchanged baseline in both reports for {', '.join(sorted(bare))}: a machine that became slower between "
             "the runs looks like a slower engine; measure both with the same --baseline, or both engines in one bench"
         )
+    other = sorted(change.row for change in changes if _is_of_other_data(change))
+    if other:
+        lines.append(f"{OTHER_DATA}, so mIoU is not compared: {', '.join(other)}")
     ids = [{row.id for row in report.rows} for report in (old, new)]
     for words, only in (("old", ids[0] - ids[1]), ("new", ids[1] - ids[0])):
         if only:
             lines.append(f"only in the {words} report, not compared: {', '.join(sorted(only))}")
     return tuple(lines)
+
+
+def _is_of_other_data(change: Change) -> bool:
+    return change.metric == "miou" and change.percent is None and change.old is not None and change.new is not None
 
 
 def parse_limits(texts: Sequence[str]) -> dict[str, float]:
@@ -254,7 +263,8 @@ def check_limits(changes: Sequence[Change], limits: Mapping[str, float]) -> None
             continue
         limit, unit = limits[change.metric], " points" if change.metric == "miou" else " %"
         if change.percent is None:
-            failed.append(f"{change.row}: {change.metric} is not in both reports, so its limit could not be checked")
+            why = f"was {OTHER_DATA}" if _is_of_other_data(change) else "is not in both reports"
+            failed.append(f"{change.row}: {change.metric} {why}, so its limit could not be checked")
         elif (
             change.verdict == "cannot tell"
             and change.low is not None

@@ -130,7 +130,18 @@ def test_lost_accuracy_and_larger_files_count() -> None:
     with pytest.raises(GateError, match=r"size_bytes.*; .*miou is 2\.0 points worse"):
         check_limits(tuple(seen.values()), {"miou": 1.0, "size_bytes": 10.0})
     other_data = replace(worse, accuracy=replace(row.accuracy, data_sha256="other"))
-    assert changes(replace(report, rows=(other_data,)))["miou"].verdict == "not measured"
+    elsewhere = replace(report, rows=(other_data,))
+    seen = changes(elsewhere)
+    assert seen["miou"].verdict == "not measured"
+    with pytest.raises(
+        GateError, match="miou was judged on other images or masks than before, or at another resolution, so"
+    ):
+        check_limits(tuple(seen.values()), {"miou": 1.0})
+    words = remarks(report, elsewhere, tuple(seen.values()))
+    assert (
+        f"judged on other images or masks than before, or at another resolution, so mIoU is not compared: {ROW}"
+        in words
+    )
 
 
 def test_a_limit_that_cannot_be_checked_is_not_kept() -> None:
