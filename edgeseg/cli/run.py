@@ -15,6 +15,8 @@ from edgeseg.cli.shared_options import request_options
 from edgeseg.runtime.raster import RasterOptions
 from edgeseg.runtime.run import RunSettings, run_inputs, streams_of
 
+LIVE_SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "rtp://", "srt://", "udp://", "tcp://")
+
 
 @click.command("run", short_help="Segment images, folders, videos or a camera.")
 @click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
@@ -77,6 +79,12 @@ def command(
     if executor == "ray" and settings.threads is not None:
         raise click.UsageError(
             "--threads goes with a run on this machine; on a cluster --jobs says how many workers there are"
+        )
+    live = next((place for place in inputs if str(place).startswith(LIVE_SCHEMES)), None)
+    if live is not None:
+        raise click.UsageError(
+            f"{live} is a stream of the network, which is not read; in Python give edgeseg.stream the frames of "
+            "cv2.VideoCapture, and edgeseg.load channel_order='bgr'"
         )
     if executor == "local" and has_urls:
         raise click.UsageError("URLs go with --executor ray, on one machine too")

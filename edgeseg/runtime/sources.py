@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -47,9 +48,13 @@ class Picture:
 
 
 def camera_index(source: object) -> int | None:
-    """Return the camera number that ``source`` means (``0`` or ``"0"``), unless it is something else."""
+    """Return the camera number that ``source`` means (``0``, ``"0"``, ``"/dev/video0"``), unless it is something else."""
     if isinstance(source, int) and not isinstance(source, bool):
         return source
+    if isinstance(source, (str, Path)) and str(source).startswith("/dev/"):
+        # Links too: /dev/v4l/by-id/ has a camera's own name.
+        device = re.fullmatch(r"/dev/video([0-9]{1,4})", os.path.realpath(source))
+        return None if device is None else int(device[1])
     if isinstance(source, str) and source.isascii() and source.isdigit() and not Path(source).exists():
         return int(source)
     return None

@@ -588,6 +588,10 @@ def test_shares(nodes: list[dict[str, float]], gpus: int, workers: int | None, e
         (["--output", "out", "--ray-address", "auto"], "--jobs and --ray-address go with --executor ray"),
         (["--output", "memory://out"], "URLs go with --executor ray"),
         (["--output", "out", "memory://photos"], "URLs go with --executor ray"),
+        (
+            ["--output", "out", "rtsp://camera/1"],
+            "rtsp://camera/1 is a stream of the network, which is not read; in Python",
+        ),
     ],
 )
 def test_options_of_a_cluster_need_one(options: list[str], said: str, engine: Path) -> None:

@@ -372,6 +372,16 @@ def test_which_sources_are_cameras(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]  # fmt: skip
     (tmp_path / "7").mkdir()
     assert camera_index("7") is None
+    monkeypatch.setattr("os.path.realpath", lambda path: "/dev/video3" if "v4l" in str(path) else str(path))
+    links = (
+        "/dev/video12",
+        Path("/dev/video0"),
+        "/dev/v4l/by-id/usb-camera",
+        "/dev/null",
+        "/dev/videos",
+        "/dev/video0.png",
+    )
+    assert [camera_index(link) for link in links] == [12, 0, 3, None, None, None]
 
 
 # Videos and cameras
