@@ -174,9 +174,11 @@ class ValidationSet:
         mask = labels.read(self.masks[position]) if self.masks else None
         if mask is not None and mask.shape[-2:] != image.shape[:2]:
             (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape[-2:]
+            is_turned = (mask_height, mask_width) == (width, height)
+            turned = " (an image is turned as its EXIF orientation says: turn the mask, too)" if is_turned else ""
             raise InputError(
                 f"{self.masks[position]} is {mask_width}x{mask_height} and its image {path.name} {width}x{height} "
-                "pixels; a mask must have the size of its image"
+                f"pixels; a mask must have the size of its image{turned}"
             )
         return Pair(path.name, image, mask, file_digest(path), labels.ignore_index)
 
