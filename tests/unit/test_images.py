@@ -272,6 +272,16 @@ def test_folder_is_listed_in_natural_order_without_folders_and_others(tmp_path: 
     assert [p.name for p in list_images(tmp_path / "img2.png")] == ["img2.png"]
 
 
+def test_other_names_of_formats_are_listed_and_read(tmp_path: Path) -> None:
+    """As browsers save JPEG (.jfif), cameras two pictures in one (.mpo), and tools animations (.apng)."""
+    for suffix, kind in ((".apng", "PNG"), (".jfif", "JPEG"), (".mpo", "MPO")):
+        Image.fromarray(PHOTO).save(tmp_path / f"a{suffix}", kind)
+    found = list_images(tmp_path)
+    assert [path.suffix for path in found] == [".apng", ".jfif", ".mpo"]
+    for path in found:
+        assert np.abs(read_image(path).astype(int) - np.asarray(Image.open(path).convert("RGB"))).max() == 0
+
+
 def test_list_file_keeps_its_order(tmp_path: Path) -> None:
     for name in ("b.png", "a.png"):
         (tmp_path / name).write_bytes(b"x")
