@@ -57,6 +57,9 @@ BAND_PIXELS = 1 << 16
 for _name in ("PIL", "tifffile"):
     logging.getLogger(_name).addHandler(logging.NullHandler())
 
+_ORIENTATION = 0x0112
+# EXIF's orientation -> PIL.Image.Transpose, by number: Pillow is imported when it is needed.
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 _WIDE_GREY = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 
@@ -281,21 +284,30 @@ def _from_tiff(path: Path, layout: TiffLayout, channels: int, dtype: InputDtype)
 
 
 def _from_pillow(path: Path, image: Any, channels: int, dtype: InputDtype) -> NDArray[Any]:
-    from PIL import ImageOps
-
     if channels not in (1, 3):
         return _from_array(path, _bands(path, image, channels, dtype), channels, dtype)
     if dtype != "uint8":
         return _from_array(path, _stored(path, image), channels, dtype)
     image, mode = _eight_bit(path, image), "RGB" if channels == 3 else "L"
-    # In place, and converted only where that changes something: Pillow would copy.
-    image.load()
-    with without_warnings():
-        ImageOps.exif_transpose(image, in_place=True)
+    upright = _upright(image)
+    if upright is not image:
+        image.close()  # one copy is enough
     # Pillow would warn about transparency it cannot carry over.
-    image.info.pop("transparency", None)
-    array = _pixels(image if image.mode == mode else image.convert(mode))
+    upright.info.pop("transparency", None)
+    # Converted only where that changes something: Pillow would copy.
+    array = _pixels(upright if upright.mode == mode else upright.convert(mode))
     return array if channels == 3 else array[..., None]
+
+
+def _upright(image: Any) -> Any:
+    """A picture turned as its EXIF orientation says; itself where there is nothing to turn.
+
+    Pillow's own way writes all other tags anew, and fails where a camera or an editor gave one a type it should not have.
+    """
+    image.load()  # of a TIFF file this turns it, and forgets the tag
+    with without_warnings():
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _pixels(image: Any) -> NDArray[np.uint8]:
@@ -346,27 +358,22 @@ def _stored(path: Path, image: Any) -> NDArray[Any]:
     Raises:
         InputError: Pillow does not give them as they are stored.
     """
-    from PIL import ImageOps
-
     wide, bits = _is_wide(image), _bits(image)
     # Of 9 to 15 bits Pillow makes the full range of 16, of colours 8 bits.
     if 8 < bits < 16 or (wide and image.mode not in _WIDE_GREY | {"I"}):
         raise InputError(f"cannot read {path}: {bits} bits of {image.mode} in this format; store it as TIFF or .npy")
     # Pillow reads 16-bit PGM, and older releases 16-bit PNG, into 32-bit integers.
-    with without_warnings():
-        samples = np.asarray(ImageOps.exif_transpose(image))
+    samples = np.asarray(_upright(image))
     return samples.astype(np.uint16) if wide else samples
 
 
 def _deep_colours(path: Path, channels: int) -> NDArray[np.uint16]:
     """RGB or RGBA of a PNG of 16 bits a sample. Pillow unpacks one byte of each: it is asked for the high, then the low one."""
-    from PIL import ImageOps
-
     halves = []
     for byte_order in ("16B", "16L"):
         with open_picture(path) as image:
             image.tile = [(*tile[:3], f"{image.mode};{byte_order}") for tile in image.tile]
-            halves.append(np.asarray(ImageOps.exif_transpose(image)).astype(np.uint16))
+            halves.append(np.asarray(_upright(image)).astype(np.uint16))
     colours = halves[0] << 8 | halves[1]
     return np.asarray(colours[..., :3] if channels == 3 else colours)
 
@@ -385,7 +392,7 @@ def _eight_bit(path: Path, image: Any) -> Any:
 
 def _bands(path: Path, image: Any, channels: int, dtype: InputDtype) -> NDArray[Any]:
     """Read 2, 4 or more channels: the bands of one picture, or the pages of a stack."""
-    from PIL import ImageOps, ImageSequence
+    from PIL import ImageSequence
 
     pages = getattr(image, "n_frames", 1)
     if pages == channels:
@@ -408,4 +415,4 @@ def _bands(path: Path, image: Any, channels: int, dtype: InputDtype) -> NDArray[
         )
     if dtype != "uint8":
         return _stored(path, image)
-    return np.array(ImageOps.exif_transpose(_eight_bit(path, image)), np.uint8)
+    return np.array(_upright(_eight_bit(path, image)), np.uint8)

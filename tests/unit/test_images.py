@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from edgeseg.errors import InputError, MissingDependencyError
 from edgeseg.images import decoding as images
@@ -115,6 +115,17 @@ def test_exif_orientation_of_16_bit_grey(tmp_path: Path, orientation: int, suffi
     wide = RNG.integers(0, 65536, (3, 4), dtype=np.uint16)
     path = saved(tmp_path / f"turned.{suffix}", Image.fromarray(wide), exif=exif)
     np.testing.assert_array_equal(read_image(path, 1, "uint16"), oriented(wide[..., None], orientation))
+
+
+@pytest.mark.parametrize("tag", [0x011A, 0x0100])
+def test_another_tag_of_a_wrong_type_does_not_matter(tmp_path: Path, tag: int) -> None:
+    """A resolution or a width written as text, as some editors do: Pillow's ``exif_transpose`` cannot write it back."""
+    entries = sorted([struct.pack("<HHI4s", 0x0112, 3, 1, b"\6"), struct.pack("<HHI4s", tag, 2, 3, b"72\0")])
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + b"".join(entries) + bytes(4)
+    path = saved(tmp_path / "edited.png", Image.fromarray(PHOTO), exif=exif)
+    with pytest.raises(Exception, match="abs|integer"):
+        ImageOps.exif_transpose(Image.open(path))
+    np.testing.assert_array_equal(read_image(path), oriented(PHOTO, 6))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
