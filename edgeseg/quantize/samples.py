@@ -24,6 +24,7 @@ from edgeseg.images.decoding import (
     read_image,
 )
 from edgeseg.images.dtypes import in_dtype, refusal, takes
+from edgeseg.images.pairs import find_images
 from edgeseg.images.placement import fit_windows
 from edgeseg.spec import InputDtype, InputSpec
 
@@ -114,10 +115,10 @@ class CalibrationSet:
         its copy would be held out to verify what was calibrated on it.
 
         Args:
-            source: a folder of images (or one with them in ``images/``), a glob pattern, a ``.txt`` list with one
-                path a line relative to the list, a ``.npy`` or ``.npz`` of ``(N, H, W, C)``, or an iterable
-                of paths and of ``(H, W, C)``, ``(H, W)`` or ``(N, H, W, C)`` arrays (kept in memory). RGB for
-                three channels.
+            source: a folder of images (or one with them in ``images/``; of a data set those that are no masks), a glob
+                pattern, a ``.txt`` list with one path a line relative to the list, a ``.npy`` or ``.npz`` of
+                ``(N, H, W, C)``, or an iterable of paths and of ``(H, W, C)``, ``(H, W)`` or ``(N, H, W, C)`` arrays (kept
+                in memory). RGB for three channels.
             limit: take at most this many, chosen by ``seed``; an image that cannot be used is replaced by another.
             seed: of the choice; the same images and seed give the same subset.
             channels: of the model's input.
@@ -273,8 +274,7 @@ def _find(source: CalibrationSource, dtype: InputDtype) -> tuple[str, Sequence[_
         raise InputError(
             f"{path} is one image; calibration takes a folder, a glob, a .txt list, or a .npy or .npz of many"
         )
-    inner = path / "images"
-    files = list_images(inner if os.path.isdir(inner) else path)
+    files = find_images(path) if os.path.isdir(path) else list_images(path)
     # An image named twice would count twice in every statistic.
     return str(path), [_File(p) for p in dict.fromkeys(files)]
 

@@ -66,6 +66,15 @@ def test_folder_glob_list_and_arrays_are_the_same_images(folder: Path, tmp_path:
         assert (len(samples), samples.skipped) == (10, ())
 
 
+@pytest.mark.parametrize("mask", ["frame{}_mask.png", "frame{}_gt.bmp", "frame{}_label.tif"])
+def test_masks_in_the_folder_of_their_images_are_no_images(folder: Path, mask: str) -> None:
+    """Half of what is calibrated on would be black but for a few grey levels."""
+    alone = pixels(CalibrationSet.open(folder))
+    for k, image in enumerate(pictures(10)):
+        Image.fromarray((image[..., 0] > 128).astype(np.uint8)).save(folder / mask.format(k))
+    assert pixels(CalibrationSet.open(folder)) == alone
+
+
 def test_image_listed_twice_counts_once(folder: Path, tmp_path: Path) -> None:
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"photos/frame{k % 9}.png\n" for k in range(20)))

@@ -14,14 +14,9 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, refusals_as
 from edgeseg.evaluate.accuracy.labels import LabelCoding, LabelReader
-from edgeseg.images.decoding import IMAGE_SUFFIXES, file_digest, list_images, pixel_digest, read_image
+from edgeseg.images.decoding import file_digest, pixel_digest, read_image
+from edgeseg.images.pairs import find_pairs
 from edgeseg.spec import InputDtype, ModelSpec
-
-IMAGE_FOLDERS = ("images", "image", "img", "img_dir")
-MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "ann_dir")
-MASK_SUFFIXES = ("_mask", "_label", "_labels", "_gt")
-# Of two files for one image these are the mask; the other is a picture of it.
-USUAL_MASKS = frozenset({".png", ".npy", ".tif", ".tiff", ".bmp", ".gif"})
 
 
 @dataclass(frozen=True)
@@ -89,14 +84,11 @@ class ValidationSet:
     ) -> ValidationSet:
         """Find the images and masks of a folder; nothing is decoded yet.
 
-        Understood: ``images/`` beside ``masks/`` (or ``labels/``, ``annotations/``) with equal stems; one folder with
-        ``NAME.jpg`` and ``NAME_mask.png`` (``_label``, ``_gt``; any format) or ``NAME.jpg`` and ``NAME.png``; images alone.
-
         Args:
-            source: the folder.
+            source: the folder; see :func:`~edgeseg.images.pairs.find_pairs`.
             model: classes, task and channels.
             ignore_index: see the class.
-            split: folder to take in both, where there is one (``images/val`` beside ``masks/val``).
+            split: see :func:`~edgeseg.images.pairs.find_pairs`.
             dtype: see the class.
 
         Raises:
@@ -105,7 +97,7 @@ class ValidationSet:
         folder = Path(source)
         if not os.path.isdir(folder):
             raise InputError(f"validation data {folder} is not a folder; give one with images/ and masks/")
-        images, masks = _find(folder, split)
+        images, masks = find_pairs(folder, split)
         unpaired = tuple(i.name for i in images if i not in masks) if masks else ()
         chosen = [i for i in images if not masks or i in masks]
         labelled = tuple(masks[i] for i in chosen if masks)
@@ -181,67 +173,6 @@ class ValidationSet:
                 f"pixels; a mask must have the size of its image{turned}"
             )
         return Pair(path.name, image, mask, file_digest(path), labels.ignore_index)
-
-
-def _find(folder: Path, split: str | None) -> tuple[list[Path], dict[Path, Path]]:
-    image_folder = next((folder / n for n in IMAGE_FOLDERS if os.path.isdir(folder / n)), None)
-    if image_folder is None:
-        return _find_flat(folder)
-    mask_folder = next((folder / n for n in MASK_FOLDERS if os.path.isdir(folder / n)), None)
-    if split and os.path.isdir(image_folder / split):
-        image_folder = image_folder / split
-        if mask_folder is not None and os.path.isdir(mask_folder / split):
-            mask_folder = mask_folder / split
-    images = _images(image_folder)
-    if mask_folder is None:
-        return images, {}
-    by_stem: dict[str, Path] = {}
-    for path in _mask_files(mask_folder):
-        stem = next((path.stem.removesuffix(s) for s in MASK_SUFFIXES if path.stem.endswith(s)), path.stem)
-        by_stem.setdefault(path.stem, path)
-        by_stem.setdefault(stem, path)
-    pairs = {i: by_stem[i.stem] for i in images if i.stem in by_stem}
-    if not pairs:
-        raise InputError(
-            f"no file in {mask_folder} belongs to an image in {image_folder}; the names must be equal up to the suffix"
-        )
-    return images, pairs
-
-
-def _find_flat(folder: Path) -> tuple[list[Path], dict[Path, Path]]:
-    images = _images(folder)
-    files = {p.name: p for p in (*images, *_mask_files(folder))}
-    by_stem: dict[str, list[Path]] = {}
-    for path in sorted(files.values()):
-        by_stem.setdefault(path.stem, []).append(path)
-    pairs: dict[Path, Path] = {}
-    for stem, paths in by_stem.items():
-        photo = next((p for p in paths if p.suffix.lower() in {".jpg", ".jpeg"}), None) or paths[0]
-        rest = [p for p in paths if p != photo and p.suffix.lower() in {".png", ".npy"}]
-        named = [p for s in MASK_SUFFIXES for p in sorted(by_stem.get(stem + s, []), key=_mask_order)]
-        for mask in (named or rest)[:1]:
-            pairs[photo] = mask
-    used = set(pairs.values())
-    return [p for p in images if p not in used], pairs
-
-
-def _images(folder: Path) -> list[Path]:
-    try:
-        return list_images(folder)
-    except InputError as exc:
-        raise InputError(f"no images in {folder}; give a folder with images/ and masks/, or with image files") from exc
-
-
-def _mask_files(folder: Path) -> list[Path]:
-    try:
-        files = list(folder.iterdir())
-    except OSError as exc:
-        raise InputError(f"cannot list {folder}: {exc.strerror}") from exc
-    return sorted((p for p in files if p.suffix.lower() in IMAGE_SUFFIXES), key=_mask_order)
-
-
-def _mask_order(path: Path) -> tuple[bool, Path]:
-    return path.suffix.lower() not in USUAL_MASKS, path
 
 
 def evenly_spread(count: int, limit: int | None) -> Sequence[int]:

@@ -14,6 +14,7 @@ from PIL import UnidentifiedImageError
 from edgeseg.errors import InputError, one_line
 from edgeseg.images.arrays import ARRAY_SUFFIXES, read_array
 from edgeseg.images.decoding import FORMATS, MAX_ARRAY_BYTES, open_picture
+from edgeseg.images.pairs import JPEG_SUFFIXES
 from edgeseg.images.tiff import tiff_layout
 from edgeseg.spec import ModelSpec
 from edgeseg.store.files import require_file
@@ -22,7 +23,6 @@ IGNORED = -1
 """What an unlabelled pixel is in the masks this module returns, whatever the files use."""
 
 PART_PIXELS = 1 << 22
-JPEG_SUFFIXES = frozenset({".jpe", ".jpeg", ".jpg"})
 
 
 @dataclass(frozen=True)
