@@ -67,6 +67,8 @@ def command(
 ) -> None:
     """Segment images, folders, globs, video files or a camera (its index) with ENGINE_DIR.
 
+    Masks are PNG files of class indices with a palette: read them with Pillow; OpenCV returns the palette's colours.
+
     With --executor ray images go to the workers of a cluster, INPUT and --output may be URLs (s3://bucket/photos), and a second
     run does only what is missing.
     """
