@@ -20,7 +20,7 @@ from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.latency.protocol import SHORT, LatencyProtocol, LatencySamples, measure_interleaved
 from edgeseg.evaluate.latency.statistics import noise_flags, speed_comparison
 from edgeseg.evaluate.tables import counted
-from edgeseg.images.placement import fit_windows
+from edgeseg.images.placement import fit_windows, plan_fit
 from edgeseg.machine.state import MachineWatch
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.segmenter import Segmenter
@@ -35,7 +35,7 @@ class Comparison:
     """What :func:`compare_masks` counted.
 
     Attributes:
-        agreement: engine against PyTorch, pixel by pixel, on the masks as they leave the engine.
+        agreement: engine against PyTorch, pixel by pixel, on the masks as they leave the engine, without padding.
         fidelity: the same class by class, PyTorch's masks taken as truth.
         reference, engine: PyTorch and the engine against the ground truth, at the size of the source images, as a user
             of :class:`~edgeseg.runtime.segmenter.Segmenter` gets the masks. Empty without ground truth.
@@ -151,14 +151,15 @@ def agreement_without_ties(
     """
     wrong, pixels = 0, 0
     for pair in pairs:
+        plan = plan_fit(*pair.image.shape[:2], spec.input)
         for window in fit_windows(pair.image, spec.input):
             batch = np.repeat(window[None], spec.input.batch.minimum, axis=0)
             expected, got = reference.run(batch), engine.run(batch)
             kind: OutputKind = "logits" if "logits" in expected else "probabilities"
             rule = ScoreRule.of(dataclasses.replace(spec, output=dataclasses.replace(spec.output, kind=kind)))
-            scores = expected[kind][0]
+            scores = plan.crop(expected[kind][0])
             mine = rule.mask(scores)
-            theirs = got["mask"][0] if spec.output.kind == "mask" else rule.mask(got[kind][0])
+            theirs = plan.crop(got["mask"][0]) if spec.output.kind == "mask" else rule.mask(plan.crop(got[kind][0]))
             tied = rule.margin(scores) <= tie * max(1.0, float(np.abs(scores).max()))
             wrong, pixels = wrong + int(np.count_nonzero((mine != theirs) & ~tied)), pixels + mine.size
     return 1.0 - wrong / pixels
@@ -182,9 +183,12 @@ def compare_masks(
     ignore_index: int | None = None
     for pair in pairs:
         true_to, answer = expected(pair.image), by_engine(pair.image)
+        plan = expected.plan(*pair.image.shape[:2])
         for wanted, got in zip(recorders[0].take(), recorders[1].take(), strict=True):
-            agreement.update(got, wanted)
-            fidelity.update(got, wanted, pair.name)
+            # What is said of padding nobody gets to see.
+            seen = plan.crop(got), plan.crop(wanted)
+            agreement.update(*seen)
+            fidelity.update(*seen, pair.name)
         if pair.mask is not None:
             truth_reference.update(true_to, pair.mask, pair.name)
             truth_engine.update(answer, pair.mask, pair.name)

@@ -130,6 +130,11 @@ class Tiling:
         canvas = (max(height, self.window[0]), max(width, self.window[1]))
         return Placement((height, width), canvas, (height, width), self.repeat_border, self.padding).apply(image)
 
+    def crop(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Cut the padding off an engine output of one window, ``(..., H, W)``; a view."""
+        height, width = (min(length, window) for length, window in zip(self.source, self.window, strict=True))
+        return array[..., :height, :width]
+
     def row(self, padded: NDArray[Any], index: int) -> NDArray[Any]:
         """Return row ``index`` of windows of an image from :meth:`pad`, ``(windows, H, W, C)``."""
         top, (height, width) = self.tops[index], self.window

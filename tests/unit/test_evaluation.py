@@ -21,7 +21,7 @@ from edgeseg.evaluate.accuracy import evaluation
 from edgeseg.evaluate.accuracy.counts import TruthCounts, count_agreement, count_truth
 from edgeseg.evaluate.accuracy.dataset import Pair
 from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest, evaluate
-from edgeseg.evaluate.accuracy.judge import ImageRecord, Ledger, at_resolution
+from edgeseg.evaluate.accuracy.judge import ImageRecord, Ledger, at_resolution, truth_of_scores
 from edgeseg.evaluate.accuracy.labels import IGNORED
 from edgeseg.evaluate.contenders import Contender, Opener, engine_contenders
 from edgeseg.evaluate.intervals import METRICS, Counts, drops, figure, interval
@@ -203,10 +203,13 @@ def test_engine_resolution_moves_the_mask_to_the_engine() -> None:
     image = np.zeros((64, 48, 3), np.uint8)
     mask = np.arange(64 * 48, dtype=np.int32).reshape(64, 48) % 4
     spec = replace(SPEC, input=InputSpec(32, 32, fit="letterbox"))
-    fitted, moved = at_resolution(Pair("a", image, mask), spec, "engine")
+    fitted, moved, cropped = at_resolution(Pair("a", image, mask), spec, "engine")
     assert fitted.shape == (32, 32, 3)
-    assert np.array_equal(moved[:, :24], mask[1::2, 1::2])  # the centre of each 2 x 2 block, half-pixel rule
-    assert (moved[:, 24:] == IGNORED).all()
+    assert np.array_equal(moved, mask[1::2, 1::2])  # the centre of each 2 x 2 block, half-pixel rule
+    assert cropped(fitted[..., 0]).shape == (32, 24)
+    # Where scores are judged, padding is there and counts for nothing.
+    of_scores = truth_of_scores(Pair("a", image, mask), spec)
+    assert np.array_equal(of_scores[:, :24], moved) and (of_scores[:, 24:] == IGNORED).all()
     with pytest.raises(SpecError, match="several tiles"):
         at_resolution(Pair("a", image, mask), replace(SPEC, input=InputSpec(32, 32, fit="tile")), "engine")
 

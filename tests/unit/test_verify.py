@@ -160,6 +160,30 @@ def test_tiles_are_compared_one_by_one_and_judged_as_the_runtime_stitches_them()
     assert compared.engine.right == int((stitched == pairs[0].mask)[judged].sum())
 
 
+@pytest.mark.parametrize(("fit", "size"), [("letterbox", (32, 32)), ("letterbox", (16, 64)), ("tile", (16, 96))])
+def test_padding_is_not_compared(fit: str, size: tuple[int, int]) -> None:
+    """Right in what is seen, wrong beyond it; and the other way round."""
+    height, width = (min(have, most) for have, most in zip(size, (32, 64), strict=True))
+
+    def wrong(where: Any) -> Decide:
+        def decide(red: NDArray[np.uint8]) -> NDArray[Any]:
+            mask = right(red).copy()
+            mask[where] = (mask[where] + 1) % CLASSES
+            return mask
+
+        return decide
+
+    spec = pipeline(fit=fit)
+    beyond = np.ones((32, 64), bool)
+    beyond[:height, :width] = False
+    assert run(spec, wrong((..., beyond)), scenes(size=size)).agreement == 1.0
+    corner = run(spec, wrong((..., slice(3), slice(4))), scenes(size=size))
+    assert corner.agreement == pytest.approx(1 - 12 / (height * width))
+    engine = Deciding(spec, wrong((..., slice(3), slice(4))))
+    share = agreement_without_ties(Telling(spec, right), engine, spec, scenes(1, size=size), TIE)
+    assert share == pytest.approx(1 - 12 / (height * width))
+
+
 def test_an_engine_with_a_smallest_batch_gets_it() -> None:
     spec = pipeline(batch=BatchRange(2, 2, 4))
     verified = run(spec, wrong_in_the_corner, scenes())

@@ -253,10 +253,10 @@ class _Worker:
         for name in names:
             reference = self.group.baseline_of.get(name)
             spec = by_name[name].spec
-            image, truth = at_resolution(pair, spec, self.group.resolution)
+            image, truth, cropped = at_resolution(pair, spec, self.group.resolution)
             for needed in (name, reference):
                 if needed is not None and needed not in masks:
-                    masks[needed] = self.segmenters[needed](image)
+                    masks[needed] = cropped(self.segmenters[needed](image))
                     sums[needed] = self._loss(needed, pair, spec)
             compared = None if reference is None else masks[reference]
             records.append((name, judge(index, pair, masks[name], truth, compared, spec.model, sums[name])))

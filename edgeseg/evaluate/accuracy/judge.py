@@ -5,7 +5,7 @@ Of the images judged so far memory holds where each line begins, not what it say
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,35 +41,35 @@ class ImageRecord:
     loss: LossSums | None = None
 
 
-def at_resolution(pair: Pair, spec: PipelineSpec, resolution: Resolution) -> tuple[NDArray[Any], Any]:
-    """(image to segment, mask to judge with) at the source's or the engine's size.
+def at_resolution(
+    pair: Pair, spec: PipelineSpec, resolution: Resolution
+) -> tuple[NDArray[Any], NDArray[np.int32] | None, Callable[[NDArray[Any]], NDArray[Any]]]:
+    """Image to segment at the source's or the engine's size, mask to judge with, and what cuts padding off the answer.
 
-    At the engine's size the mask is moved by nearest neighbour, and padding is unlabelled.
+    At the engine's size the mask is moved by nearest neighbour.
 
     Raises:
         SpecError: engine resolution of an image that is several tiles.
     """
     if resolution == "source":
-        return pair.image, pair.mask
+        return pair.image, pair.mask, lambda answer: answer
     plan = plan_fit(pair.image.shape[0], pair.image.shape[1], spec.input)
     if not isinstance(plan, Placement):
         raise SpecError(
             f"{pair.name} is several tiles of the engine's size; judge fit policy tile at --resolution source"
         )
-    return plan.apply(pair.image), None if pair.mask is None else _moved(pair.mask, plan)
+    moved = None if pair.mask is None else resize_nearest(pair.mask, plan.content)
+    return plan.apply(pair.image), moved, plan.crop
 
 
 def truth_of_scores(pair: Pair, spec: PipelineSpec) -> NDArray[np.int32] | None:
-    """The mask where the network makes its scores, at the engine's size; ``None`` without a mask or of several tiles."""
+    """The mask where the network makes its scores, at the engine's size, padding unlabelled; ``None`` without a mask or of
+    several tiles."""
     plan = plan_fit(pair.image.shape[0], pair.image.shape[1], spec.input)
-    return None if pair.mask is None or not isinstance(plan, Placement) else _moved(pair.mask, plan)
-
-
-def _moved(mask: NDArray[np.int32], plan: Placement) -> NDArray[np.int32]:
-    if plan.is_identity:
-        return mask
-    moved = np.full((*mask.shape[:-2], *plan.canvas), IGNORED, np.int32)
-    plan.crop(moved)[:] = resize_nearest(mask, plan.content)
+    if pair.mask is None or not isinstance(plan, Placement):
+        return None
+    moved = np.full((*pair.mask.shape[:-2], *plan.canvas), IGNORED, np.int32)
+    plan.crop(moved)[:] = resize_nearest(pair.mask, plan.content)
     return moved
 
 

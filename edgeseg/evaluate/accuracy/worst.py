@@ -52,7 +52,7 @@ def save_worst(
         ):
             for _, record in chosen:
                 pair = data.read(record.index)
-                image, _ = at_resolution(pair, contender.spec, resolution)
+                image, _, _ = at_resolution(pair, contender.spec, resolution)
                 picture = side_by_side(image, before(image), after(image), spec_palette(contender.spec))
                 paths[record.index] = _save(picture, folder, contender.name, record)
     return tuple(WorstImage(r.name, share, image_miou(r), paths.get(r.index)) for share, r in chosen)
