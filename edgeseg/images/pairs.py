@@ -66,7 +66,8 @@ def find_pairs(folder: Path, split: str | None = None) -> tuple[list[Path], dict
         stem = next((path.stem.removesuffix(s) for s in MASK_SUFFIXES if path.stem.endswith(s)), path.stem)
         by_stem.setdefault(path.stem, path)
         by_stem.setdefault(stem, path)
-    pairs = {i: by_stem[i.stem] for i in images if i.stem in by_stem}
+    # Of a.jpg, annotation tools call the mask a.png or a.jpg.png.
+    pairs = {i: by_stem[name] for i in images for name in (i.stem, i.name) if name in by_stem}
     if not pairs:
         raise InputError(
             f"no file in {mask_folder} belongs to an image in {image_folder}; the names must be equal up to the suffix"

@@ -73,6 +73,14 @@ def test_mask_folders_and_suffixes_people_use(tmp_path: Path, folder: str, suffi
     assert pair.mask[0, 0] == 5
 
 
+def test_masks_named_after_the_whole_name_of_their_image(tmp_path: Path) -> None:
+    for name, value in (("a.jpg", 5), ("a.png", 6)):
+        write_image(tmp_path / "images" / name)
+        write_mask(tmp_path / "masks" / f"{name}.png", mask_of(value))
+    pairs = list(ValidationSet.open(tmp_path, MODEL))
+    assert [(p.name, int(p.mask[0, 0])) for p in pairs if p.mask is not None] == [("a.jpg", 5), ("a.png", 6)]
+
+
 @pytest.mark.parametrize(
     ("image", "mask"),
     [
