@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edgeseg.demo import sample_folder
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.dataset import Pair, ValidationSet
+from edgeseg.evaluate.tables import counted
 from edgeseg.quantize.calibration import CalibrationSet
 from edgeseg.quantize.samples import check_source
 from edgeseg.quantize.table import CalibrationTable
@@ -182,7 +183,7 @@ def sample_images(request: BuildRequest, channels: int) -> list[NDArray[Any]]:
 
 def _unseen(pairs: ValidationSet, samples: Samples) -> VerificationData:
     """The validation images that were not calibrated on; all of them, saying so, if none is left."""
-    description = _with_meaning(str(pairs.source), pairs)
+    description = _described(str(pairs.source), pairs, len(pairs.unpaired))
     if isinstance(samples, CalibrationSet):
         rest = pairs.without(set(samples.pixels))
         seen = len(pairs) - len(rest)
@@ -193,10 +194,12 @@ def _unseen(pairs: ValidationSet, samples: Samples) -> VerificationData:
     return VerificationData(pairs, description)
 
 
-def _with_meaning(description: str, pairs: ValidationSet) -> str:
+def _described(description: str, pairs: ValidationSet, without_mask: int) -> str:
+    """``description``, and what of the images and masks was left out or read in a way that is not plain."""
     # All masks are read here: what is wrong with them is said before the work.
     meaning = pairs.labels.meaning
-    return f"{description} ({meaning})" if meaning else description
+    left_out = f", leaving out {counted(without_mask, 'image')} without a mask" if without_mask else ""
+    return f"{description}{left_out}" + (f" ({meaning})" if meaning else "")
 
 
 def _split(
@@ -212,5 +215,5 @@ def _split(
     source = request.calibration
     if isinstance(source, (str, Path)) and os.path.isdir(source):
         pairs = _validation(request, loaded, source).only(set(held.content))
-        return kept, VerificationData(pairs, _with_meaning(description, pairs))
+        return kept, VerificationData(pairs, _described(description, pairs, len(held) - len(pairs)))
     return kept, VerificationData(ImagesWithoutMasks(held, loaded.model.in_channels), description)

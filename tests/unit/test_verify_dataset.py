@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.dataset import ValidationSet, file_digest
 from edgeseg.evaluate.accuracy.labels import IGNORED, LabelCoding, LabelReader
 from edgeseg.images.decoding import pixel_digest, read_image
+from edgeseg.pipeline.request import BuildRequest
+from edgeseg.pipeline.verification_data import calibration_and_held_out
 from edgeseg.spec import ModelSpec
 
 MODEL = ModelSpec("fpn", "resnet18", classes=11)
@@ -115,6 +118,16 @@ def test_an_image_without_its_mask_is_left_out_and_named(pairs: Path) -> None:
     data = ValidationSet.open(pairs, MODEL)
     assert len(data) == 3
     assert data.unpaired == ("extra.jpg",)
+
+
+def test_a_build_says_which_images_it_leaves_out(pairs: Path) -> None:
+    write_image(pairs / "images" / "extra.jpg")
+    request = BuildRequest("fpn", precision="fp32", validation=pairs)
+    loaded: Any = SimpleNamespace(model=MODEL, is_demo=False, trained=None)
+    _, data = calibration_and_held_out(request, loaded)
+    assert data is not None
+    said = "leaving out 1 image without a mask (masks hold 0, 1, 3, 10, 11, 11 read as unlabelled"
+    assert (len(data.pairs), data.description) == (3, f"{pairs}, {said} (if 0 is that, their classes count from 1))")
 
 
 def test_a_limit_spreads_over_the_set(tmp_path: Path) -> None:
