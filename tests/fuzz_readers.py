@@ -46,7 +46,7 @@ from edgeseg.evaluate.accuracy.labels import LabelReader
 from edgeseg.evaluate.accuracy.layouts import open_layout
 from edgeseg.evaluate.results import ModuleTime, Profile, write_report
 from edgeseg.images.decoding import read_image
-from edgeseg.images.raster import is_georeferenced, is_too_large, open_raster
+from edgeseg.images.raster import Reading, is_georeferenced, is_too_large, open_raster
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import load_table
 from edgeseg.report import plain
@@ -222,7 +222,7 @@ def read_bands(path: Path) -> object:
 
 def read_raster(path: Path) -> object:
     """Some of the pixels: a damaged header may speak of many more than there are."""
-    with open_raster(path, PipelineSpec(MODEL)) as raster:
+    with open_raster(path, PipelineSpec(MODEL), Reading()) as raster:
         rows, columns = (slice(0, min(side, 64)) for side in raster.size)
         return raster.read(rows, columns), raster.valid(rows, columns), is_georeferenced(path), is_too_large(path)
 

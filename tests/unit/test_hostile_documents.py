@@ -126,6 +126,7 @@ MANIFESTS: dict[str, tuple[Change, str]] = ANY_JSON | {
     "no threads": (put("options", "threads", value={"a": 1}), r"threads is \{'a': 1\}; give a number from 0"),
     "words as threads": (put("options", "threads", value="all"), "threads is 'all'; give a number from 0"),
     "device": (put("device", value={"cpu": "\x1b]0;evil\x07"}), "was built for a CPU with"),
+    "lines": (put("device", value={"isa": "\x1b[2J\n"}), r"was built for a CPU with \[\\x1b\[2J\\n\], this one"),
     "no device": (put("device", value={}), "was built for a CPU with"),
     "no versions": (put("versions", value={}), "was built with onnxruntime None"),
     "no target": (gone("target"), "missing required field `target`"),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgeseg.backends.base import require_known
+from edgeseg.console import printable
 from edgeseg.errors import InputError, SpecError, StaleEngineError, typed
 from edgeseg.machine.cpu import Cpu
 from edgeseg.spec import InputSpec
@@ -92,11 +93,11 @@ def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> Non
     again = f"run: {typed('compile', engine.folder)}"
     built_for, built_with = manifest.device.get("isa"), manifest.versions.get(package)
     if built_for != cpu.isa:
-        raise StaleEngineError(
-            f"{engine.folder} was built for a CPU with [{built_for}], this one has [{cpu.isa}]; {again}"
-        )
+        said = f"{engine.folder} was built for a CPU with [{built_for}], this one has [{cpu.isa}]; {again}"
+        raise StaleEngineError(printable(said))
     if built_with != version:
-        raise StaleEngineError(f"{engine.folder} was built with {package} {built_with}, this is {version}; {again}")
+        said = f"{engine.folder} was built with {package} {built_with}, this is {version}; {again}"
+        raise StaleEngineError(printable(said))
 
 
 def check_image_size(shape: Sequence[int], spec: InputSpec) -> None:
