@@ -14,8 +14,9 @@ class QuantScheme:
         name: key in :data:`SCHEMES`.
         activations: integer type of activations, per tensor.
         symmetric: activation zero points are 0 (``s8`` only); otherwise the range decides.
-        weight_bits: of the weights: signed, symmetric, per output channel. 7 where u8 x s8 products are added in pairs
-            in 16 bits, which 8-bit weights overflow.
+        adds_pairs: the kernels add the products of two neighbouring inputs in 16 bits (``vpmaddubsw``: x86 without VNNI), which
+            255 times two weights whose sum leaves +-128 overflows. Weights are signed, symmetric and per output channel in every
+            scheme; see :func:`edgeseg.quantize.parameters.pair_sums`.
         integer_bias: biases are int32 with scale ``input scale * weight scale``; otherwise they stay float.
         placement: ``operators``: Q/DQ around every operator that has an integer kernel, outputs included, and operators
             that only move data run on the integers themselves (ONNX Runtime fuses DQ-op-Q, and a value that is integer
@@ -32,18 +33,13 @@ class QuantScheme:
     name: str
     activations: Literal["u8", "s8"]
     symmetric: bool
-    weight_bits: Literal[7, 8]
     integer_bias: bool
     placement: Literal["operators", "inputs"]
     passes: tuple[str, ...] = ()
     pairs_before_moves: bool = False
     signed_transposed: bool = False
     half: bool = False
-
-    @property
-    def weight_limit(self) -> int:
-        """Largest quantized weight; the smallest is its negative."""
-        return int(2 ** (self.weight_bits - 1) - 1)
+    adds_pairs: bool = False
 
 
 _IMAGE_PASSES = ("fold_preprocessing", "pixel_groups")  # the uint8 image is an activation as it is: u8 schemes only
@@ -62,12 +58,24 @@ SCHEMES: dict[str, QuantScheme] = {
     scheme.name: scheme
     for scheme in (
         QuantScheme(
-            "onnxruntime-vnni", "u8", False, 8, True, "operators", (*_IMAGE_PASSES, *_ONNXRUNTIME_PASSES, "wide_head")
+            "onnxruntime-vnni", "u8", False, True, "operators", (*_IMAGE_PASSES, *_ONNXRUNTIME_PASSES, "wide_head")
         ),
-        QuantScheme("onnxruntime-avx2", "u8", False, 7, True, "operators", _IMAGE_PASSES + _ONNXRUNTIME_PASSES),
-        QuantScheme("onnxruntime-arm", "s8", False, 8, True, "operators", _ONNXRUNTIME_PASSES),
-        QuantScheme("openvino", "u8", False, 8, False, "inputs", _OPENVINO_PASSES, True, signed_transposed=True),
-        QuantScheme("openvino-avx2", "u8", False, 7, False, "inputs", _OPENVINO_PASSES, True, signed_transposed=True),
-        QuantScheme("tensorrt", "s8", True, 8, False, "inputs", half=True),
+        QuantScheme(
+            "onnxruntime-avx2", "u8", False, True, "operators", (*_IMAGE_PASSES, *_ONNXRUNTIME_PASSES), adds_pairs=True
+        ),
+        QuantScheme("onnxruntime-arm", "s8", False, True, "operators", _ONNXRUNTIME_PASSES),
+        QuantScheme("openvino", "u8", False, False, "inputs", _OPENVINO_PASSES, True, signed_transposed=True),
+        QuantScheme(
+            "openvino-avx2",
+            "u8",
+            False,
+            False,
+            "inputs",
+            _OPENVINO_PASSES,
+            True,
+            signed_transposed=True,
+            adds_pairs=True,
+        ),
+        QuantScheme("tensorrt", "s8", True, False, "inputs", half=True),
     )
 }

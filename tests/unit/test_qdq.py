@@ -49,9 +49,20 @@ def fake(x: NDArray[Any], low: float, high: float, scheme: str) -> NDArray[np.fl
 
 
 def fake_weight(weight: NDArray[Any], scheme: str) -> NDArray[np.float64]:
-    limit = 63 if SCHEMES[scheme].weight_bits == 7 else 127
-    scale = (np.abs(weight).max(axis=(1, 2, 3), keepdims=True) / limit).astype(np.float32)
-    return np.clip(np.rint(weight / scale), -limit, limit) * scale.astype(np.float64)
+    largest = np.abs(weight).max(axis=(1, 2, 3), keepdims=True)
+    if SCHEMES[scheme].adds_pairs:
+        largest = np.maximum(largest, pairs(weight).reshape(largest.shape))
+    scale = (largest / 127).astype(np.float32)
+    return np.clip(np.rint(weight / scale), -127, 127) * scale.astype(np.float64)
+
+
+def pairs(weight: NDArray[Any]) -> NDArray[Any]:
+    """Largest sum of two neighbours in the order (row, column, channel), which start anew at each row, each place, or never."""
+    largest = []
+    for output in weight.transpose(0, 2, 3, 1):
+        runs = [output.ravel(), *output.reshape(len(output), -1), *output.reshape(-1, output.shape[-1])]
+        largest.append(max(abs(run[k : k + 2].sum()) for run in runs for k in range(0, len(run), 2)))
+    return np.array(largest)
 
 
 def convolve(x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any], pad: int) -> NDArray[np.float64]:

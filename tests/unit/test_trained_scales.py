@@ -65,13 +65,18 @@ def test_what_training_did_not_round_is_quantized_as_ever_channel_by_channel() -
     assert np.array_equal(quantized.scale[[1, 2]], plain.scale[[1, 2]])
 
 
-def test_seven_bits_hold_what_training_rounded_to_seven_bits() -> None:
+def test_where_pairs_are_added_in_16_bits_what_does_not_overflow_is_held() -> None:
     small, scale = rounded(4, (16, 3, 3), largest=63)
     weight = small.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
     assert np.array_equal(trained_weight(weight, 0, AVX2).values, small)
-    odd = small == small.max(axis=(1, 2, 3), keepdims=True)
-    large = weight * 2 + np.where(odd, scale.reshape(-1, 1, 1, 1), 0).astype(np.float32)
-    assert np.array_equal(trained_weight(large, 0, AVX2).values, quantize_weight(large, 0, AVX2).values)
+    apart = np.where(np.arange(16).reshape(-1, 1, 1) % 2 == 0, 2 * small + 1, 0).astype(np.int8)  # beside it is nothing
+    weight = apart.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
+    assert np.abs(apart).max() > 100
+    assert np.array_equal(trained_weight(weight, 0, AVX2).values, apart)
+    both = np.where(apart == 0, 127, small).astype(np.int8)
+    weight = both.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
+    assert np.array_equal(trained_weight(weight, 0, VNNI).values, both)
+    assert np.array_equal(trained_weight(weight, 0, AVX2).values, quantize_weight(weight, 0, AVX2).values)
 
 
 U8 = Grid(0.125, 100, 0, 255)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from arm.emulated_machine import ROOT, ArmMachine, CannotEmulateError, for_arm, prepare
+from emulated.emulated_machine import ROOT, ArmMachine, CannotEmulateError, for_arm, prepare
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -30,7 +30,7 @@ from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import ARCHITECTURES
 from edgeseg.store.engine import Engine
 
-pytestmark = [pytest.mark.arm, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.emulated, pytest.mark.timeout(2400)]
 
 CALIB = ROOT / "calibration" / "demo" / "calib" / "images"
 VAL = ROOT / "calibration" / "demo" / "val"
