@@ -155,7 +155,9 @@ def test_int8_runs_in_int8_and_agrees(tmp_path: Path) -> None:
 
 def layer_errors(scheme: str) -> dict[str, float]:
     core, settings = ov.Core(), {"INFERENCE_PRECISION_HINT": "f32"}
-    return errors(scheme, lambda model, x: core.compile_model(model.SerializeToString(), "CPU", settings)([x])[0])
+    return errors(
+        scheme, lambda model, x: core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)([x])[0]
+    )
 
 
 @pytest.mark.skipif(this_cpu().arch != "x86", reason="x86 instructions")
