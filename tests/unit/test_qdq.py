@@ -31,7 +31,6 @@ from edgeseg.machine.cpu import this_cpu
 from edgeseg.quantize.lint import lint
 from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.quantize.table import CalibrationTable
 from edgeseg.store.hashing import sha256_file
 from edgeseg.store.manifest import OnnxGraph
 
