@@ -30,9 +30,6 @@ divided by that product a finite one; a smaller weight is rounded to 0, which no
 WEIGHT_LIMIT = 127
 """Largest quantized weight; the smallest is its negative."""
 
-PAIR_LIMIT = 128
-"""Largest sum of two neighbouring weights where a scheme adds pairs: 255 times it is the last that 16 bits hold."""
-
 
 def along(values: NDArray[Any], axis: int, rank: int) -> NDArray[Any]:
     """``values``, one a channel, so that they broadcast along ``axis`` of an array of ``rank`` axes."""
@@ -137,8 +134,11 @@ def trained_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme, 
     rest = [size for index, size in enumerate(weight.shape) if index != axis]
     values = np.moveaxis(integers.reshape(weight.shape[axis], *rest), 0, axis)
     is_held = scale > 0
-    if scheme.adds_pairs:
-        is_held &= pair_sums(values, axis, groups) <= PAIR_LIMIT
+    if scheme.pair_limit < 256:
+        # What is a step off in places is nearer to training than what is rounded anew.
+        overflows = along(pair_sums(values, axis, scheme, groups=groups) > scheme.pair_limit, axis, weight.ndim)
+        values = np.where(overflows, np.maximum(values, -WEIGHT_LIMIT), values)
+        is_held &= pair_sums(values, axis, scheme, groups=groups) <= scheme.pair_limit
     values = np.where(along(is_held, axis, weight.ndim), values, plain.values).astype(np.int8)
     return QuantizedWeight(values, np.where(is_held, scale, plain.scale).astype(np.float32), axis)
 
@@ -162,9 +162,10 @@ def quantize_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme,
     """
     rest = tuple(i for i in range(weight.ndim) if i != axis)
     largest = np.abs(weight).max(axis=rest) if weight.size else np.zeros(weight.shape[axis], np.float32)
-    if scheme.adds_pairs and weight.size:
-        # Rounding adds at most half a step to each of the two: 127 steps become 128.
-        largest = np.maximum(largest, pair_sums(weight, axis, groups))
+    if scheme.pair_limit < 2 * WEIGHT_LIMIT and weight.size:
+        # Rounding adds at most half a step to each of the two.
+        sums = pair_sums(weight, axis, scheme, groups=groups)
+        largest = np.maximum(largest, sums * (WEIGHT_LIMIT / (scheme.pair_limit - 1)))
     # A channel of zeros gets scale 1: its integers are zero whatever the scale, and a tiny one would overflow the bias.
     scale = np.where(largest > 0, largest / WEIGHT_LIMIT, 1.0).astype(np.float32)
     scale = np.maximum(scale, np.float32(SMALLEST_WEIGHT_SCALE))
@@ -172,23 +173,24 @@ def quantize_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme,
     return QuantizedWeight(values, scale, axis)
 
 
-def pair_sums(weight: NDArray[Any], axis: int, groups: int = 1) -> NDArray[Any]:
+def pair_sums(weight: NDArray[Any], axis: int, scheme: QuantScheme, *, groups: int = 1) -> NDArray[Any]:
     """Largest absolute sum of two neighbouring weights, per output channel: those whose products a kernel adds in 16 bits.
 
     Neighbours in the order (row, column, channel): ONNX Runtime's kernels pair all inputs of an output so, oneDNN's the channels
-    of a place, or the inputs of a row, or as the former, by shape. Where there is one channel, any two may be neighbours.
-    Depthwise convolutions of both add in 32 bits. So only neighbours overflow, not any weight of 8 bits, which is what the usual
-    7 bits for all (ONNX Runtime's ``reduce_range``) guard against. Measured on such kernels:
-    ``tests/emulated/test_emulated_avx2.py``, ``tests/integration/test_openvino.py``.
+    of a place, or the inputs of a row, or as the former, by shape. Where there is one channel, any two may be neighbours, but
+    depthwise convolutions add in 32 bits on x86. So only neighbours overflow, not any weight of 8 bits, which is what the usual
+    7 bits for all (ONNX Runtime's ``reduce_range``) guard against. Measured on such kernels: ``tests/emulated``,
+    ``tests/integration/test_openvino.py``.
 
     Args:
         weight: float or integers, as for :func:`quantize_weight`.
         axis: of the output channels.
+        scheme: of the kernels.
         groups: of a convolution.
     """
     channels = np.moveaxis(np.moveaxis(weight, axis, 0), 1, -1)  # (O, kH, kW, I), a matrix (O, I)
     outputs, inputs = channels.shape[0], channels.shape[-1]
-    if inputs == 1 and groups == outputs:
+    if inputs == 1 and groups == outputs and scheme.activations == "u8":
         return np.zeros(outputs, weight.dtype)
     # Sums of int8 leave int8.
     values = channels.astype(np.result_type(weight.dtype, np.int32))

@@ -14,9 +14,6 @@ class QuantScheme:
         name: key in :data:`SCHEMES`.
         activations: integer type of activations, per tensor.
         symmetric: activation zero points are 0 (``s8`` only); otherwise the range decides.
-        adds_pairs: the kernels add the products of two neighbouring inputs in 16 bits (``vpmaddubsw``: x86 without VNNI), which
-            255 times two weights whose sum leaves +-128 overflows. Weights are signed, symmetric and per output channel in every
-            scheme; see :func:`edgeseg.quantize.parameters.pair_sums`.
         integer_bias: biases are int32 with scale ``input scale * weight scale``; otherwise they stay float.
         placement: ``operators``: Q/DQ around every operator that has an integer kernel, outputs included, and operators
             that only move data run on the integers themselves (ONNX Runtime fuses DQ-op-Q, and a value that is integer
@@ -28,6 +25,9 @@ class QuantScheme:
             takes no zero point, and runs in float when it meets one.
         half: what stays float runs in FP16 where its values allow, when modules are asked to stay float.
         passes: graph passes run first, names of :data:`edgeseg.quantize.passes.PASSES`, in order.
+        pair_limit: largest sum of two neighbouring weights (:func:`edgeseg.quantize.parameters.pair_sums`). Kernels without
+            dot-product instructions add two products in 16 bits: 255 times a sum of 128 is the last that fits (``vpmaddubsw``, x86
+            without VNNI), -128 times one of -255 (``smull``, ``smlal``, ARM without ``asimddp``). Any two weights are within 256.
     """
 
     name: str
@@ -39,7 +39,7 @@ class QuantScheme:
     pairs_before_moves: bool = False
     signed_transposed: bool = False
     half: bool = False
-    adds_pairs: bool = False
+    pair_limit: int = 256
 
 
 _IMAGE_PASSES = ("fold_preprocessing", "pixel_groups")  # the uint8 image is an activation as it is: u8 schemes only
@@ -61,9 +61,9 @@ SCHEMES: dict[str, QuantScheme] = {
             "onnxruntime-vnni", "u8", False, True, "operators", (*_IMAGE_PASSES, *_ONNXRUNTIME_PASSES, "wide_head")
         ),
         QuantScheme(
-            "onnxruntime-avx2", "u8", False, True, "operators", (*_IMAGE_PASSES, *_ONNXRUNTIME_PASSES), adds_pairs=True
+            "onnxruntime-avx2", "u8", False, True, "operators", (*_IMAGE_PASSES, *_ONNXRUNTIME_PASSES), pair_limit=128
         ),
-        QuantScheme("onnxruntime-arm", "s8", False, True, "operators", _ONNXRUNTIME_PASSES),
+        QuantScheme("onnxruntime-arm", "s8", False, True, "operators", _ONNXRUNTIME_PASSES, pair_limit=255),
         QuantScheme("openvino", "u8", False, False, "inputs", _OPENVINO_PASSES, True, signed_transposed=True),
         QuantScheme(
             "openvino-avx2",
@@ -74,7 +74,7 @@ SCHEMES: dict[str, QuantScheme] = {
             _OPENVINO_PASSES,
             True,
             signed_transposed=True,
-            adds_pairs=True,
+            pair_limit=128,
         ),
         QuantScheme("tensorrt", "s8", True, False, "inputs", half=True),
     )

@@ -152,6 +152,26 @@ def test_accuracy_is_that_of_the_graph(
     assert on_board == pytest.approx(here, abs=0.002)
 
 
+def test_a_board_without_dot_products_makes_the_same_masks(
+    machine: ArmMachine,
+    engines: Engines,
+    images: dict[str, NDArray[np.uint8]],
+    on_arm: dict[str, tuple[dict[str, Any], NDArray[np.uint8]]],
+    tmp_path: Path,
+) -> None:
+    """Cortex-A72, of a Raspberry Pi 4: its kernels add two products in 16 bits."""
+    names = [name for name in NAMES if name.startswith("demo-")]
+    for name in names:
+        shutil.copytree(engines(name).folder, tmp_path / name)
+    np.savez(tmp_path / "images.npz", **{name: images[name][:2] for name in names})
+    script = Path(__file__).with_name("on_machine.py")
+    done = machine.python(script, "images.npz", *names, folder=tmp_path, environment={"EDGESEG_ARM_CPU": "cortex-a72"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, facts in json.loads(done.stdout).items():
+        assert "asimddp" not in facts["device"]["isa"].split()
+        assert (np.load(tmp_path / f"{name}.npy") == on_arm[name][1][:2]).mean() > 0.9999
+
+
 def mean_iou(masks: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
     """Over the classes that occur, 255 left out."""
     counted = truth != 255

@@ -188,7 +188,7 @@ MUTATIONS: list[tuple[str, Mutation, str, str]] = [
         "onnxruntime-avx2",
         of("a/Conv/weight/integers", lambda v: np.full_like(v, 65)),
         "_weights",
-        "add to more than 128",
+        "add to 130",
     ),
     ("tensorrt", of("a/Conv/weight/integers", lambda v: v.astype(np.uint8)), "_weights", "not symmetric int8"),
     ("tensorrt", weight_per_tensor, "_weights", "not quantized per output channel"),

@@ -79,6 +79,21 @@ def test_where_pairs_are_added_in_16_bits_what_does_not_overflow_is_held() -> No
     assert np.array_equal(trained_weight(weight, 0, AVX2).values, quantize_weight(weight, 0, AVX2).values)
 
 
+@pytest.mark.parametrize(("groups", "shape"), [(1, (2, 4, 3, 3)), (2, (2, 1, 3, 3))])
+def test_two_neighbours_of_minus_128_overflow_on_arm_without_dot_products(groups: int, shape: tuple[int, ...]) -> None:
+    """Beside an activation of -128, which a zero behind a Relu is. One of them alone fits."""
+    trained = np.full(shape, 3, np.int8)
+    trained[0, 0, 0, 0] = -128
+    trained[1, :, :2] = -128
+    weight = trained.astype(np.float32) * 0.01
+    quantized = trained_weight(weight, 0, ARM, groups=groups)
+    alone = trained[0] if groups == 1 else np.maximum(trained[0], -127)  # of one channel any two may be neighbours
+    assert np.array_equal(quantized.values[0], alone)
+    assert np.array_equal(quantized.values[1], np.maximum(trained[1], -127))
+    assert quantized.scale == pytest.approx(0.01)
+    assert np.array_equal(trained_weight(weight, 0, VNNI, groups=groups).values, trained)
+
+
 U8 = Grid(0.125, 100, 0, 255)
 S8 = Grid(0.125, 0, -128, 127)
 NOT_NEGATIVE = S8.without_negative()
