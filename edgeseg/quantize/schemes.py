@@ -26,8 +26,8 @@ class QuantScheme:
         half: what stays float runs in FP16 where its values allow, when modules are asked to stay float.
         passes: graph passes run first, names of :data:`edgeseg.quantize.passes.PASSES`, in order.
         pair_limit: largest sum of two neighbouring weights (:func:`edgeseg.quantize.parameters.pair_sums`). Kernels without
-            dot-product instructions add two products in 16 bits: 255 times a sum of 128 is the last that fits (``vpmaddubsw``, x86
-            without VNNI), -128 times one of -255 (``smull``, ``smlal``, ARM without ``asimddp``). Any two weights are within 256.
+            dot-product instructions add two products in 16 bits: 255 times a sum of 128 is the last that fits (``vpmaddubsw``,
+            x86 without VNNI), -128 times one of -255 (``smull``, ARM without ``asimddp``). Any two weights are within 256.
     """
 
     name: str

@@ -33,7 +33,8 @@ _PYTHON = """#!/bin/sh
 # Python's own name for itself (-0) is this file, so that a process it starts is emulated too.
 # EDGESEG_ARM_CPU: one of QEMU's CPUs.
 exec env PYTHONHOME={folder}/root/usr PYTHONPATH={folder}/project:{folder}/packages \\
-    {folder}/usr/bin/qemu-aarch64-static -cpu ${{EDGESEG_ARM_CPU:-max}} -0 "$0" -L {folder}/root {folder}/root/usr/bin/{python} "$@"
+    {folder}/usr/bin/qemu-aarch64-static -cpu ${{EDGESEG_ARM_CPU:-max}} -0 "$0" -L {folder}/root \\
+    {folder}/root/usr/bin/{python} "$@"
 """
 
 
