@@ -9,7 +9,7 @@ OUT       ?= gpu-results
 PYTHON310 ?= python3.10
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test unit gpu gpu-kit arm lint typecheck check pycuda docs pictures dist schemas format coverage modelopt bench encoders clean
+.PHONY: help venv demo test unit gpu gpu-kit arm avx2 lint typecheck check pycuda docs pictures dist schemas format coverage modelopt bench encoders clean
 
 help:            ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -42,7 +42,10 @@ gpu-kit: venv    ## Make what a GPU machine without a network needs, in KIT: eng
 		--with $(KIT)/engines --with $(KIT)/images
 
 arm: venv        ## Run the ARM folders on ARM's INT8 kernels, emulated by QEMU: accuracy, no times (needs Debian's packages)
-	$(BIN)/pytest tests/arm
+	$(BIN)/pytest tests/emulated/test_emulated_arm.py
+
+avx2: venv       ## Run INT8 on the kernels of an x86 CPU without VNNI, emulated by QEMU: no times (needs Debian's package)
+	$(BIN)/pytest tests/emulated/test_emulated_avx2.py
 
 lint: venv       ## ruff check and format check
 	$(BIN)/ruff check .

@@ -136,7 +136,7 @@ def no_problems(*graph_and_rules: object) -> list[str]:
     return []
 
 
-def fine_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme) -> QuantizedWeight:
+def fine_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme, *, groups: int = 1) -> QuantizedWeight:
     others = tuple(index for index in range(weight.ndim) if index != axis)
     largest = np.abs(weight).max(axis=others)
     scale = np.where(largest > 0, largest / LEVELS, 1.0).astype(np.float32)

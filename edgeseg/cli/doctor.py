@@ -173,8 +173,8 @@ def _what_is_fast(cpu: Cpu) -> str:
         )
     if cpu.arch == "x86" and "avx2" in cpu.flags:
         return (
-            "int8 is faster than fp32 here, by less than on a CPU with VNNI: AVX2 adds int8 products in 16 bits, so "
-            "weights use 7 bits to avoid saturation."
+            "int8 is faster than fp32 here, by less than on a CPU with VNNI: AVX2 adds pairs of int8 products in 16 bits, so "
+            "neighbouring weights are kept small enough for that."
         )
     if cpu.arch == "arm" and {"asimddp", "i8mm"} & set(cpu.flags):
         return "int8 is the fast precision here: dot-product instructions multiply s8 activations with s8 weights."

@@ -37,13 +37,13 @@ class Cpu:
 
     @property
     def has_vnni(self) -> bool:
-        """Whether u8 x s8 dot products accumulate in 32 bits, so that 8-bit weights cannot saturate."""
+        """Whether u8 x s8 dot products accumulate in 32 bits, so that no weights can saturate them."""
         return "avx512_vnni" in self.flags or "avx_vnni" in self.flags
 
     def computes(self, scheme: str | None) -> bool:
         """Whether the kernels of ONNX Runtime and OpenVINO for this CPU compute a graph of ``scheme`` as it is meant.
 
-        Without VNNI the sums of 8-bit products saturate: the masks would be wrong, not just slow. A scheme of another
+        Without VNNI sums of two 8-bit products saturate: the masks would be wrong, not just slow. A scheme of another
         architecture runs in float.
         """
         fits = {

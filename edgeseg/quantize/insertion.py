@@ -199,7 +199,7 @@ class _Inserter:
         groups, transposed = node.attributes.get_int("group", 1), bool(node.attributes.get_int("transB", 0))
         axis = weight_axis(node.op_type, groups=groups, transposed=transposed)
         quantize = trained_weight if self._observed.rounded_weights else quantize_weight
-        quantized = quantize(weight, axis, self._scheme)
+        quantized = quantize(weight, axis, self._scheme, groups=groups)
         takes_bias = node.op_type != "MatMul" and node.attributes.get_float("beta", 1.0) == 1.0
         if takes_bias and channel_mean is not None and channel_mean.size == self._input_channels(node, weight, axis):
             correction = bias_correction(weight, quantized, channel_mean, groups=groups)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edgeseg.graph.proto import REARRANGES, attribute, maker_behind_moves, makers, readers
+from edgeseg.quantize.parameters import pair_sums
 from edgeseg.quantize.schemes import QuantScheme
 
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -129,9 +130,11 @@ def _weights(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
             continue
         if values.dtype != np.int8 or np.any(numbers.zero_point):
             yield f"{node.name}: weight is not symmetric int8"
-        elif values.max(initial=0) > scheme.weight_limit or values.min(initial=0) < -scheme.weight_limit - 1:
-            yield f"{node.name}: weight leaves {scheme.weight_bits} bits"
         axis, wanted = attribute(pair, "axis", 1), _channel_axis(node, values)
+        if scheme.pair_limit < 256:
+            sums = pair_sums(values, wanted, scheme, groups=attribute(node, "group", 1))
+            if sums.max(initial=0) > scheme.pair_limit:
+                yield f"{node.name}: neighbouring weights add to {sums.max()}, and {scheme.name} holds {scheme.pair_limit}"
         if numbers.scale.ndim != 1 or axis != wanted or numbers.scale.size != values.shape[wanted]:
             yield f"{node.name}: weight is not quantized per output channel (axis {wanted})"
 

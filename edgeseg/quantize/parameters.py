@@ -27,6 +27,10 @@ SMALLEST_WEIGHT_SCALE = 1e-20
 divided by that product a finite one; a smaller weight is rounded to 0, which nothing behind it can tell from what it is."""
 
 
+WEIGHT_LIMIT = 127
+"""Largest quantized weight; the smallest is its negative."""
+
+
 def along(values: NDArray[Any], axis: int, rank: int) -> NDArray[Any]:
     """``values``, one a channel, so that they broadcast along ``axis`` of an array of ``rank`` axes."""
     return values.reshape([-1 if index == axis else 1 for index in range(rank)])
@@ -104,33 +108,39 @@ def trained_parameters(
     return Grid(grid.scale, zero_point, *limits)
 
 
-def trained_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme) -> QuantizedWeight:
+def trained_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme, *, groups: int = 1) -> QuantizedWeight:
     """Quantize a weight that training rounded already by the scales it was rounded with, per channel.
 
     They are found from the values: every one of a channel is a whole multiple of its scale, at most 128 times it. Whatever
     scaled the channels since (a folded normalization) changes nothing. A channel that is no such multiple, or whose integers
     the scheme cannot hold, is quantized as :func:`quantize_weight` does.
     """
-    plain = quantize_weight(weight, axis, scheme)
+    plain = quantize_weight(weight, axis, scheme, groups=groups)
     channels = np.moveaxis(weight.astype(np.float64), axis, 0).reshape(weight.shape[axis], -1)
     largest = np.abs(channels).max(axis=1)
     # A few values of each rule nearly all multiples out.
     some = np.take_along_axis(channels, np.argsort(-np.abs(channels), axis=1)[:, :_FEW], axis=1)
-    scale = plain.scale.astype(np.float64)
-    integers = np.moveaxis(plain.values, axis, 0).reshape(channels.shape).copy()
+    scale = np.zeros_like(largest)
+    integers = np.zeros_like(channels)
     pending = np.flatnonzero(largest > SMALLEST_WEIGHT_SCALE)
-    for steps in range(1, scheme.weight_limit + 2):
+    for steps in range(1, WEIGHT_LIMIT + 2):
         step = largest[pending] / steps
         fitting = pending[_are_whole(some[pending] / step[:, None])]
         fitting = fitting[_are_whole(channels[fitting] / (largest[fitting] / steps)[:, None])]
         scale[fitting] = largest[fitting] / steps
-        whole = np.rint(channels[fitting] / scale[fitting][:, None])
         # Where a negative factor turned -128 round, the one value is a step off.
-        integers[fitting] = np.minimum(whole, scheme.weight_limit).astype(np.int8)
+        integers[fitting] = np.minimum(np.rint(channels[fitting] / scale[fitting][:, None]), WEIGHT_LIMIT)
         pending = np.setdiff1d(pending, fitting)
     rest = [size for index, size in enumerate(weight.shape) if index != axis]
     values = np.moveaxis(integers.reshape(weight.shape[axis], *rest), 0, axis)
-    return QuantizedWeight(np.ascontiguousarray(values), scale.astype(np.float32), axis)
+    is_held = scale > 0
+    if scheme.pair_limit < 256:
+        # What is a step off in places is nearer to training than what is rounded anew.
+        overflows = along(pair_sums(values, axis, scheme, groups=groups) > scheme.pair_limit, axis, weight.ndim)
+        values = np.where(overflows, np.maximum(values, -WEIGHT_LIMIT), values)
+        is_held &= pair_sums(values, axis, scheme, groups=groups) <= scheme.pair_limit
+    values = np.where(along(is_held, axis, weight.ndim), values, plain.values).astype(np.int8)
+    return QuantizedWeight(values, np.where(is_held, scale, plain.scale).astype(np.float32), axis)
 
 
 def _are_whole(values: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -141,16 +151,59 @@ _FEW, _WHOLE = 64, 2e-3
 """Values of a channel looked at first; how far a value may be from a whole number of steps: what float32 rounds off in 128."""
 
 
-def quantize_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme) -> QuantizedWeight:
-    """Quantize symmetrically per channel along ``axis``, rounding to nearest even."""
+def quantize_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme, *, groups: int = 1) -> QuantizedWeight:
+    """Quantize symmetrically per channel along ``axis``, rounding to nearest even.
+
+    Args:
+        weight: of a convolution ``(O, I / groups, kH, kW)``, a transposed one ``(I, O, kH, kW)`` or a matrix.
+        axis: of the output channels.
+        scheme: of its kernels.
+        groups: of a convolution.
+    """
     rest = tuple(i for i in range(weight.ndim) if i != axis)
     largest = np.abs(weight).max(axis=rest) if weight.size else np.zeros(weight.shape[axis], np.float32)
+    if scheme.pair_limit < 2 * WEIGHT_LIMIT and weight.size:
+        # Rounding adds at most half a step to each of the two.
+        sums = pair_sums(weight, axis, scheme, groups=groups)
+        largest = np.maximum(largest, sums * (WEIGHT_LIMIT / (scheme.pair_limit - 1)))
     # A channel of zeros gets scale 1: its integers are zero whatever the scale, and a tiny one would overflow the bias.
-    scale = np.where(largest > 0, largest / scheme.weight_limit, 1.0).astype(np.float32)
+    scale = np.where(largest > 0, largest / WEIGHT_LIMIT, 1.0).astype(np.float32)
     scale = np.maximum(scale, np.float32(SMALLEST_WEIGHT_SCALE))
-    limit = scheme.weight_limit
-    values = np.clip(np.rint(weight / along(scale, axis, weight.ndim)), -limit, limit).astype(np.int8)
+    values = np.clip(np.rint(weight / along(scale, axis, weight.ndim)), -WEIGHT_LIMIT, WEIGHT_LIMIT).astype(np.int8)
     return QuantizedWeight(values, scale, axis)
+
+
+def pair_sums(weight: NDArray[Any], axis: int, scheme: QuantScheme, *, groups: int = 1) -> NDArray[Any]:
+    """Largest absolute sum of two neighbouring weights, per output channel: those whose products a kernel adds in 16 bits.
+
+    Neighbours in the order (row, column, channel): ONNX Runtime's kernels pair all inputs of an output so, oneDNN's the channels
+    of a place, or the inputs of a row, or as the former, by shape. Where there is one channel, any two may be neighbours, but
+    depthwise convolutions add in 32 bits on x86. So only neighbours overflow, not any weight of 8 bits, which is what the usual
+    7 bits for all (ONNX Runtime's ``reduce_range``) guard against. Measured on such kernels: ``tests/emulated``,
+    ``tests/integration/test_openvino.py``.
+
+    Args:
+        weight: float or integers, as for :func:`quantize_weight`.
+        axis: of the output channels.
+        scheme: of the kernels.
+        groups: of a convolution.
+    """
+    channels = np.moveaxis(np.moveaxis(weight, axis, 0), 1, -1)  # (O, kH, kW, I), a matrix (O, I)
+    outputs, inputs = channels.shape[0], channels.shape[-1]
+    if inputs == 1 and groups == outputs and scheme.activations == "u8":
+        return np.zeros(outputs, weight.dtype)
+    # Sums of int8 leave int8.
+    values = channels.astype(np.result_type(weight.dtype, np.int32))
+    if inputs == 1:
+        return 2 * np.abs(values).reshape(outputs, -1).max(axis=1)
+    sums = np.zeros(outputs, values.dtype)
+    for outer in range(1, values.ndim):
+        # All inputs, those of a row, those of a place: the last of an odd number is alone.
+        runs = values.reshape(*values.shape[:outer], -1)
+        even, odd = runs[..., 0::2].copy(), runs[..., 1::2]
+        even[..., : odd.shape[-1]] += odd
+        sums = np.maximum(sums, np.abs(even).reshape(outputs, -1).max(axis=1))
+    return sums
 
 
 def weight_axis(op_type: str, *, groups: int = 1, transposed: bool = False) -> int:
@@ -175,7 +228,8 @@ def widen_for_bias(weight: QuantizedWeight, input_scale: float, bias: NDArray[An
     needed = np.abs(bias.astype(np.float64)) / (input_scale * 2.0**30)
     if not np.any(needed > weight.scale):
         return weight
-    scale = np.maximum(weight.scale, needed).astype(np.float32)
+    # At least a hundredth wider: rounded anew, integers that are hardly smaller could add to more than before.
+    scale = np.where(needed > weight.scale, np.maximum(needed, weight.scale * 1.01), weight.scale).astype(np.float32)
     values = np.rint(weight.dequantized() / along(scale, weight.axis, weight.values.ndim)).astype(np.int8)
     return QuantizedWeight(values, scale, weight.axis)
 

@@ -14,8 +14,6 @@ class QuantScheme:
         name: key in :data:`SCHEMES`.
         activations: integer type of activations, per tensor.
         symmetric: activation zero points are 0 (``s8`` only); otherwise the range decides.
-        weight_bits: of the weights: signed, symmetric, per output channel. 7 where u8 x s8 products are added in pairs
-            in 16 bits, which 8-bit weights overflow.
         integer_bias: biases are int32 with scale ``input scale * weight scale``; otherwise they stay float.
         placement: ``operators``: Q/DQ around every operator that has an integer kernel, outputs included, and operators
             that only move data run on the integers themselves (ONNX Runtime fuses DQ-op-Q, and a value that is integer
@@ -27,23 +25,21 @@ class QuantScheme:
             takes no zero point, and runs in float when it meets one.
         half: what stays float runs in FP16 where its values allow, when modules are asked to stay float.
         passes: graph passes run first, names of :data:`edgeseg.quantize.passes.PASSES`, in order.
+        pair_limit: largest sum of two neighbouring weights (:func:`edgeseg.quantize.parameters.pair_sums`). Kernels without
+            dot-product instructions add two products in 16 bits: 255 times a sum of 128 is the last that fits (``vpmaddubsw``,
+            x86 without VNNI), -128 times one of -255 (``smull``, ARM without ``asimddp``). Any two weights are within 256.
     """
 
     name: str
     activations: Literal["u8", "s8"]
     symmetric: bool
-    weight_bits: Literal[7, 8]
     integer_bias: bool
     placement: Literal["operators", "inputs"]
     passes: tuple[str, ...] = ()
     pairs_before_moves: bool = False
     signed_transposed: bool = False
     half: bool = False
-
-    @property
-    def weight_limit(self) -> int:
-        """Largest quantized weight; the smallest is its negative."""
-        return int(2 ** (self.weight_bits - 1) - 1)
+    pair_limit: int = 256
 
 
 _IMAGE_PASSES = ("fold_preprocessing", "pixel_groups")  # the uint8 image is an activation as it is: u8 schemes only
@@ -62,12 +58,24 @@ SCHEMES: dict[str, QuantScheme] = {
     scheme.name: scheme
     for scheme in (
         QuantScheme(
-            "onnxruntime-vnni", "u8", False, 8, True, "operators", (*_IMAGE_PASSES, *_ONNXRUNTIME_PASSES, "wide_head")
+            "onnxruntime-vnni", "u8", False, True, "operators", (*_IMAGE_PASSES, *_ONNXRUNTIME_PASSES, "wide_head")
         ),
-        QuantScheme("onnxruntime-avx2", "u8", False, 7, True, "operators", _IMAGE_PASSES + _ONNXRUNTIME_PASSES),
-        QuantScheme("onnxruntime-arm", "s8", False, 8, True, "operators", _ONNXRUNTIME_PASSES),
-        QuantScheme("openvino", "u8", False, 8, False, "inputs", _OPENVINO_PASSES, True, signed_transposed=True),
-        QuantScheme("openvino-avx2", "u8", False, 7, False, "inputs", _OPENVINO_PASSES, True, signed_transposed=True),
-        QuantScheme("tensorrt", "s8", True, 8, False, "inputs", half=True),
+        QuantScheme(
+            "onnxruntime-avx2", "u8", False, True, "operators", (*_IMAGE_PASSES, *_ONNXRUNTIME_PASSES), pair_limit=128
+        ),
+        QuantScheme("onnxruntime-arm", "s8", False, True, "operators", _ONNXRUNTIME_PASSES, pair_limit=255),
+        QuantScheme("openvino", "u8", False, False, "inputs", _OPENVINO_PASSES, True, signed_transposed=True),
+        QuantScheme(
+            "openvino-avx2",
+            "u8",
+            False,
+            False,
+            "inputs",
+            _OPENVINO_PASSES,
+            True,
+            signed_transposed=True,
+            pair_limit=128,
+        ),
+        QuantScheme("tensorrt", "s8", True, False, "inputs", half=True),
     )
 }

@@ -39,7 +39,7 @@ def write(path: Path, text: str) -> Path:
     [
         (cpu("x86", "avx2", "avx512_vnni", "avx_vnni"), "int8 is the fast precision here: AVX512-VNNI"),
         (cpu("x86", "avx2", "avx_vnni"), "int8 is the fast precision here: AVX-VNNI"),
-        (cpu("x86", "avx2"), "AVX2 adds int8 products in 16 bits, so weights use 7 bits"),
+        (cpu("x86", "avx2"), "AVX2 adds pairs of int8 products in 16 bits, so neighbouring weights"),
         (cpu("x86"), "Nothing is known about this CPU's int8 instructions"),
         (cpu("arm", "asimddp"), "s8 activations with s8 weights"),
         (cpu("arm", "i8mm"), "s8 activations with s8 weights"),

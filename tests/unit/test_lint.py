@@ -184,7 +184,12 @@ MUTATIONS: list[tuple[str, Mutation, str, str]] = [
     ("tensorrt", of("x/zero_point", lambda v: v.astype(np.uint8)), "_activation_types", "integers of type uint8"),
     ("onnxruntime-vnni", of("x/zero_point", lambda v: v.astype(np.int8)), "_activation_types", "integers of type int8"),
     ("onnxruntime-vnni", per_channel_activation, "_activation_types", "scale per channel"),
-    ("onnxruntime-avx2", of("a/Conv/weight/integers", lambda v: np.full_like(v, -128)), "_weights", "leaves 7 bits"),
+    (
+        "onnxruntime-avx2",
+        of("a/Conv/weight/integers", lambda v: np.full_like(v, 65)),
+        "_weights",
+        "add to 130",
+    ),
     ("tensorrt", of("a/Conv/weight/integers", lambda v: v.astype(np.uint8)), "_weights", "not symmetric int8"),
     ("tensorrt", weight_per_tensor, "_weights", "not quantized per output channel"),
     ("tensorrt", weight_axis, "_weights", "not quantized per output channel"),

@@ -65,13 +65,33 @@ def test_what_training_did_not_round_is_quantized_as_ever_channel_by_channel() -
     assert np.array_equal(quantized.scale[[1, 2]], plain.scale[[1, 2]])
 
 
-def test_seven_bits_hold_what_training_rounded_to_seven_bits() -> None:
+def test_where_pairs_are_added_in_16_bits_what_does_not_overflow_is_held() -> None:
     small, scale = rounded(4, (16, 3, 3), largest=63)
     weight = small.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
     assert np.array_equal(trained_weight(weight, 0, AVX2).values, small)
-    odd = small == small.max(axis=(1, 2, 3), keepdims=True)
-    large = weight * 2 + np.where(odd, scale.reshape(-1, 1, 1, 1), 0).astype(np.float32)
-    assert np.array_equal(trained_weight(large, 0, AVX2).values, quantize_weight(large, 0, AVX2).values)
+    apart = np.where(np.arange(16).reshape(-1, 1, 1) % 2 == 0, 2 * small + 1, 0).astype(np.int8)  # beside it is nothing
+    weight = apart.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
+    assert np.abs(apart).max() > 100
+    assert np.array_equal(trained_weight(weight, 0, AVX2).values, apart)
+    both = np.where(apart == 0, 127, small).astype(np.int8)
+    weight = both.astype(np.float32) * scale.reshape(-1, 1, 1, 1)
+    assert np.array_equal(trained_weight(weight, 0, VNNI).values, both)
+    assert np.array_equal(trained_weight(weight, 0, AVX2).values, quantize_weight(weight, 0, AVX2).values)
+
+
+@pytest.mark.parametrize(("groups", "shape"), [(1, (2, 4, 3, 3)), (2, (2, 1, 3, 3))])
+def test_two_neighbours_of_minus_128_overflow_on_arm_without_dot_products(groups: int, shape: tuple[int, ...]) -> None:
+    """Beside an activation of -128, which a zero behind a Relu is. One of them alone fits."""
+    trained = np.full(shape, 3, np.int8)
+    trained[0, 0, 0, 0] = -128
+    trained[1, :, :2] = -128
+    weight = trained.astype(np.float32) * 0.01
+    quantized = trained_weight(weight, 0, ARM, groups=groups)
+    alone = trained[0] if groups == 1 else np.maximum(trained[0], -127)  # of one channel any two may be neighbours
+    assert np.array_equal(quantized.values[0], alone)
+    assert np.array_equal(quantized.values[1], np.maximum(trained[1], -127))
+    assert quantized.scale == pytest.approx(0.01)
+    assert np.array_equal(trained_weight(weight, 0, VNNI, groups=groups).values, trained)
 
 
 U8 = Grid(0.125, 100, 0, 255)

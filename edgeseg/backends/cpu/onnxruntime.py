@@ -260,4 +260,4 @@ def _advice(cpu: Cpu) -> str:
         )
     if cpu.has_vnni:
         return "INT8 (U8 activations, S8 weights) is fast with VNNI"
-    return "INT8 without VNNI: weights use 7 bits to avoid saturation"
+    return "INT8 without VNNI: neighbouring weights are kept small, so that nothing saturates; less gain"

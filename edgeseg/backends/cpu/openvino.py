@@ -64,7 +64,11 @@ class OpenVinoBackend:
             return BackendStatus(
                 False, version, f"OpenVINO has no kernels for {self.cpu.name}; use --target onnxruntime"
             )
-        fast = "INT8 is fast with VNNI" if self.cpu.has_vnni else "INT8 without VNNI: 7-bit weights, less gain"
+        fast = (
+            "INT8 is fast with VNNI"
+            if self.cpu.has_vnni
+            else "INT8 without VNNI: neighbouring weights are kept small, so that nothing saturates; less gain"
+        )
         return BackendStatus(True, version, f"{self.cpu.name}: {fast}")
 
     def build(

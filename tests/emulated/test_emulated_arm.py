@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from arm.emulated_machine import ROOT, ArmMachine, CannotEmulateError, for_arm, prepare
+from emulated.emulated_machine import ROOT, ArmMachine, CannotEmulateError, for_arm, prepare
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -30,7 +30,7 @@ from edgeseg.runtime.segmenter import Segmenter
 from edgeseg.spec import ARCHITECTURES
 from edgeseg.store.engine import Engine
 
-pytestmark = [pytest.mark.arm, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.emulated, pytest.mark.timeout(2400)]
 
 CALIB = ROOT / "calibration" / "demo" / "calib" / "images"
 VAL = ROOT / "calibration" / "demo" / "val"
@@ -150,6 +150,27 @@ def test_accuracy_is_that_of_the_graph(
     on_board, here = mean_iou(on_arm[name][1], truth), mean_iou(masks_here, truth)
     print(f"{name}: mIoU {on_board:.4f} on ARM, {here:.4f} here")
     assert on_board == pytest.approx(here, abs=0.002)
+
+
+def test_a_board_without_dot_products_makes_the_same_masks(
+    machine: ArmMachine, engines: Engines, images: dict[str, NDArray[np.uint8]], tmp_path: Path
+) -> None:
+    """Cortex-A72, of a Raspberry Pi 4: its kernels add two products in 16 bits."""
+    names = [name for name in NAMES if name.startswith("demo-")]
+    made = {}
+    for cpu in ("max", "cortex-a72"):
+        folder = tmp_path / cpu
+        for name in names:
+            shutil.copytree(engines(name).folder, folder / name)
+        np.savez(folder / "images.npz", **{name: images[name][:2] for name in names})
+        script = Path(__file__).with_name("on_machine.py")
+        done = machine.python(script, "images.npz", *names, folder=folder, environment={"EDGESEG_ARM_CPU": cpu})
+        assert done.returncode == 0, done.stderr[-2000:]
+        facts = json.loads(done.stdout)
+        assert all(("asimddp" in fact["device"]["isa"]) == (cpu == "max") for fact in facts.values())
+        made[cpu] = [np.load(folder / f"{name}.npy") for name in names]
+    for name, with_dot_products, without in zip(names, *made.values(), strict=True):
+        assert (with_dot_products == without).mean() > 0.9999, name
 
 
 def mean_iou(masks: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:

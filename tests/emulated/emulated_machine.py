@@ -1,7 +1,8 @@
-"""An ARM machine under QEMU's user-mode emulation: Debian's arm64 Python, aarch64 wheels, and edgeseg as a wheel.
+"""Other CPUs under QEMU's user-mode emulation: an ARM machine, and this one's Python on a CPU with AVX2 alone.
 
-Its kernels and numerics are those of ARM; its times mean nothing. All of it lies in one folder, nothing is installed on
-this machine. Needs apt-get with Debian's packages for arm64, dpkg-deb, pip and their indexes.
+The ARM machine is Debian's arm64 Python, aarch64 wheels, and edgeseg as a wheel. Kernels and numerics are those of the CPU;
+times mean nothing. All of it lies in one folder, nothing is installed on this machine. Needs apt-get with Debian's packages (for
+ARM: for arm64), dpkg-deb, pip and their indexes.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ Dir::Cache "{folder}/apt/cache";
 _PACKAGES = ("python3", "libstdc++6", "libgomp1")
 _PYTHON = """#!/bin/sh
 # Python's own name for itself (-0) is this file, so that a process it starts is emulated too.
+# EDGESEG_ARM_CPU: one of QEMU's CPUs.
 exec env PYTHONHOME={folder}/root/usr PYTHONPATH={folder}/project:{folder}/packages \\
-    {folder}/usr/bin/qemu-aarch64-static -cpu max -0 "$0" -L {folder}/root {folder}/root/usr/bin/{python} "$@"
+    {folder}/usr/bin/qemu-aarch64-static -cpu ${{EDGESEG_ARM_CPU:-max}} -0 "$0" -L {folder}/root \\
+    {folder}/root/usr/bin/{python} "$@"
 """
 
 
@@ -67,15 +70,12 @@ def prepare(folder: Path) -> ArmMachine:
     Raises:
         CannotEmulateError: with the reason.
     """
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise CannotEmulateError(f"no {tool}: the emulator and the ARM Python are Debian packages")
     wanted = hashlib.sha256(Path(__file__).read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
     stamp = folder / "made-from"
     if not stamp.is_file() or stamp.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        _emulator(folder)
+        _emulator(folder, "qemu-aarch64-static")
         python = _arm_python(folder)
         _pip_for_arm(
             python, folder / "packages", f"{_wheel(folder)}[onnxruntime,report]", f"onnxruntime=={ONNXRUNTIME}"
@@ -90,11 +90,29 @@ def prepare(folder: Path) -> ArmMachine:
     return ArmMachine(folder)
 
 
-def _emulator(folder: Path) -> None:
+def emulated_avx2(folder: Path) -> tuple[str, ...]:
+    """The command that runs this Python on an x86 CPU with AVX2 and neither AVX-512 nor VNNI (Intel's Haswell, 2013).
+
+    ``/proc/cpuinfo`` is this machine's there: what runs on it has to be told what the CPU is.
+
+    Raises:
+        CannotEmulateError: with the reason.
+    """
+    name = "qemu-x86_64-static"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "usr/bin" / name).is_file():
+        _emulator(folder, name)
+    return (str(folder / "usr/bin" / name), "-cpu", "Haswell", sys.executable)
+
+
+def _emulator(folder: Path, name: str) -> None:
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise CannotEmulateError(f"no {tool}: the emulator is a Debian package")
     _run("apt-get", "-qq", "download", "qemu-user-static", folder=folder)
     archive = next(folder.glob("qemu-user-static_*.deb"))
     packed = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], capture_output=True, check=True).stdout
-    subprocess.run(["tar", "-x", "-C", folder, "./usr/bin/qemu-aarch64-static"], input=packed, check=True)
+    subprocess.run(["tar", "-x", "-C", folder, f"./usr/bin/{name}"], input=packed, check=True)
     archive.unlink()
 
 
