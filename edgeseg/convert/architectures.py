@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import inspect
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from edgeseg.arguments import shortened
 from edgeseg.convert import older_smp
 from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean, one_line
 from edgeseg.spec import ARCHITECTURES, ModelRequest, ModelSpec, Task
+from edgeseg.store.files import without_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -77,9 +77,7 @@ def import_for_conversion(package: str) -> ModuleType:
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence the deprecation chatter of SMP, timm and torch; errors still come through."""
-    with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning, UserWarning):
-            warnings.simplefilter("ignore", category)
+    with without_warnings():
         yield
 
 
