@@ -21,6 +21,31 @@ if __name__ == "__main__":
 """
 
 
+SWEEP = """
+import dataclasses, os, signal, sys, threading
+from pathlib import Path
+from edgeseg.cli.app import _terminate
+from edgeseg.sweep.executors import Built, build_locally
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    name: str
+
+def build(cell):
+    try:
+        Path(cell.name).touch()
+        print(os.getpid(), flush=True)
+        threading.Event().wait(60)
+    finally:
+        Path(cell.name).unlink()
+    return Built(cell, 0.0)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
+    list(build_locally([Cell("a"), Cell("b")], 1, build))
+"""
+
+
 def is_running(process_id: int) -> bool:
     try:
         stat = Path(f"/proc/{process_id}/stat").read_text()
@@ -44,3 +69,18 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
         while is_running(worker):
             assert time.monotonic() < deadline, "the worker outlived its parent"
             time.sleep(0.02)
+
+
+def test_a_sweep_that_is_told_to_end_ends_what_it_builds(tmp_path: Path) -> None:
+    """``kill`` and a service that stops tell the sweep alone: its builders clean up and end, and no other is started."""
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with subprocess.Popen(
+        [sys.executable, "sweep.py"], stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    ) as sweep:
+        assert sweep.stdout is not None
+        builder = int(sweep.stdout.readline())
+        sweep.send_signal(signal.SIGTERM)
+        rest, _ = sweep.communicate(timeout=30)
+    assert rest == "" and not is_running(builder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.py"]
