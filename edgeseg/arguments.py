@@ -126,6 +126,17 @@ def _float(value: Any) -> float:
     return number
 
 
+def count_of(name: str, value: object, least: int, wanted: str) -> int:
+    """A whole number that a program gives, Python's or numpy's. Raises :class:`SpecError` below ``least``, or for text."""
+    try:
+        number = _integer(None if isinstance(value, str) else value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise SpecError(f"{name} is {shortened(value)}; give {wanted}")
+    return number
+
+
 def whole(low: int, high: int, example: int) -> Kind:
     """A whole number: Python's, numpy's, or a torch tensor of one."""
 

@@ -15,6 +15,8 @@ from edgeseg.cli.shared_options import request_options
 from edgeseg.runtime.raster import RasterOptions
 from edgeseg.runtime.run import RunSettings, run_inputs, streams_of
 
+_NETWORK_CAMERAS = ("rtsp://", "rtsps://", "rtmp://", "rtp://", "srt://", "udp://")
+
 
 @click.command("run", short_help="Segment images, folders, videos or a camera.")
 @click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
@@ -78,6 +80,8 @@ def command(
         raise click.UsageError(
             "--threads goes with a run on this machine; on a cluster --jobs says how many workers there are"
         )
+    if any(place.lower().startswith(_NETWORK_CAMERAS) for place in inputs):
+        raise click.UsageError("cameras of a network are not opened here; in Python, edgeseg.stream takes their frames")
     if executor == "local" and has_urls:
         raise click.UsageError("URLs go with --executor ray, on one machine too")
     if shows and "://" in str(output):
