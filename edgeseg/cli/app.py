@@ -94,8 +94,8 @@ def cli(debug: bool) -> None:
     """Make segmentation-models-pytorch models fast on edge devices, and know what it cost.
 
     \b
-    edgeseg build --arch fpn --precision int8          the demo model, built and verified
-    edgeseg run engines/fpn-demo-int8 photos/ --output out --overlay
+        edgeseg build --arch fpn --precision int8    # the demo model
+        edgeseg run engines/fpn-demo-int8 photos/ --output out --overlay
     """
     os.getcwd()  # one that was deleted is refused here: libraries of PyTorch would end the process, in words of their own
 
