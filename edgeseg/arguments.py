@@ -90,7 +90,7 @@ def _text(value: Any) -> str:
 
 def _path_text(value: Any) -> str:
     path = str(value) if isinstance(value, Path) else _text(value)
-    if "\0" in path:
+    if not path or "\0" in path:
         raise ValueError
     return path
 

@@ -30,8 +30,7 @@ from edgeseg.runtime.prediction import Prediction, arrays_of, stacked
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.tiling import Part, RunRow, Strip, blended_strips, joined, stitched_strips
 from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec
-from edgeseg.store.engine import Engine, open_engine, read_manifest
-from edgeseg.store.manifest import MANIFEST_NAME
+from edgeseg.store.engine import Engine, folder_of, open_engine, read_manifest
 
 if TYPE_CHECKING:
     from edgeseg.backends.cuda.arrays import DeviceTensor
@@ -516,11 +515,9 @@ def _loaded_whole(folder: Path, recompile: bool, streams: int | None, threads: i
 
 
 def _folder_of(given: object) -> Path:
-    """The engine folder given, or that of the file given: people give ``engine.onnx`` or ``manifest.json``."""
-    if not isinstance(given, str | os.PathLike):
+    if not isinstance(given, str | os.PathLike) or given == "":
         raise SpecError(f"folder is {shortened(given)}; give the path of an engine folder")
-    path = Path(given)
-    return path.parent if os.path.isfile(path) and os.path.isfile(path.parent / MANIFEST_NAME) else path
+    return folder_of(Path(given))
 
 
 def _loaded(engine: Engine, recompile: bool, streams: int | None, threads: int | None) -> Session:
