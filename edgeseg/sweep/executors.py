@@ -35,6 +35,7 @@ class Built:
 
 
 Builder = Callable[[Cell], Built]
+_SECONDS_TO_END = 5.0
 
 
 def build_cell(cell: Cell) -> Built:
@@ -115,6 +116,11 @@ def _start_builder() -> None:
 def _build_until_told(cell: Cell, builder: Builder) -> Built:
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # Compiled code does not hear of it, and libraries catch everything here and there. What is left then the next build
+        # of the folder puts right.
+        last = threading.Timer(_SECONDS_TO_END, os._exit, (1,))
+        last.daemon = True
+        last.start()
         raise KeyboardInterrupt  # as Ctrl-C: nothing is left half-written
 
     signal.signal(signal.SIGTERM, interrupt)

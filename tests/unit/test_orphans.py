@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 PARENT = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +27,10 @@ SWEEP = """
 import dataclasses, os, signal, sys, threading
 from pathlib import Path
 from edgeseg.cli.app import _terminate
+from edgeseg.sweep import executors
 from edgeseg.sweep.executors import Built, build_locally
+
+executors._SECONDS_TO_END = 0.2 if sys.argv[1] == "deaf" else 60
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -36,6 +41,9 @@ def build(cell):
         Path(cell.name).touch()
         print(os.getpid(), flush=True)
         threading.Event().wait(60)
+    except KeyboardInterrupt:
+        threading.Event().wait(60 if sys.argv[1] == "deaf" else 0)
+        raise
     finally:
         Path(cell.name).unlink()
     return Built(cell, 0.0)
@@ -71,16 +79,20 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
             time.sleep(0.02)
 
 
-def test_a_sweep_that_is_told_to_end_ends_what_it_builds(tmp_path: Path) -> None:
-    """``kill`` and a service that stops tell the sweep alone: its builders clean up and end, and no other is started."""
+@pytest.mark.parametrize("library", ["plain", "deaf"])
+def test_a_sweep_that_is_told_to_end_ends_what_it_builds(tmp_path: Path, library: str) -> None:
+    """``kill`` and a service that stops tell the sweep alone: its builders clean up and end, and no other is started. A
+    library that catches the interruption keeps nobody waiting."""
     (tmp_path / "sweep.py").write_text(SWEEP)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     with subprocess.Popen(
-        [sys.executable, "sweep.py"], stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        [sys.executable, "sweep.py", library], stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
     ) as sweep:
         assert sweep.stdout is not None
         builder = int(sweep.stdout.readline())
         sweep.send_signal(signal.SIGTERM)
         rest, _ = sweep.communicate(timeout=30)
     assert rest == "" and not is_running(builder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == (
+        ["a", "sweep.py"] if library == "deaf" else ["sweep.py"]
+    )
