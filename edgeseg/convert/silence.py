@@ -20,7 +20,11 @@ class _Muted:
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = io.StringIO() if stream is None else stream
-        self._thread = threading.get_ident()
+        self._thread: int | None = threading.get_ident()
+
+    def end(self) -> None:
+        """Pass on all: whoever took it for the program's stream meanwhile may put it back as that."""
+        self._thread = None
 
     def write(self, text: str) -> int:
         return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
@@ -38,15 +42,14 @@ def silenced() -> Iterator[None]:
     """Silence warnings, logging and this thread's prints, those of the export tools, inside the block. Exceptions pass."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
-    with (
-        without_warnings(),
-        contextlib.redirect_stdout(_Muted(sys.stdout)),
-        contextlib.redirect_stderr(_Muted(sys.stderr)),
-    ):
+    stdout, stderr = _Muted(sys.stdout), _Muted(sys.stderr)
+    with without_warnings(), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
             for logger in loggers:
                 logger.setLevel(logging.CRITICAL)
             yield
         finally:
+            stdout.end()
+            stderr.end()
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -149,6 +150,9 @@ def build(
         reporter: told about stages and progress; a callable, such as ``print``, gets a line per stage and note; default
             silent.
 
+    Returns:
+        the engine; its ``folder`` is absolute.
+
     Raises:
         EdgesegError: the request, an input, or a step failed; see :mod:`edgeseg.errors` for which class says what. Nothing is
             left behind.
@@ -165,7 +169,9 @@ def build(
     try:
         # torch's exporter changes torch for the whole process while it runs: of two at once, both fail.
         with _building, refusals_as(ArtifactError):
-            return run_build(BuildRequest.of(given), model=model, reporter=reporter_of(reporter))
+            engine = run_build(BuildRequest.of(given), model=model, reporter=reporter_of(reporter))
+            # A program may go to another folder before it loads the engine.
+            return dataclasses.replace(engine, folder=engine.folder.absolute())
     except EdgesegError as exc:
         exc.args = tuple(_in_python_words(part) if isinstance(part, str) else part for part in exc.args)
         raise

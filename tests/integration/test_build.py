@@ -153,7 +153,9 @@ def test_model_object_and_arrays(tmp_path: Path) -> None:
         assert segmenter(photos[0]).shape == photos[0].shape[:2]
 
 
-def test_builds_of_two_threads_and_images_of_a_generator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_builds_of_two_threads_and_images_of_a_generator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch's exporter is one for the process: threads wait for each other, and the program's own output is not lost."""
     smp = pytest.importorskip("segmentation_models_pytorch")
     modules = [smp.Linknet("mobilenet_v2", encoder_weights=None, encoder_depth=3, classes=2 + k) for k in range(2)]
@@ -171,10 +173,12 @@ def test_builds_of_two_threads_and_images_of_a_generator(tmp_path: Path, capsys:
             mean=0.5,
             std=0.5,
             target="onnxruntime",
-            output=tmp_path / str(k),
+            output=str(k),
         )
+        assert engine.folder == tmp_path / str(k)  # wherever the program goes then
         return edgeseg.load(engine)
 
+    monkeypatch.chdir(tmp_path)
     stdout, filters = sys.stdout, list(warnings.filters)
     with ThreadPoolExecutor(2) as threads:
         segmenters = list(threads.map(build, range(2)))

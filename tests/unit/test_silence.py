@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import threading
 import warnings
@@ -29,6 +31,21 @@ def test_only_the_thread_that_is_silenced_is(capsys: pytest.CaptureFixture[str])
         elsewhere(lambda: print("the program's log", file=sys.stderr, flush=True))
     print("after")
     assert capsys.readouterr() == ("the program's\nafter\n", "the program's log\n")
+
+
+def test_what_another_thread_redirects_meanwhile_does_not_silence_the_program(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    redirected = contextlib.redirect_stdout(io.StringIO())
+    before = sys.stdout
+    try:
+        with silenced():
+            elsewhere(redirected.__enter__)
+        elsewhere(lambda: redirected.__exit__(None, None, None))  # puts back what it found, inside the block
+        print("the program's")
+        assert capsys.readouterr().out == "the program's\n"
+    finally:
+        sys.stdout = before
 
 
 @pytest.mark.parametrize("other", [silenced, without_warnings])
