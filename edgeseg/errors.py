@@ -86,7 +86,16 @@ def imported(package: str, extra: str, purpose: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as exc:
+        if is_interruption(exc):
+            raise KeyboardInterrupt from exc
         raise MissingDependencyError(package, extra, purpose) from exc
+
+
+def is_interruption(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is what an error came of: a compiled module whose import it ends says "initialization failed"."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error is not None
 
 
 class ArtifactError(EdgesegError):

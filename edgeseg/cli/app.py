@@ -19,7 +19,7 @@ from typing import NoReturn
 import click
 
 from edgeseg.console import printable
-from edgeseg.errors import EdgesegError, one_line, refusal
+from edgeseg.errors import EdgesegError, is_interruption, one_line, refusal
 from edgeseg.version import __version__
 
 EXIT_CODES: dict[int, str] = {
@@ -156,7 +156,7 @@ class _Ending:
                 "" if context is None else f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n"
             )
             return cls(error.exit_code, kind, error.format_message(), usage=help_line)
-        if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        if isinstance(error, click.Abort) or is_interruption(error):
             return cls(130, "Interrupted", "interrupted; no output is left half-written")
         if isinstance(error, EdgesegError):
             return cls(error.exit_code, kind, str(error), error.figures)

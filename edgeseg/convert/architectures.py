@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeseg.arguments import shortened
 from edgeseg.convert import older_smp
-from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean, one_line
+from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean, is_interruption, one_line
 from edgeseg.spec import ARCHITECTURES, ModelRequest, ModelSpec, Task
 from edgeseg.store.files import without_warnings
 
@@ -71,6 +71,8 @@ def import_for_conversion(package: str) -> ModuleType:
         with quiet_libraries():
             return importlib.import_module(package)
     except ImportError as exc:
+        if is_interruption(exc):
+            raise KeyboardInterrupt from exc
         raise MissingDependencyError(exc.name or package, "convert", "convert a model") from exc
 
 

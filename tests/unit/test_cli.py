@@ -371,6 +371,19 @@ def test_a_process_that_imported_torch_does_not_take_it_apart(words: str, code: 
     assert ("edgeseg, version" in done.stdout) is (code == 0)
 
 
+def test_ctrl_c_while_a_compiled_module_is_imported_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their import then fails with an ImportError; nothing is missing."""
+    from edgeseg.convert.architectures import import_for_conversion
+    from edgeseg.errors import imported
+
+    (tmp_path / "compiled_part.py").write_text("raise ImportError('initialization failed') from KeyboardInterrupt()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        imported("compiled_part", "onnxruntime", "run engines on this CPU")
+    with pytest.raises(KeyboardInterrupt):
+        import_for_conversion("compiled_part")
+
+
 def test_printed_commands_can_be_typed() -> None:
     from edgeseg.errors import typed
 
