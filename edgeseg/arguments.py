@@ -90,7 +90,7 @@ def _text(value: Any) -> str:
 
 def _path_text(value: Any) -> str:
     path = str(value) if isinstance(value, Path) else _text(value)
-    if "\0" in path:
+    if not path or "\0" in path:
         raise ValueError
     return path
 
@@ -123,6 +123,17 @@ def _float(value: Any) -> float:
     number = float(above) / divisor
     if not math.isfinite(number):
         raise ValueError
+    return number
+
+
+def count_of(name: str, value: object, least: int, wanted: str) -> int:
+    """A whole number that a program gives, Python's or numpy's. Raises :class:`SpecError` below ``least``, or for text."""
+    try:
+        number = _integer(None if isinstance(value, str) else value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise SpecError(f"{name} is {shortened(value)}; give {wanted}")
     return number
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import textwrap
 from collections.abc import Iterable
 from functools import lru_cache
@@ -46,7 +47,9 @@ def plain_console(*, stderr: bool = False) -> Console:
     # rich would read edgeseg[tensorrt], or a class called [void], as a style and drop it.
     # NO_COLOR: whoever asks for no colours wants no escape sequences for bold either.
     colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
-    return _console_class()(markup=False, stderr=stderr, color_system=colours)
+    # COLUMNS=0, as of a terminal without a size: rich would print nothing.
+    width = shutil.get_terminal_size().columns if os.environ.get("COLUMNS") == "0" else None
+    return _console_class()(markup=False, stderr=stderr, color_system=colours, width=width)
 
 
 @lru_cache(maxsize=1)

@@ -86,7 +86,16 @@ def imported(package: str, extra: str, purpose: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as exc:
+        if is_interruption(exc):
+            raise KeyboardInterrupt from exc
         raise MissingDependencyError(package, extra, purpose) from exc
+
+
+def is_interruption(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is what an error came of: a compiled module whose import it ends says "initialization failed"."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__
+    return error is not None
 
 
 class ArtifactError(EdgesegError):
@@ -157,7 +166,12 @@ def refusal(error: OSError) -> str:
         return "the working folder is not there any more; go to another"
     if error.filename is None:
         return f"cannot read or write: {why}"
-    return f"cannot read or write {error.filename!s}: {why}; check the path and its permissions"
+    return f"cannot read or write {refused_file(error)}: {why}; check the path and its permissions"
+
+
+def refused_file(error: OSError) -> str:
+    """The file that could not be read or written; of a copy or a move the new one, which is what disks and permissions refuse."""
+    return str(error.filename if error.filename2 is None else error.filename2)
 
 
 def one_line(error: BaseException | str) -> str:

@@ -51,6 +51,7 @@ def blocks(page: Path) -> list[Block]:
             result.append(Block(page, "python", (program[1],), reason))
         elif shell:
             result.append(Block(page, "shell", shell, reason))
-        if program is not None or part.startswith("    ") or "\n    " in part:
+        is_block = program is not None or part.startswith("    ") or "\n    " in part
+        if is_block and not _NOT_RUN.fullmatch(part.strip()):
             reason = None
     return result

@@ -26,6 +26,9 @@ def main() -> NoReturn:
 
 
 def _end_at_once(code: list[int]) -> None:
-    """Leave the half a million objects of torch to the system: Python takes more than a second to free them one by one."""
-    if code and "torch" in sys.modules:
+    """Leave the half a million objects of torch to the system: Python takes more than a second to free them one by one.
+
+    After an interruption that compiled code met first, Python would end itself by the signal, whatever the code is.
+    """
+    if code and ("torch" in sys.modules or code[0] == 130):
         os._exit(code[0])

@@ -19,7 +19,7 @@ from typing import NoReturn
 import click
 
 from edgeseg.console import printable
-from edgeseg.errors import EdgesegError, one_line, refusal
+from edgeseg.errors import EdgesegError, is_interruption, one_line, refusal
 from edgeseg.version import __version__
 
 EXIT_CODES: dict[int, str] = {
@@ -94,8 +94,8 @@ def cli(debug: bool) -> None:
     """Make segmentation-models-pytorch models fast on edge devices, and know what it cost.
 
     \b
-    edgeseg build --arch fpn --precision int8          the demo model, built and verified
-    edgeseg run engines/fpn-demo-int8 photos/ --output out --overlay
+        edgeseg build --arch fpn --precision int8    # the demo model
+        edgeseg run engines/fpn-demo-int8 photos/ --output out --overlay
     """
     os.getcwd()  # one that was deleted is refused here: libraries of PyTorch would end the process, in words of their own
 
@@ -156,7 +156,7 @@ class _Ending:
                 "" if context is None else f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n"
             )
             return cls(error.exit_code, kind, error.format_message(), usage=help_line)
-        if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        if isinstance(error, click.Abort) or is_interruption(error):
             return cls(130, "Interrupted", "interrupted; no output is left half-written")
         if isinstance(error, EdgesegError):
             return cls(error.exit_code, kind, str(error), error.figures)

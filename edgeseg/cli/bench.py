@@ -14,7 +14,7 @@ import click
 
 from edgeseg.arguments import request_of
 from edgeseg.cli.output import console_reporter, echo, print_json, result_console, show
-from edgeseg.cli.parameters import ANY_PATH
+from edgeseg.cli.parameters import ANY_PATH, ENGINE
 from edgeseg.cli.shared_options import request_options
 from edgeseg.errors import SpecError
 from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
@@ -22,7 +22,7 @@ from edgeseg.evaluate.bench import BenchRequest, run_bench
 
 
 @click.command("bench", short_help="Measure engines: latency, memory, power, profile, accuracy.")
-@click.argument("engines", nargs=-1, required=True, type=ANY_PATH, metavar="ENGINE_DIR...")
+@click.argument("engines", nargs=-1, required=True, type=ENGINE, metavar="ENGINE_DIR...")
 @request_options(of=BenchRequest, into="speed")
 @request_options(of=AccuracyRequest, into="accuracy")
 @click.option("--json", "json_path", metavar="FILE", type=ANY_PATH, help="Write the report there; - prints it.")

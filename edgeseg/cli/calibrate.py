@@ -10,6 +10,7 @@ import click
 from edgeseg.cli.output import console_reporter, echo
 from edgeseg.cli.parameters import ANY_PATH, PATH_AS_TYPED
 from edgeseg.cli.shared_options import argument_names, request_options
+from edgeseg.errors import SpecError
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import ModelRequest
 
@@ -32,8 +33,10 @@ def command(given: dict[str, Any], images: str, output: Path, force: bool) -> No
 
     Give the same model options to `edgeseg build --calibration TABLE.json`: a table of another model is refused.
     """
-    from edgeseg.store.files import check_outputs, is_stdout
+    from edgeseg.store.files import check_outputs, is_stdout, is_stream
 
+    if output.suffix.lower() != ".json" and not is_stream(output):
+        raise SpecError(f"--output is {output}; a table is a .json file, by which --calibration tells it from images")
     request = BuildRequest.of({**given, "calibration": images})
     check_outputs([output], force=force, inputs=request.files())
     from edgeseg.pipeline.calibration import run_calibration

@@ -9,7 +9,7 @@ import click
 
 from edgeseg.backends import BACKENDS
 from edgeseg.cli.output import console_reporter, echo, print_json
-from edgeseg.cli.parameters import ANY_PATH
+from edgeseg.cli.parameters import ANY_PATH, ENGINE
 from edgeseg.cli.shared_options import request_options
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("compile", short_help="Build this machine's engines from folders' portable graphs.")
-@click.argument("folders", type=ANY_PATH, metavar="ENGINE_DIR...", nargs=-1, required=True)
+@click.argument("folders", type=ENGINE, metavar="ENGINE_DIR...", nargs=-1, required=True)
 @click.option("--all", "inside", is_flag=True, help="ENGINE_DIR holds engine folders: compile each of them.")
 @click.option("--target", type=click.Choice(tuple(BACKENDS)), help="[default: the folder's own]")
 @request_options("backend_options")

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from edgeseg.cli.output import echo, print_json
-from edgeseg.cli.parameters import ANY_PATH
+from edgeseg.cli.parameters import ANY_PATH, ENGINE
 
 
 @click.command("export", short_help="Write an engine as another host takes it.")
-@click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
+@click.argument("folder", type=ENGINE, metavar="ENGINE_DIR")
 @click.option(
     "--to",
     "host",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeseg.cli.output import print_json, result_console
-from edgeseg.cli.parameters import ANY_PATH
+from edgeseg.cli.parameters import ENGINE
 from edgeseg.errors import ArtifactError
 from edgeseg.evaluate.summary import (
     class_table,
@@ -280,7 +280,7 @@ def _numbers(values: Iterable[float]) -> str:
 
 
 @click.command("inspect", short_help="Show what an engine folder holds and check its hashes.")
-@click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
+@click.argument("folder", type=ENGINE, metavar="ENGINE_DIR")
 @click.option("--layers", is_flag=True, help="List every layer of the executed graph.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(folder: Path, layers: bool, as_json: bool) -> None:

@@ -12,7 +12,23 @@ from edgeseg.arguments import PATH_OR_WORD, Kind
 from edgeseg.errors import SpecError
 from edgeseg.spec import ARCHITECTURES
 
-ANY_PATH = click.Path(path_type=Path)
+
+class _PathType(click.Path):
+    """A path; nothing in its place, as of a variable of the shell that is not set, would mean the folder one is in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty; give a path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class _EngineType(_PathType):
+    """An engine folder, or a file in it, which stands for it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from edgeseg.store.engine import folder_of
+
+        return folder_of(super().convert(value, param, ctx))
 
 
 class KindType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on only
@@ -36,12 +52,14 @@ class KindType(click.ParamType):  # type: ignore[type-arg]  # generic from click
         return [CompletionItem(incomplete, type="file")] if takes_path else []
 
 
-class _PlaceType(click.Path):
+class _PlaceType(_PathType):
     """A path, or a URL, which a path would rob of its second slash."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if "://" in str(value) else super().convert(value, param, ctx)
 
 
+ANY_PATH = _PathType(path_type=Path)
+ENGINE = _EngineType(path_type=Path)
 PLACE = _PlaceType(path_type=Path)
 PATH_AS_TYPED = KindType(PATH_OR_WORD)

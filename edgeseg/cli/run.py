@@ -10,7 +10,7 @@ import click
 
 from edgeseg.arguments import INT32, request_of
 from edgeseg.cli.output import echo, print_json, show
-from edgeseg.cli.parameters import ANY_PATH, PATH_AS_TYPED, PLACE
+from edgeseg.cli.parameters import ENGINE, PATH_AS_TYPED, PLACE
 from edgeseg.cli.shared_options import request_options
 from edgeseg.runtime.raster import RasterOptions
 from edgeseg.runtime.run import RunSettings, run_inputs, streams_of
@@ -19,7 +19,7 @@ LIVE_SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "rtp://", "srt://", "udp://", 
 
 
 @click.command("run", short_help="Segment images, folders, videos or a camera.")
-@click.argument("folder", type=ANY_PATH, metavar="ENGINE_DIR")
+@click.argument("folder", type=ENGINE, metavar="ENGINE_DIR")
 @click.argument("inputs", nargs=-1, type=PATH_AS_TYPED, required=True, metavar="INPUT...")
 @click.option("--output", type=PLACE, required=True, help="Folder for masks, overlays and videos.")
 @request_options(of=RunSettings)
@@ -31,7 +31,7 @@ LIVE_SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "rtp://", "srt://", "udp://", 
     "--with",
     "ensemble",
     multiple=True,
-    type=ANY_PATH,
+    type=ENGINE,
     metavar="ENGINE_DIR",
     help="Average the probabilities with those of this engine; repeatable.",
 )
@@ -82,10 +82,10 @@ def command(
         raise click.UsageError(
             "--threads goes with a run on this machine; on a cluster --jobs says how many workers there are"
         )
-    live = next((place for place in inputs if str(place).startswith(LIVE_SCHEMES)), None)
+    live = next((place for place in inputs if place.lower().startswith(LIVE_SCHEMES)), None)
     if live is not None:
         raise click.UsageError(
-            f"{live} is a stream of the network, which is not read; in Python give edgeseg.stream the frames of "
+            f"{live} is a stream of the network, which is not opened here; in Python give edgeseg.stream the frames of "
             "cv2.VideoCapture, and edgeseg.load channel_order='bgr'"
         )
     if executor == "local" and has_urls:

@@ -9,14 +9,14 @@ import click
 
 from edgeseg.arguments import arguments_of
 from edgeseg.cli.output import console_reporter, echo, result_console
-from edgeseg.cli.parameters import ANY_PATH
+from edgeseg.cli.parameters import ANY_PATH, ENGINE
 from edgeseg.cli.shared_options import argument_names, request_options
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.spec import ModelRequest
 
 
 @click.command("sensitivity", short_help="What INT8 of each module loses and saves.")
-@click.argument("folder", type=ANY_PATH, metavar="[ENGINE_DIR]", required=False)
+@click.argument("folder", type=ENGINE, metavar="[ENGINE_DIR]", required=False)
 @request_options(
     *argument_names(ModelRequest),
     "size",

@@ -9,15 +9,15 @@ import contextlib
 import importlib
 import inspect
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.arguments import shortened
 from edgeseg.convert import older_smp
-from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean, one_line
+from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean, is_interruption, one_line
 from edgeseg.spec import ARCHITECTURES, ModelRequest, ModelSpec, Task
+from edgeseg.store.files import without_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -71,15 +71,15 @@ def import_for_conversion(package: str) -> ModuleType:
         with quiet_libraries():
             return importlib.import_module(package)
     except ImportError as exc:
+        if is_interruption(exc):
+            raise KeyboardInterrupt from exc
         raise MissingDependencyError(exc.name or package, "convert", "convert a model") from exc
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence the deprecation chatter of SMP, timm and torch; errors still come through."""
-    with warnings.catch_warnings():
-        for category in (DeprecationWarning, FutureWarning, UserWarning):
-            warnings.simplefilter("ignore", category)
+    with without_warnings():
         yield
 
 

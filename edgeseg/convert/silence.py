@@ -5,27 +5,51 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import warnings
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
+
+from edgeseg.store.files import without_warnings
 
 _LOGGERS = ("torch", "torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir", "onnxsim")
 
 
+class _Muted:
+    """A stream that drops what the thread that made it writes. Other threads are the program's own: theirs is passed on."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = io.StringIO() if stream is None else stream
+        self._thread: int | None = threading.get_ident()
+
+    def end(self) -> None:
+        """Pass on all: whoever took it for the program's stream meanwhile may put it back as that."""
+        self._thread = None
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Silence warnings, logging and prints of the export tools inside the block. Exceptions pass."""
+    """Silence warnings, logging and this thread's prints, those of the export tools, inside the block. Exceptions pass."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
+    stdout, stderr = _Muted(sys.stdout), _Muted(sys.stderr)
+    with without_warnings(), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
             for logger in loggers:
                 logger.setLevel(logging.CRITICAL)
             yield
         finally:
+            stdout.end()
+            stderr.end()
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

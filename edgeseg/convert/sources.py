@@ -243,6 +243,10 @@ def _settle(request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors) 
         notes.append(f"classes not given: {told}, by the shape of the checkpoint's segmentation head")
         request = replace(request, classes=told)
     elif asked is not None and told is not None and asked != told:
+        if request.classes is None:
+            raise CheckpointError(
+                f"{checkpoint.path.name} has {told} classes, --class-names has {asked}; give one name for each class"
+            )
         raise CheckpointError(
             f"{checkpoint.path.name} has {told} classes, {asked} were asked for; give --classes {told}"
         )

@@ -112,9 +112,8 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     if reading is not None and reading.quantizers:
         notes.append(reading.words)
     activation, activation_notes = _activation(described, network, request, inputs)
-    asked = request.classes if request.classes is not None else len(request.class_names) or classes
-    if asked != classes:
-        raise SpecError(f"{asked} classes were asked for, the module returns {classes}; leave classes out")
+    if request.classes not in (None, classes):
+        raise SpecError(f"{request.classes} classes were asked for, the module returns {classes}; leave classes out")
     arch, model_args = _arch_of(network.module), _recorded_args(described) if network.smp else {}
     spec, task_notes = architectures.model_spec(request, arch, encoder, classes, channels, activation, model_args)
     geometry = geometry or settle_geometry(described, spec, check_output=True)

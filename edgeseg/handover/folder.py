@@ -14,7 +14,7 @@ from edgeseg.handover.contents import Content
 from edgeseg.spec import one_of
 from edgeseg.store.atomic import atomic_folder, check_folder, listed_names
 from edgeseg.store.documents import write_json
-from edgeseg.store.engine import Engine, open_engine
+from edgeseg.store.engine import Engine, folder_of, open_engine
 from edgeseg.store.hashing import FileRef
 from edgeseg.store.manifest import MANIFEST_NAME
 from edgeseg.version import __version__
@@ -53,19 +53,19 @@ class Listing:
 
 
 def export_engine(
-    folder: Path,
+    folder: str | Path,
     host: str,
-    output: Path,
+    output: str | Path,
     *,
     licence: str | None = None,
-    picture: Path | None = None,
+    picture: str | Path | None = None,
     resolution_cm: float | None = None,
     force: bool = False,
 ) -> Listing:
     """Write the engine in ``folder`` as ``host`` takes it to ``output``.
 
     Args:
-        folder: an engine folder.
+        folder: an engine folder, or a file in it.
         host: one of :data:`HOSTS`.
         output: the new folder.
         licence: of the weights, for the hub's model card; the hub's own word, such as ``apache-2.0``.
@@ -80,14 +80,15 @@ def export_engine(
         InputError: the picture cannot be read.
     """
     one_of("host", host, HOSTS)
+    output = Path(output)
     check_folder(output, force=force, ours=exported_files)
-    engine = open_engine(folder)
+    engine = open_engine(folder_of(Path(folder)))
     if host != "hub" and (licence is not None or picture is not None):
         raise SpecError(f"--license and --picture are for the hub's model card; leave them out with --to {host}")
     if host != "deepness" and resolution_cm is not None:
         raise SpecError(f"--resolution is for deepness, which works on maps; leave it out with --to {host}")
     if host == "hub":
-        contents = hub.contents(engine, licence, picture)
+        contents = hub.contents(engine, licence, None if picture is None else Path(picture))
     elif host == "deepness":
         contents = deepness.contents(engine, resolution_cm)
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeseg.quantize.table import CalibrationTable
+
+_building = threading.RLock()
 
 
 def build(
@@ -82,7 +86,8 @@ def build(
 ) -> Engine:
     """Build a verified engine folder from an SMP model.
 
-    Numbers may be numpy's or torch's, choices in any case, and ``None`` asks for the default.
+    Numbers may be numpy's or torch's, choices in any case, and ``None`` asks for the default. Builds that several threads
+    ask for are done one after the other, as torch's exporter takes the whole process.
 
     Args:
         arch: one of the twelve SMP architectures; may be left out when the checkpoint or ``model`` tells. Or the model
@@ -145,6 +150,9 @@ def build(
         reporter: told about stages and progress; a callable, such as ``print``, gets a line per stage and note; default
             silent.
 
+    Returns:
+        the engine; its ``folder`` is absolute.
+
     Raises:
         EdgesegError: the request, an input, or a step failed; see :mod:`edgeseg.errors` for which class says what. Nothing is
             left behind.
@@ -154,11 +162,16 @@ def build(
     given = dict(locals())
     del given["model"], given["reporter"]
     model, given = _module_of(model, given)
+    if isinstance(calibration, Iterable) and not isinstance(calibration, (str, Path, Sized)):
+        given["calibration"] = list(calibration)  # a generator: images are looked at more than once
     from edgeseg.pipeline.build import run_build
 
     try:
-        with refusals_as(ArtifactError):
-            return run_build(BuildRequest.of(given), model=model, reporter=reporter_of(reporter))
+        # torch's exporter changes torch for the whole process while it runs: of two at once, both fail.
+        with _building, refusals_as(ArtifactError):
+            engine = run_build(BuildRequest.of(given), model=model, reporter=reporter_of(reporter))
+            # A program may go to another folder before it loads the engine.
+            return dataclasses.replace(engine, folder=engine.folder.absolute())
     except EdgesegError as exc:
         exc.args = tuple(_in_python_words(part) if isinstance(part, str) else part for part in exc.args)
         raise

@@ -36,7 +36,7 @@ OPTIMIZE_FOR: tuple[OptimizeFor, ...] = get_args(OptimizeFor)
 
 
 def _images(value: Any) -> Any:
-    if isinstance(value, (bytes, Mapping)):
+    if isinstance(value, (bytes, Mapping)) or (isinstance(value, str) and not value):
         raise TypeError
     if not isinstance(value, (str, Path, Iterable)):
         from edgeseg.quantize.table import CalibrationTable

@@ -66,19 +66,22 @@ class Pipe(Generic[A]):
             self._items.clear()
             self._changed.notify_all()
 
-    def __iter__(self) -> Iterator[A]:
-        while True:
-            with self._changed:
-                while not self._items and not self._finished and not self._closed:
-                    self._changed.wait()
-                if not self._items:
-                    error, self._error = self._error, None
-                    if error is not None and not self._closed:
-                        raise error
-                    return
-                item = self._items.popleft()
-                self._changed.notify_all()
-            yield item
+    def __iter__(self) -> Pipe[A]:
+        return self
+
+    def __next__(self) -> A:
+        """The next item, each for one taker, whatever thread it is in."""
+        with self._changed:
+            while not self._items and not self._finished and not self._closed:
+                self._changed.wait()
+            if not self._items:
+                error, self._error = self._error, None
+                if error is not None and not self._closed:
+                    raise error
+                raise StopIteration
+            item = self._items.popleft()
+            self._changed.notify_all()
+            return item
 
 
 class Overlapped(Generic[B], Closing):
@@ -112,7 +115,8 @@ class Overlapped(Generic[B], Closing):
             threading.Thread(target=_work, args=(inbox, work, outbox), name="edgeseg-work", daemon=True),
         )
         self._inbox = inbox
-        self._results = iter(outbox)
+        self._results = outbox
+        self._starting = threading.Lock()
         self._started = threading.Event()
         self._end = weakref.finalize(self, _end, items, (inbox, outbox), self._threads, self._started)
 
@@ -127,9 +131,11 @@ class Overlapped(Generic[B], Closing):
     def __next__(self) -> B:
         try:
             if not self._started.is_set() and self._end.alive:
-                self._started.set()
-                for thread in self._threads:
-                    thread.start()
+                with self._starting:  # two threads may take results
+                    if not self._started.is_set():
+                        self._started.set()
+                        for thread in self._threads:
+                            thread.start()
             return next(self._results)
         except BaseException:  # the end, an error of a thread, or Ctrl-C while waiting
             self.close()

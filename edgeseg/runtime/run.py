@@ -24,7 +24,7 @@ from edgeseg.runtime.overlap import in_parallel, parallel_threads
 from edgeseg.runtime.overlay import SHOWN_PERCENTILES, add_legend, colorize, legend_entries
 from edgeseg.runtime.overlay import overlay as lay_over
 from edgeseg.runtime.raster import RasterOptions, raster_outputs, require_rasters_engine, segment_raster, unanswered
-from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.runtime.segmenter import TILE_OVERLAP, Segmenter
 from edgeseg.runtime.sources import VIDEO_SUFFIXES, Video, camera_index
 from edgeseg.runtime.stream import Stream
 from edgeseg.spec import FitPolicy, PipelineSpec
@@ -55,9 +55,7 @@ class RunSettings:
         choice(get_args(FitPolicy)), help="How images of another size are brought to the engine's.  [default: as built]"
     )
     tile_overlap: float = argument(
-        number(0, 0.9, "a share from 0 to 0.9"),
-        0.25,
-        help="Share of a tile that its neighbour covers too, with --fit tile.",
+        TILE_OVERLAP, 0.25, help="Share of a tile that its neighbour covers too, with --fit tile."
     )
     tta: Augmentation | None = argument(
         choice(get_args(Augmentation)),

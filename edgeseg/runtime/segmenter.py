@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.arguments import choice, shortened
+from edgeseg.arguments import choice, count_of, number, shortened
 from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
 from edgeseg.backends.cpu.options import with_streams, with_threads
@@ -30,11 +30,12 @@ from edgeseg.runtime.prediction import Prediction, arrays_of, stacked
 from edgeseg.runtime.scores import ScoreRule
 from edgeseg.runtime.tiling import Part, RunRow, Strip, blended_strips, joined, stitched_strips
 from edgeseg.spec import ChannelOrder, FitPolicy, PipelineSpec
-from edgeseg.store.engine import Engine, open_engine, read_manifest
-from edgeseg.store.manifest import MANIFEST_NAME
+from edgeseg.store.engine import Engine, folder_of, open_engine, read_manifest
 
 if TYPE_CHECKING:
     from edgeseg.backends.cuda.arrays import DeviceTensor
+
+TILE_OVERLAP = number(0, 0.9, "a share of the tile from 0 to 0.9")
 
 Outputs = Mapping[str, NDArray[Any]]
 ReadRow = Callable[[int, range], tuple[Sequence[int], NDArray[Any]]]
@@ -76,8 +77,7 @@ class Segmenter(Closing):
         if tta is not None:
             session, spec = AveragedSession([session], [spec], tta), averaged_spec([spec], tta, ["the engine"])
         channel_order = accepted_order(channel_order, spec.input.channels)
-        if not 0.0 <= tile_overlap <= 0.9:
-            raise SpecError(f"tile overlap is {tile_overlap}; give a share of the tile from 0 to 0.9")
+        tile_overlap = TILE_OVERLAP.accept("tile_overlap", tile_overlap)
         self.spec = spec
         self.channel_order = channel_order
         self.identity: str | None = None
@@ -93,6 +93,17 @@ class Segmenter(Closing):
         size = (spec.input.height, spec.input.width, spec.input.channels)
         # The shape that goes to the engine untouched; of float32, the values are looked at first.
         self._exact = size if single and self._rule is None and spec.input.dtype != "float32" else None
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise SpecError(
+            "a Segmenter holds a loaded engine, which cannot be copied or sent to another process; send the folder, and call "
+            "edgeseg.load there"
+        )
+
+    def __copy__(self) -> Segmenter:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def as_tiles(self) -> Segmenter:
         """The same engine with fit policy ``tile``; closed with this one. Without a largest size it takes windows of the
@@ -431,7 +442,7 @@ def load(
     streams: int | None = None,
     threads: int | None = None,
     tta: Augmentation | None = None,
-    ensemble: Sequence[str | Path | Engine] = (),
+    ensemble: str | Path | Engine | Sequence[str | Path | Engine] = (),
 ) -> Segmenter:
     """Load an engine folder. torch, onnx and SMP are not imported.
 
@@ -447,8 +458,8 @@ def load(
             among them, for more images a second, each mask later. ``None``: what the engine was built for.
         threads: that ONNX Runtime or OpenVINO may use at most, where others share the machine; ``None``: as built.
         tta: see :class:`Segmenter`.
-        ensemble: further engine folders, of the same classes, input and threshold, all with scores: the probabilities of
-            all are averaged.
+        ensemble: a further engine folder or several, of the same classes, input and threshold, all with scores: the
+            probabilities of all are averaged.
 
     Raises:
         ArtifactError: no engine folder, or a damaged, stale or foreign one.
@@ -456,8 +467,12 @@ def load(
         MissingDependencyError: the backend is not installed.
         SpecError, InputError: see :class:`Segmenter`.
     """
-    if streams is not None and (isinstance(streams, bool) or not isinstance(streams, int) or streams < 1):
-        raise SpecError(f"streams is {shortened(streams)}; give the number of threads that will call, from 1")
+    streams = (
+        None if streams is None else count_of("streams", streams, 1, "the number of threads that will call, from 1")
+    )
+    threads = None if threads is None else count_of("threads", threads, 0, "a number from 0 (one per core), such as 2")
+    if isinstance(ensemble, (str, os.PathLike, Engine)):
+        ensemble = (ensemble,)
     engines = list[tuple[Engine, Session]]()
     try:
         for given in (folder, *ensemble):
@@ -500,11 +515,9 @@ def _loaded_whole(folder: Path, recompile: bool, streams: int | None, threads: i
 
 
 def _folder_of(given: object) -> Path:
-    """The engine folder given, or that of the file given: people give ``engine.onnx`` or ``manifest.json``."""
-    if not isinstance(given, str | os.PathLike):
+    if not isinstance(given, str | os.PathLike) or given == "":
         raise SpecError(f"folder is {shortened(given)}; give the path of an engine folder")
-    path = Path(given)
-    return path.parent if os.path.isfile(path) and os.path.isfile(path.parent / MANIFEST_NAME) else path
+    return folder_of(Path(given))
 
 
 def _loaded(engine: Engine, recompile: bool, streams: int | None, threads: int | None) -> Session:
@@ -523,8 +536,10 @@ def _mean(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32] | None:
     return np.mean(arrays, axis=0, dtype=np.float32) if arrays else None
 
 
-def _checked_palette(palette: NDArray[np.uint8], spec: PipelineSpec) -> NDArray[np.uint8]:
+def _checked_palette(palette: object, spec: PipelineSpec) -> NDArray[np.uint8]:
     needed = 2 if spec.model.task == "binary" else spec.model.classes
+    if not isinstance(palette, np.ndarray):
+        raise InputError(f"palette is {shortened(palette)}; give a uint8 array ({needed}, 3), RGB per mask value")
     if palette.dtype != np.uint8 or palette.ndim != 2 or palette.shape[1] != 3 or len(palette) < needed:
         raise InputError(f"palette is {palette.dtype} {palette.shape}; give uint8 ({needed}, 3), RGB per mask value")
     return np.ascontiguousarray(palette)

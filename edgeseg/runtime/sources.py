@@ -154,6 +154,10 @@ def open_source(source: object, spec: InputSpec) -> Video | Iterable[Picture]:
     index = camera_index(source)
     if index is not None:
         return Video(index, spec)
+    if isinstance(source, str) and "://" in source:
+        raise InputError(
+            f"{source} is a URL; open it with OpenCV, and give stream an iterable of its frames and load channel_order='bgr'"
+        )
     if isinstance(source, (str, Path)):
         if Path(source).suffix.lower() in VIDEO_SUFFIXES:
             return Video(Path(source), spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
-from edgeseg.arguments import shortened
+from edgeseg.arguments import count_of, shortened
 from edgeseg.closing import Closing
 from edgeseg.errors import SpecError
 from edgeseg.runtime.overlap import Overlapped
@@ -68,7 +68,7 @@ class Stream(Closing):
         self._frames.close()
 
 
-Source: TypeAlias = "str | Path | int | Iterable[NDArray[Any]]"
+Source: TypeAlias = "str | Path | int | Iterable[NDArray[Any]] | Sequence[str | Path]"
 
 
 def stream(
@@ -104,8 +104,7 @@ def stream(
         source, segmenter = segmenter, source
     if not isinstance(segmenter, Segmenter) or isinstance(source, Segmenter):
         raise SpecError(f"segmenter is {shortened(segmenter)}; give a source of images and what edgeseg.load returns")
-    if ahead < 1:
-        raise SpecError(f"ahead is {ahead}; at least 1 frame has to wait for another")
+    ahead = count_of("ahead", ahead, 1, "how many frames may wait, at least 1")
     return Stream(open_source(source, segmenter.spec.input), segmenter, ahead, drop)
 
 

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 import msgspec
 
-from edgeseg.errors import ArtifactError
+from edgeseg.errors import ArtifactError, refused_file
 from edgeseg.store.files import is_stream, open_descriptor, refuse_existing, why_not_made
 
 T = TypeVar("T")
@@ -287,7 +287,7 @@ def atomic_folder(target: Path, *, force: bool, ours: Ours) -> Iterator[Path]:
                 _put_right(target, ours)
     except OSError as exc:
         if exc.errno in _PLACE_ERRORS:
-            place = asked if exc.filename is None or _is_of(str(exc.filename), target) else exc.filename
+            place = asked if exc.filename is None or _is_of(refused_file(exc), target) else refused_file(exc)
             raise ArtifactError(
                 f"cannot write {place}: {os.strerror(exc.errno)}; free space or give another --output"
             ) from exc

@@ -5,6 +5,7 @@ Folders appear by rename (:mod:`edgeseg.store.atomic`), so a folder that exists 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -47,6 +48,11 @@ class Engine:
     @property
     def graph_path(self) -> Path:
         return self.folder / self.manifest.graph.name
+
+
+def folder_of(path: Path) -> Path:
+    """The engine folder given, or that of the file given: people give ``engine.onnx`` or ``manifest.json``."""
+    return path.parent if os.path.isfile(path) and os.path.isfile(path.parent / MANIFEST_NAME) else path
 
 
 def engine_folder(target: Path, *, force: bool) -> AbstractContextManager[Path]:

@@ -17,6 +17,8 @@ from pathlib import Path
 from edgeseg.errors import ArtifactError, EdgesegError, InputError, OutputExistsError, SpecError, one_line
 
 _filters_changing = threading.Lock()
+_quiet_blocks = 0
+_filters_before = warnings.catch_warnings()
 # Lists of images, splits, colour tables: some hundred thousand lines.
 MAX_TEXT_BYTES = 16 << 20
 
@@ -71,11 +73,23 @@ def read_bounded(path: Path, what: str, error: type[EdgesegError]) -> bytes:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Keep back what Pillow warns of while it parses headers: what matters of it becomes an error of ours."""
-    # The list of warning filters is one for the whole process.
-    with _filters_changing, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    """Keep back what libraries warn of inside the block: what matters of it becomes an error of ours. For any thread."""
+    global _quiet_blocks, _filters_before
+    # The list of warning filters is one for the whole process. Blocks of several threads share one change of it: did each
+    # put back what it found, the last to end would leave the filters of another behind, and the program without warnings.
+    with _filters_changing:
+        if _quiet_blocks == 0:
+            _filters_before = warnings.catch_warnings()
+            _filters_before.__enter__()
+            warnings.simplefilter("ignore")
+        _quiet_blocks += 1
+    try:
         yield
+    finally:
+        with _filters_changing:
+            _quiet_blocks -= 1
+            if _quiet_blocks == 0:
+                _filters_before.__exit__(None, None, None)
 
 
 def _why_not(path: str | Path, exc: OSError | ValueError) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import platform
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from edgeseg.cluster.connection import connected
 from edgeseg.errors import EdgesegError, one_line
@@ -30,6 +35,7 @@ class Built:
 
 
 Builder = Callable[[Cell], Built]
+_SECONDS_TO_END = 5.0
 
 
 def build_cell(cell: Cell) -> Built:
@@ -51,27 +57,74 @@ def build_cell(cell: Cell) -> Built:
 def build_locally(cells: Sequence[Cell], jobs: int, builder: Builder = build_cell) -> Iterator[Built]:
     """Build in ``jobs`` processes at a time, a fresh one for each cell: one that is killed takes no other with it.
 
-    Yields each cell when it is done.
+    Yields each cell when it is done. What is being built when the generator is closed or interrupted is ended, too.
     """
+    builders = _Builders()
     with ThreadPoolExecutor(jobs) as threads:
-        waiting = [threads.submit(_in_own_process, cell, builder) for cell in cells]
+        waiting = [threads.submit(builders.build, cell, builder) for cell in cells]
         try:
             for future in as_completed(waiting):
                 yield future.result()
         finally:
             for future in waiting:
                 future.cancel()
+            builders.end()
 
 
-def _in_own_process(cell: Cell, builder: Builder) -> Built:
-    begin = time.perf_counter()
-    # Not forked: a child of a process with threads can hang in a lock that one of them held.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-        try:
-            return pool.submit(builder, cell).result()
-        except BrokenProcessPool:
-            reason = "the building process was killed (out of memory?); try fewer --jobs"
-            return Built(cell, time.perf_counter() - begin, reason)
+class _Builders:
+    """The processes that build now. ``kill`` and a service that stops tell the sweep alone, which is to end within seconds."""
+
+    def __init__(self) -> None:
+        self._changing = threading.Lock()
+        self._running = set[int]()
+        self._ended = False
+
+    def build(self, cell: Cell, builder: Builder) -> Built:
+        begin = time.perf_counter()
+        # Not forked: a child of a process with threads can hang in a lock that one of them held.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_builder) as pool:
+            try:
+                process_id = pool.submit(os.getpid).result()
+                with self._changing:
+                    if self._ended:
+                        return Built(cell, 0.0, "interrupted")
+                    self._running.add(process_id)
+                try:
+                    return pool.submit(_build_until_told, cell, builder).result()
+                finally:
+                    with self._changing:
+                        self._running.remove(process_id)
+            except BrokenProcessPool:
+                reason = "the building process was killed (out of memory?); try fewer --jobs"
+                return Built(cell, time.perf_counter() - begin, reason)
+
+    def end(self) -> None:
+        """Interrupt what runs, and start nothing more."""
+        with self._changing:
+            self._ended = True
+            for process_id in self._running:
+                with suppress(ProcessLookupError):
+                    os.kill(process_id, signal.SIGTERM)
+
+
+def _start_builder() -> None:
+    # Ctrl-C reaches all processes of a terminal: a second signal would fall into the cleaning up after the first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+def _build_until_told(cell: Cell, builder: Builder) -> Built:
+    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # Compiled code does not hear of it, and libraries catch everything here and there. What is left then the next build
+        # of the folder puts right.
+        last = threading.Timer(_SECONDS_TO_END, os._exit, (1,))
+        last.daemon = True
+        last.start()
+        raise KeyboardInterrupt  # as Ctrl-C: nothing is left half-written
+
+    signal.signal(signal.SIGTERM, interrupt)
+    return builder(cell)
 
 
 def build_on_ray(cells: Sequence[Cell], address: str | None, builder: Builder = build_cell) -> Iterator[Built]:

@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +151,43 @@ def test_model_object_and_arrays(tmp_path: Path) -> None:
     assert model.training, "the user's module must not be changed"
     with edgeseg.load(engine.folder) as segmenter:
         assert segmenter(photos[0]).shape == photos[0].shape[:2]
+
+
+def test_builds_of_two_threads_and_images_of_a_generator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's exporter is one for the process: threads wait for each other, and the program's own output is not lost."""
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    modules = [smp.Linknet("mobilenet_v2", encoder_weights=None, encoder_depth=3, classes=2 + k) for k in range(2)]
+
+    def photos() -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(0)
+        yield from (rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(8))
+
+    def build(k: int) -> edgeseg.Segmenter:
+        engine = edgeseg.build(
+            modules[k],
+            precision=("fp32", "int8")[k],
+            calibration=photos() if k else None,
+            size=64,
+            mean=0.5,
+            std=0.5,
+            target="onnxruntime",
+            output=str(k),
+        )
+        assert engine.folder == tmp_path / str(k)  # wherever the program goes then
+        return edgeseg.load(engine)
+
+    monkeypatch.chdir(tmp_path)
+    stdout, filters = sys.stdout, list(warnings.filters)
+    with ThreadPoolExecutor(2) as threads:
+        segmenters = list(threads.map(build, range(2)))
+    assert [len(segmenter.class_names) for segmenter in segmenters] == [2, 3]
+    assert sys.stdout is stdout and warnings.filters == filters
+    print("the program's own")
+    assert capsys.readouterr().out == "the program's own\n"
+    with pytest.raises(edgeseg.SpecError, match="1 class names for 2 classes"):
+        edgeseg.build(modules[0], precision="fp32", class_names=["road"], mean=0.5, std=0.5, output=tmp_path / "names")
 
 
 def test_int8_without_images_says_how_to_give_some(tmp_path: Path) -> None:

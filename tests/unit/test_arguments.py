@@ -18,6 +18,7 @@ from edgeseg.evaluate.summary import input_line
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.progress import LineReporter, reporter_of, stage
 from edgeseg.spec import BatchRange, InputSpec, ModelRequest, ModelSpec, PipelineSpec
+from edgeseg.store.engine import Engine
 
 ARGUMENTS = {argument.name: argument for argument in arguments_of(BuildRequest).values()}
 
@@ -144,13 +145,16 @@ class Module:
 
 def test_a_module_may_come_first_or_as_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[BuildRequest, object]] = []
+    manifest: Any = None
+    engine = Engine(Path("engines/a"), manifest)
 
-    def keep(request: BuildRequest, *, model: object, reporter: object) -> None:
+    def keep(request: BuildRequest, *, model: object, reporter: object) -> Engine:
         asked.append((request, model))
+        return engine
 
     monkeypatch.setattr("edgeseg.pipeline.build.run_build", keep)
     module: Any = Module()
-    edgeseg.build(module, size=64)
+    assert edgeseg.build(module, size=64).folder == Path.cwd() / "engines/a"
     edgeseg.build(model=module, size=64)
     edgeseg.build(weights=module, size=64)
     assert asked == [(BuildRequest(size=(64, 64)), module)] * 3

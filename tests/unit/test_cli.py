@@ -64,6 +64,7 @@ def test_python_m_edgeseg_is_the_command() -> None:
         (["build", "--arch", "fpn", "--classes", "9" * 400], 2, "give a whole number from 1 to 65535"),
         (["build", "--arch", "fpn", "--size", "4611686018427387904"], 2, "HEIGHTxWIDTH"),
         (["build", "--arch", "fpn", "--model-arg", "x=" + "[" * 100_000], 2, "nested too deep"),
+        (["calibrate", "photos", "--arch", "fpn", "--output", "t.txt"], 2, "t.txt; a table is a .json file"),
         (["compare", "old.json", "new.json"], 1, "cannot read bench report old.json"),
         (["compare", "old.json", "new.json", "--max-regression", "fps=3"], 2, "unknown metric 'fps'"),
     ],
@@ -74,6 +75,25 @@ def test_bad_input_is_one_line(arguments: list[str], code: int, message: str) ->
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "", PHOTO, "--output", "out"], "Invalid value for 'ENGINE_DIR': it is empty; give a path"),
+        (["run", "engine", "", "--output", "out"], "Invalid value for 'INPUT...': inputs is ''; give a path or a name"),
+        (["run", "engine", PHOTO, "--output", ""], "Invalid value for '--output': it is empty; give a path"),
+        (["bench", "engine", "--data", ""], "Invalid value for '--data': data is ''; give a path"),
+        (["build", "--arch", "fpn", "--calibration", ""], "calibration is ''; give a folder, a glob, a list"),
+        (["build", "--arch", "fpn", "--weights", ""], "weights is ''; give a path or a name"),
+    ],
+)
+def test_a_variable_of_the_shell_that_is_not_set_is_not_the_folder_one_is_in(
+    arguments: list[str], message: str
+) -> None:
+    done = typed(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -348,6 +368,19 @@ def test_a_process_that_imported_torch_does_not_take_it_apart(words: str, code: 
     assert done.returncode == code
     assert ("freed" in done.stdout) is not imported
     assert ("edgeseg, version" in done.stdout) is (code == 0)
+
+
+def test_ctrl_c_while_a_compiled_module_is_imported_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their import then fails with an ImportError; nothing is missing."""
+    from edgeseg.convert.architectures import import_for_conversion
+    from edgeseg.errors import imported
+
+    (tmp_path / "compiled_part.py").write_text("raise ImportError('initialization failed') from KeyboardInterrupt()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        imported("compiled_part", "onnxruntime", "run engines on this CPU")
+    with pytest.raises(KeyboardInterrupt):
+        import_for_conversion("compiled_part")
 
 
 def test_printed_commands_can_be_typed() -> None:

@@ -590,7 +590,7 @@ def test_shares(nodes: list[dict[str, float]], gpus: int, workers: int | None, e
         (["--output", "out", "memory://photos"], "URLs go with --executor ray"),
         (
             ["--output", "out", "rtsp://camera/1"],
-            "rtsp://camera/1 is a stream of the network, which is not read; in Python",
+            "rtsp://camera/1 is a stream of the network, which is not opened here; in Python",
         ),
     ],
 )

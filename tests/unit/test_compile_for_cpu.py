@@ -93,6 +93,13 @@ def test_streams_that_are_no_number_of_callers(verified: Path, streams: Any) -> 
         edgeseg.load(verified, streams=streams)
 
 
+def test_threads_and_streams_may_be_numpy_s(verified: Path) -> None:
+    for options, threads in (({"threads": np.int64(2)}, 2), ({"threads": 2, "streams": np.uint8(2)}, 1)):
+        with edgeseg.load(verified, **options) as segmenter:
+            settings = segmenter._session._session.get_session_options()  # type: ignore[union-attr]
+        assert settings.intra_op_num_threads == threads
+
+
 @pytest.mark.parametrize("umask", [0o002, 0o077])
 def test_every_file_follows_the_umask(verified: Path, tmp_path: Path, umask: int) -> None:
     """ONNX Runtime, which writes the engine, sets a mode of its own."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from pathlib import Path
 
 import pytest
 from engine_folders import manifest_of
 
-from edgeseg.errors import ArtifactError, OutputExistsError
+from edgeseg.errors import ArtifactError, InputError, OutputExistsError, refusals_as
 from edgeseg.spec import ModelSpec, PipelineSpec
 from edgeseg.store.documents import write_json
 from edgeseg.store.engine import engine_folder, open_engine
@@ -146,6 +147,21 @@ def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     ):
         f.write(b"x" * 100_000)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_not_blamed_on_the_file_that_is_copied(tmp_path: Path) -> None:
+    """Of a copy that fails the system names both files, the old one first."""
+
+    def copy(source: str, new: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source, None, str(new))
+
+    with (
+        pytest.raises(ArtifactError, match=rf"^cannot write {tmp_path}/a: No space left"),
+        engine_folder(tmp_path / "a", force=False) as folder,
+    ):
+        copy("/models/model.onnx", folder / "model.onnx")
+    with pytest.raises(InputError, match="^cannot read or write new.onnx: No space left"), refusals_as(InputError):
+        copy("/models/model.onnx", Path("new.onnx"))
 
 
 def test_sha256_json_does_not_depend_on_key_order() -> None:

@@ -220,6 +220,13 @@ def test_noisy_times_are_called_so(engine: Path, tmp_path: Path) -> None:
     assert "They are noisy" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_paths_may_be_words_as_for_load(engine: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "street.png")
+    picture = str(tmp_path / "street.png")
+    listing = export_engine(str(engine / "manifest.json"), "hub", str(tmp_path / "a"), licence="mit", picture=picture)
+    assert listing == export_engine(engine, "hub", tmp_path / "b", licence="mit", picture=Path(picture))
+
+
 def test_a_plan_is_not_uploaded(engine: Path, tmp_path: Path) -> None:
     plan = read_manifest(engine).engine
     export_engine(changed(engine, target="tensorrt"), "hub", tmp_path / "out", licence="mit")

@@ -111,6 +111,18 @@ def test_layers_carry_module_precision_and_macs(folder: Path) -> None:
     assert report.layers_of == "engine.onnx, the graph onnxruntime executes"
 
 
+@pytest.mark.parametrize("file", ["", "engine.onnx", MANIFEST_NAME])
+def test_every_verb_takes_a_file_of_the_folder_for_it(folder: Path, file: str) -> None:
+    given = str(folder / file)
+    assert json.loads(typed("inspect", given, "--json").stdout)["folder"] == str(folder)
+    known_by = {
+        "compile": (["--output", str(folder)], "exists; give --force"),
+        "bench": (["--json", str(folder / "engine.onnx"), "--force"], "would replace the input"),
+    }
+    for verb, (options, message) in known_by.items():
+        assert message in typed(verb, given, *options).stderr
+
+
 def test_files_are_listed_with_what_they_are(folder: Path) -> None:
     report = inspect_engine(folder)
     assert [(f.role, f.name) for f in report.files] == [("engine", "engine.onnx"), ("portable graph", "model.onnx")]

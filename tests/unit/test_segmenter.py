@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -468,6 +470,27 @@ def test_options_out_of_range() -> None:
         Segmenter(MemorySession(spec), spec, palette=np.zeros((4, 3), np.uint8))
     with pytest.raises(SpecError, match="channel order"):
         Segmenter(MemorySession(spec), spec)(photo(32, 48, 3), channel_order="xyz")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tile_overlap": "much"}, "tile_overlap is 'much'; give a share of the tile from 0 to 0.9"),
+        ({"palette": 5}, r"palette is 5; give a uint8 array \(5, 3\)"),
+        ({"palette": [[0, 0, 0]] * 5}, r"palette is \[\[0, 0.*; give a uint8 array \(5, 3\)"),
+    ],
+)
+def test_options_of_another_kind(options: dict[str, object], words: str) -> None:
+    spec = make_spec()
+    with pytest.raises((SpecError, InputError), match=words):
+        Segmenter(MemorySession(spec), spec, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("send", [pickle.dumps, copy.deepcopy])
+def test_what_is_sent_to_another_process_is_the_folder(send: Callable[[object], object]) -> None:
+    spec = make_spec()
+    with pytest.raises(SpecError, match="send the folder, and call edgeseg.load there"):
+        send(Segmenter(MemorySession(spec), spec))
 
 
 def test_names_of_choices_ignore_case() -> None:

@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -361,8 +363,30 @@ def test_what_cannot_be_streamed() -> None:
         stream(0.5, segmenter())  # type: ignore[arg-type]
     with pytest.raises(InputError, match="does not exist"):
         stream("missing", segmenter())
-    with pytest.raises(SpecError, match="ahead is 0"):
-        stream([], segmenter(), ahead=0)
+    with pytest.raises(InputError, match=r"rtsp://door/1 is a URL; open it with OpenCV"):
+        stream("rtsp://door/1", segmenter())
+
+
+@pytest.mark.parametrize("ahead", [0, "2", 1.5, True])
+def test_ahead_is_a_number_of_frames(ahead: Any) -> None:
+    with pytest.raises(SpecError, match="ahead is .*; give how many frames may wait, at least 1"):
+        stream([], segmenter(), ahead=ahead)
+    assert len(list(stream([level(0)] * 3, segmenter(), ahead=np.int64(2)))) == 3
+
+
+def test_several_threads_may_take_frames_of_one_stream() -> None:
+    frames = stream((level(k % 200) for k in range(60)), segmenter())
+    taken: list[int] = []
+    begin = threading.Barrier(4)
+
+    def take() -> None:
+        begin.wait()
+        taken.extend(frame.index for frame in frames)
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(take) for _ in range(4)]:
+            future.result()
+    assert sorted(taken) == list(range(60))
 
 
 def test_which_sources_are_cameras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,3 +147,11 @@ def test_one_is_no_plural() -> None:
         "2 more rows",
         "0 rows",
     )
+
+
+def test_a_terminal_that_says_it_has_no_columns_shows_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    plain_console().print("the result")
+    assert capsys.readouterr().out == "the result\n"
