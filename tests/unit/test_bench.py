@@ -30,7 +30,8 @@ from edgeseg.evaluate.contenders import (
     baseline_request,
     engine_contenders,
 )
-from edgeseg.evaluate.results import SpeedComparison, read_report
+from edgeseg.evaluate.latency.measure import measure_setting
+from edgeseg.evaluate.results import Setting, SpeedComparison, read_report
 from edgeseg.progress import SilentReporter
 from edgeseg.spec import BatchRange, InputSpec, ModelRequest, ModelSpec, PipelineSpec
 from edgeseg.store.documents import write_json
@@ -291,6 +292,25 @@ def test_an_engine_that_fails_in_one_setting_keeps_the_rows_of_the_others(
         ("small", "latency b2 t- s1", "out of memory"),
         ("small", "latency b2 t- s2", "out of memory"),
     ]
+
+
+def test_a_baseline_is_not_measured_where_no_engine_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    baseline = Contender("pytorch", SPEC, baseline="pytorch")
+    gone = Contender("gone", SPEC, folder=str(tmp_path / "gone"))
+    real, called = Opener.open, []
+
+    class Counted(MemorySession):
+        def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+            called.append(len(images))
+            return super().run(images)
+
+    def opened(self: Opener, contender: Contender, *settings: Any) -> Any:
+        return Counted(SPEC) if contender is baseline else real(self, contender, *settings)
+
+    monkeypatch.setattr(Opener, "open", opened)
+    measured = measure_setting([baseline, gone], Opener(), Setting(), BenchRequest((), duration_s=0.01).protocol)
+    assert called == []
+    assert list(measured.not_loaded) == ["gone"]
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def measure_setting(
     With one stream the samples of all are taken in turns (see
     :func:`~edgeseg.evaluate.latency.protocol.measure_interleaved`). Then each runs by itself: for its
     stages, which a GPU backend times by events that the end-to-end figure must not pay for, and for power, since a meter
-    cannot tell contenders apart. When one fails, the others are measured again without it.
+    cannot tell contenders apart. When one fails, the others are measured again without it; baselines without an engine
+    are not measured.
 
     Raises:
         SpecError: a contender's backend has no such setting.
@@ -106,7 +107,10 @@ def measure_setting(
                 raise
             except EdgesegError as exc:
                 measured.not_loaded[contender.name] = exc
-        while running := [c for c in contenders if c.name in sessions and c.name not in measured.failed]:
+        while True:
+            running = [c for c in contenders if c.name in sessions and c.name not in measured.failed]
+            if all(c.is_baseline for c in running):
+                break  # nothing to compare them with
             try:
                 measured.timed = _measure(running, sessions, setting, protocol, power, idle_w, progress)
                 break
