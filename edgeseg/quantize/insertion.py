@@ -96,6 +96,8 @@ class _Inserter:
                 node.replace_input_with(index, self._dequantized(value, node))
             elif role is Role.FUSED and value.const_value is not None:
                 node.replace_input_with(index, self._operand(value, node))
+            if (node, index) in self._placement.rescaled:
+                node.replace_input_with(index, self._rescaled(node, index))
         if role is Role.WEIGHTED:
             self._quantize_weight(node, self._observed.channel_means.get(source))
 
@@ -147,6 +149,15 @@ class _Inserter:
             editor = Editor(self._graph, reader, value.name)
             self._floats[value] = editor.op("DQ", "DequantizeLinear", inputs, shape=value.shape)
         return self._floats[value]
+
+    def _rescaled(self, node: ir.Node, index: int) -> ir.Value:
+        """What ``node`` reads there in the steps of its result."""
+        value, affine = given(node, index), self._affine(node.outputs[0])
+        editor = Editor(self._graph, node, f"{node.name}/input_{index}")
+        dtype = ir.DataType.from_numpy(affine.parameters.dtype)
+        inputs = [value, affine.scale, affine.zero_point]
+        integers = editor.op("Q", "QuantizeLinear", inputs, dtype=dtype, shape=value.shape)
+        return editor.op("DQ", "DequantizeLinear", [integers, *inputs[1:]], shape=value.shape)
 
     def _affine(self, value: ir.Value) -> _Affine:
         leader = self._placement.representative(value)

@@ -52,11 +52,13 @@ class Placement:
         roles: of the nodes that take part; all others stay float.
         quantized: values that get a Q/DQ pair (outputs of ``MOVES`` nodes excepted: they are integers already).
         shared: representative of each value's group of values with one scale.
+        rescaled: (Concat, index of an input) that gets a pair of the result's scale there, for this reader alone.
     """
 
     roles: dict[ir.Node, Role] = field(default_factory=dict)
     quantized: set[ir.Value] = field(default_factory=set)
     shared: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    rescaled: set[tuple[ir.Node, int]] = field(default_factory=set)
 
     def representative(self, value: ir.Value) -> ir.Value:
         """The value that stands for all values that share ``value``'s scale."""
@@ -332,13 +334,30 @@ def _quantize_identity(node: ir.Node, ranges: Mapping[str, Range], result: Place
 
 
 def _share_concat(node: ir.Node, ranges: Mapping[str, Range], result: Placement) -> None:
-    """Concat fuses only when all its inputs and its output have one scale."""
-    if node.outputs[0] not in result.quantized:
+    """Concat fuses only when all its inputs and its output have one scale.
+
+    What others read as well, and would be too coarse for them, keeps its own and is brought to the result's for the Concat.
+    """
+    output = node.outputs[0]
+    if output not in result.quantized:
         return
     inputs = [v for v in node.inputs if v is not None and v.name in ranges]
-    if len(inputs) == len(node.inputs):
-        result.quantized.update(inputs)
-        result.share([*inputs, node.outputs[0]])
+    if len(inputs) != len(node.inputs):
+        return
+    members = {v: result.members(v) for v in (*inputs, output)}
+    low, high = _union(ranges[str(m.name)] for group in members.values() for m in group if m.name in ranges)
+    joined = [output]
+    for index, value in enumerate(inputs):
+        bound = [m for m in members[value] if any(reader.op_type != "Concat" for reader in m.consumers())]
+        if any(reader is not node for reader in value.consumers()):
+            bound.append(value)
+        least = min((b - a for a, b in (ranges[str(m.name)] for m in bound if m.name in ranges)), default=math.inf)
+        if high - low > SHARED_SCALE_RATIO * least:
+            result.rescaled.add((node, index))
+        else:
+            joined.append(value)
+    result.quantized.update(joined)
+    result.share(joined)
 
 
 def _activations(node: ir.Node) -> list[ir.Value]:

@@ -91,6 +91,24 @@ def test_concat_inputs_share_a_scale_unless_it_costs_others_too_much(factor: flo
         assert inputs[0].input[1] != result.input[1]
 
 
+@pytest.mark.parametrize("scheme", ["tensorrt", "openvino", "openvino-avx2"])
+@pytest.mark.parametrize("factor", [1.0, 50.0])
+def test_a_concat_of_one_scale_leaves_other_readers_of_its_inputs_their_own(scheme: str, factor: float) -> None:
+    """A skip connection, much smaller than what it is joined with: the layer that reads it too needs its own steps."""
+    weights = {"w1": floats(4, 3, 1, 1), "w2": floats(4, 3, 1, 1) * np.float32(factor), "w4": floats(4, 4, 1, 1)}
+    model = network(
+        CONCAT + " e = Conv(a, w4)", "float[1, 4, h, w] y, float[1, 4, h, w] e", w3=floats(4, 8, 1, 1), **weights
+    )
+    typed = quantized(model, scheme)
+    for expected, actual in zip(run(model, image=IMAGE), run(typed, image=IMAGE), strict=True):
+        assert np.abs(actual - expected).max() < 0.03 * np.abs(expected).max()
+    concat = next(n for n in typed.graph.node if n.op_type == "Concat")
+    makers = {name: n for n in typed.graph.node for name in n.output}
+    # They share one pair where that costs the other little.
+    assert (makers["e"].input[0] == concat.input[0]) == (factor == 1)
+    assert len({tuple(makers[name].input[1:]) for name in concat.input}) == 1, "one scale, which fuses"
+
+
 def test_a_shared_scale_never_undoes_a_relu() -> None:
     body = "a = Conv(x, w1) r = Relu(a) b = Conv(x, w2) c = Concat <axis = 1> (r, b) y = Conv(c, w3)"
     weights = {"w1": floats(4, 3, 1, 1), "w2": -np.abs(floats(4, 3, 1, 1)), "w3": floats(4, 8, 1, 1)}
