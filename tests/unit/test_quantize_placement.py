@@ -12,7 +12,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 import onnx_ir as ir
 from quantizing import IMAGE, TWO, TWO_WEIGHTS, constants, network, operators, quantized, readers
-from small_graphs import floats, run, table_for
+from small_graphs import floats, graph, run, table_for
 
 from edgeseg.graph.types import node_dtypes
 from edgeseg.quantize.lint import lint
@@ -124,6 +124,25 @@ def test_moves_run_on_integers_and_keep_the_scale() -> None:
     pool = next(n for n in model.graph.node if n.op_type == "MaxPool")
     assert readers(model, pool.input[0]) == ["MaxPool"]
     assert readers(model, pool.output[0]) == ["DequantizeLinear"]
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_float_image_that_is_only_moved_is_quantized(scheme: str, channels: int) -> None:
+    """Of float32 images with mean 0 the normalization is one factor, which goes into the first convolution's weights."""
+    moved = "Transpose <perm = [0, 3, 1, 2]> (image)" if channels == 3 else "Reshape(image, planes)"
+    weights = {"w1": floats(4, channels, 3, 3), "w2": floats(4, 4, 1, 1), "planes": np.array([1, 1, 8, 8])}
+    body = f"x = {moved} a = Conv(x, w1) r = Relu(a) y = Conv(r, w2)"
+    model = graph(f"(float[1, 8, 8, {channels}] image) => (float[1, c, h, w] y)", body, **weights)
+    image = floats(1, 8, 8, channels)
+    typed = quantized(model, scheme, table_for(model, image=image))
+    (expected,), (actual,) = run(model, image=image), run(typed, image=image)
+    assert np.abs(actual - expected).max() < 0.03 * np.abs(expected).max()
+    makers = {name: n for n in typed.graph.node for name in n.output}
+    source = makers[next(n for n in typed.graph.node if n.op_type == "Conv").input[0]]
+    while source.op_type in {"Transpose", "Reshape"}:
+        source = makers[source.input[0]]
+    assert source.op_type == "DequantizeLinear"
 
 
 def test_what_follows_the_last_layer_stays_float() -> None:
