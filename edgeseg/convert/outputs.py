@@ -10,6 +10,7 @@ import torch
 
 from edgeseg.convert.architectures import quiet_libraries
 from edgeseg.convert.geometry import PROBE_SIZES, exported_size, first_of, noise, run_raw
+from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.errors import SpecError
 
 # What torchvision, transformers and others call the map in a mapping of outputs.
@@ -103,7 +104,7 @@ def output_ending(module: torch.nn.Module, inputs: torch.Tensor) -> Ending:
         module: returns ``(N, classes, H, W)``, or a tuple that starts with it.
         inputs: what it gets from real images, float32 ``(N, C, H, W)``.
     """
-    own_end = getattr(module, "end", None)
+    own_end = module.end if isinstance(module, OnnxNetwork) else None
     with torch.enable_grad(), quiet_libraries():
         output = first_of(module(inputs.clone().requires_grad_(own_end is None)))
     end = output.grad_fn if own_end is None else own_end

@@ -233,6 +233,23 @@ def test_a_subclass_is_what_its_forward_returns() -> None:
         wrap_module(Sub("labels").eval(), ModelRequest(**PLAIN))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stem", nn.Sequential(nn.Conv2d(3, 8, 3))),
+        ("end", nn.Conv2d(8, 3, 1)),
+        ("image_shape", (64, 64)),
+        ("graph", {"nodes": 3}),
+        ("encoder", "resnet18"),
+    ],
+)
+def test_what_a_user_calls_the_parts_means_nothing(tmp_path: Path, name: str, value: Any) -> None:
+    module = Scaled(tiny(), 2.0).eval()
+    setattr(module, name, value)
+    assert wrap_module(module, ModelRequest(**PLAIN)).model.display_name == "custom-Scaled"
+    np.testing.assert_allclose(graph_outputs(module, tmp_path / "f")["logits"], torch_output(module), atol=1e-4)
+
+
 def test_torchscript_is_refused_with_what_to_give_instead() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
