@@ -283,8 +283,7 @@ def _place_inputs(graph: ir.Graph, observed: Observed, scheme: QuantScheme) -> P
     ranges, stays_float = observed.ranges, observed.stays_float
     result = Placement()
     for node in graph:
-        weighted = is_weighted(node) or (node.op_type == "ConvTranspose" and constant_array(node.inputs[1]) is not None)
-        if weighted and not stays_float(node) and node.inputs[0] is not None and node.inputs[0].name in ranges:
+        if (is_weighted(node) or _is_transposed(node)) and not stays_float(node) and node.inputs[0] is not None and node.inputs[0].name in ranges:
             result.roles[node] = Role.WEIGHTED
             if maker(node.inputs[0], "DequantizeLinear") is None:
                 result.quantized.add(node.inputs[0])
@@ -297,6 +296,12 @@ def _place_inputs(graph: ir.Graph, observed: Observed, scheme: QuantScheme) -> P
         elif node.op_type == "Concat":
             _share_concat(node, ranges, result)
     return result
+
+
+def _is_transposed(node: ir.Node) -> bool:
+    """Whether ``node`` is a transposed convolution whose weight has an axis of output channels, to be quantized along."""
+    whole = node.op_type == "ConvTranspose" and node.attributes.get_int("group", 1) == 1
+    return whole and constant_array(node.inputs[1]) is not None
 
 
 def _quantize_before_move(node: ir.Node, observed: Observed, result: Placement) -> None:

@@ -127,6 +127,18 @@ def test_moves_run_on_integers_and_keep_the_scale() -> None:
 
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("read", ["", " e = Conv(r, w3) p = MaxPool <kernel_shape = [1, 1]> (e)"])
+def test_a_transposed_convolution_of_groups_stays_float_where_it_has_no_integers(scheme: str, read: str) -> None:
+    body = f"""a = Conv(x, w1) r = Relu(a){read} u = ConvTranspose <strides = [2, 2], group = 4> (r, w2)
+        y = Conv(u, w3)"""
+    outputs = "float[1, c, h, w] y" + (", float[1, c, i, j] p" if read else "")
+    model = network(body, outputs, w1=floats(4, 3, 1, 1), w2=floats(4, 1, 2, 2), w3=floats(5, 4, 1, 1))
+    typed = quantized(model, scheme, passes=True)
+    for expected, actual in zip(run(model, image=IMAGE), run(typed, image=IMAGE), strict=True):
+        assert np.abs(actual - expected).max() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_float_image_that_is_only_moved_is_quantized(scheme: str, channels: int) -> None:
     """Of float32 images with mean 0 the normalization is one factor, which goes into the first convolution's weights."""
