@@ -283,10 +283,11 @@ def _place_inputs(graph: ir.Graph, observed: Observed, scheme: QuantScheme) -> P
     ranges, stays_float = observed.ranges, observed.stays_float
     result = Placement()
     for node in graph:
-        if (is_weighted(node) or _is_transposed(node)) and not stays_float(node) and node.inputs[0] is not None and node.inputs[0].name in ranges:
+        source = node.inputs[0] if is_weighted(node) or _is_transposed(node) else None
+        if source is not None and source.name in ranges and not stays_float(node):
             result.roles[node] = Role.WEIGHTED
-            if maker(node.inputs[0], "DequantizeLinear") is None:
-                result.quantized.add(node.inputs[0])
+            if maker(source, "DequantizeLinear") is None:
+                result.quantized.add(source)
     if scheme.pairs_before_moves:
         for node in reversed(graph):
             _quantize_before_move(node, observed, result)
