@@ -38,7 +38,8 @@ def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> 
     if output is None:
         raise SpecError(
             f"the {type(module).__name__} does not run on images of {channels} channels and {PROBE_SIZES[0]} to "
-            f"{PROBE_SIZES[-1]} pixels ({reason}); it must take float32 (N, C, H, W)"
+            f"{PROBE_SIZES[-1]} pixels ({reason}); it must take float32 (N, C, H, W), "
+            "and where it makes channels of its own, in_channels says how many its image has"
         )
     if isinstance(output, torch.Tensor):
         _checked(module, output)

@@ -284,7 +284,7 @@ def _recorded_args(module: torch.nn.Module) -> dict[str, Any]:
 
 def _input_channels(network: _Network, request: ModelRequest) -> int:
     exported = exported_shape(network.module)[1]
-    known = network.inner is not None or exported is not None
+    known = network.smp or exported is not None  # what does more may make channels of its own: an index, coordinates
     channels = exported or _first_channels(network.inner if network.inner is not None else network.module)
     if request.in_channels is not None and known and request.in_channels != channels:
         raise SpecError(f"in_channels {request.in_channels} was given, the module takes {channels}; leave it out")

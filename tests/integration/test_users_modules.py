@@ -250,6 +250,29 @@ def test_what_a_user_calls_the_parts_means_nothing(tmp_path: Path, name: str, va
     np.testing.assert_allclose(graph_outputs(module, tmp_path / "f")["logits"], torch_output(module), atol=1e-4)
 
 
+class Indexed(nn.Module):  # type: ignore[misc, name-defined]
+    """Makes a channel of those of the image, as a vegetation index is of bands, and gives all to the network."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Any) -> Any:
+        return self.net(torch.cat([x, x.mean(1, keepdim=True)], 1))
+
+
+@pytest.mark.parametrize("is_smp", [True, False])
+def test_in_channels_is_of_the_image_where_a_wrapper_makes_more(tmp_path: Path, is_smp: bool) -> None:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"encoder_weights": None, "encoder_depth": 3, "decoder_channels": (16, 8, 8), "classes": 3}
+    net = smp.Unet("resnet18", in_channels=4, **small) if is_smp else nn.Conv2d(4, 3, 3, padding=1)
+    module = Indexed(net).eval()
+    outputs = graph_outputs(module, tmp_path / "f", in_channels=3)
+    np.testing.assert_allclose(outputs["logits"], torch_output(module), atol=1e-3)
+    with pytest.raises(SpecError, match="does not run on images of 4 channels.*in_channels says how many"):
+        wrap_module(module, ModelRequest(**PLAIN))
+
+
 def test_torchscript_is_refused_with_what_to_give_instead() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
