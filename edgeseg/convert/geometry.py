@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from edgeseg.convert.architectures import quiet_libraries
+from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.errors import SpecError, one_line
 
 DEFAULT_PIXELS = 256
@@ -63,13 +64,14 @@ def exported_shape(module: torch.nn.Module) -> tuple[int | None, ...]:
 
     All is open of a module that is neither.
     """
-    shape = getattr(module, "image_shape", None)
-    for node in getattr(getattr(module, "graph", None), "nodes", ()) if shape is None else ():
+    if isinstance(module, OnnxNetwork):
+        return tuple(module.image_shape)
+    graph = getattr(module, "graph", None)  # of many classes of torch; a user's own may be anything
+    for node in graph.nodes if isinstance(graph, torch.fx.Graph) else ():
         given: Any = getattr(node.meta.get("val"), "shape", ()) if node.op == "placeholder" else ()
         if len(given) == 4:
-            shape = tuple(side if type(side) is int else None for side in given)
-            break
-    return (None,) * 4 if shape is None else tuple(shape)
+            return tuple(side if type(side) is int else None for side in given)
+    return (None,) * 4
 
 
 def exported_size(module: torch.nn.Module) -> tuple[int, int] | None:

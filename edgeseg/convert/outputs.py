@@ -10,6 +10,7 @@ import torch
 
 from edgeseg.convert.architectures import quiet_libraries
 from edgeseg.convert.geometry import PROBE_SIZES, exported_size, first_of, noise, run_raw
+from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.errors import SpecError
 
 # What torchvision, transformers and others call the map in a mapping of outputs.
@@ -37,7 +38,8 @@ def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> 
     if output is None:
         raise SpecError(
             f"the {type(module).__name__} does not run on images of {channels} channels and {PROBE_SIZES[0]} to "
-            f"{PROBE_SIZES[-1]} pixels ({reason}); it must take float32 (N, C, H, W)"
+            f"{PROBE_SIZES[-1]} pixels ({reason}); it must take float32 (N, C, H, W), "
+            "and where it makes channels of its own, in_channels says how many its image has"
         )
     if isinstance(output, torch.Tensor):
         _checked(module, output)
@@ -103,7 +105,7 @@ def output_ending(module: torch.nn.Module, inputs: torch.Tensor) -> Ending:
         module: returns ``(N, classes, H, W)``, or a tuple that starts with it.
         inputs: what it gets from real images, float32 ``(N, C, H, W)``.
     """
-    own_end = getattr(module, "end", None)
+    own_end = module.end if isinstance(module, OnnxNetwork) else None
     with torch.enable_grad(), quiet_libraries():
         output = first_of(module(inputs.clone().requires_grad_(own_end is None)))
     end = output.grad_fn if own_end is None else own_end

@@ -27,7 +27,8 @@ def merge_branches(module: torch.nn.Module, channels: int, side: int) -> tuple[t
     encoder: Any = getattr(module, "encoder", None)
     # timm's own criterion; it is asked of the encoder only, where these names mean this.
     merging = ("fuse", "reparameterize", "switch_to_deploy")
-    if encoder is None or not any(callable(getattr(part, m, None)) for part in encoder.modules() for m in merging):
+    parts = encoder.modules() if isinstance(encoder, torch.nn.Module) else ()
+    if not any(callable(getattr(part, name, None)) for part in parts for name in merging):
         return module, 0
     manipulate = import_for_conversion("timm.models")
     merged: Any = copy.deepcopy(module)

@@ -20,6 +20,7 @@ from edgeseg.convert.fake_quantizers import read_fake_quantizers, require_same, 
 from edgeseg.convert.fit import require_finite
 from edgeseg.convert.geometry import custom_geometry, exported_shape, exported_size, noise, run_on
 from edgeseg.convert.loaded import ImageSource, LoadedModel, freeze, hash_weights, no_images
+from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.convert.outputs import adapt_outputs, output_ending
 from edgeseg.convert.parity import make_probe_images
 from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
@@ -63,7 +64,7 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     if request.weights is not None or request.model_args:
         raise SpecError("weights and model_args are for models edgeseg builds; load the weights into the module first")
     _require_python(module)
-    name = str(getattr(module, "stem", type(_unwrapped(module)).__name__))
+    name = module.stem if isinstance(module, OnnxNetwork) else type(_unwrapped(module)).__name__
     read, reading = read_fake_quantizers(_copied(_unwrapped(module)))
     whole = read if reading is None else _copied(read)
     network = _find_network(read, request)
@@ -282,7 +283,7 @@ def _recorded_args(module: torch.nn.Module) -> dict[str, Any]:
 
 def _input_channels(network: _Network, request: ModelRequest) -> int:
     exported = exported_shape(network.module)[1]
-    known = network.inner is not None or exported is not None
+    known = network.smp or exported is not None  # what does more may make channels of its own: an index, coordinates
     channels = exported or _first_channels(network.inner if network.inner is not None else network.module)
     if request.in_channels is not None and known and request.in_channels != channels:
         raise SpecError(f"in_channels {request.in_channels} was given, the module takes {channels}; leave it out")

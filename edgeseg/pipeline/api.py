@@ -195,6 +195,9 @@ def _is_module(value: object) -> bool:
 
 
 def _in_python_words(message: str) -> str:
-    """The message with options called as :func:`build` calls them: ``calibration`` for ``--calibration``."""
+    """The message with options called as :func:`build` calls them: ``calibration`` for ``--calibration``.
+
+    Those of a command that is to be typed stay as they are.
+    """
     names = {argument.flag: argument.name for argument in arguments_of(BuildRequest).values()}
-    return re.sub(r"--[a-z][a-z0-9-]*", lambda option: names.get(option[0], option[0]), message)
+    return re.sub(r"edgeseg [a-z]+ [^;,]*|--[a-z][a-z0-9-]*", lambda words: names.get(words[0], words[0]), message)

@@ -15,7 +15,7 @@ from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.dataset import Pair, ValidationSet
 from edgeseg.evaluate.tables import counted
 from edgeseg.quantize.calibration import CalibrationSet
-from edgeseg.quantize.samples import check_source
+from edgeseg.quantize.samples import MINIMUM_IMAGES, check_source
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import ModelSpec
 
@@ -120,7 +120,7 @@ def check_images(request: BuildRequest, *, is_demo: bool, is_module: bool) -> No
             if not Path(source).is_file():
                 raise InputError(f"calibration table {source} does not exist; edgeseg calibrate makes one")
         elif not isinstance(source, CalibrationTable):
-            check_source(source, request.calibration_limit, request.input_dtype)
+            check_source(source, request.calibration_limit, request.input_dtype, fewest_images(request))
     has_masks = is_demo and source is None
     if request.validation is not None:
         has_masks = ValidationSet.open(request.validation, _ANY_MODEL).has_masks
@@ -155,8 +155,17 @@ def calibration_source(request: BuildRequest, loaded: LoadedModel) -> Calibratio
             raise InputError(NO_CALIBRATION)
         source = sample_folder() / "calib"
     return CalibrationSet.open(
-        source, limit=request.calibration_limit, channels=loaded.model.in_channels, dtype=request.input_dtype
+        source,
+        limit=request.calibration_limit,
+        channels=loaded.model.in_channels,
+        dtype=request.input_dtype,
+        minimum=fewest_images(request),
     )
+
+
+def fewest_images(request: BuildRequest) -> int:
+    """That ``--calibration`` has to name: of an fp32 engine there are no ranges, and one is enough to verify on."""
+    return 1 if request.precision == "fp32" else MINIMUM_IMAGES
 
 
 def _validation(request: BuildRequest, loaded: LoadedModel, folder: str | Path) -> ValidationSet:

@@ -74,7 +74,10 @@ class _Inserter:
         self._affines: dict[ir.Value, _Affine] = {}
 
     def run(self) -> int:
-        for node in list(self._graph):
+        nodes = list(self._graph)
+        for value in self._graph.inputs:  # float images that nothing has to be done to but move their values
+            self._quantize(value, value, nodes[0], after=False)
+        for node in nodes:
             role = self._placement.roles.get(node)
             if role is Role.MOVES:
                 self._move(node)
@@ -96,6 +99,8 @@ class _Inserter:
                 node.replace_input_with(index, self._dequantized(value, node))
             elif role is Role.FUSED and value.const_value is not None:
                 node.replace_input_with(index, self._operand(value, node))
+            if (node, index) in self._placement.rescaled:
+                node.replace_input_with(index, self._rescaled(node, index))
         if role is Role.WEIGHTED:
             self._quantize_weight(node, self._observed.channel_means.get(source))
 
@@ -121,15 +126,20 @@ class _Inserter:
             reader = next(iter(output.consumers()), None)
             if role is not None and reader is not None and self._placement.roles.get(reader) is Role.CLAMP:
                 target = reader.outputs[0]  # the Q put here saturates where the clamp clips
-            if target in self._placement.quantized:
-                affine = self._affine(target)
-                self._integers[target] = Editor(self._graph, node, target.name, after=True).op(
-                    "Q",
-                    "QuantizeLinear",
-                    [output, affine.scale, affine.zero_point],
-                    dtype=ir.DataType.from_numpy(affine.parameters.dtype),
-                    shape=target.shape,
-                )
+            self._quantize(target, output, node, after=True)
+
+    def _quantize(self, value: ir.Value, source: ir.Value, node: ir.Node, *, after: bool) -> None:
+        """Make the integers of ``value``, where it is quantized, of the floats in ``source`` next to ``node``."""
+        if value not in self._placement.quantized:
+            return
+        affine = self._affine(value)
+        self._integers[value] = Editor(self._graph, node, value.name, after=after).op(
+            "Q",
+            "QuantizeLinear",
+            [source, affine.scale, affine.zero_point],
+            dtype=ir.DataType.from_numpy(affine.parameters.dtype),
+            shape=value.shape,
+        )
 
     def _move(self, node: ir.Node) -> None:
         """Let a data movement run on integers."""
@@ -147,6 +157,15 @@ class _Inserter:
             editor = Editor(self._graph, reader, value.name)
             self._floats[value] = editor.op("DQ", "DequantizeLinear", inputs, shape=value.shape)
         return self._floats[value]
+
+    def _rescaled(self, node: ir.Node, index: int) -> ir.Value:
+        """What ``node`` reads there in the steps of its result."""
+        value, affine = given(node, index), self._affine(node.outputs[0])
+        editor = Editor(self._graph, node, f"{node.name}/input_{index}")
+        dtype = ir.DataType.from_numpy(affine.parameters.dtype)
+        inputs = [value, affine.scale, affine.zero_point]
+        integers = editor.op("Q", "QuantizeLinear", inputs, dtype=dtype, shape=value.shape)
+        return editor.op("DQ", "DequantizeLinear", [integers, *inputs[1:]], shape=value.shape)
 
     def _affine(self, value: ir.Value) -> _Affine:
         leader = self._placement.representative(value)

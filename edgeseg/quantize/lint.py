@@ -166,6 +166,8 @@ def _layers_are_whole(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
     # ONNX Runtime has no integer ConvTranspose: one that could not be split into convolutions is float, whatever it reads.
     without_kernel = {"ConvTranspose"} if scheme.placement == "operators" else set()
     for node in graph.each(*(_WEIGHTED - without_kernel)):
+        if node.op_type == "ConvTranspose" and attribute(node, "group", 1) != 1:
+            continue  # float: its weight has no axis of output channels
         source, pair = graph.dequantizer(node.input[0]), graph.dequantizer(node.input[1])
         weight = graph.constant(node.input[1])
         operands = [source is not None, pair is not None and graph.is_constant_pair(pair)]

@@ -52,11 +52,13 @@ class Placement:
         roles: of the nodes that take part; all others stay float.
         quantized: values that get a Q/DQ pair (outputs of ``MOVES`` nodes excepted: they are integers already).
         shared: representative of each value's group of values with one scale.
+        rescaled: (Concat, index of an input) that gets a pair of the result's scale there, for this reader alone.
     """
 
     roles: dict[ir.Node, Role] = field(default_factory=dict)
     quantized: set[ir.Value] = field(default_factory=set)
     shared: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    rescaled: set[tuple[ir.Node, int]] = field(default_factory=set)
 
     def representative(self, value: ir.Value) -> ir.Value:
         """The value that stands for all values that share ``value``'s scale."""
@@ -281,11 +283,11 @@ def _place_inputs(graph: ir.Graph, observed: Observed, scheme: QuantScheme) -> P
     ranges, stays_float = observed.ranges, observed.stays_float
     result = Placement()
     for node in graph:
-        weighted = is_weighted(node) or (node.op_type == "ConvTranspose" and constant_array(node.inputs[1]) is not None)
-        if weighted and not stays_float(node) and node.inputs[0] is not None and node.inputs[0].name in ranges:
+        source = node.inputs[0] if is_weighted(node) or _is_transposed(node) else None
+        if source is not None and source.name in ranges and not stays_float(node):
             result.roles[node] = Role.WEIGHTED
-            if maker(node.inputs[0], "DequantizeLinear") is None:
-                result.quantized.add(node.inputs[0])
+            if maker(source, "DequantizeLinear") is None:
+                result.quantized.add(source)
     if scheme.pairs_before_moves:
         for node in reversed(graph):
             _quantize_before_move(node, observed, result)
@@ -295,6 +297,12 @@ def _place_inputs(graph: ir.Graph, observed: Observed, scheme: QuantScheme) -> P
         elif node.op_type == "Concat":
             _share_concat(node, ranges, result)
     return result
+
+
+def _is_transposed(node: ir.Node) -> bool:
+    """Whether ``node`` is a transposed convolution whose weight has an axis of output channels, to be quantized along."""
+    whole = node.op_type == "ConvTranspose" and node.attributes.get_int("group", 1) == 1
+    return whole and constant_array(node.inputs[1]) is not None
 
 
 def _quantize_before_move(node: ir.Node, observed: Observed, result: Placement) -> None:
@@ -332,13 +340,30 @@ def _quantize_identity(node: ir.Node, ranges: Mapping[str, Range], result: Place
 
 
 def _share_concat(node: ir.Node, ranges: Mapping[str, Range], result: Placement) -> None:
-    """Concat fuses only when all its inputs and its output have one scale."""
-    if node.outputs[0] not in result.quantized:
+    """Concat fuses only when all its inputs and its output have one scale.
+
+    What others read as well, and would be too coarse for them, keeps its own and is brought to the result's for the Concat.
+    """
+    output = node.outputs[0]
+    if output not in result.quantized:
         return
     inputs = [v for v in node.inputs if v is not None and v.name in ranges]
-    if len(inputs) == len(node.inputs):
-        result.quantized.update(inputs)
-        result.share([*inputs, node.outputs[0]])
+    if len(inputs) != len(node.inputs):
+        return
+    members = {v: result.members(v) for v in (*inputs, output)}
+    low, high = _union(ranges[str(m.name)] for group in members.values() for m in group if m.name in ranges)
+    joined = [output]
+    for index, value in enumerate(inputs):
+        bound = [m for m in members[value] if any(reader.op_type != "Concat" for reader in m.consumers())]
+        if any(reader is not node for reader in value.consumers()):
+            bound.append(value)
+        least = min((b - a for a, b in (ranges[str(m.name)] for m in bound if m.name in ranges)), default=math.inf)
+        if high - low > SHARED_SCALE_RATIO * least:
+            result.rescaled.add((node, index))
+        else:
+            joined.append(value)
+    result.quantized.update(joined)
+    result.share(joined)
 
 
 def _activations(node: ir.Node) -> list[ir.Value]:

@@ -219,12 +219,14 @@ class CalibrationSet:
             yield name, [np.ascontiguousarray(window[None]) for window in fit_windows(pixels, spec)]
 
 
-def check_source(source: CalibrationSource, limit: int | None, dtype: InputDtype) -> None:
-    """Raise ``InputError`` where a look at the names, or at the arrays' shapes, shows that there is too little to calibrate
-    on, nothing, or another dtype than the engine's. What can be gone through only once is left alone."""
+def check_source(
+    source: CalibrationSource, limit: int | None, dtype: InputDtype, minimum: int = MINIMUM_IMAGES
+) -> None:
+    """Raise ``InputError`` where a look at the names, or at the arrays' shapes, shows fewer images than ``minimum`` and
+    ``limit``, or another dtype than the engine's. What can be gone through only once is left alone."""
     if isinstance(source, (str, Path, Sequence, np.ndarray)):
         words, sources = _find(source, dtype)
-        needed = MINIMUM_IMAGES if limit is None else min(MINIMUM_IMAGES, limit)
+        needed = minimum if limit is None else min(minimum, limit)
         if len(sources) < needed:
             raise InputError(_too_few(words, len(sources), len(sources), needed, ()))
 

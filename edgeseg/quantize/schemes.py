@@ -52,7 +52,7 @@ _ONNXRUNTIME_PASSES = (
     "pointwise_head",
 )
 
-_OPENVINO_PASSES = ("fold_preprocessing_in_float", "own_transposed_input")
+_OPENVINO_PASSES = ("fold_preprocessing_in_float", "own_transposed_input", "batched_tokens")
 
 SCHEMES: dict[str, QuantScheme] = {
     scheme.name: scheme

@@ -21,6 +21,7 @@ from PIL import Image
 
 import edgeseg
 from edgeseg.demo import demo_models, sample_folder
+from edgeseg.errors import InputError
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.quantize.table import load_table
 from edgeseg.store.engine import open_engine
@@ -151,6 +152,13 @@ def test_model_object_and_arrays(tmp_path: Path) -> None:
     assert model.training, "the user's module must not be changed"
     with edgeseg.load(engine.folder) as segmenter:
         assert segmenter(photos[0]).shape == photos[0].shape[:2]
+    # Of an fp32 engine there are no ranges, so any number of images will do.
+    given = {"model": model, "size": (64, 64), "target": "onnxruntime", "output": tmp_path / "exact"}
+    exact = edgeseg.build(precision="fp32", calibration=photos[:2], **given)
+    assert exact.manifest.verification is not None
+    assert exact.manifest.verification.images == 2
+    with pytest.raises(InputError, match="only 2 images .*needs at least 8"):
+        edgeseg.build(precision="int8", calibration=photos[:2], force=True, **given)
 
 
 def test_builds_of_two_threads_and_images_of_a_generator(

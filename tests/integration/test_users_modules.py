@@ -233,6 +233,46 @@ def test_a_subclass_is_what_its_forward_returns() -> None:
         wrap_module(Sub("labels").eval(), ModelRequest(**PLAIN))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stem", nn.Sequential(nn.Conv2d(3, 8, 3))),
+        ("end", nn.Conv2d(8, 3, 1)),
+        ("image_shape", (64, 64)),
+        ("graph", {"nodes": 3}),
+        ("encoder", "resnet18"),
+    ],
+)
+def test_what_a_user_calls_the_parts_means_nothing(tmp_path: Path, name: str, value: Any) -> None:
+    module = Scaled(tiny(), 2.0).eval()
+    setattr(module, name, value)
+    assert wrap_module(module, ModelRequest(**PLAIN)).model.display_name == "custom-Scaled"
+    np.testing.assert_allclose(graph_outputs(module, tmp_path / "f")["logits"], torch_output(module), atol=1e-4)
+
+
+class Indexed(nn.Module):  # type: ignore[misc, name-defined]
+    """Makes a channel of those of the image, as a vegetation index is of bands, and gives all to the network."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Any) -> Any:
+        return self.net(torch.cat([x, x.mean(1, keepdim=True)], 1))
+
+
+@pytest.mark.parametrize("is_smp", [True, False])
+def test_in_channels_is_of_the_image_where_a_wrapper_makes_more(tmp_path: Path, is_smp: bool) -> None:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"encoder_weights": None, "encoder_depth": 3, "decoder_channels": (16, 8, 8), "classes": 3}
+    net = smp.Unet("resnet18", in_channels=4, **small) if is_smp else nn.Conv2d(4, 3, 3, padding=1)
+    module = Indexed(net).eval()
+    outputs = graph_outputs(module, tmp_path / "f", in_channels=3)
+    np.testing.assert_allclose(outputs["logits"], torch_output(module), atol=1e-3)
+    with pytest.raises(SpecError, match="does not run on images of 4 channels.*in_channels says how many"):
+        wrap_module(module, ModelRequest(**PLAIN))
+
+
 def test_torchscript_is_refused_with_what_to_give_instead() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

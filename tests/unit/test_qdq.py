@@ -21,7 +21,7 @@ pytest.importorskip("onnx_ir", reason="onnx_ir is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 from quantizing import IMAGE, TWO, TWO_WEIGHTS, network, quantized
-from small_graphs import floats, run, signal_to_noise_db, spec, table_for
+from small_graphs import floats, graph, run, signal_to_noise_db, spec, table_for
 
 from edgeseg.backends import get_backend
 from edgeseg.backends.cpu.onnxruntime import _open, _session_options, open_unoptimized
@@ -174,6 +174,27 @@ def test_openvino_computes_dead_filters_right(weight: float) -> None:
     read = openvino.Core().read_model(quantized(model, get_backend("openvino").scheme).SerializeToString())
     compiled = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert signal_to_noise_db(run(model, image=IMAGE)[0], compiled([IMAGE])[0]) > 25
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 24])
+@pytest.mark.parametrize("between", ["", "m = Relu(k)", "m = Mul(k, third)"])
+def test_openvino_projects_the_tokens_of_a_batch_right(tokens: int, between: str) -> None:
+    """Queries without a bias: one product over the tokens of all images, its result cut into heads."""
+    openvino = pytest.importorskip("openvino")
+    model = graph(
+        "(float[n, t, 16] image) => (float[n, 2, t, 8] y)",
+        f"""x = Relu(image) f = Reshape(x, flat) {"k" if between else "m"} = MatMul(f, w) {between}
+        h = Reshape(m, heads) q = Transpose <perm = [0, 2, 1, 3]> (h) y = Softmax(q)""",
+        flat=np.array([-1, 16]),
+        heads=np.array([-1, tokens, 2, 8]),
+        w=floats(16, 16) * np.exp2(np.linspace(-3, 3, 16)).astype(np.float32),
+        **({"third": np.array(1 / 3, np.float32)} if "third" in between else {}),
+    )
+    image = floats(3, tokens, 16)
+    written = quantized(model, get_backend("openvino").scheme, table_for(model, image=image), passes=True)
+    read = openvino.Core().read_model(written.SerializeToString())
+    compiled = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert np.abs(compiled([image])[0] - run(written, image=image)[0]).max() < 0.02
 
 
 def test_a_portable_graph_runs_by_its_own_semantics(tmp_path: Path) -> None:

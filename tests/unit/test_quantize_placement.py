@@ -12,7 +12,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 import onnx_ir as ir
 from quantizing import IMAGE, TWO, TWO_WEIGHTS, constants, network, operators, quantized, readers
-from small_graphs import floats, run, table_for
+from small_graphs import floats, graph, run, table_for
 
 from edgeseg.graph.types import node_dtypes
 from edgeseg.quantize.lint import lint
@@ -91,6 +91,24 @@ def test_concat_inputs_share_a_scale_unless_it_costs_others_too_much(factor: flo
         assert inputs[0].input[1] != result.input[1]
 
 
+@pytest.mark.parametrize("scheme", ["tensorrt", "openvino", "openvino-avx2"])
+@pytest.mark.parametrize("factor", [1.0, 50.0])
+def test_a_concat_of_one_scale_leaves_other_readers_of_its_inputs_their_own(scheme: str, factor: float) -> None:
+    """A skip connection, much smaller than what it is joined with: the layer that reads it too needs its own steps."""
+    weights = {"w1": floats(4, 3, 1, 1), "w2": floats(4, 3, 1, 1) * np.float32(factor), "w4": floats(4, 4, 1, 1)}
+    model = network(
+        CONCAT + " e = Conv(a, w4)", "float[1, 4, h, w] y, float[1, 4, h, w] e", w3=floats(4, 8, 1, 1), **weights
+    )
+    typed = quantized(model, scheme)
+    for expected, actual in zip(run(model, image=IMAGE), run(typed, image=IMAGE), strict=True):
+        assert np.abs(actual - expected).max() < 0.03 * np.abs(expected).max()
+    concat = next(n for n in typed.graph.node if n.op_type == "Concat")
+    makers = {name: n for n in typed.graph.node for name in n.output}
+    # They share one pair where that costs the other little.
+    assert (makers["e"].input[0] == concat.input[0]) == (factor == 1)
+    assert len({tuple(makers[name].input[1:]) for name in concat.input}) == 1, "one scale, which fuses"
+
+
 def test_a_shared_scale_never_undoes_a_relu() -> None:
     body = "a = Conv(x, w1) r = Relu(a) b = Conv(x, w2) c = Concat <axis = 1> (r, b) y = Conv(c, w3)"
     weights = {"w1": floats(4, 3, 1, 1), "w2": -np.abs(floats(4, 3, 1, 1)), "w3": floats(4, 8, 1, 1)}
@@ -106,6 +124,37 @@ def test_moves_run_on_integers_and_keep_the_scale() -> None:
     pool = next(n for n in model.graph.node if n.op_type == "MaxPool")
     assert readers(model, pool.input[0]) == ["MaxPool"]
     assert readers(model, pool.output[0]) == ["DequantizeLinear"]
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("read", ["", " e = Conv(r, w3) p = MaxPool <kernel_shape = [1, 1]> (e)"])
+def test_a_transposed_convolution_of_groups_stays_float_where_it_has_no_integers(scheme: str, read: str) -> None:
+    body = f"""a = Conv(x, w1) r = Relu(a){read} u = ConvTranspose <strides = [2, 2], group = 4> (r, w2)
+        y = Conv(u, w3)"""
+    outputs = "float[1, c, h, w] y" + (", float[1, c, i, j] p" if read else "")
+    model = network(body, outputs, w1=floats(4, 3, 1, 1), w2=floats(4, 1, 2, 2), w3=floats(5, 4, 1, 1))
+    typed = quantized(model, scheme, passes=True)
+    for expected, actual in zip(run(model, image=IMAGE), run(typed, image=IMAGE), strict=True):
+        assert np.abs(actual - expected).max() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_float_image_that_is_only_moved_is_quantized(scheme: str, channels: int) -> None:
+    """Of float32 images with mean 0 the normalization is one factor, which goes into the first convolution's weights."""
+    moved = "Transpose <perm = [0, 3, 1, 2]> (image)" if channels == 3 else "Reshape(image, planes)"
+    weights = {"w1": floats(4, channels, 3, 3), "w2": floats(4, 4, 1, 1), "planes": np.array([1, 1, 8, 8])}
+    body = f"x = {moved} a = Conv(x, w1) r = Relu(a) y = Conv(r, w2)"
+    model = graph(f"(float[1, 8, 8, {channels}] image) => (float[1, c, h, w] y)", body, **weights)
+    image = floats(1, 8, 8, channels)
+    typed = quantized(model, scheme, table_for(model, image=image))
+    (expected,), (actual,) = run(model, image=image), run(typed, image=image)
+    assert np.abs(actual - expected).max() < 0.03 * np.abs(expected).max()
+    makers = {name: n for n in typed.graph.node for name in n.output}
+    source = makers[next(n for n in typed.graph.node if n.op_type == "Conv").input[0]]
+    while source.op_type in {"Transpose", "Reshape"}:
+        source = makers[source.input[0]]
+    assert source.op_type == "DequantizeLinear"
 
 
 def test_what_follows_the_last_layer_stays_float() -> None:

@@ -90,3 +90,8 @@ def test_as_many_classes_as_a_mask_can_hold() -> None:
         with pytest.raises(SpecError, match="at most 65536, what a uint16 mask holds") as caught:
             ModelSpec("fpn", classes=classes, task="multilabel")
         assert len(str(caught.value)) < 120
+
+
+def test_in_python_an_argument_has_its_name_there_and_a_command_its_options(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"build with batch, and compare edgeseg bench --batch and --streams$"):
+        edgeseg.build("fpn", target="tensorrt", optimize_for="throughput", output=tmp_path / "engine")

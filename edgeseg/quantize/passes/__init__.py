@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgeseg.quantize.observed import Pass
+from edgeseg.quantize.passes.batched_tokens import batched_tokens
 from edgeseg.quantize.passes.depth_to_space import depth_to_space
 from edgeseg.quantize.passes.fold_preprocessing import fold_preprocessing, fold_preprocessing_in_float
 from edgeseg.quantize.passes.group_norm import group_norm
@@ -22,6 +23,7 @@ from edgeseg.quantize.passes.transposed_convolution import transposed_convolutio
 from edgeseg.quantize.passes.wide_head import wide_head
 
 PASSES: Mapping[str, Pass] = {
+    "batched_tokens": batched_tokens,
     "depth_to_space": depth_to_space,
     "fold_preprocessing": fold_preprocessing,
     "fold_preprocessing_in_float": fold_preprocessing_in_float,
