@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,16 +43,27 @@ def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> 
         _checked(module, output)
         return module, ()
     if isinstance(output, Mapping):
-        key = next((k for k in _MAP_KEYS if k in output), next(iter(output), None))
+        key = _place_of_map(output, (*(k for k in _MAP_KEYS if k in output), *output), size)
         _checked(module, output.get(key))
         return _choose(module, key), (f"output {key!r} of the module is converted, its others are dropped",)
     if isinstance(output, (tuple, list)) and output:
-        _checked(module, output[0])
+        place = _place_of_map(output, range(len(output)), size)
+        _checked(module, output[place])
         auxiliary = len(output) == 2 and isinstance(output[1], torch.Tensor) and output[1].dim() == 2
         if keep_aux and auxiliary:
             return module, ()
-        return _choose(module, 0), (f"the first of the module's {len(output)} outputs is converted, the rest dropped",)
+        which = "the first" if place == 0 else f"number {place + 1}"
+        return _choose(module, place), (
+            f"{which} of the module's {len(output)} outputs is converted, the rest dropped",
+        )
     raise SpecError(f"the {type(module).__name__} returns a {type(output).__name__}; it must return (N, classes, H, W)")
+
+
+def _place_of_map(output: Any, places: Iterable[Any], size: tuple[int, int]) -> Any:
+    """The first of the places where a map of the image's size is; the first of all where none is one."""
+    tried = list(places)
+    sizes = {place: tuple(getattr(output[place], "shape", ()))[2:] for place in tried}
+    return next((place for place in tried if sizes[place] == size), tried[0] if tried else None)
 
 
 def _checked(module: torch.nn.Module, output: Any) -> None:

@@ -160,6 +160,101 @@ def test_a_wrapper_that_does_more_is_converted_as_a_whole() -> None:
     assert wrap_module(wrapper, ModelRequest(activation="none")).model.activation is None
 
 
+def resized(model: Any, x: Any) -> Any:
+    """What people write to run any size; 256x256 images pass through it as they are."""
+    small = nn.functional.interpolate(x, (256, 256), mode="bilinear")
+    return nn.functional.interpolate(model(small), x.shape[2:], mode="bilinear")
+
+
+def padded(model: Any, x: Any) -> Any:
+    height, width = x.shape[2:]
+    return model(nn.functional.pad(x, (0, -width % 32, 0, -height % 32)))[..., :height, :width]
+
+
+class Around(nn.Module):  # type: ignore[misc, name-defined]
+    def __init__(self, model: Any, function: Any) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, x: Any) -> Any:
+        return self.function(self.model, x)
+
+
+@pytest.mark.parametrize(("arch", "function", "size"), [("unet", resized, (64, 96)), ("fpn", padded, (50, 70))])
+def test_a_wrapper_that_resizes_or_pads_takes_part(arch: str, function: Any, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    wrapper = Around(smp.create_model(arch, ENCODER, encoder_weights=None, classes=4), function).eval()
+    wrapped = wrap_module(wrapper, NOTHING)
+    wrapped.check_size(*size)
+    assert torch.allclose(output(wrapped.module, 3, *size), output(wrapper, 3, *size), atol=1e-5)
+
+
+def test_what_is_said_is_done_before_a_wrapper_that_normalizes() -> None:
+    wrapper = Normalizing(fpn()).eval()
+    wrapped = wrap_module(wrapper, ModelRequest(mean=(0.0,), std=(1.0,)))
+    assert wrapped.preprocess.mean == (0.0, 0.0, 0.0)
+    assert torch.allclose(output(wrapped.module), output(wrapper), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "said", "channels"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(4, 3, 1), fpn()), {}, 4),
+        (lambda: Around(fpn(), lambda model, x: model(x.expand(-1, 3, -1, -1))), {"in_channels": 1}, 1),
+        (lambda: Around(fpn(), lambda model, x: model(x[:, :3])), {"in_channels": 5}, 5),
+    ],
+    ids=["convolution before", "gray", "some of"],
+)
+def test_a_wrapper_takes_other_channels_than_its_network(make: Any, said: dict[str, Any], channels: int) -> None:
+    wrapper = make().eval()
+    wrapped = wrap_module(wrapper, ModelRequest(mean=(0.5,), std=(0.5,), **said))
+    assert wrapped.model.in_channels == channels
+    assert torch.allclose(output(wrapped.module, channels), output(wrapper, channels), atol=1e-5)
+
+
+class Gated(nn.Module):  # type: ignore[misc, name-defined]
+    """Ends in logits, though its last layer is a sigmoid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Conv2d(128, 3, 1)
+        self.gate = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sigmoid())
+
+    def forward(self, x: Any) -> Any:
+        x = nn.functional.interpolate(self.scores(x), scale_factor=4)
+        return 9.0 * x * self.gate(x)
+
+
+@pytest.mark.parametrize(
+    ("head", "classes"),
+    [
+        (Gated, 3),
+        (lambda: nn.Sequential(nn.Conv2d(128, 48, 1), nn.PixelShuffle(4)), 3),
+        (lambda: nn.ConvTranspose2d(128, 2, 4, stride=4), 2),
+    ],
+    ids=["gate", "pixel shuffle", "transposed"],
+)
+def test_a_head_of_the_users_is_what_it_returns(head: Any, classes: int) -> None:
+    model = fpn()
+    model.segmentation_head = head()
+    wrapped = wrap_module(model.eval(), NOTHING)
+    assert (wrapped.model.arch, wrapped.model.encoder, wrapped.model.task) == ("fpn", ENCODER, "multiclass")
+    assert (wrapped.model.classes, wrapped.model.activation) == (classes, None)
+    assert torch.equal(output(wrapped.module), output(model))
+
+
+def test_a_function_on_the_object_that_runs_it_in_training_mode_is_refused() -> None:
+    model = fpn().train()
+    before = copy.deepcopy(model.state_dict())
+    own = model.forward
+    model.forward = lambda x: 2.0 * own(x)
+    with pytest.raises(SpecError, match=r"runs the object itself.*training mode: call its eval\(\) first"):
+        wrap_module(model, NOTHING)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.eval()
+    assert torch.allclose(output(wrap_module(model, NOTHING).module), output(model), atol=1e-5)
+
+
 def test_the_encoder_weights_training_started_from_decide_the_preprocessing() -> None:
     model = smp.Unet("efficientnet-b0", encoder_weights=None)
     assert wrap_module(model, NOTHING).preprocess.mean == IMAGENET_MEAN
@@ -172,6 +267,13 @@ def test_parallel_and_compiled_modules_are_looked_through() -> None:
     assert wrap_module(nn.DataParallel(model), NOTHING).model.arch == "fpn"
     compiled = torch.compile(model, backend="eager")
     assert wrap_module(compiled, NOTHING).model.arch == "fpn"
+    for part in (nn.DataParallel, lambda encoder: torch.compile(encoder, backend="eager")):
+        inside = fpn()
+        inside.encoder = part(inside.encoder)
+        wrapped = wrap_module(inside, NOTHING)
+        assert (wrapped.model.arch, wrapped.stride) == ("fpn", 32)
+        assert torch.equal(output(wrapped.module), output(model))
+        assert inside.encoder is not wrapped.module.encoder
 
 
 @pytest.mark.parametrize("form", ["tuple", "mapping"])
@@ -187,6 +289,25 @@ def test_the_map_is_found_among_several_outputs(form: str) -> None:
     if form == "tuple":
         both = output(wrap_module(module, ModelRequest(keep_aux=True)).module)
         assert torch.equal(both[1], output(module)[1])
+
+
+@pytest.mark.parametrize("others", [(0,), ("loss", "features")])
+def test_outputs_that_are_no_map_of_the_images_size_are_passed_over(others: tuple[Any, ...]) -> None:
+    net = nn.Conv2d(3, 5, 3, padding=1)
+
+    class Several(nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Any) -> Any:
+            masks = self.net(x)
+            small = nn.functional.avg_pool2d(masks, 4)
+            return [small, masks] if others == (0,) else {"loss": masks.mean(), "features": small, "seg": masks}
+
+    wrapped = wrap_module(Several(), NOTHING)
+    assert torch.equal(output(wrapped.module), output(net))
+    assert any(("number 2 of" if others == (0,) else "output 'seg'") in note for note in wrapped.notes)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 8, 32])
@@ -243,6 +364,7 @@ def nan_model() -> Any:
         (lambda: nn.Conv2d(3, 2, 1), ModelRequest(arch="fpn"), "but the module is no SMP model; leave arch out"),
         (Argmax, NOTHING, r"returns int64 \(1, 1, .*before argmax"),
         (lambda: nn.Conv2d(3, 2, 3, stride=2), NOTHING, r"returns \(1, 2, 127, 127\) for 256x256"),
+        (lambda: nn.Conv2d(3, 2, 1, device="meta"), NOTHING, r"Conv2d is on the meta device .*weight"),
         (lambda: nn.Linear(7, 3), NOTHING, "Linear does not run on images of 3 channels"),
         (Locked, NOTHING, r"Locked cannot be copied .* such as module\.model"),
     ],
