@@ -9,19 +9,22 @@ from typing import Any
 import torch
 
 from edgeseg.convert.architectures import quiet_libraries
-from edgeseg.convert.geometry import PROBE_SIZES, exported_size, first_of, noise, run_raw
+from edgeseg.convert.geometry import PROBE_SIZES, first_of, noise, run_raw
 from edgeseg.errors import SpecError
 
 # What torchvision, transformers and others call the map in a mapping of outputs.
 _MAP_KEYS = ("out", "logits", "masks", "mask", "pred", "sem_seg")
 
 
-def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> tuple[torch.nn.Module, tuple[str, ...]]:
+def adapt_outputs(
+    module: torch.nn.Module, channels: int, fixed: tuple[int, int] | None, *, keep_aux: bool
+) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """Return a module whose output is the map alone (with a kept auxiliary output: a tuple, map first), and notes.
 
     Args:
         module: in evaluation mode.
         channels: of its input image.
+        fixed: the only height and width it can be.
         keep_aux: keep a second output of shape ``(N, K)``.
 
     Raises:
@@ -29,7 +32,6 @@ def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> 
     """
     output = None
     reason = ""
-    fixed = exported_size(module)
     for size in ((side, side) for side in PROBE_SIZES) if fixed is None else (fixed,):
         output, reason = run_raw(module, noise(channels, *size))
         if output is not None:
@@ -37,7 +39,7 @@ def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> 
     if output is None:
         raise SpecError(
             f"the {type(module).__name__} does not run on images of {channels} channels and {PROBE_SIZES[0]} to "
-            f"{PROBE_SIZES[-1]} pixels ({reason}); it must take float32 (N, C, H, W)"
+            f"{PROBE_SIZES[-1]} pixels ({reason}); it must take float32 (N, C, H, W); if it takes one size only, give --size"
         )
     if isinstance(output, torch.Tensor):
         _checked(module, output)
@@ -72,6 +74,11 @@ def _checked(module: torch.nn.Module, output: Any) -> None:
         kind = str(getattr(output, "dtype", "")).removeprefix("torch.")
         raise SpecError(
             f"{type(module).__name__} returns {kind} {shape}; it must return floats (N, classes, H, W), before argmax"
+        )
+    if output.dtype == torch.bfloat16:
+        raise SpecError(
+            f"{type(module).__name__} computes in bfloat16 (an autocast in its forward?), of which no engine is made: let it "
+            "compute in float32; --precision says what an engine computes in"
         )
 
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from edgeseg.convert import architectures
 from edgeseg.convert.architectures import quiet_libraries
@@ -47,13 +50,19 @@ class _Network:
     notes: tuple[str, ...] = ()
 
 
-def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSource = no_images) -> LoadedModel:
+def wrap_module(
+    module: torch.nn.Module,
+    request: ModelRequest,
+    images: ImageSource = no_images,
+    asked: tuple[int, int] | None = None,
+) -> LoadedModel:
     """Describe a user's module so that it can be converted like a loaded one.
 
     Args:
         module: takes float32 ``(N, C, H, W)``, returns ``(N, classes, H, W)``, or a tuple, list or mapping that holds it.
         request: what the user says beside it; ``weights`` and ``model_args`` belong to models built here.
         images: a few of the kind it was trained on, to tell its normalization and activation by.
+        asked: height and width to build with, the only ones where it runs at none that is usual.
 
     Raises:
         SpecError: it cannot be copied or run, its output is no map of the input's size, or options contradict it.
@@ -70,11 +79,12 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     read, reading = read_fake_quantizers(twin)
     whole = read if reading is None else _copied(read)
     network = _find_network(read, request)
-    channels = _input_channels(network, request)
+    channels = _input_channels(network, request, asked)
     notes = list(network.notes)
     described: torch.nn.Module = network.module
+    fixed = None if network.smp else _only_size(network.module, channels, asked)
     if not network.smp:
-        described, more = adapt_outputs(network.module, channels, keep_aux=request.keep_aux)
+        described, more = adapt_outputs(network.module, channels, fixed, keep_aux=request.keep_aux)
         notes.extend(more)
     else:
         notes.extend(_settle_head(described, request.keep_aux))
@@ -88,7 +98,6 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
         )
         geometry = None
     else:
-        fixed = exported_size(network.module)
         stride, size, classes = custom_geometry(described, channels, fixed)
         geometry = Geometry(stride, size, fixed, ())
     samples = images(channels)
@@ -168,8 +177,12 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
             f"{type(module).__name__} is on the meta device and has no weights ({unset[0]}, ...): load them, with "
             "load_state_dict(..., assign=True), or build it on the CPU"
         )
+    # What old weight_norm, spectral_norm and prune compute in each forward is no leaf, which deepcopy refuses.
+    computed = [
+        v for part in module.modules() for v in vars(part).values() if isinstance(v, torch.Tensor) and not v.is_leaf
+    ]
     try:
-        twin = _unwrapped(copy.deepcopy(module))
+        twin = _unwrapped(copy.deepcopy(module, {id(tensor): tensor.detach().clone() for tensor in computed}))
         for name in ("train", "eval"):
             # torch.export puts its own there, which raise: nothing of such a graph depends on the mode any more.
             vars(twin).pop(name, None)
@@ -181,7 +194,22 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
     for part in [*twin.modules()]:
         for name, child in part._modules.items():
             part._modules[name] = None if child is None else _unwrapped(child)
-    return twin.cpu().float().eval().requires_grad_(False)
+    twin = twin.cpu().float().eval().requires_grad_(False)
+    for part in twin.modules():
+        _join_weights(part)
+    return twin
+
+
+def _join_weights(part: torch.nn.Module) -> None:
+    """Keep the weight that old weight_norm, spectral_norm and prune compute in each forward in the place of its parts."""
+    with quiet_libraries():
+        for hook in [*part._forward_pre_hooks.values()]:
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(part, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(part, hook.name)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(part, hook._tensor_name)
 
 
 class _ReachedError(Exception):
@@ -291,7 +319,7 @@ def _same_work(wrapper: torch.nn.Module, inner: torch.nn.Module, channels: int) 
 def _alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
-    if a.shape != b.shape:
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
 
@@ -344,7 +372,7 @@ def _recorded_args(module: torch.nn.Module) -> dict[str, Any]:
     return architectures.without_defaults(_arch_of(module), given)
 
 
-def _input_channels(network: _Network, request: ModelRequest) -> int:
+def _input_channels(network: _Network, request: ModelRequest, asked: tuple[int, int] | None) -> int:
     exported = exported_shape(network.module)[1]
     likely = _likely_channels(network.module, request)
     if network.smp or exported is not None:
@@ -352,8 +380,18 @@ def _input_channels(network: _Network, request: ModelRequest) -> int:
         if request.in_channels is not None and request.in_channels != channels:
             raise SpecError(f"in_channels {request.in_channels} was given, the module takes {channels}; leave it out")
         return channels
-    tried = (c for c in likely for side in PROBE_SIZES if run_raw(network.module, noise(c, side, side))[0] is not None)
+    sizes = [(side, side) for side in PROBE_SIZES] + ([] if asked is None else [asked])
+    tried = (c for c in likely for size in sizes if run_raw(network.module, noise(c, *size))[0] is not None)
     return likely[0] if len(likely) == 1 else next(tried, likely[0])
+
+
+def _only_size(module: torch.nn.Module, channels: int, asked: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Height and width that an exported graph says, or those asked for of a module that runs at no usual size."""
+    exported = exported_size(module)
+    if exported is not None or asked is None:
+        return exported
+    usual = any(run_raw(module, noise(channels, side, side))[0] is not None for side in PROBE_SIZES)
+    return None if usual or run_raw(module, noise(channels, *asked))[0] is None else asked
 
 
 def _likely_channels(module: torch.nn.Module, request: ModelRequest) -> list[int]:

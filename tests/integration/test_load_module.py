@@ -13,6 +13,8 @@ from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.spec import IMAGENET_MEAN, ModelRequest
 
 torch = pytest.importorskip("torch")
+from torch.nn.utils import prune  # noqa: E402
+
 from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E402  these need torch
 from edgeseg.convert.load import load_model, wrap_module  # noqa: E402
 
@@ -326,6 +328,40 @@ def test_input_channels_and_softmax_are_found() -> None:
     assert len(wrapped.preprocess.mean) == 5
 
 
+@pytest.mark.parametrize(
+    "reparametrize",
+    [
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        lambda part: prune.random_structured(prune.l1_unstructured(part, "weight", 0.5), "weight", 0.2, dim=0),
+    ],
+    ids=["weight norm", "spectral norm", "pruned twice"],
+)
+def test_weights_that_hooks_compute_are_kept_as_they_are(reparametrize: Any) -> None:
+    model = fpn()
+    with quiet_libraries():
+        reparametrize(model.segmentation_head[0])
+    expected = output(model)
+    wrapped = wrap_module(model, NOTHING)
+    assert torch.allclose(output(wrapped.module), expected, atol=1e-5)
+    assert not [name for name in wrapped.module.state_dict() if name.endswith(("_orig", "_mask", "_g", "_v"))]
+    assert torch.equal(output(model), expected)
+
+
+def test_a_module_of_one_size_is_built_for_the_size_asked_for() -> None:
+    def only(net: Any, x: Any) -> Any:
+        assert x.shape[2:] == (96, 160)
+        return net(x)
+
+    module = Around(nn.Conv2d(3, 2, 1), only)
+    wrapped = wrap_module(module, NOTHING, size=(96, 160))
+    assert (wrapped.size, wrapped.fixed_size) == ((96, 160), (96, 160))
+    for asked in (None, (64, 160)):
+        with pytest.raises(SpecError, match="takes one size only, give --size"):
+            wrap_module(module, NOTHING, size=asked)
+    assert wrap_module(nn.Conv2d(3, 2, 1), NOTHING, size=(96, 160)).fixed_size is None
+
+
 def test_half_precision_modules_become_float() -> None:
     wrapped = wrap_module(fpn().half(), NOTHING)
     assert all(p.dtype == torch.float32 for p in wrapped.module.parameters())
@@ -365,6 +401,7 @@ def nan_model() -> Any:
         (Argmax, NOTHING, r"returns int64 \(1, 1, .*before argmax"),
         (lambda: nn.Conv2d(3, 2, 3, stride=2), NOTHING, r"returns \(1, 2, 127, 127\) for 256x256"),
         (lambda: nn.Conv2d(3, 2, 1, device="meta"), NOTHING, r"Conv2d is on the meta device .*weight"),
+        (lambda: Around(nn.Conv2d(3, 2, 1), lambda net, x: net(x).bfloat16()), NOTHING, "Around computes in bfloat16"),
         (lambda: nn.Linear(7, 3), NOTHING, "Linear does not run on images of 3 channels"),
         (Locked, NOTHING, r"Locked cannot be copied .* such as module\.model"),
     ],
