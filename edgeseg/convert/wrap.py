@@ -22,7 +22,16 @@ from edgeseg.convert.assemble import Geometry, settle_geometry
 from edgeseg.convert.evidence import best_fit, normalized
 from edgeseg.convert.fake_quantizers import read_fake_quantizers, require_same, settled
 from edgeseg.convert.fit import require_finite
-from edgeseg.convert.geometry import PROBE_SIZES, custom_geometry, exported_shape, exported_size, noise, run_on, run_raw
+from edgeseg.convert.geometry import (
+    PROBE_SIZES,
+    custom_geometry,
+    exported_shape,
+    exported_size,
+    noise,
+    run_on,
+    run_raw,
+    smp_native_size,
+)
 from edgeseg.convert.loaded import ImageSource, LoadedModel, freeze, hash_weights, no_images
 from edgeseg.convert.outputs import adapt_outputs, output_ending
 from edgeseg.convert.parity import make_probe_images
@@ -82,7 +91,7 @@ def wrap_module(
     channels = _input_channels(network, request, asked)
     notes = list(network.notes)
     described: torch.nn.Module = network.module
-    fixed = None if network.smp else _only_size(network.module, channels, asked)
+    fixed = None if network.smp else _only_size(network, channels, asked)
     if not network.smp:
         described, more = adapt_outputs(network.module, channels, fixed, keep_aux=request.keep_aux)
         notes.extend(more)
@@ -92,10 +101,7 @@ def wrap_module(
     require_finite(described, f"the {name} module")
     encoder = (_encoder_of(network.inner) if network.inner is not None else None) or request.encoder or name
     if network.smp:
-        classes, size = (
-            int(_last_convolution(described).out_channels),
-            (_PROBE_STRIDES * _output_stride(described),) * 2,
-        )
+        classes, size = int(_last_convolution(described).out_channels), _probe_size(described, channels)
         geometry = None
     else:
         stride, size, classes = custom_geometry(described, channels, fixed)
@@ -294,12 +300,11 @@ def _same_work(wrapper: torch.nn.Module, inner: torch.nn.Module, channels: int) 
     takes is found by tracing, which such a branch stops. Other sizes, one of them no multiple of the stride: a wrapper may
     resize or pad.
     """
-    stride = _output_stride(inner)
-    side = _PROBE_STRIDES * stride
-    pixels = torch.from_numpy(make_probe_images(side, side, channels)).permute(0, 3, 1, 2).float() / 255.0
-    random = noise(channels, side, side)
+    stride, (height, width) = _output_stride(inner), _probe_size(inner, channels)
+    pixels = torch.from_numpy(make_probe_images(height, width, channels)).permute(0, 3, 1, 2).float() / 255.0
+    random = noise(channels, height, width)
     images = (random, pixels[:1], 0.1 * pixels[1:], 1.0 - 0.1 * pixels[1:], 255.0 * pixels[:1], 4.0 * pixels[1:] - 2.0)
-    others = (noise(channels, side + 3 * stride, side + stride), noise(channels, side + 1, side - 1))
+    others = (noise(channels, height + 3 * stride, width + stride), noise(channels, height + 1, width - 1))
     mean, std = getattr(wrapper, "mean", None), getattr(wrapper, "std", None)
     candidates: dict[str, Callable[[torch.Tensor], Any]] = {"same": inner}
     if isinstance(mean, torch.Tensor) and isinstance(std, torch.Tensor):
@@ -331,6 +336,18 @@ def _is_traceable(module: torch.nn.Module, image: torch.Tensor) -> bool:
     except Exception:  # a user's forward may raise anything; the export of the whole of it then says why
         return False
     return True
+
+
+def _probe_size(module: torch.nn.Module, channels: int) -> tuple[int, int]:
+    """Height and width an SMP model is run at: eight output strides, or the only ones that its encoder takes."""
+    size = (_PROBE_STRIDES * _output_stride(module),) * 2
+    native = _native_size(module)
+    return size if native is None or run_on(module, noise(channels, *size)) is not None else native
+
+
+def _native_size(module: torch.nn.Module | None) -> tuple[int, int] | None:
+    known = None if module is None or not hasattr(module, "encoder") else module
+    return None if known is None else smp_native_size(known, _recorded_args(known).get("img_size"))
 
 
 def _output_stride(module: torch.nn.Module) -> int:
@@ -385,13 +402,18 @@ def _input_channels(network: _Network, request: ModelRequest, asked: tuple[int, 
     return likely[0] if len(likely) == 1 else next(tried, likely[0])
 
 
-def _only_size(module: torch.nn.Module, channels: int, asked: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Height and width that an exported graph says, or those asked for of a module that runs at no usual size."""
-    exported = exported_size(module)
-    if exported is not None or asked is None:
+def _only_size(network: _Network, channels: int, asked: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Height and width that an exported graph says; of a module that runs at no usual size, those asked for or its encoder's."""
+    exported = exported_size(network.module)
+    others = [size for size in (asked, _native_size(network.inner)) if size is not None]
+    if exported is not None or not others:
         return exported
-    usual = any(run_raw(module, noise(channels, side, side))[0] is not None for side in PROBE_SIZES)
-    return None if usual or run_raw(module, noise(channels, *asked))[0] is None else asked
+
+    def runs(size: tuple[int, int]) -> bool:
+        return run_raw(network.module, noise(channels, *size))[0] is not None
+
+    usual = any(runs((side, side)) for side in PROBE_SIZES)
+    return None if usual else next(filter(runs, others), None)
 
 
 def _likely_channels(module: torch.nn.Module, request: ModelRequest) -> list[int]:

@@ -348,6 +348,17 @@ def test_weights_that_hooks_compute_are_kept_as_they_are(reparametrize: Any) -> 
     assert torch.equal(output(model), expected)
 
 
+def test_an_encoder_of_one_size_is_run_at_it() -> None:
+    small = {"decoder_intermediate_channels": (8, 8, 8, 8), "decoder_fusion_channels": 8, "img_size": (64, 96)}
+    with quiet_libraries():
+        model = smp.DPT("tu-vit_tiny_patch16_224", encoder_weights=None, classes=3, **small).eval()
+    mirror = Around(model, lambda net, x: net(x.flip(3)).flip(3))
+    for module, arch in ((model, "dpt"), (Wrapper(model), "dpt"), (mirror, "custom")):
+        wrapped = wrap_module(module, NOTHING)
+        assert (wrapped.model.arch, wrapped.size, wrapped.fixed_size) == (arch, (64, 96), (64, 96))
+        assert torch.allclose(output(wrapped.module), output(module), atol=1e-6)
+
+
 def test_a_module_of_one_size_is_built_for_the_size_asked_for() -> None:
     def only(net: Any, x: Any) -> Any:
         assert x.shape[2:] == (96, 160)
