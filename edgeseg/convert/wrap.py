@@ -465,7 +465,7 @@ def _activation(
     values = f"values from {ending.low:.3g} to {ending.high:.3g}"
     if request.activation is None:
         head = _head_activation(module) if network.smp else None
-        if head is not None:
+        if head is not None and (ending.activation == head or not ending.sure):
             return head, ()
         if not ending.sure and not (ending.low >= 0 and ending.high <= 1):
             raise SpecError(

@@ -245,6 +245,17 @@ def test_a_head_of_the_users_is_what_it_returns(head: Any, classes: int) -> None
     assert torch.equal(output(wrapped.module), output(model))
 
 
+def test_a_gate_behind_smps_head_is_no_activation() -> None:
+    class Gate(nn.Sequential):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return 9.0 * x * super().forward(x)
+
+    model = fpn()
+    model.segmentation_head.append(Gate(nn.Conv2d(4, 4, 1), nn.Sigmoid()))
+    assert wrap_module(model, NOTHING).model.activation is None
+    assert wrap_module(fpn(activation="sigmoid"), NOTHING).model.activation == "sigmoid"
+
+
 def test_a_function_on_the_object_that_runs_it_in_training_mode_is_refused() -> None:
     model = fpn().train()
     before = copy.deepcopy(model.state_dict())
