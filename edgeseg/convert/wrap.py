@@ -130,9 +130,9 @@ def wrap_module(
     if reading is not None and reading.quantizers:
         notes.append(reading.words)
     activation, activation_notes = _activation(described, network, request, inputs)
-    asked = request.classes if request.classes is not None else len(request.class_names) or classes
-    if asked != classes:
-        raise SpecError(f"{asked} classes were asked for, the module returns {classes}; leave classes out")
+    said = request.classes if request.classes is not None else len(request.class_names) or classes
+    if said != classes:
+        raise SpecError(f"{said} classes were asked for, the module returns {classes}; leave classes out")
     arch, model_args = _arch_of(network.module), _recorded_args(described) if network.smp else {}
     spec, task_notes = architectures.model_spec(request, arch, encoder, classes, channels, activation, model_args)
     geometry = geometry or settle_geometry(described, spec, check_output=True)
@@ -215,7 +215,7 @@ def _join_weights(part: torch.nn.Module) -> None:
             elif isinstance(hook, SpectralNorm):
                 remove_spectral_norm(part, hook.name)
             elif isinstance(hook, prune.BasePruningMethod):
-                prune.remove(part, hook._tensor_name)
+                prune.remove(part, hook._tensor_name)  # type: ignore[no-untyped-call]
 
 
 class _ReachedError(Exception):
