@@ -243,9 +243,8 @@ def _settle(request: ModelRequest, checkpoint: Checkpoint, named: NamedTensors) 
         notes.append(f"classes not given: {told}, by the shape of the checkpoint's segmentation head")
         request = replace(request, classes=told)
     elif asked is not None and told is not None and asked != told:
-        raise CheckpointError(
-            f"{checkpoint.path.name} has {told} classes, {asked} were asked for; give --classes {told}"
-        )
+        advice = f"give {told} class names" if request.classes is None else f"give --classes {told}"
+        raise CheckpointError(f"{checkpoint.path.name} has {told} classes, {asked} were asked for; {advice}")
     return request, tuple(notes)
 
 

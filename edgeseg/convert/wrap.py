@@ -132,7 +132,8 @@ def wrap_module(
     activation, activation_notes = _activation(described, network, request, inputs)
     said = request.classes if request.classes is not None else len(request.class_names) or classes
     if said != classes:
-        raise SpecError(f"{said} classes were asked for, the module returns {classes}; leave classes out")
+        advice = f"give {classes} class names" if request.classes is None else "leave classes out"
+        raise SpecError(f"{said} classes were asked for, the module returns {classes}; {advice}")
     arch, model_args = _arch_of(network.module), _recorded_args(described) if network.smp else {}
     spec, task_notes = architectures.model_spec(request, arch, encoder, classes, channels, activation, model_args)
     geometry = geometry or settle_geometry(described, spec, check_output=True)

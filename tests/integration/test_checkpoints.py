@@ -368,7 +368,7 @@ def test_the_architecture_is_recognized_by_its_tensors(arch: str) -> None:
     ("fields", "message"),
     [
         ({"classes": 7}, r"weights\.pt has 4 classes, 7 were asked for; give --classes 4"),
-        ({"class_names": ("a", "b")}, r"has 4 classes, 2 were asked for"),
+        ({"class_names": ("a", "b")}, r"has 4 classes, 2 were asked for; give 4 class names"),
         (
             {"encoder": "resnet18"},
             r"missing \(encoder\..*its encoder is that of mobilenet_v2: give --encoder mobilenet_v2",

@@ -418,6 +418,11 @@ def nan_model() -> Any:
         (fpn, ModelRequest(arch="unet"), "arch 'unet' was given, but the module is a fpn; leave arch out"),
         (fpn, ModelRequest(encoder="resnet18"), "the module's is mobilenet_v2; leave encoder out"),
         (fpn, ModelRequest(classes=9), "9 classes were asked for, the module returns 4"),
+        (
+            fpn,
+            ModelRequest(class_names=("a", "b")),
+            "2 classes were asked for, the module returns 4; give 4 class names",
+        ),
         (fpn, ModelRequest(in_channels=1), "in_channels 1 was given, the module takes 3"),
         (lambda: nn.Conv2d(3, 2, 1), ModelRequest(arch="fpn"), "but the module is no SMP model; leave arch out"),
         (Argmax, NOTHING, r"returns int64 \(1, 1, .*before argmax"),
