@@ -23,6 +23,7 @@ from edgeseg.convert.evidence import best_fit, normalized
 from edgeseg.convert.fake_quantizers import read_fake_quantizers, require_same, settled
 from edgeseg.convert.fit import require_finite
 from edgeseg.convert.geometry import (
+    DEFAULT_PIXELS,
     PROBE_SIZES,
     custom_geometry,
     exported_shape,
@@ -87,7 +88,7 @@ def wrap_module(
     _require_apart(module, twin, request)
     read, reading = read_fake_quantizers(twin)
     whole = read if reading is None else _copied(read)
-    network = _find_network(read, request)
+    network = _find_network(read, request, asked)
     channels = _input_channels(network, request, asked)
     notes = list(network.notes)
     described: torch.nn.Module = network.module
@@ -250,7 +251,7 @@ def _require_apart(module: torch.nn.Module, twin: torch.nn.Module, request: Mode
             hook.remove()
 
 
-def _find_network(module: torch.nn.Module, request: ModelRequest) -> _Network:
+def _find_network(module: torch.nn.Module, request: ModelRequest, asked: tuple[int, int] | None) -> _Network:
     """Decide whether an SMP model inside does all the work, or the wrapper takes part."""
     base = architectures.import_for_conversion("segmentation_models_pytorch.base").SegmentationModel
     name = type(module).__name__
@@ -266,7 +267,7 @@ def _find_network(module: torch.nn.Module, request: ModelRequest) -> _Network:
         return _Network(module, smp=False)
     path, inner = inside[0]
     channels = _first_channels(inner) if request.in_channels is None else request.in_channels
-    agreement = _same_work(module, inner, channels) if _is_plain_smp(inner) else None
+    agreement = _same_work(module, inner, channels, asked) if _is_plain_smp(inner) else None
     if agreement == "normalized" and not (request.mean is None and request.std is None):
         agreement = None  # what was said is of the images that the wrapper gets
     if agreement is None:
@@ -294,18 +295,21 @@ def _has_smp_parts(module: torch.nn.Module) -> bool:
     return known and hasattr(encoder, "output_stride")
 
 
-def _same_work(wrapper: torch.nn.Module, inner: torch.nn.Module, channels: int) -> str | None:
+def _same_work(
+    wrapper: torch.nn.Module, inner: torch.nn.Module, channels: int, asked: tuple[int, int] | None
+) -> str | None:
     """Compare the two on several images: ``"same"``, ``"normalized"`` (by buffers mean and std), or ``None``.
 
     Dark and bright ones in 0..1 and 0..255, so that a branch that depends on the image shows; one that no image of these
-    takes is found by tracing, which such a branch stops. Other sizes, one of them no multiple of the stride: a wrapper may
-    resize or pad.
+    takes is found by tracing, which such a branch stops. Other sizes, that of the engine and one that is no multiple of the
+    stride among them: a wrapper may resize or pad.
     """
     stride, (height, width) = _output_stride(inner), _probe_size(inner, channels)
     pixels = torch.from_numpy(make_probe_images(height, width, channels)).permute(0, 3, 1, 2).float() / 255.0
     random = noise(channels, height, width)
     images = (random, pixels[:1], 0.1 * pixels[1:], 1.0 - 0.1 * pixels[1:], 255.0 * pixels[:1], 4.0 * pixels[1:] - 2.0)
-    others = (noise(channels, height + 3 * stride, width + stride), noise(channels, height + 1, width - 1))
+    sizes = (asked or (DEFAULT_PIXELS,) * 2, (height + 3 * stride, width + stride), (height + 1, width - 1))
+    others = [noise(channels, *size) for size in sizes]
     mean, std = getattr(wrapper, "mean", None), getattr(wrapper, "std", None)
     candidates: dict[str, Callable[[torch.Tensor], Any]] = {"same": inner}
     if isinstance(mean, torch.Tensor) and isinstance(std, torch.Tensor):

@@ -173,6 +173,12 @@ def padded(model: Any, x: Any) -> Any:
     return model(nn.functional.pad(x, (0, -width % 32, 0, -height % 32)))[..., :height, :width]
 
 
+def enlarged(model: Any, x: Any) -> Any:
+    if min(x.shape[2:]) > 64:
+        return model(x)
+    return nn.functional.interpolate(model(nn.functional.interpolate(x, scale_factor=2)), x.shape[2:])
+
+
 class Around(nn.Module):  # type: ignore[misc, name-defined]
     def __init__(self, model: Any, function: Any) -> None:
         super().__init__()
@@ -182,11 +188,13 @@ class Around(nn.Module):  # type: ignore[misc, name-defined]
         return self.function(self.model, x)
 
 
-@pytest.mark.parametrize(("arch", "function", "size"), [("unet", resized, (64, 96)), ("fpn", padded, (50, 70))])
+@pytest.mark.parametrize(
+    ("arch", "function", "size"), [("unet", resized, (64, 96)), ("fpn", padded, (50, 70)), ("fpn", enlarged, (64, 96))]
+)
 def test_a_wrapper_that_resizes_or_pads_takes_part(arch: str, function: Any, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     wrapper = Around(smp.create_model(arch, ENCODER, encoder_weights=None, classes=4), function).eval()
-    wrapped = wrap_module(wrapper, NOTHING)
+    wrapped = wrap_module(wrapper, NOTHING, size=size)
     wrapped.check_size(*size)
     assert torch.allclose(output(wrapped.module, 3, *size), output(wrapper, 3, *size), atol=1e-5)
 
