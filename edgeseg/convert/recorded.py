@@ -52,7 +52,7 @@ def recorded_model(checkpoint: Checkpoint, said: str | None = None) -> RecordedM
 def _from_config(checkpoint: Checkpoint, said: str | None) -> RecordedModel:
     config = dict(checkpoint.config)
     name = config.pop("_model_class", None)
-    what = f"is of the class {name!r}, which is not SMP's" if isinstance(name, str) else "names no class of SMP's"
+    what = f"is of the class {name!r}, which is not SMP's" if isinstance(name, str) else "names no SMP model"
     try:
         arch = architectures.resolve_arch(name if isinstance(name, str) else "")
     except SpecError as exc:

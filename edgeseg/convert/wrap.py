@@ -19,7 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from edgeseg.convert import architectures
 from edgeseg.convert.architectures import quiet_libraries
 from edgeseg.convert.assemble import Geometry, settle_geometry
-from edgeseg.convert.evidence import best_fit, normalized
+from edgeseg.convert.evidence import ReachedError, best_fit, normalized
 from edgeseg.convert.fake_quantizers import read_fake_quantizers, require_same, settled
 from edgeseg.convert.fit import require_finite
 from edgeseg.convert.geometry import (
@@ -220,10 +220,6 @@ def _join_weights(part: torch.nn.Module) -> None:
                 prune.remove(part, hook._tensor_name)  # type: ignore[no-untyped-call]
 
 
-class _ReachedError(Exception):
-    """Raised to stop a forward pass before it changes anything."""
-
-
 def _require_apart(module: torch.nn.Module, twin: torch.nn.Module, request: ModelRequest) -> None:
     """Refuse a copy that runs parts of the module it was made of, where these are in training mode.
 
@@ -231,7 +227,7 @@ def _require_apart(module: torch.nn.Module, twin: torch.nn.Module, request: Mode
     """
 
     def stop(*_: object) -> None:
-        raise _ReachedError
+        raise ReachedError
 
     training = [part for part in module.modules() if part.training]
     hooks = [part.register_forward_pre_hook(stop) for part in training]
@@ -239,7 +235,7 @@ def _require_apart(module: torch.nn.Module, twin: torch.nn.Module, request: Mode
         for channels in _likely_channels(twin, request) if hooks else ():
             with torch.no_grad(), quiet_libraries():
                 twin(noise(channels, PROBE_SIZES[0], PROBE_SIZES[0]))
-    except _ReachedError:
+    except ReachedError:
         raise SpecError(
             f"a function put on {type(module).__name__} (its forward, or a hook) runs the object itself, of which no copy is "
             "made, and it is in training mode: call its eval() first"
