@@ -54,7 +54,7 @@ _MAX_ITEMS = 64
 MAX_CHANNELS = 4096
 
 # nn.Softmax() without a dimension warns; these are the ones a mask can be made from.
-ACTIVATIONS = ("identity", "sigmoid", "softmax", "softmax2d", "logsoftmax", "tanh")
+ACTIVATIONS = ("identity", "sigmoid", "softmax", "softmax2d", "logsoftmax", "tanh", "clamp")
 
 # Downsampling by pooling cannot be replaced by dilation (SMP 0.6.0: each of these raises in make_dilated).
 _NOT_DILATABLE = ("vgg", "densenet", "inceptionresnetv2", "inceptionv4", "xception")

@@ -57,8 +57,8 @@ def normalized(images: NDArray[Any], preprocess: Preprocess) -> torch.Tensor:
     return result.contiguous()
 
 
-class _ReachedError(Exception):
-    """Raised to stop the forward pass at the first batch norm."""
+class ReachedError(Exception):
+    """Raised by a hook to stop a forward pass there."""
 
 
 def _misfit(module: torch.nn.Module, inputs: torch.Tensor) -> float | None:
@@ -67,14 +67,14 @@ def _misfit(module: torch.nn.Module, inputs: torch.Tensor) -> float | None:
 
     def stop(norm: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         reached.append((norm, arguments[0]))
-        raise _ReachedError
+        raise ReachedError
 
     norms = [part for part in module.modules() if isinstance(part, torch.nn.BatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(stop) for norm in norms]
     try:
         with torch.no_grad(), quiet_libraries():
             module(inputs)
-    except _ReachedError:
+    except ReachedError:
         pass
     except Exception:  # a user's forward may raise anything; then its images tell nothing
         return None

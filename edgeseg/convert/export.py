@@ -174,7 +174,8 @@ def _reference(pipeline: Pipeline, images: NDArray[Any], spec: PipelineSpec) -> 
                 pipeline, torch.zeros((1, height, width, channels), dtype=getattr(torch, spec.input.dtype))
             )[1]
 
-        if (smallest := larger_size(runs, height, width, spec.input.stride)) is not None:
+        fits = runs(height, width)
+        if not fits and (smallest := larger_size(runs, height, width, spec.input.stride)) is not None:
             raise SpecError(f"{what}, it needs at least {smallest[0]}x{smallest[1]}; give that as --size") from exc
         raise SpecError(f"{what}: {first_line(exc)}") from exc
 

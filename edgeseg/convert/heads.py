@@ -179,6 +179,8 @@ class Pipeline(nn.Module):
         """Run ``(N, H, W, C)``; outputs by name, those of the contract first."""
         raw = self.model(self.preprocess(image))
         logits, *aux = raw if isinstance(raw, (tuple, list)) else (raw,)
+        if logits.dtype != torch.float32:  # a module that computes in another type, by autocast say
+            logits = logits.float()
         outputs = dict(self.postprocess(logits))
         if aux:
             outputs["aux_logits"] = aux[0]

@@ -39,7 +39,12 @@ def load_model(request: ModelRequest, images: ImageSource = no_images) -> Loaded
     return load_from_source(request, images)
 
 
-def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSource = no_images) -> LoadedModel:
+def wrap_module(
+    module: torch.nn.Module,
+    request: ModelRequest,
+    images: ImageSource = no_images,
+    size: tuple[int, int] | None = None,
+) -> LoadedModel:
     """Describe a user's module as a loaded one; see :func:`edgeseg.convert.wrap.wrap_module`.
 
     Raises:
@@ -48,4 +53,4 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     architectures.import_smp()
     from edgeseg.convert import wrap
 
-    return wrap.wrap_module(module, request, images)
+    return wrap.wrap_module(module, request, images, size)

@@ -73,10 +73,12 @@ def _strip(path: str) -> str:
 
 
 def _unique(stem: str, taken: dict[str, int]) -> str:
-    count = taken.get(stem, 0)
-    taken[stem] = count + 1
-    name = stem if count == 0 else f"{stem}_{count}"
-    return name if count == 0 or name not in taken else _unique(stem, taken)
+    name = stem
+    while name in taken:
+        name = f"{stem}_{taken[stem]}"
+        taken[stem] += 1
+    taken[name] = 1
+    return name
 
 
 def adopt_names(model: onnx.ModelProto, known: Container[str]) -> None:

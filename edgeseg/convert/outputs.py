@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from edgeseg.convert.architectures import quiet_libraries
-from edgeseg.convert.geometry import PROBE_SIZES, exported_size, first_of, noise, run_raw
+from edgeseg.convert.geometry import PROBE_SIZES, first_of, noise, run_raw
 from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.errors import SpecError
 
@@ -17,12 +17,15 @@ from edgeseg.errors import SpecError
 _MAP_KEYS = ("out", "logits", "masks", "mask", "pred", "sem_seg")
 
 
-def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> tuple[torch.nn.Module, tuple[str, ...]]:
+def adapt_outputs(
+    module: torch.nn.Module, channels: int, fixed: tuple[int, int] | None, *, keep_aux: bool
+) -> tuple[torch.nn.Module, tuple[str, ...]]:
     """Return a module whose output is the map alone (with a kept auxiliary output: a tuple, map first), and notes.
 
     Args:
         module: in evaluation mode.
         channels: of its input image.
+        fixed: the only height and width it can be.
         keep_aux: keep a second output of shape ``(N, K)``.
 
     Raises:
@@ -30,7 +33,6 @@ def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> 
     """
     output = None
     reason = ""
-    fixed = exported_size(module)
     for size in ((side, side) for side in PROBE_SIZES) if fixed is None else (fixed,):
         output, reason = run_raw(module, noise(channels, *size))
         if output is not None:
@@ -38,23 +40,34 @@ def adapt_outputs(module: torch.nn.Module, channels: int, *, keep_aux: bool) -> 
     if output is None:
         raise SpecError(
             f"the {type(module).__name__} does not run on images of {channels} channels and {PROBE_SIZES[0]} to "
-            f"{PROBE_SIZES[-1]} pixels ({reason}); it must take float32 (N, C, H, W), "
-            "and where it makes channels of its own, in_channels says how many its image has"
+            f"{PROBE_SIZES[-1]} pixels ({reason}); it must take float32 (N, C, H, W); if it takes one size only, give --size, and "
+            "where it makes channels of its own, in_channels says how many its image has"
         )
     if isinstance(output, torch.Tensor):
         _checked(module, output)
         return module, ()
     if isinstance(output, Mapping):
-        key = next((k for k in _MAP_KEYS if k in output), next(iter(output), None))
+        key = _place_of_map(output, (*(k for k in _MAP_KEYS if k in output), *output), size)
         _checked(module, output.get(key))
         return _choose(module, key), (f"output {key!r} of the module is converted, its others are dropped",)
     if isinstance(output, (tuple, list)) and output:
-        _checked(module, output[0])
+        place = _place_of_map(output, range(len(output)), size)
+        _checked(module, output[place])
         auxiliary = len(output) == 2 and isinstance(output[1], torch.Tensor) and output[1].dim() == 2
         if keep_aux and auxiliary:
             return module, ()
-        return _choose(module, 0), (f"the first of the module's {len(output)} outputs is converted, the rest dropped",)
+        which = "the first" if place == 0 else f"number {place + 1}"
+        return _choose(module, place), (
+            f"{which} of the module's {len(output)} outputs is converted, the rest dropped",
+        )
     raise SpecError(f"the {type(module).__name__} returns a {type(output).__name__}; it must return (N, classes, H, W)")
+
+
+def _place_of_map(output: Any, places: Iterable[Any], size: tuple[int, int]) -> Any:
+    """The first of the places where a map of the image's size is; the first of all where none is one."""
+    tried = list(places)
+    sizes = {place: tuple(getattr(output[place], "shape", ()))[2:] for place in tried}
+    return next((place for place in tried if sizes[place] == size), tried[0] if tried else None)
 
 
 def _checked(module: torch.nn.Module, output: Any) -> None:
@@ -63,6 +76,11 @@ def _checked(module: torch.nn.Module, output: Any) -> None:
         kind = str(getattr(output, "dtype", "")).removeprefix("torch.")
         raise SpecError(
             f"{type(module).__name__} returns {kind} {shape}; it must return floats (N, classes, H, W), before argmax"
+        )
+    if output.dtype == torch.bfloat16:
+        raise SpecError(
+            f"{type(module).__name__} computes in bfloat16 (an autocast in its forward?), of which no engine is made: let it "
+            "compute in float32; --precision says what an engine computes in"
         )
 
 

@@ -186,7 +186,9 @@ def _from_record(
         )
     if request.scale is not None and request.scale != known.scale:
         known = replace(known, scale=request.scale, source=f"{known.source}, scale by request")
-    return _with_order(known, request.channel_order), (f"normalization: {known.source}",)
+    notes = (f"normalization: {known.source}",)
+    # What is recorded is done to the channels as the network gets them, whichever colours these are.
+    return _in_order(known, request.channel_order, known.mean, known.std), notes
 
 
 def _from_encoder(
@@ -219,12 +221,19 @@ def _from_encoder(
 
 
 def _with_order(preprocess: Preprocess, order: ChannelOrder | None) -> Preprocess:
+    """The same statistics of colours for a network that gets them in another order."""
+    return _in_order(preprocess, order, preprocess.mean[::-1], preprocess.std[::-1])
+
+
+def _in_order(
+    preprocess: Preprocess, order: ChannelOrder | None, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Preprocess:
+    """``mean`` and ``std`` in the place of its own where ``order`` is another than its own."""
     if order is None or order == preprocess.channel_order:
         return preprocess
     if len(preprocess.mean) != 3:
         raise SpecError(f"channel order {order!r} is for 3 channels, the model takes {len(preprocess.mean)}")
-    # mean and std belong to the colour, so they change places with it.
-    mean, std, source = preprocess.mean[::-1], preprocess.std[::-1], f"{preprocess.source}, {order} by request"
+    source = f"{preprocess.source}, {order} by request"
     return replace(preprocess, mean=mean, std=std, channel_order=order, source=source)
 
 

@@ -34,31 +34,33 @@ class RecordedModel:
     notes: tuple[str, ...] = ()
 
 
-def recorded_model(checkpoint: Checkpoint) -> RecordedModel:
+def recorded_model(checkpoint: Checkpoint, said: str | None = None) -> RecordedModel:
     """Read ``config.json`` of a ``save_pretrained`` folder, or what training saved beside the weights.
+
+    Args:
+        checkpoint: what was read.
+        said: the architecture by request, which takes the place of a config that names none of SMP's.
 
     Raises:
         CheckpointError: the config is not one of an SMP model.
     """
     if checkpoint.config:
-        return _from_config(checkpoint)
+        return _from_config(checkpoint, said)
     return _from_settings(checkpoint.settings)
 
 
-def _from_config(checkpoint: Checkpoint) -> RecordedModel:
+def _from_config(checkpoint: Checkpoint, said: str | None) -> RecordedModel:
     config = dict(checkpoint.config)
     name = config.pop("_model_class", None)
-    if not isinstance(name, str):
-        raise CheckpointError(
-            f"config.json beside {checkpoint.path} names no SMP model (no _model_class); give a copy of the weights "
-            "in a folder of its own, with --arch"
-        )
+    what = f"is of the class {name!r}, which is not SMP's" if isinstance(name, str) else "names no SMP model"
     try:
-        arch = architectures.resolve_arch(name)
+        arch = architectures.resolve_arch(name if isinstance(name, str) else "")
     except SpecError as exc:
+        if said is not None:
+            return RecordedModel(notes=(f"config.json {what}: its arguments are left out, the tensors decide",))
         raise CheckpointError(
-            f"config.json beside {checkpoint.path} is of the class {name!r}, which is not SMP's; hand the module to "
-            "edgeseg.build(model=...) or give the weights file itself, with --arch"
+            f"config.json beside {checkpoint.path} {what}; hand the module to edgeseg.build(model=...), or give --arch to "
+            "have the rest read off the tensors"
         ) from exc
     config.pop("preprocess", None)
     arguments = {k: v for k, v in config.items() if not k.startswith("_")}

@@ -140,7 +140,7 @@ def _load_hub_model(request: ModelRequest, weights: str, images: ImageSource) ->
 
 
 def _load_checkpoint(request: ModelRequest, checkpoint: Checkpoint, images: ImageSource) -> LoadedModel:
-    recorded = recorded_model(checkpoint)
+    recorded = recorded_model(checkpoint, request.arch)
     saved = saved_beside(checkpoint.path, request.input_dtype)
     named = strip_prefixes(checkpoint)
     settled, notes = _settle(merge(request, recorded), checkpoint, named)

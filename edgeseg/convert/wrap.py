@@ -12,13 +12,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from edgeseg.convert import architectures
+from edgeseg.convert.architectures import quiet_libraries
 from edgeseg.convert.assemble import Geometry, settle_geometry
-from edgeseg.convert.evidence import best_fit, normalized
+from edgeseg.convert.evidence import ReachedError, best_fit, normalized
 from edgeseg.convert.fake_quantizers import read_fake_quantizers, require_same, settled
 from edgeseg.convert.fit import require_finite
-from edgeseg.convert.geometry import custom_geometry, exported_shape, exported_size, noise, run_on
+from edgeseg.convert.geometry import (
+    DEFAULT_PIXELS,
+    PROBE_SIZES,
+    custom_geometry,
+    exported_shape,
+    exported_size,
+    noise,
+    run_on,
+    run_raw,
+    smp_native_size,
+)
 from edgeseg.convert.loaded import ImageSource, LoadedModel, freeze, hash_weights, no_images
 from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.convert.outputs import adapt_outputs, output_ending
@@ -47,13 +61,19 @@ class _Network:
     notes: tuple[str, ...] = ()
 
 
-def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSource = no_images) -> LoadedModel:
+def wrap_module(
+    module: torch.nn.Module,
+    request: ModelRequest,
+    images: ImageSource = no_images,
+    asked: tuple[int, int] | None = None,
+) -> LoadedModel:
     """Describe a user's module so that it can be converted like a loaded one.
 
     Args:
         module: takes float32 ``(N, C, H, W)``, returns ``(N, classes, H, W)``, or a tuple, list or mapping that holds it.
         request: what the user says beside it; ``weights`` and ``model_args`` belong to models built here.
         images: a few of the kind it was trained on, to tell its normalization and activation by.
+        asked: height and width to build with, the only ones where it runs at none that is usual.
 
     Raises:
         SpecError: it cannot be copied or run, its output is no map of the input's size, or options contradict it.
@@ -65,14 +85,17 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
         raise SpecError("weights and model_args are for models edgeseg builds; load the weights into the module first")
     _require_python(module)
     name = module.stem if isinstance(module, OnnxNetwork) else type(_unwrapped(module)).__name__
-    read, reading = read_fake_quantizers(_copied(_unwrapped(module)))
+    twin = _copied(module)
+    _require_apart(module, twin, request)
+    read, reading = read_fake_quantizers(twin)
     whole = read if reading is None else _copied(read)
-    network = _find_network(read, request)
-    channels = _input_channels(network, request)
+    network = _find_network(read, request, asked)
+    channels = _input_channels(network, request, asked)
     notes = list(network.notes)
     described: torch.nn.Module = network.module
+    fixed = None if network.smp else _only_size(network, channels, asked)
     if not network.smp:
-        described, more = adapt_outputs(network.module, channels, keep_aux=request.keep_aux)
+        described, more = adapt_outputs(network.module, channels, fixed, keep_aux=request.keep_aux)
         notes.extend(more)
     else:
         notes.extend(_settle_head(described, request.keep_aux))
@@ -80,13 +103,9 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
     require_finite(described, f"the {name} module")
     encoder = (_encoder_of(network.inner) if network.inner is not None else None) or request.encoder or name
     if network.smp:
-        classes, size = (
-            int(_last_convolution(described).out_channels),
-            (_PROBE_STRIDES * _output_stride(described),) * 2,
-        )
+        classes, size = int(_last_convolution(described).out_channels), _probe_size(described, channels)
         geometry = None
     else:
-        fixed = exported_size(network.module)
         stride, size, classes = custom_geometry(described, channels, fixed)
         geometry = Geometry(stride, size, fixed, ())
     samples = images(channels)
@@ -109,7 +128,7 @@ def wrap_module(module: torch.nn.Module, request: ModelRequest, images: ImageSou
         inputs = inputs[:1]  # a graph that was exported for one image
     if reading is not None and not reading.quantizers:
         reading = settled(described, reading, inputs)
-        require_same(_copied(_unwrapped(module)), whole, inputs)
+        require_same(_copied(module), whole, inputs)
     if reading is not None and reading.quantizers:
         notes.append(reading.words)
     activation, activation_notes = _activation(described, network, request, inputs)
@@ -147,7 +166,7 @@ def _require_python(module: torch.nn.Module) -> None:
 
 
 def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """Look through DataParallel and torch.compile, which only change how a module runs."""
+    """Look through DataParallel and torch.compile around a module, which only change how it runs."""
     while True:
         inner = getattr(module, "_orig_mod", None)
         if inner is None and type(module).__name__ in ("DataParallel", "DistributedDataParallel"):
@@ -158,8 +177,19 @@ def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _copied(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy on the CPU, float32, in evaluation mode, without DataParallel and torch.compile around it or its parts."""
+    unset = [k for k, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
+    if unset:
+        raise SpecError(
+            f"{type(module).__name__} is on the meta device and has no weights ({unset[0]}, ...): load them, with "
+            "load_state_dict(..., assign=True), or build it on the CPU"
+        )
+    # What old weight_norm, spectral_norm and prune compute in each forward is no leaf, which deepcopy refuses.
+    computed = [
+        v for part in module.modules() for v in vars(part).values() if isinstance(v, torch.Tensor) and not v.is_leaf
+    ]
     try:
-        twin = copy.deepcopy(module)
+        twin = _unwrapped(copy.deepcopy(module, {id(tensor): tensor.detach().clone() for tensor in computed}))
         for name in ("train", "eval"):
             # torch.export puts its own there, which raise: nothing of such a graph depends on the mode any more.
             vars(twin).pop(name, None)
@@ -168,23 +198,73 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
             f"{type(module).__name__} cannot be copied ({one_line(exc)}); give the network inside "
             "it, such as module.model"
         ) from exc
-    return twin.cpu().float().eval().requires_grad_(False)
+    for part in [*twin.modules()]:
+        for name, child in part._modules.items():
+            part._modules[name] = None if child is None else _unwrapped(child)
+    twin = twin.cpu().float().eval().requires_grad_(False)
+    for part in twin.modules():
+        _join_weights(part)
+    return twin
 
 
-def _find_network(module: torch.nn.Module, request: ModelRequest) -> _Network:
+def _join_weights(part: torch.nn.Module) -> None:
+    """Keep the weight that old weight_norm, spectral_norm and prune compute in each forward in the place of its parts."""
+    with quiet_libraries():
+        for hook in [*part._forward_pre_hooks.values()]:
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(part, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(part, hook.name)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(part, hook._tensor_name)  # type: ignore[no-untyped-call]
+
+
+def _require_apart(module: torch.nn.Module, twin: torch.nn.Module, request: ModelRequest) -> None:
+    """Refuse a copy that runs parts of the module it was made of, where these are in training mode.
+
+    A function put on an object (``model.forward = lambda x: ...``, a hook) goes on calling what it was made with.
+    """
+
+    def stop(*_: object) -> None:
+        raise ReachedError
+
+    training = [part for part in module.modules() if part.training]
+    hooks = [part.register_forward_pre_hook(stop) for part in training]
+    try:
+        for channels in _likely_channels(twin, request) if hooks else ():
+            with torch.no_grad(), quiet_libraries():
+                twin(noise(channels, PROBE_SIZES[0], PROBE_SIZES[0]))
+    except ReachedError:
+        raise SpecError(
+            f"a function put on {type(module).__name__} (its forward, or a hook) runs the object itself, of which no copy is "
+            "made, and it is in training mode: call its eval() first"
+        ) from None
+    except Exception:  # a user's forward may raise anything: who runs it in earnest says what is wrong
+        return
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _find_network(module: torch.nn.Module, request: ModelRequest, asked: tuple[int, int] | None) -> _Network:
     """Decide whether an SMP model inside does all the work, or the wrapper takes part."""
     base = architectures.import_for_conversion("segmentation_models_pytorch.base").SegmentationModel
     name = type(module).__name__
     if isinstance(module, base):
         if _is_plain_smp(module):
             return _Network(module, smp=True, inner=module)
-        return _Network(module, smp=False, inner=module, notes=(f"{name} has its own forward, which is converted",))
+        own = "a forward" if _has_smp_parts(module) else "parts"
+        return _Network(
+            module, smp=False, inner=module, notes=(f"{name} has {own} of its own: the whole is converted",)
+        )
     inside = [(path, part) for path, part in module.named_modules() if isinstance(part, base)]
     if len(inside) != 1:
         return _Network(module, smp=False)
     path, inner = inside[0]
     channels = _first_channels(inner) if request.in_channels is None else request.in_channels
-    agreement = _same_work(module, inner, channels) if _is_plain_smp(inner) else None
+    agreement = _same_work(module, inner, channels, asked) if _is_plain_smp(inner) else None
+    if agreement == "normalized" and not (request.mean is None and request.std is None):
+        agreement = None  # what was said is of the images that the wrapper gets
     if agreement is None:
         note = f"{name} does more than its network .{path}: the whole of it is converted"
         return _Network(module, smp=False, inner=inner, notes=(note,))
@@ -199,19 +279,32 @@ def _is_plain_smp(module: torch.nn.Module) -> bool:
     """Whether an SMP model runs SMP's own forward and nothing else: no override, no hooks."""
     own = architectures.import_smp().MODEL_ARCHITECTURES_MAPPING.get(_arch_of(module))
     changed = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-    return own is not None and type(module).forward is own.forward and not changed
+    return own is not None and type(module).forward is own.forward and not changed and _has_smp_parts(module)
 
 
-def _same_work(wrapper: torch.nn.Module, inner: torch.nn.Module, channels: int) -> str | None:
+def _has_smp_parts(module: torch.nn.Module) -> bool:
+    """Whether the head is SMP's, which says its classes and activation, and the encoder one that knows its stride."""
+    head, encoder = getattr(module, "segmentation_head", None), getattr(module, "encoder", None)
+    smp = architectures.import_smp()
+    known = type(head) in (smp.base.SegmentationHead, smp.decoders.dpt.decoder.DPTSegmentationHead)
+    return known and hasattr(encoder, "output_stride")
+
+
+def _same_work(
+    wrapper: torch.nn.Module, inner: torch.nn.Module, channels: int, asked: tuple[int, int] | None
+) -> str | None:
     """Compare the two on several images: ``"same"``, ``"normalized"`` (by buffers mean and std), or ``None``.
 
     Dark and bright ones in 0..1 and 0..255, so that a branch that depends on the image shows; one that no image of these
-    takes is found by tracing, which such a branch stops.
+    takes is found by tracing, which such a branch stops. Other sizes, that of the engine and one that is no multiple of the
+    stride among them: a wrapper may resize or pad.
     """
-    side = _PROBE_STRIDES * _output_stride(inner)
-    pixels = torch.from_numpy(make_probe_images(side, side, channels)).permute(0, 3, 1, 2).float() / 255.0
-    random = noise(channels, side, side)
+    stride, (height, width) = _output_stride(inner), _probe_size(inner, channels)
+    pixels = torch.from_numpy(make_probe_images(height, width, channels)).permute(0, 3, 1, 2).float() / 255.0
+    random = noise(channels, height, width)
     images = (random, pixels[:1], 0.1 * pixels[1:], 1.0 - 0.1 * pixels[1:], 255.0 * pixels[:1], 4.0 * pixels[1:] - 2.0)
+    sizes = (asked or (DEFAULT_PIXELS,) * 2, (height + 3 * stride, width + stride), (height + 1, width - 1))
+    others = [noise(channels, *size) for size in sizes]
     mean, std = getattr(wrapper, "mean", None), getattr(wrapper, "std", None)
     candidates: dict[str, Callable[[torch.Tensor], Any]] = {"same": inner}
     if isinstance(mean, torch.Tensor) and isinstance(std, torch.Tensor):
@@ -220,15 +313,18 @@ def _same_work(wrapper: torch.nn.Module, inner: torch.nn.Module, channels: int) 
     theirs = [run_on(wrapper, image) for image in images]
     if any(output is None for output in theirs):
         return None
+    theirs += [run_on(wrapper, image) for image in others]
     for word, candidate in candidates.items():
-        mine = [run_on(candidate, image) for image in images]
+        mine = [run_on(candidate, image) for image in (*images, *others)]
         if all(_alike(a, b) for a, b in zip(theirs, mine, strict=True)):
             return word if _is_traceable(wrapper, random) else None
     return None
 
 
 def _alike(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None or a.shape != b.shape:
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
 
@@ -240,6 +336,18 @@ def _is_traceable(module: torch.nn.Module, image: torch.Tensor) -> bool:
     except Exception:  # a user's forward may raise anything; the export of the whole of it then says why
         return False
     return True
+
+
+def _probe_size(module: torch.nn.Module, channels: int) -> tuple[int, int]:
+    """Height and width an SMP model is run at: eight output strides, or the only ones that its encoder takes."""
+    size = (_PROBE_STRIDES * _output_stride(module),) * 2
+    native = _native_size(module)
+    return size if native is None or run_on(module, noise(channels, *size)) is not None else native
+
+
+def _native_size(module: torch.nn.Module | None) -> tuple[int, int] | None:
+    known = None if module is None or not hasattr(module, "encoder") else module
+    return None if known is None else smp_native_size(known, _recorded_args(known).get("img_size"))
 
 
 def _output_stride(module: torch.nn.Module) -> int:
@@ -281,13 +389,40 @@ def _recorded_args(module: torch.nn.Module) -> dict[str, Any]:
     return architectures.without_defaults(_arch_of(module), given)
 
 
-def _input_channels(network: _Network, request: ModelRequest) -> int:
+def _input_channels(network: _Network, request: ModelRequest, asked: tuple[int, int] | None) -> int:
     exported = exported_shape(network.module)[1]
-    known = network.smp or exported is not None  # what does more may make channels of its own: an index, coordinates
-    channels = exported or _first_channels(network.inner if network.inner is not None else network.module)
-    if request.in_channels is not None and known and request.in_channels != channels:
-        raise SpecError(f"in_channels {request.in_channels} was given, the module takes {channels}; leave it out")
-    return channels if request.in_channels is None else request.in_channels
+    likely = _likely_channels(network.module, request)
+    if network.smp or exported is not None:
+        channels = exported or _first_channels(network.module)
+        if request.in_channels is not None and request.in_channels != channels:
+            raise SpecError(f"in_channels {request.in_channels} was given, the module takes {channels}; leave it out")
+        return channels
+    sizes = [(side, side) for side in PROBE_SIZES] + ([] if asked is None else [asked])
+    tried = (c for c in likely for size in sizes if run_raw(network.module, noise(c, *size))[0] is not None)
+    return likely[0] if len(likely) == 1 else next(tried, likely[0])
+
+
+def _only_size(network: _Network, channels: int, asked: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Height and width that an exported graph says; of a module that runs at no usual size, those asked for or its encoder's."""
+    exported = exported_size(network.module)
+    others = [size for size in (asked, _native_size(network.inner)) if size is not None]
+    if exported is not None or not others:
+        return exported
+
+    def runs(size: tuple[int, int]) -> bool:
+        return run_raw(network.module, noise(channels, *size))[0] is not None
+
+    usual = any(runs((side, side)) for side in PROBE_SIZES)
+    return None if usual else next(filter(runs, others), None)
+
+
+def _likely_channels(module: torch.nn.Module, request: ModelRequest) -> list[int]:
+    """What was said; else of the SMP model inside, then of the first convolution, which may be before it."""
+    if request.in_channels is not None:
+        return [request.in_channels]
+    base = architectures.import_smp().base.SegmentationModel
+    inside = next((part for part in module.modules() if isinstance(part, base)), module)
+    return [*dict.fromkeys((_first_channels(inside), _first_channels(module)))]
 
 
 def _first_channels(module: torch.nn.Module) -> int:
@@ -330,7 +465,7 @@ def _activation(
     values = f"values from {ending.low:.3g} to {ending.high:.3g}"
     if request.activation is None:
         head = _head_activation(module) if network.smp else None
-        if head is not None:
+        if head is not None and (ending.activation == head or not ending.sure):
             return head, ()
         if not ending.sure and not (ending.low >= 0 and ending.high <= 1):
             raise SpecError(

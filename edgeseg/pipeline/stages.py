@@ -62,7 +62,7 @@ def load_stage(request: BuildRequest, model: torch.nn.Module | None, reporter: R
         else:
             from edgeseg.convert.load import wrap_module
 
-            loaded = wrap_module(model, request.model, images)
+            loaded = wrap_module(model, request.model, images, request.size)
         said.append(
             f"{loaded.model.display_name}, {counted(loaded.model.classes, 'class', 'classes')}, {loaded.weights}"
         )

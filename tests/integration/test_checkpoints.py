@@ -210,6 +210,31 @@ def test_a_save_pretrained_folder_says_everything_itself(model: Any, tmp_path: P
     assert_same(model, ModelRequest(weights=str(tmp_path / "saved")))
 
 
+@pytest.mark.parametrize("place", ["", "model.safetensors"])
+def test_a_folder_of_a_subclass_is_read_off_the_tensors_once_its_architecture_is_said(
+    place: str, tmp_path: Path
+) -> None:
+    class Ours(smp.FPN):  # type: ignore[misc, name-defined]
+        def __init__(self, labels: int = 3) -> None:
+            super().__init__(ENCODER, encoder_weights=None, classes=labels)
+
+    made = Ours().eval()
+    made.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"is of the class 'Ours', which is not SMP's; .*give --arch"):
+        load_model(ModelRequest(weights=str(tmp_path / place)))
+    loaded = assert_same(made, ModelRequest(weights=str(tmp_path / place), arch="fpn"))
+    assert any("config.json is of the class 'Ours'" in note for note in loaded.notes)
+
+
+def test_clamped_values_are_what_config_and_settings_say(tmp_path: Path) -> None:
+    made = smp.Unet(ENCODER, encoder_weights=None, classes=3, activation="clamp").eval()
+    made.save_pretrained(tmp_path)
+    assert assert_same(made, ModelRequest(weights=str(tmp_path))).model.activation == "clamp"
+    settings = {"arch": "unet", "encoder_name": ENCODER, "activation": "clamp"}
+    torch.save({"state_dict": made.state_dict(), "hyper_parameters": settings}, tmp_path / "a.ckpt")
+    assert assert_same(made, ModelRequest(weights=str(tmp_path / "a.ckpt"))).model.activation == "clamp"
+
+
 def test_a_folder_with_activation_aux_head_and_preprocessing(tmp_path: Path) -> None:
     made = smp.Unet(
         ENCODER,

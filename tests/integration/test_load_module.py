@@ -13,6 +13,8 @@ from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.spec import IMAGENET_MEAN, ModelRequest
 
 torch = pytest.importorskip("torch")
+from torch.nn.utils import prune  # noqa: E402
+
 from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E402  these need torch
 from edgeseg.convert.load import load_model, wrap_module  # noqa: E402
 
@@ -160,6 +162,120 @@ def test_a_wrapper_that_does_more_is_converted_as_a_whole() -> None:
     assert wrap_module(wrapper, ModelRequest(activation="none")).model.activation is None
 
 
+def resized(model: Any, x: Any) -> Any:
+    """What people write to run any size; 256x256 images pass through it as they are."""
+    small = nn.functional.interpolate(x, (256, 256), mode="bilinear")
+    return nn.functional.interpolate(model(small), x.shape[2:], mode="bilinear")
+
+
+def padded(model: Any, x: Any) -> Any:
+    height, width = x.shape[2:]
+    return model(nn.functional.pad(x, (0, -width % 32, 0, -height % 32)))[..., :height, :width]
+
+
+def enlarged(model: Any, x: Any) -> Any:
+    if min(x.shape[2:]) > 64:
+        return model(x)
+    return nn.functional.interpolate(model(nn.functional.interpolate(x, scale_factor=2)), x.shape[2:])
+
+
+class Around(nn.Module):  # type: ignore[misc, name-defined]
+    def __init__(self, model: Any, function: Any) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, x: Any) -> Any:
+        return self.function(self.model, x)
+
+
+@pytest.mark.parametrize(
+    ("arch", "function", "size"), [("unet", resized, (64, 96)), ("fpn", padded, (50, 70)), ("fpn", enlarged, (64, 96))]
+)
+def test_a_wrapper_that_resizes_or_pads_takes_part(arch: str, function: Any, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    wrapper = Around(smp.create_model(arch, ENCODER, encoder_weights=None, classes=4), function).eval()
+    wrapped = wrap_module(wrapper, NOTHING, size=size)
+    wrapped.check_size(*size)
+    assert torch.allclose(output(wrapped.module, 3, *size), output(wrapper, 3, *size), atol=1e-5)
+
+
+def test_what_is_said_is_done_before_a_wrapper_that_normalizes() -> None:
+    wrapper = Normalizing(fpn()).eval()
+    wrapped = wrap_module(wrapper, ModelRequest(mean=(0.0,), std=(1.0,)))
+    assert wrapped.preprocess.mean == (0.0, 0.0, 0.0)
+    assert torch.allclose(output(wrapped.module), output(wrapper), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "said", "channels"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(4, 3, 1), fpn()), {}, 4),
+        (lambda: Around(fpn(), lambda model, x: model(x.expand(-1, 3, -1, -1))), {"in_channels": 1}, 1),
+        (lambda: Around(fpn(), lambda model, x: model(x[:, :3])), {"in_channels": 5}, 5),
+    ],
+    ids=["convolution before", "gray", "some of"],
+)
+def test_a_wrapper_takes_other_channels_than_its_network(make: Any, said: dict[str, Any], channels: int) -> None:
+    wrapper = make().eval()
+    wrapped = wrap_module(wrapper, ModelRequest(mean=(0.5,), std=(0.5,), **said))
+    assert wrapped.model.in_channels == channels
+    assert torch.allclose(output(wrapped.module, channels), output(wrapper, channels), atol=1e-5)
+
+
+class Gated(nn.Module):  # type: ignore[misc, name-defined]
+    """Ends in logits, though its last layer is a sigmoid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Conv2d(128, 3, 1)
+        self.gate = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sigmoid())
+
+    def forward(self, x: Any) -> Any:
+        x = nn.functional.interpolate(self.scores(x), scale_factor=4)
+        return 9.0 * x * self.gate(x)
+
+
+@pytest.mark.parametrize(
+    ("head", "classes"),
+    [
+        (Gated, 3),
+        (lambda: nn.Sequential(nn.Conv2d(128, 48, 1), nn.PixelShuffle(4)), 3),
+        (lambda: nn.ConvTranspose2d(128, 2, 4, stride=4), 2),
+    ],
+    ids=["gate", "pixel shuffle", "transposed"],
+)
+def test_a_head_of_the_users_is_what_it_returns(head: Any, classes: int) -> None:
+    model = fpn()
+    model.segmentation_head = head()
+    wrapped = wrap_module(model.eval(), NOTHING)
+    assert (wrapped.model.arch, wrapped.model.encoder, wrapped.model.task) == ("fpn", ENCODER, "multiclass")
+    assert (wrapped.model.classes, wrapped.model.activation) == (classes, None)
+    assert torch.equal(output(wrapped.module), output(model))
+
+
+def test_a_gate_behind_smps_head_is_no_activation() -> None:
+    class Gate(nn.Sequential):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return 9.0 * x * super().forward(x)
+
+    model = fpn()
+    model.segmentation_head.append(Gate(nn.Conv2d(4, 4, 1), nn.Sigmoid()))
+    assert wrap_module(model, NOTHING).model.activation is None
+    assert wrap_module(fpn(activation="sigmoid"), NOTHING).model.activation == "sigmoid"
+
+
+def test_a_function_on_the_object_that_runs_it_in_training_mode_is_refused() -> None:
+    model = fpn().train()
+    before = copy.deepcopy(model.state_dict())
+    own = model.forward
+    model.forward = lambda x: 2.0 * own(x)
+    with pytest.raises(SpecError, match=r"runs the object itself.*training mode: call its eval\(\) first"):
+        wrap_module(model, NOTHING)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.eval()
+    assert torch.allclose(output(wrap_module(model, NOTHING).module), output(model), atol=1e-5)
+
+
 def test_the_encoder_weights_training_started_from_decide_the_preprocessing() -> None:
     model = smp.Unet("efficientnet-b0", encoder_weights=None)
     assert wrap_module(model, NOTHING).preprocess.mean == IMAGENET_MEAN
@@ -172,6 +288,13 @@ def test_parallel_and_compiled_modules_are_looked_through() -> None:
     assert wrap_module(nn.DataParallel(model), NOTHING).model.arch == "fpn"
     compiled = torch.compile(model, backend="eager")
     assert wrap_module(compiled, NOTHING).model.arch == "fpn"
+    for part in (nn.DataParallel, lambda encoder: torch.compile(encoder, backend="eager")):
+        inside = fpn()
+        inside.encoder = part(inside.encoder)
+        wrapped = wrap_module(inside, NOTHING)
+        assert (wrapped.model.arch, wrapped.stride) == ("fpn", 32)
+        assert torch.equal(output(wrapped.module), output(model))
+        assert inside.encoder is not wrapped.module.encoder
 
 
 @pytest.mark.parametrize("form", ["tuple", "mapping"])
@@ -189,6 +312,25 @@ def test_the_map_is_found_among_several_outputs(form: str) -> None:
         assert torch.equal(both[1], output(module)[1])
 
 
+@pytest.mark.parametrize("others", [(0,), ("loss", "features")])
+def test_outputs_that_are_no_map_of_the_images_size_are_passed_over(others: tuple[Any, ...]) -> None:
+    net = nn.Conv2d(3, 5, 3, padding=1)
+
+    class Several(nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Any) -> Any:
+            masks = self.net(x)
+            small = nn.functional.avg_pool2d(masks, 4)
+            return [small, masks] if others == (0,) else {"loss": masks.mean(), "features": small, "seg": masks}
+
+    wrapped = wrap_module(Several(), NOTHING)
+    assert torch.equal(output(wrapped.module), output(net))
+    assert any(("number 2 of" if others == (0,) else "output 'seg'") in note for note in wrapped.notes)
+
+
 @pytest.mark.parametrize("stride", [1, 2, 8, 32])
 def test_the_size_multiple_of_any_network_is_found(stride: int) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, stride, stride), nn.ConvTranspose2d(4, 2, stride, stride))
@@ -203,6 +345,51 @@ def test_input_channels_and_softmax_are_found() -> None:
     wrapped = wrap_module(module, ModelRequest(mean=(0.5,), std=(0.5,)))
     assert (wrapped.model.in_channels, wrapped.model.activation, wrapped.model.task) == (5, "softmax", "multiclass")
     assert len(wrapped.preprocess.mean) == 5
+
+
+@pytest.mark.parametrize(
+    "reparametrize",
+    [
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        lambda part: prune.random_structured(prune.l1_unstructured(part, "weight", 0.5), "weight", 0.2, dim=0),
+    ],
+    ids=["weight norm", "spectral norm", "pruned twice"],
+)
+def test_weights_that_hooks_compute_are_kept_as_they_are(reparametrize: Any) -> None:
+    model = fpn()
+    with quiet_libraries():
+        reparametrize(model.segmentation_head[0])
+    expected = output(model)
+    wrapped = wrap_module(model, NOTHING)
+    assert torch.allclose(output(wrapped.module), expected, atol=1e-5)
+    assert not [name for name in wrapped.module.state_dict() if name.endswith(("_orig", "_mask", "_g", "_v"))]
+    assert torch.equal(output(model), expected)
+
+
+def test_an_encoder_of_one_size_is_run_at_it() -> None:
+    small = {"decoder_intermediate_channels": (8, 8, 8, 8), "decoder_fusion_channels": 8, "img_size": (64, 96)}
+    with quiet_libraries():
+        model = smp.DPT("tu-vit_tiny_patch16_224", encoder_weights=None, classes=3, **small).eval()
+    mirror = Around(model, lambda net, x: net(x.flip(3)).flip(3))
+    for module, arch in ((model, "dpt"), (Wrapper(model), "dpt"), (mirror, "custom")):
+        wrapped = wrap_module(module, NOTHING)
+        assert (wrapped.model.arch, wrapped.size, wrapped.fixed_size) == (arch, (64, 96), (64, 96))
+        assert torch.allclose(output(wrapped.module), output(module), atol=1e-6)
+
+
+def test_a_module_of_one_size_is_built_for_the_size_asked_for() -> None:
+    def only(net: Any, x: Any) -> Any:
+        assert x.shape[2:] == (96, 160)
+        return net(x)
+
+    module = Around(nn.Conv2d(3, 2, 1), only)
+    wrapped = wrap_module(module, NOTHING, size=(96, 160))
+    assert (wrapped.size, wrapped.fixed_size) == ((96, 160), (96, 160))
+    for asked in (None, (64, 160)):
+        with pytest.raises(SpecError, match="takes one size only, give --size"):
+            wrap_module(module, NOTHING, size=asked)
+    assert wrap_module(nn.Conv2d(3, 2, 1), NOTHING, size=(96, 160)).fixed_size is None
 
 
 def test_half_precision_modules_become_float() -> None:
@@ -239,10 +426,17 @@ def nan_model() -> Any:
         (fpn, ModelRequest(arch="unet"), "arch 'unet' was given, but the module is a fpn; leave arch out"),
         (fpn, ModelRequest(encoder="resnet18"), "the module's is mobilenet_v2; leave encoder out"),
         (fpn, ModelRequest(classes=9), "9 classes were asked for, the module returns 4"),
+        (
+            fpn,
+            ModelRequest(class_names=("a", "b")),
+            "2 classes were asked for, the module returns 4; give 4 class names",
+        ),
         (fpn, ModelRequest(in_channels=1), "in_channels 1 was given, the module takes 3"),
         (lambda: nn.Conv2d(3, 2, 1), ModelRequest(arch="fpn"), "but the module is no SMP model; leave arch out"),
         (Argmax, NOTHING, r"returns int64 \(1, 1, .*before argmax"),
         (lambda: nn.Conv2d(3, 2, 3, stride=2), NOTHING, r"returns \(1, 2, 127, 127\) for 256x256"),
+        (lambda: nn.Conv2d(3, 2, 1, device="meta"), NOTHING, r"Conv2d is on the meta device .*weight"),
+        (lambda: Around(nn.Conv2d(3, 2, 1), lambda net, x: net(x).bfloat16()), NOTHING, "Around computes in bfloat16"),
         (lambda: nn.Linear(7, 3), NOTHING, "Linear does not run on images of 3 channels"),
         (Locked, NOTHING, r"Locked cannot be copied .* such as module\.model"),
     ],

@@ -182,6 +182,18 @@ def test_what_is_computed_from_an_activation_is_not_taken_for_logits(function: A
     assert wrap_module(module, ModelRequest(**PLAIN, activation="none")).model.activation is None
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16])
+def test_logits_of_another_type_become_float32(kind: Any, tmp_path: Path) -> None:
+    class Cast(Scaled):
+        def forward(self, x: Any) -> Any:
+            return self.net(x).to(kind)
+
+    module = Cast(tiny(), 1.0).eval()
+    logits = graph_outputs(module, tmp_path / "a")["logits"]
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, torch_output(module), atol=1e-2)
+
+
 @pytest.mark.parametrize("function", [lambda x: x * torch.sigmoid(x), lambda x: 3 * x - 1, nn.functional.silu])
 def test_a_gate_is_no_activation(function: Any) -> None:
     assert wrap_module(Ending(tiny(1), function).eval(), ModelRequest(**PLAIN)).model.activation is None

@@ -113,6 +113,15 @@ def test_normalization_in_a_config_is_read_with_its_range_and_order() -> None:
         recorded_preprocess({"preprocess": {"mean": ["x"], "std": [1]}}, {})
 
 
+def test_what_is_recorded_is_of_the_channels_as_the_network_gets_them() -> None:
+    """As SMP's ``preprocess_input`` and buffers of a module do it: the first mean is the first channel's, blue's in BGR."""
+    buffers = RecordedNormalization(
+        Preprocess((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), source="buffers mean and std"), scale_known=True
+    )
+    settled, _ = resolve_preprocess(ModelRequest(channel_order="bgr"), "resnet18", 3, recorded=buffers)
+    assert (settled.mean, settled.std, settled.channel_order) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bgr")
+
+
 @pytest.mark.parametrize(
     ("classes", "activation", "task"),
     [

@@ -21,7 +21,7 @@ import rewriting  # noqa: E402
 from rewriting import ints, noise, operators  # noqa: E402
 from small_graphs import floats, graph, run  # noqa: E402
 
-from edgeseg.convert import rewrites  # noqa: E402
+from edgeseg.convert import naming, rewrites  # noqa: E402
 from edgeseg.convert.rewrites import (  # noqa: E402
     REWRITES,
     attention_scale,
@@ -47,6 +47,26 @@ from edgeseg.errors import ExportError  # noqa: E402
 from edgeseg.graph.editing import tidy  # noqa: E402
 
 LINEAR = 'mode = "linear", coordinate_transformation_mode = "align_corners"'
+
+
+def test_names_given_to_what_has_none_are_no_other_weights() -> None:
+    """The biases of an ensemble kept in a plain list belong to no module; one has a name as these get it."""
+    biases = {name: floats(2) for name in ("p", "q", "r")}
+    model = graph(
+        "(float[1, 2, 4, 4] x) => (float[1, 2, 4, 4] y)",
+        "a = Conv(x, w, p) b = Conv(a, w, q) c = Conv(b, w, r) y = Conv(c, w, s)",
+        w=floats(2, 2, 1, 1),
+        **biases,
+        s=floats(2),
+    )
+    for index, node in enumerate(model.graph.node):
+        node.name = f"Conv_{index}"
+    model.graph.node[3].input[2] = model.graph.initializer[4].name = ".bias_1"
+    named = naming.normalize(model)
+    names = [tensor.name for tensor in named.graph.initializer]
+    assert len(names) == len(set(names)) == 5
+    image = floats(1, 2, 4, 4)
+    np.testing.assert_array_equal(run(named, x=image)[0], run(model, x=image)[0])
 
 
 def rewritten(model: onnx.ModelProto, module: ModuleType, times: int) -> Counter[str]:
