@@ -40,7 +40,7 @@ def adapt_outputs(
     if output is None:
         raise SpecError(
             f"the {type(module).__name__} does not run on images of {channels} channels and {PROBE_SIZES[0]} to "
-            f"{PROBE_SIZES[-1]} pixels ({reason}); it must take float32 (N, C, H, W); if it takes one size only, give --size, and "
+            f"{PROBE_SIZES[-1]} pixels ({reason}); it must take float32 (N, C, H, W); if it takes one size only, give --size; "
             "where it makes channels of its own, in_channels says how many its image has"
         )
     if isinstance(output, torch.Tensor):

@@ -429,7 +429,7 @@ def nan_model() -> Any:
         (
             fpn,
             ModelRequest(class_names=("a", "b")),
-            "2 classes were asked for, the module returns 4; give 4 class names",
+            "2 class names for 4 classes",
         ),
         (fpn, ModelRequest(in_channels=1), "in_channels 1 was given, the module takes 3"),
         (lambda: nn.Conv2d(3, 2, 1), ModelRequest(arch="fpn"), "but the module is no SMP model; leave arch out"),
