@@ -139,8 +139,11 @@ def trained_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme, 
         overflows = along(pair_sums(values, axis, scheme, groups=groups) > scheme.pair_limit, axis, weight.ndim)
         values = np.where(overflows, np.maximum(values, -WEIGHT_LIMIT), values)
         is_held &= pair_sums(values, axis, scheme, groups=groups) <= scheme.pair_limit
-    values = np.where(along(is_held, axis, weight.ndim), values, plain.values).astype(np.int8)
-    return QuantizedWeight(values, np.where(is_held, scale, plain.scale).astype(np.float32), axis)
+    return QuantizedWeight(
+        np.where(along(is_held, axis, weight.ndim), values, plain.values).astype(np.int8),
+        np.where(is_held, scale, plain.scale).astype(np.float32),
+        axis,
+    )
 
 
 def _are_whole(values: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -195,7 +198,7 @@ def pair_sums(weight: NDArray[Any], axis: int, scheme: QuantScheme, *, groups: i
     # Sums of int8 leave int8.
     values = channels.astype(np.result_type(weight.dtype, np.int32))
     if inputs == 1:
-        return 2 * np.abs(values).reshape(outputs, -1).max(axis=1)
+        return np.asarray(2 * np.abs(values).reshape(outputs, -1).max(axis=1))
     sums = np.zeros(outputs, values.dtype)
     for outer in range(1, values.ndim):
         # All inputs, those of a row, those of a place: the last of an odd number is alone.
