@@ -214,6 +214,12 @@ def test_engine_resolution_moves_the_mask_to_the_engine() -> None:
         at_resolution(Pair("a", image, mask), replace(SPEC, input=InputSpec(32, 32, fit="tile")), "engine")
 
 
+def test_tiles_at_engine_resolution_are_refused_before_the_work(data: Path) -> None:
+    tiles = Contender("tiles", replace(SPEC, input=InputSpec(16, 16, stride=1, fit="tile")))
+    with pytest.raises(SpecError, match="several tiles"):
+        AccuracyRequest(data, resolution="engine").check([BASELINE, tiles])
+
+
 def loop_contour_f(
     prediction: NDArray[Any], truth: NDArray[Any], valid: NDArray[Any], value: int, reach: int
 ) -> list[int]:

@@ -78,13 +78,14 @@ class AccuracyRequest:
 
         Returns what cannot be judged on it, a sentence each.
         """
-        specs = {_reads_alike(c): c.spec for c in contenders}.values()
-        sets = [self.open(spec) for spec in specs]
-        for data in sets:
-            # Other channels, another dtype, values that are no class: said before the work.
-            data.image(0)
+        specs = {_reads_alike(c): c.spec for c in contenders}
+        sets = {reading: self.open(spec) for reading, spec in specs.items()}
+        for contender in contenders:
+            # Other channels, another dtype, values that are no class, several tiles: said before the work.
+            data = sets[_reads_alike(contender)]
+            at_resolution(Pair(data.images[0].name, data.image(0), None), contender.spec, self.resolution)
             _ = data.labels
-        sizes = {len(data) for data in sets if data.masks}
+        sizes = {len(data) for data in sets.values() if data.masks}
         if not any(images < MIN_IMAGES for images in sizes):
             return ()
         return (
