@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,20 +53,38 @@ def weighted_mean(values: NDArray[np.float64], weights: NDArray[np.float64]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    record_each(
+        "weight_rounding",
+        "INT8 with weights of 8 and of 16 bits; Q/DQ graphs executed in ONNX Runtime, optimizations off",
+        __doc__,
+        measure,
+    )
+
+
+def record_each(
+    benchmark: str, words: str, description: str | None, measure: Callable[[Workload, Path], dict[str, Any]]
+) -> None:
+    """A benchmark's command line: measure each workload in a scratch folder, and write the rows.
+
+    Args:
+        benchmark: its name, and that of its results.
+        words: what it measures.
+        description: of the command line.
+        measure: gives the row of a workload.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="of benchmarks.hard_networks, with its trained networks")
     parser.add_argument("--limit", type=int, default=32, help="validation images of each")
-    parser.add_argument("--output", type=Path, default=RESULTS / "weight_rounding.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{benchmark}.json")
     options = parser.parse_args()
     rows = []
     for work in workloads(options):
         with tempfile.TemporaryDirectory() as scratch:
-            for row in measure(work, Path(scratch)):
-                rows.append({"name": f"{work.name}, {row['scheme']}", **row})
-                print(rows[-1], flush=True)
+            rows.append(measure(work, Path(scratch)))
+        print(rows[-1], flush=True)
     Record(
-        benchmark="weight_rounding",
-        workload="INT8 with weights of 8 and of 16 bits; Q/DQ graphs executed in ONNX Runtime, optimizations off",
+        benchmark=benchmark,
+        workload=words,
         machine=this_machine(),
         versions=versions(),
         settings={"limit": options.limit},
@@ -95,7 +113,7 @@ def workloads(options: argparse.Namespace) -> Iterator[Workload]:
         yield replace(scenes, name=f"hard {name}", loaded=loaded, spec=spec)
 
 
-def measure(work: Workload, folder: Path) -> Iterator[dict[str, Any]]:
+def measure(work: Workload, folder: Path) -> dict[str, Any]:
     graph, _ = export_onnx(work.loaded, work.spec, folder / "fp32.onnx")
     reference = masks_of(graph, work.images)
     truth = float(miou(confusion(reference, work).sum(axis=0)))
@@ -109,7 +127,8 @@ def measure(work: Workload, folder: Path) -> Iterator[dict[str, Any]]:
         agreement.append(np.array([(a == b).mean() for a, b in zip(masks, reference, strict=True)]))
         losses.append(truth - float(miou(confusion(masks, work).sum(axis=0))))
     gain = agreement[1] - agreement[0]
-    yield {
+    return {
+        "name": f"{work.name}, {scheme}",
         "scheme": scheme,
         "miou_float": truth,
         "agreement_8_bits": float(agreement[0].mean()),

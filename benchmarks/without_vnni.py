@@ -10,8 +10,6 @@ trained there. Agreement is with the float graph's masks; intervals (95 %) resam
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.range_methods import confusion, masks_of, miou
-from benchmarks.record import RESULTS, Record, this_machine, versions
-from benchmarks.weight_rounding import weighted_mean, workloads
+from benchmarks.weight_rounding import record_each, weighted_mean
 from benchmarks.workload import Workload
 from edgeseg.convert.export import export_onnx
 from edgeseg.evaluate.intervals import interval
@@ -42,24 +39,12 @@ def any_two(weight: NDArray[Any], axis: int, scheme: QuantScheme, *, groups: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="of benchmarks.hard_networks, with its trained networks")
-    parser.add_argument("--limit", type=int, default=32, help="validation images of each")
-    parser.add_argument("--output", type=Path, default=RESULTS / "without_vnni.json")
-    options = parser.parse_args()
-    rows = []
-    for work in workloads(options):
-        with tempfile.TemporaryDirectory() as scratch:
-            rows.append({"name": work.name, **measure(work, Path(scratch))})
-        print(rows[-1], flush=True)
-    Record(
-        benchmark="without_vnni",
-        workload="INT8 for ONNX Runtime without VNNI; Q/DQ graphs executed in ONNX Runtime, optimizations off",
-        machine=this_machine(),
-        versions=versions(),
-        settings={"limit": options.limit},
-        rows=rows,
-    ).write(options.output)
+    record_each(
+        "without_vnni",
+        "INT8 for ONNX Runtime without VNNI; Q/DQ graphs executed in ONNX Runtime, optimizations off",
+        __doc__,
+        measure,
+    )
 
 
 def measure(work: Workload, folder: Path) -> dict[str, Any]:
@@ -69,7 +54,7 @@ def measure(work: Workload, folder: Path) -> dict[str, Any]:
     samples = CalibrationSet.open(work.calibration)
     calibrated, table = calibrate_repaired(graph, samples, folder / "equalized.onnx", judges=(SCHEME,), method=AUTO)
     agreements = []
-    row: dict[str, Any] = {"miou_float": truth}
+    row: dict[str, Any] = {"name": work.name, "miou_float": truth}
     ways = {
         "7_bits": (SCHEME, any_two),
         "neighbours": (SCHEME, parameters.pair_sums),

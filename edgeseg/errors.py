@@ -29,6 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edgeseg.console import printable
+
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -103,7 +105,14 @@ class ArtifactError(EdgesegError):
 
 
 class StaleEngineError(ArtifactError):
-    """An engine that is whole, but was built for another device or version, or not built yet: compile it again."""
+    """An engine that is whole, but was built for another device or version, or not built yet: compile it again.
+
+    Args:
+        message: in which may stand whatever a manifest says of device and versions.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class ExportError(EdgesegError):

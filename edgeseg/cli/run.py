@@ -15,7 +15,7 @@ from edgeseg.cli.shared_options import request_options
 from edgeseg.runtime.raster import RasterOptions
 from edgeseg.runtime.run import RunSettings, run_inputs, streams_of
 
-LIVE_SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "rtp://", "srt://", "udp://", "tcp://")
+_LIVE_SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "rtp://", "srt://", "udp://", "tcp://")
 
 
 @click.command("run", short_help="Segment images, folders, videos or a camera.")
@@ -82,7 +82,7 @@ def command(
         raise click.UsageError(
             "--threads goes with a run on this machine; on a cluster --jobs says how many workers there are"
         )
-    live = next((place for place in inputs if place.lower().startswith(LIVE_SCHEMES)), None)
+    live = next((place for place in inputs if place.lower().startswith(_LIVE_SCHEMES)), None)
     if live is not None:
         raise click.UsageError(
             f"{live} is a stream of the network, which is not opened here; in Python give edgeseg.stream the frames of "

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -76,11 +76,8 @@ def import_for_conversion(package: str) -> ModuleType:
         raise MissingDependencyError(exc.name or package, "convert", "convert a model") from exc
 
 
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence the deprecation chatter of SMP, timm and torch; errors still come through."""
-    with without_warnings():
-        yield
+quiet_libraries = without_warnings
+"""Silences the deprecation chatter of SMP, timm and torch; errors still come through."""
 
 
 def resolve_arch(name: str) -> str:

@@ -42,10 +42,11 @@ from edgeseg.store.hashing import sha256_file
 
 # EPS (which runs Ghostscript) and rarely exercised decoders stay closed to files of unknown origin.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-IMAGE_SUFFIXES = ARRAY_SUFFIXES | frozenset(
-    {".bmp", ".gif", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
-    | {".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"}
-    | {".apng", ".png"}
+JPEG_SUFFIXES = frozenset({".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"})
+IMAGE_SUFFIXES = (
+    ARRAY_SUFFIXES
+    | JPEG_SUFFIXES
+    | {".apng", ".bmp", ".gif", ".jp2", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 )
 # The number from which Pillow refuses a file itself.
 MAX_PIXELS = 178_956_970

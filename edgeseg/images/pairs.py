@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeseg.errors import InputError
-from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images
+from edgeseg.images.decoding import IMAGE_SUFFIXES, JPEG_SUFFIXES, list_images
 
 IMAGE_FOLDERS = ("images", "image", "img", "img_dir")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "ann_dir")
-JPEG_SUFFIXES = frozenset({".jfif", ".jpe", ".jpeg", ".jpg", ".mpo"})
 MASK_SUFFIXES = ("_mask", "_label", "_labels", "_gt")
 # Of two files for one image these are the mask; the other is a picture of it.
 USUAL_MASKS = frozenset({".png", ".npy", ".tif", ".tiff", ".bmp", ".gif"})

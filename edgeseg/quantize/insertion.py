@@ -132,14 +132,8 @@ class _Inserter:
         """Make the integers of ``value``, where it is quantized, of the floats in ``source`` next to ``node``."""
         if value not in self._placement.quantized:
             return
-        affine = self._affine(value)
-        self._integers[value] = Editor(self._graph, node, value.name, after=after).op(
-            "Q",
-            "QuantizeLinear",
-            [source, affine.scale, affine.zero_point],
-            dtype=ir.DataType.from_numpy(affine.parameters.dtype),
-            shape=value.shape,
-        )
+        editor = Editor(self._graph, node, value.name, after=after)
+        self._integers[value] = _quantized(editor, source, self._affine(value), value.shape)
 
     def _move(self, node: ir.Node) -> None:
         """Let a data movement run on integers."""
@@ -152,20 +146,15 @@ class _Inserter:
 
     def _dequantized(self, value: ir.Value, reader: ir.Node) -> ir.Value:
         if value not in self._floats:
-            affine = self._affine(value)
-            inputs = [self._integers[value], affine.scale, affine.zero_point]
             editor = Editor(self._graph, reader, value.name)
-            self._floats[value] = editor.op("DQ", "DequantizeLinear", inputs, shape=value.shape)
+            self._floats[value] = _restored(editor, self._integers[value], self._affine(value), value.shape)
         return self._floats[value]
 
     def _rescaled(self, node: ir.Node, index: int) -> ir.Value:
         """What ``node`` reads there in the steps of its result."""
         value, affine = given(node, index), self._affine(node.outputs[0])
         editor = Editor(self._graph, node, f"{node.name}/input_{index}")
-        dtype = ir.DataType.from_numpy(affine.parameters.dtype)
-        inputs = [value, affine.scale, affine.zero_point]
-        integers = editor.op("Q", "QuantizeLinear", inputs, dtype=dtype, shape=value.shape)
-        return editor.op("DQ", "DequantizeLinear", [integers, *inputs[1:]], shape=value.shape)
+        return _restored(editor, _quantized(editor, value, affine, value.shape), affine, value.shape)
 
     def _affine(self, value: ir.Value) -> _Affine:
         leader = self._placement.representative(value)
@@ -270,13 +259,16 @@ class _Inserter:
             if value in self._integers and not self._is_computed_in_float(value):
                 name = value.name
                 value.name = f"{name}/quantized_output"
-                affine = self._affine(value)
-                last = self._graph[len(self._graph) - 1]
-                result = Editor(self._graph, last, name, after=True).op(
-                    "DQ",
-                    "DequantizeLinear",
-                    [self._integers[value], affine.scale, affine.zero_point],
-                    shape=value.shape,
-                )
+                editor = Editor(self._graph, self._graph[len(self._graph) - 1], name, after=True)
+                result = _restored(editor, self._integers[value], self._affine(value), value.shape)
                 result.name = name
                 self._graph.outputs[index] = result
+
+
+def _quantized(editor: Editor, value: ir.Value, affine: _Affine, shape: ir.Shape | None) -> ir.Value:
+    dtype = ir.DataType.from_numpy(affine.parameters.dtype)
+    return editor.op("Q", "QuantizeLinear", [value, affine.scale, affine.zero_point], dtype=dtype, shape=shape)
+
+
+def _restored(editor: Editor, integers: ir.Value, affine: _Affine, shape: ir.Shape | None) -> ir.Value:
+    return editor.op("DQ", "DequantizeLinear", [integers, affine.scale, affine.zero_point], shape=shape)

@@ -131,7 +131,7 @@ def _weights(graph: _Graph, scheme: QuantScheme) -> Iterator[str]:
         if values.dtype != np.int8 or np.any(numbers.zero_point):
             yield f"{node.name}: weight is not symmetric int8"
         axis, wanted = attribute(pair, "axis", 1), _channel_axis(node, values)
-        if scheme.pair_limit < 256:
+        if scheme.adds_pairs:
             sums = pair_sums(values, wanted, scheme, groups=attribute(node, "group", 1))
             if sums.max(initial=0) > scheme.pair_limit:
                 yield f"{node.name}: neighbouring weights add to {sums.max()}, and {scheme.name} holds {scheme.pair_limit}"

@@ -134,7 +134,7 @@ def trained_weight(weight: NDArray[np.float32], axis: int, scheme: QuantScheme, 
     rest = [size for index, size in enumerate(weight.shape) if index != axis]
     values = np.moveaxis(integers.reshape(weight.shape[axis], *rest), 0, axis)
     is_held = scale > 0
-    if scheme.pair_limit < 256:
+    if scheme.adds_pairs:
         # What is a step off in places is nearer to training than what is rounded anew.
         overflows = along(pair_sums(values, axis, scheme, groups=groups) > scheme.pair_limit, axis, weight.ndim)
         values = np.where(overflows, np.maximum(values, -WEIGHT_LIMIT), values)

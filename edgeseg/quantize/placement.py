@@ -231,20 +231,15 @@ class _OperatorPlacement:
     def _may_share(self, values: Iterable[ir.Value], bound: Iterable[ir.Value]) -> bool:
         """Whether ``values`` may have one scale: none of them is clipped by it, and ``bound`` keep their resolution."""
         members = [m for v in values for m in self._result.members(v)]
-        low, high = _union(self._limits(members))
+        low, high = _union(_limits(members, self._ranges))
         # What training rounded each in its own steps keeps them: integers are joined only where they mean the same.
         grids = {self._grids.get(str(m.name)) for m in members if m.name in self._ranges}
         if len(grids) != 1 or any(
             low < self._clamped[m][0] or high > self._clamped[m][1] for m in members if m in self._clamped
         ):
             return False
-        least = min(
-            (b - a for a, b in self._limits(m for v in bound for m in self._result.members(v))), default=math.inf
-        )
+        least = _narrowest(_limits((m for v in bound for m in self._result.members(v)), self._ranges))
         return grids != {None} or high - low <= SHARED_SCALE_RATIO * least
-
-    def _limits(self, values: Iterable[ir.Value]) -> list[Range]:
-        return [self._ranges[str(v.name)] for v in values if v.name in self._ranges]
 
     def _is_read_elsewhere(self, value: ir.Value, concat: ir.Node) -> bool:
         """Whether somebody besides ``concat``, whose result has coarse steps in any case, reads these integers."""
@@ -351,14 +346,13 @@ def _share_concat(node: ir.Node, ranges: Mapping[str, Range], result: Placement)
     if len(inputs) != len(node.inputs):
         return
     members = {v: result.members(v) for v in (*inputs, output)}
-    low, high = _union(ranges[str(m.name)] for group in members.values() for m in group if m.name in ranges)
+    low, high = _union(_limits((m for group in members.values() for m in group), ranges))
     joined = [output]
     for index, value in enumerate(inputs):
         bound = [m for m in members[value] if any(reader.op_type != "Concat" for reader in m.consumers())]
         if any(reader is not node for reader in value.consumers()):
             bound.append(value)
-        least = min((b - a for a, b in (ranges[str(m.name)] for m in bound if m.name in ranges)), default=math.inf)
-        if high - low > SHARED_SCALE_RATIO * least:
+        if high - low > SHARED_SCALE_RATIO * _narrowest(_limits(bound, ranges)):
             result.rescaled.add((node, index))
         else:
             joined.append(value)
@@ -370,6 +364,14 @@ def _activations(node: ir.Node) -> list[ir.Value]:
     """Inputs that carry an image's values; shapes, indices and constants left out."""
     candidates = node.inputs if node.op_type in {"Add", "Mul", "Concat"} else node.inputs[:1]
     return [v for v in candidates if v is not None and v.const_value is None]
+
+
+def _limits(values: Iterable[ir.Value], ranges: Mapping[str, Range]) -> list[Range]:
+    return [ranges[str(v.name)] for v in values if v.name in ranges]
+
+
+def _narrowest(limits: Iterable[Range]) -> float:
+    return min((high - low for low, high in limits), default=math.inf)
 
 
 def _union(limits: Iterable[Range]) -> Range:

@@ -41,6 +41,11 @@ class QuantScheme:
     half: bool = False
     pair_limit: int = 256
 
+    @property
+    def adds_pairs(self) -> bool:
+        """Whether there are weights of 8 bits that overflow."""
+        return self.pair_limit < 256
+
 
 _IMAGE_PASSES = ("fold_preprocessing", "pixel_groups")  # the uint8 image is an activation as it is: u8 schemes only
 _ONNXRUNTIME_PASSES = (

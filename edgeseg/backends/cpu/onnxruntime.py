@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu.options import (
+    WITHOUT_VNNI,
     check_built_for,
     check_image_size,
     cpu_options,
@@ -260,4 +261,4 @@ def _advice(cpu: Cpu) -> str:
         )
     if cpu.has_vnni:
         return "INT8 (U8 activations, S8 weights) is fast with VNNI"
-    return "INT8 without VNNI: neighbouring weights are kept small, so that nothing saturates; less gain"
+    return WITHOUT_VNNI

@@ -21,6 +21,7 @@ from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
 from edgeseg.backends.cpu.openvino_group_norm import replace_group_norm
 from edgeseg.backends.cpu.options import (
+    WITHOUT_VNNI,
     check_built_for,
     check_image_size,
     cpu_options,
@@ -64,11 +65,7 @@ class OpenVinoBackend:
             return BackendStatus(
                 False, version, f"OpenVINO has no kernels for {self.cpu.name}; use --target onnxruntime"
             )
-        fast = (
-            "INT8 is fast with VNNI"
-            if self.cpu.has_vnni
-            else "INT8 without VNNI: neighbouring weights are kept small, so that nothing saturates; less gain"
-        )
+        fast = "INT8 is fast with VNNI" if self.cpu.has_vnni else WITHOUT_VNNI
         return BackendStatus(True, version, f"{self.cpu.name}: {fast}")
 
     def build(

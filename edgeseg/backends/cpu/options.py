@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgeseg.backends.base import require_known
-from edgeseg.console import printable
 from edgeseg.errors import InputError, SpecError, StaleEngineError, typed
 from edgeseg.machine.cpu import Cpu
 from edgeseg.spec import InputSpec
@@ -18,6 +17,9 @@ CPU_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "openvino": ("threads", "streams"),
 }
 """Build options by backend."""
+
+WITHOUT_VNNI = "INT8 without VNNI: neighbouring weights are kept small, so that nothing saturates; less gain"
+"""What :class:`~edgeseg.backends.base.BackendStatus` says of such an x86 CPU."""
 
 
 def cpu_options(backend: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,11 +95,11 @@ def check_built_for(engine: Engine, cpu: Cpu, package: str, version: str) -> Non
     again = f"run: {typed('compile', engine.folder)}"
     built_for, built_with = manifest.device.get("isa"), manifest.versions.get(package)
     if built_for != cpu.isa:
-        said = f"{engine.folder} was built for a CPU with [{built_for}], this one has [{cpu.isa}]; {again}"
-        raise StaleEngineError(printable(said))
+        raise StaleEngineError(
+            f"{engine.folder} was built for a CPU with [{built_for}], this one has [{cpu.isa}]; {again}"
+        )
     if built_with != version:
-        said = f"{engine.folder} was built with {package} {built_with}, this is {version}; {again}"
-        raise StaleEngineError(printable(said))
+        raise StaleEngineError(f"{engine.folder} was built with {package} {built_with}, this is {version}; {again}")
 
 
 def check_image_size(shape: Sequence[int], spec: InputSpec) -> None:

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 
 from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.backends.cuda.driver import CudaDevice
-from edgeseg.console import printable
 from edgeseg.errors import DeviceError, StaleEngineError, typed
 from edgeseg.store.engine import Engine
 
@@ -60,11 +59,10 @@ def check_built_for(engine: Engine, package: str, version: str, gpu: CudaDevice)
         "ampere_plus": gpu.compute_capability >= (8, 0),
     }.get(level, False)
     if not same_version or not same_device:
-        said = (
+        raise StaleEngineError(
             f"{engine.folder} was built with {package} {built_with} for {built_on} (compute capability {capability}), this "
             f"is {package} {version} on {gpu.name} ({gpu.capability_text}); run: {typed('compile', engine.folder)}"
         )
-        raise StaleEngineError(printable(said))
 
 
 def _numbers(version: str) -> tuple[int, ...]:

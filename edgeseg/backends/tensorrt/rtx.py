@@ -22,7 +22,6 @@ from edgeseg.backends.tensorrt.options import RTX_SMS, RtxOptions, parse_options
 from edgeseg.backends.tensorrt.progress import progress_monitor
 from edgeseg.backends.tensorrt.rtx_cache import CachingEngine, runtime_cache_path
 from edgeseg.backends.tensorrt.session import open_session
-from edgeseg.console import printable
 from edgeseg.errors import BuildError, EdgesegError, StaleEngineError, typed
 from edgeseg.store.engine import Engine
 from edgeseg.store.manifest import OnnxGraph, PrecisionReport
@@ -230,8 +229,7 @@ def check_sm(engine: Engine, version: str, gpu: CudaDevice) -> None:
     built_with, sms = manifest.versions.get("tensorrt-rtx", "?"), manifest.device.get("sm", "")
     here = f"{gpu.compute_capability[0]}{gpu.compute_capability[1]}"
     if built_with != version or (sms != "default" and here not in sms.split(",")):
-        said = (
+        raise StaleEngineError(
             f"{engine.folder} was built with TensorRT-RTX {built_with} for SM {sms}, this is {version} on {gpu.name} "
             f"(SM {here}); run: {typed('compile', engine.folder, '--sm', str(here))}"
         )
-        raise StaleEngineError(printable(said))

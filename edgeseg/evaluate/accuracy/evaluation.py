@@ -80,11 +80,13 @@ class AccuracyRequest:
         """
         specs = {_reads_alike(c): c.spec for c in contenders}
         sets = {reading: self.open(spec) for reading, spec in specs.items()}
-        for contender in contenders:
+        for reading, data in sets.items():
             # Other channels, another dtype, values that are no class, several tiles: said before the work.
-            data = sets[_reads_alike(contender)]
-            at_resolution(Pair(data.images[0].name, data.image(0), None), contender.spec, self.resolution)
+            first = Pair(data.images[0].name, data.image(0), None)
             _ = data.labels
+            for contender in contenders:
+                if _reads_alike(contender) == reading:
+                    at_resolution(first, contender.spec, self.resolution)
         sizes = {len(data) for data in sets.values() if data.masks}
         if not any(images < MIN_IMAGES for images in sizes):
             return ()

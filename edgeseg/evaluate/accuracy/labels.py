@@ -13,8 +13,7 @@ from PIL import UnidentifiedImageError
 
 from edgeseg.errors import InputError, one_line
 from edgeseg.images.arrays import ARRAY_SUFFIXES, read_array
-from edgeseg.images.decoding import FORMATS, MAX_ARRAY_BYTES, open_picture
-from edgeseg.images.pairs import JPEG_SUFFIXES
+from edgeseg.images.decoding import FORMATS, JPEG_SUFFIXES, MAX_ARRAY_BYTES, open_picture
 from edgeseg.images.tiff import tiff_layout
 from edgeseg.spec import ModelSpec
 from edgeseg.store.files import require_file
