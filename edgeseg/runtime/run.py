@@ -412,7 +412,7 @@ class _Run:
                 interrupted = self._write_frames(task, video, frames, file, bar)
                 self.dropped += frames.dropped
             self.written.append(path)
-            if video.damage:
+            if video.damage and not self._finished():  # what is read ahead beyond the limit was not asked for
                 self._fail(task, f"{task.label}: {video.damage}", bar, "incomplete")
         except InputError as exc:
             self._fail(task, str(exc), bar)
