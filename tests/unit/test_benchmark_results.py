@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.record import RESULTS, Machine, Record
 from benchmarks.results import PAGE, page
+from edgeseg.demo import demo_models
 from edgeseg.store.documents import write_json
 
 EXAMPLE = Path(__file__).parents[1] / "data" / "bench-report-example.json"
@@ -24,6 +25,11 @@ def test_the_docs_say_of_rasters_what_was_measured() -> None:
     for label, kind in (("blended scores", "scores"), ("masks", "masks")):
         peaks = [f"{row['peak_bytes'] / 1e6:.0f}" for row in rows if row["name"].startswith(kind)]
         assert f"| {' | '.join([label, *peaks])} |" in text
+
+
+def test_the_docs_say_of_the_demo_models_what_was_measured() -> None:
+    rows = [line for line in page_lines("calibration/demo/RESULTS.md") if " MB |" in line]
+    assert len(rows) == len(demo_models()) and set(rows) <= set(page_lines("docs/measured.md"))
 
 
 def test_the_readme_and_the_docs_say_of_camvid_what_was_measured() -> None:
