@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from cpu_folders import folder_for
 from engine_folders import write_manifest
 from small_graphs import graph
 
@@ -168,3 +169,38 @@ def test_torch_onnx_smp_and_opencv_are_not_needed(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["(64, 96)", "(100, 100)", "(5, 7)"]
+
+
+FORKS = """
+import os, signal, sys
+import numpy as np
+import edgeseg
+
+segmenter = edgeseg.load(sys.argv[1], threads=2)
+height, width = segmenter.spec.input.height, segmenter.spec.input.width
+image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+mask = segmenter(image)
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    assert np.array_equal(segmenter(image), mask)
+    if sys.argv[2] == "close":
+        segmenter.close()
+    elif sys.argv[2] == "replace":
+        segmenter = edgeseg.load(sys.argv[1])
+        assert np.array_equal(segmenter(image), mask)
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+assert np.array_equal(segmenter(image), mask)
+"""
+
+
+@pytest.mark.parametrize("end", ["close", "replace", "exit"])
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_a_forked_process_frees_what_it_inherited_without_waiting_for_threads(
+    tmp_path: Path, target: str, end: str
+) -> None:
+    folder = folder_for(tmp_path / "engine", target, get_backend(target).scheme)
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS, str(folder), end]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
+from edgeseg.backends.cpu.inherited import keep_in_forks
 from edgeseg.backends.cpu.options import (
     WITHOUT_VNNI,
     check_built_for,
@@ -128,6 +129,7 @@ class OnnxRuntimeSession(Closing):
     """A loaded engine; ``run`` may be called from several threads at once."""
 
     def __init__(self, session: Any, spec: InputSpec | None = None) -> None:
+        keep_in_forks(session)
         self._session = session
         self._spec = spec
         (image,) = session.get_inputs()

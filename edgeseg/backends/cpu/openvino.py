@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
+from edgeseg.backends.cpu.inherited import keep_in_forks
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
 from edgeseg.backends.cpu.openvino_group_norm import replace_group_norm
 from edgeseg.backends.cpu.options import (
@@ -128,6 +129,7 @@ class OpenVinoSession(Closing):
     """A loaded engine; ``run`` may be called from several threads at once."""
 
     def __init__(self, compiled: Any, spec: InputSpec) -> None:
+        keep_in_forks(compiled)
         self._compiled = compiled
         self._spec = spec
         self._idle = [compiled.create_infer_request()]
