@@ -155,7 +155,10 @@ class _Ending:
             help_line = (
                 "" if context is None else f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n"
             )
-            return cls(error.exit_code, kind, error.format_message(), usage=help_line)
+            message = error.format_message()
+            if isinstance(error, click.MissingParameter):
+                message = " ".join(message.split())  # choices come a line each
+            return cls(error.exit_code, kind, message, usage=help_line)
         if isinstance(error, click.Abort) or is_interruption(error):
             return cls(130, "Interrupted", "interrupted; no output is left half-written")
         if isinstance(error, EdgesegError):

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import InputError
-from edgeseg.runtime.sources import import_cv2, require_utf8
+from edgeseg.runtime.sources import import_cv2
 from edgeseg.store.atomic import replacing, write_bytes
-from edgeseg.store.files import refuse_existing
+from edgeseg.store.files import refuse_existing, require_utf8
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,7 +77,7 @@ class VideoFile:
         self._size = (0, 0)
         self.frames = 0
         refuse_existing(path, overwrite)
-        require_utf8(path)
+        require_utf8(path, "OpenCV", InputError)
 
     def write(self, picture: NDArray[np.uint8]) -> None:
         """Append a frame, uint8 RGB ``(H, W, 3)``; all frames have the size of the first."""

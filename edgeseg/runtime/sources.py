@@ -14,17 +14,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.arguments import shortened
 from edgeseg.errors import InputError, imported
 from edgeseg.images.decoding import list_images, read_image
 from edgeseg.runtime.matroska import read_container
 from edgeseg.runtime.overlap import in_parallel
 from edgeseg.spec import ChannelOrder, InputSpec
-from edgeseg.store.files import require_file
+from edgeseg.store.files import require_file, require_utf8
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
 # Their headers count the frames; elsewhere the count is estimated from duration and rate.
 COUNTED_SUFFIXES = frozenset({".avi", ".m4v", ".mov", ".mp4"})
 _USUAL = InputSpec()
+CAMERAS = 10_000
 MATROSKA_SUFFIXES = frozenset({".mkv", ".webm"})
 
 
@@ -48,14 +50,22 @@ class Picture:
 
 
 def camera_index(source: object) -> int | None:
-    """Return the camera number that ``source`` means (``0``, ``"0"``, ``"/dev/video0"``), unless it is something else."""
+    """Return the camera number that ``source`` means (``0``, ``"0"``, ``"/dev/video0"``), unless it is something else.
+
+    Raises:
+        InputError: a number that no camera has.
+    """
     if isinstance(source, int) and not isinstance(source, bool):
+        if not 0 <= source < CAMERAS:
+            raise InputError(
+                f"there is no camera {shortened(source)}; give 0 to {CAMERAS - 1}, N being /dev/videoN on Linux"
+            )
         return source
     if isinstance(source, (str, Path)) and str(source).startswith("/dev/"):
         # Links too: /dev/v4l/by-id/ has a camera's own name.
         device = re.fullmatch(r"/dev/video([0-9]{1,4})", os.path.realpath(source))
         return None if device is None else int(device[1])
-    if isinstance(source, str) and source.isascii() and source.isdigit() and not Path(source).exists():
+    if isinstance(source, str) and re.fullmatch("[0-9]{1,4}", source) and not Path(source).exists():
         return int(source)
     return None
 
@@ -90,7 +100,7 @@ class Video:
         self._name = f"camera {source}" if isinstance(source, int) else str(source)
         if isinstance(source, Path):
             require_file(source, "video")
-            require_utf8(source)
+            require_utf8(source, "OpenCV", InputError)
         self._cv2 = import_cv2()
         with _quiet(self._cv2):
             self._capture = self._cv2.VideoCapture(source) if isinstance(source, int) else _open_file(self._cv2, source)
@@ -176,15 +186,6 @@ def open_source(source: object, spec: InputSpec) -> Video | Iterable[Picture]:
 def import_cv2() -> Any:
     """Import OpenCV. Raises ``MissingDependencyError``."""
     return imported("cv2", "video", "read and write videos and cameras")
-
-
-def require_utf8(path: Path) -> None:
-    """Refuse names OpenCV cannot be given: it crashes on them."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as exc:
-        shown = str(path).encode("utf-8", "backslashreplace").decode()
-        raise InputError(f"cannot open {shown}: OpenCV needs a name in UTF-8; rename it") from exc
 
 
 def _read_files(paths: list[Path], spec: InputSpec) -> Iterator[Picture]:

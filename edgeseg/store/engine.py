@@ -16,6 +16,7 @@ from edgeseg.console import printable
 from edgeseg.errors import ArtifactError, StaleEngineError, refusals_as, typed
 from edgeseg.store.atomic import atomic_folder, check_folder, listed_names, recover_folder
 from edgeseg.store.documents import decode_versioned, read_bounded_json
+from edgeseg.store.files import require_utf8
 from edgeseg.store.hashing import FileRef, sha256_file
 from edgeseg.store.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 
@@ -62,6 +63,7 @@ def engine_folder(target: Path, *, force: bool) -> AbstractContextManager[Path]:
 
 def check_engine_folder(target: Path, *, force: bool) -> None:
     """Refuse, before the work, what :func:`engine_folder` would refuse after it."""
+    require_utf8(os.path.abspath(target), "ONNX", ArtifactError)
     check_folder(target, force=force, ours=engine_files)
 
 

@@ -48,6 +48,15 @@ def require_regular(path: str | Path, what: str, error: type[EdgesegError]) -> i
     return status.st_size
 
 
+def require_utf8(path: str | Path, reader: str, error: type[EdgesegError]) -> None:
+    """Raise ``error`` for a name that is not UTF-8: native libraries take no other, and OpenCV crashes on one."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as exc:
+        shown = str(path).encode("utf-8", "backslashreplace").decode()
+        raise error(f"cannot use {shown}: {reader} needs a name in UTF-8; give it another") from exc
+
+
 def read_lines(path: Path, what: str) -> list[str]:
     """Return the lines of a UTF-8 text file of at most :data:`MAX_TEXT_BYTES`.
 

@@ -12,7 +12,7 @@ from onnx import external_data_helper
 
 from edgeseg.errors import ArtifactError, first_line
 from edgeseg.store.atomic import write_bytes
-from edgeseg.store.files import require_regular
+from edgeseg.store.files import require_regular, require_utf8
 
 MAX_PROTOBUF_BYTES = 2**31 - 1
 """Largest serialized message protobuf reads back; also the largest single-file graph."""
@@ -38,8 +38,10 @@ def read_onnx(path: Path, *, data_beside: bool = False) -> onnx.ModelProto:
     if data_beside:
         _load_data_beside(model, path)
     _refuse_external_data(model, path)
+    place = os.path.abspath(path)
+    require_utf8(place, "ONNX", ArtifactError)
     try:
-        onnx.checker.check_model(os.path.abspath(path))
+        onnx.checker.check_model(place)
     except (onnx.checker.ValidationError, ValueError, OSError, RuntimeError) as exc:
         raise ArtifactError(f"{path} is not a valid ONNX graph: {first_line(exc)}; export it again") from exc
     return model

@@ -51,6 +51,7 @@ def test_python_m_edgeseg_is_the_command() -> None:
         (["build", "--arch", "fpn", "--mean", "a,b"], 2, "list of numbers"),
         (["build", "--arch", "fpn", "--max-drop", "7"], 2, "between 0 and 1"),
         (["build", "--arch", "fpn", "--model-arg", "depth"], 2, "key=value"),
+        (["export", "engine"], 2, "edgeseg: Missing option '--to'. Choose from: triton, hub, "),
         (["inspect", "no-such-folder"], 1, "no such folder"),
         (["run", "no-such-folder", PHOTO, "--output", "out"], 1, "no such folder"),
         (["compile", "no-such-folder"], 1, "no such folder"),

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from small_graphs import graph  # noqa: E402
 
 from edgeseg.errors import ArtifactError, first_line  # noqa: E402
+from edgeseg.store.engine import check_engine_folder  # noqa: E402
 from edgeseg.store.onnx_file import read_onnx, write_onnx  # noqa: E402
 
 
@@ -44,6 +45,17 @@ def test_the_order_of_initializers_does_not_change_the_bytes(tmp_path: Path) -> 
 def test_a_missing_file_says_so(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"cannot read .*m\.onnx"):
         read_onnx(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("place", ["m\udcff.onnx", "folder\udcff/m.onnx"])
+def test_a_name_that_native_code_cannot_be_given_is_said_to_be_one(tmp_path: Path, place: str) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    write_onnx(small_model(), path)
+    with pytest.raises(ArtifactError, match=r"^cannot use [^\ud800-\udfff]+: ONNX needs a name in UTF-8"):
+        read_onnx(path)
+    with pytest.raises(ArtifactError, match=r"^cannot use [^\ud800-\udfff]+: ONNX needs a name in UTF-8"):
+        check_engine_folder(path.with_suffix(""), force=False)
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

@@ -396,6 +396,10 @@ def test_which_sources_are_cameras(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]  # fmt: skip
     (tmp_path / "7").mkdir()
     assert camera_index("7") is None
+    assert camera_index("9" * 5000) is None  # Python makes no number of so many digits, a file may be named so
+    for number in (-1, 10**5, 10**5000):
+        with pytest.raises(InputError, match="^there is no camera .*give 0 to 9999"):
+            camera_index(number)
     monkeypatch.setattr("os.path.realpath", lambda path: "/dev/video3" if "v4l" in str(path) else str(path))
     links = (
         "/dev/video12",

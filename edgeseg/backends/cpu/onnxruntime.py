@@ -35,6 +35,7 @@ from edgeseg.errors import ArtifactError, BuildError, InputError, MissingDepende
 from edgeseg.machine.cpu import Cpu, this_cpu
 from edgeseg.spec import InputSpec
 from edgeseg.store.engine import Engine
+from edgeseg.store.files import require_utf8
 from edgeseg.store.manifest import OnnxGraph
 
 ENGINE_NAME = "engine.onnx"
@@ -207,6 +208,7 @@ def _open(
     error: type[BuildError] | type[ArtifactError],
     disabled_optimizers: tuple[str, ...] = (),
 ) -> Any:
+    require_utf8(path, "ONNX Runtime", error)
     require_self_contained(path)
     make = partial(
         ort.InferenceSession,
