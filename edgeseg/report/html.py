@@ -229,6 +229,7 @@ def _distribution(entries: Sequence[Entry], where: str, key: str) -> Markup | No
 def environment_lines(run: Run) -> tuple[tuple[str, str], ...]:
     """The machine of a run, one fact a line; what is not known is left out."""
     env: Environment = run.report.environment
+    protocol = [f"{name} {value}" for name, value in run.report.protocol.items() if value is not None]
     gpus = [", ".join(filter(None, (gpu.name, gpu.driver and f"driver {gpu.driver}"))) for gpu in env.gpus]
     facts = [
         ("Device", env.device),
@@ -244,7 +245,7 @@ def environment_lines(run: Run) -> tuple[tuple[str, str], ...]:
         ("Before", _state(env.before)),
         ("After", _state(env.after)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in env.versions.items())),
-        ("Protocol", ", ".join(f"{name} {value}" for name, value in run.report.protocol.items())),
+        ("Protocol", ", ".join(protocol)),
         ("Measured", f"{run.report.created_at} with edgeseg {run.report.edgeseg_version}"),
     ]
     return tuple((name, value) for name, value in facts if value)

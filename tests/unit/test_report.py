@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import io
 import itertools
@@ -25,11 +26,12 @@ from edgeseg.decide.entries import MergedReport, Run, merge, read_runs
 from edgeseg.decide.requirement import Requirement
 from edgeseg.decide.verdict import decide
 from edgeseg.errors import ArtifactError, InputError, MissingDependencyError
+from edgeseg.evaluate.latency.protocol import BENCH
 from edgeseg.evaluate.results import ModuleTime, Profile, Row, WorstImage, row_id, write_report
 from edgeseg.report.charts import Scale, latency_scale, nice_step
 from edgeseg.report.decision import decision_of
 from edgeseg.report.details import CHANGES_SHOWN, PNG
-from edgeseg.report.html import html
+from edgeseg.report.html import environment_lines, html
 from edgeseg.report.plain import csv_text, markdown, terminal
 from edgeseg.runtime.overlay import class_palette
 from edgeseg.store.manifest import Repair
@@ -125,6 +127,14 @@ def test_page_shows_the_decision_and_the_figures(example: str) -> None:
             assert f"{iou:.4f}" in text
     assert report_json["command"] in text
     assert all(note in text for note in report_json["notes"])
+
+
+def test_settings_that_are_not_set_are_left_out() -> None:
+    bench = replace(report(row("one")), protocol=dataclasses.asdict(BENCH))
+    facts = dict(environment_lines(Run(bench)))
+    assert BENCH.max_iterations is None and "None" not in page_of(merge([Run(bench)]))
+    assert facts["Protocol"].startswith(f"warmup_ms {BENCH.warmup_ms}, ")
+    assert facts["Protocol"].count(", ") + 1 == sum(value is not None for value in bench.protocol.values())
 
 
 def test_hostile_names_stay_text() -> None:
