@@ -59,7 +59,13 @@ def _by_module(profiles: Sequence[Profile], modules: Modules) -> dict[str, float
 
 
 def times_from_file(path: Path, model: ModelSpec, modules: Modules) -> ModuleTimes:
-    """Milliseconds by module from the JSON of an ``edgeseg bench --profile``.
+    """Milliseconds by module from the JSON of an ``edgeseg bench --profile``. Errors are :func:`profiles_from_file`'s."""
+    int8, floats = profiles_from_file(path, model)
+    return module_times([int8], [floats], modules, f"the bench {path.name}")
+
+
+def profiles_from_file(path: Path, model: ModelSpec) -> tuple[Profile, Profile]:
+    """The profiles of an int8 engine of the model and of a float one, fp16 where there is one.
 
     Raises:
         ArtifactError: no such file, or none of a bench.
@@ -77,4 +83,4 @@ def times_from_file(path: Path, model: ModelSpec, modules: Modules) -> ModuleTim
             f"{path} holds no profile of {missing} engine of this {model.arch}; on the device run: "
             "edgeseg bench INT8_DIR FP16_DIR --profile --json FILE"
         )
-    return module_times([int8], [floats], modules, f"the bench {path.name}")
+    return int8, floats

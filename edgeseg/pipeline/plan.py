@@ -13,8 +13,10 @@ from edgeseg.convert.checkpoint import existing_checkpoint
 from edgeseg.convert.hub_models import fetch_model, is_hub_id
 from edgeseg.demo import demo_files
 from edgeseg.errors import SpecError
+from edgeseg.evaluate.results import read_report
 from edgeseg.evaluate.summary import input_line
 from edgeseg.evaluate.tables import counted
+from edgeseg.mixed.costs import profiles_from_file
 from edgeseg.pipeline.stages import load_stage, pipeline_spec
 from edgeseg.pipeline.verification_data import (
     Samples,
@@ -88,6 +90,8 @@ def refuse_early(request: BuildRequest, *, is_module: bool, makes_engine: bool =
     if request.scheme is not None:
         one_of("scheme", request.scheme, tuple(SCHEMES))
     method_or_default(request.calibration_method)
+    if request.latency_from is not None:
+        read_report(request.latency_from)
     folder = request.folder
     if folder is None and is_demo:
         folder = Path("engines") / default_name(require_arch(request.arch), DEMO_NAME, request.precision)
@@ -111,6 +115,8 @@ def plan_build(request: BuildRequest, model: torch.nn.Module | None, reporter: R
     targets = choose_targets(request, reporter)
     loaded = load_stage(request, model, reporter)
     spec = pipeline_spec(request, loaded, reporter)
+    if request.latency_from is not None:
+        profiles_from_file(request.latency_from, spec.model)
     encoder = DEMO_NAME if loaded.is_demo else loaded.model.encoder
     folder = request.folder or Path("engines") / default_name(loaded.model.arch, encoder, request.precision)
     check_engine_folder(folder, force=request.force)

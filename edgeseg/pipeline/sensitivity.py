@@ -39,7 +39,7 @@ def run_sensitivity(request: BuildRequest, reporter: Reporter, limit: int) -> Se
     Raises:
         InputError: no images to judge on.
     """
-    from edgeseg.mixed.costs import times_from_file
+    from edgeseg.mixed.costs import profiles_from_file, times_from_file
     from edgeseg.mixed.judge import spread
     from edgeseg.mixed.sensitivity import NetworkModules, judge_modules, sensitivities
     from edgeseg.pipeline.goal import in_float, measured_times
@@ -49,6 +49,8 @@ def run_sensitivity(request: BuildRequest, reporter: Reporter, limit: int) -> Se
     scheme = request.scheme or backend.scheme
     loaded = load_stage(request, None, reporter)
     spec = pipeline_spec(request, loaded, reporter)
+    if request.latency_from is not None:
+        profiles_from_file(request.latency_from, spec.model)
     samples, data = calibration_and_held_out(request, loaded)
     if data is None:
         raise InputError("no images to judge modules on; give --data DIR")

@@ -119,6 +119,8 @@ def test_a_variable_of_the_shell_that_is_not_set_is_not_the_folder_one_is_in(
         (["--arch", "fpn", "--output", "{tmp}/few", "--force"], "not what edgeseg would write there"),
         (["--arch", "fpn", "--output", "{tmp}/few/a.png", "--force"], "edgeseg replaces engine folders only"),
         (["--arch", "fpn", "--scheme", "onnxruntime-vni"], "did you mean 'onnxruntime-vnni'"),
+        (["--arch", "fpn", "--max-drop", "0.1", "--latency-from", "{tmp}/none.json"], "cannot read bench report"),
+        (["--arch", "fpn", "--max-drop", "0.1", "--latency-from", "{tmp}/few/a.png"], "a.png is damaged or not one"),
         (["--arch", "fpn", "--calibration-method", "kl"], "unknown calibration method 'kl'"),
         (["--arch", "fpn", "--target", "openvino", "--backend-option", "spinning=false"], "no build option 'spinning'"),
         (["--arch", "fpn", "--backend-option", "thread=2"], "no build option 'thread'; did you mean 'threads'"),

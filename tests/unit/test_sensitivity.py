@@ -28,6 +28,10 @@ from edgeseg.evaluate.results import ModuleTime, Profile, write_report  # noqa: 
 from edgeseg.mixed.costs import times_from_file  # noqa: E402
 from edgeseg.mixed.judge import ImageTally, Judged, Remembered, spread  # noqa: E402
 from edgeseg.mixed.sensitivity import NetworkModules, judge_modules, sensitivities  # noqa: E402
+from edgeseg.pipeline.plan import plan_build  # noqa: E402
+from edgeseg.pipeline.request import BuildRequest  # noqa: E402
+from edgeseg.pipeline.sensitivity import run_sensitivity  # noqa: E402
+from edgeseg.progress import SilentReporter  # noqa: E402
 from edgeseg.quantize.modules import Modules  # noqa: E402
 from edgeseg.quantize.qdq import write_qdq  # noqa: E402
 from edgeseg.quantize.schemes import SCHEMES  # noqa: E402
@@ -188,6 +192,23 @@ def test_milliseconds_come_from_a_bench_of_the_device(tmp_path: Path) -> None:
     write_report(path, report(int8))
     with pytest.raises(SpecError, match="an fp16 or fp32 engine"):
         times_from_file(path, model, modules)
+
+
+@pytest.mark.parametrize("verb", ["build", "sensitivity"])
+def test_a_bench_of_another_model_is_refused_before_the_work(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(tmp_path / "other.json", report(row("other")))
+    request = BuildRequest(
+        arch="fpn", encoder="resnet18", weights="random", precision="fp32", latency_from=tmp_path / "other.json"
+    )
+    for module in ("plan", "sensitivity"):
+        monkeypatch.setattr(f"edgeseg.pipeline.{module}.calibration_and_held_out", lambda *_: pytest.fail("it began"))
+    with pytest.raises(SpecError, match="holds no profile of an int8 and an fp16 or fp32 engine of this fpn"):
+        if verb == "build":
+            plan_build(request, None, SilentReporter())
+        else:
+            run_sensitivity(request, SilentReporter(), 4)
 
 
 def test_a_session_that_remembers_runs_each_batch_once(tmp_path: Path) -> None:
