@@ -88,6 +88,13 @@ def _text(value: Any) -> str:
     return value
 
 
+def _word(value: Any) -> str:
+    # As of a variable of the shell that is not set: never "the default".
+    if not (text := _text(value)):
+        raise ValueError
+    return text
+
+
 def _path_text(value: Any) -> str:
     path = str(value) if isinstance(value, Path) else _text(value)
     if not path or "\0" in path:
@@ -230,7 +237,7 @@ def _names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str) and value.startswith("@"):
         return _listed_names(value[1:])
     if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",")) if value else ()
+        return tuple(part.strip() for part in _word(value).split(","))
     return tuple(_text(name) for name in value)
 
 
@@ -311,7 +318,7 @@ def _write_names(names: tuple[str, ...]) -> list[str] | None:
     return [",".join(names)]
 
 
-TEXT = Kind("a name", _text)
+TEXT = Kind("a name", _word)
 PATH = Kind("a path", _path, metavar="PATH")
 PATH_OR_WORD = Kind("a path or a name", _path_text)
 FLAG = Kind("true or false", _flag, write=lambda value: [], is_flag=True)

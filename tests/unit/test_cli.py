@@ -87,9 +87,13 @@ def test_bad_input_is_one_line(arguments: list[str], code: int, message: str) ->
         (["bench", "engine", "--data", ""], "Invalid value for '--data': data is ''; give a path"),
         (["build", "--arch", "fpn", "--calibration", ""], "calibration is ''; give a folder, a glob, a list"),
         (["build", "--arch", "fpn", "--weights", ""], "weights is ''; give a path or a name"),
+        (["build", "--arch", "fpn", "--encoder", ""], "encoder is ''; give a name"),
+        (["build", "--arch", "fpn", "--calibration-method", ""], "calibration_method is ''; give a name"),
+        (["build", "--arch", "fpn", "--class-names", ""], "class_names is ''; give names, such as road,sky"),
+        (["bench", "engine", "--split", ""], "split is ''; give a name"),
     ],
 )
-def test_a_variable_of_the_shell_that_is_not_set_is_not_the_folder_one_is_in(
+def test_a_variable_of_the_shell_that_is_not_set_is_not_the_folder_one_is_in_nor_the_default(
     arguments: list[str], message: str
 ) -> None:
     done = typed(*arguments)
