@@ -7,8 +7,6 @@ import os
 import sys
 from typing import NoReturn
 
-from edgeseg.cli import app
-
 __all__ = ["main"]
 
 
@@ -19,10 +17,16 @@ def main() -> NoReturn:
     # Registered first, so called last: threads, workers and scratch folders have ended by then.
     atexit.register(_end_at_once, code)
     try:
+        from edgeseg.cli import app  # most of the time until the command begins
+
         app.main()
     except SystemExit as end:
         code.append(int(end.code or 0))
         raise
+    except KeyboardInterrupt:  # before or after what the command says itself
+        code.append(130)
+        sys.stderr.write("edgeseg: interrupted\n")
+        sys.exit(130)
 
 
 def _end_at_once(code: list[int]) -> None:

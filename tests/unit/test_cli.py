@@ -377,6 +377,18 @@ def test_a_process_that_imported_torch_does_not_take_it_apart(words: str, code: 
     assert ("edgeseg, version" in done.stdout) is (code == 0)
 
 
+def test_ctrl_c_before_the_command_line_is_read_is_one_line() -> None:
+    program = (
+        "import sys, types\n"
+        "class Interrupted(types.ModuleType):\n"
+        "    def __getattr__(self, name): raise KeyboardInterrupt\n"
+        "sys.modules['click'] = Interrupted('click')\n"
+        "from edgeseg.cli import main; main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "edgeseg: interrupted\n")
+
+
 def test_ctrl_c_while_a_compiled_module_is_imported_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their import then fails with an ImportError; nothing is missing."""
     from edgeseg.convert.architectures import import_for_conversion
