@@ -317,7 +317,10 @@ def _in_folder(folder: str) -> Iterator[tuple[bytes, str, str, str]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 suffix = Path(entry.name).suffix.lower()
-                if suffix not in _SUFFIXES or entry.name.startswith(".") or entry.is_dir():
+                if suffix not in _SUFFIXES or entry.name.startswith("."):
+                    continue
+                # Of a link that leads to itself the entry would raise; it is listed, and whoever reads it says so.
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                     continue
                 count += 1
                 identity = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
