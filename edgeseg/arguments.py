@@ -174,13 +174,14 @@ def choice(words: tuple[str, ...]) -> Kind:
 
 
 def several(what: str, words: tuple[str, ...]) -> Kind:
-    """Several of a few words, each given by itself; ``what`` one of them is."""
-    one = choice(words)
+    """Several of a few words, each given by itself, or ``none``; ``what`` one of them is."""
+    one = choice((*words, "none"))
 
     def read(value: Any) -> tuple[str, ...]:
-        return tuple(one.accept(what, word) for word in ([value] if isinstance(value, str) else value))
+        given = (one.accept(what, word) for word in ([value] if isinstance(value, str) else value))
+        return tuple(word for word in given if word != "none")
 
-    return Kind(one.wanted, read, write=list, choices=words, repeats=True)
+    return Kind(one.wanted, read, write=lambda given: list(given) or ["none"], choices=one.choices, repeats=True)
 
 
 def counts(most: int, example: str, *, what: str = "different counts", repeats: bool = False) -> Kind:

@@ -60,7 +60,7 @@ class BenchRequest:
 
     engines: tuple[Path, ...] = ()
     baselines: tuple[str, ...] = argument(
-        several("baseline", (*BASELINES, "none")),
+        several("baseline", BASELINES),
         ("pytorch",),
         name="baseline",
         help="What to compare with, on the engine's device; repeatable, the first counts.  [default: pytorch]",
@@ -83,7 +83,6 @@ class BenchRequest:
 
     def __post_init__(self) -> None:
         settle(self)
-        object.__setattr__(self, "baselines", tuple(kind for kind in self.baselines if kind != "none"))
 
     @property
     def protocol(self) -> LatencyProtocol:

@@ -13,10 +13,12 @@ from typing import Any
 import msgspec
 import pytest
 from bench_rows import report, row
+from command_line import typed
 from test_engine_folder import make_engine
 
 from edgeseg.decide.entries import failed_measurements
 from edgeseg.errors import ArtifactError, BuildError, OutputExistsError, SpecError
+from edgeseg.evaluate.bench import BenchRequest
 from edgeseg.evaluate.results import FailedMeasurement, read_report, write_report
 from edgeseg.store.atomic import lock
 from edgeseg.store.documents import write_json
@@ -398,6 +400,21 @@ def test_bench_accepts_every_option_a_sweep_gives(tmp_path: Path) -> None:
     assert command is not None
     parsed = command.make_context("bench", arguments, parent=context).params
     assert parsed["limit"] == 3 and parsed["profile"] is True and parsed["ignore_index"] == 255
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [("none", ()), (["none"], ()), ("pytorch-compile", ("pytorch-compile",)), (None, ("pytorch",))]
+)
+def test_bench_measures_the_baselines_of_the_sweep(
+    given: object, wanted: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(request: BenchRequest, *_: object) -> None:
+        raise BuildError(f"baselines {request.baselines}")
+
+    monkeypatch.setattr("edgeseg.cli.bench.run_bench", measure)
+    sweep = config(tmp_path, bench={} if given is None else {"baseline": given})
+    assert sweep.measuring()[0].baselines == wanted
+    assert typed("bench", "an-engine", *bench_options(sweep)).stderr == f"edgeseg: baselines {wanted}\n"
 
 
 def test_the_documented_example_is_one_the_sweep_accepts(tmp_path: Path) -> None:
