@@ -363,6 +363,8 @@ def test_lists_are_multiplied_and_names_are_unique(tmp_path: Path) -> None:
         ({"bench": {"batch": "1,0"}}, "batch is '1,0'; give different counts from 1"),
         ({"bench": {"data": 5}}, "bench.data is 5; give a path"),
         ({"bench": {"label_map": "road=1"}}, "label_map is 'road=1'; give FILE_VALUE=CLASS pairs"),
+        ({"bench": {"label_map": ["7=0"]}}, r"label_map is \['7=0'\]; give FILE_VALUE=CLASS pairs"),
+        ({"bench": {"label_map": 7}}, "label_map is 7; give FILE_VALUE=CLASS pairs"),
         ({"classes": 0}, r">= 1 - at `\$.classes`"),
     ],
 )

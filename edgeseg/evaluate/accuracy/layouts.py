@@ -76,7 +76,7 @@ def open_layout(
 
 def _read_label_map(value: Any) -> dict[int, int]:
     """``7=0,8=1,255=ignore``, or a mapping."""
-    pairs = value.items() if isinstance(value, Mapping) else (part.split("=") for part in value.split(","))
+    pairs = value.items() if isinstance(value, Mapping) else (part.split("=") for part in str.split(value, ","))
     result = {int(key): IGNORED if str(to).strip() == "ignore" else int(to) for key, to in pairs}
     # Masks are int32 once they are read.
     if any(abs(number) >= 2**31 for pair in result.items() for number in pair):
