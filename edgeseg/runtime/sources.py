@@ -200,7 +200,8 @@ def _read_files(paths: list[Path], spec: InputSpec) -> Iterator[Picture]:
 def _number_arrays(arrays: Iterable[Any]) -> Iterator[Picture]:
     try:
         for index, image in enumerate(arrays):
-            yield Picture(index, None, image)
+            # It waits while the source goes on, and many a camera's driver fills the same buffer again.
+            yield Picture(index, None, np.array(image) if isinstance(image, np.ndarray) else image)
     finally:
         close = getattr(arrays, "close", None)
         if close is not None:

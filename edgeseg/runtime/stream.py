@@ -82,7 +82,8 @@ def stream(
 
     Args:
         source: a video file; a camera's index (``0`` or ``"0"``); a folder, glob or ``.txt`` list of images; a list
-            of paths; or any iterable of arrays (drawn from in another thread), in the segmenter's channel order.
+            of paths; or any iterable of arrays (drawn from in another thread, and copied: the source may use a buffer
+            again), in the segmenter's channel order.
         segmenter: from :func:`edgeseg.load`; the two may change places.
         ahead: frames read ahead, and masks waiting for the caller, at most. Of image files one per core, 2 to 4, are being
             decoded beside.

@@ -63,6 +63,20 @@ def test_frames_come_in_order_with_their_masks() -> None:
         np.testing.assert_array_equal(frame.mask, frame.image[..., 0] // 64)
 
 
+def test_a_source_may_fill_one_buffer_again_and_again() -> None:
+    buffer = np.empty((16, 16, 3), np.uint8)
+
+    def filled() -> Iterator[np.ndarray]:
+        for index in range(20):
+            buffer[:] = level(index * 5)
+            yield buffer
+
+    for frame in stream(filled(), segmenter(), ahead=4):
+        time.sleep(0.002)  # the source is ahead by then
+        np.testing.assert_array_equal(frame.image, level(frame.index * 5))
+        np.testing.assert_array_equal(frame.mask, frame.image[..., 0] // 64)
+
+
 def test_a_folder_of_images_is_read_in_order(tmp_path: Path) -> None:
     for i in (1, 2, 10):
         Image.fromarray(level(i)).save(tmp_path / f"f{i}.png")
