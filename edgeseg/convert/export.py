@@ -34,6 +34,7 @@ from edgeseg.convert.parity import (
 )
 from edgeseg.convert.silence import silenced
 from edgeseg.convert.simplify import simplify
+from edgeseg.convert.small_terms import hide_small_terms, show_small_terms
 from edgeseg.convert.strides import AXES, as_image, given_in_strides, in_strides
 from edgeseg.convert.translations import TRANSLATIONS
 from edgeseg.errors import EdgesegError, ExportError, SpecError, first_line
@@ -204,8 +205,12 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
                 dynamic_shapes=shapes,
                 custom_translation_table=dict(TRANSLATIONS),
                 verbose=False,
+                optimize=False,
             )
             assert program is not None
+            hide_small_terms(program.model)
+            program.optimize()
+            show_small_terms(program.model)
         if by_strides:
             as_image(program.model)
         for part in pipeline.modules():

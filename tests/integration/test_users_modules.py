@@ -90,6 +90,26 @@ def test_a_module_never_gets_the_graph_of_another_with_the_same_weights(tmp_path
         np.testing.assert_allclose(logits, torch_output(module), atol=1e-4)
 
 
+def test_an_epsilon_is_not_taken_for_nothing(tmp_path: Path) -> None:
+    """torch's exporter leaves terms of up to 1e-8 out: where an image is 0, 0 / 0 remained. With each of these alone."""
+
+    def normed(x: Any) -> Any:
+        total, double = x.sum(1, keepdim=True), torch.tensor(1e-9, dtype=torch.float64)
+        root = torch.sqrt(x.pow(2).mean(1, keepdim=True) + 1e-12)
+        divisors = (total + 1e-8, 1e-10 + total, total + double, -total - 1e-9, root)
+        return sum(x / divisor for divisor in divisors)
+
+    net = tiny()
+    net[0].bias.data -= 0.6
+    module = nn.Sequential(*net[:3], Ending(nn.Identity(), normed), net[3]).eval()
+    with torch.no_grad():
+        seen = net[:3](torch.from_numpy(IMAGE).permute(0, 3, 1, 2).float() / 255.0).sum(1)
+    assert 0.01 < (seen == 0).float().mean() < 0.99
+    expected = torch_output(module)
+    logits = graph_outputs(module, tmp_path / "e")["logits"]
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_structure_is_more_than_weights() -> None:
     def unet(**arguments: Any) -> Any:
         torch.manual_seed(0)
