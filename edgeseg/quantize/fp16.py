@@ -8,6 +8,9 @@ An island is a node that
 - makes or reads a value whose calibrated range leaves FP16's (65504, IEEE 754 binary16), with a margin for images the
   calibration did not see;
 - has a weight that FP16 cannot hold, other than a bound of Clip, which saturates;
+- has a constant that FP16 takes for 0 or for twice as much, such as the epsilon of a norm, makes what that is added to, or
+  computes with it what something else is divided by;
+- sums squares under a root, which is how TensorRT's parser reads ReduceL2: FP16 holds neither those of 256 nor of 1/8192;
 - is fed integers (the preprocessing's first multiplication works on 0..255 in float32 and costs one layer);
 - belongs to the preprocessing of a uint16 or float32 image: FP16 has 11 bits for its values, and ends at 65504.
 """
@@ -31,6 +34,8 @@ from edgeseg.store.onnx_file import read_onnx, write_onnx
 
 FP16_MAX = float(np.finfo(np.float16).max)
 
+FP16_SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
+
 RANGE_MARGIN = 4.0
 """A calibrated value must fit this many times over: other images reach further than the calibration's."""
 
@@ -38,6 +43,9 @@ _FLOAT32_INPUTS: Mapping[str, frozenset[int]] = {"Resize": frozenset({1, 2}), "U
 """Inputs that ONNX types as float32 whatever the data is: regions of interest and scales."""
 
 _SATURATING = frozenset({"Clip"})
+_NORM = frozenset({"Mul", "Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Sqrt"})
+_DIVISOR = frozenset({"Expand", "Pow", "Reciprocal", "Reshape", "Sqrt", "Squeeze", "Transpose", "Unsqueeze"})
+"""What a small number is added to is made by the former, mostly; the latter make of the sum what something is divided by."""
 
 
 def write_fp16(graph: OnnxGraph, table: CalibrationTable | None, path: Path) -> OnnxGraph:
@@ -112,6 +120,7 @@ class _Writer:
         self._too_large = {n for n, magnitude in magnitudes.items() if magnitude * RANGE_MARGIN > FP16_MAX}
         self._half: dict[str, str] = {}
         self._full: dict[str, str] = {value.name: value.name for value in graph.input if value.name in floats}
+        self._around_small = self._find_around_small()
         self._is_wide = graph.input[0].type.tensor_type.elem_type != TensorProto.UINT8
         self._nodes: list[onnx.NodeProto] = []
         self._outputs = {value.name for value in graph.output if value.name in floats}
@@ -145,6 +154,8 @@ class _Writer:
             return True
         if self._too_large.intersection((*node.input, *node.output)):
             return True
+        if node.op_type == "ReduceL2" or self._around_small.intersection(node.output):
+            return True
         if node.op_type == "Cast":
             # An image's 0..255 becomes float32 and is normalized there.
             return node.input[0] not in self._floats
@@ -154,6 +165,28 @@ class _Writer:
         return node.op_type not in _SATURATING and any(
             np.abs(numpy_helper.to_array(w)).max(initial=0.0) > FP16_MAX for w in held
         )
+
+    def _find_around_small(self) -> set[str]:
+        """What nodes make that have a small constant, and those before and behind them that depend on its exact value."""
+        small = {
+            name
+            for name, w in self._weights.items()
+            if 0 < np.abs(numpy_helper.to_array(w)).max(initial=0.0) < FP16_SMALLEST
+        }
+        around, divisors, terms = set[str](), set[str](), set[str]()
+        for node in self._graph.node:
+            if small.intersection(node.input):
+                terms.update(node.input)
+                divisors.update(node.output)
+            elif divisors.intersection(node.input):
+                around.update(node.output)
+                if node.op_type in _DIVISOR:
+                    divisors.update(node.output)
+        for node in reversed(self._graph.node):
+            if node.op_type in _NORM and terms.intersection(node.output):
+                around.update(node.output)
+                terms.update(node.input)
+        return around | divisors
 
     def _add(self, node: onnx.NodeProto) -> None:
         self._nodes.append(node)

@@ -75,6 +75,40 @@ def test_a_weight_that_leaves_fp16_makes_an_island() -> None:
     assert weight_types(model) == {"a/Conv": TensorProto.FLOAT16, "c/Conv": TensorProto.FLOAT}
 
 
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        "n = ReduceL2(r, one) d = Clip(n, small) l = Div(r, d)",
+        "q = Mul(r, r) v = ReduceMean(q, one) e = Add(v, small) s = Sqrt(e) t = Reciprocal(s) l = Mul(r, t)",
+        "q = Pow(r, two) v = ReduceSum(q, one) e = Add(v, small) s = Pow(e, root) d = Expand(s, shape) l = Div(r, d)",
+        "n = ReduceSum(r, one) d = Add(n, small) l = Div(r, d)",
+    ],
+)
+def test_a_division_by_a_norm_and_its_epsilon_is_that_of_float32(norm: str, magnitude: float) -> None:
+    """FP16 takes 1e-12 for 0, and 0 / 0 is NaN; its squares of 1e-4 are 0, too, and those of 1000 are infinite."""
+    network = graph(
+        f"(uint8[1, {SIDE}, {SIDE}, 3] image) => (float[1, 2, {SIDE}, {SIDE}] logits)",
+        f"""nchw = Transpose <perm = [0, 3, 1, 2]> (image) real = Cast <to = 1> (nchw) x = Mul(real, scale)
+        a = Conv(x, w1, b1) r = Relu(a) {norm} logits = Conv(l, w2)""",
+        scale=np.float32(magnitude / 255),
+        one=np.array([1], np.int64),
+        two=np.float32(2.0),
+        root=np.float32(0.5),
+        small=np.float32(1e-12),
+        shape=np.array([1, 4, SIDE, SIDE], np.int64),
+        # Two channels of bright pixels, two of dark ones; those between are 0 in all. No pixel is near a bound.
+        w1=np.tile(np.array([1, -1, 0.5, -0.5], np.float32).reshape(4, 1, 1, 1), (1, 3, 1, 1)),
+        b1=np.array([-259.5, 153, -129.75, 76.5], np.float32) * np.float32(magnitude / 255),
+        w2=np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4, 1, 1),
+    )
+    expected = run(network)
+    assert np.ptp(expected) > 0.1, "the images must have vectors that are 0, and others"
+    typed = fp16_model(network, {})
+    assert weight_types(typed) == dict.fromkeys(("a/Conv", "logits/Conv"), TensorProto.FLOAT16)
+    np.testing.assert_allclose(run(typed), expected, atol=4e-3 * np.abs(expected).max())
+
+
 def test_nothing_left_for_half_precision_is_an_error() -> None:
     with pytest.raises(QuantizationError, match="no layer can run in FP16"):
         fp16_model(two_convolutions(), dict.fromkeys(("x", "a", "r", "logits"), 1e6))
