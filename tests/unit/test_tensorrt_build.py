@@ -27,6 +27,7 @@ from edgeseg.backends.tensorrt.calibration import ImageFeed, cache_text
 from edgeseg.backends.tensorrt.options import profile_shapes
 from edgeseg.backends.tensorrt.progress import BuildWatch
 from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, SpecError
+from edgeseg.quantize.fp16 import fp16_model
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import KEY_CAUSES, TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
@@ -295,6 +296,17 @@ def test_statistics_of_a_normalization_stay_in_float32(
     }
     assert asked == (expected if bound and version.startswith("8.") else set())
     assert {call.target.name for call in recorder.of("ILayer.set_output_type")} == asked
+    assert ("PREFER_PRECISION_CONSTRAINTS" in recorder.set_flags()) == bool(asked)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_float32_islands_of_an_fp16_graph_stay_in_float32(tmp_path: Path, version: str) -> None:
+    graph = portable(tmp_path / "engine", "fp16")
+    onnx.save(fp16_model(small_model(), {"encoder.conv1.y": 60_000.0}), graph.path)
+    recorder = Recorder(version, {"ILayer.set_output_type": lambda layer, index, dtype: None})
+    backend_of(recorder).build(graph, graph.path.parent, {})
+    asked = {call.target.name for call in recorder.of("ILayer.precision =")}
+    assert asked == ({"encoder.conv1/Conv", "encoder.conv1/Relu"} if version.startswith("8.") else set())
     assert ("PREFER_PRECISION_CONSTRAINTS" in recorder.set_flags()) == bool(asked)
 
 

@@ -32,7 +32,8 @@ class ParsedGraph:
         macs: multiply-accumulates of one image, by node of the file.
         dtypes: what each node of the file is to compute in, by the graph's types.
         origins: by node of ``model`` that a rewrite made: the node of the file it is a part of.
-        float32: nodes of ``model`` that must not be computed in half precision.
+        float32: nodes of ``model`` that must not be computed in half precision: the float32 islands of an FP16 graph among
+            them, which TensorRT 8 would compute in half as well.
     """
 
     path: Path
@@ -50,8 +51,11 @@ class ParsedGraph:
         """Read and measure a graph. Raises ``ArtifactError``."""
         model = read_onnx(graph.path)
         nodes = tuple(node.name for node in model.graph.node)
-        macs = graph_macs(model, graph.spec.input)
-        return cls(graph.path, model, graph.spec, requested, nodes, macs, node_dtypes(model))
+        macs, dtypes = graph_macs(model, graph.spec.input), node_dtypes(model)
+        # A Cast says its type itself, and of an image's 0..255 half precision loses nothing.
+        computing = [n.name for n in model.graph.node if n.op_type != "Cast" and not n.name.startswith("preprocess/")]
+        islands = frozenset(name for name in computing if requested == "fp16" and dtypes[name] == "fp32")
+        return cls(graph.path, model, graph.spec, requested, nodes, macs, dtypes, float32=islands)
 
     @property
     def has_qdq(self) -> bool:
@@ -124,7 +128,8 @@ class ParsedGraph:
             return replace(self, model=model, float32=float32)
         rewritten = for_tensorrt_8(model, has_normalization=has_normalization)
         nodes = tuple(node.name for node in rewritten.model.graph.node)
-        every = float32 | rewritten.float32
+        parts = {name for name, origin in rewritten.origins.items() if origin in float32}
+        every = float32 | parts | rewritten.float32
         return replace(self, model=rewritten.model, nodes=nodes, origins=rewritten.origins, float32=every)
 
     def where(self, node: str) -> str:
