@@ -11,6 +11,7 @@ An island is a node that
 - has a constant that FP16 takes for 0 or for twice as much, such as the epsilon of a norm, makes what that is added to, or
   computes with it what something else is divided by;
 - sums squares under a root, which is how TensorRT's parser reads ReduceL2: FP16 holds neither those of 256 nor of 1/8192;
+- is an operator that ONNX has for float32 only, such as Celu;
 - is fed integers (the preprocessing's first multiplication works on 0..255 in float32 and costs one layer);
 - belongs to the preprocessing of a uint16 or float32 image: FP16 has 11 bits for its values, and ends at 65504.
 """
@@ -112,6 +113,7 @@ class _Writer:
         within: Callable[[onnx.NodeProto], bool],
     ) -> None:
         self._graph = graph = model.graph
+        self._opsets = {entry.domain: entry.version for entry in model.opset_import}
         values = value_infos(model)
         floats = {name for name, v in values.items() if v.type.tensor_type.elem_type == TensorProto.FLOAT}
         self._within = within
@@ -154,7 +156,7 @@ class _Writer:
             return True
         if self._too_large.intersection((*node.input, *node.output)):
             return True
-        if node.op_type == "ReduceL2" or self._around_small.intersection(node.output):
+        if node.op_type == "ReduceL2" or self._around_small.intersection(node.output) or not self._has_half(node):
             return True
         if node.op_type == "Cast":
             # An image's 0..255 becomes float32 and is normalized there.
@@ -165,6 +167,12 @@ class _Writer:
         return node.op_type not in _SATURATING and any(
             np.abs(numpy_helper.to_array(w)).max(initial=0.0) > FP16_MAX for w in held
         )
+
+    def _has_half(self, node: onnx.NodeProto) -> bool:
+        schema = onnx.defs.get_schema(node.op_type, self._opsets[node.domain], node.domain)
+        kinds = {constraint.type_param_str: constraint.allowed_type_strs for constraint in schema.type_constraints}
+        made = kinds.get(schema.outputs[0].type_str, ())
+        return "tensor(float)" not in made or "tensor(float16)" in made
 
     def _find_around_small(self) -> set[str]:
         """What nodes make that have a small constant, and those before and behind them that depend on its exact value."""

@@ -75,6 +75,14 @@ def test_a_weight_that_leaves_fp16_makes_an_island() -> None:
     assert weight_types(model) == {"a/Conv": TensorProto.FLOAT16, "c/Conv": TensorProto.FLOAT}
 
 
+def test_what_onnx_has_in_float32_only_makes_an_island() -> None:
+    network = two_convolutions()
+    next(node for node in network.graph.node if node.op_type == "Relu").op_type = "Celu"
+    typed = fp16_model(network, {})
+    onnx.checker.check_model(typed, full_check=True)
+    assert weight_types(typed) == {"a/Conv": TensorProto.FLOAT16, "c/Conv": TensorProto.FLOAT16}
+
+
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize(
     "norm",
