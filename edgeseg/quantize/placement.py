@@ -114,6 +114,11 @@ def is_weighted(node: ir.Node) -> bool:
     return weight is not None and weight.ndim >= 2 and (node.op_type != "MatMul" or weight.ndim == 2)
 
 
+def _has_integer_kernel(node: ir.Node) -> bool:
+    """Whether an operator that does not multiply by weights runs on integers; a MaxPool's places are none of its steps."""
+    return node.op_type in _INTEGER and (node.op_type != "MaxPool" or len(node.outputs) == 1)
+
+
 def tail(graph: ir.Graph) -> set[ir.Node]:
     """Nodes with no weighted layer behind them: their rounding goes straight into the result."""
     followed: set[ir.Node] = set()
@@ -155,9 +160,13 @@ class _OperatorPlacement:
         if is_weighted(node) and node not in self._floats:
             self._wanted.update(v for v in node.inputs[:1] if v is not None)
             self._demanded.update(v for v in node.inputs[:1] if v is not None)
-        if node.op_type in _MOVES | {"Concat"} and self._demanded.intersection(node.outputs):
+        if (
+            node.op_type in _MOVES | {"Concat"}
+            and _has_integer_kernel(node)
+            and self._demanded.intersection(node.outputs)
+        ):
             self._demanded.update(_activations(node))
-        if node.op_type in _INTEGER and node not in self._floats and self._wanted.intersection(node.outputs):
+        if _has_integer_kernel(node) and node not in self._floats and self._wanted.intersection(node.outputs):
             self._wanted.update(_activations(node))
 
     def _role(self, node: ir.Node) -> Role | None:
@@ -170,7 +179,7 @@ class _OperatorPlacement:
         if node.op_type in _CLAMPS:
             # Its output was marked when the producer was visited.
             return Role.CLAMP if node.outputs[0] in self._clamped else None
-        if not inputs or not all(v.name in self._ranges for v in inputs):
+        if not _has_integer_kernel(node) or not inputs or not all(v.name in self._ranges for v in inputs):
             return None
         demanded = bool(self._demanded.intersection(node.outputs))
         natural = not is_float and all(v in self._natural for v in inputs)
@@ -210,7 +219,7 @@ class _OperatorPlacement:
     def _takes_integers(self, node: ir.Node) -> bool:
         if node in self._floats:
             return False
-        return is_weighted(node) or (node.op_type in _INTEGER and bool(self._wanted.intersection(node.outputs)))
+        return is_weighted(node) or (_has_integer_kernel(node) and bool(self._wanted.intersection(node.outputs)))
 
     def _moves(self, node: ir.Node, inputs: list[ir.Value]) -> Role:
         self._natural.update(node.outputs)

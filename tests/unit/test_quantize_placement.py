@@ -127,6 +127,22 @@ def test_moves_run_on_integers_and_keep_the_scale() -> None:
 
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_a_pool_whose_places_are_read_stays_float(scheme: str) -> None:
+    weights = {**TWO_WEIGHTS, "small": np.float32(0.01)}
+    float_model = network(
+        """a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1) r = Relu(a)
+        p, n = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r) f = Cast <to = 1> (n) s = Mul(f, small) z = Add(p, s)
+        y = Conv(z, w2, b2)""",
+        **weights,
+    )
+    model = quantized(float_model, scheme)
+    (pool,) = (node for node in model.graph.node if node.op_type == "MaxPool")
+    assert "QuantizeLinear" not in {node.op_type for node in model.graph.node if pool.input[0] in node.output}
+    expected, actual = run(float_model, image=IMAGE)[0], run(model, image=IMAGE)[0]
+    assert np.abs(actual - expected).max() < 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
 @pytest.mark.parametrize("read", ["", " e = Conv(r, w3) p = MaxPool <kernel_shape = [1, 1]> (e)"])
 def test_a_transposed_convolution_of_groups_stays_float_where_it_has_no_integers(scheme: str, read: str) -> None:
     body = f"""a = Conv(x, w1) r = Relu(a){read} u = ConvTranspose <strides = [2, 2], group = 4> (r, w2)
