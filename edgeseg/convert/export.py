@@ -208,6 +208,7 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
                 optimize=False,
             )
             assert program is not None
+            # Optimized here: the exporter's optimizer must not see what it would leave out.
             hide_small_terms(program.model)
             program.optimize()
             show_small_terms(program.model)

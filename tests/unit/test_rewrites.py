@@ -25,6 +25,7 @@ from edgeseg.convert import naming, rewrites  # noqa: E402
 from edgeseg.convert.rewrites import (  # noqa: E402
     REWRITES,
     attention_scale,
+    ceil_pool,
     channel_swap,
     compose_concat,
     compose_conv,
@@ -83,6 +84,26 @@ def test_global_pool() -> None:
     assert rewritten(channels, global_pool, 0) == {"ReduceMean": 1}
     dropped = graph("(float[n, 3, 4, 6] x) => (float[n, 3] y)", body.replace("= 1", "= 0"), axes=ints(2, 3))
     assert rewritten(dropped, global_pool, 0) == {"ReduceMean": 1}
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_ceil_pool(kernel: int) -> None:
+    """As torch averages, on ONNX Runtime's integers, too."""
+    torch = pytest.importorskip("torch")
+    pool = f"AveragePool <kernel_shape = [{kernel}, {kernel}], strides = [2, 2], ceil_mode = 1, count_include_pad = 1>"
+    x = floats(1, 3, 7 + kernel, 8 + kernel)
+    expected = torch.nn.AvgPool2d(kernel, 2, ceil_mode=True)(torch.from_numpy(x)).numpy()
+    shape = f"(float[1, 3, {7 + kernel}, {8 + kernel}] x) => (float[1, 3, h, w] y)"
+    assert rewritten(graph(shape, f"y = {pool} (x)"), ceil_pool, 1) == {"AveragePool": 1}
+    assert rewritten(graph(shape, f"y = {pool.replace('ceil', 'pads = [0, 1, 0, 1], ceil')} (x)"), ceil_pool, 0)
+    pairs = f"""q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) a = {pool} (d)
+        b = QuantizeLinear(a, s, z) y = DequantizeLinear(b, s, z)"""
+    changed = ir.serde.deserialize_model(graph(shape, pairs, s=np.float32(0.03), z=np.uint8(128)))
+    ceil_pool.REWRITE.apply(changed)
+    session = ort.InferenceSession(
+        ir.serde.serialize_model(changed).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=0.04)
 
 
 def test_padded_pool() -> None:

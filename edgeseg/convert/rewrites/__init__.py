@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from edgeseg.convert.rewrites import (
     attention_scale,
+    ceil_pool,
     channel_swap,
     class_token,
     compose_concat,
@@ -37,6 +38,7 @@ from edgeseg.convert.rewrites.driver import Rewrite
 REWRITES: tuple[Rewrite, ...] = (
     channel_swap.REWRITE,
     padded_pool.REWRITE,
+    ceil_pool.REWRITE,
     global_pool.REWRITE,
     stacked_sum.REWRITE,
     class_token.REWRITE,
