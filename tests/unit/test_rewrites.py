@@ -86,16 +86,18 @@ def test_global_pool() -> None:
     assert rewritten(dropped, global_pool, 0) == {"ReduceMean": 1}
 
 
-@pytest.mark.parametrize("kernel", [2, 3])
-def test_ceil_pool(kernel: int) -> None:
+@pytest.mark.parametrize(
+    ("height", "kernel", "pads", "times"), [(6, 3, 0, 1), (7, 2, 0, 1), (6, 3, 1, 1), (7, 4, 1, 1), (5, 2, 1, 0)]
+)
+def test_ceil_pool(height: int, kernel: int, pads: int, times: int) -> None:
     """As torch averages, on ONNX Runtime's integers, too."""
     torch = pytest.importorskip("torch")
-    pool = f"AveragePool <kernel_shape = [{kernel}, {kernel}], strides = [2, 2], ceil_mode = 1, count_include_pad = 1>"
-    x = floats(1, 3, 7 + kernel, 8 + kernel)
-    expected = torch.nn.AvgPool2d(kernel, 2, ceil_mode=True)(torch.from_numpy(x)).numpy()
-    shape = f"(float[1, 3, {7 + kernel}, {8 + kernel}] x) => (float[1, 3, h, w] y)"
-    assert rewritten(graph(shape, f"y = {pool} (x)"), ceil_pool, 1) == {"AveragePool": 1}
-    assert rewritten(graph(shape, f"y = {pool.replace('ceil', 'pads = [0, 1, 0, 1], ceil')} (x)"), ceil_pool, 0)
+    pool = f"""AveragePool <kernel_shape = [{kernel}, {kernel}], strides = [2, 2], pads = {[pads] * 4}, ceil_mode = 1,
+        count_include_pad = 1>"""
+    x = floats(1, 3, height, 10)
+    expected = torch.nn.AvgPool2d(kernel, 2, pads, ceil_mode=True)(torch.from_numpy(x)).numpy()
+    shape = f"(float[1, 3, {height}, 10] x) => (float[1, 3, h, w] y)"
+    assert rewritten(graph(shape, f"y = {pool} (x)"), ceil_pool, times)["Pad"] == times * pads
     pairs = f"""q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) a = {pool} (d)
         b = QuantizeLinear(a, s, z) y = DequantizeLinear(b, s, z)"""
     changed = ir.serde.deserialize_model(graph(shape, pairs, s=np.float32(0.03), z=np.uint8(128)))

@@ -1,25 +1,46 @@
-"""An average that counts the padding, and has none, where its windows reach beyond the image -> one that does not count it.
+"""An average that counts its padding, where windows reach beyond that -> a Pad, and an average that counts no padding.
 
-ONNX Runtime's integer AveragePool takes what lies beyond the image for padding, and divides by it.
+ONNX Runtime's integer AveragePool and OpenVINO's take what lies beyond the padding for padding, too, and divide by it. The
+constant is not zero for the reason of :mod:`~edgeseg.convert.rewrites.padded_pool`.
 
-Precondition: an AveragePool with ceil_mode and count_include_pad, without pads. Postcondition: no such AveragePool is left.
+Precondition: an AveragePool with ceil_mode and count_include_pad; with pads, of a known size in which no window begins in them,
+for such a window is left out. Postcondition: no such AveragePool is left.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import integer, ints
+from edgeseg.convert.rewrites.padded_pool import SMALLEST
+from edgeseg.graph.editing import dims, emit, given, integer, ints, weight
 
 
-def _match(node: ir.Node) -> bool | None:
-    counts = integer(node, "ceil_mode", 0) and integer(node, "count_include_pad", 0)
-    return True if counts and not any(ints(node, "pads")) else None
+def _match(node: ir.Node) -> tuple[int, ...] | None:
+    """Its pads: top, left, bottom, right."""
+    kernel, pads = ints(node, "kernel_shape"), ints(node, "pads", (0, 0, 0, 0))
+    if len(kernel) != 2 or not integer(node, "ceil_mode", 0) or not integer(node, "count_include_pad", 0):
+        return None
+    if not any(pads):
+        return pads
+    if ints(node, "dilations", (1, 1)) != (1, 1):
+        return None
+    shape, strides = dims(given(node)) or (None,) * 4, ints(node, "strides", (1, 1))
+    for side, extent, stride, before, after in zip(shape[2:], kernel, strides, pads[:2], pads[2:], strict=True):
+        if side is None or -(-(side + before + after - extent) // stride) * stride >= side + before:
+            return None
+    return pads
 
 
-def _rewrite(node: ir.Node, _: bool) -> None:
+def _rewrite(node: ir.Node, pads: tuple[int, ...]) -> None:
     node.attributes["count_include_pad"] = ir.AttrInt64("count_include_pad", 0)
+    if any(pads):
+        top, left, bottom, right = pads
+        around = weight(node, np.array([0, 0, top, left, 0, 0, bottom, right], np.int64), "pads")
+        padded = emit(node, "Pad", [given(node), around, weight(node, np.array(SMALLEST, np.float32), "smallest")])
+        node.replace_input_with(0, padded)
+        node.attributes.pop("pads")
 
 
 REWRITE = Rewrite(each(_match, "AveragePool"), _rewrite)
