@@ -31,7 +31,7 @@ T = TypeVar("T")
 Ours = Callable[[Path], "Collection[str] | None"]
 """The files in a folder that edgeseg wrote, as paths with ``/`` from there; ``None`` for a folder that is none of edgeseg's."""
 
-_PLACE_ERRORS = {
+PLACE_ERRORS = {
     errno.ENOSPC,
     errno.EROFS,
     errno.EACCES,
@@ -286,7 +286,7 @@ def atomic_folder(target: Path, *, force: bool, ours: Ours) -> Iterator[Path]:
             finally:
                 _put_right(target, ours)
     except OSError as exc:
-        if exc.errno in _PLACE_ERRORS:
+        if exc.errno in PLACE_ERRORS:
             place = asked if exc.filename is None or _is_of(refused_file(exc), target) else refused_file(exc)
             raise ArtifactError(
                 f"cannot write {place}: {os.strerror(exc.errno)}; free space or give another --output"
