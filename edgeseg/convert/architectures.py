@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from edgeseg.arguments import shortened
 from edgeseg.convert import older_smp
 from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean, is_interruption, one_line
+from edgeseg.silence import without_warnings
 from edgeseg.spec import ARCHITECTURES, ModelRequest, ModelSpec, Task
-from edgeseg.store.files import without_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -68,16 +68,12 @@ def import_smp() -> ModuleType:
 def import_for_conversion(package: str) -> ModuleType:
     """Import a package of the ``convert`` extra, or raise :class:`MissingDependencyError`."""
     try:
-        with quiet_libraries():
+        with without_warnings():
             return importlib.import_module(package)
     except ImportError as exc:
         if is_interruption(exc):
             raise KeyboardInterrupt from exc
         raise MissingDependencyError(exc.name or package, "convert", "convert a model") from exc
-
-
-quiet_libraries = without_warnings
-"""Silences the deprecation chatter of SMP, timm and torch; errors still come through."""
 
 
 def resolve_arch(name: str) -> str:
@@ -349,14 +345,14 @@ def build_model(
     module = _construct(spec, arguments)
     if sizes is not None:
         _replace_pyramid(module, spec, sizes)
-    with quiet_libraries():
+    with without_warnings():
         older_smp.rebuild_encoder(module, spec.arch, spec.encoder, spec.model_args)
     return module, ()
 
 
 def _construct(spec: ModelSpec, arguments: Mapping[str, Any]) -> torch.nn.Module:
     try:
-        with quiet_libraries():
+        with without_warnings():
             return model_class(spec.arch)(**arguments)
     except (
         ValueError,

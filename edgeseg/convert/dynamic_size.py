@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
+from edgeseg.convert.architectures import import_for_conversion
 from edgeseg.convert.geometry import first_of, larger_size
 from edgeseg.convert.loaded import LoadedModel
 from edgeseg.errors import SpecError
+from edgeseg.silence import without_warnings
 from edgeseg.spec import InputSpec
 
 _MULTIPLES = (1, 2, 4)
@@ -102,7 +103,7 @@ def _calls(module: torch.nn.Module, channels: int, height: int, width: int) -> l
 
     image = torch.zeros(1, channels, height, width)
     try:
-        with Listener(), torch.no_grad(), quiet_libraries():
+        with Listener(), torch.no_grad(), without_warnings():
             output: Any = module(image)
     except Exception:  # a model may refuse a size with any error
         return None
@@ -139,7 +140,7 @@ def constant_same_padding(module: torch.nn.Module, channels: int, stride: int) -
         sizes[layer] = tuple(inputs[0].shape[-2:])
 
     hooks = [layer.register_forward_pre_hook(note) for layer in _same_padded(copied)]
-    with torch.no_grad(), quiet_libraries():
+    with torch.no_grad(), without_warnings():
         copied(torch.zeros(1, channels, height, width))
     for hook in hooks:
         hook.remove()

@@ -32,7 +32,6 @@ from edgeseg.convert.parity import (
     make_probe_images,
     torch_outputs,
 )
-from edgeseg.convert.silence import silenced
 from edgeseg.convert.simplify import simplify
 from edgeseg.convert.strides import AXES, as_image, given_in_strides, in_strides
 from edgeseg.convert.translations import TRANSLATIONS
@@ -40,6 +39,7 @@ from edgeseg.errors import EdgesegError, ExportError, SpecError, first_line
 from edgeseg.graph.proto import copied, refill
 from edgeseg.graph.running import GraphSession
 from edgeseg.graph.types import graph_macs
+from edgeseg.silence import silenced
 from edgeseg.spec import InputSpec, PipelineSpec
 from edgeseg.store.documents import write_json
 from edgeseg.store.hashing import sha256_file

@@ -28,9 +28,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from edgeseg.convert.silence import silenced
 from edgeseg.errors import SpecError
 from edgeseg.graph.grid import Grid
+from edgeseg.silence import silenced
 
 Mode = Literal["on", "weights", "marked", "off"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from edgeseg.convert.architectures import quiet_libraries
 from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.errors import SpecError, one_line
+from edgeseg.silence import without_warnings
 
 DEFAULT_PIXELS = 256
 _CUSTOM_STRIDES = (1, 2, 4, 8, 16, 32, 64)
@@ -24,7 +24,7 @@ def noise(channels: int, height: int, width: int) -> torch.Tensor:
 def run_raw(module: Callable[..., Any], image: torch.Tensor) -> tuple[Any, str]:
     """Run a model: whatever it returned and "", or ``None`` and the reason in a few words."""
     try:
-        with torch.no_grad(), quiet_libraries():
+        with torch.no_grad(), without_warnings():
             return module(image), ""
     except Exception as exc:  # a user's forward may raise anything; all of it means "does not take this image"
         return None, one_line(exc)

@@ -15,8 +15,8 @@ from segmentation_models_pytorch.base.modules import Activation
 from torch import nn
 
 from edgeseg.convert.geometry import first_of, noise
-from edgeseg.convert.silence import silenced
 from edgeseg.errors import SpecError
+from edgeseg.silence import silenced
 from edgeseg.spec import PipelineSpec, Preprocess
 
 Meaning = Literal["logits", "tanh", "clamp", "probability", "log probability", "tanh of logits"]

@@ -17,7 +17,6 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from edgeseg.convert import architectures
-from edgeseg.convert.architectures import quiet_libraries
 from edgeseg.convert.assemble import Geometry, settle_geometry
 from edgeseg.convert.evidence import ReachedError, best_fit, normalized
 from edgeseg.convert.fake_quantizers import read_fake_quantizers, require_same, settled
@@ -38,9 +37,9 @@ from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.convert.outputs import adapt_outputs, output_ending
 from edgeseg.convert.parity import make_probe_images
 from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
-from edgeseg.convert.silence import silenced
 from edgeseg.errors import SpecError, one_line
 from edgeseg.images.resize import resize_image
+from edgeseg.silence import silenced, without_warnings
 from edgeseg.spec import ModelRequest
 
 # A side of eight output strides is enough for every decoder; PAN's pools the encoder's last features three times.
@@ -209,7 +208,7 @@ def _copied(module: torch.nn.Module) -> torch.nn.Module:
 
 def _join_weights(part: torch.nn.Module) -> None:
     """Keep the weight that old weight_norm, spectral_norm and prune compute in each forward in the place of its parts."""
-    with quiet_libraries():
+    with without_warnings():
         for hook in [*part._forward_pre_hooks.values()]:
             if isinstance(hook, WeightNorm):
                 remove_weight_norm(part, hook.name)
@@ -232,7 +231,7 @@ def _require_apart(module: torch.nn.Module, twin: torch.nn.Module, request: Mode
     hooks = [part.register_forward_pre_hook(stop) for part in training]
     try:
         for channels in _likely_channels(twin, request) if hooks else ():
-            with torch.no_grad(), quiet_libraries():
+            with torch.no_grad(), without_warnings():
                 twin(noise(channels, PROBE_SIZES[0], PROBE_SIZES[0]))
     except ReachedError:
         raise SpecError(

@@ -38,6 +38,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 Stage = Literal["accuracy", "calibration", "export", "judged", "shipped", "tensorrt-log", "tensorrt-rtx-runtime"]
 """What is kept, each in a folder of its own. Whatever else lies in the cache's folder is somebody's, and never removed."""
 
+
 @dataclass
 class _Instead:
     """Within :func:`usable_cache`: what stands for the cache once that cannot be written."""

@@ -47,9 +47,9 @@ from edgeseg.images.decoding import list_images, natural_key
 from edgeseg.runtime.outputs import unique_names
 from edgeseg.runtime.raster import RasterOptions
 from edgeseg.runtime.run import RunSettings, RunSummary, run_inputs
+from edgeseg.silence import without_warnings
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec
 from edgeseg.store.engine import Engine, open_engine
-from edgeseg.store.files import without_warnings
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed: pip install 'edgeseg[cluster]'")
 
