@@ -95,7 +95,7 @@ def usable_cache(note: Callable[[str], None]) -> Iterator[None]:
                 with scratch_folder(place):
                     pass
         except OSError as exc:
-            instead.take_over("not a folder" if isinstance(exc, FileExistsError) else exc.strerror)
+            instead.take_over("not a folder" if isinstance(exc, FileExistsError) else str(exc.strerror))
         yield
 
 

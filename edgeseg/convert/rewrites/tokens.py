@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite
-from edgeseg.graph.editing import Editor, constant_array, dims, emit, integer, nodes, replace, weight
+from edgeseg.graph.editing import Editor, constant_array, dims, emit, nodes, replace, weight
 
 _POINTWISE = frozenset({"Add", "Mul", "Sub", "Div", "Gelu", "Erf", "Relu", "Sigmoid", "Tanh", "HardSwish"})
 
@@ -59,9 +59,13 @@ def _rank_agnostic(node: ir.Node) -> bool:
     if node.op_type == "MatMul":
         return len(parameters) == 1 and parameters[0][0] == 1 and parameters[0][1].ndim == 2  # type: ignore[union-attr]
     if node.op_type == "LayerNormalization":
-        return integer(node, "axis", -1) in (-1, 2) and all(i > 0 for i, _ in parameters) and len(node.outputs) == 1
+        return (
+            node.attributes.get_int("axis", -1) in (-1, 2)
+            and all(i > 0 for i, _ in parameters)
+            and len(node.outputs) == 1
+        )
     if node.op_type == "Split":
-        return integer(node, "axis", 0) in (-1, 2)
+        return node.attributes.get_int("axis", 0) in (-1, 2)
     last_axis_only = all(a is not None and a.size == (a.shape[-1] if a.ndim else 1) for _, a in parameters)
     return node.op_type in _POINTWISE and last_axis_only
 
