@@ -56,6 +56,12 @@ def constant_input(node: ir.Node, index: int) -> NDArray[Any] | None:
     return constant_array(node.inputs[index]) if len(node.inputs) > index else None
 
 
+def data_inputs(node: ir.Node) -> list[ir.Value]:
+    """What ``node`` computes its values of: shapes, indices and bounds left out."""
+    inputs = node.inputs if node.op_type in {"Add", "Mul", "Concat"} else node.inputs[:1]
+    return [value for value in inputs if value is not None]
+
+
 def beside_constant(node: ir.Node) -> tuple[ir.Value, NDArray[Any]] | None:
     """Of two inputs the one that is computed, and the other, which is constant; ``None`` where both are either."""
     one, other = node.inputs

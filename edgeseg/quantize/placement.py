@@ -16,7 +16,7 @@ from enum import Enum
 
 import onnx_ir as ir
 
-from edgeseg.graph.editing import constant_array, maker, sole_reader
+from edgeseg.graph.editing import constant_array, data_inputs, maker, sole_reader
 from edgeseg.graph.proto import REARRANGES
 from edgeseg.graph.signs import clamp_limits
 from edgeseg.quantize.observed import Observed, Range
@@ -361,9 +361,8 @@ def _share_concat(node: ir.Node, ranges: Mapping[str, Range], result: Placement)
 
 
 def _activations(node: ir.Node) -> list[ir.Value]:
-    """Inputs that carry an image's values; shapes, indices and constants left out."""
-    candidates = node.inputs if node.op_type in {"Add", "Mul", "Concat"} else node.inputs[:1]
-    return [v for v in candidates if v is not None and v.const_value is None]
+    """Inputs that carry an image's values."""
+    return [v for v in data_inputs(node) if v.const_value is None]
 
 
 def _limits(values: Iterable[ir.Value], ranges: Mapping[str, Range]) -> list[Range]:

@@ -265,11 +265,15 @@ def test_another_programs_manifest_makes_no_engine_folder(tmp_path: Path, manife
     assert (folder / MANIFEST_NAME).read_text() == manifest
 
 
-@pytest.mark.parametrize("name", ["*", "[a-z]", "?", "e", "e.partial-1"])
+@pytest.mark.parametrize("name", ["*", "[a-z]", "?", "e", "e.replaced-1"])
 def test_names_are_not_patterns(tmp_path: Path, name: str) -> None:
-    others = [".e.partial-0000000000000000", ".other.partial-0123456789abcdef", ".e.partial-1.partial-0123456789abcdef"]
-    theirs = [other for other in others if not other.startswith(f".{name}.partial-0")]
-    for other in others:
+    others = [
+        ".e.replaced-0000000000000000",
+        ".other.replaced-0123456789abcdef",
+        ".e.replaced-1.replaced-0123456789abcdef",
+    ]
+    theirs = [other for other in others if not other.startswith(f".{name}.replaced-0")]
+    for other in (*others, ".edgeseg-partial-0123456789abcdef"):
         (tmp_path / other).mkdir()
     with engine_folder(tmp_path / name, force=True) as scratch:
         make_engine(scratch)

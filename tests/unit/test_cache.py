@@ -129,7 +129,7 @@ def test_what_another_build_is_making_survives_a_clear(tmp_path: Path) -> None:
 
     folder, _ = cache.cached_folder("export", 1, make)
     assert (folder / "result").read_text() == "1"
-    (tmp_path / "export" / ".partial-0123456789abcdef").mkdir()
+    (tmp_path / "export" / ".edgeseg-partial-0123456789abcdef").mkdir()
     cache.clear()
     assert not tmp_path.exists()
 

@@ -707,7 +707,7 @@ def test_what_a_killed_worker_left_in_the_temporary_folder_goes(
     engine: Path, tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    left = tmp_path / "tmp" / f"edgeseg-{os.getuid()}" / ".partial-0123456789abcdef"
+    left = tmp_path / "tmp" / f"edgeseg-{os.getuid()}" / ".edgeseg-partial-0123456789abcdef"
     photo(left / "0.png")
     fill(bucket, photos(tmp_path / "in", 2), "memory://photos")
     assert on_cluster(engine, ["memory://photos"], "memory://masks").images == 2
