@@ -25,11 +25,12 @@ from edgeseg.arguments import (
     arguments_of,
     choice,
     number,
+    one_of,
     settle,
     shortened,
     whole,
 )
-from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.errors import SpecError
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 Task: TypeAlias = Literal["multiclass", "binary", "multilabel"]
@@ -65,12 +66,6 @@ MAX_INPUT_BYTES = 2**31
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise :class:`SpecError`, naming the nearest words, unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise SpecError(f"unknown {what} {value!r}{did_you_mean(value, allowed)} (allowed: {', '.join(allowed)})")
 
 
 @dataclass(frozen=True)
@@ -438,7 +433,7 @@ class ModelRequest:
             return
         for name in ("arch", "encoder", "weights_key", "model_args", "keep_aux"):
             if getattr(self, name):
-                option = next(a.flag for a in arguments_of(self).values() if a.field == name)
+                option = arguments_of(self)[name].flag
                 raise SpecError(
                     f"{option} says how to build a model, and {self.weights} is built already; leave it out"
                 )

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from edgeseg.backends.base import StageTimes
 from edgeseg.closing import Closing
+from edgeseg.convert.architectures import ACTIVATIONS
 from edgeseg.convert.geometry import noise
-from edgeseg.convert.heads import ACTIVATIONS, APPLIED, without_activation
+from edgeseg.convert.heads import APPLIED, without_activation
 from edgeseg.errors import BuildError, DeviceError, InputError, SpecError, first_line, one_line
 from edgeseg.spec import PipelineSpec
 

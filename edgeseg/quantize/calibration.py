@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.arguments import one_of
 from edgeseg.errors import QuantizationError
 from edgeseg.graph.running import GraphSession
 from edgeseg.machine.cpu import this_cpu
@@ -26,7 +27,7 @@ from edgeseg.quantize.activations import Activation, find_activations, group_by_
 from edgeseg.quantize.ranges import METHODS, Histogram, RangeMethod, RangeStatistics, range_method
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
-from edgeseg.spec import InputSpec, one_of
+from edgeseg.spec import InputSpec
 from edgeseg.store.hashing import sha256_json
 from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx
@@ -41,8 +42,6 @@ AUTO = "auto"
 
 TRAINED = "trained"
 """The scales are those that the network's fake-quantizers were trained with (:mod:`edgeseg.quantize.trained`)."""
-
-DEFAULT_PERCENTILE = 99.99
 
 SAMPLE = 16384
 """Most values of one tensor that one image adds to its histogram."""
@@ -69,23 +68,14 @@ def table_key(
         graph: the fp32 graph.
         samples: the images; ``None`` leaves their hash out, for a table whose images are not at hand.
         method: a calibration method, ``auto`` or ``trained``.
-        options: its options, as in :attr:`CalibrationTable.options`; those left out have their defaults.
-
-    Raises:
-        SpecError: unknown method or bad option.
+        options: its options, as in :attr:`CalibrationTable.options`; none of the latter two.
     """
-    by_itself = method in (AUTO, TRAINED)
-    rule = (
-        RangeMethod(method)
-        if by_itself
-        else range_method(method, (options or {}).get("percentile", DEFAULT_PERCENTILE))
-    )
     key = {
         "weights": graph.weights_sha256,
         "graph": graph.sha256,
         # Where mean and std came from is words; only their values count.
         "preprocess": sha256_json([replace(graph.spec.preprocess, source=""), graph.spec.input]),
-        "method": sha256_json([rule.name, rule.options, SAMPLE, _STATISTICS_VERSION]),
+        "method": sha256_json([method, options or {}, SAMPLE, _STATISTICS_VERSION]),
     }
     return key if samples is None else {**key, "images": samples.digest}
 
@@ -95,7 +85,6 @@ def calibrate(
     samples: CalibrationSet,
     *,
     method: str = DEFAULT_METHOD,
-    percentile: float = DEFAULT_PERCENTILE,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationTable:
     """Run the images through the fp32 graph and choose a range for each of its float activations.
@@ -104,18 +93,17 @@ def calibrate(
         graph: the fp32 graph, input ``(N, H, W, C)``.
         samples: the images; brought to the engine's size as at run time.
         method: a key of :data:`edgeseg.quantize.ranges.METHODS`.
-        percentile: for method ``percentile``.
         progress: called with images done and images in all (times the passes, if one is not enough).
 
     Returns:
         a table of all float activations but those clipped in place (see :mod:`edgeseg.quantize.activations`).
 
     Raises:
-        SpecError: unknown method or bad percentile.
+        SpecError: unknown method.
         QuantizationError: not an fp32 graph, ONNX Runtime fails on it, or an activation is NaN or infinite.
         InputError: an image changed or vanished since the set was opened.
     """
-    rule = range_method(method, percentile)
+    rule = range_method(method)
     observation = Observation(graph, histograms=rule.needs_histogram)
     observation.add(samples, progress)
     return observation.table(samples, rule)

@@ -22,7 +22,7 @@ from small_graphs import plain_session
 
 from edgeseg.errors import ArtifactError, InputError, QuantizationError, SpecError
 from edgeseg.graph.running import GraphSession
-from edgeseg.quantize import calibration
+from edgeseg.quantize import calibration, ranges
 from edgeseg.quantize.activations import find_activations, group_by_size
 from edgeseg.quantize.calibration import AUTO, CalibrationSet, calibrate, method_or_default, sample_stride, table_key
 from edgeseg.quantize.ranges import METHODS
@@ -128,8 +128,9 @@ def test_extremes_are_exact(graph: OnnxGraph) -> None:
         assert (limits.low, limits.high) == (min(limits.minimum, 0), max(limits.maximum, 0))
 
 
-def test_percentile_is_that_of_all_values_of_all_images(graph: OnnxGraph) -> None:
-    table = calibrate(graph, CalibrationSet.open(images()), method="percentile", percentile=99.0)
+def test_percentile_is_that_of_all_values_of_all_images(graph: OnnxGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "PERCENTILE", 99.0)
+    table = calibrate(graph, CalibrationSet.open(images()), method="percentile")
     for name, values in fetched(graph, [image[None] for image in images()]).items():
         flat = np.concatenate([v.ravel() for v in values]).astype(np.float64)
         # All values are counted here (tensors below the sample size); a bin is at most 1/4096 of the range.
@@ -184,10 +185,11 @@ def test_order_of_the_images_does_not_matter(graph: OnnxGraph, order: Images, me
 def test_large_tensors_are_sampled_evenly_and_extremes_stay_exact(
     graph: OnnxGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = calibrate(graph, CalibrationSet.open(images()), method="percentile", percentile=98.0)
+    monkeypatch.setattr(ranges, "PERCENTILE", 98.0)
+    whole = calibrate(graph, CalibrationSet.open(images()), method="percentile")
     monkeypatch.setattr(calibration, "SAMPLE", 300)
     calibration.sample_stride.cache_clear()
-    sampled = calibrate(graph, CalibrationSet.open(images()), method="percentile", percentile=98.0)
+    sampled = calibrate(graph, CalibrationSet.open(images()), method="percentile")
     calibration.sample_stride.cache_clear()
     assert sampled.key["method"] != whole.key["method"]
     for name, full in whole.ranges.items():
@@ -357,8 +359,6 @@ def test_wrong_requests_are_refused(graph: OnnxGraph, tmp_path: Path) -> None:
     samples = CalibrationSet.open(images())
     with pytest.raises(SpecError, match="calibration method 'kl'"):
         calibrate(graph, samples, method="kl")
-    with pytest.raises(SpecError, match="percentile 101"):
-        calibrate(graph, samples, method="percentile", percentile=101)
     with pytest.raises(QuantizationError, match="is int8; calibration needs the fp32 graph"):
         calibrate(dataclasses.replace(graph, precision="int8"), samples)
     with pytest.raises(ArtifactError, match="not an ONNX file"):
@@ -373,7 +373,7 @@ def test_wrong_requests_are_refused(graph: OnnxGraph, tmp_path: Path) -> None:
 
 def test_key_names_what_changed(graph: OnnxGraph) -> None:
     samples = CalibrationSet.open(images())
-    table = calibrate(graph, samples, method="percentile", percentile=99.9)
+    table = calibrate(graph, samples, method="percentile")
     options = table.options
     check_fresh(table, table_key(graph, samples, "percentile", options))
     check_fresh(table, table_key(graph, None, "percentile", options))
