@@ -68,6 +68,12 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def nearest_size(height: int, width: int, stride: int) -> tuple[int, int]:
+    """The multiples of ``stride``, which are at least one, nearest to a height and width."""
+    rows, columns = (max(stride, round(side / stride) * stride) for side in (height, width))
+    return rows, columns
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """How an image becomes the network's float input: ``(clip(x) * scale - mean) / std`` per channel.
@@ -230,10 +236,10 @@ class InputSpec:
                 f"at most {MAX_INPUT_BYTES >> 30} in a batch"
             )
         if self.height % self.stride or self.width % self.stride:
-            near_h, near_w = (max(self.stride, round(v / self.stride) * self.stride) for v in (self.height, self.width))
+            near = nearest_size(self.height, self.width, self.stride)
             raise SpecError(
                 f"size {self.height}x{self.width} does not fit: this model needs multiples of {self.stride}; "
-                f"nearest is {near_h}x{near_w}"
+                f"nearest is {near[0]}x{near[1]}"
             )
         low, high = self.min_size or (1, 1), self.max_size or (self.height, self.width)
         if not (low[0] <= self.height <= high[0] and low[1] <= self.width <= high[1]):

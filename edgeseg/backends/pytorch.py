@@ -29,7 +29,7 @@ from edgeseg.errors import BuildError, DeviceError, InputError, SpecError, first
 from edgeseg.spec import PipelineSpec
 
 if TYPE_CHECKING:
-    from edgeseg.convert.load import LoadedModel
+    from edgeseg.convert.loaded import LoadedModel
 
 # SMP makes these without a dimension, which PyTorch warns about on every call; applied here, over the classes.
 _IMPLICIT_DIM = {"softmax", "logsoftmax"}

@@ -21,7 +21,7 @@ from edgeseg.convert.geometry import first_of, larger_size
 from edgeseg.convert.loaded import LoadedModel
 from edgeseg.errors import SpecError
 from edgeseg.silence import without_warnings
-from edgeseg.spec import InputSpec
+from edgeseg.spec import InputSpec, nearest_size
 
 _MULTIPLES = (1, 2, 4)
 
@@ -71,7 +71,7 @@ def dynamic_sizes(loaded: LoadedModel, height: int, width: int) -> DynamicSizes:
             f"graph holds one of the two; build it with --size HxW and without --dynamic-size"
         )
     if height % step or width % step:
-        near = [max(step, round(v / step) * step) for v in (height, width)]
+        near = nearest_size(height, width, step)
         raise SpecError(
             f"size {height}x{width} does not fit {name} with --dynamic-size: its code does the same at multiples of {step} only; "
             f"nearest is {near[0]}x{near[1]}"

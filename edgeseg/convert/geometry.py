@@ -10,6 +10,7 @@ import torch
 from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.errors import SpecError, one_line
 from edgeseg.silence import without_warnings
+from edgeseg.spec import nearest_size
 
 DEFAULT_PIXELS = 256
 _CUSTOM_STRIDES = (1, 2, 4, 8, 16, 32, 64)
@@ -127,10 +128,7 @@ def smp_native_size(module: torch.nn.Module, img_size: int | Sequence[int] | Non
 
 def default_size(stride: int, fixed: tuple[int, int] | None) -> tuple[int, int]:
     """Return 256x256, or the nearest size the model takes."""
-    if fixed is not None:
-        return fixed
-    side = max(stride, round(DEFAULT_PIXELS / stride) * stride)
-    return side, side
+    return nearest_size(DEFAULT_PIXELS, DEFAULT_PIXELS, stride) if fixed is None else fixed
 
 
 def custom_geometry(

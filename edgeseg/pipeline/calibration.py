@@ -16,14 +16,8 @@ from edgeseg.pipeline.plan import refuse_early
 from edgeseg.pipeline.stages import export_stage, few_collections, load_stage, pipeline_spec, read_marks
 from edgeseg.pipeline.verification_data import calibration_source
 from edgeseg.progress import Reporter, stage
-from edgeseg.quantize.calibration import (
-    AUTO,
-    DEFAULT_METHOD,
-    CalibrationSet,
-    calibrate,
-    method_or_default,
-    table_key,
-)
+from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, calibrate, method_or_default, table_key
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.store.cache import cached_folder, software, usable_cache
 from edgeseg.store.hashing import sha256_file
@@ -52,7 +46,7 @@ def calibration_stage(
     scratch: Path,
     reporter: Reporter,
     *,
-    is_trained: bool = False,
+    is_trained: bool,
 ) -> tuple[OnnxGraph, CalibrationTable]:
     """Take the table that was given, find one in the cache, or calibrate; return the graph it is for, channels equalized.
 

@@ -27,7 +27,8 @@ from edgeseg.pipeline.verification_data import (
     verifies_on_calibration,
 )
 from edgeseg.progress import Reporter, stage
-from edgeseg.quantize.calibration import CalibrationSet, method_or_default
+from edgeseg.quantize.calibration import method_or_default
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.engine import check_engine_folder
@@ -35,7 +36,7 @@ from edgeseg.store.engine import check_engine_folder
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only
 
-    from edgeseg.convert.load import LoadedModel
+    from edgeseg.convert.loaded import LoadedModel
     from edgeseg.pipeline.request import BuildRequest
 
 

@@ -32,8 +32,6 @@ from edgeseg.store.hashing import sha256_json
 from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx
 
-__all__ = ["DEFAULT_METHOD", "CalibrationSet", "calibrate", "method_or_default", "table_key"]
-
 DEFAULT_METHOD = "minmax"
 """Needs no histogram and cuts nothing: what the others have to beat."""
 

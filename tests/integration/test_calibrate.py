@@ -24,8 +24,9 @@ from edgeseg.errors import ArtifactError, InputError, QuantizationError, SpecErr
 from edgeseg.graph.running import GraphSession
 from edgeseg.quantize import calibration, ranges
 from edgeseg.quantize.activations import find_activations, group_by_size
-from edgeseg.quantize.calibration import AUTO, CalibrationSet, calibrate, method_or_default, sample_stride, table_key
+from edgeseg.quantize.calibration import AUTO, calibrate, method_or_default, sample_stride, table_key
 from edgeseg.quantize.ranges import METHODS
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import check_fresh
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec, Preprocess
 from edgeseg.store.hashing import sha256_file

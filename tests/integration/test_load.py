@@ -17,7 +17,8 @@ torch = pytest.importorskip("torch")
 from local_hub import Hub, local_hub  # noqa: E402  these need torch
 
 from edgeseg.convert.architectures import import_smp  # noqa: E402
-from edgeseg.convert.load import LoadedModel, load_model  # noqa: E402
+from edgeseg.convert.load import load_model  # noqa: E402
+from edgeseg.convert.loaded import LoadedModel  # noqa: E402
 from edgeseg.convert.reparameterize import merge_branches  # noqa: E402
 from edgeseg.silence import without_warnings  # noqa: E402
 

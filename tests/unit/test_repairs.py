@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from small_graphs import graph as graph_of
 from small_graphs import run, two_layers
 
-from edgeseg.quantize.calibration import AUTO, CalibrationSet, Observation, calibrate, table_key
+from edgeseg.quantize.calibration import AUTO, Observation, calibrate, table_key
 from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.ranges import METHODS, range_method
 from edgeseg.quantize.repair.fidelity import JUDGES, Fidelity, Judge, hold_out, judge_of
 from edgeseg.quantize.repair.range_choice import BY_CAUTION, choose_methods, is_gain
 from edgeseg.quantize.repair.repaired import calibrate_repaired
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.table import CalibrationTable, load_table
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec

@@ -90,14 +90,14 @@ def write_equalized(graph: OnnxGraph, magnitudes: Mapping[str, Sequence[float]],
     return replace(graph, path=path, sha256=sha256_file(path)), channels
 
 
-def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet, images: int = 2) -> None:
+def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet) -> None:
     """Raise :class:`QuantizationError` unless both graphs give the same scores, up to :data:`TOLERANCE`."""
     models = [read_onnx(graph.path) for graph in (before, after)]
     names = score_names(models[0])
     first, second = (
         GraphSession(model, "the graph", QuantizationError, names=names, optimized=True) for model in models
     )
-    for window, what in windows(samples.take(range(images)), before.spec.input):
+    for window, what in windows(samples.take(range(2)), before.spec.input):
         for one, other in zip(*(session.run(window, what).values() for session in (first, second)), strict=True):
             difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
             if difference > TOLERANCE * scale:
