@@ -26,12 +26,7 @@ from edgeseg.convert.marks import drop_marks, take_marks
 from edgeseg.convert.naming import name_by_scope, name_dynamic_axes
 from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.convert.onnx_reading import OPSET
-from edgeseg.convert.parity import (
-    RELATIVE_TOLERANCE,
-    compare,
-    make_probe_images,
-    torch_outputs,
-)
+from edgeseg.convert.parity import RELATIVE_TOLERANCE, compare, make_probe_images, torch_outputs
 from edgeseg.convert.simplify import simplify
 from edgeseg.convert.strides import AXES, as_image, given_in_strides, in_strides
 from edgeseg.convert.translations import TRANSLATIONS

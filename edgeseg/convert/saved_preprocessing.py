@@ -12,14 +12,7 @@ from typing import Literal
 
 from edgeseg.errors import SpecError
 from edgeseg.images.placement import Placement, plan_fit
-from edgeseg.spec import (
-    FitPolicy,
-    InputDtype,
-    InputSpec,
-    Interpolation,
-    Padding,
-    Preprocess,
-)
+from edgeseg.spec import FitPolicy, InputDtype, InputSpec, Interpolation, Padding, Preprocess
 
 CONFIG_NAME = "albumentations_config_eval.json"
 

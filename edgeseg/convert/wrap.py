@@ -126,7 +126,8 @@ def wrap_module(
     if reading is not None and not reading.quantizers:
         reading = settled(described, reading, inputs)
         require_same(copied(module), whole, inputs)
-    if reading is not None and reading.quantizers:
+        reading = reading if reading.quantizers else None  # none of them takes part
+    if reading is not None:
         notes.append(reading.words)
     activation, activation_notes = _activation(described, network, request, inputs)
     if request.classes not in (None, classes):
@@ -148,7 +149,7 @@ def wrap_module(
         fixed_size=geometry.fixed,
         fixed_batch=exported_shape(network.module)[0],
         users_module=True,
-        trained=reading if reading is not None and reading.quantizers else None,
+        trained=reading,
     )
 
 

@@ -16,13 +16,7 @@ from edgeseg.evaluate.latency.protocol import measure_sessions
 from edgeseg.progress import Reporter, SilentReporter, stage
 from edgeseg.store.atomic import scratch_folder
 from edgeseg.store.documents import write_json
-from edgeseg.store.engine import (
-    Engine,
-    check_engine_folder,
-    engine_folder,
-    open_engine,
-    read_manifest,
-)
+from edgeseg.store.engine import Engine, check_engine_folder, engine_folder, open_engine, read_manifest
 from edgeseg.store.manifest import MANIFEST_NAME, Manifest
 
 

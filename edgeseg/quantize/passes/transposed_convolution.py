@@ -13,15 +13,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import (
-    Editor,
-    constant_array,
-    given,
-    given_array,
-    image_shape,
-    replace_value,
-    sole_reader,
-)
+from edgeseg.graph.editing import Editor, constant_array, given, given_array, image_shape, replace_value, sole_reader
 from edgeseg.quantize.observed import Observed, each
 
 
