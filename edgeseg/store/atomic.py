@@ -146,7 +146,7 @@ def replacing(path: Path, *, overwrite: bool = True, suffix: str = "") -> Iterat
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_files(path.parent)
+    _sweep_once(path.parent)
     part, handle = _own_partial(path.parent, suffix)
     try:
         yield part
@@ -186,15 +186,31 @@ def _is_own(handle: int, path: Path) -> bool:
     return locked and _is_at(handle, path)
 
 
-@functools.cache
-def _sweep_files(folder: Path) -> None:
-    """Remove what killed writers left in ``folder``; once a process is enough."""
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in ``folder``."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if _PARTIAL.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                with contextlib.suppress(OSError), open(entry.path, "rb+") as file:
-                    if _try_lock(file.fileno()):
-                        os.unlink(entry.path)
+        for entry in list(entries):
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if _PARTIAL.fullmatch(entry.name) and (is_folder or entry.is_file(follow_symlinks=False)):
+                _remove_unlocked(entry.path, is_folder)
+
+
+_sweep_once = functools.cache(sweep)
+"""Of a folder that many files are written to."""
+
+
+def _remove_unlocked(path: str, is_folder: bool) -> None:
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR)
+        try:
+            if not _try_lock(handle):
+                return
+            if is_folder:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.unlink(path)
+        finally:
+            os.close(handle)
 
 
 def _publish_new(part: Path, path: Path) -> None:
@@ -303,10 +319,10 @@ def atomic_folder(target: Path, *, force: bool, ours: Ours) -> Iterator[Path]:
 def _is_of(name: str, target: Path) -> bool:
     """Whether a file name is of what is made on the way to ``target``, or of a folder above it."""
     path = Path(os.path.abspath(name))
-    if not path.is_relative_to(target.parent):
+    if target.is_relative_to(path) or not path.is_relative_to(target.parent):
         return target.is_relative_to(path)
-    first = path.relative_to(target.parent).parts[:1]
-    return not first or first[0].startswith(f".{target.name}.") or _PARTIAL.fullmatch(first[0]) is not None
+    beside = path.relative_to(target.parent).parts[0]
+    return beside.startswith(f".{target.name}.") or _PARTIAL.fullmatch(beside) is not None
 
 
 def recover_folder(target: Path, ours: Ours) -> None:
@@ -428,7 +444,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     Those of killed processes are removed first. Raises ``OSError`` when the place cannot be written.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    sweep_folders(parent)
+    sweep(parent)
     scratch, handle = _own_folder(parent)
     try:
         yield scratch
@@ -448,17 +464,3 @@ def _own_folder(parent: Path) -> tuple[Path, int]:
         if _is_own(handle, scratch):
             return scratch, handle
         os.close(handle)
-
-
-def sweep_folders(parent: Path) -> None:
-    """Remove the scratch folders that killed processes left in ``parent``."""
-    with os.scandir(parent) as entries:
-        names = [e.path for e in entries if _PARTIAL.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-    for name in names:
-        with contextlib.suppress(OSError):
-            handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                if _try_lock(handle):
-                    shutil.rmtree(name, ignore_errors=True)
-            finally:
-                os.close(handle)

@@ -24,7 +24,7 @@ import platformdirs
 from edgeseg.errors import ArtifactError, refused_file
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.packages import ALL_PACKAGES, package_versions
-from edgeseg.store.atomic import PLACE_ERRORS, scratch_folder, sweep_folders
+from edgeseg.store.atomic import PLACE_ERRORS, scratch_folder, sweep
 from edgeseg.store.documents import read_json, write_json
 from edgeseg.store.engine import check_file
 from edgeseg.store.hashing import FileRef, sha256_json
@@ -233,7 +233,7 @@ def clear() -> int:
     before = sum(map(_size_bytes, stages))
     try:
         for folder in stages:
-            sweep_folders(folder)
+            sweep(folder)
             for path in folder.iterdir():
                 if not path.name.startswith("."):
                     _remove(path)

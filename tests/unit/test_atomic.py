@@ -393,7 +393,7 @@ def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path: Pat
     assert len(left) == 2
     with replacing(tmp_path / "b") as part, scratch_folder(tmp_path) as scratch:
         assert {path.name for path in tmp_path.iterdir()} == {part.name, scratch.name}
-        atomic._sweep_files.cache_clear()
+        atomic._sweep_once.cache_clear()
         with replacing(tmp_path / "c"), scratch_folder(tmp_path):
             pass
         assert part.exists()
