@@ -57,23 +57,20 @@ def method_or_default(name: str | None) -> str:
     return method
 
 
-def table_key(
-    graph: OnnxGraph, samples: CalibrationSet | None, method: str, options: Mapping[str, float] | None = None
-) -> dict[str, str]:
+def table_key(graph: OnnxGraph, samples: CalibrationSet | None, rule: RangeMethod) -> dict[str, str]:
     """Hash everything a calibration table depends on, one hash per cause (:data:`edgeseg.quantize.table.KEY_CAUSES`).
 
     Args:
         graph: the fp32 graph.
         samples: the images; ``None`` leaves their hash out, for a table whose images are not at hand.
-        method: a calibration method, ``auto`` or ``trained``.
-        options: its options, as in :attr:`CalibrationTable.options`; none of the latter two.
+        rule: with its options; its name may be :data:`AUTO` or :data:`TRAINED`, which have none.
     """
     key = {
         "weights": graph.weights_sha256,
         "graph": graph.sha256,
         # Where mean and std came from is words; only their values count.
         "preprocess": sha256_json([replace(graph.spec.preprocess, source=""), graph.spec.input]),
-        "method": sha256_json([method, options or {}, SAMPLE, _STATISTICS_VERSION]),
+        "method": sha256_json([rule.name, rule.options, SAMPLE, _STATISTICS_VERSION]),
     }
     return key if samples is None else {**key, "images": samples.digest}
 
@@ -204,7 +201,7 @@ class Observation:
             schema_version=TABLE_SCHEMA_VERSION,
             method=rule.name,
             options=rule.options,
-            key=table_key(self._graph, samples, rule.name, rule.options),
+            key=table_key(self._graph, samples, rule),
             images=len(samples),
             ranges=self.ranges(rule),
         )

@@ -25,7 +25,7 @@ from edgeseg.graph.running import GraphSession
 from edgeseg.quantize import calibration, ranges
 from edgeseg.quantize.activations import find_activations, group_by_size
 from edgeseg.quantize.calibration import AUTO, calibrate, method_or_default, sample_stride, table_key
-from edgeseg.quantize.ranges import METHODS
+from edgeseg.quantize.ranges import METHODS, RangeMethod
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import check_fresh
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec, Preprocess
@@ -375,22 +375,22 @@ def test_wrong_requests_are_refused(graph: OnnxGraph, tmp_path: Path) -> None:
 def test_key_names_what_changed(graph: OnnxGraph) -> None:
     samples = CalibrationSet.open(images())
     table = calibrate(graph, samples, method="percentile")
-    options = table.options
-    check_fresh(table, table_key(graph, samples, "percentile", options))
-    check_fresh(table, table_key(graph, None, "percentile", options))
+    rule = RangeMethod(table.method, table.options)
+    check_fresh(table, table_key(graph, samples, rule))
+    check_fresh(table, table_key(graph, None, rule))
     spec = graph.spec
     said_otherwise = dataclasses.replace(spec, preprocess=dataclasses.replace(spec.preprocess, source="other words"))
-    check_fresh(table, table_key(dataclasses.replace(graph, spec=said_otherwise), samples, "percentile", options))
+    check_fresh(table, table_key(dataclasses.replace(graph, spec=said_otherwise), samples, rule))
     other_mean = dataclasses.replace(spec, preprocess=Preprocess(mean=(0.0, 0.0, 0.0)))
     letterbox = dataclasses.replace(spec, input=dataclasses.replace(INPUT, fit="letterbox"))
     stale = {
-        "the model weights": table_key(dataclasses.replace(graph, weights_sha256="x"), samples, "percentile", options),
-        "the fp32 graph": table_key(dataclasses.replace(graph, sha256="x"), samples, "percentile", options),
-        "the calibration images": table_key(graph, CalibrationSet.open(images(8)), "percentile", options),
-        "the preprocessing": table_key(dataclasses.replace(graph, spec=other_mean), samples, "percentile", options),
-        "or input size": table_key(dataclasses.replace(graph, spec=letterbox), samples, "percentile", options),
-        "the calibration method": table_key(graph, samples, "percentile", {"percentile": 99.0}),
-        "method or its options": table_key(graph, samples, "mse"),
+        "the model weights": table_key(dataclasses.replace(graph, weights_sha256="x"), samples, rule),
+        "the fp32 graph": table_key(dataclasses.replace(graph, sha256="x"), samples, rule),
+        "the calibration images": table_key(graph, CalibrationSet.open(images(8)), rule),
+        "the preprocessing": table_key(dataclasses.replace(graph, spec=other_mean), samples, rule),
+        "or input size": table_key(dataclasses.replace(graph, spec=letterbox), samples, rule),
+        "the calibration method": table_key(graph, samples, RangeMethod("percentile", {"percentile": 99.0})),
+        "method or its options": table_key(graph, samples, RangeMethod("mse")),
     }
     for words, key in stale.items():
         with pytest.raises(ArtifactError, match=f"stale: [^,]*{words}"):
