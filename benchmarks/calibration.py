@@ -35,8 +35,9 @@ from PIL import Image
 from rich.console import Console
 
 from benchmarks.record import RESULTS, Record, this_machine, versions
-from edgeseg.quantize.calibration import DEFAULT_METHOD, CalibrationSet, calibrate
+from edgeseg.quantize.calibration import DEFAULT_METHOD, calibrate
 from edgeseg.quantize.ranges import METHODS
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.store.manifest import OnnxGraph
 

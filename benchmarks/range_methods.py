@@ -30,11 +30,12 @@ from benchmarks.workload import Workload, camvid, demo
 from edgeseg.convert.export import export_onnx
 from edgeseg.demo import demo_models
 from edgeseg.evaluate.intervals import interval
-from edgeseg.quantize.calibration import AUTO, CalibrationSet, Observation
+from edgeseg.quantize.calibration import AUTO, Observation
 from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.ranges import METHODS, range_method
 from edgeseg.quantize.repair.fidelity import JUDGES
 from edgeseg.quantize.repair.repaired import calibrate_repaired
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.store.manifest import OnnxGraph
 

@@ -27,9 +27,10 @@ from edgeseg.convert.export import export_onnx
 from edgeseg.convert.load import load_model
 from edgeseg.demo import sample_folder
 from edgeseg.errors import EdgesegError
-from edgeseg.quantize.calibration import CalibrationSet, calibrate
+from edgeseg.quantize.calibration import calibrate
 from edgeseg.quantize.fp16 import write_fp16
 from edgeseg.quantize.qdq import write_qdq
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.spec import ARCHITECTURES, PRECISIONS, BatchRange, InputSpec, ModelRequest, PipelineSpec
 from edgeseg.store.documents import write_text

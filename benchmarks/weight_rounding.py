@@ -35,9 +35,10 @@ from edgeseg.convert.wrap import wrap_module
 from edgeseg.demo import demo_models
 from edgeseg.evaluate.intervals import interval
 from edgeseg.quantize import insertion, qdq
-from edgeseg.quantize.calibration import AUTO, CalibrationSet
+from edgeseg.quantize.calibration import AUTO
 from edgeseg.quantize.parameters import QuantizedWeight
 from edgeseg.quantize.repair.repaired import calibrate_repaired
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES, QuantScheme
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import ModelRequest

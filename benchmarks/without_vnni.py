@@ -24,9 +24,10 @@ from benchmarks.workload import Workload
 from edgeseg.convert.export import export_onnx
 from edgeseg.evaluate.intervals import interval
 from edgeseg.quantize import parameters
-from edgeseg.quantize.calibration import AUTO, CalibrationSet
+from edgeseg.quantize.calibration import AUTO
 from edgeseg.quantize.qdq import write_qdq
 from edgeseg.quantize.repair.repaired import calibrate_repaired
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES, QuantScheme
 
 SCHEME = "onnxruntime-avx2"

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.convert.load import LoadedModel, load_model
+from edgeseg.convert.load import load_model
+from edgeseg.convert.loaded import LoadedModel
 from edgeseg.demo import sample_folder
 from edgeseg.evaluate.accuracy.dataset import ValidationSet
 from edgeseg.images.decoding import list_images, read_image

@@ -14,7 +14,7 @@ import operator
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -59,11 +59,7 @@ class Kind:
         """Return the value as the field holds it. Raises :class:`SpecError`, naming the argument."""
         if self.choices and isinstance(value, str) and not self.repeats:
             word = value.strip().lower()
-            if word not in self.choices:
-                raise SpecError(
-                    f"unknown {name.replace('_', ' ')} {shortened(value)}{did_you_mean(word, self.choices)} "
-                    f"(allowed: {', '.join(self.choices)})"
-                )
+            one_of(name.replace("_", " "), word, self.choices, given=value)
             return word
         try:
             return self.read(value)
@@ -71,6 +67,16 @@ class Kind:
             raise
         except (TypeError, ValueError, OverflowError) as exc:
             raise SpecError(f"{name} is {shortened(value)}; give {self.wanted}") from exc
+
+
+def one_of(what: str, word: str, allowed: Sequence[str], *, given: str | None = None) -> None:
+    """Raise :class:`SpecError`, naming the nearest words, unless ``word`` is one of ``allowed``.
+
+    ``given``: how it was written.
+    """
+    if word not in allowed:
+        said = shortened(word if given is None else given)
+        raise SpecError(f"unknown {what} {said}{did_you_mean(word, allowed)} (allowed: {', '.join(allowed)})")
 
 
 def shortened(value: object) -> str:

@@ -25,11 +25,12 @@ from edgeseg.arguments import (
     arguments_of,
     choice,
     number,
+    one_of,
     settle,
     shortened,
     whole,
 )
-from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.errors import SpecError
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 Task: TypeAlias = Literal["multiclass", "binary", "multilabel"]
@@ -67,10 +68,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise :class:`SpecError`, naming the nearest words, unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise SpecError(f"unknown {what} {value!r}{did_you_mean(value, allowed)} (allowed: {', '.join(allowed)})")
+def nearest_size(height: int, width: int, stride: int) -> tuple[int, int]:
+    """The multiples of ``stride``, which are at least one, nearest to a height and width."""
+    rows, columns = (max(stride, round(side / stride) * stride) for side in (height, width))
+    return rows, columns
 
 
 @dataclass(frozen=True)
@@ -235,10 +236,10 @@ class InputSpec:
                 f"at most {MAX_INPUT_BYTES >> 30} in a batch"
             )
         if self.height % self.stride or self.width % self.stride:
-            near_h, near_w = (max(self.stride, round(v / self.stride) * self.stride) for v in (self.height, self.width))
+            near = nearest_size(self.height, self.width, self.stride)
             raise SpecError(
                 f"size {self.height}x{self.width} does not fit: this model needs multiples of {self.stride}; "
-                f"nearest is {near_h}x{near_w}"
+                f"nearest is {near[0]}x{near[1]}"
             )
         low, high = self.min_size or (1, 1), self.max_size or (self.height, self.width)
         if not (low[0] <= self.height <= high[0] and low[1] <= self.width <= high[1]):
@@ -438,7 +439,7 @@ class ModelRequest:
             return
         for name in ("arch", "encoder", "weights_key", "model_args", "keep_aux"):
             if getattr(self, name):
-                option = next(a.flag for a in arguments_of(self).values() if a.field == name)
+                option = arguments_of(self)[name].flag
                 raise SpecError(
                     f"{option} says how to build a model, and {self.weights} is built already; leave it out"
                 )

@@ -35,8 +35,9 @@ from rich.console import Console
 
 import edgeseg
 from edgeseg.cli.inspect import inspect_engine, read_layers, render
+from edgeseg.convert.albumentations_file import saved_beside
 from edgeseg.convert.model_card import CARD_NAME, read_card
-from edgeseg.convert.saved_preprocessing import CONFIG_NAME, saved_beside
+from edgeseg.convert.saved_preprocessing import CONFIG_NAME
 from edgeseg.decide.entries import merge, read_runs
 from edgeseg.decide.verdict import decide
 from edgeseg.errors import EdgesegError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
+from edgeseg.arguments import one_of
 from edgeseg.backends.base import Backend, BackendStatus, BuiltEngine, Session
 from edgeseg.errors import BuildError
-from edgeseg.spec import one_of
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "edgeseg.backends.cpu.onnxruntime",

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from edgeseg.backends.base import StageTimes
 from edgeseg.closing import Closing
+from edgeseg.convert.architectures import ACTIVATIONS
 from edgeseg.convert.geometry import noise
-from edgeseg.convert.heads import ACTIVATIONS, APPLIED, without_activation
+from edgeseg.convert.heads import APPLIED, without_activation
 from edgeseg.errors import BuildError, DeviceError, InputError, SpecError, first_line, one_line
 from edgeseg.spec import PipelineSpec
 
 if TYPE_CHECKING:
-    from edgeseg.convert.load import LoadedModel
+    from edgeseg.convert.loaded import LoadedModel
 
 # SMP makes these without a dimension, which PyTorch warns about on every call; applied here, over the classes.
 _IMPLICIT_DIM = {"softmax", "logsoftmax"}

@@ -11,13 +11,13 @@ import inspect
 import re
 from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from edgeseg.arguments import shortened
+from edgeseg.arguments import one_of, shortened
 from edgeseg.convert import older_smp
 from edgeseg.errors import MissingDependencyError, SpecError, did_you_mean, is_interruption, one_line
+from edgeseg.silence import without_warnings
 from edgeseg.spec import ARCHITECTURES, ModelRequest, ModelSpec, Task
-from edgeseg.store.files import without_warnings
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +53,17 @@ _MAX_NUMBERS = {"upsampling": 64, "psp_sizes": 256, "decoder_atrous_rates": 256}
 _MAX_ITEMS = 64
 MAX_CHANNELS = 4096
 
-# nn.Softmax() without a dimension warns; these are the ones a mask can be made from.
-ACTIVATIONS = ("identity", "sigmoid", "softmax", "softmax2d", "logsoftmax", "tanh", "clamp")
+ACTIVATIONS: Mapping[str | None, Literal["none", "sigmoid", "softmax", "logsoftmax", "tanh", "clamp"]] = {
+    None: "none",
+    "identity": "none",
+    "sigmoid": "sigmoid",
+    "softmax": "softmax",
+    "softmax2d": "softmax",
+    "logsoftmax": "logsoftmax",
+    "tanh": "tanh",
+    "clamp": "clamp",
+}
+"""SMP's names of activations that a mask can be made from, and what they do to logits."""
 
 # Downsampling by pooling cannot be replaced by dilation (SMP 0.6.0: each of these raises in make_dilated).
 _NOT_DILATABLE = ("vgg", "densenet", "inceptionresnetv2", "inceptionv4", "xception")
@@ -68,16 +77,12 @@ def import_smp() -> ModuleType:
 def import_for_conversion(package: str) -> ModuleType:
     """Import a package of the ``convert`` extra, or raise :class:`MissingDependencyError`."""
     try:
-        with quiet_libraries():
+        with without_warnings():
             return importlib.import_module(package)
     except ImportError as exc:
         if is_interruption(exc):
             raise KeyboardInterrupt from exc
         raise MissingDependencyError(exc.name or package, "convert", "convert a model") from exc
-
-
-quiet_libraries = without_warnings
-"""Silences the deprecation chatter of SMP, timm and torch; errors still come through."""
 
 
 def resolve_arch(name: str) -> str:
@@ -87,11 +92,8 @@ def resolve_arch(name: str) -> str:
         SpecError: there is no such architecture; names the nearest.
     """
     plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "plus"))
-    if plain in ARCHITECTURES:
-        return plain
-    raise SpecError(
-        f"unknown architecture {name!r}{did_you_mean(plain, ARCHITECTURES)} (allowed: {', '.join(ARCHITECTURES)})"
-    )
+    one_of("architecture", plain, ARCHITECTURES, given=name)
+    return plain
 
 
 def require_arch(name: str | None) -> str:
@@ -280,12 +282,10 @@ def resolve_activation(name: str | None) -> str | None:
     plain = (name or "none").lower()
     if plain in ("none", "identity", "linear"):
         return None
-    if plain in ACTIVATIONS:
-        return plain
     if plain.startswith("argmax"):
         raise SpecError(f"activation {name!r} is what the mask output does; leave it out")
-    allowed = ("none", *ACTIVATIONS)
-    raise SpecError(f"unknown activation {name!r}{did_you_mean(plain, allowed)} (allowed: {', '.join(allowed)})")
+    one_of("activation", plain, ("none", *filter(None, ACTIVATIONS)), given=name)
+    return plain
 
 
 def resolve_task(task: Task | None, classes: int, activation: str | None) -> tuple[Task, tuple[str, ...]]:
@@ -349,14 +349,14 @@ def build_model(
     module = _construct(spec, arguments)
     if sizes is not None:
         _replace_pyramid(module, spec, sizes)
-    with quiet_libraries():
+    with without_warnings():
         older_smp.rebuild_encoder(module, spec.arch, spec.encoder, spec.model_args)
     return module, ()
 
 
 def _construct(spec: ModelSpec, arguments: Mapping[str, Any]) -> torch.nn.Module:
     try:
-        with quiet_libraries():
+        with without_warnings():
             return model_class(spec.arch)(**arguments)
     except (
         ValueError,

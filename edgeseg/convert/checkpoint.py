@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
+from edgeseg.convert.architectures import import_for_conversion
 from edgeseg.errors import CheckpointError, one_line
+from edgeseg.silence import without_warnings
 from edgeseg.store.files import require_regular
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def _read_pickle(
             "save_pretrained folder, .safetensors, or a state dict (.pt, .pth, .ckpt)"
         )
     try:
-        with quiet_libraries(), torch.serialization.safe_globals(_harmless_types()):
+        with without_warnings(), torch.serialization.safe_globals(_harmless_types()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as exc:  # a broken pickle can raise nearly anything; all of it means "cannot be read"
         raise _pickle_error(path, exc) from exc

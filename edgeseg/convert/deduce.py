@@ -10,15 +10,11 @@ from typing import Any
 
 import torch
 
-from edgeseg.convert.architectures import (
-    accepted_arguments,
-    default_arguments,
-    quiet_libraries,
-    without_defaults,
-)
+from edgeseg.convert.architectures import accepted_arguments, default_arguments, without_defaults
 from edgeseg.convert.assemble import Assembly, assemble
 from edgeseg.convert.fit import deeper_stages, parameter_shapes, translated_shapes
 from edgeseg.errors import CheckpointError, SpecError
+from edgeseg.silence import without_warnings
 from edgeseg.spec import ModelRequest
 
 # A wrong guess of the encoder is no attack: up to here it is built, and told what does not fit.
@@ -76,7 +72,7 @@ def build_without_memory(request: ModelRequest) -> Assembly:
         SpecError: SMP refuses its arguments.
     """
     if not (request.encoder or "").startswith("mit_b"):  # mit computes on values while it is built
-        with torch.device("meta"), quiet_libraries():
+        with torch.device("meta"), without_warnings():
             return assemble(request)
     return assemble(request)
 

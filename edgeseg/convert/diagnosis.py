@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from edgeseg.convert.architectures import accepted_arguments, import_for_conversion, quiet_libraries
+from edgeseg.convert.architectures import accepted_arguments, import_for_conversion
 from edgeseg.convert.fit import Shapes, guess_arch, parameter_shapes
+from edgeseg.silence import without_warnings
 
 # Enough to tell a family apart without building all of timm's 1300 models for an error message.
 _TIMM_SAMPLE = (
@@ -173,7 +174,7 @@ def _built(names: list[str], depth: int) -> Iterator[tuple[str, Shapes]]:
     for name in names:
         for device in ("meta", "cpu"):
             try:
-                with torch.device(device), quiet_libraries():
+                with torch.device(device), without_warnings():
                     module = smp.encoders.get_encoder(name, in_channels=3, depth=depth, weights=None)
             except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError):
                 continue  # mit encoders compute on values while they are built, which meta tensors have not

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
+from edgeseg.convert.architectures import import_for_conversion
 from edgeseg.convert.geometry import first_of, larger_size
 from edgeseg.convert.loaded import LoadedModel
 from edgeseg.errors import SpecError
-from edgeseg.spec import InputSpec
+from edgeseg.silence import without_warnings
+from edgeseg.spec import InputSpec, nearest_size
 
 _MULTIPLES = (1, 2, 4)
 
@@ -70,7 +71,7 @@ def dynamic_sizes(loaded: LoadedModel, height: int, width: int) -> DynamicSizes:
             f"graph holds one of the two; build it with --size HxW and without --dynamic-size"
         )
     if height % step or width % step:
-        near = [max(step, round(v / step) * step) for v in (height, width)]
+        near = nearest_size(height, width, step)
         raise SpecError(
             f"size {height}x{width} does not fit {name} with --dynamic-size: its code does the same at multiples of {step} only; "
             f"nearest is {near[0]}x{near[1]}"
@@ -102,7 +103,7 @@ def _calls(module: torch.nn.Module, channels: int, height: int, width: int) -> l
 
     image = torch.zeros(1, channels, height, width)
     try:
-        with Listener(), torch.no_grad(), quiet_libraries():
+        with Listener(), torch.no_grad(), without_warnings():
             output: Any = module(image)
     except Exception:  # a model may refuse a size with any error
         return None
@@ -139,7 +140,7 @@ def constant_same_padding(module: torch.nn.Module, channels: int, stride: int) -
         sizes[layer] = tuple(inputs[0].shape[-2:])
 
     hooks = [layer.register_forward_pre_hook(note) for layer in _same_padded(copied)]
-    with torch.no_grad(), quiet_libraries():
+    with torch.no_grad(), without_warnings():
         copied(torch.zeros(1, channels, height, width))
     for hook in hooks:
         hook.remove()

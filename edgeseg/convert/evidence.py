@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgeseg.convert.architectures import quiet_libraries
 from edgeseg.convert.heads import Normalize
 from edgeseg.images.resize import resize_image
+from edgeseg.silence import without_warnings
 from edgeseg.spec import Preprocess
 
 # In nats, the median over channels. Images of one domain stay below 1. A wrong scale (0..1 for 0..255) is off by 11,
@@ -72,7 +72,7 @@ def _misfit(module: torch.nn.Module, inputs: torch.Tensor) -> float | None:
     norms = [part for part in module.modules() if isinstance(part, torch.nn.BatchNorm2d)]
     hooks = [norm.register_forward_pre_hook(stop) for norm in norms]
     try:
-        with torch.no_grad(), quiet_libraries():
+        with torch.no_grad(), without_warnings():
             module(inputs)
     except ReachedError:
         pass

@@ -26,13 +26,7 @@ from edgeseg.convert.marks import drop_marks, take_marks
 from edgeseg.convert.naming import name_by_scope, name_dynamic_axes
 from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.convert.onnx_reading import OPSET
-from edgeseg.convert.parity import (
-    RELATIVE_TOLERANCE,
-    compare,
-    make_probe_images,
-    torch_outputs,
-)
-from edgeseg.convert.silence import silenced
+from edgeseg.convert.parity import RELATIVE_TOLERANCE, compare, make_probe_images, torch_outputs
 from edgeseg.convert.simplify import simplify
 from edgeseg.convert.small_terms import hide_small_terms, show_small_terms
 from edgeseg.convert.strides import AXES, as_image, given_in_strides, in_strides
@@ -41,6 +35,7 @@ from edgeseg.errors import EdgesegError, ExportError, SpecError, first_line
 from edgeseg.graph.proto import copied, refill
 from edgeseg.graph.running import GraphSession
 from edgeseg.graph.types import graph_macs
+from edgeseg.silence import silenced
 from edgeseg.spec import InputSpec, PipelineSpec
 from edgeseg.store.documents import write_json
 from edgeseg.store.hashing import sha256_file

@@ -11,10 +11,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
+from edgeseg.convert.architectures import import_for_conversion
 from edgeseg.convert.checkpoint import Checkpoint
 from edgeseg.convert.leftovers import refuse_reparametrized, without_wrappers
 from edgeseg.errors import CheckpointError
+from edgeseg.silence import without_warnings
 from edgeseg.spec import ModelSpec
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
@@ -142,7 +143,7 @@ def translated_shapes(module: torch.nn.Module, tensors: Mapping[str, torch.Tenso
     # SMP translates names of older versions in place, in load_state_dict, before it compares. Meta tensors have no
     # values to load, and strict because SMP takes mismatched tensors out of the dictionary otherwise.
     renamed = {k: t.to("meta") for k, t in tensors.items()}
-    with quiet_libraries(), contextlib.suppress(RuntimeError, KeyError, AttributeError, NotImplementedError):
+    with without_warnings(), contextlib.suppress(RuntimeError, KeyError, AttributeError, NotImplementedError):
         module.load_state_dict(renamed, strict=True)
     return parameter_shapes(renamed)
 
@@ -155,7 +156,7 @@ def deeper_stages(module: torch.nn.Module, encoder: str, names: Iterable[str]) -
     smp = import_for_conversion("segmentation_models_pytorch")
     built: Any = module.encoder
     device = "cpu" if encoder.startswith("mit_b") else "meta"
-    with torch.device(device), quiet_libraries():
+    with torch.device(device), without_warnings():
         whole = smp.encoders.get_encoder(encoder, in_channels=built._in_channels, depth=5, weights=None)
     deeper = {f"encoder.{k}" for k in whole.state_dict()} - {f"encoder.{k}" for k in built.state_dict()}
     return deeper & set(names)
@@ -184,7 +185,7 @@ def load_tensors(
         )
     notes: list[str] = []
     try:
-        with quiet_libraries():
+        with without_warnings():
             # It translates the names in place, then compares: what it leaves is what gets compared below.
             module.load_state_dict(translated, strict=True)
     except (RuntimeError, KeyError, AttributeError) as exc:
@@ -196,7 +197,7 @@ def load_tensors(
             or not parameter_shapes(own).items() <= parameter_shapes(translated).items()
         ):
             raise MisfitError(_differences(translated, module)) from exc
-        with quiet_libraries():
+        with without_warnings():
             module.load_state_dict({k: t for k, t in translated.items() if k not in deeper}, strict=True)
         notes.append(f"dropped {_count(len(deeper), 'tensor')} of deeper encoder stages, which the model does not use")
     require_finite(module, str(checkpoint.path))

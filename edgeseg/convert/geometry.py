@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from edgeseg.convert.architectures import quiet_libraries
 from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.errors import SpecError, one_line
+from edgeseg.silence import without_warnings
+from edgeseg.spec import nearest_size
 
 DEFAULT_PIXELS = 256
 _CUSTOM_STRIDES = (1, 2, 4, 8, 16, 32, 64)
@@ -24,7 +25,7 @@ def noise(channels: int, height: int, width: int) -> torch.Tensor:
 def run_raw(module: Callable[..., Any], image: torch.Tensor) -> tuple[Any, str]:
     """Run a model: whatever it returned and "", or ``None`` and the reason in a few words."""
     try:
-        with torch.no_grad(), quiet_libraries():
+        with torch.no_grad(), without_warnings():
             return module(image), ""
     except Exception as exc:  # a user's forward may raise anything; all of it means "does not take this image"
         return None, one_line(exc)
@@ -127,10 +128,7 @@ def smp_native_size(module: torch.nn.Module, img_size: int | Sequence[int] | Non
 
 def default_size(stride: int, fixed: tuple[int, int] | None) -> tuple[int, int]:
     """Return 256x256, or the nearest size the model takes."""
-    if fixed is not None:
-        return fixed
-    side = max(stride, round(DEFAULT_PIXELS / stride) * stride)
-    return side, side
+    return nearest_size(DEFAULT_PIXELS, DEFAULT_PIXELS, stride) if fixed is None else fixed
 
 
 def custom_geometry(

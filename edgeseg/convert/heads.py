@@ -14,25 +14,14 @@ import torch
 from segmentation_models_pytorch.base.modules import Activation
 from torch import nn
 
+from edgeseg.convert.architectures import ACTIVATIONS
 from edgeseg.convert.geometry import first_of, noise
-from edgeseg.convert.silence import silenced
 from edgeseg.errors import SpecError
+from edgeseg.silence import silenced
 from edgeseg.spec import PipelineSpec, Preprocess
 
 Meaning = Literal["logits", "tanh", "clamp", "probability", "log probability", "tanh of logits"]
 """What the tensor that :class:`Outputs` gets stands for; the last three where an activation could not be taken off."""
-
-ACTIVATIONS: Mapping[str | None, Literal["none", "sigmoid", "softmax", "logsoftmax", "tanh", "clamp"]] = {
-    None: "none",
-    "identity": "none",
-    "sigmoid": "sigmoid",
-    "softmax": "softmax",
-    "softmax2d": "softmax",
-    "logsoftmax": "logsoftmax",
-    "tanh": "tanh",
-    "clamp": "clamp",
-}
-"""SMP's names of activations and what they do to logits."""
 
 LOGITS = "logits"
 

@@ -17,8 +17,6 @@ from edgeseg.spec import ModelRequest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoadedModel", "load_model", "wrap_module"]
-
 
 def load_model(request: ModelRequest, images: ImageSource = no_images) -> LoadedModel:
     """Load the model a request describes; ``images`` of its kind tell the normalization of one that records none.

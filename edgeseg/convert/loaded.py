@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgeseg.convert.architectures import name_softmax_axis
 from edgeseg.convert.saved_preprocessing import Fitting, SavedPreprocessing
 from edgeseg.errors import SpecError
-from edgeseg.spec import ModelSpec, Preprocess
+from edgeseg.spec import ModelSpec, Preprocess, nearest_size
 from edgeseg.store.manifest import WeightsOrigin
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class LoadedModel:
                 f"{what}; give --size {only}{'' if self.model.arch == 'custom' else ', or --model-arg img_size=N'}"
             )
         if height % self.stride or width % self.stride:
-            near = [max(self.stride, round(v / self.stride) * self.stride) for v in (height, width)]
+            near = nearest_size(height, width, self.stride)
             raise SpecError(
                 f"size {height}x{width} does not fit {self.model.display_name}: multiples of {self.stride} do; "
                 f"nearest is {near[0]}x{near[1]}"

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from edgeseg.convert.architectures import quiet_libraries
 from edgeseg.convert.geometry import PROBE_SIZES, first_of, noise, run_raw
 from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.errors import SpecError
+from edgeseg.silence import without_warnings
 
 # What torchvision, transformers and others call the map in a mapping of outputs.
 _MAP_KEYS = ("out", "logits", "masks", "mask", "pred", "sem_seg")
@@ -124,7 +124,7 @@ def output_ending(module: torch.nn.Module, inputs: torch.Tensor) -> Ending:
         inputs: what it gets from real images, float32 ``(N, C, H, W)``.
     """
     own_end = module.end if isinstance(module, OnnxNetwork) else None
-    with torch.enable_grad(), quiet_libraries():
+    with torch.enable_grad(), without_warnings():
         output = first_of(module(inputs.clone().requires_grad_(own_end is None)))
     end = output.grad_fn if own_end is None else own_end
     values = output.detach()

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from edgeseg.convert.heads import LOGITS, Pipeline
-from edgeseg.convert.silence import silenced
 from edgeseg.errors import ExportError
 from edgeseg.images.dtypes import usual_pixels
+from edgeseg.silence import silenced
 from edgeseg.spec import InputDtype, Preprocess
 
 RELATIVE_TOLERANCE = 1e-3

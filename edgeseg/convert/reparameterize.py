@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from edgeseg.convert.architectures import import_for_conversion, quiet_libraries
+from edgeseg.convert.architectures import import_for_conversion
 from edgeseg.convert.geometry import first_of, noise
+from edgeseg.silence import without_warnings
 
 # Relative to the largest output: float32 sums in another order.
 _TOLERANCE = 1e-4
@@ -33,7 +34,7 @@ def merge_branches(module: torch.nn.Module, channels: int, side: int) -> tuple[t
     manipulate = import_for_conversion("timm.models")
     merged: Any = copy.deepcopy(module)
     image = noise(channels, side, side)
-    with torch.no_grad(), quiet_libraries():
+    with torch.no_grad(), without_warnings():
         before = first_of(module(image))
         try:
             merged.encoder = manipulate.reparameterize_model(merged.encoder, inplace=True)

@@ -9,10 +9,10 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, Deduplicat
 
 from edgeseg.convert.naming import adopt_names, normalize
 from edgeseg.convert.rewrites import REWRITES
-from edgeseg.convert.silence import silenced
 from edgeseg.errors import ExportError, first_line
 from edgeseg.graph.editing import tidy
 from edgeseg.graph.proto import copied
+from edgeseg.silence import silenced
 
 _COMPOSED = frozenset({"compose_concat", "compose_conv", "subpixel"})
 """Rewrites that make one weight of several: what each was rounded to in training would be lost."""

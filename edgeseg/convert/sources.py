@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgeseg.convert import architectures
+from edgeseg.convert.albumentations_file import saved_beside
 from edgeseg.convert.assemble import Assembly, assemble, settle_geometry
 from edgeseg.convert.checkpoint import Checkpoint, read_checkpoint
 from edgeseg.convert.deduce import as_options, differences, fitting_request, require_fitting_size
@@ -31,7 +32,7 @@ from edgeseg.convert.older_smp import settle_version
 from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
 from edgeseg.convert.recorded import merge, recorded_model
-from edgeseg.convert.saved_preprocessing import CONFIG_NAME, saved_beside
+from edgeseg.convert.saved_preprocessing import CONFIG_NAME
 from edgeseg.convert.wrap import wrap_module
 from edgeseg.errors import CheckpointError, EdgesegError, SpecError, one_line
 from edgeseg.spec import ModelRequest, Preprocess

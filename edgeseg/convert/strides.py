@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from edgeseg.graph.editing import constant_array, emit, integer, remove_unread, replace, weight
+from edgeseg.graph.editing import constant_array, emit, remove_unread, replace, weight
 
 AXES = (1, 3)
 """Where the numbers of strides stand that make height and width."""
@@ -57,7 +57,7 @@ def as_image(model: ir.Model) -> None:
             replace(node.outputs[0], image)
             remove_unread(model.graph, [node])
     for node, _ in image.uses():
-        if node.op_type == "Shape" and (axis := integer(node, "start", 0)) in AXES:
+        if node.op_type == "Shape" and (axis := node.attributes.get_int("start", 0)) in AXES:
             _count_strides(node, AXES.index(axis) + 1, stride)
 
 

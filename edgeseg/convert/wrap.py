@@ -5,22 +5,18 @@ The user's object is copied, never changed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from edgeseg.convert import architectures
-from edgeseg.convert.architectures import quiet_libraries
 from edgeseg.convert.assemble import Geometry, settle_geometry
-from edgeseg.convert.evidence import ReachedError, best_fit, normalized
-from edgeseg.convert.fake_quantizers import read_fake_quantizers, require_same, settled
+from edgeseg.convert.copying import copied, require_apart, require_python, unwrapped
+from edgeseg.convert.evidence import best_fit, normalized
+from edgeseg.convert.fake_quantizers import require_same, settled
 from edgeseg.convert.fit import require_finite
 from edgeseg.convert.geometry import (
     DEFAULT_PIXELS,
@@ -38,9 +34,10 @@ from edgeseg.convert.onnx_network import OnnxNetwork
 from edgeseg.convert.outputs import adapt_outputs, output_ending
 from edgeseg.convert.parity import make_probe_images
 from edgeseg.convert.preprocessing import RecordedNormalization, recorded_preprocess, resolve_preprocess
-from edgeseg.convert.silence import silenced
-from edgeseg.errors import SpecError, one_line
+from edgeseg.convert.training_tools import read_fake_quantizers
+from edgeseg.errors import SpecError
 from edgeseg.images.resize import resize_image
+from edgeseg.silence import silenced
 from edgeseg.spec import ModelRequest
 
 # A side of eight output strides is enough for every decoder; PAN's pools the encoder's last features three times.
@@ -83,12 +80,12 @@ def wrap_module(
         raise SpecError(f"model is a {type(module).__name__}; give a torch.nn.Module, or weights=PATH of a checkpoint")
     if request.weights is not None or request.model_args:
         raise SpecError("weights and model_args are for models edgeseg builds; load the weights into the module first")
-    _require_python(module)
-    name = module.stem if isinstance(module, OnnxNetwork) else type(_unwrapped(module)).__name__
-    twin = _copied(module)
-    _require_apart(module, twin, request)
+    require_python(module)
+    name = module.stem if isinstance(module, OnnxNetwork) else type(unwrapped(module)).__name__
+    twin = copied(module)
+    require_apart(module, twin, _likely_channels(twin, request))
     read, reading = read_fake_quantizers(twin)
-    whole = read if reading is None else _copied(read)
+    whole = read if reading is None else copied(read)
     network = _find_network(read, request, asked)
     channels = _input_channels(network, request, asked)
     notes = list(network.notes)
@@ -128,8 +125,9 @@ def wrap_module(
         inputs = inputs[:1]  # a graph that was exported for one image
     if reading is not None and not reading.quantizers:
         reading = settled(described, reading, inputs)
-        require_same(_copied(module), whole, inputs)
-    if reading is not None and reading.quantizers:
+        require_same(copied(module), whole, inputs)
+        reading = reading if reading.quantizers else None  # none of them takes part
+    if reading is not None:
         notes.append(reading.words)
     activation, activation_notes = _activation(described, network, request, inputs)
     if request.classes not in (None, classes):
@@ -151,99 +149,8 @@ def wrap_module(
         fixed_size=geometry.fixed,
         fixed_batch=exported_shape(network.module)[0],
         users_module=True,
-        trained=reading if reading is not None and reading.quantizers else None,
+        trained=reading,
     )
-
-
-def _require_python(module: torch.nn.Module) -> None:
-    for path, part in module.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):
-            what = f"its part {path} is" if path else "it is"
-            raise SpecError(
-                f"{type(module).__name__} cannot be exported: {what} TorchScript, which keeps no Python; give the "
-                "torch.nn.Module it was made from, or the weights in its state_dict() with arch and encoder"
-            )
-
-
-def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """Look through DataParallel and torch.compile around a module, which only change how it runs."""
-    while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and type(module).__name__ in ("DataParallel", "DistributedDataParallel"):
-            inner = module.module
-        if inner is None:
-            return module
-        module = inner
-
-
-def _copied(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy on the CPU, float32, in evaluation mode, without DataParallel and torch.compile around it or its parts."""
-    unset = [k for k, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
-    if unset:
-        raise SpecError(
-            f"{type(module).__name__} is on the meta device and has no weights ({unset[0]}, ...): load them, with "
-            "load_state_dict(..., assign=True), or build it on the CPU"
-        )
-    # What old weight_norm, spectral_norm and prune compute in each forward is no leaf, which deepcopy refuses.
-    computed = [
-        v for part in module.modules() for v in vars(part).values() if isinstance(v, torch.Tensor) and not v.is_leaf
-    ]
-    try:
-        twin = _unwrapped(copy.deepcopy(module, {id(tensor): tensor.detach().clone() for tensor in computed}))
-        for name in ("train", "eval"):
-            # torch.export puts its own there, which raise: nothing of such a graph depends on the mode any more.
-            vars(twin).pop(name, None)
-    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as exc:
-        raise SpecError(
-            f"{type(module).__name__} cannot be copied ({one_line(exc)}); give the network inside "
-            "it, such as module.model"
-        ) from exc
-    for part in [*twin.modules()]:
-        for name, child in part._modules.items():
-            part._modules[name] = None if child is None else _unwrapped(child)
-    twin = twin.cpu().float().eval().requires_grad_(False)
-    for part in twin.modules():
-        _join_weights(part)
-    return twin
-
-
-def _join_weights(part: torch.nn.Module) -> None:
-    """Keep the weight that old weight_norm, spectral_norm and prune compute in each forward in the place of its parts."""
-    with quiet_libraries():
-        for hook in [*part._forward_pre_hooks.values()]:
-            if isinstance(hook, WeightNorm):
-                remove_weight_norm(part, hook.name)
-            elif isinstance(hook, SpectralNorm):
-                remove_spectral_norm(part, hook.name)
-            elif isinstance(hook, prune.BasePruningMethod):
-                prune.remove(part, hook._tensor_name)  # type: ignore[no-untyped-call]
-
-
-def _require_apart(module: torch.nn.Module, twin: torch.nn.Module, request: ModelRequest) -> None:
-    """Refuse a copy that runs parts of the module it was made of, where these are in training mode.
-
-    A function put on an object (``model.forward = lambda x: ...``, a hook) goes on calling what it was made with.
-    """
-
-    def stop(*_: object) -> None:
-        raise ReachedError
-
-    training = [part for part in module.modules() if part.training]
-    hooks = [part.register_forward_pre_hook(stop) for part in training]
-    try:
-        for channels in _likely_channels(twin, request) if hooks else ():
-            with torch.no_grad(), quiet_libraries():
-                twin(noise(channels, PROBE_SIZES[0], PROBE_SIZES[0]))
-    except ReachedError:
-        raise SpecError(
-            f"a function put on {type(module).__name__} (its forward, or a hook) runs the object itself, of which no copy is "
-            "made, and it is in training mode: call its eval() first"
-        ) from None
-    except Exception:  # a user's forward may raise anything: who runs it in earnest says what is wrong
-        return
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _find_network(module: torch.nn.Module, request: ModelRequest, asked: tuple[int, int] | None) -> _Network:

@@ -10,12 +10,12 @@ from typing import Literal
 
 import numpy as np
 
+from edgeseg.arguments import one_of
 from edgeseg.errors import GateError, InputError, SpecError
 from edgeseg.evaluate.latency.batches import Estimate, bootstrap_interval, median_of
 from edgeseg.evaluate.latency.protocol import SAME_WITHIN, LatencySamples, compare, percentile_of_rows
 from edgeseg.evaluate.results import BenchReport, Row, at
 from edgeseg.evaluate.tables import MISSING, FigureTable, milliseconds, number
-from edgeseg.spec import one_of
 
 METRICS = {
     "median_ms": ("median ms", "latency.end_to_end.median_ms"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass, ShapeInferencePass
 
 Dims = tuple[int | None, ...]
+Match = TypeVar("Match")
 
 
 def nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
@@ -19,6 +20,15 @@ def nodes(model: ir.Model, *op_types: str) -> Iterator[ir.Node]:
         wanted = not op_types or node.op_type in op_types
         if wanted and node.domain in ("", "ai.onnx") and node.graph is not None and any(map(reads, node.outputs)):
             yield node
+
+
+def matched(
+    model: ir.Model, match: Callable[[ir.Node], Match | None], *op_types: str
+) -> Iterator[tuple[ir.Node, Match]]:
+    """``(node, match(node))`` of those of :func:`nodes` that have one; each is found in the graph as it is by then."""
+    for node in nodes(model, *op_types):
+        if (found := match(node)) is not None:
+            yield node, found
 
 
 def constant_array(value: ir.Value | None) -> NDArray[Any] | None:
@@ -44,6 +54,12 @@ def given_array(node: ir.Node, index: int = 1) -> NDArray[Any]:
 def constant_input(node: ir.Node, index: int) -> NDArray[Any] | None:
     """The array of a constant input; ``None`` where ``node`` has no such input, or it is computed."""
     return constant_array(node.inputs[index]) if len(node.inputs) > index else None
+
+
+def data_inputs(node: ir.Node) -> list[ir.Value]:
+    """What ``node`` computes its values of: shapes, indices and bounds left out."""
+    inputs = node.inputs if node.op_type in {"Add", "Mul", "Concat"} else node.inputs[:1]
+    return [value for value in inputs if value is not None]
 
 
 def beside_constant(node: ir.Node) -> tuple[ir.Value, NDArray[Any]] | None:
@@ -101,21 +117,6 @@ def image_shape(value: ir.Value | None) -> tuple[int, int, int] | None:
     if known is None or len(known) != 4 or None in known[1:]:
         return None
     return known[1:]  # type: ignore[return-value]
-
-
-def ints(node: ir.Node, name: str, default: Sequence[int] = ()) -> tuple[int, ...]:
-    """An integer-list attribute."""
-    return tuple(node.attributes.get_ints(name, list(default)))
-
-
-def integer(node: ir.Node, name: str, default: int) -> int:
-    """An integer attribute."""
-    return int(node.attributes.get_int(name, default))
-
-
-def word(node: ir.Node, name: str, default: str) -> str:
-    """A string attribute."""
-    return str(node.attributes.get_string(name, default))
 
 
 def emit(

@@ -7,13 +7,21 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import constant_array
+from edgeseg.graph.editing import constant_array, data_inputs
+from edgeseg.graph.proto import REARRANGES
 
 # Every value of the result is one of the first input's.
-MOVES = frozenset(
-    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Expand", "Tile", "MaxPool"}
-    | {"DepthToSpace", "SpaceToDepth", "Identity"}
-)
+MOVES = REARRANGES | {
+    "Slice",
+    "Split",
+    "Gather",
+    "Expand",
+    "Tile",
+    "MaxPool",
+    "DepthToSpace",
+    "SpaceToDepth",
+    "Identity",
+}
 _NOT_NEGATIVE = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Abs"})
 # Not negative where no input is.
 _KEEP_SIGN = MOVES | {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Clip", "Pad"}
@@ -32,15 +40,12 @@ def not_negative(graph: ir.Graph) -> set[ir.Value]:
     """Values that no input can make negative."""
     known: set[ir.Value] = set()
     for node in graph:
-        inputs = [
-            v for v in (node.inputs if node.op_type in {"Add", "Mul", "Concat"} else node.inputs[:1]) if v is not None
-        ]
         keeps = node.op_type in _KEEP_SIGN or (
             node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") != "cubic"
         )
         kept = keeps and all(
             value in known or ((array := constant_array(value)) is not None and bool(np.all(array >= 0)))
-            for value in inputs
+            for value in data_inputs(node)
         )
         is_clipped = node.op_type == "Clip" and clamp_limits(node)[0] >= 0
         if node.op_type in _NOT_NEGATIVE or kept or is_clipped:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgeseg.arguments import one_of
 from edgeseg.errors import SpecError
 from edgeseg.handover import deepness, deepstream, hub, isaac_ros, jetson_inference, triton
 from edgeseg.handover.contents import Content
-from edgeseg.spec import one_of
 from edgeseg.store.atomic import atomic_folder, check_folder, listed_names
 from edgeseg.store.documents import write_json
 from edgeseg.store.engine import Engine, folder_of, open_engine

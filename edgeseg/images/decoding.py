@@ -36,8 +36,9 @@ from edgeseg.errors import EdgesegError, InputError, one_line, refusals_as
 from edgeseg.images.arrays import ARRAY_SUFFIXES, read_array
 from edgeseg.images.dtypes import in_dtype, refusal
 from edgeseg.images.tiff import TiffLayout, read_bands, tiff_layout
+from edgeseg.silence import without_warnings
 from edgeseg.spec import InputDtype
-from edgeseg.store.files import read_lines, require_file, without_warnings
+from edgeseg.store.files import read_lines, require_file
 from edgeseg.store.hashing import sha256_file
 
 # EPS (which runs Ghostscript) and rarely exercised decoders stay closed to files of unknown origin.

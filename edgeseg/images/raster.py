@@ -23,8 +23,9 @@ from edgeseg.errors import EdgesegError, InputError, MissingDependencyError, imp
 from edgeseg.images.decoding import MAX_ARRAY_BYTES, MAX_PIXELS
 from edgeseg.images.dtypes import takes
 from edgeseg.images.tiff import tiff_layout
+from edgeseg.silence import without_warnings
 from edgeseg.spec import InputDtype, PipelineSpec
-from edgeseg.store.files import require_file, without_warnings
+from edgeseg.store.files import require_file
 
 RASTER_SUFFIXES = frozenset({".tif", ".tiff", ".jp2", ".j2k"})
 MAX_SIDE = 1 << 20

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, imported
-from edgeseg.store.files import without_warnings
+from edgeseg.silence import without_warnings
 
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Tags of the TIFF 6.0 specification.

@@ -9,21 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.arguments import (
-    arguments_of,
-    shortened,
-)
+from edgeseg.arguments import arguments_of, shortened
 from edgeseg.errors import ArtifactError, EdgesegError, SpecError, refusals_as
 from edgeseg.pipeline.request import BuildRequest, OptimizeFor
 from edgeseg.progress import Reporter, reporter_of
-from edgeseg.spec import (
-    ChannelOrder,
-    FitPolicy,
-    InputDtype,
-    OutputKind,
-    Precision,
-    Task,
-)
+from edgeseg.spec import ChannelOrder, FitPolicy, InputDtype, OutputKind, Precision, Task
 from edgeseg.store.engine import Engine
 from edgeseg.store.manifest import MIN_INT8_SHARE
 

@@ -18,7 +18,7 @@ from edgeseg.pipeline.plan import BuildPlan, plan_build
 from edgeseg.pipeline.stages import EXPORT_FOLDER, export_stage, few_collections
 from edgeseg.pipeline.verification import Verifier, verify_stage
 from edgeseg.progress import Reporter, stage
-from edgeseg.quantize.calibration import CalibrationSet
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.store.cache import is_kept, usable_cache
 from edgeseg.store.engine import Engine, engine_folder, open_engine, read_manifest
 from edgeseg.store.manifest import OnnxGraph

@@ -16,14 +16,9 @@ from edgeseg.pipeline.plan import refuse_early
 from edgeseg.pipeline.stages import export_stage, few_collections, load_stage, pipeline_spec, read_marks
 from edgeseg.pipeline.verification_data import calibration_source
 from edgeseg.progress import Reporter, stage
-from edgeseg.quantize.calibration import (
-    AUTO,
-    DEFAULT_METHOD,
-    CalibrationSet,
-    calibrate,
-    method_or_default,
-    table_key,
-)
+from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, calibrate, method_or_default, table_key
+from edgeseg.quantize.ranges import RangeMethod
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.store.cache import cached_folder, software, usable_cache
 from edgeseg.store.hashing import sha256_file
@@ -52,7 +47,7 @@ def calibration_stage(
     scratch: Path,
     reporter: Reporter,
     *,
-    is_trained: bool = False,
+    is_trained: bool,
 ) -> tuple[OnnxGraph, CalibrationTable]:
     """Take the table that was given, find one in the cache, or calibrate; return the graph it is for, channels equalized.
 
@@ -77,7 +72,7 @@ def calibration_stage(
         with stage(reporter, "calibrate") as said:
             if table.equalization:
                 graph, _ = write_equalized(graph, table.equalization, scratch / EQUALIZED_NAME)
-            check_fresh(table, table_key(graph, None, table.method, table.options))
+            check_fresh(table, table_key(graph, None, RangeMethod(table.method, table.options)))
             said.append(f"table given: {chosen_methods(table)} over {table.images} images")
         return graph, table
 
@@ -128,7 +123,7 @@ def table_inputs(
     """All that the ranges of images depend on: what they are kept under."""
     repairs = request.precision == "int8"
     return {
-        "key": table_key(graph, samples, method_or_default(request.calibration_method), {}),
+        "key": table_key(graph, samples, RangeMethod(method_or_default(request.calibration_method))),
         "equalizes": request.equalize and repairs,
         "judges": judges if repairs else None,
         "repairs": repairs,

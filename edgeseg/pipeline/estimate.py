@@ -17,11 +17,12 @@ from edgeseg.evaluate.latency.protocol import noise_image
 from edgeseg.evaluate.tables import counted
 from edgeseg.graph.running import GraphSession
 from edgeseg.pipeline.goal import has_goal
-from edgeseg.quantize.calibration import AUTO, CalibrationSet, method_or_default
+from edgeseg.quantize.calibration import AUTO, method_or_default
 from edgeseg.quantize.ranges import METHODS
 from edgeseg.quantize.repair.equalization import IMAGES
 from edgeseg.quantize.repair.fidelity import hold_out, judging_images
 from edgeseg.quantize.repair.range_choice import TRIAL_PIXELS
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.spec import InputSpec
 from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx

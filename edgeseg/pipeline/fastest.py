@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,14 +14,9 @@ from edgeseg.backends.compile import compile_folder
 from edgeseg.errors import BuildError
 from edgeseg.evaluate.latency.protocol import measure_sessions
 from edgeseg.progress import Reporter, SilentReporter, stage
+from edgeseg.store.atomic import scratch_folder
 from edgeseg.store.documents import write_json
-from edgeseg.store.engine import (
-    Engine,
-    check_engine_folder,
-    engine_folder,
-    open_engine,
-    read_manifest,
-)
+from edgeseg.store.engine import Engine, check_engine_folder, engine_folder, open_engine, read_manifest
 from edgeseg.store.manifest import MANIFEST_NAME, Manifest
 
 
@@ -49,12 +43,12 @@ def compile_fastest(
     place, force = output or folder, force or output is None
     check_engine_folder(place, force=force)
     # Beside the result, where there is room for engines.
-    with tempfile.TemporaryDirectory(prefix=".candidates-", dir=place.absolute().parent) as scratch:
+    with scratch_folder(place.absolute().parent) as scratch:
         engines: dict[int, Engine] = {}
         for index in indices:
             try:
                 engines[index] = compile_folder(
-                    folder, options=options, output=Path(scratch, str(index)), candidate=index, reporter=reporter
+                    folder, options=options, output=scratch / str(index), candidate=index, reporter=reporter
                 )
             except BuildError as exc:
                 if index == indices[-1] and not engines:

@@ -22,7 +22,7 @@ from edgeseg.version import __version__
 
 if TYPE_CHECKING:
     from edgeseg.convert.export import ConversionReport
-    from edgeseg.convert.load import LoadedModel
+    from edgeseg.convert.loaded import LoadedModel
     from edgeseg.pipeline.request import BuildRequest
     from edgeseg.quantize.table import CalibrationTable
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeseg.arguments import one_of
 from edgeseg.backends import AUTO_TARGETS, get_backend, require_builder
 from edgeseg.backends.portable import DEVICE_TARGETS, check_options
 from edgeseg.convert.architectures import require_arch, resolve_arch
@@ -26,15 +27,16 @@ from edgeseg.pipeline.verification_data import (
     verifies_on_calibration,
 )
 from edgeseg.progress import Reporter, stage
-from edgeseg.quantize.calibration import CalibrationSet, method_or_default
+from edgeseg.quantize.calibration import method_or_default
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES
-from edgeseg.spec import PipelineSpec, one_of
+from edgeseg.spec import PipelineSpec
 from edgeseg.store.engine import check_engine_folder
 
 if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only
 
-    from edgeseg.convert.load import LoadedModel
+    from edgeseg.convert.loaded import LoadedModel
     from edgeseg.pipeline.request import BuildRequest
 
 

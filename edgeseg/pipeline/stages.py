@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch  # noqa: TID251  # the type only
 
     from edgeseg.convert.export import ConversionReport
-    from edgeseg.convert.load import LoadedModel
+    from edgeseg.convert.loaded import LoadedModel
     from edgeseg.pipeline.request import BuildRequest
 
 EXPORT_FOLDER = "export"

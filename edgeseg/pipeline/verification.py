@@ -24,7 +24,7 @@ from edgeseg.store.manifest import Verification
 
 if TYPE_CHECKING:
     from edgeseg.backends.base import Session
-    from edgeseg.convert.load import LoadedModel
+    from edgeseg.convert.loaded import LoadedModel
     from edgeseg.pipeline.request import BuildRequest
 
 

@@ -14,13 +14,12 @@ from edgeseg.demo import sample_folder
 from edgeseg.errors import InputError
 from edgeseg.evaluate.accuracy.dataset import Pair, ValidationSet
 from edgeseg.evaluate.tables import counted
-from edgeseg.quantize.calibration import CalibrationSet
-from edgeseg.quantize.samples import MINIMUM_IMAGES, check_source
+from edgeseg.quantize.samples import MINIMUM_IMAGES, CalibrationSet, check_source
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from edgeseg.convert.load import LoadedModel
+    from edgeseg.convert.loaded import LoadedModel
     from edgeseg.pipeline.request import BuildRequest
 
 # Without --validation, every n-th calibration image is kept for verification, if that leaves enough to calibrate on.

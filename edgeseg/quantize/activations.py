@@ -19,12 +19,10 @@ import onnx
 from onnx import TensorProto
 
 from edgeseg.errors import QuantizationError, first_line
-from edgeseg.graph.proto import Dims, attribute, copied, dims, makers, readers, value_infos
+from edgeseg.graph.proto import REARRANGES, Dims, attribute, copied, dims, makers, readers, value_infos
 from edgeseg.spec import InputSpec
 
-_REARRANGING = frozenset(
-    {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout", "DepthToSpace", "SpaceToDepth"}
-)
+_REARRANGING = REARRANGES | {"Identity", "Dropout", "DepthToSpace", "SpaceToDepth"}
 _CLIPPED_IN_PLACE = frozenset({"Conv", "ConvTranspose", "Gemm", "Add"})
 _SHAPE_READERS = frozenset({"Shape", "Size"})
 _CHANNEL_AXIS = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": -1}

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.arguments import one_of
 from edgeseg.errors import QuantizationError
 from edgeseg.graph.running import GraphSession
 from edgeseg.machine.cpu import this_cpu
@@ -26,12 +27,10 @@ from edgeseg.quantize.activations import Activation, find_activations, group_by_
 from edgeseg.quantize.ranges import METHODS, Histogram, RangeMethod, RangeStatistics, range_method
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange
-from edgeseg.spec import InputSpec, one_of
+from edgeseg.spec import InputSpec
 from edgeseg.store.hashing import sha256_json
 from edgeseg.store.manifest import OnnxGraph
 from edgeseg.store.onnx_file import read_onnx
-
-__all__ = ["DEFAULT_METHOD", "CalibrationSet", "calibrate", "method_or_default", "table_key"]
 
 DEFAULT_METHOD = "minmax"
 """Needs no histogram and cuts nothing: what the others have to beat."""
@@ -41,8 +40,6 @@ AUTO = "auto"
 
 TRAINED = "trained"
 """The scales are those that the network's fake-quantizers were trained with (:mod:`edgeseg.quantize.trained`)."""
-
-DEFAULT_PERCENTILE = 99.99
 
 SAMPLE = 16384
 """Most values of one tensor that one image adds to its histogram."""
@@ -60,26 +57,14 @@ def method_or_default(name: str | None) -> str:
     return method
 
 
-def table_key(
-    graph: OnnxGraph, samples: CalibrationSet | None, method: str, options: Mapping[str, float] | None = None
-) -> dict[str, str]:
+def table_key(graph: OnnxGraph, samples: CalibrationSet | None, rule: RangeMethod) -> dict[str, str]:
     """Hash everything a calibration table depends on, one hash per cause (:data:`edgeseg.quantize.table.KEY_CAUSES`).
 
     Args:
         graph: the fp32 graph.
         samples: the images; ``None`` leaves their hash out, for a table whose images are not at hand.
-        method: a calibration method, ``auto`` or ``trained``.
-        options: its options, as in :attr:`CalibrationTable.options`; those left out have their defaults.
-
-    Raises:
-        SpecError: unknown method or bad option.
+        rule: with its options; its name may be :data:`AUTO` or :data:`TRAINED`, which have none.
     """
-    by_itself = method in (AUTO, TRAINED)
-    rule = (
-        RangeMethod(method)
-        if by_itself
-        else range_method(method, (options or {}).get("percentile", DEFAULT_PERCENTILE))
-    )
     key = {
         "weights": graph.weights_sha256,
         "graph": graph.sha256,
@@ -95,7 +80,6 @@ def calibrate(
     samples: CalibrationSet,
     *,
     method: str = DEFAULT_METHOD,
-    percentile: float = DEFAULT_PERCENTILE,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationTable:
     """Run the images through the fp32 graph and choose a range for each of its float activations.
@@ -104,18 +88,17 @@ def calibrate(
         graph: the fp32 graph, input ``(N, H, W, C)``.
         samples: the images; brought to the engine's size as at run time.
         method: a key of :data:`edgeseg.quantize.ranges.METHODS`.
-        percentile: for method ``percentile``.
         progress: called with images done and images in all (times the passes, if one is not enough).
 
     Returns:
         a table of all float activations but those clipped in place (see :mod:`edgeseg.quantize.activations`).
 
     Raises:
-        SpecError: unknown method or bad percentile.
+        SpecError: unknown method.
         QuantizationError: not an fp32 graph, ONNX Runtime fails on it, or an activation is NaN or infinite.
         InputError: an image changed or vanished since the set was opened.
     """
-    rule = range_method(method, percentile)
+    rule = range_method(method)
     observation = Observation(graph, histograms=rule.needs_histogram)
     observation.add(samples, progress)
     return observation.table(samples, rule)
@@ -218,7 +201,7 @@ class Observation:
             schema_version=TABLE_SCHEMA_VERSION,
             method=rule.name,
             options=rule.options,
-            key=table_key(self._graph, samples, rule.name, rule.options),
+            key=table_key(self._graph, samples, rule),
             images=len(samples),
             ranges=self.ranges(rule),
         )

@@ -65,7 +65,7 @@ class _Inserter:
         self._scheme = scheme
         self._corrected = 0
         self._signed = {
-            placement.representative(node.inputs[0])
+            placement.scales.root(node.inputs[0])
             for node, role in placement.roles.items()
             if node.op_type == "ConvTranspose" and role is Role.WEIGHTED and node.inputs[0] is not None
         }
@@ -157,9 +157,9 @@ class _Inserter:
         return _restored(editor, _quantized(editor, value, affine, value.shape), affine, value.shape)
 
     def _affine(self, value: ir.Value) -> _Affine:
-        leader = self._placement.representative(value)
+        leader = self._placement.scales.root(value)
         if leader not in self._affines:
-            names = (str(member.name) for member in self._placement.members(leader))
+            names = (str(member.name) for member in self._placement.scales.members(leader))
             limits = [self._observed.ranges[name] for name in names if name in self._observed.ranges]
             if not limits:
                 raise QuantizationError(
@@ -180,7 +180,7 @@ class _Inserter:
 
     def _trained(self, leader: ir.Value, *, signed: bool) -> Grid | None:
         """The integers of training for a group of values, where all of them have the same and the scheme can hold them."""
-        members = [member for member in self._placement.members(leader) if member.name in self._observed.ranges]
+        members = [member for member in self._placement.scales.members(leader) if member.name in self._observed.ranges]
         grids = {self._observed.grids.get(str(member.name)) for member in members}
         grid = grids.pop() if len(grids) == 1 else None
         if grid is None:

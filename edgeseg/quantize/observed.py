@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgeseg.graph.editing import matched
 from edgeseg.graph.grid import Grid
 from edgeseg.quantize.table import CalibrationTable
 
@@ -50,6 +51,12 @@ class Observed:
             table.trained is not None,
         )
 
+    def copy(self, value: ir.Value, to: ir.Value) -> None:
+        """``to`` has the values of ``value`` and its channels."""
+        self.copy_range(value.name, to)
+        if value.name in self.channel_means:
+            self.channel_means[str(to.name)] = self.channel_means[str(value.name)]
+
     def copy_range(self, name: str | None, to: ir.Value) -> None:
         """``to`` has the values of the one called ``name``, or some of them."""
         if name in self.ranges:
@@ -65,14 +72,13 @@ Pass = Callable[[ir.Model, Observed], int]
 def each(
     match: Callable[[ir.Node], Details | None], rewrite: Callable[[ir.Graph, ir.Node, Details, Observed], None]
 ) -> Pass:
-    """The pass that rewrites every node that matches, each as the ones before left it."""
+    """The pass that rewrites all that is :func:`~edgeseg.graph.editing.matched`."""
 
     def apply(model: ir.Model, observed: Observed) -> int:
         count = 0
-        for node in list(model.graph):
-            if (details := match(node)) is not None:
-                rewrite(model.graph, node, details, observed)
-                count += 1
+        for node, details in matched(model, match):
+            rewrite(model.graph, node, details, observed)
+            count += 1
         return count
 
     return apply

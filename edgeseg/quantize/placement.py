@@ -16,7 +16,8 @@ from enum import Enum
 
 import onnx_ir as ir
 
-from edgeseg.graph.editing import constant_array, maker, sole_reader
+from edgeseg.graph.editing import constant_array, data_inputs, maker, sole_reader
+from edgeseg.graph.groups import Groups
 from edgeseg.graph.proto import REARRANGES
 from edgeseg.graph.signs import clamp_limits
 from edgeseg.quantize.observed import Observed, Range
@@ -51,31 +52,20 @@ class Placement:
     Attributes:
         roles: of the nodes that take part; all others stay float.
         quantized: values that get a Q/DQ pair (outputs of ``MOVES`` nodes excepted: they are integers already).
-        shared: representative of each value's group of values with one scale.
+        scales: groups of values with one scale.
         rescaled: (Concat, index of an input) that gets a pair of the result's scale there, for this reader alone.
     """
 
     roles: dict[ir.Node, Role] = field(default_factory=dict)
     quantized: set[ir.Value] = field(default_factory=set)
-    shared: dict[ir.Value, ir.Value] = field(default_factory=dict)
+    scales: Groups[ir.Value] = field(default_factory=Groups)
     rescaled: set[tuple[ir.Node, int]] = field(default_factory=set)
-
-    def representative(self, value: ir.Value) -> ir.Value:
-        """The value that stands for all values that share ``value``'s scale."""
-        while self.shared.get(value, value) is not value:
-            value = self.shared[value]
-        return value
 
     def share(self, values: Iterable[ir.Value]) -> None:
         """Let ``values`` have one scale."""
-        first, *rest = (self.representative(v) for v in values)
+        first, *rest = values
         for other in rest:
-            self.shared[other] = first
-
-    def members(self, value: ir.Value) -> list[ir.Value]:
-        """All values that share ``value``'s scale."""
-        target = self.representative(value)
-        return [v for v in {*self.shared, target} if self.representative(v) is target]
+            self.scales.join(other, first)
 
 
 def place(graph: ir.Graph, observed: Observed, scheme: QuantScheme) -> Placement:
@@ -239,7 +229,7 @@ class _OperatorPlacement:
 
     def _may_share(self, values: Iterable[ir.Value], bound: Iterable[ir.Value]) -> bool:
         """Whether ``values`` may have one scale: none of them is clipped by it, and ``bound`` keep their resolution."""
-        members = [m for v in values for m in self._result.members(v)]
+        members = [m for v in values for m in self._result.scales.members(v)]
         low, high = _union(_limits(members, self._ranges))
         # What training rounded each in its own steps keeps them: integers are joined only where they mean the same.
         grids = {self._grids.get(str(m.name)) for m in members if m.name in self._ranges}
@@ -247,12 +237,12 @@ class _OperatorPlacement:
             low < self._clamped[m][0] or high > self._clamped[m][1] for m in members if m in self._clamped
         ):
             return False
-        least = _narrowest(_limits((m for v in bound for m in self._result.members(v)), self._ranges))
+        least = _narrowest(_limits((m for v in bound for m in self._result.scales.members(v)), self._ranges))
         return grids != {None} or high - low <= SHARED_SCALE_RATIO * least
 
     def _is_read_elsewhere(self, value: ir.Value, concat: ir.Node) -> bool:
         """Whether somebody besides ``concat``, whose result has coarse steps in any case, reads these integers."""
-        group = set(self._result.members(value))
+        group = set(self._result.scales.members(value))
         readers = {reader for member in group for reader in member.consumers()}
         return any(reader is not concat and group.isdisjoint(reader.outputs) for reader in readers)
 
@@ -354,7 +344,7 @@ def _share_concat(node: ir.Node, ranges: Mapping[str, Range], result: Placement)
     inputs = [v for v in node.inputs if v is not None and v.name in ranges]
     if len(inputs) != len(node.inputs):
         return
-    members = {v: result.members(v) for v in (*inputs, output)}
+    members = {v: result.scales.members(v) for v in (*inputs, output)}
     low, high = _union(_limits((m for group in members.values() for m in group), ranges))
     joined = [output]
     for index, value in enumerate(inputs):
@@ -370,9 +360,8 @@ def _share_concat(node: ir.Node, ranges: Mapping[str, Range], result: Placement)
 
 
 def _activations(node: ir.Node) -> list[ir.Value]:
-    """Inputs that carry an image's values; shapes, indices and constants left out."""
-    candidates = node.inputs if node.op_type in {"Add", "Mul", "Concat"} else node.inputs[:1]
-    return [v for v in candidates if v is not None and v.const_value is None]
+    """Inputs that carry an image's values."""
+    return [v for v in data_inputs(node) if v.const_value is None]
 
 
 def _limits(values: Iterable[ir.Value], ranges: Mapping[str, Range]) -> list[Range]:

@@ -26,14 +26,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.errors import SpecError
-from edgeseg.spec import one_of
+from edgeseg.arguments import one_of
 
 BINS = 8192
 """Bins of a histogram. Widths are powers of two, so between 4097 and 8192 of them span the range seen."""
 
 MINIMUM_WIDTH = 1e-5
 """Narrowest range a method returns: what a constant zero becomes."""
+
+PERCENTILE = 99.99
+"""Percent of the values that method ``percentile`` leaves inside."""
 
 _KL_BINS = 2048
 _KL_LEVELS = 128
@@ -168,22 +170,10 @@ class RangeMethod:
         return _usable(max(low, statistics.minimum), min(high, statistics.maximum))
 
 
-def range_method(name: str, percentile: float = 99.99) -> RangeMethod:
-    """Make a method from its name.
-
-    Args:
-        name: a key of :data:`METHODS`.
-        percentile: for ``percentile``: percent of the values inside the range, above 50 and at most 100.
-
-    Raises:
-        SpecError: unknown method, or a percentile out of bounds.
-    """
+def range_method(name: str) -> RangeMethod:
+    """The method of a name, a key of :data:`METHODS`. Raises :class:`SpecError` for another."""
     one_of("calibration method", name, tuple(METHODS))
-    if name != "percentile":
-        return RangeMethod(name)
-    if not 50.0 < percentile <= 100.0:
-        raise SpecError(f"percentile {percentile} is not above 50 and at most 100; 99.9 to 99.999 is usual")
-    return RangeMethod(name, {"percentile": float(percentile)})
+    return RangeMethod(name, {"percentile": PERCENTILE} if name == "percentile" else {})
 
 
 def _usable(low: float, high: float) -> tuple[float, float]:

@@ -15,14 +15,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import EdgesegError, InputError, refusals_as
 from edgeseg.images.arrays import ARRAY_SUFFIXES, open_arrays
-from edgeseg.images.decoding import (
-    IMAGE_SUFFIXES,
-    MAX_ARRAY_BYTES,
-    file_digest,
-    list_images,
-    pixel_digest,
-    read_image,
-)
+from edgeseg.images.decoding import IMAGE_SUFFIXES, MAX_ARRAY_BYTES, file_digest, list_images, pixel_digest, read_image
 from edgeseg.images.dtypes import in_dtype, refusal, takes
 from edgeseg.images.pairs import find_images
 from edgeseg.images.placement import fit_windows

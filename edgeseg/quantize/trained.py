@@ -16,6 +16,7 @@ from edgeseg.graph.proto import attribute
 from edgeseg.graph.signs import MOVES, not_negative
 from edgeseg.quantize.calibration import DEFAULT_METHOD, TRAINED, calibrate, table_key
 from edgeseg.quantize.parameters import along
+from edgeseg.quantize.ranges import RangeMethod
 from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import TABLE_SCHEMA_VERSION, CalibrationTable, TensorRange, Trained
 from edgeseg.store.hashing import sha256_json
@@ -60,7 +61,7 @@ def trained_table(
         low, high = grid.limits
         extremes = (low, high) if seen is None else (seen.minimum, seen.maximum)
         ranges[name] = TensorRange(low, high, *extremes, method=TRAINED, grid=grid)
-    key = table_key(graph, samples, TRAINED)
+    key = table_key(graph, samples, RangeMethod(TRAINED))
     return CalibrationTable(
         schema_version=TABLE_SCHEMA_VERSION,
         method=TRAINED,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import InputError, MissingDependencyError, one_line
 from edgeseg.images.raster import Raster, gdal_errors, geotiff_settings, opened_raster
-from edgeseg.store.files import without_warnings
+from edgeseg.silence import without_warnings
 
 BLOCK = 512
 REQUEST_TAG = "EDGESEG_REQUEST"

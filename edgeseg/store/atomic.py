@@ -31,7 +31,7 @@ T = TypeVar("T")
 Ours = Callable[[Path], "Collection[str] | None"]
 """The files in a folder that edgeseg wrote, as paths with ``/`` from there; ``None`` for a folder that is none of edgeseg's."""
 
-_PLACE_ERRORS = {
+PLACE_ERRORS = {
     errno.ENOSPC,
     errno.EROFS,
     errno.EACCES,
@@ -146,7 +146,7 @@ def replacing(path: Path, *, overwrite: bool = True, suffix: str = "") -> Iterat
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_files(path.parent)
+    _sweep_once(path.parent)
     part, handle = _own_partial(path.parent, suffix)
     try:
         yield part
@@ -162,11 +162,19 @@ def replacing(path: Path, *, overwrite: bool = True, suffix: str = "") -> Iterat
 def _own_partial(folder: Path, suffix: str) -> tuple[Path, int]:
     """A new file that is locked for as long as it is written: a lock outlives no process, whatever ends it."""
     while True:
-        part = folder / f".edgeseg-partial-{secrets.token_hex(8)}{suffix}"
+        part = _partial(folder, suffix)
         handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         if _is_own(handle, part):
             return part, handle
         os.close(handle)
+
+
+def _partial(folder: Path, suffix: str = "") -> Path:
+    """A name in ``folder`` for what is half done; what has such a name and is not locked is rubbish."""
+    return folder / f".edgeseg-partial-{secrets.token_hex(8)}{suffix}"
+
+
+_PARTIAL = re.compile(r"\.edgeseg-partial-[0-9a-f]{16}(\.\w+)?")
 
 
 def _is_own(handle: int, path: Path) -> bool:
@@ -178,18 +186,31 @@ def _is_own(handle: int, path: Path) -> bool:
     return locked and _is_at(handle, path)
 
 
-_PARTIAL_FILE = re.compile(r"\.edgeseg-partial-[0-9a-f]{16}(\.\w+)?")
-
-
-@functools.cache
-def _sweep_files(folder: Path) -> None:
-    """Remove what killed writers left in ``folder``; once a process is enough."""
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in ``folder``."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if _PARTIAL_FILE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                with contextlib.suppress(OSError), open(entry.path, "rb+") as file:
-                    if _try_lock(file.fileno()):
-                        os.unlink(entry.path)
+        for entry in list(entries):
+            is_folder = entry.is_dir(follow_symlinks=False)
+            if _PARTIAL.fullmatch(entry.name) and (is_folder or entry.is_file(follow_symlinks=False)):
+                _remove_unlocked(entry.path, is_folder)
+
+
+_sweep_once = functools.cache(sweep)
+"""Of a folder that many files are written to."""
+
+
+def _remove_unlocked(path: str, is_folder: bool) -> None:
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR)
+        try:
+            if not _try_lock(handle):
+                return
+            if is_folder:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.unlink(path)
+        finally:
+            os.close(handle)
 
 
 def _publish_new(part: Path, path: Path) -> None:
@@ -243,9 +264,8 @@ def check_folder(target: Path, *, force: bool, ours: Ours) -> None:
 
 
 def _check_place(target: Path) -> None:
-    """Refuse a new folder where the system would not make one, or not the scratch folder beside it."""
-    scratch = target.parent / f".{target.name}.partial-{'0' * 16}"
-    if (why := why_not_made(target) or why_not_made(scratch)) is not None:
+    """Refuse a new folder where the system would not make one, or not what it replaces beside it."""
+    if (why := why_not_made(target) or why_not_made(_sibling(target))) is not None:
         raise ArtifactError(f"cannot write {target}: {why}; give another --output")
 
 
@@ -278,15 +298,14 @@ def atomic_folder(target: Path, *, force: bool, ours: Ours) -> Iterator[Path]:
                 raise ArtifactError(f"another build is writing {asked}; wait for it, or give another --output") from exc
             _put_right(target, ours)
             check_folder(target, force=force, ours=ours)
-            scratch = target.parent / f".{target.name}.partial-{secrets.token_hex(8)}"
             try:
-                scratch.mkdir()
-                yield scratch
-                _publish(scratch, target, ours)
+                with scratch_folder(target.parent) as scratch:
+                    yield scratch
+                    _publish(scratch, target, ours)
             finally:
                 _put_right(target, ours)
     except OSError as exc:
-        if exc.errno in _PLACE_ERRORS:
+        if exc.errno in PLACE_ERRORS:
             place = asked if exc.filename is None or _is_of(refused_file(exc), target) else refused_file(exc)
             raise ArtifactError(
                 f"cannot write {place}: {os.strerror(exc.errno)}; free space or give another --output"
@@ -298,9 +317,12 @@ def atomic_folder(target: Path, *, force: bool, ours: Ours) -> Iterator[Path]:
 
 
 def _is_of(name: str, target: Path) -> bool:
-    """Whether a file name is of the folder in the making, or of one above it."""
-    name = os.path.abspath(name)
-    return name.startswith(f"{target.parent}/.{target.name}.") or target.is_relative_to(name)
+    """Whether a file name is of what is made on the way to ``target``, or of a folder above it."""
+    path = Path(os.path.abspath(name))
+    if target.is_relative_to(path) or not path.is_relative_to(target.parent):
+        return target.is_relative_to(path)
+    beside = path.relative_to(target.parent).parts[0]
+    return beside.startswith(f".{target.name}.") or _PARTIAL.fullmatch(beside) is not None
 
 
 def recover_folder(target: Path, ours: Ours) -> None:
@@ -310,7 +332,7 @@ def recover_folder(target: Path, ours: Ours) -> None:
     """
     target = Path(os.path.realpath(target))
     patience = time.monotonic() + 2.0
-    while not os.path.exists(target) and _beside(target, "replaced") and time.monotonic() < patience:
+    while not os.path.exists(target) and _replaced(target) and time.monotonic() < patience:
         try:
             with lock(_lock_path(target), timeout_s=0):
                 _put_right(target, ours)
@@ -324,9 +346,9 @@ def _lock_path(target: Path) -> Path:
     return target.parent / f".{target.name}.lock"
 
 
-def _beside(target: Path, word: str) -> list[Path]:
-    """The folders of ours beside ``target`` that are called ``.NAME.<word>-...``."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.{word}-[0-9a-f]{{16}}")
+def _replaced(target: Path) -> list[Path]:
+    """The folders beside ``target`` whose place it took, or is to take."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.replaced-[0-9a-f]{{16}}")
     try:
         with os.scandir(target.parent) as entries:
             return [Path(e.path) for e in entries if name.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
@@ -367,7 +389,7 @@ def _sibling(target: Path) -> Path:
 
 def _put_right(target: Path, ours: Ours) -> None:
     """Tidy up after a replacement, or after one that was killed on the way. The lock must be held."""
-    for replaced in _beside(target, "replaced"):
+    for replaced in _replaced(target):
         if not os.path.exists(target):
             os.rename(replaced, target)
             continue
@@ -375,9 +397,9 @@ def _put_right(target: Path, ours: Ours) -> None:
         if known is None:
             continue  # not to be told apart from what somebody wants to keep
         _keep_others(replaced, target, known)
-        # Under this name it is rubbish, half removed or not.
-        os.rename(replaced, target.parent / f".{target.name}.partial-{secrets.token_hex(8)}")
-    for rubbish in _beside(target, "partial"):
+        # Under its new name it is rubbish, half removed or not.
+        rubbish = _partial(target.parent)
+        os.rename(replaced, rubbish)
         shutil.rmtree(rubbish, ignore_errors=True)
 
 
@@ -422,7 +444,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     Those of killed processes are removed first. Raises ``OSError`` when the place cannot be written.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    sweep_folders(parent)
+    sweep(parent)
     scratch, handle = _own_folder(parent)
     try:
         yield scratch
@@ -433,7 +455,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 def _own_folder(parent: Path) -> tuple[Path, int]:
     while True:
-        scratch = parent / f".partial-{secrets.token_hex(8)}"
+        scratch = _partial(parent)
         scratch.mkdir()
         try:
             handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
@@ -442,20 +464,3 @@ def _own_folder(parent: Path) -> tuple[Path, int]:
         if _is_own(handle, scratch):
             return scratch, handle
         os.close(handle)
-
-
-_PARTIAL_FOLDER = re.compile(r"\.partial-[0-9a-f]{16}")
-
-
-def sweep_folders(parent: Path) -> None:
-    """Remove the scratch folders that killed processes left in ``parent``."""
-    with os.scandir(parent) as entries:
-        names = [e.path for e in entries if _PARTIAL_FOLDER.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-    for name in names:
-        with contextlib.suppress(OSError):
-            handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                if _try_lock(handle):
-                    shutil.rmtree(name, ignore_errors=True)
-            finally:
-                os.close(handle)

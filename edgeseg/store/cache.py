@@ -21,10 +21,10 @@ from typing import Literal, get_args
 
 import platformdirs
 
-from edgeseg.errors import ArtifactError
+from edgeseg.errors import ArtifactError, refused_file
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.machine.packages import ALL_PACKAGES, package_versions
-from edgeseg.store.atomic import scratch_folder, sweep_folders
+from edgeseg.store.atomic import PLACE_ERRORS, scratch_folder, sweep
 from edgeseg.store.documents import read_json, write_json
 from edgeseg.store.engine import check_file
 from edgeseg.store.hashing import FileRef, sha256_json
@@ -38,7 +38,29 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 Stage = Literal["accuracy", "calibration", "export", "judged", "shipped", "tensorrt-log", "tensorrt-rtx-runtime"]
 """What is kept, each in a folder of its own. Whatever else lies in the cache's folder is somebody's, and never removed."""
 
-_instead: ContextVar[Path | None] = ContextVar("_instead", default=None)
+
+@dataclass
+class _Instead:
+    """Within :func:`usable_cache`: what stands for the cache once that cannot be written."""
+
+    note: Callable[[str], None]
+    opened: contextlib.ExitStack
+    folder: Path | None = None
+
+    def take_over(self, why: str) -> None:
+        """From here on all is kept in a folder for temporary files, which is removed at the end."""
+        self.note(
+            f"nothing is kept for the next time: cannot write the cache {user_cache_folder()}: {why}; EDGESEG_CACHE names "
+            "another folder"
+        )
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="edgeseg-cache-")
+        except OSError as exc:
+            raise ArtifactError(f"no folder for temporary files: {exc.strerror}; set TMPDIR to one") from exc
+        self.folder = Path(self.opened.enter_context(folder))
+
+
+_instead: ContextVar[_Instead | None] = ContextVar("_instead", default=None)
 
 
 def user_cache_folder() -> Path:
@@ -48,7 +70,8 @@ def user_cache_folder() -> Path:
 
 def cache_folder() -> Path:
     """The cache's folder, or what stands for it within :func:`usable_cache`; need not exist yet."""
-    return _instead.get() or user_cache_folder()
+    instead = _instead.get()
+    return user_cache_folder() if instead is None or instead.folder is None else instead.folder
 
 
 def stage_folder(stage: Stage) -> Path:
@@ -58,34 +81,22 @@ def stage_folder(stage: Stage) -> Path:
 
 @contextmanager
 def usable_cache(note: Callable[[str], None]) -> Iterator[None]:
-    """Work without a cache, in a folder that is removed at the end, where the cache cannot be written.
+    """Work without a cache, in a folder that is removed at the end, where the cache cannot be written or the disk gets full.
 
     Raises:
         ArtifactError: there is no folder for temporary files either.
     """
-    home = cache_folder()
-    try:
-        for place in (home, *filter(os.path.lexists, map(stage_folder, get_args(Stage)))):
-            with scratch_folder(place):
-                pass
-    except OSError as exc:
-        why = "not a folder" if isinstance(exc, FileExistsError) else exc.strerror
-        note(
-            f"nothing is kept for the next time: cannot write the cache {home}: {why}; EDGESEG_CACHE names another folder"
-        )
-    else:
-        yield
-        return
-    try:
-        instead = tempfile.TemporaryDirectory(prefix="edgeseg-cache-")
-    except OSError as exc:
-        raise ArtifactError(f"no folder for temporary files: {exc.strerror}; set TMPDIR to one") from exc
-    with instead as folder:
-        token = _instead.set(Path(folder))
+    with contextlib.ExitStack() as opened:
+        instead = _Instead(note, opened, None if (outer := _instead.get()) is None else outer.folder)
+        opened.callback(_instead.reset, _instead.set(instead))
+        home = cache_folder()
         try:
-            yield
-        finally:
-            _instead.reset(token)
+            for place in (home, *filter(os.path.lexists, map(stage_folder, get_args(Stage)))):
+                with scratch_folder(place):
+                    pass
+        except OSError as exc:
+            instead.take_over("not a folder" if isinstance(exc, FileExistsError) else str(exc.strerror))
+        yield
 
 
 @functools.cache
@@ -109,7 +120,8 @@ def software() -> dict[str, str]:
 def cached_folder(stage: Stage, inputs: object, make: Callable[[Path], None]) -> tuple[Path, bool]:
     """Return the folder that ``make`` filled for these ``inputs``, making it if need be.
 
-    What is there and not as it was made (a disk that was full, a tool that clears old files) is made anew.
+    What is there and not as it was made (a disk that was full, a tool that clears old files) is made anew. Where the cache
+    cannot be written, within :func:`usable_cache`, it is made in the folder that stands for it from then on.
 
     Args:
         stage: name of the stage.
@@ -122,8 +134,29 @@ def cached_folder(stage: Stage, inputs: object, make: Callable[[Path], None]) ->
     Raises:
         ArtifactError: what is there is damaged, and cannot be removed.
     """
-    home = stage_folder(stage)
-    folder = home / sha256_json(inputs)
+    key = sha256_json(inputs)
+    try:
+        return _found_or_made(stage_folder(stage), key, make)
+    except (OSError, ArtifactError) as exc:
+        instead, why = _instead.get(), _refused_by(cache_folder(), exc)
+        if instead is None or instead.folder is not None or why is None:
+            raise
+    instead.take_over(why)
+    return _found_or_made(stage_folder(stage), key, make)
+
+
+def _refused_by(home: Path, error: BaseException) -> str | None:
+    """Why the place of the cache is to blame for an error, as a full disk is; ``None`` where it is not."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError) or cause.errno not in PLACE_ERRORS:
+        return None
+    # Of a write the system does not name the file.
+    is_here = cause.filename is None or Path(refused_file(cause)).is_relative_to(home)
+    return os.strerror(cause.errno) if is_here else None
+
+
+def _found_or_made(home: Path, key: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
+    folder = home / key
     if folder.is_dir():
         with contextlib.suppress(OSError):  # somebody else's, or gone this moment
             os.utime(folder)
@@ -200,7 +233,7 @@ def clear() -> int:
     before = sum(map(_size_bytes, stages))
     try:
         for folder in stages:
-            sweep_folders(folder)
+            sweep(folder)
             for path in folder.iterdir():
                 if not path.name.startswith("."):
                     _remove(path)

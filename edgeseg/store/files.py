@@ -8,17 +8,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgeseg.errors import ArtifactError, EdgesegError, InputError, OutputExistsError, SpecError, one_line
 
-_filters_changing = threading.Lock()
-_quiet_blocks = 0
-_filters_before = warnings.catch_warnings()
 # Lists of images, splits, colour tables: some hundred thousand lines.
 MAX_TEXT_BYTES = 16 << 20
 
@@ -78,27 +72,6 @@ def read_bounded(path: Path, what: str, error: type[EdgesegError]) -> bytes:
         return path.read_bytes()
     except OSError as exc:
         raise error(f"cannot read {what} {path}: {one_line(exc)}") from exc
-
-
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    """Keep back what libraries warn of inside the block: what matters of it becomes an error of ours. For any thread."""
-    global _quiet_blocks, _filters_before
-    # The list of warning filters is one for the whole process. Blocks of several threads share one change of it: did each
-    # put back what it found, the last to end would leave the filters of another behind, and the program without warnings.
-    with _filters_changing:
-        if _quiet_blocks == 0:
-            _filters_before = warnings.catch_warnings()
-            _filters_before.__enter__()
-            warnings.simplefilter("ignore")
-        _quiet_blocks += 1
-    try:
-        yield
-    finally:
-        with _filters_changing:
-            _quiet_blocks -= 1
-            if _quiet_blocks == 0:
-                _filters_before.__exit__(None, None, None)
 
 
 def _why_not(path: str | Path, exc: OSError | ValueError) -> str:

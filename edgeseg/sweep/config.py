@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from edgeseg.arguments import PATH, arguments_of, request_of
+from edgeseg.arguments import PATH, arguments_of, one_of, request_of
 from edgeseg.backends import BACKENDS
 from edgeseg.decide.metrics import AGAINST_BASELINE, AGAINST_MASKS
 from edgeseg.decide.requirement import Comparison, Node, Requirement
@@ -20,7 +20,7 @@ from edgeseg.evaluate.accuracy.evaluation import AccuracyRequest
 from edgeseg.evaluate.bench import BenchRequest
 from edgeseg.evaluate.intervals import MIN_IMAGES
 from edgeseg.pipeline.request import BuildRequest
-from edgeseg.spec import ARCHITECTURES, PRECISIONS, OutputKind, one_of
+from edgeseg.spec import ARCHITECTURES, PRECISIONS, OutputKind
 from edgeseg.store.files import read_bounded
 
 DEMO = "demo"

@@ -9,7 +9,7 @@ import segmentation_models_pytorch as smp
 import torch
 from numpy.typing import NDArray
 
-from edgeseg.convert.load import LoadedModel
+from edgeseg.convert.loaded import LoadedModel
 from edgeseg.spec import ARCHITECTURES, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
 
 NORMS = (torch.nn.BatchNorm2d, torch.nn.GroupNorm, torch.nn.LayerNorm)

@@ -293,7 +293,7 @@ def test_interrupted_build_leaves_no_folder(tmp_path: Path, number: signal.Signa
     target = tmp_path / "engines" / "e"
     arguments = command("build", "--arch", "fpn", "--target", "onnxruntime", "--output", target)
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("engines/.e.partial-*")):
+    while not list(tmp_path.glob("engines/.edgeseg-partial-*")):
         assert process.poll() is None, "it ended before it began"
         time.sleep(0.02)
     process.send_signal(number)

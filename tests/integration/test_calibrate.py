@@ -22,10 +22,11 @@ from small_graphs import plain_session
 
 from edgeseg.errors import ArtifactError, InputError, QuantizationError, SpecError
 from edgeseg.graph.running import GraphSession
-from edgeseg.quantize import calibration
+from edgeseg.quantize import calibration, ranges
 from edgeseg.quantize.activations import find_activations, group_by_size
-from edgeseg.quantize.calibration import AUTO, CalibrationSet, calibrate, method_or_default, sample_stride, table_key
-from edgeseg.quantize.ranges import METHODS
+from edgeseg.quantize.calibration import AUTO, calibrate, method_or_default, sample_stride, table_key
+from edgeseg.quantize.ranges import METHODS, RangeMethod
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.table import check_fresh
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec, Preprocess
 from edgeseg.store.hashing import sha256_file
@@ -128,8 +129,9 @@ def test_extremes_are_exact(graph: OnnxGraph) -> None:
         assert (limits.low, limits.high) == (min(limits.minimum, 0), max(limits.maximum, 0))
 
 
-def test_percentile_is_that_of_all_values_of_all_images(graph: OnnxGraph) -> None:
-    table = calibrate(graph, CalibrationSet.open(images()), method="percentile", percentile=99.0)
+def test_percentile_is_that_of_all_values_of_all_images(graph: OnnxGraph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "PERCENTILE", 99.0)
+    table = calibrate(graph, CalibrationSet.open(images()), method="percentile")
     for name, values in fetched(graph, [image[None] for image in images()]).items():
         flat = np.concatenate([v.ravel() for v in values]).astype(np.float64)
         # All values are counted here (tensors below the sample size); a bin is at most 1/4096 of the range.
@@ -184,10 +186,11 @@ def test_order_of_the_images_does_not_matter(graph: OnnxGraph, order: Images, me
 def test_large_tensors_are_sampled_evenly_and_extremes_stay_exact(
     graph: OnnxGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = calibrate(graph, CalibrationSet.open(images()), method="percentile", percentile=98.0)
+    monkeypatch.setattr(ranges, "PERCENTILE", 98.0)
+    whole = calibrate(graph, CalibrationSet.open(images()), method="percentile")
     monkeypatch.setattr(calibration, "SAMPLE", 300)
     calibration.sample_stride.cache_clear()
-    sampled = calibrate(graph, CalibrationSet.open(images()), method="percentile", percentile=98.0)
+    sampled = calibrate(graph, CalibrationSet.open(images()), method="percentile")
     calibration.sample_stride.cache_clear()
     assert sampled.key["method"] != whole.key["method"]
     for name, full in whole.ranges.items():
@@ -357,8 +360,6 @@ def test_wrong_requests_are_refused(graph: OnnxGraph, tmp_path: Path) -> None:
     samples = CalibrationSet.open(images())
     with pytest.raises(SpecError, match="calibration method 'kl'"):
         calibrate(graph, samples, method="kl")
-    with pytest.raises(SpecError, match="percentile 101"):
-        calibrate(graph, samples, method="percentile", percentile=101)
     with pytest.raises(QuantizationError, match="is int8; calibration needs the fp32 graph"):
         calibrate(dataclasses.replace(graph, precision="int8"), samples)
     with pytest.raises(ArtifactError, match="not an ONNX file"):
@@ -373,23 +374,23 @@ def test_wrong_requests_are_refused(graph: OnnxGraph, tmp_path: Path) -> None:
 
 def test_key_names_what_changed(graph: OnnxGraph) -> None:
     samples = CalibrationSet.open(images())
-    table = calibrate(graph, samples, method="percentile", percentile=99.9)
-    options = table.options
-    check_fresh(table, table_key(graph, samples, "percentile", options))
-    check_fresh(table, table_key(graph, None, "percentile", options))
+    table = calibrate(graph, samples, method="percentile")
+    rule = RangeMethod(table.method, table.options)
+    check_fresh(table, table_key(graph, samples, rule))
+    check_fresh(table, table_key(graph, None, rule))
     spec = graph.spec
     said_otherwise = dataclasses.replace(spec, preprocess=dataclasses.replace(spec.preprocess, source="other words"))
-    check_fresh(table, table_key(dataclasses.replace(graph, spec=said_otherwise), samples, "percentile", options))
+    check_fresh(table, table_key(dataclasses.replace(graph, spec=said_otherwise), samples, rule))
     other_mean = dataclasses.replace(spec, preprocess=Preprocess(mean=(0.0, 0.0, 0.0)))
     letterbox = dataclasses.replace(spec, input=dataclasses.replace(INPUT, fit="letterbox"))
     stale = {
-        "the model weights": table_key(dataclasses.replace(graph, weights_sha256="x"), samples, "percentile", options),
-        "the fp32 graph": table_key(dataclasses.replace(graph, sha256="x"), samples, "percentile", options),
-        "the calibration images": table_key(graph, CalibrationSet.open(images(8)), "percentile", options),
-        "the preprocessing": table_key(dataclasses.replace(graph, spec=other_mean), samples, "percentile", options),
-        "or input size": table_key(dataclasses.replace(graph, spec=letterbox), samples, "percentile", options),
-        "the calibration method": table_key(graph, samples, "percentile", {"percentile": 99.0}),
-        "method or its options": table_key(graph, samples, "mse"),
+        "the model weights": table_key(dataclasses.replace(graph, weights_sha256="x"), samples, rule),
+        "the fp32 graph": table_key(dataclasses.replace(graph, sha256="x"), samples, rule),
+        "the calibration images": table_key(graph, CalibrationSet.open(images(8)), rule),
+        "the preprocessing": table_key(dataclasses.replace(graph, spec=other_mean), samples, rule),
+        "or input size": table_key(dataclasses.replace(graph, spec=letterbox), samples, rule),
+        "the calibration method": table_key(graph, samples, RangeMethod("percentile", {"percentile": 99.0})),
+        "method or its options": table_key(graph, samples, RangeMethod("mse")),
     }
     for words, key in stale.items():
         with pytest.raises(ArtifactError, match=f"stale: [^,]*{words}"):

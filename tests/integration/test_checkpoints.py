@@ -31,9 +31,10 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import save_file  # noqa: E402  these need torch
 from torch.nn.utils import prune  # noqa: E402
 
-from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E402
+from edgeseg.convert.architectures import import_smp  # noqa: E402
 from edgeseg.convert.fit import ARCH_MARKERS, guess_arch  # noqa: E402
 from edgeseg.convert.load import load_model  # noqa: E402
+from edgeseg.silence import without_warnings  # noqa: E402
 
 smp = import_smp()
 pytestmark = pytest.mark.integration
@@ -254,7 +255,7 @@ def test_a_folder_with_activation_aux_head_and_preprocessing(tmp_path: Path) -> 
     assert any("auxiliary classification head" in n and "dropped" in n for n in loaded.notes)
     kept = load_model(ModelRequest(weights=str(tmp_path), keep_aux=True))
     image = torch.rand(1, 4, 64, 64)
-    with torch.no_grad(), quiet_libraries():
+    with torch.no_grad(), without_warnings():
         masks, labels = made(image)
     assert torch.allclose(loaded.module(image), masks, atol=1e-6)
     assert torch.allclose(kept.module(image)[1], labels, atol=1e-6)
@@ -346,7 +347,7 @@ def test_arguments_that_no_tensor_shows_are_read_beside_them(settings: dict[str,
 
 
 def test_arguments_of_older_smp_beside_the_tensors_are_translated(tmp_path: Path) -> None:
-    with quiet_libraries():
+    with without_warnings():
         made = smp.Unet(ENCODER, encoder_weights=None, classes=2, decoder_use_norm=False).eval()
     kept = {"arch": "Unet", "encoder_name": ENCODER, "decoder_use_batchnorm": False, "activation": "sigmoid"}
     torch.save({"state_dict": made.state_dict(), "hyper_parameters": kept}, tmp_path / "last.ckpt")
@@ -358,7 +359,7 @@ def test_arguments_of_older_smp_beside_the_tensors_are_translated(tmp_path: Path
 @pytest.mark.parametrize("arch", smp.MODEL_ARCHITECTURES_MAPPING)
 def test_the_architecture_is_recognized_by_its_tensors(arch: str) -> None:
     encoder = "tu-vit_tiny_patch16_224" if arch == "dpt" else ENCODER
-    with torch.device("meta"), quiet_libraries():
+    with torch.device("meta"), without_warnings():
         keys = list(smp.create_model(arch, encoder, encoder_weights=None).state_dict())
     assert guess_arch(keys) == arch
     assert {name for name, _ in ARCH_MARKERS} == set(smp.MODEL_ARCHITECTURES_MAPPING)
@@ -479,7 +480,7 @@ def test_a_replaced_first_convolution_decides_the_channels(tmp_path: Path) -> No
 @pytest.mark.parametrize("encoder", ["timm-regnetx_002", "timm-resnest14d", "timm-gernet_s"])
 def test_unused_stages_of_old_encoders_are_dropped(encoder: str, tmp_path: Path) -> None:
     """SMP 0.4 kept all stages whatever the depth, under these names; PSPNet's default depth is 3."""
-    with quiet_libraries():
+    with without_warnings():
         made = smp.PSPNet(encoder, encoder_weights=None, psp_out_channels=16).eval()
         whole = smp.encoders.get_encoder(encoder, weights=None).state_dict()
     old = {f"encoder.{k}": v for k, v in whole.items()} | dict(made.state_dict())
@@ -567,7 +568,7 @@ def test_what_is_missing_or_added_is_named(model: Any, state: dict[str, Any], tm
 def test_the_image_size_of_a_position_embedding_is_told(tmp_path: Path) -> None:
     small = {"decoder_intermediate_channels": [16, 16, 16, 16], "decoder_fusion_channels": 16}
     encoder = "tu-vit_tiny_patch16_224"
-    with quiet_libraries():
+    with without_warnings():
         made = smp.DPT(encoder, encoder_weights=None, classes=2, img_size=128, **small).eval()
     torch.save(made.state_dict(), tmp_path / "w.pt")
     request = ModelRequest(arch="dpt", encoder=encoder, weights=str(tmp_path / "w.pt"), model_args=small)
@@ -665,7 +666,7 @@ def test_a_dictionary_that_holds_itself_ends(state: dict[str, Any], model: Any, 
 
 def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "script.pt"
-    with quiet_libraries():
+    with without_warnings():
         torch.jit.save(torch.jit.trace(torch.nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 8, 8)), str(path))
     refuse(path, "is a TorchScript archive")
 

@@ -33,16 +33,17 @@ from edgeseg.backends import get_backend
 from edgeseg.backends.tensorrt.opset17 import for_tensorrt_8
 from edgeseg.convert import export as export_module
 from edgeseg.convert.export import ConversionReport, export_onnx
-from edgeseg.convert.load import LoadedModel
+from edgeseg.convert.loaded import LoadedModel
 from edgeseg.convert.rewrites import REWRITES
 from edgeseg.convert.simplify import infer_shapes, run_onnxsim
 from edgeseg.demo import sample_folder
 from edgeseg.graph.types import typed_precision
 from edgeseg.mixed.sensitivity import NetworkModules
-from edgeseg.quantize.calibration import CalibrationSet, calibrate
+from edgeseg.quantize.calibration import calibrate
 from edgeseg.quantize.fp16 import write_fp16
 from edgeseg.quantize.lint import lint
 from edgeseg.quantize.qdq import write_qdq
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.table import CalibrationTable
 from edgeseg.spec import ARCHITECTURES, OutputSpec, PipelineSpec

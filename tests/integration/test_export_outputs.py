@@ -20,7 +20,7 @@ from numpy.typing import NDArray  # noqa: E402
 
 from edgeseg.convert.export import export_onnx  # noqa: E402
 from edgeseg.convert.heads import without_activation  # noqa: E402
-from edgeseg.convert.load import LoadedModel  # noqa: E402
+from edgeseg.convert.loaded import LoadedModel  # noqa: E402
 from edgeseg.errors import ExportError, SpecError  # noqa: E402
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess  # noqa: E402
 from edgeseg.store.onnx_file import read_onnx  # noqa: E402

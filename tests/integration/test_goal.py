@@ -300,7 +300,7 @@ def test_a_portable_folder_lets_the_device_choose(
     assert search.candidates[search.chosen].graph == folder.manifest.graph
     assert {p.name for p in folder.folder.iterdir()} == {"manifest.json", *(f.name for f in folder.manifest.files)}
 
-    engine = compile_fastest(folder.folder, output=tmp_path / "engine", reporter=None)
+    engine = compile_fastest(folder.folder, output=tmp_path / "new" / "engine", reporter=None)
     timed = engine.manifest.search
     assert timed is not None
     chosen = timed.candidates[timed.chosen]

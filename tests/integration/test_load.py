@@ -16,9 +16,11 @@ from edgeseg.spec import ARCHITECTURES, IMAGENET_MEAN, IMAGENET_STD, ModelReques
 torch = pytest.importorskip("torch")
 from local_hub import Hub, local_hub  # noqa: E402  these need torch
 
-from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E402
-from edgeseg.convert.load import LoadedModel, load_model  # noqa: E402
+from edgeseg.convert.architectures import import_smp  # noqa: E402
+from edgeseg.convert.load import load_model  # noqa: E402
+from edgeseg.convert.loaded import LoadedModel  # noqa: E402
 from edgeseg.convert.reparameterize import merge_branches  # noqa: E402
+from edgeseg.silence import without_warnings  # noqa: E402
 
 smp = import_smp()
 pytestmark = pytest.mark.integration
@@ -163,7 +165,7 @@ def test_an_encoder_is_refused_exactly_when_smp_cannot_build_it(arch: str) -> No
     for encoder in families.values():
         device = "cpu" if encoder.startswith("mit_b") else "meta"  # mit computes on values while it is built
         try:
-            with torch.device(device), quiet_libraries():
+            with torch.device(device), without_warnings():
                 smp.create_model(arch, encoder, encoder_weights=None)
             possible = True
         except ValueError:

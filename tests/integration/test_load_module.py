@@ -15,8 +15,9 @@ from edgeseg.spec import IMAGENET_MEAN, ModelRequest
 torch = pytest.importorskip("torch")
 from torch.nn.utils import prune  # noqa: E402
 
-from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E402  these need torch
+from edgeseg.convert.architectures import import_smp  # noqa: E402  these need torch
 from edgeseg.convert.load import load_model, wrap_module  # noqa: E402
+from edgeseg.silence import without_warnings  # noqa: E402  these need torch
 
 smp = import_smp()
 nn = torch.nn
@@ -33,7 +34,7 @@ def fpn(**fields: Any) -> Any:
 
 def output(module: Any, channels: int = 3, height: int = 64, width: int = 96) -> Any:
     image = torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(), quiet_libraries():
+    with torch.no_grad(), without_warnings():
         return module(image)
 
 
@@ -80,7 +81,7 @@ class Labelled(nn.Module):  # type: ignore[misc, name-defined]
 @pytest.mark.parametrize("arch", ["unet", "pan", "dpt", "pspnet"])
 def test_an_smp_model_describes_itself(arch: str) -> None:
     small = {"decoder_intermediate_channels": (16, 16, 16, 16), "decoder_fusion_channels": 16, "dynamic_img_size": True}
-    with quiet_libraries():
+    with without_warnings():
         model = smp.create_model(
             arch,
             "tu-vit_tiny_patch16_224" if arch == "dpt" else ENCODER,
@@ -358,7 +359,7 @@ def test_input_channels_and_softmax_are_found() -> None:
 )
 def test_weights_that_hooks_compute_are_kept_as_they_are(reparametrize: Any) -> None:
     model = fpn()
-    with quiet_libraries():
+    with without_warnings():
         reparametrize(model.segmentation_head[0])
     expected = output(model)
     wrapped = wrap_module(model, NOTHING)
@@ -369,7 +370,7 @@ def test_weights_that_hooks_compute_are_kept_as_they_are(reparametrize: Any) -> 
 
 def test_an_encoder_of_one_size_is_run_at_it() -> None:
     small = {"decoder_intermediate_channels": (8, 8, 8, 8), "decoder_fusion_channels": 8, "img_size": (64, 96)}
-    with quiet_libraries():
+    with without_warnings():
         model = smp.DPT("tu-vit_tiny_patch16_224", encoder_weights=None, classes=3, **small).eval()
     mirror = Around(model, lambda net, x: net(x.flip(3)).flip(3))
     for module, arch in ((model, "dpt"), (Wrapper(model), "dpt"), (mirror, "custom")):

@@ -22,8 +22,9 @@ from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.spec import ModelRequest
 
 torch = pytest.importorskip("torch")
-from edgeseg.convert.architectures import import_smp, quiet_libraries  # noqa: E402  these need torch
+from edgeseg.convert.architectures import import_smp  # noqa: E402  these need torch
 from edgeseg.convert.load import load_model  # noqa: E402
+from edgeseg.silence import without_warnings  # noqa: E402  these need torch
 
 smp = import_smp()
 pytestmark = pytest.mark.integration
@@ -91,7 +92,7 @@ def image() -> Any:
 
 def weights(arch: str, encoder: str, *, old_names: bool) -> dict[str, Any]:
     """A state dict under SMP 0.5's names, or SMP 0.4's."""
-    with quiet_libraries():
+    with without_warnings():
         state = dict(smp.create_model(arch, encoder, encoder_weights=None, classes=2).state_dict())
     renamed = {}
     if old_names and arch == "deeplabv3":
@@ -164,7 +165,7 @@ def test_a_version_that_the_tensors_contradict_is_refused(tmp_path: Path) -> Non
 
 def test_the_arguments_in_config_json_tell_the_version(tmp_path: Path) -> None:
     encoder = "timm-mobilenetv3_small_minimal_100"
-    with quiet_libraries():
+    with without_warnings():
         made = smp.PAN(encoder, encoder_weights=None, classes=2)
     made.save_pretrained(tmp_path)
     assert load_model(ModelRequest(weights=str(tmp_path))).model.model_args == {}

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeseg.convert.saved_preprocessing import CONFIG_NAME, SavedPreprocessing, saved_beside
+from edgeseg.convert.albumentations_file import saved_beside
+from edgeseg.convert.saved_preprocessing import CONFIG_NAME, SavedPreprocessing
 from edgeseg.errors import CheckpointError, SpecError
 from edgeseg.images.placement import fit
 from edgeseg.spec import InputSpec, ModelRequest, Padding, Preprocess

@@ -16,8 +16,8 @@ pytest.importorskip("onnxscript", reason="the convert extra is not installed")
 from small_graphs import plain_session  # noqa: E402
 
 from edgeseg.convert.onnx_reading import OPSET  # noqa: E402
-from edgeseg.convert.silence import silenced  # noqa: E402
 from edgeseg.convert.translations import TRANSLATIONS  # noqa: E402
+from edgeseg.silence import silenced  # noqa: E402
 
 pytestmark = pytest.mark.integration
 

@@ -265,11 +265,15 @@ def test_another_programs_manifest_makes_no_engine_folder(tmp_path: Path, manife
     assert (folder / MANIFEST_NAME).read_text() == manifest
 
 
-@pytest.mark.parametrize("name", ["*", "[a-z]", "?", "e", "e.partial-1"])
+@pytest.mark.parametrize("name", ["*", "[a-z]", "?", "e", "e.replaced-1"])
 def test_names_are_not_patterns(tmp_path: Path, name: str) -> None:
-    others = [".e.partial-0000000000000000", ".other.partial-0123456789abcdef", ".e.partial-1.partial-0123456789abcdef"]
-    theirs = [other for other in others if not other.startswith(f".{name}.partial-0")]
-    for other in others:
+    others = [
+        ".e.replaced-0000000000000000",
+        ".other.replaced-0123456789abcdef",
+        ".e.replaced-1.replaced-0123456789abcdef",
+    ]
+    theirs = [other for other in others if not other.startswith(f".{name}.replaced-0")]
+    for other in (*others, ".edgeseg-partial-0123456789abcdef"):
         (tmp_path / other).mkdir()
     with engine_folder(tmp_path / name, force=True) as scratch:
         make_engine(scratch)
@@ -389,7 +393,7 @@ def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path: Pat
     assert len(left) == 2
     with replacing(tmp_path / "b") as part, scratch_folder(tmp_path) as scratch:
         assert {path.name for path in tmp_path.iterdir()} == {part.name, scratch.name}
-        atomic._sweep_files.cache_clear()
+        atomic._sweep_once.cache_clear()
         with replacing(tmp_path / "c"), scratch_folder(tmp_path):
             pass
         assert part.exists()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from edgeseg.errors import ArtifactError
 from edgeseg.machine.packages import package_versions
 from edgeseg.store import cache
 
@@ -126,7 +129,7 @@ def test_what_another_build_is_making_survives_a_clear(tmp_path: Path) -> None:
 
     folder, _ = cache.cached_folder("export", 1, make)
     assert (folder / "result").read_text() == "1"
-    (tmp_path / "export" / ".partial-0123456789abcdef").mkdir()
+    (tmp_path / "export" / ".edgeseg-partial-0123456789abcdef").mkdir()
     cache.clear()
     assert not tmp_path.exists()
 
@@ -158,6 +161,56 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     (note,) = notes
     assert note.startswith(f"nothing is kept for the next time: cannot write the cache {os.environ['EDGESEG_CACHE']}")
     assert "EDGESEG_CACHE" in note
+
+
+def full(folder: Path, wraps: bool) -> None:
+    """As ``write`` fails on a full disk: the system names no file. What writes graphs and tables says so in an error of ours."""
+    (folder / "half").write_text("x")
+    refused = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if wraps:
+        raise ArtifactError(f"cannot write {folder}") from refused
+    raise refused
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_disk_that_gets_full_ends_no_build(tmp_path: Path, wraps: bool) -> None:
+    def make(folder: Path) -> None:
+        if folder.is_relative_to(tmp_path):
+            full(folder, wraps)
+        writer("1")(folder)
+
+    notes: list[str] = []
+    with cache.usable_cache(notes.append):
+        kept, _ = cache.cached_folder("export", 1, writer("0"))
+        folder, _ = cache.cached_folder("calibration", 1, make)
+        assert (folder / "result").read_text() == "1"
+        assert cache.cached_folder("calibration", 1, make) == (folder, True)
+        cache.cached_folder("judged", 1, make)
+    assert not folder.exists()
+    assert kept.exists()
+    assert os.listdir(tmp_path / "calibration") == []
+    (note,) = notes
+    assert note == (
+        f"nothing is kept for the next time: cannot write the cache {tmp_path}: No space left on device; EDGESEG_CACHE "
+        "names another folder"
+    )
+
+
+def test_what_the_cache_is_not_to_blame_for_is_tried_once(tmp_path: Path) -> None:
+    tried: list[Path] = []
+
+    def make(folder: Path) -> None:
+        tried.append(folder)
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/photos/1.png")
+
+    notes: list[str] = []
+    with cache.usable_cache(notes.append), pytest.raises(PermissionError):
+        cache.cached_folder("export", 1, make)
+    assert (len(tried), notes) == (1, [])
+    with pytest.raises(OSError, match="No space left"):
+        cache.cached_folder("export", 1, partial(full, wraps=False))
+    with cache.usable_cache(notes.append), pytest.raises(OSError, match="No space left"):
+        cache.cached_folder("export", 1, partial(full, wraps=False))
 
 
 def test_a_usable_cache_is_used_without_a_word(tmp_path: Path) -> None:

@@ -47,9 +47,9 @@ from edgeseg.images.decoding import list_images, natural_key
 from edgeseg.runtime.outputs import unique_names
 from edgeseg.runtime.raster import RasterOptions
 from edgeseg.runtime.run import RunSettings, RunSummary, run_inputs
+from edgeseg.silence import without_warnings
 from edgeseg.spec import InputSpec, ModelSpec, OutputSpec, PipelineSpec
 from edgeseg.store.engine import Engine, open_engine
-from edgeseg.store.files import without_warnings
 
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed: pip install 'edgeseg[cluster]'")
 
@@ -707,7 +707,7 @@ def test_what_a_killed_worker_left_in_the_temporary_folder_goes(
     engine: Path, tmp_path: Path, bucket: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    left = tmp_path / "tmp" / f"edgeseg-{os.getuid()}" / ".partial-0123456789abcdef"
+    left = tmp_path / "tmp" / f"edgeseg-{os.getuid()}" / ".edgeseg-partial-0123456789abcdef"
     photo(left / "0.png")
     fill(bucket, photos(tmp_path / "in", 2), "memory://photos")
     assert on_cluster(engine, ["memory://photos"], "memory://masks").images == 2

@@ -17,9 +17,10 @@ from edgeseg.pipeline import estimate
 from edgeseg.pipeline.estimate import CalibrationRuns, TimeToGo, time_to_go
 from edgeseg.pipeline.request import BuildRequest
 from edgeseg.pipeline.stages import few_collections
-from edgeseg.quantize.calibration import CalibrationSet, Observation
+from edgeseg.quantize.calibration import Observation
 from edgeseg.quantize.repair.fidelity import Judge
 from edgeseg.quantize.repair.repaired import calibrate_repaired
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, PipelineSpec
 from edgeseg.store.hashing import sha256_file
 from edgeseg.store.manifest import OnnxGraph

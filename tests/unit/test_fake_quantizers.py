@@ -17,15 +17,9 @@ onnx = pytest.importorskip("onnx")
 from torch import nn  # noqa: E402
 from torch.ao import quantization as ao  # noqa: E402
 
-from edgeseg.convert.fake_quantizers import (  # noqa: E402
-    FakeQuantizer,
-    mode,
-    read_fake_quantizers,
-    require_same,
-    settled,
-    switched_off,
-)
+from edgeseg.convert.fake_quantizers import FakeQuantizer, mode, require_same, settled, switched_off  # noqa: E402
 from edgeseg.convert.marks import drop_marks, take_marks  # noqa: E402
+from edgeseg.convert.training_tools import read_fake_quantizers  # noqa: E402
 
 IMAGE = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 3 - 1
 

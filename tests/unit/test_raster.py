@@ -24,8 +24,8 @@ from edgeseg.runtime import raster as raster_module
 from edgeseg.runtime.raster import RasterOptions
 from edgeseg.runtime.run import RunSettings, RunSummary, run_inputs
 from edgeseg.runtime.segmenter import Segmenter
+from edgeseg.silence import without_warnings
 from edgeseg.spec import InputSpec, ModelSpec, OutputKind, OutputSpec, PipelineSpec, Preprocess, Task
-from edgeseg.store.files import without_warnings
 
 rasterio = pytest.importorskip("rasterio")
 from rasterio.control import GroundControlPoint  # noqa: E402

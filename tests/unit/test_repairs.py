@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from small_graphs import graph as graph_of
 from small_graphs import run, two_layers
 
-from edgeseg.quantize.calibration import AUTO, CalibrationSet, Observation, calibrate, table_key
+from edgeseg.quantize.calibration import AUTO, Observation, calibrate, table_key
 from edgeseg.quantize.qdq import write_qdq
-from edgeseg.quantize.ranges import METHODS, range_method
+from edgeseg.quantize.ranges import METHODS, RangeMethod, range_method
 from edgeseg.quantize.repair.fidelity import JUDGES, Fidelity, Judge, hold_out, judge_of
 from edgeseg.quantize.repair.range_choice import BY_CAUTION, choose_methods, is_gain
 from edgeseg.quantize.repair.repaired import calibrate_repaired
+from edgeseg.quantize.samples import CalibrationSet
 from edgeseg.quantize.schemes import SCHEMES
 from edgeseg.quantize.table import CalibrationTable, load_table
 from edgeseg.spec import InputSpec, ModelSpec, PipelineSpec
@@ -227,7 +228,7 @@ def test_the_ranges_are_those_of_all_images(graph: OnnxGraph, tmp_path: Path, me
     samples = CalibrationSet.open(images())
     calibrated, table = calibrate_repaired(graph, samples, tmp_path / "equalized.onnx", method=method)
     assert table.method == method
-    assert table.key == table_key(calibrated, samples, method)
+    assert table.key == table_key(calibrated, samples, RangeMethod(AUTO) if method == AUTO else range_method(method))
     alone = tables(calibrated, samples)
     for name, limits in table.ranges.items():
         by = limits.method if method == AUTO else method

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up. What stands on one line could stand in any order.
 ROOMS = (
-    *("closing", "version", "console", "errors"),
+    *("closing", "version", "console", "silence", "errors"),
     *("arguments", "progress"),
     *("spec", "machine", "demo"),
     "store",

@@ -13,8 +13,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from edgeseg.convert.silence import silenced
-from edgeseg.store.files import without_warnings
+from edgeseg.silence import silenced, without_warnings
 
 
 def elsewhere(work: Callable[[], object]) -> None:

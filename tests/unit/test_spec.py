@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from edgeseg.arguments import one_of
 from edgeseg.errors import SpecError
-from edgeseg.spec import BATCH, BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess, one_of
+from edgeseg.spec import BATCH, BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec, Preprocess
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from small_graphs import graph, run
 from edgeseg.backends import get_backend
 from edgeseg.backends.signature import TensorInfo, check_signature, expected_image, expected_outputs
 from edgeseg.backends.tensorrt.graph import ParsedGraph
+from edgeseg.convert.albumentations_file import saved_beside
 from edgeseg.convert.preprocessing import RecordedNormalization, in_words, recorded_preprocess, resolve_preprocess
-from edgeseg.convert.saved_preprocessing import CONFIG_NAME, SavedPreprocessing, saved_beside
+from edgeseg.convert.saved_preprocessing import CONFIG_NAME, SavedPreprocessing
 from edgeseg.errors import ArtifactError, SpecError
 from edgeseg.evaluate.summary import input_line
 from edgeseg.quantize.fp16 import fp16_model

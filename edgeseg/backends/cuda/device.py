@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeseg.arguments import one_of
 from edgeseg.backends.cuda.driver import DriverName
 from edgeseg.closing import Closing
 from edgeseg.errors import DeviceError, MissingDependencyError
-from edgeseg.spec import one_of
 
 if TYPE_CHECKING:
     from edgeseg.backends.cuda.bindings import BindingsDriver

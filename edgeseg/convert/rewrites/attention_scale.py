@@ -24,8 +24,6 @@ from edgeseg.graph.editing import (
     constant_array,
     dims,
     given,
-    integer,
-    ints,
     maker,
     reads,
     replace,
@@ -78,7 +76,7 @@ def _part(value: ir.Value | None) -> tuple[ir.Value, slice, int] | None:
     widths = [(dims(v) or (None,))[-1] for v in split.outputs]
     if whole is None or shape is None or None in widths or reads(whole) != 1:
         return None
-    if integer(split, "axis", 0) % len(shape) != len(shape) - 1:
+    if split.attributes.get_int("axis", 0) % len(shape) != len(shape) - 1:
         return None
     start = sum(w or 0 for w in widths[: value.index() or 0])
     return whole, slice(start, start + (widths[value.index() or 0] or 0)), sum(w or 0 for w in widths)
@@ -96,7 +94,7 @@ def _gathered(value: ir.Value) -> tuple[ir.Value, slice, int] | None:
     if whole is None or before is None or after is None or reads(whole) != 1 or not _is_the_only(gather, int(index)):
         return None
     factor = len(before) - 1
-    axis = ints(transpose, "perm")[integer(gather, "axis", 0) % len(after)]
+    axis = transpose.attributes.get_ints("perm", ())[gather.attributes.get_int("axis", 0) % len(after)]
     # One unknown axis before the last one: the others tell that the Reshape keeps them all, and splits the last.
     kept = before[:factor].count(None) <= 1 and before[:factor] == after[:factor]
     factors = [d for d in after[factor:] if d is not None]
@@ -109,9 +107,11 @@ def _gathered(value: ir.Value) -> tuple[ir.Value, slice, int] | None:
 def _is_the_only(gather: ir.Node, index: int) -> bool:
     """Whether nothing but Gathers of other parts reads what ``gather`` takes its part of."""
     whole = given(gather)
-    axis = integer(gather, "axis", 0)
+    axis = gather.attributes.get_int("axis", 0)
     others = [use.node for use in whole.uses() if use.node is not gather]
-    parts = [constant_array(n.inputs[1]) for n in others if n.op_type == "Gather" and integer(n, "axis", 0) == axis]
+    parts = [
+        constant_array(n.inputs[1]) for n in others if n.op_type == "Gather" and n.attributes.get_int("axis", 0) == axis
+    ]
     apart = all(p is not None and not p.ndim and 0 <= p != index for p in parts)
     return apart and len(parts) == len(others) and not whole.is_graph_output()
 

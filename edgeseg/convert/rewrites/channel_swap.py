@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.convolution import convolution
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, dims, integer, replace, slice_bounds, weight
+from edgeseg.graph.convolution import convolution
+from edgeseg.graph.editing import constant_array, dims, replace, slice_bounds, weight
 
 
 def _match(node: ir.Node) -> ir.Value | None:
@@ -26,7 +26,11 @@ def _reverses(node: ir.Node) -> bool:
         return False
     if node.op_type == "Gather":
         indices = constant_array(node.inputs[1])
-        return integer(node, "axis", 0) == 1 and indices is not None and indices.tolist() == list(range(shape[1]))[::-1]
+        return (
+            node.attributes.get_int("axis", 0) == 1
+            and indices is not None
+            and indices.tolist() == list(range(shape[1]))[::-1]
+        )
     start, end, axis, step = slice_bounds(node) or (0, 0, 0, 0)
     return axis == 1 and step == -1 and start in (-1, shape[1] - 1) and end < -shape[1]
 
@@ -37,7 +41,9 @@ def _all_read_by_convolutions(node: ir.Node) -> bool:
     return (
         bool(uses)
         and not output.is_graph_output()
-        and all(convolution(u.node) is not None and u.idx == 0 and integer(u.node, "group", 1) == 1 for u in uses)
+        and all(
+            convolution(u.node) is not None and u.idx == 0 and u.node.attributes.get_int("group", 1) == 1 for u in uses
+        )
     )
 
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import beside_constant, constant_array, dims, emit, integer, replace, sole_maker, weight
+from edgeseg.graph.editing import beside_constant, constant_array, dims, emit, replace, sole_maker, weight
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Match:
 def _match(node: ir.Node) -> _Match | None:
     tokens, positions = beside_constant(node) or (None, None)
     concat = sole_maker(tokens, "Concat")
-    if positions is None or concat is None or len(concat.inputs) != 2 or integer(concat, "axis", 0) != 1:
+    if positions is None or concat is None or len(concat.inputs) != 2 or concat.attributes.get_int("axis", 0) != 1:
         return None
     expand, patches = sole_maker(concat.inputs[0], "Expand"), concat.inputs[1]
     token = constant_array(expand.inputs[0]) if expand is not None else None

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.convolution import Convolution, concat_channels, emit_concat, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.driver import Rewrite, each, pays
+from edgeseg.graph.convolution import Convolution, concat_channels, emit_concat, emit_pointwise, pointwise
 from edgeseg.graph.editing import given, replace, sole_maker
 
 

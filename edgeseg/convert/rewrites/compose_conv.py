@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.convert.rewrites.convolution import Convolution, pointwise
 from edgeseg.convert.rewrites.driver import ADDED_ELEMENT, Rewrite, each, pays
+from edgeseg.graph.convolution import Convolution, pointwise
 from edgeseg.graph.editing import (
     constant_array,
     constant_input,
@@ -26,12 +26,9 @@ from edgeseg.graph.editing import (
     emit,
     given,
     given_array,
-    integer,
-    ints,
     replace,
     sole_maker,
     weight,
-    word,
 )
 
 
@@ -39,9 +36,9 @@ def _first(node: ir.Node) -> Convolution | None:
     """The 1x1 convolution before ``node``, if composing the two is possible and pays."""
     first = pointwise(sole_maker(node.inputs[0], "Conv"))
     kernel = constant_array(node.inputs[1])
-    if first is None or kernel is None or kernel.ndim != 4 or integer(node, "group", 1) != 1:
+    if first is None or kernel is None or kernel.ndim != 4 or node.attributes.get_int("group", 1) != 1:
         return None
-    if word(node, "auto_pad", "NOTSET") != "NOTSET" or ints(node, "output_shape"):
+    if node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET" or "output_shape" in node.attributes:
         return None
     if len(node.inputs) > 2 and node.inputs[2] is not None and constant_input(node, 2) is None:
         return None
@@ -52,7 +49,7 @@ def _first(node: ir.Node) -> Convolution | None:
     middle, inputs = first.weight.shape[:2]
     transposed = node.op_type == "ConvTranspose"
     outputs = kernel.shape[1] if transposed else kernel.shape[0]
-    taps, strides = int(np.prod(kernel.shape[2:])), int(np.prod(ints(node, "strides", (1, 1))))
+    taps, strides = int(np.prod(kernel.shape[2:])), int(np.prod(node.attributes.get_ints("strides", (1, 1))))
     # per pixel of the plane the 1x1 convolution works on
     times = taps if transposed else taps / strides
     added = outputs * (strides if transposed else 1 / strides) * ADDED_ELEMENT if needs_map else 0
@@ -63,8 +60,8 @@ def _first(node: ir.Node) -> Convolution | None:
 def _uniform(node: ir.Node, kernel: NDArray[Any]) -> bool:
     """Every output pixel sees the same taps: no zero padding; for a transposed one, a single tap."""
     if node.op_type == "ConvTranspose":
-        return kernel.shape[2:] == (1, 1) and set(ints(node, "strides", (1, 1))) == {1}
-    return not any(ints(node, "pads"))
+        return kernel.shape[2:] == (1, 1) and set(node.attributes.get_ints("strides", (1, 1))) == {1}
+    return not any(node.attributes.get_ints("pads", ()))
 
 
 def _rewrite(node: ir.Node, first: Convolution) -> None:
@@ -95,8 +92,8 @@ def _bias_map(node: ir.Node, taps: NDArray[np.float64]) -> NDArray[np.float64]:
     if node.op_type == "Conv":
         small, large = large, small  # a convolution gathers what a transposed one scatters
     planes = [(s or 0, b or 0) for s, b in zip(small[2:], large[2:], strict=True)]
-    strides, dilations = ints(node, "strides", (1, 1)), ints(node, "dilations", (1, 1))
-    pads = ints(node, "pads", (0, 0, 0, 0))
+    strides, dilations = node.attributes.get_ints("strides", (1, 1)), node.attributes.get_ints("dilations", (1, 1))
+    pads = node.attributes.get_ints("pads", (0, 0, 0, 0))
     target = [b if node.op_type == "ConvTranspose" else s for s, b in planes]
     result = np.zeros((taps.shape[0], *target))
     for row in range(taps.shape[1]):

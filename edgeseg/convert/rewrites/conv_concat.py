@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.convolution import Convolution, concat_channels, emit_concat, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.driver import ADDED_ELEMENT, COPIED_ELEMENT, RESIZED_ELEMENT, Rewrite, each, pays
-from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
+from edgeseg.graph.convolution import Convolution, concat_channels, emit_concat, emit_pointwise, pointwise
 from edgeseg.graph.editing import dims, emit_sum, given, replace, sole_maker
+from edgeseg.graph.resize import Resizing, emit_resize, resizing
 
 
 @dataclass(frozen=True)

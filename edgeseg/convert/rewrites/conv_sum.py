@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from edgeseg.convert.rewrites.convolution import Convolution, emit_pointwise, pointwise
 from edgeseg.convert.rewrites.driver import ADDED_ELEMENT, RESIZED_ELEMENT, Rewrite, each, pays
-from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
+from edgeseg.graph.convolution import Convolution, emit_pointwise, pointwise
 from edgeseg.graph.editing import dims, emit, replace, sole_maker
+from edgeseg.graph.resize import Resizing, emit_resize, resizing
 
 Match = tuple[Convolution, Resizing, ir.Value]
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import onnx_ir as ir
 
 from edgeseg.errors import ExportError
-from edgeseg.graph.editing import nodes, tidy
+from edgeseg.graph.editing import matched, tidy
 
 # Each sweep leaves fewer or cheaper operators; deep networks take two or three.
 MAX_SWEEPS = 100
@@ -51,14 +51,8 @@ class Rewrite:
 
 
 def each(match: Callable[[ir.Node], Any], *op_types: str) -> Callable[[ir.Model], Iterator[tuple[ir.Node, Any]]]:
-    """Matches anchored at one node: ``(node, match(node))`` of every node of these types (none: of any) that has one."""
-
-    def matches(model: ir.Model) -> Iterator[tuple[ir.Node, Any]]:
-        for node in nodes(model, *op_types):
-            if (details := match(node)) is not None:
-                yield node, details
-
-    return matches
+    """Matches anchored at one node: those of :func:`~edgeseg.graph.editing.matched`."""
+    return lambda model: matched(model, match, *op_types)
 
 
 # When moving linear work pays: a rough price list, in multiply-accumulates, of touching one tensor element instead of doing

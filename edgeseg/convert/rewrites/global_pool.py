@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_input, dims, emit, integer, replace
+from edgeseg.graph.editing import constant_input, dims, emit, replace
 
 
 def _match(node: ir.Node) -> ir.Value | None:
@@ -19,7 +19,7 @@ def _match(node: ir.Node) -> ir.Value | None:
     shape, axes = dims(node.inputs[0]), constant_input(node, 1)
     if shape is None or len(shape) != 4 or axes is None:
         return None
-    averages = {int(a) % 4 for a in axes} == {2, 3} and integer(node, "keepdims", 1) == 1
+    averages = {int(a) % 4 for a in axes} == {2, 3} and node.attributes.get_int("keepdims", 1) == 1
     return node.inputs[0] if averages else None
 
 

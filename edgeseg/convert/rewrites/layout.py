@@ -19,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, dims, emit, given, ints, replace, sole_maker, weight
+from edgeseg.graph.editing import constant_array, dims, emit, given, replace, sole_maker, weight
 from edgeseg.graph.proto import REARRANGES
 
 _PROBED_BATCHES = (2, 3)
@@ -83,7 +83,7 @@ def _run(chain: Sequence[ir.Node], batch: int) -> tuple[NDArray[np.int64], NDArr
     moved = indices
     for node in chain:
         if node.op_type == "Transpose":
-            moved = np.transpose(moved, ints(node, "perm") or None)
+            moved = np.transpose(moved, node.attributes.get_ints("perm", ()) or None)
         else:
             # what is unknown (batch, or batch times tokens) follows from the number of elements
             moved = moved.reshape([-1 if d is None else d for d in dims(node.outputs[0]) or ()])

@@ -18,9 +18,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.convert.rewrites.convolution import emit_pointwise
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, dims, integer, ints, maker, replace, sole_maker, sole_reader
+from edgeseg.graph.convolution import emit_pointwise
+from edgeseg.graph.editing import constant_array, dims, maker, replace, sole_maker, sole_reader
 
 _ELEMENTWISE = frozenset(
     {"Add", "BatchNormalization", "Clip", "Div", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "Relu"}
@@ -51,7 +51,7 @@ def _match(node: ir.Node) -> _Match | None:
         output, bias = add.outputs[0], bias.reshape(-1)
     transpose = sole_reader(output, "Transpose")
     reshape = sole_reader(transpose.outputs[0], "Reshape") if transpose is not None else None
-    if transpose is None or reshape is None or ints(transpose, "perm") != (0, 2, 1):
+    if transpose is None or reshape is None or transpose.attributes.get_ints("perm", ()) != (0, 2, 1):
         return None
     before, after = dims(source), dims(reshape.outputs[0])
     if before is None or after is None or len(after) != 4 or not _same_plane(source, reshape):
@@ -72,7 +72,7 @@ def _same_plane(source: ir.Value, reshape: ir.Node) -> bool:
 
 def _flattened(value: ir.Value | None) -> ir.Value | None:
     transpose = sole_maker(value, "Transpose")
-    if transpose is None or ints(transpose, "perm") != (0, 2, 1):
+    if transpose is None or transpose.attributes.get_ints("perm", ()) != (0, 2, 1):
         return None
     reshape = maker(transpose.inputs[0], "Reshape")
     if reshape is None:
@@ -86,7 +86,7 @@ def _flattened(value: ir.Value | None) -> ir.Value | None:
 def _plane_of(shape: ir.Value | None) -> ir.Value | None:
     """The value whose height and width a Reshape to ``shape``, of four axes, gives its result; ``None`` if it is unlike that."""
     concat = maker(shape, "Concat")
-    if concat is None or integer(concat, "axis", 0) != 0 or len(concat.inputs) < 2:
+    if concat is None or concat.attributes.get_int("axis", 0) != 0 or len(concat.inputs) < 2:
         return None
     both = maker(concat.inputs[-1], "Shape")
     if both is not None and _span(both) == (2, 4):
@@ -121,7 +121,7 @@ def _reaches(late: ir.Value, early: ir.Value) -> bool:
 
 
 def _span(shape: ir.Node) -> tuple[int, int]:
-    return integer(shape, "start", 0), integer(shape, "end", -1)
+    return shape.attributes.get_int("start", 0), shape.attributes.get_int("end", -1)
 
 
 def _rewrite(node: ir.Node, match: _Match) -> None:

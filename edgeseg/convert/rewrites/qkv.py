@@ -15,18 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import (
-    constant_array,
-    dims,
-    emit,
-    given,
-    integer,
-    ints,
-    replace,
-    sole_maker,
-    sole_reader,
-    weight,
-)
+from edgeseg.graph.editing import constant_array, dims, emit, given, replace, sole_maker, sole_reader, weight
 
 
 def _match(split: ir.Node) -> tuple[ir.Node, ir.Node, list[ir.Node]] | None:
@@ -35,12 +24,12 @@ def _match(split: ir.Node) -> tuple[ir.Node, ir.Node, list[ir.Node]] | None:
     if transpose is None or reshape is None or reshape.inputs[0] is None:
         return None
     before, after = dims(reshape.inputs[0]), dims(reshape.outputs[0])
-    axis = integer(split, "axis", 0)
+    axis = split.attributes.get_int("axis", 0)
     if before is None or after is None or constant_array(reshape.inputs[1]) is None:
         return None
     # x's last axis becomes axes factor, factor + 1, ...; those before it must be kept as they are
     factor = len(before) - 1
-    source = ints(transpose, "perm")[axis % len(after)]
+    source = transpose.attributes.get_ints("perm", ())[axis % len(after)]
     if len(after) <= len(before) or source != factor or after[factor] != len(split.outputs):
         return None
     if before[:factor] != after[:factor] or None in after[factor:] or None in (*before[1:], *after[1:]):
@@ -68,7 +57,7 @@ def _rewrite(split: ir.Node, match: tuple[ir.Node, ir.Node, list[ir.Node]]) -> N
     assert node is not None
     # 0 copies a leading dimension (a dynamic batch too)
     target = weight(split, np.array([0] * factor + inner, np.int64), "head_shape")
-    perm = [p - (p > factor) for p in ints(transpose, "perm") if p != factor]
+    perm = [p - (p > factor) for p in transpose.attributes.get_ints("perm", ()) if p != factor]
     shape: list[Any] = [*leading, *inner]
     for part, squeeze in zip(node.outputs, squeezes, strict=True):
         part.shape = ir.Shape([*leading, size])

@@ -12,17 +12,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import (
-    constant_array,
-    dims,
-    emit,
-    emit_sum,
-    given_array,
-    integer,
-    replace,
-    sole_maker,
-    weight,
-)
+from edgeseg.graph.editing import constant_array, dims, emit, emit_sum, given_array, replace, sole_maker, weight
 
 
 def _concat(node: ir.Node) -> ir.Node | None:
@@ -34,7 +24,7 @@ def _concat(node: ir.Node) -> ir.Node | None:
     if any(s is None or s[-1] is None for s in shapes):
         return None
     rank = len(shapes[0] or ())
-    if integer(concat, "axis", 0) % rank != rank - 1:
+    if concat.attributes.get_int("axis", 0) % rank != rank - 1:
         return None
     expands = [sole_maker(v, "Expand") for v in concat.inputs]
     broadcasts = any(e is not None and _broadcasts(e) for e in expands)

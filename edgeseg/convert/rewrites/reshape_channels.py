@@ -14,12 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, dims, emit, integer, maker, weight
+from edgeseg.graph.editing import constant_array, dims, emit, maker, weight
 
 
 def _match(node: ir.Node) -> tuple[ir.Node, int] | None:
     concat = maker(node.inputs[1], "Concat")
-    if concat is None or len(concat.inputs) != 4 or integer(concat, "axis", 0) != 0:
+    if concat is None or len(concat.inputs) != 4 or concat.attributes.get_int("axis", 0) != 0:
         return None
     if any(dims(part) != (1,) for part in concat.inputs):
         return None
@@ -39,7 +39,11 @@ def _channels(reader: ir.Node) -> int | None:
     kernel = constant_array(reader.inputs[1]) if reader.op_type in ("Conv", "ConvTranspose") else None
     if kernel is None:
         return None
-    return int(kernel.shape[0] if reader.op_type == "ConvTranspose" else kernel.shape[1] * integer(reader, "group", 1))
+    return int(
+        kernel.shape[0]
+        if reader.op_type == "ConvTranspose"
+        else kernel.shape[1] * reader.attributes.get_int("group", 1)
+    )
 
 
 def _rewrite(node: ir.Node, match: tuple[ir.Node, int]) -> None:

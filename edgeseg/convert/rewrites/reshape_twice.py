@@ -12,12 +12,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_array, integer, sole_maker
+from edgeseg.graph.editing import constant_array, sole_maker
 
 
 def _match(node: ir.Node) -> ir.Node | None:
     shape = constant_array(node.inputs[1])
-    if shape is None or (0 in shape and not integer(node, "allowzero", 0)):
+    if shape is None or (0 in shape and not node.attributes.get_int("allowzero", 0)):
         return None
     return sole_maker(node.inputs[0], "Reshape")
 

@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.convert.rewrites.resize import Resizing, resizing
 from edgeseg.graph.editing import dims, replace, weight
+from edgeseg.graph.resize import Resizing, resizing
 
 
 def _ratios(node: ir.Node) -> tuple[float, float] | None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite
-from edgeseg.convert.rewrites.resize import Resizing, emit_resize, resizing
 from edgeseg.graph.editing import constant_array, dims, emit_sum, maker, nodes, reads, replace, sole_maker
+from edgeseg.graph.resize import Resizing, emit_resize, resizing
 
 
 def _matches(model: ir.Model) -> list[tuple[ir.Node, list[ir.Value]]]:

@@ -14,12 +14,12 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import emit, integer, maker
+from edgeseg.graph.editing import emit, maker
 
 
 def _match(node: ir.Node) -> int | None:
     """Index of the first of two inputs to join."""
-    if integer(node, "axis", 0) != 0:
+    if node.attributes.get_int("axis", 0) != 0:
         return None
     for index, (left, right) in enumerate(pairwise(node.inputs)):
         if _are_neighbours(left, right) and _always_together(left, right):
@@ -37,7 +37,7 @@ def _always_together(left: ir.Value | None, right: ir.Value | None) -> bool:
     readers = {use.node for value in (left, right) if value is not None for use in value.uses()}
     return all(
         node.op_type == "Concat"
-        and integer(node, "axis", 0) == 0
+        and node.attributes.get_int("axis", 0) == 0
         and all((a is left) == (b is right) for a, b in pairwise((None, *node.inputs, None)))
         for node in readers
     )
@@ -47,7 +47,7 @@ def _span(value: ir.Value | None) -> tuple[ir.Value | None, int, int] | None:
     shape = maker(value, "Shape")
     if shape is None or "end" not in shape.attributes:
         return None
-    start, end = integer(shape, "start", 0), integer(shape, "end", 0)
+    start, end = shape.attributes.get_int("start", 0), shape.attributes.get_int("end", 0)
     return (shape.inputs[0], start, end) if 0 <= start < end else None
 
 
@@ -55,7 +55,7 @@ def _rewrite(node: ir.Node, index: int) -> None:
     left, right = (maker(node.inputs[i], "Shape") for i in (index, index + 1))
     assert left is not None
     assert right is not None
-    span = {"start": integer(left, "start", 0), "end": integer(right, "end", 0)}
+    span = {"start": left.attributes.get_int("start", 0), "end": right.attributes.get_int("end", 0)}
     both = emit(node, "Shape", [left.inputs[0]], span, shape=(span["end"] - span["start"],))
     both.dtype = ir.DataType.INT64
     inputs = [*node.inputs[:index], both, *node.inputs[index + 2 :]]

@@ -12,15 +12,15 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
-from edgeseg.graph.editing import constant_input, emit_sum, integer, maker, replace, sole_maker
+from edgeseg.graph.editing import constant_input, emit_sum, maker, replace, sole_maker
 
 
 def _terms(node: ir.Node) -> list[ir.Value] | None:
     concat = sole_maker(node.inputs[0], "Concat")
     axes = constant_input(node, 1)
-    if concat is None or axes is None or axes.size != 1 or integer(node, "keepdims", 1) != 0:
+    if concat is None or axes is None or axes.size != 1 or node.attributes.get_int("keepdims", 1) != 0:
         return None
-    axis = integer(concat, "axis", 0)
+    axis = concat.attributes.get_int("axis", 0)
     terms = []
     for value in concat.inputs:
         stacked = maker(value, "Unsqueeze")

@@ -21,10 +21,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.convert.rewrites.convolution import Convolution, concat_channels, convolution, emit_concat, pointwise
 from edgeseg.convert.rewrites.driver import Rewrite
-from edgeseg.convert.rewrites.resize import resizing
-from edgeseg.graph.editing import dims, emit, integer, ints, maker, nodes, replace, weight, word
+from edgeseg.graph.convolution import Convolution, concat_channels, convolution, emit_concat, pointwise
+from edgeseg.graph.editing import dims, emit, maker, nodes, replace, weight
+from edgeseg.graph.resize import resizing
 
 FloatArray = NDArray[np.float32]
 
@@ -78,10 +78,10 @@ def _is_plain_3x3(conv: Convolution) -> bool:
     node = conv.node
     return (
         conv.weight.shape[2:] == (3, 3)
-        and ints(node, "pads", (0, 0, 0, 0)) == (1, 1, 1, 1)
-        and set(ints(node, "strides", (1, 1))) == {1}
-        and set(ints(node, "dilations", (1, 1))) == {1}
-        and integer(node, "group", 1) == 1
+        and node.attributes.get_ints("pads", (0, 0, 0, 0)) == (1, 1, 1, 1)
+        and set(node.attributes.get_ints("strides", (1, 1))) == {1}
+        and set(node.attributes.get_ints("dilations", (1, 1))) == {1}
+        and node.attributes.get_int("group", 1) == 1
     )
 
 
@@ -109,14 +109,7 @@ def _decompose(value: ir.Value | None, kernel: FloatArray, terms: _Terms, *, add
 def _before_nearest_2x(value: ir.Value) -> ir.Value | None:
     """What ``value`` repeats twice in both directions."""
     resized = resizing(maker(value, "Resize"))
-    if resized is None or word(resized.node, "mode", "nearest") != "nearest":
-        return None
-    rule = (
-        word(resized.node, "coordinate_transformation_mode", "half_pixel"),
-        word(resized.node, "nearest_mode", "round_prefer_floor"),
-    )
-    # Both rules repeat each pixel twice at factor 2; others shift the image.
-    if rule not in {("asymmetric", "floor"), ("half_pixel", "round_prefer_floor")}:
+    if resized is None or not resized.repeats_pixels:
         return None
     before, after = dims(resized.source), dims(resized.output)
     doubled = before is not None and after is not None and None not in (*before[2:], *after[2:])

@@ -13,30 +13,24 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite
-from edgeseg.graph.editing import Editor, constant_array, dims, emit, integer, nodes, replace, weight
+from edgeseg.graph.editing import Editor, constant_array, dims, emit, nodes, replace, weight
+from edgeseg.graph.groups import Groups
 
 _POINTWISE = frozenset({"Add", "Mul", "Sub", "Div", "Gelu", "Erf", "Relu", "Sigmoid", "Tanh", "HardSwish"})
 
 
 def _matches(model: ir.Model) -> list[tuple[list[ir.Node]]]:
     """Connected sets, each in graph order."""
-    order = [node for node in nodes(model) if _rank_agnostic(node)]
-    label = {node: i for i, node in enumerate(order)}
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i]
-        return i
-
-    parent = list(range(len(order)))
+    order = dict.fromkeys(node for node in nodes(model) if _rank_agnostic(node))
+    groups = Groups[ir.Node]()
     for node in order:
         for value in node.inputs:
             before = value.producer() if value is not None else None
-            if before is not None and before in label:
-                parent[root(label[node])] = root(label[before])
-    regions: dict[int, list[ir.Node]] = {}
+            if before is not None and before in order:
+                groups.join(node, before)
+    regions: dict[ir.Node, list[ir.Node]] = {}
     for node in order:
-        regions.setdefault(root(label[node]), []).append(node)
+        regions.setdefault(groups.root(node), []).append(node)
     return [(r,) for r in regions.values() if sum(n.op_type == "MatMul" for n in r) > 1]
 
 
@@ -59,9 +53,13 @@ def _rank_agnostic(node: ir.Node) -> bool:
     if node.op_type == "MatMul":
         return len(parameters) == 1 and parameters[0][0] == 1 and parameters[0][1].ndim == 2  # type: ignore[union-attr]
     if node.op_type == "LayerNormalization":
-        return integer(node, "axis", -1) in (-1, 2) and all(i > 0 for i, _ in parameters) and len(node.outputs) == 1
+        return (
+            node.attributes.get_int("axis", -1) in (-1, 2)
+            and all(i > 0 for i, _ in parameters)
+            and len(node.outputs) == 1
+        )
     if node.op_type == "Split":
-        return integer(node, "axis", 0) in (-1, 2)
+        return node.attributes.get_int("axis", 0) in (-1, 2)
     last_axis_only = all(a is not None and a.size == (a.shape[-1] if a.ndim else 1) for _, a in parameters)
     return node.op_type in _POINTWISE and last_axis_only
 

@@ -47,9 +47,7 @@ def _replace(graph: ir.Graph, node: ir.Node, match: Match, observed: Observed) -
     editor = Editor(graph, product, product.name)
     shape = editor.constant("batched_shape", np.array([-1, tokens, channels], np.int64))
     batched = editor.op("batched", "Reshape", [source, shape], shape=(None, tokens, channels))
-    observed.copy_range(source.name, batched)
-    if source.name in observed.channel_means:
-        observed.channel_means[str(batched.name)] = observed.channel_means[str(source.name)]
+    observed.copy(source, batched)
     product.replace_input_with(0, batched)
     for link in chain:
         output = link.outputs[0]

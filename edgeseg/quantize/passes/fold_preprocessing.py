@@ -20,6 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from edgeseg.graph.convolution import convolution
 from edgeseg.graph.editing import (
     Editor,
     constant_array,
@@ -114,15 +115,7 @@ def _chain(image: ir.Value) -> list[ir.Node]:
 
 
 def _is_foldable(node: ir.Node) -> bool:
-    weight = constant_array(node.inputs[1]) if node.op_type == "Conv" else None
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return (
-        weight is not None
-        and weight.ndim == 4
-        and node.attributes.get_int("group", 1) == 1
-        and node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
-        and (bias is None or constant_array(bias) is not None)
-    )
+    return convolution(node) is not None and node.attributes.get_int("group", 1) == 1
 
 
 def _normalization(chain: list[ir.Node], channels: int) -> _Normalization:

@@ -12,20 +12,16 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeseg.graph.editing import Editor, image_shape, replace_value
+from edgeseg.graph.resize import resizing
 from edgeseg.quantize.observed import Observed, each
 
 
 def _factors(node: ir.Node) -> tuple[int, int] | None:
-    if node.op_type != "Resize" or node.attributes.get_string("mode", "nearest") != "nearest":
+    resized = resizing(node)
+    if resized is None or not resized.repeats_pixels:
         return None
-    rule = (
-        node.attributes.get_string("coordinate_transformation_mode", "half_pixel"),
-        node.attributes.get_string("nearest_mode", "round_prefer_floor"),
-    )
-    source, target = image_shape(node.inputs[0]), image_shape(node.outputs[0])
-    if rule not in {("asymmetric", "floor"), ("half_pixel", "round_prefer_floor")} or source is None or target is None:
-        return None
-    if source[0] != target[0] or any(t % s for s, t in zip(source, target, strict=True)):
+    source, target = image_shape(resized.source), image_shape(resized.output)
+    if source is None or target is None or any(t % s for s, t in zip(source, target, strict=True)):
         return None
     factors = (target[1] // source[1], target[2] // source[2])
     return factors if max(factors) > 1 else None

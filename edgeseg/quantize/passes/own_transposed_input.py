@@ -11,20 +11,19 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from edgeseg.graph.editing import Editor, constant_array
-from edgeseg.quantize.observed import Observed
+from edgeseg.quantize.observed import Observed, each
 
 
-def own_transposed_input(model: ir.Model, observed: Observed) -> int:
-    """Apply the pass; returns how many transposed convolutions it changed."""
-    count = 0
-    for node in list(model.graph):
-        source = node.inputs[0] if node.op_type == "ConvTranspose" else None
-        if source is None or constant_array(node.inputs[1]) is None or len(list(source.uses())) < 2:
-            continue
-        own = Editor(model.graph, node, node.name).op("input", "Identity", [source], shape=source.shape)
-        observed.copy_range(source.name, own)
-        if source.name in observed.channel_means:
-            observed.channel_means[str(own.name)] = observed.channel_means[source.name]
-        node.replace_input_with(0, own)
-        count += 1
-    return count
+def _match(node: ir.Node) -> ir.Value | None:
+    """What is read."""
+    source = node.inputs[0] if node.op_type == "ConvTranspose" else None
+    return None if source is None or constant_array(node.inputs[1]) is None or len(source.uses()) < 2 else source
+
+
+def _replace(graph: ir.Graph, node: ir.Node, source: ir.Value, observed: Observed) -> None:
+    own = Editor(graph, node, node.name).op("input", "Identity", [source], shape=source.shape)
+    observed.copy(source, own)
+    node.replace_input_with(0, own)
+
+
+own_transposed_input = each(_match, _replace)

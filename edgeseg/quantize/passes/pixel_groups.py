@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from edgeseg.graph.convolution import Convolution, convolution
 from edgeseg.graph.editing import (
     Editor,
-    constant_array,
     constant_input,
     given,
     given_array,
@@ -55,10 +55,10 @@ class _Grouping:
         return self.group * (self.groups_out - 1 + self.blocks)
 
 
-def _match(node: ir.Node) -> tuple[ir.Node, _Grouping] | None:
-    planes = _image_planes(node)
-    grouping = _grouping(node, planes) if planes is not None else None
-    return (planes, grouping) if planes is not None and grouping is not None else None
+def _match(node: ir.Node) -> tuple[ir.Node, Convolution, _Grouping] | None:
+    conv, planes = convolution(node), _image_planes(node)
+    grouping = None if conv is None or planes is None else _grouping(conv, planes)
+    return None if conv is None or planes is None or grouping is None else (planes, conv, grouping)
 
 
 def _image_planes(node: ir.Node) -> ir.Node | None:
@@ -67,32 +67,23 @@ def _image_planes(node: ir.Node) -> ir.Node | None:
     return None if dequantize is None else maker(dequantize.inputs[0], "Transpose")
 
 
-def _grouping(node: ir.Node, planes: ir.Node) -> _Grouping | None:
-    weight, output = constant_array(node.inputs[1]), image_shape(node.outputs[0])
-    stride = node.attributes.get_ints("strides", (1, 1))[1]
-    image = image_shape(planes.inputs[0])
-    if (
-        weight is None
-        or output is None
-        or image is None
-        or weight.ndim != 4
-        or any(node.attributes.get_ints("pads", (0,) * 4))
-    ):
+def _grouping(conv: Convolution, planes: ir.Node) -> _Grouping | None:
+    image, output, attributes = image_shape(planes.inputs[0]), image_shape(conv.node.outputs[0]), conv.node.attributes
+    stride = attributes.get_ints("strides", (1, 1))[1]
+    if output is None or image is None or any(attributes.get_ints("pads", ())) or (stride != 2 and stride % 4):
         return None
-    if node.attributes.get_int("group", 1) != 1 or tuple(node.attributes.get_ints("dilations", (1, 1))) != (1, 1):
-        return None
-    if stride != 2 and stride % 4:
+    if attributes.get_int("group", 1) != 1 or attributes.get_ints("dilations", (1, 1)) != (1, 1):
         return None
     group = max(stride, 4)
     made = group // stride
-    blocks = ((made - 1) * stride + weight.shape[3] - 1) // group + 1
+    blocks = ((made - 1) * stride + conv.weight.shape[3] - 1) // group + 1
     grouping = _Grouping(group, made, blocks, output[2] // made)
     return grouping if output[2] % made == 0 and image[1] <= grouping.width else None
 
 
-def _replace(graph: ir.Graph, node: ir.Node, match: tuple[ir.Node, _Grouping], observed: Observed) -> None:
-    planes, grouping = match
-    weight, bias = given_array(node), constant_input(node, 2)
+def _replace(graph: ir.Graph, node: ir.Node, match: tuple[ir.Node, Convolution, _Grouping], observed: Observed) -> None:
+    planes, conv, grouping = match
+    weight, bias = conv.weight, constant_input(node, 2)
     image, output = given(planes), image_shape(node.outputs[0]) or (0, 0, 0)
     outputs, channels, kernel_height, kernel_width = weight.shape
     stride_down, stride = node.attributes.get_ints("strides", (1, 1))

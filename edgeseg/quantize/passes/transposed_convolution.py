@@ -13,15 +13,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import (
-    Editor,
-    constant_array,
-    given,
-    given_array,
-    image_shape,
-    replace_value,
-    sole_reader,
-)
+from edgeseg.graph.editing import Editor, constant_array, given, given_array, image_shape, replace_value, sole_reader
 from edgeseg.quantize.observed import Observed, each
 
 
@@ -29,11 +21,11 @@ def _stride(node: ir.Node) -> int | None:
     weight = constant_array(node.inputs[1]) if node.op_type == "ConvTranspose" else None
     if weight is None or weight.ndim != 4 or node.attributes.get_int("group", 1) != 1:
         return None
-    strides = tuple(node.attributes.get_ints("strides", (1, 1)))
+    strides = node.attributes.get_ints("strides", (1, 1))
     source, target = image_shape(node.inputs[0]), image_shape(node.outputs[0])
     plain = (
         strides[0] == strides[1] > 1
-        and tuple(node.attributes.get_ints("dilations", (1, 1))) == (1, 1)
+        and node.attributes.get_ints("dilations", (1, 1)) == (1, 1)
         and node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
         and (len(node.inputs) < 3 or constant_array(node.inputs[2]) is not None)
     )

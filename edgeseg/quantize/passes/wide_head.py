@@ -15,7 +15,8 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import Editor, constant_array, constant_input, given_array, put_behind, sole_reader
+from edgeseg.graph.convolution import Convolution, convolution
+from edgeseg.graph.editing import Editor, put_behind, sole_reader
 from edgeseg.quantize.observed import Observed
 from edgeseg.quantize.placement import tail
 
@@ -28,24 +29,18 @@ def wide_head(model: ir.Model, observed: Observed) -> int:
     """Apply the pass; returns how many convolutions it made wider."""
     count, last = 0, tail(model.graph)
     for node in list(model.graph):
-        if node.op_type == "Conv" and node in last and (missing := _missing(node)):
-            _replace(model.graph, node, missing, observed)
+        conv = convolution(node) if node in last else None
+        if conv is not None and (missing := _missing(conv)):
+            _replace(model.graph, conv, missing, observed)
             count += 1
     return count
 
 
-def _missing(node: ir.Node) -> int:
+def _missing(conv: Convolution) -> int:
     """Classes to add."""
-    weight = constant_array(node.inputs[1])
-    has_bias = len(node.inputs) > 2 and node.inputs[2] is not None
-    if (
-        weight is None
-        or (has_bias and constant_array(node.inputs[2]) is None)
-        or node.attributes.get_int("group", 1) != 1
-    ):
-        return 0
-    classes = len(weight)
-    if classes < FEWEST or not (_is_only_decided(node) or prod(weight.shape[1:]) >= WORTH_CUTTING):
+    classes = len(conv.weight)
+    is_worth = _is_only_decided(conv.node) or prod(conv.weight.shape[1:]) >= WORTH_CUTTING
+    if classes < FEWEST or conv.node.attributes.get_int("group", 1) != 1 or not is_worth:
         return 0
     return max(LEAST, -(-classes // BLOCK) * BLOCK) - classes
 
@@ -59,9 +54,8 @@ def _is_only_decided(node: ir.Node) -> bool:
     )
 
 
-def _replace(graph: ir.Graph, node: ir.Node, missing: int, observed: Observed) -> None:
-    weight, bias = given_array(node), constant_input(node, 2)
-    bias = np.zeros(len(weight), weight.dtype) if bias is None else bias
+def _replace(graph: ir.Graph, conv: Convolution, missing: int, observed: Observed) -> None:
+    node, weight, bias = conv.node, conv.weight, conv.bias
     editor = Editor(graph, node, f"{node.name}/wide_head")
     node.replace_input_with(1, editor.constant("weight", np.concatenate([weight, weight[:1].repeat(missing, 0)])))
     node.resize_inputs(3)

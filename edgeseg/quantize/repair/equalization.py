@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from edgeseg.errors import QuantizationError
 from edgeseg.graph.editing import Editor, constant_array, constant_input, given, maker
+from edgeseg.graph.groups import Groups
 from edgeseg.graph.running import GraphSession
 from edgeseg.quantize.parameters import along
 from edgeseg.quantize.repair.fidelity import score_names, windows
@@ -89,14 +90,14 @@ def write_equalized(graph: OnnxGraph, magnitudes: Mapping[str, Sequence[float]],
     return replace(graph, path=path, sha256=sha256_file(path)), channels
 
 
-def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet, images: int = 2) -> None:
+def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet) -> None:
     """Raise :class:`QuantizationError` unless both graphs give the same scores, up to :data:`TOLERANCE`."""
     models = [read_onnx(graph.path) for graph in (before, after)]
     names = score_names(models[0])
     first, second = (
         GraphSession(model, "the graph", QuantizationError, names=names, optimized=True) for model in models
     )
-    for window, what in windows(samples.take(range(images)), before.spec.input):
+    for window, what in windows(samples.take(range(2)), before.spec.input):
         for one, other in zip(*(session.run(window, what).values() for session in (first, second)), strict=True):
             difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
             if difference > TOLERANCE * scale:
@@ -111,7 +112,8 @@ class _Channels:
     """Channels of the graph's values, joined where one factor must serve all of them."""
 
     first: dict[ir.Value, int] = field(default_factory=dict)
-    parent: list[int] = field(default_factory=list)
+    count: int = 0
+    joined: Groups[int] = field(default_factory=Groups)
     fixed: set[int] = field(default_factory=set)
 
     def of(self, value: ir.Value) -> range:
@@ -119,19 +121,13 @@ class _Channels:
         count = channel_count(value)
         assert count is not None
         if value not in self.first:
-            self.first[value] = len(self.parent)
-            self.parent.extend(range(len(self.parent), len(self.parent) + count))
+            self.first[value] = self.count
+            self.count += count
         return range(self.first[value], self.first[value] + count)
-
-    def root(self, channel: int) -> int:
-        while self.parent[channel] != channel:
-            self.parent[channel] = self.parent[self.parent[channel]]
-            channel = self.parent[channel]
-        return channel
 
     def join(self, one: Iterable[int], other: Iterable[int]) -> None:
         for a, b in zip(one, other, strict=True):
-            self.parent[self.root(a)] = self.root(b)
+            self.joined.join(a, b)
 
     def fix(self, values: Iterable[ir.Value | None]) -> None:
         """Leave the channels of these values as they are."""
@@ -140,10 +136,10 @@ class _Channels:
                 self.fixed.update(self.of(value))
 
     def fixed_roots(self) -> set[int]:
-        return {self.root(channel) for channel in self.fixed}
+        return {self.joined.root(channel) for channel in self.fixed}
 
     def roots(self, value: ir.Value) -> NDArray[np.int64]:
-        return np.array([self.root(c) for c in self.of(value)], np.int64)
+        return np.array([self.joined.root(c) for c in self.of(value)], np.int64)
 
 
 def channel_count(value: ir.Value | None) -> int | None:
@@ -329,8 +325,7 @@ def _by_group(node: ir.Node, kernel: NDArray[np.float32]) -> NDArray[np.float32]
 
 def _factors(graph: ir.Graph, channels: _Channels, magnitudes: Mapping[str, NDArray[np.floating]]) -> Factors:
     """One factor a channel; 1 for those that are fixed or that nothing is known of."""
-    count = len(channels.parent)
-    roots = np.array([channels.root(c) for c in range(count)], np.int64)
+    roots = np.array([channels.joined.root(c) for c in range(channels.count)], np.int64)
     # Not only what convolutions read: a channel that is small behind a Relu may be large in the sum in front of it.
     rounded = [
         (channels.roots(value), np.asarray(seen, np.float64))
@@ -342,7 +337,7 @@ def _factors(graph: ir.Graph, channels: _Channels, magnitudes: Mapping[str, NDAr
         for node in graph
         if (kernel := _kernel(node)) is not None and (read := node.inputs[0]) is not None and read in channels.first
     ]
-    return balanced(count, rounded, kernels, MAX_FACTOR, sorted(channels.fixed_roots()))[roots]
+    return balanced(channels.count, rounded, kernels, MAX_FACTOR, sorted(channels.fixed_roots()))[roots]
 
 
 @dataclass(frozen=True)

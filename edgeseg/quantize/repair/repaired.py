@@ -18,7 +18,7 @@ import onnx_ir as ir
 from edgeseg.errors import QuantizationError
 from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, Observation, table_key
 from edgeseg.quantize.qdq import quantize_model
-from edgeseg.quantize.ranges import METHODS, range_method
+from edgeseg.quantize.ranges import METHODS, RangeMethod, range_method
 from edgeseg.quantize.repair.equalization import IMAGES, channel_axes, require_equal, write_equalized
 from edgeseg.quantize.repair.fidelity import JUDGES, Fidelity, Judge, hold_out
 from edgeseg.quantize.repair.range_choice import choose_methods, is_gain, relative_loss
@@ -102,7 +102,7 @@ def calibrate_repaired(
     if method == AUTO:
         ranges = observation.ranges({name: range_method(methods[name]) for name in methods})
         ranges = {name: replace(limits, method=methods[name]) for name, limits in ranges.items()}
-        final = replace(final, method=AUTO, options={}, key=table_key(graph, samples, AUTO), ranges=ranges)
+        final = replace(final, method=AUTO, options={}, key=table_key(graph, samples, RangeMethod(AUTO)), ranges=ranges)
     final = course.with_biases(final)
     return graph, replace(final, equalization=magnitudes, repairs=tuple(course.repairs))
 

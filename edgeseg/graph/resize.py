@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from edgeseg.graph.editing import constant_input, dims, emit, given, ints, weight, word
+from edgeseg.graph.editing import constant_input, dims, emit, given, weight
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,16 @@ class Resizing:
         return tuple(float(s) for s in scales) if scales is not None and scales.size else None
 
     @property
+    def repeats_pixels(self) -> bool:
+        """By whole factors, each pixel equally often; other rules than these two shift the image."""
+        rule = (
+            self.node.attributes.get_string("mode", "nearest"),
+            self.node.attributes.get_string("coordinate_transformation_mode", "half_pixel"),
+            self.node.attributes.get_string("nearest_mode", "round_prefer_floor"),
+        )
+        return rule in {("nearest", "asymmetric", "floor"), ("nearest", "half_pixel", "round_prefer_floor")}
+
+    @property
     def growth(self) -> float | None:
         """Output pixels per input pixel, ``None`` when not known before run time."""
         if self.scales is not None:
@@ -55,9 +65,9 @@ class Resizing:
 
 def resizing(node: ir.Node | None) -> Resizing | None:
     """Read a spatial Resize; ``None`` if it touches batch or channels, extrapolates, or is no Resize."""
-    if node is None or node.op_type != "Resize" or ints(node, "axes"):
+    if node is None or node.op_type != "Resize" or "axes" in node.attributes:
         return None
-    if word(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
+    if node.attributes.get_string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
         return None
     before, after = dims(node.inputs[0]), dims(node.outputs[0])
     if before is None or after is None or len(before) != 4 or before[1] is None or before[1] != after[1]:

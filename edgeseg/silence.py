@@ -7,12 +7,36 @@ import io
 import logging
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
-from edgeseg.store.files import without_warnings
+_filters_changing = threading.Lock()
+_quiet_blocks = 0
+_filters_before = warnings.catch_warnings()
 
 _LOGGERS = ("torch", "torch.onnx", "torch.export", "torch._dynamo", "torch.fx", "onnxscript", "onnx_ir", "onnxsim")
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep back what libraries warn of inside the block: what matters of it becomes an error of ours. For any thread."""
+    global _quiet_blocks, _filters_before
+    # The list of warning filters is one for the whole process. Blocks of several threads share one change of it: did each
+    # put back what it found, the last to end would leave the filters of another behind, and the program without warnings.
+    with _filters_changing:
+        if _quiet_blocks == 0:
+            _filters_before = warnings.catch_warnings()
+            _filters_before.__enter__()
+            warnings.simplefilter("ignore")
+        _quiet_blocks += 1
+    try:
+        yield
+    finally:
+        with _filters_changing:
+            _quiet_blocks -= 1
+            if _quiet_blocks == 0:
+                _filters_before.__exit__(None, None, None)
 
 
 class _Muted:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgeseg.graph.editing import constant_array, dims, emit, integer, ints, weight, word
+from edgeseg.graph.editing import constant_array, dims, emit, weight
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Convolution:
 
 def convolution(node: ir.Node | None) -> Convolution | None:
     """Read a 2-d Conv with constant weights."""
-    if node is None or node.op_type != "Conv" or word(node, "auto_pad", "NOTSET") != "NOTSET":
+    if node is None or node.op_type != "Conv" or node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
         return None
     kernel = constant_array(node.inputs[1])
     bias_value = node.inputs[2] if len(node.inputs) > 2 else None
@@ -47,9 +47,11 @@ def convolution(node: ir.Node | None) -> Convolution | None:
 def pointwise(node: ir.Node | None) -> Convolution | None:
     """Read a Conv that mixes channels pixel by pixel: 1x1, stride 1, no padding, one group."""
     conv = convolution(node)
-    if conv is None or conv.weight.shape[2:] != (1, 1) or integer(conv.node, "group", 1) != 1:
+    if conv is None or conv.weight.shape[2:] != (1, 1) or conv.node.attributes.get_int("group", 1) != 1:
         return None
-    plain = not any(ints(conv.node, "pads")) and set(ints(conv.node, "strides", (1, 1))) == {1}
+    plain = not any(conv.node.attributes.get_ints("pads", ())) and set(
+        conv.node.attributes.get_ints("strides", (1, 1))
+    ) == {1}
     return conv if plain else None
 
 
@@ -57,7 +59,7 @@ def concat_channels(concat: ir.Node) -> list[int] | None:
     """Channels of each input of a Concat of images along them; ``None`` for any other, or where one is not known."""
     shapes = [dims(value) for value in concat.inputs]
     channels = [s[1] for s in shapes if s is not None and len(s) == 4 and s[1] is not None]
-    return channels if len(channels) == len(shapes) and integer(concat, "axis", 0) in {1, -3} else None
+    return channels if len(channels) == len(shapes) and concat.attributes.get_int("axis", 0) in {1, -3} else None
 
 
 def emit_concat(before: ir.Node, values: Sequence[ir.Value], channels: int) -> ir.Value:
