@@ -111,7 +111,7 @@ def calibration_stage(
             graph = dataclasses.replace(graph, path=equalized, sha256=sha256_file(equalized))
             said.append("channels equalized")
         elif equalizes and "equalization" not in {repair.name for repair in table.repairs}:
-            said.append("channels not equalized: INT8 was worse with it")
+            said.append("channels not equalized: scores were further off with it")
         if reused:
             said.append("reused")
     return graph, table

@@ -36,7 +36,7 @@ def images(count: int = 24) -> list[NDArray[np.uint8]]:
     return [rng.integers(0, 255, (16, 24, 3), dtype=np.uint8) for _ in range(count)]
 
 
-def network(path: Path, *, outlier: float) -> OnnxGraph:
+def network(path: Path, *, outlier: float, between: str = "d = Relu(c)") -> OnnxGraph:
     """Two modules; the first one's activations have a channel that one pixel in a thousand drives ``outlier`` times as far."""
     rng = np.random.default_rng(8)
     w1, w2 = rng.standard_normal((8, 3, 3, 3)) / 40, rng.standard_normal((8, 8, 3, 3)) / 6
@@ -46,14 +46,14 @@ def network(path: Path, *, outlier: float) -> OnnxGraph:
     w1[0, :, 1, 1] = outlier
     bias = np.zeros(8)
     bias[0] = -outlier * 3 * 0.86
-    text = """
+    text = f"""
         planes = Transpose <perm = [0, 3, 1, 2]> (image)
         float = Cast <to = 1> (planes)
         x = Mul(float, scale)
         a = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
         b = Relu(a)
         c = Conv <pads = [1, 1, 1, 1]> (b, w2)
-        d = Relu(c)
+        {between}
         logits = Conv(d, w3)
         classes = ArgMax <axis = 1, keepdims = 0> (logits)
         mask = Cast <to = 2> (classes)
@@ -62,6 +62,7 @@ def network(path: Path, *, outlier: float) -> OnnxGraph:
         "(uint8[1, 16, 24, 3] image) => (uint8[1, h, w] mask)",
         text,
         scale=np.float32(1 / 255),
+        million=np.float32(1e6),
         w1=w1.astype(np.float32),
         b1=bias.astype(np.float32),
         w2=w2.astype(np.float32),
@@ -277,6 +278,14 @@ def test_equalization_that_loses_is_not_kept(graph: OnnxGraph, tmp_path: Path, m
     assert not (tmp_path / "equalized.onnx").exists()
     assert (table.equalization, {repair.name for repair in table.repairs}) == ({}, {"bias-correction"})
     assert table.ranges == calibrate(graph, samples).ranges
+
+
+def test_equalization_is_not_kept_where_any_rounding_changes_the_scores(tmp_path: Path) -> None:
+    graph = network(tmp_path / "amplifies.onnx", outlier=40.0, between="e = Mul(c, million) d = Sin(e)")
+    samples = CalibrationSet.open(images())
+    calibrated, table = calibrate_repaired(graph, samples, tmp_path / "equalized.onnx")
+    assert calibrated == graph
+    assert table.equalization == {}
 
 
 def test_a_correction_of_biases_that_loses_is_not_kept(graph: OnnxGraph, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,19 +14,20 @@ import onnx_ir as ir
 
 from edgeseg.convert.rewrites.driver import Rewrite, each
 from edgeseg.convert.rewrites.padded_pool import SMALLEST
-from edgeseg.graph.editing import dims, emit, given, integer, ints, weight
+from edgeseg.graph.editing import dims, emit, given, weight
 
 
 def _match(node: ir.Node) -> tuple[int, ...] | None:
     """Its pads: top, left, bottom, right."""
-    kernel, pads = ints(node, "kernel_shape"), ints(node, "pads", (0, 0, 0, 0))
-    if len(kernel) != 2 or not integer(node, "ceil_mode", 0) or not integer(node, "count_include_pad", 0):
+    had = node.attributes
+    kernel, pads = had.get_ints("kernel_shape", ()), tuple(had.get_ints("pads", (0, 0, 0, 0)))
+    if len(kernel) != 2 or not had.get_int("ceil_mode", 0) or not had.get_int("count_include_pad", 0):
         return None
     if not any(pads):
         return pads
-    if ints(node, "dilations", (1, 1)) != (1, 1):
+    if set(had.get_ints("dilations", (1, 1))) != {1}:
         return None
-    shape, strides = dims(given(node)) or (None,) * 4, ints(node, "strides", (1, 1))
+    shape, strides = dims(given(node)) or (None,) * 4, had.get_ints("strides", (1, 1))
     for side, extent, stride, before, after in zip(shape[2:], kernel, strides, pads[:2], pads[2:], strict=True):
         if side is None or -(-(side + before + after - extent) // stride) * stride >= side + before:
             return None

@@ -90,8 +90,9 @@ def write_equalized(graph: OnnxGraph, magnitudes: Mapping[str, Sequence[float]],
     return replace(graph, path=path, sha256=sha256_file(path)), channels
 
 
-def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet) -> None:
-    """Raise :class:`QuantizationError` unless both graphs give the same scores, up to :data:`TOLERANCE`."""
+def scores_are_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet) -> bool:
+    """Whether both graphs give the same scores, up to :data:`TOLERANCE`: where a network amplifies rounding (a logarithm of
+    values next to 0, say), no two float32 graphs of it do."""
     models = [read_onnx(graph.path) for graph in (before, after)]
     names = score_names(models[0])
     first, second = (
@@ -99,12 +100,9 @@ def require_equal(before: OnnxGraph, after: OnnxGraph, samples: CalibrationSet) 
     )
     for window, what in windows(samples.take(range(2)), before.spec.input):
         for one, other in zip(*(session.run(window, what).values() for session in (first, second)), strict=True):
-            difference, scale = float(np.abs(one - other).max()), float(np.abs(one).max())
-            if difference > TOLERANCE * scale:
-                raise QuantizationError(
-                    f"equalization of channels changed scores by {difference:.2g} of {scale:.2g} on {what}; build with "
-                    "equalization off (--no-equalize), and please report the model"
-                )
+            if np.abs(one - other).max() > TOLERANCE * np.abs(one).max():
+                return False
+    return True
 
 
 @dataclass

@@ -19,7 +19,7 @@ from edgeseg.errors import QuantizationError
 from edgeseg.quantize.calibration import AUTO, DEFAULT_METHOD, Observation, table_key
 from edgeseg.quantize.qdq import quantize_model
 from edgeseg.quantize.ranges import METHODS, RangeMethod, range_method
-from edgeseg.quantize.repair.equalization import IMAGES, channel_axes, require_equal, write_equalized
+from edgeseg.quantize.repair.equalization import IMAGES, channel_axes, scores_are_equal, write_equalized
 from edgeseg.quantize.repair.fidelity import JUDGES, Fidelity, Judge, hold_out
 from edgeseg.quantize.repair.range_choice import choose_methods, is_gain, relative_loss
 from edgeseg.quantize.samples import CalibrationSet
@@ -53,11 +53,11 @@ def calibrate_repaired(
 
     Returns:
         the graph to quantize, and its table; in neither is a repair with which the output diverged further from the float
-        graph's, by more than a standard error over the judging images.
+        graph's, by more than a standard error over the judging images, nor an equalization that changed the float scores.
 
     Raises:
         SpecError: unknown method.
-        QuantizationError: see :meth:`edgeseg.quantize.calibration.Observation.add`; or equalization changed the scores.
+        QuantizationError: see :meth:`edgeseg.quantize.calibration.Observation.add`.
         InputError: an image changed or vanished since the set was opened.
     """
     kept, held = hold_out(samples)
@@ -83,10 +83,10 @@ def calibrate_repaired(
         course = _Course(judge, judges, graph, seen.table(samples, rule))
         magnitudes = seen.magnitudes()
         graph, channels = write_equalized(original, magnitudes, equalized)
-        require_equal(original, graph, samples)
         observation = observed(graph)
         fidelities = course.fidelities(graph, observation.table(samples, rule))
-        if not course.tried("equalization", fidelities, {"channels": channels}):
+        is_equal = scores_are_equal(original, graph, samples)
+        if not (is_equal and course.tried("equalization", fidelities, {"channels": channels})):
             equalized.unlink()
             graph, magnitudes, observation = original, {}, observed(original)
     table = course.with_biases(observation.table(samples, rule))
