@@ -8,9 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.errors import SpecError, did_you_mean
+from edgeseg.spec import InputSpec
 from edgeseg.store.engine import Engine
 from edgeseg.store.manifest import OnnxGraph, PrecisionReport
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with what is done and what there is in all."""
+
+NodeTime: TypeAlias = "tuple[str, float, str | None]"
+"""A node or layer that ran: its name, milliseconds, and dtype where known."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,8 @@ class Backend(Protocol):
     name: str
     scheme: str
     """Q/DQ scheme (a key of ``edgeseg.quantize.schemes.SCHEMES``) that is fast on this backend on this machine."""
+    profiler: str
+    """What :meth:`profile` has its times from, in words."""
 
     def status(self) -> BackendStatus:
         """Say whether this backend works here. Never raises."""
@@ -164,6 +171,15 @@ class Backend(Protocol):
     def load(self, engine: Engine) -> Session:
         """Load a checked engine folder. Raises ``BuildError``, ``ArtifactError``, ``MissingDependencyError``."""
         ...
+
+    def profile(self, engine: Engine, runs: int) -> Sequence[NodeTime]:
+        """Time every node or layer in each of ``runs`` runs of a grey image, in the order they run. Raises as :meth:`load`."""
+        ...
+
+
+def grey_batch(spec: InputSpec) -> NDArray[Any]:
+    """The smallest batch of an engine's own size, ``(N, H, W, C)``: for what does not depend on what images show."""
+    return np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, spec.dtype)
 
 
 def require_known(target: str, options: Iterable[str], allowed: Sequence[str]) -> None:

@@ -277,9 +277,8 @@ class _Bench:
                     self._note(contender, f"not profiled: {exc}")
                     continue
                 self._learn(contender, profile=profile)
-                if profile is not None:
-                    slowest = max(profile.modules, key=lambda module: module.time_ms)
-                    said.append(f"{contender.name}: {slowest.module} {slowest.share:.0%}")
+                slowest = max(profile.modules, key=lambda module: module.time_ms)
+                said.append(f"{contender.name}: {slowest.module} {slowest.share:.0%}")
 
     def judge(self, request: AccuracyRequest, contenders: Sequence[Contender]) -> None:
         """Judge all; when that fails, the latency found before is not thrown away."""

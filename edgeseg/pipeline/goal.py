@@ -393,18 +393,15 @@ class GoalSearch:
         )
 
 
-def measured_times(network: NetworkModules, int8: Engine, floats: Engine) -> ModuleTimes | None:
-    """Milliseconds by module of both engines, profiled in turns; ``None`` where the backend has no profile."""
+def measured_times(network: NetworkModules, int8: Engine, floats: Engine) -> ModuleTimes:
+    """Milliseconds by module of both engines, profiled in turns."""
     from edgeseg.evaluate.latency.profile import profile_engine
 
     ours: list[Profile] = []
     theirs: list[Profile] = []
     for _ in range(PROFILES):
         for engine, profiles in ((int8, ours), (floats, theirs)):
-            profile = profile_engine(engine, RUNS)
-            if profile is None:
-                return None
-            profiles.append(profile)
+            profiles.append(profile_engine(engine, RUNS))
     return module_times(ours, theirs, network.modules, f"the {ours[0].source} on this machine")
 
 

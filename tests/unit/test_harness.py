@@ -14,7 +14,7 @@ from test_latency import Clock, measure
 from edgeseg.backends.base import StageTimes
 from edgeseg.evaluate.latency.batches import batch_count, bootstrap_interval, median_of, ratio_interval
 from edgeseg.evaluate.latency.measure import StageClock
-from edgeseg.evaluate.latency.profile import group_by_module, profile_of_layers
+from edgeseg.evaluate.latency.profile import group_by_module
 from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, compare, measure_interleaved
 from edgeseg.evaluate.latency.statistics import distribution, noise_flags, speed_comparison
 from edgeseg.evaluate.latency.streams import measure_streams, measure_throughput
@@ -287,7 +287,9 @@ def test_node_times_are_summed_by_module() -> None:
 
 
 def test_layers_reported_by_a_profiler_are_means_over_runs() -> None:
-    reports = [("encoder.layer1.0/Conv", 2.0), ("decoder.p4/Conv", 1.0)] * 3
-    profile = profile_of_layers(reports, runs=3)
-    assert [(m.module, m.time_ms) for m in profile.modules] == [("encoder.layer1", 2.0), ("decoder.p4", 1.0)]
-    assert profile.source == "tensorrt IProfiler"
+    reports = [("encoder.layer1.0/Conv", 2.0, None), ("decoder.p4/Conv", 1.0, None)] * 3
+    profile = group_by_module(reports, "test", runs=3)
+    assert [(m.module, m.nodes, m.time_ms) for m in profile.modules] == [
+        ("encoder.layer1", 1, 2.0),
+        ("decoder.p4", 1, 1.0),
+    ]

@@ -17,7 +17,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
+from edgeseg.backends.base import BackendStatus, BuiltEngine, NodeTime, Progress
 from edgeseg.backends.cpu.inherited import keep_in_forks
 from edgeseg.backends.cpu.options import (
     WITHOUT_VNNI,
@@ -27,7 +27,7 @@ from edgeseg.backends.cpu.options import (
     saved_options,
     threads_and_streams,
 )
-from edgeseg.backends.cpu.precision import executed_node, executed_precision, node_times, profiled_events
+from edgeseg.backends.cpu.precision import executed_node, executed_precision, profiled_events
 from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.backends.signature import ANY, TensorInfo, check_signature
 from edgeseg.closing import Closing
@@ -61,6 +61,7 @@ class OnnxRuntimeBackend:
 
     cpu: Cpu
     name: str = "onnxruntime"
+    profiler: str = "onnxruntime profiler"
 
     @property
     def scheme(self) -> str:
@@ -119,6 +120,15 @@ class OnnxRuntimeBackend:
         check_signature(_tensors(session.get_inputs()), _tensors(session.get_outputs()), engine.manifest.spec)
         return OnnxRuntimeSession(session, engine.manifest.spec.input)
 
+    def profile(self, engine: Engine, runs: int) -> list[NodeTime]:
+        """Milliseconds of each node in each run, in the order they run."""
+        ort, path = _import_ort(), engine.engine_path
+        check_built_for(engine, self.cpu, "onnxruntime", str(ort.__version__))
+        require_self_contained(path)
+        events = profiled_events(ort, path, self.load_settings(ort, engine), engine.manifest.spec.input, runs)
+        nodes = ((executed_node(event), event["dur"] / 1000) for event in events)
+        return [(node.name, ms, node.dtype) for node, ms in nodes]
+
     def load_settings(self, ort: Any, engine: Engine) -> Any:
         """The session options ``engine`` is run with."""
         settings = _session_options(ort, saved_options(engine, self.name), self.cpu)
@@ -174,15 +184,6 @@ def open_unoptimized(path: Path) -> OnnxRuntimeSession:
     # Optimizing writes another graph: float biases become int32, which overflows for filters that are nearly zero.
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return OnnxRuntimeSession(_open(ort, path, settings, ArtifactError))
-
-
-def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
-    """(node name, milliseconds in one run, dtype) of each node, in the order they run, from ONNX Runtime's profiler."""
-    ort, chosen = _import_ort(), backend()
-    check_built_for(engine, chosen.cpu, "onnxruntime", str(ort.__version__))
-    settings = chosen.load_settings(ort, engine)
-    require_self_contained(engine.engine_path)
-    return node_times(profiled_events(ort, engine.engine_path, settings, engine.manifest.spec.input, runs), runs)
 
 
 def _import_ort() -> Any:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
+from edgeseg.backends.base import BackendStatus, BuiltEngine, NodeTime, Progress, grey_batch
 from edgeseg.backends.cpu.inherited import keep_in_forks
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
 from edgeseg.backends.cpu.openvino_group_norm import replace_group_norm
@@ -49,6 +49,7 @@ class OpenVinoBackend:
 
     cpu: Cpu
     name: str = "openvino"
+    profiler: str = "openvino profiling_info"
 
     @property
     def scheme(self) -> str:
@@ -110,6 +111,36 @@ class OpenVinoBackend:
             raise ArtifactError(f"OpenVINO cannot load {path}: {one_line(exc)}") from exc
         check_signature(_tensors(compiled.inputs), _tensors(compiled.outputs), manifest.spec)
         return OpenVinoSession(compiled, manifest.spec.input)
+
+    def profile(self, engine: Engine, runs: int) -> list[NodeTime]:
+        """Milliseconds of each executed layer in each run, from OpenVINO's performance counters.
+
+        The portable graph is compiled again with counters on: an exported engine was made without them.
+
+        Raises:
+            BuildError: OpenVINO cannot compile or run it.
+        """
+        from edgeseg.store.onnx_file import read_onnx
+
+        ov, manifest = _import_openvino(), engine.manifest
+        read_onnx(engine.graph_path)
+        settings = self._settings(ov, saved_options(engine, self.name), manifest.precision.requested)
+        image = grey_batch(manifest.spec.input)
+        layers: list[NodeTime] = []
+        try:
+            model = _read(ov, engine.graph_path)
+            request = ov.Core().compile_model(model, "CPU", {**settings, "PERF_COUNT": True}).create_infer_request()
+            request.infer([image], share_inputs=True)  # allocates; not counted
+            for _ in range(runs):
+                request.infer([image], share_inputs=True)
+                for layer in request.profiling_info:
+                    if "EXECUTED" in str(layer.status) and "NOT_RUN" not in str(layer.status):
+                        kernel_dtype = str(layer.exec_type).rpartition("_")[2].lower()
+                        dtype = _DTYPES.get(kernel_dtype, kernel_dtype)
+                        layers.append((layer.node_name, layer.real_time.total_seconds() * 1000, dtype))
+        except Exception as exc:  # see build
+            raise BuildError(f"OpenVINO {_version(ov)} cannot profile {engine.graph_path}: {one_line(exc)}") from exc
+        return layers
 
     def _settings(self, ov: Any, options: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
         hint = "f32"
@@ -179,39 +210,6 @@ class OpenVinoSession(Closing):
 def backend() -> OpenVinoBackend:
     """Return the backend for the CPU at hand."""
     return OpenVinoBackend(this_cpu())
-
-
-def profile_nodes(engine: Engine, runs: int) -> list[tuple[str, float, str]]:
-    """(layer name, milliseconds in one run, dtype) of each executed layer, from OpenVINO's performance counters.
-
-    The portable graph is compiled again with counters on: an exported engine was made without them.
-
-    Raises:
-        BuildError: OpenVINO cannot compile or run it.
-    """
-    from edgeseg.store.onnx_file import read_onnx
-
-    ov, chosen, manifest = _import_openvino(), backend(), engine.manifest
-    read_onnx(engine.graph_path)
-    settings = chosen._settings(ov, saved_options(engine, chosen.name), manifest.precision.requested)
-    spec = manifest.spec.input
-    image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, spec.dtype)
-    try:
-        model = _read(ov, engine.graph_path)
-        request = ov.Core().compile_model(model, "CPU", {**settings, "PERF_COUNT": True}).create_infer_request()
-        request.infer([image], share_inputs=True)  # allocates; not counted
-        total: dict[str, float] = {}
-        dtypes: dict[str, str] = {}
-        for _ in range(runs):
-            request.infer([image], share_inputs=True)
-            for layer in request.profiling_info:
-                if "EXECUTED" in str(layer.status) and "NOT_RUN" not in str(layer.status):
-                    total[layer.node_name] = total.get(layer.node_name, 0.0) + layer.real_time.total_seconds() * 1000
-                    kernel_dtype = str(layer.exec_type).rpartition("_")[2].lower()
-                    dtypes[layer.node_name] = _DTYPES.get(kernel_dtype, kernel_dtype)
-    except Exception as exc:  # see OpenVinoBackend.build
-        raise BuildError(f"OpenVINO {_version(ov)} cannot profile {engine.graph_path}: {one_line(exc)}") from exc
-    return [(name, ms / runs, dtypes[name]) for name, ms in total.items()]
 
 
 def _read(ov: Any, path: Path) -> Any:

@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from edgeseg.backends.base import grey_batch
 from edgeseg.errors import BuildError
 from edgeseg.spec import InputSpec, Precision
 from edgeseg.store.manifest import PrecisionReport
@@ -74,7 +73,7 @@ def profiled_events(ort: Any, path: Path, settings: Any, spec: InputSpec, runs: 
     Raises:
         BuildError: ONNX Runtime wrote no profile.
     """
-    image = np.full((spec.batch.minimum, spec.height, spec.width, spec.channels), 127, spec.dtype)
+    image = grey_batch(spec)
     with tempfile.TemporaryDirectory(prefix="edgeseg-profile-") as folder:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / "run")
@@ -88,17 +87,6 @@ def profiled_events(ort: Any, path: Path, settings: Any, spec: InputSpec, runs: 
         raise BuildError(f"ONNX Runtime {ort.__version__} profiled no node of {path}; report its version")
     kernels.sort(key=lambda event: event["ts"])
     return kernels if runs == 1 else kernels[len(kernels) // (runs + 1) :]
-
-
-def node_times(events: list[dict[str, Any]], runs: int) -> list[tuple[str, float, str]]:
-    """(node name, milliseconds in one run, dtype) of events from :func:`profiled_events`, in the order they ran."""
-    total: dict[str, float] = {}
-    dtypes: dict[str, str] = {}
-    for event in events:
-        name = event["name"].removesuffix(_KERNEL)
-        total[name] = total.get(name, 0.0) + event["dur"] / 1000
-        dtypes[name] = executed_node(event).dtype
-    return [(name, ms / runs, dtypes[name]) for name, ms in total.items()]
 
 
 def executed_precision(path: Path, requested: Precision, executed: list[ExecutedNode], batch: int) -> PrecisionReport:

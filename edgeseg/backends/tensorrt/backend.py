@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
+from edgeseg.backends.base import BackendStatus, BuiltEngine, NodeTime, Progress
 from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.backends.tensorrt.device import check_built_for, closed_on_failure, find_gpu
@@ -27,7 +27,7 @@ from edgeseg.backends.tensorrt.log import LOG_NAME, keep_log
 from edgeseg.backends.tensorrt.module import MIB, TENSORRT, Library
 from edgeseg.backends.tensorrt.options import TensorRTOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt.progress import progress_monitor
-from edgeseg.backends.tensorrt.session import open_session
+from edgeseg.backends.tensorrt.session import TensorRTSession, open_session
 from edgeseg.backends.tensorrt.times import LayerTimes, measure_layer_times
 from edgeseg.errors import BuildError, DeviceError, EdgesegError, MissingDependencyError, SpecError
 from edgeseg.spec import PipelineSpec, Precision
@@ -67,6 +67,7 @@ class TensorRTBackend:
 
     name: str = "tensorrt"
     scheme: str = "tensorrt"
+    profiler: str = "tensorrt IProfiler"
     import_module: Callable[[], Any] = TENSORRT.load
     gpu: Callable[[], CudaDevice] = find_gpu
     layer_times: Callable[..., LayerTimes] = measure_layer_times
@@ -132,7 +133,7 @@ class TensorRTBackend:
             notes=(*sharing_notes, *(timing.notes if timing is not None else ()), *notes),
         )
 
-    def load(self, engine: Engine) -> Session:
+    def load(self, engine: Engine) -> TensorRTSession:
         """Load an engine folder built on a GPU and with a TensorRT of the same kind.
 
         Raises:
@@ -146,7 +147,12 @@ class TensorRTBackend:
             check_built_for(engine, self.name, str(trt.__version__), cuda.device)
             return self._opened(trt, cuda, engine, path)
 
-    def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path) -> Session:
+    def profile(self, engine: Engine, runs: int) -> list[NodeTime]:
+        """Milliseconds of each layer in each run; see :meth:`~edgeseg.backends.tensorrt.session.TensorRTSession.layer_times`."""
+        with self.load(engine) as session:
+            return [(name, ms, None) for name, ms in session.layer_times(runs)]
+
+    def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path) -> TensorRTSession:
         options = engine.manifest.options
         with TENSORRT.heard(trt) as library, cuda.active():
             loaded = library.deserialize(path.read_bytes(), options, path, engine.graph_path)

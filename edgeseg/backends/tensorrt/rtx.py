@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress, Session
+from edgeseg.backends.base import BackendStatus, BuiltEngine, NodeTime, Progress
 from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.backends.tensorrt.device import closed_on_failure, find_gpu
@@ -21,7 +21,7 @@ from edgeseg.backends.tensorrt.module import MIB, TENSORRT_RTX, Library
 from edgeseg.backends.tensorrt.options import RTX_SMS, RtxOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt.progress import progress_monitor
 from edgeseg.backends.tensorrt.rtx_cache import CachingEngine, runtime_cache_path
-from edgeseg.backends.tensorrt.session import open_session
+from edgeseg.backends.tensorrt.session import TensorRTSession, open_session
 from edgeseg.errors import BuildError, EdgesegError, StaleEngineError, typed
 from edgeseg.store.engine import Engine
 from edgeseg.store.manifest import OnnxGraph, PrecisionReport
@@ -46,6 +46,7 @@ class TensorRTRtxBackend:
 
     name: str = "tensorrt-rtx"
     scheme: str = "tensorrt"
+    profiler: str = "tensorrt IProfiler"
     import_module: Callable[[], Any] = TENSORRT_RTX.load
     gpu: Callable[[], CudaDevice] = find_gpu
 
@@ -127,7 +128,7 @@ class TensorRTRtxBackend:
             return ()
         return (10 * major + minor,) if 10 * major + minor in RTX_SMS else ()
 
-    def load(self, engine: Engine) -> Session:
+    def load(self, engine: Engine) -> TensorRTSession:
         """Load an engine folder on a GPU whose compute capability it was built for.
 
         Raises:
@@ -141,7 +142,12 @@ class TensorRTRtxBackend:
             check_sm(engine, str(trt.__version__), cuda.device)
             return self._opened(trt, cuda, engine, path)
 
-    def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path) -> Session:
+    def profile(self, engine: Engine, runs: int) -> list[NodeTime]:
+        """Milliseconds of each layer in each run; see :meth:`~edgeseg.backends.tensorrt.session.TensorRTSession.layer_times`."""
+        with self.load(engine) as session:
+            return [(name, ms, None) for name, ms in session.layer_times(runs)]
+
+    def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path) -> TensorRTSession:
         manifest = engine.manifest
         with TENSORRT_RTX.heard(trt) as library, cuda.active():
             loaded = library.deserialize(path.read_bytes(), manifest.options, path, engine.graph_path)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.backends.base import StageTimes
+from edgeseg.backends.base import StageTimes, grey_batch
 from edgeseg.backends.cuda.arrays import DeviceTensor, device_images
 from edgeseg.backends.cuda.device import Cuda
 from edgeseg.backends.cuda.result_memory import Lease, ResultMemory
@@ -91,6 +91,7 @@ class TensorRTSession(Closing):
     ) -> None:
         self.options = options = options or SessionOptions()
         self._trt = trt
+        self._spec = spec.input
         self._cuda = cuda
         self._image, self._outputs = io_tensors(trt, engine)
         described = [tensor.described() for tensor in self._outputs]
@@ -145,12 +146,8 @@ class TensorRTSession(Closing):
             lane.enqueue(images, timed=True)
             return self._converted(lane.finish()), lane.stage_times()
 
-    def layer_times(self, images: NDArray[Any], runs: int) -> list[tuple[str, float]]:
-        """What TensorRT's ``IProfiler`` reports over ``runs`` runs of a batch, after one that is not counted.
-
-        Args:
-            images: ``(N, H, W, C)``.
-            runs: how often.
+    def layer_times(self, runs: int) -> list[tuple[str, float]]:
+        """What TensorRT's ``IProfiler`` reports over ``runs`` runs of a grey batch, after one that is not counted.
 
         Returns:
             (layer name, milliseconds), every layer once per run, in the order they run. Their sum is more than the time
@@ -159,7 +156,7 @@ class TensorRTSession(Closing):
         Raises:
             InputError, DeviceError: see :meth:`run`.
         """
-        self._check(images.dtype, images.shape)
+        images = grey_batch(self._spec)
         reports: list[tuple[str, float]] = []
         lane = self._lanes.take(wait=True)
         assert lane is not None

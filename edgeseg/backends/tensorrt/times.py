@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
 from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.backends.tensorrt.device import closed_on_failure
 from edgeseg.backends.tensorrt.module import Library
@@ -35,13 +33,11 @@ def measure_layer_times(library: Library, plan: bytes, options: Mapping[str, Any
     Raises:
         MissingDependencyError, DeviceError: no CUDA layer; the GPU has no memory left for it, or cannot run it.
     """
-    size = parsed.spec.input
-    grey = np.full((size.batch.minimum, size.height, size.width, size.channels), 128, size.dtype)
     cuda = open_cuda()
     with closed_on_failure(cuda):
         session = _opened(library, cuda, plan, options, parsed)
     with session:
-        return session.layer_times(grey, RUNS)
+        return session.layer_times(RUNS)
 
 
 def _opened(
