@@ -6,9 +6,12 @@ backend asks, when it has loaded an engine, whether it is one of the contract.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
+
+import numpy as np
 
 from edgeseg.errors import ArtifactError
 from edgeseg.spec import PipelineSpec
@@ -36,9 +39,25 @@ class TensorInfo:
     dtype: str
     shape: tuple[Extent, ...] | None
 
-    def __str__(self) -> str:
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape is one of these."""
+        return self.shape is None or (
+            len(shape) == len(self.shape)
+            and all(low <= n and (high is None or n <= high) for n, (low, high) in zip(shape, self.shape, strict=True))
+        )
+
+    def size_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of one of this shape."""
+        return math.prod(shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def kind(self) -> str:
+        """``uint8 (1..8, 256, 256, 3)``."""
         sizes = [_text(extent) for extent in self.shape] if self.shape is not None else ["..."]
-        return f"{self.name} {self.dtype} ({', '.join(sizes)})"
+        return f"{self.dtype} ({', '.join(sizes)})"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.kind}"
 
 
 def check_signature(

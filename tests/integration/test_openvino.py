@@ -205,7 +205,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="built for a CPU with"):
         backend.load(engine(tmp_path, built, isa="x86 other"))
     session = backend.load(engine(tmp_path, built))
-    with pytest.raises(InputError, match=r"images are uint8 \(1, 8, 8, 3\), this engine takes uint8 \[1,16,24,3\]"):
+    with pytest.raises(InputError, match=r"images are uint8 \(1, 8, 8, 3\), this engine takes uint8 \(1, 16, 24, 3\)"):
         session.run(np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(InputError, match="float32"):
         session.run(np.zeros((1, HEIGHT, WIDTH, 3), np.float32))  # type: ignore[arg-type]

@@ -143,9 +143,7 @@ class OnnxRuntimeSession(Closing):
         keep_in_forks(session)
         self._session = session
         self._spec = spec
-        (image,) = session.get_inputs()
-        self._input, self._dtype = image.name, _dtype(image)
-        self._shape = tuple(image.shape)
+        (self._image,) = _tensors(session.get_inputs())
         self._outputs = [output.name for output in session.get_outputs()]
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -159,12 +157,13 @@ class OnnxRuntimeSession(Closing):
         if self._spec is not None:
             check_image_size(images.shape, self._spec)
         try:
-            return dict(zip(self._outputs, self._session.run(self._outputs, {self._input: images}), strict=True))
+            return dict(zip(self._outputs, self._session.run(self._outputs, {self._image.name: images}), strict=True))
         except Exception as exc:
             # ONNX Runtime derives nothing useful from its exceptions; the shape is the one thing a caller gets wrong.
-            if images.dtype != self._dtype or not _fits(images.shape, self._shape):
-                wanted = f"{self._dtype} ({', '.join(map(str, self._shape))})"
-                raise InputError(f"images are {images.dtype} {images.shape}, this engine takes {wanted}") from exc
+            if images.dtype != self._image.dtype or not self._image.takes(images.shape):
+                raise InputError(
+                    f"images are {images.dtype} {images.shape}, this engine takes {self._image.kind}"
+                ) from exc
             raise BuildError(f"ONNX Runtime failed to run the engine: {one_line(exc)}") from exc
 
     def close(self) -> None:
@@ -235,26 +234,15 @@ def _open(
         raise error(f"ONNX Runtime {ort.__version__} cannot load {path}: {one_line(exc)}") from exc
 
 
-def _dtype(argument: Any) -> str:
-    """numpy's name of ``tensor(float)``."""
-    dtype: str = argument.type.removeprefix("tensor(").removesuffix(")")
-    return {"float": "float32"}.get(dtype, dtype)
-
-
 def _tensors(arguments: Sequence[Any]) -> list[TensorInfo]:
     """What ONNX Runtime says of a session's inputs or outputs: ``tensor(uint8)``, a number or a name per dimension."""
     tensors = []
     for argument in arguments:
         # A scalar and a shape nobody knows look alike.
         shape = [(size, size) if isinstance(size, int) else ANY for size in argument.shape] or None
-        tensors.append(TensorInfo(argument.name, _dtype(argument), shape and tuple(shape)))
+        dtype = argument.type.removeprefix("tensor(").removesuffix(")")
+        tensors.append(TensorInfo(argument.name, {"float": "float32"}.get(dtype, dtype), shape and tuple(shape)))
     return tensors
-
-
-def _fits(shape: tuple[int, ...], wanted: tuple[Any, ...]) -> bool:
-    return len(shape) == len(wanted) and all(
-        not isinstance(w, int) or s == w for s, w in zip(shape, wanted, strict=True)
-    )
 
 
 def _advice(cpu: Cpu) -> str:

@@ -166,7 +166,7 @@ class OpenVinoSession(Closing):
         self._idle = [compiled.create_infer_request()]
         self._lock = threading.Lock()
         self._outputs = [output.get_any_name() for output in compiled.outputs]
-        self._shape = compiled.inputs[0].get_partial_shape()
+        (self._image,) = _tensors(compiled.inputs)
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Run one batch: ``(N, H, W, C)`` of the engine's dtype in, arrays by output name out.
@@ -177,10 +177,9 @@ class OpenVinoSession(Closing):
         """
         if self._compiled is None:
             raise InputError("this session is closed; load the engine again")
-        if images.dtype != self._spec.dtype or not self._fits(images.shape):
+        if images.dtype != self._image.dtype or not self._image.takes(images.shape):
             # Asked first: OpenVINO would convert another dtype without a word.
-            wanted = f"{self._spec.dtype} {self._shape}"
-            raise InputError(f"images are {images.dtype} {images.shape}, this engine takes {wanted}")
+            raise InputError(f"images are {images.dtype} {images.shape}, this engine takes {self._image.kind}")
         check_image_size(images.shape, self._spec)
         with self._lock:
             request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
@@ -193,13 +192,6 @@ class OpenVinoSession(Closing):
         finally:
             with self._lock:
                 self._idle.append(request)
-
-    def _fits(self, shape: tuple[int, ...]) -> bool:
-        dimensions = list(self._shape)
-        return len(shape) == len(dimensions) and all(
-            d.get_min_length() <= n <= (d.get_max_length() if d.get_max_length() > 0 else n)
-            for n, d in zip(shape, dimensions, strict=True)
-        )
 
     def close(self) -> None:
         """Free the engine's memory and threads."""

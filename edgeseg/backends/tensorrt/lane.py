@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,50 +27,18 @@ if TYPE_CHECKING:
 ALIGNMENT_BYTES = 256
 """What TensorRT asks of the addresses of inputs and outputs."""
 
-_DTYPES: dict[str, type[np.generic]] = {
-    "FLOAT": np.float32,
-    "HALF": np.float16,
-    "INT8": np.int8,
-    "UINT8": np.uint8,
-    "INT32": np.int32,
-    "INT64": np.int64,
-    "BOOL": np.bool_,
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
 }
 
 
-@dataclass(frozen=True)
-class IoTensor:
-    """An input or output of the engine.
-
-    Attributes:
-        shape: ``-1`` for what is known at run time only.
-        smallest, largest: shapes an input may have.
-    """
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    smallest: tuple[int, ...]
-    largest: tuple[int, ...]
-
-    def accepts(self, shape: tuple[int, ...]) -> bool:
-        return len(shape) == len(self.smallest) and all(
-            low <= n <= high for low, n, high in zip(self.smallest, shape, self.largest, strict=True)
-        )
-
-    def described(self) -> TensorInfo:
-        """The tensor as its manifest is compared with; an output's open sizes have no limit of their own."""
-        sizes = zip(self.smallest, self.largest, strict=True)
-        return TensorInfo(self.name, self.dtype.name, tuple(ANY if high == -1 else (low, high) for low, high in sizes))
-
-    @property
-    def shape_text(self) -> str:
-        """``(1..8, 256, 256, 3)``."""
-        sizes = zip(self.smallest, self.largest, strict=True)
-        return "(" + ", ".join(str(low) if low == high else f"{low}..{high}" for low, high in sizes) + ")"
-
-
-def io_tensors(trt: TensorRT, engine: ICudaEngine | CachingEngine) -> tuple[IoTensor, tuple[IoTensor, ...]]:
+def io_tensors(trt: TensorRT, engine: ICudaEngine | CachingEngine) -> tuple[TensorInfo, tuple[TensorInfo, ...]]:
     """The engine's one image input and its outputs. Raises :class:`DeviceError` for an engine that is not edgeseg's."""
     dtypes = {getattr(trt.DataType, name): kind for name, kind in _DTYPES.items() if hasattr(trt.DataType, name)}
     inputs, outputs = [], []
@@ -83,11 +49,11 @@ def io_tensors(trt: TensorRT, engine: ICudaEngine | CachingEngine) -> tuple[IoTe
             raise DeviceError(f"the engine's tensor {name} is {dtype}, which numpy has not; build the engine again")
         if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
             low, _, high = engine.get_tensor_profile_shape(name, 0) if -1 in shape else (shape, shape, shape)
-            inputs.append(IoTensor(name, np.dtype(dtypes[dtype]), shape, tuple(low), tuple(high)))
+            inputs.append(TensorInfo(name, dtypes[dtype], tuple(zip(low, high, strict=True))))
         else:
-            outputs.append(IoTensor(name, np.dtype(dtypes[dtype]), shape, shape, shape))
-    if len(inputs) != 1 or inputs[0].dtype not in (np.uint8, np.float32) or len(inputs[0].shape) != 4:
-        listed = ", ".join(f"{t.name} {t.dtype} {t.shape_text}" for t in inputs)
+            outputs.append(TensorInfo(name, dtypes[dtype], tuple(ANY if n == -1 else (n, n) for n in shape)))
+    if len(inputs) != 1 or inputs[0].dtype not in ("uint8", "float32") or len(inputs[0].shape or ()) != 4:
+        listed = ", ".join(map(str, inputs))
         raise DeviceError(
             f"the engine's inputs are [{listed}]; edgeseg's engines have one, uint8 or float32 (N, H, W, C)"
         )
@@ -103,10 +69,10 @@ class _Buffer:
         address: where the GPU has it.
     """
 
-    def __init__(self, cuda: Cuda, mapped: bool, dtype: np.dtype[Any]) -> None:
+    def __init__(self, cuda: Cuda, mapped: bool, tensor: TensorInfo) -> None:
         self._cuda = cuda
         self._mapped = mapped
-        self._dtype = dtype
+        self._tensor = tensor
         self._host: HostMemory | None = None
         self._device: DeviceMemory | None = None
         self.bytes: NDArray[np.uint8]
@@ -118,7 +84,7 @@ class _Buffer:
         """Make it of a shape; allocates when it was never as large."""
         if shape == self.array.shape and self._host is not None:
             return
-        size_bytes = math.prod(shape) * self._dtype.itemsize
+        size_bytes = self._tensor.size_bytes(shape)
         if self._host is None or self._host.size_bytes < size_bytes:
             # Freed first: two sizes at once might not fit the device.
             self.close()
@@ -131,7 +97,7 @@ class _Buffer:
                 self.address = self._device.address
                 self._host = self._cuda.host_memory(size_bytes)
         self.bytes = self._host.array[:size_bytes]
-        self.array = self.bytes.view(self._dtype).reshape(shape)
+        self.array = self.bytes.view(self._tensor.dtype).reshape(shape)
 
     def close(self) -> None:
         self._forget()
@@ -144,7 +110,7 @@ class _Buffer:
 
     def _forget(self) -> None:
         # No view may outlive the memory.
-        self.bytes, self.array = np.empty(0, np.uint8), np.empty(0, self._dtype)
+        self.bytes, self.array = np.empty(0, np.uint8), np.empty(0, self._tensor.dtype)
         self.address = 0
 
 
@@ -167,8 +133,8 @@ class Lane:
         self,
         engine: ICudaEngine | CachingEngine,
         cuda: Cuda,
-        image: IoTensor,
-        outputs: tuple[IoTensor, ...],
+        image: TensorInfo,
+        outputs: tuple[TensorInfo, ...],
         *,
         mapped: bool,
         cuda_graph: bool,
@@ -179,6 +145,8 @@ class Lane:
         self._outputs = outputs
         self._mapped = mapped
         self._wants_graph = cuda_graph
+        shape = tuple(engine.get_tensor_shape(image.name))
+        self._is_dynamic = -1 in shape
         self._on_note = on_note
         self._profiler: Any = None
         self._graph: Graph | None = None
@@ -194,16 +162,16 @@ class Lane:
             self._stream_address = self._stream.address
             self._marks = tuple(making.enter_context(cuda.event()) for _ in range(4))
             self._foreign = making.enter_context(cuda.event(timing=False))
-            self._input = _Buffer(cuda, mapped, image.dtype)
+            self._input = _Buffer(cuda, mapped, image)
             making.callback(self._input.close)
-            self._results = {tensor.name: _Buffer(cuda, mapped, tensor.dtype) for tensor in outputs}
+            self._results = {tensor.name: _Buffer(cuda, mapped, tensor) for tensor in outputs}
             for buffer in self._results.values():
                 making.callback(buffer.close)
             making.callback(self._forget_context)
             self._make_context(engine)
-            if -1 not in image.shape:
+            if not self._is_dynamic:
                 # The only shape there is: an engine that does not fit fails now, not at the first image.
-                self._prepare(image.shape)
+                self._prepare(shape)
             self._resources = making.pop_all()
 
     @property
@@ -267,12 +235,10 @@ class Lane:
         address = images.address
         if address % ALIGNMENT_BYTES:
             self._input.fit(shape)
-            self._stream.copy_on_device(self._input.address, address, math.prod(shape) * self._image.dtype.itemsize)
+            self._stream.copy_on_device(self._input.address, address, self._image.size_bytes(shape))
             address = self._input.address
-        results = {
-            tensor.name: (lend(math.prod(self._shapes[tensor.name]) * tensor.dtype.itemsize), self._shapes[tensor.name])
-            for tensor in self._outputs
-        }
+        shapes = {tensor: self._shapes[tensor.name] for tensor in self._outputs}
+        results = {tensor.name: (lend(tensor.size_bytes(shape)), shape) for tensor, shape in shapes.items()}
         leases = [lease for lease, _ in results.values()]
         readers = {lease.before for lease in leases}
         if "any stream" in readers:
@@ -316,7 +282,7 @@ class Lane:
                 "of GPU memory free; close other programs on the GPU, or use fewer contexts"
             )
         # In TensorRT 8 only the first context of an engine gets a profile by itself.
-        if -1 in self._image.shape and not self._context.set_optimization_profile_async(0, self._stream_address):
+        if self._is_dynamic and not self._context.set_optimization_profile_async(0, self._stream_address):
             raise DeviceError(
                 "this engine's shapes serve one context at a time (TensorRT 8 without profile sharing); "
                 "run: edgeseg compile ENGINE_DIR --backend-option contexts=1"
@@ -341,7 +307,7 @@ class Lane:
         self._drop_graph()
         self._shape = None
         if not self._context.set_input_shape(self._image.name, shape):
-            raise InputError(f"TensorRT refuses images of shape {shape}; this engine takes {self._image.shape_text}")
+            raise InputError(f"TensorRT refuses images of shape {shape}; this engine takes {self._image.kind}")
         for tensor in self._outputs:
             dims = tuple(self._context.get_tensor_shape(tensor.name))
             if any(n < 0 for n in dims):

@@ -7,13 +7,13 @@ differs between versions is in :mod:`edgeseg.backends.tensorrt.backend`.
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import threading
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +94,7 @@ class TensorRTSession(Closing):
         self._spec = spec.input
         self._cuda = cuda
         self._image, self._outputs = io_tensors(trt, engine)
-        described = [tensor.described() for tensor in self._outputs]
-        check_signature([self._image.described()], described, spec, has_uint16=False)
+        check_signature([self._image], self._outputs, spec, has_uint16=False)
         # TensorRT has no 16-bit integers: images of them are copied as float32, masks leave the engine wider.
         self._dtype = np.dtype(spec.input.dtype)
         self._mask_dtype = np.dtype(spec.mask_dtype)
@@ -231,7 +230,7 @@ class TensorRTSession(Closing):
         with ExitStack() as afterwards:
             try:
                 with self._lanes.lane() as lane:
-                    images = device_images(image, self._cuda, lane.stream, self._image.dtype)
+                    images = device_images(image, self._cuda, lane.stream, np.dtype(self._image.dtype))
                     afterwards.callback(images.release)
                     shape = self._batched(images.shape)
                     self._check(self._dtype, shape)
@@ -241,7 +240,7 @@ class TensorRTSession(Closing):
                     with suppress(DeviceError):
                         lease.spoil()
                 raise
-        dtypes = {tensor.name: tensor.dtype for tensor in self._outputs}
+        dtypes = {tensor.name: np.dtype(tensor.dtype) for tensor in self._outputs}
         return {name: DeviceTensor(self._cuda, lease, shape, dtypes[name]) for name, (lease, shape) in results.items()}
 
     def close(self) -> None:
@@ -266,8 +265,9 @@ class TensorRTSession(Closing):
             self.close()
 
     def _check(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        if dtype != self._dtype or not self._image.accepts(shape):
-            raise InputError(f"images are {dtype} {shape}, this engine takes {self._dtype} {self._image.shape_text}")
+        if dtype != self._dtype or not self._image.takes(shape):
+            wanted = replace(self._image, dtype=self._dtype.name)
+            raise InputError(f"images are {dtype} {shape}, this engine takes {wanted.kind}")
 
     def _converted(self, outputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         if "mask" in outputs:
@@ -276,8 +276,7 @@ class TensorRTSession(Closing):
 
     def _batched(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of images that may lack the batch axis, and with one channel the channel axis."""
-        channels = self._image.largest[-1]
-        if channels == 1 and shape[-1:] != (1,):
+        if self._spec.channels == 1 and shape[-1:] != (1,):
             shape = (*shape, 1)
         return shape if len(shape) == 4 else (1, *shape)
 
@@ -294,8 +293,7 @@ def open_session(
     trt: TensorRT, engine: ICudaEngine | CachingEngine, spec: PipelineSpec, cuda: Cuda, options: Mapping[str, Any]
 ) -> TensorRTSession:
     """Wrap a deserialized engine in a session, which closes ``cuda``. Of ``options``, the manifest's, it takes its own."""
-    names = [f.name for f in dataclasses.fields(SessionOptions)]
-    chosen = SessionOptions(**{name: options[name] for name in names if name in options})
+    chosen = SessionOptions(**{f.name: options[f.name] for f in fields(SessionOptions) if f.name in options})
     return TensorRTSession(trt, engine, spec, cuda, chosen)
 
 
