@@ -16,7 +16,7 @@ Without a function of your own, :func:`brightness_logits` decides: each pixel by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from engine_folders import write_manifest
 from numpy.typing import NDArray
 
 import edgeseg
-from edgeseg.backends.base import BackendStatus, BuiltEngine, Progress
+from edgeseg.backends.base import ALONE, BackendStatus, BuildContext, BuiltEngine, Options
 from edgeseg.closing import Closing
 from edgeseg.errors import InputError, SpecError
 from edgeseg.runtime.scores import ScoreRule
@@ -146,14 +146,7 @@ class MemoryBackend:
         """It always works."""
         return BackendStatus(True, edgeseg.__version__, "no network, for tests")
 
-    def build(
-        self,
-        graph: OnnxGraph,
-        folder: Path,
-        options: Mapping[str, Any],
-        progress: Progress | None = None,
-        engines_folder: Path | None = None,
-    ) -> BuiltEngine:
+    def build(self, graph: OnnxGraph, folder: Path, options: Options, context: BuildContext = ALONE) -> BuiltEngine:
         """Write an engine file that ignores the graph. Raises ``SpecError`` for any option."""
         if options:
             raise SpecError(f"target memory has no build option {next(iter(options))!r} (allowed: none)")

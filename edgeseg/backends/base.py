@@ -19,6 +19,7 @@ from edgeseg.store.manifest import OnnxGraph, PrecisionReport
 if TYPE_CHECKING:
     from edgeseg.backends.cuda.arrays import DeviceTensor
 
+Options: TypeAlias = Mapping[str, Any]
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with what is done and what there is in all."""
 
@@ -41,6 +42,24 @@ class BackendStatus:
     version: str | None
     detail: str
     can_build: bool = False
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What surrounds a build.
+
+    Attributes:
+        progress: told how far it is, by backends that know.
+        engines_folder: holds engine folders, this one's too when it is complete; what helps the next build on this machine
+            may be kept there. ``None``: the parent of the folder that is written into.
+    """
+
+    progress: Progress | None = None
+    engines_folder: Path | None = None
+
+
+ALONE = BuildContext()
+"""Nobody waits, and nothing is kept for another build."""
 
 
 @dataclass(frozen=True)
@@ -148,23 +167,14 @@ class Backend(Protocol):
         """Say whether this backend works here. Never raises."""
         ...
 
-    def build(
-        self,
-        graph: OnnxGraph,
-        folder: Path,
-        options: Mapping[str, Any],
-        progress: Progress | None = None,
-        engines_folder: Path | None = None,
-    ) -> BuiltEngine:
+    def build(self, graph: OnnxGraph, folder: Path, options: Options, context: BuildContext = ALONE) -> BuiltEngine:
         """Write the engine file into ``folder``. Raises ``BuildError``, ``SpecError`` for unknown options.
 
         Args:
             graph: the portable graph; the calibration table of an int8 one may be beside it.
             folder: to write into.
             options: settings of this backend.
-            progress: told how far the build is, by backends that know.
-            engines_folder: holds engine folders, this one's too when it is complete; what helps the next build on this
-                machine may be kept there. Default: the parent of ``folder``.
+            context: what surrounds the build.
         """
         ...
 

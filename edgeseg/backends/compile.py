@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeseg.backends import BACKENDS, Backend, require_builder
+from edgeseg.backends.base import BuildContext
 from edgeseg.backends.portable import awaits_calibration, builds_here, check_options
 from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.machine.cpu import this_cpu
@@ -143,7 +144,7 @@ def compile_folder(
         copied = dataclasses.replace(graph, path=scratch / old.graph.name)
         with stage(reporter, "compile") as said:
             with _naming_kept(set(kept) - set(options or {}), folder):
-                built = backend.build(copied, scratch, given, reporter.progress, scratch.parent)
+                built = backend.build(copied, scratch, given, BuildContext(reporter.progress, scratch.parent))
             for note in built.notes:
                 reporter.note(note)
             share = built.precision.mac_share.get(built.precision.requested, 0.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeseg.backends import get_backend
-from edgeseg.backends.base import Backend, BuiltEngine, Session
+from edgeseg.backends.base import Backend, BuildContext, BuiltEngine, Session
 from edgeseg.backends.portable import DEVICE_TARGETS, awaits_calibration, builds_here, portable_engine
 from edgeseg.errors import QuantizationError
 from edgeseg.progress import Reporter, stage
@@ -85,14 +85,14 @@ def build_typed(
         backend: whose engine it is.
         graph: of :func:`write_typed`.
         reporter: told about progress, and the backend's notes.
-        engines_folder: parent of the engine folder in the making; see :meth:`~edgeseg.backends.base.Backend.build`.
+        engines_folder: parent of the engine folder in the making; see :class:`~edgeseg.backends.base.BuildContext`.
         is_portable: leave it at the graph though the engine could be built here.
     """
     options = request.options_for(backend.name)
     if is_portable or not builds_here(backend, graph.scheme):
         built = portable_engine(graph, backend.name, request.precision, options)
     else:
-        built = backend.build(graph, graph.path.parent, options, reporter.progress, engines_folder)
+        built = backend.build(graph, graph.path.parent, options, BuildContext(reporter.progress, engines_folder))
     for note in built.notes:
         reporter.note(note)
     return Candidate(backend, graph.path.parent, graph, built)

@@ -105,7 +105,7 @@ class GoalSearch:
         pairs: images to judge on; read again for every candidate.
         reference: PyTorch, which has seen all of ``pairs``.
         write: puts a candidate's files and a manifest into its folder.
-        engines_folder: see :meth:`~edgeseg.backends.base.Backend.build`.
+        engines_folder: see :class:`~edgeseg.backends.base.BuildContext`.
     """
 
     request: BuildRequest

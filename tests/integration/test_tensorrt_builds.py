@@ -13,6 +13,7 @@ from recorded_tensorrt.graphs import SIDE, small_model
 from small_graphs import plain_session
 
 from edgeseg.backends import get_backend
+from edgeseg.backends.base import BuildContext
 from edgeseg.demo import sample_folder
 from edgeseg.errors import BuildError, SpecError
 from edgeseg.evaluate.accuracy.counts import AccuracyMeter
@@ -117,7 +118,9 @@ def test_rtx_tells_the_precision_of_the_parsed_network(tmp_path: Path, precision
     """The recorded modules' graphs, in the real parser and builder."""
     told: list[tuple[int, int]] = []
     graph = small(tmp_path, precision, dynamic)
-    built = get_backend("tensorrt-rtx").build(graph, tmp_path, {}, lambda done, total: told.append((done, total)))
+    built = get_backend("tensorrt-rtx").build(
+        graph, tmp_path, {}, BuildContext(lambda done, total: told.append((done, total)))
+    )
     assert built.precision.mac_share == {precision: 1.0}
     assert built.precision.evidence == "typed"  # a network without a GPU was not run
     assert built.precision.macs == SIDE * SIDE * 9 * (3 * 8 + 8 * 4)

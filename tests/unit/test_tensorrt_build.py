@@ -17,7 +17,7 @@ from recorded_tensorrt import VERSIONS, Recorder
 from recorded_tensorrt.fake import cuda_device, parse
 from recorded_tensorrt.graphs import SIDE, small_model
 
-from edgeseg.backends.base import BuiltEngine
+from edgeseg.backends.base import BuildContext, BuiltEngine
 from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.backends.tensorrt import backend as tensorrt_module
 from edgeseg.backends.tensorrt import calibration as tensorrt_calibration
@@ -79,7 +79,7 @@ def build(
     **options: Any,
 ) -> BuiltEngine:
     graph = portable(folder / "engine", precision, dynamic)
-    return backend_of(recorder).build(graph, graph.path.parent, options, progress)
+    return backend_of(recorder).build(graph, graph.path.parent, options, BuildContext(progress))
 
 
 def network_flags(recorder: Recorder) -> set[str]:

@@ -12,7 +12,7 @@ from recorded_tensorrt import VERSIONS, Recorder
 from recorded_tensorrt.fake import build_serialized_network, cuda_device
 from recorded_tensorrt.graphs import SIDE, small_model
 
-from edgeseg.backends.base import BuiltEngine
+from edgeseg.backends.base import BuildContext, BuiltEngine
 from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.backends.tensorrt.backend import TensorRTBackend
 from edgeseg.errors import SpecError
@@ -41,7 +41,7 @@ def build(
     spec = PipelineSpec(ModelSpec("unet", classes=4), InputSpec(SIDE, SIDE))
     graph = OnnxGraph(path, sha256_file(path), "fp32", spec, "0" * 64)
     backend = TensorRTBackend(import_module=lambda: recorder.module, gpu=lambda: gpu, layer_times=lambda *_: [])
-    return backend.build(graph, scratch, options, None, engines)
+    return backend.build(graph, scratch, options, BuildContext(engines_folder=engines))
 
 
 def given(recorder: Recorder) -> list[bytes]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edgeseg.backends.base import BackendStatus, BuiltEngine, NodeTime, Progress
+from edgeseg.backends.base import ALONE, BackendStatus, BuildContext, BuiltEngine, NodeTime, Options
 from edgeseg.backends.cpu.inherited import keep_in_forks
 from edgeseg.backends.cpu.options import (
     WITHOUT_VNNI,
@@ -78,14 +78,7 @@ class OnnxRuntimeBackend:
             return BackendStatus(False, None, str(exc))
         return BackendStatus(True, str(ort.__version__), f"{self.cpu.name}: {_advice(self.cpu)}")
 
-    def build(
-        self,
-        graph: OnnxGraph,
-        folder: Path,
-        options: Mapping[str, Any],
-        progress: Progress | None = None,
-        engines_folder: Path | None = None,
-    ) -> BuiltEngine:
+    def build(self, graph: OnnxGraph, folder: Path, options: Options, context: BuildContext = ALONE) -> BuiltEngine:
         """Optimize the graph for this CPU and save it in ``folder``."""
         from edgeseg.store.onnx_file import read_onnx
 

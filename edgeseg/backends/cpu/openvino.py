@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeseg.backends.base import BackendStatus, BuiltEngine, NodeTime, Progress, grey_batch
+from edgeseg.backends.base import ALONE, BackendStatus, BuildContext, BuiltEngine, NodeTime, Options, grey_batch
 from edgeseg.backends.cpu.inherited import keep_in_forks
 from edgeseg.backends.cpu.openvino_argmax import replace_argmax
 from edgeseg.backends.cpu.openvino_group_norm import replace_group_norm
@@ -70,14 +70,7 @@ class OpenVinoBackend:
         fast = "INT8 is fast with VNNI" if self.cpu.has_vnni else WITHOUT_VNNI
         return BackendStatus(True, version, f"{self.cpu.name}: {fast}")
 
-    def build(
-        self,
-        graph: OnnxGraph,
-        folder: Path,
-        options: Mapping[str, Any],
-        progress: Progress | None = None,
-        engines_folder: Path | None = None,
-    ) -> BuiltEngine:
+    def build(self, graph: OnnxGraph, folder: Path, options: Options, context: BuildContext = ALONE) -> BuiltEngine:
         """Compile the graph for this CPU and export it into ``folder``."""
         from edgeseg.store.onnx_file import read_onnx
 

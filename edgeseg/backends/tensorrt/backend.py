@@ -13,13 +13,13 @@ A plan runs on the GPU and TensorRT it was built with; the manifest says which, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.backends.base import BackendStatus, BuiltEngine, NodeTime, Progress
+from edgeseg.backends.base import ALONE, BackendStatus, BuildContext, BuiltEngine, NodeTime, Options, Progress
 from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.backends.tensorrt.device import check_built_for, closed_on_failure, find_gpu
@@ -84,14 +84,7 @@ class TensorRTBackend:
         typing = "the graph's types bind" if has_strong_typing(trt) else "precision by builder flags"
         return BackendStatus(True, version, f"{gpu.name}, compute capability {gpu.capability_text}; {typing}")
 
-    def build(
-        self,
-        graph: OnnxGraph,
-        folder: Path,
-        options: Mapping[str, Any],
-        progress: Progress | None = None,
-        engines_folder: Path | None = None,
-    ) -> BuiltEngine:
+    def build(self, graph: OnnxGraph, folder: Path, options: Options, context: BuildContext = ALONE) -> BuiltEngine:
         """Build a plan for this GPU; see :class:`~edgeseg.backends.tensorrt.options.TensorRTOptions`.
 
         Raises:
@@ -110,14 +103,15 @@ class TensorRTBackend:
         chosen = dataclasses.replace(chosen, contexts=contexts)
         parsed = ParsedGraph.read(graph, requested)
         parsed.require_fits(implicit=chosen.implicit_calibration)
-        timing = TimingCache.of_build(chosen.timing_cache, engines_folder or folder.parent, gpu, str(trt.__version__))
+        engines_folder = context.engines_folder or folder.parent
+        timing = TimingCache.of_build(chosen.timing_cache, engines_folder, gpu, str(trt.__version__))
         with TENSORRT.heard(trt) as library, ExitStack() as cleanup:
             try:
                 given = parsed.for_parser(
                     opset_17=not has_strong_typing(trt), has_normalization=hasattr(trt.LayerType, "NORMALIZATION")
                 )
                 build = _Build(library, chosen, strong, given, requested, cleanup, timing)
-                plan = bytes(build.run(folder, progress))
+                plan = bytes(build.run(folder, context.progress))
                 (folder / ENGINE_NAME).write_bytes(plan)
                 precision, notes = build.prove(plan, self.layer_times)
             except BuildError as exc:

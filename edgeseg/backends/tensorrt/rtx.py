@@ -7,12 +7,12 @@ a layer computes in is what the parsed network says: there is no engine to inspe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeseg.backends.base import BackendStatus, BuiltEngine, NodeTime, Progress
+from edgeseg.backends.base import ALONE, BackendStatus, BuildContext, BuiltEngine, NodeTime, Options
 from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.backends.tensorrt.device import closed_on_failure, find_gpu
@@ -64,14 +64,7 @@ class TensorRTRtxBackend:
             return BackendStatus(False, version, f"builds engines (--sm {sms}); running them: {exc}", can_build=True)
         return BackendStatus(True, version, f"{gpu.name}, compute capability {gpu.capability_text}", can_build=True)
 
-    def build(
-        self,
-        graph: OnnxGraph,
-        folder: Path,
-        options: Mapping[str, Any],
-        progress: Progress | None = None,
-        engines_folder: Path | None = None,
-    ) -> BuiltEngine:
+    def build(self, graph: OnnxGraph, folder: Path, options: Options, context: BuildContext = ALONE) -> BuiltEngine:
         """Build one engine for all compute capabilities of option ``sm``.
 
         Without it the engine is for this machine's GPU, and without one for those TensorRT-RTX builds for by default.
@@ -100,7 +93,7 @@ class TensorRTRtxBackend:
                 network = parse_network(library, builder, parsed)
                 config = builder.create_builder_config()
                 configure(library, builder, config, chosen, parsed)
-                with progress_monitor(trt, config, progress) as watch:
+                with progress_monitor(trt, config, context.progress) as watch:
                     plan = builder.build_serialized_network(network, config)
                 watch.raise_interrupt()
                 if plan is None:
