@@ -67,7 +67,7 @@ def test_the_interval_of_the_median_covers_it() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for seed in range(200):
-        low, high = bootstrap_interval(rng.exponential(10.0, 60), median_of, resamples=200, seed=seed)
+        low, high = bootstrap_interval(rng.exponential(10.0, 60), median_of, seed=seed)
         hits += low <= 10.0 * np.log(2) <= high
     assert 0.88 <= hits / 200 <= 0.99
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 BATCHES = 10
+RESAMPLES = 1000
 MIN_PER_BATCH = 4
 """Samples of one stretch, at least; with fewer samples in all there are fewer stretches."""
 
@@ -69,11 +70,7 @@ def median_of(samples: NDArray[Any]) -> NDArray[Any]:
 
 
 def bootstrap_interval(
-    values: NDArray[Any],
-    statistic: Callable[[NDArray[Any]], NDArray[Any]],
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
+    values: NDArray[Any], statistic: Callable[[NDArray[Any]], NDArray[Any]], *, seed: int = 0
 ) -> tuple[float, float]:
     """95 % interval of a statistic: a bootstrap that resamples whole stretches, with percentiles widened for their small
     number (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015: expanded percentile interval).
@@ -91,8 +88,8 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     step = max(1, _CHUNK_CELLS // len(values))
     figures: list[NDArray[Any]] = []
-    for done in range(0, resamples, step):
-        picks = starts[rng.integers(0, count, (min(step, resamples - done), count))]
+    for done in range(0, RESAMPLES, step):
+        picks = starts[rng.integers(0, count, (min(step, RESAMPLES - done), count))]
         places = (picks[:, :, None] + np.arange(length)).reshape(len(picks), -1)
         figures.append(statistic(values[places]))
     tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * _T_975[count - 2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from edgeseg.backends.base import Session, StageTimes, TimedSession
 from edgeseg.closing import Closing
 from edgeseg.errors import EdgesegError, SpecError
 from edgeseg.evaluate.contenders import Contender, Opener
-from edgeseg.evaluate.latency.protocol import LatencyProtocol, LatencySamples, measure_interleaved, noise_images
+from edgeseg.evaluate.latency.protocol import Call, LatencyProtocol, LatencySamples, measure_interleaved, noise_images
 from edgeseg.evaluate.latency.statistics import distribution, noise_flags
 from edgeseg.evaluate.latency.streams import measure_streams
 from edgeseg.evaluate.results import Latency, Setting, StageSplit, row_id
@@ -29,8 +28,6 @@ from edgeseg.runtime.segmenter import Segmenter
 POWER_SECONDS = 2.0
 IDLE_SECONDS = 1.0
 STAGE_CALLS, MIN_STAGE_CALLS, STAGE_SECONDS = 50, 5, 1.0
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ def _measure(
         under_load = measure_streams(
             calls, setting.streams, protocol.min_duration_ms, warmup_ms=protocol.warmup_ms, progress=after_round
         )
-        samples = {n: LatencySamples(s.samples_ms, s.warmup_iterations) for n, s in under_load.items()}
+        samples = dict[str, LatencySamples](under_load)
         rates = {n: setting.batch * s.calls_per_s for n, s in under_load.items()}
     flags = watch.flags()
     powers = {} if power is None else {n: _power(call, power, setting, idle_w) for n, call in calls.items()}
@@ -198,7 +195,7 @@ def idle_power(source: PowerSource) -> float | None:
     return None if power is None else power.mean_w
 
 
-def _power(call: Callable[[], object], source: PowerSource, setting: Setting, idle_w: float | None) -> Power | None:
+def _power(call: Call, source: PowerSource, setting: Setting, idle_w: float | None) -> Power | None:
     with power_log(source) as log:
         rates = measure_streams({"": call}, setting.streams, POWER_SECONDS * 1000)[""]
     return log.result(rates.calls_per_s * setting.batch, idle_w)
@@ -209,7 +206,7 @@ _DEVICE = ("h2d_ms", "compute_ms", "d2h_ms", "enqueue_ms")
 
 
 class StageClock(Closing):
-    """A session that notes when the engine was entered and left, for the split of a call.
+    """A session that notes when the engine was entered and left, for the split of a call; for one caller at a time.
 
     Of a session that has the device's own times (:class:`~edgeseg.backends.base.TimedSession`), those are taken; asking for
     them costs it the recording of four events a run.
@@ -218,50 +215,37 @@ class StageClock(Closing):
     def __init__(self, session: Session, clock_ns: Clock = time.perf_counter_ns) -> None:
         self._session = session
         self._clock_ns = clock_ns
-        # One engine may be called by several threads; each has its own call to split.
-        self._local = threading.local()
-        self._split: dict[str, list[float]] = {name: [] for name in (f.name for f in fields(StageSplit))}
-        self._lock = threading.Lock()
+        self._runs: list[tuple[int, int, StageTimes | None]] = []
+        self._split: dict[str, list[float]] = {field.name: [] for field in fields(StageSplit)}
 
     def run(self, images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
         """Run one batch; see :class:`~edgeseg.backends.base.Session`."""
-        runs = getattr(self._local, "runs", None)
-        if runs is None:
-            return self._session.run(images)
         times: StageTimes | None = None
         begin = self._clock_ns()
         if isinstance(self._session, TimedSession):
             outputs, times = self._session.run_timed(images)
         else:
             outputs = self._session.run(images)
-        runs.append((begin, self._clock_ns(), times))
+        self._runs.append((begin, self._clock_ns(), times))
         return outputs
 
-    def timed(self, call: Callable[[], object]) -> object:
+    def timed(self, call: Call) -> None:
         """Make ``call``, which runs this session, and keep its split."""
-        runs: list[tuple[int, int, StageTimes | None]] = []
-        self._local.runs = runs
+        self._runs = []
         begin = self._clock_ns()
-        result = call()
+        call()
         end = self._clock_ns()
-        self._local.runs = None
-        if runs:
-            self._keep(begin, end, runs)
-        return result
-
-    def _keep(self, begin: int, end: int, runs: list[tuple[int, int, StageTimes | None]]) -> None:
-        inside_ms = sum(stop - start for start, stop, _ in runs) / 1e6
-        pre_ms = (runs[0][0] - begin) / 1e6
+        inside_ms = sum(stop - start for start, stop, _ in self._runs) / 1e6
+        pre_ms = (self._runs[0][0] - begin) / 1e6
         stages: dict[str, float | None] = {"pre_ms": pre_ms, "post_ms": (end - begin) / 1e6 - pre_ms - inside_ms}
-        device = [times for _, _, times in runs if times is not None]
-        if len(device) == len(runs):
+        device = [times for _, _, times in self._runs if times is not None]
+        if len(device) == len(self._runs):
             stages |= {name: _sum([getattr(times, name) for times in device]) for name in _DEVICE}
         else:
             stages["compute_ms"] = inside_ms
-        with self._lock:
-            for name, ms in stages.items():
-                if ms is not None:
-                    self._split[name].append(ms)
+        for name, ms in stages.items():
+            if ms is not None:
+                self._split[name].append(ms)
 
     def split(self) -> StageSplit:
         """Medians over the calls made through :meth:`timed`; ``None`` for what was not seen."""

@@ -9,28 +9,23 @@ from dataclasses import dataclass
 from functools import partial
 
 from edgeseg.backends import Session
-from edgeseg.evaluate.latency.protocol import LatencySamples, noise_image
+from edgeseg.evaluate.latency.protocol import Call, LatencySamples, noise_image
 from edgeseg.spec import PipelineSpec
 
-Call = Callable[[], object]
 ROUNDS = 4
 
 
-@dataclass(frozen=True)
-class StreamSamples:
-    """Calls of one contender made by several threads.
+@dataclass(frozen=True, kw_only=True)
+class StreamSamples(LatencySamples):
+    """Calls of one contender made by several threads; its samples by round and thread.
 
     Attributes:
-        samples_ms: of every call, by round and thread.
         calls_per_s: completed calls over wall-clock time.
         calls_per_s_by_round: the same of each round.
-        warmup_iterations: uncounted calls.
     """
 
-    samples_ms: tuple[float, ...]
     calls_per_s: float
     calls_per_s_by_round: tuple[float, ...]
-    warmup_iterations: int
 
 
 def measure_streams(
@@ -72,7 +67,12 @@ def measure_streams(
             rates[name].append(len(took_ms) / wall_s)
         tell(int(duration_ms * number / rounds), int(duration_ms))
     return {
-        name: StreamSamples(tuple(samples[name]), len(samples[name]) / seconds[name], tuple(rates[name]), warmups[name])
+        name: StreamSamples(
+            tuple(samples[name]),
+            warmups[name],
+            calls_per_s=len(samples[name]) / seconds[name],
+            calls_per_s_by_round=tuple(rates[name]),
+        )
         for name in calls
     }
 
