@@ -24,19 +24,23 @@ _REASONS = {
 
 
 class NvmlSource:
-    """Power of discrete NVIDIA GPUs, through nvidia-ml-py."""
+    """Discrete NVIDIA GPUs, through nvidia-ml-py, and their power.
+
+    Attributes:
+        gpus: their handles.
+    """
 
     name = "nvml"
 
     def __init__(self, nvml: Any) -> None:
         self._nvml = nvml
         nvml.nvmlInit()
-        self._gpus = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        self.gpus = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
 
     def watts(self) -> Mapping[str, float]:
         """See :class:`PowerSource`."""
         by_gpu = {}
-        for index, gpu in enumerate(self._gpus):
+        for index, gpu in enumerate(self.gpus):
             milliwatts = _told(self._nvml, self._nvml.nvmlDeviceGetPowerUsage, gpu)
             if milliwatts is not None:
                 by_gpu[f"GPU {index}"] = milliwatts / 1000
@@ -57,19 +61,20 @@ def import_nvml() -> Any:
 
 
 @contextmanager
-def _opened(nvml: Any) -> Iterator[Any]:
-    """The module, initialized; ``None`` where it is not installed or finds no driver."""
+def _opened(nvml: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """The module, initialized, and a handle for each GPU; none where it is not installed or finds no driver."""
     module = nvml or import_nvml()
-    if module is not None:
-        try:
-            module.nvmlInit()
-        except module.NVMLError:
-            module = None
     try:
-        yield module
+        source = None if module is None else NvmlSource(module)
+    except module.NVMLError:
+        source = None
+    if source is None:
+        yield None, []
+        return
+    try:
+        yield module, source.gpus
     finally:
-        if module is not None:
-            module.nvmlShutdown()
+        source.close()
 
 
 def _told(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
@@ -82,17 +87,14 @@ def _told(nvml: Any, question: Callable[..., Any], *arguments: Any) -> Any:
 
 def nvml_gpus(nvml: Any = None) -> tuple[Gpu, ...]:
     """NVIDIA GPUs as NVML describes them; empty without NVML or a driver."""
-    with _opened(nvml) as module:
-        if module is None:
-            return ()
-        driver = _told(module, module.nvmlSystemGetDriverVersion)
-        gpus = []
-        for index in range(module.nvmlDeviceGetCount()):
-            gpu = module.nvmlDeviceGetHandleByIndex(index)
+    described = []
+    with _opened(nvml) as (module, gpus):
+        for index, gpu in enumerate(gpus):
             name = _told(module, module.nvmlDeviceGetName, gpu)
             memory = _told(module, module.nvmlDeviceGetMemoryInfo, gpu)
+            driver = _told(module, module.nvmlSystemGetDriverVersion)
             limit_mw = _told(module, module.nvmlDeviceGetEnforcedPowerLimit, gpu)
-            gpus.append(
+            described.append(
                 Gpu(
                     name=_words(name) if name is not None else f"GPU {index}",
                     memory_bytes=None if memory is None else int(memory.total),
@@ -100,19 +102,17 @@ def nvml_gpus(nvml: Any = None) -> tuple[Gpu, ...]:
                     power_limit_w=None if limit_mw is None else limit_mw / 1000,
                 )
             )
-        return tuple(gpus)
+    return tuple(described)
 
 
 def nvml_state(nvml: Any = None) -> MachineState:
     """Clocks, temperatures and reasons for throttling of the GPUs, now; empty without NVML or a driver."""
-    with _opened(nvml) as module:
-        if module is None:
-            return MachineState()
-        mhz: dict[str, float] = {}
-        temperatures_c: dict[str, float] = {}
-        throttled: list[str] = []
-        for index in range(module.nvmlDeviceGetCount()):
-            gpu, name = module.nvmlDeviceGetHandleByIndex(index), f"GPU {index}"
+    mhz: dict[str, float] = {}
+    temperatures_c: dict[str, float] = {}
+    throttled: list[str] = []
+    with _opened(nvml) as (module, gpus):
+        for index, gpu in enumerate(gpus):
+            name = f"GPU {index}"
             clock = _told(module, module.nvmlDeviceGetClockInfo, gpu, _GRAPHICS_CLOCK)
             if clock is not None:
                 mhz[name] = float(clock)
@@ -121,21 +121,15 @@ def nvml_state(nvml: Any = None) -> MachineState:
                 temperatures_c[name] = float(celsius)
             reasons = _told(module, module.nvmlDeviceGetCurrentClocksThrottleReasons, gpu) or 0
             throttled += [f"{name}: {words}" for bit, words in _REASONS.items() if reasons & bit]
-        return MachineState(gpu_mhz=mhz, temperatures_c=temperatures_c, throttled=tuple(throttled))
+    return MachineState(gpu_mhz=mhz, temperatures_c=temperatures_c, throttled=tuple(throttled))
 
 
 def gpu_bytes(process_id: int, nvml: Any = None) -> int | None:
     """Memory a process holds on NVIDIA GPUs, ``None`` where NVML is not there or does not tell."""
-    with _opened(nvml) as module:
-        if module is None:
-            return None
-        used: int | None = None
-        for index in range(module.nvmlDeviceGetCount()):
-            gpu = module.nvmlDeviceGetHandleByIndex(index)
-            for process in _told(module, module.nvmlDeviceGetComputeRunningProcesses, gpu) or ():
-                if process.pid == process_id and process.usedGpuMemory is not None:
-                    used = (used or 0) + int(process.usedGpuMemory)
-        return used
+    with _opened(nvml) as (module, gpus):
+        processes = [p for gpu in gpus for p in _told(module, module.nvmlDeviceGetComputeRunningProcesses, gpu) or ()]
+    used = [p.usedGpuMemory for p in processes if p.pid == process_id and p.usedGpuMemory is not None]
+    return int(sum(used)) if used else None
 
 
 def _words(value: str | bytes) -> str:
