@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeseg.errors import one_line
 from edgeseg.store.cache import user_cache_folder
 
 if TYPE_CHECKING:
@@ -37,13 +38,7 @@ class LogCapture:
 
     def first_error(self) -> str:
         """The first error on one line, or what can be said without one."""
-        return self.one_line(self.errors[0]) if self.errors else "it gave no reason"
-
-    @staticmethod
-    def one_line(text: str) -> str:
-        """A message without its line breaks, shortened where it is very long."""
-        text = " ".join(text.split())
-        return text if len(text) <= 400 else text[:397] + "..."
+        return one_line(self.errors[0]) if self.errors else "it gave no reason"
 
     def write(self, path: Path) -> None:
         """Write the log as text, a message a line."""

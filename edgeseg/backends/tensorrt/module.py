@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.backends.tensorrt.log import LogCapture, capture
 from edgeseg.backends.tensorrt.options import Shape
-from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError
+from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, one_line
 
 if TYPE_CHECKING:
     from tensorrt import Builder, IBuilderConfig, ICudaEngine, INetworkDefinition, IOptimizationProfile
@@ -103,7 +103,7 @@ class Library:
         index = int(error.node())
         if not node and 0 <= index < len(parsed.nodes):
             node = parsed.nodes[index]
-        raise self._error("parse", parsed, f"{' '.join(str(error.desc()).split())}{parsed.where(node)}")
+        raise self._error("parse", parsed, f"{one_line(str(error.desc()))}{parsed.where(node)}")
 
     def refused(self, what: str, parsed: ParsedGraph, advice: str = "") -> BuildError:
         """The one error of a step that failed: the first line of the log that names a node, or else the first error.
@@ -114,7 +114,7 @@ class Library:
             advice: what to do, where that is known.
         """
         blaming = next((text for text in self.log.errors if parsed.blame(text)), None)
-        text = self.log.first_error() if blaming is None else self.log.one_line(blaming)
+        text = self.log.first_error() if blaming is None else one_line(blaming)
         return self._error(what, parsed, f"{text}{parsed.blame(blaming or '')}{advice}")
 
     def _error(self, what: str, parsed: ParsedGraph, text: str) -> BuildError:
