@@ -287,7 +287,7 @@ def change_table(changes: Sequence[Change]) -> FigureTable:
     table = FigureTable.of("", *figures)
     row = None
     for change in changes:
-        if change.percent is None:
+        if change.percent is None or change.old is None or change.new is None:
             continue
         if change.row != row:
             table.add(change.row, style="bold")
@@ -303,9 +303,7 @@ def change_table(changes: Sequence[Change]) -> FigureTable:
     return table
 
 
-def _shown(metric: str, value: float | None) -> str:
-    if value is None:
-        return MISSING
+def _shown(metric: str, value: float) -> str:
     if metric.endswith("_bytes"):
         return f"{value / 1e6:.1f}"
     return f"{value:.4f}" if metric == "miou" else milliseconds(value)

@@ -24,7 +24,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 MATRIX_LIMIT = 24
 """Up to so many classes the confusion difference is a matrix, above it a list of the largest changes."""
 CHANGES_SHOWN = 20
-STAGES = (("pre", "pre_ms"), ("h2d", "h2d_ms"), ("compute", "compute_ms"), ("d2h", "d2h_ms"), ("post", "post_ms"))
+STAGES = ("pre", "h2d", "compute", "d2h", "post")
 DTYPES = ("int8", "fp16", "fp32")
 PARTS = ("classes", "confusion", "modules", "sensitivity", "pictures", "repairs")
 
@@ -46,7 +46,7 @@ def stage_lines(group: DeviceGroup) -> list[Shown]:
     for entry in group.entries:
         if entry.row.latency is None:
             continue
-        values = [(name, getattr(entry.row.latency.stages, field)) for name, field in STAGES]
+        values = [(name, getattr(entry.row.latency.stages, f"{name}_ms")) for name in STAGES]
         if any(value is not None for _, value in values):
             measured.append((entry, values))
     longest = max((sum(value or 0.0 for _, value in values) for _, values in measured), default=0.0)

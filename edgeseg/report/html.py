@@ -18,7 +18,7 @@ from edgeseg.evaluate.tables import counted
 from edgeseg.machine.record import Environment, MachineState
 from edgeseg.report import cells
 from edgeseg.report.charts import Point, Samples, distribution, legend_mark, scatter
-from edgeseg.report.details import Shown, engine_details, stage_lines, style_of
+from edgeseg.report.details import STAGES, Shown, engine_details, stage_lines, style_of
 from edgeseg.version import __version__
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def html(
             legend_mark=legend_mark,
             printed=PRINTED,
             counted=counted,
-            stage_names=("pre", "h2d", "compute", "d2h", "post"),
+            stage_names=STAGES,
         )
     )
 
