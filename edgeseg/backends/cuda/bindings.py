@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ class BindingsDriver:
     """
 
     name: DriverName = "cuda-bindings"
-    has_graphs = True
+    has_graphs: Literal[True] = True
 
     def __init__(self, api: Any, index: int) -> None:
         self._api = api

@@ -109,12 +109,16 @@ class Event(Resource):
 class Graph(Resource):
     """Recorded work of a stream, launched again with one call. Only with ``cuda-bindings``."""
 
+    def __init__(self, cuda: Cuda, driver: BindingsDriver, handle: Any) -> None:
+        self._driver = driver
+        super().__init__(cuda, handle)
+
     def launch(self, stream: Stream) -> None:
         """Add the work to ``stream``. Call inside :meth:`Cuda.active`."""
-        self._cuda.driver.launch(self.handle, stream.handle)
+        self._driver.launch(self.handle, stream.handle)
 
     def _free(self, handle: Any) -> None:
-        self._cuda.driver.destroy_graph(handle)
+        self._driver.destroy_graph(handle)
 
 
 class Stream(Resource):
@@ -152,6 +156,10 @@ class Stream(Resource):
     def recorded(self, work: Callable[[], None]) -> Graph:
         """Record what ``work`` gives to this stream instead of doing it. What ``work`` raises goes on."""
         driver = self._cuda.driver
+        if not driver.has_graphs:
+            raise DeviceError(
+                f"{driver.name} has no CUDA graphs; pip install 'edgeseg[jetson]' for cuda-bindings, which has"
+            )
         driver.begin_capture(self.handle)
         try:
             work()
@@ -161,7 +169,7 @@ class Stream(Resource):
             with suppress(DeviceError):
                 driver.abort_capture(self.handle)
             raise
-        return Graph(self._cuda, driver.end_capture(self.handle))
+        return Graph(self._cuda, driver, driver.end_capture(self.handle))
 
     def _free(self, handle: Any) -> None:
         self._cuda.driver.destroy_stream(handle)

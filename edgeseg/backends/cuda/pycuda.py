@@ -7,7 +7,7 @@ import ctypes
 import itertools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ class PycudaDriver:
     """
 
     name: DriverName = "pycuda"
-    has_graphs = False
+    has_graphs: Literal[False] = False
 
     def __init__(self, api: Any, index: int) -> None:
         self._api = api
@@ -219,21 +219,6 @@ class PycudaDriver:
     def memory_info(self) -> tuple[int, int]:
         free, total = self._call(self._api.mem_get_info)
         return int(free), int(total)
-
-    def begin_capture(self, stream: Any) -> None:
-        raise DeviceError("pycuda has no CUDA graphs; pip install 'edgeseg[jetson]' for cuda-bindings, which has")
-
-    def end_capture(self, stream: Any) -> Any:
-        raise DeviceError("pycuda has no CUDA graphs")
-
-    def abort_capture(self, stream: Any) -> None:
-        raise DeviceError("pycuda has no CUDA graphs")
-
-    def launch(self, graph: Any, stream: Any) -> None:
-        raise DeviceError("pycuda has no CUDA graphs")
-
-    def destroy_graph(self, graph: Any) -> None:
-        raise DeviceError("pycuda has no CUDA graphs")
 
 
 def open_driver(index: int) -> PycudaDriver:
