@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 # SMP makes these without a dimension, which PyTorch warns about on every call; applied here, over the classes.
 _IMPLICIT_DIM = {"softmax", "logsoftmax"}
-_NO_ACTIVATION = {None, "identity", "argmax", "argmax2d"}
 
 
 def why_no_cuda() -> str | None:
@@ -91,7 +90,7 @@ class PyTorchSession(Closing):
         threads: of PyTorch's intra-op pool, for the whole process until the session is closed; ``None`` leaves it. Recorded
             in :attr:`options`.
         with_scores: return what a mask is made of as well: ``logits``, or ``probabilities`` of a model with an
-            activation; nothing of one that ends in an argmax.
+            activation.
         runtime: CUDA; another one in tests.
 
     Raises:
@@ -136,7 +135,7 @@ class PyTorchSession(Closing):
         self._autocast = torch.bfloat16 if bfloat16 else torch.float16 if float16 else None
         self._with_scores = with_scores
         self._module = loaded.module
-        self._activation = None if spec.model.activation in _NO_ACTIVATION else spec.model.activation
+        self._activation = None if ACTIVATIONS[spec.model.activation] == "none" else spec.model.activation
         self._stripped = False
         if self._activation in _IMPLICIT_DIM or (self._activation is not None and spec.output.kind == "logits"):
             image = noise(spec.input.channels, spec.input.height, spec.input.width)
@@ -290,19 +289,18 @@ class PyTorchSession(Closing):
             output[kind] = self._probabilities(raw)
         else:
             output[kind] = self._mask(raw)
-        if self._with_scores and kind == "mask" and raw.ndim == 4:
-            output["logits" if self._activation is None else "probabilities"] = (
-                raw if self._activation is None else self._probabilities(raw)
-            )
+        if self._with_scores and kind == "mask":
+            if self._activation is None:
+                output["logits"] = raw
+            else:
+                output["probabilities"] = self._probabilities(raw)
         if self.spec.output.confidence:
             output["confidence"] = self._confidence(raw)
         return output
 
     def _mask(self, raw: Tensor) -> Tensor:
         if self.spec.model.task == "multiclass":
-            # An argmax activation inside the model has left class indices already.
-            indices = raw if raw.ndim == 3 else raw.argmax(dim=1)
-            return indices.to(torch.uint16 if self.spec.mask_dtype == "uint16" else torch.uint8)
+            return raw.argmax(dim=1).to(torch.uint16 if self.spec.mask_dtype == "uint16" else torch.uint8)
         above = (self._probabilities(raw) > self.spec.output.threshold).to(torch.uint8)
         return above[:, 0] if self.spec.model.task == "binary" else above
 
