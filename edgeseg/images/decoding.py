@@ -243,7 +243,7 @@ def _read_with_pillow(path: Path, channels: int, dtype: InputDtype) -> NDArray[A
         if layout is not None:
             raise InputError(
                 f"cannot read image {path}: a TIFF with {layout}, or damaged; store 8 unsigned bits per sample, or build "
-                "with --input-dtype uint16 or float32"
+                "with input dtype uint16 or float32"
             ) from exc
         raise InputError(f"cannot read image {path}: not one of {', '.join(FORMATS)}, or damaged") from exc
     except Exception as exc:

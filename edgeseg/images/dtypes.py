@@ -61,7 +61,7 @@ def refusal(has: np.dtype[Any], dtype: InputDtype, what: str) -> InputError:
 
 
 def _advice(has: np.dtype[Any], dtype: InputDtype) -> str:
-    build = f"build with --input-dtype {'float32' if has.kind == 'f' else has}"
+    build = f"build with input dtype {'float32' if has.kind == 'f' else has}"
     if dtype == "float32":
         return "x.astype(np.float32) keeps the values" + (f", or {build}" if has == np.uint16 else "")
     if dtype == "uint16":

@@ -392,7 +392,7 @@ def _require_dtype(path: Path, name: str, dtype: InputDtype) -> None:
     """Refuse a band of GDAL's type ``name``, which may be one that numpy has not."""
     if name in _NUMPY and takes(np.dtype(name), dtype):
         return
-    build = f"build with --input-dtype {name if name in {'uint8', 'uint16'} else 'float32'}" if name in _NUMPY else ""
+    build = f"build with input dtype {name if name in {'uint8', 'uint16'} else 'float32'}" if name in _NUMPY else ""
     scale = "" if dtype == "float32" else f"scale it, such as with rio convert --dtype {dtype} --scale-ratio RATIO"
     raise InputError(f"{path} holds {name}, the engine takes {dtype}: {', or '.join(filter(None, (build, scale)))}")
 

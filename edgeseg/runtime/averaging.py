@@ -85,7 +85,7 @@ def averaged_spec(specs: Sequence[PipelineSpec], augmentation: object, names: Se
     for spec, name in zip(specs, names, strict=True):
         if spec.output.kind == "mask":
             raise SpecError(
-                f"{name} returns masks, and only scores can be averaged; build it with --output-kind probabilities"
+                f"{name} returns masks, and only scores can be averaged; build it with output kind probabilities"
             )
         for what in ("classes", "class_names", "task"):
             _require_same(getattr(first.model, what), getattr(spec.model, what), what.replace("_", " "), names[0], name)
@@ -96,7 +96,7 @@ def averaged_spec(specs: Sequence[PipelineSpec], augmentation: object, names: Se
     if accepted == "d4" and not _is_square(first.input):
         raise SpecError(
             f"d4 turns images by 90 degrees, which an input of {first.input.height}x{first.input.width} does not take; use "
-            "flips, or an engine with a square --size"
+            "flips, or an engine of a square size"
         )
     return replace(first, output=replace(first.output, kind="probabilities"))
 

@@ -120,5 +120,5 @@ def test_a_product_that_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     onnx.save(model, str(path))
     spec = PipelineSpec(ModelSpec("unet", classes=4), InputSpec(SMALL_SIDE, SMALL_SIDE), output=OutputSpec("logits"))
     odd = OnnxGraph(path, sha256_file(path), "fp32", spec, "0" * 64)
-    with pytest.raises(BuildError, match=r"at node decoder\.odd/Einsum .*; leave 75 out of --sm"):
+    with pytest.raises(BuildError, match=r"at node decoder\.odd/Einsum .*; leave 75 out of sm"):
         get_backend("tensorrt-rtx").build(odd, tmp_path, {"sm": "75"})

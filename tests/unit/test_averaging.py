@@ -149,7 +149,7 @@ def test_folders_are_loaded_as_an_ensemble(tmp_path: Path, monkeypatch: pytest.M
     assert alone.identity != both.identity
     assert both.identity != edgeseg.load(tmp_path / "a", ensemble=[tmp_path / "b"]).identity
     with pytest.raises(
-        SpecError, match="m returns masks, and only scores can be averaged; build it with --output-kind"
+        SpecError, match="m returns masks, and only scores can be averaged; build it with output kind"
     ):
         edgeseg.load(tmp_path / "a", ensemble=[tmp_path / "m"])
 
@@ -161,7 +161,7 @@ def test_folders_are_loaded_as_an_ensemble(tmp_path: Path, monkeypatch: pytest.M
         (spec_of(size=(16, 32)), "engines differ in their width: a has 16, b has 32"),
         (
             spec_of("mask"),
-            "b returns masks, and only scores can be averaged; build it with --output-kind probabilities",
+            "b returns masks, and only scores can be averaged; build it with output kind probabilities",
         ),
     ],
 )

@@ -764,7 +764,7 @@ def jpeg2000_of_noise(path: Path) -> None:
     [
         (truncated, "rows "),
         (virtual, "neither TIFF nor JPEG 2000"),
-        (of_16_bits, "holds uint16, the engine takes uint8: build with --input-dtype uint16, or scale it"),
+        (of_16_bits, "holds uint16, the engine takes uint8: build with input dtype uint16, or scale it"),
         (of_indices, "holds a palette's indices"),
         (of_six_bands, "has 6 bands (1 gray, 2 undefined"),
         (too_wide, "9x2097152 pixels; at most 1048576 along a side"),

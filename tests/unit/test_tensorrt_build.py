@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -733,6 +734,14 @@ def test_load_asks_for_the_same_tensorrt_and_gpu(
         f"{engine.folder} was built with tensorrt 10.3.0 for Orin (compute capability 8.7), this is tensorrt {version} on "
         f"{gpu.name} ({gpu.capability_text}); run: edgeseg compile {engine.folder}"
     )
+
+
+def test_another_gpu_is_named_on_one_line_whatever_a_manifest_calls_it(tmp_path: Path) -> None:
+    graph = portable(tmp_path / "engine")
+    built = replace(backend_of(Recorder("10.3.0")).build(graph, graph.path.parent, {}), device={"gpu": "\x1b[2J\n"})
+    engine = engine_folder(tmp_path / "engine", graph, built)
+    with pytest.raises(ArtifactError, match=r"built with tensorrt 10\.3\.0 for \\x1b\[2J\\n \(compute capability \?\)"):
+        tensorrt_device.check_built_for(engine, "tensorrt", "10.3.0", ORIN)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

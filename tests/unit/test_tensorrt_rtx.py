@@ -59,6 +59,8 @@ def test_an_engine_runs_on_the_gpus_it_was_built_for(tmp_path: Path) -> None:
         check_sm(engine(tmp_path), "1.7.1.116", cuda_device("T4", (7, 5), 8))
     with pytest.raises(StaleEngineError, match=r"built with TensorRT-RTX 1.6.0 for SM 86,89, this is 1.7.1.116 on"):
         check_sm(engine(tmp_path, version="1.6.0"), "1.7.1.116", ADA)
+    with pytest.raises(StaleEngineError, match=r"for SM \\x1b\[2J\\n, this is"):
+        check_sm(engine(tmp_path, sm="\x1b[2J\n"), "1.7.1.116", ADA)
 
 
 class Kernels:

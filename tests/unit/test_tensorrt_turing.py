@@ -198,7 +198,7 @@ def test_nodes_are_those_of_the_rewritten_graph_and_macs_those_of_the_portable_o
 
 def test_weights_that_are_put_in_later_have_to_stay() -> None:
     model = graph("(float[5, 6] x) => (float[5, 4] y)", "y = MatMul(x, w)", w=floats(6, 4))
-    with pytest.raises(SpecError, match=r"1 matrix products .* leave out these options, or 75 of --sm"):
+    with pytest.raises(SpecError, match=r"1 matrix products .* leave out these options, or 75 of sm"):
         for_turing(parsed(model), keep_weights=True)
     plain = parsed(graph("(float[5, 6] x) => (float[5, 6] y)", "y = Relu(x)"))
     assert for_turing(plain, keep_weights=True) is plain

@@ -118,7 +118,7 @@ def test_float_bands_and_pages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "suffix", "dtype", "words"),
     [
-        (THERMAL, "png", "uint8", r"holds uint16, the engine takes uint8: .*or build with --input-dtype uint16"),
+        (THERMAL, "png", "uint8", r"holds uint16, the engine takes uint8: .*or build with input dtype uint16"),
         (DEEP[..., :3], "tif", "uint8", "holds uint16, the engine takes uint8"),
         (DEEP[..., :3], "jp2", "uint8", "holds uint16, the engine takes uint8"),
         (DEEP[..., :3], "ppm", "uint8", "holds uint16, the engine takes uint8"),

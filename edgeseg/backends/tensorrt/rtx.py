@@ -174,7 +174,7 @@ def refused(library: Library, parsed: ParsedGraph) -> BuildError:
     # Measured with 1.7: it has no fp32 matrix products for SM 75, but fp16 ones. What is left of them is what
     # tensorrt_turing does not know.
     turing = any("Turing" in text for text in library.log.errors)
-    advice = "; leave 75 out of --sm, or build with --precision fp16" if turing else ""
+    advice = "; leave 75 out of sm, or build with precision fp16" if turing else ""
     return library.refused("build", parsed, advice)
 
 
@@ -187,7 +187,7 @@ def configure(
         config.num_compute_capabilities = len(options.sm)
         for index, sm in enumerate(options.sm):
             if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index):
-                raise BuildError(f"{library.name} does not take SM {sm}; leave it out of --sm")
+                raise BuildError(f"{library.name} does not take SM {sm}; leave it out of sm")
     if options.workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb * MIB)
     if not options.tf32:

@@ -58,7 +58,7 @@ def for_turing(parsed: ParsedGraph, *, keep_weights: bool = False) -> ParsedGrap
     if keep_weights:
         raise SpecError(
             f"{len(products)} matrix products of {parsed.path.name} become convolutions for SM 75, so strip_weights and "
-            "refit would not find their weights; leave out these options, or 75 of --sm"
+            "refit would not find their weights; leave out these options, or 75 of sm"
         )
     origins: dict[str, str] = {}
     for node in products:
