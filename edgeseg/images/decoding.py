@@ -85,7 +85,8 @@ def read_image(path: str | Path, channels: int = 3, dtype: InputDtype = "uint8")
     require_file(path, "image")
     if path.suffix.lower() in ARRAY_SUFFIXES:
         return _from_array(path, read_array(path, "image", MAX_ARRAY_BYTES), channels, dtype)
-    return _read_with_pillow(path, channels, dtype)
+    with decoder_errors(path):
+        return _read_with_pillow(path, channels, dtype)
 
 
 def file_digest(path: Path) -> str:
@@ -221,9 +222,27 @@ def open_picture(path: Path) -> Iterator[Any]:
             yield image
 
 
-def _read_with_pillow(path: Path, channels: int, dtype: InputDtype) -> NDArray[Any]:
+@contextmanager
+def decoder_errors(path: Path, what: str = "image") -> Iterator[None]:
+    """One line of whatever a decoder's parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ..."""
     from PIL import UnidentifiedImageError
 
+    try:
+        yield
+    except EdgesegError:
+        raise
+    except UnidentifiedImageError as exc:
+        kind, layout = f"not one of {', '.join(FORMATS)}, or damaged", tiff_layout(path)
+        if layout is not None:
+            kind = f"a TIFF with {layout}, or damaged"
+            if what == "image":
+                kind += "; store 8 unsigned bits per sample, or build with input dtype uint16 or float32"
+        raise InputError(f"cannot read {what} {path}: {kind}") from exc
+    except Exception as exc:
+        raise InputError(f"cannot read {what} {path}: {one_line(exc)}") from exc
+
+
+def _read_with_pillow(path: Path, channels: int, dtype: InputDtype) -> NDArray[Any]:
     layout = tiff_layout(path)
     if layout is not None and dtype != "uint8" and not layout.is_stored_in_pillow:
         return _from_tiff(path, layout, channels, dtype)
@@ -232,23 +251,10 @@ def _read_with_pillow(path: Path, channels: int, dtype: InputDtype) -> NDArray[A
             return _from_tiff(path, layout, channels, dtype)
         if channels not in (1, 3) or not layout.has_colours_for_pillow:
             raise InputError(f"{path} holds {layout}; this model takes {channels} channels")
-    try:
-        with open_picture(path) as image:
-            if dtype != "uint8" and _is_wide(image) and image.mode in {"RGB", "RGBA"} and image.format == "PNG":
-                return _from_array(path, _deep_colours(path, channels), channels, dtype)
-            return _from_pillow(path, image, channels, dtype)
-    except InputError:
-        raise
-    except UnidentifiedImageError as exc:
-        if layout is not None:
-            raise InputError(
-                f"cannot read image {path}: a TIFF with {layout}, or damaged; store 8 unsigned bits per sample, or build "
-                "with input dtype uint16 or float32"
-            ) from exc
-        raise InputError(f"cannot read image {path}: not one of {', '.join(FORMATS)}, or damaged") from exc
-    except Exception as exc:
-        # Decoders raise whatever their parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ...
-        raise InputError(f"cannot read image {path}: {one_line(exc)}") from exc
+    with open_picture(path) as image:
+        if dtype != "uint8" and _is_wide(image) and image.mode in {"RGB", "RGBA"} and image.format == "PNG":
+            return _from_array(path, _deep_colours(path, channels), channels, dtype)
+        return _from_pillow(path, image, channels, dtype)
 
 
 def is_picture(value: object) -> bool:
@@ -266,23 +272,13 @@ def picture_pixels(picture: Any, channels: int, dtype: InputDtype = "uint8") -> 
         InputError: truncated, or of a kind that cannot be ``channels`` x ``dtype``.
     """
     name = Path(getattr(picture, "filename", "") or "the PIL image")
-    try:
+    with decoder_errors(name):
         return _from_pillow(name, picture if _is_wide(picture) else picture.copy(), channels, dtype)
-    except InputError:
-        raise
-    except Exception as exc:
-        raise InputError(f"cannot read image {name}: {one_line(exc)}") from exc
 
 
 def _from_tiff(path: Path, layout: TiffLayout, channels: int, dtype: InputDtype) -> NDArray[Any]:
-    try:
-        bands = read_bands(path, layout, MAX_ARRAY_BYTES)
-        return _from_array(path, bands[..., :3] if layout.is_rgb and channels == 3 else bands, channels, dtype)
-    except EdgesegError:
-        raise
-    except Exception as exc:
-        # As with Pillow: anything a damaged file makes a decoder trip over.
-        raise InputError(f"cannot read image {path}: {one_line(exc)}") from exc
+    bands = read_bands(path, layout, MAX_ARRAY_BYTES)
+    return _from_array(path, bands[..., :3] if layout.is_rgb and channels == 3 else bands, channels, dtype)
 
 
 def _from_pillow(path: Path, image: Any, channels: int, dtype: InputDtype) -> NDArray[Any]:

@@ -148,9 +148,7 @@ def test_folders_are_loaded_as_an_ensemble(tmp_path: Path, monkeypatch: pytest.M
     np.testing.assert_array_equal(both(IMAGES), alone(IMAGES))
     assert alone.identity != both.identity
     assert both.identity != edgeseg.load(tmp_path / "a", ensemble=[tmp_path / "b"]).identity
-    with pytest.raises(
-        SpecError, match="m returns masks, and only scores can be averaged; build it with output kind"
-    ):
+    with pytest.raises(SpecError, match="m returns masks, and only scores can be averaged; build it with output kind"):
         edgeseg.load(tmp_path / "a", ensemble=[tmp_path / "m"])
 
 

@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import UnidentifiedImageError
 
-from edgeseg.errors import InputError, one_line
+from edgeseg.errors import InputError
 from edgeseg.images.arrays import ARRAY_SUFFIXES, read_array
-from edgeseg.images.decoding import FORMATS, JPEG_SUFFIXES, MAX_ARRAY_BYTES, open_picture
-from edgeseg.images.tiff import tiff_layout
+from edgeseg.images.decoding import JPEG_SUFFIXES, MAX_ARRAY_BYTES, decoder_errors, open_picture
 from edgeseg.spec import ModelSpec
 from edgeseg.store.files import require_file
 
@@ -187,7 +185,7 @@ def _listed(values: Sequence[int]) -> str:
 
 
 def read_label_file(path: Path, colours: Mapping[tuple[int, int, int], int] | None = None) -> NDArray[np.integer[Any]]:
-    """Read a mask file as stored integers: ``(H, W)`` from an image of one of :data:`FORMATS`, any shape from ``.npy``, ``.npz``.
+    """Read a mask file as stored integers: ``(H, W)`` from an image, any shape from ``.npy``, ``.npz``.
 
     Args:
         path: the file.
@@ -199,32 +197,22 @@ def read_label_file(path: Path, colours: Mapping[tuple[int, int, int], int] | No
     if path.suffix.lower() in ARRAY_SUFFIXES:
         return _whole(path, read_array(path, "mask", MAX_ARRAY_BYTES))
     require_file(path, "mask")
-    try:
-        with open_picture(path) as image:
-            if colours and image.mode in {"RGB", "RGBA", "P"}:
-                return _decoded(np.asarray(image.convert("RGB")), colours, path)
-            mode, array = image.mode, np.asarray(image)
-            if mode == "P" and image.format == "GIF":
-                # Who writes a GIF numbers its colours anew: of greys the level is what was meant.
-                levels = _grey(np.asarray(image.convert("RGB")))
-                array = array if levels is None else levels
-            elif mode in {"RGB", "RGBA", "LA"}:
-                levels = _grey(array[..., : 1 if mode == "LA" else 3])
-                mode, array = (mode, array) if levels is None else ("L", levels)
-            if mode not in {"1", "L", "P", "I", "F", "I;16", "I;16B", "I;16L"}:
-                raise InputError(
-                    f"{path} is a colour image (mode {mode}); a mask holds one class index per pixel: "
-                    "make it a grey or palette PNG"
-                )
-    except InputError:
-        raise
-    except UnidentifiedImageError as exc:
-        layout = tiff_layout(path)
-        what = f"not one of {', '.join(FORMATS)}" if layout is None else f"a TIFF with {layout}"
-        raise InputError(f"cannot read mask {path}: {what}, or damaged") from exc
-    except Exception as exc:
-        # Decoders raise whatever their parsing of a damaged file trips over: OSError, SyntaxError, struct.error, ...
-        raise InputError(f"cannot read mask {path}: {one_line(exc)}") from exc
+    with decoder_errors(path, "mask"), open_picture(path) as image:
+        if colours and image.mode in {"RGB", "RGBA", "P"}:
+            return _decoded(np.asarray(image.convert("RGB")), colours, path)
+        mode, array = image.mode, np.asarray(image)
+        if mode == "P" and image.format == "GIF":
+            # Who writes a GIF numbers its colours anew: of greys the level is what was meant.
+            levels = _grey(np.asarray(image.convert("RGB")))
+            array = array if levels is None else levels
+        elif mode in {"RGB", "RGBA", "LA"}:
+            levels = _grey(array[..., : 1 if mode == "LA" else 3])
+            mode, array = (mode, array) if levels is None else ("L", levels)
+        if mode not in {"1", "L", "P", "I", "F", "I;16", "I;16B", "I;16L"}:
+            raise InputError(
+                f"{path} is a colour image (mode {mode}); a mask holds one class index per pixel: "
+                "make it a grey or palette PNG"
+            )
     return _whole(path, array)
 
 
