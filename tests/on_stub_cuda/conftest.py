@@ -7,8 +7,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from simulated import Simulation, model
+from simulated import Simulation, model, session
 from stub_cuda import Stub
+
+from edgeseg.backends.cuda.driver import DriverName
+from edgeseg.backends.tensorrt.session import TensorRTSession
 
 DRIVER = os.environ.get("STUB_CUDA_DRIVER", "")
 if not DRIVER:
@@ -19,9 +22,9 @@ if DRIVER == "pycuda":
 
 
 @pytest.fixture
-def driver() -> str:
+def driver() -> DriverName:
     """The package under test."""
-    return DRIVER
+    return DRIVER  # type: ignore[return-value]
 
 
 @pytest.fixture
@@ -40,3 +43,10 @@ def stub() -> Iterator[Stub]:
 def simulation(stub: Stub) -> Simulation:
     """An engine of a small network, of one shape."""
     return Simulation(stub, model())
+
+
+@pytest.fixture
+def opened(simulation: Simulation, driver: DriverName) -> Iterator[TensorRTSession]:
+    """A session of that engine."""
+    with session(simulation, driver) as opened:
+        yield opened

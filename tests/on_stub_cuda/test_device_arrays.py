@@ -74,21 +74,19 @@ def mask_of(opened: TensorRTSession, image: object) -> np.ndarray:
 # -- __cuda_array_interface__ as a consumer ---------------------------------------------------------------------------
 
 
-def test_no_stream_means_no_waiting(simulation: Simulation, driver: DriverName, stub: Stub, other: Other) -> None:
+def test_no_stream_means_no_waiting(simulation: Simulation, opened: TensorRTSession, stub: Stub, other: Other) -> None:
     array = an_image()
     address = other.finished(array)
-    with session(simulation, driver) as opened:
-        for described in (Described(address, array.shape), Described(address, array.shape, stream=None)):
-            stub.record_calls()
-            np.testing.assert_array_equal(mask_of(opened, described), simulation.masks(array))
-            assert "cuEventRecord" not in stub.calls()
-
-
-def test_the_stream_named_is_waited_for(simulation: Simulation, driver: DriverName, other: Other) -> None:
-    array = an_image()
-    with session(simulation, driver) as opened:
-        described = Described(other.image(array), array.shape, stream=other.stream.address)
+    for described in (Described(address, array.shape), Described(address, array.shape, stream=None)):
+        stub.record_calls()
         np.testing.assert_array_equal(mask_of(opened, described), simulation.masks(array))
+        assert "cuEventRecord" not in stub.calls()
+
+
+def test_the_stream_named_is_waited_for(simulation: Simulation, opened: TensorRTSession, other: Other) -> None:
+    array = an_image()
+    described = Described(other.image(array), array.shape, stream=other.stream.address)
+    np.testing.assert_array_equal(mask_of(opened, described), simulation.masks(array))
 
 
 @pytest.mark.parametrize(
@@ -130,31 +128,29 @@ def test_default_streams_are_waited_for(
     ],
 )
 def test_what_is_described(
-    simulation: Simulation, driver: DriverName, other: Other, changed: dict[str, Any], said: str | None
+    simulation: Simulation, opened: TensorRTSession, other: Other, changed: dict[str, Any], said: str | None
 ) -> None:
     array = an_image()
     address = other.finished(array)
-    with session(simulation, driver) as opened:
-        if said is None:
-            np.testing.assert_array_equal(
-                mask_of(opened, Described(address, array.shape, **changed)), simulation.masks(array)
-            )
-            return
-        with pytest.raises(InputError, match=said):
-            opened.run_device(Described(address, array.shape, **changed))
-        np.testing.assert_array_equal(mask_of(opened, Described(address, array.shape)), simulation.masks(array))
+    if said is None:
+        np.testing.assert_array_equal(
+            mask_of(opened, Described(address, array.shape, **changed)), simulation.masks(array)
+        )
+        return
+    with pytest.raises(InputError, match=said):
+        opened.run_device(Described(address, array.shape, **changed))
+    np.testing.assert_array_equal(mask_of(opened, Described(address, array.shape)), simulation.masks(array))
 
 
-def test_what_must_be_described(simulation: Simulation, driver: DriverName, other: Other) -> None:
+def test_what_must_be_described(simulation: Simulation, opened: TensorRTSession, other: Other) -> None:
     array = an_image()
     described = Described(other.finished(array), array.shape)
-    with session(simulation, driver) as opened:
-        for key in ("shape", "typestr", "data", "version"):
-            value = described.__cuda_array_interface__.pop(key)
-            with pytest.raises(InputError, match=rf"not readable \(KeyError\('{key}'\)\)"):
-                opened.run_device(described)
-            described.__cuda_array_interface__[key] = value
-        np.testing.assert_array_equal(mask_of(opened, described), simulation.masks(array))
+    for key in ("shape", "typestr", "data", "version"):
+        value = described.__cuda_array_interface__.pop(key)
+        with pytest.raises(InputError, match=rf"not readable \(KeyError\('{key}'\)\)"):
+            opened.run_device(described)
+        described.__cuda_array_interface__[key] = value
+    np.testing.assert_array_equal(mask_of(opened, described), simulation.masks(array))
 
 
 def test_an_image_of_another_gpu(
@@ -225,7 +221,9 @@ def test_the_maker_is_told_our_stream_and_gets_its_tensor_back(
     assert maker.has_it_back()
 
 
-def test_a_maker_that_waits_for_itself_on_our_stream(simulation: Simulation, driver: DriverName, other: Other) -> None:
+def test_a_maker_that_waits_for_itself_on_our_stream(
+    opened: TensorRTSession, simulation: Simulation, driver: DriverName, other: Other
+) -> None:
     """What the stream is for: the maker makes it wait for the maker's own."""
     array = an_image()
 
@@ -239,8 +237,7 @@ def test_a_maker_that_waits_for_itself_on_our_stream(simulation: Simulation, dri
                 other.cuda.synchronize()
             return super().__dlpack__(**asked)
 
-    with session(simulation, driver) as opened:
-        np.testing.assert_array_equal(mask_of(opened, Waiting(other.image(array), array)), simulation.masks(array))
+    np.testing.assert_array_equal(mask_of(opened, Waiting(other.image(array), array)), simulation.masks(array))
 
 
 @pytest.mark.parametrize("device", [(dlpack.CUDA_HOST, 0), (dlpack.CUDA_MANAGED, 0)])
@@ -257,46 +254,41 @@ def test_page_locked_and_managed_memory(
 
 @pytest.mark.parametrize("device", [(dlpack.CPU, 0), (dlpack.CUDA, 1), (10, 0)])
 def test_tensors_elsewhere_are_refused_before_they_are_taken(
-    simulation: Simulation, driver: DriverName, other: Other, device: tuple[int, int]
+    opened: TensorRTSession, other: Other, device: tuple[int, int]
 ) -> None:
     array = an_image()
     maker = Maker(other.finished(array), array, device=device)
-    with session(simulation, driver) as opened:
-        with pytest.raises(InputError, match=rf"on DLPack device \({device[0]}, {device[1]}\), the engine on GPU 0"):
-            opened.run_device(maker)
-        assert maker.asked == {}
+    with pytest.raises(InputError, match=rf"on DLPack device \({device[0]}, {device[1]}\), the engine on GPU 0"):
+        opened.run_device(maker)
+    assert maker.asked == {}
 
 
-def test_a_tensor_that_does_not_fit_goes_back(simulation: Simulation, driver: DriverName, other: Other) -> None:
+def test_a_tensor_that_does_not_fit_goes_back(opened: TensorRTSession, other: Other) -> None:
     array = np.zeros((1, 2 * SIDE, SIDE, 3), np.uint8)
     floats = np.zeros((1, SIDE, SIDE, 3), np.float32)
-    with session(simulation, driver) as opened:
-        for wrong, said in [(array, "this engine takes"), (floats, "float32; give uint8")]:
-            maker = Maker(other.finished(wrong), wrong)
-            with pytest.raises(InputError, match=said):
-                opened.run_device(maker)
-            assert maker.has_it_back()
-        failing = Maker(other.finished(an_image()), an_image())
-        failing.memory = None  # type: ignore[assignment]
-        failing.__class__ = type("Refusing", (Maker,), {"__dlpack__": _refuse})
-        with pytest.raises(InputError, match="cannot be given away as DLPack: not contiguous"):
-            opened.run_device(failing)
+    for wrong, said in [(array, "this engine takes"), (floats, "float32; give uint8")]:
+        maker = Maker(other.finished(wrong), wrong)
+        with pytest.raises(InputError, match=said):
+            opened.run_device(maker)
+        assert maker.has_it_back()
+    failing = Maker(other.finished(an_image()), an_image())
+    failing.memory = None  # type: ignore[assignment]
+    failing.__class__ = type("Refusing", (Maker,), {"__dlpack__": _refuse})
+    with pytest.raises(InputError, match="cannot be given away as DLPack: not contiguous"):
+        opened.run_device(failing)
 
 
 def _refuse(self: Maker, **asked: object) -> object:
     raise BufferError("not contiguous")
 
 
-def test_a_tensor_goes_back_when_the_gpu_fails(
-    simulation: Simulation, driver: DriverName, stub: Stub, other: Other
-) -> None:
+def test_a_tensor_goes_back_when_the_gpu_fails(opened: TensorRTSession, stub: Stub, other: Other) -> None:
     array = an_image()
     maker = Maker(other.finished(array), array)
-    with session(simulation, driver) as opened:
-        stub.fail("kernel", 1, LAUNCH_FAILED)
-        with pytest.raises(DeviceError):
-            opened.run_device(maker)
-        assert maker.has_it_back()
+    stub.fail("kernel", 1, LAUNCH_FAILED)
+    with pytest.raises(DeviceError):
+        opened.run_device(maker)
+    assert maker.has_it_back()
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
@@ -416,28 +408,24 @@ def test_memory_is_written_again_only_when_its_readers_are_done(
         other.destroy(stream)
 
 
-def test_memory_that_nobody_else_saw_is_not_waited_for(
-    simulation: Simulation, driver: DriverName, stub: Stub, other: Other
-) -> None:
+def test_memory_that_nobody_else_saw_is_not_waited_for(opened: TensorRTSession, stub: Stub, other: Other) -> None:
     array = an_image()
     described = Described(other.finished(array), array.shape)
-    with session(simulation, driver) as opened:
-        mask_of(opened, described)
-        stub.record_calls()
-        mask_of(opened, described)
-        assert not {"cuEventRecord", "cuStreamWaitEvent", "cuCtxSynchronize"} & set(stub.calls())
+    mask_of(opened, described)
+    stub.record_calls()
+    mask_of(opened, described)
+    assert not {"cuEventRecord", "cuStreamWaitEvent", "cuCtxSynchronize"} & set(stub.calls())
 
 
-def test_spare_memory_is_bounded(simulation: Simulation, driver: DriverName, stub: Stub, other: Other) -> None:
+def test_spare_memory_is_bounded(opened: TensorRTSession, stub: Stub, other: Other) -> None:
     array = an_image()
     described = Described(other.finished(array), array.shape)
-    with session(simulation, driver) as opened:
-        before = stub.live()["device memory"]
-        results = [opened.run_device(described)["mask"] for _ in range(40)]
-        assert stub.live()["device memory"] == before + 40
-        for result in results:
-            result.close()
-        assert stub.live()["device memory"] == before + 16
+    before = stub.live()["device memory"]
+    results = [opened.run_device(described)["mask"] for _ in range(40)]
+    assert stub.live()["device memory"] == before + 40
+    for result in results:
+        result.close()
+    assert stub.live()["device memory"] == before + 16
 
 
 def test_memory_of_a_larger_result_serves_a_smaller_one(stub: Stub, driver: DriverName, other: Other) -> None:
@@ -484,13 +472,10 @@ def test_a_loop_over_one_buffer_becomes_one_cuda_graph(
         assert "cuGraphLaunch" not in calls
 
 
-def test_nothing_is_allocated_for_images_in_place(
-    simulation: Simulation, driver: DriverName, stub: Stub, other: Other
-) -> None:
+def test_nothing_is_allocated_for_images_in_place(opened: TensorRTSession, stub: Stub, other: Other) -> None:
     array = an_image()
     described = Described(other.finished(array), array.shape)
-    with session(simulation, driver) as opened:
-        mask_of(opened, described)
-        made = {kind: stub.made(kind) for kind in ("device memory", "host memory", "events")}
-        mask_of(opened, described)
-        assert {kind: stub.made(kind) for kind in made} == made
+    mask_of(opened, described)
+    made = {kind: stub.made(kind) for kind in ("device memory", "host memory", "events")}
+    mask_of(opened, described)
+    assert {kind: stub.made(kind) for kind in made} == made

@@ -181,16 +181,15 @@ def test_mapped_memory_copies_nothing_and_is_the_choice_on_integrated_gpus(
         assert not [call for call in stub.calls() if "Memcpy" in call]
 
 
-def test_many_batches_overlap_and_stay_in_order(simulation: Simulation, stub: Stub, driver: DriverName) -> None:
+def test_many_batches_overlap_and_stay_in_order(simulation: Simulation, stub: Stub, opened: TensorRTSession) -> None:
     batches = [images() for _ in range(7)]
-    with session(simulation, driver) as opened:
-        stub.record_calls()
-        outputs = list(opened.run_many(iter(batches)))
-        calls = [call for call in stub.calls() if call in ("cuMemcpyHtoDAsync_v2", "cuStreamSynchronize")]
-        for batch, result in zip(batches, outputs, strict=True):
-            np.testing.assert_array_equal(result["mask"], simulation.masks(batch))
-        # The second batch is on its way before the first is waited for.
-        assert calls[:3] == ["cuMemcpyHtoDAsync_v2", "cuMemcpyHtoDAsync_v2", "cuStreamSynchronize"]
+    stub.record_calls()
+    outputs = list(opened.run_many(iter(batches)))
+    calls = [call for call in stub.calls() if call in ("cuMemcpyHtoDAsync_v2", "cuStreamSynchronize")]
+    for batch, result in zip(batches, outputs, strict=True):
+        np.testing.assert_array_equal(result["mask"], simulation.masks(batch))
+    # The second batch is on its way before the first is waited for.
+    assert calls[:3] == ["cuMemcpyHtoDAsync_v2", "cuMemcpyHtoDAsync_v2", "cuStreamSynchronize"]
 
 
 @pytest.mark.parametrize("contexts", [1, 2, 3])
@@ -335,13 +334,12 @@ def test_tensorrt_refusing(simulation: Simulation, driver: DriverName) -> None:
         session(simulation, driver)
 
 
-def test_what_the_engine_does_not_take(simulation: Simulation, stub: Stub, driver: DriverName) -> None:
-    with session(simulation, driver) as opened:
-        with pytest.raises(InputError, match=r"images are float32 .*takes uint8 \(1, 32, 32, 3\)"):
-            opened.run(images().astype(np.float32))  # type: ignore[arg-type]
-        with pytest.raises(InputError, match="this engine takes"):
-            opened.run(images(1, 64, 64))
-        assert stub.made("streams") >= 1
+def test_what_the_engine_does_not_take(opened: TensorRTSession, stub: Stub) -> None:
+    with pytest.raises(InputError, match=r"images are float32 .*takes uint8 \(1, 32, 32, 3\)"):
+        opened.run(images().astype(np.float32))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="this engine takes"):
+        opened.run(images(1, 64, 64))
+    assert stub.made("streams") >= 1
 
 
 def test_closing_while_a_result_is_pending(simulation: Simulation, stub: Stub, driver: DriverName) -> None:
@@ -437,25 +435,29 @@ def on_device(driver: DriverName) -> Iterator[list[OnDevice]]:
 
 @pytest.mark.parametrize("offset", [0, 64])
 def test_an_array_on_the_device_is_read_in_place(
-    simulation: Simulation, stub: Stub, driver: DriverName, on_device: list[OnDevice], offset: int
+    opened: TensorRTSession,
+    simulation: Simulation,
+    stub: Stub,
+    driver: DriverName,
+    on_device: list[OnDevice],
+    offset: int,
 ) -> None:
     image = images()
     on_device.append(OnDevice(driver, image[0], offset))
-    with session(simulation, driver) as opened:
-        stub.record_calls()
-        outputs = opened.run_device(on_device[0])
-        copies = [call for call in stub.calls() if "Memcpy" in call]
-        # TensorRT wants addresses in multiples of 256 bytes; others are copied, on the device.
-        wanted = ["cuMemcpyDtoDAsync_v2"] if offset else []
-        assert copies in (wanted, ["cuMemcpyHtoDAsync_v2", *wanted])  # the writer's own copy may be deferred till then
-        with outputs["mask"] as mask:
-            np.testing.assert_array_equal(mask.numpy(), simulation.masks(image))
-            assert mask.__cuda_array_interface__["shape"] == (1, SIDE, SIDE)
-            assert mask.__cuda_array_interface__["data"][0] == mask.address
-        with pytest.raises(InputError, match="closed"):
-            mask.numpy()
-        # Host images afterwards use the lane's own buffers again.
-        np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
+    stub.record_calls()
+    outputs = opened.run_device(on_device[0])
+    copies = [call for call in stub.calls() if "Memcpy" in call]
+    # TensorRT wants addresses in multiples of 256 bytes; others are copied, on the device.
+    wanted = ["cuMemcpyDtoDAsync_v2"] if offset else []
+    assert copies in (wanted, ["cuMemcpyHtoDAsync_v2", *wanted])  # the writer's own copy may be deferred till then
+    with outputs["mask"] as mask:
+        np.testing.assert_array_equal(mask.numpy(), simulation.masks(image))
+        assert mask.__cuda_array_interface__["shape"] == (1, SIDE, SIDE)
+        assert mask.__cuda_array_interface__["data"][0] == mask.address
+    with pytest.raises(InputError, match="closed"):
+        mask.numpy()
+    # Host images afterwards use the lane's own buffers again.
+    np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
 
 
 def test_device_arrays_and_cuda_graphs_do_not_disturb_each_other(
@@ -475,17 +477,16 @@ def test_device_arrays_and_cuda_graphs_do_not_disturb_each_other(
 
 
 def test_arrays_that_do_not_fit(
-    simulation: Simulation, stub: Stub, driver: DriverName, on_device: list[OnDevice]
+    opened: TensorRTSession, stub: Stub, driver: DriverName, on_device: list[OnDevice]
 ) -> None:
     on_device += [OnDevice(driver, images(1, 64, 64)), OnDevice(driver, images()[..., :2].astype(np.float32))]
-    with session(simulation, driver) as opened:
-        streams = stub.made("streams")
-        for image, said in [
-            (on_device[0], "this engine takes"),
-            (on_device[1], "float32; give uint8"),
-            (images(), "on DLPack device"),
-            ([1, 2], "list.*__cuda_array_interface__"),
-        ]:
-            with pytest.raises(InputError, match=said):
-                opened.run_device(image)
-        assert stub.made("streams") == streams, "a wrong image costs no context"
+    streams = stub.made("streams")
+    for image, said in [
+        (on_device[0], "this engine takes"),
+        (on_device[1], "float32; give uint8"),
+        (images(), "on DLPack device"),
+        ([1, 2], "list.*__cuda_array_interface__"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            opened.run_device(image)
+    assert stub.made("streams") == streams, "a wrong image costs no context"
