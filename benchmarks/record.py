@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,13 @@ def versions() -> dict[str, str]:
 
 def ratios(samples: dict[str, LatencySamples], baselines: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """How many times faster each contender is than each baseline: median of paired ratios and 95 % interval."""
+
+    def ratio(base: str, name: str) -> dict[str, Any]:
+        faster = compare(samples[base], samples[name])
+        return {"median": faster.value, "low": faster.low, "high": faster.high, "pairs": len(samples[base].samples_ms)}
+
     return {
-        base: {name: asdict(compare(samples[base], samples[name])) for name in samples if name != base}
-        for base in baselines
-        if base in samples
+        base: {name: ratio(base, name) for name in samples if name != base} for base in baselines if base in samples
     }
 
 

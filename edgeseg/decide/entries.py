@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edgeseg.errors import InputError
 from edgeseg.evaluate.latency.batches import Estimate
-from edgeseg.evaluate.latency.protocol import LatencySamples, Ratio, compare
+from edgeseg.evaluate.latency.protocol import LatencySamples, compare
 from edgeseg.evaluate.results import BenchReport, Row, SpeedComparison, read_report
 from edgeseg.machine.record import Environment
 
@@ -155,7 +155,7 @@ def device_label(environment: Environment) -> str:
     return environment.device + (f" ({', '.join(extras)})" if extras else "")
 
 
-def paired_ratio(slow: Entry, fast: Entry) -> Ratio | None:
+def paired_ratio(slow: Entry, fast: Entry) -> Estimate | None:
     """How many times faster ``fast`` is than ``slow``; ``None`` unless their samples were taken in turns."""
     a, b = slow.row.latency, fast.row.latency
     if a is None or b is None or slow.run != fast.run or not a.round_group or a.round_group != b.round_group:
@@ -165,7 +165,7 @@ def paired_ratio(slow: Entry, fast: Entry) -> Ratio | None:
     return compare(LatencySamples(a.samples_ms), LatencySamples(b.samples_ms))
 
 
-def speed_ratio(slow: Entry, fast: Entry) -> Ratio | None:
+def speed_ratio(slow: Entry, fast: Entry) -> Estimate | None:
     """How many times faster ``fast`` is than ``slow``; ``None`` where one has no latency.
 
     Of samples taken in turns the paired ratio, else what follows from the intervals of both medians.
@@ -175,7 +175,6 @@ def speed_ratio(slow: Entry, fast: Entry) -> Ratio | None:
     a, b = (None if entry.row.latency is None else entry.row.latency.end_to_end for entry in (slow, fast))
     if a is None or b is None:
         return None
-    ratio = Estimate(a.median_ms, a.median_low_ms, a.median_high_ms).over(
+    return Estimate(a.median_ms, a.median_low_ms, a.median_high_ms).over(
         Estimate(b.median_ms, b.median_low_ms, b.median_high_ms)
     )
-    return Ratio(ratio.value, ratio.low, ratio.high, 0)

@@ -188,7 +188,7 @@ def _doubts(fitting: Sequence[Entry], near: Sequence[Judged]) -> list[str]:
         ratio = None if first is None or entry is first else speed_ratio(entry, first)
         if first is not None and ratio is not None and ratio.low <= 1.0 and not ratio.is_same:
             both = " or ".join(f"{e.name} ({METRICS['median_ms'].with_unit(_median(e))})" for e in (entry, first))
-            interval = f"{ratio.median:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
+            interval = f"{ratio.value:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
             doubts.append(f"which is faster, {both}, is not known: {interval}")
     for one in near:
         ratio = None if first is None else speed_ratio(one.entry, first)
@@ -327,7 +327,7 @@ def _not_worth_it(engines: Sequence[Entry], metric: Metric | None) -> list[str]:
             if ratio is None or ratio.low > 1.0:
                 continue
             reduced, full = low.row.engine.precision.upper(), high.row.engine.precision.upper()
-            runs = f"{reduced} runs at {ratio.median:.2f}x its speed, {ratio.low:.2f} to {ratio.high:.2f}"
+            runs = f"{reduced} runs at {ratio.value:.2f}x its speed, {ratio.low:.2f} to {ratio.high:.2f}"
             if not ratio.is_same and not ratio.is_difference:
                 remarks.append(
                     f"cannot tell whether {reduced} is worth it for {low.name} beside {full} ({high.name}): {runs}"

@@ -13,7 +13,7 @@ import numpy as np
 from edgeseg.arguments import one_of
 from edgeseg.errors import GateError, InputError, SpecError
 from edgeseg.evaluate.latency.batches import Estimate, bootstrap_interval, median_of
-from edgeseg.evaluate.latency.protocol import SAME_WITHIN, LatencySamples, compare, percentile_of_rows
+from edgeseg.evaluate.latency.protocol import LatencySamples, compare, percentile_of_rows
 from edgeseg.evaluate.results import BenchReport, Row, at
 from edgeseg.evaluate.tables import MISSING, FigureTable, milliseconds, number
 
@@ -47,7 +47,7 @@ class Change:
         low, high: 95 % interval of ``percent`` (cold start: from the closest to the farthest processes), ``None`` for a
             figure without samples.
         verdict: ``no difference`` when the interval holds 0; of latency ``cannot tell`` when it also holds changes by more
-            than :data:`~edgeseg.evaluate.latency.protocol.SAME_WITHIN`.
+            than :data:`~edgeseg.evaluate.latency.batches.SAME_WITHIN`.
         beside: id of the baseline's row that ``percent`` is relative to; ``None``: the bare figures are compared.
         is_baseline: the row is a baseline's; limits are for engines.
     """
@@ -125,7 +125,7 @@ def _latency_change(old: Row, new: Row, metric: str, baseline: tuple[Row, Row] |
             ratio, beside = relative[1].over(relative[0]), baseline[1].id
     percent, low, high = ((value - 1) * 100 for value in (ratio.value, ratio.low, ratio.high))
     verdict = _verdict(percent, low, high)
-    if verdict == "no difference" and (ratio.low < 1 / SAME_WITHIN or ratio.high > SAME_WITHIN):
+    if verdict == "no difference" and not ratio.is_same:
         verdict = "cannot tell"
     return Change(new.id, metric, before, after, percent, low, high, verdict, beside)
 
@@ -153,8 +153,7 @@ def _beside(row: Row, baseline: Row, metric: str) -> Estimate | None:
     ):
         return None
     if metric == "median_ms":
-        ratio = compare(LatencySamples(own.samples_ms), LatencySamples(base.samples_ms))
-        return Estimate(ratio.median, ratio.low, ratio.high)
+        return compare(LatencySamples(own.samples_ms), LatencySamples(base.samples_ms))
     figure, middle = _estimate(row, metric), _estimate(baseline, "median_ms")
     return None if figure is None or middle is None else figure.over(middle)
 

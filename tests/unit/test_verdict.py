@@ -105,7 +105,7 @@ def test_what_another_run_could_turn_is_no_verdict() -> None:
     assert verdict.reason.startswith("which is faster, full (55.50 ms) or quant (24.00 ms), is not known: ")
     assert verdict.reason.endswith("; measure longer (edgeseg bench --duration-s) on a quiet machine")
     assert worth(full, int8) == [
-        f"cannot tell whether INT8 is worth it for quant beside FP32 (full): INT8 runs at {ratio.median:.2f}x its speed, "
+        f"cannot tell whether INT8 is worth it for quant beside FP32 (full): INT8 runs at {ratio.value:.2f}x its speed, "
         f"{ratio.low:.2f} to {ratio.high:.2f}"
     ]
     longer = row("quant", 24.0, miou=0.71, drop=0.0, precision="int8", samples_ms=tuple(ms / 2 for ms in NOISY_MS))

@@ -28,6 +28,11 @@ _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _CHUNK_CELLS = 2_000_000
 
 
+SAME_WITHIN = 1.10
+"""Two speeds are called the same when the whole interval of their ratio lies within this factor; an interval that holds 1
+and reaches further shows neither a difference nor its absence."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A positive figure with its 95 % interval."""
@@ -35,6 +40,16 @@ class Estimate:
     value: float
     low: float
     high: float
+
+    @property
+    def is_difference(self) -> bool:
+        """Of a ratio: whether a difference was shown; not when the interval spans 1."""
+        return not self.low <= 1.0 <= self.high
+
+    @property
+    def is_same(self) -> bool:
+        """Of a ratio: no difference was shown, and none larger than :data:`SAME_WITHIN` is possible."""
+        return not self.is_difference and self.low >= 1 / SAME_WITHIN and self.high <= SAME_WITHIN
 
     def over(self, other: Estimate) -> Estimate:
         """The ratio of two figures from different runs, with the interval that follows from both intervals (Zou and

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeseg.backends.base import Session
-from edgeseg.evaluate.latency.batches import BATCHES, MIN_PER_BATCH, ratio_interval
+from edgeseg.evaluate.latency.batches import BATCHES, MIN_PER_BATCH, Estimate, ratio_interval
 from edgeseg.images.dtypes import usual_pixels
 from edgeseg.spec import PipelineSpec
 from edgeseg.store.manifest import LatencyFigures
@@ -122,37 +122,6 @@ class LatencySamples:
         )
 
 
-SAME_WITHIN = 1.10
-"""Two speeds are called the same when the whole interval of their ratio lies within this factor; an interval that holds 1
-and reaches further shows neither a difference nor its absence."""
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times faster ``b`` is than ``a``: median of the paired ratios ``a / b``, with its interval.
-
-    Attributes:
-        median: above 1, ``b`` is faster.
-        low, high: 95 % interval of the median, see :func:`edgeseg.evaluate.latency.batches.ratio_interval`.
-        pairs: how many pairs.
-    """
-
-    median: float
-    low: float
-    high: float
-    pairs: int
-
-    @property
-    def is_difference(self) -> bool:
-        """False when the interval spans 1: no difference was shown."""
-        return not self.low <= 1.0 <= self.high
-
-    @property
-    def is_same(self) -> bool:
-        """No difference was shown, and none larger than :data:`SAME_WITHIN` is possible."""
-        return not self.is_difference and self.low >= 1 / SAME_WITHIN and self.high <= SAME_WITHIN
-
-
 def percentile(samples: tuple[float, ...] | list[float], percent: float) -> float:
     """trtexec's percentile: ``sorted[max(n - 1 - int((1 - percent / 100) * n), 0)]``; an observed sample.
 
@@ -210,8 +179,8 @@ def measure_interleaved(
     return {name: LatencySamples(tuple(samples[name]), *warmups[name]) for name in names}
 
 
-def compare(a: LatencySamples, b: LatencySamples) -> Ratio:
-    """How many times faster ``b`` is than ``a``, from samples taken in turns.
+def compare(a: LatencySamples, b: LatencySamples) -> Estimate:
+    """How many times faster ``b`` is than ``a``, from samples taken in turns: the median of the paired ratios.
 
     Sample ``i`` of ``a`` is paired with sample ``i`` of ``b``: they were taken in the same round, under the same load.
 
@@ -221,8 +190,7 @@ def compare(a: LatencySamples, b: LatencySamples) -> Ratio:
     if len(a.samples_ms) != len(b.samples_ms):
         raise ValueError(f"{len(a.samples_ms)} and {len(b.samples_ms)} samples were not measured in turns")
     ratios = np.asarray(a.samples_ms, np.float64) / np.asarray(b.samples_ms, np.float64)
-    low, high = ratio_interval(ratios)
-    return Ratio(float(np.median(ratios)), low, high, len(ratios))
+    return Estimate(float(np.median(ratios)), *ratio_interval(ratios))
 
 
 def _warm_up(call: Call, protocol: LatencyProtocol, clock_ns: Callable[[], int]) -> tuple[int, bool | None]:

@@ -78,8 +78,8 @@ def speed_comparison(
     ratio = compare(baseline, contender)
     verdict: SpeedVerdict = "no difference" if ratio.is_same else "cannot tell"
     if ratio.is_difference:
-        verdict = "faster" if ratio.median > 1 else "slower"
-    return SpeedComparison(baseline_id, row_id, ratio.median, ratio.low, ratio.high, ratio.pairs, verdict)
+        verdict = "faster" if ratio.value > 1 else "slower"
+    return SpeedComparison(baseline_id, row_id, ratio.value, ratio.low, ratio.high, len(baseline.samples_ms), verdict)
 
 
 def fastest_or_first(measured: Mapping[str, LatencySamples]) -> tuple[str, str]:
