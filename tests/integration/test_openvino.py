@@ -124,13 +124,13 @@ def test_group_norm_by_sums_is_pytorchs(channels: int, replaced: int, tmp_path: 
     np.testing.assert_allclose(actual, expected.numpy(), atol=2e-4)
 
 
-@pytest.mark.parametrize("batch", [1, 2, "n"])
+@pytest.mark.parametrize("batch", [1, 2, "batch"])
 def test_build_load_run(batch: int | str, tmp_path: Path) -> None:
     model = mask_model(batch)
     backend = get_backend("openvino")
     built = backend.build(saved(model, tmp_path / "model.onnx"), tmp_path, {"threads": 1})
     assert built.precision.mac_share == {"fp32": 1.0}
-    sizes = BatchRange(1, 1, 3) if batch == "n" else BatchRange(batch, batch, batch)  # type: ignore[arg-type]
+    sizes = BatchRange(1, 1, 3) if batch == "batch" else BatchRange(batch, batch, batch)  # type: ignore[arg-type]
     with backend.load(engine(tmp_path, built, sizes)) as session:
         batches = [images(batch if isinstance(batch, int) else count) for count in (1, 2, 3)]
         for given in batches:

@@ -235,13 +235,9 @@ def _version(ov: Any) -> str:
 
 def _executed_precision(compiled: Any, graph: OnnxGraph, model: onnx.ModelProto) -> PrecisionReport:
     """Join the runtime model's precision per layer with the portable graph's multiply-accumulates."""
-    from edgeseg.graph.macs import count_macs
-    from edgeseg.graph.types import precision_report, shares
+    from edgeseg.graph.types import graph_macs, precision_report, shares
 
-    spec = graph.spec.input
-    symbols = (d.dim_param for d in model.graph.input[0].type.tensor_type.shape.dim)
-    sizes = dict(zip(symbols, (spec.batch.minimum, spec.height, spec.width, spec.channels), strict=True))
-    macs = count_macs(model, sizes)
+    macs = graph_macs(model, graph.spec.input)
     executed: dict[str, str] = {}
     nodes: list[str] = []
     for operation in compiled.get_runtime_model().get_ops():
@@ -259,7 +255,6 @@ def _executed_precision(compiled: Any, graph: OnnxGraph, model: onnx.ModelProto)
     return replace(
         report,
         node_share=shares(Counter(nodes)),
-        macs=report.macs // spec.batch.minimum,
         evidence="inspected",
         float_layers={name: f"OpenVINO runs it in {dtypes[name]}" for name in report.float_layers},
     )
