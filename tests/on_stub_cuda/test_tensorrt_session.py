@@ -358,12 +358,11 @@ def test_closing_while_a_result_is_pending(simulation: Simulation, stub: Stub, d
 def test_cuda_graph_is_recorded_after_the_first_run_of_a_shape(stub: Stub, driver: DriverName) -> None:
     if driver == "pycuda":
         simulation = Simulation(stub, model())
-        with pytest.warns(RuntimeWarning, match="pycuda has none"):
+        with pytest.warns(RuntimeWarning, match="pycuda has none.*cuda-bindings"):
             opened = session(simulation, driver, SessionOptions(cuda_graph=True))
         with opened:
             image = images()
             np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
-            assert "cuda-bindings" in opened.notes[0]
         return
     simulation = Simulation(stub, model("n", ("h", "w")), "10.16.1.11", DYNAMIC)
     with session(simulation, driver, SessionOptions(cuda_graph=True), BatchRange(1, 2, 4)) as opened:
@@ -377,7 +376,6 @@ def test_cuda_graph_is_recorded_after_the_first_run_of_a_shape(stub: Stub, drive
         assert calls.count("cuGraphLaunch") == 5, "all but the first run of each shape"
         assert simulation.executed == 4, "one eager run and one recording a shape"
         assert stub.live()["graph execs"] == 1
-        assert opened.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -400,13 +398,13 @@ def test_a_graph_that_cannot_be_recorded_is_said_and_done_without(
         opened.run(images())
         stub.fail(function, 1, OUT_OF_MEMORY)
         image = images()
-        with pytest.warns(RuntimeWarning, match=f"no CUDA graph, every inference is enqueued anew: {said}"):
+        with pytest.warns(RuntimeWarning, match=f"no CUDA graph, every inference is enqueued anew: {said}") as warned:
             outputs = opened.run(image)
         np.testing.assert_array_equal(outputs["mask"], simulation.masks(image))
         stub.record_calls()
         np.testing.assert_array_equal(opened.run(image)["mask"], simulation.masks(image))
         assert "cuStreamBeginCapture_v2" not in stub.calls(), "it is not tried again"
-        assert len(opened.notes) == 1
+        assert len(warned) == 1
         assert not {"graphs", "graph execs"} & set(stub.live())
 
 

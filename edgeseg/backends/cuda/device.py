@@ -12,7 +12,7 @@ import importlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -175,6 +175,18 @@ class Stream(Resource):
         self._cuda.driver.destroy_stream(handle)
 
 
+def do_all(steps: Iterable[Callable[[], None]]) -> None:
+    """Take every step, whatever the driver refuses. Raises the first :class:`DeviceError`."""
+    refused: DeviceError | None = None
+    for step in steps:
+        try:
+            step()
+        except DeviceError as exc:
+            refused = refused or exc
+    if refused is not None:
+        raise refused
+
+
 _DRIVERS: dict[str, tuple[str, str]] = {
     "cuda-bindings": ("edgeseg.backends.cuda.bindings", "jetson"),
     "pycuda": ("edgeseg.backends.cuda.pycuda", "pycuda"),
@@ -240,8 +252,7 @@ class Cuda(Closing):
 
     def device_memory(self, size_bytes: int) -> DeviceMemory:
         """Allocate memory of the GPU. Raises :class:`DeviceError`."""
-        self._check_open()
-        with self.active():
+        with self._usable():
             try:
                 handle = self.driver.allocate(size_bytes)
             except DeviceError as exc:
@@ -250,14 +261,12 @@ class Cuda(Closing):
 
     def stream(self) -> Stream:
         """Make a stream that does not wait for the default stream."""
-        self._check_open()
-        with self.active():
+        with self._usable():
             return Stream(self, self.driver.create_stream())
 
     def event(self, *, timing: bool = True) -> Event:
         """Make an event; without ``timing`` it is cheaper, and only says whether it happened."""
-        self._check_open()
-        with self.active():
+        with self._usable():
             return Event(self, self.driver.create_event(timing))
 
     def synchronize(self) -> None:
@@ -270,8 +279,7 @@ class Cuda(Closing):
 
         ``None`` for an address that CUDA does not know: memory of the CPU, unless it is page-locked.
         """
-        self._check_open()
-        with self.active():
+        with self._usable():
             try:
                 return self.driver.locate(address)
             except DeviceError as exc:
@@ -281,8 +289,7 @@ class Cuda(Closing):
 
     def memory_info(self) -> tuple[int, int]:
         """Bytes of GPU memory ``(free, total)``, counting what other processes use."""
-        self._check_open()
-        with self.active():
+        with self._usable():
             return self.driver.memory_info()
 
     @property
@@ -303,14 +310,7 @@ class Cuda(Closing):
                 return
             self._closed = True
             left = list(self._live.values())[::-1]
-        refused: list[DeviceError] = []
-        for step in (*(resource.close for resource in left), self.driver.release):
-            try:
-                step()
-            except DeviceError as exc:
-                refused.append(exc)
-        if refused:
-            raise refused[0]
+        do_all([*(resource.close for resource in left), self.driver.release])
 
     def adopt(self, resource: Resource) -> None:
         """Remember a resource, to free it when the device is closed."""
@@ -327,8 +327,7 @@ class Cuda(Closing):
 
         ``mapped``: the GPU uses it where it is: no copy on an integrated GPU, slow on any other.
         """
-        self._check_open()
-        with self.active():
+        with self._usable():
             try:
                 handle, array = self.driver.allocate_host(size_bytes, mapped)
             except DeviceError as exc:
@@ -348,9 +347,13 @@ class Cuda(Closing):
         if self.forked:
             raise DeviceError(_FORKED)
 
-    def _check_open(self) -> None:
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """:meth:`active`, of a device that is not closed."""
         if self._closed:
             raise DeviceError("this CUDA device is closed; open it again")
+        with self.active():
+            yield
 
 
 def open_cuda(preferred: DriverName | None = None, index: int = 0) -> Cuda:

@@ -6,8 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
-from edgeseg.backends.cuda.device import Cuda, DeviceMemory
-from edgeseg.errors import DeviceError
+from edgeseg.backends.cuda.device import Cuda, DeviceMemory, do_all
 
 SPARES = 16
 """Kept for later results, at most: a few outputs of a few results in use at a time."""
@@ -70,7 +69,7 @@ class ResultMemory:
         with self._lock:
             self._closed = True
             spare, self._spare = self._spare, []
-        _free([memory for memory, _ in spare])
+        do_all(memory.close for memory, _ in spare)
 
     def close_device(self) -> None:
         """Close the GPU as soon as nothing is lent any more. Call once, when nobody else uses it."""
@@ -100,20 +99,9 @@ class ResultMemory:
                 if len(self._spare) > SPARES:
                     surplus.append(self._spare.pop(0)[0])
         # The driver waits for work that uses it.
-        _free(surplus)
+        do_all(memory.close for memory in surplus)
         with self._lock:
             self._lent -= 1
             last = self._device_too and not self._lent
         if last:
             self._cuda.close()
-
-
-def _free(memories: list[DeviceMemory]) -> None:
-    refused: DeviceError | None = None
-    for memory in memories:
-        try:
-            memory.close()
-        except DeviceError as exc:
-            refused = refused or exc
-    if refused is not None:
-        raise refused

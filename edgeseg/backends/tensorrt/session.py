@@ -7,14 +7,13 @@ differs between versions is in :mod:`edgeseg.backends.tensorrt.backend`.
 from __future__ import annotations
 
 import atexit
-import threading
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,19 +47,9 @@ def _close_all() -> None:
         session.close()
 
 
-class _Notes:
-    """What was asked for and cannot be had, each said once as a warning."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self._lock = threading.Lock()
-
-    def add(self, text: str) -> None:
-        with self._lock:
-            if text in self.texts:
-                return
-            self.texts.append(text)
-        warnings.warn(f"edgeseg: {text}", RuntimeWarning, stacklevel=2)
+def _warn(text: str) -> None:
+    """Say what was asked for and cannot be had here."""
+    warnings.warn(f"edgeseg: {text}", RuntimeWarning, stacklevel=2)
 
 
 class TensorRTSession(Closing):
@@ -103,12 +92,9 @@ class TensorRTSession(Closing):
         integrated = cuda.device.integrated and cuda.device.maps_host_memory
         self._mapped = integrated if options.host_memory == "auto" else options.host_memory == "mapped"
         # Neither these nor the lanes know the session: dropped without closing, it closes at once.
-        self._notes = _Notes()
         self._results = ResultMemory(cuda)
         if options.cuda_graph and not cuda.driver.has_graphs:
-            self._notes.add(
-                f"no CUDA graph: {cuda.driver.name} has none; pip install 'edgeseg[jetson]' for cuda-bindings"
-            )
+            _warn(f"no CUDA graph: {cuda.driver.name} has none; pip install 'edgeseg[jetson]' for cuda-bindings")
         make = partial(
             Lane,
             cuda=cuda,
@@ -116,15 +102,10 @@ class TensorRTSession(Closing):
             outputs=self._outputs,
             mapped=self._mapped,
             cuda_graph=options.cuda_graph and cuda.driver.has_graphs,
-            on_note=self._notes.add,
+            on_note=cache(_warn),  # by whichever lane, each is said once
         )
         self._lanes = LanePool(engine, cuda, options.contexts, make, self._results.close_device)
         _open.add(self)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What was asked for and cannot be had here, one line each; also given as warnings."""
-        return tuple(self._notes.texts)
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Run one batch: ``(N, H, W, C)`` of the contract's dtype in, arrays by output name out.
