@@ -687,7 +687,7 @@ def engine_folder(folder: Path, graph: OnnxGraph, built: BuiltEngine) -> Engine:
 
 def load(monkeypatch: pytest.MonkeyPatch, recorder: Recorder, engine: Engine) -> tuple[Any, FakeCuda]:
     cuda = FakeCuda()
-    monkeypatch.setattr(tensorrt_module, "open_cuda", lambda: cuda)
+    monkeypatch.setattr(tensorrt_device, "open_cuda", lambda: cuda)
     monkeypatch.setattr(tensorrt_module, "open_session", lambda trt, engine, spec, cuda, _: (trt, engine, spec, cuda))
     try:
         return backend_of(recorder).load(engine), cuda

@@ -13,6 +13,7 @@ from recorded_tensorrt import RTX, Recorder
 from recorded_tensorrt.fake import PLAN_MARK, create_execution_context, cuda_device, host_memory
 
 from edgeseg.backends import compile as recompile
+from edgeseg.backends.tensorrt import device as tensorrt_device
 from edgeseg.backends.tensorrt import rtx as tensorrt_rtx
 from edgeseg.backends.tensorrt.rtx import TensorRTRtxBackend, check_sm
 from edgeseg.backends.tensorrt.rtx_cache import runtime_cache_path
@@ -92,7 +93,7 @@ class Kernels:
 def load(monkeypatch: pytest.MonkeyPatch, folder: Any) -> Recorder:
     recorder = Recorder(RTX, Kernels().behaviour())
     cuda = SimpleNamespace(active=nullcontext, close=lambda: None, device=ADA)
-    monkeypatch.setattr(tensorrt_rtx, "open_cuda", lambda: cuda)
+    monkeypatch.setattr(tensorrt_device, "open_cuda", lambda: cuda)
     monkeypatch.setattr(
         tensorrt_rtx,
         "open_session",

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.backends.base import ALONE, BackendStatus, BuildContext, BuiltEngine, NodeTime, Options, Progress
-from edgeseg.backends.cuda.device import Cuda, open_cuda
+from edgeseg.backends.cuda.device import Cuda
 from edgeseg.backends.cuda.driver import CudaDevice
-from edgeseg.backends.tensorrt.device import check_built_for, closed_on_failure, find_gpu
+from edgeseg.backends.tensorrt.device import check_built_for, find_gpu, on_gpu
 from edgeseg.backends.tensorrt.log import LOG_NAME, keep_log
 from edgeseg.backends.tensorrt.module import MIB, TENSORRT, Library
 from edgeseg.backends.tensorrt.options import TensorRTOptions, parse_options, profile_shapes
@@ -134,23 +134,21 @@ class TensorRTBackend:
             ArtifactError: built with another TensorRT or for another GPU, or the plan is damaged.
             MissingDependencyError, DeviceError: no TensorRT, no CUDA layer, no GPU.
         """
-        path = engine.engine_path
+        manifest, path = engine.manifest, engine.engine_path
         trt = self.import_module()
-        cuda = open_cuda()
-        with closed_on_failure(cuda):
+
+        def opened(cuda: Cuda) -> TensorRTSession:
             check_built_for(engine, self.name, str(trt.__version__), cuda.device)
-            return self._opened(trt, cuda, engine, path)
+            with TENSORRT.heard(trt) as library, cuda.active():
+                loaded = library.deserialize(path.read_bytes(), manifest.options, path, engine.graph_path)
+            return open_session(trt, loaded, manifest.spec, cuda, manifest.options)
+
+        return on_gpu(opened)
 
     def profile(self, engine: Engine, runs: int) -> list[NodeTime]:
         """Milliseconds of each layer in each run; see :meth:`~edgeseg.backends.tensorrt.session.TensorRTSession.layer_times`."""
         with self.load(engine) as session:
             return [(name, ms, None) for name, ms in session.layer_times(runs)]
-
-    def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path) -> TensorRTSession:
-        options = engine.manifest.options
-        with TENSORRT.heard(trt) as library, cuda.active():
-            loaded = library.deserialize(path.read_bytes(), options, path, engine.graph_path)
-        return open_session(trt, loaded, engine.manifest.spec, cuda, options)
 
 
 def backend() -> TensorRTBackend:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
 
 from edgeseg.backends.cuda.device import Cuda, open_cuda
 from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.errors import DeviceError, StaleEngineError, typed
 from edgeseg.store.engine import Engine
 
+T = TypeVar("T")
 
-@contextmanager
-def closed_on_failure(cuda: Cuda) -> Iterator[None]:
-    """Close a GPU when the block fails, after the TensorRT objects that were made in it.
 
-    Destroying them takes the CUDA context, and they live in the frames of the exception: those of the calls in the block,
-    which are done. So make them in calls, not in the block.
+def on_gpu(make: Callable[[Cuda], T]) -> T:
+    """What ``make`` makes of the first GPU, which is closed when that fails, after the TensorRT objects it made.
+
+    Destroying them takes the CUDA context, and they live in the frames of the exception.
+
+    Raises:
+        MissingDependencyError, DeviceError: see :func:`~edgeseg.backends.cuda.device.open_cuda`.
     """
+    cuda = open_cuda()
     try:
-        yield
+        return make(cuda)
     except BaseException as exc:
         with suppress(DeviceError), cuda.active():
             traceback.clear_frames(exc.__traceback__)

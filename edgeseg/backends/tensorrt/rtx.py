@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.backends.base import ALONE, BackendStatus, BuildContext, BuiltEngine, NodeTime, Options
-from edgeseg.backends.cuda.device import Cuda, open_cuda
+from edgeseg.backends.cuda.device import Cuda
 from edgeseg.backends.cuda.driver import CudaDevice
-from edgeseg.backends.tensorrt.device import closed_on_failure, find_gpu
+from edgeseg.backends.tensorrt.device import find_gpu, on_gpu
 from edgeseg.backends.tensorrt.log import LOG_NAME, keep_log
 from edgeseg.backends.tensorrt.module import MIB, TENSORRT_RTX, Library
 from edgeseg.backends.tensorrt.options import RTX_SMS, RtxOptions, parse_options, profile_shapes
@@ -128,34 +128,32 @@ class TensorRTRtxBackend:
             ArtifactError: built with another version or for other compute capabilities, or the engine is damaged.
             MissingDependencyError, DeviceError: no TensorRT-RTX, no CUDA layer, no GPU.
         """
-        path = engine.engine_path
+        manifest, path = engine.manifest, engine.engine_path
         trt = self.import_module()
-        cuda = open_cuda()
-        with closed_on_failure(cuda):
-            check_sm(engine, str(trt.__version__), cuda.device)
-            return self._opened(trt, cuda, engine, path)
+        version = str(trt.__version__)
+
+        def opened(cuda: Cuda) -> TensorRTSession:
+            check_sm(engine, version, cuda.device)
+            with TENSORRT_RTX.heard(trt) as library, cuda.active():
+                loaded = library.deserialize(path.read_bytes(), manifest.options, path, engine.graph_path)
+                if not manifest.options.get("runtime_cache") or manifest.engine is None:
+                    return open_session(trt, loaded, manifest.spec, cuda, manifest.options)
+                caching = CachingEngine(loaded, runtime_cache_path(manifest.engine.sha256, cuda.device, version))
+                session = open_session(trt, caching, manifest.spec, cuda, manifest.options)
+                try:
+                    # The session made its first context, which is when kernels are compiled.
+                    caching.store()
+                except BaseException:
+                    session.close()
+                    raise
+                return session
+
+        return on_gpu(opened)
 
     def profile(self, engine: Engine, runs: int) -> list[NodeTime]:
         """Milliseconds of each layer in each run; see :meth:`~edgeseg.backends.tensorrt.session.TensorRTSession.layer_times`."""
         with self.load(engine) as session:
             return [(name, ms, None) for name, ms in session.layer_times(runs)]
-
-    def _opened(self, trt: TensorRT, cuda: Cuda, engine: Engine, path: Path) -> TensorRTSession:
-        manifest = engine.manifest
-        with TENSORRT_RTX.heard(trt) as library, cuda.active():
-            loaded = library.deserialize(path.read_bytes(), manifest.options, path, engine.graph_path)
-            if not manifest.options.get("runtime_cache") or manifest.engine is None:
-                return open_session(trt, loaded, manifest.spec, cuda, manifest.options)
-            cache = runtime_cache_path(manifest.engine.sha256, cuda.device, str(trt.__version__))
-            caching = CachingEngine(loaded, cache)
-            session = open_session(trt, caching, manifest.spec, cuda, manifest.options)
-            try:
-                # The session made its first context, which is when kernels are compiled.
-                caching.store()
-            except BaseException:
-                session.close()
-                raise
-            return session
 
 
 def backend() -> TensorRTRtxBackend:

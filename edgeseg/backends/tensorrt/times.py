@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgeseg.backends.cuda.device import Cuda, open_cuda
-from edgeseg.backends.tensorrt.device import closed_on_failure
+from edgeseg.backends.cuda.device import Cuda
+from edgeseg.backends.tensorrt.device import on_gpu
 from edgeseg.backends.tensorrt.module import Library
 from edgeseg.backends.tensorrt.session import open_session
 
@@ -33,16 +33,11 @@ def measure_layer_times(library: Library, plan: bytes, options: Mapping[str, Any
     Raises:
         MissingDependencyError, DeviceError: no CUDA layer; the GPU has no memory left for it, or cannot run it.
     """
-    cuda = open_cuda()
-    with closed_on_failure(cuda):
-        session = _opened(library, cuda, plan, options, parsed)
-    with session:
+
+    def opened(cuda: Cuda) -> TensorRTSession:
+        with cuda.active():
+            engine = library.deserialize(plan, options, Path("the new engine"), parsed.path)
+        return open_session(library.trt, engine, parsed.spec, cuda, {**options, "contexts": 1, "cuda_graph": False})
+
+    with on_gpu(opened) as session:
         return session.layer_times(RUNS)
-
-
-def _opened(
-    library: Library, cuda: Cuda, plan: bytes, options: Mapping[str, Any], parsed: ParsedGraph
-) -> TensorRTSession:
-    with cuda.active():
-        engine = library.deserialize(plan, options, Path("the new engine"), parsed.path)
-    return open_session(library.trt, engine, parsed.spec, cuda, {**options, "contexts": 1, "cuda_graph": False})
