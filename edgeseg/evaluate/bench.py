@@ -318,7 +318,7 @@ def _row(row: Row, spec: InputSpec, setting: Setting, timed: Timed | None) -> Ro
     height, width = setting.source_height or spec.height, setting.source_width or spec.width
     return dataclasses.replace(
         row,
-        id=row_id(row.id, setting),
+        id=row_id(row.engine.name, setting),
         setting=dataclasses.replace(setting, source_height=height, source_width=width),
         latency=None if timed is None else timed.latency,
         power=None if timed is None else timed.power,

@@ -22,6 +22,7 @@ from edgeseg.runtime.scores import ScoreRule
 from edgeseg.spec import InputSpec, PipelineSpec
 
 Augmentation: TypeAlias = Literal["flips", "d4"]
+AUGMENTATION = choice(get_args(Augmentation))
 
 # Quarter turns, and whether the result is mirrored: mirroring in both directions is half a turn.
 _VIEWS: dict[Augmentation | None, tuple[tuple[int, bool], ...]] = {
@@ -32,19 +33,30 @@ _VIEWS: dict[Augmentation | None, tuple[tuple[int, bool], ...]] = {
 
 
 class AveragedSession(Closing):
-    """Engines of one contract that answer as one, with probabilities; see :func:`averaged_spec`.
+    """Engines of one contract that answer as one, with probabilities.
 
     Args:
         sessions: closed with this one.
         specs: the contract of each.
+        names: of each, for messages.
         augmentation: views of each image; ``None`` for the image alone.
+
+    Attributes:
+        spec: the contract of all as one; see :func:`averaged_spec`, which says what is raised.
     """
 
-    def __init__(self, sessions: Sequence[Session], specs: Sequence[PipelineSpec], augmentation: object) -> None:
+    def __init__(
+        self,
+        sessions: Sequence[Session],
+        specs: Sequence[PipelineSpec],
+        names: Sequence[str],
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        self.spec = averaged_spec(specs, augmentation, names)
         self._sessions = tuple(sessions)
         self._rules = tuple(ScoreRule.of(spec) for spec in specs)
         self._kinds = tuple(spec.output.kind for spec in specs)
-        self._views = _VIEWS[augmentation_of(augmentation)]
+        self._views = _VIEWS[augmentation]
 
     def run(self, images: NDArray[Any]) -> Mapping[str, NDArray[Any]]:
         """Run a batch, ``(N, H, W, C)``: the means of ``probabilities`` and, where all give them, ``aux_logits``."""
@@ -69,7 +81,9 @@ class AveragedSession(Closing):
             session.close()
 
 
-def averaged_spec(specs: Sequence[PipelineSpec], augmentation: object, names: Sequence[str]) -> PipelineSpec:
+def averaged_spec(
+    specs: Sequence[PipelineSpec], augmentation: Augmentation | None, names: Sequence[str]
+) -> PipelineSpec:
     """The contract of an :class:`AveragedSession`: that of the first engine, with probabilities.
 
     Args:
@@ -80,7 +94,6 @@ def averaged_spec(specs: Sequence[PipelineSpec], augmentation: object, names: Se
     Raises:
         SpecError: an engine returns masks; engines differ in what they take or say; the engine's input cannot be turned.
     """
-    accepted = augmentation_of(augmentation)
     first = specs[0]
     for spec, name in zip(specs, names, strict=True):
         if spec.output.kind == "mask":
@@ -93,20 +106,12 @@ def averaged_spec(specs: Sequence[PipelineSpec], augmentation: object, names: Se
             ours, theirs = getattr(first.input, field.name), getattr(spec.input, field.name)
             _require_same(ours, theirs, field.name.replace("_", " "), names[0], name)
         _require_same(first.output.threshold, spec.output.threshold, "threshold", names[0], name)
-    if accepted == "d4" and not _is_square(first.input):
+    if augmentation == "d4" and not _is_square(first.input):
         raise SpecError(
             f"d4 turns images by 90 degrees, which an input of {first.input.height}x{first.input.width} does not take; use "
             "flips, or an engine of a square size"
         )
     return replace(first, output=replace(first.output, kind="probabilities"))
-
-
-def augmentation_of(given: object) -> Augmentation | None:
-    """Check an argument. Raises ``SpecError``."""
-    if given is None:
-        return None
-    accepted: Augmentation = choice(get_args(Augmentation)).accept("tta", given)
-    return accepted
 
 
 def _is_square(given: InputSpec) -> bool:

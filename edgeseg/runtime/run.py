@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgeseg.arguments import FLAG, INT32, argument, choice, number, settle, whole
 from edgeseg.errors import InputError, MissingDependencyError, SpecError
 from edgeseg.images.decoding import IMAGE_SUFFIXES, list_images, read_image
-from edgeseg.runtime.averaging import Augmentation
+from edgeseg.runtime.averaging import AUGMENTATION, Augmentation
 from edgeseg.runtime.bar import Bar, Silent
 from edgeseg.runtime.outputs import VideoFile, cut_to_bytes, unique_names, write_mask, write_picture
 from edgeseg.runtime.overlap import in_parallel, parallel_threads
@@ -58,7 +58,7 @@ class RunSettings:
         TILE_OVERLAP, 0.25, help="Share of a tile that its neighbour covers too, with --fit tile."
     )
     tta: Augmentation | None = argument(
-        choice(get_args(Augmentation)),
+        AUGMENTATION,
         help="Average the probabilities of the image and its mirror images (flips: 4 runs), of quarter turns too (d4: 8 runs).",
     )
     threads: int | None = argument(

@@ -24,7 +24,7 @@ from edgeseg.backends.cpu.options import with_streams, with_threads
 from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, EdgesegError, InputError, SpecError, StaleEngineError
 from edgeseg.images.placement import Placement, Tiling, plan_fit
-from edgeseg.runtime.averaging import Augmentation, AveragedSession, averaged_spec
+from edgeseg.runtime.averaging import AUGMENTATION, Augmentation, AveragedSession
 from edgeseg.runtime.given import Given, ImageLike, accepted_order, given_images, reversed_channels, single_images
 from edgeseg.runtime.prediction import Prediction, arrays_of, stacked
 from edgeseg.runtime.scores import ScoreRule
@@ -75,7 +75,8 @@ class Segmenter(Closing):
         tta: Augmentation | None = None,
     ) -> None:
         if tta is not None:
-            session, spec = AveragedSession([session], [spec], tta), averaged_spec([spec], tta, ["the engine"])
+            session = AveragedSession([session], [spec], ["the engine"], AUGMENTATION.accept("tta", tta))
+            spec = session.spec
         channel_order = accepted_order(channel_order, spec.input.channels)
         tile_overlap = TILE_OVERLAP.accept("tile_overlap", tile_overlap)
         self.spec = spec
@@ -483,9 +484,9 @@ def load(
         manifests = [engine.manifest for engine, _ in engines]
         (_, session), spec = engines[0], manifests[0].spec
         if ensemble:
-            specs = [manifest.spec for manifest in manifests]
-            spec = averaged_spec(specs, None, [str(engine.folder) for engine, _ in engines])
-            session = AveragedSession([session for _, session in engines], specs, None)
+            names = [str(engine.folder) for engine, _ in engines]
+            session = AveragedSession([s for _, s in engines], [manifest.spec for manifest in manifests], names)
+            spec = session.spec
         segmenter = Segmenter(
             session, spec, channel_order=channel_order, fit=fit, tile_overlap=tile_overlap, palette=palette, tta=tta
         )

@@ -131,8 +131,8 @@ def test_an_ensemble_is_the_mean_of_its_engines() -> None:
     specs = [spec_of("logits"), spec_of("probabilities")]
     networks = [lopsided(3, seed) for seed in (1, 2)]
     sessions = [MemorySession(spec, network) for spec, network in zip(specs, networks, strict=True)]
-    spec = averaged_spec(specs, None, ["a", "b"])
-    with Segmenter(AveragedSession(sessions, specs, None), spec) as segmenter:
+    averaged = AveragedSession(sessions, specs, ["a", "b"])
+    with Segmenter(averaged, averaged.spec) as segmenter:
         probabilities = segmenter.predict(IMAGES).probabilities
     expected = np.mean([probabilities_of(network(IMAGES), "multiclass") for network in networks], axis=0)
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
