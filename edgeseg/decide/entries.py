@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 
 from edgeseg.errors import InputError
+from edgeseg.evaluate.latency import statistics
 from edgeseg.evaluate.latency.batches import Estimate
-from edgeseg.evaluate.latency.protocol import LatencySamples, compare
 from edgeseg.evaluate.results import BenchReport, Row, SpeedComparison, read_report
 from edgeseg.machine.record import Environment
 
@@ -157,12 +157,7 @@ def device_label(environment: Environment) -> str:
 
 def paired_ratio(slow: Entry, fast: Entry) -> Estimate | None:
     """How many times faster ``fast`` is than ``slow``; ``None`` unless their samples were taken in turns."""
-    a, b = slow.row.latency, fast.row.latency
-    if a is None or b is None or slow.run != fast.run or not a.round_group or a.round_group != b.round_group:
-        return None
-    if len(a.samples_ms) < 2 or len(a.samples_ms) != len(b.samples_ms):
-        return None
-    return compare(LatencySamples(a.samples_ms), LatencySamples(b.samples_ms))
+    return None if slow.run != fast.run else statistics.paired_ratio(slow.row.latency, fast.row.latency)
 
 
 def speed_ratio(slow: Entry, fast: Entry) -> Estimate | None:

@@ -13,7 +13,8 @@ import numpy as np
 from edgeseg.arguments import one_of
 from edgeseg.errors import GateError, InputError, SpecError
 from edgeseg.evaluate.latency.batches import Estimate, bootstrap_interval, median_of
-from edgeseg.evaluate.latency.protocol import LatencySamples, compare, percentile_of_rows
+from edgeseg.evaluate.latency.protocol import percentile_of_rows
+from edgeseg.evaluate.latency.statistics import paired_ratio
 from edgeseg.evaluate.results import BenchReport, Row, at
 from edgeseg.evaluate.tables import MISSING, FigureTable, milliseconds, number
 
@@ -144,16 +145,9 @@ def _estimate(row: Row, metric: str) -> Estimate | None:
 
 def _beside(row: Row, baseline: Row, metric: str) -> Estimate | None:
     """A row's figure as a multiple of the baseline's median in the same run: of medians from pairs taken in turns."""
-    own, base = row.latency, baseline.latency
-    if (
-        own is None
-        or base is None
-        or own.round_group != base.round_group
-        or len(own.samples_ms) != len(base.samples_ms)
-    ):
-        return None
-    if metric == "median_ms":
-        return compare(LatencySamples(own.samples_ms), LatencySamples(base.samples_ms))
+    median = paired_ratio(row.latency, baseline.latency)
+    if median is None or metric == "median_ms":
+        return median
     figure, middle = _estimate(row, metric), _estimate(baseline, "median_ms")
     return None if figure is None or middle is None else figure.over(middle)
 

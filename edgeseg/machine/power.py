@@ -172,11 +172,10 @@ class RaplSource:
     name = "rapl"
 
     def __init__(self, root: Path = ROOT, clock: Callable[[], float] = time.monotonic) -> None:
-        self._folders = sorted((root / "sys" / "class" / "powercap").glob("*-rapl:[0-9]*"))
+        zones = sorted((root / "sys" / "class" / "powercap").glob("*-rapl:[0-9]*"))
         # Subzones (intel-rapl:0:1) are part of their package.
-        self._folders = [
-            f for f in self._folders if f.name.count(":") == 1 and (read_text(f / "name") or "").startswith("package")
-        ]
+        packages = [zone for zone in zones if zone.name.count(":") == 1]
+        self._folders = [zone for zone in packages if (read_text(zone / "name") or "").startswith("package")]
         self._clock = clock
         self._before = self._read()
 

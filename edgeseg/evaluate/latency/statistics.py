@@ -8,9 +8,9 @@ from statistics import median
 
 import numpy as np
 
-from edgeseg.evaluate.latency.batches import bootstrap_interval, median_of
+from edgeseg.evaluate.latency.batches import Estimate, bootstrap_interval, median_of
 from edgeseg.evaluate.latency.protocol import LatencySamples, compare, percentile
-from edgeseg.evaluate.results import Distribution, SpeedComparison, SpeedVerdict
+from edgeseg.evaluate.results import Distribution, Latency, SpeedComparison, SpeedVerdict
 from edgeseg.machine.record import NoiseFlag
 
 MAX_VARIATION = 0.10
@@ -69,6 +69,15 @@ def noise_flags(samples_ms: Sequence[float]) -> tuple[NoiseFlag, ...]:
                 NoiseFlag("drift", f"the second half ran at {second / first:.2f} times the first half's median")
             )
     return tuple(flags)
+
+
+def paired_ratio(slow: Latency | None, fast: Latency | None) -> Estimate | None:
+    """How many times faster one row of a report is than another; ``None`` unless their samples were taken in turns."""
+    if slow is None or fast is None or not slow.round_group or slow.round_group != fast.round_group:
+        return None
+    if len(slow.samples_ms) < 2 or len(slow.samples_ms) != len(fast.samples_ms):
+        return None
+    return compare(LatencySamples(slow.samples_ms), LatencySamples(fast.samples_ms))
 
 
 def speed_comparison(
