@@ -72,10 +72,8 @@ def _picture(engine: Engine, path: Path) -> bytes:
         wanted = segmenter.spec.input
         image = read_image(path, wanted.channels, wanted.dtype)
         colours = colorize(np.asarray(segmenter(image)))
-    image = shown_levels(image)
-    shown = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
     stream = io.BytesIO()
-    Image.fromarray(np.concatenate([shown, colours], axis=1)).save(stream, "PNG")
+    Image.fromarray(np.concatenate([shown_levels(image), colours], axis=1)).save(stream, "PNG")
     return stream.getvalue()
 
 

@@ -117,15 +117,18 @@ def colorize(mask: NDArray[Any], palette: NDArray[np.uint8] | None = None) -> ND
 
 
 def shown_levels(image: NDArray[Any]) -> NDArray[np.uint8]:
-    """An image ``(H, W, C)`` as people see it: uint8 as it is, of other dtypes the values between the 1st and the 99th
-    percentile of the whole image as 0..255, those beyond as 0 and 255.
+    """An image ``(H, W, C)`` as people see it, ``(H, W, 3)``: its first three channels, or grey.
+
+    Uint8 as it is, of other dtypes the values between the 1st and the 99th percentile of the whole image as 0..255, those
+    beyond as 0 and 255.
     """
-    if image.dtype == np.uint8:
-        return image
-    # Of a large image every n-th row says as much.
-    low, high = np.percentile(image[:: max(1, image.size // BAND_PIXELS)], SHOWN_PERCENTILES)
-    levels = (image - np.float32(low)) * np.float32(255 / max(high - low, 1e-9))
-    return np.asarray(levels.clip(0, 255).round(), np.uint8)
+    shown = image[..., : 3 if image.shape[2] >= 3 else 1]
+    if image.dtype != np.uint8:
+        # Of a large image every n-th row says as much.
+        low, high = np.percentile(image[:: max(1, image.size // BAND_PIXELS)], SHOWN_PERCENTILES)
+        levels = (shown - np.float32(low)) * np.float32(255 / max(high - low, 1e-9))
+        shown = levels.clip(0, 255).round().astype(np.uint8)
+    return np.broadcast_to(shown, (*image.shape[:2], 3))
 
 
 def overlay(
@@ -169,8 +172,7 @@ def _laid_over(
     from PIL import Image
 
     colours = colorize(mask, palette)
-    shown = image[..., :3] if image.shape[2] >= 3 else np.repeat(image[..., :1], 3, axis=2)
-    below = Image.fromarray(np.ascontiguousarray(shown))
+    below = Image.fromarray(np.ascontiguousarray(image))
     blended = Image.blend(below, Image.fromarray(colours), alpha)
     painted = Image.fromarray(colours.any(axis=2).view(np.uint8) * np.uint8(255))
     return np.array(Image.composite(blended, below, painted))

@@ -254,10 +254,19 @@ def test_pictures_for_people_are_scaled_by_percentile() -> None:
         expected = np.clip((image.astype(float) - low) / (high - low) * 255, 0, 255)
         assert np.abs(shown_levels(image) - expected).max() <= 1
         drawn = overlay(image, mask, palette=np.zeros((1, 3), np.uint8))
-        np.testing.assert_array_equal(drawn, np.repeat(shown_levels(image), 3, axis=2))
+        np.testing.assert_array_equal(drawn, shown_levels(image))
         assert side_by_side(image, mask, mask, np.zeros((1, 3), np.uint8)).dtype == np.uint8
     flat = np.full((4, 5, 1), 7.0, np.float32)
     assert (shown_levels(flat) == 0).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_pictures_for_people_show_the_first_three_channels_or_grey(channels: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (6, 5, channels), np.uint8)
+    expected = np.stack([image[..., k if channels >= 3 else 0] for k in range(3)], axis=2)
+    mask, black = np.zeros((6, 5), np.uint8), np.zeros((1, 3), np.uint8)
+    np.testing.assert_array_equal(overlay(image, mask, palette=black), expected)
+    np.testing.assert_array_equal(side_by_side(image, mask, mask, black)[:, :5], expected)
 
 
 def test_what_a_request_may_say() -> None:

@@ -64,7 +64,7 @@ def side_by_side(
     """Image, baseline's mask, engine's mask and difference (white on the darkened image), from left to right.
 
     Args:
-        image: ``(H, W, C)``; of other dtypes than uint8 as :func:`~edgeseg.runtime.overlay.shown_levels` scales it.
+        image: ``(H, W, C)``; seen as :func:`~edgeseg.runtime.overlay.shown_levels` shows it.
         reference: ``(H, W)`` class indices.
         engine: ``(H, W)`` class indices.
         palette: uint8 ``(values, 3)``.
@@ -72,8 +72,7 @@ def side_by_side(
     Returns:
         uint8 ``(H, 4 * W + 3 * GAP_PX, 3)``.
     """
-    image = shown_levels(image)
-    seen = image if image.shape[2] == 3 else np.repeat(image[..., :1], 3, axis=2)
+    seen = shown_levels(image)
     difference = (seen // 4).astype(np.uint8)
     difference[reference != engine] = DIFFERENT
     gap = np.full((image.shape[0], GAP_PX, 3), 255, np.uint8)
