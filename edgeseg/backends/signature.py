@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from edgeseg.errors import ArtifactError
+from edgeseg.errors import ArtifactError, InputError
 from edgeseg.spec import PipelineSpec
 
 Extent: TypeAlias = "tuple[int, int | None]"
@@ -45,6 +45,12 @@ class TensorInfo:
             len(shape) == len(self.shape)
             and all(low <= n and (high is None or n <= high) for n, (low, high) in zip(shape, self.shape, strict=True))
         )
+
+    def refusal(self, dtype: np.dtype[Any], shape: Sequence[int]) -> InputError | None:
+        """Why images are none of these; ``None`` where they are."""
+        if dtype == self.dtype and self.takes(shape):
+            return None
+        return InputError(f"images are {dtype} {shape}, this engine takes {self.kind}")
 
     def size_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of one of this shape."""

@@ -270,11 +270,8 @@ def baseline_contenders(
         ]
         try:
             opener.loaded(made[0])
-        except MissingDependencyError as exc:
-            notes.append(f"no PyTorch baseline for {engine.name}: {exc}")
-            continue
         except EdgesegError as exc:
-            if weights is not None:
+            if weights is not None and not isinstance(exc, MissingDependencyError):
                 raise
             notes.append(f"no PyTorch baseline for {engine.name}: {exc}")
             continue

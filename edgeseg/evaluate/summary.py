@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from edgeseg.console import printable
@@ -299,9 +299,7 @@ def repairs_line(repairs: Sequence[Repair]) -> str:
 
 def precision_line(report: PrecisionReport) -> str:
     """``executed: 6.38 GMAC, 98.4% in int8, 1.6% in fp32``, beginning with what the shares stand on."""
-    shares = sorted(report.mac_share.items(), key=lambda item: -item[1])
-    listed = ", ".join(f"{value:.1%} in {dtype}" for dtype, value in shares)
-    line = f"{report.evidence}: {report.macs / 1e9:.2f} GMAC, {listed or MISSING}"
+    line = f"{report.evidence}: {report.macs / 1e9:.2f} GMAC, {_by_dtype(report.mac_share) or MISSING}"
     if report.requested == "int8" and report.float_layers:
         names = ", ".join(list(report.float_layers)[:3])
         line += f"; float: {names}" + (
@@ -312,10 +310,12 @@ def precision_line(report: PrecisionReport) -> str:
 
 def time_line(report: PrecisionReport) -> str | None:
     """``time: 71.2% in int8, 28.8% in fp32``, by the backend's profiler when the engine was built; ``None`` without."""
-    if not report.time_share:
-        return None
-    shares = sorted(report.time_share.items(), key=lambda item: -item[1])
-    return f"time: {', '.join(f'{value:.1%} in {dtype}' for dtype, value in shares)}"
+    return f"time: {_by_dtype(report.time_share)}" if report.time_share else None
+
+
+def _by_dtype(shares: Mapping[str, float]) -> str:
+    """The largest first."""
+    return ", ".join(f"{value:.1%} in {dtype}" for dtype, value in sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def speed_words(verification: Verification) -> str:

@@ -404,7 +404,7 @@ class _Run:
         try:
             video = Video(task.source, self.segmenter.spec.input)
             bar.expect(video.frames)
-            path = self.output / "videos" / f"{task.name}.mp4"
+            (path,) = self.outputs(task)
             with (
                 Stream(video, self.segmenter, 2, None) as frames,
                 VideoFile(path, video.fps or USUAL_FPS, overwrite=self.overwrite) as file,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgeseg.arguments import words_of
-from edgeseg.decide.entries import Run
+from edgeseg.decide.entries import Run, read_runs
 from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.evaluate.results import read_report
 from edgeseg.evaluate.tables import counted
@@ -149,7 +149,7 @@ def _measure(
             if not path.is_file():
                 failures += [(cell.name, f"not measured: {reason}") for cell in members]
                 continue
-        runs.append(Run(read_report(path), path.parent, path.name))
+        runs += read_runs([path])
     return tuple(runs), failures
 
 

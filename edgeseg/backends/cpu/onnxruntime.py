@@ -153,10 +153,8 @@ class OnnxRuntimeSession(Closing):
             return dict(zip(self._outputs, self._session.run(self._outputs, {self._image.name: images}), strict=True))
         except Exception as exc:
             # ONNX Runtime derives nothing useful from its exceptions; the shape is the one thing a caller gets wrong.
-            if images.dtype != self._image.dtype or not self._image.takes(images.shape):
-                raise InputError(
-                    f"images are {images.dtype} {images.shape}, this engine takes {self._image.kind}"
-                ) from exc
+            if (refusal := self._image.refusal(images.dtype, images.shape)) is not None:
+                raise refusal from exc
             raise BuildError(f"ONNX Runtime failed to run the engine: {one_line(exc)}") from exc
 
     def close(self) -> None:

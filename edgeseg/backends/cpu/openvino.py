@@ -170,9 +170,9 @@ class OpenVinoSession(Closing):
         """
         if self._compiled is None:
             raise InputError("this session is closed; load the engine again")
-        if images.dtype != self._image.dtype or not self._image.takes(images.shape):
-            # Asked first: OpenVINO would convert another dtype without a word.
-            raise InputError(f"images are {images.dtype} {images.shape}, this engine takes {self._image.kind}")
+        # Asked first: OpenVINO would convert another dtype without a word.
+        if (refusal := self._image.refusal(images.dtype, images.shape)) is not None:
+            raise refusal
         check_image_size(images.shape, self._spec)
         with self._lock:
             request = self._idle.pop() if self._idle else self._compiled.create_infer_request()

@@ -246,9 +246,8 @@ class TensorRTSession(Closing):
             self.close()
 
     def _check(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        if dtype != self._dtype or not self._image.takes(shape):
-            wanted = replace(self._image, dtype=self._dtype.name)
-            raise InputError(f"images are {dtype} {shape}, this engine takes {wanted.kind}")
+        if (refusal := replace(self._image, dtype=self._spec.dtype).refusal(dtype, shape)) is not None:
+            raise refusal
 
     def _converted(self, outputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         if "mask" in outputs:
