@@ -23,6 +23,17 @@ def read_number(path: Path) -> float | None:
         return None
 
 
+def read_sizes(path: Path) -> dict[str, int]:
+    """Bytes by name, of a file with lines such as ``MemTotal: 16384 kB``; empty if it cannot be read."""
+    sizes = {}
+    for line in (read_text(path) or "").splitlines():
+        name, _, rest = line.partition(":")
+        kib = rest.removesuffix(" kB").strip()
+        if kib.isdigit():
+            sizes[name] = int(kib) * 1024
+    return sizes
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of main memory; ``None`` where the system does not tell or sets no limit."""
@@ -60,14 +71,8 @@ def memory_limit_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = P
 
 def read_memory(meminfo: Path = Path("/proc/meminfo")) -> Memory:
     """Total, available and permitted memory."""
-    kib: dict[str, int] = {}
-    for line in (read_text(meminfo) or "").splitlines():
-        key, _, rest = line.partition(":")
-        number = rest.split()[:1]
-        if number and number[0].isdigit():
-            kib[key] = int(number[0])
-    total, available = (kib[k] * 1024 if k in kib else None for k in ("MemTotal", "MemAvailable"))
-    return Memory(total, available, memory_limit_bytes())
+    sizes = read_sizes(meminfo)
+    return Memory(sizes.get("MemTotal"), sizes.get("MemAvailable"), memory_limit_bytes())
 
 
 def _cgroup_folders(root: Path, membership: Path, controller: str) -> list[Path]:

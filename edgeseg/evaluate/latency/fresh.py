@@ -22,6 +22,7 @@ from edgeseg.evaluate.contenders import Contender, Opener
 from edgeseg.evaluate.latency.protocol import noise_images
 from edgeseg.evaluate.results import ColdStart, Memory
 from edgeseg.machine.nvml import gpu_bytes
+from edgeseg.machine.reading import read_sizes
 
 RUNS = 5
 TIMEOUT_S = 600.0
@@ -129,15 +130,7 @@ def resident_bytes(field: str, status: Path = Path("/proc/self/status")) -> int 
 
     Not ``getrusage``: what that calls the peak is inherited from the process that started this one.
     """
-    try:
-        lines = status.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        name, _, rest = line.partition(":")
-        if name == field:
-            return int(rest.split()[0]) * 1024
-    return None
+    return read_sizes(status).get(field)
 
 
 def _reset_peak() -> bool:
