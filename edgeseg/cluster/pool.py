@@ -124,12 +124,12 @@ class _Actor:
 
 @dataclass(eq=False)
 class _Hand:
-    """An actor, and what it was given."""
+    """An actor, and what it was given; ``is_ready`` when it has loaded the engine."""
 
     actor: Any
     starting: Any
     batches: dict[Any, Batch] = field(default_factory=dict)
-    dead: bool = False
+    is_ready: bool = False
 
 
 class RayPool:
@@ -174,7 +174,6 @@ class RayPool:
             [ray.put(dict(content)) for content in files],
         )
         self._hands: list[_Hand] = []
-        self._ready: list[_Hand] = []
         self._stillborn = 0
         for _ in range(self.workers):
             self._hire()
@@ -183,7 +182,7 @@ class RayPool:
         """End all workers, whatever they do."""
         for hand in self._hands:
             self._ray.kill(hand.actor)
-        self._hands, self._ready = [], []
+        self._hands = []
 
     def has_room(self, batch: Batch) -> bool:
         return self._free(batch) is not None
@@ -194,13 +193,13 @@ class RayPool:
         hand.batches[hand.actor.segment.remote(batch.items, batch.overwrite)] = batch
 
     def wait(self) -> list[Event]:
-        starting = {hand.starting: hand for hand in self._hands if hand not in self._ready}
+        starting = {hand.starting: hand for hand in self._hands if not hand.is_ready}
         given = {reference: hand for hand in self._hands for reference in hand.batches}
         references = [*given, *starting]
         ready, _ = self._ray.wait(references, num_returns=1, timeout=_WAIT_S)
         if ready:  # and all others that are
             ready, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
-        if not ready and not self._ready:
+        if not ready and len(starting) == len(self._hands):
             self._say(f"waiting for a worker: {len(starting)} asked for, none up; see: ray status")
         events: list[Event] = []
         for reference in ready:
@@ -216,7 +215,7 @@ class RayPool:
 
     def _free(self, batch: Batch) -> _Hand | None:
         """The worker with the least to do, if it may have another batch."""
-        hand = min(self._ready, key=lambda hand: len(hand.batches), default=None)
+        hand = min((h for h in self._hands if h.is_ready), key=lambda hand: len(hand.batches), default=None)
         if hand is None:
             return None
         most = 0 if batch.is_suspect else _AT_ONCE - 1
@@ -236,11 +235,11 @@ class RayPool:
             return
         self._stillborn = 0
         _raise_refusal(answer)
-        self._ready.append(hand)
+        hand.is_ready = True
 
     def _answered(self, hand: _Hand, reference: Any) -> list[Event]:
-        if hand.dead:
-            return []
+        if hand not in self._hands:
+            return []  # it has died
         try:
             answer = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError:
@@ -255,12 +254,9 @@ class RayPool:
         return [Finished(batch, answer.outcomes, answer.seconds)]
 
     def _replace(self, hand: _Hand) -> None:
-        hand.dead = True
         # One that is merely out of reach must not go on where another takes over.
         self._ray.kill(hand.actor)
         self._hands.remove(hand)
-        if hand in self._ready:
-            self._ready.remove(hand)
         self._hire()
 
 
