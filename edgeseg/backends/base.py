@@ -59,7 +59,7 @@ class BuildContext:
 
 
 ALONE = BuildContext()
-"""Nobody waits, and nothing is kept for another build."""
+"""Of a build by itself."""
 
 
 @dataclass(frozen=True)
