@@ -38,8 +38,7 @@ def recompile(engine: Engine) -> Engine:
     others wait and take that.
 
     Raises:
-        ArtifactError: also when nothing can be written where the folder is.
-        ArtifactError, BuildError, SpecError: see :func:`compile_folder`.
+        ArtifactError, BuildError, SpecError: see :func:`compile_folder`; also when nothing can be written where it is.
     """
     manifest = engine.manifest
     options: dict[str, Any] = {}
@@ -129,9 +128,9 @@ def compile_folder(
         )
     graph = _graph_of(folder, old)
     kept = old.options_given if backend.name == old.target else {}
-    settings = {**kept, **(options or {})}
-    with _naming_kept(set(kept) - set(options or {}), folder):
-        given = check_options(backend.name, settings)
+    asked = options or {}
+    with _naming_kept(kept.keys() - asked.keys(), folder):
+        given = check_options(backend.name, {**kept, **asked})
     reporter = reporter or SilentReporter()
     with engine_folder(target_folder, force=force or output is None) as scratch:
         shutil.copyfile(graph.path, scratch / old.graph.name)
@@ -143,7 +142,7 @@ def compile_folder(
             shutil.copyfile(folder / other.name, scratch / other.name)
         copied = dataclasses.replace(graph, path=scratch / old.graph.name)
         with stage(reporter, "compile") as said:
-            with _naming_kept(set(kept) - set(options or {}), folder):
+            with _naming_kept(kept.keys() - asked.keys(), folder):
                 built = backend.build(copied, scratch, given, BuildContext(reporter.progress, scratch.parent))
             for note in built.notes:
                 reporter.note(note)
