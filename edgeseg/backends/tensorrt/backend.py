@@ -24,7 +24,7 @@ from edgeseg.backends.cuda.device import Cuda
 from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.backends.tensorrt.device import check_built_for, find_gpu, on_gpu
 from edgeseg.backends.tensorrt.log import LOG_NAME, keep_log
-from edgeseg.backends.tensorrt.module import MIB, TENSORRT, Library
+from edgeseg.backends.tensorrt.module import TENSORRT, Library
 from edgeseg.backends.tensorrt.options import TensorRTOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt.progress import progress_monitor
 from edgeseg.backends.tensorrt.session import TensorRTSession, open_session
@@ -244,6 +244,7 @@ class _Build:
         builder = self.library.made(trt.Builder)
         network = self.library.parse(builder, self._network_flags(), parsed)
         config = builder.create_builder_config()
+        self.library.configure(config, self.options)
         self._set_precision(config)
         self._keep_float32(network, config)
         self._set_limits(config, builder)
@@ -271,8 +272,6 @@ class _Build:
 
     def _set_precision(self, config: IBuilderConfig) -> None:
         flags = self.trt.BuilderFlag
-        if not self.options.tf32:
-            config.clear_flag(flags.TF32)
         if self.strong or self.requested == "fp32":
             return
         # Weak typing: a flag allows a precision; the graph's Q/DQ or types then say where.
@@ -296,24 +295,17 @@ class _Build:
     def _set_limits(self, config: IBuilderConfig, builder: Builder) -> None:
         trt, options = self.trt, self.options
         config.profiling_verbosity = getattr(trt.ProfilingVerbosity, options.profiling_verbosity.upper())
-        if options.workspace_mb is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb * MIB)
         if options.optimization_level is not None:
             config.builder_optimization_level = options.optimization_level
         if options.aux_streams is not None:
             config.max_aux_streams = options.aux_streams
         if options.hardware_compatibility != "none":
-            level = self._member("HardwareCompatibilityLevel", options.hardware_compatibility.upper())
+            level = self.library.member("HardwareCompatibilityLevel", options.hardware_compatibility.upper())
             config.hardware_compatibility_level = level
-        for wanted, flag in (
-            (options.version_compatible, "VERSION_COMPATIBLE"),
-            (options.strip_weights, "STRIP_PLAN"),
-            (options.refit, "REFIT"),
-        ):
-            if wanted:
-                config.set_flag(self._member("BuilderFlag", flag))
+        if options.version_compatible:
+            config.set_flag(self.library.member("BuilderFlag", "VERSION_COMPATIBLE"))
         if options.tactic_sources is not None:
-            sources = (self._member("TacticSource", name) for name in options.tactic_sources)
+            sources = (self.library.member("TacticSource", name) for name in options.tactic_sources)
             if not config.set_tactic_sources(sum(1 << int(source) for source in sources)):
                 listed = ", ".join(options.tactic_sources)
                 raise SpecError(f"TensorRT {trt.__version__} refuses tactic_sources {listed}; leave one of them out")
@@ -325,13 +317,6 @@ class _Build:
             config.default_device_type = trt.DeviceType.DLA
             config.DLA_core = options.dla_core
             config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
-
-    def _member(self, enumeration: str, name: str) -> Any:
-        kind = getattr(self.trt, enumeration)
-        if not hasattr(kind, name):
-            allowed = ", ".join(m for m in kind.__members__)
-            raise SpecError(f"TensorRT {self.trt.__version__} has no {enumeration} {name} (it has {allowed})")
-        return getattr(kind, name)
 
     def _add_profile(self, builder: Builder, config: IBuilderConfig, spec: PipelineSpec) -> IOptimizationProfile | None:
         shapes = profile_shapes(spec.input, self.options.min_size, self.options.max_size)

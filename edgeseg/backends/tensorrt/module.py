@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgeseg.backends.self_contained import require_self_contained
 from edgeseg.backends.tensorrt.log import LogCapture, capture
-from edgeseg.backends.tensorrt.options import Shape
-from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, one_line
+from edgeseg.backends.tensorrt.options import BuilderOptions, Shape
+from edgeseg.errors import ArtifactError, BuildError, DeviceError, MissingDependencyError, SpecError, one_line
 
 if TYPE_CHECKING:
     from tensorrt import Builder, IBuilderConfig, ICudaEngine, INetworkDefinition, IOptimizationProfile
@@ -119,6 +119,23 @@ class Library:
 
     def _error(self, what: str, parsed: ParsedGraph, text: str) -> BuildError:
         return BuildError(f"{self.name} cannot {what} {parsed.path.name}: {text}")
+
+    def member(self, enumeration: str, name: str) -> Any:
+        """Of one of the module's enumerations. Raises ``SpecError`` where this version's has none of that name."""
+        kind = getattr(self.trt, enumeration)
+        if not hasattr(kind, name):
+            raise SpecError(f"{self.name} has no {enumeration} {name} (it has {', '.join(kind.__members__)})")
+        return getattr(kind, name)
+
+    def configure(self, config: IBuilderConfig, options: BuilderOptions) -> None:
+        """Set what can be asked of both products, shapes apart. Raises ``SpecError`` for what this version has not."""
+        if options.workspace_mb is not None:
+            config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, options.workspace_mb * MIB)
+        if not options.tf32:
+            config.clear_flag(self.trt.BuilderFlag.TF32)
+        for wanted, flag in ((options.strip_weights, "STRIP_PLAN"), (options.refit, "REFIT")):
+            if wanted:
+                config.set_flag(self.member("BuilderFlag", flag))
 
     def add_profile(
         self, builder: Builder, config: IBuilderConfig, shapes: tuple[Shape, Shape, Shape]

@@ -15,7 +15,7 @@ from edgeseg.errors import SpecError
 from edgeseg.spec import InputSpec
 
 Shape = tuple[int, int, int, int]
-Options = TypeVar("Options", bound="SessionOptions | RtxOptions")
+Options = TypeVar("Options", bound="BuilderOptions")
 HostMemoryMode: TypeAlias = Literal["auto", "copy", "mapped"]
 
 RTX_SMS = (75, 80, 86, 89, 120, 121)
@@ -58,6 +58,29 @@ _SIZE = Kind("HEIGHTxWIDTH in pixels, such as 256x320", _size)
 
 
 @dataclass(frozen=True)
+class BuilderOptions:
+    """What can be asked of both products; ``None`` leaves a setting to them.
+
+    Attributes:
+        workspace_mb: most scratch memory a layer may use, MiB.
+        tf32: float32 layers may multiply in TF32 on GPUs that have it; TensorRT's own default.
+        strip_weights: leave the weights out of the engine; they are put back from the graph when it is loaded.
+        refit: weights can be replaced in the built engine.
+        min_size, max_size: ``HxW``, bounds of an engine of dynamic size; default half and double its size.
+    """
+
+    workspace_mb: int | None = argument(_MIB)
+    tf32: bool = argument(FLAG, True)
+    strip_weights: bool = argument(FLAG, False)
+    refit: bool = argument(FLAG, False)
+    min_size: str | None = argument(_SIZE)
+    max_size: str | None = argument(_SIZE)
+
+    def __post_init__(self) -> None:
+        settle(self)
+
+
+@dataclass(frozen=True)
 class SessionOptions:
     """How a loaded engine runs.
 
@@ -77,16 +100,14 @@ class SessionOptions:
 
 
 @dataclass(frozen=True)
-class TensorRTOptions(SessionOptions):
+class TensorRTOptions(SessionOptions, BuilderOptions):
     """Settings of one TensorRT build; ``None`` leaves a setting to TensorRT.
 
     Attributes:
-        workspace_mb: most scratch memory a layer may use, MiB.
         timing_cache: keep measured kernel times between builds on this device (``true``), in the file named, or not.
         typing: ``strong``: layers compute in the graph's types (TensorRT 10 on); ``weak``: TensorRT may choose among
             the precisions allowed; ``auto``: strong where there is a choice.
         allow_fp16: with weak typing, the float layers of an int8 engine may run in fp16.
-        tf32: float32 layers may multiply in TF32 on GPUs that have it; TensorRT's own default.
         hardware_compatibility: ``ampere_plus`` or ``same_compute_capability`` engines load on other GPUs too, slower. Not
             on a Jetson, says TensorRT.
         version_compatible: the engine loads in later TensorRT versions of the same major too; larger.
@@ -97,9 +118,6 @@ class TensorRTOptions(SessionOptions):
         profiling_verbosity: ``detailed`` is what the proof of precision reads.
         prove_precision: fail when the inspector does not show the precision asked for; without it the share is recorded
             only, for a TensorRT whose inspector names its layers in a way edgeseg does not know.
-        strip_weights: leave the weights out of the engine; they are put back from the graph when it is loaded.
-        refit: weights can be replaced in the built engine.
-        min_size, max_size: ``HxW``, bounds of an engine of dynamic size; default half and double its size.
         implicit_calibration: int8 from calibrated ranges instead of Q/DQ (TensorRT up to 10; DLA before 11.4).
         calibrator: where the ranges come from: ``table``, edgeseg's own; ``entropy`` or ``minmax``: TensorRT measures.
         calibration_images: what ``entropy`` and ``minmax`` measure on.
@@ -107,11 +125,9 @@ class TensorRTOptions(SessionOptions):
         layer_times: run the new engine a few times with TensorRT's profiler: the share of time per dtype, in the manifest.
     """
 
-    workspace_mb: int | None = argument(_MIB)
     timing_cache: bool | str = argument(Kind("true, false or a file", _flag_or_path), True)
     typing: str = argument(choice(("auto", "strong", "weak")), "auto")
     allow_fp16: bool = argument(FLAG, True)
-    tf32: bool = argument(FLAG, True)
     hardware_compatibility: str = argument(choice(("none", "ampere_plus", "same_compute_capability")), "none")
     version_compatible: bool = argument(FLAG, False)
     optimization_level: int | None = argument(_whole(0, 5, "a number from 0 to 5"))
@@ -122,10 +138,6 @@ class TensorRTOptions(SessionOptions):
     dla_core: int | None = argument(_whole(0, 15, "the number of a DLA core, from 0"))
     profiling_verbosity: str = argument(choice(("detailed", "layer_names_only", "none")), "detailed")
     prove_precision: bool = argument(FLAG, True)
-    strip_weights: bool = argument(FLAG, False)
-    refit: bool = argument(FLAG, False)
-    min_size: str | None = argument(_SIZE)
-    max_size: str | None = argument(_SIZE)
     implicit_calibration: bool = argument(FLAG, False)
     calibrator: str = argument(choice(("table", "entropy", "minmax")), "table")
     calibration_images: str | None = argument(Kind("a folder, glob or list of images", _path))
@@ -147,26 +159,19 @@ class TensorRTOptions(SessionOptions):
 
 
 @dataclass(frozen=True)
-class RtxOptions:
+class RtxOptions(BuilderOptions):
     """Settings of one TensorRT-RTX build.
 
     Attributes:
         sm: compute capabilities the engine is for, times ten: 86 is SM 8.6. Several go into one engine file.
         runtime_cache: keep kernels compiled when the engine is first loaded on a GPU for the next time.
-        workspace_mb, tf32, strip_weights, refit, min_size, max_size: as in :class:`TensorRTOptions`.
     """
 
     sm: tuple[int, ...] = argument(Kind("numbers such as 86,89", _sms), ())
     runtime_cache: bool = argument(FLAG, True)
-    workspace_mb: int | None = argument(_MIB)
-    tf32: bool = argument(FLAG, True)
-    strip_weights: bool = argument(FLAG, False)
-    refit: bool = argument(FLAG, False)
-    min_size: str | None = argument(_SIZE)
-    max_size: str | None = argument(_SIZE)
 
     def __post_init__(self) -> None:
-        settle(self)
+        super().__post_init__()
         listed = ", ".join(str(sm) for sm in RTX_SMS)
         for sm in self.sm:
             if sm not in RTX_SMS:

@@ -17,7 +17,7 @@ from edgeseg.backends.cuda.device import Cuda
 from edgeseg.backends.cuda.driver import CudaDevice
 from edgeseg.backends.tensorrt.device import find_gpu, on_gpu
 from edgeseg.backends.tensorrt.log import LOG_NAME, keep_log
-from edgeseg.backends.tensorrt.module import MIB, TENSORRT_RTX, Library
+from edgeseg.backends.tensorrt.module import TENSORRT_RTX, Library
 from edgeseg.backends.tensorrt.options import RTX_SMS, RtxOptions, parse_options, profile_shapes
 from edgeseg.backends.tensorrt.progress import progress_monitor
 from edgeseg.backends.tensorrt.rtx_cache import CachingEngine, runtime_cache_path
@@ -186,14 +186,7 @@ def configure(
         for index, sm in enumerate(options.sm):
             if not config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index):
                 raise BuildError(f"{library.name} does not take SM {sm}; leave it out of sm")
-    if options.workspace_mb is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mb * MIB)
-    if not options.tf32:
-        config.clear_flag(trt.BuilderFlag.TF32)
-    if options.strip_weights:
-        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-    if options.refit:
-        config.set_flag(trt.BuilderFlag.REFIT)
+    library.configure(config, options)
     shapes = profile_shapes(parsed.spec.input, options.min_size, options.max_size)
     if shapes is not None:
         library.add_profile(builder, config, shapes)
