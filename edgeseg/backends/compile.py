@@ -13,6 +13,7 @@ from typing import Any
 from edgeseg.backends import BACKENDS, Backend, require_builder
 from edgeseg.backends.base import BuildContext
 from edgeseg.backends.portable import awaits_calibration, builds_here, check_options
+from edgeseg.backends.signature import check_graph
 from edgeseg.errors import ArtifactError, BuildError, SpecError, typed
 from edgeseg.machine.cpu import this_cpu
 from edgeseg.progress import Reporter, SilentReporter, stage
@@ -107,7 +108,7 @@ def compile_folder(
         reporter: told about progress; default silent.
 
     Raises:
-        ArtifactError: the folder's manifest or graph is damaged.
+        ArtifactError: the folder's manifest or graph is damaged, or the graph is not of the manifest's contract.
         OutputExistsError: ``output`` exists.
         BuildError: the graph's scheme is not one this backend runs fast here, or the build failed.
         SpecError: a wrong option, or one kept from the folder that cannot be had here.
@@ -131,6 +132,7 @@ def compile_folder(
     asked = options or {}
     with _naming_kept(kept.keys() - asked.keys(), folder):
         given = check_options(backend.name, {**kept, **asked})
+    check_graph(graph.path, graph.spec)  # an engine of another one could not be loaded, and may replace one that can
     reporter = reporter or SilentReporter()
     with engine_folder(target_folder, force=force or output is None) as scratch:
         shutil.copyfile(graph.path, scratch / old.graph.name)

@@ -9,12 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from edgeseg.errors import ArtifactError, InputError
 from edgeseg.spec import PipelineSpec
+
+if TYPE_CHECKING:
+    import onnx
 
 Extent: TypeAlias = "tuple[int, int | None]"
 """Smallest and largest size of a dimension an engine says it takes; ``None``: it sets no limit."""
@@ -86,11 +90,34 @@ def check_signature(
     by_name = {tensor.name: tensor for tensor in outputs}
     if set(by_name) - {AUXILIARY} != {tensor.name for tensor in expected}:
         raise _other("outputs", outputs, expected)
+    if AUXILIARY in by_name:
+        expected.append(TensorInfo(AUXILIARY, "float32", None))
     for tensor in expected:
         has = by_name[tensor.name]
         wide = tensor.dtype == "int32" and has.dtype == "int64"
         if not (_fits(has, tensor) or (wide and _fits(TensorInfo(has.name, tensor.dtype, has.shape), tensor))):
             raise _other("output", [has], [tensor])
+
+
+def check_graph(path: Path, spec: PipelineSpec) -> None:
+    """Raise :class:`ArtifactError` unless a portable graph can be read, and takes and gives what ``spec`` says. Needs onnx."""
+    from edgeseg.store.onnx_file import read_onnx
+
+    graph = read_onnx(path).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [_declared(value) for value in graph.input if value.name not in weights]
+    check_signature(inputs, [_declared(value) for value in graph.output], spec)
+
+
+def _declared(value: onnx.ValueInfoProto) -> TensorInfo:
+    import onnx
+
+    tensor = value.type.tensor_type
+    # Of what is no tensor, or of a type this onnx does not know, the dtype is one that no contract has.
+    names = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
+    dtype = names.get(tensor.elem_type, f"type {tensor.elem_type}")
+    shape = tuple((d.dim_value, d.dim_value) if d.HasField("dim_value") else ANY for d in tensor.shape.dim)
+    return TensorInfo(value.name, {"float": "float32"}.get(dtype, dtype), shape if tensor.HasField("shape") else None)
 
 
 def expected_image(spec: PipelineSpec, *, has_uint16: bool = True) -> TensorInfo:

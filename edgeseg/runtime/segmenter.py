@@ -21,6 +21,7 @@ from edgeseg.arguments import choice, count_of, number, shortened
 from edgeseg.backends import Session, get_backend
 from edgeseg.backends.base import DeviceSession, PipelinedSession
 from edgeseg.backends.cpu.options import with_streams, with_threads
+from edgeseg.backends.signature import AUXILIARY
 from edgeseg.closing import Closing
 from edgeseg.errors import ArtifactError, EdgesegError, InputError, SpecError, StaleEngineError
 from edgeseg.images.placement import Placement, Tiling, plan_fit
@@ -164,7 +165,7 @@ class Segmenter(Closing):
 
         Raises:
             InputError: another dtype, shape or channel count; a file that cannot be read; a closed segmenter.
-            ArtifactError: the engine gives a class its manifest does not know.
+            ArtifactError: the engine gives a size or a class that its manifest does not know.
         """
         if (
             channel_order is None
@@ -173,7 +174,8 @@ class Segmenter(Closing):
             and images.dtype == self.spec.input.dtype
             and images.flags.c_contiguous
         ):
-            mask: NDArray[Any] = self._values_checked(self._open().run(images[None])["mask"])[0]
+            batch = images[None]
+            mask: NDArray[Any] = self._checked(self._open().run(batch), batch.shape[1:3])["mask"][0]
             return mask
         predictions, alone = self._segment(images, channel_order, mask_only=True)
         masks = [prediction.mask for prediction in predictions]
@@ -266,7 +268,7 @@ class Segmenter(Closing):
         with closing(session.run_many(fitted())) as running:
             for outputs in running:
                 plan, alone = plans.popleft()
-                mask = plan.restore(self._values_checked(outputs["mask"])[0])
+                mask = plan.restore(self._checked(outputs, plan.canvas)["mask"][0])
                 yield mask if alone else mask[None]
 
     def close(self) -> None:
@@ -280,14 +282,23 @@ class Segmenter(Closing):
             raise InputError("this Segmenter is closed; load the engine again")
         return self._session
 
-    def _values_checked(self, masks: NDArray[Any]) -> NDArray[Any]:
-        """Raise ``ArtifactError`` for a class the manifest does not know: its names and counts are not this engine's."""
-        if masks.size and (largest := int(masks.max())) >= self._values:
+    def _checked(self, outputs: Outputs, sides: tuple[int, ...]) -> Outputs:
+        """Raise ``ArtifactError`` for outputs of another size than the images', ``sides``, which an engine may leave open
+        until it runs, and for a class the manifest does not know: its names and counts are not this engine's.
+        """
+        for name, array in outputs.items():
+            if name != AUXILIARY and array.shape[-2:] != sides:
+                raise ArtifactError(
+                    f"the engine's {name} is {array.shape} of images of {sides}: edited, or of another engine; "
+                    "build it again"
+                )
+        masks = outputs.get("mask")
+        if masks is not None and masks.size and (largest := int(masks.max())) >= self._values:
             raise ArtifactError(
                 f"the engine's mask has the value {largest}, its manifest says {self._values} values "
                 f"({self.spec.model.task}, {self.spec.model.classes} classes): edited, or of another engine; build it again"
             )
-        return masks
+        return outputs
 
     def _swaps_channels(self, channel_order: ChannelOrder | None) -> bool:
         """Whether images of ``channel_order`` (``None``: the segmenter's) are turned for the engine, which takes RGB."""
@@ -344,9 +355,7 @@ class Segmenter(Closing):
             if count < limits.minimum:
                 # The last image again: as likely as any to keep the engine on its usual path.
                 chunk = np.concatenate((chunk, np.repeat(chunk[-1:], limits.minimum - count, axis=0)))
-            outputs = session.run(np.ascontiguousarray(chunk))
-            if "mask" in outputs:
-                self._values_checked(outputs["mask"])
+            outputs = self._checked(session.run(np.ascontiguousarray(chunk)), chunk.shape[1:3])
             for index in range(count):
                 yield {name: array[index] for name, array in outputs.items()}
 

@@ -17,8 +17,9 @@ from cpu_folders import CLASSES, IMAGES, folder_for, own_scheme
 
 import edgeseg
 from edgeseg.backends import get_backend
+from edgeseg.backends.compile import compile_folder
 from edgeseg.backends.signature import TensorInfo, check_signature, expected_image, expected_outputs
-from edgeseg.errors import ArtifactError
+from edgeseg.errors import ArtifactError, BuildError
 from edgeseg.spec import BatchRange, InputSpec, ModelSpec, OutputSpec, PipelineSpec
 from edgeseg.store.documents import MAX_JSON_BYTES, read_json
 from edgeseg.store.hashing import FileRef
@@ -135,26 +136,110 @@ def renamed_input(model: onnx.ModelProto) -> None:
     model.graph.input[0].name = "picture"
 
 
+def text_beside(model: onnx.ModelProto) -> None:
+    value = onnx.helper.make_tensor("text", onnx.TensorProto.STRING, [1], [b"\xff"])
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["aux_logits"], value=value))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("aux_logits", onnx.TensorProto.STRING, [1]))
+
+
+def float_input(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+def sequence_output(model: onnx.ModelProto) -> None:
+    name, dtype = model.graph.output[0].name, onnx.TensorProto.UINT8
+    model.graph.node.append(onnx.helper.make_node("SequenceConstruct", [name], ["masks"]))
+    model.graph.output[0].CopyFrom(onnx.helper.make_tensor_sequence_value_info("masks", dtype, None))
+
+
+def taller_mask(model: onnx.ModelProto) -> None:
+    """Twice as high as the image, by a factor that depends on it: nobody can tell the size before it runs."""
+    (mask,) = model.graph.output
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 2, 1]), "factors"))
+    model.graph.node[-1].output[0] = "first"
+    for node in (
+        onnx.helper.make_node("Cast", [model.graph.input[0].name], ["pixels"], to=onnx.TensorProto.INT64),
+        onnx.helper.make_node("ReduceMin", ["pixels"], ["least"], keepdims=0),
+        onnx.helper.make_node("Sub", ["least", "least"], ["nothing"]),
+        onnx.helper.make_node("Add", ["factors", "nothing"], ["repeats"]),
+        onnx.helper.make_node("Tile", ["first", "repeats"], [mask.name]),
+    ):
+        model.graph.node.append(node)
+    for axis, dim in enumerate(mask.type.tensor_type.shape.dim):
+        dim.dim_param = f"size{axis}"
+
+
+def hungry(model: onnx.ModelProto) -> None:
+    """It wants 4 PiB when it runs."""
+    (mask,) = model.graph.output
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1 << 25, 1 << 25]), "sizes"))
+    model.graph.node[-1].output[0] = "first"
+    for node in (
+        onnx.helper.make_node("ConstantOfShape", ["sizes"], ["zeros"]),
+        onnx.helper.make_node("ReduceMax", ["zeros"], ["zero"], keepdims=0),
+        onnx.helper.make_node("Cast", ["zero"], ["none"], to=onnx.TensorProto.UINT8),
+        onnx.helper.make_node("Add", ["first", "none"], [mask.name]),
+    ):
+        model.graph.node.append(node)
+
+
+def put(change: Callable[[onnx.ModelProto], None], folder: Path, role: str, name: str) -> None:
+    """Change an ONNX file of the folder. The hashes are right, as an attacker, or a script that means well, would make them."""
+    model = onnx.load(str(folder / name))
+    change(model)
+    (folder / name).write_bytes(model.SerializeToString())
+    ref = FileRef.of(folder / name)
+    edit(folder, **{role: {"name": ref.name, "sha256": ref.sha256, "size_bytes": ref.size_bytes}})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (second_input, r"inputs are image uint8 \(1, 16, 16, 3\), more float32 \(1\), its manifest says image"),
         (renamed_output, "outputs is masks uint8"),
         (renamed_input, r"input is picture uint8 \(1, 16, 16, 3\), its manifest says image"),
+        (text_beside, r"output is aux_logits string \(1\), its manifest says aux_logits float32"),
     ],
 )
 def test_another_engine_under_the_manifest_is_refused(
     whole: Path, tmp_path: Path, change: Callable[[onnx.ModelProto], None], words: str
 ) -> None:
-    """The hashes are right, as an attacker, or a script that means well, would make them."""
     copy = Path(shutil.copytree(whole, tmp_path / "engine"))
-    model = onnx.load(str(copy / "engine.onnx"))
-    change(model)
-    (copy / "engine.onnx").write_bytes(model.SerializeToString())
-    ref = FileRef.of(copy / "engine.onnx")
-    edit(copy, engine={"name": ref.name, "sha256": ref.sha256, "size_bytes": ref.size_bytes})
+    put(change, copy, "engine", "engine.onnx")
     with pytest.raises(ArtifactError, match=words):
         edgeseg.load(copy)
+
+
+def test_a_mask_of_another_size_is_refused_when_it_is_met(whole: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(whole, tmp_path / "engine"))
+    put(taller_mask, copy, "engine", "engine.onnx")
+    with edgeseg.load(copy) as segmenter:
+        for call in (
+            lambda: segmenter(IMAGES[0]),
+            lambda: segmenter.predict(IMAGES),
+            lambda: list(segmenter.many([IMAGES[0]])),
+        ):
+            with pytest.raises(ArtifactError, match=r"mask is \(1, 32, 16\) of images of \(16, 16\)"):
+                call()
+
+
+@pytest.mark.parametrize(
+    "change", [second_input, renamed_output, renamed_input, text_beside, float_input, sequence_output]
+)
+def test_a_graph_of_another_contract_is_not_compiled_over_the_engine(
+    folder: Path, change: Callable[[onnx.ModelProto], None]
+) -> None:
+    put(change, folder, "graph", "model.onnx")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ArtifactError, match=r"^the engine's (in|out)put.* its manifest says (image|mask|aux_logits)"):
+        compile_folder(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_graph_that_fails_when_it_runs_is_one_line(folder: Path) -> None:
+    put(hungry, folder, "graph", "model.onnx")
+    with pytest.raises(BuildError, match=r"^(ONNX Runtime failed to run the engine|OpenVINO .* cannot compile)"):
+        compile_folder(folder)
 
 
 def test_a_json_of_the_largest_size_is_read(tmp_path: Path) -> None:

@@ -50,10 +50,16 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def masked(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The network with a uint8 mask as its output."""
+    """The network with a uint8 mask of the image's size, twice its own, as its output."""
     graph = model.graph
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 2, 2], np.float32), "postprocess/scales"))
     graph.node.append(onnx.helper.make_node("ArgMax", ["y"], ["index"], "postprocess/ArgMax", axis=1, keepdims=0))
-    graph.node.append(onnx.helper.make_node("Cast", ["index"], ["mask"], "postprocess/Cast", to=onnx.TensorProto.UINT8))
+    graph.node.append(onnx.helper.make_node("Cast", ["index"], ["half"], "postprocess/Cast", to=onnx.TensorProto.UINT8))
+    graph.node.append(
+        onnx.helper.make_node(
+            "Resize", ["half", "", "postprocess/scales"], ["mask"], "postprocess/Resize", mode="nearest"
+        )
+    )
     graph.value_info.append(graph.output[0])
     del graph.output[:]
     graph.output.append(onnx.helper.make_tensor_value_info("mask", onnx.TensorProto.UINT8, [1, None, None]))
@@ -65,7 +71,6 @@ def written(folder: Path, seed: int = 0) -> tuple[onnx.ModelProto, OnnxGraph, Ca
     table = table_for(model, image=IMAGE)
     model = masked(model)
     onnx.save(model, str(folder / "f.onnx"))
-    # Its masks are half as large as the images, which nothing below minds.
     return model, OnnxGraph(folder / "f.onnx", sha256_file(folder / "f.onnx"), "fp32", spec(16, 16), "0"), table
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeseg.backends.base import grey_batch
-from edgeseg.errors import BuildError
+from edgeseg.errors import BuildError, one_line
 from edgeseg.spec import InputSpec, Precision
 from edgeseg.store.manifest import PrecisionReport
 
@@ -71,7 +71,7 @@ def profiled_events(ort: Any, path: Path, settings: Any, spec: InputSpec, runs: 
         the kernel events as the profiler wrote them, in the order they ran: ``name``, ``dur`` in microseconds, ``args``.
 
     Raises:
-        BuildError: ONNX Runtime wrote no profile.
+        BuildError: ONNX Runtime cannot run the graph, or wrote no profile.
     """
     image = grey_batch(spec)
     with tempfile.TemporaryDirectory(prefix="edgeseg-profile-") as folder:
@@ -79,8 +79,11 @@ def profiled_events(ort: Any, path: Path, settings: Any, spec: InputSpec, runs: 
         settings.profile_file_prefix = str(Path(folder) / "run")
         session = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"], enable_fallback=0)
         name = session.get_inputs()[0].name
-        for _ in range(runs if runs == 1 else runs + 1):
-            session.run(None, {name: image})
+        try:
+            for _ in range(runs if runs == 1 else runs + 1):
+                session.run(None, {name: image})
+        except Exception as exc:  # pybind maps ORT's status codes to classes that share no base but Exception
+            raise BuildError(f"ONNX Runtime failed to run the engine: {one_line(exc)}") from exc
         events = json.loads(Path(session.end_profiling()).read_text())
     kernels = [e for e in events if e.get("cat") == "Node" and e["name"].endswith(_KERNEL)]
     if not kernels:
