@@ -40,7 +40,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "compare": ("edgeseg.cli.compare", "Compare two bench reports; exit 3 on a regression."),
     "report": ("edgeseg.cli.report", "Decide what to deploy; write HTML, Markdown and CSV."),
     "sweep": ("edgeseg.cli.sweep", "Build and measure many combinations; one report."),
-    "export": ("edgeseg.cli.export", "Write an engine as Triton or the Hugging Face hub takes it."),
+    "export": ("edgeseg.cli.export", "Write an engine as another host takes it, such as Triton."),
     "inspect": ("edgeseg.cli.inspect", "Show what an engine folder holds and check its hashes."),
     "cache": ("edgeseg.cli.cache", "Show or clear what is kept between builds."),
     "doctor": ("edgeseg.cli.doctor", "Show what this machine has and what will be fast on it."),
