@@ -231,6 +231,9 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
             hide_small_terms(program.model)
             program.optimize()
             show_small_terms(program.model)
+            # Of one tensor returned twice (probabilities of a module that returns them) the exporter names only the last.
+            for value, name in zip(program.model.graph.outputs, names, strict=True):
+                value.name = name
         if by_strides:
             as_image(program.model)
         for part in pipeline.modules():
