@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,7 @@ from edgeseg.convert.parity import RELATIVE_TOLERANCE, compare, make_probe_image
 from edgeseg.convert.simplify import simplify
 from edgeseg.convert.small_terms import hide_small_terms, show_small_terms
 from edgeseg.convert.strides import AXES, as_image, given_in_strides, in_strides
-from edgeseg.convert.translations import TRANSLATIONS
+from edgeseg.convert.translations import TRANSLATIONS, FloatBounds
 from edgeseg.errors import EdgesegError, ExportError, SpecError, first_line
 from edgeseg.graph.proto import copied, refill
 from edgeseg.graph.running import GraphSession
@@ -117,6 +119,11 @@ def export_onnx(loaded: LoadedModel, spec: PipelineSpec, path: Path) -> tuple[On
                 f"of their range off its float64 ones (engines may be {RELATIVE_TOLERANCE:g} off PyTorch), for this network "
                 "amplifies rounding; with trained weights it should not"
             ) from exc
+        if spec.input.dynamic_size and _holds_at_own_size(reference, probes, model, spec):
+            raise ExportError(
+                f"{spec.model.display_name} can only be exported for {spec.input.height}x{spec.input.width}: torch.export "
+                "fixes a size in its forward (torch.linspace's, say; torch.arange keeps it); build it without --dynamic-size"
+            ) from exc
         raise
     delivered = without_extra_logits(model, spec)
     write_onnx(delivered, path)
@@ -148,6 +155,22 @@ def _probes(pipeline: PipelineSpec) -> list[NDArray[Any]]:
             other = make(*size, count=1, seed=1)
             probes.append(np.repeat(other, static, axis=0))
     return probes
+
+
+def _holds_at_own_size(
+    reference: Sequence[Mapping[str, NDArray[Any]]],
+    probes: Sequence[NDArray[Any]],
+    model: onnx.ModelProto,
+    spec: PipelineSpec,
+) -> bool:
+    """Whether the graph computes what PyTorch does on the probes of the size it was exported at."""
+    own = [i for i, images in enumerate(probes) if images.shape[1:3] == (spec.input.height, spec.input.width)]
+    session = GraphSession(model, "the exported graph", ExportError, optimized=True)
+    try:
+        compare([reference[i] for i in own], [session.run(probes[i]) for i in own], "PyTorch")
+    except ExportError:
+        return False
+    return True
 
 
 def _another(value: int, spec: InputSpec, axis: int) -> int:
@@ -188,7 +211,8 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
         shape = in_strides(shape, spec.input.stride)
     image = torch.zeros(shape, dtype=getattr(torch, spec.input.dtype))
     try:
-        with silenced(), torch.inference_mode(), given_in_strides(pipeline) if by_strides else contextlib.nullcontext():
+        strides = given_in_strides(pipeline) if by_strides else contextlib.nullcontext()
+        with silenced(), torch.inference_mode(), FloatBounds(), strides:
             names = list(pipeline(image))
             program = torch.onnx.export(
                 pipeline,
@@ -207,6 +231,9 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
             hide_small_terms(program.model)
             program.optimize()
             show_small_terms(program.model)
+            # Of one tensor returned twice (probabilities of a module that returns them) the exporter names only the last.
+            for value, name in zip(program.model.graph.outputs, names, strict=True):
+                value.name = name
         if by_strides:
             as_image(program.model)
         for part in pipeline.modules():
@@ -225,7 +252,10 @@ def export_graph(pipeline: Pipeline, spec: PipelineSpec) -> onnx.ModelProto:
                 "choice with torch.where"
             ) from exc
         hint = " with dynamic shapes; try static ones" if shapes else ""
-        raise ExportError(f"torch cannot export {spec.model.display_name}{hint}: {first_line(exc)}") from exc
+        reason = first_line(exc).partition(". Failure message:")[0]
+        if (stopped := _where_stopped(exc)) is not None:
+            reason = f"write {stopped} with other operators, its exporter does not take it ({reason})"
+        raise ExportError(f"torch cannot export {spec.model.display_name}{hint}: {reason}") from exc
     sizes = exported.graph.input[0].type.tensor_type.shape.dim
     dynamic = ([0] if spec.input.batch.is_dynamic else []) + ([1, 2] if spec.input.dynamic_size else [])
     if fixed := [axis for axis in dynamic if sizes[axis].HasField("dim_value")]:
@@ -246,6 +276,20 @@ def depends_on_values(exc: BaseException) -> bool:
             return True
         reason = reason.__cause__ or reason.__context__
     return False
+
+
+def _where_stopped(exc: BaseException) -> str | None:
+    """The operator that the exporter could not translate, and its module: its frames know them, its messages do not."""
+    reason: BaseException | None = exc
+    while reason is not None:
+        for frame, _ in traceback.walk_tb(reason.__traceback__):
+            node = frame.f_locals.get("node")
+            if isinstance(node, torch.fx.Node) and node.op == "call_function":
+                modules = list(node.meta.get("nn_module_stack", {}).values())
+                path = modules[-1][0].removeprefix("model") if modules else ""
+                return f"{node.target} in {path or 'its forward'}"
+        reason = reason.__cause__ or reason.__context__
+    return None
 
 
 def _dynamic_shapes(spec: InputSpec, by_strides: bool) -> dict[str, dict[int, Any]] | None:

@@ -58,10 +58,13 @@ def dims(*names: str) -> list[Any]:
     return [torch.export.Dim(name, min=2, max=512) for name in names]
 
 
-@pytest.mark.parametrize("output", [(2, 2), (3, 5), (6, 6)])
-def test_adaptive_pooling_of_any_size(output: tuple[int, int]) -> None:
+@pytest.mark.parametrize("kind", ["avg", "max"])
+@pytest.mark.parametrize("output", [(2, 2), (3, 5), (6, 6), (1, 1)])
+def test_adaptive_pooling_of_any_size(output: tuple[int, int], kind: str) -> None:
+    function = getattr(torch.nn.functional, f"adaptive_{kind}_pool2d")
+
     def pool(x: Any) -> Any:
-        return torch.nn.functional.adaptive_avg_pool2d(x, output)
+        return function(x, output)
 
     height, width = dims("height", "width")
     model = exported(pool, torch.zeros(1, 3, 8, 9), {2: height, 3: width})
@@ -69,6 +72,44 @@ def test_adaptive_pooling_of_any_size(output: tuple[int, int]) -> None:
     for size in ((6, 6), (7, 11), (12, 30), (4, 3), (41, 49), (128, 255)):
         x = torch.randn(1, 3, *size)
         np.testing.assert_allclose(outputs(model, x)[0], pool(x).numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("output", [(4, 3), (5, 7)], ids=["factor", "no factor"])
+def test_adaptive_max_pooling_of_a_known_size(output: tuple[int, int]) -> None:
+    def pool(x: Any) -> Any:
+        return torch.nn.functional.adaptive_max_pool2d(x, output)
+
+    x = torch.randn(1, 3, 8, 9)
+    np.testing.assert_array_equal(outputs(exported(pool, x, {}), x)[0], pool(x).numpy())
+
+
+def test_pooling_to_a_size_of_the_image() -> None:
+    def halved(x: Any) -> Any:
+        return torch.nn.functional.interpolate(x, size=(x.shape[2] // 2, x.shape[3] // 3), mode="area")
+
+    height, width = dims("height", "width")
+    model = exported(halved, torch.zeros(1, 3, 8, 9), {2: height, 3: width})
+    for size in ((6, 6), (7, 11), (41, 49)):
+        x = torch.randn(1, 3, *size)
+        np.testing.assert_allclose(outputs(model, x)[0], halved(x).numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (3, 1, 1, False, True, 4),
+        ((3, 2), None, (1, 0), False, False, 5),
+        (3, 2, 1, True, False),
+        (3, (2, 1), 1),
+        ((2, 3),),
+    ],
+)
+def test_average_pooling(arguments: tuple[Any, ...]) -> None:
+    def pool(x: Any) -> Any:
+        return torch.nn.functional.avg_pool2d(x, *arguments)
+
+    x = torch.randn(2, 3, 9, 11)
+    np.testing.assert_allclose(outputs(exported(pool, x, {}), x)[0], pool(x).numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_antialiased_bicubic_resize_to_any_size() -> None:

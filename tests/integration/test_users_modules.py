@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeseg.errors import EdgesegError, SpecError
+from edgeseg.errors import EdgesegError, ExportError, SpecError
 from edgeseg.progress import SilentReporter
 from edgeseg.spec import InputSpec, ModelRequest, OutputSpec, PipelineSpec
 
@@ -46,12 +46,12 @@ def headed(classes: int) -> Any:
     return nn.Sequential(*tiny()[:3], smp.base.SegmentationHead(8, classes)).eval()
 
 
-def graph_outputs(module: Any, folder: Path, kind: str = "logits", **request: Any) -> dict[str, Any]:
+def graph_outputs(module: Any, folder: Path, kind: str = "logits", image: Any = None, **request: Any) -> dict[str, Any]:
     """What the exported graph of ``module`` returns for :data:`IMAGE`."""
     loaded = wrap_module(module, ModelRequest(**{**PLAIN, **request}))
     spec = PipelineSpec(
         loaded.model,
-        InputSpec(*SIZE, channels=loaded.model.in_channels, stride=loaded.stride),
+        InputSpec(*SIZE, **{"channels": loaded.model.in_channels, "stride": loaded.stride, **(image or {})}),
         loaded.preprocess,
         OutputSpec(kind),  # type: ignore[arg-type]
     )
@@ -108,6 +108,40 @@ def test_an_epsilon_is_not_taken_for_nothing(tmp_path: Path) -> None:
     expected = torch_output(module)
     logits = graph_outputs(module, tmp_path / "e")["logits"]
     np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x / (x.amax() - x.amin()),
+        lambda x: x.clamp(0, 0.5),
+        lambda x: (x + 0).clamp_(min=-0.25, max=1),
+        nn.RReLU(0.1, 0.5),
+    ],
+    ids=["amax", "clamp", "clamp_", "rrelu"],
+)
+def test_what_the_exporter_refuses_of_torch(tmp_path: Path, function: Any) -> None:
+    net = tiny()
+    module = nn.Sequential(*net[:2], Ending(nn.Identity(), function), net[3]).eval()
+    np.testing.assert_allclose(graph_outputs(module, tmp_path / "e")["logits"], torch_output(module), atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
+    net = tiny()
+    middle = Ending(nn.Identity(), lambda x: x - x.median(1, keepdim=True).values)
+    with pytest.raises(
+        ExportError, match=r"cannot export custom-Sequential: write aten\.median\.dim in \.2 with other"
+    ) as caught:
+        graph_outputs(nn.Sequential(*net[:2], middle, net[3]).eval(), tmp_path / "e")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_size_that_torch_fixes_is_refused(tmp_path: Path) -> None:
+    net = tiny()
+    middle = Ending(nn.Identity(), lambda x: x + torch.linspace(0, 8, x.shape[3])[1])
+    module = nn.Sequential(*net[:2], middle, net[3]).eval()
+    with pytest.raises(ExportError, match=r"can only be exported for 32x32: .* without --dynamic-size"):
+        graph_outputs(module, tmp_path / "e", image={"dynamic_size": True, "stride": 8})
 
 
 def test_structure_is_more_than_weights() -> None:
